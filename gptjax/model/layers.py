@@ -1,0 +1,239 @@
+"""The decoder's modules. They declare parameters and wire; the mathematics is in `gptjax.ops`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.model.cache import Cache
+from gptjax.ops import activation, position
+from gptjax.ops.attention import attention
+from gptjax.ops.linear import linear
+from gptjax.ops.norm import layer_norm, rms_norm
+
+
+class Context(NamedTuple):
+    """What every block reads besides its input; the same for all layers."""
+
+    rope: tuple[jax.Array, jax.Array] | None
+    segment_ids: jax.Array | None
+    dropout_key: jax.Array | None
+
+
+class Stream(NamedTuple):
+    """What flows from block to block."""
+
+    x: jax.Array  # [B, T, D]
+    x0: jax.Array | None  # [B, T, D] the embedding, where cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's values, where cfg.value_residual
+    cache: Cache | None
+    layer: jax.Array  # int32
+
+
+def _read(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
+    """An existing leaf of any type, or a new array. `Module.param` would refuse a leaf that is not an array."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def normal(std: float):
+    return nn.initializers.normal(std) if std else nn.initializers.zeros
+
+
+def uniform(bound: float):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Each number is zeroed with probability `rate`, the rest grow by 1 / (1 - rate); no key, no change."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel [in, out] (+ bias). Under init=torch both are U(+-1/sqrt(in)), else N(0, std) and 0."""
+
+    cfg: ModelConfig
+    features: int
+    bias: bool
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d_in = x.shape[-1]
+        torch = self.cfg.init == "torch" and self.std > 0
+        kernel_init = uniform(d_in**-0.5) if torch else normal(self.std)
+        bias_init = uniform(d_in**-0.5) if torch else nn.initializers.zeros
+        kernel = _read(self, "kernel", kernel_init, (d_in, self.features))
+        bias = _read(self, "bias", bias_init, (self.features,)) if self.bias else None
+        return linear(x, kernel, bias, self.cfg.dtype)
+
+
+class Norm(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, D = self.cfg, x.shape[-1]
+        scale = _read(self, "scale", nn.initializers.ones, (D,)) if cfg.norm_scale else None
+        if cfg.norm == "rmsnorm":
+            return rms_norm(x, scale, cfg.norm_eps)
+        bias = _read(self, "bias", nn.initializers.zeros, (D,)) if cfg.norm_bias else None
+        return layer_norm(x, scale, bias, cfg.norm_eps)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, s: Stream, ctx: Context, key: jax.Array | None):
+        cfg = self.cfg
+        B, T, _ = x.shape
+        H, K = cfg.head_dim, cfg.n_kv_head
+        q = Linear(cfg, cfg.n_head * H, cfg.qkv_bias, name="q")(x).reshape(B, T, cfg.n_head, H)
+        k = Linear(cfg, K * H, cfg.qkv_bias, name="k")(x).reshape(B, T, K, H)
+        v = Linear(cfg, K * H, cfg.qkv_bias, name="v")(x).reshape(B, T, K, H)
+        if cfg.qk_norm:
+            scales = [_read(self, n, nn.initializers.ones, (H,)) if cfg.norm_scale else None for n in ("q_norm", "k_norm")]
+            q, k = (cfg.qk_gain * rms_norm(a, scale, cfg.norm_eps) for a, scale in zip((q, k), scales, strict=True))
+        if ctx.rope is not None:
+            q, k = position.rope(q, ctx.rope), position.rope(k, ctx.rope)
+        v0 = s.v0
+        if cfg.value_residual:
+            mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
+            v0 = jnp.where(s.layer == 0, v, v0)
+            v = (1 - mix) * v + mix * v0
+        cache, where = s.cache, {}
+        if cache is not None:
+            cache = cache.write(s.layer, k, v)
+            k, v = cache.read(s.layer)
+            where = dict(offset=cache.length, key_valid=cache.valid)
+        drop = None if key is None else jax.random.split(key)
+        y = attention(
+            q, k.astype(q.dtype), v.astype(q.dtype), segment_ids=ctx.segment_ids, alibi=cfg.position == "alibi",
+            dropout=cfg.dropout, dropout_key=None if drop is None else drop[0], **where,
+        )  # fmt: skip
+        y = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="o")(y.reshape(B, T, cfg.n_head * H))
+        return dropout(y, cfg.dropout, None if drop is None else drop[1]), v0, cache
+
+
+def _projection_std(cfg: ModelConfig) -> float:
+    """Output projections start smaller, so that the sum over 2L of them keeps its size; or at zero."""
+    return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
+
+
+class FeedForward(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        cfg = self.cfg
+        h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
+        if cfg.activation == "swiglu":
+            h = h * jax.nn.silu(Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x))
+        else:
+            h = {"gelu": activation.gelu, "relu2": activation.relu_squared}[cfg.activation](h)
+        h = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="down")(h)
+        return dropout(h, cfg.dropout, key)
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, s: Stream, ctx: Context) -> tuple[Stream, None]:
+        cfg, x = self.cfg, s.x
+        if cfg.residual_lambdas:
+            x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
+        if cfg.x0_lambdas:
+            x = x + s.x0 * _read(self, "x0_lambda", nn.initializers.zeros, ())
+        keys = (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
+        y, v0, cache = Attention(cfg, name="attn")(Norm(cfg, name="ln_1")(x), s, ctx, keys[0])
+        x = x + y
+        x = x + FeedForward(cfg, name="mlp")(Norm(cfg, name="ln_2")(x), keys[1])
+        return Stream(x, s.x0, v0, cache, s.layer + 1), None
+
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class GPT(nn.Module):
+    """Tokens to the last hidden state. Blocks are stacked [L, ..] and run by one `nn.scan`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        cache: Cache | None = None,
+    ):
+        cfg = self.cfg
+        B, T = tokens.shape
+        if positions is None:
+            positions = jnp.arange(T)
+        x = Embed(cfg, name="wte")(tokens)
+        if cfg.position == "learned":
+            x = x + Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
+        elif cfg.position == "sinusoidal":
+            x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
+        if cfg.embed_norm:
+            x = rms_norm(x, None, cfg.norm_eps) if cfg.norm == "rmsnorm" else layer_norm(x, None, None, cfg.norm_eps)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = dropout(x, cfg.dropout, keys[0])
+
+        rope = position.rope_table(positions, cfg.head_dim, cfg.rope_base) if cfg.position == "rope" else None
+        stream = Stream(
+            x=x,
+            x0=x if cfg.x0_lambdas else None,
+            v0=jnp.zeros((B, T, cfg.n_kv_head, cfg.head_dim), x.dtype) if cfg.value_residual else None,
+            cache=cache,
+            layer=jnp.int32(0),
+        )
+        block = Block
+        if cfg.remat != "none":
+            block = nn.remat(Block, policy=_REMAT[cfg.remat], prevent_cse=False)
+        unroll = cfg.unroll if cfg.unroll is not None else jax.default_backend() == "cpu"
+        blocks = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+            length=cfg.n_layer, unroll=cfg.n_layer if unroll else 1,
+        )  # fmt: skip
+        stream, _ = blocks(cfg, name="blocks")(stream, Context(rope, segment_ids, keys[1]))
+        hidden = Norm(cfg, name="ln_f")(stream.x)
+        if not cfg.tie_embeddings and self.is_initializing():
+            std = 0.0 if cfg.zero_init_head else 0.02
+            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
+        return hidden, stream.cache
+
+
+class Embed(nn.Module):
+    """Rows of a table: token ids or positions [..] -> [.., D]."""
+
+    cfg: ModelConfig
+    rows: int | None = None  # None: the vocabulary
+    std: float | None = None  # None: cfg.embed_std
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        std = 1.0 if cfg.init == "torch" else cfg.embed_std if self.std is None else self.std
+        table = _read(self, "embedding", normal(std), (self.rows or cfg.vocab_size, cfg.d_model))
+        return jnp.take(table, ids, axis=0, mode="clip").astype(activation_dtype(cfg))
+
+
+def activation_dtype(cfg: ModelConfig) -> Any:
+    """What flows between the products. CPUs keep float32: they have no bfloat16 arithmetic outside products."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(cfg.dtype)

@@ -1,0 +1,1 @@
+"""The mathematics of the model as plain functions of arrays."""

@@ -1,0 +1,36 @@
+"""The nonlinearities of the feed-forward layer."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+_C = math.sqrt(2 / math.pi)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """GPT-2's GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Source: arXiv:1606.08415, section 2.
+
+    Written as x * sigmoid(2z), which is the same function: one exponential gives both the value and the derivative,
+    and the derivative is kept for the backward pass in place of x, so nothing is computed twice.
+    """
+    return _gelu(x)[0]
+
+
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h = x.astype(jnp.float32)
+    square = h * h
+    gate = jax.nn.sigmoid(2 * _C * h * (1 + 0.044715 * square))
+    slope = gate + h * gate * (1 - gate) * (2 * _C) * (1 + 3 * 0.044715 * square)
+    return (h * gate).astype(x.dtype), slope.astype(x.dtype)
+
+
+gelu.defvjp(_gelu, lambda slope, g: (g * slope,))
+
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """max(x, 0)^2. Source: Primer, arXiv:2109.08668."""
+    return jnp.square(jax.nn.relu(x))

@@ -1,0 +1,68 @@
+"""One product with a weight, whatever the weight is, and the affine map around it."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@singledispatch
+def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    """x [.., in] times w [in, out] -> [.., out] in x's dtype, the product in `dtype`, summed in float32.
+
+    Dispatches on the type of `w`, so a leaf that is not a plain array (an adapter, a quantised matrix) brings its
+    own product and no layer hears of it.
+    """
+    if dtype == "float32":
+        return x @ w.astype(x.dtype)
+    return _matmul_bfloat16(x, w).astype(x.dtype)
+
+
+def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
+    """x @ kernel + bias; kernel [in, out], bias [out]."""
+    y = matmul(kernel, x, dtype)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+@jax.custom_vjp
+def _matmul_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
+    """bfloat16 operands, float32 sums: mixed precision with float32 master weights (arXiv:1710.03740).
+
+    The backward pass is written out so that all three products take bfloat16 operands; autodiff would multiply the
+    float32 cotangent with them instead.
+    """
+    return _dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def _forward(x, w):
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return _dot(x, w), (x, w)
+
+
+def _backward(residual, g):
+    x, w = residual
+    g = g.astype(jnp.bfloat16)
+    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx, weight_gradient(x, g)
+
+
+_matmul_bfloat16.defvjp(_forward, _backward)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """x [.., in], g [.., out] -> sum over the leading axes of x^T g, [in, out] float32.
+
+    The sum runs over two axes: XLA's CPU backend then multiplies bfloat16 about twice as fast as over one.
+    """
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    rows = x.shape[0]
+    parts = next(c for c in (8, 4, 2, 1) if rows % c == 0)
+    x, g = (a.reshape(parts, rows // parts, -1) for a in (x, g))
+    return jnp.einsum("cmk,cmn->kn", x, g, preferred_element_type=jnp.float32)

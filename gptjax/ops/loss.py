@@ -1,0 +1,123 @@
+"""Next-token cross-entropy: of logits, and of hidden states with the head inside, chunk by chunk."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops.linear import weight_gradient
+from gptjax.types import Mean
+
+_CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> Mean:
+    """-log softmax(logits)[target], summed with weights; logits [.., V], targets [..] int32, weights [..]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    weights = jnp.ones_like(nll) if weights is None else weights
+    return Mean((nll * weights).sum(), weights.sum())
+
+
+def softcap(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap); 0 leaves them alone. Source: Gemma 2, arXiv:2408.00118."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    cap: float = 0.0,
+    dtype: str = "float32",
+    chunk: int | None = None,
+) -> Mean:
+    """`cross_entropy(softcap(hidden @ head), targets, weights)` without ever holding all the logits.
+
+    Tokens go through in chunks. Under differentiation a chunk's logits become the gradients of `hidden` and `head`
+    at once, so that nothing is computed twice and the memory is one chunk's, whatever the batch.
+
+    Args:
+        hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
+        cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: about 64 MiB of logits.
+    """
+    D, V = head.shape
+    hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.reshape(-1).astype(jnp.float32)
+    n = targets.shape[0]
+    chunk = min(n, chunk or max(128, _CHUNK_BYTES // (4 * V)))
+    chunks = -(-n // chunk)
+    pad = chunks * chunk - n
+    if pad:  # rows of weight 0
+        hidden, targets, weights = (
+            jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden, targets, weights)
+        )
+    parts = jax.tree.map(lambda x: x.reshape(chunks, chunk, *x.shape[1:]), (hidden, targets, weights))
+    return Mean(_total(*parts, head, cap, dtype), weights.sum())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _total(hidden, targets, weights, head, cap, dtype):
+    """hidden [C, M, D], targets and weights [C, M] -> the weighted sum of losses."""
+    head = head.astype(dtype)
+
+    def chunk(part):
+        h, t, w = part
+        return _chunk_logits(h, head, cap, dtype, t, w)[0]
+
+    return _over_chunks(chunk, (hidden, targets, weights)).sum()
+
+
+def _chunk_logits(h, head, cap, dtype, targets, weights):
+    raw = jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32)
+    logits = softcap(raw, cap)
+    shifted = logits - logits.max(-1, keepdims=True)
+    exp = jnp.exp(shifted)
+    norm = exp.sum(-1, keepdims=True)
+    hit = jnp.arange(head.shape[1]) == targets[:, None]
+    nll = jnp.log(norm[:, 0]) - jnp.where(hit, shifted, 0.0).sum(-1)
+    return (nll * weights).sum(), (logits, exp / norm, hit)
+
+
+def _over_chunks(fn, parts):
+    if parts[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.map(fn, parts)
+
+
+def _forward(hidden, targets, weights, head, cap, dtype):
+    low = head.astype(dtype)
+
+    def gradients(part, dhead):
+        h, t, w = part
+        total, (logits, p, hit) = _chunk_logits(h, low, cap, dtype, t, w)
+        d = (p - hit) * w[:, None]
+        if cap:
+            d = d * (1 - jnp.square(logits / cap))
+        d = d.astype(dtype)
+        dh = jax.lax.dot_general(d, low, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        new = weight_gradient(h.astype(dtype), d)
+        return (new if dhead is None else dhead + new), (total, dh.astype(hidden.dtype))
+
+    if hidden.shape[0] == 1:
+        dhead, (total, dhidden) = gradients(jax.tree.map(lambda x: x[0], (hidden, targets, weights)), None)
+        dhidden = dhidden[None]
+    else:
+        dhead, (totals, dhidden) = jax.lax.scan(
+            lambda carry, part: gradients(part, carry), jnp.zeros(head.shape, jnp.float32), (hidden, targets, weights)
+        )
+        total = totals.sum()
+    return total, (dhidden, dhead.astype(head.dtype))
+
+
+def _backward(cap, dtype, residual, g):
+    dhidden, dhead = residual
+    return dhidden * g.astype(dhidden.dtype), None, None, dhead * g.astype(dhead.dtype)
+
+
+_total.defvjp(_forward, _backward)

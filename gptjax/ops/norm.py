@@ -1,0 +1,31 @@
+"""Layer norm and root-mean-square norm over the last axis."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(
+    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-5
+) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32, back in x's dtype.
+
+    The variance is the biased one (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
+    """
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+    return _affine(h, scale, bias).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, back in x's dtype. Source: arXiv:1910.07467."""
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+    return _affine(h, scale, None).astype(x.dtype)
+
+
+def _affine(h: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    h = h if scale is None else h * scale
+    return h if bias is None else h + bias

@@ -1,0 +1,87 @@
+"""OptimConfig -> an optax transformation: which leaf is decayed, which rate it takes, which rule moves it."""
+
+from __future__ import annotations
+
+import jax
+import optax
+from optax import contrib
+
+from gptjax import tree
+from gptjax.config import OptimConfig
+from gptjax.types import Params
+
+# Every leaf is one of these by its path: stacked biases and scales are matrices by shape alone.
+GROUPS = (
+    ("wte/* | wpe/*", "embed"),
+    ("lm_head/kernel", "head"),
+    ("*/kernel", "matrix"),
+    ("*", "vector"),
+)
+
+
+def groups(params: Params) -> Params:
+    """embed, head, matrix or vector at every leaf."""
+    return tree.label(params, GROUPS)
+
+
+def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
+    """Step -> the part of the peak rate that applies: linear warmup from initial_lr_ratio to 1, then
+
+    cosine    down to min_lr_ratio over all remaining steps (arXiv:1608.03983)
+    linear    down to min_lr_ratio over all remaining steps
+    wsd       flat, then linear down to min_lr_ratio over the last decay_fraction of max_steps (arXiv:2404.06395)
+    constant  flat
+    """
+    rest = max(max_steps - cfg.warmup_steps, 1)
+    decay_steps = max(1, min(rest, round(cfg.decay_fraction * max_steps)))
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, cfg.min_lr_ratio),
+        "linear": lambda: optax.linear_schedule(1.0, cfg.min_lr_ratio, rest),
+        "wsd": lambda: optax.linear_schedule(1.0, cfg.min_lr_ratio, decay_steps, rest - decay_steps),
+        "constant": lambda: optax.constant_schedule(1.0),
+    }[cfg.schedule]()
+    if not cfg.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(cfg.initial_lr_ratio, 1.0, cfg.warmup_steps)
+    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+
+
+def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then a rule for each group of leaves (`GROUPS`).
+
+    adamw: AdamW (arXiv:1711.05101) everywhere, one rate a group.
+    muon: Muon (Jordan 2024; arXiv:2502.16982) on the block matrices, each [in, out] slice of a stack for itself,
+    scaled so that its updates have AdamW's root mean square (0.2) and its rates carry over; AdamW on the rest.
+    """
+    schedule = make_schedule(cfg, max_steps)
+
+    def finish(peak: float | None, decayed: bool) -> list[optax.GradientTransformation]:
+        rate = cfg.lr if peak is None else peak
+        decay = optax.add_decayed_weights(cfg.weight_decay) if decayed and cfg.weight_decay else optax.identity()
+        return [decay, optax.scale_by_learning_rate(lambda step: rate * schedule(step))]
+
+    def adam(peak: float | None, decayed: bool = True) -> optax.GradientTransformation:
+        return optax.chain(optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), *finish(peak, decayed))
+
+    def muon() -> optax.GradientTransformation:
+        dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        rule = contrib.scale_by_muon(
+            beta=cfg.momentum, weight_dimension_numbers=lambda p: jax.tree.map(lambda _: dims, p)
+        )
+        return optax.chain(rule, _consistent_rms(), *finish(cfg.lr, True))
+
+    rules = {
+        "embed": adam(cfg.embed_lr),
+        "head": adam(cfg.head_lr),
+        "matrix": muon() if cfg.name == "muon" else adam(cfg.lr),
+        "vector": adam(cfg.vector_lr, cfg.decay == "all"),
+    }
+    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    return optax.chain(*clip, optax.partition(rules, groups))
+
+
+def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
+    """rms * sqrt(max(in, out)): an orthogonal [in, out] matrix then has root mean square `rms`. arXiv:2502.16982."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates)
+    )

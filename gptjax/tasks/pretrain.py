@@ -1,0 +1,31 @@
+"""Pretraining: predict the next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import backbone, head_kernel, init_params
+from gptjax.ops.loss import linear_cross_entropy
+from gptjax.tasks.base import Task
+from gptjax.types import Batch, Mean, Metrics, Params
+
+
+def task(cfg: ModelConfig) -> Task:
+    """Next-token prediction for `cfg`; batches are `gptjax.types.Batch`."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
+        hidden = backbone(
+            params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
+            dropout_key=key if cfg.dropout else None,
+        )  # fmt: skip
+        head: Any = head_kernel(params, cfg)
+        mean = linear_cross_entropy(
+            hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype
+        )
+        return mean, {}
+
+    return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)

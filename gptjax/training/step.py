@@ -1,0 +1,136 @@
+"""One training step as a pure function of (state, batch), for any loss over any tree of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from gptjax.types import Mean, Metrics
+
+Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step reads and writes; a pytree of arrays alone, so that it saves, donates and shards as one.
+
+    `key` never changes: the randomness of step n is `fold_in(key, n)`. `frozen` is what the loss reads and the
+    optimizer never sees. A step whose loss or gradient is not finite leaves params and opt_state as they were and
+    counts in `skipped` and `skipped_in_a_row`.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+    frozen: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+    @classmethod
+    def create(cls, params: Any, *, tx: optax.GradientTransformation, key: jax.Array, frozen: Any = None) -> TrainState:
+        return cls(
+            step=jnp.int32(0), params=params, opt_state=tx.init(params), key=key, frozen=frozen,
+            skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0),
+        )  # fmt: skip
+
+
+def make_train_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    combine: Callable[[Any, Any], Any] = lambda params, frozen: params,
+    accumulation: int = 1,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The step for `loss`: gradient of the total, divided once by the weight of the whole batch, then `tx`.
+
+    Args:
+        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are `Mean` are divided too.
+        combine: (trained, frozen) -> the params the loss reads; LoRA attaches here.
+        accumulation: micro-batches; every leaf of the batch has a leading axis that it divides. The result equals
+            the undivided batch up to rounding, whatever the weights in each part.
+
+    Returns:
+        step(state, batch) -> (state, metrics): loss, weight, grad_norm, skipped, and what the loss reports.
+    """
+
+    def total(params, frozen, batch, key):
+        mean, metrics = loss(combine(params, frozen), batch, key)
+        return mean.total, (mean, metrics)
+
+    gradient = jax.grad(total, has_aux=True)
+
+    def accumulated(params, frozen, batch, key):
+        if accumulation == 1:
+            return gradient(params, frozen, batch, key)
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
+
+        def body(carry, part_and_index):
+            part, index = part_and_index
+            result = gradient(params, frozen, part, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, result), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, frozen, first, key)
+        )
+        return jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, (mean, metrics) = accumulated(state.params, state.frozen, batch, key)
+        scale = 1.0 / jnp.maximum(mean.weight, 1e-9)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(mean.total) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new, old):
+            return jnp.where(good, new, old)
+
+        bad = 1 - good.astype(jnp.int32)
+        state = state.replace(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        divided = {k: v.value() if isinstance(v, Mean) else v for k, v in metrics.items()}
+        return state, {
+            **divided,
+            "loss": mean.total * scale,
+            "weight": mean.weight,
+            "grad_norm": norm,
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+
+    return step
+
+
+def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """steps(state, batches [K, ...]) -> (state, metrics [K]): K steps inside one compiled call."""
+
+    def steps(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(step, state, batches)
+
+    return steps
+
+
+def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> Mean:
+    """The sum of losses and of weights over all batches, on the host in float64: divide for the mean.
+
+    Token-weighted: a short last batch counts for what it holds. `loss` should be jitted by the caller.
+    """
+    total, weight = 0.0, 0.0
+    for batch in batches:
+        mean, _ = loss(params, batch, None)
+        total, weight = total + float(mean.total), weight + float(mean.weight)
+    return Mean(total, weight)

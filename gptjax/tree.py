@@ -1,0 +1,63 @@
+"""Paths over a tree of arrays: name a leaf, match a pattern, label, count.
+
+A path is the keys joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
+path, where "*" also crosses "/"; several are joined by "|": "wte/* | lm_head/*".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gptjax.types import UserError
+
+
+def path_string(path: tuple) -> str:
+    """The "/"-joined name of one `jax.tree_util` key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{path: leaf}, in the tree's own order."""
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict that `flatten` came from; every level becomes a dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def map_paths(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`fn(path, leaf)` at every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_string(path), leaf), tree)
+
+
+def matches(pattern: str, path: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, part.strip()) for part in pattern.split("|"))
+
+
+def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
+    """The value of the first rule whose pattern matches, at every leaf.
+
+    Raises:
+        UserError: a leaf that no rule covers; all of them are named.
+    """
+    missing = [path for path in flatten(tree) if not any(matches(pattern, path) for pattern, _ in rules)]
+    if missing:
+        raise UserError(f"no rule covers {', '.join(missing)}: add a pattern for each, or a last rule '*'")
+    return map_paths(lambda path, _: next(value for pattern, value in rules if matches(pattern, path)), tree)
+
+
+def size(tree: Any) -> int:
+    """How many numbers the tree holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
