@@ -6,8 +6,19 @@ Frozen means hashable: a `ModelConfig` is a static argument under `jit`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+import functools
+import math
+import os
+import re
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+from gptjax import config_io
+from gptjax.config_io import Leaf, Problems
+from gptjax.types import UserError
 
 # What each `arch` switches on. A switch that is given explicitly wins over this table.
 ARCHS: dict[str, dict[str, Any]] = {
@@ -177,3 +188,392 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
+
+
+def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str) -> Config:
+    """A preset or YAML file, changed by `"optim.lr=3e-4"` strings.
+
+    Raises UserError that lists every unknown key, wrong type and impossible combination at once.
+    """
+    return resolve(source, *overrides)[0]
+
+
+def resolve(
+    source: Optional[str | os.PathLike[str]] = None, *overrides: str, leaves: Iterable[Leaf] = ()
+) -> tuple[Config, Provenance]:
+    """`load_config`, and where each value came from. `leaves` are overrides that were read already."""
+    if source is not None and "=" in str(source) and not Path(source).exists():
+        source, overrides = None, (str(source), *overrides)
+    layers = _file_leaves(source) if source is not None else []
+    return _build([*layers, *config_io.from_args(overrides), *leaves], _run_dir(source))
+
+
+def from_yaml(text: str, name: str = "yaml") -> Config:
+    """What `to_yaml` wrote, or any YAML of the schema."""
+    return _build(config_io.from_yaml(text, name))[0]
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A nested dict of values, as strict as a file."""
+    return _build(list(config_io.from_mapping(values)))[0]
+
+
+def to_yaml(cfg: Config, provenance: Optional[Provenance] = None) -> str:
+    """Every value, so that later defaults cannot change this run; with `# where` when the provenance is given."""
+    lines, group = [], ""
+    for key, value in flat(cfg).items():
+        head, dot, leaf = key.rpartition(".")
+        if dot and head != group:
+            group = head
+            lines.append(f"{head}:")
+        text = f"{'  ' if dot else ''}{leaf}: {_yaml_value(value)}"
+        lines.append(f"{text:<44} # {provenance[key]}" if provenance else text)
+    return "\n".join(lines) + "\n"
+
+
+def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.001, ..} in the order of the schema."""
+    out: dict[str, Any] = {}
+    for item in fields(cfg):
+        value = getattr(cfg, item.name)
+        out |= flat(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
+    return out
+
+
+def diff(a: Config, b: Config) -> list[str]:
+    """["optim.lr: 0.001 -> 0.0003", ..]"""
+    before, after = flat(a), flat(b)
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """{"optim.lr": float, ..}: the type of every leaf."""
+    return dict(_leaf_types(Config, ""))
+
+
+def _leaf_types(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            yield from _leaf_types(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+# ---------------------------------------------------------------- layers
+
+
+def preset_files() -> dict[str, Path]:
+    """Name -> YAML file: from the checkout's configs/, or from the copy inside an installed package."""
+    package = Path(__file__).parent
+    root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
+    return {path.stem: path for path in sorted(root.glob("*/*.yaml"))} if root else {}
+
+
+def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
+    """The file of a preset's name, a YAML path, or a run directory. Raises UserError with the nearest name."""
+    text, path = str(source), near / source
+    if path.is_dir() and (path / "config.yaml").exists():
+        return path / "config.yaml"
+    if path.is_file():
+        return path
+    presets = preset_files()
+    if text in presets:
+        return presets[text]
+    if text.endswith((".yaml", ".yml")) or "/" in text or path.exists():
+        raise UserError(f"{path}: no such config file; `gptjax presets ls` lists what is here")
+    hint = config_io.did_you_mean(text, presets)
+    raise UserError(f"no preset or file {text!r}{hint or '; presets: ' + ', '.join(presets)}")
+
+
+def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), inside: tuple[Path, ...] = ()) -> list[Leaf]:
+    """The file's leaves after those of its `base:`."""
+    path = config_file(source, near)
+    if path.resolve() in inside:
+        raise UserError(f"{path}: its `base:` leads back to itself")
+    leaves = config_io.from_yaml(config_io.read_text(path, "config"), _short(path))
+    if not leaves:
+        raise UserError(f"{path}: the config is empty; `gptjax presets show shakespeare-char` prints one to start from")
+    bases = [leaf for leaf in leaves if leaf.key == "base" and leaf.value]
+    own = [leaf for leaf in leaves if leaf.key != "base"]
+    if not bases:
+        return own
+    if not isinstance(bases[0].value, str):
+        raise UserError(f"{bases[0].where}: base: expected one preset or file, got {bases[0].value}")
+    return [*_file_leaves(bases[0].value, path.parent, (*inside, path.resolve())), *own]
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _run_dir(source: Optional[str | os.PathLike[str]]) -> str:
+    return f"runs/{config_file(source).stem if source is not None else 'default'}"
+
+
+def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, Provenance]:
+    """Type every leaf by itself, then build, then validate: all problems in one error."""
+    problems, bad = Problems(), set()
+    values: dict[str, Any] = {}
+    where: Provenance = {}
+    scratch = _scratch()
+    for key, value, place in leaves:
+        if key not in schema():
+            if value is None and any(name.startswith(key + ".") for name in schema()):
+                continue  # a group with every line commented out
+            problems.append(f"{place}: {config_io.unknown_key(key, list(schema()))}")
+            continue
+        try:
+            values[key], where[key] = _typed(scratch, key, value), place
+        except ValueError as error:
+            bad.add(key)
+            problems.append(f"{place}: {key}: {error}")
+    if run_dir and values.get("run_dir") is None:
+        values["run_dir"], where["run_dir"] = run_dir, "name of the config"
+    cfg = _construct(Config, values, "")
+    provenance = _provenance(cfg, values, where)
+    problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
+    problems.raise_if_any()
+    return cfg, provenance
+
+
+def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    given = {}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            given[name] = _construct(hint, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            given[name] = values[prefix + name]
+    return cls(**given)
+
+
+def _provenance(cfg: Config, values: dict[str, Any], where: Provenance) -> Provenance:
+    def origin(key: str) -> str:
+        group, _, leaf = key.rpartition(".")
+        if values.get(key) is None and group == "model" and leaf in ARCHS[cfg.model.arch]:
+            return f"arch={cfg.model.arch}"
+        return where.get(key, "default")
+
+    return {key: origin(key) for key in schema()}
+
+
+# ---------------------------------------------------------------- types
+
+
+def _scratch() -> Any:
+    """An OmegaConf node with the schema's types that takes one value at a time."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(Config)
+    for part in (node, *(node[item.name] for item in fields(Config) if OmegaConf.is_config(node[item.name]))):
+        OmegaConf.set_readonly(part, False)
+    return node
+
+
+def _typed(scratch: Any, key: str, value: Any) -> Any:
+    """The value as the field's type. Text is converted, a lone value is a list of one. Raises ValueError."""
+    hint = schema()[key]
+    kind = _inner(hint)
+    written = value if isinstance(value, str) else repr(value)
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none", "~")):
+        if kind is not hint:
+            return None
+        if value is None:
+            raise ValueError(f"expected {type_name(hint)}, got null")
+    listed = get_origin(kind) is tuple
+    if listed:
+        value = config_io.split_list(value) if isinstance(value, str) else value
+        value = list(value) if isinstance(value, list | tuple) else [value]
+        if all(isinstance(item, str) for item in value) and get_args(kind)[0] is str:
+            return tuple(value)
+    elif kind is str and isinstance(value, str):
+        return value  # never through OmegaConf, which would read ${..} as a reference
+    elif isinstance(value, str):
+        value = _whole(value.strip()) if kind is int else value.strip()
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if any("${" in item or item == "???" for item in (value if listed else [value]) if isinstance(item, str)):
+            raise ValueError
+        if kind is bool and str(value).lower() not in _BOOLEANS:
+            raise ValueError
+        OmegaConf.update(scratch, key, value)
+        typed = OmegaConf.select(scratch, key)
+    except (OmegaConfBaseException, ValueError):
+        raise ValueError(f"expected {type_name(hint)}, got {written!r}") from None
+    return tuple(typed) if listed else typed
+
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # OmegaConf takes any other number for true
+
+
+def _whole(text: str) -> str:
+    """1e3 -> 1000: people write counts so."""
+    return str(int(float(text))) if re.fullmatch(r"\d+(\.\d+)?e\d\d?", text) and float(text).is_integer() else text
+
+
+def _inner(hint: Any) -> Any:
+    """Optional[X] -> X."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    return next(part for part in get_args(hint) if part is not type(None))
+
+
+def type_name(hint: Any) -> str:
+    """How a person would say it: "a whole number", "gpt2, llama or modern"."""
+    kind = _inner(hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    plural = {int: "whole numbers", float: "numbers", str: "texts"}
+    if get_origin(kind) is Literal:
+        *first, last = get_args(kind)
+        name = f"{', '.join(first)} or {last}"
+    elif get_origin(kind) is tuple:
+        name = f"a list of {plural[get_args(kind)[0]]}"
+    else:
+        name = names[kind]
+    return name if kind is hint else f"{name}, or null"
+
+
+def _yaml_value(value: Any) -> str:
+    import yaml
+
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml_value, value))}]"
+    style = '"' if isinstance(value, str) and not re.fullmatch(r"[\w./+@-]+", value, re.ASCII) else None
+    text = yaml.safe_dump(value, default_style=style, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def validate(cfg: Config) -> None:
+    """Raises UserError with every value or combination that cannot work."""
+    Problems(text for _, text in _complaints(cfg, {})).raise_if_any()
+
+
+def _complaints(cfg: Config, provenance: Provenance) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(keys concerned, what is wrong with where it was said)."""
+    for keys, text in (*_ranges(flat(cfg)), *_combinations(cfg)):
+        places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
+        yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
+
+
+# key -> (low, high, low itself allowed, high itself allowed); every number not named here is >= 0
+_RANGE: dict[str, tuple[float, float, bool, bool]] = {
+    **dict.fromkeys(
+        (
+            "model.n_layer", "model.n_head", "model.n_kv_head", "model.d_model", "model.d_ff", "model.context_length",
+            "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
+            "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every", "train.log_every",
+            "train.keep_checkpoints", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
+        ),
+        (1, 2**31 - 1, True, True),
+    ),
+    **dict.fromkeys(("seed", "sample.seed"), (0, 2**32 - 1, True, True)),
+    **dict.fromkeys(
+        ("optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain", "train.epochs"),
+        (0, math.inf, False, False),
+    ),
+    **dict.fromkeys(("model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"), (0, 1, True, False)),
+    **dict.fromkeys(("optim.initial_lr_ratio", "optim.min_lr_ratio"), (0, 1, True, True)),
+    **dict.fromkeys(("optim.decay_fraction", "sample.top_p"), (0, 1, False, True)),
+    "data.val_fraction": (0, 1, False, False),
+    "data.mask_tokens": (0, 3, True, True),
+}  # fmt: skip
+
+
+def _ranges(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    for key, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            low, high, with_low, with_high = _RANGE.get(key, (0, math.inf, True, False))
+            if isinstance(number, int):
+                high = min(high, 2**32 - 1)
+            above = number >= low if with_low else number > low
+            below = number <= high if with_high else number < high
+            if not (math.isfinite(number) and above and below):
+                yield (key,), f"{key} ({number}) must be {_range_name(low, high, with_low, with_high)}"
+
+
+def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str:
+    if high < 2**31 - 1:
+        return f"from {low}{'' if with_low else ' (not itself)'} to {high}{'' if with_high else ' (not itself)'}"
+    return f"{'at least' if with_low else 'above'} {low} and {'finite' if math.isinf(high) else f'at most {high}'}"
+
+
+def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
+    if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
+        if model.d_model % model.n_head:
+            yield (
+                ("model.d_model", "model.n_head"),
+                f"model.d_model ({model.d_model}) must be divisible by model.n_head ({model.n_head}): "
+                f"n_head can be {_divisors(model.d_model, 64)}",
+            )
+        elif model.position == "rope" and model.head_dim % 2:
+            yield (
+                ("model.d_model", "model.n_head", "model.position"),
+                f"model.position=rope turns pairs: d_model / n_head ({model.head_dim}) must be even",
+            )
+        if model.n_head % model.n_kv_head:
+            yield (
+                ("model.n_head", "model.n_kv_head"),
+                f"model.n_head ({model.n_head}) must be divisible by model.n_kv_head ({model.n_kv_head}): "
+                f"use one of {_divisors(model.n_head)}",
+            )
+    if model.position == "sinusoidal" and model.d_model % 2:
+        yield (
+            ("model.position", "model.d_model"),
+            f"model.position=sinusoidal needs an even model.d_model, got {model.d_model}",
+        )
+    if train.batch_size >= 1 and train.accumulation >= 1 and train.batch_size % train.accumulation:
+        yield (
+            ("train.batch_size", "train.accumulation"),
+            f"train.accumulation ({train.accumulation}) must divide train.batch_size ({train.batch_size}): "
+            f"use one of {_divisors(train.batch_size)}",
+        )
+    if train.epochs is None and optim.warmup_steps >= train.max_steps >= 1:
+        yield (
+            ("optim.warmup_steps", "train.max_steps"),
+            f"optim.warmup_steps ({optim.warmup_steps}) must be below train.max_steps ({train.max_steps})",
+        )
+    for name in sorted(set(train.loggers) - {"tensorboard", "wandb"}):
+        yield ("train.loggers",), f"train.loggers: {name!r} is unknown: use tensorboard, wandb or []"
+    yield from _data_combinations(data)
+    if data.mask_tokens and data.mask_tokens >= model.context_length >= 1:
+        yield (
+            ("data.mask_tokens", "model.context_length"),
+            f"data.mask_tokens ({data.mask_tokens}) must be below model.context_length ({model.context_length})",
+        )
+    for key in ("run_dir", "tokenizer.name", "data.text_field", "data.cache_dir"):
+        if flat(cfg)[key] == "":
+            yield (key,), f"{key} is empty"
+
+
+def _data_combinations(data: DataConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if not data.source or not all(data.source):
+        yield ("data.source",), "data.source is empty: name an asset, a file, a folder, or hf:org/name"
+    if data.weights and len(data.weights) != len(data.source):
+        yield (
+            ("data.weights", "data.source"),
+            f"data.weights has {len(data.weights)} numbers for {len(data.source)} sources: "
+            "give one a source, or [] for their own sizes",
+        )
+    if data.weights and not sum(data.weights) > 0:
+        yield ("data.weights",), f"data.weights ({list(data.weights)}) must not all be 0"
+    local = [source for source in (*data.source, *data.val_source) if not source.startswith("hf:")]
+    if data.streaming and local:
+        yield ("data.streaming", "data.source"), f"data.streaming reads hf: sources only, not {', '.join(local)}"
+
+
+def _divisors(number: int, most: Optional[int] = None) -> str:
+    found = [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+    return ", ".join(map(str, found))

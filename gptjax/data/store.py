@@ -1,0 +1,239 @@
+"""Token ids of one split as a memory-mapped array, and the folder they are kept in.
+
+    tokens/KEY/  train.bin  train.starts.npy  val.bin  val.starts.npy  tokenizer.json  manifest.json
+
+A folder appears by one rename, with its manifest written last: a reader sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.types import UserError
+
+VERSION = 1
+STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """The tokens of one split, all sources one after the other.
+
+    tokens         [N] uint16 or uint32, memory-mapped when it comes from disk
+    doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
+    source_starts  [n_sources + 1] int64, source k holds tokens[source_starts[k] : source_starts[k + 1]]
+    n_bytes        UTF-8 bytes of the text, for bits per byte
+    """
+
+    tokens: np.ndarray
+    doc_starts: np.ndarray
+    source_starts: np.ndarray
+    n_bytes: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_sources(self) -> int:
+        return len(self.source_starts) - 1
+
+    @staticmethod
+    def from_ids(ids, doc_starts=(0,), source_starts=None, n_bytes: int = 0) -> TokenStore:
+        """A store in memory, for notebooks and tests."""
+        ids = np.asarray(ids)
+        tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
+        starts = np.asarray(doc_starts, np.int64)
+        sources = np.asarray([0, len(ids)] if source_starts is None else source_starts, np.int64)
+        digest = hashlib.sha256(tokens.tobytes() + starts.tobytes() + sources.tobytes()).hexdigest()
+        return TokenStore(tokens, starts, sources, n_bytes, digest)
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 as long as every id fits."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def write(
+    folder: Path, split: str, sources: Iterable[Iterable[str]], tokenizer: Any, progress: Callable[[int], None]
+) -> dict:
+    """Encode texts into `split`.bin and `split`.starts.npy; returns the split's part of the manifest.
+
+    An end-of-text id follows each document where the tokenizer has one. Text that looks like a special
+    token is plain text here: a corpus cannot end its own document. Documents without text are left out.
+    """
+    dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
+    starts, source_starts = array("q"), [0]
+    end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+    n_tokens = n_bytes = n_characters = 0
+    with open(folder / f"{split}.bin", "wb") as out:
+        for texts in sources:
+            for text in texts:
+                if not text:
+                    continue
+                ids = np.asarray(tokenizer.encode(text, disallowed_special=()) + end, dtype=dtype)
+                if not len(ids):
+                    continue
+                data = ids.tobytes()
+                out.write(data)
+                digest.update(data)
+                starts.append(n_tokens)
+                size = len(text.encode("utf-8"))
+                n_tokens, n_bytes, n_characters = n_tokens + len(ids), n_bytes + size, n_characters + len(text)
+                progress(size)
+            source_starts.append(n_tokens)
+        _sync(out)
+    with open(folder / f"{split}.starts.npy", "wb") as out:
+        np.save(out, np.frombuffer(starts, np.int64))
+        _sync(out)
+    return {
+        "documents": len(starts),
+        "tokens": n_tokens,
+        "bytes": n_bytes,
+        "characters": n_characters,
+        "dtype": dtype.name,
+        "source_starts": source_starts,
+        "sha256": {"tokens": digest.hexdigest(), "starts": _sha256(folder / f"{split}.starts.npy")},
+    }
+
+
+def open_split(folder: Path, split: str, manifest: dict) -> TokenStore:
+    part = manifest[split]
+    path, dtype = folder / f"{split}.bin", np.dtype(part["dtype"])
+    # The plain array over the map: indexing np.memmap itself costs several microseconds a call.
+    tokens = np.asarray(np.memmap(path, dtype, "r")) if part["tokens"] else np.zeros(0, dtype)
+    return TokenStore(
+        tokens,
+        np.load(folder / f"{split}.starts.npy"),
+        np.asarray(part["source_starts"], np.int64),
+        part["bytes"],
+        hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Last of all, by rename, with the sha256 of itself inside."""
+    body = dict(manifest, version=VERSION)
+    body["manifest_sha256"] = _manifest_hash(body)
+    partial = folder / "manifest.json.partial"
+    with open(partial, "w", encoding="utf-8") as out:
+        json.dump(body, out, indent=1, sort_keys=True)
+        _sync(out)
+    os.replace(partial, folder / "manifest.json")
+
+
+def verify(folder: Path) -> tuple[dict | None, str]:
+    """(manifest, "") if every file is as it was written, else (None, what is wrong)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["manifest_sha256"] != _manifest_hash(manifest):
+            return None, "manifest.json was changed"
+        if manifest["version"] != VERSION:
+            return None, f"manifest version {manifest['version']}, this release writes {VERSION}"
+        for name, sha256 in _files(manifest):
+            if _sha256(folder / name) != sha256:
+                return None, f"{name} does not match its sha256"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    return manifest, ""
+
+
+def _files(manifest: dict) -> list[tuple[str, str]]:
+    files = [(f"{s}.bin", manifest[s]["sha256"]["tokens"]) for s in ("train", "val")]
+    files += [(f"{s}.starts.npy", manifest[s]["sha256"]["starts"]) for s in ("train", "val")]
+    return [*files, ("tokenizer.json", manifest["tokenizer"]["sha256"])]
+
+
+def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
+    """The folder root/KEY, verified; `make(folder) -> manifest` fills it when it is missing or damaged.
+
+    Several processes may do this at once: each fills a folder of its own, the first rename wins.
+
+    Raises:
+        UserError: the folder cannot be written (no space, no permission).
+    """
+    folder = root / key
+    if folder.exists():
+        manifest, wrong = verify(folder)
+        if manifest:
+            return folder, manifest
+        log(f"cached tokens in {folder} are damaged ({wrong}): building them again")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root)
+        partial = Path(tempfile.mkdtemp(prefix=f".partial-{key[:12]}-", dir=root))
+    except OSError as error:
+        raise _cannot_write(root, error) from error
+    try:
+        write_manifest(partial, make(partial))
+        manifest, wrong = verify(partial)
+        if not manifest:
+            raise UserError(f"the tokens just written to {root} cannot be read back ({wrong}): check the disk")
+        return _publish(partial, folder, manifest)
+    except OSError as error:
+        raise _cannot_write(root, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
+    for _ in range(3):
+        try:
+            os.rename(partial, folder)
+            return folder, manifest
+        except OSError:
+            if not folder.exists():
+                raise
+        theirs, _ = verify(folder)  # another process was first, or a damaged folder is in the way
+        if theirs:
+            return folder, theirs
+        aside = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
+        try:
+            os.rename(folder, aside / "tokens")  # who has it open keeps its files
+        except FileNotFoundError:
+            pass  # somebody else moved it
+        shutil.rmtree(aside, ignore_errors=True)
+    raise UserError(f"{folder} cannot be replaced: delete it and start again")
+
+
+def _remove_stale(root: Path) -> None:
+    for path in root.glob(".partial-*"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+        except FileNotFoundError:
+            pass
+
+
+def _cannot_write(root: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write tokens to {root}: {error.strerror or error}\n"
+        "  free some space or choose another folder with data.cache_dir=FOLDER"
+    )
+
+
+def _manifest_hash(manifest: dict) -> str:
+    body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
