@@ -1,3 +1,4 @@
+# ruff: noqa: C408
 """The configuration: nested frozen dataclasses, and the layers that fill them.
 
 default < arch < preset < YAML (each may name its `base:`) < `a.b=c` on the command line.
@@ -471,14 +472,17 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
         (
             "model.n_layer", "model.n_head", "model.n_kv_head", "model.d_model", "model.d_ff", "model.context_length",
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
-            "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every", "train.log_every",
-            "train.keep_checkpoints", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
+            "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
+            "train.log_every", "train.keep_checkpoints", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
         ),
         (1, 2**31 - 1, True, True),
     ),
     **dict.fromkeys(("seed", "sample.seed"), (0, 2**32 - 1, True, True)),
     **dict.fromkeys(
-        ("optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain", "train.epochs"),
+        (
+            "optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain",
+            "train.epochs",
+        ),
         (0, math.inf, False, False),
     ),
     **dict.fromkeys(("model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"), (0, 1, True, False)),
