@@ -1,11 +1,11 @@
 """What every tokenizer promises, and the parts they share.
 
-A tokenizer turns text into ids in 0 .. vocab_size-1 and back. Special tokens (`<|endoftext|>`) are ids that no
-ordinary text produces: their text inside an input is refused unless the caller says what is meant.
+A tokenizer turns text into ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are ids that no
+ordinary text produces: their text inside an input is refused until the caller says what is meant.
 
-    tok.encode("a<|endoftext|>b")                                       UserError: says the two ways out
-    tok.encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})    the special id
-    tok.encode("a<|endoftext|>b", disallowed_special=())                plain text like any other
+    encode("a<|endoftext|>b")                                      UserError, it names the two ways out:
+    encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   the id of the special token
+    encode("a<|endoftext|>b", disallowed_special=())               plain text like any other
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
-from collections.abc import Collection, Iterable
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -23,6 +25,7 @@ import numpy as np
 from gptjax.types import UserError
 
 FILE = "tokenizer.json"
+FORMAT = "gptjax-tokenizer"
 VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
 
@@ -30,59 +33,232 @@ Special = Collection[str] | Literal["all"]
 
 
 class Tokenizer(Protocol):
-    """The promise. `tests/contracts/test_tokenizers.py` holds every kind to it."""
+    """The promise that every kind keeps; `tests/contracts/test_tokenizers.py` is its long form."""
 
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None  # put between documents; None: this kind has no special tokens
-    fingerprint: str  # sha256 of its file
+    eot_id: int | None  # stands between documents; None: this kind has no special tokens
 
+    @property
+    def fingerprint(self) -> str: ...
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]: ...
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
-    def save(self, path: str | Path) -> Path: ...
+    def save(self, path: str | os.PathLike[str]) -> Path: ...
 
 
 class Base:
-    """The shared half. A kind adds `data`, `_encode` (text without special tokens) and `_decode` (ids without them)."""
+    """The half that all kinds share. A kind adds `data`, `_encode` and `_decode`, which see no special tokens."""
 
     kind: ClassVar[str]
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None = None
+    eot_id: int | None
 
     def data(self) -> dict[str, Any]:
-        """What the file holds beside kind and version: plain JSON values."""
+        """What the saved file holds beside the header, as plain JSON values."""
         raise NotImplementedError
 
-    def _encode(self, text: str) -> list[int] | np.ndarray:
+    def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
-    def _decode(self, ids: list[int]) -> str:
+    def _encode_array(self, text: str) -> np.ndarray:
+        return np.array(self._encode(text), self.dtype)
+
+    def _decode(self, ids: np.ndarray) -> str:
         raise NotImplementedError
 
     # --- text to ids
 
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]:
-        """Ids of the text.
+        """The ids of a text.
 
         Args:
-            allowed_special: special tokens whose text stands for their id, or "all".
-            disallowed_special: special tokens whose text is refused unless allowed, or "all"; () refuses none.
+            text: any text without lone surrogates.
+            allowed_special: special tokens that mean their id wherever their text stands, or "all".
+            disallowed_special: special tokens that are refused unless allowed, or "all"; () refuses none.
 
         Raises:
-            UserError: a special token's text that is not allowed, a character the vocabulary cannot hold.
+            UserError: a special token that is not allowed, or text that the vocabulary cannot hold.
         """
-        parts = self._parts(text, allowed_special, disallowed_special)
-        return [int(i) if part is None else i for part, ids in parts for i in ids]
+        ids: list[int] = []
+        for piece, special in self._pieces(text, allowed_special, disallowed_special):
+            if special is None:
+                ids += self._encode(piece)
+            else:
+                ids.append(special)
+        return ids
 
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, as an array [N] of `self.dtype`: the quick way for whole files."""
-        parts = [np.asarray(ids, self.dtype) for _, ids in self._parts(text, allowed_special, disallowed_special)]
+        """Like `encode`, but as an array [N] of `self.dtype`: the quick way through whole files."""
+        parts = [
+            self._encode_array(piece) if special is None else np.array([special], self.dtype)
+            for piece, special in self._pieces(text, allowed_special, disallowed_special)
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def _pieces(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
+        """(plain text, None) and (special token, its id), in order."""
+        _check_text(text)
+        allowed = self._named(allowed, "allowed_special")
+        refused = self._named(disallowed, "disallowed_special") - allowed
+        if refused and (found := _alternatives(frozenset(refused)).search(text)):
+            raise UserError(_refusal(found))
+        if not allowed:
+            yield text, None
+            return
+        start = 0
+        for found in _alternatives(frozenset(allowed)).finditer(text):
+            if found.start() > start:
+                yield text[start : found.start()], None
+            yield found[0], self.special_tokens[found[0]]
+            start = found.end()
+        if start < len(text):
+            yield text[start:], None
+
+    def _named(self, names: Special, where: str) -> set[str]:
+        if names == "all":
+            return set(self.special_tokens)
+        if isinstance(names, str):
+            raise UserError(f'{where}: expected a set of special tokens or "all", got {names!r}')
+        if where == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
+            known = ", ".join(self.special_tokens) or "none"
+            raise UserError(f"{where}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})")
+        return set(names) & set(self.special_tokens)
+
+    # --- ids to text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens give their name, bytes that are no UTF-8 give U+FFFD.
+
+        Raises:
+            UserError: an id outside 0 .. vocab_size-1.
+        """
+        ids = self._checked(ids)
+        names = {i: name for name, i in self.special_tokens.items()}
+        cuts = np.flatnonzero(np.isin(ids, list(names))) if names else np.zeros(0, int)
+        text, start = "", 0
+        for cut in cuts:
+            text += self._decode(ids[start:cut]) + names[int(ids[cut])]
+            start = cut + 1
+        return text + self._decode(ids[start:])
+
+    def _checked(self, ids: Iterable[int]) -> np.ndarray:
+        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+        if ids.size == 0:
+            return np.zeros(0, np.int64)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UserError(f"decode: expected one row of whole numbers, got shape {ids.shape} of {ids.dtype}")
+        outside = (ids < 0) | (ids >= self.vocab_size)
+        if outside.any():
+            at = int(np.argmax(outside))
+            raise UserError(f"decode: id {ids[at]} at place {at} is outside the vocabulary, 0 .. {self.vocab_size - 1}")
+        return ids.astype(np.int64)
+
+    # --- to a file
+
+    def dumps(self) -> str:
+        """The text of the saved file: the same tokenizer gives the same text everywhere."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "special_tokens": self.special_tokens,
+        }
+        return json.dumps(header | self.data(), ensure_ascii=False, indent=0) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the tokenizer as one file: `path` itself if it ends in .json, else `path`/tokenizer.json."""
+        path = Path(path)
+        path = path if path.suffix == ".json" else path / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
+            out.write(self.dumps())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+        return path
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the saved file; two tokenizers are equal when these are."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Base) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} tokenizer {self.name}: {self.vocab_size} ids>"
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"encode: expected text (str), got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"encode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not text; "
+            'read the file as UTF-8, or use text.encode("utf-8", "replace").decode()'
+        ) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))))
+
+
+def _refusal(found: re.Match[str]) -> str:
+    name = found[0]
+    return (
+        f"encode: the text holds the special token {name} at character {found.start()}; say what it means: "
+        f"allowed_special={{{name!r}}} for its id, disallowed_special=() for plain text"
+    )
+
+
+def refuse(kind: str, problems: list[str]) -> None:
+    """Raises one UserError for all that is wrong with a tokenizer file, the first ten in full."""
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise UserError.all([f"{kind} tokenizer: {line}" for line in problems[:10]] + more)
+
+
+def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
+    """The value if it is a list of different non-empty strings that UTF-8 can hold; else a note in `problems`."""
+    if not isinstance(value, list):
+        problems.append(f"{what}: expected a list of strings, got {type(value).__name__}")
+        return []
+    bad = [i for i, item in enumerate(value) if not isinstance(item, str) or not item or not _is_utf8(item)]
+    problems += [f"{what}[{i}]: expected a non-empty string, got {value[i]!r:.60}" for i in bad]
+    if bad:
+        return []
+    if len(set(value)) < len(value):
+        seen: set[str] = set()
+        twice = [f"{what}[{i}]: {item!r} stands there twice" for i, item in enumerate(value) if item in seen or seen.add(item)]
+        problems += twice
+        return []
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,173 @@
+"""Text to ids and back.
+
+    tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
+    tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
+    tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
+    ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import TokenizerConfig
+from gptjax.tokenizers.base import FILE, FORMAT, VERSION, Tokenizer, refuse
+from gptjax.types import UserError
+
+__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "build", "load", "loads", "train"]
+
+READY = ("gpt2", "bytes")
+TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
+KINDS: dict[str, tuple[str, str]] = {  # kind -> module and class, imported when needed
+    "chars": ("chars", "Chars"),
+    "bytes": ("chars", "Bytes"),
+    "words": ("words", "Words"),
+    "bpe": ("bpe", "BPE"),
+    "wordpiece": ("subwords", "WordPiece"),
+    "unigram": ("subwords", "Unigram"),
+}
+MAX_FILE_BYTES = 256 << 20
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
+    """A known tokenizer, a saved file, or the tokenizer of a folder or run directory.
+
+    Raises:
+        UserError: nothing of that name, or a file that is not a whole and consistent tokenizer.
+    """
+    if name_or_path == "gpt2":
+        return _module("bpe").gpt2()
+    if name_or_path == "bytes":
+        return _module("chars").Bytes()
+    path = Path(name_or_path)
+    candidates = [path / "final" / FILE, path / FILE] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return _load_file(candidate)
+    raise UserError(_not_found(str(name_or_path), path))
+
+
+def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **options: Any) -> Tokenizer:
+    """Fits a new tokenizer: `name` is chars, words, bpe, wordpiece or unigram.
+
+    Args:
+        texts: documents; read once.
+        vocab_size: ids in all. bpe, wordpiece and unigram need it; chars takes all characters; words all words
+            unless it is given.
+        options: `special=` names of special tokens (words and bpe).
+    """
+    texts = _strings(texts)
+    if name == "chars":
+        return _module("chars").train(texts)
+    if name == "words":
+        return _module("words").train(texts, vocab_size, **options)
+    if name not in TRAINED:
+        raise UserError(f"cannot train a tokenizer called {name!r}{_near(name, TRAINED)}")
+    if vocab_size is None:
+        raise UserError(f"training a {name} tokenizer needs a vocab_size, for instance 4096")
+    if name == "bpe":
+        return _module("bpe").train(texts, vocab_size, **options)
+    return _module("subwords").train(name, texts, vocab_size)
+
+
+def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that a config names: loaded, or trained on `texts()`, which is called only then."""
+    if cfg.name not in TRAINED:
+        return load(cfg.name)
+    return train(cfg.name, texts(), None if cfg.name in ("chars", "words") else cfg.vocab_size)
+
+
+def loads(text: str, where: str = "tokenizer") -> Tokenizer:
+    """A tokenizer from the text of its file."""
+    try:
+        data = json.loads(text, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: not a whole JSON file ({error}); train or copy it again") from None
+    try:
+        _check_header(data)
+        tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
+        _check_ids(data, tokenizer)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return tokenizer
+
+
+def _load_file(path: Path) -> Tokenizer:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{path}: {size:,} bytes, more than a tokenizer file can have ({MAX_FILE_BYTES:,})")
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
+    return loads(text, str(path))
+
+
+def _check_header(data: Any) -> None:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f'not a tokenizer file of gptjax ("format": "{FORMAT}" is missing)')
+    if data.get("version") != VERSION:
+        raise UserError(f"version {data.get('version')!r:.40} of the file format; this gptjax reads version {VERSION}")
+    problems = []
+    if data.get("kind") not in KINDS:
+        problems.append(f"kind: expected one of {', '.join(KINDS)}, got {data.get('kind')!r:.60}")
+    if not isinstance(data.get("name"), str) or not data["name"]:
+        problems.append(f"name: expected a name, got {data.get('name')!r:.60}")
+    special = data.get("special_tokens")
+    if not isinstance(special, dict) or not all(special) or not all(type(i) is int for i in special.values()):
+        problems.append(f"special_tokens: expected names with whole numbers, got {special!r:.60}")
+    refuse("this", problems)
+
+
+def _check_ids(data: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """What the header says must be what the vocabulary gives: no gap, no id twice, none missing."""
+    problems = []
+    if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
+        problems.append(
+            f"vocab_size: the header says {data.get('vocab_size')!r:.40}, the entries give {tokenizer.vocab_size}"
+        )
+    for name, i in data["special_tokens"].items():
+        expected = tokenizer.special_tokens.get(name)
+        if i != expected:
+            problems.append(f"special_tokens: {name!r:.60} has id {i}, expected {expected}")
+    refuse(tokenizer.kind, problems)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else ["a key"]
+        raise UserError(f"{', '.join(twice)} stands there twice")
+    return data
+
+
+def _strings(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, str):
+        raise UserError("texts: expected several texts (a list, a generator), got one string; write [text]")
+    return texts
+
+
+def _not_found(name: str, path: Path) -> str:
+    if name in TRAINED:
+        return f"a {name} tokenizer has to be trained first: tokenizers.train({name!r}, texts), or `gptjax tokenizer train`"
+    if path.is_dir():
+        return f"{path}: no {FILE} and no final/{FILE} in this folder"
+    return f"no tokenizer called {name!r} and no such file{_near(name, READY + TRAINED)}"
+
+
+def _near(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return (f", did you mean {near[0]!r}?" if near else "") + f" (known: {', '.join(known)})"
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"gptjax.tokenizers.{name}")

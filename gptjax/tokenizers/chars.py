@@ -1,0 +1,107 @@
+"""Characters and bytes: the two vocabularies that need no learning.
+
+chars  every different character of the training text gets an id, in order of its code point: tiny, lossless,
+       and helpless before a character it has not seen.
+bytes  the 256 bytes of UTF-8 and <|endoftext|>: holds any text, at up to four ids a character.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
+from gptjax.types import UserError
+
+
+class Chars(Base):
+    """One id a character, no special tokens."""
+
+    kind = "chars"
+    name = "chars"
+    eot_id = None
+
+    def __init__(self, chars: str) -> None:
+        """`chars` in the order of their ids; all different."""
+        self.chars = chars
+        self.vocab_size = len(chars)
+        self.special_tokens = {}
+        self._code_points = _code_points(chars)  # [V] uint32
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # code point -> id; the last one: unknown
+        self._ids[self._code_points] = np.arange(self.vocab_size)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Chars:
+        chars, problems = data.get("chars"), []
+        if not isinstance(chars, str) or not chars:
+            problems.append(f"chars: expected the characters as one string, got {chars!r:.60}")
+        elif len(set(chars)) < len(chars):
+            problems.append("chars: the same character stands there twice")
+        elif any(0xD800 <= ord(c) < 0xE000 for c in chars):
+            problems.append("chars: lone surrogates are not characters")
+        refuse("chars", problems)
+        return cls(chars)
+
+    def data(self) -> dict[str, Any]:
+        return {"chars": self.chars}
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_array(text).tolist()
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        if ids.size and ids.min() < 0:
+            at = int(np.argmax(ids < 0))
+            raise UserError(
+                f"the chars tokenizer has no {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text): it holds "
+                f"only the {self.vocab_size} characters it was fitted on; leave it out, or use tokenizer.name=bytes or bpe"
+            )
+        return ids.astype(self.dtype)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._code_points[ids].astype("<u4").tobytes().decode("utf-32-le")
+
+
+class Bytes(Base):
+    """The bytes of UTF-8 as ids 0-255, <|endoftext|> as 256."""
+
+    kind = "bytes"
+    name = "bytes"
+    vocab_size = 257
+    eot_id = 256
+
+    def __init__(self) -> None:
+        self.special_tokens = {END_OF_TEXT: 256}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Bytes:
+        return cls()
+
+    def data(self) -> dict[str, Any]:
+        return {}
+
+    def _encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+
+def train(texts: Iterable[str]) -> Chars:
+    """The characters of the texts, sorted by code point."""
+    chars: set[str] = set()
+    for text in texts:
+        chars.update(text)
+    if not chars:
+        raise UserError("cannot fit a chars tokenizer: the texts are empty")
+    return Chars("".join(sorted(chars)))
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")

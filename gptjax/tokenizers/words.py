@@ -1,0 +1,99 @@
+"""The book's regular-expression tokenizer: words and punctuation marks, looked up in a sorted vocabulary.
+
+    "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
+
+White space is not kept, so decoding gives the words back with one space between, none before a closing mark.
+Without special tokens it is the book's V1 (an unknown word is an error); with `<|endoftext|>` and `<|unk|>` its V2.
+Trained by default with [BOS] [EOS] [PAD] [UNK].
+
+Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax.tokenizers.base import Base, refuse, string_list
+from gptjax.types import UserError
+
+SPECIAL = ("[BOS]", "[EOS]", "[PAD]", "[UNK]")
+BOOK_SPECIAL = ("<|endoftext|>", "<|unk|>")
+
+_SPLIT = re.compile(r"""([,.:;?_!"()']|--|\s)""")
+_SPACE_BEFORE = re.compile(r"""\s+([,.?!"()'])""")
+
+
+def split(text: str) -> list[str]:
+    """Words and marks, without the white space between them."""
+    return [piece.strip() for piece in _SPLIT.split(text) if piece.strip()]
+
+
+class Words(Base):
+    """Words with ids 0 .. n-1, then the special tokens."""
+
+    kind = "words"
+    name = "words"
+
+    def __init__(self, words: Sequence[str], special: Sequence[str] = SPECIAL) -> None:
+        self.words = list(words)
+        self.special_tokens = {token: len(self.words) + i for i, token in enumerate(special)}
+        self.vocab_size = len(self.words) + len(self.special_tokens)
+        self.eot_id = self._first("<|endoftext|>", "[EOS]")
+        self.unk_id = self._first("<|unk|>", "[UNK]")
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        self._texts = np.array([*self.words, *special], dtype=object)
+
+    def _first(self, *names: str) -> int | None:
+        return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Words:
+        problems: list[str] = []
+        words = string_list(data.get("words"), "words", problems)
+        problems += [f"words[{i}]: {word!r:.60} is not one word" for i, word in enumerate(words) if split(word) != [word]]
+        both = sorted(set(words) & set(data["special_tokens"]))
+        problems += [f"words: {word!r} is a special token too" for word in both]
+        refuse("words", problems)
+        return cls(words, list(data["special_tokens"]))
+
+    def data(self) -> dict[str, Any]:
+        return {"words": self.words}
+
+    def _encode(self, text: str) -> list[int]:
+        words = split(text)
+        if self.unk_id is not None:
+            return [self._ids.get(word, self.unk_id) for word in words]
+        try:
+            return [self._ids[word] for word in words]
+        except KeyError as error:
+            raise UserError(
+                f"the words tokenizer has no {error.args[0]!r:.60} and no token for unknown words: "
+                "train it with special tokens, or use tokenizer.name=bpe"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Words joined by one space, none before a closing mark; special tokens stand like words."""
+        return _SPACE_BEFORE.sub(r"\1", " ".join(self._texts[self._checked(ids)]))
+
+
+def train(texts: Iterable[str], vocab_size: int | None = None, *, special: Sequence[str] = SPECIAL) -> Words:
+    """The different words of the texts, sorted; the most frequent ones if `vocab_size` leaves no room for all."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(split(text))
+    for name in special:
+        counts.pop(name, None)
+    if not counts:
+        raise UserError("cannot train a words tokenizer: the texts hold no word")
+    words = sorted(counts)
+    if vocab_size is not None:
+        room = vocab_size - len(special)
+        if room < 1:
+            raise UserError(f"tokenizer.vocab_size={vocab_size}: words needs {len(special) + 1} or more")
+        words = sorted(sorted(words, key=lambda word: -counts[word])[:room])
+    return Words(words, special)
