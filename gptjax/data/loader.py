@@ -156,14 +156,12 @@ def eval_batches(
     for first in range(0, len(starts), batch_size):
         rows = starts[first : first + batch_size]
         rows = np.concatenate([rows, np.full(batch_size - len(rows), n - 1)])  # nothing but padding
-        batch = gather(store, np.minimum(rows, n - 1), t, masked)
+        batch = gather(store, rows, t, masked)
         here = (rows[:, None] + 1 + np.arange(t) < n).astype(np.float32)
         segments = batch.segment_ids
         if masked:
             segments = np.where(rows[:, None] + np.arange(t) < n, segments, 0).astype(np.int32)
-        yield batch._replace(
-            tokens=batch.tokens, weights=here * batch.weights if masked else here, segment_ids=segments
-        )
+        yield batch._replace(weights=here * batch.weights if masked else here, segment_ids=segments)
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:

@@ -76,16 +76,17 @@ def write(
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
     starts, source_starts = array("q"), [0]
-    end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+    end = np.asarray([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype)
     n_tokens = n_bytes = n_characters = 0
     with open(folder / f"{split}.bin", "wb") as out:
         for texts in sources:
             for text in texts:
                 if not text:
                     continue
-                ids = np.asarray(tokenizer.encode(text, disallowed_special=()) + end, dtype=dtype)
+                ids = tokenizer.encode_array(text, disallowed_special=()).astype(dtype, copy=False)
                 if not len(ids):
                     continue
+                ids = np.concatenate([ids, end])
                 data = ids.tobytes()
                 out.write(data)
                 digest.update(data)
@@ -153,7 +154,7 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 def _files(manifest: dict) -> list[tuple[str, str]]:
     files = [(f"{s}.bin", manifest[s]["sha256"]["tokens"]) for s in ("train", "val")]
     files += [(f"{s}.starts.npy", manifest[s]["sha256"]["starts"]) for s in ("train", "val")]
-    return [*files, ("tokenizer.json", manifest["tokenizer"]["sha256"])]
+    return [*files, ("tokenizer.json", manifest["tokenizer"]["fingerprint"])]
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:

@@ -1,0 +1,28 @@
+"""Text to tokens to batches: numpy only, never jax.
+
+    ready  = data.prepare(cfg)                        tokenizer, train and val stores, manifest
+    loader = data.Loader(ready.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
+    batch  = loader.batch(step)                       a pure function of (seed, step)
+    for batch in data.eval_batches(ready.val, context_length=64, batch_size=12): ...
+"""
+
+from gptjax.data.loader import Loader, eval_batches, permute
+from gptjax.data.prepare import Prepared, describe, prepare
+from gptjax.data.sources import Document, Documents, documents, split
+from gptjax.data.store import TokenStore
+from gptjax.data.windows import windows
+
+__all__ = [
+    "Document",
+    "Documents",
+    "Loader",
+    "Prepared",
+    "TokenStore",
+    "describe",
+    "documents",
+    "eval_batches",
+    "permute",
+    "prepare",
+    "split",
+    "windows",
+]

@@ -1,0 +1,194 @@
+"""From a config to tokens on disk: read, split, fit or load the tokenizer, encode once, reuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptjax import tokenizers
+from gptjax.config import Config
+from gptjax.data import store as token_store
+from gptjax.data.sources import Documents, Part, cache_root, documents, measure, split
+from gptjax.data.store import TokenStore
+from gptjax.types import UserError
+
+
+class Prepared(NamedTuple):
+    """What training needs of the data. `manifest["key"]` names this data: sources, split and tokenizer."""
+
+    tokenizer: Any
+    train: TokenStore
+    val: TokenStore
+    manifest: dict
+
+
+def prepare(
+    cfg: Config,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Tokens of `cfg.data` under `cfg.tokenizer`, from the cache when nothing changed.
+
+    The cache key covers the content of every source, the split and the tokenizer; not the seed, because
+    nothing here depends on it. chars is fitted on all text (a character of the held-out part must have an
+    id), the trained vocabularies on the training part alone.
+
+    Args:
+        log: gets a line about what takes time.
+        progress: gets (bytes encoded, bytes in all) after each document.
+    Raises:
+        UserError: unreadable or too little text, or more ids than model.vocab_size.
+    """
+    found = documents(cfg.data)
+    held = documents(cfg.data, cfg.data.val_source) if cfg.data.val_source else None
+    loaded = None if cfg.tokenizer.name in tokenizers.TRAINED else tokenizers.build(cfg.tokenizer, lambda: iter(()))
+    key = _key(cfg, found, held, loaded)
+
+    def make(folder: Path) -> dict:
+        log(f"reading {', '.join(source.name for source in found.sources)}")
+        train, val, how = _parts(cfg, found, held)
+        tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
+        tokenizer.save(folder / "tokenizer.json")
+        log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
+        return {
+            "key": key,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "vocab_size": tokenizer.vocab_size,
+                "fingerprint": tokenizer.fingerprint,
+            },
+            "sources": _describe_sources(found),
+            "val_sources": _describe_sources(held) if held else [],
+            "split": how,
+            **_encode(folder, train, val, tokenizer, sum(part["bytes"] for part in how), progress),
+        }
+
+    folder, manifest = token_store.build(cache_root(cfg.data) / "tokens", key, make, log)
+    tokenizer = loaded or tokenizers.load(str(folder / "tokenizer.json"))
+    ready = Prepared(
+        tokenizer,
+        token_store.open_split(folder, "train", manifest),
+        token_store.open_split(folder, "val", manifest),
+        dict(manifest, folder=str(folder)),
+    )
+    check(ready, cfg)
+    return ready
+
+
+def check(ready: Prepared, cfg: Config) -> None:
+    """That there is enough text for one window, and a row in the embedding for every id.
+
+    Raises:
+        UserError: all that does not fit, at once.
+    """
+    needed, problems = cfg.model.context_length + 1, []
+    if len(ready.train) < needed:
+        problems.append(
+            f"data.source={','.join(cfg.data.source)}: {len(ready.train)} training tokens found, at least {needed} "
+            f"needed for one window of model.context_length={cfg.model.context_length}: give more text or lower it"
+        )
+    if len(ready.val) < 2:
+        problems.append(
+            f"{len(ready.val)} validation tokens found, at least 2 needed: give more text, raise data.val_fraction "
+            f"({cfg.data.val_fraction}) or name data.val_source"
+        )
+    if 0 < cfg.model.vocab_size < ready.tokenizer.vocab_size:
+        problems.append(
+            f"tokenizer {ready.tokenizer.name} has {ready.tokenizer.vocab_size} ids and model.vocab_size="
+            f"{cfg.model.vocab_size} rows: set model.vocab_size to 0 (the tokenizer's own) or at least "
+            f"{ready.tokenizer.vocab_size}"
+        )
+    if problems:
+        raise UserError.all(problems)
+
+
+def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
+    """Lines for `gptjax data inspect`."""
+    manifest, tokenizer = ready.manifest, ready.tokenizer
+    yield f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}"
+    for source in manifest["sources"]:
+        yield f"source      {source['name']}, {source['files']} files, sha256 {source['fingerprint'][:12]}"
+    for source in manifest["val_sources"]:
+        yield f"val source  {source['name']}, {source['files']} files, sha256 {source['fingerprint'][:12]}"
+    for part in manifest["split"]:
+        if part["split"] == "none":
+            continue
+        if part["split"] == "tail":
+            yield f"split       {part['source']}: the end of each file is held out"
+        else:
+            held = part["held_out"]
+            shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
+            yield f"split       {part['source']}: {part['split']}s held out: {shown}"
+    total = manifest["train"]["bytes"] + manifest["val"]["bytes"]
+    for name in ("train", "val"):
+        part = manifest[name]
+        yield (
+            f"{name:<11} {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes "
+            f"({part['bytes'] / max(total, 1):.1%}), {part['bytes'] / max(part['tokens'], 1):.2f} bytes a token"
+        )
+    yield f"stored      {manifest['train']['dtype']} in {manifest['folder']}"
+    window = [int(i) for i in ready.train.tokens[: context_length + 1]]
+    yield f"window      input  {window[:8]} ... -> target {window[1:9]} ..."
+    yield f"            {tokenizer.decode(window[:-1])!r}"
+
+
+def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part, Part, list[dict]]:
+    if held is None:
+        return split(found, cfg.data)
+    whole = [
+        {"source": source.name, "split": "none", "documents": len(sizes.names), "bytes": int(sizes.bytes.sum())}
+        for source in (*found.sources, *held.sources)
+        for sizes in [measure(source)]
+    ]
+    return Part(found, None), Part(held, None), whole
+
+
+def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:
+    parts = (train, val) if name == "chars" else (train,)
+    return lambda: (text for part in parts for text in part.texts())
+
+
+def _encode(
+    folder: Path, train: Part, val: Part, tokenizer: Any, total: int, progress: Callable[[int, int], None]
+) -> dict:
+    done = 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        progress(done, total)
+
+    def write(name: str, part: Part) -> dict:
+        texts = [(document.text for document in part.source(k)) for k in range(len(part.documents.sources))]
+        return token_store.write(folder, name, texts, tokenizer, advance)
+
+    return {"train": write("train", train), "val": write("val", val)}
+
+
+def _describe_sources(found: Documents) -> list[dict]:
+    return [{"name": s.name, "files": len(s.files), "fingerprint": s.fingerprint} for s in found.sources]
+
+
+def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Any) -> str:
+    """What the tokens depend on. A trained tokenizer is named by its settings: its text is in the key already."""
+    data = cfg.data
+    if loaded:
+        tokenizer: Any = loaded.fingerprint
+    elif cfg.tokenizer.name in ("chars", "words"):
+        tokenizer = cfg.tokenizer.name
+    else:
+        tokenizer = [cfg.tokenizer.name, cfg.tokenizer.vocab_size, metadata.version("tokenizers")]
+    parts = {
+        "version": token_store.VERSION,
+        "sources": [source.fingerprint for source in found.sources],
+        "val_sources": [source.fingerprint for source in held.sources] if held else None,
+        "text": [data.text_field, data.max_documents],
+        "split": None if held else [data.split, data.val_fraction],
+        "tokenizer": tokenizer,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
