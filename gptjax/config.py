@@ -152,6 +152,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long, how often, how much at once."""
+
     max_steps: int = 1000
     epochs: Optional[float] = None  # sets max_steps from the data
     batch_size: int = 12  # windows a step, over all micro-batches
@@ -168,6 +170,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """What `gptjax sample` writes, and the samples during training."""
+
     prompt: str = "\n"
     max_new_tokens: int = 300
     n: int = 1
@@ -262,6 +266,53 @@ def _leaf_types(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaf_types(hint, f"{prefix}{name}.")
         else:
             yield prefix + name, hint
+
+
+def describe() -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """(group, what it is, [(key, type, default, comment), ..]) for `--help`, from this file's source."""
+    comments = dict(_comments())
+    defaults = flat(Config())
+    return [
+        (
+            group,
+            cls.__doc__.partition("\n")[0],
+            [
+                (
+                    key,
+                    type_name(hint),
+                    _shown_default(key, defaults[key]),
+                    comments.get((cls.__name__, key[len(prefix) :]), ""),
+                )
+                for key, hint in _leaf_types(cls, prefix)
+                if key.count(".") == (1 if group else 0)
+            ],
+        )
+        for group, prefix, cls in [("", "", Config), *((n, f"{n}.", c) for n, c in _groups().items())]
+    ]
+
+
+def _groups() -> dict[str, type]:
+    return {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
+
+
+def _shown_default(key: str, value: Any) -> str:
+    leaf = key.removeprefix("model.")
+    if leaf in ARCHS["gpt2"] and leaf != key:
+        return "null"  # by arch
+    return _yaml_value(None if key in ("model.n_kv_head", "model.d_ff") else value)
+
+
+def _comments() -> Iterator[tuple[tuple[str, str], str]]:
+    """((class, field), the comment on its line)."""
+    import ast
+
+    text = Path(__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        for item in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                tail = lines[item.end_lineno - 1][item.end_col_offset :].strip()
+                yield (node.name, item.target.id), tail.removeprefix("#").strip()
 
 
 # ---------------------------------------------------------------- layers

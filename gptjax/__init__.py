@@ -1,0 +1,60 @@
+"""gptjax: the whole LLM workflow as pure functions in JAX.
+
+The front door: every name is imported when it is first used, so `import gptjax` costs nothing.
+
+    cfg = gptjax.load_config("shakespeare-char", "optim.lr=3e-4")
+    result = gptjax.train(cfg)
+    params, model = gptjax.load(result.run_dir)
+    logits = gptjax.forward(params, tokens, model)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# name -> where it lives; a module stands for itself
+_HOMES: dict[str, str] = {
+    "load": "gptjax.weights",
+    "save": "gptjax.weights",
+    "load_config": "gptjax.config",
+    "Config": "gptjax.config",
+    "ModelConfig": "gptjax.config",
+    "TokenizerConfig": "gptjax.config",
+    "DataConfig": "gptjax.config",
+    "OptimConfig": "gptjax.config",
+    "TrainConfig": "gptjax.config",
+    "SampleConfig": "gptjax.config",
+    "train": "gptjax.training.loop",
+    "TrainState": "gptjax.training.step",
+    "make_train_step": "gptjax.training.step",
+    "init_params": "gptjax.model.gpt",
+    "abstract_params": "gptjax.model.gpt",
+    "forward": "gptjax.model.gpt",
+    "backbone": "gptjax.model.gpt",
+    "extend": "gptjax.model.gpt",
+    "generate": "gptjax.generation",
+    "UserError": "gptjax.types",
+    "tasks": "",
+    "tokenizers": "",
+    "data": "",
+    "presets": "gptjax.model",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gptjax' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    home = _HOMES[name]
+    if home in ("", "gptjax.model"):
+        value = importlib.import_module(f"{home or 'gptjax'}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

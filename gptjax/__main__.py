@@ -1,0 +1,105 @@
+"""`gptjax VERB ...` and `python -m gptjax VERB ...`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gptjax.cli import VERBS
+from gptjax.types import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 done, 2 bad input or environment (the message is on stderr),
+    3 training stopped on a loss that is not finite, 130 interrupted, 143 terminated; a bug raises.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `gptjax presets ls | head -1`: nobody reads on, which is no error; keep Python from flushing once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror}; nothing else was written")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"gptjax {_version()}")
+        return 0
+    name, *args = argv
+    if name not in VERBS:
+        from gptjax.config_io import did_you_mean
+
+        hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), VERBS)
+        raise UserError(f"no verb {name!r}{hint}\nverbs: {', '.join(VERBS)}; `gptjax --help` shows an example of each")
+    if any(arg in ("-h", "--help") for arg in args):
+        print(verb_help(name))
+        return 0
+    return importlib.import_module(VERBS[name].module).run(args)
+
+
+# what people type who come from elsewhere
+PEERS = {
+    "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
+    "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
+}  # fmt: skip
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gptjax")
+    except PackageNotFoundError:
+        return "used in place, not installed"
+
+
+def overview() -> str:
+    rows = [f"  {name:<10} {verb.what}\n             {verb.examples[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "gptjax VERB [preset or config.yaml] [a.b=c ...]",
+            "",
+            "Text to tokens to a trained GPT to new text, as pure functions in JAX.",
+            "",
+            *rows,
+            "",
+            "`gptjax VERB --help` says more; `gptjax pretrain --help` lists every setting.",
+            "--dry-run shows what a run would do, --print-config where each value came from.",
+        ]
+    )
+
+
+def verb_help(name: str) -> str:
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    more = getattr(module, "more_help", lambda: "")()
+    lines = [verb.usage, "", f"{verb.what[0].upper()}{verb.what[1:]}.", "", *(f"  {line}" for line in verb.examples)]
+    return "\n".join(lines) + (f"\n\n{more}" if more else "")
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}" if "\n" not in message else f"errors:\n{message}", file=sys.stderr)
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

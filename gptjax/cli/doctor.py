@@ -1,0 +1,100 @@
+"""`gptjax doctor`: versions, devices, assets, folders. Exit code 2 when something here would hurt a run."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from gptjax import assets
+from gptjax.cli.options import human
+from gptjax.types import UserError
+
+PACKAGES = (
+    "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
+    "tokenizers", "safetensors", "omegaconf",
+)  # fmt: skip
+
+
+def run(args: list[str]) -> int:
+    if args:
+        raise UserError(f"doctor takes no arguments, got {' '.join(args)}")
+    versions = {name: _version(name) for name in PACKAGES}
+    print(f"python             {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, found in versions.items():
+        if found or name != "libtpu":
+            print(f"{name:<18} {found or 'not installed'}")
+    problems = version_problems(versions)
+    problems += _devices()
+    _assets()
+    problems += _folders()
+    if problems:
+        raise UserError.all(problems)
+    print("all well")
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def version_problems(versions: dict[str, str]) -> list[str]:
+    """jax and jaxlib come in pairs: jaxlib may lag behind, by patch releases, and never lead."""
+    jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
+    if not jax or not jaxlib:
+        return ["jax is not installed whole: pip install -U jax"]
+    if jax.split(".")[:2] != jaxlib.split(".")[:2]:
+        return [f"jax {jax} and jaxlib {jaxlib} do not fit: pip install -U jax jaxlib"]
+    return []
+
+
+def tpu_here() -> bool:
+    """Signs of a TPU that do not need its driver: device files, or what Colab and TPU machines set."""
+    return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
+
+
+def backend_problem(backend: str, tpu: bool, libtpu: bool) -> list[str]:
+    """A run that silently falls from the TPU to the CPU is the worst surprise there is."""
+    if not tpu or backend == "tpu":
+        return []
+    way_out = (
+        "libtpu is installed: is another process using the TPU, or is JAX_PLATFORMS set?"
+        if libtpu
+        else "install its driver: pip install 'jax[tpu]'"
+    )
+    return [f"this machine has a TPU and jax runs on {backend}; {way_out}"]
+
+
+def _devices() -> list[str]:
+    try:
+        import jax
+
+        devices, backend = jax.devices(), jax.default_backend()
+    except (ImportError, RuntimeError) as error:
+        return [f"jax does not start: {error}"]
+    kinds = {device.device_kind for device in devices}
+    print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
+    return backend_problem(backend, tpu_here(), importlib.util.find_spec("libtpu") is not None)
+
+
+def _assets() -> None:
+    print("\nassets")
+    for name in assets.ASSETS:
+        found = assets.status(name)
+        where = f"cached, {human(found.size_bytes)}" if found.cached else f"not here yet, {human(found.size_bytes)}"
+        print(f"  {name:<24} {where:<26} {found.licence:<32} {found.what}")
+
+
+def _folders() -> list[str]:
+    """The cache must be writable; the folder of runs is the current one."""
+    cache = assets.cache_dir()
+    print(f"\ncache              {cache}")
+    parent = next(path for path in (cache, *cache.parents) if path.exists())
+    if parent.is_dir() and os.access(parent, os.W_OK):
+        return []
+    return [f"the cache folder {cache} cannot be written; set GPTJAX_CACHE to one that can"]

@@ -1,0 +1,117 @@
+"""What the verbs share: taking a command line apart, the list of settings, the dry run's page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gptjax.config import Config, ModelConfig, Provenance, describe, resolve, to_yaml
+from gptjax.config_io import Leaf, did_you_mean, from_args
+from gptjax.types import UserError
+
+SWITCHES = ("dry-run", "print-config")
+
+
+class Args(NamedTuple):
+    words: list[str]  # those without a `=`, in order
+    leaves: list[Leaf]  # a.b=c
+    dry_run: bool
+    print_config: bool
+
+
+def parse(args: Sequence[str], words: int, what: str = "[PRESET or CONFIG.yaml] [a.b=c ...]") -> Args:
+    """Up to `words` leading words, settings, and the two switches anywhere."""
+    rest, switches = [], set()
+    for arg in args:
+        name = arg.removeprefix("--").replace("_", "-")
+        if arg.startswith("--") and name in SWITCHES:
+            switches.add(name)
+        else:
+            rest.append(arg)
+    leading: list[str] = []
+    while rest and not rest[0].startswith("--") and len(leading) < words and not _is_setting(rest[0]):
+        leading.append(rest.pop(0))
+    for arg in rest:
+        if arg.startswith("--") and "=" not in arg and (hint := did_you_mean(arg, [f"--{name}" for name in SWITCHES])):
+            raise UserError(f"unknown option {arg}{hint}")
+    stray = next((arg for arg in rest if "=" not in arg and not arg.startswith("--")), None)
+    if stray is not None and not _follows_flag(rest, stray):
+        raise UserError(f"{stray!r} is not expected here: {what}")
+    return Args(leading, from_args(rest), "dry-run" in switches, "print-config" in switches)
+
+
+def _is_setting(arg: str) -> bool:
+    """`a.b=c`, and not a file whose name has a `=`."""
+    return "=" in arg and not os.path.exists(arg)
+
+
+def _follows_flag(rest: list[str], word: str) -> bool:
+    before = rest[rest.index(word) - 1] if rest.index(word) else ""
+    return before.startswith("--") and "=" not in before
+
+
+def configure(args: Args, default: str | None) -> tuple[Config, Provenance]:
+    """The configuration that a verb's arguments ask for."""
+    return resolve(args.words[0] if args.words else default, leaves=args.leaves)
+
+
+def print_config(cfg: Config, provenance: Provenance) -> None:
+    print(to_yaml(cfg, provenance), end="")
+
+
+def settings_help(groups: Sequence[str] | None = None, strip: bool = False) -> str:
+    """Every key with its type, default and comment, read from the dataclasses."""
+    lines = []
+    for group, doc, rows in describe():
+        if groups is not None and group not in groups:
+            continue
+        lines += ["", f"{group}: {doc}" if group else "settings of the run"]
+        for key, kind, default, comment in rows:
+            name = key.rpartition(".")[2] if strip else key
+            lines.append(f"  {name + '=' + default:<34} {kind}{'. ' + comment if comment else ''}")
+    return "\n".join(lines).lstrip("\n").replace("None", "null")
+
+
+# ---------------------------------------------------------------- what a run would cost
+
+
+def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
+    """A rough account of a training step: what must be there at once.
+
+    weights      4 bytes a parameter, and as much again for gradients
+    optimizer    two float32 moments a parameter; Muon keeps one for the block matrices
+    activations  what the backward pass needs of one micro-batch: about 10 D + 3 F numbers a token and block, and
+                 T scores a head where attention is not fused; with remat=full only D a token and block, with
+                 remat=dots the outputs of the products
+    """
+    model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
+    tokens = rows * model.context_length
+    size = 2 if model.dtype == "bfloat16" else 4
+    whole = 10 * model.d_model + 3 * model.d_ff + model.n_head * model.context_length
+    per_block = {"none": whole, "dots": 6 * model.d_model + 2 * model.d_ff, "full": model.d_model}[model.remat]
+    matrices = n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model
+    moments = 2 * n_params - (matrices if cfg.optim.name == "muon" else 0)
+    return {
+        "weights and gradients": 8 * n_params,
+        "optimizer": 4 * moments,
+        "activations": size * tokens * (model.n_layer * per_block + 4 * model.d_model),
+    }
+
+
+def human(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024 or unit == "GiB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:,.1f} {unit}"
+        size_bytes /= 1024
+    raise AssertionError
+
+
+def count_params(model: ModelConfig) -> int:
+    """Of the abstract tree: no memory is taken."""
+    import jax
+
+    from gptjax.model.gpt import abstract_params
+
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))

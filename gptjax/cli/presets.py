@@ -1,0 +1,47 @@
+"""`gptjax presets ls | show | cp`: the YAML files that come along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptjax.config import config_file, preset_files
+from gptjax.config_io import did_you_mean, read_text
+from gptjax.types import UserError
+
+ACTIONS = ("ls", "show", "cp")
+
+
+def run(args: list[str]) -> int:
+    action, *rest = args or ["ls"]
+    if action == "ls" and not rest:
+        _ls()
+    elif action == "show" and len(rest) == 1:
+        print(_read(rest[0]), end="")
+    elif action == "cp" and len(rest) == 2:
+        _cp(*rest)
+    elif action not in ACTIONS:
+        raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
+    else:
+        raise UserError("expected: gptjax presets ls | show PRESET | cp PRESET FILE.yaml")
+    return 0
+
+
+def _ls() -> None:
+    for name in preset_files():
+        print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
+
+
+def _read(name: str) -> str:
+    return read_text(config_file(name), "config")
+
+
+def _cp(name: str, target: str) -> None:
+    text, path = _read(name), Path(target)
+    if path.is_dir():
+        path = path / f"{name}.yaml"
+    try:
+        with open(path, "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        raise UserError(f"{path} is there already; give another name") from None
+    print(f"{path}  (run it: gptjax pretrain {path})")

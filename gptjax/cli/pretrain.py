@@ -1,0 +1,76 @@
+"""`gptjax pretrain`: one run, or with --dry-run what it would be."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gptjax.cli import options
+from gptjax.config import Config
+
+DEFAULT = "shakespeare-char"
+
+
+def run(args: list[str]) -> int:
+    parsed = options.parse(args, words=1)
+    cfg, provenance = options.configure(parsed, DEFAULT)
+    if parsed.print_config or parsed.dry_run:
+        options.print_config(cfg, provenance)
+        if parsed.dry_run:
+            print("\n" + "\n".join(report(cfg)))
+        return 0
+    from gptjax.training.loop import train
+
+    return train(cfg).exit_code
+
+
+def more_help() -> str:
+    return f"Without a preset it is {DEFAULT}. Every setting, with its default:\n\n{options.settings_help()}"
+
+
+def report(cfg: Config) -> list[str]:
+    """What a run would do and need, without a step of it."""
+    data, problem = _prepared(cfg)
+    vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
+    tokens = cfg.train.batch_size * cfg.model.context_length
+    lines = [f"run directory      {cfg.run_dir}"]
+    if data:
+        lines += [
+            f"data               {len(data.train):,} tokens to train, {len(data.val):,} to validate",
+            f"tokenizer          {data.tokenizer.name}, {data.tokenizer.vocab_size:,} words",
+        ]
+    else:
+        lines.append(f"data               not looked at: {problem}")
+    if vocab_size:
+        n_params = options.count_params(dataclasses.replace(cfg.model, vocab_size=vocab_size))
+        lines.append(f"parameters         {n_params:,}")
+    else:
+        lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")
+    lines.append(f"tokens a step      {tokens:,} ({cfg.train.batch_size} windows of {cfg.model.context_length})")
+    lines.append(f"steps              {_steps(cfg, data, tokens)}")
+    if vocab_size:
+        memory = options.memory_bytes(cfg, n_params, vocab_size)
+        parts = ", ".join(f"{name} {options.human(size)}" for name, size in memory.items())
+        lines.append(f"memory (estimate)  {options.human(sum(memory.values()))}: {parts}")
+    return [*lines, "dry run: no step was taken"]
+
+
+def _prepared(cfg: Config) -> tuple[Any, str]:
+    """The token files, or why they are not made for a dry run: it downloads nothing."""
+    from gptjax import assets, data
+
+    for source in (*cfg.data.source, *cfg.data.val_source):
+        if source.startswith("hf:"):
+            return None, f"{source} would be downloaded"
+        if source in assets.ASSETS and not assets.status(source).cached:
+            return None, f"{source} is not in the cache yet; `gptjax data prepare` fetches it"
+    return data.prepare(cfg), ""
+
+
+def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:
+    if data is None:
+        return f"{cfg.train.epochs:g} epochs" if cfg.train.epochs else f"{cfg.train.max_steps:,}"
+    if cfg.train.epochs:
+        return f"{round(cfg.train.epochs * len(data.train) / tokens_a_step):,}: {cfg.train.epochs:g} epochs"
+    epochs = cfg.train.max_steps * tokens_a_step / max(len(data.train), 1)
+    return f"{cfg.train.max_steps:,}: {cfg.train.max_steps * tokens_a_step:,} tokens, {epochs:.2f} epochs"

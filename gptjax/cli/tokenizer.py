@@ -1,0 +1,85 @@
+"""`gptjax tokenizer train | encode | inspect`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gptjax.cli import options
+from gptjax.config_io import did_you_mean
+from gptjax.types import UserError
+
+USAGE = {
+    "train": "gptjax tokenizer train KIND data.source=my.txt [tokenizer.vocab_size=N] [out=tokenizer.json]",
+    "encode": 'gptjax tokenizer encode NAME "TEXT"   (without TEXT: from standard input)',
+    "inspect": 'gptjax tokenizer inspect NAME ["TEXT"]',
+}
+
+
+def run(args: list[str]) -> int:
+    action, *rest = args or [""]
+    verbs = {"train": _train, "encode": _encode, "inspect": _inspect}
+    if action not in verbs:
+        raise UserError(f"tokenizer {action}: expected {', '.join(verbs)}{did_you_mean(action, verbs)}")
+    verbs[action](rest)
+    return 0
+
+
+def more_help() -> str:
+    return (
+        "\n".join(USAGE.values())
+        + "\n\nKIND is chars, words, bpe, wordpiece or unigram.\n"
+        + "NAME is gpt2, bytes, a saved file or a run directory.\n\n"
+        + options.settings_help(["tokenizer", "data"])
+    )
+
+
+def _train(args: list[str]) -> None:
+    parsed = options.parse(args, words=1, what=USAGE["train"])
+    out = next((leaf.value for leaf in reversed(parsed.leaves) if leaf.key == "out"), "tokenizer.json")
+    short = {"vocab_size": "tokenizer.vocab_size", "source": "data.source"}
+    leaves = [leaf._replace(key=short.get(leaf.key, leaf.key)) for leaf in parsed.leaves if leaf.key != "out"]
+    kind = [f"tokenizer.name={parsed.words[0]}"] if parsed.words else []
+    from gptjax.config import resolve
+
+    cfg, provenance = resolve(None, *kind, leaves=leaves)
+    if parsed.print_config or parsed.dry_run:
+        options.print_config(cfg, provenance)
+        return
+    path = Path(out)
+    if path.exists():
+        raise UserError(f"{path} is there already; choose another with out=FILE.json")
+    from gptjax import data, tokenizers
+
+    documents = data.documents(cfg.data)
+    tokenizer = tokenizers.train(cfg.tokenizer.name, (text for _, text in documents), cfg.tokenizer.vocab_size)
+    print(f"{tokenizer.save(path)}  {tokenizer.name}, {tokenizer.vocab_size:,} words")
+
+
+def _encode(args: list[str]) -> None:
+    tokenizer, text = _named(args, "encode")
+    text = sys.stdin.read() if text is None else text
+    print(*tokenizer.encode(text, allowed_special="all"))
+
+
+def _inspect(args: list[str]) -> None:
+    tokenizer, text = _named(args, "inspect")
+    print(f"name               {tokenizer.name}")
+    print(f"words              {tokenizer.vocab_size:,}")
+    print(f"special tokens     {', '.join(f'{word} {i}' for word, i in tokenizer.special_tokens.items()) or 'none'}")
+    print(f"fingerprint        {tokenizer.fingerprint}")
+    if text is not None:
+        ids = tokenizer.encode(text, allowed_special="all")
+        size = len(text.encode("utf-8", "surrogatepass"))
+        print(f"text               {len(ids)} tokens, {size / max(len(ids), 1):.2f} bytes a token")
+        for i in ids:
+            print(f"  {i:>7}  {tokenizer.decode([i])!r}")
+
+
+def _named(args: list[str], action: str):
+    """(tokenizer, text or None). The text is taken as it is: a `=` in it sets nothing."""
+    if not 1 <= len(args) <= 2:
+        raise UserError(f"expected: {USAGE[action]}")
+    from gptjax import tokenizers
+
+    return tokenizers.load(args[0]), args[1] if len(args) == 2 else None
