@@ -7,6 +7,7 @@ permutation keyed by (seed, epoch) says where it lies in the tokens. Any step co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import isqrt
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from gptjax.types import Batch, UserError
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
+AHEAD = 512  # places of windows that are computed together: the cost lies in the calls, not in the numbers
 ORDER, OFFSET, POSITION, TOKEN = range(4)  # what a random number is for
 
 
@@ -54,15 +56,18 @@ class Loader:
         self.document_mask = cfg.document_mask and len(store.doc_starts) > 1
         self.mask_tokens = cfg.mask_tokens
         if not 0 <= cfg.mask_tokens <= context_length or (cfg.mask_tokens and vocab_size < 2):
-            raise UserError(f"data.mask_tokens ({cfg.mask_tokens}) must be between 0 and the context ({context_length})")
+            raise UserError(
+                f"data.mask_tokens ({cfg.mask_tokens}) must be between 0 and the context ({context_length})"
+            )
         mixed = store.n_sources > 1 and (bool(cfg.weights) or cfg.temperature != 1.0)
         bounds = store.source_starts if mixed else np.asarray([0, len(store)])
-        self.lanes = [_lane(int(a), int(b), cfg, context_length) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.lanes = [_lane(int(a), int(b), cfg, context_length) for a, b in pairwise(bounds)]
         self.shares = self._shares(cfg) if mixed else np.ones(1)
         short = [k for k, lane in enumerate(self.lanes) if self.shares[k] > 0 and lane.n_windows < 1]
         if short:
             raise UserError.all([_too_short(int(bounds[k + 1] - bounds[k]), context_length, k, mixed) for k in short])
         self._whole_batches = cfg.stride is not None and not mixed and self.lanes[0].n_windows >= batch_size
+        self._ahead = (0, np.zeros(0, np.int64))
 
     def _shares(self, cfg: DataConfig) -> np.ndarray:
         n = self.store.n_sources
@@ -81,19 +86,21 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, leaves [B, T]."""
-        return self._rows(self._samples(step, 1))
+        return self._rows(step, 1)
 
     def batches(self, step: int, k: int) -> Batch:
         """The batches of steps step .. step + k - 1, leaves [k, B, T]."""
-        rows = self._rows(self._samples(step, k))
+        rows = self._rows(step, k)
         return Batch(*(x if x is None else x.reshape(k, self.batch_size, -1) for x in rows))
 
-    def starts(self, step: int) -> np.ndarray:
-        """Index in `store.tokens` of the first token of each row, [B] int64."""
-        return self._starts(self._samples(step, 1))
-
-    def _samples(self, step: int, k: int) -> np.ndarray:
-        return np.arange(step * self.batch_size, (step + k) * self.batch_size, dtype=np.int64)
+    def starts(self, step: int, k: int = 1) -> np.ndarray:
+        """Index in `store.tokens` of the first token of each row of k steps, [k * B] int64."""
+        first, n = step * self.batch_size, k * self.batch_size
+        begin, places = self._ahead
+        if not begin <= first <= first + n <= begin + len(places):
+            begin, places = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
+            self._ahead = (begin, places)  # one assignment: threads see the old pair or the new
+        return places[first - begin : first - begin + n]
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
         if len(self.lanes) == 1:
@@ -122,11 +129,10 @@ class Loader:
         """uint64 from (seed, purpose, number), the same shape as `numbers`."""
         return _mix(numbers.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
-    def _rows(self, samples: np.ndarray) -> Batch:
-        starts = self._starts(samples)
-        batch = gather(self.store, starts, self.context_length, self.document_mask)
+    def _rows(self, step: int, k: int) -> Batch:
+        batch = gather(self.store, self.starts(step, k), self.context_length, self.document_mask)
         if self.mask_tokens:
-            self._mask(batch.tokens, samples)
+            self._mask(batch.tokens, np.arange(step * self.batch_size, (step + k) * self.batch_size))
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
@@ -167,11 +173,11 @@ def eval_batches(
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
     """Windows at `starts` [B] as a batch. Past the end of the store the last token is repeated.
 
-        tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E]
-        targets      8 9 E 3 4 5
-        weights      1 1 1 0 1 1     no prediction of another document
-        segment_ids  1 1 1 1 2 2
-        positions    0 1 2 3 0 1     never more than the place in the window
+    tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E]
+    targets      8 9 E 3 4 5
+    weights      1 1 1 0 1 1     no prediction of another document
+    segment_ids  1 1 1 1 2 2
+    positions    0 1 2 3 0 1     never more than the place in the window
     """
     t = context_length
     at = starts[:, None] + np.arange(t + 1)

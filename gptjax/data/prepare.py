@@ -145,12 +145,14 @@ def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part,
         for source in (*found.sources, *held.sources)
         for sizes in [measure(source)]
     ]
-    return Part(found, None), Part(held, None), whole
+    n = len(found.sources)
+    count = [sum(part["documents"] for part in parts) for parts in (whole[:n], whole[n:])]
+    return Part(found, count[0]), Part(held, count[1]), whole
 
 
 def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:
     parts = (train, val) if name == "chars" else (train,)
-    return lambda: (text for part in parts for text in part.texts())
+    return lambda: (document.text for part in parts for document in part)
 
 
 def _encode(
@@ -164,7 +166,9 @@ def _encode(
         progress(done, total)
 
     def write(name: str, part: Part) -> dict:
-        texts = [(document.text for document in part.source(k)) for k in range(len(part.documents.sources))]
+        texts = [
+            ((document.text, ended) for document, ended in part.source(k)) for k in range(len(part.documents.sources))
+        ]
         return token_store.write(folder, name, texts, tokenizer, advance)
 
     return {"train": write("train", train), "val": write("val", val)}

@@ -312,7 +312,8 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     dataset = _load(name, repo, config, split, cfg)
     mark = getattr(dataset, "_fingerprint", None) or repr(dataset)
     fingerprint = hashlib.sha256(f"{name}\0{cfg.text_field}\0{mark}".encode()).hexdigest()
-    return Source(name, ((repo, partial(_documents, dataset, name, repo, cfg.text_field)),), fingerprint, cfg.max_documents)
+    read = partial(_documents, dataset, name, repo, cfg.text_field)
+    return Source(name, ((repo, read),), fingerprint, cfg.max_documents)
 
 
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig):
@@ -382,25 +383,33 @@ def cache_root(cfg: DataConfig) -> Path:
 
 @dataclass(frozen=True)
 class Part:
-    """The training or the held-out part of documents. cuts[k][i]: characters of document i that are for training."""
+    """The training or the held-out part of documents. cuts[k][i]: characters of document i that are for training.
+
+    n_documents counts those of all sources, before the split.
+    """
 
     documents: Documents
-    cuts: tuple[np.ndarray, ...] | None  # None: all of it
+    n_documents: int
+    cuts: tuple[np.ndarray, ...] | None = None  # None: all of it
     held_out: bool = False
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for k in range(len(self.documents.sources)) for document in self.source(k))
+        return (document for k in range(len(self.documents.sources)) for document, _ in self.source(k))
 
-    def source(self, k: int) -> Iterator[Document]:
+    def source(self, k: int) -> Iterator[tuple[Document, bool]]:
+        """(document, whether an end-of-text id belongs after it) of source k.
+
+        It does where a document really ends and the corpus has several: not where a tail was cut off, and
+        not after a corpus that is one running text, whose single end could never be learnt.
+        """
         for i, document in enumerate(self.documents.sources[k]):
-            text = document.text
+            text, ends = document.text, self.n_documents > 1
             if self.cuts is not None:
-                text = text[self.cuts[k][i] :] if self.held_out else text[: self.cuts[k][i]]
+                cut = self.cuts[k][i]
+                ends &= self.held_out or cut == len(text)
+                text = text[cut:] if self.held_out else text[:cut]
             if text:
-                yield document._replace(text=text)
-
-    def texts(self) -> Iterator[str]:
-        return (document.text for document in self)
+                yield document._replace(text=text), bool(ends)
 
 
 def split(found: Documents, cfg: DataConfig) -> tuple[Part, Part, list[dict]]:
@@ -416,7 +425,8 @@ def split(found: Documents, cfg: DataConfig) -> tuple[Part, Part, list[dict]]:
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"data.val_fraction ({cfg.val_fraction}) must be between 0 and 1, or give data.val_source")
     cuts, how = zip(*(_cut(source, cfg) for source in found.sources), strict=True)
-    return Part(found, cuts), Part(found, cuts, held_out=True), list(how)
+    n = sum(part["documents"] for part in how)
+    return Part(found, n, cuts), Part(found, n, cuts, held_out=True), list(how)
 
 
 class Sizes(NamedTuple):

@@ -7,6 +7,7 @@ A folder appears by one rename, with its manifest written last: a reader sees al
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,11 +68,16 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 def write(
-    folder: Path, split: str, sources: Iterable[Iterable[str]], tokenizer: Any, progress: Callable[[int], None]
+    folder: Path,
+    split: str,
+    sources: Iterable[Iterable[tuple[str, bool]]],
+    tokenizer: Any,
+    progress: Callable[[int], None],
 ) -> dict:
     """Encode texts into `split`.bin and `split`.starts.npy; returns the split's part of the manifest.
 
-    An end-of-text id follows each document where the tokenizer has one. Text that looks like a special
+    `sources` gives the (text, ended) of each document; an end-of-text id follows those that ended, where the
+    tokenizer has one. Text that looks like a special
     token is plain text here: a corpus cannot end its own document. Documents without text are left out.
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
@@ -80,13 +86,13 @@ def write(
     n_tokens = n_bytes = n_characters = 0
     with open(folder / f"{split}.bin", "wb") as out:
         for texts in sources:
-            for text in texts:
+            for text, ended in texts:
                 if not text:
                     continue
                 ids = tokenizer.encode_array(text, disallowed_special=()).astype(dtype, copy=False)
                 if not len(ids):
                     continue
-                ids = np.concatenate([ids, end])
+                ids = np.concatenate([ids, end]) if ended else ids
                 data = ids.tobytes()
                 out.write(data)
                 digest.update(data)
@@ -201,21 +207,17 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         if theirs:
             return folder, theirs
         aside = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        try:
+        with contextlib.suppress(FileNotFoundError):  # somebody else moved it
             os.rename(folder, aside / "tokens")  # who has it open keeps its files
-        except FileNotFoundError:
-            pass  # somebody else moved it
         shutil.rmtree(aside, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 
 
 def _remove_stale(root: Path) -> None:
     for path in root.glob(".partial-*"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE_S:
                 shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
-            pass
 
 
 def _cannot_write(root: Path, error: OSError) -> UserError:
