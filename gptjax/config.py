@@ -373,7 +373,6 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
     problems, bad = Problems(), set()
     values: dict[str, Any] = {}
     where: Provenance = {}
-    scratch = _scratch()
     for key, value, place in leaves:
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
@@ -381,7 +380,7 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
             problems.append(f"{place}: {config_io.unknown_key(key, list(schema()))}")
             continue
         try:
-            values[key], where[key] = _typed(scratch, key, value), place
+            values[key], where[key] = _typed(key, value), place
         except ValueError as error:
             bad.add(key)
             problems.append(f"{place}: {key}: {error}")
@@ -417,6 +416,7 @@ def _provenance(cfg: Config, values: dict[str, Any], where: Provenance) -> Prove
 # ---------------------------------------------------------------- types
 
 
+@functools.cache
 def _scratch() -> Any:
     """An OmegaConf node with the schema's types that takes one value at a time."""
     from omegaconf import OmegaConf
@@ -427,7 +427,7 @@ def _scratch() -> Any:
     return node
 
 
-def _typed(scratch: Any, key: str, value: Any) -> Any:
+def _typed(key: str, value: Any) -> Any:
     """The value as the field's type. Text is converted, a lone value is a list of one. Raises ValueError."""
     hint = schema()[key]
     kind = _inner(hint)
@@ -455,8 +455,8 @@ def _typed(scratch: Any, key: str, value: Any) -> Any:
             raise ValueError
         if kind is bool and str(value).lower() not in _BOOLEANS:
             raise ValueError
-        OmegaConf.update(scratch, key, value)
-        typed = OmegaConf.select(scratch, key)
+        OmegaConf.update(_scratch(), key, value)
+        typed = OmegaConf.select(_scratch(), key)
     except (OmegaConfBaseException, ValueError):
         raise ValueError(f"expected {type_name(hint)}, got {written!r}") from None
     return tuple(typed) if listed else typed

@@ -152,6 +152,9 @@ def _plain(node: Any, what: str, problems: Problems) -> Any:
     """A scalar's own text (the schema types it: YAML reads 1e-3 as a string and `on` as a bool), a list, or None."""
     import yaml
 
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        problems.append(f"{what}: the YAML tag {node.tag} means nothing here")
+        return None
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag.endswith(":null") else node.value
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):

@@ -24,8 +24,8 @@ def run(args: list[str]) -> int:
         return 0
     from gptjax import data
 
-    prepared = data.prepare(cfg)
-    print("\n".join(summary(prepared)))
+    prepared = data.prepare(cfg, log=options.note)
+    print("\n".join(data.describe(prepared)))
     if action == "inspect":
         print("\n".join(first_window(prepared, cfg)))
     return 0
@@ -33,14 +33,6 @@ def run(args: list[str]) -> int:
 
 def more_help() -> str:
     return f"Without a preset it is {DEFAULT}.\n\n{options.settings_help(['tokenizer', 'data'])}"
-
-
-def summary(prepared) -> list[str]:
-    rows = [f"tokenizer          {prepared.tokenizer.name}, {prepared.tokenizer.vocab_size:,} words"]
-    for name, store in (("train", prepared.train), ("validation", prepared.val)):
-        per_token = f", {store.n_bytes / len(store):.2f} bytes a token" if len(store) and store.n_bytes else ""
-        rows.append(f"{name:<18} {len(store):,} tokens in {len(store.doc_starts):,} documents{per_token}")
-    return rows
 
 
 def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:

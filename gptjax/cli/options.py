@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,11 @@ def _follows_flag(rest: list[str], word: str) -> bool:
 def configure(args: Args, default: str | None) -> tuple[Config, Provenance]:
     """The configuration that a verb's arguments ask for."""
     return resolve(args.words[0] if args.words else default, leaves=args.leaves)
+
+
+def note(line: str) -> None:
+    """What takes time, on stderr: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def print_config(cfg: Config, provenance: Provenance) -> None:

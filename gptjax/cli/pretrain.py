@@ -64,7 +64,7 @@ def _prepared(cfg: Config) -> tuple[Any, str]:
             return None, f"{source} would be downloaded"
         if source in assets.ASSETS and not assets.status(source).cached:
             return None, f"{source} is not in the cache yet; `gptjax data prepare` fetches it"
-    return data.prepare(cfg), ""
+    return data.prepare(cfg, log=options.note), ""
 
 
 def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from gptjax.cli import options
+from gptjax.config import resolve
 from gptjax.config_io import did_you_mean
 from gptjax.types import UserError
 
@@ -40,8 +41,8 @@ def _train(args: list[str]) -> None:
     short = {"vocab_size": "tokenizer.vocab_size", "source": "data.source"}
     leaves = [leaf._replace(key=short.get(leaf.key, leaf.key)) for leaf in parsed.leaves if leaf.key != "out"]
     kind = [f"tokenizer.name={parsed.words[0]}"] if parsed.words else []
-    from gptjax.config import resolve
-
+    if not kind and all(leaf.key != "tokenizer.name" for leaf in leaves):
+        raise UserError(f"which kind? {USAGE['train']}")
     cfg, provenance = resolve(None, *kind, leaves=leaves)
     if parsed.print_config or parsed.dry_run:
         options.print_config(cfg, provenance)
@@ -51,8 +52,12 @@ def _train(args: list[str]) -> None:
         raise UserError(f"{path} is there already; choose another with out=FILE.json")
     from gptjax import data, tokenizers
 
+    if cfg.tokenizer.name not in tokenizers.TRAINED:
+        known = ", ".join(tokenizers.TRAINED)
+        hint = did_you_mean(cfg.tokenizer.name, tokenizers.TRAINED)
+        raise UserError(f"cannot train a {cfg.tokenizer.name!r} tokenizer: expected {known}{hint}")
     documents = data.documents(cfg.data)
-    tokenizer = tokenizers.train(cfg.tokenizer.name, (text for _, text in documents), cfg.tokenizer.vocab_size)
+    tokenizer = tokenizers.build(cfg.tokenizer, lambda: (document.text for document in documents))
     print(f"{tokenizer.save(path)}  {tokenizer.name}, {tokenizer.vocab_size:,} words")
 
 

@@ -1,0 +1,76 @@
+"""The command line's frame: help, versions, typos, exit codes, pipes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.__main__ import main
+from gptjax.cli import VERBS
+
+
+def test_help_lists_every_verb_with_an_example(capsys):
+    assert main(["--help"]) == main([]) == 0
+    out = capsys.readouterr().out
+    for verb in VERBS.values():
+        assert verb.examples[0] in out
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(example in out for example in VERBS[verb].examples) and "None" not in out
+
+
+def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
+    from gptjax.config import schema
+
+    main(["pretrain", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {key}=" in out for key in schema())
+    assert "train.accumulation=1" in out and "micro-batches a step" in out
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("pretrian", "pretrain"), ("train", "pretrain"), ("generate", "sample")])
+def test_a_wrong_verb(typed, meant, capsys):
+    assert main([typed]) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("gptjax ")
+
+
+def test_interrupted(monkeypatch, capsys):
+    from gptjax.cli import presets
+
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(presets, "run", stop)
+    assert main(["presets"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_is_no_error():
+    code = "from gptjax.__main__ import main; import sys; sys.exit(main(['pretrain', '--help']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_a_full_disk_is_no_bug(monkeypatch, capsys):
+    import errno
+
+    from gptjax.cli import presets
+
+    def full(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(presets, "run", full)
+    assert main(["presets"]) == 2
+    assert "runs/x/metrics.jsonl: No space left on device" in capsys.readouterr().err

@@ -1,0 +1,334 @@
+"""Layers, types, provenance, errors of the configuration; none of it needs jax."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import config
+from gptjax.config import Config, ModelConfig, diff, from_dict, from_yaml, load_config, resolve, to_yaml, validate
+from gptjax.types import UserError
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(*args):
+    with pytest.raises(UserError) as caught:
+        load_config(*args)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_later_layers_win_and_every_value_says_where_it_is_from(tmp_path):
+    write(tmp_path, "base.yaml", "model:\n  arch: modern\n  n_layer: 3\noptim: {lr: 1e-2}\n")
+    top = write(tmp_path, "top.yaml", "base: base.yaml\n\nmodel:\n  n_layer: 5\n")
+    cfg, where = resolve(top, "optim.beta2=0.98")
+    assert (cfg.model.arch, cfg.model.n_layer, cfg.optim.lr, cfg.optim.beta2) == ("modern", 5, 0.01, 0.98)
+    assert where["model.n_layer"].endswith("top.yaml:4")
+    assert where["optim.lr"].endswith("base.yaml:4")
+    assert where["optim.beta2"] == "command line"
+    assert where["model.norm"] == "arch=modern" and cfg.model.norm == "rmsnorm"
+    assert where["train.max_steps"] == "default"
+    assert set(where) == set(config.schema())
+
+
+def test_arch_switches_follow_the_finally_chosen_arch():
+    assert load_config("tiny-gpt2", "model.arch=llama").model.norm == "rmsnorm"
+    assert load_config("tiny-gpt2", "model.arch=llama", "model.norm=layernorm").model.norm == "layernorm"
+    assert load_config("tiny-gpt2", "model.norm=null").model.norm == "layernorm"
+
+
+def test_base_may_be_a_preset_and_sits_beside_its_file(tmp_path):
+    child = write(tmp_path, "x.yaml", "base: tiny-llama\nseed: 7\n")
+    assert (load_config(child).model.n_kv_head, load_config(child).seed) == (1, 7)
+    deeper = tmp_path / "deeper"
+    deeper.mkdir()
+    assert load_config(write(deeper, "y.yaml", "base: ../x.yaml\n")).seed == 7
+
+
+def test_base_that_leads_back_to_itself(tmp_path):
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    assert "leads back" in complaint(write(tmp_path, "b.yaml", "base: a.yaml\n"))
+
+
+def test_run_dir_is_named_after_the_config(tmp_path):
+    assert load_config("tiny-gpt2").run_dir == "runs/tiny-gpt2"
+    assert load_config(write(tmp_path, "mine.yaml", "seed: 1")).run_dir == "runs/mine"
+    assert load_config("tiny-gpt2", "run_dir=elsewhere").run_dir == "elsewhere"
+
+
+def test_a_run_directory_is_a_config(tmp_path):
+    write(tmp_path, "config.yaml", to_yaml(load_config("tiny-llama", "seed=5")))
+    assert load_config(tmp_path) == load_config("tiny-llama", "seed=5")
+
+
+def test_a_model_config_is_a_static_argument():
+    assert hash(load_config("tiny-gpt2")) == hash(load_config("tiny-gpt2"))
+    assert dataclasses.replace(ModelConfig(), n_layer=3).n_layer == 3
+
+
+# ---------------------------------------------------------------- types
+
+
+TYPED = [
+    ("optim.lr=1e-3", 1e-3),
+    ("optim.lr=1", 1.0),
+    ("--optim.lr=3e-4", 3e-4),
+    ("train.max_steps=1e3", 1000),
+    ("train.max_steps=1_000", 1000),
+    ("--train.max-steps=7", 7),
+    ("data.stride=null", None),
+    ("data.stride=none", None),
+    ("data.source=a.txt", ("a.txt",)),
+    ("data.source=[a.txt, hf:org/name]", ("a.txt", "hf:org/name")),
+    ("data.source=['a, b.txt']", ("a, b.txt",)),
+    ("data.source=(a.txt,)", ("a.txt",)),
+    ("data.val_source=[]", ()),
+    ("data.document_mask=off", False),
+    ("data.document_mask=True", True),
+    ("sample.prompt=a=b=c", "a=b=c"),
+    ("sample.prompt=", ""),
+    ("sample.prompt=none", "none"),
+    ("sample.prompt=1.50", "1.50"),
+    ("sample.prompt=${optim.lr}", "${optim.lr}"),
+    ("sample.prompt=???", "???"),
+    ("sample.prompt=[a, b", "[a, b"),
+    ("sample.prompt=  two  ", "  two  "),
+    ("tokenizer.name=C:\\x=y", "C:\\x=y"),
+]
+
+
+@pytest.mark.parametrize(("override", "value"), TYPED, ids=[text for text, _ in TYPED])
+def test_text_becomes_the_type_of_its_field(override, value):
+    key = override.removeprefix("--").partition("=")[0].replace("-", "_")
+    got = config.flat(load_config("tiny-gpt2", override))[key]
+    assert got == value and type(got) is type(value)
+
+
+def test_lists_of_numbers():
+    assert load_config(None, "data.source=[a,b]", "data.weights=[0.8, 1]").data.weights == (0.8, 1.0)
+    assert load_config(None, "data.weights=0.5").data.weights == (0.5,)
+
+
+def test_a_flag_takes_the_next_word():
+    assert load_config(None, "--optim.lr", "2e-3", "seed=4").optim.lr == 2e-3
+
+
+def test_yaml_reads_values_by_the_schema_not_by_yaml(tmp_path):
+    text = "optim:\n  lr: 1e-3\nsample: {prompt: on}\ndata:\ntrain.max_steps: 010\n"
+    cfg = load_config(write(tmp_path, "x.yaml", text))
+    assert (cfg.optim.lr, cfg.sample.prompt, cfg.train.max_steps) == (1e-3, "on", 10)
+
+
+BAD_TYPES = [
+    ("optim.lr=abc", "a number"),
+    ("optim.lr=", "a number"),
+    ("optim.lr=${model.n_layer}", "a number"),
+    ("optim.lr=???", "a number"),
+    ("optim.lr=true", "a number"),
+    ("model.n_layer=six", "a whole number"),
+    ("model.n_layer=6.5", "a whole number"),
+    ("model.n_layer=null", "a whole number"),
+    ("model.arch=gpt3", "gpt2, llama or modern"),
+    ("model.norm=${x", "layernorm or rmsnorm"),
+    ("data.document_mask=2", "true or false"),
+    ("data.weights=[1,2", "not closed"),
+    ("data.weights=[[1]]", "not a flat list"),
+    ("data.weights=[x]", "a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD_TYPES, ids=[text for text, _ in BAD_TYPES])
+def test_a_wrong_type_names_key_value_and_what_was_expected(override, expected):
+    text = complaint("tiny-gpt2", override)
+    assert text.startswith(f"command line: {override.partition('=')[0]}: ") and expected in text
+    assert len(text.splitlines()) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(config.schema())), st.text(max_size=12))
+def test_no_text_whatsoever_makes_the_loader_fall_over(key, text):
+    try:
+        load_config(None, f"{key}={text}")
+    except UserError as error:
+        assert str(error)
+
+
+# ---------------------------------------------------------------- unknown keys
+
+
+UNKNOWN = [
+    ("learning_rate=1", "optim.lr"),
+    ("lr=1", "optim.lr"),
+    ("optim.lrr=1", "optim.lr"),
+    ("optim.learning_rate=1", "optim.lr"),
+    ("max_iters=1", "train.max_steps"),
+    ("batch_size=1", "train.batch_size"),
+    ("train.batch_sise=1", "train.batch_size"),
+    ("block_size=1", "model.context_length"),
+    ("n_embd=1", "model.d_model"),
+    ("model.n_embd=1", "model.d_model"),
+    ("out_dir=1", "run_dir"),
+    ("output_dir=1", "run_dir"),
+    ("epochs=1", "train.epochs"),
+    ("warmup_steps=1", "optim.warmup_steps"),
+    ("weight_decay=1", "optim.weight_decay"),
+    ("learnig_rate=1", "optim.lr"),
+    ("lora_r=8", "LoRA is not in this version"),
+    ("device=cpu", "JAX_PLATFORMS"),
+    ("vocab_size=1", "tokenizer.vocab_size or model.vocab_size"),
+    ("optim=1", "group of settings"),
+    ("qqq=1", "--help"),
+]
+
+
+@pytest.mark.parametrize(("override", "ours"), UNKNOWN, ids=[text for text, _ in UNKNOWN])
+def test_an_unknown_key_names_ours(override, ours):
+    assert ours in complaint("tiny-gpt2", override)
+
+
+def test_every_alias_leads_to_a_key():
+    from gptjax.config_io import ALIASES
+
+    assert set(ALIASES.values()) <= set(config.schema())
+
+
+def test_all_problems_at_once_with_file_and_line(tmp_path):
+    path = write(tmp_path, "x.yaml", "model:\n  n_layr: 2\n  n_head: 5\n  d_model: 32\noptim:\n  lr: fast\n")
+    text = complaint(path, "train.accumulation=5")
+    assert "x.yaml:2: unknown key model.n_layr; did you mean model.n_layer?" in text
+    assert "x.yaml:6: optim.lr: expected a number, got 'fast'" in text
+    assert "model.d_model (32) must be divisible by model.n_head (5)" in text and "x.yaml:4" in text
+    assert "train.accumulation (5) must divide train.batch_size (12)" in text
+    assert len(text.splitlines()) == 4
+
+
+def test_a_value_that_failed_brings_no_follow_up_complaints():
+    assert len(complaint("tiny-gpt2", "model.n_head=x", "model.n_kv_head=3").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n  n_layer: 2\n n_head: 3\n", "x.yaml:3"),
+        ("optim: {lr: 1", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "x.yaml:2: seed is given twice, first in line 1"),
+        ("- a\n- b\n", "expected `key: value` lines"),
+        ("just words\n", "expected `key: value` lines"),
+        ("", "empty"),
+        ("# nothing\n", "empty"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("seed: \x01\n", "x.yaml:1: a control character"),
+        ("data:\n  source: {a: b}\n", "unknown key data.source.a"),
+        ("data:\n  source: [[a]]\n", "flat list"),
+        ("optim: 3\n", "group of settings"),
+        ("? [a]\n: 1\n", "expected a name"),
+        ("base: [a, b]\n", "one preset or file"),
+        ("base: nothing-here\n", "no preset"),
+        ("seed: !!python/object:os.system 1\n", "means nothing here"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, words):
+    assert words in complaint(write(tmp_path, "x.yaml", text))
+
+
+def test_yaml_that_is_not_text(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"seed: \xff\xfe")
+    assert "UTF-8" in complaint(path)
+    assert "no such config file" in complaint(tmp_path / "absent.yaml")
+    assert "did you mean tiny-gpt2?" in complaint("tiny-gpt3")
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+IMPOSSIBLE = [
+    (("model.n_head=3", "model.d_model=32"), "n_head can be 1, 2, 4, 8, 16, 32"),
+    (("model.n_head=12", "model.d_model=48", "model.n_kv_head=5"), "use one of 1, 2, 3, 4, 6, 12"),
+    (("model.arch=llama", "model.d_model=30", "model.n_head=10"), "must be even"),
+    (("model.position=sinusoidal", "model.d_model=33", "model.n_head=3"), "even model.d_model"),
+    (("model.n_layer=0",), "at least 1"),
+    (("model.n_layer=99999999999999",), "at most"),
+    (("model.dropout=1",), "model.dropout"),
+    (("model.vocab_size=-1",), "model.vocab_size"),
+    (("optim.lr=-1e-3",), "optim.lr (-0.001) must be above 0"),
+    (("optim.lr=nan",), "optim.lr (nan)"),
+    (("optim.lr=inf",), "optim.lr (inf)"),
+    (("optim.weight_decay=nan",), "optim.weight_decay"),
+    (("optim.beta2=1",), "optim.beta2"),
+    (("optim.warmup_steps=50", "train.max_steps=50"), "must be below train.max_steps"),
+    (("optim.min_lr_ratio=1.5",), "from 0 to 1"),
+    (("train.max_steps=0",), "train.max_steps"),
+    (("train.accumulation=5",), "use one of 1, 2, 4, 8"),
+    (("train.eval_every=0",), "train.eval_every"),
+    (("train.epochs=0",), "train.epochs"),
+    (("train.loggers=[tensorbord]",), "tensorboard, wandb"),
+    (("data.weights=[1,2]",), "2 numbers for 1 sources"),
+    (("data.weights=[0]",), "must not all be 0"),
+    (("data.weights=[-1]",), "data.weights"),
+    (("data.mask_tokens=4",), "from 0 to 3"),
+    (("data.mask_tokens=3", "model.context_length=2"), "must be below model.context_length"),
+    (("data.val_fraction=1",), "data.val_fraction"),
+    (("data.source=[]",), "data.source is empty"),
+    (("data.streaming=true",), "hf: sources only"),
+    (("data.stride=0",), "data.stride"),
+    (("sample.top_p=0",), "sample.top_p"),
+    (("sample.temperature=-1",), "sample.temperature"),
+    (("seed=-1",), "seed"),
+    (("tokenizer.name=",), "tokenizer.name is empty"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), IMPOSSIBLE, ids=[" ".join(o) for o, _ in IMPOSSIBLE])
+def test_the_impossible_is_refused(overrides, words):
+    text = complaint("tiny-gpt2", *overrides)
+    assert words in text and "[" in text and "command line" in text
+
+
+def test_notebook_configs_are_checked_by_the_same_rules():
+    cfg = dataclasses.replace(Config(), model=dataclasses.replace(ModelConfig(), n_head=7))
+    with pytest.raises(UserError, match="n_head can be"):
+        validate(cfg)
+
+
+# ---------------------------------------------------------------- out and back
+
+
+@pytest.mark.parametrize("name", sorted(config.preset_files()))
+def test_yaml_and_dict_bring_the_same_config_back(name):
+    cfg = load_config(name)
+    assert from_yaml(to_yaml(cfg)) == cfg
+    assert from_yaml(to_yaml(cfg, resolve(name)[1])) == cfg
+    assert from_dict(dataclasses.asdict(cfg)) == cfg
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20))
+def test_any_prompt_survives_the_yaml(prompt):
+    cfg = from_dict({"sample": {"prompt": prompt}})
+    assert cfg.sample.prompt == prompt
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return
+    assert from_yaml(to_yaml(cfg)).sample.prompt == prompt
+
+
+def test_diff_names_what_changed():
+    assert diff(load_config("tiny-gpt2"), load_config("tiny-gpt2", "optim.lr=1e-4")) == ["optim.lr: 0.003 -> 0.0001"]
+    assert diff(Config(), Config()) == []
+
+
+def test_help_knows_every_key_and_its_comment():
+    rows = {row[0]: row for _, _, rows in config.describe() for row in rows}
+    assert set(rows) == set(config.schema())
+    assert rows["train.accumulation"][3] == "micro-batches a step; must divide batch_size"
+    assert rows["optim.lr"][2] == "0.001"
