@@ -1,0 +1,386 @@
+"""Checkpoints that are either right or refused: Orbax holds the arrays, we hold it to account.
+
+    checkpoints/
+      250/  state/         the arrays, written by Orbax
+            meta.json      what the caller gave, shape, dtype and fingerprint of every leaf
+            manifest.json  size and sha256 of every file; written last
+      500/
+      corrupt-750/         found damaged, kept for you to look at
+
+Orbax does not notice flipped bits in array data, takes any folder with a number for a step, never falls back to
+an older one and deletes in place. So a step is built aside and appears by one rename; before it is used every
+file is compared with the manifest, and after reading every leaf with its fingerprint; and it is deleted by a
+rename first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import tree
+from gptjax.types import UserError
+
+VERSION = 1
+STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
+AT_LEAST = 2  # steps that are kept: should the newest be damaged, there is another
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class Damaged(Exception):
+    """This step is not what was written."""
+
+
+class Checkpoints:
+    """The steps of one run. Saving waits until the step is on disk: nothing is lost at exit.
+
+    Args:
+        keep: how many steps stay, at least 2.
+        log: gets a line for every warning.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, log: Callable[[str], None] = print):
+        self.folder, self.keep, self.log = Path(folder).absolute(), max(keep, AT_LEAST), log
+        self._verified: set[int] = set()
+
+    def steps(self) -> list[int]:
+        """What looks like a step, oldest first; nothing is verified yet."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> Path:
+        """Write one step; older ones beyond `keep` go. `state` is any tree of arrays, `meta` goes through JSON.
+
+        Raises:
+            UserError: it could not be written (no space, no permission); older steps are as they were.
+        """
+        target, partial = self.folder / str(step), self.folder / f".partial-{step}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            leaves, impls = _plain(state)
+            partial.mkdir()
+            _orbax_save(partial / STATE, leaves)
+            _write_json(partial / META, {"meta": meta, "leaves": _describe(leaves, fingerprints(leaves)), "keys": impls})
+            _write_json(partial / MANIFEST, _manifest(partial))
+            _sync_tree(partial)
+            if target.exists() or target.is_symlink():
+                self._set_aside(step)
+            os.rename(partial, target)
+            _sync(self.folder)
+        except Exception as error:
+            if not _is_disk_trouble(error):
+                raise
+            raise UserError(
+                f"cannot write checkpoint {target}: {_reason(error)}\n"
+                "  the checkpoints before it are unharmed; free some space (or choose another run_dir) and start again"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._verified.add(step)
+        self._collect()
+        return target
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest step that is whole, on the shardings of `abstract_state`; None if there never was one.
+
+        A damaged newer step is renamed to corrupt-STEP with a warning.
+
+        Args:
+            abstract_state: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`.
+
+        Raises:
+            UserError: there are steps but none is whole; or shapes or dtypes are not the expected ones.
+        """
+        wanted, impls = _plain(abstract_state)
+        bad: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                stored = self._check(step)
+                _refuse_other_shapes(self.folder / str(step), stored, wanted, impls)
+                state = self._read(step, stored, wanted, impls, abstract_state)
+            except Damaged as error:
+                bad[step] = str(error)
+                self.log(f"WARNING: checkpoint {self.folder / str(step)} is damaged: {error}")
+                continue
+            for damaged in bad:
+                self._set_aside(damaged)
+            if bad:
+                self.log(f"WARNING: going back to the checkpoint of step {step}; damaged ones are kept as corrupt-*")
+            self._verified.add(step)
+            return Restored(step, state, stored["meta"])
+        set_aside = [path.name for path in self.folder.glob("corrupt-*")] if self.folder.is_dir() else []
+        if bad or set_aside:
+            raise UserError(
+                f"{self.folder}: no checkpoint can be read ({', '.join([*map(str, bad), *set_aside])})\n"
+                "  nothing was changed. To train from step 0 choose another run_dir, or delete this folder first"
+            )
+        return None
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and meta of the newest step whose files are as they were written; reads no arrays."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                return step, self._check(step)["meta"]
+        return None
+
+    def _check(self, step: int) -> dict[str, Any]:
+        """meta.json of a step whose every file is as the manifest says. Raises Damaged."""
+        folder = self.folder / str(step)
+        if folder.is_symlink() or not folder.is_dir():
+            raise Damaged("not a folder")
+        try:
+            text = (folder / MANIFEST).read_bytes()
+            manifest = json.loads(text)
+            if text != _json(manifest) or manifest["sha256"] != _self_hash(manifest):
+                raise Damaged(f"{MANIFEST} was changed")
+            found = _files(folder)
+            for name, (size, digest) in manifest["files"].items():
+                path = found.get(name)
+                if path is None:
+                    raise Damaged(f"{name} is missing")
+                if path.stat().st_size != size:
+                    raise Damaged(f"{name} has {path.stat().st_size} bytes, expected {size}")
+                if _sha256(path) != digest:
+                    raise Damaged(f"{name} does not match its sha256")
+            return json.loads((folder / META).read_bytes())
+        except FileNotFoundError as error:
+            raise Damaged(f"{Path(error.filename).name} is missing") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Damaged(f"{type(error).__name__}: {error}") from error
+
+    def _read(self, step: int, stored: dict, wanted: dict, impls: dict, abstract_state: Any) -> Any:
+        try:
+            leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
+        except Exception as error:
+            raise Damaged(f"Orbax: {_reason(error)}") from error
+        for name, value in fingerprints(leaves).items():
+            if value != stored["leaves"][name]["fingerprint"]:
+                raise Damaged(f"{name} is not what was saved")
+        for name, impl in impls.items():
+            leaves[name] = jax.random.wrap_key_data(leaves[name], impl=impl)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
+
+    def _collect(self) -> None:
+        """Delete what is older than the `keep` newest steps that are known to be whole."""
+        kept = 0
+        for step in reversed(self.steps()):
+            if kept >= self.keep:
+                trash = self.folder / f".trash-{step}"
+                shutil.rmtree(trash, ignore_errors=True)
+                os.rename(self.folder / str(step), trash)
+                shutil.rmtree(trash, ignore_errors=True)
+            elif self._is_whole(step):
+                kept += 1
+
+    def _is_whole(self, step: int) -> bool:
+        if step not in self._verified:
+            with contextlib.suppress(Damaged):
+                self._check(step)
+                self._verified.add(step)
+        return step in self._verified
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left."""
+        for pattern in (".partial-*", ".trash-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside(self, step: int) -> None:
+        name, n = f"corrupt-{step}", 1
+        while (self.folder / name).exists():
+            n += 1
+            name = f"corrupt-{step}-{n}"
+        os.rename(self.folder / str(step), self.folder / name)
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
+    """One uint32 a leaf: sum of bits * (2 i + 1) mod 2**32 over the flat index i.
+
+    One flipped bit always changes it, because an odd factor times 2**b is never 0. Sums of integers do not depend
+    on their order, so neither on the mesh.
+    """
+    values = jax.device_get(_fingerprints(list(leaves.values())))
+    return dict(zip(leaves, map(int, values), strict=True))
+
+
+@jax.jit
+def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_fingerprint(leaf) for leaf in leaves]
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+# ---------------------------------------------------------------- trees of plain arrays
+
+
+def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """({path: array}, {path: generator} of those that are random keys)."""
+    leaves, impls = tree.flatten(state), {}
+    for name, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+
+            def data(key, name=name):
+                impls[name] = str(jax.random.key_impl(key))
+                return jax.random.key_data(key)
+
+            leaves[name] = data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(data, leaf)
+    return leaves, impls
+
+
+def _describe(leaves: dict[str, Any], marks: dict[str, int]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "fingerprint": marks[name]}
+        for name, leaf in leaves.items()
+    }
+
+
+def _refuse_other_shapes(where: Path, stored: dict, wanted: dict[str, Any], impls: dict[str, str]) -> None:
+    """Orbax would cast a dtype silently: say what differs instead."""
+
+    def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
+        return f"{dtype}{list(shape)}" + (f" ({keys[name]} key)" if name in keys else "")
+
+    there = {name: kind(name, leaf["shape"], leaf["dtype"], stored["keys"]) for name, leaf in stored["leaves"].items()}
+    here = {name: kind(name, leaf.shape, np.dtype(leaf.dtype).name, impls) for name, leaf in wanted.items()}
+    lines = [
+        f"  {name}: {there.get(name, 'not there')} in the checkpoint, {here.get(name, 'not there')} expected"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if lines:
+        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise UserError.all([f"checkpoint {where} is of another model or optimizer:", *lines[:20], *more])
+
+
+# ---------------------------------------------------------------- Orbax
+
+
+def _orbax_save(path: Path, leaves: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(path, args=ocp.args.StandardSave(tree.unflatten(leaves)))
+
+
+def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        for name, leaf in wanted.items()
+    }
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        found = tree.flatten(reader.restore(path, args=ocp.args.StandardRestore(tree.unflatten(abstract))))
+    return {name: found[name] for name in wanted}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs several lines a checkpoint through absl."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+DISK_WORDS = (
+    "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
+    "Read-only file system", "Disk quota",
+)  # fmt: skip
+
+
+def _is_disk_trouble(error: BaseException) -> bool:
+    """Orbax raises ValueError for a full disk."""
+    return isinstance(error, OSError) or any(word in str(error) for word in DISK_WORDS)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    for word in ("No space left on device", "File too large", "Read-only file system", "Disk quota exceeded"):
+        if word in text:
+            return word
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items()}
+    manifest = {"version": VERSION, "files": files}
+    return {**manifest, "sha256": _self_hash(manifest)}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """{relative path: path} of everything but the manifest, sorted."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
+
+
+def _self_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(_json({key: value for key, value in manifest.items() if key != "sha256"})).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_bytes(_json(value))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,159 @@
+"""Our own folder of a finished model, and how it is read.
+
+    final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
+            model.json          the ModelConfig
+            tokenizer.json      the tokenizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config, tree
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import abstract_params
+from gptjax.types import Params, UserError
+
+FORMAT, VERSION = "gptjax model", 1
+WEIGHTS, MODEL = "model.safetensors", "model.json"
+
+
+def save(
+    folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None, **files: str
+) -> Path:
+    """Write params, config and tokenizer as a folder that needs nothing else; an older one there is replaced.
+
+    The folder appears by one rename, complete or not at all.
+
+    Args:
+        files: more text files by name, with "__" for ".": `config__yaml="..."`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_weights(partial / WEIGHTS, params)
+        body = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(cfg)}
+        (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer.json")
+        for name, text in files.items():
+            (partial / name.replace("__", ".")).write_text(text, encoding="utf-8")
+        for path in partial.iterdir():
+            _sync(path)
+        replace_folder(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """`new` becomes `folder`; whoever dies in between leaves the old one for `recover_folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    recover_folder(folder)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was cut off."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Params, ModelConfig]:
+    """Parameters and model of a run directory (its final/, else its best/) or of such a folder itself.
+
+    Raises:
+        UserError: no model there, or its tensors are not those of its config; all of them are named.
+    """
+    folder = find(path)
+    cfg = read_model(folder / MODEL)
+    arrays = _read_weights(folder / WEIGHTS)
+    expected = tree.flatten(abstract_params(cfg))
+    problems = list(_differences(expected, arrays))
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise UserError.all([f"{folder / WEIGHTS} does not fit {folder / MODEL}:", *(f"  {line}" for line in shown)])
+    return jax.tree.map(jnp.asarray, tree.unflatten({path: arrays[path] for path in expected})), cfg
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The folder with model.json: `path` itself, its final/ or its best/."""
+    path = Path(path)
+    for folder in (path, path / "final", path / "best"):
+        if (folder / MODEL).is_file():
+            return folder
+    if not path.exists():
+        raise UserError(f"{path}: no such run directory or model folder")
+    hint = "; the run has checkpoints only: let it finish" if (path / "checkpoints").is_dir() else ""
+    raise UserError(f"{path} holds no model: expected {MODEL} and {WEIGHTS} in it, in final/ or in best/{hint}")
+
+
+def read_model(path: Path) -> ModelConfig:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("model"), dict):
+        raise UserError(f"{path}: expected a JSON object with format {FORMAT!r} and a model")
+    if body.get("version") != VERSION:
+        raise UserError(f"{path}: version {body.get('version')!r}; this release reads version {VERSION}")
+    try:
+        return config.from_dict({"model": body["model"]}).model
+    except UserError as error:
+        raise UserError(f"{path}:\n{error}") from error
+
+
+def _write_weights(path: Path, params: Params) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tree.flatten(jax.device_get(params)).items()}
+    save_file(arrays, path, metadata={"format": FORMAT})
+
+
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _differences(expected: dict[str, Any], arrays: dict[str, np.ndarray]):
+    for name in sorted(expected.keys() - arrays.keys()):
+        yield f"{name} is missing, expected {_kind(expected[name])}"
+    for name in sorted(arrays.keys() - expected.keys()):
+        yield f"{name} {_kind(arrays[name])} is unknown to this model"
+    for name in sorted(expected.keys() & arrays.keys()):
+        if _kind(expected[name]) != _kind(arrays[name]):
+            yield f"{name} is {_kind(arrays[name])}, expected {_kind(expected[name])}"
+
+
+def _kind(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
