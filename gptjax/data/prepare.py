@@ -52,6 +52,7 @@ def prepare(
     def make(folder: Path) -> dict:
         log(f"reading {', '.join(source.name for source in found.sources)}")
         train, val, how = _parts(cfg, found, held)
+        _refuse_empty(how, cfg.model.context_length)
         tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
         tokenizer.save(folder / "tokenizer.json")
         log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
@@ -132,9 +133,8 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
             f"({part['bytes'] / max(total, 1):.1%}), {part['bytes'] / max(part['tokens'], 1):.2f} bytes a token"
         )
     yield f"stored      {manifest['train']['dtype']} in {manifest['folder']}"
-    window = [int(i) for i in ready.train.tokens[: context_length + 1]]
-    yield f"window      input  {window[:8]} ... -> target {window[1:9]} ..."
-    yield f"            {tokenizer.decode(window[:-1])!r}"
+    window = [int(i) for i in ready.train.tokens[:context_length]]
+    yield f"begins      {tokenizer.decode(window)!r}"
 
 
 def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part, Part, list[dict]]:
@@ -148,6 +148,14 @@ def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part,
     n = len(found.sources)
     count = [sum(part["documents"] for part in parts) for parts in (whole[:n], whole[n:])]
     return Part(found, count[0]), Part(held, count[1]), whole
+
+
+def _refuse_empty(how: list[dict], context_length: int) -> None:
+    if empty := [part["source"] for part in how if not part["bytes"]]:
+        raise UserError(
+            f"data.source={','.join(empty)}: no text in it; one window of model.context_length={context_length} "
+            f"needs at least {context_length + 1} tokens"
+        )
 
 
 def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:

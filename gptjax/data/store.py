@@ -188,6 +188,7 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         manifest, wrong = verify(partial)
         if not manifest:
             raise UserError(f"the tokens just written to {root} cannot be read back ({wrong}): check the disk")
+        os.chmod(partial, 0o755)  # mkdtemp lets nobody else read; a cache may be shared
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error

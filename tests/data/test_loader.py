@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_shuffled_epochs_hold_every_window_once():
         assert offset < 8 and starts.max() + 9 <= 997
         offsets.append(int(offset))
         orders.append((starts - offset).tolist())
-    assert len(set(offsets)) > 2 and all(a != b for a, b in zip(orders, orders[1:], strict=False))
+    assert len(set(offsets)) > 2 and all(a != b for a, b in pairwise(orders))
 
 
 def test_sequential_walks_straight():
@@ -143,7 +144,7 @@ def test_smallest_texts():
         for step in range(5):
             batch = load.batch(step)
             assert (batch.targets == batch.tokens + 1).all()
-    with pytest.raises(UserError, match="8 tokens.*context_length=8 needs at least 9"):
+    with pytest.raises(UserError, match=r"8 tokens.*context_length=8 needs at least 9"):
         loader(TokenStore.from_ids(np.arange(8)))
 
 
@@ -202,7 +203,7 @@ def test_mixture_mistakes():
     with pytest.raises(UserError, match="3 numbers for 2 sources"):
         loader(DOCUMENTS, weights=(1.0, 1.0, 1.0))
     tiny = TokenStore.from_ids(np.arange(50), source_starts=[0, 5, 50])
-    with pytest.raises(UserError, match="source 1 .* 5 tokens.*at least 9"):
+    with pytest.raises(UserError, match=r"source 1 .* 5 tokens.*at least 9"):
         loader(tiny, weights=(1.0, 1.0))
     loader(tiny, weights=(0.0, 1.0)).batch(0)
 

@@ -1,0 +1,235 @@
+import json
+import multiprocessing
+import os
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from gptjax import data, tokenizers
+from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from gptjax.types import UserError
+
+TEXT = "It was the best of times, it was the worst of times.\n" * 20
+
+
+def config(tmp_path, *sources, tokenizer="chars", context_length=8, vocab_size=0, trained_size=300, **cfg):
+    return Config(
+        tokenizer=TokenizerConfig(name=tokenizer, vocab_size=trained_size),
+        data=DataConfig(source=tuple(map(str, sources)), cache_dir=str(tmp_path / "cache"), **cfg),
+        model=ModelConfig(context_length=context_length, vocab_size=vocab_size),
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "texts"
+    path.mkdir()
+    for i in range(12):
+        (path / f"{i:02}.txt").write_text(f"Document {i}: " + "abcdefgh"[i % 8] * (20 + i) + "é")
+    return path
+
+
+def stores(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache" / "tokens").iterdir())
+
+
+# --- what is made
+
+
+def test_characters_round_trip(tmp_path, text):
+    ready = data.prepare(config(tmp_path, text))
+    cut = int(0.9 * len(TEXT))
+    assert ready.tokenizer.decode(ready.train.tokens) == TEXT[:cut]
+    assert ready.tokenizer.decode(ready.val.tokens) == TEXT[cut:]
+    assert ready.train.tokens.dtype == np.uint16 and not ready.train.tokens.flags.writeable
+    assert ready.train.doc_starts.tolist() == [0]
+    assert (ready.train.n_bytes, ready.val.n_bytes) == (cut, len(TEXT) - cut)
+
+
+def test_documents_end_where_they_end(tmp_path, folder):
+    ready = data.prepare(config(tmp_path, folder, tokenizer="bpe"))
+    eot = ready.tokenizer.eot_id
+    for store in (ready.train, ready.val):
+        ends = np.flatnonzero(store.tokens == eot)
+        assert (ends[:-1] + 1 == store.doc_starts[1:]).all() and ends[-1] == len(store) - 1
+    names = ready.manifest["split"][0]["held_out"]
+    held = [(folder / name).read_text() for name in names]
+    bounds = [*ready.val.doc_starts, len(ready.val)]
+    found = [ready.tokenizer.decode(ready.val.tokens[a : b - 1]) for a, b in pairwise(bounds)]
+    assert found == held
+    assert ready.manifest["train"]["documents"] + ready.manifest["val"]["documents"] == 12
+    assert ready.val.n_bytes == sum(len(t.encode()) for t in held)
+
+
+def test_one_running_text_has_no_end(tmp_path, text):
+    ready = data.prepare(config(tmp_path, text, tokenizer="bpe"))
+    assert ready.tokenizer.eot_id not in ready.train.tokens
+    assert ready.tokenizer.eot_id not in ready.val.tokens
+
+
+def test_trained_vocabulary_never_sees_held_out_text(tmp_path):
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 100 + "zqzq " * 50)
+    ready = data.prepare(config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", val_fraction=0.2))
+    assert len(ready.tokenizer.encode("zqzq")) == 4
+    assert len(ready.tokenizer.encode("aaaa")) == 1
+
+
+def test_special_token_in_the_text_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two " * 40)
+    ready = data.prepare(config(tmp_path, tmp_path / "a.txt", tokenizer="bpe"))
+    assert ready.tokenizer.eot_id not in ready.train.tokens
+    assert ready.tokenizer.decode(ready.train.tokens).startswith("one<|endoftext|>two")
+
+
+def test_val_source(tmp_path, text, folder):
+    ready = data.prepare(config(tmp_path, text, val_source=(str(folder),), max_documents=3))
+    assert ready.tokenizer.decode(ready.train.tokens) == TEXT
+    assert len(ready.val.doc_starts) == 3
+    assert ready.tokenizer.decode(ready.val.tokens[:12]) == "Document 0: "
+
+
+def test_several_sources_are_mixed(tmp_path, text, folder):
+    cfg = config(tmp_path, text, folder, weights=(1.0, 3.0))
+    ready = data.prepare(cfg)
+    assert ready.train.n_sources == ready.val.n_sources == 2
+    load = data.Loader(ready.train, cfg.data, batch_size=4, context_length=8, seed=0, vocab_size=99)
+    starts = load.starts(0, 100)
+    assert (starts >= ready.train.source_starts[1]).sum() == 300
+
+
+def test_progress_and_description(tmp_path, folder):
+    seen, lines = [], []
+    ready = data.prepare(config(tmp_path, folder), progress=lambda *x: seen.append(x), log=lines.append)
+    assert len(seen) == 12 and seen[-1][0] == seen[-1][1] and lines
+    shown = "\n".join(data.describe(ready))
+    for word in ("chars", "12 files", "documents held out:", "train", "val", "bytes a token", "uint16", "Document 0: "):
+        assert word in shown
+    assert json.dumps(ready.manifest)
+
+
+def test_evaluation_covers_the_validation_text(tmp_path, text):
+    ready = data.prepare(config(tmp_path, text))
+    weight = sum(b.weights.sum() for b in data.eval_batches(ready.val, context_length=8, batch_size=4))
+    assert weight == len(ready.val) - 1
+
+
+# --- reuse
+
+
+def test_second_time_reads_nothing_again(tmp_path, text, monkeypatch):
+    first = data.prepare(config(tmp_path, text))
+    monkeypatch.setattr(tokenizers, "build", lambda *a: pytest.fail("built again"))
+    second = data.prepare(config(tmp_path, text))
+    assert first.manifest == second.manifest and first.train.fingerprint == second.train.fingerprint
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    moved = tmp_path / "elsewhere" / "text.txt"
+    moved.parent.mkdir()
+    text.rename(moved)
+    assert data.prepare(config(tmp_path, moved)).manifest["key"] == first.manifest["key"]
+
+
+def test_whatever_matters_gives_a_new_key(tmp_path, text):
+    keys = [data.prepare(config(tmp_path, text)).manifest["key"]]
+    keys.append(data.prepare(config(tmp_path, text, tokenizer="bytes")).manifest["key"])
+    keys.append(data.prepare(config(tmp_path, text, tokenizer="bpe")).manifest["key"])
+    keys.append(data.prepare(config(tmp_path, text, tokenizer="bpe", trained_size=290)).manifest["key"])
+    keys.append(data.prepare(config(tmp_path, text, val_fraction=0.2)).manifest["key"])
+    text.write_text(TEXT + "!")
+    changed = data.prepare(config(tmp_path, text))
+    keys.append(changed.manifest["key"])
+    assert len(set(keys)) == 6 and stores(tmp_path) == sorted(keys)
+    assert changed.tokenizer.decode(changed.val.tokens).endswith("!")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train.starts.npy", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_damage_is_noticed_and_repaired(tmp_path, text, name, damage):
+    cfg = config(tmp_path, text)
+    good = data.prepare(cfg)
+    tokens = np.array(good.train.tokens)  # a copy: the damage shows through the map
+    path = tmp_path / "cache" / "tokens" / good.manifest["key"] / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    lines = []
+    again = data.prepare(cfg, log=lines.append)
+    assert "damaged" in lines[0]
+    assert again.manifest == good.manifest and stores(tmp_path) == [good.manifest["key"]]
+    assert np.array_equal(again.train.tokens, tokens)
+
+
+def test_killed_writer_leaves_nothing_that_counts(tmp_path, text):
+    root = tmp_path / "cache" / "tokens"
+    old, young = root / ".partial-old", root / ".partial-young"
+    old.mkdir(parents=True)
+    young.mkdir()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    ready = data.prepare(config(tmp_path, text))
+    assert stores(tmp_path) == [".partial-young", ready.manifest["key"]]
+
+
+def _prepare(cfg, queue):
+    queue.put(data.prepare(cfg).train.fingerprint)
+
+
+def test_several_processes_at_once(tmp_path, folder):
+    context = multiprocessing.get_context("spawn")
+    queue, cfg = context.Queue(), config(tmp_path, folder)
+    workers = [context.Process(target=_prepare, args=(cfg, queue)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    prints = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(prints) == 1 and len(stores(tmp_path)) == 1
+
+
+# --- mistakes
+
+
+def test_too_short_says_found_and_needed(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("only ten c")
+    with pytest.raises(UserError, match="9 training tokens found, at least 65 needed"):
+        data.prepare(config(tmp_path, path, context_length=64))
+    path.write_text("")
+    with pytest.raises(UserError, match=r"a\.txt.*no text.*at least 65"):
+        data.prepare(config(tmp_path, path, context_length=64))
+    path.write_text(" \n")
+    with pytest.raises(UserError, match="at least 65 needed"):
+        data.prepare(config(tmp_path, path, context_length=64))
+
+
+def test_vocabulary_must_fit_the_model(tmp_path, text):
+    with pytest.raises(UserError, match=r"257 ids and model\.vocab_size=100"):
+        data.prepare(config(tmp_path, text, tokenizer="bytes", vocab_size=100))
+
+
+def test_cache_that_cannot_be_written(tmp_path, text):
+    (tmp_path / "cache").write_text("a file is in the way")
+    with pytest.raises(UserError, match=r"cannot write tokens to .*\n.*data\.cache_dir=FOLDER"):
+        data.prepare(config(tmp_path, text))
+
+
+def test_full_disk_leaves_nothing(tmp_path, text, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        data.prepare(config(tmp_path, text))
+    assert stores(tmp_path) == []

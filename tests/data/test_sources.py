@@ -1,0 +1,289 @@
+import json
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig
+from gptjax.data import documents, split
+from gptjax.data.sources import Document, Documents, Source, hold_out
+from gptjax.types import UserError
+
+
+def read(*names, **cfg):
+    return list(documents(DataConfig(source=tuple(map(str, names)), **cfg)))
+
+
+def texts(*names, **cfg):
+    return [document.text for document in read(*names, **cfg)]
+
+
+def put(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- what can be read
+
+
+def test_text_file(tmp_path):
+    path = put(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\xe2\x80\xa8three")
+    assert read(path) == [Document("a.txt", "one\ntwo\u2028three", "a.txt")]
+
+
+def test_folder_is_recursive_sorted_and_named_relatively(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b/c.txt", ".hidden/x.txt", "a/skip.py", "rows.csv"):
+        put(tmp_path, name, name)
+    assert [d.name for d in read(tmp_path)] == ["a/b/c.txt", "a/z.md", "b.txt"]
+    found = documents(DataConfig(source=(str(tmp_path),)))
+    assert list(found) == list(found)  # again and again
+    assert texts(tmp_path, max_documents=2) == ["a/b/c.txt", "a/z.md"]
+
+
+def test_folder_of_rows(tmp_path):
+    put(tmp_path, "part-1.jsonl", '{"text": "one"}\n')
+    put(tmp_path, "part-0.jsonl", '{"text": "zero"}\n')
+    assert [(d.name, d.group) for d in read(tmp_path)] == [
+        ("part-0.jsonl:1", "part-0.jsonl"),
+        ("part-1.jsonl:1", "part-1.jsonl"),
+    ]
+
+
+def test_jsonl(tmp_path):
+    path = put(tmp_path, "a.jsonl", '{"body": "o\\u00e9\\nx", "n": 1}\n\n{"body": "two\u2028"}')
+    assert read(path, text_field="body") == [
+        Document("a.jsonl:1", "oé\nx", "a.jsonl"),
+        Document("a.jsonl:3", "two\u2028", "a.jsonl"),
+    ]
+
+
+def test_csv_guesses_nothing(tmp_path):
+    path = put(tmp_path, "a.csv", 'label,text\nham,NA\nspam,"a ""b"",\nc"\nham,null\n1, 007 \n')
+    assert texts(path) == ["NA", 'a "b",\nc', "null", " 007 "]
+    assert [d.name for d in read(path)] == ["a.csv:2", "a.csv:3", "a.csv:5", "a.csv:6"]
+    assert texts(put(tmp_path, "long.csv", "text\n" + "x" * 200_000 + "\n")) == ["x" * 200_000]
+
+
+def test_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one", "NA", ""], "n": [1, 2, 3]}), path)
+    assert texts(path) == ["one", "NA", ""]
+    assert texts(path, max_documents=1) == ["one"]
+    with pytest.raises(UserError, match="no field 'body'; fields: text, n"):
+        texts(path, text_field="body")
+    with pytest.raises(UserError, match="column 'n' must be text, found int64"):
+        texts(path, text_field="n")
+    pq.write_table(pa.table({"text": ["one", None]}), path)
+    with pytest.raises(UserError, match="row 2: column 'text' is null"):
+        texts(path)
+    path.write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        texts(path)
+
+
+def test_asset_by_name(tmp_path, monkeypatch):
+    from gptjax import assets
+
+    put(tmp_path, "plays/hamlet.txt", "To be")
+    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / "plays")
+    assert read("shakespeare") == [Document("hamlet.txt", "To be", "hamlet.txt")]
+
+
+# --- what cannot
+
+BAD_FILES = {
+    "latin1": ("a.txt", b"caf\xe9 au lait", r"a\.txt: invalid UTF-8 at byte 3 \(0xe9.*iconv"),
+    "latin1 after a mark": ("a.txt", b"\xef\xbb\xbfa\xff", "invalid UTF-8 at byte 4"),
+    "utf-16": ("a.txt", "hello".encode("utf-16-le"), "NUL byte at byte 1.*UTF-16"),
+    "broken line": ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2:\d+: not a complete JSON object"),
+    "cut short": ("a.jsonl", '{"text": "a"}\n{"text": "b', r"a\.jsonl:2"),
+    "array": ("a.jsonl", '["a"]\n', r"a\.jsonl:1: each line must be a JSON object, found an array"),
+    "missing key": ("a.jsonl", '{"body": "a", "id": 3}', "no field 'text'; fields: body, id.*data.text_field"),
+    "number": ("a.jsonl", '{"text": 3}', "field 'text' must be text, found a number"),
+    "null": ("a.jsonl", '{"text": null}', "found null"),
+    "same key twice": ("a.jsonl", '{"text": "a", "text": "b"}', "duplicate key 'text'"),
+    "NaN": ("a.jsonl", '{"text": "a", "n": NaN}', "NaN is not JSON"),
+    "deep": ("a.jsonl", '{"text": ' + "[" * 200_000, "a.jsonl:1: nested too deeply"),
+    "surrogate": ("a.jsonl", '{"text": "a\\ud800"}', "lone surrogate at character 1"),
+    "invalid bytes in a row": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "invalid UTF-8 at byte 24"),
+    "no column": ("a.csv", "label,body\nham,x\n", r"a\.csv:1: no field 'text'; fields: label, body"),
+    "column twice": ("a.csv", "text,text\na,b\n", r"a\.csv:1: column 'text' appears twice"),
+    "short row": ("a.csv", "label,text\nham,x\nspam\n", r"a\.csv:3:2: 1 columns, and the header has 2"),
+    "long row": ("a.csv", "label,text\nham,x,y\n", r"a\.csv:2:3: 3 columns"),
+    "open quote": ("a.csv", 'text\nfine\n"never closed\nmore\n', r"a\.csv:3: .*never closed"),
+    "no header": ("a.csv", "", "empty; a header line"),
+    "unknown kind": ("a.dat", "x", r"cannot read .*a\.dat.*known kinds are \.txt"),
+    "json": ("a.json", "{}", r"one JSON object a line is \.jsonl"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file(tmp_path, name, content, message):
+    path = put(tmp_path, name, content)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+def test_all_missing_sources_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "nothing.txt", "shakespear")
+    assert "nothing.txt: no such file" in str(error.value)
+    assert "Did you mean 'shakespeare'?" in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.txt, .* file in"):
+        read(tmp_path / "empty")
+
+
+def test_all_bad_files_of_a_folder_at_once(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        put(tmp_path, name, b"\xff" if name != "b.txt" else b"fine")
+    with pytest.raises(UserError) as error:
+        split(documents(DataConfig(source=(str(tmp_path),))), DataConfig())
+    assert "a.txt" in str(error.value) and "c.txt" in str(error.value) and "b.txt" not in str(error.value)
+
+
+def test_fingerprint_follows_names_and_content(tmp_path):
+    def fingerprint():
+        return documents(DataConfig(source=(str(tmp_path),))).sources[0].fingerprint
+
+    put(tmp_path, "a.txt", "one")
+    first = fingerprint()
+    assert first == fingerprint()
+    put(tmp_path, "a.txt", "two")
+    second = fingerprint()
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert len({first, second, fingerprint()}) == 3
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`datasets.load_dataset` answers with three rows; `calls` holds its arguments."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config=None, *, split, streaming):
+        calls.append((name, config, split, streaming))
+        if name == "org/missing":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/missing' doesn't exist on the Hub")
+        if name == "org/offline":
+            raise ConnectionError("Couldn't reach the Hugging Face Hub")
+        rows = datasets.Dataset.from_dict({"text": ["one", "NA", "three"], "id": [1, 2, 3]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub(hub):
+    assert read("hf:org/name") == [
+        Document(f"org/name:{i}", t, "org/name") for i, t in enumerate(["one", "NA", "three"], 1)
+    ]
+    assert texts("hf:org/name:small@validation", max_documents=2) == ["one", "NA"]
+    assert hub == [("org/name", None, "train", False), ("org/name", "small", "validation", False)]
+
+
+def test_hub_streaming_keeps_its_rows(hub, tmp_path):
+    cfg = {"streaming": True, "max_documents": 2, "cache_dir": str(tmp_path)}
+    assert texts("hf:org/name", **cfg) == texts("hf:org/name", **cfg) == ["one", "NA"]
+    assert hub == [("org/name", None, "train", True)]  # the second time without the network
+    assert [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == [
+        {"text": "one"},
+        {"text": "NA"},
+    ]
+
+
+def test_hub_mistakes(hub, tmp_path):
+    with pytest.raises(UserError, match="no field 'body'; fields: text, id"):
+        texts("hf:org/name", text_field="body")
+    with pytest.raises(UserError, match="field 'id' must be text, found a number"):
+        texts("hf:org/name", text_field="id")
+    with pytest.raises(UserError, match=r"hf:org/missing: DatasetNotFoundError.*doesn't exist"):
+        texts("hf:org/missing")
+    with pytest.raises(UserError, match=r"hf:org/offline: ConnectionError.*\n.*data.source=FILE"):
+        texts("hf:org/offline", streaming=True, cache_dir=str(tmp_path))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+# --- held-out text
+
+
+def make(lengths, name="s"):
+    """A source of files; each is a list of document lengths."""
+    files = []
+    for f, docs in enumerate(lengths):
+        rows = [Document(f"{name}{f}:{i}", chr(97 + i % 26) * n, f"{name}{f}") for i, n in enumerate(docs)]
+        files.append((f"{name}{f}", lambda rows=rows: iter(rows)))
+    return Source(name, tuple(files), "")
+
+
+def parts(source, **cfg):
+    train, val, how = split(Documents((source,)), DataConfig(**cfg))
+    return list(train), list(val), how[0]
+
+
+def test_auto_takes_documents_from_ten_on():
+    assert parts(make([[50]] * 9))[2]["split"] == "tail"
+    assert parts(make([[50]] * 10))[2]["split"] == "document"
+    assert parts(make([[50] * 10]))[2]["split"] == "document"
+
+
+def test_documents_are_held_out_whole_near_the_fraction():
+    lengths = [[int(n)] for n in np.random.default_rng(0).integers(50, 200, 38)]
+    source = make(lengths)
+    train, val, how = parts(source, split="document")
+    assert sorted(train + val) == sorted(source)
+    assert how["held_out"] == [d.name for d in val] and how["documents"] == 38
+    share = sum(len(d.text) for d in val) / sum(map(sum, lengths))
+    assert abs(share - 0.1) < 0.02
+
+
+def test_held_out_documents_do_not_depend_on_the_order():
+    names = [f"n{i}" for i in range(40)]
+    sizes = np.random.default_rng(1).integers(50, 200, 40)
+    chosen = {names[i] for i in np.flatnonzero(hold_out(names, sizes, 0.2))}
+    back = {names[::-1][i] for i in np.flatnonzero(hold_out(names[::-1], sizes[::-1], 0.2))}
+    assert chosen == back
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [100, 1], [1, 100], [1000, 10, 10], [5] * 30])
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
+def test_at_least_one_document_on_each_side(sizes, fraction):
+    chosen = hold_out([f"n{i}" for i in range(len(sizes))], np.array(sizes), fraction)
+    assert 0 < chosen.sum() < len(sizes)
+
+
+def test_whole_files():
+    source = make([[10] * 5] * 6)
+    train, val, how = parts(source, split="file", val_fraction=0.3)
+    assert {d.group for d in train}.isdisjoint(d.group for d in val)
+    assert len({d.group for d in val}) == 2 and how["held_out"] == sorted({d.group for d in val})
+    with pytest.raises(UserError, match=r"split=file needs at least 2 files in data.source=s, found 1.*tail"):
+        parts(make([[10, 10]]), split="file")
+
+
+def test_tail_is_the_end_of_each_file_whatever_the_documents():
+    source = make([[30, 50, 20], [7]])
+    train, val, _ = parts(source, split="tail", val_fraction=0.25)
+    assert [len(d.text) for d in train] == [30, 45, 5]
+    assert [len(d.text) for d in val] == [5, 20, 2]
+
+
+def test_every_source_gives_to_the_validation_text():
+    found = Documents((make([[100]], "a"), make([[10]] * 50, "b")))
+    train, val, how = split(found, DataConfig())
+    assert [part["split"] for part in how] == ["tail", "document"]
+    assert {d.group[0] for d in val} == {d.group[0] for d in train} == {"a", "b"}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_impossible_fraction(fraction):
+    with pytest.raises(UserError, match="val_fraction"):
+        parts(make([[10]]), val_fraction=fraction)
