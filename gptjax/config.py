@@ -524,7 +524,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "model.n_layer", "model.n_head", "model.n_kv_head", "model.d_model", "model.d_ff", "model.context_length",
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
-            "train.log_every", "train.keep_checkpoints", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
+            "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
         ),
         (1, 2**31 - 1, True, True),
     ),
@@ -541,6 +541,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
     **dict.fromkeys(("optim.decay_fraction", "sample.top_p"), (0, 1, False, True)),
     "data.val_fraction": (0, 1, False, False),
     "data.mask_tokens": (0, 3, True, True),
+    "train.keep_checkpoints": (2, 2**31 - 1, True, True),  # should the newest be damaged, there is another
 }  # fmt: skip
 
 

@@ -24,14 +24,16 @@ def run(args: list[str]) -> int:
         print(_sample_part(to_yaml(cfg, provenance)), end="")
     if parsed.print_config and not parsed.dry_run:
         return 0
-    import gptjax
+    from gptjax import tokenizers
+    from gptjax.weights import load, native
 
-    tokenizer = gptjax.tokenizers.load(folder)
+    home = native.find(folder)
+    tokenizer = tokenizers.load(home)
     if parsed.dry_run:
         ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
         print(f"\nprompt             {len(ids)} tokens\ndry run: nothing was written")
         return 0
-    params, model = gptjax.load(folder)
+    params, model = load(home)
     write(params, model, tokenizer, cfg)
     return 0
 

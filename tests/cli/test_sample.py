@@ -1,0 +1,69 @@
+"""`gptjax sample` on a model that was never trained: what it reads, takes and prints."""
+
+import jax
+import pytest
+
+import gptjax
+from gptjax.__main__ import main
+
+MODEL = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    params = gptjax.init_params(jax.random.key(0), MODEL)
+    gptjax.save(folder / "final", params, MODEL, gptjax.tokenizers.load("bytes"))
+    cfg = gptjax.load_config(None, "sample.max_new_tokens=5", "sample.temperature=0")
+    (folder / "config.yaml").write_text(gptjax.config.to_yaml(cfg))
+    return folder
+
+
+def test_it_writes_what_generate_gives(run, capsysbinary):
+    assert main(["sample", str(run), "--prompt", "a=b"]) == 0
+    params, model = gptjax.load(run)
+    tokenizer = gptjax.tokenizers.load(run)
+    ids = tokenizer.encode("a=b")
+    (new,) = gptjax.generate(params, [ids], model, max_new_tokens=5, key=jax.random.key(0), stop=[tokenizer.eot_id])
+    out = capsysbinary.readouterr()
+    assert out.out.decode().rstrip("\n") == tokenizer.decode(ids + new).rstrip("\n")
+    assert b"tokens in" in out.err
+
+
+@pytest.mark.parametrize("prompt", [["--prompt", "a"], ["--prompt=a"], ["prompt=a"], ["sample.prompt=a"]])
+def test_a_setting_can_be_written_in_these_ways(run, prompt, capsys):
+    assert main(["sample", str(run), *prompt, "--max-new-tokens", "2", "--print-config"]) == 0
+    out = capsys.readouterr().out
+    assert "prompt: a " in out and "max_new_tokens: 2 " in out
+    assert "temperature: 0.0" in out and "config.yaml:" in out  # the run's own
+
+
+def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    assert main(["sample", str(moved), "prompt=a", "n=2"]) == 0
+    assert "-----" in capsys.readouterr().out
+
+
+def test_dry_run(run, capsys):
+    assert main(["sample", str(run), "prompt=abc", "--dry-run"]) == 0
+    assert "3 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "which model?"),
+        (["absent"], "absent: no such run"),
+        (["RUN", "temperature=hot"], "sample.temperature: expected a number"),
+        (["RUN", "temp=1"], "sample.temperature"),
+        (["RUN", "max_tokens=1"], "sample.max_new_tokens"),
+        (["RUN", "promt=1"], "did you mean sample.prompt?"),
+        (["RUN", "top_p=2"], "sample.top_p (2.0) must be"),
+    ],
+)
+def test_mistakes(run, args, words, capsys):
+    assert main(["sample", *(str(run) if arg == "RUN" else arg for arg in args)]) == 2
+    assert words in capsys.readouterr().err
