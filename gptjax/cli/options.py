@@ -22,7 +22,7 @@ class Args(NamedTuple):
     print_config: bool
 
 
-def parse(args: Sequence[str], words: int, what: str = "[PRESET or CONFIG.yaml] [a.b=c ...]") -> Args:
+def parse(args: Sequence[str], words: int) -> Args:
     """Up to `words` leading words, settings, and the two switches anywhere."""
     rest, switches = [], set()
     for arg in args:
@@ -37,20 +37,12 @@ def parse(args: Sequence[str], words: int, what: str = "[PRESET or CONFIG.yaml] 
     for arg in rest:
         if arg.startswith("--") and "=" not in arg and (hint := did_you_mean(arg, [f"--{name}" for name in SWITCHES])):
             raise UserError(f"unknown option {arg}{hint}")
-    stray = next((arg for arg in rest if "=" not in arg and not arg.startswith("--")), None)
-    if stray is not None and not _follows_flag(rest, stray):
-        raise UserError(f"{stray!r} is not expected here: {what}")
     return Args(leading, from_args(rest), "dry-run" in switches, "print-config" in switches)
 
 
 def _is_setting(arg: str) -> bool:
     """`a.b=c`, and not a file whose name has a `=`."""
     return "=" in arg and not os.path.exists(arg)
-
-
-def _follows_flag(rest: list[str], word: str) -> bool:
-    before = rest[rest.index(word) - 1] if rest.index(word) else ""
-    return before.startswith("--") and "=" not in before
 
 
 def configure(args: Args, default: str | None) -> tuple[Config, Provenance]:

@@ -15,7 +15,7 @@ USAGE = 'expected: gptjax sample RUN --prompt "TEXT" [max_new_tokens=N ...]'
 
 
 def run(args: list[str]) -> int:
-    parsed = options.parse(args, words=1, what=USAGE)
+    parsed = options.parse(args, words=1)
     if not parsed.words:
         raise UserError(f"which model? {USAGE}")
     folder = Path(parsed.words[0])

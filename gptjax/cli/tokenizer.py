@@ -36,7 +36,7 @@ def more_help() -> str:
 
 
 def _train(args: list[str]) -> None:
-    parsed = options.parse(args, words=1, what=USAGE["train"])
+    parsed = options.parse(args, words=1)
     out = next((leaf.value for leaf in reversed(parsed.leaves) if leaf.key == "out"), "tokenizer.json")
     short = {"vocab_size": "tokenizer.vocab_size", "source": "data.source"}
     leaves = [leaf._replace(key=short.get(leaf.key, leaf.key)) for leaf in parsed.leaves if leaf.key != "out"]

@@ -47,4 +47,4 @@ def test_a_switch_with_a_typo(switch, capsys):
 
 def test_a_stray_word(capsys):
     assert main(["pretrain", "tiny-gpt2", "optim.lr=1", "twice"]) == 2
-    assert "'twice' is not expected here" in capsys.readouterr().err
+    assert "'twice': expected KEY=VALUE" in capsys.readouterr().err
