@@ -86,7 +86,7 @@ def make_train_step(
         grads, (mean, metrics) = accumulated(state.params, state.frozen, batch, key)
         scale = 1.0 / jnp.maximum(mean.weight, 1e-9)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(mean.total) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

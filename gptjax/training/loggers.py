@@ -1,0 +1,89 @@
+"""Where metrics go. metrics.jsonl always; TensorBoard and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from gptjax.config import Config, flat
+from gptjax.types import UserError
+
+
+class Logger(Protocol):
+    def log(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl: `step` and numbers by name."""
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl. A line is on its way to the disk when `log` returns; `sync` waits for it."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    def __init__(self, run_dir: Path, cfg: Config):
+        self._writer = _module("tensorboardX", "tensorboardX").SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in _numbers(row):
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """The project is $WANDB_PROJECT or gptjax; WANDB_MODE=offline keeps everything on this machine."""
+
+    def __init__(self, run_dir: Path, cfg: Config):
+        wandb = _module("wandb", "wandb")
+        name = Path(run_dir).name
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "gptjax"), name=name, dir=str(run_dir), config=flat(cfg)
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._run.log(dict(_numbers(row)), step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises UserError for a logger whose package is missing, before anything has run."""
+    for name in names:
+        _module({"tensorboard": "tensorboardX"}.get(name, name), name)
+
+
+def _module(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"train.loggers={name} needs {module}, which is not installed: pip install {module} "
+            "(or pip install 'gptjax[track]')"
+        ) from error
+
+
+def _numbers(row: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in row.items() if name != "step" and isinstance(value, int | float)]

@@ -1,0 +1,620 @@
+"""The training loop: data in, checkpoints and a model out, and everything that can happen in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptjax import config
+from gptjax.config import Config, ModelConfig
+from gptjax.training import loggers
+from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
+from gptjax.training.progress import Progress, duration, peak_flops
+from gptjax.training.run_dir import BITWISE, RunDir, environment
+from gptjax.types import Params, UserError
+
+SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
+MOST_STEPS_PER_CALL = 10
+EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
+PLOT_EVERY_S = 20.0
+
+
+class TrainResult(NamedTuple):
+    run_dir: Path
+    params: Params
+    cfg: Config
+    tokenizer: Any
+    step: int
+    val_loss: float
+    exit_code: int = 0
+
+
+def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResult:
+    """Pretrain as `cfg` says, or go on where the run directory stands (train.resume=auto).
+
+    A run that is finished already is not trained again: its result is returned. Resumed is bitwise the same as
+    uninterrupted, on the same versions and devices.
+
+    Args:
+        log: gets each line that would be printed.
+
+    Raises:
+        UserError: bad config or data, a run directory of another run, no checkpoint that can be read, a full disk.
+        Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
+    """
+    config.validate(cfg)
+    run = RunDir(cfg.run_dir or "runs/default")
+    run.check(cfg)
+    loggers.check(cfg.train.loggers)
+    if (done := _finished(run, cfg, log or print)) is not None:
+        return done
+    from gptjax import data
+
+    with Progress(_no_file, log, run.touch) as progress, progress.phase("preparing the data"):
+        ready = data.prepare(cfg, log=progress.say)
+    cfg = _resolve(cfg, ready)
+    use_compile_cache()
+    keep_buffers()
+    with run.locked():
+        run.check(cfg)
+        run.begin(cfg)
+        with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
+            return _Trainer(cfg, run, ready, progress, signals).train()
+
+
+def _no_file(line: str) -> None:
+    pass
+
+
+def _resolve(cfg: Config, ready: Any) -> Config:
+    """vocab_size from the tokenizer, max_steps from epochs."""
+    model, settings = cfg.model, cfg.train
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
+    if settings.epochs is not None:
+        tokens = settings.batch_size * model.context_length
+        settings = dataclasses.replace(settings, max_steps=max(1, round(settings.epochs * len(ready.train) / tokens)))
+    cfg = dataclasses.replace(cfg, model=model, train=settings)
+    config.validate(cfg)
+    return cfg
+
+
+def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResult | None:
+    """The result of a run that ended; None if there is something left to do."""
+    file = run.final / "result.json"
+    if not file.exists():
+        return None
+    from gptjax import tokenizers, weights
+
+    result = json.loads(file.read_text(encoding="utf-8"))
+    cfg = config.from_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+    params, _ = weights.load(run.final)
+    say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
+    say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
+    return TrainResult(run.path, params, cfg, tokenizers.load(run.final), result["step"], result["val/loss"])
+
+
+def steps_per_call(cfg: Config, n_params: int, start: int = 0) -> int:
+    """How many steps go into one compiled call; evaluations, checkpoints and the end fall between calls.
+
+    None in the config: the largest number up to 10 that divides them all, 1 for models above 20 M parameters.
+
+    Raises:
+        UserError: the given number does not divide them.
+    """
+    settings = cfg.train
+    names = ("eval_every", "checkpoint_every", "log_every")
+    every = {name: getattr(settings, name) for name in names if getattr(settings, name) < settings.max_steps}
+    every["max_steps"] = settings.max_steps
+    if settings.steps_per_call is not None:
+        k = settings.steps_per_call
+        bad = [f"train.{name} ({n})" for name, n in every.items() if n % k]
+        if bad:
+            common = math.gcd(*every.values())
+            fits = ", ".join(str(n) for n in range(1, min(common, 100) + 1) if common % n == 0)
+            raise UserError(f"train.steps_per_call ({k}) must divide {', '.join(bad)}: use one of {fits}")
+        return k
+    if n_params > SMALL_MODEL:
+        return 1
+    common = math.gcd(start, *every.values())
+    return max(k for k in range(1, MOST_STEPS_PER_CALL + 1) if common % k == 0)
+
+
+class _Interrupt(Exception):
+    """A signal has come, at a place where it can be acted on."""
+
+
+@dataclasses.dataclass
+class _Counters:
+    """What the loop itself carries from step to step; goes into every checkpoint."""
+
+    evaluated: int = -1  # step of the last evaluation
+    val_loss: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = -1
+    loss_total: float = 0.0  # since the last line of metrics
+    loss_weight: float = 0.0
+    samples_bytes: int = 0  # length of samples.txt
+    seconds: float = 0.0  # wall time of the run so far
+
+
+class _Trainer:
+    def __init__(self, cfg: Config, run: RunDir, ready: Any, progress: Progress, signals: Signals):
+        import jax
+        import numpy as np
+
+        from gptjax import data, tree
+        from gptjax.checkpoint import Checkpoints
+        from gptjax.optim import make_optimizer, make_schedule
+        from gptjax.tasks import pretrain
+        from gptjax.training.step import TrainState, make_multi_step, make_train_step
+
+        self.cfg, self.run, self.ready, self.progress, self.signals = cfg, run, ready, progress, signals
+        self.task = pretrain.task(cfg.model)
+        self.tx = make_optimizer(cfg.optim, cfg.train.max_steps)
+        self.checkpoints = Checkpoints(run.checkpoints, cfg.train.keep_checkpoints, progress.say)
+        self.environment = environment()
+        self.prompt = _prompt(cfg, ready.tokenizer)
+        self.loader = data.Loader(
+            ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=cfg.model.context_length,
+            seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
+        )  # fmt: skip
+
+        def fresh() -> TrainState:
+            init_key, key = jax.random.split(jax.random.key(cfg.seed))
+            return TrainState.create(self.task.init(init_key), tx=self.tx, key=key)
+
+        abstract = jax.eval_shape(fresh)
+        self.n_params = tree.size(abstract.params)
+        steps_per_call(cfg, self.n_params)  # refuse now
+        self._summary()
+        self.counters = _Counters()
+        self.step = self.saved = 0
+        found = self.checkpoints.restore(abstract, self._accept)
+        if found:
+            self._go_on(found)
+        else:
+            with progress.phase("compiling the initialisation"):
+                self.state = jax.jit(fresh)()
+            run.cut_metrics(-1)
+            for name in ("samples.txt",):
+                (run.path / name).unlink(missing_ok=True)
+        self.k = steps_per_call(cfg, self.n_params, self.step)
+        one = make_train_step(self.task.loss, self.tx, accumulation=cfg.train.accumulation)
+        self.call = jax.jit(one if self.k == 1 else make_multi_step(one), donate_argnums=0)
+        self.eval_loss = jax.jit(self.task.loss)
+        schedule = make_schedule(cfg.optim, cfg.train.max_steps)
+        self.lr = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(cfg.train.max_steps))) * cfg.optim.lr
+        device = jax.devices()[0]
+        self.peak = peak_flops(device.platform, device.device_kind)
+        self.flops_per_token = _flops_per_token(cfg.model, abstract.params)
+        self.metrics = loggers.JsonLines(run.metrics)
+        self.loggers = [self.metrics, *(loggers.LOGGERS[name](run.path, cfg) for name in cfg.train.loggers)]
+        self.started = time.monotonic() - self.counters.seconds
+        self.pending: tuple[int, Any] | None = None
+        self.compiled = False
+        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last line of metrics; last reading
+        self.rate = 0.0  # tokens a second, of the last line
+        self.eval_s = 0.0
+        self.plotted = 0.0
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self) -> TrainResult:
+        try:
+            with self.progress.phase("training"):
+                self._until_done()
+        except _Interrupt:
+            self._leave()
+        finally:
+            for logger in self.loggers:
+                logger.close()
+        return self._finish()
+
+    def _until_done(self) -> None:
+        settings = self.cfg.train
+        while True:
+            self._poll()
+            if self._due(settings.eval_every) and self.counters.evaluated != self.step:
+                self._evaluate()
+            if self._due(settings.checkpoint_every) and self.saved != self.step:
+                self._save()
+            if self.step >= settings.max_steps:
+                return
+            self._advance()
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step >= self.cfg.train.max_steps
+
+    def _poll(self) -> None:
+        if self.signals.code:
+            raise _Interrupt
+
+    def _advance(self) -> None:
+        """Start one call, and read the results of the one before while it runs."""
+        if self.pending is None:
+            self.mark = time.monotonic()
+        batch = self.loader.batch(self.step) if self.k == 1 else self.loader.batches(self.step, self.k)
+        if not self.compiled:
+            metrics = self._compile(batch)
+        else:
+            self.state, metrics = self.call(self.state, batch)
+        self.step += self.k
+        before, self.pending = self.pending, (self.step, metrics)
+        if before:
+            self._read(*before)
+        if not self.compiled or self._due(self.cfg.train.eval_every) or self._due(self.cfg.train.checkpoint_every):
+            self._drain()
+        self.compiled = True
+
+    def _drain(self) -> None:
+        before, self.pending = self.pending, None
+        if before:
+            self._read(*before)
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.cfg.train.batch_size * self.cfg.model.context_length
+
+    def _compile(self, batch: Any) -> Any:
+        """The first call, in a thread: a signal must not wait for XLA."""
+        import jax
+
+        start, result = time.monotonic(), []
+        self.progress.say("compiling the training step ...")
+
+        def first() -> None:
+            try:
+                result.append(jax.block_until_ready(self.call(self.state, batch)))
+            except BaseException as error:
+                result.append(error)
+
+        thread = threading.Thread(target=first, daemon=True, name="gptjax-compile")
+        with self.progress.phase("compiling the training step"):
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.1)
+                if self.signals.code and thread.is_alive():
+                    self._leave_while_compiling()
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        self.state, metrics = result[0]
+        self.progress.say(f"compiled, first {_count(self.k, 'step')} done in {time.monotonic() - start:.1f} s")
+        return metrics
+
+    # ------------------------------------------------------------ metrics
+
+    def _read(self, end: int, metrics: Any) -> None:
+        """Fetch the metrics of a call that ended at step `end`, log what is due."""
+        import jax
+        import numpy as np
+
+        values = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
+        settings, counters, now = self.cfg.train, self.counters, time.monotonic()
+        if self.compiled:
+            self.busy_s += now - self.mark
+            self.busy_tokens += self.k * self._tokens_per_step
+        self.mark = now
+        for i in range(self.k):
+            step = end - self.k + 1 + i
+            loss, weight = float(values["loss"][i]), float(values["weight"][i])
+            if math.isfinite(loss):
+                counters.loss_total += loss * weight
+                counters.loss_weight += weight
+            if values["skipped_in_a_row"][i] >= settings.max_nonfinite:
+                self._stop_non_finite(step, int(values["skipped_in_a_row"][i]))
+            if step % settings.log_every == 0 or step == settings.max_steps:
+                self._log_step(step, {name: value[i] for name, value in values.items()})
+
+    def _log_step(self, step: int, values: dict[str, Any]) -> None:
+        counters = self.counters
+        loss = counters.loss_total / counters.loss_weight if counters.loss_weight else None
+        counters.loss_total = counters.loss_weight = 0.0
+        self.rate = self.busy_tokens / self.busy_s if self.busy_s else self.rate
+        self.busy_s, self.busy_tokens = 0.0, 0
+        row: dict[str, Any] = {
+            "step": step,
+            "train/loss": loss,
+            "lr": float(self.lr[step - 1]),
+            "grad_norm": _finite(values["grad_norm"]),
+            "skipped": int(values["skipped"]),
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_s": round(self.rate, 1) or None,
+            "seconds": self._seconds(),
+        }
+        if self.peak and self.rate:
+            row["mfu"] = self.rate * self.flops_per_token / self.peak
+        self._log(row)
+        self.progress.status(step, self.cfg.train.max_steps, self._line(row))
+
+    def _log(self, row: dict[str, Any]) -> None:
+        try:
+            for logger in self.loggers:
+                logger.log(row)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.run.path}: {error.strerror}; free some space and start again") from error
+
+    def _line(self, row: dict[str, Any]) -> str:
+        step, total = row["step"], self.cfg.train.max_steps
+        parts = [
+            f"step {step:,}/{total:,} {step / total:4.0%}",
+            f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
+            f"val {self.counters.val_loss:.4f}" if math.isfinite(self.counters.val_loss) else "",
+            f"lr {row['lr']:.2e}",
+            f"grad {row['grad_norm']:.2f}" if row["grad_norm"] is not None else "grad not finite",
+            f"{self.rate:,.0f} tok/s" if self.rate else "",
+            f"MFU {row['mfu']:.1%}" if "mfu" in row else "MFU n/a",
+            f"{row['skipped']} skipped" if row["skipped"] else "",
+            f"ETA {duration(self._eta(step))}" if self.rate else "",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _eta(self, step: int) -> float:
+        settings = self.cfg.train
+        evals = math.ceil((settings.max_steps - step) / settings.eval_every)
+        return (settings.max_steps - step) * self._tokens_per_step / self.rate + evals * self.eval_s
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    # ------------------------------------------------------------ evaluation
+
+    def _evaluate(self) -> None:
+        """Loss on the whole validation set, then the best model, a sample and the plot."""
+        from gptjax.training.step import evaluate
+
+        start, val = time.monotonic(), self.ready.val
+        with self.progress.phase("evaluating"):
+            mean = evaluate(self.eval_loss, self.state.params, self._eval_batches())
+        loss, counters = float(mean.value()), self.counters
+        self.eval_s = time.monotonic() - start
+        row = {"step": self.step, "val/loss": _finite(loss), "val/perplexity": _finite(_exp(loss)), "val/tokens": mean.weight}
+        if val.n_bytes:
+            row["val/bits_per_byte"] = _finite(loss / math.log(2) * len(val) / val.n_bytes)
+        row["seconds"] = self._seconds()
+        self._log(row)
+        text = f"step {self.step:,}/{self.cfg.train.max_steps:,}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
+        if val.n_bytes:
+            text += f", {row['val/bits_per_byte'] or math.nan:.4f} bits per byte"
+        self.progress.say(f"{text} ({self.eval_s:.1f} s)")
+        counters.evaluated, counters.val_loss = self.step, loss
+        if self.step == 0:
+            return
+        if loss < counters.best_loss:
+            counters.best_loss, counters.best_step = loss, self.step
+            self._write_model(self.run.best)
+        with self.progress.phase("sampling"):
+            self._sample()
+        self._plot()
+        self.eval_s = time.monotonic() - start
+
+    def _eval_batches(self) -> Iterator[Any]:
+        from gptjax import data
+
+        cfg = self.cfg
+        rows = max(cfg.train.batch_size // cfg.train.accumulation, EVAL_TOKENS // cfg.model.context_length)
+        for batch in data.eval_batches(
+            self.ready.val, context_length=cfg.model.context_length, batch_size=rows, document_mask=cfg.data.document_mask
+        ):
+            self._poll()
+            yield batch
+
+    def _sample(self) -> None:
+        import jax
+
+        from gptjax.generation import from_config, generate
+
+        settings, tokenizer = self.cfg.sample, self.ready.tokenizer
+        new = generate(
+            self.state.params,
+            [self.prompt] * settings.n,
+            self.cfg.model,
+            max_new_tokens=settings.max_new_tokens,
+            key=jax.random.key(settings.seed),
+            sampler=from_config(settings),
+            stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+        )
+        texts = [tokenizer.decode([i for i in self.prompt + ids if i < tokenizer.vocab_size]) for ids in new]
+        self.last_sample = texts[0]
+        self.run.append("samples.txt", "".join(f"==== step {self.step} ====\n{text}\n\n" for text in texts))
+        self.counters.samples_bytes = (self.run.path / "samples.txt").stat().st_size
+
+    def _plot(self, last: bool = False) -> None:
+        if last or time.monotonic() - self.plotted >= PLOT_EVERY_S:
+            from gptjax.training.plot import draw
+
+            self.plotted = time.monotonic()
+            draw(self.run.rows(), self.run.path / "loss.png", f"{self.run.path.name}: {self.n_params:,} parameters")
+
+    # ------------------------------------------------------------ saving, resuming, leaving
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint is of, besides the config."""
+        ready = self.ready
+        return {
+            "tokenizer": ready.tokenizer.fingerprint,
+            "training data": ready.train.fingerprint,
+            "validation data": ready.val.fingerprint,
+        }
+
+    def _save(self) -> None:
+        with self.progress.phase("saving a checkpoint"):
+            self._drain()
+            self.metrics.sync()
+            self.counters.seconds = self._seconds()
+            meta = {
+                "identity": self._identity(),
+                "counters": {name: _jsonable(value) for name, value in dataclasses.asdict(self.counters).items()},
+                "environment": self.environment,
+                "config": config.to_yaml(self.cfg),
+            }
+            self.checkpoints.save(self.step, self.state.replace(frozen=None), meta)
+        self.saved = self.step
+
+    def _accept(self, meta: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other data or another vocabulary."""
+        here = self._identity()
+        bad = [name for name, value in here.items() if meta["identity"].get(name) != value]
+        if bad:
+            raise UserError(
+                f"{self.run.path} was trained with another {' and another '.join(bad)}: the files behind "
+                f"data.source={','.join(self.cfg.data.source)} or tokenizer.name={self.cfg.tokenizer.name} have changed\n"
+                "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+            )
+
+    def _go_on(self, found: Any) -> None:
+        self.step = self.saved = found.step
+        self.state = found.state
+        stored = {name: _number(value) for name, value in found.meta["counters"].items()}
+        self.counters = _Counters(**stored)
+        self.run.cut_metrics(self.step)
+        samples = self.run.path / "samples.txt"
+        if samples.exists() and samples.stat().st_size > self.counters.samples_bytes:
+            os.truncate(samples, self.counters.samples_bytes)
+        self.progress.say(f"going on from step {self.step:,} of {self.cfg.train.max_steps:,}")
+        before = found.meta["environment"]
+        changed = [name for name in BITWISE if before.get(name) != self.environment[name]]
+        if changed:
+            self.progress.say(
+                f"WARNING: {', '.join(changed)} changed since the checkpoint (environment.json): the run goes on, but "
+                "not bitwise as if it had never stopped"
+            )
+
+    def _leave(self) -> None:
+        """A signal: save, then end with its code."""
+        code = self.signals.code
+        self.progress.say(f"{_signal_name(code)}: saving at step {self.step:,} ...")
+        self._drain()
+        if self.step > self.saved:
+            self._save()
+        why = f"stopped at step {self.step:,} of {self.cfg.train.max_steps:,}; the same command goes on from there"
+        self.progress.say(why)
+        raise Stopped(code, why)
+
+    def _leave_while_compiling(self) -> None:
+        """XLA cannot be interrupted, and no step has been taken that is not on disk already."""
+        code = self.signals.code
+        self.progress.say(f"{_signal_name(code)} while compiling: nothing to save, {self.saved:,} steps are on disk")
+        if "ipykernel" in sys.modules:
+            raise Stopped(code, "stopped while compiling")
+        sys.stdout.flush()
+        os._exit(code)
+
+    def _stop_non_finite(self, step: int, in_a_row: int) -> None:
+        last = f"checkpoint of step {self.saved:,}" if self.saved else "no checkpoint yet"
+        starts = ", ".join(map(str, self.loader.starts(step - 1)[:4]))
+        why = (
+            f"stopped at step {step:,}: loss or gradient was not finite {_count(in_a_row, 'time')} in a row "
+            f"(train.max_nonfinite). Those steps changed nothing; kept: {last}.\n"
+            f"  windows of that batch start at tokens {starts} ... of the training text\n"
+            "  try a lower optim.lr, more optim.warmup_steps, or optim.clip_norm=1"
+        )
+        self.progress.say(why)
+        raise Stopped(NON_FINITE, why)
+
+    def _result(self) -> dict[str, Any]:
+        counters = self.counters
+        return {
+            "step": self.step,
+            "val/loss": counters.val_loss,
+            "val/perplexity": _finite(_exp(counters.val_loss)),
+            "parameters": self.n_params,
+            "tokens": self.step * self._tokens_per_step,
+            "best/step": counters.best_step,
+            "best/loss": counters.best_loss if counters.best_step >= 0 else None,
+        }
+
+    def _write_model(self, folder: Path) -> None:
+        from gptjax import weights
+
+        files = {"config.yaml": config.to_yaml(self.cfg), "result.json": json.dumps(self._result(), indent=1) + "\n"}
+        with self.progress.phase(f"writing {folder.name}/"):
+            weights.save(folder, self.state.params, self.cfg.model, self.ready.tokenizer, files)
+
+    def _finish(self) -> TrainResult:
+        self._plot(last=True)
+        self._write_model(self.run.final)
+        counters = self.counters
+        self.progress.say(
+            f"done: {self.step:,} steps in {duration(self._seconds())}, validation loss {counters.val_loss:.4f} "
+            f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
+        )
+        if getattr(self, "last_sample", ""):
+            self.progress.say(f"---- sample ----\n{self.last_sample}\n----------------")
+        self.progress.say(f"in {self.run.path}: final/ best/ loss.png metrics.jsonl samples.txt")
+        return TrainResult(
+            self.run.path, self.state.params, self.cfg, self.ready.tokenizer, self.step, counters.val_loss
+        )
+
+    def _summary(self) -> None:
+        cfg, ready, say = self.cfg, self.ready, self.progress.say
+        model, optim, settings = cfg.model, cfg.optim, cfg.train
+        tokens = settings.max_steps * self._tokens_per_step
+        say(f"run     {self.run.path}, seed {cfg.seed}, {self.environment['device']}")
+        say(
+            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, {len(ready.val):,} held out; "
+            f"tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
+        )
+        say(
+            f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "
+            f"context {model.context_length}: {self.n_params:,} parameters, {model.dtype}"
+        )
+        say(
+            f"train   {optim.name}, lr {optim.lr:g}, {settings.max_steps:,} steps of {self._tokens_per_step:,} tokens "
+            f"= {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs"
+        )
+
+
+def _prompt(cfg: Config, tokenizer: Any) -> list[int]:
+    """The ids of sample.prompt, looked at before anything is trained."""
+    try:
+        ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
+    except UserError as error:
+        raise UserError(f"sample.prompt: {error}") from error
+    if not ids and tokenizer.eot_id is not None:
+        ids = [tokenizer.eot_id]
+    if not ids:
+        raise UserError(f"sample.prompt is empty and {tokenizer.name} has no start token: give at least one character")
+    return list(ids)
+
+
+def _flops_per_token(cfg: ModelConfig, params: Params) -> float:
+    """6 a weight that is multiplied, and 12 L D T for attention. arXiv:2204.02311, appendix B."""
+    from gptjax import tree
+
+    n = sum(math.prod(leaf.shape) for name, leaf in tree.flatten(params).items() if not name.startswith(("wte", "wpe")))
+    if cfg.tie_embeddings:
+        n += cfg.vocab_size * cfg.d_model
+    return 6.0 * n + 12.0 * cfg.n_layer * cfg.d_model * cfg.context_length
+
+
+def _signal_name(code: int) -> str:
+    return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _jsonable(value: Any) -> Any:
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

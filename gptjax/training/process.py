@@ -1,0 +1,88 @@
+"""What a training process sets up around itself: compile cache, memory, signals."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from gptjax import assets
+
+NON_FINITE = 3  # exit code
+
+
+class Stopped(SystemExit):
+    """Training ended before its last step; `code` is the exit code and `str()` says why.
+
+    3: the loss is not finite. 130: Ctrl-C, saved. 143: SIGTERM, saved. A SystemExit, so that any program which
+    calls `train` ends with this code.
+    """
+
+    def __init__(self, code: int, why: str):
+        super().__init__(code)
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def keep_buffers() -> bool:
+    """Have glibc keep freed memory instead of giving it back and faulting it in again at every step.
+
+    With XLA's temporaries on the CPU that was half the time of a small step (42 -> 20 ms, 0.8 M parameters).
+    Call it before the first step. False where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    m_trim_threshold, m_mmap_threshold, most = -1, -3, 2**31 - 1
+    return bool(mallopt(m_mmap_threshold, most)) and bool(mallopt(m_trim_threshold, most))
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir:
+        return
+    folder = assets.cache_dir() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # slower starts, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Signals:
+    """Which signal has come; `code` is then 128 + its number, the exit code of a run that it ended."""
+
+    code: int = 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.code:
+            os._exit(128 + number)  # the second one: now
+        self.code = 128 + number
+
+
+@contextmanager
+def catch_signals() -> Iterator[Signals]:
+    """SIGTERM and Ctrl-C set a flag that the loop looks at. Outside the main thread nothing is installed."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.signal(number, signals.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -1,0 +1,104 @@
+"""What a person sees of a run: rich on a terminal, plain lines elsewhere, never silent for more than 10 s."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE_EVERY_S = 5.0  # plain progress lines
+SILENCE_S = 8.0  # then a sign of life: some runners kill what is silent for long
+
+# Dense bf16 peak of one chip in TFLOP/s, by a part of jax's device_kind. Vendors' data sheets.
+PEAK_TFLOPS = (
+    ("v6e", 918), ("v6 lite", 918), ("v5p", 459), ("v5e", 197), ("v5 lite", 197), ("v4", 275), ("v3", 123), ("v2", 45),
+    ("b200", 2250), ("h200", 989), ("h100", 989), ("a100", 312), ("l40", 362), ("l4", 121), ("a10g", 70), ("t4", 65),
+)  # fmt: skip
+
+
+def peak_flops(platform: str, device_kind: str) -> float | None:
+    """FLOP/s of one chip; None on a CPU or an unknown chip."""
+    kind = device_kind.lower()
+    return next((tera * 1e12 for name, tera in PEAK_TFLOPS if platform != "cpu" and name in kind), None)
+
+
+class Progress:
+    """Prints, keeps log.txt, and shows that the process lives.
+
+    Args:
+        write: gets each line for log.txt.
+        log: gets each line in the place of the screen.
+        alive: called about once a second.
+    """
+
+    def __init__(self, write: Callable[[str], None], log: Callable[[str], None] | None, alive: Callable[[], None]):
+        self._write, self._log, self._alive = write, log, alive
+        self._phase, self._since, self._spoke = "", time.monotonic(), time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._rich = log is None and sys.stdout.isatty()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._heartbeat, daemon=True, name="gptjax-heartbeat")
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line, on the screen and in log.txt."""
+        self._spoke = time.monotonic()
+        self._write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        if self._log:
+            self._log(line)
+        elif self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+    def status(self, step: int, total: int, line: str) -> None:
+        """Where the training stands: the bar on a terminal, a line every few seconds elsewhere."""
+        if self._rich:
+            self._show_bar(step, total, line)
+        elif time.monotonic() - self._spoke >= LINE_EVERY_S:
+            self.say(line)
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """What is going on, for the sign of life."""
+        before, self._phase, self._since = self._phase, what, time.monotonic()
+        try:
+            yield
+        finally:
+            self._phase, self._since = before, time.monotonic()
+
+    def _show_bar(self, step: int, total: int, line: str) -> None:
+        if not self._bar:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), transient=True)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=step, description=line)
+
+    def _heartbeat(self) -> None:
+        while not self._end.wait(1.0):
+            self._alive()
+            now = time.monotonic()
+            if not self._bar and self._phase and now - self._spoke >= SILENCE_S:
+                self.say(f"... {self._phase}, {now - self._since:.0f} s")
+
+
+def duration(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

@@ -1,0 +1,240 @@
+"""The directory of one run.
+
+    config.yaml        every setting, resolved
+    environment.json   versions, device, command, of the last start
+    metrics.jsonl      one JSON object a line
+    log.txt  samples.txt  loss.png
+    checkpoints/       to go on from
+    best/  final/      models that need nothing else: lowest validation loss, last step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gptjax import config
+from gptjax.config import Config
+from gptjax.types import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: the lock's age alone decides
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_STALE_S = 180  # a trainer touches its lock at least every 10 s
+
+# What a resumed run may change: it decides when something is written, not what is learned.
+MAY_CHANGE = (
+    "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
+    "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*",
+)  # fmt: skip
+
+
+class RunDir:
+    """Paths and files of one run; make it with `check`, write only inside `locked`."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.final = self.path / "final"
+
+    def exists(self) -> bool:
+        return self.config.exists() or self.checkpoints.exists() or self.final.exists()
+
+    def check(self, cfg: Config) -> None:
+        """Nothing is written here.
+
+        Raises:
+            UserError: the directory holds another run, or `train.resume=never` and it holds any.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path} is a file: choose another run_dir")
+        if not self.exists():
+            return
+        if cfg.train.resume == "never":
+            raise UserError(
+                f"{self.path} already holds a run and train.resume=never: nothing was overwritten\n"
+                "  choose another run_dir=FOLDER, or train.resume=auto to go on with it"
+            )
+        if not self.config.exists():
+            raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
+        stored = config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
+        changed = config.diff(stored, _filled(cfg, stored))
+        changed = [line for line in changed if not _may_change(line.partition(":")[0])]
+        if changed:
+            raise UserError.all(
+                [
+                    f"{self.path} was made with another config (there -> here); nothing was overwritten:",
+                    *(f"  {line}" for line in changed),
+                    "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
+                ]
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The only trainer here, until the end of the block.
+
+        Raises:
+            UserError: another one runs, or the directory cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to run_dir={self.path}: {error.strerror}; choose another run_dir=FOLDER"
+            ) from error
+        with os.fdopen(handle, "r+") as lock:
+            self._take(lock)
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    lock.seek(0)
+                    lock.truncate()
+
+    def _take(self, lock: Any) -> None:
+        held = False
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held = True
+            except OSError:
+                pass  # a file system without locks
+        try:
+            owner = json.loads(lock.read() or "{}")
+        except ValueError:
+            owner = {}
+        # The system drops our lock when we die; across machines only the lock's age tells.
+        elsewhere = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
+        if held or (elsewhere and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
+            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+            raise UserError(
+                f"{self.path} is in use: {who} trains there since {owner.get('since', '?')}\n"
+                f"  wait for it, or choose another run_dir=FOLDER. A machine that is gone frees it after {LOCK_STALE_S} s"
+            )
+        lock.seek(0)
+        lock.truncate()
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, lock)
+        lock.flush()
+
+    def touch(self) -> None:
+        """Say that the owner of the lock lives."""
+        with suppress(OSError):
+            os.utime(self.path / ".lock")
+
+    def begin(self, cfg: Config) -> None:
+        """Write config.yaml (once) and environment.json."""
+        if not self.config.exists():
+            write_text(self.config, config.to_yaml(cfg))
+        write_text(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, and one that was cut off while it was written."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]
+        if kept != lines:
+            write_text(self.metrics, "".join(kept))
+
+    def append(self, name: str, text: str) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path)
+
+
+def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that is cut off is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [row for line in file if (row := _row(line)) is not None]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def _filled(cfg: Config, stored: Config) -> Config:
+    """`cfg` with what is only known after the data was read taken from the stored one; checked again later."""
+    model, train = cfg.model, cfg.train
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
+    if train.epochs is not None and train.epochs == stored.train.epochs:
+        train = dataclasses.replace(train, max_steps=stored.train.max_steps)
+    return dataclasses.replace(cfg, model=model, train=train)
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
+
+
+def environment() -> dict[str, Any]:
+    """What the result may depend on besides the config. Imports jax."""
+    import jax
+
+    device = jax.devices()[0]
+    names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "time": _now(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in names},
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+# Only on the same of these is a resumed run bitwise the uninterrupted one.
+BITWISE = ("versions", "backend", "device", "devices", "XLA_FLAGS")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a second file and a rename: readers never see a half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
