@@ -167,7 +167,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("not there")
     if not asset.sha256 or _stamp_holds(asset, path):
         return
-    found = folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else _sha256(path)
+    found = _sha256_of(path)
     if found != asset.sha256:
         raise UserError(f"sha256 {found}, expected {asset.sha256}")
     _write_stamp(asset, path)
@@ -228,6 +228,10 @@ def folder_sha256(files: Files) -> str:
     return digest.hexdigest()
 
 
+def _sha256_of(path: Path) -> str:
+    return folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else _sha256(path)
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -267,11 +271,13 @@ def _write_folder(path: Path, files: Files, sha256: str) -> None:
         for name, content in files:
             (fresh / name).write_bytes(content)
         for attempt in range(10):  # a folder cannot be replaced in one step, and another process may be at it too
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, Path(scratch) / f"old{attempt}")
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
+            with contextlib.suppress(OSError):
+                if found == _sha256_of(path):
+                    return  # another process was quicker
+                os.rename(path, Path(scratch) / f"old{attempt}")
         raise UserError(f"cannot write {path}: it comes back each time it is moved away")
 
 

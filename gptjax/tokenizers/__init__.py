@@ -1,9 +1,9 @@
 """Text to ids and back.
 
-    tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
-    tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
-    tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
-    ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
+tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
+tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
+tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
+ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import TokenizerConfig
-from gptjax.tokenizers.base import FILE, FORMAT, VERSION, Tokenizer, refuse
+from gptjax.tokenizers.base import FILE, FORMAT, VERSION, Tokenizer, refuse, string_list
 from gptjax.types import UserError
 
 __all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "build", "load", "loads", "train"]
@@ -117,13 +117,15 @@ def _check_header(data: Any) -> None:
     if data.get("version") != VERSION:
         raise UserError(f"version {data.get('version')!r:.40} of the file format; this gptjax reads version {VERSION}")
     problems = []
-    if data.get("kind") not in KINDS:
+    if data.get("kind") not in list(KINDS):
         problems.append(f"kind: expected one of {', '.join(KINDS)}, got {data.get('kind')!r:.60}")
-    if not isinstance(data.get("name"), str) or not data["name"]:
+    if not isinstance(data.get("name"), str) or not string_list([data["name"]], "name", []):
         problems.append(f"name: expected a name, got {data.get('name')!r:.60}")
     special = data.get("special_tokens")
-    if not isinstance(special, dict) or not all(special) or not all(type(i) is int for i in special.values()):
+    if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
         problems.append(f"special_tokens: expected names with whole numbers, got {special!r:.60}")
+    else:
+        string_list(list(special), "special_tokens", problems)
     refuse("this", problems)
 
 
@@ -158,7 +160,7 @@ def _strings(texts: Iterable[str]) -> Iterable[str]:
 
 def _not_found(name: str, path: Path) -> str:
     if name in TRAINED:
-        return f"a {name} tokenizer has to be trained first: tokenizers.train({name!r}, texts), or `gptjax tokenizer train`"
+        return f"a {name} tokenizer has to be trained: tokenizers.train({name!r}, texts), or `gptjax tokenizer train`"
     if path.is_dir():
         return f"{path}: no {FILE} and no final/{FILE} in this folder"
     return f"no tokenizer called {name!r} and no such file{_near(name, READY + TRAINED)}"

@@ -134,7 +134,9 @@ class Base:
             raise UserError(f'{where}: expected a set of special tokens or "all", got {names!r}')
         if where == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
             known = ", ".join(self.special_tokens) or "none"
-            raise UserError(f"{where}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})")
+            raise UserError(
+                f"{where}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})"
+            )
         return set(names) & set(self.special_tokens)
 
     # --- ids to text
@@ -250,7 +252,11 @@ def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
         return []
     if len(set(value)) < len(value):
         seen: set[str] = set()
-        twice = [f"{what}[{i}]: {item!r} stands there twice" for i, item in enumerate(value) if item in seen or seen.add(item)]
+        twice = [
+            f"{what}[{i}]: {item!r} stands there twice"
+            for i, item in enumerate(value)
+            if item in seen or seen.add(item)
+        ]
         problems += twice
         return []
     return value

@@ -56,8 +56,9 @@ class Chars(Base):
         if ids.size and ids.min() < 0:
             at = int(np.argmax(ids < 0))
             raise UserError(
-                f"the chars tokenizer has no {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text): it holds "
-                f"only the {self.vocab_size} characters it was fitted on; leave it out, or use tokenizer.name=bytes or bpe"
+                f"the chars tokenizer has no {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text): "
+                f"it holds only the {self.vocab_size} characters it was fitted on; leave that one out, "
+                "or use tokenizer.name=bytes or bpe"
             )
         return ids.astype(self.dtype)
 

@@ -55,7 +55,9 @@ class Words(Base):
     def from_data(cls, data: dict[str, Any]) -> Words:
         problems: list[str] = []
         words = string_list(data.get("words"), "words", problems)
-        problems += [f"words[{i}]: {word!r:.60} is not one word" for i, word in enumerate(words) if split(word) != [word]]
+        problems += [
+            f"words[{i}]: {word!r:.60} is not one word" for i, word in enumerate(words) if split(word) != [word]
+        ]
         both = sorted(set(words) & set(data["special_tokens"]))
         problems += [f"words: {word!r} is a special token too" for word in both]
         refuse("words", problems)

@@ -1,0 +1,223 @@
+"""WordPiece and Unigram: two other ways to cut words into pieces. Trained through `tokenizers`, run here.
+
+WordPiece  takes the longest piece the vocabulary holds, then the longest of what is left; a piece inside a word is
+           written with `##`:                        "lower" -> low ##er
+Unigram    every piece has a probability; of all ways to cut the word it takes the most probable one (Viterbi):
+                                                     "lower" -> lo wer   if log p(lo) + log p(wer) is the largest sum
+
+Both work on bytes in GPT-2's printable alphabet (`bpe.alphabet`): every byte is a piece, so no text is unknown, and
+decoding gives the text back exactly. That differs from BERT and T5, which drop white space and have an [UNK].
+A word is cut every 64 characters, so a text without blanks costs no more than another.
+
+Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
+from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, token_bytes
+from gptjax.types import UserError
+
+INSIDE = "##"
+MAX_PIECE = 16  # bytes of a unigram piece
+CACHE_WORDS = 1 << 18
+LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
+
+# Letters, digits, the rest (each with the blank before it), white space. `#` stands alone: no word starts with `##`.
+_WORD = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")
+
+
+class _Pieces(Base):
+    """Words to pieces through `_cut`, with the words seen before kept; ids back through the bytes of each piece."""
+
+    eot_id: int
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.name = self.kind
+        self.vocab_size = len(pieces) + 1
+        self.eot_id = len(pieces)
+        self.special_tokens = {END_OF_TEXT: self.eot_id}
+        self._bytes = list(pieces)
+        self._longest = max(map(len, pieces))
+        self._seen: dict[str, list[int]] = {}
+
+    def _cut(self, word: bytes) -> list[int]:
+        raise NotImplementedError
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        seen = self._seen
+        for word in _WORD.findall(text):
+            found = seen.get(word)
+            if found is None:
+                if len(seen) >= CACHE_WORDS:
+                    seen.clear()
+                found = seen[word] = self._cut(word.encode())
+            ids += found
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return b"".join([self._bytes[i] for i in ids]).decode(errors="replace")
+
+
+class WordPiece(_Pieces):
+    """Longest match first. `vocab` in the order of the ids, pieces inside a word with `##`."""
+
+    kind = "wordpiece"
+
+    def __init__(self, vocab: Sequence[str]) -> None:
+        self.vocab = list(vocab)
+        super().__init__([_bytes_of(piece) for piece in self.vocab])
+        self._first: dict[bytes, int] = {}
+        self._inside: dict[bytes, int] = {}
+        for i, piece in enumerate(self.vocab):
+            (self._inside if _is_inside(piece) else self._first)[self._bytes[i]] = i
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> WordPiece:
+        problems: list[str] = []
+        vocab = string_list(data.get("vocab"), "vocab", problems)
+        problems += _foreign(vocab, "vocab") if vocab else []
+        if not problems:
+            problems += _lacking(vocab, [*alphabet(), *(INSIDE + char for char in alphabet())])
+        refuse("wordpiece", problems)
+        return cls(vocab)
+
+    def data(self) -> dict[str, Any]:
+        return {"vocab": self.vocab}
+
+    def _cut(self, word: bytes) -> list[int]:
+        ids, start, table = [], 0, self._first
+        while start < len(word):
+            end = min(len(word), start + self._longest)
+            while (piece := table.get(word[start:end])) is None:
+                end -= 1
+            ids.append(piece)
+            start, table = end, self._inside
+        return ids
+
+
+class Unigram(_Pieces):
+    """The most probable cut. `pieces` in the order of the ids, `scores` their log probabilities."""
+
+    kind = "unigram"
+
+    def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
+        self.pieces, self.scores = list(pieces), list(scores)
+        super().__init__([token_bytes(piece) for piece in self.pieces])
+        self._table: dict[bytes, tuple[float, int]] = {}  # beginnings of pieces too, so that a search can stop early
+        for piece in self._bytes:
+            self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
+        self._table |= {piece: (self.scores[i], i) for i, piece in enumerate(self._bytes)}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Unigram:
+        problems: list[str] = []
+        pieces = string_list(data.get("pieces"), "pieces", problems)
+        scores = data.get("scores")
+        problems += _foreign(pieces, "pieces") if pieces else []
+        if not problems:
+            problems += _lacking(pieces, list(alphabet()))
+        if not isinstance(scores, list) or len(scores) != len(pieces) or not all(map(_is_log_probability, scores)):
+            problems.append(f"scores: expected {len(pieces)} finite numbers up to 0, one a piece")
+        refuse("unigram", problems)
+        return cls(pieces, scores)
+
+    def data(self) -> dict[str, Any]:
+        return {"pieces": self.pieces, "scores": self.scores}
+
+    def _cut(self, word: bytes) -> list[int]:
+        best = [0.0] + [-math.inf] * len(word)  # best[end]: log probability of the best cut of word[:end]
+        last = [(0, 0)] * (len(word) + 1)  # its last piece: (where it starts, id)
+        for start in range(len(word)):
+            for end in range(start + 1, len(word) + 1):
+                piece = self._table.get(word[start:end])
+                if piece is None:
+                    break
+                score = best[start] + piece[0]
+                if score > best[end]:
+                    best[end], last[end] = score, (start, piece[1])
+        ids, end = [], len(word)
+        while end:
+            end, piece_id = last[end]
+            ids.append(piece_id)
+        return ids[::-1]
+
+
+def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigram:
+    """Learns a vocabulary of up to `vocab_size` ids; a small text may not have so many useful pieces."""
+    least = {"wordpiece": 513, "unigram": 257}[kind]
+    if not least <= vocab_size <= MAX_VOCAB:
+        raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
+    words = (_printable(word) for text in texts for word in _WORD.findall(text))
+    return (_train_wordpiece if kind == "wordpiece" else _train_unigram)(words, vocab_size - 1)
+
+
+def _train_wordpiece(words: Iterable[str], size: int) -> WordPiece:
+    from tokenizers import Tokenizer, models, trainers
+
+    # Given as special tokens the single bytes keep this order; left to the trainer it would change with each run,
+    # and with it which of two equally frequent pairs is joined first.
+    single = [*alphabet(), *(INSIDE + char for char in alphabet())]
+    learner = Tokenizer(models.WordPiece())
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=single, continuing_subword_prefix=INSIDE, min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator(words, trainer)
+    vocab = json.loads(learner.to_str())["model"]["vocab"]
+    return WordPiece(sorted(vocab, key=vocab.get))
+
+
+def _train_unigram(words: Iterable[str], size: int) -> Unigram:
+    from tokenizers import Tokenizer, models, trainers
+
+    learner = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, initial_alphabet=list(alphabet()), max_piece_length=MAX_PIECE, show_progress=False
+    )
+    learner.train_from_iterator(words, trainer)
+    scores = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
+    # Bytes that are no useful piece get a score in an order that changes with each run: give all the same.
+    floor = min((score for piece, score in scores.items() if len(piece) > 1), default=-10.0) - 1
+    scores = {piece: floor if len(piece) == 1 and score < floor + 1 else score for piece, score in scores.items()}
+    scores |= {char: floor for char in alphabet() if char not in scores}
+    ranked = sorted(scores, key=lambda piece: (-scores[piece], piece))
+    return Unigram(ranked, [scores[piece] for piece in ranked])
+
+
+def _printable(word: str) -> str:
+    return word.encode().decode("latin-1").translate(_TO_PRINTABLE)
+
+
+_TO_PRINTABLE = {byte: char for char, byte in alphabet().items()}
+
+
+def _is_inside(piece: str) -> bool:
+    return piece.startswith(INSIDE) and len(piece) > len(INSIDE)
+
+
+def _bytes_of(piece: str) -> bytes:
+    return token_bytes(piece.removeprefix(INSIDE) if _is_inside(piece) else piece)
+
+
+def _foreign(pieces: list[str], what: str) -> list[str]:
+    known = set(alphabet())
+    bad = [i for i, piece in enumerate(pieces) if len(piece) > LONGEST_PIECE or not known >= set(piece)]
+    return [f"{what}[{i}]: {pieces[i]!r:.60} is longer than {LONGEST_PIECE} or not in the byte alphabet" for i in bad]
+
+
+def _lacking(pieces: list[str], needed: list[str]) -> list[str]:
+    lacking = sorted(set(needed) - set(pieces))
+    return [f"{len(lacking)} of the single bytes are missing, first {lacking[0]!r}"] if lacking else []
+
+
+def _is_log_probability(score: Any) -> bool:
+    return type(score) in (int, float) and -1e6 < score <= 0

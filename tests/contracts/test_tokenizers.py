@@ -1,0 +1,225 @@
+"""One table: every kind of tokenizer has the same properties."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import tokenizers
+from gptjax.types import UserError
+
+TEXT = (
+    "Every effort moves you.\nThe lower the newer, the wider -- said he; (who?)\n\n"
+    'Low, lower, lowest: the lowest price. "It\'s the low one", she said!\n'
+) * 3
+STRANGE = "naïve café 日本 😀\x00\r\n\u2028 \t\n\n  x ## ##a ###b _ __init__ Ġ ½ e\u0301 <|unk|> 12345678901234567890"
+
+KINDS = {
+    "chars": lambda: tokenizers.train("chars", [TEXT]),
+    "words": lambda: tokenizers.train("words", [TEXT]),
+    "words-v1": lambda: tokenizers.train("words", [TEXT], special=()),
+    "bpe": lambda: tokenizers.train("bpe", [TEXT], 300),
+    "wordpiece": lambda: tokenizers.train("wordpiece", [TEXT], 560),
+    "unigram": lambda: tokenizers.train("unigram", [TEXT], 300),
+    "bytes": lambda: tokenizers.load("bytes"),
+    "gpt2": None,
+}
+OF_BYTES = ("bpe", "wordpiece", "unigram", "bytes", "gpt2")  # hold any text, give it back exactly
+made: dict[str, tokenizers.Tokenizer] = {}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tok(kind, request):
+    if kind not in made:
+        made[kind] = KINDS[kind]() if KINDS[kind] else request.getfixturevalue("gpt2")
+    return made[kind]
+
+
+def test_ids_are_whole_numbers_inside_the_vocabulary(tok):
+    ids = tok.encode(TEXT)
+    assert ids and all(type(i) is int and 0 <= i < tok.vocab_size for i in ids)
+
+
+def test_array_is_the_list(tok):
+    array = tok.encode_array(TEXT)
+    assert array.tolist() == tok.encode(TEXT)
+    assert array.dtype == (np.uint16 if tok.vocab_size <= 65_536 else np.uint32)
+
+
+def test_text_comes_back(tok, kind):
+    back = tok.decode(tok.encode(TEXT))
+    if kind.startswith("words"):  # white space is not kept: nothing else may be lost
+        assert tok.encode(back) == tok.encode(TEXT)
+    else:
+        assert back == TEXT
+    assert tok.decode(tok.encode_array(TEXT)) == back
+
+
+def test_strange_text_comes_back_from_the_kinds_made_of_bytes(tok, kind):
+    if kind in OF_BYTES:
+        assert tok.decode(tok.encode(STRANGE)) == STRANGE
+        assert tok.encode_array(STRANGE).tolist() == tok.encode(STRANGE)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=60))
+@pytest.mark.parametrize("of_bytes", [k for k in OF_BYTES if k != "gpt2"])
+def test_any_text_comes_back(of_bytes, text):
+    if of_bytes not in made:
+        made[of_bytes] = KINDS[of_bytes]()
+    assert made[of_bytes].decode(made[of_bytes].encode(text, disallowed_special=())) == text
+
+
+def test_nothing_gives_nothing(tok):
+    assert tok.encode("") == [] and tok.encode_array("").shape == (0,)
+    assert tok.decode([]) == "" and tok.decode(np.zeros(0, np.uint16)) == ""
+
+
+def test_every_id_decodes(tok):
+    for i in {0, tok.vocab_size // 2, tok.vocab_size - 1}:
+        assert isinstance(tok.decode([i]), str)
+
+
+@pytest.mark.parametrize("ids", [[-1], [10**6], [2**32 - 1], [0, 2**63 - 1], [0.5], [[0]], ["a"]])
+def test_decode_refuses_what_is_no_id(tok, ids):
+    with pytest.raises(UserError, match="decode:"):
+        tok.decode(ids)
+
+
+def test_special_tokens_are_the_last_ids_and_decode_to_their_name(tok):
+    ids = sorted(tok.special_tokens.values())
+    assert ids == list(range(tok.vocab_size - len(ids), tok.vocab_size))
+    assert tok.eot_id is None or tok.eot_id in ids
+    for name, i in tok.special_tokens.items():
+        assert tok.decode([i]) == name
+
+
+def test_special_text_is_refused_until_its_meaning_is_said(tok, kind):
+    for name, i in tok.special_tokens.items():
+        text = f"the {name} lowest"
+        with pytest.raises(UserError, match=r"allowed_special=.*disallowed_special=\(\)"):
+            tok.encode(text)
+        with pytest.raises(UserError, match="special token"):
+            tok.encode_array(text)
+        for allowed in ({name}, [name], "all"):
+            assert tok.encode(text, allowed_special=allowed).count(i) == 1
+        assert tok.encode_array(text, allowed_special="all").tolist() == tok.encode(text, allowed_special="all")
+        plain = tok.encode(text, disallowed_special=())
+        if not kind.startswith("words"):  # an unknown word is [UNK] there
+            assert i not in plain and tok.decode(plain) == text
+        others = set(tok.special_tokens) - {name}
+        assert tok.encode(text, disallowed_special=others) == plain
+
+
+def test_special_tokens_cut_the_text(tok):
+    if tok.eot_id is not None:
+        name = next(n for n, i in tok.special_tokens.items() if i == tok.eot_id)
+        assert tok.encode(f"the{name}{name}low", allowed_special="all") == [
+            *tok.encode("the"), tok.eot_id, tok.eot_id, *tok.encode("low"),
+        ]  # fmt: skip
+
+
+def test_unknown_special_tokens_are_refused(tok):
+    with pytest.raises(UserError, match="unknown"):
+        tok.encode("the", allowed_special={"<|nonsense|>"})
+    with pytest.raises(UserError, match="expected a set"):
+        tok.encode("the", allowed_special="<|endoftext|>")
+
+
+def test_what_is_not_text_is_refused(tok):
+    with pytest.raises(UserError, match="lone surrogate"):
+        tok.encode("the \ud800")
+    with pytest.raises(UserError, match="expected text"):
+        tok.encode(b"the")
+
+
+def test_saved_is_loaded(tok, tmp_path):
+    path = tok.save(tmp_path)
+    assert path == tmp_path / "tokenizer.json" and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    for place in (path, tmp_path, str(tmp_path)):
+        again = tokenizers.load(place)
+        assert again == tok and again.fingerprint == tok.fingerprint
+        assert (again.name, again.vocab_size, again.special_tokens) == (tok.name, tok.vocab_size, tok.special_tokens)
+        assert again.eot_id == tok.eot_id and again.encode(TEXT) == tok.encode(TEXT)
+    assert tok.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_directory_is_a_tokenizer_too(tok, tmp_path):
+    tok.save(tmp_path / "final")
+    assert tokenizers.load(tmp_path) == tok
+
+
+def test_same_text_same_tokenizer(kind, tok):
+    if KINDS[kind]:
+        assert KINDS[kind]().fingerprint == tok.fingerprint
+
+
+# --- hostile files
+
+
+def _entries(data: dict) -> str:
+    return next((key for key in ("chars", "words", "merges", "vocab", "pieces") if key in data), "")
+
+
+def test_a_truncated_file_is_refused(tok, tmp_path):
+    path = tok.save(tmp_path)
+    whole = path.read_bytes()
+    for part in (0, 1, 10, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:part])
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            tokenizers.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"}, {"version": 2}, {"version": None}, {"kind": "nonsense"}, {"kind": None}, {"kind": ["bpe"]},
+        {"name": 3}, {"vocab_size": 7}, {"vocab_size": "7"}, {"vocab_size": 2**32 - 1}, {"vocab_size": True},
+        {"special_tokens": []}, {"special_tokens": {"<|new|>": 3}}, {"special_tokens": {"<|endoftext|>": 0}},
+        {"special_tokens": {"<|endoftext|>": -1}}, {"special_tokens": {"<|endoftext|>": "1"}},
+        {"special_tokens": {"": 5}}, {"special_tokens": {"\ud800": 5}}, {"name": ""}, {"name": "\ud800"},
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_wrong_header_is_refused(tok, tmp_path, change):
+    path = tok.save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        tokenizers.load(path)
+
+
+def test_wrong_entries_are_refused(tok, tmp_path):
+    path = tok.save(tmp_path)
+    data = json.loads(path.read_text())
+    key = _entries(data)
+    for value in [None, 3, {}, [1], [""], ["a", "a"], ["\ud800"], [["a"]], data[key][:-1]] if key else []:
+        path.write_text(json.dumps(data | {key: value}))
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            tokenizers.load(path)
+
+
+def test_an_entry_twice_is_refused(tok, tmp_path):
+    path = tok.save(tmp_path)
+    data = json.loads(path.read_text())
+    if key := _entries(data):
+        data[key] = data[key] + data[key][-1:]
+        path.write_text(json.dumps(data | {"vocab_size": data["vocab_size"] + 1}))
+        with pytest.raises(UserError, match="twice"):
+            tokenizers.load(path)
+
+
+def test_a_key_twice_is_refused(tok, tmp_path):
+    path = tok.save(tmp_path)
+    path.write_text(path.read_text().replace("{", '{"kind": "bytes",', 1))
+    with pytest.raises(UserError, match="kind stands there twice"):
+        tokenizers.load(path)
