@@ -98,13 +98,16 @@ class Checkpoints:
         self._collect()
         return target
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> Restored | None:
         """The newest step that is whole, on the shardings of `abstract_state`; None if there never was one.
 
         A damaged newer step is renamed to corrupt-STEP with a warning.
 
         Args:
             abstract_state: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`.
+            accept: gets the meta of a whole step and raises what it does not like, before any array is read.
 
         Raises:
             UserError: there are steps but none is whole; or shapes or dtypes are not the expected ones.
@@ -114,6 +117,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 stored = self._check(step)
+                accept(stored["meta"])
                 _refuse_other_shapes(self.folder / str(step), stored, wanted, impls)
                 state = self._read(step, stored, wanted, impls, abstract_state)
             except Damaged as error:

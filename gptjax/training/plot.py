@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-SMOOTHING = 0.9  # weight of the past in the smoothed training loss
+MOST_NEIGHBOURS = 50  # of a point in the smoothed training loss, on each side
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -22,16 +22,13 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(*zip(*_smooth(train), strict=True), color="tab:blue", linewidth=1.8, label="train (smoothed)")
     if val:
-        axes.plot(*zip(*val, strict=True), color="tab:orange", linewidth=1.8, marker="o", markersize=4, label="validation")
         step, best = min(val, key=lambda point: point[1])
+        label = f"validation (best {best:.3f} at step {step:,})"
+        axes.plot(*zip(*val, strict=True), color="tab:orange", linewidth=1.8, marker="o", markersize=4, label=label)
         axes.axhline(best, color="tab:orange", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            f"best validation {best:.3f} at step {step:,}", (1, best), xycoords=("axes fraction", "data"),
-            xytext=(-4, -4), textcoords="offset points", ha="right", va="top", color="tab:orange", fontsize=9,
-        )  # fmt: skip
-        axes.set_ylim(*_limits([loss for _, loss in train], [loss for _, loss in val]))
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
+    axes.margins(x=0.01)
     if train or val:
         axes.legend(loc="upper right", frameon=False)
     partial = path.with_name(f".{path.name}.partial")
@@ -44,16 +41,12 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential average, corrected for its start."""
-    out, total, weight = [], 0.0, 0.0
-    for step, loss in points:
-        total, weight = SMOOTHING * total + (1 - SMOOTHING) * loss, SMOOTHING * weight + (1 - SMOOTHING)
-        out.append((step, total / weight))
+    """Each loss averaged with its neighbours on both sides, so that the curve does not lag."""
+    width = min(MOST_NEIGHBOURS, len(points) // 20)
+    losses = [loss for _, loss in points]
+    out = []
+    for i, (step, _) in enumerate(points):
+        reach = min(width, i, len(points) - 1 - i)  # as many before as after, or the ends would be pulled
+        near = losses[i - reach : i + reach + 1]
+        out.append((step, sum(near) / len(near)))
     return out
-
-
-def _limits(train: list[float], val: list[float]) -> tuple[float, float]:
-    losses = train + val
-    low, high = min(losses), max(losses)
-    space = 0.08 * (high - low) or 0.1
-    return low - space, high + space

@@ -50,6 +50,8 @@ def use_compile_cache() -> None:
     """Keep compiled programs in the user's cache folder; JAX_COMPILATION_CACHE_DIR names another."""
     import jax
 
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if jax.config.jax_compilation_cache_dir:
         return
     folder = assets.cache_dir() / "xla"
@@ -58,8 +60,6 @@ def use_compile_cache() -> None:
     except OSError:
         return  # slower starts, nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class Signals:

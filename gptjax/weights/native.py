@@ -11,7 +11,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,14 +30,18 @@ WEIGHTS, MODEL = "model.safetensors", "model.json"
 
 
 def save(
-    folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None, **files: str
+    folder: str | os.PathLike[str],
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Any = None,
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write params, config and tokenizer as a folder that needs nothing else; an older one there is replaced.
 
     The folder appears by one rename, complete or not at all.
 
     Args:
-        files: more text files by name, with "__" for ".": `config__yaml="..."`.
+        files: more text files, by name.
 
     Raises:
         UserError: the folder cannot be written.
@@ -51,7 +57,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
         for name, text in files.items():
-            (partial / name.replace("__", ".")).write_text(text, encoding="utf-8")
+            (partial / name).write_text(text, encoding="utf-8")
         for path in partial.iterdir():
             _sync(path)
         replace_folder(partial, folder)
@@ -140,7 +146,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _differences(expected: dict[str, Any], arrays: dict[str, np.ndarray]):
+def _differences(expected: dict[str, Any], arrays: dict[str, np.ndarray]) -> Iterator[str]:
     for name in sorted(expected.keys() - arrays.keys()):
         yield f"{name} is missing, expected {_kind(expected[name])}"
     for name in sorted(arrays.keys() - expected.keys()):
