@@ -64,7 +64,7 @@ def linear_cross_entropy(
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
     """hidden [C, M, D], targets and weights [C, M] -> the weighted sum of losses."""
-    head = head.astype(dtype)
+    head = _row_major(head.astype(dtype))
 
     def chunk(part):
         h, t, w = part
@@ -84,6 +84,11 @@ def _chunk_logits(h, head, cap, dtype, targets, weights):
     return (nll * weights).sum(), (logits, exp / norm, hit)
 
 
+def _row_major(a):
+    """Keeps XLA from folding a tied head's transpose into the product, which its CPU backend refuses in bfloat16."""
+    return jax.lax.optimization_barrier(a)
+
+
 def _over_chunks(fn, parts):
     if parts[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], parts)))
@@ -91,7 +96,7 @@ def _over_chunks(fn, parts):
 
 
 def _forward(hidden, targets, weights, head, cap, dtype):
-    low = head.astype(dtype)
+    low = _row_major(head.astype(dtype))
 
     def gradients(part, dhead):
         h, t, w = part
@@ -112,7 +117,7 @@ def _forward(hidden, targets, weights, head, cap, dtype):
             lambda carry, part: gradients(part, carry), jnp.zeros(head.shape, jnp.float32), (hidden, targets, weights)
         )
         total = totals.sum()
-    return total, (dhidden, dhead.astype(head.dtype))
+    return total, (dhidden, _row_major(dhead.astype(head.dtype)))
 
 
 def _backward(cap, dtype, residual, g):

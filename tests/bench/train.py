@@ -1,0 +1,181 @@
+"""Training speed beside PyTorch: a nanoGPT-shaped model and loop, written here, against gptjax, interleaved.
+
+    python tests/bench/train.py                       all three shapes, f32 and bf16, 3 rounds
+    python tests/bench/train.py --shape iii --rounds 1
+
+Needs `pip install -e '.[bench]'`. Every cell is its own process, run in turn (torch, gptjax, torch, ...), so that
+both sides meet the same state of the machine; the ratio is taken round by round. Reported: tokens/s from the median
+step after a warm-up, and the process's peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+#          layers heads width context batch vocabulary steps steps_per_call
+SHAPES = {
+    "i": (4, 4, 128, 64, 12, 65, 200, 10),
+    "ii": (6, 6, 384, 256, 16, 65, 12, 4),
+    "iii": (12, 12, 768, 512, 2, 50257, 6, 1),
+}
+SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16")
+
+
+def torch_steps(shape: tuple, dtype: str):
+    """nanoGPT's model and loop: fused qkv, flash attention, tied head, clip, AdamW with two groups; eager."""
+    import math
+
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    L, N, D, T, B, V, _, _ = shape
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+            self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+            self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+
+        def forward(self, x):
+            q, k, v = (a.view(B, T, N, D // N).transpose(1, 2) for a in self.qkv(self.ln_1(x)).split(D, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+            return x + self.down(F.gelu(self.up(self.ln_2(x))))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
+            self.blocks = nn.Sequential(*[Block() for _ in range(L)])
+            self.ln_f, self.head = nn.LayerNorm(D, bias=False), nn.Linear(D, V, bias=False)
+            self.head.weight = self.wte.weight
+            for name, p in self.named_parameters():
+                if p.dim() == 2:
+                    nn.init.normal_(p, std=0.02 / math.sqrt(2 * L) if "out." in name or "down." in name else 0.02)
+
+        def forward(self, x, y):
+            h = self.wte(x) + self.wpe(torch.arange(T))
+            logits = self.head(self.ln_f(self.blocks(h)))
+            return F.cross_entropy(logits.view(-1, V), y.reshape(-1))
+
+    torch.manual_seed(0)
+    model = Model()
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.99),
+    )
+    rng = np.random.default_rng(0)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step():
+        data = torch.from_numpy(rng.integers(0, V, (B, T + 1)))
+        with autocast:
+            loss = model(data[:, :-1], data[:, 1:])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step, 1
+
+
+def gptjax_steps(shape: tuple, dtype: str):
+    """What `gptjax pretrain` runs: the same model, clip and AdamW, several steps a call."""
+    import jax
+
+    from gptjax.config import ModelConfig, OptimConfig
+    from gptjax.optim import make_optimizer
+    from gptjax.tasks import pretrain
+    from gptjax.training.runtime import keep_buffers
+    from gptjax.training.step import TrainState, make_multi_step, make_train_step
+    from gptjax.types import Batch
+
+    keep_buffers()
+    L, N, D, T, B, V, _, K = shape
+    cfg = ModelConfig(
+        vocab_size=V, context_length=T, n_layer=L, n_head=N, d_model=D, qkv_bias=False, bias=False, norm_bias=False,
+        dtype=dtype,
+    )  # fmt: skip
+    task = pretrain.task(cfg)
+    tx = make_optimizer(OptimConfig(beta2=0.99), 1000)
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(0)), tx=tx, key=jax.random.key(1))
+    steps = jax.jit(make_multi_step(make_train_step(task.loss, tx)), donate_argnums=0)
+    rng = np.random.default_rng(0)
+
+    def call():
+        nonlocal state
+        data = rng.integers(0, V, (K, B, T + 1), dtype=np.int32)
+        state, metrics = steps(state, Batch(data[..., :-1], data[..., 1:]))
+        return float(metrics["loss"][-1])
+
+    return call, K
+
+
+def cell(side: str, shape: tuple) -> dict:
+    library, dtype = side.split("-")
+    call, k = {"torch": torch_steps, "gptjax": gptjax_steps}[library](shape, dtype)
+    started = time.perf_counter()
+    call()
+    first = time.perf_counter() - started
+    times = []
+    for _ in range(1 + shape[6] // k):
+        started = time.perf_counter()
+        loss = call()
+        times.append((time.perf_counter() - started) / k)
+    step_s = statistics.median(times[1:])
+    return dict(
+        step_ms=1000 * step_s,
+        tokens_per_s=shape[3] * shape[4] / step_s,
+        first_call_s=first,
+        loss=loss,
+        rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(cell(args.cell, SHAPES[args.shape])))
+        return
+    for shape in SHAPES if args.shape == "all" else [args.shape]:
+        results: dict[str, list[dict]] = {side: [] for side in args.sides}
+        for _ in range(args.rounds):
+            for side in args.sides:
+                command = [sys.executable, __file__, "--cell", side, "--shape", shape]
+                run = subprocess.run(command, check=True, capture_output=True, text=True)
+                results[side].append(json.loads(run.stdout.splitlines()[-1]))
+        print(f"shape ({shape}): L, N, D, T, B, V = {SHAPES[shape][:6]}, {args.rounds} rounds, median")
+        for side, rows in results.items():
+            median = {key: statistics.median(r[key] for r in rows) for key in rows[0]}
+            line = f"  {side:16} {median['step_ms']:9.1f} ms {median['tokens_per_s']:9.0f} tok/s"
+            line += f" {median['rss_mib']:7.0f} MiB, first call {median['first_call_s']:.1f} s"
+            peer = results.get("torch-" + side.split("-")[1])
+            if side.startswith("gptjax") and peer:
+                ratios = [r["tokens_per_s"] / p["tokens_per_s"] for r, p in zip(rows, peer, strict=True)]
+                line += f", x torch: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
