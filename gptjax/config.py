@@ -160,6 +160,7 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches a step; must divide batch_size
     steps_per_call: Optional[int] = None  # steps inside one compiled call; None: chosen by size
     eval_every: int = 250
+    eval_train_batches: int = 0  # training batches whose loss without dropout is logged at each evaluation too
     checkpoint_every: int = 250
     log_every: int = 10
     keep_checkpoints: int = 2

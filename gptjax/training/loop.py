@@ -379,6 +379,9 @@ class _Trainer:
         row = {"step": self.step, "val/loss": _finite(loss), "val/perplexity": _finite(_exp(loss)), "val/tokens": mean.weight}
         if val.n_bytes:
             row["val/bits_per_byte"] = _finite(loss / math.log(2) * len(val) / val.n_bytes)
+        if n := self.cfg.train.eval_train_batches:
+            train_batches = (self.loader.batch(step) for step in range(n))
+            row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self.state.params, train_batches).value())
         row["seconds"] = self._seconds()
         self._log(row)
         text = f"step {self.step:,}/{self.cfg.train.max_steps:,}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
