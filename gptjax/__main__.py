@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _complain(str(error))
+    except SystemExit as stop:  # training that ended before its last step
+        return stop.code if isinstance(stop.code, int) else USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

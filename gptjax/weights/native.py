@@ -130,10 +130,14 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def _write_weights(path: Path, params: Params) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tree.flatten(jax.device_get(params)).items()}
-    save_file(arrays, path, metadata={"format": FORMAT})
+    try:
+        save_file(arrays, path, metadata={"format": FORMAT})
+    except SafetensorError as error:  # a full disk comes as this, not as an OSError
+        raise OSError(str(error)) from error
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
