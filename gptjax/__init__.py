@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# name -> where it lives; a module stands for itself
+# name -> where it lives; "" for a module
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
     "save": "gptjax.weights",
@@ -38,7 +38,7 @@ _HOMES: dict[str, str] = {
     "tasks": "",
     "tokenizers": "",
     "data": "",
-    "presets": "gptjax.model",
+    "presets": "gptjax.config",
 }
 
 __all__ = list(_HOMES)
@@ -48,10 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gptjax' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     home = _HOMES[name]
-    if home in ("", "gptjax.model"):
-        value = importlib.import_module(f"{home or 'gptjax'}.{name}")
-    else:
-        value = getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"gptjax.{name}")
     globals()[name] = value
     return value
 

@@ -319,7 +319,7 @@ def _comments() -> Iterator[tuple[tuple[str, str], str]]:
 # ---------------------------------------------------------------- layers
 
 
-def preset_files() -> dict[str, Path]:
+def presets() -> dict[str, Path]:
     """Name -> YAML file: from the checkout's configs/, or from the copy inside an installed package."""
     package = Path(__file__).parent
     root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
@@ -333,13 +333,13 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
         return path / "config.yaml"
     if path.is_file():
         return path
-    presets = preset_files()
-    if text in presets:
-        return presets[text]
+    known = presets()
+    if text in known:
+        return known[text]
     if text.endswith((".yaml", ".yml")) or "/" in text or path.exists():
         raise UserError(f"{path}: no such config file; `gptjax presets ls` lists what is here")
-    hint = config_io.did_you_mean(text, presets)
-    raise UserError(f"no preset or file {text!r}{hint or '; presets: ' + ', '.join(presets)}")
+    hint = config_io.did_you_mean(text, known)
+    raise UserError(f"no preset or file {text!r}{hint or '; presets: ' + ', '.join(known)}")
 
 
 def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), inside: tuple[Path, ...] = ()) -> list[Leaf]:

@@ -302,7 +302,7 @@ def test_notebook_configs_are_checked_by_the_same_rules():
 # ---------------------------------------------------------------- out and back
 
 
-@pytest.mark.parametrize("name", sorted(config.preset_files()))
+@pytest.mark.parametrize("name", sorted(config.presets()))
 def test_yaml_and_dict_bring_the_same_config_back(name):
     cfg = load_config(name)
     assert from_yaml(to_yaml(cfg)) == cfg

@@ -9,7 +9,7 @@ import pytest
 from gptjax import config
 from gptjax.model.gpt import abstract_params
 
-FILES = config.preset_files()
+FILES = config.presets()
 WORDS = {"gpt2": 50257, "chars": 65, "bytes": 257}
 PARAMETERS = {
     "gpt2-124m": 124_439_808,

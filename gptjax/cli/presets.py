@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptjax.config import config_file, preset_files
+from gptjax.config import config_file, presets
 from gptjax.config_io import did_you_mean, read_text
 from gptjax.types import UserError
 
@@ -27,7 +27,7 @@ def run(args: list[str]) -> int:
 
 
 def _ls() -> None:
-    for name in preset_files():
+    for name in presets():
         print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
 
 

@@ -7,10 +7,10 @@ from gptjax.__main__ import main
 def test_ls_names_all(capsys):
     assert main(["presets", "ls"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == list(config.preset_files())
+    assert [line.split()[0] for line in out.splitlines()] == list(config.presets())
 
 
-@pytest.mark.parametrize("name", sorted(config.preset_files()))
+@pytest.mark.parametrize("name", sorted(config.presets()))
 def test_a_copy_is_the_same_run_elsewhere(name, tmp_path, capsys):
     assert main(["presets", "cp", name, str(tmp_path / f"{name}.yaml")]) == 0
     assert config.load_config(tmp_path / f"{name}.yaml") == config.load_config(name)

@@ -9,7 +9,14 @@ import pytest
 from gptjax.__main__ import main
 
 TEXT = "To be, or not to be, that is the question.\n"
-TINY = ["tiny-gpt2", "tokenizer.name=chars", "data.source=a.txt", "train.max_steps=2", "train.batch_size=2"]
+TINY = [
+    "tiny-gpt2",
+    "tokenizer.name=chars",
+    "data.source=a.txt",
+    "train.max_steps=2",
+    "train.batch_size=2",
+    "model.n_layer=1",
+]
 RUN = ["run_dir=runs/x", "train.checkpoint_every=1", "train.eval_every=1", "train.steps_per_call=1"]
 
 
@@ -129,7 +136,7 @@ def trained(half_way, here):
     ("change", "words"),
     [
         (["optim.lr=1e-5"], "optim.lr"),
-        (["model.n_layer=1"], "model.n_layer"),
+        (["model.n_layer=2"], "model.n_layer"),
         (["tokenizer.name=bytes"], "tokenizer.name"),
         (["data.source=b.txt"], "data"),
     ],
