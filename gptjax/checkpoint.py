@@ -16,11 +16,16 @@ rename first.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
 import os
 import shutil
+import sys
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,14 +316,30 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs several lines a checkpoint through absl."""
-    logger = logging.getLogger("absl")
+    """Orbax logs several lines a checkpoint; when it fails, what it had begun complains from other threads, too."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     before = logger.level
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
     try:
         yield
+    except Exception as error:
+        _drop_unfinished(error)
+        raise
     finally:
+        sys.unraisablehook = hook
         logger.setLevel(before)
+
+
+def _drop_unfinished(error: BaseException | None) -> None:
+    """Free the coroutines that the frames of a failure hold, without a warning that nobody waited for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while error:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        gc.collect()
+    time.sleep(0.2)  # for the callbacks of other threads
 
 
 DISK_WORDS = (
