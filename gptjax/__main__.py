@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror}; nothing else was written")
+        return _complain(f"{where}{error.strerror or error}")
 
 
 def _dispatch(argv: list[str]) -> int:
