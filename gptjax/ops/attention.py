@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
@@ -25,6 +28,18 @@ def simple_attention(x: jax.Array) -> jax.Array:
     """Self-attention without weights, x [T, D] -> [T, D]: every row becomes a mean of all rows, weighted by
     softmax(x x^T). The first step towards the real one; nothing is learned."""
     return jax.nn.softmax(x @ x.T, axis=-1) @ x
+
+
+def multi_head_attention(x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any) -> jax.Array:
+    """Causal self-attention of n_head heads side by side, x [B, T, D] -> [B, T, D]; options as in `attention`.
+
+    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. The model's layer adds biases, norms of q and k, rope and the cache
+    between the same products. Source: arXiv:1706.03762, 3.2.2.
+    """
+    B, T, _ = x.shape
+    H = w_q.shape[-1] // n_head
+    q, k, v = (linear(x, w).reshape(B, T, -1, H) for w in (w_q, w_k, w_v))
+    return linear(attention(q, k, v, **options).reshape(B, T, -1), w_o)
 
 
 def attention(

@@ -1,0 +1,101 @@
+"""The attention kernel against one written out in full, and the pieces that teach it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.ops.attention import attention, multi_head_attention
+from gptjax.ops.position import alibi_slopes
+
+
+def naive(q, k, v, *, offset=0, key_valid=None, segment_ids=None, alibi=False):
+    """One head at a time, the whole square, -inf where nothing may be seen."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    distance = np.arange(T)[:, None] + offset - np.arange(S)[None, :]
+    seen = np.broadcast_to(distance >= 0, (B, T, S))
+    if key_valid is not None:
+        seen = seen & key_valid[:, None, :]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    outs = []
+    for n in range(N):
+        group = n // (N // K)
+        scores = jnp.einsum("bth,bsh->bts", q[:, :, n], k[:, :, group]) / np.sqrt(H)
+        if alibi:
+            scores = scores - alibi_slopes(N)[n] * distance
+        outs.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1) @ v[:, :, group])
+    return jnp.stack(outs, 2)
+
+
+def qkv(T, S, N=4, K=2, H=6, B=2, dtype=np.float32):
+    rng = np.random.default_rng(T + S)
+    return tuple(rng.normal(size=(B, n, heads, H)).astype(dtype) for n, heads in ((T, N), (S, K), (S, K)))
+
+
+SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 256)), axis=1)
+CASES = {
+    "plain": (7, 7, {}),
+    "alibi": (7, 7, {"alibi": True}),
+    "documents": (9, 9, {"segment_ids": SEGMENTS[:, :9]}),
+    "blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
+    "four blocks": (256, 256, {"alibi": True}),
+    "after a cache": (3, 8, {"offset": 5, "alibi": True}),
+    "after a cache with holes": (2, 8, {"offset": 4, "key_valid": np.arange(8) >= np.array([[0], [3]])}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_full_square(case):
+    T, S, options = CASES[case]
+    args = qkv(T, S)
+
+    def both(fn):
+        def total(args):
+            out = fn(*args, **options)
+            return jnp.sin(out).sum(), out  # sin: a cotangent that differs everywhere
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(args)
+
+    (_, out), grads = both(attention)
+    (_, expected), expected_grads = both(naive)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for a, b in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_a_row_with_nothing_to_see_is_finite():
+    out = attention(*qkv(4, 4), key_valid=np.zeros((2, 4), bool))
+    assert np.isfinite(out).all()
+
+
+def test_low_precision_keeps_its_dtype_and_float32_scores():
+    args = [jnp.asarray(a, jnp.bfloat16) for a in qkv(7, 7)]
+    out = attention(*args)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), naive(*(a.astype(jnp.float32) for a in args)), atol=0.03)
+
+
+def test_dropout():
+    q, k, v = qkv(6, 6, B=1)
+    run = jax.jit(lambda key: attention(q, k, v, dropout=0.4, dropout_key=key))
+    plain = np.asarray(attention(q, k, v, dropout=0.4))
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(plain, attention(q, k, v))
+    np.testing.assert_array_equal(run(key), run(key))
+    assert np.abs(run(key) - plain).max() > 0.1
+    many = np.asarray(jax.vmap(run)(jax.random.split(key, 4000)))
+    np.testing.assert_allclose(many.mean(0), plain, atol=5 * (many.std(0) / 4000**0.5).max())
+
+
+def test_multi_head_attention_is_its_heads_side_by_side():
+    rng = np.random.default_rng(0)
+    x, (w_q, w_k, w_v, w_o) = rng.normal(size=(1, 5, 8)).astype(np.float32), rng.normal(size=(4, 8, 8)).astype(np.float32)
+    seen = np.tril(np.ones((5, 5)))
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        q, k, v = (x[0] @ w[:, part] for w in (w_q, w_k, w_v))
+        weights = np.exp(q @ k.T / 2) * seen
+        heads.append(weights / weights.sum(-1, keepdims=True) @ v)
+    expected = np.concatenate(heads, -1) @ w_o
+    np.testing.assert_allclose(multi_head_attention(x, w_q, w_k, w_v, w_o, 2)[0], expected, rtol=1e-4, atol=1e-4)

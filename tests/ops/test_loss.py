@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.ops.loss import cross_entropy, linear_cross_entropy, softcap
+
+RNG = np.random.default_rng(0)
+N, D, V = 12, 8, 11
+HIDDEN = RNG.normal(size=(3, 4, D)).astype(np.float32)
+HEAD = RNG.normal(size=(D, V)).astype(np.float32)
+TARGETS = RNG.integers(0, V, (3, 4))
+WEIGHTS = np.array([1, 0, 0.5, 2] * 3, np.float32).reshape(3, 4)
+
+
+def total(hidden, head, weights, cap=0.0, **options):
+    """The loss with all logits at hand, or chunk by chunk where `dtype` or `chunk` is given."""
+    if options:
+        mean = linear_cross_entropy(hidden, head, TARGETS, weights, cap=cap, **options)
+    else:
+        mean = cross_entropy(softcap(hidden @ head, cap), TARGETS, weights)
+    return 3 * mean.total, mean
+
+
+def evaluate(weights, cap, **options):
+    fn = jax.value_and_grad(lambda h, w: total(h, w, weights, cap, **options), (0, 1), has_aux=True)
+    (_, mean), grads = jax.jit(fn)(HIDDEN, HEAD)
+    return mean, grads
+
+
+def test_cross_entropy():
+    logits = (HIDDEN @ HEAD).astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    nll = -np.log(np.take_along_axis(p, TARGETS[..., None], -1)[..., 0])
+    mean = cross_entropy(jnp.array(logits, jnp.float32), TARGETS, WEIGHTS)
+    np.testing.assert_allclose(mean, ((nll * WEIGHTS).sum(), WEIGHTS.sum()), rtol=1e-5)
+    np.testing.assert_allclose(cross_entropy(jnp.array(logits, jnp.float32), TARGETS), (nll.sum(), N), rtol=1e-5)
+
+
+def test_large_logits_stay_finite():
+    assert cross_entropy(jnp.array([1e4, 0.0, -1e4]), jnp.array(2)).total == 2e4
+    big = linear_cross_entropy(jnp.full((1, 1), 1e4), jnp.array([[1.0, 0.0, -1.0]]), jnp.array([2]))
+    assert big.total == 2e4
+
+
+def test_softcap():
+    x = jnp.array([-1e3, -0.1, 0.0, 0.1, 1e3])
+    assert softcap(x, 0) is x
+    np.testing.assert_allclose(softcap(x, 15.0), 15 * np.tanh(np.asarray(x) / 15), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "cap", "chunk"),
+    [(None, 0.0, None), (WEIGHTS, 0.0, 5), (WEIGHTS, 2.0, 4), (None, 2.0, 12), (WEIGHTS, 2.0, 1), (None, 0.0, 50)],
+)
+def test_chunks_give_the_loss_of_the_whole(weights, cap, chunk):
+    mean, grads = evaluate(weights, cap, chunk=chunk)
+    exact, exact_grads = evaluate(weights, cap)
+    np.testing.assert_allclose(mean, exact, rtol=1e-5)
+    for a, b in zip(grads, exact_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_value_without_gradients():
+    mean = linear_cross_entropy(HIDDEN, HEAD, TARGETS, WEIGHTS, cap=2.0, chunk=5)
+    np.testing.assert_allclose(mean, total(HIDDEN, HEAD, WEIGHTS, 2.0)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 12])
+def test_bfloat16_is_close(chunk):
+    mean, grads = evaluate(WEIGHTS, 2.0, dtype="bfloat16", chunk=chunk)
+    exact, exact_grads = evaluate(WEIGHTS, 2.0)
+    np.testing.assert_allclose(mean, exact, rtol=0.01)
+    for a, b in zip(grads, exact_grads, strict=True):
+        assert a.dtype == jnp.float32
+        assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(b)
+
+
+def test_what_weighs_nothing_moves_nothing():
+    _, (dhidden, _) = evaluate(WEIGHTS, 0.0, chunk=5)
+    assert not np.any(np.asarray(dhidden)[WEIGHTS == 0]) and np.any(dhidden, axis=-1)[WEIGHTS > 0].all()

@@ -1,0 +1,40 @@
+import numpy as np
+
+from gptjax.ops.position import alibi_slopes, rope, rope_table, sinusoidal
+
+POSITIONS = np.array([[0, 1, 2, 40], [7, 3, 0, 1000]])
+
+
+def test_sinusoidal():
+    d = 6
+    angle = POSITIONS[..., None] / 10_000.0 ** (np.arange(0, d, 2) / d)
+    out = np.asarray(sinusoidal(POSITIONS, d))
+    np.testing.assert_allclose(out[..., 0::2], np.sin(angle), atol=1e-4)
+    np.testing.assert_allclose(out[..., 1::2], np.cos(angle), atol=1e-4)
+    assert sinusoidal(POSITIONS, 5).shape == (2, 4, 5)
+
+
+def test_rope_is_a_turn_of_complex_numbers():
+    H, base = 8, 500.0
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, H)).astype(np.float32)
+    z = x[..., : H // 2] + 1j * x[..., H // 2 :]
+    angle = POSITIONS[..., None, None] * base ** (-np.arange(H // 2) / (H // 2))
+    turned = z * np.exp(1j * angle)
+    out = rope(x, rope_table(POSITIONS, H, base))
+    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
+
+
+def test_rope_scores_know_the_distance_only():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    def score(at_query, at_key):
+        turned = (rope(x, rope_table(np.array([p]), 8)) for x, p in ((q, at_query), (k, at_key)))
+        return float(np.vdot(*map(np.asarray, turned)))
+
+    np.testing.assert_allclose([score(5, 2), score(103, 100)], score(3, 0), rtol=1e-4)
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8).tolist() == [2.0**-n for n in range(1, 9)]
+    twelve = [2.0**-n for n in range(1, 9)] + [2.0**-n for n in (0.5, 1.5, 2.5, 3.5)]
+    np.testing.assert_allclose(alibi_slopes(12), twelve, rtol=1e-6)
