@@ -1,8 +1,15 @@
-"""Fixtures that need a named asset. They skip, with the reason, only where it is neither cached nor reachable."""
+"""Fixtures that need a named asset. They skip, with the reason, only where it is neither cached nor reachable.
+
+Almost all of the suite's time is XLA compiling tiny programs, so the compiler is told to take less care with them.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 
 def _fetch(name: str):
