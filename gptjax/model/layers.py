@@ -203,10 +203,10 @@ class GPT(nn.Module):
             cache=cache,
             layer=jnp.int32(0),
         )
+        unroll = cfg.unroll if cfg.unroll is not None else jax.default_backend() == "cpu"
         block = Block
         if cfg.remat != "none":
-            block = nn.remat(Block, policy=_REMAT[cfg.remat], prevent_cse=False)
-        unroll = cfg.unroll if cfg.unroll is not None else jax.default_backend() == "cpu"
+            block = nn.remat(Block, policy=_REMAT[cfg.remat], prevent_cse=unroll)
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
             length=cfg.n_layer, unroll=cfg.n_layer if unroll else 1,
