@@ -222,13 +222,13 @@ class _Trainer:
     def _until_done(self) -> None:
         settings = self.cfg.train
         while True:
-            self._poll()
             if self._due(settings.eval_every) and self.counters.evaluated != self.step:
                 self._evaluate()
             if self._due(settings.checkpoint_every) and self.saved != self.step:
                 self._save()
             if self.step >= settings.max_steps:
                 return
+            self._poll()
             self._advance()
 
     def _due(self, every: int) -> bool:

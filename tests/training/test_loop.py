@@ -1,0 +1,394 @@
+"""The loop from data to final/, and all the ways in which it ends."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import to_yaml
+from gptjax.training import loggers, loop
+from gptjax.training.process import Stopped
+from gptjax.training.run_dir import read_metrics
+from gptjax.types import UserError
+
+CLOCK = ("seconds", "tokens_per_s")
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what the clock said, floats by their bits."""
+    return [
+        {name: value.hex() if isinstance(value, float) else value for name, value in row.items() if name not in CLOCK}
+        for row in read_metrics(run_dir)
+    ]
+
+
+def final_state(run_dir: Path) -> tuple:
+    """Step and fingerprints of every leaf of the last checkpoint, and the bytes of the last model."""
+    step = Checkpoints(run_dir / "checkpoints").steps()[-1]
+    leaves = json.loads((run_dir / "checkpoints" / str(step) / "meta.json").read_text())["leaves"]
+    weights = (run_dir / "final" / "model.safetensors").read_bytes()
+    return step, leaves, hashlib.sha256(weights).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, make):
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    lines: list[str] = []
+    return gptjax.train(make(folder), log=lines.append), lines
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole[0].run_dir, tmp_path / "run"))
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_directory_holds_everything(whole):
+    result, lines = whole
+    names = set(os.listdir(result.run_dir))
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "samples.txt", "loss.png", "checkpoints", "best",
+        "final",
+    } <= names  # fmt: skip
+    assert (result.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert set(os.listdir(result.run_dir / "final")) == {
+        "model.safetensors", "model.json", "tokenizer.json", "config.yaml", "result.json"
+    }  # fmt: skip
+    assert (result.run_dir / "samples.txt").read_text().count("==== step") == 2
+    assert sorted(os.listdir(result.run_dir / "checkpoints")) == ["30", "40"]
+    assert gptjax.load_config(result.run_dir / "config.yaml") == result.cfg
+    log = (result.run_dir / "log.txt").read_text()
+    assert all(line in log for line in lines if line.startswith(("model", "step", "done")))
+    assert result.exit_code == 0 and result.step == 40
+
+
+def test_metrics(whole):
+    rows = read_metrics(whole[0].run_dir)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(5, 41, 5))
+    val = [row for row in rows if "val/loss" in row]
+    assert [row["step"] for row in val] == [0, 20, 40]
+    assert abs(val[0]["val/loss"] - np.log(257)) < 0.1  # knows nothing yet
+    assert val[-1]["val/loss"] == whole[0].val_loss < val[0]["val/loss"] - 1
+    assert val[-1]["val/perplexity"] == pytest.approx(np.exp(val[-1]["val/loss"]))
+    row = rows[-2]
+    assert {"step", "train/loss", "lr", "grad_norm", "skipped", "tokens", "tokens_per_s", "seconds"} <= set(row)
+    assert row["tokens"] == row["step"] * 4 * 16
+
+
+def test_validation_loss_is_that_of_every_token_once(whole):
+    """The mean over tokens, computed here by forward alone."""
+    result, _ = whole
+    tokens = gptjax.data.prepare(result.cfg).val.tokens.astype(np.int32)
+    total = count = 0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        logits = gptjax.forward(result.params, window[None, :-1], result.cfg.model)
+        logp = jax.nn.log_softmax(logits)[0]
+        total -= float(logp[jnp.arange(len(window) - 1), window[1:]].sum())
+        count += len(window) - 1
+    assert result.val_loss == pytest.approx(total / count, rel=1e-5)
+    row = read_metrics(result.run_dir)[-1]
+    assert row["val/tokens"] == count
+    store = gptjax.data.prepare(result.cfg).val
+    assert row["val/bits_per_byte"] == pytest.approx(result.val_loss / np.log(2) * len(store) / store.n_bytes)
+
+
+def test_final_gives_the_logits_of_the_run_and_a_moved_folder_still_works(copy, whole, tmp_path):
+    moved = tmp_path / "elsewhere" / "model"
+    moved.parent.mkdir()
+    copy.rename(moved)
+    for path in (moved, moved / "final"):
+        params, cfg = gptjax.load(path)
+        tokens = jnp.arange(12).reshape(1, 12)
+        expected = gptjax.forward(whole[0].params, tokens, whole[0].cfg.model)
+        assert np.array_equal(gptjax.forward(params, tokens, cfg), expected)
+    tokenizer = gptjax.tokenizers.load(moved)
+    (new,) = gptjax.generate(params, [tokenizer.encode("ab")], cfg, max_new_tokens=5, key=jax.random.key(0))
+    assert len(new) == 5
+
+
+# ---------------------------------------------------------------- finished, refused
+
+
+def test_a_finished_run_is_not_trained_again(copy, make, whole):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    lines: list[str] = []
+    result = gptjax.train(make(copy), log=lines.append)
+    assert "is finished: 40 steps" in lines[0] and result.val_loss == whole[0].val_loss
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=80", "seed=1", "train.batch_size=8", "data.val_fraction=0.2"],
+)
+def test_another_config_is_refused_with_the_difference(copy, make, change):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    with pytest.raises(UserError) as error:
+        gptjax.train(make(copy, change), log=quiet)
+    text = str(error.value)
+    assert change.partition("=")[0] + ":" in text and "another run_dir" in text and "nothing was overwritten" in text
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_never_means_never(copy, make):
+    with pytest.raises(UserError, match="train.resume=never: nothing was overwritten"):
+        gptjax.train(make(copy, "train.resume=never"), log=quiet)
+
+
+def test_what_only_decides_when_something_is_written_may_change(copy, make):
+    shutil.rmtree(copy / "final")
+    change = ["train.log_every=10", "train.eval_every=40", "sample.max_new_tokens=4", "train.keep_checkpoints=3"]
+    assert gptjax.train(make(copy, *change), log=quiet).step == 40
+
+
+def relabel(copy: Path, *changes: tuple[str, str]) -> None:
+    """A run that is not finished, and whose config says something else than it was trained with."""
+    shutil.rmtree(copy / "final")
+    stored = (copy / "config.yaml").read_text()
+    for old, new in changes:
+        assert old in stored
+        stored = stored.replace(old, new)
+    (copy / "config.yaml").write_text(stored)
+
+
+def test_other_data_under_the_same_name_are_refused(copy, make, tmp_path, text):
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text().replace("a", "z"))
+    relabel(copy, (str(text), str(own)))
+    with pytest.raises(UserError, match="another training data and another validation data"):
+        gptjax.train(make(copy, f"data.source={own}"), log=quiet)
+
+
+def test_another_vocabulary_is_refused(copy, make):
+    relabel(copy, ("name: bytes", "name: chars"))
+    with pytest.raises(UserError, match=r"model.vocab_size: 257 -> \d+"):
+        gptjax.train(make(copy, "tokenizer.name=chars", "sample.prompt=a"), log=quiet)
+    with pytest.raises(UserError, match="another tokenizer"):
+        gptjax.train(make(copy, "tokenizer.name=chars", "sample.prompt=a", "model.vocab_size=257"), log=quiet)
+
+
+def test_all_checkpoints_damaged_is_refused_and_nothing_changes(copy, make):
+    shutil.rmtree(copy / "final")
+    for step in ("30", "40"):
+        (copy / "checkpoints" / step / "manifest.json").write_bytes(b"")
+    metrics = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        gptjax.train(make(copy), log=quiet)
+    assert (copy / "metrics.jsonl").read_bytes() == metrics
+    assert sorted(os.listdir(copy / "checkpoints")) == ["30", "40"]
+
+
+# ---------------------------------------------------------------- interrupted and resumed
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(copy, make, whole):
+    path = copy / "checkpoints" / "40" / "meta.json"
+    path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
+    shutil.rmtree(copy / "final")
+    lines: list[str] = []
+    gptjax.train(make(copy), log=lines.append)
+    assert any("checkpoints/40 is damaged: meta.json" in line for line in lines)
+    assert any("going on from step 30 of 40" in line for line in lines)
+    assert curve(copy) == curve(whole[0].run_dir)
+    assert final_state(copy) == final_state(whole[0].run_dir)
+
+
+def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> None:
+    """A signal to this process while the line of `at_step` is written."""
+    log = loggers.JsonLines.log
+
+    def log_and_kill(self, row):
+        log(self, row)
+        if row["step"] == at_step and key in row:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loggers.JsonLines, "log", log_and_kill)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "at", "key"),
+    [
+        (signal.SIGTERM, 143, 15, "train/loss"),
+        (signal.SIGINT, 130, 20, "val/loss"),
+        (signal.SIGTERM, 143, 0, "val/loss"),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on_bitwise(make, tmp_path, monkeypatch, whole, number, code, at, key):
+    cfg, before = make(tmp_path / "run"), signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        send(patch, at, number, key)
+        with pytest.raises(Stopped) as stopped:
+            gptjax.train(cfg, log=quiet)
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    saved = Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert (saved[0] if saved else 0) in (at, at + 5)  # the call that was under way is finished
+    gptjax.train(cfg, log=quiet)
+    assert curve(tmp_path / "run") == curve(whole[0].run_dir)
+    assert final_state(tmp_path / "run") == final_state(whole[0].run_dir)
+    assert (tmp_path / "run" / "samples.txt").read_bytes() == (whole[0].run_dir / "samples.txt").read_bytes()
+
+
+def start(config: Path, **kwargs) -> subprocess.Popen:
+    code = f"import gptjax; gptjax.train(gptjax.load_config({str(config)!r}))"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+
+
+def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
+    more = ["train.max_steps=1000", "train.eval_every=200", "train.checkpoint_every=50"]
+    gptjax.train(make(tmp_path / "oracle", *more), log=quiet)
+    cfg, run = make(tmp_path / "killed", *more), tmp_path / "killed"
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    draw, kills = random.Random(time.time_ns()), 0
+    while kills < 5:
+        process = start(tmp_path / "config.yaml")
+        lines = (run / "metrics.jsonl").read_bytes() if (run / "metrics.jsonl").exists() else b""
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # until this one has trained, too
+            if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes()) > len(lines):
+                break
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.25))
+        assert process.poll() is None, process.stdout.read().decode()
+        process.kill()
+        process.communicate()
+        kills += 1
+    process = start(tmp_path / "config.yaml")
+    out = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 0, out
+    assert "WARNING" not in out
+    assert curve(run) == curve(tmp_path / "oracle")
+    assert final_state(run) == final_state(tmp_path / "oracle")
+    assert (run / "samples.txt").read_bytes() == (tmp_path / "oracle" / "samples.txt").read_bytes()
+
+
+def test_a_second_trainer_is_refused_and_sigterm_ends_with_143(make, tmp_path):
+    run = tmp_path / "run"
+    cfg = make(run, "train.max_steps=1000000", "train.checkpoint_every=1000000", "train.eval_every=1000000")
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    process = start(tmp_path / "config.yaml")
+    try:
+        while process.poll() is None and len(read_metrics(run)) < 3:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=f"is in use: process {process.pid} "):
+            gptjax.train(cfg, log=quiet)
+        process.terminate()
+        out = process.communicate(timeout=60)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "SIGTERM: saving at step" in out and "Traceback" not in out
+    step, _ = Checkpoints(run / "checkpoints").newest()
+    assert step >= read_metrics(run)[-1]["step"] > 0
+
+
+# ---------------------------------------------------------------- not finite
+
+
+def poison(monkeypatch, steps: range) -> None:
+    """The loss of these steps is NaN: a token of their batch is marked, and the loss looks for the mark."""
+    from gptjax.data import Loader
+    from gptjax.training import step as module
+
+    make_train_step, batches = module.make_train_step, Loader.batches
+
+    def make_bad_step(loss, tx, **kwargs):
+        def bad_loss(params, batch, key):
+            mean, metrics = loss(params, batch, key)
+            return mean._replace(total=jnp.where(jnp.any(batch.tokens < 0), jnp.nan, mean.total)), metrics
+
+        return make_train_step(bad_loss, tx, **kwargs)
+
+    def bad_batches(self, step, k):
+        batch = batches(self, step, k)
+        tokens = batch.tokens.copy()
+        for i in range(k):
+            tokens[i, 0, 0] = -1 if step + i in steps else tokens[i, 0, 0]
+        return batch._replace(tokens=tokens)
+
+    monkeypatch.setattr(module, "make_train_step", make_bad_step)
+    monkeypatch.setattr(Loader, "batches", bad_batches)
+
+
+def test_one_bad_step_changes_nothing_and_the_run_goes_on(make, tmp_path, monkeypatch):
+    poison(monkeypatch, range(12, 14))
+    result = gptjax.train(make(tmp_path / "run"), log=quiet)
+    assert result.step == 40 and np.isfinite(result.val_loss)
+    assert read_metrics(tmp_path / "run")[-2]["skipped"] == 2
+
+
+def test_five_in_a_row_stop_with_code_3_and_the_last_good_state(make, tmp_path, monkeypatch):
+    poison(monkeypatch, range(10, 40))
+    lines: list[str] = []
+    with pytest.raises(Stopped) as stopped:
+        gptjax.train(make(tmp_path / "run", "train.checkpoint_every=5"), log=lines.append)
+    assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 times in a row" in lines[-1]
+    kept = [json.loads((path / "meta.json").read_text()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(kept) == 2  # steps 5 and 10: nothing is saved after that
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["10", "5"]
+
+
+# ---------------------------------------------------------------- small things
+
+
+def test_steps_per_call(make, tmp_path):
+    cfg = make(tmp_path)
+    assert loop.steps_per_call(cfg, 1000) == 5
+    assert loop.steps_per_call(cfg, 30_000_000) == 1
+    assert loop.steps_per_call(cfg, 1000, start=8) == 1
+    one = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps_per_call=4))
+    with pytest.raises(UserError, match=r"must divide .*checkpoint_every \(10\).*log_every \(5\): use one of 1, 5"):
+        loop.steps_per_call(one, 1000)
+
+
+def test_steps_in_one_call_are_steps_one_by_one(make, tmp_path, whole):
+    result = gptjax.train(make(tmp_path / "run", "train.steps_per_call=1"), log=quiet)
+    assert result.val_loss == pytest.approx(whole[0].val_loss, rel=1e-5)
+
+
+def test_epochs_set_the_steps(make, tmp_path, whole):
+    cfg = make(tmp_path / "run", "train.epochs=0.5")
+    ready = gptjax.data.prepare(cfg)
+    resolved = loop._resolve(cfg, ready)
+    assert resolved.train.max_steps == round(0.5 * len(ready.train) / 64)
+    assert resolved.model.vocab_size == 257
+
+
+def test_a_full_disk_ends_the_run_with_one_error(make, tmp_path, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    from gptjax import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_orbax_save", no_space)
+    with pytest.raises(UserError, match="cannot write checkpoint .*10: No space left on device"):
+        gptjax.train(make(tmp_path / "run"), log=quiet)
+
+
+def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="sample.prompt"):
+        gptjax.train(make(tmp_path / "run", "tokenizer.name=chars", "sample.prompt=%"), log=quiet)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        gptjax.train(make(tmp_path / "other", "train.loggers=wandb"), log=quiet)
+    assert not (tmp_path / "other").exists()
