@@ -61,17 +61,33 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
     with Progress(_no_file, log, run.touch) as progress, progress.phase("preparing the data"):
         ready = data.prepare(cfg, log=progress.say)
     cfg = _resolve(cfg, ready)
+    _refuse_early(cfg, ready)
     use_compile_cache()
     keep_buffers()
     with run.locked():
         run.check(cfg)
-        run.begin(cfg)
         with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
             return _Trainer(cfg, run, ready, progress, signals).train()
 
 
 def _no_file(line: str) -> None:
     pass
+
+
+def _refuse_early(cfg: Config, ready: Any) -> None:
+    """Whatever can be wrong is said before the run directory is made."""
+    _prompt(cfg, ready.tokenizer)
+    steps_per_call(cfg, 0)
+    _loader(cfg, ready)
+
+
+def _loader(cfg: Config, ready: Any) -> Any:
+    from gptjax.data import Loader
+
+    return Loader(
+        ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=cfg.model.context_length,
+        seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
+    )  # fmt: skip
 
 
 def _resolve(cfg: Config, ready: Any) -> Config:
@@ -151,7 +167,7 @@ class _Trainer:
         import jax
         import numpy as np
 
-        from gptjax import data, tree
+        from gptjax import tree
         from gptjax.checkpoint import Checkpoints
         from gptjax.optim import make_optimizer, make_schedule
         from gptjax.tasks import pretrain
@@ -163,10 +179,7 @@ class _Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, cfg.train.keep_checkpoints, progress.say)
         self.environment = environment()
         self.prompt = _prompt(cfg, ready.tokenizer)
-        self.loader = data.Loader(
-            ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=cfg.model.context_length,
-            seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
-        )  # fmt: skip
+        self.loader = _loader(cfg, ready)
 
         def fresh() -> TrainState:
             init_key, key = jax.random.split(jax.random.key(cfg.seed))
@@ -174,19 +187,18 @@ class _Trainer:
 
         abstract = jax.eval_shape(fresh)
         self.n_params = tree.size(abstract.params)
-        steps_per_call(cfg, self.n_params)  # refuse now
         self._summary()
         self.counters = _Counters()
         self.step = self.saved = 0
         found = self.checkpoints.restore(abstract, self._accept)
+        run.begin(cfg, self.environment)
         if found:
             self._go_on(found)
         else:
             with progress.phase("compiling the initialisation"):
                 self.state = jax.jit(fresh)()
             run.cut_metrics(-1)
-            for name in ("samples.txt",):
-                (run.path / name).unlink(missing_ok=True)
+            (run.path / "samples.txt").unlink(missing_ok=True)
         self.k = steps_per_call(cfg, self.n_params, self.step)
         one = make_train_step(self.task.loss, self.tx, accumulation=cfg.train.accumulation)
         self.call = jax.jit(one if self.k == 1 else make_multi_step(one), donate_argnums=0)

@@ -139,11 +139,11 @@ class RunDir:
         with suppress(OSError):
             os.utime(self.path / ".lock")
 
-    def begin(self, cfg: Config) -> None:
+    def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
         """Write config.yaml (once) and environment.json."""
         if not self.config.exists():
             write_text(self.config, config.to_yaml(cfg))
-        write_text(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one that was cut off while it was written."""

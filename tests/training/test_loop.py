@@ -100,13 +100,14 @@ def test_validation_loss_is_that_of_every_token_once(whole):
     """The mean over tokens, computed here by forward alone."""
     result, _ = whole
     tokens = gptjax.data.prepare(result.cfg).val.tokens.astype(np.int32)
+    forward = jax.jit(lambda params, tokens: gptjax.forward(params, tokens, result.cfg.model))
     total = count = 0
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
-        logits = gptjax.forward(result.params, window[None, :-1], result.cfg.model)
-        logp = jax.nn.log_softmax(logits)[0]
-        total -= float(logp[jnp.arange(len(window) - 1), window[1:]].sum())
-        count += len(window) - 1
+        n = len(window) - 1
+        logits = forward(result.params, np.pad(window[:-1], (0, 16 - n))[None])[0, :n]
+        total -= float(jax.nn.log_softmax(logits)[np.arange(n), window[1:]].sum())
+        count += n
     assert result.val_loss == pytest.approx(total / count, rel=1e-5)
     row = read_metrics(result.run_dir)[-1]
     assert row["val/tokens"] == count
@@ -256,7 +257,7 @@ def start(config: Path, **kwargs) -> subprocess.Popen:
 
 
 def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
-    more = ["train.max_steps=1000", "train.eval_every=200", "train.checkpoint_every=50"]
+    more = ["train.max_steps=600", "train.eval_every=200", "train.checkpoint_every=40"]
     gptjax.train(make(tmp_path / "oracle", *more), log=quiet)
     cfg, run = make(tmp_path / "killed", *more), tmp_path / "killed"
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
@@ -391,4 +392,6 @@ def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_p
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         gptjax.train(make(tmp_path / "other", "train.loggers=wandb"), log=quiet)
-    assert not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="train.steps_per_call"):
+        gptjax.train(make(tmp_path / "third", "train.steps_per_call=7"), log=quiet)
+    assert not {"run", "other", "third"} & set(os.listdir(tmp_path))
