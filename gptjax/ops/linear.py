@@ -46,7 +46,8 @@ def _backward(residual, g):
     x, w = residual
     g = g.astype(jnp.bfloat16)
     dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx, weight_gradient(x, g)
+    # the barrier: a tied head's gradient is turned, and XLA's CPU backend refuses the turn inside the product
+    return dx, jax.lax.optimization_barrier(weight_gradient(x, g))
 
 
 _matmul_bfloat16.defvjp(_forward, _backward)

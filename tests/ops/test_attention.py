@@ -10,7 +10,7 @@ from gptjax.ops.position import alibi_slopes
 
 
 def naive(q, k, v, *, offset=0, key_valid=None, segment_ids=None, alibi=False):
-    """One head at a time, the whole square, -inf where nothing may be seen."""
+    """Every key-value head written out for its group, the whole square, -inf where nothing may be seen."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     distance = np.arange(T)[:, None] + offset - np.arange(S)[None, :]
     seen = np.broadcast_to(distance >= 0, (B, T, S))
@@ -18,14 +18,11 @@ def naive(q, k, v, *, offset=0, key_valid=None, segment_ids=None, alibi=False):
         seen = seen & key_valid[:, None, :]
     if segment_ids is not None:
         seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    outs = []
-    for n in range(N):
-        group = n // (N // K)
-        scores = jnp.einsum("bth,bsh->bts", q[:, :, n], k[:, :, group]) / np.sqrt(H)
-        if alibi:
-            scores = scores - alibi_slopes(N)[n] * distance
-        outs.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1) @ v[:, :, group])
-    return jnp.stack(outs, 2)
+    k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+    if alibi:
+        scores = scores - alibi_slopes(N)[:, None, None] * distance
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1), v)
 
 
 def qkv(T, S, N=4, K=2, H=6, B=2, dtype=np.float32):
@@ -35,13 +32,10 @@ def qkv(T, S, N=4, K=2, H=6, B=2, dtype=np.float32):
 
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 256)), axis=1)
 CASES = {
-    "plain": (7, 7, {}),
-    "alibi": (7, 7, {"alibi": True}),
-    "documents": (9, 9, {"segment_ids": SEGMENTS[:, :9]}),
-    "blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
+    "documents, alibi": (9, 9, {"segment_ids": SEGMENTS[:, :9], "alibi": True}),
+    "two blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
     "four blocks": (256, 256, {"alibi": True}),
-    "after a cache": (3, 8, {"offset": 5, "alibi": True}),
-    "after a cache with holes": (2, 8, {"offset": 4, "key_valid": np.arange(8) >= np.array([[0], [3]])}),
+    "after a cache": (2, 8, {"offset": 4, "alibi": True, "key_valid": np.arange(8) >= np.array([[0], [3]])}),
 }
 
 
@@ -50,18 +44,17 @@ def test_equals_the_full_square(case):
     T, S, options = CASES[case]
     args = qkv(T, S)
 
-    def both(fn):
+    def run(fn, args):
         def total(args):
             out = fn(*args, **options)
             return jnp.sin(out).sum(), out  # sin: a cotangent that differs everywhere
 
-        return jax.jit(jax.value_and_grad(total, has_aux=True))(args)
+        return jax.value_and_grad(total, has_aux=True)(args)
 
-    (_, out), grads = both(attention)
-    (_, expected), expected_grads = both(naive)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
-    for a, b in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6)
+    ours, expected = jax.jit(lambda args: (run(attention, args), run(naive, args)))(args)
+    np.testing.assert_allclose(ours[0][1], expected[0][1], rtol=1e-5, atol=5e-6)
+    for a, b in zip(ours[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_with_nothing_to_see_is_finite():
@@ -77,20 +70,23 @@ def test_low_precision_keeps_its_dtype_and_float32_scores():
 
 
 def test_dropout():
-    q, k, v = qkv(6, 6, B=1)
+    """The same key drops the same weights; over 2,000 equal rows the mean is what no dropout gives."""
+    q, k, v = (np.repeat(a, 2000, 0) for a in qkv(3, 3, B=1))
     run = jax.jit(lambda key: attention(q, k, v, dropout=0.4, dropout_key=key))
-    plain = np.asarray(attention(q, k, v, dropout=0.4))
-    key = jax.random.key(0)
-    np.testing.assert_array_equal(plain, attention(q, k, v))
-    np.testing.assert_array_equal(run(key), run(key))
-    assert np.abs(run(key) - plain).max() > 0.1
-    many = np.asarray(jax.vmap(run)(jax.random.split(key, 4000)))
-    np.testing.assert_allclose(many.mean(0), plain, atol=5 * (many.std(0) / 4000**0.5).max())
+    plain = np.asarray(attention(q, k, v))
+    np.testing.assert_array_equal(plain, attention(q, k, v, dropout=0.4))
+    dropped = np.asarray(run(jax.random.key(0)))
+    np.testing.assert_array_equal(dropped, run(jax.random.key(0)))
+    assert np.abs(dropped - plain).max() > 0.1
+    np.testing.assert_allclose(dropped.mean(0), plain[0], atol=5 * (dropped.std(0) / 2000**0.5).max())
 
 
 def test_multi_head_attention_is_its_heads_side_by_side():
     rng = np.random.default_rng(0)
-    x, (w_q, w_k, w_v, w_o) = rng.normal(size=(1, 5, 8)).astype(np.float32), rng.normal(size=(4, 8, 8)).astype(np.float32)
+    x, (w_q, w_k, w_v, w_o) = (
+        rng.normal(size=(1, 5, 8)).astype(np.float32),
+        rng.normal(size=(4, 8, 8)).astype(np.float32),
+    )
     seen = np.tril(np.ones((5, 5)))
     heads = []
     for part in (slice(0, 4), slice(4, 8)):

@@ -17,7 +17,9 @@ TX = optax.adam(0.1)
 def batch(seed=0, n=12):
     rng = np.random.default_rng(seed)
     weights = np.where(np.arange(n) % 5 == 0, 0, rng.uniform(0.1, 3, n))  # unequal, and unequal sums in each part
-    return {k: v.astype(np.float32) for k, v in dict(x=rng.normal(size=(n, 3)), y=rng.normal(size=n), w=weights).items()}
+    return {
+        k: v.astype(np.float32) for k, v in dict(x=rng.normal(size=(n, 3)), y=rng.normal(size=n), w=weights).items()
+    }
 
 
 def loss(params, batch, key):
@@ -38,7 +40,7 @@ def fresh(tx=TX, **kwargs):
 
 
 def stacked(n):
-    return jax.tree.map(lambda *xs: np.stack(xs), *[batch(i) for i in range(n)])
+    return jax.tree.map(lambda *xs: np.stack(xs), *map(batch, range(n)))
 
 
 def assert_same(a, b):
@@ -61,9 +63,9 @@ def test_the_gradient_is_that_of_the_weighted_mean():
     error = data["x"] @ PARAMS["w"] + PARAMS["b"] - data["y"]
     gradient = 2 * (data["w"] * error) @ data["x"] / data["w"].sum()
     np.testing.assert_allclose(PARAMS["w"] - state.params["w"], gradient, rtol=1e-4)
-    assert metrics["loss"] == pytest.approx((data["w"] * error**2).sum() / data["w"].sum(), rel=1e-5)
-    assert metrics["absolute"] == pytest.approx((data["w"] * np.abs(error)).sum() / data["w"].sum(), rel=1e-5)
-    assert metrics["weight"] == pytest.approx(data["w"].sum())
+    assert metrics["loss"] == pytest.approx(float((data["w"] * error**2).sum() / data["w"].sum()), rel=1e-5)
+    assert metrics["absolute"] == pytest.approx(float((data["w"] * np.abs(error)).sum() / data["w"].sum()), rel=1e-5)
+    assert metrics["weight"] == pytest.approx(float(data["w"].sum()))
     assert metrics["grad_norm"] >= np.linalg.norm(gradient) * 0.999
     assert (int(state.step), int(metrics["skipped"])) == (1, 0)
 

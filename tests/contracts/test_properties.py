@@ -1,0 +1,110 @@
+"""What must hold for every architecture and every kind of position, each from one compiled program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import backbone, extend, forward
+
+MEMBERS = {
+    "gpt2, learned": ("gpt2", {}),
+    "gpt2, sinusoidal": ("gpt2", {"position": "sinusoidal"}),
+    "gpt2, alibi": ("gpt2", {"position": "alibi"}),
+    "llama, rope": ("llama", {}),
+    "llama, alibi": ("llama", {"position": "alibi"}),
+    "modern, rope": ("modern", {}),
+    "modern, learned": ("modern", {"position": "learned"}),
+}
+T = 12
+SPLIT = 5  # the first document's length; what the cache reads at once
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def results(request, tiny):
+    """name -> array, computed once for each member."""
+    arch, switches = MEMBERS[request.param]
+    cfg, params = tiny(arch, **switches)
+    tokens = jnp.array(np.random.default_rng(1).permutation(17)[:T])[None]
+
+    def cached(params):
+        logits, cache = extend(params, tokens[:, :SPLIT], cfg, init_cache(cfg, 1))
+
+        def one(cache, token):
+            logits, cache = extend(params, token[None, None], cfg, cache)
+            return cache, logits[0, 0]
+
+        _, rest = jax.lax.scan(one, cache, tokens[0, SPLIT:])
+        return jnp.concatenate([logits[0], rest])
+
+    def sensitivity(params):
+        """[T, T]: how much the last hidden state at t moves with the embedding of the token at s."""
+
+        def at(embedding, t):
+            hidden = backbone({**params, "wte": {"embedding": embedding}}, tokens, cfg)
+            return jnp.vdot(hidden[0, t], jnp.arange(1.0, cfg.d_model + 1))
+
+        rows = jax.vmap(jax.grad(at), (None, 0))(params["wte"]["embedding"], jnp.arange(T))
+        return jnp.abs(rows[:, tokens[0]]).max(-1)
+
+    @jax.jit
+    def run(params):
+        segments = (jnp.arange(T) >= SPLIT).astype(jnp.int32)[None]
+        positions = jnp.where(segments == 0, jnp.arange(T), jnp.arange(T) - SPLIT)
+        return {
+            "whole": forward(params, tokens, cfg)[0],
+            "cached": cached(params),
+            "packed": forward(params, tokens, cfg, segment_ids=segments, positions=positions)[0],
+            "second document": forward(params, tokens[:, SPLIT:], cfg)[0],
+            "sensitivity": sensitivity(params),
+        }
+
+    return jax.tree.map(np.asarray, run(params))
+
+
+def test_no_gradient_from_the_future(results):
+    """Exactly zero above the diagonal, and something on and below it."""
+    seen = np.tril(np.ones((T, T), bool))
+    assert not results["sensitivity"][~seen].any()
+    assert (results["sensitivity"][seen] > 1e-6).all()
+
+
+def test_cached_equals_uncached(results):
+    np.testing.assert_allclose(results["cached"], results["whole"], rtol=1e-4, atol=1e-4)
+    assert (results["cached"].argmax(-1) == results["whole"].argmax(-1)).all()
+
+
+def test_packed_equals_separate(results):
+    separate = np.concatenate([results["whole"][:SPLIT], results["second document"]])
+    np.testing.assert_allclose(results["packed"], separate, rtol=1e-4, atol=1e-4)
+    assert np.abs(results["packed"][SPLIT:] - results["whole"][SPLIT:]).max() > 0.01
+
+
+@pytest.fixture(scope="module", params=["gpt2", "modern"])
+def gradients(request, tiny):
+    """name -> (logits, gradients) with the same numbers computed in different ways."""
+    cfg, params = tiny(request.param, dropout=0.1 if request.param == "gpt2" else 0.0)
+    tokens = jnp.arange(2 * T).reshape(2, T) % 17
+
+    def run(**how):
+        def total(params):
+            logits = forward(params, tokens, dataclasses.replace(cfg, **how), dropout_key=jax.random.key(3))
+            return jnp.sin(logits).sum(), logits
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    return {name: run(**how) for name, how in WAYS.items()}
+
+
+WAYS = {"plain": {}, "unrolled": {"unroll": True}, "dots": {"remat": "dots"}, "full": {"remat": "full"}}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
+def test_how_it_is_computed_changes_nothing(gradients, way):
+    """Unrolled or not, recomputed or kept, with the same dropout."""
+    ours, expected = (jax.tree_util.tree_leaves_with_path(gradients[name]) for name in (way, "plain"))
+    for (path, a), (_, b) in zip(ours, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 2e-5, path

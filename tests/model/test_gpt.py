@@ -1,0 +1,217 @@
+"""The decoder's doors: what it starts from, what each switch does, and that it is made of the pieces in `ops`."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import tree
+from gptjax.config import ARCHS, ModelConfig
+from gptjax.model.gpt import abstract_params, backbone, forward, init_params, lm_logits
+from gptjax.ops import position
+from gptjax.ops.attention import multi_head_attention
+from gptjax.ops.feed_forward import feed_forward
+from gptjax.ops.loss import cross_entropy
+from gptjax.ops.norm import layer_norm
+
+TOKENS = np.random.default_rng(0).integers(0, 17, (2, 12))
+
+
+def layer(params, i):
+    return jax.tree.map(lambda x: x[i], params["blocks"])
+
+
+def run(cfg, params, tokens=TOKENS, **context):
+    return np.asarray(jax.jit(lambda p: forward(p, tokens, cfg, **context))(params))
+
+
+def test_shapes_and_dtypes(tiny):
+    cfg, params = tiny("gpt2")
+    hidden = jax.eval_shape(lambda p: backbone(p, TOKENS, cfg), params)
+    logits = jax.eval_shape(lambda p: forward(p, TOKENS, cfg), params)
+    assert (hidden.shape, logits.shape, logits.dtype) == ((2, 12, 32), (2, 12, 17), jnp.float32)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(cfg))} == {"float32"}
+
+
+@pytest.mark.parametrize("at", ["learned", "sinusoidal", "alibi"])
+def test_gpt2_is_made_of_the_pieces(tiny, at):
+    """A GPT-2 without biases in ten lines, from functions of plain arrays."""
+    cfg, params = tiny("gpt2", bias=False, qkv_bias=False, n_kv_head=4, position=at)
+
+    def by_hand(params):
+        x = params["wte"]["embedding"][TOKENS]
+        x = x + params["wpe"]["embedding"][:12] if at == "learned" else x
+        x = x + position.sinusoidal(jnp.arange(12), 32) if at == "sinusoidal" else x
+        for i in range(cfg.n_layer):
+            p = layer(params, i)
+            w = [p["attn"][name]["kernel"] for name in "qkvo"]
+            x = x + multi_head_attention(layer_norm(x, **p["ln_1"]), *w, cfg.n_head, alibi=at == "alibi")
+            x = x + feed_forward(layer_norm(x, **p["ln_2"]), p["mlp"]["up"]["kernel"], p["mlp"]["down"]["kernel"])
+        return layer_norm(x, **params["ln_f"]) @ params["wte"]["embedding"].T
+
+    np.testing.assert_allclose(run(cfg, params), jax.jit(by_hand)(params), rtol=1e-4, atol=1e-4)
+
+
+def test_llamas_feed_forward_is_the_gated_piece(tiny):
+    """With attention's output at zero a one-layer model is its feed-forward."""
+    cfg, params = tiny("llama", n_layer=1, norm_scale=False)
+    params["blocks"]["attn"]["o"]["kernel"] *= 0
+
+    def by_hand(params):
+        def norm(x):
+            return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps)
+
+        x, mlp = params["wte"]["embedding"][TOKENS], layer(params, 0)["mlp"]
+        x = x + feed_forward(norm(x), mlp["up"]["kernel"], mlp["down"]["kernel"], mlp["gate"]["kernel"])
+        return norm(x) @ params["lm_head"]["kernel"]
+
+    np.testing.assert_allclose(run(cfg, params), jax.jit(by_hand)(params), rtol=1e-4, atol=1e-4)
+
+
+# One switch at a time, away from what the arch says.
+SWITCHES = [
+    *[("gpt2", {"position": at}) for at in ("sinusoidal", "rope", "alibi")],
+    ("gpt2", {"norm": "rmsnorm"}), ("gpt2", {"norm_scale": False}), ("gpt2", {"norm_bias": False}),
+    ("gpt2", {"norm_eps": 0.5}), ("gpt2", {"activation": "swiglu"}), ("gpt2", {"activation": "relu2"}),
+    ("gpt2", {"qkv_bias": False}), ("gpt2", {"bias": False}), ("gpt2", {"tie_embeddings": False}),
+    ("gpt2", {"qk_norm": True}), ("gpt2", {"embed_norm": True}), ("gpt2", {"logit_softcap": 2.0}),
+    ("gpt2", {"value_residual": True}), ("gpt2", {"residual_lambdas": True}), ("gpt2", {"x0_lambdas": True}),
+    ("gpt2", {"n_kv_head": 1}), ("gpt2", {"dtype": "bfloat16"}),
+    ("modern", {"qk_gain": 3.0}), ("modern", {"rope_base": 10.0}), ("modern", {"value_residual": False}),
+    ("modern", {"dtype": "bfloat16"}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return {arch: run(*tiny(arch)) for arch in ("gpt2", "modern")}
+
+
+@pytest.mark.parametrize(("arch", "switch"), SWITCHES, ids=lambda x: x if isinstance(x, str) else str(x)[1:-1])
+def test_each_switch_alone_works_and_does_something(tiny, base, arch, switch):
+    cfg, params = tiny(arch, **switch)
+    assert dataclasses.asdict(cfg) != dataclasses.asdict(tiny(arch)[0])
+
+    def total(params):
+        logits = forward(params, TOKENS, cfg)
+        return cross_entropy(logits, np.roll(TOKENS, -1, 1)).value(), logits
+
+    (loss, logits), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    assert np.isfinite(loss) and np.abs(logits - base[arch]).max() > 1e-3
+    for path, grad in tree.flatten(grads).items():
+        assert np.isfinite(grad).all(), path
+        no_effect = path.endswith("attn/k/bias") and not cfg.qk_norm  # softmax does not see a constant
+        assert np.any(grad) or no_effect, f"{path} is never read"
+    if "dtype" in switch:
+        np.testing.assert_allclose(logits, base[arch], atol=0.1 * np.abs(base[arch]).max())
+
+
+def test_every_switch_of_the_archs_is_in_the_table():
+    tested = {name for _, switch in SWITCHES for name in switch}
+    assert set().union(*ARCHS.values()) - tested == {"zero_init_proj", "zero_init_head"}  # below
+
+
+def test_dropout(tiny):
+    """Without a key none; with one, the same key the same result, another key another."""
+    cfg, params = tiny("gpt2", dropout=0.3)
+    plain, _ = tiny("gpt2")
+    np.testing.assert_array_equal(run(cfg, params), run(plain, params))
+    dropped = jax.jit(lambda p, key: forward(p, TOKENS, cfg, dropout_key=key))
+    a, b, c = (np.asarray(dropped(params, jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.1 and np.abs(a - run(plain, params)).max() > 0.1
+
+
+def test_dropout_differs_between_layers_and_places(tiny):
+    """The hidden state of two equal layers' dropout: a repeated mask would show as equal rows."""
+    from gptjax.model.layers import dropout
+
+    x = jnp.ones((200, 50))
+    out = np.asarray(dropout(x, 0.2, jax.random.key(0)))
+    assert set(np.unique(out)) == {0, np.float32(1.25)}
+    assert out.mean() == pytest.approx(1, abs=0.02) and len(np.unique(out, axis=0)) == 200
+    assert dropout(x, 0.2, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+SMALL = ModelConfig(
+    vocab_size=2000, context_length=32, n_layer=2, n_head=2, d_model=64, tie_embeddings=False, unroll=False
+)
+
+
+def first_loss(cfg):
+    def loss(key):
+        tokens, targets = jax.random.randint(key, (2, 8, 32), 0, cfg.vocab_size)
+        return cross_entropy(forward(init_params(key, cfg), tokens, cfg), targets).value()
+
+    return float(jax.jit(loss)(jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "excess"),
+    [
+        ({"init": "torch", "qkv_bias": False}, 1 / 6),  # logits of variance 1/3
+        ({"init": "gpt2"}, 64 * 0.02**2 / 2),  # D * 0.02^2
+        ({"arch": "modern", "logit_softcap": 15.0}, 0.0),  # the head starts at zero
+    ],
+    ids=["torch", "gpt2", "modern"],
+)
+def test_first_loss(changes, excess):
+    """ln V and half the variance of the logits."""
+    assert first_loss(dataclasses.replace(SMALL, **changes)) == pytest.approx(math.log(2000) + excess, abs=0.02)
+
+
+def spreads(cfg):
+    params = jax.jit(lambda key: init_params(key, cfg))(jax.random.key(0))
+    return params, {path: float(leaf.std()) for path, leaf in tree.flatten(params).items()}
+
+
+def test_init_gpt2():
+    """N(0, 0.02); what adds to the residual stream by sqrt(2L) less; biases 0, scales 1. Layers differ."""
+    params, std = spreads(dataclasses.replace(SMALL, d_model=64, embed_std=0.1))
+    assert std["wte/embedding"] == pytest.approx(0.1, rel=0.05)
+    assert std["wpe/embedding"] == pytest.approx(0.02, rel=0.1)
+    for name in ("attn/q", "attn/k", "attn/v", "mlp/up"):
+        assert std[f"blocks/{name}/kernel"] == pytest.approx(0.02, rel=0.05)
+    for name in ("attn/o", "mlp/down"):
+        assert std[f"blocks/{name}/kernel"] == pytest.approx(0.02 / 2, rel=0.05)
+    for path, leaf in tree.flatten(params).items():
+        if not path.endswith(("kernel", "embedding")):
+            assert (leaf == float(path.endswith("scale"))).all(), path
+    q = params["blocks"]["attn"]["q"]["kernel"]
+    assert (q[0] != q[1]).mean() > 0.99
+
+
+def test_init_torch():
+    """Embeddings N(0, 1); weights and biases U(+-1/sqrt(in))."""
+    params, std = spreads(dataclasses.replace(SMALL, init="torch"))
+    assert std["wte/embedding"] == pytest.approx(1, rel=0.05) and std["wpe/embedding"] == pytest.approx(1, rel=0.05)
+    for name, d_in in (("attn/q", 64), ("attn/o", 64), ("mlp/up", 64), ("mlp/down", 256)):
+        for part in ("kernel", "bias"):
+            leaf = tree.flatten(params)[f"blocks/{name}/{part}"]
+            assert std[f"blocks/{name}/{part}"] == pytest.approx(d_in**-0.5 / 3**0.5, rel=0.15), (name, part)
+            assert np.abs(leaf).max() <= d_in**-0.5
+
+
+def test_zero_init():
+    cfg = dataclasses.replace(SMALL, zero_init_proj=True, zero_init_head=True)
+    _, std = spreads(cfg)
+    zero = {path for path, value in std.items() if path.endswith("kernel") and value == 0}
+    assert zero == {"blocks/attn/o/kernel", "blocks/mlp/down/kernel", "lm_head/kernel"}
+
+
+def test_logits_are_capped(tiny):
+    cfg, params = tiny("gpt2", logit_softcap=2.0)
+    hidden = jnp.full((1, 32), 50.0)
+    assert np.abs(lm_logits(params, hidden, cfg)).max() <= 2
+
+
+def test_positions_move_a_document(tiny):
+    """Given positions are what counts, not the place in the row: one shared row of them is enough."""
+    cfg, params = tiny("gpt2")
+    whole = run(cfg, params, TOKENS, positions=jnp.arange(3, 15))
+    alone = run(cfg, params, TOKENS, positions=jnp.broadcast_to(jnp.arange(3, 15), (2, 12)))
+    np.testing.assert_array_equal(whole, alone)
+    assert np.abs(whole - run(cfg, params)).max() > 0.01

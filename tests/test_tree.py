@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from gptjax import tree
+from gptjax.types import UserError
+
+TREE = {"wte": {"embedding": np.zeros((3, 2))}, "blocks": {"attn": {"q": {"kernel": np.ones(4)}}, "ln": np.ones(2)}}
+
+
+def test_flatten_names_and_unflatten_restores():
+    flat = tree.flatten(TREE)
+    assert set(flat) == {"wte/embedding", "blocks/attn/q/kernel", "blocks/ln"}
+    again = tree.unflatten(flat)
+    assert again["blocks"]["attn"]["q"]["kernel"] is TREE["blocks"]["attn"]["q"]["kernel"]
+    assert tree.flatten(again).keys() == flat.keys()
+
+
+def test_map_paths_and_size():
+    assert tree.map_paths(lambda path, leaf: (path, leaf.size), TREE)["blocks"]["ln"] == ("blocks/ln", 2)
+    assert tree.size(TREE) == 12
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "yes"),
+    [
+        ("wte/*", "wte/embedding", True),
+        ("*/kernel", "blocks/attn/q/kernel", True),
+        ("blocks/*/kernel | wte/*", "wte/embedding", True),
+        ("kernel", "blocks/attn/q/kernel", False),
+        ("*/Kernel", "blocks/attn/q/kernel", False),
+        ("*/ln_?/scale", "blocks/ln_1/scale", True),
+    ],
+)
+def test_matches(pattern, path, yes):
+    assert tree.matches(pattern, path) is yes
+
+
+def test_the_first_rule_that_matches_labels():
+    labels = tree.label(TREE, (("*/kernel", "matrix"), ("blocks/*", "vector"), ("*", "rest")))
+    assert tree.flatten(labels) == {
+        "wte/embedding": "rest", "blocks/attn/q/kernel": "matrix", "blocks/ln": "vector",
+    }  # fmt: skip
+
+
+def test_every_uncovered_leaf_is_named():
+    with pytest.raises(UserError, match=r"no rule covers .*blocks/ln.*") as error:
+        tree.label(TREE, (("*/kernel", 1),))
+    assert "wte/embedding" in str(error.value) and "kernel" not in str(error.value)
