@@ -1,0 +1,86 @@
+"""Filters and samplers against distributions worked out in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import SampleConfig
+from gptjax.generation import chain, from_config, greedy, temperature, top_k, top_p
+
+LOGITS = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)
+DRAWS = 20_000
+
+
+def reference(t=1.0, k=9, p=1.0):
+    """The distribution that is meant: temperature, then the k likeliest, then the fewest that reach p."""
+    scaled = LOGITS.astype(np.float64) / t
+    order = np.argsort(-scaled)
+    probs = np.exp(scaled)
+    probs[order[k:]] = 0
+    probs /= probs.sum()
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= p]] = 0
+    return probs / probs.sum()
+
+
+CASES = {
+    "plain": ((), {}),
+    "hot": ((temperature(5.0),), {"t": 5.0}),
+    "cold": ((temperature(0.5),), {"t": 0.5}),
+    "top k": ((top_k(3),), {"k": 3}),
+    "top p": ((temperature(3.0), top_p(0.8)), {"t": 3.0, "p": 0.8}),
+    "all three": ((temperature(4.0), top_k(6), top_p(0.7)), {"t": 4.0, "k": 6, "p": 0.7}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_draws_follow_the_distribution(case):
+    """Chi-square of 20,000 draws: at most 8 degrees of freedom, of which 32 is exceeded once in 10,000."""
+    filters, meant = CASES[case]
+    draw = jax.jit(chain(*filters))
+    tokens = np.asarray(draw(jnp.broadcast_to(LOGITS, (DRAWS, 9)), jax.random.key(0)))
+    counts, expected = np.bincount(tokens, minlength=9), DRAWS * reference(**meant)
+    assert not counts[expected == 0].any()
+    possible = expected > 0
+    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 32
+
+
+def kept(keep, logits):
+    return np.isfinite(np.asarray(keep(jnp.asarray(logits, jnp.float32)))).tolist()
+
+
+def test_top_k():
+    assert kept(top_k(2), [[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]]) == [[False, True, True], [True, False, True]]
+    assert kept(top_k(2), [[1.0, 2.0, 2.0, 2.0]]) == [[False, True, True, True]]  # ties stay
+    assert kept(top_k(100), [[1.0, 2.0]]) == [[True, True]]
+
+
+def test_top_p_keeps_the_token_that_crosses_p_and_always_one():
+    logits = np.log([[0.5, 0.3, 0.2]])
+    for p, expected in {
+        0.01: [1, 0, 0],
+        0.49: [1, 0, 0],
+        0.51: [1, 1, 0],
+        0.79: [1, 1, 0],
+        0.81: [1, 1, 1],
+        1.0: [1, 1, 1],
+    }.items():
+        assert kept(top_p(p), logits) == [[bool(x) for x in expected]], p
+
+
+def test_greedy_takes_the_first_of_equals():
+    assert greedy(jnp.array([[1.0, 3.0, 3.0], [0.0, -1.0, -2.0]]), None).tolist() == [1, 0]
+
+
+def test_the_same_settings_are_the_same_function():
+    """So that a compiled loop is found again."""
+    assert chain(temperature(0.8), top_k(50)) is chain(temperature(0.8), top_k(50))
+    assert from_config(SampleConfig(top_p=0.9)) is from_config(SampleConfig(top_p=0.9, seed=3))
+
+
+def test_from_config():
+    assert from_config(SampleConfig(temperature=0)) is greedy
+    assert from_config(SampleConfig(temperature=0.8)) is chain(temperature(0.8))
+    full = SampleConfig(temperature=0.7, top_k=5, top_p=0.9)
+    assert from_config(full) is chain(temperature(0.7), top_k(5), top_p(0.9))
