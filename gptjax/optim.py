@@ -82,6 +82,4 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
 
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
     """rms * sqrt(max(in, out)): an orthogonal [in, out] matrix then has root mean square `rms`. arXiv:2502.16982."""
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates)
-    )
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates))

@@ -16,7 +16,7 @@ class UserError(ValueError):
     """
 
     @classmethod
-    def all(cls, problems: list[str]) -> "UserError":
+    def all(cls, problems: list[str]) -> UserError:
         return cls("\n".join(problems))
 
 

@@ -101,7 +101,9 @@ class Attention(nn.Module):
         k = Linear(cfg, K * H, cfg.qkv_bias, name="k")(x).reshape(B, T, K, H)
         v = Linear(cfg, K * H, cfg.qkv_bias, name="v")(x).reshape(B, T, K, H)
         if cfg.qk_norm:
-            scales = [_read(self, n, nn.initializers.ones, (H,)) if cfg.norm_scale else None for n in ("q_norm", "k_norm")]
+            scales = [
+                _read(self, n, nn.initializers.ones, (H,)) if cfg.norm_scale else None for n in ("q_norm", "k_norm")
+            ]
             q, k = (cfg.qk_gain * rms_norm(a, scale, cfg.norm_eps) for a, scale in zip((q, k), scales, strict=True))
         if ctx.rope is not None:
             q, k = position.rope(q, ctx.rope), position.rope(k, ctx.rope)
@@ -154,7 +156,9 @@ class Block(nn.Module):
             x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
         if cfg.x0_lambdas:
             x = x + s.x0 * _read(self, "x0_lambda", nn.initializers.zeros, ())
-        keys = (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
+        keys = (
+            (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
+        )
         y, v0, cache = Attention(cfg, name="attn")(Norm(cfg, name="ln_1")(x), s, ctx, keys[0])
         x = x + y
         x = x + FeedForward(cfg, name="mlp")(Norm(cfg, name="ln_2")(x), keys[1])

@@ -17,9 +17,9 @@ _BLOCK = 64  # the smallest query block worth its own product
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
     """[T, S] bool, True where query t, standing at t + offset, may see key s: s <= t + offset.
 
-        causal_mask(3, 3)   1 0 0
-                            1 1 0
-                            1 1 1
+    causal_mask(3, 3)   1 0 0
+                        1 1 0
+                        1 1 1
     """
     return jnp.arange(n_key)[None, :] <= jnp.arange(n_query)[:, None] + offset
 
@@ -30,7 +30,9 @@ def simple_attention(x: jax.Array) -> jax.Array:
     return jax.nn.softmax(x @ x.T, axis=-1) @ x
 
 
-def multi_head_attention(x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any) -> jax.Array:
+def multi_head_attention(
+    x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
+) -> jax.Array:
     """Causal self-attention of n_head heads side by side, x [B, T, D] -> [B, T, D]; options as in `attention`.
 
     w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. The model's layer adds biases, norms of q and k, rope and the cache
@@ -69,7 +71,7 @@ def attention(
         [B, T, N, H] in q's dtype; scores and softmax are float32.
     """
     T = q.shape[1]
-    square = T == k.shape[1] and isinstance(offset, int)
+    square = k.shape[1] == T and isinstance(offset, int)
     blocks = next((n for n in (4, 2) if square and T % n == 0 and T // n >= _BLOCK), 1)
     keys = [None] * blocks if dropout_key is None else jax.random.split(dropout_key, blocks)
     outs = []

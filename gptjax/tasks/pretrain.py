@@ -23,9 +23,7 @@ def task(cfg: ModelConfig) -> Task:
             dropout_key=key if cfg.dropout else None,
         )  # fmt: skip
         head: Any = head_kernel(params, cfg)
-        mean = linear_cross_entropy(
-            hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype
-        )
+        mean = linear_cross_entropy(hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype)
         return mean, {}
 
     return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)

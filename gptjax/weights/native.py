@@ -1,8 +1,8 @@
 """Our own folder of a finished model, and how it is read.
 
-    final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
-            model.json          the ModelConfig
-            tokenizer.json      the tokenizer
+final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
+        model.json          the ModelConfig
+        tokenizer.json      the tokenizer
 """
 
 from __future__ import annotations
