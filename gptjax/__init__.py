@@ -37,6 +37,7 @@ _HOMES: dict[str, str] = {
     "UserError": "gptjax.types",
     "tasks": "",
     "tokenizers": "",
+    "assets": "",
     "data": "",
     "presets": "gptjax.config",
 }
