@@ -83,7 +83,9 @@ class Checkpoints:
             leaves, impls = _plain(state)
             partial.mkdir()
             _orbax_save(partial / STATE, leaves)
-            _write_json(partial / META, {"meta": meta, "leaves": _describe(leaves, fingerprints(leaves)), "keys": impls})
+            _write_json(
+                partial / META, {"meta": meta, "leaves": _describe(leaves, fingerprints(leaves)), "keys": impls}
+            )
             _write_json(partial / MANIFEST, _manifest(partial))
             _sync_tree(partial)
             if target.exists() or target.is_symlink():
@@ -320,7 +322,9 @@ def _quiet() -> Iterator[None]:
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     before = logger.level
     logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
+    sys.unraisablehook = lambda unraisable: (
+        None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
+    )
     try:
         yield
     except Exception as error:

@@ -214,6 +214,8 @@ def resolve(
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
     layers = _file_leaves(source) if source is not None else []
+    if source is not None and (Path(source) / "config.yaml").is_file():  # a run, wherever it lies now
+        layers = [*layers, Leaf("run_dir", str(source), "the run's own folder")]
     return _build([*layers, *config_io.from_args(overrides), *leaves], _run_dir(source))
 
 

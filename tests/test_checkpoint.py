@@ -185,11 +185,11 @@ def test_another_shape_or_dtype_is_refused_with_the_difference(steps):
 
     with pytest.raises(UserError) as error:
         Checkpoints(steps, log=pytest.fail).restore(jax.eval_shape(other))
-    text = str(error.value)
+    text = str(error.value).replace("threefry2x32", "fry")
     assert "params/half: bfloat16[7] in the checkpoint, float32[7] expected" in text
     assert "params/flag: bool[2] in the checkpoint, bool[3] expected" in text
     assert "params/more: not there in the checkpoint, float32[1] expected" in text
-    assert "key: uint32[2] (fry key) in the checkpoint, uint32[4] (rbg key) expected" in text.replace("threefry2x32", "fry")
+    assert "key: uint32[2] (fry key) in the checkpoint, uint32[4] (rbg key) expected" in text
     assert sorted(os.listdir(steps)) == ["1", "2"]
 
 

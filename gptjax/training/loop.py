@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from gptjax.types import Params, UserError
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
 EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
+FIRST_EVAL_TOKENS = 16_384  # about so many before the first step: no text is better known than another yet
 PLOT_EVERY_S = 20.0
 
 
@@ -172,6 +174,7 @@ class _Trainer:
         from gptjax.optim import make_optimizer, make_schedule
         from gptjax.tasks import pretrain
         from gptjax.training.step import TrainState, make_multi_step, make_train_step
+        from gptjax.weights.native import recover_folder
 
         self.cfg, self.run, self.ready, self.progress, self.signals = cfg, run, ready, progress, signals
         self.task = pretrain.task(cfg.model)
@@ -192,6 +195,7 @@ class _Trainer:
         self.step = self.saved = 0
         found = self.checkpoints.restore(abstract, self._accept)
         run.begin(cfg, self.environment)
+        recover_folder(run.best)
         if found:
             self._go_on(found)
         else:
@@ -352,7 +356,9 @@ class _Trainer:
             for logger in self.loggers:
                 logger.log(row)
         except OSError as error:
-            raise UserError(f"cannot write to {self.run.path}: {error.strerror}; free some space and start again") from error
+            raise UserError(
+                f"cannot write to {self.run.path}: {error.strerror}; free some space and start again"
+            ) from error
 
     def _line(self, row: dict[str, Any]) -> str:
         step, total = row["step"], self.cfg.train.max_steps
@@ -380,7 +386,7 @@ class _Trainer:
     # ------------------------------------------------------------ evaluation
 
     def _evaluate(self) -> None:
-        """Loss on the whole validation set, then the best model, a sample and the plot."""
+        """Loss on the whole validation set (before the first step: on a part), the best model, a sample, the plot."""
         from gptjax.training.step import evaluate
 
         start, val = time.monotonic(), self.ready.val
@@ -388,7 +394,12 @@ class _Trainer:
             mean = evaluate(self.eval_loss, self.state.params, self._eval_batches())
         loss, counters = float(mean.value()), self.counters
         self.eval_s = time.monotonic() - start
-        row = {"step": self.step, "val/loss": _finite(loss), "val/perplexity": _finite(_exp(loss)), "val/tokens": mean.weight}
+        row = {
+            "step": self.step,
+            "val/loss": _finite(loss),
+            "val/perplexity": _finite(_exp(loss)),
+            "val/tokens": mean.weight,
+        }
         if val.n_bytes:
             row["val/bits_per_byte"] = _finite(loss / math.log(2) * len(val) / val.n_bytes)
         if n := self.cfg.train.eval_train_batches:
@@ -396,7 +407,8 @@ class _Trainer:
             row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self.state.params, train_batches).value())
         row["seconds"] = self._seconds()
         self._log(row)
-        text = f"step {self.step:,}/{self.cfg.train.max_steps:,}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
+        where = f"step {self.step:,}/{self.cfg.train.max_steps:,}"
+        text = f"{where}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
         if val.n_bytes:
             text += f", {row['val/bits_per_byte'] or math.nan:.4f} bits per byte"
         self.progress.say(f"{text} ({self.eval_s:.1f} s)")
@@ -416,9 +428,10 @@ class _Trainer:
 
         cfg = self.cfg
         rows = max(cfg.train.batch_size // cfg.train.accumulation, EVAL_TOKENS // cfg.model.context_length)
-        for batch in data.eval_batches(
-            self.ready.val, context_length=cfg.model.context_length, batch_size=rows, document_mask=cfg.data.document_mask
-        ):
+        sizes = dict(context_length=cfg.model.context_length, batch_size=rows)
+        batches = data.eval_batches(self.ready.val, **sizes, document_mask=cfg.data.document_mask)
+        most = max(1, FIRST_EVAL_TOKENS // (rows * cfg.model.context_length)) if self.step == 0 else None
+        for batch in itertools.islice(batches, most):
             self._poll()
             yield batch
 
@@ -481,8 +494,8 @@ class _Trainer:
         if bad:
             raise UserError(
                 f"{self.run.path} was trained with another {' and another '.join(bad)}: the files behind "
-                f"data.source={','.join(self.cfg.data.source)} or tokenizer.name={self.cfg.tokenizer.name} have changed\n"
-                "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+                f"data.source={','.join(self.cfg.data.source)} or tokenizer.name={self.cfg.tokenizer.name} "
+                "have changed\n  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
             )
 
     def _go_on(self, found: Any) -> None:
@@ -575,8 +588,8 @@ class _Trainer:
         tokens = settings.max_steps * self._tokens_per_step
         say(f"run     {self.run.path}, seed {cfg.seed}, {self.environment['device']}")
         say(
-            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, {len(ready.val):,} held out; "
-            f"tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
+            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, {len(ready.val):,} held out"
+            f"; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
         )
         say(
             f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "

@@ -84,7 +84,8 @@ class Progress:
         if not self._bar:
             from rich.progress import BarColumn, Progress, TextColumn
 
-            self._bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), transient=True)
+            columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
+            self._bar = Progress(*columns, transient=True)
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
         self._bar.update(self._task, completed=step, description=line)

@@ -1,11 +1,11 @@
 """The directory of one run.
 
-    config.yaml        every setting, resolved
-    environment.json   versions, device, command, of the last start
-    metrics.jsonl      one JSON object a line
-    log.txt  samples.txt  loss.png
-    checkpoints/       to go on from
-    best/  final/      models that need nothing else: lowest validation loss, last step
+config.yaml        every setting, resolved
+environment.json   versions, device, command, of the last start
+metrics.jsonl      one JSON object a line
+log.txt  samples.txt  loss.png
+checkpoints/       to go on from
+best/  final/      models that need nothing else: lowest validation loss, last step
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class RunDir:
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
             raise UserError(
                 f"{self.path} is in use: {who} trains there since {owner.get('since', '?')}\n"
-                f"  wait for it, or choose another run_dir=FOLDER. A machine that is gone frees it after {LOCK_STALE_S} s"
+                "  wait for it, or choose another run_dir=FOLDER; "
+                f"a machine that is gone frees it after {LOCK_STALE_S} s"
             )
         lock.seek(0)
         lock.truncate()

@@ -13,7 +13,8 @@ from gptjax.config import load_config
 
 BASE = (
     "tokenizer.name=bytes", "data.split=tail", "model.n_layer=1", "model.n_head=2", "model.d_model=16",
-    "model.context_length=16", "model.dropout=0.1", "optim.lr=3e-3", "optim.schedule=constant", "train.batch_size=4", "train.max_steps=40",
+    "model.context_length=16", "model.dropout=0.1", "optim.lr=3e-3",
+    "optim.schedule=constant", "train.batch_size=4", "train.max_steps=40",
     "train.eval_every=20", "train.checkpoint_every=10", "train.log_every=5", "sample.max_new_tokens=8",
 )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_a_run_directory_holds_everything(whole):
     }  # fmt: skip
     assert (result.run_dir / "samples.txt").read_text().count("==== step") == 2
     assert sorted(os.listdir(result.run_dir / "checkpoints")) == ["30", "40"]
-    assert gptjax.load_config(result.run_dir / "config.yaml") == result.cfg
+    assert gptjax.load_config(result.run_dir / "config.yaml") == gptjax.load_config(result.run_dir) == result.cfg
     log = (result.run_dir / "log.txt").read_text()
     assert all(line in log for line in lines if line.startswith(("model", "step", "done")))
     assert result.exit_code == 0 and result.step == 40
@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_trained_again(copy, make, whole):
 
 @pytest.mark.parametrize(
     "change",
-    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=80", "seed=1", "train.batch_size=8", "data.val_fraction=0.2"],
+    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=80", "seed=1", "train.batch_size=8", "data.stride=8"],
 )
 def test_another_config_is_refused_with_the_difference(copy, make, change):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
@@ -202,6 +202,15 @@ def test_all_checkpoints_damaged_is_refused_and_nothing_changes(copy, make):
 
 
 # ---------------------------------------------------------------- interrupted and resumed
+
+
+def test_a_moved_run_goes_on_from_its_own_config(copy, tmp_path, whole):
+    shutil.rmtree(copy / "final")
+    moved = copy.rename(tmp_path / "moved")
+    cfg = gptjax.load_config(moved)
+    assert Path(cfg.run_dir) == moved
+    assert gptjax.train(cfg, log=quiet).run_dir == moved
+    assert final_state(moved) == final_state(whole[0].run_dir)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(copy, make, whole):
