@@ -1,4 +1,4 @@
-"""Chapter 3 of the book: self-attention without weights, its causal mask, and the product of heads; chapter 4's norm."""
+"""Chapter 3 of the book: self-attention without weights, its causal mask, and heads; chapter 4's norm."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,10 @@ from gptjax.ops.norm import layer_norm
 
 # Your journey starts with one step, a made-up vector for each word.
 X = np.array(
-    [[0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64], [0.22, 0.58, 0.33], [0.77, 0.25, 0.10], [0.05, 0.80, 0.55]],
+    [
+        [0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64],
+        [0.22, 0.58, 0.33], [0.77, 0.25, 0.10], [0.05, 0.80, 0.55],
+    ],
     np.float32,
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ def books_rate(step):
 def test_135_steps():
     cfg = OptimConfig(lr=PEAK, warmup_steps=WARMUP, initial_lr_ratio=INITIAL / PEAK, min_lr_ratio=MIN / PEAK)
     ours = PEAK * make_schedule(cfg, STEPS)(jnp.arange(STEPS))
-    assert WARMUP == int(0.2 * STEPS)
+    assert int(0.2 * STEPS) == WARMUP
     np.testing.assert_allclose(ours, [books_rate(step) for step in range(STEPS)], rtol=1e-5, atol=1e-9)
     assert [float(ours[i]) for i in (0, 1, 26, 27)] == pytest.approx([1e-5, 4.66667e-5, 9.63333e-4, 1e-3], rel=1e-5)
     assert int(ours.argmax()) == 27
