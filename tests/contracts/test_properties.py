@@ -89,7 +89,7 @@ def gradients(request, tiny):
     cfg, params = tiny(request.param, dropout=0.1 if request.param == "gpt2" else 0.0)
     tokens = jnp.arange(2 * T).reshape(2, T) % 17
 
-    def run(**how):
+    def run(**how):  # one program each, or XLA would share what they have in common
         def total(params):
             logits = forward(params, tokens, dataclasses.replace(cfg, **how), dropout_key=jax.random.key(3))
             return jnp.sin(logits).sum(), logits
