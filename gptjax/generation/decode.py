@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -76,7 +77,8 @@ def _decode(params, prompt, valid, key, stop, cfg, max_new_tokens, sampler):
     B, P = prompt.shape
     slots = min(cfg.context_length, P + max_new_tokens)
     half = max(slots // 2, 1)
-    logits, cache = extend(params, prompt, cfg, init_cache(cfg, B, slots), valid=valid)
+    rolled = dataclasses.replace(cfg, unroll=False)  # reading many tokens at once is rare: compile it quickly
+    logits, cache = extend(params, prompt, rolled, init_cache(cfg, B, slots), valid=valid)
     tokens = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
     real = jnp.pad(valid, ((0, 0), (0, max_new_tokens)), constant_values=True)
 
@@ -85,7 +87,7 @@ def _decode(params, prompt, valid, key, stop, cfg, max_new_tokens, sampler):
 
         def again():
             window = [jax.lax.dynamic_slice_in_dim(a, end - half, half, 1) for a in (turn.tokens, real)]
-            logits, cache = extend(params, window[0], cfg, init_cache(cfg, B, slots), valid=window[1])
+            logits, cache = extend(params, window[0], rolled, init_cache(cfg, B, slots), valid=window[1])
             return logits[:, -1], cache
 
         def next_token():

@@ -29,15 +29,19 @@ SHAPES = {
 SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16")
 
 
-def torch_steps(shape: tuple, dtype: str):
-    """nanoGPT's model and loop: fused qkv, flash attention, tied head, clip, AdamW with two groups; eager."""
+def torch_trainer(shape: tuple, dtype: str = "float32"):
+    """nanoGPT's model and loop: fused qkv, flash attention, tied head, clip, AdamW with two groups; eager.
+
+    Returns:
+        step(windows [B, T + 1], lr) -> loss, and loss(windows) without training.
+    """
     import math
 
     import torch
     from torch import nn
     from torch.nn import functional as F
 
-    L, N, D, T, B, V, _, _ = shape
+    L, N, D, context, _, V, _, _ = shape
 
     class Block(nn.Module):
         def __init__(self):
@@ -47,6 +51,7 @@ def torch_steps(shape: tuple, dtype: str):
             self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
 
         def forward(self, x):
+            B, T, _ = x.shape
             q, k, v = (a.view(B, T, N, D // N).transpose(1, 2) for a in self.qkv(self.ln_1(x)).split(D, dim=2))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
@@ -55,7 +60,7 @@ def torch_steps(shape: tuple, dtype: str):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
+            self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(context, D)
             self.blocks = nn.Sequential(*[Block() for _ in range(L)])
             self.ln_f, self.head = nn.LayerNorm(D, bias=False), nn.Linear(D, V, bias=False)
             self.head.weight = self.wte.weight
@@ -64,6 +69,7 @@ def torch_steps(shape: tuple, dtype: str):
                     nn.init.normal_(p, std=0.02 / math.sqrt(2 * L) if "out." in name or "down." in name else 0.02)
 
         def forward(self, x, y):
+            B, T = x.shape
             h = self.wte(x) + self.wpe(torch.arange(T))
             logits = self.head(self.ln_f(self.blocks(h)))
             return F.cross_entropy(logits.view(-1, V), y.reshape(-1))
@@ -79,11 +85,12 @@ def torch_steps(shape: tuple, dtype: str):
         lr=1e-3,
         betas=(0.9, 0.99),
     )
-    rng = np.random.default_rng(0)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
-    def step():
-        data = torch.from_numpy(rng.integers(0, V, (B, T + 1)))
+    def step(windows, lr=1e-3):
+        data = torch.from_numpy(windows).long()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         with autocast:
             loss = model(data[:, :-1], data[:, 1:])
         optimizer.zero_grad(set_to_none=True)
@@ -92,7 +99,19 @@ def torch_steps(shape: tuple, dtype: str):
         optimizer.step()
         return loss.item()
 
-    return step, 1
+    @torch.no_grad()
+    def evaluate(windows):
+        data = torch.from_numpy(windows).long()
+        return model(data[:, :-1], data[:, 1:]).item()
+
+    return step, evaluate
+
+
+def torch_steps(shape: tuple, dtype: str):
+    step, _ = torch_trainer(shape, dtype)
+    rng = np.random.default_rng(0)
+    _, _, _, T, B, V, _, _ = shape
+    return lambda: step(rng.integers(0, V, (B, T + 1))), 1
 
 
 def gptjax_steps(shape: tuple, dtype: str):
@@ -102,7 +121,7 @@ def gptjax_steps(shape: tuple, dtype: str):
     from gptjax.config import ModelConfig, OptimConfig
     from gptjax.optim import make_optimizer
     from gptjax.tasks import pretrain
-    from gptjax.training.runtime import keep_buffers
+    from gptjax.training.process import keep_buffers
     from gptjax.training.step import TrainState, make_multi_step, make_train_step
     from gptjax.types import Batch
 

@@ -1,0 +1,91 @@
+"""Wall time to a validation loss of 1.90 on tiny-shakespeare: a nanoGPT-shaped PyTorch run, then gptjax.
+
+    python tests/bench/learn.py [path/to/tiny-shakespeare.txt]
+
+Both train on the first 90 % of the characters and are scored on all of the last 10 %, in non-overlapping windows of
+64. PyTorch takes nanoGPT's CPU quick start (4 layers, 4 heads, width 128, 12 windows a step, 2,000 steps, learning
+rate 1e-3 to 1e-4) and is scored every 100 steps from the 1,000th; gptjax takes `configs/pretrain/tiny-shakespeare-250.yaml`
+and is scored at its end. Counted is the training, with gptjax's compilation shown apart; scoring is left out on both
+sides. Needs `pip install -e '.[bench]'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+
+import numpy as np
+from train import torch_trainer
+
+from gptjax import data, load_config
+
+GOAL = 1.90
+
+
+def torch_run(ids: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
+    T, B, steps = 64, 12, 2000
+    step, evaluate = torch_trainer((4, 4, 128, T, B, vocab_size, 0, 0))
+    n = (len(held_out) - 1) // T
+    windows = np.stack([held_out[i * T : i * T + T + 1] for i in range(n)])
+    rng = np.random.default_rng(1337)
+    seconds = 0.0
+    for i in range(steps):
+        started = time.perf_counter()
+        cosine = 0.5 * (1 + math.cos(math.pi * (i - 100) / (steps - 100)))
+        lr = 1e-3 * (i + 1) / 101 if i < 100 else 1e-4 + cosine * 9e-4
+        starts = rng.integers(0, len(ids) - T, B)
+        step(np.stack([ids[s : s + T + 1] for s in starts]), lr)
+        seconds += time.perf_counter() - started
+        done = i + 1
+        if done >= 1000 and done % 100 == 0:
+            loss = evaluate(windows)
+            print(f"torch   step {done:5}  {seconds:6.1f} s  validation loss {loss:.4f}", flush=True)
+            if loss <= GOAL:
+                break
+    return seconds
+
+
+def gptjax_run(source: str) -> tuple[float, float, float]:
+    import jax
+
+    from gptjax.optim import make_optimizer
+    from gptjax.tasks import pretrain
+    from gptjax.training.process import keep_buffers
+    from gptjax.training.step import TrainState, evaluate, make_multi_step, make_train_step
+
+    keep_buffers()
+    cfg = load_config("tiny-shakespeare-250", f"data.source={source}")
+    ready = data.prepare(cfg)
+    model = dataclasses.replace(cfg.model, vocab_size=ready.tokenizer.vocab_size)
+    task, tx, k = pretrain.task(model), make_optimizer(cfg.optim, cfg.train.max_steps), 10
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(0)), tx=tx, key=jax.random.key(1))
+    loader = data.Loader(
+        ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=model.context_length, seed=0,
+        vocab_size=model.vocab_size,
+    )  # fmt: skip
+    started = time.perf_counter()
+    call = jax.jit(make_multi_step(make_train_step(task.loss, tx)), donate_argnums=0)
+    call = call.lower(state, loader.batches(0, k)).compile()
+    compiled = time.perf_counter()
+    for step in range(0, cfg.train.max_steps, k):
+        state, metrics = call(state, loader.batches(step, k))
+    jax.block_until_ready(metrics)
+    ended = time.perf_counter()
+    batches = data.eval_batches(ready.val, context_length=model.context_length, batch_size=64)
+    return ended - compiled, compiled - started, float(evaluate(jax.jit(task.loss), state.params, batches).value())
+
+
+def main() -> None:
+    source = sys.argv[1] if len(sys.argv) > 1 else "tiny-shakespeare"
+    ready = data.prepare(load_config("nanogpt-cpu", f"data.source={source}"))
+    ids, held_out = (np.asarray(store.tokens) for store in (ready.train, ready.val))
+    theirs = torch_run(ids, held_out, ready.tokenizer.vocab_size)
+    ours, compile_s, loss = gptjax_run(source)
+    print(f"gptjax  250 steps  {ours:6.1f} s  validation loss {loss:.4f}  (and {compile_s:.1f} s of compiling)")
+    print(f"gptjax / torch: {ours / theirs:.3f} of the time, {(ours + compile_s) / theirs:.3f} with compiling")
+
+
+if __name__ == "__main__":
+    main()
