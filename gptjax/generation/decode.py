@@ -30,9 +30,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
 
-    Prompts may differ in length; every row gets what it would get alone under a greedy sampler. When the context is
-    full, the last half of it is read again as a new context, from position 0, and decoding goes on: a token never
-    sees more than `cfg.context_length` tokens, and never fewer than half of that once so many exist.
+    Prompts may differ in length; until the context is full every row gets what it would get alone under a greedy
+    sampler. Then the last half of it is read again as a new context, from position 0, and decoding goes on: a token
+    never sees more than `cfg.context_length` tokens, and never fewer than half of that once so many exist. The rows
+    share their slots, padding and all, so a shorter prompt is cut sooner beside a longer one than alone.
 
     Args:
         prompts: token ids, at least one in each.
@@ -49,7 +50,7 @@ def generate(
         if not len(prompt) or bad:
             what = f"has ids outside 0..{cfg.vocab_size - 1}: {bad[:5]}" if len(prompt) else "is empty"
             raise UserError(f"prompt {i} {what}; give at least one token of this model's tokenizer")
-    if max_new_tokens < 1:
+    if max_new_tokens < 1 or not prompts:
         return [[] for _ in prompts]
     width = min(max(map(len, prompts)), cfg.context_length)
     tokens = np.zeros((len(prompts), width), np.int32)

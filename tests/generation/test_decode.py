@@ -95,6 +95,7 @@ def test_the_sampler_sees_the_models_logits(gpt2_model):
 def test_nothing_to_do(gpt2_model):
     cfg, params = gpt2_model
     assert generate(params, PROMPTS, cfg, max_new_tokens=0, key=KEY) == [[], [], []]
+    assert generate(params, [], cfg, max_new_tokens=5, key=KEY) == []
 
 
 @pytest.mark.parametrize(
