@@ -3,7 +3,6 @@
 Every test compiles the same program, and finds it in the cache: the schedule is constant and 5 steps are one call.
 """
 
-import os
 import random
 from pathlib import Path
 
@@ -19,10 +18,18 @@ BASE = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    """Compiled programs and tokens of the tests, not in the user's folder; subprocesses use it too."""
-    os.environ["GPTJAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(cache_folder):
+    """Compiled programs and tokens of these tests, not in the user's folder; subprocesses use it too. Tests of other
+    folders find their assets in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTJAX_CACHE", str(cache_folder))
+        yield
 
 
 @pytest.fixture(scope="session")
