@@ -588,8 +588,8 @@ class _Trainer:
         tokens = settings.max_steps * self._tokens_per_step
         say(f"run     {self.run.path}, seed {cfg.seed}, {self.environment['device']}")
         say(
-            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, {len(ready.val):,} held out"
-            f"; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
+            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, "
+            f"{len(ready.val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
         )
         say(
             f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "

@@ -15,9 +15,9 @@ from gptjax.types import UserError
 
 def test_only_one_trainer_at_a_time(tmp_path):
     with RunDir(tmp_path / "run").locked():
-        with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on {socket.gethostname()}"):
-            with RunDir(tmp_path / "run").locked():
-                pass
+        refused = pytest.raises(UserError, match=f"is in use: process {os.getpid()} on {socket.gethostname()}")
+        with refused, RunDir(tmp_path / "run").locked():
+            pass
     with RunDir(tmp_path / "run").locked():
         pass
 
@@ -85,11 +85,11 @@ def test_peaks():
 def test_silence_is_broken(monkeypatch):
     monkeypatch.setattr(progress, "SILENCE_S", 0.5)
     lines, alive = [], []
-    with progress.Progress(lambda line: None, lines.append, lambda: alive.append(1)) as shown:
-        with shown.phase("compiling"):
-            deadline = time.monotonic() + 20
-            while not lines and time.monotonic() < deadline:
-                time.sleep(0.05)
+    shown = progress.Progress(lambda line: None, lines.append, lambda: alive.append(1))
+    with shown, shown.phase("compiling"):
+        deadline = time.monotonic() + 20
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.05)
     assert lines[0].startswith("... compiling, ") and alive
 
 
