@@ -1,4 +1,3 @@
-# ruff: noqa: C408
 """The configuration: nested frozen dataclasses, and the layers that fill them.
 
 default < arch < preset < YAML (each may name its `base:`) < `a.b=c` on the command line.
