@@ -3,9 +3,9 @@
     python tests/bench/learn.py [path/to/tiny-shakespeare.txt]
 
 Both train on the first 90 % of the characters and are scored on all of the last 10 %, in non-overlapping windows of
-64. PyTorch takes nanoGPT's CPU quick start (4 layers, 4 heads, width 128, 12 windows a step, 2,000 steps, learning
-rate 1e-3 to 1e-4) and is scored every 100 steps from the 1,000th; gptjax takes `configs/pretrain/tiny-shakespeare-250.yaml`
-and is scored at its end. Counted is the training, with gptjax's compilation shown apart; scoring is left out on both
+64. PyTorch takes nanoGPT's CPU quick start (4 layers, 4 heads, width 128, 12 windows a step, 2,000 steps, rate 1e-3
+to 1e-4) and is scored every 100 steps from the 1,000th; gptjax takes configs/pretrain/tiny-shakespeare-250.yaml and
+is scored at its end. Counted is the training, with gptjax's compilation shown apart; scoring is left out on both
 sides. Needs `pip install -e '.[bench]'`.
 """
 

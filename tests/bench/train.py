@@ -69,8 +69,7 @@ def torch_trainer(shape: tuple, dtype: str = "float32"):
                     nn.init.normal_(p, std=0.02 / math.sqrt(2 * L) if "out." in name or "down." in name else 0.02)
 
         def forward(self, x, y):
-            B, T = x.shape
-            h = self.wte(x) + self.wpe(torch.arange(T))
+            h = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
             logits = self.head(self.ln_f(self.blocks(h)))
             return F.cross_entropy(logits.view(-1, V), y.reshape(-1))
 
