@@ -6,6 +6,7 @@ that start this suite are left out, by name (`LEFT_OUT`). The files that the REA
 made first: my.txt, and each YAML block whose first line is `# its-name.yaml`.
 """
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -109,8 +110,11 @@ def test_every_file_and_folder_is_there():
 def test_every_name_of_the_package_is_there():
     import gptjax
 
-    for name in set(re.findall(r"`?gptjax\.([a-z_]+)", README)) - {"yaml"}:
-        assert getattr(gptjax, name) is not None
+    for name in set(re.findall(r"gptjax\.(\w+)(?=[(.`])", README)):
+        assert name in gptjax.__all__
+    for module, names in re.findall(r"^from (gptjax\S*) import (.+)", README, re.MULTILINE):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name) or importlib.import_module(f"{module}.{name}")
 
 
 def test_it_is_short():
