@@ -1,6 +1,7 @@
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax import data, tokenizers
-from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_yaml
 from gptjax.types import UserError
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
@@ -182,19 +183,15 @@ def test_killed_writer_leaves_nothing_that_counts(tmp_path, text):
     assert stores(tmp_path) == [".partial-young", ready.manifest["key"]]
 
 
-def _prepare(cfg, queue):
-    queue.put(data.prepare(cfg).train.fingerprint)
-
-
 def test_several_processes_at_once(tmp_path, folder):
-    context = multiprocessing.get_context("spawn")
-    queue, cfg = context.Queue(), config(tmp_path, folder)
-    workers = [context.Process(target=_prepare, args=(cfg, queue)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    prints = {queue.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
+    cfg = tmp_path / "cfg.yaml"
+    cfg.write_text(to_yaml(config(tmp_path, folder)))
+    code = "import sys; from gptjax import data, load_config as load; "
+    code += "print(data.prepare(load(sys.argv[1])).train.fingerprint)"
+    command = [sys.executable, "-c", code, str(cfg)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    prints = {worker.communicate(timeout=120)[0].splitlines()[-1] for worker in workers}
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
     assert len(prints) == 1 and len(stores(tmp_path)) == 1
 
 
