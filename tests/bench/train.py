@@ -23,7 +23,7 @@ import numpy as np
 #          layers heads width context batch vocabulary steps steps_per_call
 SHAPES = {
     "i": (4, 4, 128, 64, 12, 65, 200, 10),
-    "ii": (6, 6, 384, 256, 16, 65, 12, 1),
+    "ii": (6, 6, 384, 256, 16, 65, 12, 4),
     "iii": (12, 12, 768, 512, 2, 50257, 6, 1),
 }
 SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16")
