@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -76,8 +77,23 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
         "matrix": muon() if cfg.name == "muon" else adam(cfg.lr),
         "vector": adam(cfg.vector_lr, cfg.decay == "all"),
     }
-    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    clip = [clip_by_norm(cfg.clip_norm)] if cfg.clip_norm else []
     return optax.chain(*clip, optax.partition(rules, groups))
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients times min(1, limit / norm): optax.clip_by_global_norm for a caller who has the norm already.
+
+    `update(..., grad_norm=norm)` spares a pass over all gradients, and one multiplication fuses with what follows,
+    where optax's division and select do not: on a CPU, AdamW with the clip takes a third of the time.
+    """
+
+    def update(updates, state, params=None, *, grad_norm=None, **_):
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        factor = jnp.minimum(1.0, limit / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,47 +71,77 @@ def attention(
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
     """
-    T = q.shape[1]
-    square = k.shape[1] == T and isinstance(offset, int)
-    blocks = next((n for n in (4, 2) if square and T % n == 0 and T // n >= _BLOCK), 1)
-    keys = [None] * blocks if dropout_key is None else jax.random.split(dropout_key, blocks)
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    square = S == T and isinstance(offset, int)
+    blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1
+    dropout_keys = [None] * blocks if dropout_key is None or not dropout else jax.random.split(dropout_key, blocks)
+    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     outs = []
-    for i in range(blocks):  # a block of queries reads its own prefix only: half the work of the full square
-        start, stop = i * T // blocks, (i + 1) * T // blocks
-        end = stop if blocks > 1 else k.shape[1]
-        outs.append(
-            _attend(
-                q[:, start:stop],
-                k[:, :end],
-                v[:, :end],
-                offset=start if blocks > 1 else offset,
-                key_valid=None if key_valid is None else key_valid[:, :end],
-                query_segments=None if segment_ids is None else segment_ids[:, start:stop],
-                key_segments=None if segment_ids is None else segment_ids[:, :end],
-                alibi=alibi,
-                dropout=dropout,
-                dropout_key=keys[i],
-            )
-        )
-    return jnp.concatenate(outs, 1) if blocks > 1 else outs[0]
+    for i in range(blocks):  # a block of queries reads its own prefix only: three quarters of the full square
+        first, end = i * T // blocks, (i + 1) * T // blocks
+        at, upto = slice(first, end), end if blocks > 1 else S
+        mask = causal_mask(end - first, upto, first + offset)
+        if key_valid is not None:
+            mask = mask & key_valid[:, None, None, None, :upto]
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, at, None] == segment_ids[:, None, :upto])[:, None, None]
+        bias = jnp.where(mask, 0.0, _MASKED)
+        if alibi:
+            distance = jnp.arange(first, end)[:, None] + offset - jnp.arange(upto)[None, :]
+            bias = bias - alibi_slopes(N).reshape(K, N // K, 1, 1) * distance
+        keep = None
+        if dropout_keys[i] is not None:
+            keep = jax.random.bernoulli(dropout_keys[i], 1 - dropout, (B, K, N // K, end - first, upto))
+        outs.append(_attend(q[..., at, :], k[:, :, :upto], v[:, :, :upto], bias, keep, dropout))
+    out = jnp.concatenate(outs, 3) if blocks > 1 else outs[0]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _attend(q, k, v, *, offset, key_valid, query_segments, key_segments, alibi, dropout, dropout_key):
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    if alibi:
-        distance = jnp.arange(T)[:, None] + offset - jnp.arange(S)[None, :]
-        scores -= alibi_slopes(N).reshape(K, N // K, 1, 1) * distance
-    mask = causal_mask(T, S, offset)[None, None, None]
-    if key_valid is not None:
-        mask &= key_valid[:, None, None, None, :]
-    if query_segments is not None:
-        mask &= (query_segments[:, :, None] == key_segments[:, None, :])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
-    if dropout_key is not None and dropout > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout), 0.0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(B, T, N, H)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, bias, keep, dropout):
+    """q [B, K, G, T, H], k and v [B, K, S, H], bias (no gradient) and keep (bool or None) over [B, K, G, T, S]."""
+    return _attend_forward(q, k, v, bias, keep, dropout)[0]
+
+
+def _attend_forward(q, k, v, bias, keep, dropout):
+    scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2]) + bias
+    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
+    return out, (q, k, v, keep, p, out)
+
+
+def _attend_backward(dropout, residual, g):
+    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is turned.
+
+    d_scores = p (d_p - sum_s p d_p), where the sum is g . out (arXiv:2205.14135, appendix B).
+    """
+    q, k, v, keep, p, out = residual
+    d_p = _dropped(_dot(_rows(g), _turn(v)).reshape(p.shape), keep, dropout)
+    delta = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
+    d_q = _dot(d_scores, k).reshape(q.shape)
+    d_k = _turn(_dot(_turn(_rows(q)), d_scores))
+    d_v = _turn(_dot(_turn(_rows(g)), _rows(_dropped(p, keep, dropout))))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[B, K, m, n] times [B, K, n, p], summed in float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, *] -> [B, K, G * T, *]: the query heads of one key head, one below the other."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _turn(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _dropped(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
+    return x if keep is None else jnp.where(keep, x / (1 - rate), 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gptjax.ops.linear import weight_gradient
 from gptjax.types import Mean
 
-_CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
+_CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> Mean:
@@ -44,7 +44,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
-        cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: about 64 MiB of logits.
+        cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: at most 256 MiB of logits.
     """
     D, V = head.shape
     hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
@@ -52,6 +52,7 @@ def linear_cross_entropy(
     n = targets.shape[0]
     chunk = min(n, chunk or max(128, _CHUNK_BYTES // (4 * V)))
     chunks = -(-n // chunk)
+    chunk = -(-n // chunks)  # as even as they go: the last one is padded
     pad = chunks * chunk - n
     if pad:  # rows of weight 0
         hidden, targets, weights = (

@@ -47,7 +47,8 @@ def make_train_step(
     combine: Callable[[Any, Any], Any] = lambda params, frozen: params,
     accumulation: int = 1,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The step for `loss`: gradient of the total, divided once by the weight of the whole batch, then `tx`.
+    """The step for `loss`: gradient of the total, divided once by the weight of the whole batch, then `tx`, which is
+    told the gradient's norm as `grad_norm` where it takes extra arguments.
 
     Args:
         loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are `Mean` are divided too.
@@ -64,6 +65,7 @@ def make_train_step(
         return mean.total, (mean, metrics)
 
     gradient = jax.grad(total, has_aux=True)
+    tx = optax.with_extra_args_support(tx)
 
     def accumulated(params, frozen, batch, key):
         if accumulation == 1:
@@ -85,20 +87,23 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         grads, (mean, metrics) = accumulated(state.params, state.frozen, batch, key)
         scale = 1.0 / jnp.maximum(mean.weight, 1e-9)
-        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) * scale
         good = jnp.isfinite(mean.total) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
 
-        def keep(new, old):
-            return jnp.where(good, new, old)
+        def update(operands):  # grads are scaled in here, so that XLA fuses it with the optimizer's arithmetic
+            grads, scale, norm, params, opt_state = operands
+            grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+            updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
+            return optax.apply_updates(params, updates), opt_state
 
+        params, opt_state = jax.lax.cond(
+            good, update, lambda operands: operands[-2:], (grads, scale, norm, state.params, state.opt_state)
+        )
         bad = 1 - good.astype(jnp.int32)
         state = state.replace(
             step=state.step + 1,
-            params=jax.tree.map(keep, params, state.params),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
