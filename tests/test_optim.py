@@ -137,6 +137,22 @@ def test_clipping_is_by_the_norm_of_the_whole_tree():
     np.testing.assert_allclose(updates["ln_f"]["scale"], -0.4, rtol=1e-2)
 
 
+def test_the_clip_equals_optax_and_takes_a_norm_that_is_known():
+    grads = tree_of()
+    known = float(optax.tree.norm(grads))
+    for limit in (0.5 * known, 2 * known):
+        ours, theirs = optim.clip_by_norm(limit), optax.clip_by_global_norm(limit)
+        expected = theirs.update(grads, theirs.init(grads))[0]
+        for options in ({}, {"grad_norm": known}):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+                ours.update(grads, ours.init(grads), **options)[0],
+                expected,
+            )
+    told = optim.clip_by_norm(1.0).update(grads, optax.EmptyState(), grad_norm=4.0)[0]
+    np.testing.assert_allclose(told["ln_f"]["scale"], grads["ln_f"]["scale"] / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

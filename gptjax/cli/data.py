@@ -17,10 +17,7 @@ def run(args: list[str]) -> int:
         raise UserError(f"data {action}: expected {' or '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
     parsed = options.parse(rest, words=1)
     cfg, provenance = options.configure(parsed, DEFAULT)
-    if parsed.print_config or parsed.dry_run:
-        options.print_config(cfg, provenance)
-        if parsed.dry_run:
-            print("\n" + "\n".join(report(cfg)))
+    if options.show_only(parsed, cfg, provenance, report):
         return 0
     from gptjax import data
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gptjax.config import Config, ModelConfig, Provenance, describe, resolve, to_yaml
@@ -55,8 +55,13 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def print_config(cfg: Config, provenance: Provenance) -> None:
-    print(to_yaml(cfg, provenance), end="")
+def show_only(args: Args, cfg: Config, provenance: Provenance, report: Callable[[Config], list[str]]) -> bool:
+    """Print what --print-config or --dry-run asks for; True if the verb ends with that."""
+    if args.print_config or args.dry_run:
+        print(to_yaml(cfg, provenance), end="")
+    if args.dry_run:
+        print("\n" + "\n".join(report(cfg)))
+    return args.print_config or args.dry_run
 
 
 def settings_help(groups: Sequence[str] | None = None, strip: bool = False) -> str:

@@ -14,10 +14,7 @@ DEFAULT = "shakespeare-char"
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
     cfg, provenance = options.configure(parsed, DEFAULT)
-    if parsed.print_config or parsed.dry_run:
-        options.print_config(cfg, provenance)
-        if parsed.dry_run:
-            print("\n" + "\n".join(report(cfg)))
+    if options.show_only(parsed, cfg, provenance, report):
         return 0
     from gptjax.training.loop import train
 

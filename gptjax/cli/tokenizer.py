@@ -44,8 +44,7 @@ def _train(args: list[str]) -> None:
     if not kind and all(leaf.key != "tokenizer.name" for leaf in leaves):
         raise UserError(f"which kind? {USAGE['train']}")
     cfg, provenance = resolve(None, *kind, leaves=leaves)
-    if parsed.print_config or parsed.dry_run:
-        options.print_config(cfg, provenance)
+    if options.show_only(parsed, cfg, provenance, lambda _: [f"dry run: {out} is not written"]):
         return
     path = Path(out)
     if path.exists():

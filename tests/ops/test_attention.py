@@ -34,7 +34,7 @@ SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 256)), axis=1)
 CASES = {
     "documents, alibi": (9, 9, {"segment_ids": SEGMENTS[:, :9], "alibi": True}),
     "two blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
-    "four blocks": (256, 256, {"alibi": True}),
+    "two long blocks": (256, 256, {"alibi": True}),
     "after a cache": (2, 8, {"offset": 4, "alibi": True, "key_valid": np.arange(8) >= np.array([[0], [3]])}),
 }
 
@@ -79,6 +79,21 @@ def test_dropout():
     np.testing.assert_array_equal(dropped, run(jax.random.key(0)))
     assert np.abs(dropped - plain).max() > 0.1
     np.testing.assert_allclose(dropped.mean(0), plain[0], atol=5 * (dropped.std(0) / 2000**0.5).max())
+
+
+def test_the_gradient_under_dropout_is_that_of_the_same_dropped_weights():
+    """Against central differences along one direction; the key, and so what is dropped, stays."""
+    args, direction = qkv(130, 130), qkv(130, 130)[::-1]
+    direction = tuple(np.resize(d, a.shape) for a, d in zip(args, direction, strict=True))
+
+    @jax.jit
+    def total(args):
+        return jnp.sin(attention(*args, dropout=0.3, dropout_key=jax.random.key(1))).sum()
+
+    gradient = jax.jit(jax.grad(total))(args)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
+    ahead, behind = (tuple(a + h * d for a, d in zip(args, direction, strict=True)) for h in (5e-3, -5e-3))
+    np.testing.assert_allclose((total(ahead) - total(behind)) / 1e-2, slope, rtol=0.01)
 
 
 def test_multi_head_attention_is_its_heads_side_by_side():
