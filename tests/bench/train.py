@@ -170,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
     args = parser.parse_args()
@@ -180,8 +181,15 @@ def main() -> None:
         results: dict[str, list[dict]] = {side: [] for side in args.sides}
         for _ in range(args.rounds):
             for side in args.sides:
+                if side not in results:
+                    continue
                 command = [sys.executable, __file__, "--cell", side, "--shape", shape]
-                run = subprocess.run(command, check=True, capture_output=True, text=True)
+                try:
+                    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=args.limit)
+                except subprocess.TimeoutExpired:
+                    del results[side]
+                    print(f"shape ({shape}): {side} given up after {args.limit} s", flush=True)
+                    continue
                 results[side].append(json.loads(run.stdout.splitlines()[-1]))
         print(f"shape ({shape}): L, N, D, T, B, V = {SHAPES[shape][:6]}, {args.rounds} rounds, median")
         for side, rows in results.items():
