@@ -25,19 +25,19 @@ ARCHS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         position="learned", norm="layernorm", norm_scale=True, norm_bias=True, activation="gelu",
         qkv_bias=True, bias=True, tie_embeddings=True, qk_norm=False, qk_gain=1.0, embed_norm=False,
-        logit_softcap=0.0, value_residual=False, residual_lambdas=False, x0_lambdas=False,
+        logit_softcap=0.0, value_residual=False, residual_lambdas=False, x0_lambdas=False, smear=False,
         zero_init_proj=False, zero_init_head=False, norm_eps=1e-5,
     ),
     "llama": dict(
         position="rope", norm="rmsnorm", norm_scale=True, norm_bias=False, activation="swiglu",
         qkv_bias=False, bias=False, tie_embeddings=False, qk_norm=False, qk_gain=1.0, embed_norm=False,
-        logit_softcap=0.0, value_residual=False, residual_lambdas=False, x0_lambdas=False,
+        logit_softcap=0.0, value_residual=False, residual_lambdas=False, x0_lambdas=False, smear=False,
         zero_init_proj=False, zero_init_head=False, norm_eps=1e-5,
     ),
     "modern": dict(
         position="rope", norm="rmsnorm", norm_scale=False, norm_bias=False, activation="relu2",
         qkv_bias=False, bias=False, tie_embeddings=False, qk_norm=True, qk_gain=1.2, embed_norm=True,
-        logit_softcap=15.0, value_residual=True, residual_lambdas=True, x0_lambdas=True,
+        logit_softcap=15.0, value_residual=True, residual_lambdas=True, x0_lambdas=True, smear=True,
         zero_init_proj=True, zero_init_head=True, norm_eps=1e-6,
     ),
 }  # fmt: skip
@@ -76,6 +76,7 @@ class ModelConfig:
     value_residual: Optional[bool] = None  # v = (1 - w) v + w v_of_first_layer, w learned a layer
     residual_lambdas: Optional[bool] = None  # x = w x before each block, w learned
     x0_lambdas: Optional[bool] = None  # x = x + w x_of_embedding before each block, w learned
+    smear: Optional[bool] = None  # x = x + w x_of_the_token_before after the embedding, w learned a channel
     # initialisation
     init: Literal["gpt2", "torch"] = "gpt2"
     embed_std: float = 0.02  # token embedding under init=gpt2
@@ -85,7 +86,7 @@ class ModelConfig:
     # how it is computed, not what
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; params stay float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
-    unroll: Optional[bool] = None  # blocks as one unrolled program; None: yes on CPU, no elsewhere
+    unroll: Optional[bool] = None  # blocks as one program; None: small models on CPU
 
     def __post_init__(self) -> None:
         fill = dict(ARCHS.get(self.arch, {}), n_kv_head=self.n_head, d_ff=4 * self.d_model)

@@ -18,7 +18,7 @@ PARAMETERS = {
     "gpt2-1558m": 1_557_611_200,
     "smollm2-135m": 134_515_008,
     "nanogpt-cpu": 804_096,
-    "tiny-shakespeare-modern": 803_084,
+    "tiny-shakespeare-modern": 803_212,
     "the-verdict": 162_419_712,
 }
 

@@ -18,12 +18,14 @@ class Cache:
     k, v    [L, B, S, K, H]
     valid   [B, S] bool, False for slots that hold padding or nothing
     length  int32, how many slots have been written, the same for every row: short prompts are padded on the left
+    last    [B, D] the embedding of the last token, zero where there is none; None without cfg.smear
     """
 
     k: jax.Array
     v: jax.Array
     valid: jax.Array
     length: jax.Array
+    last: jax.Array | None = None
 
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
         """k, v [B, T, K, H] of `layer` into the slots from `length` on."""
@@ -42,4 +44,10 @@ def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: A
     """An empty cache of `length` slots (the context length if not given) for `batch` rows."""
     slots = length or cfg.context_length
     shape = (cfg.n_layer, batch, slots, cfg.n_kv_head, cfg.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
+    return Cache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        valid=jnp.zeros((batch, slots), bool),
+        length=jnp.int32(0),
+        last=jnp.zeros((batch, cfg.d_model), dtype) if cfg.smear else None,
+    )

@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal vectors, rotary embedding, linear biases."""
+"""Where a token stands: sinusoidal vectors, rotary embedding, linear biases, the token before."""
 
 from __future__ import annotations
 
@@ -38,3 +38,20 @@ def alibi_slopes(n_head: int) -> jax.Array:
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
     return jnp.array(slopes, jnp.float32)
+
+
+def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
+    """What stands one place before each token, [B, T, D] -> [B, T, D]; zero before a document's first token.
+
+    The model's `smear` adds it, weighted by channel, to the embedding (modded-nanogpt has a gate in that place).
+
+    Args:
+        first: [B, D] what stands before the row; None: nothing.
+        segment_ids: [B, T] the document of each token; None: one a row.
+    """
+    first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
+    out = jnp.concatenate([first[:, None], x[:, :-1]], 1)
+    if segment_ids is None:
+        return out
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(begins[..., None], 0, out)

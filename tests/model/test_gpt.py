@@ -80,6 +80,7 @@ SWITCHES = [
     ("gpt2", {"qkv_bias": False}), ("gpt2", {"bias": False}), ("gpt2", {"tie_embeddings": False}),
     ("gpt2", {"qk_norm": True}), ("gpt2", {"embed_norm": True}), ("gpt2", {"logit_softcap": 2.0}),
     ("gpt2", {"value_residual": True}), ("gpt2", {"residual_lambdas": True}), ("gpt2", {"x0_lambdas": True}),
+    ("gpt2", {"smear": True}),
     ("gpt2", {"n_kv_head": 1}), ("gpt2", {"dtype": "bfloat16"}),
     ("modern", {"qk_gain": 3.0}), ("modern", {"rope_base": 10.0}), ("modern", {"value_residual": False}),
     ("modern", {"dtype": "bfloat16"}),

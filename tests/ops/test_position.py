@@ -1,6 +1,6 @@
 import numpy as np
 
-from gptjax.ops.position import alibi_slopes, rope, rope_table, sinusoidal
+from gptjax.ops.position import alibi_slopes, previous, rope, rope_table, sinusoidal
 
 POSITIONS = np.array([[0, 1, 2, 40], [7, 3, 0, 1000]])
 
@@ -38,3 +38,10 @@ def test_alibi_slopes():
     assert alibi_slopes(8).tolist() == [2.0**-n for n in range(1, 9)]
     twelve = [2.0**-n for n in range(1, 9)] + [2.0**-n for n in (0.5, 1.5, 2.5, 3.5)]
     np.testing.assert_allclose(alibi_slopes(12), twelve, rtol=1e-6)
+
+
+def test_previous():
+    x = np.arange(1.0, 6.0)[None, :, None]
+    assert previous(x)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+    assert previous(x, np.array([[9.0]]))[0, :, 0].tolist() == [9, 1, 2, 3, 4]
+    assert previous(x, None, np.array([[3, 3, 4, 4, 1]]))[0, :, 0].tolist() == [0, 1, 0, 3, 0]
