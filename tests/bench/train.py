@@ -170,12 +170,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="steps a cell times, in the place of the table's")
     parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
     args = parser.parse_args()
     if args.cell:
-        print(json.dumps(cell(args.cell, SHAPES[args.shape])))
+        *shape, steps, steps_per_call = SHAPES[args.shape]
+        print(json.dumps(cell(args.cell, (*shape, args.steps or steps, steps_per_call))))
         return
     for shape in SHAPES if args.shape == "all" else [args.shape]:
         results: dict[str, list[dict]] = {side: [] for side in args.sides}
@@ -184,6 +186,7 @@ def main() -> None:
                 if side not in results:
                     continue
                 command = [sys.executable, __file__, "--cell", side, "--shape", shape]
+                command += ["--steps", str(args.steps)] if args.steps else []
                 try:
                     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=args.limit)
                 except subprocess.TimeoutExpired:
