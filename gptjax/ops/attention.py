@@ -72,7 +72,7 @@ def attention(
         [B, T, N, H] in q's dtype; scores and softmax are float32.
     """
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    square = S == T and isinstance(offset, int)
+    square = S == T and isinstance(offset, int) and offset == 0
     blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1
     dropout_keys = [None] * blocks if dropout_key is None or not dropout else jax.random.split(dropout_key, blocks)
     q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
