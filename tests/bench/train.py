@@ -2,6 +2,7 @@
 
     python tests/bench/train.py                       all three shapes, f32 and bf16, 3 rounds
     python tests/bench/train.py --shape iii --rounds 1
+    python tests/bench/train.py --sides torch-float32 products-float32    how fast any program of XLA's could be here
 
 Needs `pip install -e '.[bench]'`. Every cell is its own process, run in turn (torch, gptjax, torch, ...), so that
 both sides meet the same state of the machine; the ratio is taken round by round. Reported: tokens/s from the median
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 
@@ -26,7 +28,7 @@ SHAPES = {
     "ii": (6, 6, 384, 256, 16, 65, 12, 4),
     "iii": (12, 12, 768, 512, 2, 50257, 6, 1),
 }
-SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16")
+SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16", "products-float32")
 
 
 def torch_trainer(shape: tuple, dtype: str = "float32"):
@@ -145,8 +147,34 @@ def gptjax_steps(shape: tuple, dtype: str):
     return call, K
 
 
+def products_s(shape: tuple) -> float:
+    """Seconds of a step's float32 products with weights, each by itself under XLA: no step of XLA's can be faster.
+
+    Attention's own products are left out, as all that is not a product: this is a floor.
+    """
+    import jax
+
+    L, _, D, T, B, V, _, _ = shape
+    kernels = [*[(D, D)] * 4, (D, 4 * D), (4 * D, D)] * L + [(D, V)]
+    sizes = Counter(size for i, o in kernels for size in ((B * T, i, o), (B * T, o, i), (i, B * T, o)))
+    multiply = jax.jit(jax.numpy.matmul)
+    total = 0.0
+    for (m, k, n), count in sizes.items():
+        a, b = jax.numpy.ones((m, k)), jax.numpy.ones((k, n))
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            multiply(a, b).block_until_ready()
+            times.append(time.perf_counter() - started)
+        total += count * min(times)
+    return total
+
+
 def cell(side: str, shape: tuple) -> dict:
     library, dtype = side.split("-")
+    if library == "products":
+        seconds = products_s(shape)
+        return dict(step_ms=1000 * seconds, tokens_per_s=shape[3] * shape[4] / seconds, first_call_s=0, rss_mib=0)
     call, k = {"torch": torch_steps, "gptjax": gptjax_steps}[library](shape, dtype)
     started = time.perf_counter()
     call()
@@ -154,14 +182,13 @@ def cell(side: str, shape: tuple) -> dict:
     times = []
     for _ in range(1 + shape[6] // k):
         started = time.perf_counter()
-        loss = call()
+        call()
         times.append((time.perf_counter() - started) / k)
     step_s = statistics.median(times[1:])
     return dict(
         step_ms=1000 * step_s,
         tokens_per_s=shape[3] * shape[4] / step_s,
         first_call_s=first,
-        loss=loss,
         rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
@@ -172,7 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="steps a cell times, in the place of the table's")
     parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:4])
     parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
     args = parser.parse_args()
     if args.cell:
@@ -200,7 +227,7 @@ def main() -> None:
             line = f"  {side:16} {median['step_ms']:9.1f} ms {median['tokens_per_s']:9.0f} tok/s"
             line += f" {median['rss_mib']:7.0f} MiB, first call {median['first_call_s']:.1f} s"
             peer = results.get("torch-" + side.split("-")[1])
-            if side.startswith("gptjax") and peer:
+            if not side.startswith("torch") and peer:
                 ratios = [r["tokens_per_s"] / p["tokens_per_s"] for r, p in zip(rows, peer, strict=True)]
                 line += f", x torch: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             print(line, flush=True)
