@@ -56,21 +56,34 @@ class ModelConfig:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: Optional[int] = None  # None: n_head
+    d_head: Optional[int] = None  # numbers a head; None: d_model // n_head
     d_model: int = 768
     d_ff: Optional[int] = None  # None: 4 * d_model
     # switches
     position: Optional[Literal["learned", "sinusoidal", "rope", "alibi"]] = None
     rope_base: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0  # of the scaling: angles are divided by it, llama3: the slow ones only
+    rope_slow: float = 1.0  # llama3: turns in rope_original_context up to which an angle counts as slow
+    rope_fast: float = 4.0  # llama3: turns from which an angle stays as it is
+    rope_original_context: int = 8192  # llama3
+    rope_local_base: Optional[float] = None  # of the layers with a window; None: as all others
+    sliding_window: int = 0  # tokens that a layer with a window sees, itself included; 0: no window
+    window_pattern: str = "S"  # S a layer with a window, L one without; repeated over the layers
     norm: Optional[Literal["layernorm", "rmsnorm"]] = None
     norm_scale: Optional[bool] = None  # learned scale
     norm_bias: Optional[bool] = None  # learned shift, layernorm only
     norm_eps: Optional[float] = None
-    activation: Optional[Literal["gelu", "swiglu", "relu2"]] = None
+    norm_position: Literal["pre", "post", "both"] = "pre"  # before attention and feed-forward, after them, or both
+    activation: Optional[Literal["gelu", "swiglu", "geglu", "relu2"]] = None
     qkv_bias: Optional[bool] = None
     bias: Optional[bool] = None  # every linear but q, k, v and the head
     tie_embeddings: Optional[bool] = None
     qk_norm: Optional[bool] = None
+    qk_norm_over: Literal["head", "all"] = "head"  # one head's numbers, or all heads' together
     qk_gain: Optional[float] = None  # q and k are multiplied by it after their norm
+    attention_scale: Optional[float] = None  # of q k^T; None: head_dim ** -0.5
+    embed_gain: float = 1.0  # the embedding is multiplied by it
     embed_norm: Optional[bool] = None  # norm right after the embedding
     logit_softcap: Optional[float] = None  # 0: off; else cap * tanh(logits / cap)
     value_residual: Optional[bool] = None  # v = (1 - w) v + w v_of_first_layer, w learned a layer
@@ -96,7 +109,18 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_head
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate beside its first matrix."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens each layer sees, itself included; 0: all."""
+        pattern = self.window_pattern * self.n_layer
+        return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,8 @@ class SampleConfig:
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
+    min_p: float = 0.0  # tokens at least so many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # on tokens that came before; 1: off
     seed: int = 0
 
 
@@ -524,7 +550,8 @@ def _complaints(cfg: Config, provenance: Provenance) -> Iterator[tuple[tuple[str
 _RANGE: dict[str, tuple[float, float, bool, bool]] = {
     **dict.fromkeys(
         (
-            "model.n_layer", "model.n_head", "model.n_kv_head", "model.d_model", "model.d_ff", "model.context_length",
+            "model.n_layer", "model.n_head", "model.n_kv_head", "model.d_head", "model.d_model", "model.d_ff",
+            "model.context_length", "model.rope_original_context",
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
@@ -535,11 +562,14 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
     **dict.fromkeys(
         (
             "optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain",
-            "train.epochs",
+            "model.rope_factor", "model.rope_slow", "model.rope_fast", "model.rope_local_base", "model.attention_scale",
+            "model.embed_gain", "train.epochs", "sample.repetition_penalty",
         ),
         (0, math.inf, False, False),
     ),
-    **dict.fromkeys(("model.dropout", "optim.beta1", "optim.beta2", "optim.momentum"), (0, 1, True, False)),
+    **dict.fromkeys(
+        ("model.dropout", "sample.min_p", "optim.beta1", "optim.beta2", "optim.momentum"), (0, 1, True, False)
+    ),
     **dict.fromkeys(("optim.initial_lr_ratio", "optim.min_lr_ratio"), (0, 1, True, True)),
     **dict.fromkeys(("optim.decay_fraction", "sample.top_p"), (0, 1, False, True)),
     "data.val_fraction": (0, 1, False, False),
@@ -571,7 +601,7 @@ def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str
 def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
     if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
-        if model.d_model % model.n_head:
+        if model.d_model % model.n_head and not model.d_head:
             yield (
                 ("model.d_model", "model.n_head"),
                 f"model.d_model ({model.d_model}) must be divisible by model.n_head ({model.n_head}): "
@@ -579,8 +609,8 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             )
         elif model.position == "rope" and model.head_dim % 2:
             yield (
-                ("model.d_model", "model.n_head", "model.position"),
-                f"model.position=rope turns pairs: d_model / n_head ({model.head_dim}) must be even",
+                ("model.d_model", "model.n_head", "model.d_head", "model.position"),
+                f"model.position=rope turns pairs: d_head, or d_model / n_head ({model.head_dim}), must be even",
             )
         if model.n_head % model.n_kv_head:
             yield (
@@ -588,6 +618,16 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
                 f"model.n_head ({model.n_head}) must be divisible by model.n_kv_head ({model.n_kv_head}): "
                 f"use one of {_divisors(model.n_head)}",
             )
+    if not model.window_pattern or model.window_pattern.strip("SL"):
+        yield (
+            ("model.window_pattern",),
+            f"model.window_pattern ({model.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL",
+        )
+    if model.rope_fast <= model.rope_slow:
+        yield (
+            ("model.rope_fast", "model.rope_slow"),
+            f"model.rope_fast ({model.rope_fast}) must be above model.rope_slow ({model.rope_slow})",
+        )
     if model.position == "sinusoidal" and model.d_model % 2:
         yield (
             ("model.position", "model.d_model"),

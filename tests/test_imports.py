@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 
 # a part may import parts of a lower number
 LEVEL = {
-    "types": 0, "tree": 0, "config_io": 0, "config": 0, "assets": 0,
+    "types": 0, "tree": 0, "config_io": 0, "config": 0, "assets": 0, "gguf": 0,
     "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
@@ -20,6 +20,7 @@ LEVEL = {
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
+    ("gguf", "types"),
     ("training", "generation"),  # samples during training
 }  # fmt: skip
 NEVER = {
@@ -29,6 +30,7 @@ NEVER = {
     "config": {"jax", "flax", "optax"},
     "config_io": {"jax", "flax", "optax"},
     "assets": {"jax", "flax", "optax"},
+    "gguf": {"jax", "flax", "optax"},
     "optim": {"model", "lora"},
     "training": {"lora"},
     "ops": {"data", "tokenizers", "model"},

@@ -1,6 +1,20 @@
-"""From a model to text: samplers, and the compiled loop that decodes."""
+"""From a model to text: samplers, and the compiled loops that decode."""
 
-from gptjax.generation.decode import generate
-from gptjax.generation.sampling import chain, from_config, greedy, temperature, top_k, top_p
+from gptjax.generation.decode import Completion, complete, generate, programs, stream
+from gptjax.generation.sampling import (
+    chain,
+    draw,
+    from_config,
+    greedy,
+    min_p,
+    repetition_penalty,
+    temperature,
+    top_k,
+    top_p,
+)
+from gptjax.generation.speculative import speculate
 
-__all__ = ["chain", "from_config", "generate", "greedy", "temperature", "top_k", "top_p"]
+__all__ = [
+    "Completion", "chain", "complete", "draw", "from_config", "generate", "greedy", "min_p", "programs",
+    "repetition_penalty", "speculate", "stream", "temperature", "top_k", "top_p",
+]  # fmt: skip

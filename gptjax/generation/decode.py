@@ -1,11 +1,22 @@
-"""Autoregressive decoding: one prefill, then one token a turn, all inside one compiled loop."""
+"""Autoregressive decoding: the prompts are read once, then one token a turn, inside one compiled loop.
+
+    generate   prompts -> new tokens
+    complete   the same with log-probabilities and the reason for ending, several samples a prompt
+    stream     the same again, a few tokens at a time as they come
+
+Rows never touch each other: a row of a ragged batch gets what it would get alone. Sizes are rounded up to buckets
+(16, 24, 32, 48, 64, ..), so that prompts of other lengths find the compiled programs again; `programs()` counts them.
+
+When a row's context is full, the last half of it is read again as a new context from position 0, and decoding goes
+on: a token never sees more than `cfg.context_length` tokens, and never fewer than half of that once so many exist.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +25,23 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.generation.sampling import Sampler, greedy
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import extend
+from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
 from gptjax.types import Params, UserError
+
+
+class Completion(NamedTuple):
+    """One continuation.
+
+    tokens    the new tokens, without the stop token
+    logprobs  of each under the model itself, before any filter; empty unless asked for
+    top       for each token the likeliest k as (id, log-probability); empty unless asked for
+    finish    "stop" (a stop token or text) or "length"
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+    finish: Literal["stop", "length"]
 
 
 def generate(
@@ -27,17 +53,14 @@ def generate(
     key: jax.Array,
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
+    cache_dtype: Any = jnp.float32,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
 
-    Prompts may differ in length; until the context is full every row gets what it would get alone under a greedy
-    sampler. Then the last half of it is read again as a new context, from position 0, and decoding goes on: a token
-    never sees more than `cfg.context_length` tokens, and never fewer than half of that once so many exist. The rows
-    share their slots, padding and all, so a shorter prompt is cut sooner beside a longer one than alone.
-
     Args:
-        prompts: token ids, at least one in each.
+        prompts: token ids, at least one in each; of one longer than the context the end counts.
         sampler: (logits [B, V], key) -> tokens [B].
+        cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -45,70 +68,255 @@ def generate(
     Raises:
         UserError: an empty prompt, or an id outside the vocabulary.
     """
+    done = complete(
+        params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    return [completion.tokens for completion in done]
+
+
+def complete(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    cfg: ModelConfig,
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    sampler: Sampler = greedy,
+    stop: Sequence[int] = (),
+    n: int = 1,
+    logprobs: int | None = None,
+    cache_dtype: Any = jnp.float32,
+) -> list[Completion]:
+    """`generate` with all there is to know about each continuation.
+
+    Args:
+        n: samples of each prompt, which is read once; those of the first prompt come first.
+        logprobs: None, or how many of the likeliest tokens to give beside the chosen one's log-probability.
+    """
+    if max_new_tokens < 1 or not prompts:
+        _check(prompts, cfg)
+        return [Completion([], [], [], "length")] * (n * len(prompts))
+    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype)
+    run.advance(max_new_tokens)
+    return run.completions()
+
+
+def stream(
+    params: Params,
+    prompt: Sequence[int],
+    cfg: ModelConfig,
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    sampler: Sampler = greedy,
+    stop: Sequence[int] = (),
+    every: int = 1,
+    cache_dtype: Any = jnp.float32,
+) -> Iterator[list[int]]:
+    """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
+    if max_new_tokens < 1:
+        return
+    run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, cache_dtype)
+    given = 0
+    while True:
+        run.advance(min(given + every, max_new_tokens))
+        tokens, finished = run.so_far()
+        if len(tokens) > given:
+            yield tokens[given:]
+        given = len(tokens)
+        if finished or given >= max_new_tokens:
+            return
+
+
+def programs() -> int:
+    """How many programs decoding has compiled in this process."""
+    return _start._cache_size() + _advance._cache_size()
+
+
+def bucket(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ..: at most half as much again is computed for nothing."""
+    power = max(16, 1 << (size - 1).bit_length())
+    return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+
+
+def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
     for i, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
         if not len(prompt) or bad:
             what = f"has ids outside 0..{cfg.vocab_size - 1}: {bad[:5]}" if len(prompt) else "is empty"
             raise UserError(f"prompt {i} {what}; give at least one token of this model's tokenizer")
-    if max_new_tokens < 1 or not prompts:
-        return [[] for _ in prompts]
-    width = min(max(map(len, prompts)), cfg.context_length)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    valid = np.zeros((len(prompts), width), bool)
-    for row, prompt in enumerate(prompts):
-        tail = prompt[-width:]
-        tokens[row, width - len(tail) :], valid[row, width - len(tail) :] = tail, True
-    out, length = jax.device_get(
-        _decode(params, tokens, valid, key, jnp.array(stop, jnp.int32), cfg, max_new_tokens, sampler)
-    )
-    return [row[:n].tolist() for row, n in zip(out, length, strict=True)]
 
 
-class _Turn(NamedTuple):
-    i: jax.Array
-    logits: jax.Array  # [B, V] after the last token
+def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, P] int32 with P a bucket, and lengths [B]; of a prompt longer than the context its end.
+
+    Raises:
+        UserError: an empty prompt, or an id outside the vocabulary.
+    """
+    _check(prompts, cfg)
+    lengths = np.array([min(len(prompt), cfg.context_length) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), min(bucket(int(lengths.max())), cfg.context_length)), np.int32)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        tokens[row, :length] = prompt[-length:]
+    return tokens, lengths
+
+
+class _State(NamedTuple):
+    tokens: jax.Array  # [B, P + N] int32: the prompt, what was added, then nothing
+    end: jax.Array  # [B] int32: where it ends; the token before has not been read yet
+    i: jax.Array  # int32: tokens drawn
+    done: jax.Array  # [B] bool: a stop token came
     cache: Cache
-    tokens: jax.Array  # [B, P + N] prompt and what was added
-    done: jax.Array  # [B]
-    length: jax.Array  # [B] new tokens before the stop
+    seen: jax.Array | None  # [B, V] bool: tokens so far, for samplers that look at them
+    logprobs: jax.Array | None  # [B, N] float32
+    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7))
-def _decode(params, prompt, valid, key, stop, cfg, max_new_tokens, sampler):
-    B, P = prompt.shape
-    slots = min(cfg.context_length, P + max_new_tokens)
-    half = max(slots // 2, 1)
-    rolled = dataclasses.replace(cfg, unroll=False)  # reading many tokens at once is rare: compile it quickly
-    logits, cache = extend(params, prompt, rolled, init_cache(cfg, B, slots), valid=valid)
-    tokens = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-    real = jnp.pad(valid, ((0, 0), (0, max_new_tokens)), constant_values=True)
+class _Settings(NamedTuple):
+    """What the compiled programs are made for."""
 
-    def advance(turn: _Turn, end: jax.Array) -> tuple[jax.Array, Cache]:
-        """Logits and cache once the token before `end` is read, in a fresh context where the old one is full."""
+    cfg: ModelConfig
+    sampler: Sampler
+    slots: int  # of the cache
+    room: int  # N, for new tokens
+    n: int
+    logprobs: int | None
+    cache_dtype: str
 
-        def again():
-            window = [jax.lax.dynamic_slice_in_dim(a, end - half, half, 1) for a in (turn.tokens, real)]
-            logits, cache = extend(params, window[0], rolled, init_cache(cfg, B, slots), valid=window[1])
-            return logits[:, -1], cache
 
-        def next_token():
-            token = jax.lax.dynamic_slice_in_dim(turn.tokens, end - 1, 1, 1)
-            logits, cache = extend(params, token, cfg, turn.cache)
-            return logits[:, -1], cache
+class _Run:
+    """One call's state between compiled stretches."""
 
-        return jax.lax.cond(turn.cache.length >= slots, again, next_token)
+    def __init__(self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype):
+        tokens, self.start = right_padded(prompts, cfg)
+        self.start = np.repeat(self.start, n)
+        room = bucket(max_new_tokens)
+        slots = min(tokens.shape[1] + room, cfg.context_length)
+        top = None if logprobs is None else min(logprobs, cfg.vocab_size)
+        self.settings = _Settings(cfg, sampler, slots, room, n, top, jnp.dtype(cache_dtype).name)
+        self.params, self.quick, self.key = params, for_decoding(params, cfg), key
+        self.stop = jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)  # few different shapes
+        self.state = _start(self.params, tokens, jnp.array(self.start[::n]), key, self.stop, self.settings)
 
-    def body(turn: _Turn) -> _Turn:
-        token = sampler(turn.logits, jax.random.fold_in(key, turn.i)).astype(jnp.int32)
-        done = turn.done | (token[:, None] == stop).any(-1)
-        turn = turn._replace(
-            tokens=jax.lax.dynamic_update_slice_in_dim(turn.tokens, token[:, None], P + turn.i, 1),
-            done=done,
-            length=turn.length + ~done,
+    def advance(self, upto: int) -> None:
+        """Until `upto` tokens have been drawn in all, or every row has met its stop."""
+        self.state = _advance(self.params, self.quick, self.state, self.key, self.stop, jnp.int32(upto), self.settings)
+
+    def so_far(self) -> tuple[list[int], bool]:
+        """The new tokens of the first row, and whether it has ended."""
+        tokens, end, done = jax.device_get((self.state.tokens[0], self.state.end[0], self.state.done[0]))
+        return tokens[self.start[0] : end].tolist(), bool(done)
+
+    def completions(self) -> list[Completion]:
+        s = jax.device_get(self.state._replace(cache=None, seen=None))
+        out = []
+        for row, (first, end) in enumerate(zip(self.start, s.end, strict=True)):
+            size = end - first
+            logprobs = [] if s.logprobs is None else s.logprobs[row, :size].tolist()
+            top = []
+            if s.top is not None and self.settings.logprobs:
+                ids, values = (a[row, :size].tolist() for a in s.top)
+                top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+            finish = "stop" if s.done[row] else "length"
+            out.append(Completion(s.tokens[row, first:end].tolist(), logprobs, top, finish))
+        return out
+
+
+@partial(jax.jit, static_argnums=5)
+def _start(params, prompt, lengths, key, stop, settings: _Settings) -> _State:
+    """The prompts are read, and the first token of each row is drawn."""
+    cfg, n = settings.cfg, settings.n
+    rolled = dataclasses.replace(cfg, unroll=False)
+    cache = init_cache(cfg, len(prompt), settings.slots, settings.cache_dtype)
+    logits, cache = _read(params, prompt, rolled, cache, lengths)
+    logits, prompt, lengths = (jnp.repeat(a, n, 0) for a in (logits, prompt, lengths))
+    cache = jax.tree.map(lambda a: jnp.repeat(a, n, 1 if a.ndim == 5 else 0), cache)
+    B, N = len(prompt), settings.room
+    seen = None
+    if getattr(settings.sampler, "history", False):
+        real = jnp.arange(prompt.shape[1]) < lengths[:, None]
+        seen = jnp.zeros((B, cfg.vocab_size), jnp.int32).at[jnp.arange(B)[:, None], prompt].max(real) > 0
+    logged = settings.logprobs is not None
+    state = _State(
+        tokens=jnp.pad(prompt, ((0, 0), (0, N))),
+        end=lengths,
+        i=jnp.int32(0),
+        done=jnp.zeros(B, bool),
+        cache=cache,
+        seen=seen,
+        logprobs=jnp.zeros((B, N)) if logged else None,
+        top=tuple(jnp.zeros((B, N, settings.logprobs), t) for t in (jnp.int32, jnp.float32)) if logged else None,
+    )
+    return _draw(state, logits, key, stop, settings)
+
+
+@partial(jax.jit, static_argnums=6, donate_argnums=2)
+def _advance(params, quick, state: _State, key, stop, upto, settings: _Settings) -> _State:
+    """Tokens are read and drawn until there are `upto` of them; `quick` is `params` laid out for one token."""
+
+    def body(state: _State) -> _State:
+        logits, cache = _next_logits(params, quick, state, settings)
+        return _draw(state._replace(cache=cache), logits, key, stop, settings)
+
+    return jax.lax.while_loop(lambda state: (state.i < upto) & ~state.done.all(), body, state)
+
+
+def _read(params, tokens, cfg, cache, lengths) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after the last real token of each row."""
+    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
+    return lm_logits(params, last, cfg), cache
+
+
+def _next_logits(params, quick, state: _State, settings: _Settings) -> tuple[jax.Array, Cache]:
+    """The token that was drawn last is read; where the context is full, its last half is, from the beginning."""
+    cfg, cache = settings.cfg, state.cache
+    full = (cache.length >= settings.slots) & ~state.done
+
+    def one_more():
+        token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
+        hidden, after = extend_backbone(quick, token, cfg, cache, lengths=(~state.done).astype(jnp.int32))
+        return lm_logits(quick, hidden[:, 0], cfg), after
+
+    def again():
+        half = max(settings.slots // 2, 1)
+        rolled = dataclasses.replace(cfg, unroll=False)
+        window = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end - half, half))(state.tokens, state.end)
+        fresh = init_cache(cfg, len(window), settings.slots, settings.cache_dtype)
+        logits, fresh = _read(params, window, rolled, fresh, jnp.full(len(window), half))
+        others, after = one_more()
+
+        def pick(a, b):
+            rows = full.reshape(-1, *[1] * 3) if a.ndim == 5 else full.reshape(-1, *[1] * (a.ndim - 1))
+            return jnp.where(rows, a, b)
+
+        return pick(logits, others), jax.tree.map(pick, fresh, after)
+
+    if settings.slots < cfg.context_length:  # the cache is as large as all there will be
+        return one_more()
+    return jax.lax.cond(full.any(), again, one_more)
+
+
+def _draw(state: _State, logits: jax.Array, key, stop, settings: _Settings) -> _State:
+    """The sampler's token for each row, put behind its others."""
+    rows = jnp.arange(len(logits))
+    look = (state.seen,) if state.seen is not None else ()
+    token = settings.sampler(logits, jax.random.fold_in(key, state.i), *look).astype(jnp.int32)
+    done = state.done | (token[:, None] == stop).any(-1)
+    state = state._replace(
+        tokens=state.tokens.at[rows, jnp.where(done, state.tokens.shape[1], state.end)].set(token, mode="drop"),
+        end=state.end + ~done,
+        i=state.i + 1,
+        done=done,
+    )
+    if state.seen is not None:
+        state = state._replace(seen=state.seen.at[rows, token].set(True))
+    if state.logprobs is not None:
+        logp = jax.nn.log_softmax(logits)
+        values, ids = jax.lax.top_k(logp, settings.logprobs)
+        state = state._replace(
+            logprobs=state.logprobs.at[:, state.i - 1].set(logp[rows, token]),
+            top=(state.top[0].at[:, state.i - 1].set(ids), state.top[1].at[:, state.i - 1].set(values)),
         )
-        logits, cache = advance(turn, P + turn.i + 1)
-        return turn._replace(i=turn.i + 1, logits=logits, cache=cache)
-
-    start = _Turn(jnp.int32(0), logits[:, -1], cache, tokens, jnp.zeros(B, bool), jnp.zeros(B, jnp.int32))
-    end = jax.lax.while_loop(lambda turn: (turn.i < max_new_tokens) & ~turn.done.all(), body, start)
-    return end.tokens[:, P:], end.length
+    return state

@@ -1,8 +1,10 @@
 """How the next token is picked. A filter maps logits [B, V] to logits; a sampler maps (logits, key) to tokens [B].
 
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
+    sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-The same arguments give the same function object, so that a compiled loop is found again.
+The same arguments give the same function object, so that a compiled loop is found again. A filter whose attribute
+`history` is true is also given which tokens a row has seen, [B, V] bool, and so is a sampler that holds one.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ import jax.numpy as jnp
 
 from gptjax.config import SampleConfig
 
-Filter = Callable[[jax.Array], jax.Array]
-Sampler = Callable[[jax.Array, jax.Array], jax.Array]
+Filter = Callable[..., jax.Array]
+Sampler = Callable[..., jax.Array]
 
 
 def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
     """The likeliest token; of equals, the first."""
     return logits.argmax(-1)
+
+
+def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
+    """A token with the probabilities softmax(logits)."""
+    return jax.random.categorical(key, logits)
 
 
 @cache
@@ -55,22 +62,43 @@ def top_p(p: float) -> Filter:
 
 
 @cache
-def chain(*filters: Filter) -> Sampler:
-    """A draw from the softmax of the logits after all filters, left to right."""
+def min_p(p: float) -> Filter:
+    """Only tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
+    return lambda logits: jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
-    def sample(logits: jax.Array, key: jax.Array) -> jax.Array:
-        for keep in filters:
-            logits = keep(logits)
-        return jax.random.categorical(key, logits)
 
+@cache
+def repetition_penalty(penalty: float) -> Filter:
+    """Logits of tokens in the prompt or the continuation so far: divided by it where above 0, else multiplied
+    (arXiv:1909.05858, 4.1)."""
+
+    def lower(logits: jax.Array, seen: jax.Array) -> jax.Array:
+        return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    lower.history = True
+    return lower
+
+
+@cache
+def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
+    """All filters, left to right, then `pick`."""
+
+    def sample(logits: jax.Array, key: jax.Array, *seen: jax.Array) -> jax.Array:
+        for change in filters:
+            logits = change(logits, *seen) if getattr(change, "history", False) else change(logits)
+        return pick(logits, key)
+
+    sample.history = any(getattr(change, "history", False) for change in filters)
     return sample
 
 
 def from_config(cfg: SampleConfig) -> Sampler:
-    """temperature, top_k and top_p of the config; temperature 0 is greedy."""
+    """The chain that a config asks for; temperature 0 is greedy."""
+    filters = [repetition_penalty(cfg.repetition_penalty)] if cfg.repetition_penalty != 1 else []
     if cfg.temperature == 0:
-        return greedy
-    filters = [temperature(cfg.temperature)]
+        return chain(*filters, pick=greedy) if filters else greedy
+    filters += [temperature(cfg.temperature)]
     filters += [top_k(cfg.top_k)] if cfg.top_k else []
     filters += [top_p(cfg.top_p)] if cfg.top_p < 1 else []
+    filters += [min_p(cfg.min_p)] if cfg.min_p else []
     return chain(*filters)

@@ -10,44 +10,90 @@ from flax import struct
 
 from gptjax.config import ModelConfig
 
+_ROWS = 16  # up to here every row is written by itself, in place; beyond, all by one scatter
+
 
 @struct.dataclass
 class Cache:
-    """Keys and values of all layers, in slots in order of time.
+    """Keys and values of all layers. A token's slot is its position: slots from `length` on hold nothing yet.
 
-    k, v    [L, B, S, K, H]
-    valid   [B, S] bool, False for slots that hold padding or nothing
-    length  int32, how many slots have been written, the same for every row: short prompts are padded on the left
-    last    [B, D] the embedding of the last token, zero where there is none; None without cfg.smear
+    k, v    [L, B, K, S, H] in float32, bfloat16 or int8
+    scales  None, or of int8: what the keys and the values are multiplied by, [L, B, K, S, 1] float32 each
+    length  [B] int32, how many tokens each row has read; setting it back forgets the last ones
+    x       [B, S, D] the embeddings that `smear` looks back at; None without cfg.smear
+    empty   whether nothing was ever read: known when tracing, so that a prompt need not look into the cache
     """
 
     k: jax.Array
     v: jax.Array
-    valid: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None
     length: jax.Array
-    last: jax.Array | None = None
+    x: jax.Array | None
+    empty: bool = struct.field(pytree_node=False, default=False)
 
     def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-        """k, v [B, T, K, H] of `layer` into the slots from `length` on."""
-        start = (layer, 0, self.length, 0, 0)
-        return self.replace(
-            k=jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), start),
-            v=jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), start),
-        )
+        """k, v [B, K, T, H] of `layer` into the slots from `length` on."""
+        if self.scales is None:
+            return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v))
+        (k, k_scale), (v, v_scale) = (_to_int8(a) for a in (k, v))
+        scales = tuple(self._put(a, layer, b) for a, b in zip(self.scales, (k_scale, v_scale), strict=True))
+        return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v), scales=scales)
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of `layer`, [B, S, K, H] each."""
-        return tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (self.k, self.v))
+    def read(self, layer: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of `layer`, [B, K, S, H] each."""
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(dtype) for a in (self.k, self.v))
+        if self.scales is None:
+            return k, v
+        k_scale, v_scale = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in self.scales)
+        return (k * k_scale).astype(dtype), (v * v_scale).astype(dtype)
+
+    def remember(self, x: jax.Array) -> Cache:
+        """Embeddings [B, T, D] into the slots from `length` on."""
+        return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
+
+    def before(self) -> jax.Array:
+        """[B, D] the embedding of each row's last token; zero where there is none."""
+        last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
+        return jnp.where(self.length[:, None] > 0, last, 0)
+
+    def _put(self, old: jax.Array, layer: jax.Array, new: jax.Array) -> jax.Array:
+        """new [B, K, T, *] at [layer, row, :, length of the row:, :] of old."""
+        new = new.astype(old.dtype)[None]
+        if self.empty:
+            return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, 0))
+        if new.shape[1] > _ROWS:
+
+            def one(old, new, start):
+                return jax.lax.dynamic_update_slice(old, new, (layer, 0, start, 0))
+
+            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old, new, self.length)
+        for row in range(new.shape[1]):
+            old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (layer, row, 0, self.length[row], 0))
+        return old
+
+
+def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Symmetric, one scale for the numbers of a head: [.., H] -> int8 [.., H], float32 [.., 1]."""
+    a = a.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
+    return jnp.round(a / scale).astype(jnp.int8), scale
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache of `length` slots (the context length if not given) for `batch` rows."""
+    """An empty cache of `length` slots (the context length if not given) for `batch` rows.
+
+    Args:
+        dtype: float32, bfloat16, or int8: a quarter of float32's memory, each head's numbers rounded to 1/127 of
+            their largest.
+    """
     slots = length or cfg.context_length
-    shape = (cfg.n_layer, batch, slots, cfg.n_kv_head, cfg.head_dim)
+    shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
+    scales = tuple(jnp.zeros((*shape[:-1], 1)) for _ in "kv") if jnp.dtype(dtype) == jnp.int8 else None
     return Cache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
-        valid=jnp.zeros((batch, slots), bool),
-        length=jnp.int32(0),
-        last=jnp.zeros((batch, cfg.d_model), dtype) if cfg.smear else None,
+        scales=scales,
+        length=jnp.zeros(batch, jnp.int32),
+        x=jnp.zeros((batch, slots, cfg.d_model)) if cfg.smear else None,
+        empty=True,
     )

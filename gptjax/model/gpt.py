@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
-from gptjax.ops.linear import matmul
+from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
 from gptjax.types import Params
 
@@ -42,8 +42,8 @@ def backbone(
     """Token ids [B, T] -> the last hidden state [B, T, D], after the final norm.
 
     Args:
-        positions: [B, T] or [T] int32; None: 0..T-1.
-        segment_ids: [B, T] int32; a token sees its own document only.
+        positions: [B, T] or [T] int32; None: 0..T-1, from 0 again in every document.
+        segment_ids: [B, T] int32; a token sees its own document only. Padding is one more document.
         dropout_key: None: no dropout.
     """
     return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key)[0]
@@ -51,13 +51,16 @@ def backbone(
 
 def head_kernel(params: Params, cfg: ModelConfig) -> Any:
     """[D, V]: the head's own matrix, or the token embedding turned."""
-    return params["wte"]["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+    return dense(params["wte"]["embedding"]).T if cfg.tie_embeddings else params["lm_head"]["kernel"]
 
 
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     """[.., D] -> [.., V] float32, softcapped where cfg says so."""
-    logits = matmul(head_kernel(params, cfg), hidden, cfg.dtype).astype(jnp.float32)
-    return softcap(logits, cfg.logit_softcap)
+    if cfg.tie_embeddings:
+        logits = matmul_transposed(params["wte"]["embedding"], hidden, cfg.dtype)
+    else:
+        logits = matmul(params["lm_head"]["kernel"], hidden, cfg.dtype)
+    return softcap(logits.astype(jnp.float32), cfg.logit_softcap)
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
@@ -66,23 +69,52 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
 
 
 def extend(
-    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, *, valid: jax.Array | None = None
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, *, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Cache]:
     """Read tokens [B, T] after those in the cache: prefill (T > 1) and decoding (T == 1) are this one function.
 
     Args:
-        valid: [B, T] bool, False where a token is padding (to the left of a shorter prompt); None: all are real.
+        lengths: [B] int32, how many of each row's tokens are real; the rest is padding on the right, whose logits
+            mean nothing and which the cache forgets. None: all.
 
     Returns:
         logits [B, T, V] float32 and the cache that now holds these tokens too. The caller keeps
         cache.length + T within the cache's slots.
     """
-    B, T = tokens.shape
-    valid = jnp.ones((B, T), bool) if valid is None else valid
-    before = cache.valid.sum(1, keepdims=True)
-    positions = before + jnp.cumsum(valid, 1) - 1
-    mask = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
-    hidden, cache = GPT(cfg).apply(
-        {"params": params}, tokens, jnp.maximum(positions, 0), None, None, cache.replace(valid=mask)
-    )
-    return lm_logits(params, hidden, cfg), cache.replace(length=cache.length + T)
+    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths)
+    return lm_logits(params, hidden, cfg), cache
+
+
+def extend_backbone(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, *, lengths: jax.Array | None = None
+) -> tuple[jax.Array, Cache]:
+    """`extend` as far as the last hidden state [B, T, D]: of a long prompt only one place's logits are wanted."""
+    T = tokens.shape[1]
+    positions = cache.length[:, None] + jnp.arange(T)
+    hidden, cache = GPT(cfg).apply({"params": params}, tokens, positions, None, None, cache)
+    length = cache.length + (T if lengths is None else lengths)
+    return hidden, cache.replace(length=length, empty=False)
+
+
+def for_decoding(params: Params, cfg: ModelConfig) -> Params:
+    """The same parameters as a CPU reads them fastest for one token: layers apart, kernels turned. A second copy.
+
+    Reading a layer out of its stack costs as much as the product with it. The doors take either form; elsewhere than
+    on a CPU the stack is left as it is.
+    """
+    if jax.default_backend() != "cpu" or "blocks" not in params:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    layers = {
+        f"blocks_{i}": jax.tree_util.tree_map_with_path(lambda path, leaf: _layer(path, leaf, i), params["blocks"])  # noqa: B023
+        for i in range(cfg.n_layer)
+    }
+    return rest | layers
+
+
+def _layer(path: tuple, leaf: jax.Array, i: int) -> Any:
+    plain = getattr(path[-1], "key", None) == "kernel" and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return Turned(_turned_layer(leaf, i)) if plain else leaf[i]
+
+
+_turned_layer = jax.jit(lambda leaf, i: leaf[i].T)

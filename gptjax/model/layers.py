@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
 from gptjax.ops import activation, position
-from gptjax.ops.attention import attention
-from gptjax.ops.linear import linear
+from gptjax.ops.attention import heads_attention
+from gptjax.ops.linear import linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 
 
 class Context(NamedTuple):
     """What every block reads besides its input; the same for all layers."""
 
-    rope: tuple[jax.Array, jax.Array] | None
+    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] where layers with a window have their own
     segment_ids: jax.Array | None
     dropout_key: jax.Array | None
 
@@ -97,38 +97,60 @@ class Attention(nn.Module):
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
-        q = Linear(cfg, cfg.n_head * H, cfg.qkv_bias, name="q")(x).reshape(B, T, cfg.n_head, H)
-        k = Linear(cfg, K * H, cfg.qkv_bias, name="k")(x).reshape(B, T, K, H)
+        window = jnp.array(cfg.windows)[s.layer] if len(set(cfg.windows)) > 1 else cfg.windows[0]
+        q = Linear(cfg, cfg.n_head * H, cfg.qkv_bias, name="q")(x)
+        k = Linear(cfg, K * H, cfg.qkv_bias, name="k")(x)
         v = Linear(cfg, K * H, cfg.qkv_bias, name="v")(x).reshape(B, T, K, H)
-        if cfg.qk_norm:
-            scales = [
-                _read(self, n, nn.initializers.ones, (H,)) if cfg.norm_scale else None for n in ("q_norm", "k_norm")
-            ]
-            q, k = (cfg.qk_gain * rms_norm(a, scale, cfg.norm_eps) for a, scale in zip((q, k), scales, strict=True))
+        if cfg.qk_norm_over == "all":
+            q, k = self._qk_norm(q, k)
+        q, k = q.reshape(B, T, cfg.n_head, H), k.reshape(B, T, K, H)
+        if cfg.qk_norm_over == "head":
+            q, k = self._qk_norm(q, k)
         if ctx.rope is not None:
-            q, k = position.rope(q, ctx.rope), position.rope(k, ctx.rope)
+            table = ctx.rope
+            if cfg.rope_local_base is not None:
+                table = tuple(jnp.where(window > 0, a[1], a[0]) for a in table)
+            q, k = position.rope(q, table), position.rope(k, table)
         v0 = s.v0
         if cfg.value_residual:
             mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
             v0 = jnp.where(s.layer == 0, v, v0)
             v = (1 - mix) * v + mix * v0
-        cache, where = s.cache, {}
+        cache, offset = s.cache, 0
+        k, v = (a.astype(q.dtype).transpose(0, 2, 1, 3) for a in (k, v))
         if cache is not None:
             cache = cache.write(s.layer, k, v)
-            k, v = cache.read(s.layer)
-            where = dict(offset=cache.length, key_valid=cache.valid)
+            if not cache.empty:
+                k, v = cache.read(s.layer, q.dtype)
+                offset = cache.length
         drop = None if key is None else jax.random.split(key)
-        y = attention(
-            q, k.astype(q.dtype), v.astype(q.dtype), segment_ids=ctx.segment_ids, alibi=cfg.position == "alibi",
-            dropout=cfg.dropout, dropout_key=None if drop is None else drop[0], **where,
+        y = heads_attention(
+            q, k, v, offset=offset, segment_ids=ctx.segment_ids, window=window, scale=cfg.attention_scale,
+            alibi=cfg.position == "alibi", dropout=cfg.dropout, dropout_key=None if drop is None else drop[0],
         )  # fmt: skip
         y = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="o")(y.reshape(B, T, cfg.n_head * H))
         return dropout(y, cfg.dropout, None if drop is None else drop[1]), v0, cache
+
+    def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Over the last axis of both: a head's numbers, or all heads'."""
+        cfg = self.cfg
+        if not cfg.qk_norm:
+            return q, k
+        scales = [
+            _read(self, name, nn.initializers.ones, a.shape[-1:]) if cfg.norm_scale else None
+            for name, a in (("q_norm", q), ("k_norm", k))
+        ]
+        return tuple(cfg.qk_gain * rms_norm(a, scale, cfg.norm_eps) for a, scale in zip((q, k), scales, strict=True))
 
 
 def _projection_std(cfg: ModelConfig) -> float:
     """Output projections start smaller, so that the sum over 2L of them keeps its size; or at zero."""
     return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
+
+
+_ACTIVATIONS = {
+    "gelu": activation.gelu, "geglu": activation.gelu, "swiglu": jax.nn.silu, "relu2": activation.relu_squared,
+}  # fmt: skip
 
 
 class FeedForward(nn.Module):
@@ -138,10 +160,10 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         cfg = self.cfg
         h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
-        if cfg.activation == "swiglu":
-            h = h * jax.nn.silu(Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x))
+        if cfg.gated:
+            h = h * _ACTIVATIONS[cfg.activation](Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x))
         else:
-            h = {"gelu": activation.gelu, "relu2": activation.relu_squared}[cfg.activation](h)
+            h = _ACTIVATIONS[cfg.activation](h)
         h = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="down")(h)
         return dropout(h, cfg.dropout, key)
 
@@ -159,10 +181,16 @@ class Block(nn.Module):
         keys = (
             (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
         )
-        y, v0, cache = Attention(cfg, name="attn")(Norm(cfg, name="ln_1")(x), s, ctx, keys[0])
-        x = x + y
-        x = x + FeedForward(cfg, name="mlp")(Norm(cfg, name="ln_2")(x), keys[1])
+        y, v0, cache = Attention(cfg, name="attn")(self._before(1, x), s, ctx, keys[0])
+        x = x + self._after(1, y)
+        x = x + self._after(2, FeedForward(cfg, name="mlp")(self._before(2, x), keys[1]))
         return Stream(x, s.x0, v0, cache, s.layer + 1), None
+
+    def _before(self, number: int, x: jax.Array) -> jax.Array:
+        return x if self.cfg.norm_position == "post" else Norm(self.cfg, name=f"ln_{number}")(x)
+
+    def _after(self, number: int, x: jax.Array) -> jax.Array:
+        return x if self.cfg.norm_position == "pre" else Norm(self.cfg, name=f"ln_{number}_post")(x)
 
 
 _REMAT = {
@@ -188,8 +216,10 @@ class GPT(nn.Module):
         cfg = self.cfg
         B, T = tokens.shape
         if positions is None:
-            positions = jnp.arange(T)
+            positions = jnp.arange(T) if segment_ids is None else position.segment_positions(segment_ids)
         x = Embed(cfg, name="wte")(tokens)
+        if cfg.embed_gain != 1:
+            x = x * cfg.embed_gain
         if cfg.position == "learned":
             x = x + Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
         elif cfg.position == "sinusoidal":
@@ -197,17 +227,16 @@ class GPT(nn.Module):
         if cfg.embed_norm:
             x = rms_norm(x, None, cfg.norm_eps) if cfg.norm == "rmsnorm" else layer_norm(x, None, None, cfg.norm_eps)
         if cfg.smear:
-            real, before = x, None
+            before = None
             if cache is not None:
-                here = jax.lax.dynamic_slice_in_dim(cache.valid, cache.length, T, 1)
-                real, before = jnp.where(here[..., None], x, 0), cache.last
-                cache = cache.replace(last=real[:, -1].astype(before.dtype))
+                before = None if cache.empty else cache.before()
+                cache = cache.remember(x)
             weight = _read(self, "smear", nn.initializers.zeros, (cfg.d_model,)).astype(x.dtype)
-            x = x + weight * position.previous(real, before, segment_ids)
+            x = x + weight * position.previous(x, before, segment_ids)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = dropout(x, cfg.dropout, keys[0])
 
-        rope = position.rope_table(positions, cfg.head_dim, cfg.rope_base) if cfg.position == "rope" else None
+        rope = _rope_table(cfg, positions) if cfg.position == "rope" else None
         stream = Stream(
             x=x,
             x0=x if cfg.x0_lambdas else None,
@@ -215,6 +244,22 @@ class GPT(nn.Module):
             cache=cache,
             layer=jnp.int32(0),
         )
+        run = self._apart if self.has_variable("params", "blocks_0") else self._stacked
+        stream = run(stream, Context(rope, segment_ids, keys[1]))
+        hidden = Norm(cfg, name="ln_f")(stream.x)
+        if not cfg.tie_embeddings and self.is_initializing():
+            std = 0.0 if cfg.zero_init_head else 0.02
+            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
+        return hidden, stream.cache
+
+    def _apart(self, stream: Stream, ctx: Context) -> Stream:
+        """Every layer from parameters of its own, as `gpt.for_decoding` lays them."""
+        for i in range(self.cfg.n_layer):
+            stream, _ = Block(self.cfg, name=f"blocks_{i}")(stream._replace(layer=jnp.int32(i)), ctx)
+        return stream
+
+    def _stacked(self, stream: Stream, ctx: Context) -> Stream:
+        cfg = self.cfg
         unroll = _unroll(cfg) if cfg.unroll is None else cfg.unroll
         block = Block
         if cfg.remat != "none":
@@ -223,12 +268,22 @@ class GPT(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
             length=cfg.n_layer, unroll=cfg.n_layer if unroll else 1,
         )  # fmt: skip
-        stream, _ = blocks(cfg, name="blocks")(stream, Context(rope, segment_ids, keys[1]))
-        hidden = Norm(cfg, name="ln_f")(stream.x)
-        if not cfg.tie_embeddings and self.is_initializing():
-            std = 0.0 if cfg.zero_init_head else 0.02
-            Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
-        return hidden, stream.cache
+        return blocks(cfg, name="blocks")(stream, ctx)[0]
+
+
+def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [.., H/2]; [2, .., H/2] where layers with a window have a base of their own."""
+    scaled = position.rope_frequencies(
+        cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
+        cfg.rope_original_context,
+    )  # fmt: skip
+    if cfg.rope_local_base is None:
+        return position.rope_table(positions, scaled)
+    tables = [
+        position.rope_table(positions, f)
+        for f in (scaled, position.rope_frequencies(cfg.head_dim, cfg.rope_local_base))
+    ]
+    return tuple(jnp.stack(pair) for pair in zip(*tables, strict=True))
 
 
 def _unroll(cfg: ModelConfig) -> bool:
@@ -249,7 +304,7 @@ class Embed(nn.Module):
         cfg = self.cfg
         std = 1.0 if cfg.init == "torch" else cfg.embed_std if self.std is None else self.std
         table = _read(self, "embedding", normal(std), (self.rows or cfg.vocab_size, cfg.d_model))
-        return jnp.take(table, ids, axis=0, mode="clip").astype(activation_dtype(cfg))
+        return take(table, ids).astype(activation_dtype(cfg))
 
 
 def activation_dtype(cfg: ModelConfig) -> Any:

@@ -51,44 +51,66 @@ def attention(
     v: jax.Array,
     *,
     offset: int | jax.Array = 0,
-    key_valid: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    window: int | jax.Array = 0,
+    scale: float | None = None,
     alibi: bool = False,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H) + mask) v, each query over the keys up to its own place.
+    """softmax(scale q k^T + mask) v, each query over the keys up to its own place.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N // K) (arXiv:2305.13245).
-        offset: the place of the first query among the keys.
-        key_valid: [B, S] bool, False for places that hold nothing (padding, unused cache).
+        offset: the place of the first query among the keys; [B] where the rows differ.
         segment_ids: [B, T] with T == S; a token sees its own document only.
+        window: how many tokens a query sees, itself included; 0: all (arXiv:2004.05150, 3.1).
+        scale: None: 1 / sqrt(H).
         alibi: add -slope * distance to the scores (arXiv:2108.12409).
         dropout: share of attention weights set to zero, where `dropout_key` is given.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
     """
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    return heads_attention(
+        q, k, v, offset=offset, segment_ids=segment_ids, window=window, scale=scale, alibi=alibi, dropout=dropout,
+        dropout_key=dropout_key,
+    )  # fmt: skip
+
+
+def heads_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    offset: int | jax.Array = 0,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array = 0,
+    scale: float | None = None,
+    alibi: bool = False,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` with k and v as a cache keeps them, [B, K, S, H]."""
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
     blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1
     dropout_keys = [None] * blocks if dropout_key is None or not dropout else jax.random.split(dropout_key, blocks)
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
     for i in range(blocks):  # a block of queries reads its own prefix only: three quarters of the full square
         first, end = i * T // blocks, (i + 1) * T // blocks
         at, upto = slice(first, end), end if blocks > 1 else S
-        mask = causal_mask(end - first, upto, first + offset)
-        if key_valid is not None:
-            mask = mask & key_valid[:, None, None, None, :upto]
+        distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(upto)
+        mask = distance >= 0
+        if not isinstance(window, int) or window:
+            mask = mask & (distance < jnp.where(window == 0, S + T, window))
         if segment_ids is not None:
             mask = mask & (segment_ids[:, at, None] == segment_ids[:, None, :upto])[:, None, None]
-        bias = jnp.where(mask, 0.0, _MASKED)
+        bias = jnp.where(mask, 0.0, _MASKED)  # [1 or B, 1, 1, T, S]
         if alibi:
-            distance = jnp.arange(first, end)[:, None] + offset - jnp.arange(upto)[None, :]
             bias = bias - alibi_slopes(N).reshape(K, N // K, 1, 1) * distance
         keep = None
         if dropout_keys[i] is not None:
@@ -105,8 +127,8 @@ def _attend(q, k, v, bias, keep, dropout):
 
 
 def _attend_forward(q, k, v, bias, keep, dropout):
-    scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2]) + bias
-    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2])
+    p = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
     return out, (q, k, v, keep, p, out)
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+_FEW_ROWS = 64
 
 
 @singledispatch
@@ -19,6 +22,48 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])  # as matrices: XLA's CPU backend multiplies them faster than [B, T, ..]
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _matmul_bfloat16(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@singledispatch
+def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    """x [.., in] times w.T, w [out, in] -> [.., out]: a tied head with its embedding table. Otherwise as `matmul`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if dtype == "float32":
+        # few rows: XLA's CPU backend is twice as fast with the large operand on the left
+        few = 1 < rows.shape[0] <= _FEW_ROWS and jax.default_backend() == "cpu"
+        y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
+    else:
+        y = _matmul_bfloat16(rows, w.T).astype(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@singledispatch
+def take(w: Any, ids: jax.Array) -> jax.Array:
+    """Rows of a table w [V, D] by ids [..] -> [.., D]; an id out of range counts as the nearest."""
+    return jnp.take(w, ids, axis=0, mode="clip")
+
+
+@singledispatch
+def dense(w: Any) -> jax.Array:
+    """The plain array that a leaf stands for."""
+    return w
+
+
+@struct.dataclass
+class Turned:
+    """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows."""
+
+    w: jax.Array
+
+
+@matmul.register
+def _(leaf: Turned, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    return matmul_transposed(leaf.w, x, dtype)
+
+
+@dense.register
+def _(leaf: Turned) -> jax.Array:
+    return leaf.w.T
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:

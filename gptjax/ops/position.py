@@ -15,17 +15,53 @@ def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :d_model]
 
 
-def rope_table(positions: jax.Array, head_dim: int, base: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [.., H/2] float32 for `rope`."""
+def rope_frequencies(
+    head_dim: int,
+    base: float = 10_000.0,
+    scaling: str = "none",
+    factor: float = 1.0,
+    slow: float = 1.0,
+    fast: float = 4.0,
+    original_context: int = 8192,
+) -> jax.Array:
+    """[H/2] float32, radians a position.
+
+    Args:
+        scaling: linear divides all by `factor` (arXiv:2306.15595); llama3 divides those that turn at most `slow`
+            times in `original_context` positions, keeps those that turn `fast` times or more, and blends between
+            (as in transformers' modeling_rope_utils and Meta's llama-models).
+    """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    if scaling == "linear":
+        return frequency / factor
+    if scaling == "llama3":
+        turns = original_context * frequency / (2 * math.pi)
+        keep = jnp.clip((turns - slow) / (fast - slow), 0, 1)
+        return keep * frequency + (1 - keep) * frequency / factor
+    return frequency
+
+
+def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [.., H/2] float32 for `rope`."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions that begin again at 0 in every document: [B, T] -> [B, T] int32.
+
+    segments   1 1 1 2 2 0
+    positions  0 1 2 0 1 0
+    """
+    place = jnp.arange(segment_ids.shape[-1])
+    begins = jnp.pad(segment_ids[..., 1:] != segment_ids[..., :-1], [(0, 0)] * (segment_ids.ndim - 1) + [(1, 0)])
+    return place - jax.lax.cummax(jnp.where(begins, place, 0), axis=segment_ids.ndim - 1)
 
 
 def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turn x [B, T, N, H] by its position: element i is paired with i + H/2, as Llama's code in transformers does.
 
-    `table` is `rope_table(positions [B, T] or [T], H)`. Source: arXiv:2104.09864, eq. 34.
+    `table` is `rope_table(positions [B, T] or [T], rope_frequencies(H))`. Source: arXiv:2104.09864, eq. 34.
     """
     cos, sin = (t[..., None, :].astype(x.dtype) for t in table)
     a, b = jnp.split(x, 2, -1)

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.generation import chain, generate, greedy, temperature
+from gptjax.generation import (
+    chain,
+    complete,
+    generate,
+    greedy,
+    programs,
+    repetition_penalty,
+    stream,
+    temperature,
+)
+from gptjax.generation.decode import bucket
 from gptjax.model.gpt import forward
 from gptjax.types import UserError
 
@@ -108,9 +118,82 @@ def test_prompts_that_cannot_be_read(gpt2_model, prompts, message):
         generate(params, prompts, cfg, max_new_tokens=1, key=KEY, sampler=greedy)
 
 
-def test_several_rows_past_the_context_never_fail(gpt2_model):
-    """Rows share their slots, so a short one may be cut sooner than it would be alone; it goes on all the same."""
+def test_every_row_meets_the_end_of_its_context_by_itself(gpt2_model):
     cfg, params = gpt2_model
-    rows = generate(params, [[1] * 11, [2]], cfg, max_new_tokens=20, key=KEY)
-    assert [len(row) for row in rows] == [20, 20]
-    assert rows[0] == plain_loop(cfg, params, [1] * 11, 20)
+    prompts = [[1] * 11, [2], [3, 4, 5, 6, 7]]
+    rows = generate(params, prompts, cfg, max_new_tokens=20, key=KEY)
+    assert rows == [plain_loop(cfg, params, prompt, 20) for prompt in prompts]
+
+
+def test_a_stream_gives_what_generate_gives(model):
+    cfg, params = model
+    whole = generate(params, [PROMPTS[0]], cfg, max_new_tokens=17, key=KEY)[0]
+    parts = list(stream(params, PROMPTS[0], cfg, max_new_tokens=17, key=KEY, every=5))
+    assert [t for part in parts for t in part] == whole and [len(part) for part in parts] == [5, 5, 5, 2]
+    first = whole.index(whole[7])
+    cut = stream(params, PROMPTS[0], cfg, max_new_tokens=17, key=KEY, stop=[whole[7]])
+    assert [t for part in cut for t in part] == whole[:first]
+
+
+def test_log_probabilities_are_the_models(gpt2_model):
+    cfg, params = gpt2_model
+    prompt = PROMPTS[1]
+    out = complete(params, [prompt], cfg, max_new_tokens=4, key=KEY, logprobs=3, sampler=chain(temperature(2.0)))[0]
+    tokens = prompt + out.tokens
+    logp = jax.nn.log_softmax(whole(params, np.array(tokens + [0] * (CONTEXT - len(tokens))), cfg))
+    for i, (token, value, top) in enumerate(zip(out.tokens, out.logprobs, out.top, strict=True)):
+        row = logp[len(prompt) - 1 + i]
+        assert value == pytest.approx(float(row[token]), abs=1e-4)
+        likeliest = np.argsort(-row)[:3]
+        assert [t for t, _ in top] == likeliest.tolist()
+        np.testing.assert_allclose([v for _, v in top], row[likeliest], atol=1e-4)
+
+
+def test_several_samples_of_a_prompt_and_why_they_ended(gpt2_model):
+    cfg, params = gpt2_model
+    rows = complete(params, PROMPTS, cfg, max_new_tokens=5, key=KEY, n=2)
+    greedy_rows = generate(params, PROMPTS, cfg, max_new_tokens=5, key=KEY)
+    assert [row.tokens for row in rows] == [row for row in greedy_rows for _ in range(2)]
+    assert {row.finish for row in rows} == {"length"}
+    stop = [greedy_rows[0][2]]
+    assert complete(params, PROMPTS[:1], cfg, max_new_tokens=5, key=KEY, stop=stop)[0].finish == "stop"
+
+
+def test_repetition_is_held_down(gpt2_model):
+    """With a penalty that nothing outweighs no token comes twice, those of the prompt included."""
+    cfg, params = gpt2_model
+    sampler = chain(repetition_penalty(1e6), pick=greedy)
+    rows = generate(params, PROMPTS, cfg, max_new_tokens=6, key=KEY, sampler=sampler)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        seen = prompt + row
+        assert len(set(seen)) == len(set(prompt)) + len(row)
+
+
+def test_an_int8_cache_is_close(gpt2_model):
+    cfg, params = gpt2_model
+    exact, rough = (
+        complete(params, PROMPTS, cfg, max_new_tokens=4, key=KEY, logprobs=0, cache_dtype=dtype)
+        for dtype in ("float32", "int8")
+    )
+    for a, b in zip(exact, rough, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)
+
+
+def test_other_lengths_find_the_compiled_programs(tiny):
+    cfg, params = tiny("gpt2", context_length=128)
+    rng = np.random.default_rng(0)
+
+    def run(size, new):
+        generate(params, [rng.integers(0, 17, size).tolist()], cfg, max_new_tokens=new, key=KEY)
+
+    run(20, 12)
+    before = programs()
+    for i in range(50):
+        run(17 + i % 8, 1 + i % 16)  # all within the buckets 24 and 16
+    assert programs() == before
+    run(25, 12)
+    assert programs() == before + 2
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]

@@ -6,21 +6,25 @@ import numpy as np
 import pytest
 
 from gptjax.config import SampleConfig
-from gptjax.generation import chain, from_config, greedy, temperature, top_k, top_p
+from gptjax.generation import chain, from_config, greedy, min_p, repetition_penalty, temperature, top_k, top_p
 
 LOGITS = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)
+SEEN = np.array([True, False, True, True, False, False, False, False, False])
 DRAWS = 20_000
 
 
-def reference(t=1.0, k=9, p=1.0):
-    """The distribution that is meant: temperature, then the k likeliest, then the fewest that reach p."""
-    scaled = LOGITS.astype(np.float64) / t
+def reference(t=1.0, k=9, p=1.0, least=0.0, penalty=1.0):
+    """The distribution that is meant: the penalty, temperature, the k likeliest, the fewest that reach p, and of
+    those no token less than `least` times as likely as the first."""
+    lowered = np.where(LOGITS > 0, LOGITS / penalty, LOGITS * penalty)
+    scaled = np.where(SEEN, lowered, LOGITS).astype(np.float64) / t
     order = np.argsort(-scaled)
     probs = np.exp(scaled)
     probs[order[k:]] = 0
     probs /= probs.sum()
     before = np.cumsum(probs[order]) - probs[order]
     probs[order[before >= p]] = 0
+    probs[probs < least * probs.max()] = 0
     return probs / probs.sum()
 
 
@@ -30,7 +34,12 @@ CASES = {
     "cold": ((temperature(0.5),), {"t": 0.5}),
     "top k": ((top_k(3),), {"k": 3}),
     "top p": ((temperature(3.0), top_p(0.8)), {"t": 3.0, "p": 0.8}),
-    "all three": ((temperature(4.0), top_k(6), top_p(0.7)), {"t": 4.0, "k": 6, "p": 0.7}),
+    "min p": ((temperature(3.0), min_p(0.2)), {"t": 3.0, "least": 0.2}),
+    "penalty": ((repetition_penalty(1.5), temperature(2.0)), {"t": 2.0, "penalty": 1.5}),
+    "all five": (
+        (repetition_penalty(1.3), temperature(4.0), top_k(7), top_p(0.9), min_p(0.1)),
+        {"t": 4.0, "k": 7, "p": 0.9, "least": 0.1, "penalty": 1.3},
+    ),
 }
 
 
@@ -39,7 +48,8 @@ def test_draws_follow_the_distribution(case):
     """Chi-square of 20,000 draws: at most 8 degrees of freedom, of which 32 is exceeded once in 10,000."""
     filters, meant = CASES[case]
     draw = jax.jit(chain(*filters))
-    tokens = np.asarray(draw(jnp.broadcast_to(LOGITS, (DRAWS, 9)), jax.random.key(0)))
+    many, seen = (jnp.broadcast_to(a, (DRAWS, 9)) for a in (LOGITS, SEEN))
+    tokens = np.asarray(draw(many, jax.random.key(0), *([seen] if chain(*filters).history else [])))
     counts, expected = np.bincount(tokens, minlength=9), DRAWS * reference(**meant)
     assert not counts[expected == 0].any()
     possible = expected > 0

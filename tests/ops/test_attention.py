@@ -9,19 +9,17 @@ from gptjax.ops.attention import attention, multi_head_attention
 from gptjax.ops.position import alibi_slopes
 
 
-def naive(q, k, v, *, offset=0, key_valid=None, segment_ids=None, alibi=False):
+def naive(q, k, v, *, offset=0, segment_ids=None, window=0, scale=None, alibi=False):
     """Every key-value head written out for its group, the whole square, -inf where nothing may be seen."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    distance = np.arange(T)[:, None] + offset - np.arange(S)[None, :]
-    seen = np.broadcast_to(distance >= 0, (B, T, S))
-    if key_valid is not None:
-        seen = seen & key_valid[:, None, :]
+    distance = np.arange(T)[:, None] + np.broadcast_to(offset, B)[:, None, None] - np.arange(S)
+    seen = (distance >= 0) & (distance < (window or S + T))
     if segment_ids is not None:
         seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
     k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(H))
     if alibi:
-        scores = scores - alibi_slopes(N)[:, None, None] * distance
+        scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None]
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1), v)
 
 
@@ -35,7 +33,9 @@ CASES = {
     "documents, alibi": (9, 9, {"segment_ids": SEGMENTS[:, :9], "alibi": True}),
     "two blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
     "two long blocks": (256, 256, {"alibi": True}),
-    "after a cache": (2, 8, {"offset": 4, "alibi": True, "key_valid": np.arange(8) >= np.array([[0], [3]])}),
+    "after a cache": (2, 8, {"offset": np.array([4, 2]), "alibi": True}),
+    "a window, another scale": (9, 9, {"window": 3, "scale": 0.7}),
+    "a window in two blocks": (128, 128, {"window": 70}),
 }
 
 
@@ -58,7 +58,7 @@ def test_equals_the_full_square(case):
 
 
 def test_a_row_with_nothing_to_see_is_finite():
-    out = attention(*qkv(4, 4), key_valid=np.zeros((2, 4), bool))
+    out = attention(*qkv(4, 4), offset=-9)
     assert np.isfinite(out).all()
 
 
@@ -110,3 +110,11 @@ def test_multi_head_attention_is_its_heads_side_by_side():
         heads.append(weights / weights.sum(-1, keepdims=True) @ v)
     expected = np.concatenate(heads, -1) @ w_o
     np.testing.assert_allclose(multi_head_attention(x, w_q, w_k, w_v, w_o, 2)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_may_be_an_array():
+    """As inside a loop over layers that differ; 0 is none."""
+    args = qkv(9, 9)
+    run = jax.jit(lambda window: attention(*args, window=window))
+    for window in (0, 1, 4):
+        np.testing.assert_allclose(run(window), naive(*args, window=window), rtol=1e-5, atol=5e-6)

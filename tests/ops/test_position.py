@@ -1,6 +1,14 @@
 import numpy as np
 
-from gptjax.ops.position import alibi_slopes, previous, rope, rope_table, sinusoidal
+from gptjax.ops.position import (
+    alibi_slopes,
+    previous,
+    rope,
+    rope_frequencies,
+    rope_table,
+    segment_positions,
+    sinusoidal,
+)
 
 POSITIONS = np.array([[0, 1, 2, 40], [7, 3, 0, 1000]])
 
@@ -20,7 +28,7 @@ def test_rope_is_a_turn_of_complex_numbers():
     z = x[..., : H // 2] + 1j * x[..., H // 2 :]
     angle = POSITIONS[..., None, None] * base ** (-np.arange(H // 2) / (H // 2))
     turned = z * np.exp(1j * angle)
-    out = rope(x, rope_table(POSITIONS, H, base))
+    out = rope(x, rope_table(POSITIONS, rope_frequencies(H, base)))
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
 
 
@@ -28,7 +36,7 @@ def test_rope_scores_know_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     def score(at_query, at_key):
-        turned = (rope(x, rope_table(np.array([p]), 8)) for x, p in ((q, at_query), (k, at_key)))
+        turned = (rope(x, rope_table(np.array([p]), rope_frequencies(8))) for x, p in ((q, at_query), (k, at_key)))
         return float(np.vdot(*map(np.asarray, turned)))
 
     np.testing.assert_allclose([score(5, 2), score(103, 100)], score(3, 0), rtol=1e-4)
@@ -45,3 +53,21 @@ def test_previous():
     assert previous(x)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
     assert previous(x, np.array([[9.0]]))[0, :, 0].tolist() == [9, 1, 2, 3, 4]
     assert previous(x, None, np.array([[3, 3, 4, 4, 1]]))[0, :, 0].tolist() == [0, 1, 0, 3, 0]
+
+
+def test_scaled_frequencies():
+    plain = np.asarray(rope_frequencies(16, 100.0))
+    np.testing.assert_allclose(rope_frequencies(16, 100.0, "linear", 4.0), plain / 4)
+    scaled = np.asarray(rope_frequencies(16, 100.0, "llama3", 8.0, 1.0, 4.0, 64))
+    turns = 64 * plain / (2 * np.pi)
+    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
+    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4])
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8)
+    between = (turns > 1) & (turns < 4)
+    keep = (turns[between] - 1) / 3
+    np.testing.assert_allclose(scaled[between], plain[between] * (keep + (1 - keep) / 8), rtol=1e-6)
+
+
+def test_positions_begin_again_in_every_document():
+    ids = np.array([[1, 1, 1, 2, 2, 0], [5, 6, 6, 6, 6, 6]])
+    assert segment_positions(ids).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]

@@ -1,0 +1,656 @@
+"""GGUF files, llama.cpp's format: read within bounds, and written.
+
+    file = gguf.read("model.gguf")             # the header only, all of it checked
+    file.metadata["general.architecture"]      # "llama"
+    file.array("token_embd.weight")            # [49152, 576] float32, dequantised
+
+A file is, little-endian: a header with typed key-value pairs and the list of tensors, padding to the alignment, then
+each tensor's data at an aligned offset. Quantised types store blocks of values along the last axis, each with its own
+scale; `TYPES` says how a block lies in the file.
+
+A file from elsewhere is not trusted: every count and length is compared with what is left of the file before anything
+is allocated, so a bad file costs an error message and no more. The data is read, not mapped: a mapped file that another
+process cuts short would kill this one.
+
+Source: docs/gguf.md of ggml (format), ggml-quants.c of ggml (block layouts); values equal gguf-py's to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from gptjax.types import UserError
+
+MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
+ALIGNMENT = 32  # unless general.alignment says another
+
+MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list together; the largest vocabularies need 20 MB
+MAX_STRING_BYTES = 1 << 20
+MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 100_000, 4
+MAX_ALIGNMENT = 64 << 10
+MAX_NAME_BYTES = 63  # of a tensor's name when writing: llama.cpp refuses longer ones
+MAX_SHOWN = 20  # problems in one error
+
+CHUNK = 1 << 16  # values that are converted at once: they stay in the processor's cache
+
+NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]  # name, shape, type, its values
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies. `shape` is numpy's, the reverse of the file's: rows are the last axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str  # a key of TYPES
+    offset: int  # of its data, from the start of the file
+    size_bytes: int  # in the file
+
+
+@dataclass(frozen=True, eq=False)
+class File:
+    """The header of a GGUF file.
+
+    metadata  bool, int, float and str; an array of strings is a list, one of numbers a numpy array of the file's dtype
+    tensors   in the file's order
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def array(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+        """One tensor, dequantised to float32 and cast to `dtype`. Takes the result's memory and 1 MB.
+
+        Raises:
+            UserError: there is no such tensor, or the file is not any more what was read.
+        """
+        if name not in self.tensors:
+            near = difflib.get_close_matches(name, self.tensors, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{self.path}: no tensor is called {_quote(name)}{hint}")
+        tensor = self.tensors[name]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(tensor.offset)
+                return _decode(lambda start, stop: file.read(stop - start), TYPES[tensor.type], tensor.shape, dtype)
+        except (OSError, UserError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+def read(path: str | os.PathLike[str]) -> File:
+    """The metadata and the tensor list of a GGUF file, version 2 or 3.
+
+    Raises:
+        UserError: not such a file, cut short, or anything in its header is out of bounds; every bad tensor is named.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UserError("not a file" if path.exists() else "no such file")
+        with open(path, "rb") as file:
+            return File(path, *_parse(file, os.fstat(file.fileno()).st_size))
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[NewTensor]) -> None:
+    """Write a GGUF file, version 3; it appears complete, by one rename, or not at all.
+
+    Types of the metadata: bool; int -> uint32, else the first of int32, int64, uint64 that holds it; float -> float32;
+    str; a list of str, of bool, of int (the first of int32, int64, uint64), of float (float32). A numpy scalar or
+    1-d array keeps its dtype. "general.alignment" is obeyed.
+
+    Args:
+        tensors: (name, shape, type, values): values() is called when the tensor's turn comes, and its result let go
+            before the next. The type is one of F32, F16, BF16, Q8_0.
+
+    Raises:
+        UserError: something that the format, the reader or llama.cpp would not take, told before values() is called;
+            values of another shape, or too large for their type; the file cannot be written.
+    """
+    path, tensors = Path(path), list(tensors)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        header, alignment = _header(metadata, tensors)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(header)
+            for name, shape, type_, values in tensors:
+                _write_tensor(file, name, shape, type_, values)
+                file.write(bytes(-file.tell() % alignment))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+
+
+def quantize(array: np.ndarray, type: str) -> np.ndarray:
+    """The bytes, [N] uint8, that a file of this type holds for an array. Types F32, F16, BF16, Q8_0.
+
+    Raises:
+        UserError: the type cannot be written or does not hold these values; the last axis is not whole blocks.
+    """
+    array, kind = np.asarray(array), _writable(type)
+    _check_rows(kind, array.shape)
+    return np.frombuffer(b"".join(_encode(array, kind)), np.uint8)
+
+
+def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """The values, `shape`, of a tensor's bytes; the reverse of `quantize`, for every type of TYPES."""
+    kind, raw = _known(type), memoryview(raw).cast("B")
+    _check_rows(kind, shape)
+    if len(raw) != _size_bytes(kind, shape):
+        raise UserError(f"{type}{list(shape)} takes {_size_bytes(kind, shape)} bytes, got {len(raw)}")
+    return _decode(lambda start, stop: raw[start:stop], kind, shape, dtype)
+
+
+# --- reading the header
+
+
+def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    cursor = _Cursor(file, size)
+    _check_magic(cursor)
+    n_tensors = cursor.count("tensors", MAX_TENSORS)
+    n_metadata = cursor.count("metadata entries", MAX_METADATA)
+    metadata: dict[str, Any] = {}
+    for index in range(n_metadata):
+        key = cursor.text(f"the key of metadata entry {index}")
+        if key in metadata:
+            raise UserError(f"metadata key {_quote(key)} comes twice")
+        metadata[key] = _value(cursor, f"metadata {_quote(key)}")
+    entries = [_entry(cursor, index) for index in range(n_tensors)]
+    alignment = _alignment(metadata)
+    start = cursor.at + -cursor.at % alignment
+    problems = [line for entry in entries for line in _wrong(entry, start, alignment, size)]
+    tensors = {} if problems else _tensors(entries, start, problems)
+    if problems:
+        more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        raise UserError.all([f"{len(problems)} bad tensors:", *(f"  {x}" for x in problems[:MAX_SHOWN] + more)])
+    return metadata, tensors
+
+
+class _Cursor:
+    """Reads on, and never further than the file and the bound on headers allow."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.at = file, size, 0
+
+    def take(self, n: int, what: str) -> bytes:
+        if n > self.size - self.at:
+            raise UserError(f"cut short or damaged: {what} takes {n} bytes at byte {self.at} of {self.size}")
+        if n > MAX_HEADER_BYTES - self.at:
+            raise UserError(f"{what} at byte {self.at} takes {n} bytes: the header may have {MAX_HEADER_BYTES} in all")
+        self.at += n
+        data = self.file.read(n)
+        if len(data) != n:
+            raise UserError(f"cut short while it was read, in {what}")
+        return data
+
+    def u32(self, what: str) -> int:
+        return _U32.unpack(self.take(4, what))[0]
+
+    def u64(self, what: str) -> int:
+        return _U64.unpack(self.take(8, what))[0]
+
+    def count(self, what: str, limit: int) -> int:
+        n = self.u64(f"the number of {what}")
+        if n > limit:
+            raise UserError(f"{n} {what}, at most {limit} are read")
+        return n
+
+    def text(self, what: str, index: int | None = None) -> str:
+        n = self.u64(what)
+        if n > MAX_STRING_BYTES:
+            raise UserError(f"{_item(what, index)}: a string of {n} bytes, at most {MAX_STRING_BYTES} are read")
+        try:
+            return self.take(n, what).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{_item(what, index)} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS = {  # metadata types that are plain numbers
+    0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
+    5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
+}  # fmt: skip
+
+_LOOKS_LIKE = (
+    (b"PK\x03\x04", "a zip archive, such as a PyTorch .bin, .pt or .pth"),
+    (b"\x80", "a Python pickle, such as an old PyTorch .bin or .pt"),
+    (b"<", "an HTML or XML page: was the download refused?"),
+    (b"version https://git-lfs", "a git-lfs pointer: git lfs pull gets the file"),
+    ((b"lmgg", b"fmgg", b"tjgg"), "an older ggml file: convert it with an older llama.cpp"),
+    (b"", "something else"),
+)
+
+
+def _check_magic(cursor: _Cursor) -> None:
+    if not cursor.size:
+        raise UserError("the file is empty")
+    head = cursor.take(min(cursor.size, 32), "the magic")
+    cursor.file.seek(0)
+    cursor.at = 0
+    if not head.startswith(MAGIC):
+        guess = "a safetensors file" if head[8:9] == b"{" else next(w for p, w in _LOOKS_LIKE if head.startswith(p))
+        raise UserError(f"not a GGUF file: it begins with {head[:4]!r} and looks like {guess}")
+    cursor.take(4, "the magic")
+    version = cursor.u32("the version")
+    if version and not version & 0xFFFF:
+        raise UserError("a big-endian GGUF file: only little-endian ones are read")
+    if version not in READABLE:
+        raise UserError(
+            f"GGUF version {version}: versions 2 and 3 are read; convert the model again with a newer llama.cpp"
+        )
+
+
+def _value(cursor: _Cursor, what: str) -> Any:
+    kind = cursor.u32(what)
+    if kind == _STRING:
+        return cursor.text(what)
+    if kind != _ARRAY:
+        return _plain(_numbers(cursor, kind, 1, what)[0])
+    kind, n = cursor.u32(what), cursor.u64(what)
+    if kind != _STRING:
+        return _numbers(cursor, kind, n, what)
+    if n > (cursor.size - cursor.at) // 8:
+        raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.at} of {cursor.size}")
+    return [cursor.text(what, index) for index in range(n)]
+
+
+def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
+    if kind == _BOOL:
+        numbers = np.frombuffer(cursor.take(n, what), np.uint8)
+        if numbers.max(initial=0) > 1:
+            raise UserError(f"{what}: a bool is 0 or 1, got {numbers.max()}")
+        return numbers.view(bool)
+    if kind not in _NUMBERS:
+        raise UserError(f"{what}: {'an array of arrays' if kind == _ARRAY else f'value type {kind}'} is not supported")
+    return np.frombuffer(cursor.take(n * _NUMBERS[kind].itemsize, what), _NUMBERS[kind])
+
+
+def _plain(number: np.generic) -> bool | int | float:
+    """A Python scalar; a float32 becomes the shortest decimal that names it, 1e-05 and not 9.99999974e-06."""
+    return float(str(number)) if number.dtype == np.float32 else number.item()
+
+
+class _Entry(NamedTuple):
+    """One line of the tensor list, as it stands in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int  # from the start of the data
+
+
+def _entry(cursor: _Cursor, index: int) -> _Entry:
+    name = cursor.text(f"the name of tensor {index}")
+    what = f"tensor {_quote(name)}"
+    n_dims = cursor.u32(what)
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise UserError(f"{what} has {n_dims} dimensions, expected 1 to {MAX_DIMS}")
+    *dims, type_id, offset = struct.unpack(f"<{n_dims}QIQ", cursor.take(8 * n_dims + 12, what))
+    return _Entry(name, tuple(reversed(dims)), type_id, offset)
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    n = metadata.get("general.alignment", ALIGNMENT)
+    if type(n) is not int or not 1 <= n <= MAX_ALIGNMENT or n & (n - 1):
+        found = n if type(n) is int else type(n).__name__
+        raise UserError(f"general.alignment is {found}, expected a power of two up to {MAX_ALIGNMENT}")
+    return n
+
+
+def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
+    """What is wrong with one entry, at most one line of it."""
+    name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
+    if not all(entry.shape):
+        yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
+    elif kind is None:
+        found = _OTHER.get(entry.type_id, f"unknown type {entry.type_id}")
+        yield f"{name} is {found}; supported are {', '.join(TYPES)}"
+    elif entry.shape[-1] % kind.block:
+        yield f"{name} has rows of {entry.shape[-1]} values, {kind.name} needs a multiple of {kind.block}"
+    elif entry.offset % alignment:
+        yield f"{name} has offset {entry.offset}, not a multiple of the alignment {alignment}"
+    elif (end := start + entry.offset + _size_bytes(kind, entry.shape)) > size:
+        yield f"{name} {kind.name}{list(entry.shape)} ends at byte {end}, the file at {size}: is it cut short?"
+
+
+def _tensors(entries: list[_Entry], start: int, problems: list[str]) -> dict[str, Tensor]:
+    """The entries by name; those that get in each other's way are added to the problems."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape, type_id, offset in entries:
+        kind = _BY_ID[type_id]
+        if name in tensors:
+            problems.append(f"{_quote(name)} comes twice")
+        tensors[name] = Tensor(name, shape, kind.name, start + offset, _size_bytes(kind, shape))
+    end, before = 0, None
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if tensor.offset < end:
+            problems.append(f"{_quote(tensor.name)} overlaps {_quote(before)}")
+        end, before = tensor.offset + tensor.size_bytes, tensor.name
+    return tensors
+
+
+def _quote(name: str) -> str:
+    """A name out of a file, fit for a message: one line, not too long."""
+    return repr(name[:100])[:120]
+
+
+def _item(what: str, index: int | None) -> str:
+    return what if index is None else f"{what}, item {index},"
+
+
+# --- writing
+
+
+def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
+    """Everything before the data, padded, and the alignment. The reader has the last word on it."""
+    alignment = _alignment(metadata)
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += [_text(key, f"metadata key {key!r}"), _pack(value, f"metadata {key!r}")]
+    offset = 0
+    for name, shape, type_, _ in tensors:
+        kind, label = _writable(type_), _text(name, f"tensor name {name!r}")
+        if len(label) - 8 > MAX_NAME_BYTES:
+            raise UserError(f"tensor name {name!r} has {len(label) - 8} bytes, llama.cpp takes {MAX_NAME_BYTES}")
+        parts += [label, struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)]
+        offset += _size_bytes(kind, shape)
+        offset += -offset % alignment
+    header = b"".join(parts)
+    header += bytes(-len(header) % alignment)
+    _parse(io.BytesIO(header), len(header) + offset)
+    return header, alignment
+
+
+def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, values: Callable[[], Any]) -> None:
+    array = np.asarray(values())
+    if array.shape != tuple(shape):
+        raise UserError(f"the values of {name} have shape {list(array.shape)}, expected {list(shape)}")
+    try:
+        for blocks in _encode(array, TYPES[type]):
+            file.write(blocks)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _pack(value: Any, what: str) -> bytes:
+    """A metadata value with its type before it."""
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _text(value, what)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        head = struct.pack("<IIQ", _ARRAY, _STRING, len(value))
+        return head + b"".join(_text(item, what) for item in value)
+    numbers = value if isinstance(value, np.ndarray | np.generic) else _typed(value, what)
+    kind = _NUMBER_TYPES.get(numbers.dtype)
+    if kind is None or numbers.ndim > 1:
+        raise UserError(f"{what} is {numbers.dtype}{list(numbers.shape)}, which GGUF cannot hold")
+    head = struct.pack("<IIQ", _ARRAY, kind, len(numbers)) if numbers.ndim else struct.pack("<I", kind)
+    return head + numbers.tobytes()
+
+
+_NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBERS.items()}}
+
+
+def _typed(value: Any, what: str) -> np.ndarray:
+    """The numpy form of a Python number or a list of them."""
+    items = value if isinstance(value, list | tuple) else [value]
+    kinds = {type(item) for item in items}
+    if kinds == {bool}:
+        return np.array(value, bool)
+    if kinds == {int}:
+        for dtype in ("<i4", "<i8", "<u8") if items is value else ("<u4", "<i4", "<i8", "<u8"):
+            if np.iinfo(dtype).min <= min(items) and max(items) <= np.iinfo(dtype).max:
+                return np.array(value, dtype)
+        raise UserError(f"{what} is beyond 64 bits")
+    if kinds == {float}:
+        largest = float(np.finfo(np.float32).max)
+        if any(largest < abs(item) < math.inf for item in items):
+            raise UserError(f"{what} is beyond float32: np.float64 keeps the wider type")
+        return np.array(value, "<f4")
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise UserError(f"{what} holds {names}: expected bool, int, float, str, a list of one of them, or numpy numbers")
+
+
+def _text(text: str, what: str) -> bytes:
+    try:
+        data = text.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+        raise UserError(f"{what} is not a text that UTF-8 can hold") from error
+    return _U64.pack(len(data)) + data
+
+
+# --- from blocks to values and back
+
+Decode = Callable[[np.ndarray, np.ndarray], None]  # blocks [n] of the layout -> fills out [n, block] float32
+Encode = Callable[[np.ndarray], np.ndarray]  # [n, block] float32 -> blocks [n] of the layout
+
+
+class _Type(NamedTuple):
+    name: str
+    id: int  # ggml's
+    block: int  # values in one
+    layout: np.dtype  # of one block
+    decode: Decode
+    encode: Encode | None = None
+
+
+def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`read(start, stop)` gives bytes of the tensor, always the next ones."""
+    out = np.empty(math.prod(shape), dtype)
+    scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
+    n_bytes = kind.layout.itemsize
+    for start in range(0, out.size, CHUNK):
+        part = out[start : start + CHUNK]
+        n = len(part) // kind.block
+        first = start // kind.block
+        data = read(first * n_bytes, (first + n) * n_bytes)
+        if len(data) != n * n_bytes:
+            raise UserError("the file has become shorter")
+        values = part if out.dtype == np.float32 else scratch[: len(part)]
+        with np.errstate(invalid="ignore"):  # a scale may be infinite or not a number: so are the values then
+            kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
+            if values is not part:
+                part[:] = values
+    return out.reshape(shape)
+
+
+def _encode(array: np.ndarray, kind: _Type) -> Iterator[bytes]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        yield kind.encode(flat[start : start + CHUNK].astype(np.float32, copy=False).reshape(-1, kind.block)).tobytes()
+
+
+def _known(type: str) -> _Type:
+    if type not in TYPES:
+        raise UserError(f"type {type!r} is not supported: one of {', '.join(TYPES)}")
+    return TYPES[type]
+
+
+def _writable(type: str) -> _Type:
+    if _known(type).encode is None:
+        raise UserError(f"type {type} can be read only: write {', '.join(n for n in TYPES if TYPES[n].encode)}")
+    return TYPES[type]
+
+
+def _check_rows(kind: _Type, shape: tuple[int, ...]) -> None:
+    if kind.block > 1 and (not shape or shape[-1] % kind.block):
+        raise UserError(f"{kind.name} takes rows of a multiple of {kind.block} values, got shape {list(shape)}")
+
+
+def _size_bytes(kind: _Type, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) // kind.block * kind.layout.itemsize
+
+
+def _decode_plain(blocks: np.ndarray, out: np.ndarray) -> None:
+    out[:, 0] = blocks
+
+
+def _decode_bf16(blocks: np.ndarray, out: np.ndarray) -> None:
+    words = out.view(np.uint32)
+    words[:, 0] = blocks
+    words <<= 16  # a bfloat16 is the upper half of a float32
+
+
+def _decode_q8_0(b: np.ndarray, out: np.ndarray) -> None:
+    out[:] = b["q"]
+    out *= _column(b["d"])
+
+
+def _decode_q4_0(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 16, out)
+    out -= 8
+    out *= _column(b["d"])
+
+
+def _decode_q4_1(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 16, out)
+    out *= _column(b["d"])
+    out += _column(b["m"])
+
+
+def _decode_q5_0(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 16, out)
+    out += np.unpackbits(b["high"], axis=1, bitorder="little") << 4
+    out -= 16
+    out *= _column(b["d"])
+
+
+def _decode_q5_1(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 16, out)
+    out += np.unpackbits(b["high"], axis=1, bitorder="little") << 4
+    out *= _column(b["d"])
+    out += _column(b["m"])
+
+
+def _decode_q4_k(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 32, out)
+    _scale_groups(b, out)
+
+
+def _decode_q5_k(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 32, out)
+    high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # bit g of byte i: value i of group g
+    out += high.reshape(out.shape) << 4
+    _scale_groups(b, out)
+
+
+def _decode_q6_k(b: np.ndarray, out: np.ndarray) -> None:
+    _nibbles(b["q"], 64, out)
+    high = (b["high"].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
+    out += high.reshape(out.shape) << 4
+    out -= 32
+    groups = out.reshape(-1, 16, 16)
+    groups *= (_column(b["d"]) * b["scales"])[..., None]
+
+
+def _column(halves: np.ndarray) -> np.ndarray:
+    return halves.astype(np.float32)[:, None]
+
+
+def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
+    """Every `width` bytes hold 2 * width values: first all the low halves, then all the high ones."""
+    packed = packed.reshape(len(packed), -1, width)
+    halves = out.reshape(len(packed), -1, 2, width)
+    halves[:, :, 0] = packed & 15
+    halves[:, :, 1] = packed >> 4
+
+
+def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
+    """Scale and minimum of the 8 groups of 32 in a block of Q4_K or Q5_K, 6 bits each in 12 bytes.
+
+    byte  0..3   scales 0..3 in the low 6 bits, top 2 bits of scales 4..7
+          4..7   minima 0..3 in the low 6 bits, top 2 bits of minima 4..7
+          8..11  low 4 bits of scales 4..7 and, above them, of minima 4..7
+    """
+    scales, minima, rest = b["scales"][:, :4], b["scales"][:, 4:8], b["scales"][:, 8:]
+    scales = np.concatenate([scales & 63, (scales >> 6 << 4) | (rest & 15)], axis=1)
+    minima = np.concatenate([minima & 63, (minima >> 6 << 4) | (rest >> 4)], axis=1)
+    groups = out.reshape(-1, 8, 32)
+    groups *= (_column(b["d"]) * scales)[..., None]
+    groups -= (_column(b["m"]) * minima)[..., None]
+
+
+def _encode_f32(x: np.ndarray) -> np.ndarray:
+    return x.astype("<f4", copy=False)
+
+
+def _encode_f16(x: np.ndarray) -> np.ndarray:
+    return _halves(x, "F16", x)
+
+
+def _encode_bf16(x: np.ndarray) -> np.ndarray:
+    words = x.view(np.uint32)
+    nearest = words + (0x7FFF + ((words >> 16) & 1))  # ties to even
+    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # a NaN stays one
+
+
+def _encode_q8_0(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    blocks = np.empty(len(x), _Q8_0)
+    blocks["d"] = _halves(scale, "Q8_0", x)[:, 0]
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
+    x = x * inverse
+    whole = np.trunc(x)
+    blocks["q"] = whole + np.trunc(2 * (x - whole))  # to the nearest, ties away from zero as in ggml
+    return blocks
+
+
+def _halves(numbers: np.ndarray, name: str, x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        halves = numbers.astype("<f2")
+    if not np.isfinite(halves).all():
+        worst = x.flat[np.argmax(np.abs(x))]
+        raise UserError(f"{name} cannot hold the value {worst:g}: write F32 or BF16, or look for what went wrong")
+    return halves
+
+
+def _layout(*fields: tuple[Any, ...]) -> np.dtype:
+    return np.dtype(list(fields))
+
+
+_D, _M = ("d", "<f2"), ("m", "<f2")  # scale and minimum
+_Q8_0 = _layout(_D, ("q", "i1", 32))
+_Q4_K = [_D, _M, ("scales", "u1", 12)]
+_Q6_K = [("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16)]
+
+TYPES: dict[str, _Type] = {
+    kind.name: kind
+    for kind in (
+        _Type("F32", 0, 1, np.dtype("<f4"), _decode_plain, _encode_f32),
+        _Type("F16", 1, 1, np.dtype("<f2"), _decode_plain, _encode_f16),
+        _Type("BF16", 30, 1, np.dtype("<u2"), _decode_bf16, _encode_bf16),
+        _Type("Q8_0", 8, 32, _Q8_0, _decode_q8_0, _encode_q8_0),
+        _Type("Q4_0", 2, 32, _layout(_D, ("q", "u1", 16)), _decode_q4_0),
+        _Type("Q4_1", 3, 32, _layout(_D, _M, ("q", "u1", 16)), _decode_q4_1),
+        _Type("Q5_0", 6, 32, _layout(_D, ("high", "u1", 4), ("q", "u1", 16)), _decode_q5_0),
+        _Type("Q5_1", 7, 32, _layout(_D, _M, ("high", "u1", 4), ("q", "u1", 16)), _decode_q5_1),
+        _Type("Q4_K", 12, 256, _layout(*_Q4_K, ("q", "u1", 128)), _decode_q4_k),
+        _Type("Q5_K", 13, 256, _layout(*_Q4_K, ("high", "u1", 32), ("q", "u1", 128)), _decode_q5_k),
+        _Type("Q6_K", 14, 256, _layout(*_Q6_K, _D), _decode_q6_k),
+    )
+}
+_BY_ID = {kind.id: kind for kind in TYPES.values()}
+_OTHER = {  # types of ggml that are not read, for the message
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip

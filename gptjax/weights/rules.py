@@ -1,0 +1,232 @@
+"""Tensor by tensor between a foreign file and the parameter tree, by a table of rules, both ways.
+
+    Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", turned)
+
+says that layer i of our stacked [L, in, out] kernel is that tensor, [out, in], turned. Nothing is guessed: a tensor
+that no rule names, one that a rule names and the file lacks, and one of another shape are refused, all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from gptjax import tree
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import abstract_params
+from gptjax.types import Params, UserError
+
+Shape = tuple[int, ...]
+_SHOWN = 20  # problems that one error lists
+
+
+class Source(Protocol):
+    """Named tensors that are read one at a time."""
+
+    def shapes(self) -> dict[str, Shape]: ...
+    def array(self, name: str) -> np.ndarray: ...
+
+
+class Form(NamedTuple):
+    """How a tensor is written elsewhere: `read` makes it ours, `write` theirs, `shape` tells theirs from ours."""
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+    shape: Callable[[Shape], Shape]
+
+
+same = Form(lambda a: a, lambda a: a, lambda shape: shape)
+turned = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
+one_more = Form(lambda a: a + 1, lambda a: a - 1, lambda shape: shape)  # a norm's scale is stored as scale - 1
+boxed = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
+
+
+def interleaved(n_head: int) -> Form:
+    """Rows of a [out, in] matrix in pairs (0, H/2), (1, H/2 + 1), ..: llama.cpp's order for Llama's q and k."""
+
+    def read(a):
+        return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
+
+    def write(a):
+        return np.swapaxes(a.T.reshape(n_head, 2, -1, a.shape[0]), 1, 2).reshape(a.T.shape)
+
+    return Form(read, write, lambda shape: shape[::-1])
+
+
+class Rule(NamedTuple):
+    """One leaf of ours and where it stands elsewhere. `{i}` in the name counts the layers."""
+
+    ours: str
+    theirs: str
+    form: Form = same
+    part: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal parts of theirs, along the last axis
+    fill: float | None = None  # written where our model has no such leaf; None: then the rule does not count
+
+
+class _Tensor(NamedTuple):
+    """One tensor of theirs with the rules that share it, in the order of their parts."""
+
+    name: str
+    layer: int | None
+    rules: tuple[Rule, ...]
+
+
+def _tensors(rules: Sequence[Rule], ours: dict[str, Any], n_layer: int) -> list[_Tensor]:
+    found: dict[str, _Tensor] = {}
+    for rule in rules:
+        if rule.ours not in ours and rule.fill is None:
+            continue
+        for i in range(n_layer) if "{i}" in rule.theirs else (None,):
+            name = rule.theirs.format(i=i)
+            before = found[name].rules if name in found else ()
+            found[name] = _Tensor(name, i, (*before, rule))
+    return list(found.values())
+
+
+def _their_shape(tensor: _Tensor, ours: dict[str, Any], blanks: dict[str, Shape]) -> Shape:
+    shapes = []
+    for rule in tensor.rules:
+        shape = ours[rule.ours].shape[tensor.layer is not None :] if rule.ours in ours else blanks[rule.ours]
+        shapes.append(tuple(shape))
+    joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes)) if tensor.rules[0].part else shapes[0]
+    return tensor.rules[0].form.shape(joined)
+
+
+def blank_shapes(cfg: ModelConfig) -> dict[str, Shape]:
+    """The shapes, without the layers, of vectors that a model may lack."""
+    D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
+    wide = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
+    shapes = {f"blocks/attn/{name}/bias": (size,) for name, size in wide.items()}
+    shapes |= {"blocks/mlp/up/bias": (F,), "blocks/mlp/gate/bias": (F,), "blocks/mlp/down/bias": (D,)}
+    norms = ("blocks/ln_1", "blocks/ln_2", "blocks/ln_1_post", "blocks/ln_2_post", "ln_f")
+    return shapes | {f"{norm}/{leaf}": (D,) for norm in norms for leaf in ("scale", "bias")}
+
+
+# ---------------------------------------------------------------- in
+
+
+def read(
+    source: Source,
+    rules: Sequence[Rule],
+    cfg: ModelConfig,
+    where: str,
+    *,
+    dtype: Any = np.float32,
+    shardings: Any = None,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> Params:
+    """The parameter tree of `cfg` from `source`, one tensor in memory beside it at a time.
+
+    Args:
+        where: the file or folder, for errors.
+        dtype: of every leaf.
+        shardings: None, one sharding, or a tree of them; a leaf goes straight to its place.
+        ignored: names that hold no parameters (masks, tables that the code computes).
+
+    Raises:
+        UserError: missing, unknown or misshapen tensors, and numbers that are not finite; all of them.
+    """
+    ours = tree.flatten(abstract_params(cfg))
+    tensors = _tensors(rules, ours, cfg.n_layer)
+    refuse(where, list(_mismatches(source.shapes(), tensors, ours, cfg, ignored)))
+    by_leaf: dict[str, list[tuple[_Tensor, Rule]]] = {path: [] for path in ours}
+    for tensor in tensors:
+        for rule in tensor.rules:
+            if rule.ours in by_leaf:
+                by_leaf[rule.ours].append((tensor, rule))
+    places = _places(shardings, ours)
+    leaves, broken = {}, []
+    for path, leaf in ours.items():
+        out = _aligned(leaf.shape, dtype)
+        for tensor, rule in by_leaf[path]:
+            array = rule.form.read(source.array(tensor.name))
+            if rule.part:
+                k, n = rule.part
+                width = array.shape[-1] // n
+                array = array[..., k * width : (k + 1) * width]
+            out[() if tensor.layer is None else tensor.layer] = array
+            if not np.isfinite(array.sum(dtype=np.float64)) and not np.isfinite(array).all():
+                broken.append(f"{tensor.name} has numbers that are not finite")
+            del array
+        leaves[path] = jax.device_put(out, places[path], may_alias=True)
+        del out
+    refuse(where, list(dict.fromkeys(broken)))
+    return tree.unflatten(leaves)
+
+
+def _mismatches(found: dict[str, Shape], tensors, ours, cfg, ignored) -> Iterator[str]:
+    blanks = blank_shapes(cfg)
+    expected = {tensor.name: _their_shape(tensor, ours, blanks) for tensor in tensors}
+    for name in expected.keys() - found.keys():
+        yield f"{name} is missing, expected shape {list(expected[name])}"
+    for name in found.keys() - expected.keys():
+        if not ignored(name):
+            yield f"{name} {list(found[name])} is unknown to this kind of model"
+    for name in expected.keys() & found.keys():
+        if tuple(found[name]) != expected[name]:
+            yield f"{name} is {list(found[name])}, expected {list(expected[name])}"
+
+
+def refuse(where: str, problems: list[str]) -> None:
+    """One error that names them all, in order; the first twenty are spelled out."""
+    if problems:
+        shown = sorted(problems)[:_SHOWN] + (
+            [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        )
+        raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
+
+
+def _places(shardings: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(ours, shardings)
+    return tree.flatten(shardings)
+
+
+def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
+    """An empty array that starts on a 64-byte border: a CPU device takes it over as it lies, without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+# ---------------------------------------------------------------- out
+
+
+class Out(NamedTuple):
+    """One tensor to write: `array()` makes it when its turn comes."""
+
+    name: str
+    shape: Shape
+    array: Callable[[], np.ndarray]
+
+
+def write(params: Params, rules: Sequence[Rule], cfg: ModelConfig) -> Iterable[Out]:
+    """The tensors of `params` as the rules name and shape them."""
+    ours, blanks = tree.flatten(params), blank_shapes(cfg)
+    covered = {rule.ours for rule in rules}
+    lost = sorted(path for path in ours if path not in covered)
+    refuse("this format has no place for", lost)
+    for tensor in _tensors(rules, ours, cfg.n_layer):
+        yield Out(
+            tensor.name,
+            _their_shape(tensor, ours, blanks),
+            lambda tensor=tensor: _their_array(tensor, ours, blanks),
+        )
+
+
+def _their_array(tensor: _Tensor, ours: dict[str, Any], blanks: dict[str, Shape]) -> np.ndarray:
+    parts = []
+    for rule in tensor.rules:
+        if rule.ours in ours:
+            leaf = ours[rule.ours]
+            parts.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+        else:
+            parts.append(np.full(blanks[rule.ours], rule.fill, np.float32))
+    joined = np.concatenate(parts, -1) if tensor.rules[0].part else parts[0]
+    return np.ascontiguousarray(tensor.rules[0].form.write(joined))
