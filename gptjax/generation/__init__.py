@@ -13,8 +13,9 @@ from gptjax.generation.sampling import (
     top_p,
 )
 from gptjax.generation.speculative import speculate
+from gptjax.model.gpt import for_decoding
 
 __all__ = [
-    "Completion", "chain", "complete", "draw", "from_config", "generate", "greedy", "min_p", "programs",
+    "Completion", "chain", "complete", "draw", "for_decoding", "from_config", "generate", "greedy", "min_p", "programs",
     "repetition_penalty", "speculate", "stream", "temperature", "top_k", "top_p",
 ]  # fmt: skip

@@ -1,0 +1,165 @@
+"""Generation speed beside transformers on PyTorch (GPT-2's 124M shape, random weights) and beside llama.cpp.
+
+    python tests/bench/decode.py                 batch 1, batch 8 and a prompt of 512, float32 and bfloat16, 3 rounds
+    python tests/bench/decode.py --llama-cpp     SmolLM2-135M-Instruct from the same GGUF file as llama.cpp
+
+Needs `pip install -e '.[parity]'`. Every cell is its own process, run in turn, so that both sides meet the same state
+of the machine; the ratio is taken round by round. transformers runs eagerly with each of its caches and attentions,
+and its best counts. Decoding is timed over 128 new tokens after a prompt of 16; reading the prompt is timed as one
+new token after 512, so it holds one step of decoding too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+#               batch, prompt, new tokens
+CASES = {"batch 1": (1, 16, 128), "batch 8": (8, 16, 128), "prompt": (1, 512, 1)}
+SIDES = ("transformers-float32", "gptjax-float32", "transformers-bfloat16", "gptjax-bfloat16")
+REPEATS = 3
+
+
+def fastest(call) -> float:
+    call()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def prompt_ids(batch: int, size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 50257, (batch, size))
+
+
+def transformers_cell(dtype: str) -> dict:
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    out: dict[str, float] = {}
+    for attention in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        cfg = GPT2Config(attn_implementation=attention, eos_token_id=None, bos_token_id=None)
+        model = GPT2LMHeadModel(cfg).to(getattr(torch, dtype)).eval()
+        for cache in ("dynamic", "static"):
+            for name, (batch, size, new) in CASES.items():
+                ids = torch.from_numpy(prompt_ids(batch, size))
+
+                def call(ids=ids, new=new, cache=cache, model=model):
+                    model.generate(
+                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                        do_sample=False, cache_implementation=cache, disable_compile=True, pad_token_id=0,
+                    )  # fmt: skip
+
+                out[name] = min(out.get(name, 1e9), fastest(call))
+    return out
+
+
+def gptjax_cell(dtype: str) -> dict:
+    import jax
+
+    from gptjax import ModelConfig, generate, init_params
+    from gptjax.generation import for_decoding
+
+    cfg = ModelConfig(vocab_size=50257, dtype=dtype)
+    params = for_decoding(jax.jit(lambda key: init_params(key, cfg))(jax.random.key(0)), cfg)
+    out = {}
+    for name, (batch, size, new) in CASES.items():
+        prompts = prompt_ids(batch, size).tolist()
+        out[name] = fastest(
+            lambda prompts=prompts, new=new: generate(
+                params, prompts, cfg, max_new_tokens=new, key=jax.random.key(0), cache_dtype=dtype
+            )
+        )
+    return out
+
+
+def run_cell(side: str, limit_s: float) -> dict | None:
+    command = [sys.executable, __file__, "--cell", side]
+    try:
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def against_llama_cpp() -> None:
+    """Greedy tokens a second after one prompt, and tokens a second of reading a prompt of 512."""
+    import jax
+    import xllamacpp
+
+    import gptjax
+    from gptjax import assets
+    from gptjax.generation import for_decoding
+
+    path = assets.fetch("smollm2-135m-instruct")
+    params, cfg = gptjax.load(path)
+    quick = for_decoding(params, cfg)
+    ids = np.random.default_rng(0).integers(100, 49000, 512).tolist()
+    key = jax.random.key(0)
+    decode = fastest(lambda: gptjax.generate(quick, [ids[:16]], cfg, max_new_tokens=128, key=key))
+    prefill = fastest(lambda: gptjax.generate(quick, [ids], cfg, max_new_tokens=1, key=key))
+    ours = dict(decode=128 / decode, prefill=512 / prefill)
+
+    common = xllamacpp.CommonParams()
+    common.model.path = str(path)
+    common.n_ctx, common.n_parallel, common.warmup = 1024, 1, True
+    common.cpuparams.n_threads = common.cpuparams_batch.n_threads = os.cpu_count()
+    server = xllamacpp.Server(common)
+    request = dict(temperature=0.0, cache_prompt=False, ignore_eos=True)
+    theirs = {"decode": 0.0, "prefill": 0.0}
+    for _ in range(REPEATS):
+        for name, prompt, new in (("decode", ids[:16], 128), ("prefill", ids, 1)):
+            timings = server.handle_completions({**request, "prompt": prompt, "max_tokens": new, "n_predict": new})["timings"]
+            theirs[name] = max(theirs[name], timings["predicted_per_second" if name == "decode" else "prompt_per_second"])
+    for name, rate in ours.items():
+        print(f"{name:8} gptjax {rate:7.1f} tok/s, llama.cpp {theirs[name]:7.1f} tok/s, ratio {rate / theirs[name]:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
+    parser.add_argument("--llama-cpp", action="store_true")
+    parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
+    args = parser.parse_args()
+    if args.cell:
+        library, dtype = args.cell.split("-")
+        print(json.dumps({"transformers": transformers_cell, "gptjax": gptjax_cell}[library](dtype)))
+        return
+    if args.llama_cpp:
+        against_llama_cpp()
+        return
+    results: dict[str, list[dict | None]] = {side: [] for side in args.sides}
+    for _ in range(args.rounds):
+        for side in args.sides:
+            if None not in results[side]:
+                results[side].append(run_cell(side, args.limit))
+    for side, rounds in results.items():
+        if None in rounds:
+            print(f"{side}: given up after {args.limit:.0f} s")
+            continue
+        for name, (batch, size, new) in CASES.items():
+            seconds = statistics.median(r[name] for r in rounds)
+            rate = batch * (size if new == 1 else new) / seconds
+            line = f"{name:8} {side:22} {seconds:7.3f} s {rate:8.1f} tok/s"
+            peer = results.get(f"transformers-{side.split('-')[1]}", [])
+            if side.startswith("gptjax") and peer and None not in peer:
+                ratios = [p[name] / r[name] for p, r in zip(peer, rounds, strict=True)]
+                line += f", x transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
