@@ -3,6 +3,8 @@
 tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
 tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
 tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
+tok = tokenizers.load("SmolLM2-135M")       a model's folder: tokenizer.json of Hugging Face, vocab.json and merges.txt
+tok = tokenizers.load("model.gguf")         the vocabulary inside a GGUF file
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -12,15 +14,25 @@ import difflib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import TokenizerConfig
-from gptjax.tokenizers.base import FILE, FORMAT, VERSION, Tokenizer, refuse, string_list
+from gptjax.tokenizers.base import (
+    FILE,
+    FORMAT,
+    SETTINGS,
+    VERSION,
+    Tokenizer,
+    parse_json,
+    read_text,
+    refuse,
+    string_list,
+)
 from gptjax.types import UserError
 
-__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "build", "load", "loads", "train"]
+__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "build", "extend", "load", "loads", "train"]
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
@@ -31,12 +43,12 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> module and class, imported when
     "bpe": ("bpe", "BPE"),
     "wordpiece": ("subwords", "WordPiece"),
     "unigram": ("subwords", "Unigram"),
+    "hf": ("hf", "HF"),
 }
-MAX_FILE_BYTES = 256 << 20
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """A known tokenizer, a saved file, or the tokenizer of a folder or run directory.
+    """A known tokenizer, a saved file, the tokenizer of a folder or run directory, or that of a Hugging Face model.
 
     Raises:
         UserError: nothing of that name, or a file that is not a whole and consistent tokenizer.
@@ -46,10 +58,16 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     if name_or_path == "bytes":
         return _module("chars").Bytes()
     path = Path(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        from gptjax import gguf
+
+        return _module("gguf").from_metadata(gguf.read(path).metadata)
     candidates = [path / "final" / FILE, path / FILE] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():
             return _load_file(candidate)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return _module("hf").from_folder(path)
     raise UserError(_not_found(str(name_or_path), path))
 
 
@@ -85,30 +103,48 @@ def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer
 
 def loads(text: str, where: str = "tokenizer") -> Tokenizer:
     """A tokenizer from the text of its file."""
-    try:
-        data = json.loads(text, object_pairs_hook=_no_key_twice)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise UserError(f"{where}: {error}") from None
-        raise UserError(f"{where}: not a whole JSON file ({error}); train or copy it again") from None
-    try:
-        _check_header(data)
-        tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
-        _check_ids(data, tokenizer)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return tokenizer
+    return _from_data(parse_json(text, where), where)
+
+
+def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The same tokenizer with more special tokens: their ids follow, all other ids stay.
+
+    Raises:
+        UserError: a name that the vocabulary has already, or that is empty or stands there twice.
+    """
+    problems: list[str] = []
+    string_list(list(_strings(names)), "names", problems)
+    known = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    problems += [f"{name!r:.60} is a token already, its id is {known[name]}" for name in names if name in known]
+    refuse(tokenizer.kind, problems)
+    data = json.loads(tokenizer.dumps())
+    data["special_tokens"] |= {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
+    data["vocab_size"] += len(names)
+    return _from_data(data, "extend")
 
 
 def _load_file(path: Path) -> Tokenizer:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise UserError(f"{path}: {size:,} bytes, more than a tokenizer file can have ({MAX_FILE_BYTES:,})")
+    data = parse_json(read_text(path), str(path))
+    if _is_hf(data):
+        return _module("hf").from_folder(path.parent, data)
+    return _from_data(data, str(path))
+
+
+def _is_hf(data: Any) -> bool:
+    return isinstance(data, dict) and "format" not in data and "model" in data
+
+
+def _from_data(data: Any, where: str) -> Tokenizer:
     try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
-    return loads(text, str(path))
+        if _is_hf(data):
+            return _module("hf").from_data(data)
+        _check_header(data)
+        tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
+        tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
+        _check_ids(data, tokenizer)
+        return tokenizer.replace(**{name: data[name] for name in SETTINGS if name in data})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _check_header(data: Any) -> None:
@@ -143,15 +179,6 @@ def _check_ids(data: dict[str, Any], tokenizer: Tokenizer) -> None:
     refuse(tokenizer.kind, problems)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else ["a key"]
-        raise UserError(f"{', '.join(twice)} stands there twice")
-    return data
-
-
 def _strings(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, str):
         raise UserError("texts: expected several texts (a list, a generator), got one string; write [text]")
@@ -161,6 +188,11 @@ def _strings(texts: Iterable[str]) -> Iterable[str]:
 def _not_found(name: str, path: Path) -> str:
     if name in TRAINED:
         return f"a {name} tokenizer has to be trained: tokenizers.train({name!r}, texts), or `gptjax tokenizer train`"
+    if (path / "tokenizer.model").is_file():
+        return (
+            f"{path}: tokenizer.model alone cannot be read; transformers writes a tokenizer.json beside it: "
+            f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+        )
     if path.is_dir():
         return f"{path}: no {FILE} and no final/{FILE} in this folder"
     return f"no tokenizer called {name!r} and no such file{_near(name, READY + TRAINED)}"

@@ -1,7 +1,8 @@
 """What every tokenizer promises, and the parts they share.
 
 A tokenizer turns text into ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are ids that no
-ordinary text produces: their text inside an input is refused until the caller says what is meant.
+ordinary text produces: their text inside an input is refused until the caller says what is meant. Added tokens, which
+only vocabularies of loaded models have, are whole pieces too, but their text always means their id.
 
     encode("a<|endoftext|>b")                                      UserError, it names the two ways out:
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   the id of the special token
@@ -10,15 +11,17 @@ ordinary text produces: their text inside an input is refused until the caller s
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -27,9 +30,14 @@ from gptjax.types import UserError
 FILE = "tokenizer.json"
 FORMAT = "gptjax-tokenizer"
 VERSION = 1
+MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # models that chat end a turn with another token
 
 Special = Collection[str] | Literal["all"]
+
+# What a model says of its tokenizer, beside the vocabulary; saved when it is not this.
+SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "chat_template": None}
 
 
 class Tokenizer(Protocol):
@@ -39,6 +47,12 @@ class Tokenizer(Protocol):
     vocab_size: int
     special_tokens: dict[str, int]
     eot_id: int | None  # stands between documents; None: this kind has no special tokens
+    added_tokens: Mapping[str, int]
+    bos_id: int | None  # `encode` never writes it
+    eos_ids: tuple[int, ...]  # any of them ends what the model says
+    pad_id: int | None
+    add_bos: bool  # the model's texts begin with bos_id
+    chat_template: str | None  # Jinja, see chat.py
 
     @property
     def fingerprint(self) -> str: ...
@@ -58,6 +72,32 @@ class Base:
     vocab_size: int
     special_tokens: dict[str, int]
     eot_id: int | None
+    added_tokens: Mapping[str, int] = MappingProxyType({})
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    add_bos: bool = False
+    chat_template: str | None = None
+
+    def replace(self, **settings: Any) -> Self:
+        """The same tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
+
+        Raises:
+            UserError: no such setting, an id outside the vocabulary, a template that is no text.
+        """
+        problems = _wrong_settings(settings, self.vocab_size)
+        refuse(self.kind, problems)
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.__dict__.update(settings)
+        other.eos_ids = tuple(other.eos_ids)
+        return other
+
+    def grow(self, names: Iterable[str]) -> None:
+        """More special tokens after the last id, in place: for one that was made just now. See `extend`."""
+        new = {name: self.vocab_size + i for i, name in enumerate(names)}
+        self.special_tokens = {**self.special_tokens, **new}
+        self.vocab_size += len(new)
 
     def data(self) -> dict[str, Any]:
         """What the saved file holds beside the header, as plain JSON values."""
@@ -109,23 +149,26 @@ class Base:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _pieces(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """(plain text, None) and (special token, its id), in order."""
+        """(plain text, None) and (special or added token, its id), in order."""
+        allowed = self._allowed(text, allowed, disallowed)
+        whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
+        start = 0
+        for found in _alternatives(frozenset(whole)).finditer(text) if whole else ():
+            if found.start() > start:
+                yield text[start : found.start()], None
+            yield found[0], whole[found[0]]
+            start = found.end()
+        if start < len(text):
+            yield text[start:], None
+
+    def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
+        """The special tokens that mean their id; refuses a text that holds a disallowed one."""
         _check_text(text)
         allowed = self._named(allowed, "allowed_special")
         refused = self._named(disallowed, "disallowed_special") - allowed
         if refused and (found := _alternatives(frozenset(refused)).search(text)):
             raise UserError(_refusal(found))
-        if not allowed:
-            yield text, None
-            return
-        start = 0
-        for found in _alternatives(frozenset(allowed)).finditer(text):
-            if found.start() > start:
-                yield text[start : found.start()], None
-            yield found[0], self.special_tokens[found[0]]
-            start = found.end()
-        if start < len(text):
-            yield text[start:], None
+        return allowed
 
     def _named(self, names: Special, where: str) -> set[str]:
         if names == "all":
@@ -148,7 +191,7 @@ class Base:
             UserError: an id outside 0 .. vocab_size-1.
         """
         ids = self._checked(ids)
-        names = {i: name for name, i in self.special_tokens.items()}
+        names = {i: name for name, i in {**self.special_tokens, **self.added_tokens}.items()}
         cuts = np.flatnonzero(np.isin(ids, list(names))) if names else np.zeros(0, int)
         text, start = "", 0
         for cut in cuts:
@@ -180,7 +223,8 @@ class Base:
             "vocab_size": self.vocab_size,
             "special_tokens": self.special_tokens,
         }
-        return json.dumps(header | self.data(), ensure_ascii=False, indent=0) + "\n"
+        settings = {name: value for name, usual in SETTINGS.items() if (value := getattr(self, name)) != usual}
+        return json.dumps(header | settings | self.data(), ensure_ascii=False, indent=0) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the tokenizer as one file: `path` itself if it ends in .json, else `path`/tokenizer.json."""
@@ -234,6 +278,27 @@ def _refusal(found: re.Match[str]) -> str:
     )
 
 
+def _wrong_settings(settings: Mapping[str, Any], vocab_size: int) -> list[str]:
+    def is_id(value: Any) -> bool:
+        return type(value) is int and 0 <= value < vocab_size
+
+    problems = [f"no setting {name!r:.60} (has: {', '.join(SETTINGS)})" for name in settings if name not in SETTINGS]
+    problems += [
+        f"{name}: expected an id in 0 .. {vocab_size - 1}, got {settings[name]!r:.60}"
+        for name in ("bos_id", "pad_id")
+        if settings.get(name) is not None and not is_id(settings[name])
+    ]
+    eos = settings.get("eos_ids", ())
+    if not isinstance(eos, list | tuple) or not all(map(is_id, eos)):
+        problems.append(f"eos_ids: expected a list of ids in 0 .. {vocab_size - 1}, got {eos!r:.60}")
+    if type(settings.get("add_bos", False)) is not bool:
+        problems.append(f"add_bos: expected true or false, got {settings['add_bos']!r:.60}")
+    template = settings.get("chat_template")
+    if template is not None and not (isinstance(template, str) and _is_utf8(template)):
+        problems.append(f"chat_template: expected a text, got {template!r:.60}")
+    return problems
+
+
 def refuse(kind: str, problems: list[str]) -> None:
     """Raises one UserError for all that is wrong with a tokenizer file, the first ten in full."""
     if problems:
@@ -268,3 +333,45 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def found_in(text: str, names: Iterable[str]) -> set[str]:
+    """Those of the names that stand in the text, the longest where several would fit."""
+    names = frozenset(names)
+    return set(_alternatives(names).findall(text)) if names else set()
+
+
+def read_text(path: Path) -> str:
+    """The text of a tokenizer's file, UTF-8 and not too large."""
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{path}: {size:,} bytes, more than a tokenizer file can have ({MAX_FILE_BYTES:,})")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The JSON value of a text, where no object has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_key_twice)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a whole JSON file ({error}); train or copy it again") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else ["a key"]
+        raise UserError(f"{', '.join(twice)} stands there twice")
+    return data
+
+
+def end_of_document(tokenizer: Base) -> int | None:
+    """The id that stands between documents: by its name, else the one that ends what the model says."""
+    named = [tokenizer.special_tokens[name] for name in END_OF_DOCUMENT if name in tokenizer.special_tokens]
+    return next(iter([*named, *tokenizer.eos_ids]), None)

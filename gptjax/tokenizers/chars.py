@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
+from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse
 from gptjax.types import UserError
 
 
@@ -21,7 +21,6 @@ class Chars(Base):
 
     kind = "chars"
     name = "chars"
-    eot_id = None
 
     def __init__(self, chars: str) -> None:
         """`chars` in the order of their ids; all different."""
@@ -43,6 +42,10 @@ class Chars(Base):
             problems.append("chars: lone surrogates are not characters")
         refuse("chars", problems)
         return cls(chars)
+
+    @property
+    def eot_id(self) -> int | None:
+        return end_of_document(self)  # None until `extend` gives it one
 
     def data(self) -> dict[str, Any]:
         return {"chars": self.chars}

@@ -164,14 +164,14 @@ def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, where: str) -> Mode
     """Llama 3's scaling, which a file holds as a factor for each frequency, back to the four numbers it was made of."""
 
     for factor in sorted({float(np.round(factors.max(), 4)), 8.0, 32.0}):
-        for original in (8192, 4096, 2048, 1024):
+        for original in (8192, *(2**power for power in range(4, 18))):
             tried = dataclasses.replace(
                 cfg, rope_scaling="llama3", rope_factor=factor, rope_slow=1.0, rope_fast=4.0,
                 rope_original_context=original,
             )  # fmt: skip
             if np.allclose(rope_factors(tried), factors, rtol=1e-3):
                 return tried
-    raise UserError(f"{where}: rope_freqs.weight is not Llama 3's scaling with any context of 1024 to 8192")
+    raise UserError(f"{where}: rope_freqs.weight is not Llama 3's scaling of any context that is a power of two")
 
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:

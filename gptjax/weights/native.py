@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config, tree
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
+from gptjax.weights import safetensors
+from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, MODEL = "model.safetensors", "model.json"
@@ -51,7 +52,9 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_weights(partial / WEIGHTS, params)
+        leaves = tree.flatten(params)
+        out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
+        safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
         body = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(cfg)}
         (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -85,7 +88,7 @@ def recover_folder(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Params, ModelConfig]:
+def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: Any = None) -> tuple[Params, ModelConfig]:
     """Parameters and model of a run directory (its final/, else its best/) or of such a folder itself.
 
     Raises:
@@ -93,13 +96,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Params, ModelConfig]:
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
-    arrays = _read_weights(folder / WEIGHTS)
-    expected = tree.flatten(abstract_params(cfg))
-    problems = list(_differences(expected, arrays))
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise UserError.all([f"{folder / WEIGHTS} does not fit {folder / MODEL}:", *(f"  {line}" for line in shown)])
-    return jax.tree.map(jnp.asarray, tree.unflatten({path: arrays[path] for path in expected})), cfg
+    rules = [Rule(path, path) for path in tree.flatten(abstract_params(cfg))]
+    source = safetensors.open_file(folder / WEIGHTS)
+    return read(source, rules, cfg, str(folder / WEIGHTS), dtype=dtype, shardings=shardings), cfg
 
 
 def find(path: str | os.PathLike[str]) -> Path:
@@ -127,41 +126,6 @@ def read_model(path: Path) -> ModelConfig:
         return config.from_dict({"model": body["model"]}).model
     except UserError as error:
         raise UserError(f"{path}:\n{error}") from error
-
-
-def _write_weights(path: Path, params: Params) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in tree.flatten(jax.device_get(params)).items()}
-    try:
-        save_file(arrays, path, metadata={"format": FORMAT})
-    except SafetensorError as error:  # a full disk comes as this, not as an OSError
-        raise OSError(str(error)) from error
-
-
-def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _differences(expected: dict[str, Any], arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    for name in sorted(expected.keys() - arrays.keys()):
-        yield f"{name} is missing, expected {_kind(expected[name])}"
-    for name in sorted(arrays.keys() - expected.keys()):
-        yield f"{name} {_kind(arrays[name])} is unknown to this model"
-    for name in sorted(expected.keys() & arrays.keys()):
-        if _kind(expected[name]) != _kind(arrays[name]):
-            yield f"{name} is {_kind(arrays[name])}, expected {_kind(expected[name])}"
-
-
-def _kind(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
 def _sync(path: Path) -> None:

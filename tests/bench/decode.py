@@ -120,10 +120,16 @@ def against_llama_cpp() -> None:
     theirs = {"decode": 0.0, "prefill": 0.0}
     for _ in range(REPEATS):
         for name, prompt, new in (("decode", ids[:16], 128), ("prefill", ids, 1)):
-            timings = server.handle_completions({**request, "prompt": prompt, "max_tokens": new, "n_predict": new})["timings"]
-            theirs[name] = max(theirs[name], timings["predicted_per_second" if name == "decode" else "prompt_per_second"])
+            timings = server.handle_completions({**request, "prompt": prompt, "max_tokens": new, "n_predict": new})[
+                "timings"
+            ]
+            theirs[name] = max(
+                theirs[name], timings["predicted_per_second" if name == "decode" else "prompt_per_second"]
+            )
     for name, rate in ours.items():
-        print(f"{name:8} gptjax {rate:7.1f} tok/s, llama.cpp {theirs[name]:7.1f} tok/s, ratio {rate / theirs[name]:.2f}")
+        print(
+            f"{name:8} gptjax {rate:7.1f} tok/s, llama.cpp {theirs[name]:7.1f} tok/s, ratio {rate / theirs[name]:.2f}"
+        )
 
 
 def main() -> None:

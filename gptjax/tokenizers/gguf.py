@@ -1,0 +1,300 @@
+"""The vocabulary inside a GGUF file, in and out: the keys `tokenizer.*` of its metadata.
+
+    tok = from_metadata(gguf.read("model.gguf").metadata)
+    gguf.write(path, {**of_the_model, **to_metadata(tok)}, tensors)
+
+llama.cpp has two kinds that matter here. `gpt2` is byte-level BPE: tokens in GPT-2's alphabet, a list of merges, and
+`pre`, the name of a way to cut words. `llama` is SentencePiece's BPE: no merges, of all neighbours that make a token
+those with the highest score are joined; blanks are written as `▁`, and characters that are no token as bytes `<0xE2>`.
+
+Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.tokenizers import hf
+from gptjax.tokenizers.base import refuse, string_list
+from gptjax.tokenizers.bpe import alphabet, foreign, printable, token_bytes
+from gptjax.tokenizers.chars import Chars
+from gptjax.types import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
+SPECIAL = (UNKNOWN, CONTROL, UNUSED)
+BLANK = "▁"
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these by name too
+
+
+class Pre(NamedTuple):
+    """How a pre-tokenizer of llama.cpp is done here: a key of SCHEMES, and two flags that the file does not hold."""
+
+    scheme: str
+    nfc: bool = False  # the model's own tokenizer normalizes; llama.cpp does not
+    ignore_merges: bool = False
+
+
+PRE = {
+    "gpt-2": Pre("gpt2"),
+    "default": Pre("gpt2"),
+    "olmo": Pre("gpt2", nfc=True),
+    "smollm": Pre("smollm"),
+    "llama-bpe": Pre("llama3", ignore_merges=True),
+    "llama3": Pre("llama3", ignore_merges=True),
+    "llama-v3": Pre("llama3", ignore_merges=True),
+    "dbrx": Pre("llama3"),
+    "qwen2": Pre("qwen2", nfc=True),
+}
+
+
+# --- in
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> Any:
+    """The tokenizer that a GGUF file's metadata describe.
+
+    Raises:
+        UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
+    """
+    tokens, types = _tokens(metadata)
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f"tokenizer.ggml.model: expected gpt2 or llama, got {kind!r:.60}")
+    tokenizer = _chars(tokens, types) if kind == "gpt2" else None
+    if tokenizer is None:
+        parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
+        added = [(i, token, types[i]) for i, token in enumerate(tokens) if types[i] in (*SPECIAL, USER_DEFINED)]
+        parts["added_tokens"] = [hf.added_token(token, i, type in SPECIAL) for i, token, type in added]
+        tokenizer = hf.from_data(parts)
+    default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _ADD_BOS
+    turn = [tokenizer.special_tokens[name] for name in END_OF_TURN if name in tokenizer.special_tokens]
+    eos = [i for key in ("eos", "eot") if (i := _id(metadata, key)) is not None] + turn
+    eos = [i for at, i in enumerate(eos) if i not in eos[:at]]
+    bos, adds = _id(metadata, "bos"), metadata.get("tokenizer.ggml.add_bos_token", default_bos)
+    return tokenizer.replace(
+        bos_id=bos,
+        eos_ids=tuple(eos),
+        pad_id=_id(metadata, "padding"),
+        add_bos=bool(adds) and bos is not None,
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # unless the file says otherwise
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    problems: list[str] = []
+    tokens = string_list(metadata.get("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", problems)
+    if not tokens and not problems:
+        problems.append("tokenizer.ggml.tokens: the vocabulary is empty")
+    types = _numbers(metadata, "token_type", "iu", len(tokens), problems)
+    refuse("gguf", problems)
+    return tokens, [NORMAL] * len(tokens) if types is None else types
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
+    """The list under tokenizer.ggml.`key`, one number a token; None if it is not there."""
+    key = f"tokenizer.ggml.{key}"
+    if key not in metadata:
+        return None
+    try:
+        numbers = np.asarray(metadata[key])
+    except ValueError:
+        numbers = np.array("ragged")
+    if numbers.shape != (n,) or numbers.dtype.kind not in kinds or not np.isfinite(numbers).all():
+        problems.append(f"{key}: expected {n} numbers, one a token, got {numbers.dtype}{list(numbers.shape)}")
+        return None
+    return numbers.tolist()
+
+
+def _id(metadata: Mapping[str, Any], key: str) -> int | None:
+    i = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    return int(i) if isinstance(i, np.integer) else i
+
+
+def _chars(tokens: list[str], types: list[int]) -> Chars | None:
+    """The tokenizer of characters, if that is what `to_metadata` was given: every token is one, then special ones."""
+    n = types.count(NORMAL)
+    if types[:n] != [NORMAL] * n or not set(types[n:]) <= set(SPECIAL) or foreign(tokens[:n], ""):
+        return None
+    chars = [token_bytes(token).decode(errors="replace") for token in tokens[:n]]
+    if n == 0 or any(len(char) != 1 or printable(char.encode()) != tokens[i] for i, char in enumerate(chars)):
+        return None
+    tokenizer = Chars("".join(chars))
+    tokenizer.grow(tokens[n:])
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in list(PRE):
+        raise UserError(f"tokenizer.ggml.pre: expected one of {', '.join(PRE)}, got {name!r:.60}")
+    problems: list[str] = []
+    merges = string_list(metadata.get("tokenizer.ggml.merges"), "tokenizer.ggml.merges", problems)
+    refuse("gguf", problems)
+    pre, vocab = PRE[name], {token: i for i, token in enumerate(tokens)}
+    model = hf.bpe_model(vocab, merges, pre.ignore_merges)
+    return {**hf.byte_level_parts(pre.scheme, pre.nfc), "model": model}
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    problems: list[str] = []
+    scores = _numbers(metadata, "scores", "f", len(tokens), problems)
+    if scores is None and not problems:
+        problems.append("tokenizer.ggml.scores is missing: it says which neighbours are joined first")
+    refuse("gguf", problems)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    known = type(unknown) is int and unknown < len(tokens) and types[unknown] == UNKNOWN
+    pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL}
+    model = hf.bpe_model(
+        vocab, _by_score(pieces), False,
+        unk_token=tokens[unknown] if known else None, fuse_unk=True, byte_fallback=BYTE in types,
+    )  # fmt: skip
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    return {**_blanks(prefix), "pre_tokenizer": None, "model": model}
+
+
+def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
+    """All pairs of pieces that make a piece, the pieces with the highest score first."""
+    ranked = sorted(pieces, key=lambda piece: -pieces[piece])
+    cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
+    return [[left, right] for left, right in cuts if left in pieces and right in pieces]
+
+
+def _blanks(prefix: bool) -> dict[str, Any]:
+    """How blanks become `▁` and come back, with one before the text or without."""
+    before = [{"type": "Prepend", "prepend": BLANK}] * prefix
+    after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
+    to_blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    back = {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*before, to_blank]},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *after]},
+    }
+
+
+# --- out
+
+
+def to_metadata(tokenizer: Any) -> dict[str, Any]:
+    """The keys of a GGUF file from which llama.cpp gives the same ids: lists of str, numpy arrays, int, bool, str.
+
+    A model of characters has no token that ends a text, and llama.cpp then stops at id 11; see `extend`.
+
+    Raises:
+        UserError: a kind of vocabulary that llama.cpp has no place for.
+    """
+    make = {"bpe": _from_bpe, "bytes": _from_bytes, "chars": _from_chars, "hf": _from_hf}.get(tokenizer.kind)
+    if make is None:
+        raise UserError(
+            f"a {tokenizer.kind} tokenizer cannot go into a GGUF file: llama.cpp cuts words by other rules; "
+            "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
+        )
+    metadata, ordinary = make(tokenizer)
+    special = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    if twice := sorted(ordinary.keys() & special.keys())[:3]:
+        raise UserError(f"GGUF needs a different text for each token; these are pieces and special tokens: {twice}")
+    ids = ordinary | special
+    types = np.full(len(ids), NORMAL, np.int32)
+    types[list(tokenizer.special_tokens.values())] = CONTROL
+    types[list(tokenizer.added_tokens.values())] = USER_DEFINED
+    if metadata["tokenizer.ggml.model"] == "llama":
+        types[[i for token, i in ids.items() if _BYTE.fullmatch(token)]] = BYTE
+    if (unknown := metadata.get("tokenizer.ggml.unknown_token_id")) is not None:
+        types[unknown] = UNKNOWN
+    eos = tokenizer.eos_ids or (() if tokenizer.eot_id is None else (tokenizer.eot_id,))
+    roles = {"bos": tokenizer.bos_id, "eos": eos[0] if eos else None, "padding": tokenizer.pad_id}
+    roles["eot"] = eos[1] if len(eos) > 1 else None
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
+    return {
+        **metadata,
+        "tokenizer.ggml.tokens": sorted(ids, key=ids.__getitem__),
+        "tokenizer.ggml.token_type": types,
+        **{f"tokenizer.ggml.{role}_token_id": i for role, i in roles.items() if i is not None},
+        "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
+        **template,
+    }
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+Vocabulary = tuple[dict[str, Any], dict[str, int]]  # metadata of its own, and the ids of the ordinary tokens
+
+
+def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
+    names = {"model": "gpt2", "pre": pre, "merges": merges}
+    return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ids
+
+
+def _from_bpe(tokenizer: Any) -> Vocabulary:
+    pre = {"gpt2": "gpt-2", "llama3": "llama-bpe"}.get(tokenizer.scheme, tokenizer.scheme)
+    made = {merge.replace(" ", "") for merge in tokenizer.merges}
+    whole = [token for token in map(printable, tokenizer.ranks) if len(token) > 1 and token not in made]
+    if whole and not PRE[pre].ignore_merges:
+        raise UserError(
+            f"{len(whole)} tokens, first {whole[0]!r}, stand for a word that no merges make; "
+            f"llama.cpp knows such tokens only with words cut as {', '.join(_ADD_BOS)}"
+        )
+    return _gpt2(pre, tokenizer.merges, {printable(token): i for token, i in tokenizer.ranks.items()})
+
+
+def _from_bytes(tokenizer: Any) -> Vocabulary:
+    return _gpt2("gpt-2", [], dict(alphabet()))
+
+
+def _from_chars(tokenizer: Any) -> Vocabulary:
+    """A character of several bytes becomes a token of several letters of GPT-2's alphabet, and is joined from them."""
+    ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
+    merges = {f"{token[:at]} {token[at]}": None for token in ids for at in range(1, len(token))}
+    return _gpt2("gpt-2", list(merges), ids)
+
+
+def _from_hf(tokenizer: Any) -> Vocabulary:
+    """SentencePiece's BPE, where the order of the merges becomes a score for each token."""
+    data = tokenizer.data()["tokenizer"]
+    model, prefix, ids = data["model"], _prefix(data), hf.check(data)
+    refusal = UserError(
+        "this tokenizer cannot go into a GGUF file: llama.cpp has no way to cut text that gives the same ids; "
+        "export with `gptjax export hf` instead"
+    )
+    if model.get("type") != "BPE" or model.get("byte_fallback") is not True or prefix is None:
+        raise refusal
+    merges = hf.pairs(model.get("merges"), ids)
+    made = [left + right for left, right in merges]
+    rank = {token: i for i, token in enumerate(dict.fromkeys(made))}
+    ordinary = {
+        token: i for token, i in ids.items() if token not in tokenizer.special_tokens | dict(tokenizer.added_tokens)
+    }
+    pieces = [token for token in ordinary if not _BYTE.fullmatch(token)]
+    if any(rank[b] < rank[a] for a, b in itertools.pairwise(made)) or 2 in hf.piece_counts(ids, merges, pieces):
+        raise refusal
+    tokens = sorted(ids, key=ids.__getitem__)
+    names = {"model": "llama", "scores": np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)}
+    names |= {"pre": "default", "add_space_prefix": prefix}
+    if model.get("unk_token") in ids:
+        names["unknown_token_id"] = ids[model["unk_token"]]
+    return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
+
+
+def _prefix(data: Mapping[str, Any]) -> bool | None:
+    """Is a blank put before the text? None: blanks are not written as `▁`, or words are cut at them."""
+    normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
+    with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))
+    if before in (None, _AT_BLANKS) and normalizer in (with_blank, without, without["normalizers"][0]):
+        return normalizer == with_blank
+    if normalizer is None and before in [_METASPACE | {"prepend_scheme": where} for where in _PREFIX]:
+        return _PREFIX[before["prepend_scheme"]]
+    return None
+
+
+# Gemma's: it cuts nothing, since the normalizer leaves no blank.
+_AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+_METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
+_PREFIX = {"never": False, "first": True, "always": True}

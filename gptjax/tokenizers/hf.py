@@ -1,0 +1,550 @@
+"""tokenizer.json of Hugging Face, in and out.
+
+    tok = from_folder("SmolLM2-135M-Instruct")     a model's folder
+    tok = from_hf(text, tokenizer_config)          the text of a tokenizer.json
+    files = to_hf(tok)                             {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
+
+Byte-level BPE whose words are cut in a way we know becomes a `BPE` and runs in tiktoken; everything else keeps its file
+and runs in `tokenizers`. tiktoken joins any neighbours that make a token, `tokenizers` only pairs that are listed.
+Both give the same ids when
+
+    the listed pairs make tokens of ascending ids, and
+    no token, cut by its own merges, falls into exactly two pieces (tiktoken alone would join them), and
+    a token that its merges do not make is there only under `ignore_merges` (a word that is a token is not cut).
+
+For neighbours x y that make t were joined from t's bytes alone, as t alone would be: nothing crossed their ends. So x y
+is the last step of cutting t, the only one that can make t, and it is listed unless t falls into two pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gptjax.tokenizers.base import (
+    Base,
+    Special,
+    end_of_document,
+    found_in,
+    parse_json,
+    read_text,
+    refuse,
+    string_list,
+)
+from gptjax.tokenizers.bpe import BPE, MAX_VOCAB, alphabet, foreign, printable
+from gptjax.tokenizers.chars import Bytes, Chars
+from gptjax.types import UserError
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
+_WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+PATTERNS = {  # scheme -> of a Split before ByteLevel
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": _LETTERS + r"\p{N}{1,3}" + _MARKS + _WORDS,
+    "qwen2": _LETTERS + r"\p{N}" + _MARKS + _WORDS,
+}
+
+
+class HF(Base):
+    """A tokenizer.json, run by `tokenizers`. Added tokens and what surrounds them are its business too."""
+
+    kind = "hf"
+    name = "hf"
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        """`data` is the JSON object; `check` has passed it."""
+        self._data = data
+        ids = check(data)
+        tokens = data["added_tokens"]
+        self.vocab_size = len(ids)
+        self.special_tokens = {token["content"]: token["id"] for token in tokens if token["special"]}
+        self.added_tokens = MappingProxyType({t["content"]: t["id"] for t in tokens if not t["special"]})
+        self._runner = _runner(data)
+        self._without: dict[frozenset[str], Any] = {}
+        moved = [name for name, i in ids.items() if self._runner.token_to_id(name) != i]
+        problems = [f"added_tokens: {name!r:.60} gets another id than its {ids[name]}" for name in moved]
+        refuse("hf", problems)
+
+    @property
+    def eot_id(self) -> int | None:
+        return end_of_document(self)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> HF:
+        inner = data.get("tokenizer")
+        if not isinstance(inner, dict):
+            raise UserError(f"hf tokenizer: tokenizer: expected the object of a tokenizer.json, got {inner!r:.60}")
+        ids = check(inner)
+        inner = _with_special(inner, set(), ids)
+        new = [added_token(name, i, True) for name, i in data["special_tokens"].items() if name not in ids]
+        return cls(inner | {"added_tokens": [*inner["added_tokens"], *sorted(new, key=lambda token: token["id"])]})
+
+    def data(self) -> dict[str, Any]:
+        return {"tokenizer": self._data}
+
+    def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]:
+        allowed = self._allowed(text, allowed_special, disallowed_special)
+        plain = found_in(text, self.special_tokens) - allowed
+        runner = self._as_text(plain) if plain else self._runner
+        with rust("encode"):
+            return runner.encode(text, add_special_tokens=False).ids
+
+    def encode_array(
+        self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
+    ) -> np.ndarray:
+        ids = self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        return np.array(ids, self.dtype)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        with rust("decode"):
+            return self._runner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+
+    def _as_text(self, names: set[str]) -> Any:
+        """One that reads these special tokens as plain text."""
+        key = frozenset(names)
+        if key not in self._without:
+            added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
+            self._without[key] = _runner(self._data | {"added_tokens": added})
+            self._without[key].encode_special_tokens = True
+        return self._without[key]
+
+
+# --- in
+
+
+def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = None) -> Base:
+    """The tokenizer of a model's folder: tokenizer.json (`data` if it is read already), or vocab.json and merges.txt.
+
+    tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and chat_template.jinja are
+    read where they are there.
+    """
+    folder = Path(folder)
+    config = _object(folder / "tokenizer_config.json")
+    if (template := folder / "chat_template.jinja").is_file():
+        config["chat_template"] = read_text(template)
+    names = _object(folder / "special_tokens_map.json")
+    generation = _object(folder / "config.json") | _object(folder / "generation_config.json")
+    try:
+        if data is None and not (folder / "tokenizer.json").is_file():
+            data = _gpt2_files(folder, {**names, **config})
+        return from_data(data or _object(folder / "tokenizer.json"), config, names, generation)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def from_hf(
+    source: str | Path,
+    config: dict[str, Any] | None = None,
+    special_tokens_map: dict[str, Any] | None = None,
+    generation_config: dict[str, Any] | None = None,
+) -> Base:
+    """A tokenizer from the text of a tokenizer.json, or from its Path.
+
+    Args:
+        config: tokenizer_config.json, which names the special tokens and may hold the chat template.
+        special_tokens_map: the older file that names them.
+        generation_config: its eos_token_id may list several.
+
+    Raises:
+        UserError: all that is wrong with it.
+    """
+    text = read_text(source) if isinstance(source, Path) else source
+    data = parse_json(text, str(source) if isinstance(source, Path) else "tokenizer.json")
+    return from_data(data, config or {}, special_tokens_map or {}, generation_config or {})
+
+
+def from_data(
+    data: Any,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    special_tokens_map: Mapping[str, Any] = MappingProxyType({}),
+    generation_config: Mapping[str, Any] = MappingProxyType({}),
+) -> Base:
+    """`from_hf` of what is parsed already."""
+    ids = check(data)
+    named = {**special_tokens_map, **config}
+    roles, special = _roles(named)
+    problems = [
+        f"{role} {name!r:.60} is not in the vocabulary: correct tokenizer_config.json, or take that line out"
+        for role, name in roles.items()
+        if name not in ids
+    ]
+    refuse("tokenizer.json", problems)
+    data = _with_special(data, special & ids.keys(), ids)
+    tokenizer = _byte_level(data, ids) or HF(data)
+    eos = generation_config.get("eos_token_id")
+    eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []
+    eos_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    bos_id = ids.get(roles.get("bos_token", "")) if "bos_token" in named else generation_config.get("bos_token_id")
+    return tokenizer.replace(
+        bos_id=bos_id,
+        eos_ids=tuple(i for at, i in enumerate(eos_ids) if i not in eos_ids[:at]),
+        pad_id=ids.get(roles.get("pad_token", "")),
+        add_bos=bos_id is not None and _adds(data, config, bos_id),
+        chat_template=_template(config.get("chat_template")),
+    )
+
+
+def check(data: Any) -> dict[str, int]:
+    """The ids of all tokens of a tokenizer.json; its parts that we build on are as they should be.
+
+    Raises:
+        UserError: all problems: wrong types, ids twice or left out, merges of unknown tokens.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise UserError("tokenizer.json: expected an object with a model, as `tokenizers` writes it")
+    problems: list[str] = []
+    ids = _model_ids(data["model"], problems)
+    tokens = data.get("added_tokens")
+    if not isinstance(tokens, list) or not all(map(_is_added, tokens)):
+        problems.append("added_tokens: expected a list of objects with id, content and special")
+        tokens = []
+    string_list([token["content"] for token in tokens], "added_tokens", problems)
+    for token in tokens:
+        if ids.setdefault(token["content"], token["id"]) != token["id"]:
+            problems.append(f"added_tokens: {token['content']!r:.60} has id {token['id']} here, another in the model")
+    if data["model"].get("dropout"):
+        problems.append("model.dropout: ids would change from call to call; set it to null")
+    problems += _id_problems(ids)
+    refuse("tokenizer.json", problems)
+    return ids
+
+
+def _model_ids(model: dict[str, Any], problems: list[str]) -> dict[str, int]:
+    vocab = model.get("vocab")
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
+        pieces = [row[0] if isinstance(row, list) and row else None for row in vocab]
+        return {piece: i for i, piece in enumerate(string_list(pieces, "model.vocab", problems))}
+    if isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()):
+        return dict(vocab)
+    problems.append("model.vocab: expected an object of tokens with their ids")
+    return {}
+
+
+def _is_added(token: Any) -> bool:
+    return (
+        isinstance(token, dict)
+        and type(token.get("id")) is int
+        and isinstance(token.get("content"), str)
+        and all(type(token.get(flag, False)) is bool for flag in FLAGS)
+    )
+
+
+def _id_problems(ids: dict[str, int]) -> list[str]:
+    if len(ids) > MAX_VOCAB:
+        return [f"{len(ids):,} tokens, more than {MAX_VOCAB:,}"]
+    used = set(ids.values())
+    problems = []
+    if len(used) < len(ids):
+        problems.append(f"{len(ids) - len(used)} ids stand there twice")
+    outside = sorted(used - set(range(len(ids))))
+    if outside and len(used) == len(ids):
+        missing = min(set(range(len(ids))) - used)
+        problems.append(f"the {len(ids)} ids have gaps: id {outside[-1]} is there, {missing} is not")
+    return problems
+
+
+def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """({"eos_token": "</s>", ..}, all tokens that are named as special)."""
+
+    def text(token: Any) -> Any:
+        return token.get("content") if isinstance(token, dict) else token
+
+    roles = {role: name for role in ROLES if isinstance(name := text(named.get(role)), str) and name}
+    more = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    listed = [text(token) for tokens in more if isinstance(tokens, list) for token in tokens]
+    return roles, {*roles.values(), *(name for name in listed if isinstance(name, str))}
+
+
+def _with_special(data: dict[str, Any], names: set[str], ids: Mapping[str, int]) -> dict[str, Any]:
+    """The same file with these tokens marked as special, and without the settings that cut or fill texts."""
+    tokens = {token["content"]: dict.fromkeys(FLAGS, False) | token for token in data["added_tokens"]}
+    for name in names:
+        tokens[name] = tokens.get(name, added_token(name, ids[name], True)) | {"special": True}
+    ordered = sorted(tokens.values(), key=lambda token: token["id"])
+    return data | {"added_tokens": ordered, "truncation": None, "padding": None}
+
+
+def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
+    return {"id": i, "content": name} | dict.fromkeys(FLAGS, False) | {"special": special}
+
+
+def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
+    """The file as a `BPE` if that gives the same ids for every text."""
+    scheme, model = _scheme(data), data["model"]
+    if scheme is None or not _plain_added(data):
+        return None
+    special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
+    added = {token["content"]: token["id"] for token in data["added_tokens"] if not token["special"]}
+    tokens = [name for name in sorted(ids, key=ids.__getitem__) if name not in special and name not in added]
+    whole = model.get("unk_token") is None or set(alphabet()) <= set(tokens)
+    if not tokens or not whole or foreign(tokens, "") or not _same_in_tiktoken(model, ids, tokens):
+        return None
+    return BPE(tokens=tokens, special=special, added=added, scheme=scheme, nfc=data.get("normalizer") is not None)
+
+
+def _scheme(data: dict[str, Any]) -> str | None:
+    """The key of SCHEMES, if normalizer, pre-tokenizer, decoder and model are of that known kind."""
+    model, before = data["model"], data.get("pre_tokenizer")
+    steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
+    if (
+        model.get("type", "BPE") != "BPE"
+        or "merges" not in model
+        or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+        or data.get("normalizer") not in (None, {"type": "NFC"})
+        or _type(data.get("decoder")) != "ByteLevel"
+        or not isinstance(steps, list)
+        or not steps
+        or _type(steps[-1]) != "ByteLevel"
+        or steps[-1].get("add_prefix_space") is not False
+    ):
+        return None
+    by_itself = steps[-1].get("use_regex", True) is True
+    if by_itself and len(steps) == 1:
+        return "gpt2"
+    if by_itself and steps[:-1] == [{"type": "Digits", "individual_digits": True}]:
+        return "smollm"
+    if not by_itself and len(steps) == 2 and _type(steps[0]) == "Split":
+        split = steps[0]
+        found = split.get("pattern", {}).get("Regex") if isinstance(split.get("pattern"), dict) else None
+        keeps_all = (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
+        return next((name for name, known in PATTERNS.items() if known == found), None) if keeps_all else None
+    return None
+
+
+def _plain_added(data: dict[str, Any]) -> bool:
+    """Are all added tokens found by their text alone, in one pass over the raw text?"""
+    tokens = data["added_tokens"]
+    if any(token[flag] for token in tokens for flag in ("single_word", "lstrip", "rstrip")):
+        return False
+    late = {char for token in tokens if token["normalized"] for char in token["content"]}
+    early = {char for token in tokens if not token["normalized"] for char in token["content"]}
+    return not late or (data.get("normalizer") is None and not late & early)
+
+
+def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
+    """The three conditions of the module's docstring."""
+    merges = pairs(model.get("merges"), ids)
+    ordinary = {token: ids[token] for token in tokens}
+    made = [ordinary.get(left + right, -1) for left, right in merges]
+    if -1 in made or any(b < a for a, b in itertools.pairwise(made)) or not set("".join(tokens)) <= set(tokens):
+        return False
+    counts = piece_counts(ordinary, merges, tokens)
+    return counts == {1} or (model.get("ignore_merges") is True and 2 not in counts)
+
+
+def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
+    """Into how many pieces the merges cut each of the tokens, all such numbers."""
+    from tokenizers import models
+
+    with rust("model"):
+        cutter = models.BPE(vocab=ids, merges=merges)
+        return {len(cutter.tokenize(token)) for token in tokens}
+
+
+def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    if not isinstance(merges, list):
+        raise UserError(f"tokenizer.json: model.merges: expected a list, got {type(merges).__name__}")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    problems = [
+        f"model.merges[{i}]: {merges[i]!r:.60} is no pair of known tokens"
+        for i, pair in enumerate(pairs)
+        if not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or not all(isinstance(p, str) and p in ids for p in pair)
+    ]
+    problems = problems or [
+        f"model.merges[{i}]: {merges[i]!r:.60} makes a token that is not in the vocabulary"
+        for i, (left, right) in enumerate(pairs)
+        if left + right not in ids
+    ]
+    refuse("tokenizer.json", problems)
+    return [(left, right) for left, right in pairs]
+
+
+def _adds(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
+    """Does this tokenizer write the begin token before a text?"""
+    if isinstance(config.get("add_bos_token"), bool):
+        return config["add_bos_token"]
+    name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)
+    last = data.get("post_processor")
+    steps = last.get("processors") if _type(last) == "Sequence" else [last]
+    for step in steps if isinstance(steps, list) else []:
+        single = step.get("single") if _type(step) == "TemplateProcessing" else None
+        first = single[0] if isinstance(single, list) and single else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(token, dict) and name is not None and token.get("id") == name:
+            return True
+    return False
+
+
+def _template(template: Any) -> str | None:
+    """The chat template; of several, the one called default."""
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template
+
+
+def _gpt2_files(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
+    """vocab.json and merges.txt as the tokenizer.json they stand for."""
+    vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
+    lines = read_text(folder / "merges.txt").splitlines()
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    special = ({"<|endoftext|>"} | _roles(named)[1]) & {*vocab, *added}
+    tokens = {name: i for name, i in (vocab | added).items() if name in special or name in added}
+    return {
+        "added_tokens": [added_token(name, i, name in special) for name, i in tokens.items()],
+        **byte_level_parts("gpt2", False),
+        "model": bpe_model(vocab, merges, False),
+    }
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    data = parse_json(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _type(part: Any) -> Any:
+    return part.get("type") if isinstance(part, dict) else None
+
+
+def _runner(data: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer
+
+    with rust("tokenizer.json"):
+        return Tokenizer.from_str(json.dumps(data))
+
+
+@contextmanager
+def rust(where: str) -> Iterator[None]:
+    """`tokenizers` raises plain Exception, and where it gives up a PanicException, which is none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{where}: {str(error)[:300]}") from None
+        raise
+
+
+# --- out
+
+
+def to_hf(tokenizer: Any) -> dict[str, str]:
+    """The files of a Hugging Face folder: transformers' AutoTokenizer reads them and gives the same ids.
+
+    Raises:
+        UserError: a kind that no tokenizer.json describes exactly.
+    """
+    if tokenizer.kind not in MODELS:
+        raise UserError(
+            f"a {tokenizer.kind} tokenizer has no exact tokenizer.json: Hugging Face cuts words by other rules; "
+            "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
+        )
+    names = {i: name for name, i in {**tokenizer.special_tokens, **tokenizer.added_tokens}.items()}
+    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": eos, "pad_token": tokenizer.pad_id}
+    roles = {role: names[i] for role, i in ids.items() if i in names}
+    template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles, **template}
+    files = {
+        "tokenizer.json": MODELS[tokenizer.kind](tokenizer),
+        "tokenizer_config.json": config,
+        "special_tokens_map.json": roles,
+    }
+    return {name: json.dumps(content, ensure_ascii=False, indent=2) + "\n" for name, content in files.items()}
+
+
+def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
+    ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
+    merges = [merge.split(" ") for merge in tokenizer.merges]
+    whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
+    model = bpe_model(_with_low_ids(ordinary, tokenizer), merges, whole)
+    return _file(tokenizer, byte_level_parts(tokenizer.scheme, tokenizer.nfc) | {"model": model})
+
+
+def _from_bytes(tokenizer: Bytes) -> dict[str, Any]:
+    model = bpe_model(dict(alphabet()), [], False)
+    return _file(tokenizer, byte_level_parts("gpt2", False) | {"model": model})
+
+
+def _from_chars(tokenizer: Chars) -> dict[str, Any]:
+    model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(tokenizer.chars)}, "unk_token": "<unknown>"}
+    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    parts = {"normalizer": None, "pre_tokenizer": each, "decoder": {"type": "Fuse"}}
+    return _file(tokenizer, parts | {"model": model})
+
+
+MODELS = {
+    "bpe": _from_bpe,
+    "bytes": _from_bytes,
+    "chars": _from_chars,
+    "hf": lambda tokenizer: tokenizer.data()["tokenizer"],
+}
+
+
+def _with_low_ids(ordinary: dict[str, int], tokenizer: BPE) -> dict[str, int]:
+    """With the special tokens whose ids are not the last ones: `tokenizers` numbers all others after the model's."""
+    names = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    last = max(ordinary.values())
+    return dict(
+        sorted((ordinary | {name: i for name, i in names.items() if i < last}).items(), key=lambda item: item[1])
+    )
+
+
+def _file(tokenizer: Base, parts: dict[str, Any]) -> dict[str, Any]:
+    tokens = [added_token(name, i, True) for name, i in tokenizer.special_tokens.items()]
+    tokens += [added_token(name, i, False) for name, i in tokenizer.added_tokens.items()]
+    start = {"version": "1.0", "truncation": None, "padding": None}
+    return (
+        start
+        | {"added_tokens": sorted(tokens, key=lambda token: token["id"])}
+        | parts
+        | {"post_processor": _begin(tokenizer)}
+    )
+
+
+def _begin(tokenizer: Base) -> dict[str, Any] | None:
+    """The step that writes the begin token before a text."""
+    if not tokenizer.add_bos or tokenizer.bos_id is None:
+        return None
+    name = tokenizer.decode([tokenizer.bos_id])
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    one, two = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))
+    special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": [bos, one], "pair": [bos, one, two], "special_tokens": special}
+
+
+def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
+    """Normalizer, pre-tokenizer and decoder of a byte-level BPE."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    before: dict[str, Any] = level
+    if scheme != "gpt2":
+        split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(scheme)}, "behavior": "Isolated", "invert": False}
+        digits = {"type": "Digits", "individual_digits": True}
+        smollm = scheme == "smollm"
+        steps = [digits, level] if smollm else [split, level | {"use_regex": False}]
+        before = {"type": "Sequence", "pretokenizers": steps}
+    return {"normalizer": {"type": "NFC"} if nfc else None, "pre_tokenizer": before, "decoder": level}
+
+
+def bpe_model(vocab: dict[str, int], merges: list[Any], ignore_merges: bool, **more: Any) -> dict[str, Any]:
+    usual = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    usual |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges} | more
+    return {"type": "BPE", **usual, "vocab": vocab, "merges": merges}

@@ -1,0 +1,252 @@
+"""Any model that can be read, by its path or name, and what can be written.
+
+params, cfg = load("runs/default")              a run, or a folder that `gptjax import` made
+params, cfg = load("smollm2-135m-instruct")     a named asset
+params, cfg = load("SmolLM2-135M")              a Hugging Face folder; a .gguf file likewise
+params, cfg = load("hf:openai-community/gpt2")  from the hub, where it answers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import assets, gguf, tokenizers
+from gptjax.config import ModelConfig
+from gptjax.types import Params, UserError
+from gptjax.weights import families, llama_cpp, native, safetensors
+from gptjax.weights.rules import read, write
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Model(NamedTuple):
+    """A model on disk: what it is, and how to get its parts."""
+
+    where: str
+    kind: str  # "gptjax", or the name of the family it was read as
+    cfg: ModelConfig
+    params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
+    tokenizer: Callable[[], Any]
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: Any = "float32", shardings: Any = None
+) -> tuple[Params, ModelConfig]:
+    """Parameters and config of a run directory, a model folder of ours, a Hugging Face folder, a .safetensors file
+    with config.json beside it, a .gguf file, a named asset, or `hf:org/name`.
+
+    Tensors are read one at a time, straight into their place: the peak is the model in `dtype` and one tensor.
+
+    Args:
+        dtype: float32, bfloat16 or float16, of every leaf, however it is stored.
+        shardings: a sharding for all leaves, or a tree of them.
+
+    Raises:
+        UserError: nothing there that can be read; or tensors or attributes that are missing, unknown or wrong; all.
+    """
+    if jnp.dtype(dtype).name not in _DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}")
+    model = open_model(source)
+    return model.params(dtype, shardings), model.cfg
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer that came with the model `load` reads there."""
+    return open_model(source).tokenizer()
+
+
+def open_model(source: str | os.PathLike[str]) -> Model:
+    """What `load` would read, before any tensor is read."""
+    name, path = str(source), Path(source)
+    if not path.exists() and name in assets.ASSETS and assets.ASSETS[name].file.endswith(".gguf"):
+        path = assets.fetch(name)
+    elif name.startswith("hf:"):
+        path = _from_hub(name.removeprefix("hf:"))
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(path)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        return _native(path)
+    if path.is_dir():
+        return _hugging_face(path, safetensors.open_folder(path))
+    if path.suffix == ".safetensors" and path.is_file():
+        if not (path.parent / CONFIG).is_file():
+            raise UserError(f"{path}: expected {CONFIG} beside it, which says what the tensors are")
+        return _hugging_face(path.parent, safetensors.open_file(path))
+    if path.is_file():
+        raise UserError(safetensors.refuse_pickle(path))
+    known = [name for name, asset in assets.ASSETS.items() if asset.file.endswith(".gguf")]
+    raise UserError(f"{name}: no such run, folder, .safetensors or .gguf file; named models are {', '.join(known)}")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
+    patterns += ["vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # many kinds: no network, no such name, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"hf:{name} could not be fetched: {reason}. Give a local folder instead, or "
+            "smollm2-135m-instruct, which comes from a package registry"
+        ) from error
+
+
+def _native(path: Path) -> Model:
+    folder = native.find(path)
+    return Model(
+        str(folder), "gptjax", native.read_model(folder / native.MODEL),
+        lambda dtype, shardings: native.load(folder, dtype=dtype, shardings=shardings)[0],
+        lambda: tokenizers.load(folder),
+    )  # fmt: skip
+
+
+def _hugging_face(folder: Path, source: Any) -> Model:
+    where = str(folder / CONFIG)
+    family, cfg = families.from_hf(_json(folder / CONFIG), where)
+    rules = family.rules
+    if family.name == "gpt2" and not any(name.startswith("transformer.") for name in source.shapes()):
+        rules = [rule._replace(theirs=rule.theirs.removeprefix("transformer.")) for rule in rules]
+    tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
+
+    def params(dtype: Any, shardings: Any) -> Params:
+        return read(
+            source, rules, cfg, str(folder), dtype=dtype, shardings=shardings,
+            ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
+        )  # fmt: skip
+
+    return Model(str(folder), family.name, cfg, params, lambda: tokenizers.load(folder))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than a config has ({MAX_CONFIG_BYTES:,})")
+    return safetensors.parse_json(path.read_bytes(), str(path), "config")
+
+
+@dataclass(frozen=True)
+class _GGUFSource:
+    file: gguf.File
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.file.tensors.items() if name != "rope_freqs.weight"}
+
+    def array(self, name: str) -> np.ndarray:
+        return self.file.array(name)
+
+
+def _gguf(path: Path) -> Model:
+    file = gguf.read(path)
+    source = _GGUFSource(file)
+    if file.metadata.get("split.count", 1) != 1:
+        raise UserError(f"{path} is one of {file.metadata['split.count']} parts: join them with llama.cpp's gguf-split")
+    cfg = llama_cpp.from_metadata(file.metadata, source.shapes(), str(path))
+    if "rope_freqs.weight" in file.tensors:
+        cfg = llama_cpp.with_rope_factors(cfg, file.array("rope_freqs.weight"), str(path))
+    name = file.metadata["general.architecture"]
+    return Model(
+        str(path), name, cfg,
+        lambda dtype, shardings: read(
+            source, llama_cpp.rules(cfg, name), cfg, str(path), dtype=dtype, shardings=shardings
+        ),
+        lambda: tokenizers.load(path),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- out
+
+
+def export_hf(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:
+    """A folder that transformers loads: config.json, model.safetensors and, where one is given, the tokenizer.
+
+    Raises:
+        UserError: no model type of Hugging Face holds this model or its tokenizer, or the folder is not empty.
+    """
+    folder = Path(folder)
+    family = families.family_of(cfg)
+    values = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(cfg)}
+    dtype = jax.tree.leaves(params)[0].dtype
+    values["dtype"] = dtype.name
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+    texts: dict[str, str] = {}
+    if tokenizer is not None:
+        from gptjax.tokenizers import hf
+
+        texts = hf.to_hf(tokenizer)
+        stops = stop_ids(tokenizer)
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    texts[CONFIG] = json.dumps(values | ends, indent=2) + "\n"
+    texts["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
+    new_folder(folder)
+    try:
+        safetensors.save(folder, write(params, family.rules, cfg), dtype)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def export_gguf(
+    path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any, type: str = "F32"
+) -> Path:
+    """A file that llama.cpp loads, with the tokenizer and its chat template inside.
+
+    Args:
+        type: F32, F16, BF16 or Q8_0, of the matrices; vectors stay F32.
+
+    Raises:
+        UserError: no architecture of llama.cpp holds this model, or its vocabulary cannot be written.
+    """
+    from gptjax.tokenizers import gguf as vocabulary
+
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already: name a new file")
+    name = llama_cpp.family_of(cfg)
+    if not stop_ids(tokenizer):
+        raise UserError(
+            f"a GGUF vocabulary has an end token, and llama.cpp takes id 11 where none is named; {tokenizer.name} has "
+            "none: train with tokenizer.name=bpe or gpt2"
+        )
+    metadata = llama_cpp.to_metadata(cfg, name) | vocabulary.to_metadata(tokenizer)
+    metadata["general.name"] = path.stem
+    block = 32 if type == "Q8_0" else 1
+    tensors = [
+        (t.name, t.shape, type if len(t.shape) > 1 and t.shape[-1] % block == 0 else "F32", t.array)
+        for t in write(params, llama_cpp.rules(cfg, name), cfg)
+    ]
+    if cfg.rope_scaling == "llama3":
+        factors = llama_cpp.rope_factors(cfg)
+        tensors.append(("rope_freqs.weight", factors.shape, "F32", lambda: factors))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gguf.write(path, metadata, tensors)
+    return path
+
+
+def stop_ids(tokenizer: Any) -> list[int]:
+    """Where a continuation of this tokenizer's model ends."""
+    ids = list(getattr(tokenizer, "eos_ids", ()))
+    return ids or ([tokenizer.eot_id] if tokenizer.eot_id is not None else [])
+
+
+def new_folder(folder: Path) -> None:
+    """Made if it is not there; one with anything in it is left alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: name a new folder")
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}") from error

@@ -1,0 +1,291 @@
+"""safetensors files and Hugging Face folders of them: one tensor in memory at a time, and nothing believed unchecked.
+
+    8 bytes  length of the header, little-endian
+    header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
+    data     the tensors, without holes or overlap
+
+Source: the format's description in the safetensors repository.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gptjax.types import UserError
+from gptjax.weights.rules import Out, Shape, refuse
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
+    "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100 << 20  # the format's own limit
+MAX_INDEX = 64 << 20
+MAX_DIMS = 32
+SHARD_BYTES = 5 << 30
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".msgpack", ".h5")
+_MAGIC = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file: name it .gguf",
+    b"<": "a page of a web site", b"\x93NUMPY": "a numpy file", b"version http": "a Git LFS pointer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    dtype: str
+    shape: Shape
+    offset: int  # from the start of the file
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    """The tensors of one file by name."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        """One tensor, read from the file; pages are not mapped, so that they do not count as memory."""
+        entry = self.entries[name]
+        out = np.empty(entry.shape, DTYPES[entry.dtype])
+        with self.path.open("rb") as file:
+            file.seek(entry.offset)
+            if file.readinto(out.reshape(-1).view(np.uint8)) != entry.size_bytes:
+                raise UserError(f"{self.path}: {name} is cut off: the file was changed while it was read")
+        return out
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The tensors of several shards."""
+
+    files: Mapping[str, File]  # by tensor
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: file.entries[name].shape for name, file in self.files.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        return self.files[name].array(name)
+
+
+# ---------------------------------------------------------------- in
+
+
+def open_file(path: str | os.PathLike[str]) -> File:
+    """The header of a file, checked; the tensors stay on disk.
+
+    Raises:
+        UserError: anything that the format does not allow; all of it, with the names of the tensors.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(16)
+            length = int.from_bytes(head[:8], "little")
+            if len(head) < 8 or length > min(size - 8, MAX_HEADER):
+                raise UserError(f"{path}: {_looks_like(head)} (header of {length:,} bytes in a file of {size:,})")
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    header = parse_json(text, str(path), "header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ must map texts to texts")
+    problems: list[str] = []
+    entries = {name: entry for name, body in header.items() if (entry := _entry(name, body, 8 + length, problems))}
+    refuse(str(path), problems)
+    refuse(str(path), _gaps(entries, 8 + length, size))
+    return File(path, entries, metadata)
+
+
+def _looks_like(head: bytes) -> str:
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            return f"not a safetensors file but {what}"
+    return "not a whole safetensors file"
+
+
+def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
+    """A JSON object in which no key stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise UserError(f"{where}: {next(n for n in names if names.count(n) > 1)!r:.80} stands twice in the {what}")
+        return found
+
+    try:
+        body = json.loads(text.decode(), object_pairs_hook=once)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: the {what} is not JSON ({str(error)[:100]})") from error
+    if not isinstance(body, dict):
+        raise UserError(f"{where}: the {what} must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
+    shown = f"{name!r:.80}"
+    if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
+        problems.append(f"{shown}: expected dtype, shape and data_offsets")
+        return None
+    dtype, shape, offsets = body["dtype"], body["shape"], body["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        problems.append(f"{shown}: dtype {dtype!r:.40} is not supported: {', '.join(DTYPES)} are")
+        return None
+    if not _counts(shape) or len(shape) > MAX_DIMS:
+        problems.append(f"{shown}: shape {shape!r:.80}, expected up to {MAX_DIMS} whole numbers")
+        return None
+    if not _counts(offsets) or len(offsets) != 2:
+        problems.append(f"{shown}: data_offsets {offsets!r:.80}, expected two whole numbers")
+        return None
+    size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    if offsets[1] - offsets[0] != size:
+        problems.append(
+            f"{shown}: {dtype} {shape!r:.60} takes {size:,} bytes, data_offsets span {offsets[1] - offsets[0]:,}"
+        )
+        return None
+    return Entry(dtype, tuple(shape), start + offsets[0], size)
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
+    """The tensors must fill the file from the header to its end."""
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+        if entry.offset != at:
+            return [f"{name!r:.80} begins at byte {entry.offset:,}, expected {at:,}: tensors overlap or leave a hole"]
+        at += entry.size_bytes
+    return [] if at == size else [f"the tensors end at byte {at:,}, the file at {size:,}: it is cut off or too long"]
+
+
+def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Raises:
+        UserError: neither is there, pickled weights only, or an index that its shards do not bear out.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
+        return open_file(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        raise UserError(_nothing_here(folder))
+    index = folder / INDEX
+    if index.stat().st_size > MAX_INDEX:
+        raise UserError(f"{index}: {index.stat().st_size:,} bytes, more than an index has ({MAX_INDEX:,})")
+    named = parse_json(index.read_bytes(), str(index), "index").get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+        raise UserError(f"{index}: weight_map must map names of tensors to names of files")
+    shards = sorted(set(named.values()))
+    problems = [f"{s!r:.80} is not the plain name of a .safetensors file" for s in shards if not _SHARD.fullmatch(s)]
+    problems += [f"{s} is missing" for s in shards if _SHARD.fullmatch(s) and not (folder / s).is_file()]
+    refuse(str(index), problems)
+    files = {shard: open_file(folder / shard) for shard in shards}
+    problems += [f"{name!r:.80} is not in {shard}" for name, shard in named.items() if name not in files[shard].entries]
+    for shard, file in files.items():
+        problems += [
+            f"{name!r:.80} of {shard} is not in the index" for name in file.entries if named.get(name) != shard
+        ]
+    refuse(str(index), problems)
+    return Folder({name: files[shard] for name, shard in named.items()})
+
+
+def _nothing_here(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    if pickled:
+        return refuse_pickle(folder / pickled[0])
+    return f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"
+
+
+def refuse_pickle(path: Path) -> str:
+    return (
+        f"{path}: only safetensors and GGUF files are read, since reading a pickled one can run any code in it. If you "
+        "trust it, convert it where transformers is installed: "
+        f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('converted')"
+    )
+
+
+# ---------------------------------------------------------------- out
+
+
+def save(
+    folder: str | os.PathLike[str],
+    tensors: Iterable[Out],
+    dtype: Any = np.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors as `model.safetensors`, or as shards with an index, one tensor in memory at a time."""
+    folder, dtype = Path(folder), np.dtype(dtype)
+    shards: list[list[Out]] = [[]]
+    size = 0
+    for tensor in tensors:
+        one = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and size + one > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += one
+    if len(shards) == 1:
+        _write_file(folder / WEIGHTS, shards[0], dtype)
+        return
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, dtype)
+    total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
+    places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        end = at + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for tensor in tensors:
+                out.write(np.ascontiguousarray(tensor.array(), dtype).reshape(-1).view(np.uint8).data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
