@@ -55,7 +55,8 @@ def _dispatch(argv: list[str]) -> int:
     if any(arg in ("-h", "--help") for arg in args):
         print(verb_help(name))
         return 0
-    return importlib.import_module(VERBS[name].module).run(args)
+    module = importlib.import_module(VERBS[name].module)
+    return (module.run if hasattr(module, "run") else getattr(module, f"run_{name}"))(args)
 
 
 # what people type who come from elsewhere

@@ -198,6 +198,9 @@ class SampleConfig:
     """What `gptjax sample` writes, and the samples during training."""
 
     prompt: str = "\n"
+    prompts: Optional[str] = None  # file of prompts: .jsonl with "prompt", or one a line
+    out: Optional[str] = None  # new .jsonl file for the continuations
+    batch_size: int = 8  # prompts at a time
     max_new_tokens: int = 300
     n: int = 1
     temperature: float = 0.8  # 0: greedy
@@ -554,7 +557,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "model.context_length", "model.rope_original_context",
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
-            "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n",
+            "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
         ),
         (1, 2**31 - 1, True, True),
     ),

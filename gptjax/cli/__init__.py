@@ -26,11 +26,29 @@ VERBS: dict[str, Verb] = {
     "sample": Verb(
         "gptjax.cli.sample",
         "let a trained model write",
-        "gptjax sample RUN [--prompt TEXT] [max_new_tokens=N ...] [--dry-run] [--print-config]",
+        "gptjax sample MODEL [--prompt TEXT] [max_new_tokens=N ...] [--dry-run] [--print-config]",
         (
             'gptjax sample runs/shakespeare-char --prompt "ROMEO:"',
-            "gptjax sample runs/shakespeare-char temperature=0 max_new_tokens=500",
+            "gptjax sample smollm2-135m-instruct prompts=questions.jsonl out=answers.jsonl temperature=0",
         ),
+    ),
+    "chat": Verb(
+        "gptjax.cli.chat",
+        "talk with a model that was tuned for it",
+        "gptjax chat MODEL [system=TEXT] [temperature=X ...]",
+        ("gptjax chat smollm2-135m-instruct", 'gptjax chat MODEL system="Answer in one word." temperature=0'),
+    ),
+    "import": Verb(
+        "gptjax.cli.transfer",
+        "bring in a model: Hugging Face folder, GGUF file, hf:org/name",
+        "gptjax import MODEL DIR [dtype=float32|bfloat16|float16]",
+        ("gptjax import hf:openai-community/gpt2 models/gpt2", "gptjax import model.gguf models/mine dtype=bfloat16"),
+    ),
+    "export": Verb(
+        "gptjax.cli.transfer",
+        "write a model for transformers or llama.cpp",
+        "gptjax export hf|gguf MODEL TARGET [type=F32|F16|BF16|Q8_0]",
+        ("gptjax export hf runs/mine mine-hf", "gptjax export gguf runs/mine mine.gguf type=Q8_0"),
     ),
     "tokenizer": Verb(
         "gptjax.cli.tokenizer",

@@ -1,7 +1,8 @@
-"""`gptjax sample RUN --prompt ...`: continue a text with a trained model."""
+"""`gptjax sample MODEL --prompt ...`: continue a text, or a file of them, with a model."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -11,48 +12,88 @@ from gptjax.config import Config, Provenance, resolve, to_yaml
 from gptjax.config_io import Leaf, from_yaml, read_text
 from gptjax.types import UserError
 
-USAGE = 'expected: gptjax sample RUN --prompt "TEXT" [max_new_tokens=N ...]'
+USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
     if not parsed.words:
         raise UserError(f"which model? {USAGE}")
-    folder = Path(parsed.words[0])
-    cfg, provenance = configure(folder, parsed.leaves)
+    source = parsed.words[0]
+    cfg, provenance = configure(source, parsed.leaves)
     if parsed.print_config or parsed.dry_run:
         print(_sample_part(to_yaml(cfg, provenance)), end="")
     if parsed.print_config and not parsed.dry_run:
         return 0
-    from gptjax import tokenizers
-    from gptjax.weights import load, native
+    from gptjax.training.process import use_compile_cache
+    from gptjax.weights import open_model
 
-    home = native.find(folder)
-    tokenizer = tokenizers.load(home)
+    use_compile_cache()
+    model = open_model(source)
+    tokenizer = model.tokenizer()
+    prompts = read_prompts(cfg)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if parsed.dry_run:
-        ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
-        print(f"\nprompt             {len(ids)} tokens\ndry run: nothing was written")
+        print(f"\nprompts            {len(ids)}, {sum(map(len, ids))} tokens\ndry run: nothing was written")
         return 0
-    params, model = load(home)
-    write(params, model, tokenizer, cfg)
+    if cfg.sample.out and Path(cfg.sample.out).exists():
+        raise UserError(f"sample.out={cfg.sample.out} exists already: name a new file")
+    write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids)
     return 0
 
 
 def more_help() -> str:
     return (
-        "RUN is a run directory or a folder with model.safetensors. Settings, with their defaults; those that the\n"
-        "run's config.yaml names start from there:\n\n" + options.settings_help(["sample"], strip=True)
+        "MODEL is a run directory, a folder that `gptjax import` made, a Hugging Face folder, a .gguf file, or a name\n"
+        "such as smollm2-135m-instruct. Settings, with their defaults; those that a run's config.yaml names start\n"
+        "from there:\n\n" + options.settings_help(["sample"], strip=True)
     )
 
 
-def configure(folder: Path, leaves: list[Leaf]) -> tuple[Config, Provenance]:
+def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
     """defaults < the run's config.yaml < the command line, where `prompt=` means `sample.prompt=`."""
-    if not folder.exists():
-        raise UserError(f"{folder}: no such run; `gptjax pretrain` makes one under runs/")
-    file = folder / "config.yaml"
+    file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
     return resolve(leaves=[*stored, *(leaf._replace(key=_under_sample(leaf.key)) for leaf in leaves)])
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The one prompt, or those of a file: a .jsonl with "prompt" in each line, or a text with one a line."""
+    if not cfg.sample.prompts:
+        return [cfg.sample.prompt]
+    path = Path(cfg.sample.prompts)
+    lines = [line for line in read_text(path, "prompts").splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    prompts, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}:{number}: not JSON ({error})")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            prompts.append(row["prompt"])
+        else:
+            problems.append(f'{path}:{number}: expected an object with a text "prompt"')
+    if problems:
+        raise UserError.all(problems[:20])
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
+    return prompts
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids; begun as the model's texts begin."""
+    ids = tokenizer.encode(prompt, allowed_special="all")
+    if getattr(tokenizer, "add_bos", False):
+        ids = [tokenizer.bos_id, *ids]
+    if not ids and tokenizer.eot_id is not None:
+        ids = [tokenizer.eot_id]
+    if not ids:
+        raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")
+    return ids
 
 
 def _under_sample(key: str) -> str:
@@ -65,32 +106,42 @@ def _sample_part(text: str) -> str:
     return text[text.index("sample:") :]
 
 
-def write(params, model, tokenizer, cfg: Config) -> None:
-    """Print `cfg.sample.n` continuations of the prompt; the speed goes to stderr."""
+def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[list[int]]) -> None:
+    """`cfg.sample.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
     import jax
 
-    from gptjax.generation import from_config, generate
+    from gptjax.generation import complete, for_decoding, from_config
+    from gptjax.weights import stop_ids
 
     settings = cfg.sample
-    ids = tokenizer.encode(settings.prompt, allowed_special="all")
-    if not ids and tokenizer.eot_id is not None:
-        ids = [tokenizer.eot_id]
-    if not ids:
-        raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")
-    start = time.monotonic()
-    new = generate(
-        params,
-        [ids] * settings.n,
-        model,
-        max_new_tokens=settings.max_new_tokens,
-        key=jax.random.key(settings.seed),
-        sampler=from_config(settings),
-        stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
-    )
+    params = for_decoding(params, model)
+    start, count = time.monotonic(), 0
+    lines = []
+    for first in range(0, len(ids), settings.batch_size):
+        batch = ids[first : first + settings.batch_size]
+        done = complete(
+            params, batch, model, max_new_tokens=settings.max_new_tokens, sampler=from_config(settings),
+            key=jax.random.fold_in(jax.random.key(settings.seed), first), stop=stop_ids(tokenizer), n=settings.n,
+            logprobs=0 if settings.out else None,
+        )  # fmt: skip
+        count += sum(len(c.tokens) for c in done)
+        for at, completion in enumerate(done):
+            row = first + at // settings.n
+            if settings.out:
+                lines.append(_line(prompts[row], completion, tokenizer))
+            else:
+                if row or at:
+                    print("-" * 40)
+                print(tokenizer.decode([*ids[row], *completion.tokens]), flush=True)
+    if settings.out:
+        Path(settings.out).write_text("".join(lines), encoding="utf-8")
     seconds = time.monotonic() - start
-    for number, tokens in enumerate(new):
-        if number:
-            print("-" * 40)
-        print(tokenizer.decode([*ids, *tokens]))
-    count = sum(map(len, new))
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+def _line(prompt: str, completion, tokenizer) -> str:
+    row = dict(
+        prompt=prompt, text=tokenizer.decode(completion.tokens), finish=completion.finish, tokens=completion.tokens,
+        logprobs=[round(value, 4) for value in completion.logprobs],
+    )  # fmt: skip
+    return json.dumps(row, ensure_ascii=False) + "\n"

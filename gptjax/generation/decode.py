@@ -29,6 +29,9 @@ from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
 from gptjax.types import Params, UserError
 
 
+_LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
+
+
 class Completion(NamedTuple):
     """One continuation.
 
@@ -163,7 +166,7 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # [B, P + N] int32: the prompt, what was added, then nothing
+    tokens: jax.Array  # [B, width] int32: the prompt, what was added, then nothing
     end: jax.Array  # [B] int32: where it ends; the token before has not been read yet
     i: jax.Array  # int32: tokens drawn
     done: jax.Array  # [B] bool: a stop token came
@@ -179,6 +182,7 @@ class _Settings(NamedTuple):
     cfg: ModelConfig
     sampler: Sampler
     slots: int  # of the cache
+    width: int  # of prompt and new tokens
     room: int  # N, for new tokens
     n: int
     logprobs: int | None
@@ -192,10 +196,15 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         room = bucket(max_new_tokens)
-        slots = min(tokens.shape[1] + room, cfg.context_length)
+        width = 1 << (tokens.shape[1] + room - 1).bit_length()  # few sizes: the loop is what compiles longest
         top = None if logprobs is None else min(logprobs, cfg.vocab_size)
-        self.settings = _Settings(cfg, sampler, slots, room, n, top, jnp.dtype(cache_dtype).name)
-        self.params, self.quick, self.key = params, for_decoding(params, cfg), key
+        self.settings = _Settings(
+            cfg, sampler, min(width, cfg.context_length), width, room, n, top, jnp.dtype(cache_dtype).name
+        )  # fmt: skip
+        both = for_decoding(params, cfg)
+        stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
+        self.params = both if tokens.shape[1] >= _LONG else stacked
+        self.quick, self.key = both, key
         self.stop = jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)  # few different shapes
         self.state = _start(self.params, tokens, jnp.array(self.start[::n]), key, self.stop, self.settings)
 
@@ -239,7 +248,7 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings) -> _State:
         seen = jnp.zeros((B, cfg.vocab_size), jnp.int32).at[jnp.arange(B)[:, None], prompt].max(real) > 0
     logged = settings.logprobs is not None
     state = _State(
-        tokens=jnp.pad(prompt, ((0, 0), (0, N))),
+        tokens=jnp.pad(prompt, ((0, 0), (0, settings.width - prompt.shape[1]))),
         end=lengths,
         i=jnp.int32(0),
         done=jnp.zeros(B, bool),

@@ -97,19 +97,18 @@ def extend_backbone(
 
 
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
-    """The same parameters as a CPU reads them fastest for one token: layers apart, kernels turned. A second copy.
+    """The parameters, and beside the stack a second copy as a CPU reads it fastest for one token: layers apart, kernels
+    turned. The doors take this form too, and use that copy.
 
-    Reading a layer out of its stack costs as much as the product with it. The doors take either form; elsewhere than
-    on a CPU the stack is left as it is.
+    Reading a layer out of its stack costs as much as the product with it. Elsewhere than on a CPU there is no copy.
     """
-    if jax.default_backend() != "cpu" or "blocks" not in params:
+    if jax.default_backend() != "cpu" or "blocks_0" in params:
         return params
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     layers = {
         f"blocks_{i}": jax.tree_util.tree_map_with_path(lambda path, leaf: _layer(path, leaf, i), params["blocks"])  # noqa: B023
         for i in range(cfg.n_layer)
     }
-    return rest | layers
+    return params | layers
 
 
 def _layer(path: tuple, leaf: jax.Array, i: int) -> Any:

@@ -61,6 +61,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Any:
     Raises:
         UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
     """
+    _check_types(metadata)
     tokens, types = _tokens(metadata)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -68,24 +69,34 @@ def from_metadata(metadata: Mapping[str, Any]) -> Any:
     tokenizer = _chars(tokens, types) if kind == "gpt2" else None
     if tokenizer is None:
         parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
-        added = [(i, token, types[i]) for i, token in enumerate(tokens) if types[i] in (*SPECIAL, USER_DEFINED)]
-        parts["added_tokens"] = [hf.added_token(token, i, type in SPECIAL) for i, token, type in added]
+        added = [i for i in range(len(tokens)) if types[i] in (*SPECIAL, USER_DEFINED)]
+        parts["added_tokens"] = [hf.added_token(tokens[i], i, types[i] in SPECIAL) for i in added]
         tokenizer = hf.from_data(parts)
     default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _ADD_BOS
     turn = [tokenizer.special_tokens[name] for name in END_OF_TURN if name in tokenizer.special_tokens]
-    eos = [i for key in ("eos", "eot") if (i := _id(metadata, key)) is not None] + turn
-    eos = [i for at, i in enumerate(eos) if i not in eos[:at]]
-    bos, adds = _id(metadata, "bos"), metadata.get("tokenizer.ggml.add_bos_token", default_bos)
+    bos, *eos, pad = (metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "eot", "padding"))
     return tokenizer.replace(
         bos_id=bos,
-        eos_ids=tuple(eos),
-        pad_id=_id(metadata, "padding"),
-        add_bos=bool(adds) and bos is not None,
+        eos_ids=tuple(i for i in dict.fromkeys([*eos, *turn]) if i is not None),
+        pad_id=pad,
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", default_bos) and bos is not None,
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # unless the file says otherwise
+
+
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    kinds = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
+    kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
+    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in kinds.items()} | {"tokenizer.chat_template": str}
+    problems = [
+        f"{key}: expected {kind.__name__}, got {metadata[key]!r:.60}"
+        for key, kind in kinds.items()
+        if key in metadata and type(metadata[key]) is not kind
+    ]
+    refuse("gguf", problems)
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -113,11 +124,6 @@ def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems
     return numbers.tolist()
 
 
-def _id(metadata: Mapping[str, Any], key: str) -> int | None:
-    i = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    return int(i) if isinstance(i, np.integer) else i
-
-
 def _chars(tokens: list[str], types: list[int]) -> Chars | None:
     """The tokenizer of characters, if that is what `to_metadata` was given: every token is one, then special ones."""
     n = types.count(NORMAL)
@@ -133,7 +139,7 @@ def _chars(tokens: list[str], types: list[int]) -> Chars | None:
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in list(PRE):
+    if name not in PRE:
         raise UserError(f"tokenizer.ggml.pre: expected one of {', '.join(PRE)}, got {name!r:.60}")
     problems: list[str] = []
     merges = string_list(metadata.get("tokenizer.ggml.merges"), "tokenizer.ggml.merges", problems)
@@ -150,14 +156,13 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         problems.append("tokenizer.ggml.scores is missing: it says which neighbours are joined first")
     refuse("gguf", problems)
     vocab = {token: i for i, token in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    known = type(unknown) is int and unknown < len(tokens) and types[unknown] == UNKNOWN
+    unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
     pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL}
     model = hf.bpe_model(
         vocab, _by_score(pieces), False,
-        unk_token=tokens[unknown] if known else None, fuse_unk=True, byte_fallback=BYTE in types,
+        unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types,
     )  # fmt: skip
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     return {**_blanks(prefix), "pre_tokenizer": None, "model": model}
 
 

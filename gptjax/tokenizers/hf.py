@@ -71,7 +71,7 @@ class HF(Base):
         self.special_tokens = {token["content"]: token["id"] for token in tokens if token["special"]}
         self.added_tokens = MappingProxyType({t["content"]: t["id"] for t in tokens if not t["special"]})
         self._runner = _runner(data)
-        self._without: dict[frozenset[str], Any] = {}
+        self._readers: dict[frozenset[str], Any] = {}
         moved = [name for name, i in ids.items() if self._runner.token_to_id(name) != i]
         problems = [f"added_tokens: {name!r:.60} gets another id than its {ids[name]}" for name in moved]
         refuse("hf", problems)
@@ -95,8 +95,9 @@ class HF(Base):
 
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]:
         allowed = self._allowed(text, allowed_special, disallowed_special)
-        plain = found_in(text, self.special_tokens) - allowed
-        runner = self._as_text(plain) if plain else self._runner
+        found = found_in(text, self.special_tokens)
+        plain = found - allowed if found & allowed else set(self.special_tokens)
+        runner = self._as_text(frozenset(plain)) if found - allowed else self._runner
         with rust("encode"):
             return runner.encode(text, add_special_tokens=False).ids
 
@@ -110,14 +111,14 @@ class HF(Base):
         with rust("decode"):
             return self._runner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
-    def _as_text(self, names: set[str]) -> Any:
+    def _as_text(self, names: frozenset[str]) -> Any:
         """One that reads these special tokens as plain text."""
-        key = frozenset(names)
-        if key not in self._without:
+        if names not in self._readers:
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
-            self._without[key] = _runner(self._data | {"added_tokens": added})
-            self._without[key].encode_special_tokens = True
-        return self._without[key]
+            reader = _runner(self._data | {"added_tokens": added})
+            reader.encode_special_tokens = True
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # a large one takes 200 MB
+        return self._readers[names]
 
 
 # --- in
@@ -135,12 +136,16 @@ def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = No
         config["chat_template"] = read_text(template)
     names = _object(folder / "special_tokens_map.json")
     generation = _object(folder / "config.json") | _object(folder / "generation_config.json")
+    file = folder / "tokenizer.json"
+    if data is None and file.is_file():
+        data = _object(file)
+    elif data is None:
+        file = folder / "vocab.json"
+        data = _gpt2_files(folder, {**names, **config})
     try:
-        if data is None and not (folder / "tokenizer.json").is_file():
-            data = _gpt2_files(folder, {**names, **config})
-        return from_data(data or _object(folder / "tokenizer.json"), config, names, generation)
+        return from_data(data, config, names, generation)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def from_hf(
@@ -179,7 +184,7 @@ def from_data(
         for role, name in roles.items()
         if name not in ids
     ]
-    refuse("tokenizer.json", problems)
+    refuse("hf", problems)
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
     eos = generation_config.get("eos_token_id")
@@ -202,10 +207,10 @@ def check(data: Any) -> dict[str, int]:
         UserError: all problems: wrong types, ids twice or left out, merges of unknown tokens.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise UserError("tokenizer.json: expected an object with a model, as `tokenizers` writes it")
+        raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
     problems: list[str] = []
     ids = _model_ids(data["model"], problems)
-    tokens = data.get("added_tokens")
+    tokens = data.get("added_tokens", [])
     if not isinstance(tokens, list) or not all(map(_is_added, tokens)):
         problems.append("added_tokens: expected a list of objects with id, content and special")
         tokens = []
@@ -216,7 +221,7 @@ def check(data: Any) -> dict[str, int]:
     if data["model"].get("dropout"):
         problems.append("model.dropout: ids would change from call to call; set it to null")
     problems += _id_problems(ids)
-    refuse("tokenizer.json", problems)
+    refuse("hf", problems)
     return ids
 
 
@@ -268,7 +273,7 @@ def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 def _with_special(data: dict[str, Any], names: set[str], ids: Mapping[str, int]) -> dict[str, Any]:
     """The same file with these tokens marked as special, and without the settings that cut or fill texts."""
-    tokens = {token["content"]: dict.fromkeys(FLAGS, False) | token for token in data["added_tokens"]}
+    tokens = {t["content"]: added_token(t["content"], t["id"], False) | t for t in data.get("added_tokens", [])}
     for name in names:
         tokens[name] = tokens.get(name, added_token(name, ids[name], True)) | {"special": True}
     ordered = sorted(tokens.values(), key=lambda token: token["id"])
@@ -354,7 +359,7 @@ def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Ite
 
 def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     if not isinstance(merges, list):
-        raise UserError(f"tokenizer.json: model.merges: expected a list, got {type(merges).__name__}")
+        raise UserError(f"hf tokenizer: model.merges: expected a list, got {type(merges).__name__}")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
     problems = [
         f"model.merges[{i}]: {merges[i]!r:.60} is no pair of known tokens"
@@ -368,7 +373,7 @@ def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
         for i, (left, right) in enumerate(pairs)
         if left + right not in ids
     ]
-    refuse("tokenizer.json", problems)
+    refuse("hf", problems)
     return [(left, right) for left, right in pairs]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
+from gptjax.tokenizers import bpe, gguf, hf
 from gptjax.types import UserError
 
 TEXT = (
@@ -18,6 +19,39 @@ TEXT = (
     'Low, lower, lowest: the lowest price. "It\'s the low one", she said!\n'
 ) * 3
 STRANGE = "naïve café 日本 😀\x00\r\n\u2028 \t\n\n  x ## ##a ###b _ __init__ Ġ ½ e\u0301 <|unk|> 12345678901234567890"
+
+
+def loaded_bpe():
+    """As a model brings it: special tokens first, then bytes and merges, one more piece, a begin token."""
+    learned = tokenizers.train("bpe", [TEXT], 300, special=())
+    pieces = [bpe.printable(token) for token in learned.ranks]
+    ids = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_end|>", *pieces, "<think>"])}
+    data = {
+        "added_tokens": [
+            hf.added_token(token, ids[token], token != "<think>") for token in (*list(ids)[:2], "<think>")
+        ],
+        **hf.byte_level_parts("llama3", nfc=False),
+        "model": hf.bpe_model(ids, [merge.split(" ") for merge in learned.merges], False),
+    }
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "add_bos_token": True, "chat_template": "{{ 1 }}"}
+    return hf.from_hf(json.dumps(data), names)
+
+
+def sentencepiece():
+    """Llama 2's kind: blanks as `▁`, other characters as bytes."""
+    pieces = ["▁", *sorted(set(TEXT) - {" ", "\n"}), "▁t", "he", "▁the", "lo", "low", "▁low", "er", "lower", "est"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return gguf.from_metadata(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+            "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+    )
+
 
 KINDS = {
     "chars": lambda: tokenizers.train("chars", [TEXT]),
@@ -27,9 +61,16 @@ KINDS = {
     "wordpiece": lambda: tokenizers.train("wordpiece", [TEXT], 560),
     "unigram": lambda: tokenizers.train("unigram", [TEXT], 300),
     "bytes": lambda: tokenizers.load("bytes"),
+    "loaded-bpe": loaded_bpe,
+    "sentencepiece": sentencepiece,
+    "extended": lambda: tokenizers.extend(tokenizers.load("bytes"), ["<|im_start|>", "<|im_end|>"]),
+    "words-extended": lambda: tokenizers.extend(tokenizers.train("words", [TEXT]), ["<|im_end|>"]),
     "gpt2": None,
 }
-OF_BYTES = ("bpe", "wordpiece", "unigram", "bytes", "gpt2")  # hold any text, give it back exactly
+LOADED = ("loaded-bpe", "sentencepiece")
+OF_BYTES = (  # hold any text, give it back exactly
+    "bpe", "wordpiece", "unigram", "bytes", "gpt2", "loaded-bpe", "sentencepiece", "extended",
+)  # fmt: skip
 made: dict[str, tokenizers.Tokenizer] = {}
 
 
@@ -96,9 +137,10 @@ def test_decode_refuses_what_is_no_id(tok, ids):
         tok.decode(ids)
 
 
-def test_special_tokens_are_the_last_ids_and_decode_to_their_name(tok):
+def test_special_tokens_are_the_last_ids_and_decode_to_their_name(tok, kind):
     ids = sorted(tok.special_tokens.values())
-    assert ids == list(range(tok.vocab_size - len(ids), tok.vocab_size))
+    if kind not in LOADED:
+        assert ids == list(range(tok.vocab_size - len(ids), tok.vocab_size))
     assert tok.eot_id is None or tok.eot_id in ids
     for name, i in tok.special_tokens.items():
         assert tok.decode([i]) == name
@@ -127,6 +169,45 @@ def test_special_tokens_cut_the_text(tok):
         assert tok.encode(f"the{name}{name}low", allowed_special="all") == [
             *tok.encode("the"), tok.eot_id, tok.eot_id, *tok.encode("low"),
         ]  # fmt: skip
+
+
+def test_added_tokens_are_ids_in_any_text(tok):
+    for name, i in tok.added_tokens.items():
+        assert tok.encode(f"the{name}low", disallowed_special=()) == [*tok.encode("the"), i, *tok.encode("low")]
+        assert tok.encode_array(f"the{name}low").tolist() == tok.encode(f"the{name}low") and tok.decode([i]) == name
+
+
+def test_what_a_model_says_of_its_tokenizer(tok, kind):
+    if kind in LOADED:
+        assert tok.bos_id in tok.special_tokens.values() and len(tok.eos_ids) == 1 and tok.add_bos
+        assert tok.encode("the")[0] != tok.bos_id  # never written by itself
+    else:
+        assert (tok.bos_id, tok.eos_ids, tok.pad_id, tok.add_bos, tok.chat_template) == (None, (), None, False, None)
+    other = tok.replace(bos_id=1, eos_ids=[0, 2], pad_id=3, add_bos=True, chat_template="{{ 2 }}")
+    assert other != tok and other.encode("the") == tok.encode("the") and tok.chat_template != "{{ 2 }}"
+    again = tokenizers.loads(other.dumps())
+    assert again == other and again.replace() == other
+    settings = (again.bos_id, again.eos_ids, again.pad_id, again.add_bos, again.chat_template)
+    assert settings == (1, (0, 2), 3, True, "{{ 2 }}")
+    with pytest.raises(UserError) as caught:
+        tok.replace(bos_id=-1, eos_ids=[tok.vocab_size], pad_id="1", add_bos=1, chat_template=b"", nonsense=3)
+    assert all(f"{name}:" in str(caught.value) for name in ("bos_id", "eos_ids", "pad_id", "add_bos", "chat_template"))
+
+
+def test_more_special_tokens_follow_and_change_no_id(tok, tmp_path):
+    more = tokenizers.extend(tok, ["<|new|>", "<|more|>"])
+    assert more.vocab_size == tok.vocab_size + 2
+    assert more.special_tokens == {**tok.special_tokens, "<|new|>": tok.vocab_size, "<|more|>": tok.vocab_size + 1}
+    assert more.encode(TEXT) == tok.encode(TEXT) and more.eot_id == tok.eot_id and more.eos_ids == tok.eos_ids
+    ids = more.encode("the<|more|>low", allowed_special="all")
+    assert tok.vocab_size + 1 in ids and more.decode([tok.vocab_size]) == "<|new|>"
+    more.save(tmp_path)
+    assert tokenizers.load(tmp_path) == more
+    for names, says in [(["<|new|>"], "a token already"), ([""], "non-empty"), (["<|a|>"] * 2, "twice")]:
+        with pytest.raises(UserError, match=says):
+            tokenizers.extend(more, names)
+    with pytest.raises(UserError, match="one string"):
+        tokenizers.extend(more, "<|a|>")
 
 
 def test_unknown_special_tokens_are_refused(tok):
@@ -168,7 +249,7 @@ def test_same_text_same_tokenizer(kind, tok):
 
 
 def _entries(data: dict) -> str:
-    return next((key for key in ("chars", "words", "merges", "vocab", "pieces") if key in data), "")
+    return next((key for key in ("chars", "words", "merges", "vocab", "pieces", "tokens") if key in data), "")
 
 
 def test_a_truncated_file_is_refused(tok, tmp_path):

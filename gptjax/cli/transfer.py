@@ -1,0 +1,77 @@
+"""`gptjax import` and `gptjax export`: models from and for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptjax.cli import options
+from gptjax.config_io import did_you_mean
+from gptjax.types import UserError
+
+FORMATS = ("hf", "gguf")
+TYPES = ("F32", "F16", "BF16", "Q8_0")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run_import(args: list[str]) -> int:
+    """MODEL DIR [dtype=..]: a folder of ours, with the tokenizer that came along."""
+    words, dtype = _take(args, "dtype", DTYPES, "float32")
+    if len(words) != 2:
+        raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
+    from gptjax import weights
+    from gptjax.weights.door import new_folder
+
+    model = weights.open_model(words[0])
+    tokenizer = model.tokenizer()
+    _check_vocabulary(tokenizer, model.cfg.vocab_size)
+    new_folder(Path(words[1]))
+    options.note(f"reading {model.where} ({model.kind})")
+    weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer)
+    print(f"{words[1]}  (use it: gptjax sample {words[1]} --prompt TEXT)")
+    return 0
+
+
+def run_export(args: list[str]) -> int:
+    """hf|gguf MODEL TARGET [type=..]"""
+    words, kind = _take(args, "type", TYPES, "F32")
+    if len(words) != 3:
+        raise UserError("expected: gptjax export hf MODEL DIR, or gptjax export gguf MODEL FILE.gguf [type=Q8_0]")
+    form, source, target = words
+    if form not in FORMATS:
+        raise UserError(f"export {form}: expected {' or '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
+    from gptjax import weights
+
+    model = weights.open_model(source)
+    tokenizer = model.tokenizer()
+    options.note(f"reading {model.where} ({model.kind})")
+    params = model.params("float32", None)
+    if form == "hf":
+        path = weights.export_hf(target, params, model.cfg, tokenizer)
+        print(f"{path}  (use it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}))")
+    else:
+        path = weights.export_gguf(target, params, model.cfg, tokenizer, kind)
+        print(f"{path}  (use it: llama-cli -m {path})")
+    return 0
+
+
+def _check_vocabulary(tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} rows: they do not belong together"
+        )
+
+
+def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:
+    """The words, and the value of the one setting `name=`."""
+    words, value = [], default
+    for arg in args:
+        key, equals, text = arg.removeprefix("--").partition("=")
+        if equals and key == name:
+            value = next((k for k in known if k.lower() == text.lower()), "")
+            if not value:
+                raise UserError(f"{name}={text}: expected {', '.join(known)}")
+        elif arg.startswith("--") or (equals and not Path(arg).exists()):
+            raise UserError(f"unknown setting {arg}: only {name}= is known here")
+        else:
+            words.append(arg)
+    return words, value

@@ -1,0 +1,238 @@
+"""Conversations as the text that a chat model was trained on, and as its ids.
+
+    messages = [{"role": "user", "content": "Where is Paris?"}]
+    apply(tok, messages)         "<|im_start|>user\\nWhere is Paris?<|im_end|>\\n<|im_start|>assistant\\n"
+    encode_chat(tok, messages)   its ids, the special tokens as themselves
+
+A template is a small Jinja program that comes with the model, so it is not trusted: `_render.py` runs it in a process
+of its own with little time and memory, in about 0.1 s. Those of BUILTIN are rendered here, without that wait. What a
+user says is not trusted either: `encode_chat` refuses a message that contains a special token, which could otherwise
+end the user's turn and begin another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.tokenizers import _render
+from gptjax.tokenizers.base import Tokenizer, found_in
+from gptjax.types import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_TEMPLATE_CHARS = 256 << 10
+START_TIMEOUT_S = 20.0  # for the process to be there, which a busy machine may delay
+
+Message = dict[str, Any]
+
+BUILTIN: dict[str, str] = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+        "{{ 'Below is an instruction that describes a task. '"
+        " + 'Write a response that appropriately completes the request.' }}{% endif %}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ '\\n\\n### Response:\\n' + message['content'] }}{{ eos_token }}"
+        "{% elif message['role'] != 'system' %}{{ '\\n\\n### Instruction:\\n' + message['content'] }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+    ),
+    "phi3": (
+        "{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+}
+
+
+def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
+    """The conversation as text, by the template that is given, else by the tokenizer's own.
+
+    Args:
+        template: a name of BUILTIN, or a template.
+        options: as for `render`: add_generation_prompt, tools, timeout_s, max_chars.
+    """
+    template = tokenizer.chat_template if template is None else BUILTIN.get(template, template)
+    if template is None:
+        raise UserError(
+            f"{tokenizer.name} has no chat template: choose one of {', '.join(BUILTIN)}, the one it is trained with"
+        )
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
+    tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(eos, "")}
+    return render(template, messages, **tokens, **options)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str | None = None,
+    *,
+    allow_special_in_content: bool = False,
+    **options: Any,
+) -> list[int]:
+    """The ids of `apply`, where special tokens mean their id.
+
+    Args:
+        allow_special_in_content: also those inside a message, which may then end its turn.
+
+    Raises:
+        UserError: a message, or a tool, contains a special token.
+    """
+    text = apply(tokenizer, messages, template, **options)
+    if not allow_special_in_content:
+        parts = {f"messages[{i}]": message for i, message in enumerate(messages)} | {"tools": options.get("tools")}
+        problems = [
+            f"{where} contains the special token {', '.join(sorted(found))}: take it out, "
+            "or say allow_special_in_content=True if it may act as one"
+            for where, part in parts.items()
+            if (found := found_in("\0".join(_strings(part)), tokenizer.special_tokens))
+        ]
+        if problems:
+            raise UserError.all(problems)
+    return tokenizer.encode(text, allowed_special="all")
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    bos_token: str = "",
+    eos_token: str = "",
+    add_generation_prompt: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
+    timeout_s: float = 1.0,
+    max_chars: int = 64 * 1024,
+) -> str:
+    """The text that a chat template makes of a conversation, as transformers' apply_chat_template makes it.
+
+    Args:
+        add_generation_prompt: end where the assistant begins to speak.
+        tools: JSON schemas of functions, for templates that know of them.
+        timeout_s: wall-clock time of the template itself.
+        max_chars: of the result.
+
+    Raises:
+        UserError: messages that are none; a template that is wrong, raises, or goes beyond a limit.
+    """
+    _check(template, messages, tools)
+    context = {"messages": list(messages), "tools": tools, "documents": None}
+    context |= {"add_generation_prompt": add_generation_prompt}
+    context |= {"bos_token": bos_token} if bos_token else {}  # else undefined, as in transformers
+    context |= {"eos_token": eos_token} if eos_token else {}
+    if template in BUILTIN.values():
+        try:
+            return _render.render(template, context, max_chars)
+        except ValueError as error:
+            raise UserError(f"chat template: {error}") from None
+    answer = _in_child(
+        {"template": template, "context": context, "max_chars": max_chars, "timeout_s": timeout_s}, timeout_s
+    )
+    if "error" in answer:
+        raise UserError(f"chat template: {answer['error']}")
+    return answer["text"]
+
+
+def _check(template: Any, messages: Any, tools: Any) -> None:
+    problems = []
+    if not isinstance(template, str):
+        problems.append(f"chat template: expected a text, got {type(template).__name__}")
+    elif len(template) > MAX_TEMPLATE_CHARS:
+        problems.append(f"chat template: {len(template):,} characters, more than {MAX_TEMPLATE_CHARS:,}")
+    elif "{" not in template:
+        near = difflib.get_close_matches(template, BUILTIN, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        problems.append(f"chat template: {template!r:.60} is none, and none of {', '.join(BUILTIN)}{hint}")
+    if not isinstance(messages, list | tuple) or not messages:
+        problems.append('messages: expected a list such as [{"role": "user", "content": "Hello"}]')
+        messages = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            problems.append(f"messages[{i}]: expected an object with role and content, got {type(message).__name__}")
+            continue
+        if message.get("role") not in list(ROLES):
+            problems.append(f"messages[{i}].role: expected {', '.join(ROLES)}, got {message.get('role')!r:.60}")
+        if not isinstance(message.get("content"), str):
+            problems.append(f"messages[{i}].content: expected a text, got {type(message.get('content')).__name__}")
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, dict) for tool in tools)):
+        problems.append("tools: expected a list of JSON schemas")
+    if not problems:
+        try:
+            json.dumps([messages, tools], ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            problems.append(f"messages and tools must be plain JSON values: {error}")
+    if problems:
+        raise UserError.all(problems)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts inside a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """The answer of `_render.py`: {"text": ..} or {"error": ..}."""
+    folders = [str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("jinja2", "markupsafe")]
+    command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
+    kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=kept) as child:
+        try:
+            with _deadline(child, START_TIMEOUT_S):
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(request).encode())
+                    child.stdin.close()
+                started = child.stdout.readline(len(_render.READY)) == _render.READY
+            start = time.monotonic()
+            with _deadline(child, timeout_s):
+                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # of JSON, up to 12 bytes a character
+            seconds = time.monotonic() - start
+        finally:
+            child.kill()
+    if not started:
+        raise UserError("chat template: the process that renders it did not start; is jinja2 installed whole?")
+    try:
+        return json.loads(answer)
+    except ValueError:
+        if seconds >= timeout_s:
+            return {"error": f"it takes longer than {timeout_s:g} s"}
+        return {"error": "it used more memory or time than it may"}
+
+
+@contextlib.contextmanager
+def _deadline(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
+    """Ends the process if the block inside, which waits for it, takes longer."""
+    timer = threading.Timer(seconds, child.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,344 @@
+"""TensorFlow checkpoints, as OpenAI published GPT-2, read without TensorFlow: one tensor in memory at a time.
+
+    checkpoint                        model_checkpoint_path: "model.ckpt"
+    model.ckpt.index                  name -> dtype, shape, shard, offset, size and checksum: a table of LevelDB's kind
+    model.ckpt.data-00000-of-00001    the numbers, one shard of them
+
+A table is blocks of sorted (key, value), an index block that says where they lie, and 48 bytes that say where that one
+lies. In a block a key is the first n bytes of the key before it and some more. Each block ends in a byte for its
+compression and a checksum. The values are protocol buffers. Every length is compared with what is left, every block
+and every tensor with its checksum. The data is read, not mapped: a mapped file that another process cuts short would
+kill this one.
+
+Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gptjax.types import UserError
+from gptjax.weights.rules import Shape, refuse
+
+DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
+    1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
+    14: ("DT_BFLOAT16", ml_dtypes.bfloat16), 19: ("DT_HALF", np.float16),
+}  # fmt: skip
+MAGIC = 0xDB4775248B80FB57
+FOOTER = 48
+MAX_INDEX = 16 << 20  # GPT-2's has 10 kB to 30 kB
+MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 100_000, 10_000, 32, 1024
+_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_PATH_LINE = re.compile(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]*)"\s*$', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    dtype: Any
+    shape: Shape
+    shard: Path
+    offset: int
+    size_bytes: int
+    checksum: int  # masked crc32c of its bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by name."""
+
+    index: Path
+    entries: Mapping[str, Entry]
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def array(self, name: str) -> np.ndarray:
+        """One tensor in its stored dtype.
+
+        Raises:
+            UserError: its bytes cannot be read, or are not those that the checksum was made of.
+        """
+        entry = self.entries[name]
+        out = np.empty(entry.shape, entry.dtype)
+        raw = out.reshape(-1).view(np.uint8)
+        try:
+            with entry.shard.open("rb") as file:
+                file.seek(entry.offset)
+                read = file.readinto(raw)
+        except OSError as error:
+            raise UserError(f"{entry.shard}: {name} cannot be read: {error.strerror or error}") from error
+        if read != entry.size_bytes or masked(crc32c(raw)) != entry.checksum:
+            raise UserError(f"{entry.shard}: {name} is damaged: its checksum differs. Get the file again")
+        return out
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """The index of the checkpoint that the file `checkpoint` names, checked; the tensors stay on disk.
+
+    Raises:
+        UserError: a file is missing or damaged, or says what cannot be; of tensors all problems, with their names.
+    """
+    folder = Path(folder)
+    state = folder / "checkpoint"
+    found = _PATH_LINE.search(_read(state, 1 << 16).decode(errors="replace"))
+    if not found or not _PREFIX.fullmatch(found[1]):
+        got = f"got {found[1]!r:.80}" if found else "found no such line"
+        raise UserError(f'{state}: expected model_checkpoint_path: "NAME" with the plain name of files here, {got}')
+    index = folder / f"{found[1]}.index"
+    table = _read_table(_read(index, MAX_INDEX), str(index))
+    shards = _shards(folder / found[1], table)
+    entries, problems = {}, []
+    for key, value in table.items():
+        if key:
+            name = key.decode(errors="replace")
+            try:
+                if not name.isprintable() or "\ufffd" in name:
+                    raise UserError("a name is printable UTF-8")
+                entries[name] = _entry(value, shards)
+            except UserError as error:
+                problems.append(f"{name!r:.80}: {error}")
+    refuse(str(index), problems)
+    return Checkpoint(index, entries)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        if (size := path.stat().st_size) > limit:
+            raise UserError(f"{path}: {size:,} bytes, at most {limit:,} are read of such a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _read_table(data: bytes, where: str) -> dict[bytes, bytes]:
+    """The keys and values of a whole table."""
+    try:
+        if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
+            raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
+        _, at = _handle(data[-FOOTER:-8], 0)
+        handle, _ = _handle(data[-FOOTER:-8], at)
+        pairs: dict[bytes, bytes] = {}
+        end, last = 0, None
+        for _, value in _pairs(_block(data, *handle)):
+            (offset, size), _ = _handle(value, 0)
+            if offset < end:
+                raise UserError(f"the block at byte {offset:,} overlaps the one before it")
+            end = offset + size
+            for key, body in _pairs(_block(data, offset, size)):
+                if last is not None and key <= last:
+                    raise UserError(f"{key!r:.80} comes after {last!r:.80}: keys must ascend")
+                if len(pairs) > MAX_TENSORS:
+                    raise UserError(f"more than {MAX_TENSORS:,} tensors")
+                pairs[key] = body
+                last = key
+        return pairs
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+    """(offset, size) of a block, and where the next one begins."""
+    offset, at = _varint(data, at)
+    size, at = _varint(data, at)
+    return (offset, size), at
+
+
+def _block(data: bytes, offset: int, size: int) -> bytes:
+    """The content of a block, checked. After it come a byte for its compression and 4 of checksum."""
+    end = offset + size
+    if end + 5 > len(data) - FOOTER or size < 4:
+        raise UserError(f"a block of {size:,} bytes at byte {offset:,} does not fit into a table of {len(data):,}")
+    if masked(crc32c(data[offset : end + 1])) != int.from_bytes(data[end + 1 : end + 5], "little"):
+        raise UserError(f"the block at byte {offset:,} is damaged: its checksum differs. Get the file again")
+    if data[end] != 0:
+        kind = {1: "snappy"}.get(data[end], f"compression {data[end]}")
+        raise UserError(f"the block at byte {offset:,} is compressed ({kind}), as TensorFlow's Saver never writes it")
+    return data[offset:end]
+
+
+def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(key, value) in order. At the end stand the places where a key is written out, which only a search needs."""
+    end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
+    if end <= 0:
+        raise UserError("a block without entries")
+    at, key = 0, b""
+    while at < end:
+        shared, at = _varint(block, at)
+        more, at = _varint(block, at)
+        size, at = _varint(block, at)
+        if shared > len(key) or shared + more > MAX_KEY or at + more + size > end:
+            raise UserError("an entry of a block runs past its end")
+        key = key[:shared] + block[at : at + more]
+        at += more + size
+        yield key, block[at - size : at]
+
+
+# ---------------------------------------------------------------- the values
+
+
+def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
+    """The data files with their sizes, None for one that is missing."""
+    where = f"{prefix}.index"
+    if b"" not in table:
+        raise UserError(f"{where}: the entry about the whole checkpoint is missing")
+    try:
+        header = _fields(table[b""], {1: int, 2: int, 3: bytes})
+    except UserError as error:
+        raise UserError(f"{where}: the entry about the whole checkpoint: {error}") from error
+    n = header.get(1, 0)
+    if header.get(2, 0):
+        raise UserError(f"{where}: written on a big-endian machine: only little-endian ones are read")
+    if not 1 <= n <= MAX_SHARDS:
+        raise UserError(f"{where}: {n:,} data files, expected 1 to {MAX_SHARDS:,}")
+    shards = (prefix.with_name(f"{prefix.name}.data-{i:05}-of-{n:05}") for i in range(n))
+    return [(path, path.stat().st_size if path.is_file() else None) for path in shards]
+
+
+def _entry(value: bytes, shards: list[tuple[Path, int | None]]) -> Entry:
+    fields = _fields(value, {1: int, 2: bytes, 3: int, 4: int, 5: int, 6: float, 7: bytes})
+    number, shard, offset, size = (fields.get(n, 0) for n in (1, 3, 4, 5))
+    if 7 in fields:
+        raise UserError("saved in slices (a partitioned variable), which is not supported")
+    if number not in DTYPES:
+        known = ", ".join(f"{name} ({n})" for n, (name, _) in DTYPES.items())
+        raise UserError(f"TensorFlow's dtype number {number} is not supported: {known} are")
+    shape, dtype = _shape(fields.get(2, b"")), np.dtype(DTYPES[number][1])
+    if math.prod(shape) * dtype.itemsize != size:
+        raise UserError(f"{dtype.name} {list(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, got {size:,}")
+    if shard >= len(shards):
+        raise UserError(f"in data file {shard}, there are {len(shards)}")
+    path, length = shards[shard]
+    if length is None:
+        raise UserError(f"{path.name} is missing")
+    if offset + size > length:
+        raise UserError(f"ends at byte {offset + size:,} of {path.name}, which has {length:,}: is it cut off?")
+    return Entry(dtype, shape, path, offset, size, fields.get(6, 0))
+
+
+def _shape(message: bytes) -> Shape:
+    """TensorShapeProto: dim = 2 {size = 1; name = 2}, unknown_rank = 3."""
+    shape = []
+    for number, value in _messages(message, {2: bytes, 3: int}):
+        if number == 3 and value:
+            raise UserError("its number of dimensions is unknown")
+        if number == 2:
+            shape.append(_fields(value, {1: int, 2: bytes}).get(1, 0))
+    if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) >= 1 << 60:
+        raise UserError(f"shape {shape!r:.80}, expected up to {MAX_DIMS} dimensions that a tensor can have")
+    return tuple(shape)
+
+
+def _fields(message: bytes, kinds: Mapping[int, type]) -> dict[int, Any]:
+    return dict(_messages(message, kinds))
+
+
+def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer: int is a varint, float 4 bytes as a number, bytes a length and so many."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        number, wire = tag >> 3, tag & 7
+        if number not in kinds or wire != {int: 0, bytes: 2, float: 5}[kinds[number]]:
+            raise UserError(f"field {number} of kind {wire} is unknown here")
+        value: Any = 4
+        if wire != 5:
+            value, at = _varint(message, at)
+        if wire:
+            at += value
+            if at > len(message):
+                raise UserError(f"field {number} is cut off")
+            value = message[at - value : at] if wire == 2 else int.from_bytes(message[at - 4 : at], "little")
+        yield number, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number in groups of 7 bits, the lowest first, and where it ends."""
+    value = 0
+    for i in range(10):
+        if at + i >= len(data):
+            raise UserError("a number is cut off")
+        byte = data[at + i]
+        value |= (byte & 127) << (7 * i)
+        if byte < 128:
+            return value, at + i + 1
+    raise UserError("a number of more than 10 bytes")
+
+
+# ---------------------------------------------------------------- the checksum
+
+# The remainder of a message of 32-bit words w0 w1 .. wn is linear in each word. With A_k(x) = "x, then 2^k words of
+# zeros", n words become n/2 by A_0(w0) ^ w1, A_0(w2) ^ w3, ..; these become n/4 by A_1; and so on: numpy's work.
+# A_k is held as what it makes of each byte at each of the 4 places; A_{k+1} = A_k of A_k.
+
+_CHUNK = 1 << 18  # bytes at once: what is made of them stays in the processor's cache
+
+
+def crc32c(data: Any) -> int:
+    """CRC-32C (Castagnoli) of bytes."""
+    data = np.frombuffer(data, np.uint8)
+    whole = len(data) - len(data) % 4
+    state, tables = 0xFFFFFFFF, _tables()
+    for start in range(0, whole, _CHUNK):
+        words = data[start : min(start + _CHUNK, whole)].view("<u4").astype(np.uint32)
+        words[0] ^= np.uint32(state)
+        for table in tables:
+            if len(words) == 1:
+                break
+            odd = len(words) % 2  # the first is one level behind: zeros before it would change nothing
+            pairs = words[odd:]
+            joined = _apply(table, pairs[0::2]) ^ pairs[1::2]
+            words = np.concatenate([words[:odd], joined]) if odd else joined
+        state = int(_apply(tables[0], words)[0])
+    for byte in data[whole:].tolist():
+        state = (state >> 8) ^ int(_byte_table()[(state ^ byte) & 255])
+    return state ^ 0xFFFFFFFF
+
+
+def masked(crc: int) -> int:
+    """The form in which LevelDB and TensorFlow store a checksum."""
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
+    out = table[0][words & 255]
+    for i in (1, 2, 3):
+        out ^= table[i][(words >> (8 * i)) & 255]
+    return out
+
+
+@functools.cache
+def _byte_table() -> np.ndarray:
+    crc = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
+    return crc
+
+
+@functools.cache
+def _tables() -> list[np.ndarray]:
+    """A_0, A_1, .., each [4, 256]."""
+    byte = np.arange(256, dtype=np.uint32)
+    table = np.stack([_byte_table(), byte, byte << 8, byte << 16])  # one byte of zeros
+    for _ in range(2):
+        table = _apply(table, table)
+    tables = [table]
+    while len(tables) < (_CHUNK // 4).bit_length():
+        tables.append(_apply(tables[-1], tables[-1]))
+    return tables

@@ -1,0 +1,504 @@
+"""tokenizer.json of Hugging Face: the same ids as `tokenizers` and transformers give, and nothing else from bad files."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import random
+import time
+
+import pytest
+from tokenizers import Tokenizer, trainers
+
+from gptjax import tokenizers
+from gptjax.tokenizers import bpe, hf
+from gptjax.types import UserError
+
+END, TURN = "<|endoftext|>", "<|im_end|>"
+HARD = [
+    "The capital of France is", " ", "   a", "a   ", "\n\n", "a\r\nb\r\n\r\nc", " \n \n x", "\t\tx\t", "x \n\n  1", "\n\n42",
+    "12345678901234567890 3.14159 1,000 x1y22z333 4444", "½ ¼ Ⅷ ٣٤٥ 一二三 ²³", "   7", "a  9 b", "\u00a05 \u30005",
+    "It's, they'RE, we'Ll I'D you'vE can'T 'S 'ſ o'clock ''", "naïve Straße żółć Ελληνικά русский עברית العربية हिन्दी",
+    "ไทย 日本語 中文 한국어 각", "e\u0301 vs é  A\u030a Å", "😀👩‍👩‍👧‍👦🏳️‍🌈🇫🇷👍🏽 ok", "𝔘𝔫𝔦 𐍈 \U000e0001 \U00040001x\U000c0000",
+    'def f(x):\n    return x**2  # ok\n\n\tif x>=1:\n\t\tprint(f"{x:>10}")\n', "for (int i=0;i<n;++i){a[i]+=b[i]<<2;}\n/* c */",
+    "https://example.com/a?b=c&d=%20#frag C:\\dir\\file.txt", "\u2028\u2029\u200b\u200d\ufeff x\u00a0y \x85x \x0b\x0c y",
+    "\x00\x01\x04\x06\x1b[0m\x7f", "_snake_case__ CamelCase", "!!!???...---***", "a!\n\nb?\r\n\r\n", " !\n", "x\x04y",
+    f"{END}", f"x<|im_start|>user\nhi{TURN}\n", f"{TURN}{TURN}", "<|im_end", "<| endoftext |>", f"{TURN}\u0338 x",
+    "<think>a <think>", "a" * 300, " " * 100 + "x", "\n" * 50 + "x", "\u0301\u0301a", "ｆｕｌｌ　１２３", "ǅ ǈ ʰ ª º", "I\u0307 ı İ K",
+    " " * 700 + "5", "!" + "\n" * 600 + "x", "a" + " \n" * 400 + " x", "\u3000" * 600 + "é", "\t" * 520, " " * 600 + "\r",
+]  # fmt: skip
+
+
+def _texts(seed: int, n: int) -> list[str]:
+    """Pieces of many alphabets in a row."""
+    rng = random.Random(seed)
+    pools = ["abcdefgABC", " \t\n\r", "0123456789", ".,;:!?'\"(){}<>|/\\-_=+*&", "éüñßç", "абв", "日本한", "😀👍🏽\u200d", "\u0301\u0308",
+             "\u00a0\u3000\u2028", "٣½Ⅻ²"]  # fmt: skip
+    words = ["'s", "'LL", " the", "ing", TURN, END, "<think>", "    "]
+
+    def piece() -> str:
+        return "".join(rng.choices(rng.choice(pools), k=rng.randint(1, 6))) + (rng.random() < 0.2) * rng.choice(words)
+
+    return ["".join(piece() for _ in range(rng.randint(1, 12))) for _ in range(n)]
+
+
+@functools.cache
+def trained(scheme: str, nfc: bool = False) -> str:
+    """A tokenizer.json with 700 pieces, three special tokens before them and two more pieces after."""
+    parts = hf.byte_level_parts(scheme, nfc)
+    learner = Tokenizer.from_str(json.dumps({"added_tokens": [], **parts, "model": hf.bpe_model({}, [], False)}))
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=list(bpe.alphabet()), special_tokens=[END, "<|im_start|>", TURN],
+        show_progress=False,
+    )  # fmt: skip
+    learner.train_from_iterator([text.replace("<|", "") for text in HARD * 3 + _texts(1, 300)], trainer)
+    data = json.loads(learner.to_str())
+    size = len(data["model"]["vocab"])
+    data["added_tokens"] += [hf.added_token("<think>", size, False), hf.added_token("    ", size + 1, False)]
+    return json.dumps(data)
+
+
+def same(tokenizer, reference, texts) -> None:
+    for text in texts:
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, allowed_special="all") == ids, text
+        assert tokenizer.encode_array(text, allowed_special="all").tolist() == ids
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "nfc"), [("gpt2", False), ("smollm", False), ("llama3", False), ("qwen2", True), ("gpt2", True)]
+)
+def test_byte_level_bpe_runs_in_tiktoken_with_the_same_ids(scheme, nfc):
+    text = trained(scheme, nfc)
+    tok = hf.from_hf(text, {"eos_token": TURN})
+    assert tok.kind == "bpe" and tok.scheme == scheme
+    assert (tok.eot_id, tok.eos_ids) == (0, (2,)) and dict(tok.added_tokens) == {"<think>": 700, "    ": 701}
+    same(tok, Tokenizer.from_str(text), HARD + _texts(2, 400))
+
+
+def test_every_block_of_unicode_is_cut_the_same_way():
+    pairs = [(hf.from_hf(trained(s)), Tokenizer.from_str(trained(s))) for s in ("gpt2", "smollm", "llama3", "qwen2")]
+    points = [*range(1, 0x3000), *range(0x3000, 0x30000, 101), *range(0x30000, 0x110000, 9973)]
+    for block in itertools.batched(points, 40) if hasattr(itertools, "batched") else _batches(points, 40):
+        text = "".join(f"a{c}a {c} {c}{c}1{c}!{c}\n{c}  x" for c in map(chr, block) if not "\ud800" <= c < "\ue000")
+        for tok, reference in pairs:
+            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, hex(block[0])
+
+
+def _batches(items, n):
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+def test_bytes_that_are_no_token_are_left_out_as_tokenizers_does():
+    data = json.loads(trained("smollm"))
+    vocab = data["model"]["vocab"]
+    gone = [char for char, byte in bpe.alphabet().items() if byte in (*b"\x04\x06\x1b", 0xF1)]
+    kept = [token for token in sorted(vocab, key=vocab.get) if not set(gone) & set(token)]
+    data["model"]["vocab"] = {token: i for i, token in enumerate(kept)}
+    data["model"]["merges"] = [pair for pair in data["model"]["merges"] if "".join(pair) in data["model"]["vocab"]]
+    for token in data["added_tokens"][3:]:
+        token["id"] -= len(vocab) - len(kept)
+    tok = hf.from_hf(json.dumps(data))
+    assert tok.kind == "bpe" and tok.encode("a\x04b") != tok.encode("ab") and tok.encode("\x04") == []
+    same(tok, Tokenizer.from_str(json.dumps(data)), [*HARD, "!\x04!", "\x04\x04 \x04\n", " \x04x\x06", "\U00040000"])
+
+
+def _random_vocabulary(rng: random.Random) -> dict:
+    """Pieces of a and b; merges in order, doubled, all there can be, or in any order; words that no merge makes."""
+    vocab = {char: i for i, char in enumerate(bpe.alphabet())}
+    pieces, merges = ["a", "b"], []
+    mode = rng.choice(["in order", "doubled", "all", "any order"])
+    for _ in range(rng.randint(1, 10)):
+        left, right = rng.choice(pieces), rng.choice(pieces)
+        if len(left + right) <= 7 and (left + right not in vocab or mode in ("doubled", "any order")):
+            vocab.setdefault(left + right, len(vocab))
+            pieces.append(left + right)
+            merges += [[left, right]] if [left, right] not in merges else []
+    for word in {"".join(rng.choices("ab", k=rng.randint(2, 6))) for _ in range(rng.randint(0, 2))} - vocab.keys():
+        vocab[word] = len(vocab)
+    if mode == "all":
+        cuts = [(word[:at], word[at:]) for word in vocab for at in range(1, len(word))]
+        merges = [[left, right] for left, right in cuts if left in vocab and right in vocab]
+    if mode == "any order":
+        rng.shuffle(merges)
+    model = hf.bpe_model(vocab, merges, rng.random() < 0.5)
+    return {"added_tokens": [], **hf.byte_level_parts("gpt2", False), "model": model}
+
+
+def test_tiktoken_is_used_only_where_it_is_the_same():
+    """The three conditions in hf.py against all words of up to 7 letters, and the merges that an export derives."""
+    words = ["".join(letters) for n in range(1, 8) for letters in itertools.product("ab", repeat=n)]
+    kinds = {"bpe": 0, "hf": 0}
+    for seed in range(200):
+        data = _random_vocabulary(random.Random(seed))
+        tok, reference = hf.from_hf(json.dumps(data)), Tokenizer.from_str(json.dumps(data))
+        kinds[tok.kind] += 1
+        if tok.kind == "bpe":
+            expected = [ids.ids for ids in reference.encode_batch(words, add_special_tokens=False)]
+            assert [tok.encode(word) for word in words] == expected, seed
+            exported = Tokenizer.from_str(hf.to_hf(tok)["tokenizer.json"])
+            assert [ids.ids for ids in exported.encode_batch(words, add_special_tokens=False)] == expected, seed
+    assert min(kinds.values()) > 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"decoder": None},
+        {"model": {"end_of_word_suffix": "</w>"}},
+        {"model": {"byte_fallback": True}},
+        {"added_tokens": {"lstrip": True}},
+        {"added_tokens": {"rstrip": True}},
+        {"added_tokens": {"single_word": True}},
+    ],
+    ids=str,
+)
+def test_everything_else_runs_in_tokenizers(change):
+    data = json.loads(trained("gpt2"))
+    for key, value in change.items():
+        if key == "model":
+            data["model"] |= value
+        elif key == "added_tokens":
+            data["added_tokens"][2] |= value
+        else:
+            data[key] = value
+    tok = hf.from_hf(json.dumps(data))
+    assert tok.kind == "hf" and tokenizers.loads(tok.dumps()) == tok
+    same(tok, Tokenizer.from_str(json.dumps(data)), HARD[:40])
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel"])
+def test_other_models_run_in_tokenizers_too(kind):
+    words = ["[UNK]", "low", "er", "##er", "the"]
+    vocab = (
+        [[word, -float(i)] for i, word in enumerate(words)]
+        if kind == "Unigram"
+        else {w: i for i, w in enumerate(words)}
+    )
+    more = {"unk_id": 0} if kind == "Unigram" else {"unk_token": "[UNK]"}
+    more |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100} if kind == "WordPiece" else {}
+    data = {"added_tokens": [hf.added_token("[UNK]", 0, True)], "pre_tokenizer": {"type": "Whitespace"}}
+    tok = hf.from_hf(json.dumps(data | {"model": {"type": kind, "vocab": vocab, **more}}))
+    assert (tok.kind, tok.vocab_size) == ("hf", 5)
+    assert tok.encode("the low nothing")[:2] == [4, 1] and tokenizers.loads(tok.dumps()) == tok
+
+
+def test_some_special_tokens_as_ids_and_others_as_text():
+    data = json.loads(trained("gpt2")) | {"decoder": None}
+    tok = hf.from_hf(json.dumps(data))
+    assert tok.kind == "hf"
+    for allowed in ((), {END}, {END, TURN}, "all"):
+        ids = tok.encode(f"a{END}b{TURN}c", allowed_special=allowed, disallowed_special=())
+        assert (0 in ids, 2 in ids) == (END in allowed or allowed == "all", TURN in allowed or allowed == "all")
+
+
+# --- folders
+
+
+def write(folder, **files) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        stem, _, ending = name.rpartition("_")
+        (folder / f"{stem}.{ending}").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_a_folder_says_what_begins_and_ends(tmp_path):
+    write(
+        tmp_path,
+        tokenizer_json=trained("llama3"),
+        special_tokens_map_json={"pad_token": {"content": "<|im_start|>"}, "eos_token": END},
+        tokenizer_config_json={"bos_token": END, "eos_token": {"content": TURN}, "add_bos_token": True,
+                               "chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]},
+        config_json={"eos_token_id": 5}, generation_config_json={"eos_token_id": [2, 0]},
+    )  # fmt: skip
+    tok = tokenizers.load(tmp_path)
+    assert (tok.bos_id, tok.eos_ids, tok.pad_id, tok.add_bos, tok.chat_template) == (0, (2, 0), 1, True, "yes")
+    assert tokenizers.load(tmp_path / "tokenizer.json") == tok
+    write(tmp_path, chat_template_jinja="{{ 1 }}\n")
+    assert tokenizers.load(tmp_path).chat_template == "{{ 1 }}\n"
+    tok.save(tmp_path / "ours")
+    assert tokenizers.load(tmp_path / "ours") == tok
+
+
+def test_the_begin_token_may_be_named_by_the_last_step_only():
+    data = json.loads(trained("llama3"))
+    step = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": END, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [], "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}}}  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    for after, adds in [
+        (step, True),
+        ({"type": "Sequence", "processors": [byte_level, step]}, True),
+        (byte_level, False),
+    ]:
+        tok = hf.from_hf(json.dumps(data | {"post_processor": after}), {"bos_token": END})
+        assert (tok.bos_id, tok.add_bos) == (0, adds)
+    assert hf.from_hf(json.dumps(data), generation_config={"bos_token_id": 1}).bos_id == 1
+    assert hf.from_hf(json.dumps(data), {"bos_token": None}, generation_config={"bos_token_id": 1}).bos_id is None
+
+
+def test_gpt2_files_without_a_tokenizer_json(tmp_path, gpt2):
+    names = sorted(gpt2.ranks, key=gpt2.ranks.get)
+    vocab = {bpe.printable(name): i for i, name in enumerate(names)} | {END: 50256}
+    write(
+        tmp_path,
+        vocab_json=vocab,
+        merges_txt="#version: 0.2\n" + "\n".join(gpt2.merges) + "\n",
+        config_json={"eos_token_id": 50256},
+    )
+    tok = tokenizers.load(tmp_path)
+    assert (tok.kind, tok.vocab_size, tok.eot_id, tok.eos_ids) == ("bpe", 50257, 50256, (50256,))
+    assert tok.merges == gpt2.merges
+    for text in HARD:
+        assert tok.encode(text, allowed_special="all") == gpt2.encode(text, allowed_special="all")
+
+
+def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0b")
+    with pytest.raises(UserError, match="save_pretrained"):
+        tokenizers.load(tmp_path)
+
+
+# --- out
+
+
+OUT = {
+    "gpt2-like": lambda: tokenizers.train("bpe", HARD, 400),
+    "extended": lambda: tokenizers.extend(tokenizers.train("bpe", HARD, 400), ["<|im_start|>", TURN]),
+    "loaded": lambda: hf.from_hf(trained("smollm"), {"bos_token": "<|im_start|>", "eos_token": TURN, "pad_token": END}),
+    "begins": lambda: hf.from_hf(trained("llama3"), {"bos_token": "<|im_start|>", "add_bos_token": True}),
+    "qwen2": lambda: hf.from_hf(trained("qwen2", True), {"eos_token": END, "chat_template": "{{ messages }}"}),
+    "bytes": lambda: tokenizers.load("bytes"),
+    "chars": lambda: tokenizers.train("chars", HARD),
+    "chars-extended": lambda: tokenizers.extend(tokenizers.train("chars", HARD), [END]),
+    "hf": lambda: hf.from_hf(json.dumps(json.loads(trained("gpt2")) | {"decoder": None}), {"eos_token": TURN}),
+}
+
+
+@pytest.mark.parametrize("kind", OUT)
+def test_out_is_the_same_in_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok = OUT[kind]()
+    for name, content in hf.to_hf(tok).items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    back = tokenizers.load(tmp_path)
+    for text in HARD:
+        ids = tok.encode(text, allowed_special="all")
+        assert theirs.encode(text, add_special_tokens=False) == ids == back.encode(text, allowed_special="all"), text
+        if kind != "hf":  # that one has no decoder
+            assert theirs.decode(ids) == tok.decode(ids) == back.decode(ids)
+    begin = [tok.bos_id] if tok.add_bos else []
+    assert theirs.encode("The low") == [*begin, *tok.encode("The low", disallowed_special=())]
+    assert len(theirs) == tok.vocab_size and theirs.chat_template == tok.chat_template
+    assert theirs.eos_token_id == (tok.eos_ids[0] if tok.eos_ids else tok.eot_id)
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (tok.bos_id, tok.pad_id)
+    assert (back.bos_id, back.pad_id, back.add_bos, back.eot_id) == (tok.bos_id, tok.pad_id, tok.add_bos, tok.eot_id)
+
+
+def test_tokens_out_of_the_vocabulary_stay_an_error_for_characters(tmp_path):
+    for name, content in hf.to_hf(tokenizers.train("chars", ["abc"])).items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="WordLevel"):
+        tokenizers.load(tmp_path).encode("abcd")
+
+
+@pytest.mark.parametrize("kind", ["words", "wordpiece", "unigram"])
+def test_kinds_that_no_tokenizer_json_describes_are_refused(kind):
+    with pytest.raises(UserError, match=f"{kind} tokenizer has no exact.*tokenizer.name=bpe"):
+        hf.to_hf(tokenizers.train(kind, ["low lower lowest"] * 3, 600))
+
+
+# --- hostile files
+
+
+@functools.cache
+def small() -> dict:
+    tok = tokenizers.train("bpe", ["low lower newest widest " * 9], 275, special=[END, TURN])
+    return json.loads(hf.to_hf(tok)["tokenizer.json"])
+
+
+def _with(**changes):
+    data = copy.deepcopy(small())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        functools.reduce(dict.__getitem__, parents, data)[last] = value
+    return data
+
+
+def _vocab(**entries) -> dict:
+    return _with(model__vocab=small()["model"]["vocab"] | entries)
+
+
+BAD = {
+    "no model": (_with(model=None), "object with a model"),
+    "a list": ([], "expected an object"),
+    "no vocab": (_with(model__vocab=None), "model.vocab"),
+    "vocab of texts": (_with(model__vocab={"a": "1"}), "model.vocab"),
+    "true as id": (_vocab(x=True), "model.vocab"),
+    "id twice": (_vocab(xx=5), "twice"),
+    "id -1": (_vocab(xx=-1), "gaps"),
+    "id 2^32-1": (_vocab(xx=2**32 - 1), "gaps.*4294967295"),
+    "id 2^63": (_vocab(xx=2**63), "gaps"),
+    "a gap": (_vocab(xx=len(small()["model"]["vocab"]) + 9), "gaps"),
+    "lone surrogate": (_vocab(**{"\ud800": len(small()["model"]["vocab"]) + 2}), "."),
+    "merge of unknown": (_with(model__merges=[["l", "Q9"]]), "merges\\[0\\]"),
+    "merge to unknown": (_with(model__merges=[["l", "q"]]), "merges\\[0\\].*not in the vocabulary"),
+    "merge of three": (_with(model__merges=[["l", "o", "w"]]), "merges\\[0\\]"),
+    "merges of numbers": (_with(model__merges=[1, None]), "merges\\[1\\]"),
+    "merges no list": (_with(model__merges={}), "merges"),
+    "dropout": (_with(model__dropout=0.1), "dropout"),
+    "added no list": (_with(added_tokens={}), "added_tokens"),
+    "added without id": (_with(added_tokens=[{"content": "x"}]), "added_tokens"),
+    "added twice": (_with(added_tokens=[hf.added_token("x", 273, True)] * 2), "twice"),
+    "added with another id": (_with(added_tokens=[hf.added_token("!", 273, True)]), "another"),
+    "unknown parts": (_with(pre_tokenizer={"type": "Rot13"}), "."),
+    "bad regex": (_with(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}), "."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused(name, tmp_path):
+    data, says = BAD[name]
+    with pytest.raises(UserError, match=says):
+        hf.from_hf(json.dumps(data))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        tokenizers.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[" * 100_000, '{"model": {}, "model": {}}', json.dumps(small())[:-9]]
+)
+def test_what_is_no_json_is_refused(text):
+    with pytest.raises(UserError):
+        hf.from_hf(text)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(UserError) as caught:
+        hf.from_hf(json.dumps(_with(added_tokens={}, model__dropout=0.5, model__vocab={"a": 0, "b": 0})))
+    assert all(word in str(caught.value) for word in ("added_tokens", "dropout", "twice"))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "says"),
+    [
+        ({"eos_token": "</s>"}, {}, "eos_token '</s>' is not in the vocabulary"),
+        ({}, {"eos_token_id": 10**6}, "eos_ids"),
+        ({}, {"eos_token_id": [[1]]}, "eos_ids"),
+        ({}, {"bos_token_id": "1"}, "bos_id"),
+        ({"chat_template": 3}, {}, "chat_template"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, generation, says):
+    with pytest.raises(UserError, match=says):
+        hf.from_hf(json.dumps(small()), config, generation_config=generation)
+
+
+def test_settings_that_cut_or_fill_texts_are_not_taken_over():
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fill = {
+        "strategy": {"Fixed": 2**40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": END,
+    }
+    tok = hf.from_hf(json.dumps(_with(truncation=cut, padding=fill, decoder=None)))
+    assert tok.kind == "hf" and tok.encode("low lower") == hf.from_hf(json.dumps(small())).encode("low lower")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*)*x"])
+def test_a_pattern_that_never_ends_is_an_error(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    tok = hf.from_hf(json.dumps(_with(pre_tokenizer=split)))
+    assert tok.kind == "hf"
+    start = time.monotonic()
+    with pytest.raises(UserError, match="encode"):
+        tok.encode("a" * 3000 + "!")
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("scheme", ["smollm", "llama3"])
+@pytest.mark.parametrize(
+    "text", ["a" * 2_000_000, "\n " * 1_000_000 + "1", " " * 2_000_000 + "x"], ids=["a", "nl", "blanks"]
+)
+def test_two_megabytes_without_a_break(scheme, text):
+    tok = hf.from_hf(trained(scheme))
+    start = time.monotonic()
+    ids = tok.encode_array(text)
+    assert time.monotonic() - start < 5 and tok.decode(ids) == text
+
+
+# what a value may become
+VALUES = [
+    None, True, 0, -1, 2**31, 2**32 - 1, 2**63, 1e308, float("nan"), "", "a", "\ud800", "Ġ" * 50, [], {}, [[]], [None], "x" * 999,
+    {"type": "Sequence"}, {"type": "BPE"}, {"type": "ByteLevel"}, {"id": 1},
+]  # fmt: skip
+SNIPPETS = [b"null", b"[", b"}", b"1e999", b'"', b"\\ud800", b"4294967295"]
+
+
+def _paths(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _paths(item, (*path, key))
+
+
+def _change(data: dict, path: tuple, rng: random.Random) -> str:
+    """The text of the file with one value replaced, gone, doubled, or under another name."""
+    data = copy.deepcopy(data)
+    parent = functools.reduce(lambda inner, key: inner[key], path[:-1], data)
+    key, what = path[-1], rng.randrange(4)
+    if what == 0:
+        parent[key] = rng.choice(VALUES)
+    elif what == 1 and isinstance(parent, list):
+        parent.insert(key, parent[rng.randrange(len(parent))])
+    elif what == 2 and isinstance(parent, dict):
+        parent[rng.choice(["type", "vocab", "merges", "normalized", "lstrip", "id"])] = parent.pop(key)
+    else:
+        del parent[key]
+    return json.dumps(data)
+
+
+def _scramble(text: str, rng: random.Random) -> str:
+    raw = bytearray(text.encode())
+    for _ in range(rng.randint(1, 5)):
+        at, what = rng.randrange(len(raw)), rng.randrange(4)
+        if what == 0:
+            raw[at] = rng.randrange(256)
+        elif what == 1:
+            del raw[at : at + rng.randint(1, 30)]
+        else:
+            raw[at:at] = rng.choice(SNIPPETS) if what == 2 else raw[at : at + rng.randint(1, 40)]
+    return raw.decode(errors="replace")
+
+
+def test_ten_thousand_changed_files_load_or_are_refused(capfd):
+    rng = random.Random(7)
+    data, text = small(), json.dumps(small())
+    paths = sorted(_paths(data), key=len)[1:]
+    loaded, slowest = 0, 0.0
+    for i in range(10_000):
+        path = rng.choice(paths[:80] if i % 4 else paths)
+        changed = _change(data, path, rng) if i % 2 else _scramble(text, rng)
+        start = time.monotonic()
+        try:
+            tok = hf.from_hf(changed)
+            loaded += 1
+            tok.decode(tok.encode(f"low lower éa! {TURN}", disallowed_special=()))
+        except UserError:
+            pass
+        slowest = max(slowest, time.monotonic() - start)
+    assert 1000 < loaded < 9000 and slowest < 2
+    capfd.readouterr()  # where `tokenizers` gives up it says so
