@@ -35,6 +35,8 @@ _HOMES: dict[str, str] = {
     "extend": "gptjax.model.gpt",
     "generate": "gptjax.generation",
     "UserError": "gptjax.types",
+    "generation": "",
+    "weights": "",
     "tasks": "",
     "tokenizers": "",
     "assets": "",

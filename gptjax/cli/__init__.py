@@ -38,17 +38,17 @@ VERBS: dict[str, Verb] = {
         "gptjax chat MODEL [system=TEXT] [temperature=X ...]",
         ("gptjax chat smollm2-135m-instruct", 'gptjax chat MODEL system="Answer in one word." temperature=0'),
     ),
-    "import": Verb(
-        "gptjax.cli.transfer",
-        "bring in a model: Hugging Face folder, GGUF file, hf:org/name",
-        "gptjax import MODEL DIR [dtype=float32|bfloat16|float16]",
-        ("gptjax import hf:openai-community/gpt2 models/gpt2", "gptjax import model.gguf models/mine dtype=bfloat16"),
-    ),
     "export": Verb(
         "gptjax.cli.transfer",
         "write a model for transformers or llama.cpp",
         "gptjax export hf|gguf MODEL TARGET [type=F32|F16|BF16|Q8_0]",
         ("gptjax export hf runs/mine mine-hf", "gptjax export gguf runs/mine mine.gguf type=Q8_0"),
+    ),
+    "import": Verb(
+        "gptjax.cli.transfer",
+        "bring in a model: Hugging Face folder, GGUF file, hf:org/name",
+        "gptjax import MODEL DIR [dtype=float32|bfloat16|float16]",
+        ("gptjax import hf:openai-community/gpt2 models/gpt2", "gptjax import model.gguf models/mine dtype=bfloat16"),
     ),
     "tokenizer": Verb(
         "gptjax.cli.tokenizer",

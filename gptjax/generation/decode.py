@@ -28,7 +28,6 @@ from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
 from gptjax.types import Params, UserError
 
-
 _LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
 
 
