@@ -274,11 +274,11 @@ def _from_hf(tokenizer: Any) -> Vocabulary:
     merges = hf.pairs(model.get("merges"), ids)
     made = [left + right for left, right in merges]
     rank = {token: i for i, token in enumerate(dict.fromkeys(made))}
-    ordinary = {
-        token: i for token, i in ids.items() if token not in tokenizer.special_tokens | dict(tokenizer.added_tokens)
-    }
+    special = {*tokenizer.special_tokens, *tokenizer.added_tokens}
+    ordinary = {token: i for token, i in ids.items() if token not in special}
     pieces = [token for token in ordinary if not _BYTE.fullmatch(token)]
-    if any(rank[b] < rank[a] for a, b in itertools.pairwise(made)) or 2 in hf.piece_counts(ids, merges, pieces):
+    in_order = all(rank[a] <= rank[b] for a, b in itertools.pairwise(made))
+    if not in_order or not set("".join(pieces)) <= set(pieces) or 2 in hf.piece_counts(ids, merges, pieces):
         raise refusal
     tokens = sorted(ids, key=ids.__getitem__)
     names = {"model": "llama", "scores": np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)}
@@ -289,7 +289,10 @@ def _from_hf(tokenizer: Any) -> Vocabulary:
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Is a blank put before the text? None: blanks are not written as `▁`, or words are cut at them."""
+    """Is a blank put before the text? None: blanks are not written as `▁`, or words are cut at them.
+
+    Metaspace puts none where one is, and as "first" none after a special token; llama.cpp and SentencePiece do.
+    """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))
     if before in (None, _AT_BLANKS) and normalizer in (with_blank, without, without["normalizers"][0]):

@@ -8,10 +8,10 @@ params, cfg = load("hf:openai-community/gpt2")  from the hub, where it answers
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,8 @@ def open_model(source: str | os.PathLike[str]) -> Model:
         path = _from_hub(name.removeprefix("hf:"))
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path)
+    if (path / "hparams.json").is_file():
+        return _openai(path)
     if path.is_dir() and not (path / CONFIG).is_file():
         return _native(path)
     if path.is_dir():
@@ -130,13 +132,34 @@ def _hugging_face(folder: Path, source: Any) -> Model:
     return Model(str(folder), family.name, cfg, params, lambda: tokenizers.load(folder))
 
 
+def _openai(folder: Path) -> Model:
+    """GPT-2 as OpenAI published it: a TensorFlow checkpoint with hparams.json."""
+    from gptjax.weights import tensorflow
+
+    where = str(folder / "hparams.json")
+    a = families.Attributes(_json(folder / "hparams.json"))
+    names = dict(vocab_size="n_vocab", context_length="n_ctx", d_model="n_embd", n_head="n_head", n_layer="n_layer")
+    a.left |= {name: value for name, value in _json(folder / "hparams.json").items() if name == "n_ctx"}
+    fields = {ours: a.take(theirs, int) for ours, theirs in names.items()}
+    a.end(where)
+    cfg = families.model_config(dict(arch="gpt2", **fields), where)
+    source = tensorflow.open_checkpoint(folder)
+    return Model(
+        str(folder), "gpt2", cfg,
+        lambda dtype, shardings: read(
+            source, families.OPENAI_RULES, cfg, str(folder), dtype=dtype, shardings=shardings
+        ),
+        lambda: tokenizers.load("gpt2"),
+    )  # fmt: skip
+
+
 def _json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than a config has ({MAX_CONFIG_BYTES:,})")
     return safetensors.parse_json(path.read_bytes(), str(path), "config")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _GGUFSource:
     file: gguf.File
 
@@ -145,6 +168,15 @@ class _GGUFSource:
 
     def array(self, name: str) -> np.ndarray:
         return self.file.array(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        tensor = self.file.tensors[name]
+        row = tensor.size_bytes // tensor.shape[0]
+        part = dataclasses.replace(
+            tensor, shape=(stop - start, tensor.shape[1]), offset=tensor.offset + start * row,
+            size_bytes=row * (stop - start),
+        )  # fmt: skip
+        return gguf.File(self.file.path, {}, {name: part}).array(name)
 
 
 def _gguf(path: Path) -> Model:

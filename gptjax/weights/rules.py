@@ -22,10 +22,11 @@ from gptjax.types import Params, UserError
 
 Shape = tuple[int, ...]
 _SHOWN = 20  # problems that one error lists
+_PIECE = 1 << 22  # numbers of a matrix that are read at once
 
 
 class Source(Protocol):
-    """Named tensors that are read one at a time."""
+    """Named tensors that are read one at a time; `rows(name, start, stop)`, if there is such, reads a part."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
@@ -132,7 +133,8 @@ def read(
     """
     ours = tree.flatten(abstract_params(cfg))
     tensors = _tensors(rules, ours, cfg.n_layer)
-    refuse(where, list(_mismatches(source.shapes(), tensors, ours, cfg, ignored)))
+    found = source.shapes()
+    refuse(where, list(_mismatches(found, tensors, ours, cfg, ignored)))
     by_leaf: dict[str, list[tuple[_Tensor, Rule]]] = {path: [] for path in ours}
     for tensor in tensors:
         for rule in tensor.rules:
@@ -143,19 +145,32 @@ def read(
     for path, leaf in ours.items():
         out = _aligned(leaf.shape, dtype)
         for tensor, rule in by_leaf[path]:
-            array = rule.form.read(source.array(tensor.name))
-            if rule.part:
-                k, n = rule.part
-                width = array.shape[-1] // n
-                array = array[..., k * width : (k + 1) * width]
-            out[() if tensor.layer is None else tensor.layer] = array
-            if not np.isfinite(array.sum(dtype=np.float64)) and not np.isfinite(array).all():
-                broken.append(f"{tensor.name} has numbers that are not finite")
-            del array
+            ours_here = out if tensor.layer is None else out[tensor.layer]
+            for at, piece in _pieces(source, tensor.name, rule, found[tensor.name]):
+                ours_here[at] = piece
+                if not np.isfinite(piece.sum(dtype=np.float64)) and not np.isfinite(piece).all():
+                    broken.append(f"{tensor.name} has numbers that are not finite")
         leaves[path] = jax.device_put(out, places[path], may_alias=True)
         del out
     refuse(where, list(dict.fromkeys(broken)))
     return tree.unflatten(leaves)
+
+
+def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
+    """Where in our array, and what; a large matrix (an embedding) comes a few rows at a time."""
+    rows = getattr(source, "rows", None)
+    if rule.part or rule.form not in (same, turned) or len(shape) != 2 or rows is None:
+        array = rule.form.read(source.array(name))
+        if rule.part:
+            k, n = rule.part
+            width = array.shape[-1] // n
+            array = array[..., k * width : (k + 1) * width]
+        yield ..., array
+        return
+    step = max(1, _PIECE // shape[1])
+    for start in range(0, shape[0], step):
+        here = slice(start, min(start + step, shape[0]))
+        yield (here if rule.form is same else (slice(None), here)), rule.form.read(rows(name, here.start, here.stop))
 
 
 def _mismatches(found: dict[str, Shape], tensors, ours, cfg, ignored) -> Iterator[str]:

@@ -68,10 +68,19 @@ class File:
     def array(self, name: str) -> np.ndarray:
         """One tensor, read from the file; pages are not mapped, so that they do not count as memory."""
         entry = self.entries[name]
-        out = np.empty(entry.shape, DTYPES[entry.dtype])
+        return self._read(name, entry.shape, entry.offset)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some of a tensor's rows."""
+        entry = self.entries[name]
+        shape = (stop - start, *entry.shape[1:])
+        return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
+
+    def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
+        out = np.empty(shape, DTYPES[self.entries[name].dtype])
         with self.path.open("rb") as file:
-            file.seek(entry.offset)
-            if file.readinto(out.reshape(-1).view(np.uint8)) != entry.size_bytes:
+            file.seek(offset)
+            if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
                 raise UserError(f"{self.path}: {name} is cut off: the file was changed while it was read")
         return out
 
@@ -87,6 +96,9 @@ class Folder:
 
     def array(self, name: str) -> np.ndarray:
         return self.files[name].array(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.files[name].rows(name, start, stop)
 
 
 # ---------------------------------------------------------------- in
