@@ -20,9 +20,9 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -58,8 +58,8 @@ class Entry:
 class Checkpoint:
     """The tensors of a checkpoint by name."""
 
-    index: Path
     entries: Mapping[str, Entry]
+    checked: set[str] = field(default_factory=set)  # whose bytes agree with their checksum
 
     def shapes(self) -> dict[str, Shape]:
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -71,16 +71,28 @@ class Checkpoint:
             UserError: its bytes cannot be read, or are not those that the checksum was made of.
         """
         entry = self.entries[name]
-        out = np.empty(entry.shape, entry.dtype)
-        raw = out.reshape(-1).view(np.uint8)
+        return self._read(name, entry.shape, entry.offset)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some of a tensor's rows; the first time the checksum of the whole tensor is compared."""
+        entry = self.entries[name]
+        return self._read(
+            name, (stop - start, *entry.shape[1:]), entry.offset + start * (entry.size_bytes // entry.shape[0])
+        )
+
+    def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
+        entry = self.entries[name]
+        out = np.empty(shape, entry.dtype)
         try:
             with entry.shard.open("rb") as file:
-                file.seek(entry.offset)
-                read = file.readinto(raw)
+                if name not in self.checked and masked(_checksum(file, entry)) != entry.checksum:
+                    raise UserError(f"{entry.shard}: {name} is damaged: its checksum differs. Get the file again")
+                self.checked.add(name)
+                file.seek(offset)
+                if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
+                    raise UserError(f"{entry.shard}: {name} is cut off: the file was changed while it was read")
         except OSError as error:
             raise UserError(f"{entry.shard}: {name} cannot be read: {error.strerror or error}") from error
-        if read != entry.size_bytes or masked(crc32c(raw)) != entry.checksum:
-            raise UserError(f"{entry.shard}: {name} is damaged: its checksum differs. Get the file again")
         return out
 
 
@@ -110,7 +122,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             except UserError as error:
                 problems.append(f"{name!r:.80}: {error}")
     refuse(str(index), problems)
-    return Checkpoint(index, entries)
+    return Checkpoint(entries)
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -290,25 +302,32 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 _CHUNK = 1 << 18  # bytes at once: what is made of them stays in the processor's cache
 
 
-def crc32c(data: Any) -> int:
-    """CRC-32C (Castagnoli) of bytes."""
+def crc32c(data: Any, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of bytes; with the one of the bytes before them, of both together."""
     data = np.frombuffer(data, np.uint8)
     whole = len(data) - len(data) % 4
-    state, tables = 0xFFFFFFFF, _tables()
+    state, tables = crc ^ 0xFFFFFFFF, _tables()
     for start in range(0, whole, _CHUNK):
         words = data[start : min(start + _CHUNK, whole)].view("<u4").astype(np.uint32)
         words[0] ^= np.uint32(state)
-        for table in tables:
-            if len(words) == 1:
-                break
-            odd = len(words) % 2  # the first is one level behind: zeros before it would change nothing
-            pairs = words[odd:]
-            joined = _apply(table, pairs[0::2]) ^ pairs[1::2]
-            words = np.concatenate([words[:odd], joined]) if odd else joined
+        level = 0
+        while len(words) > 1:
+            odd = len(words) % 2  # as if a word of zeros stood before: that changes nothing
+            joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
+            words = np.concatenate([words[:odd], joined])
+            level += 1
         state = int(_apply(tables[0], words)[0])
     for byte in data[whole:].tolist():
         state = (state >> 8) ^ int(_byte_table()[(state ^ byte) & 255])
     return state ^ 0xFFFFFFFF
+
+
+def _checksum(file: BinaryIO, entry: Entry) -> int:
+    file.seek(entry.offset)
+    crc = 0
+    for start in range(0, entry.size_bytes, _CHUNK):
+        crc = crc32c(file.read(min(_CHUNK, entry.size_bytes - start)), crc)
+    return crc
 
 
 def masked(crc: int) -> int:
@@ -339,6 +358,6 @@ def _tables() -> list[np.ndarray]:
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]
-    while len(tables) < (_CHUNK // 4).bit_length():
+    while 4 << len(tables) < _CHUNK:
         tables.append(_apply(tables[-1], tables[-1]))
     return tables

@@ -27,7 +27,10 @@ HARD = [
     "日本語 中文 한국어 \u1100\u1161\u11a8", "e\u0301 vs é  A\u030a \u212b", "😀👩‍👩‍👧‍👦🏳️‍🌈🇫🇷👍🏽 ok",
     "\U0001d518\U0001d52b\U0001d526 𐍈 \U000e0001 \U00040001x\U000c0000", "a!\n\nb?\r\n\r\n", " !\n", "x\x04y",
  
-    'def f(x):\n    return x**2  # ok\n\n\tif x>=1:\n\t\tprint(f"{x:>10}")\n', "for (int i=0;i<n;++i){a[i]+=b[i]<<2;}\n/*c*/",
+ 
+ 
+    'def f(x):\n    return x**2  # ok\n\n\tif x>=1:\n\t\tprint(f"{x:>10}")\n',
+    "for (int i=0;i<n;++i){a[i]+=b[i]<<2;}\n/*c*/",
     "https://example.com/a?b=c&d=%20#frag C:\\dir\\file.txt",
     "\u2028\u2029\u200b\u200d\ufeff x\u00a0y \x85x \x0b\x0c y",
     "\x00\x01\x04\x06\x1b[0m\x7f", "_snake_case__ CamelCase", "!!!???...---***", "<|im_end", "<| endoftext |>",
