@@ -40,8 +40,8 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb(
         "gptjax.cli.transfer",
-        "write a model for transformers or llama.cpp",
-        "gptjax export hf|gguf MODEL TARGET [type=F32|F16|BF16|Q8_0]",
+        "write a model for transformers, llama.cpp or as one program",
+        "gptjax export hf|gguf|stablehlo MODEL TARGET [type=F32|F16|BF16|Q8_0]",
         ("gptjax export hf runs/mine mine-hf", "gptjax export gguf runs/mine mine.gguf type=Q8_0"),
     ),
     "import": Verb(

@@ -8,7 +8,7 @@ from gptjax.cli import options
 from gptjax.config_io import did_you_mean
 from gptjax.types import UserError
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "stablehlo")
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,10 +35,12 @@ def run_export(args: list[str]) -> int:
     """hf|gguf MODEL TARGET [type=..]"""
     words, kind = _take(args, "type", TYPES, "F32")
     if len(words) != 3:
-        raise UserError("expected: gptjax export hf MODEL DIR, or gptjax export gguf MODEL FILE.gguf [type=Q8_0]")
+        raise UserError(
+            "expected: gptjax export hf|stablehlo MODEL DIR, or gptjax export gguf MODEL FILE.gguf [type=Q8_0]"
+        )
     form, source, target = words
     if form not in FORMATS:
-        raise UserError(f"export {form}: expected {' or '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
+        raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
     from gptjax import weights
 
     model = weights.open_model(source)
@@ -48,6 +50,9 @@ def run_export(args: list[str]) -> int:
     if form == "hf":
         path = weights.export_hf(target, params, model.cfg, tokenizer)
         print(f"{path}  (use it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}))")
+    elif form == "stablehlo":
+        path = weights.export_stablehlo(target, params, model.cfg, tokenizer)
+        print(f"{path}  (use it: jax.export.deserialize of {path / 'forward.stablehlo'}, then .call(params, tokens))")
     else:
         path = weights.export_gguf(target, params, model.cfg, tokenizer, kind)
         print(f"{path}  (use it: llama-cli -m {path})")

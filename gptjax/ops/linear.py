@@ -30,7 +30,7 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # few rows: XLA's CPU backend is twice as fast with the large operand on the left
-        few = rows.shape[0] <= _FEW_ROWS and jax.default_backend() == "cpu"
+        few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and jax.default_backend() == "cpu"
         y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
     else:
         y = _matmul_bfloat16(rows, w.T).astype(x.dtype)

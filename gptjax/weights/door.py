@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax import assets, gguf, tokenizers
 from gptjax.config import ModelConfig
+from gptjax.model.gpt import forward
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
 from gptjax.weights.rules import read, write
@@ -266,6 +268,31 @@ def export_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     gguf.write(path, metadata, tensors)
     return path
+
+
+def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:
+    """Our own folder, and in it `forward.stablehlo`: `forward` as one program for CPUs, NVIDIA GPUs and TPUs.
+
+        program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
+        logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
+
+    Raises:
+        UserError: flatbuffers is not installed, or the folder is not empty.
+    """
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise UserError("stablehlo needs flatbuffers: pip install 'gptjax[export]'") from error
+    folder = Path(folder)
+    (rows,) = jax.export.symbolic_shape("b")
+    tokens = jax.ShapeDtypeStruct((rows, cfg.context_length), jnp.int32)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    run = jax.jit(lambda params, tokens: forward(params, tokens, cfg))
+    program = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(shapes, tokens).serialize()
+    new_folder(folder)
+    native.save(folder, params, cfg, tokenizer)
+    (folder / "forward.stablehlo").write_bytes(program)
+    return folder
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

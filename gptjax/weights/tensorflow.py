@@ -36,8 +36,8 @@ DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-MAX_INDEX = 16 << 20  # GPT-2's has 10 kB to 30 kB
-MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 100_000, 10_000, 32, 1024
+MAX_INDEX = 2 << 20  # GPT-2's have 5 kB to 21 kB; together these bounds are some seconds at worst
+MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PATH_LINE = re.compile(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]*)"\s*$', re.MULTILINE)
 
@@ -195,8 +195,10 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         shared, at = _varint(block, at)
         more, at = _varint(block, at)
         size, at = _varint(block, at)
-        if shared > len(key) or shared + more > MAX_KEY or at + more + size > end:
-            raise UserError("an entry of a block runs past its end")
+        if shared > len(key) or at + more + size > end:
+            raise UserError("an entry of a block takes more than there is")
+        if shared + more > MAX_KEY:
+            raise UserError(f"a key of {shared + more:,} bytes, at most {MAX_KEY:,} are read")
         key = key[:shared] + block[at : at + more]
         at += more + size
         yield key, block[at - size : at]
@@ -252,8 +254,8 @@ def _shape(message: bytes) -> Shape:
             raise UserError("its number of dimensions is unknown")
         if number == 2:
             shape.append(_fields(value, {1: int, 2: bytes}).get(1, 0))
-    if len(shape) > MAX_DIMS or math.prod(max(n, 1) for n in shape) >= 1 << 60:
-        raise UserError(f"shape {shape!r:.80}, expected up to {MAX_DIMS} dimensions that a tensor can have")
+        if len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 1 << 59:  # beyond what numpy counts in bytes
+            raise UserError(f"shape {shape!r:.80} is of no array, expected up to {MAX_DIMS} dimensions")
     return tuple(shape)
 
 
@@ -300,13 +302,14 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 # A_k is held as what it makes of each byte at each of the 4 places; A_{k+1} = A_k of A_k.
 
 _CHUNK = 1 << 18  # bytes at once: what is made of them stays in the processor's cache
+_SHORT = 1000  # up to here byte by byte is quicker
 
 
 def crc32c(data: Any, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of bytes; with the one of the bytes before them, of both together."""
     data = np.frombuffer(data, np.uint8)
-    whole = len(data) - len(data) % 4
-    state, tables = crc ^ 0xFFFFFFFF, _tables()
+    whole = len(data) - len(data) % 4 if len(data) > _SHORT else 0
+    state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
     for start in range(0, whole, _CHUNK):
         words = data[start : min(start + _CHUNK, whole)].view("<u4").astype(np.uint32)
         words[0] ^= np.uint32(state)
@@ -318,7 +321,7 @@ def crc32c(data: Any, crc: int = 0) -> int:
             level += 1
         state = int(_apply(tables[0], words)[0])
     for byte in data[whole:].tolist():
-        state = (state >> 8) ^ int(_byte_table()[(state ^ byte) & 255])
+        state = (state >> 8) ^ table[(state ^ byte) & 255]
     return state ^ 0xFFFFFFFF
 
 
@@ -336,28 +339,23 @@ def masked(crc: int) -> int:
 
 
 def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
-    out = table[0][words & 255]
+    out = table[0].take(words & 255)
     for i in (1, 2, 3):
-        out ^= table[i][(words >> (8 * i)) & 255]
+        out ^= table[i].take((words >> (8 * i)) & 255)
     return out
 
 
 @functools.cache
-def _byte_table() -> np.ndarray:
-    crc = np.arange(256, dtype=np.uint32)
+def _tables() -> tuple[list[int], list[np.ndarray]]:
+    """What one byte makes of a state of zeros, [256]; and A_0, A_1, .., each [4, 256]."""
+    byte = np.arange(256, dtype=np.uint32)
+    crc = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
-    return crc
-
-
-@functools.cache
-def _tables() -> list[np.ndarray]:
-    """A_0, A_1, .., each [4, 256]."""
-    byte = np.arange(256, dtype=np.uint32)
-    table = np.stack([_byte_table(), byte, byte << 8, byte << 16])  # one byte of zeros
+    table = np.stack([crc, byte, byte << 8, byte << 16])  # one byte of zeros
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]
     while 4 << len(tables) < _CHUNK:
         tables.append(_apply(tables[-1], tables[-1]))
-    return tables
+    return crc.tolist(), tables

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 
@@ -33,6 +34,16 @@ def test_out_and_in_again(run, tmp_path, capsys, form):
     capsys.readouterr()
     assert main(["export", form, str(run), str(target)]) == 2  # nothing is overwritten
     assert str(target) in capsys.readouterr().err
+
+
+def test_one_program_for_every_platform(run, tmp_path):
+    pytest.importorskip("flatbuffers", reason="extra 'export' is not installed")
+    assert main(["export", "stablehlo", str(run), str(tmp_path / "out")]) == 0
+    params, cfg = gptjax.load(tmp_path / "out")
+    program = jax.export.deserialize((tmp_path / "out" / "forward.stablehlo").read_bytes())
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    tokens = np.random.default_rng(0).integers(0, 257, (3, cfg.context_length), dtype=np.int32)
+    np.testing.assert_allclose(program.call(params, tokens), gptjax.forward(params, tokens, cfg), atol=1e-5)
 
 
 def test_a_model_that_no_other_format_holds_says_so(tmp_path, capsys):
@@ -68,7 +79,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(run, tmp_path, capsys):
         (["import", "RUN"], "expected: gptjax import"),
         (["import", "RUN", "x", "dtype=int4"], "dtype=int4: expected float32"),
         (["import", "absent", "x"], "absent: no such run"),
-        (["export", "onnx", "RUN", "x"], "export onnx: expected hf or gguf"),
+        (["export", "onnx", "RUN", "x"], "export onnx: expected hf, gguf, stablehlo"),
         (["export", "gguf", "RUN", "x", "type=Q2"], "type=Q2: expected F32"),
         (["export", "gguf", "RUN", "x", "kind=Q2"], "unknown setting kind=Q2"),
         (["chat"], "which model?"),
