@@ -15,11 +15,12 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -33,12 +34,12 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 << 20  # the format's own limit
-MAX_INDEX = 64 << 20
-MAX_DIMS = 32
+MAX_HEADER = MAX_INDEX = 32 << 20  # the format allows 100 MB; 50,000 tensors take 5
+MAX_VALUES = 500_000  # in either: they cost up to 600 bytes of memory each; a tensor has 8 in a header
+MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".msgpack", ".h5")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file: name it .gguf",
@@ -78,10 +79,14 @@ class File:
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         out = np.empty(shape, DTYPES[self.entries[name].dtype])
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
-                raise UserError(f"{self.path}: {name} is cut off: the file was changed while it was read")
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                read = file.readinto(out.reshape(-1).view(np.uint8))
+        except OSError as error:
+            raise UserError(f"{self.path}: {name} cannot be read: {error.strerror or error}") from error
+        if read != out.nbytes:
+            raise UserError(f"{self.path}: {name} is cut off: the file was changed while it was read")
         return out
 
 
@@ -112,12 +117,17 @@ def open_file(path: str | os.PathLike[str]) -> File:
     """
     path = Path(path)
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                raise UserError(f"{path}: {_looks_like(head)} (header of {length:,} bytes in a file of {size:,})")
+                raise UserError(
+                    f"{path}: {_looks_like(head)} (header of {length:,} bytes in a file of {size:,}; "
+                    f"at most {MAX_HEADER:,} are read)"
+                )
             file.seek(8)
             text = file.read(length)
     except OSError as error:
@@ -135,21 +145,23 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _looks_like(head: bytes) -> str:
     for magic, what in _MAGIC.items():
-        if head.startswith(magic):
+        if head.startswith(magic) and head[8:9] != b"{":  # the length of a header can begin like any of them
             return f"not a safetensors file but {what}"
     return "not a whole safetensors file"
 
 
 def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice."""
+    """A JSON object in which no key stands twice, of at most MAX_VALUES values."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise UserError(f"{where}: {next(n for n in names if names.count(n) > 1)!r:.80} stands twice in the {what}")
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{where}: {name!r:.80} stands twice in the {what}")
         return found
 
+    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
     try:
         body = json.loads(text.decode(), object_pairs_hook=once)
     except UserError:
@@ -163,6 +175,9 @@ def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
+    if not name.isprintable():  # NUL, escape sequences, half a surrogate pair
+        problems.append(f"{shown}: the name of a tensor is printable text")
+        return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
         problems.append(f"{shown}: expected dtype, shape and data_offsets")
         return None
@@ -182,6 +197,9 @@ def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | Non
             f"{shown}: {dtype} {shape!r:.60} takes {size:,} bytes, data_offsets span {offsets[1] - offsets[0]:,}"
         )
         return None
+    if not size and math.prod(n or 1 for n in shape) >= 1 << 59:
+        problems.append(f"{shown}: shape {shape!r:.80} is of no array, empty or not")
+        return None
     return Entry(dtype, tuple(shape), start + offsets[0], size)
 
 
@@ -200,23 +218,29 @@ def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    """`model.safetensors`, or else the shards that `model.safetensors.index.json` names.
 
     Raises:
         UserError: neither is there, pickled weights only, or an index that its shards do not bear out.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        return open_file(folder / WEIGHTS)
-    if not (folder / INDEX).exists():
-        raise UserError(_nothing_here(folder))
     index = folder / INDEX
-    if index.stat().st_size > MAX_INDEX:
-        raise UserError(f"{index}: {index.stat().st_size:,} bytes, more than an index has ({MAX_INDEX:,})")
-    named = parse_json(index.read_bytes(), str(index), "index").get("weight_map")
+    try:
+        if (folder / WEIGHTS).is_file():
+            return open_file(folder / WEIGHTS)
+        if not index.is_file():
+            raise UserError(_nothing_here(folder))
+        if index.stat().st_size > MAX_INDEX:
+            raise UserError(f"{index}: {index.stat().st_size:,} bytes, more than an index has ({MAX_INDEX:,})")
+        text = index.read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
+    named = parse_json(text, str(index), "index").get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
         raise UserError(f"{index}: weight_map must map names of tensors to names of files")
     shards = sorted(set(named.values()))
+    if len(shards) > MAX_SHARDS:
+        raise UserError(f"{index}: {len(shards):,} files, expected up to {MAX_SHARDS:,}")
     problems = [f"{s!r:.80} is not the plain name of a .safetensors file" for s in shards if not _SHARD.fullmatch(s)]
     problems += [f"{s} is missing" for s in shards if _SHARD.fullmatch(s) and not (folder / s).is_file()]
     refuse(str(index), problems)
@@ -276,7 +300,7 @@ def save(
     total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    _whole(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode() + b"\n"))
 
 
 def _write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
@@ -288,14 +312,30 @@ def _write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            file.write(_bytes(tensor, dtype))
+
+    _whole(path, write)
+
+
+def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
+    array = tensor.array()
+    if array.shape != tuple(tensor.shape):
+        raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")
+    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+
+
+def _whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """The file appears by one rename, complete or not at all."""
     handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors:
-                out.write(np.ascontiguousarray(tensor.array(), dtype).reshape(-1).view(np.uint8).data)
-            out.flush()
-            os.fsync(out.fileno())
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
     finally:
