@@ -37,7 +37,7 @@ class Completion(NamedTuple):
     tokens    the new tokens, without the stop token
     logprobs  of each under the model itself, before any filter; empty unless asked for
     top       for each token the likeliest k as (id, log-probability); empty unless asked for
-    finish    "stop" (a stop token or text) or "length"
+    finish    "stop" (one of the stop tokens came) or "length"
     """
 
     tokens: list[int]
