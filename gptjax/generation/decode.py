@@ -142,6 +142,11 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
+def stop_array(stop: Sequence[int]) -> jax.Array:
+    """Filled up with ids that no token has, so that there are few different shapes."""
+    return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
+
+
 def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
     for i, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
@@ -180,12 +185,16 @@ class _Settings(NamedTuple):
 
     cfg: ModelConfig
     sampler: Sampler
-    slots: int  # of the cache
     width: int  # of prompt and new tokens
     room: int  # N, for new tokens
     n: int
     logprobs: int | None
     cache_dtype: str
+
+    @property
+    def slots(self) -> int:
+        """Of the cache."""
+        return min(self.width, self.cfg.context_length)
 
 
 class _Run:
@@ -197,14 +206,12 @@ class _Run:
         room = bucket(max_new_tokens)
         width = 1 << (tokens.shape[1] + room - 1).bit_length()  # few sizes: the loop is what compiles longest
         top = None if logprobs is None else min(logprobs, cfg.vocab_size)
-        self.settings = _Settings(
-            cfg, sampler, min(width, cfg.context_length), width, room, n, top, jnp.dtype(cache_dtype).name
-        )  # fmt: skip
+        self.settings = _Settings(cfg, sampler, width, room, n, top, jnp.dtype(cache_dtype).name)
         both = for_decoding(params, cfg)
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG else stacked
         self.quick, self.key = both, key
-        self.stop = jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)  # few different shapes
+        self.stop = stop_array(stop)
         self.state = _start(self.params, tokens, jnp.array(self.start[::n]), key, self.stop, self.settings)
 
     def advance(self, upto: int) -> None:
@@ -237,7 +244,7 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings) -> _State:
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
     cache = init_cache(cfg, len(prompt), settings.slots, settings.cache_dtype)
-    logits, cache = _read(params, prompt, rolled, cache, lengths)
+    logits, cache = read_prompts(params, prompt, rolled, cache, lengths)
     logits, prompt, lengths = (jnp.repeat(a, n, 0) for a in (logits, prompt, lengths))
     cache = jax.tree.map(lambda a: jnp.repeat(a, n, 1 if a.ndim == 5 else 0), cache)
     B, N = len(prompt), settings.room
@@ -270,7 +277,7 @@ def _advance(params, quick, state: _State, key, stop, upto, settings: _Settings)
     return jax.lax.while_loop(lambda state: (state.i < upto) & ~state.done.all(), body, state)
 
 
-def _read(params, tokens, cfg, cache, lengths) -> tuple[jax.Array, Cache]:
+def read_prompts(params, tokens, cfg, cache, lengths) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the last real token of each row."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
@@ -292,7 +299,7 @@ def _next_logits(params, quick, state: _State, settings: _Settings) -> tuple[jax
         rolled = dataclasses.replace(cfg, unroll=False)
         window = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end - half, half))(state.tokens, state.end)
         fresh = init_cache(cfg, len(window), settings.slots, settings.cache_dtype)
-        logits, fresh = _read(params, window, rolled, fresh, jnp.full(len(window), half))
+        logits, fresh = read_prompts(params, window, rolled, fresh, jnp.full(len(window), half))
         others, after = one_more()
 
         def pick(a, b):

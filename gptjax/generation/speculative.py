@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.generation.decode import bucket, right_padded
+from gptjax.generation.decode import bucket, read_prompts, right_padded, stop_array
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import extend, extend_backbone, for_decoding, lm_logits
+from gptjax.model.gpt import extend, for_decoding
 from gptjax.types import Params, UserError
 
 
@@ -67,7 +67,7 @@ def speculate(
     end, out, rounds, accepted = jax.device_get(
         _speculate(
             for_decoding(params, cfg), for_decoding(draft, draft_cfg), tokens, jnp.array(lengths),
-            jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32), jnp.int32(max_new_tokens), cfg, draft_cfg, slots,
+            stop_array(stop), jnp.int32(max_new_tokens), cfg, draft_cfg, slots,
             room, ahead,
         )
     )  # fmt: skip
@@ -93,13 +93,9 @@ def _speculate(params, draft, prompt, lengths, stop, limit, cfg, draft_cfg, slot
     B = len(prompt)
     rows = jnp.arange(B)
 
-    def read(params, cfg):
-        hidden, cache = extend_backbone(params, prompt, cfg, init_cache(cfg, B, slots), lengths=lengths)
-        return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0], cache
-
-    hidden, cache = read(params, cfg)
-    _, draft_cache = read(draft, draft_cfg)
-    first = lm_logits(params, hidden, cfg).argmax(-1).astype(jnp.int32)
+    logits, cache = read_prompts(params, prompt, cfg, init_cache(cfg, B, slots), lengths)
+    _, draft_cache = read_prompts(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots), lengths)
+    first = logits.argmax(-1).astype(jnp.int32)
     tokens = jnp.pad(prompt, ((0, 0), (0, room))).at[rows, lengths].set(first)
     done = (first[:, None] == stop).any(-1)
 

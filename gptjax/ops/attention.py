@@ -45,39 +45,18 @@ def multi_head_attention(
     return linear(attention(q, k, v, **options).reshape(B, T, -1), w_o)
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    offset: int | jax.Array = 0,
-    segment_ids: jax.Array | None = None,
-    window: int | jax.Array = 0,
-    scale: float | None = None,
-    alibi: bool = False,
-    dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
     """softmax(scale q k^T + mask) v, each query over the keys up to its own place.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N // K) (arXiv:2305.13245).
-        offset: the place of the first query among the keys; [B] where the rows differ.
-        segment_ids: [B, T] with T == S; a token sees its own document only.
-        window: how many tokens a query sees, itself included; 0: all (arXiv:2004.05150, 3.1).
-        scale: None: 1 / sqrt(H).
-        alibi: add -slope * distance to the scores (arXiv:2108.12409).
-        dropout: share of attention weights set to zero, where `dropout_key` is given.
+        options: as in `heads_attention`.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
     """
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    return heads_attention(
-        q, k, v, offset=offset, segment_ids=segment_ids, window=window, scale=scale, alibi=alibi, dropout=dropout,
-        dropout_key=dropout_key,
-    )  # fmt: skip
+    return heads_attention(q, *(x.transpose(0, 2, 1, 3) for x in (k, v)), **options)
 
 
 def heads_attention(
@@ -93,7 +72,16 @@ def heads_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` with k and v as a cache keeps them, [B, K, S, H]."""
+    """`attention` with k and v as a cache keeps them, [B, K, S, H].
+
+    Args:
+        offset: the place of the first query among the keys; [B] where the rows differ.
+        segment_ids: [B, T] with T == S; a token sees its own document only.
+        window: how many tokens a query sees, itself included; 0: all (arXiv:2004.05150, 3.1).
+        scale: None: 1 / sqrt(H).
+        alibi: add -slope * distance to the scores (arXiv:2108.12409).
+        dropout: share of attention weights set to zero, where `dropout_key` is given.
+    """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
     blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1

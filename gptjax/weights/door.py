@@ -138,13 +138,12 @@ def _openai(folder: Path) -> Model:
     """GPT-2 as OpenAI published it: a TensorFlow checkpoint with hparams.json."""
     from gptjax.weights import tensorflow
 
-    where = str(folder / "hparams.json")
-    a = families.Attributes(_json(folder / "hparams.json"))
+    where = folder / "hparams.json"
+    a = families.Attributes(_json(where), neutral=())
     names = dict(vocab_size="n_vocab", context_length="n_ctx", d_model="n_embd", n_head="n_head", n_layer="n_layer")
-    a.left |= {name: value for name, value in _json(folder / "hparams.json").items() if name == "n_ctx"}
     fields = {ours: a.take(theirs, int) for ours, theirs in names.items()}
-    a.end(where)
-    cfg = families.model_config(dict(arch="gpt2", **fields), where)
+    a.end(str(where))
+    cfg = families.model_config(dict(arch="gpt2", **fields), str(where))
     source = tensorflow.open_checkpoint(folder)
     return Model(
         str(folder), "gpt2", cfg,

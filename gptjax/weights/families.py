@@ -7,7 +7,7 @@ of a config.json is used, known to change nothing here, or refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from gptjax import config
@@ -32,8 +32,8 @@ _REQUIRED = object()
 class Attributes:
     """A config.json that is taken apart: what is left at the end was not understood."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.left = {key: value for key, value in values.items() if key not in _NEUTRAL}
+    def __init__(self, values: dict[str, Any], neutral: Collection[str] = _NEUTRAL) -> None:
+        self.left = {key: value for key, value in values.items() if key not in neutral}
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:

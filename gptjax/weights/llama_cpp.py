@@ -24,11 +24,8 @@ _MLP = [
     *(Rule(f"blocks/mlp/{x}/kernel", f"{_B}ffn_{x}.weight", turned) for x in ("gate", "up", "down")),
     *(Rule(f"blocks/mlp/{x}/bias", f"{_B}ffn_{x}.bias") for x in ("gate", "up", "down")),
 ]
-_ENDS = [
-    Rule("wte/embedding", "token_embd.weight"),
-    Rule("lm_head/kernel", "output.weight", turned),
-    Rule("ln_f/scale", "output_norm.weight"),
-]
+_TABLES = [Rule("wte/embedding", "token_embd.weight"), Rule("lm_head/kernel", "output.weight", turned)]
+_ENDS = [*_TABLES, Rule("ln_f/scale", "output_norm.weight")]
 _OUT = [
     Rule("blocks/attn/o/kernel", f"{_B}attn_output.weight", turned),
     Rule("blocks/attn/o/bias", f"{_B}attn_output.bias"),
@@ -46,8 +43,8 @@ _QKV = [
 
 
 def _gpt2_rules(cfg: ModelConfig) -> list[Rule]:
-    rules = [*_ENDS, Rule("ln_f/bias", "output_norm.bias", fill=0.0), Rule("wpe/embedding", "position_embd.weight")]
-    rules[2] = Rule("ln_f/scale", "output_norm.weight", fill=1.0)
+    rules = [*_TABLES, Rule("wpe/embedding", "position_embd.weight")]
+    rules += [Rule("ln_f/scale", "output_norm.weight", fill=1.0), Rule("ln_f/bias", "output_norm.bias", fill=0.0)]
     for k, x in enumerate("qkv"):
         rules.append(Rule(f"blocks/attn/{x}/kernel", f"{_B}attn_qkv.weight", turned, (k, 3)))
         rules.append(Rule(f"blocks/attn/{x}/bias", f"{_B}attn_qkv.bias", same, (k, 3), fill=0.0))

@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.types import UserError
-from gptjax.weights.rules import Out, Shape, refuse
+from gptjax.weights.rules import Out, Shape, Stored, refuse
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -56,26 +56,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class File:
+class File(Stored):
     """The tensors of one file by name."""
 
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-
-    def shapes(self) -> dict[str, Shape]:
-        return {name: entry.shape for name, entry in self.entries.items()}
-
-    def array(self, name: str) -> np.ndarray:
-        """One tensor, read from the file; pages are not mapped, so that they do not count as memory."""
-        entry = self.entries[name]
-        return self._read(name, entry.shape, entry.offset)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some of a tensor's rows."""
-        entry = self.entries[name]
-        shape = (stop - start, *entry.shape[1:])
-        return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         out = np.empty(shape, DTYPES[self.entries[name].dtype])

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.types import UserError
-from gptjax.weights.rules import Shape, refuse
+from gptjax.weights.rules import Shape, Stored, refuse
 
 DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
@@ -55,29 +55,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The tensors of a checkpoint by name."""
+class Checkpoint(Stored):
+    """The tensors of a checkpoint by name; when one is first read, in whole or in part, its checksum is compared."""
 
     entries: Mapping[str, Entry]
     checked: set[str] = field(default_factory=set)  # whose bytes agree with their checksum
-
-    def shapes(self) -> dict[str, Shape]:
-        return {name: entry.shape for name, entry in self.entries.items()}
-
-    def array(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype.
-
-        Raises:
-            UserError: its bytes cannot be read, or are not those that the checksum was made of.
-        """
-        entry = self.entries[name]
-        return self._read(name, entry.shape, entry.offset)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some of a tensor's rows; the first time the checksum of the whole tensor is compared."""
-        entry = self.entries[name]
-        shape = (stop - start, *entry.shape[1:])
-        return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         entry = self.entries[name]
