@@ -118,17 +118,17 @@ def _attend_forward(q, k, v, bias, keep, dropout):
     scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2])
     p = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
-    return out, (q, k, v, keep, p, out)
+    return out, (q, k, v, keep, p)
 
 
 def _attend_backward(dropout, residual, g):
     """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is turned.
 
-    d_scores = p (d_p - sum_s p d_p), where the sum is g . out (arXiv:2205.14135, appendix B).
+    d_scores = p (d_p - sum_s p d_p). The sum is g . out as well (arXiv:2205.14135, appendix B), which would keep out.
     """
-    q, k, v, keep, p, out = residual
+    q, k, v, keep, p = residual
     d_p = _dropped(_dot(_rows(g), _turn(v)).reshape(p.shape), keep, dropout)
-    delta = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    delta = (p * d_p).sum(-1, keepdims=True)
     d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
     d_k = _turn(_dot(_turn(_rows(q)), d_scores))
