@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
-from gptjax.types import Params
+from gptjax.types import Params, UserError
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
@@ -94,6 +95,29 @@ def extend_backbone(
     hidden, cache = GPT(cfg).apply({"params": params}, tokens, positions, None, None, cache)
     length = cache.length + (T if lengths is None else lengths)
     return hidden, cache.replace(length=length, empty=False)
+
+
+def grow_vocabulary(params: Params, cfg: ModelConfig, vocab_size: int) -> tuple[Params, ModelConfig]:
+    """Parameters and config with more tokens: each new one starts as the mean of the old, and their logits stay.
+
+    Args:
+        params: plain arrays. vocab_size: of the tokenizer that has grown (`tokenizers.extend`).
+
+    Raises:
+        UserError: `vocab_size` is less than the model's.
+    """
+    more = vocab_size - cfg.vocab_size
+    if more < 0:
+        raise UserError(f"vocab_size={vocab_size}: the model has {cfg.vocab_size} tokens already, and none is dropped")
+
+    def grown(w: jax.Array, axis: int) -> jax.Array:
+        new = jnp.repeat(w.mean(axis, keepdims=True, dtype=jnp.float32).astype(w.dtype), more, axis)
+        return jnp.concatenate([w, new], axis)
+
+    params = params | {"wte": {"embedding": grown(params["wte"]["embedding"], 0)}}
+    if not cfg.tie_embeddings:
+        params |= {"lm_head": {"kernel": grown(params["lm_head"]["kernel"], 1)}}
+    return params, dataclasses.replace(cfg, vocab_size=vocab_size)
 
 
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:

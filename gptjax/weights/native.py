@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptjax import config, tree
@@ -45,9 +46,12 @@ def save(
         files: more text files, by name.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a leaf that is no plain array, or the folder cannot be written.
     """
     folder = Path(folder)
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: not isinstance(node, dict))
+    if other := {type(node).__name__ for node in nodes if not hasattr(node, "dtype")}:
+        raise UserError(f"leaves of {', '.join(sorted(other))} cannot be saved: gptjax.dequantize(params) first")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

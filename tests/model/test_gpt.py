@@ -11,12 +11,13 @@ import pytest
 
 from gptjax import tree
 from gptjax.config import ARCHS, ModelConfig
-from gptjax.model.gpt import abstract_params, backbone, forward, init_params, lm_logits
+from gptjax.model.gpt import abstract_params, backbone, forward, grow_vocabulary, init_params, lm_logits
 from gptjax.ops import position
 from gptjax.ops.attention import multi_head_attention
 from gptjax.ops.feed_forward import feed_forward
 from gptjax.ops.loss import cross_entropy
 from gptjax.ops.norm import layer_norm
+from gptjax.types import UserError
 
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 12))
 
@@ -222,3 +223,25 @@ def test_positions_move_a_document(tiny):
     alone = run(cfg, params, TOKENS, positions=jnp.broadcast_to(jnp.arange(3, 15), (2, 12)))
     np.testing.assert_array_equal(whole, alone)
     assert np.abs(whole - run(cfg, params)).max() > 0.01
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_new_tokens_leave_old_logits_bit_identical(tiny, arch):
+    cfg, params = tiny(arch)
+    bigger, larger = grow_vocabulary(params, cfg, 20)
+    assert larger.vocab_size == 20
+    assert jax.tree.map(jnp.shape, bigger) == jax.tree.map(lambda a: a.shape, abstract_params(larger))
+    old, new = run(cfg, params), run(larger, bigger)
+    np.testing.assert_array_equal(new[..., :17], old)
+    assert new[..., 17:].max() <= old.max()
+    np.testing.assert_allclose(bigger["wte"]["embedding"][19], params["wte"]["embedding"].mean(0), rtol=1e-6)
+    with pytest.raises(UserError, match="17 tokens already"):
+        grow_vocabulary(params, cfg, 16)
+
+
+def test_new_tokens_of_a_large_vocabulary():
+    """Other shapes take other kernels of the backend: the sums must not change with them."""
+    cfg = ModelConfig(vocab_size=5003, n_layer=1, d_model=128, n_head=4, context_length=32)
+    params = init_params(jax.random.key(0), cfg)
+    bigger, larger = grow_vocabulary(params, cfg, 5005)
+    np.testing.assert_array_equal(run(larger, bigger)[..., :5003], run(cfg, params))
