@@ -208,6 +208,9 @@ class SampleConfig:
     top_p: float = 1.0
     min_p: float = 0.0  # tokens at least so many times as likely as the likeliest
     repetition_penalty: float = 1.0  # on tokens that came before; 1: off
+    stop: tuple[str, ...] = ()  # texts before which a continuation ends
+    quantize: Literal["none", "int8", "nf4"] = "none"  # of the weights: less memory, on a CPU slower
+    cache_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the keys and values that are kept
     seed: int = 0
 
 
@@ -626,6 +629,8 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.window_pattern",),
             f"model.window_pattern ({model.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL",
         )
+    if "" in cfg.sample.stop:
+        yield ("sample.stop",), "sample.stop holds an empty text, which would end everything at once: leave it out"
     if model.rope_fast <= model.rope_slow:
         yield (
             ("model.rope_fast", "model.rope_slow"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptjax.cli import options
-from gptjax.cli.sample import configure
+from gptjax.cli.sample import configure, quantized
 from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
@@ -31,7 +31,7 @@ def run(args: list[str]) -> int:
     if not tokenizer.chat_template:
         raise UserError(f"{model.where} has no chat template: it was not tuned for conversations; use gptjax sample")
     options.note(f"{model.where}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
-    params = for_decoding(model.params("float32", None), model.cfg)
+    params = for_decoding(quantized(model.params("float32", None), cfg.sample), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0
 
@@ -51,7 +51,7 @@ class Chat:
         """The answer in pieces, as it is made; afterwards it belongs to the conversation."""
         import jax
 
-        from gptjax.generation import from_config, stream
+        from gptjax.generation import cut, from_config, pieces, stop_strings, stream
         from gptjax.weights import stop_ids
 
         self.turns.append({"role": "user", "content": text})
@@ -61,19 +61,21 @@ class Chat:
             self.turns.pop()
             raise
         tokens: list[int] = []
-        shown = ""
         self.answered += 1
-        for new in stream(
-            self.params, ids, self.cfg, max_new_tokens=self.settings.max_new_tokens, every=EVERY,
-            key=jax.random.fold_in(jax.random.key(self.settings.seed), self.answered),
-            sampler=from_config(self.settings), stop=stop_ids(self.tokenizer),
-        ):  # fmt: skip
-            tokens += new
-            text = self.tokenizer.decode(tokens)
-            if not text.endswith("\ufffd"):  # half a character waits for its other half
-                yield text[len(shown) :]
-                shown = text
-        self.turns.append({"role": "assistant", "content": self.tokenizer.decode(tokens)})
+        settings, decode = self.settings, self.tokenizer.decode
+
+        def new_tokens() -> Iterator[list[int]]:
+            for new in stream(
+                self.params, ids, self.cfg, max_new_tokens=settings.max_new_tokens, every=EVERY,
+                key=jax.random.fold_in(jax.random.key(settings.seed), self.answered), sampler=from_config(settings),
+                stop=stop_ids(self.tokenizer), cache_dtype=settings.cache_dtype,
+                until=stop_strings(decode, settings.stop) if settings.stop else None,
+            ):  # fmt: skip
+                tokens.extend(new)
+                yield new
+
+        yield from pieces(new_tokens(), decode, settings.stop)
+        self.turns.append({"role": "assistant", "content": cut(decode(tokens), settings.stop)})
         self.count = len(tokens)
 
     def _prompt(self) -> list[int]:

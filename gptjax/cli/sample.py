@@ -110,11 +110,12 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
     """`cfg.sample.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
     import jax
 
-    from gptjax.generation import complete, for_decoding, from_config
+    from gptjax.generation import complete, cut, for_decoding, from_config, stop_strings
     from gptjax.weights import stop_ids
 
     settings = cfg.sample
-    params = for_decoding(params, model)
+    params = for_decoding(quantized(params, settings), model)
+    until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     start, count = time.monotonic(), 0
     lines = []
     for first in range(0, len(ids), settings.batch_size):
@@ -122,26 +123,41 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
         done = complete(
             params, batch, model, max_new_tokens=settings.max_new_tokens, sampler=from_config(settings),
             key=jax.random.fold_in(jax.random.key(settings.seed), first), stop=stop_ids(tokenizer), n=settings.n,
-            logprobs=0 if settings.out else None,
+            until=until, logprobs=0 if settings.out else None, cache_dtype=settings.cache_dtype,
         )  # fmt: skip
         count += sum(len(c.tokens) for c in done)
         for at, completion in enumerate(done):
             row = first + at // settings.n
             if settings.out:
-                lines.append(_line(prompts[row], completion, tokenizer))
+                lines.append(_line(prompts[row], completion, cut(tokenizer.decode(completion.tokens), settings.stop)))
             else:
                 if row or at:
                     print("-" * 40)
-                print(tokenizer.decode([*ids[row], *completion.tokens]), flush=True)
+                print(_text(tokenizer, ids[row], completion.tokens, settings.stop), flush=True)
     if settings.out:
         Path(settings.out).write_text("".join(lines), encoding="utf-8")
     seconds = time.monotonic() - start
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
 
 
-def _line(prompt: str, completion, tokenizer) -> str:
+def quantized(params, settings):
+    """The params as `sample.quantize` says."""
+    from gptjax import quantize
+
+    return params if settings.quantize == "none" else quantize(params, settings.quantize)
+
+
+def _text(tokenizer, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> str:
+    """Prompt and continuation, which may share a character; a stop string counts in the continuation only."""
+    from gptjax.generation import cut
+
+    whole, text = tokenizer.decode([*prompt, *new]), tokenizer.decode(new)
+    return whole[: len(whole) - len(text) + len(cut(text, stop))] if stop else whole
+
+
+def _line(prompt: str, completion, text: str) -> str:
     row = dict(
-        prompt=prompt, text=tokenizer.decode(completion.tokens), finish=completion.finish, tokens=completion.tokens,
+        prompt=prompt, text=text, finish=completion.finish, tokens=completion.tokens,
         logprobs=[round(value, 4) for value in completion.logprobs],
     )  # fmt: skip
     return json.dumps(row, ensure_ascii=False) + "\n"

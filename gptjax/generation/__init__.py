@@ -13,9 +13,10 @@ from gptjax.generation.sampling import (
     top_p,
 )
 from gptjax.generation.speculative import speculate
+from gptjax.generation.text import cut, pieces, stop_strings
 from gptjax.model.gpt import for_decoding
 
 __all__ = [
-    "Completion", "chain", "complete", "draw", "for_decoding", "from_config", "generate", "greedy", "min_p", "programs",
-    "repetition_penalty", "speculate", "stream", "temperature", "top_k", "top_p",
+    "Completion", "chain", "complete", "cut", "draw", "for_decoding", "from_config", "generate", "greedy", "min_p",
+    "pieces", "programs", "repetition_penalty", "speculate", "stop_strings", "stream", "temperature", "top_k", "top_p",
 ]  # fmt: skip

@@ -24,10 +24,12 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.generation.sampling import Sampler, greedy
+from gptjax.generation.text import Until
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
 from gptjax.types import Params, UserError
 
+_WATCH = 8  # tokens between two questions to `until`
 _LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
 
 
@@ -37,7 +39,7 @@ class Completion(NamedTuple):
     tokens    the new tokens, without the stop token
     logprobs  of each under the model itself, before any filter; empty unless asked for
     top       for each token the likeliest k as (id, log-probability); empty unless asked for
-    finish    "stop" (one of the stop tokens came) or "length"
+    finish    "stop" (one of the stop tokens came, or `until` said so) or "length"
     """
 
     tokens: list[int]
@@ -55,6 +57,7 @@ def generate(
     key: jax.Array,
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
+    until: Until | None = None,
     cache_dtype: Any = jnp.float32,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
@@ -62,6 +65,8 @@ def generate(
     Args:
         prompts: token ids, at least one in each; of one longer than the context the end counts.
         sampler: (logits [B, V], key) -> tokens [B].
+        until: (a row's new tokens) -> whether they are enough, asked on the host every 8 tokens; the row ends with the
+            token that made it true. `stop_strings` makes one.
         cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept.
 
     Returns:
@@ -72,7 +77,7 @@ def generate(
     """
     done = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
-        cache_dtype=cache_dtype,
+        until=until, cache_dtype=cache_dtype,
     )  # fmt: skip
     return [completion.tokens for completion in done]
 
@@ -86,6 +91,7 @@ def complete(
     key: jax.Array,
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
+    until: Until | None = None,
     n: int = 1,
     logprobs: int | None = None,
     cache_dtype: Any = jnp.float32,
@@ -100,7 +106,12 @@ def complete(
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
     run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype)
-    run.advance(max_new_tokens)
+    drawn = 0
+    while drawn < max_new_tokens and not run.over.all():
+        drawn = max_new_tokens if until is None else min(drawn + _WATCH, max_new_tokens)
+        run.advance(drawn)
+        if until is not None:
+            run.end_rows(until)
     return run.completions()
 
 
@@ -113,6 +124,7 @@ def stream(
     key: jax.Array,
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
+    until: Until | None = None,
     every: int = 1,
     cache_dtype: Any = jnp.float32,
 ) -> Iterator[list[int]]:
@@ -123,6 +135,8 @@ def stream(
     given = 0
     while True:
         run.advance(min(given + every, max_new_tokens))
+        if until is not None:
+            run.end_rows(until)
         tokens, finished = run.so_far()
         if len(tokens) > given:
             yield tokens[given:]
@@ -212,11 +226,26 @@ class _Run:
         self.params = both if tokens.shape[1] >= _LONG else stacked
         self.quick, self.key = both, key
         self.stop = stop_array(stop)
+        self.over = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more
+        self.asked = np.zeros(len(self.start), int)  # new tokens of each row that it has been asked about
         self.state = _start(self.params, tokens, jnp.array(self.start[::n]), key, self.stop, self.settings)
 
     def advance(self, upto: int) -> None:
         """Until `upto` tokens have been drawn in all, or every row has met its stop."""
         self.state = _advance(self.params, self.quick, self.state, self.key, self.stop, jnp.int32(upto), self.settings)
+
+    def end_rows(self, until: Until) -> None:
+        """A row ends with the first token of which `until` is true."""
+        tokens, end, done = map(np.array, jax.device_get((self.state.tokens, self.state.end, self.state.done)))
+        for row in np.flatnonzero(~self.over):
+            new = tokens[row, self.start[row] : end[row]].tolist()
+            sizes = range(self.asked[row] + 1, len(new) + 1)
+            enough = next((size for size in sizes if until(new[:size])), None)
+            if enough is not None:
+                end[row], done[row] = self.start[row] + enough, True
+            self.asked[row] = len(new)
+        self.over = done
+        self.state = self.state._replace(end=jnp.asarray(end), done=jnp.asarray(done))
 
     def so_far(self) -> tuple[list[int], bool]:
         """The new tokens of the first row, and whether it has ended."""

@@ -47,6 +47,30 @@ def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
     assert "-----" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("settings", [["quantize=int8", "cache_dtype=int8"], ["cache_dtype=bfloat16"]])
+def test_in_few_bits(run, settings, capsys):
+    assert main(["sample", str(run), "prompt=a", *settings]) == 0
+    assert "5 tokens" in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_text_and_is_left_out(run, tmp_path, capsys):
+    import json
+
+    out = tmp_path / "out.jsonl"
+    options = ["prompt=a", "temperature=5", "max_new_tokens=12", "seed=3"]
+    assert main(["sample", str(run), *options, f"out={out}"]) == 0
+    full = json.loads(out.read_text())
+    stop = full["text"][4:6]
+    out.unlink()
+    assert main(["sample", str(run), *options, f"out={out}", f"stop={json.dumps([stop])}"]) == 0
+    cut = json.loads(out.read_text())
+    assert cut["text"] == full["text"][: full["text"].index(stop)]
+    assert cut["finish"] == "stop" and cut["tokens"] == full["tokens"][: len(cut["tokens"])]
+    capsys.readouterr()
+    assert main(["sample", str(run), *options, f"stop={json.dumps([stop])}"]) == 0
+    assert capsys.readouterr().out == "a" + cut["text"] + "\n"
+
+
 def test_dry_run(run, capsys):
     assert main(["sample", str(run), "prompt=abc", "--dry-run"]) == 0
     assert "3 tokens" in capsys.readouterr().out
@@ -61,6 +85,8 @@ def test_dry_run(run, capsys):
         (["RUN", "temp=1"], "sample.temperature"),
         (["RUN", "max_tokens=1"], "sample.max_new_tokens"),
         (["RUN", "promt=1"], "did you mean sample.prompt?"),
+        (["RUN", 'stop=["a", ""]'], "sample.stop holds an empty text"),
+        (["RUN", "quantize=nf4"], "no even divisor"),
         (["RUN", "top_p=2"], "sample.top_p (2.0) must be"),
     ],
 )

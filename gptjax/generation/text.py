@@ -1,0 +1,58 @@
+"""From new tokens to text: where a stop string ends it, and what of it can be shown already.
+
+until = stop_strings(tokenizer.decode, ["\\n\\n"])
+done = complete(params, prompts, cfg, until=until, ..)
+texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in done]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Until = Callable[[list[int]], bool]
+_HALF = "\ufffd"  # what half a character decodes to
+
+
+def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
+    """Whether the text of a row's new tokens holds one of the strings."""
+
+    def until(tokens: list[int]) -> bool:
+        text = decode(tokens)
+        return any(string in text for string in strings)
+
+    return until
+
+
+def cut(text: str, strings: Sequence[str]) -> str:
+    """The text before the first of the strings in it; all of it where there is none."""
+    return text[: min((at for string in strings if (at := text.find(string)) >= 0), default=len(text))]
+
+
+def pieces(
+    tokens: Iterable[list[int]], decode: Callable[[list[int]], str], strings: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of tokens that come a few at a time, in pieces that can be shown at once; it ends before a stop string.
+
+    Half a character waits for its other half, and the beginning of what may become a stop string for what follows.
+    """
+    read: list[int] = []
+    shown = text = ""
+    for new in tokens:
+        read += new
+        text = decode(read)
+        if text.endswith(_HALF):
+            continue
+        end = cut(text, strings)
+        if len(end) < len(text):
+            break
+        ready = text[: len(text) - _waiting(text, strings)]
+        if len(ready) > len(shown):
+            yield ready[len(shown) :]
+            shown = ready
+    if rest := cut(text, strings)[len(shown) :]:
+        yield rest
+
+
+def _waiting(text: str, strings: Sequence[str]) -> int:
+    """How many characters at the end may be the beginning of a stop string."""
+    return max((n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)

@@ -1,0 +1,112 @@
+"""From tokens to text: stop strings, and pieces that can be shown as they come."""
+
+import jax
+import pytest
+
+from gptjax.generation import complete, cut, generate, pieces, programs, stop_strings, stream
+
+CONTEXT, NEW = 64, 20
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
+KEY = jax.random.key(0)
+
+
+def decode(tokens):
+    return "".join(chr(ord("a") + t) for t in tokens)
+
+
+def utf8(tokens):
+    return bytes(tokens).decode("utf-8", "replace")
+
+
+def first(row, until):
+    """The row up to the token that is enough."""
+    return next((row[:n] for n in range(1, len(row) + 1) if until(row[:n])), row)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("gpt2", context_length=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    """Sampled, so that they vary."""
+    cfg, params = model
+    return generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler())
+
+
+def sampler():
+    from gptjax.generation import chain, temperature
+
+    return chain(temperature(5.0))
+
+
+def test_a_row_ends_with_the_token_that_completes_a_stop_string(model, rows):
+    """Also one that spans two tokens, and one past the first question to `until`; other rows go on."""
+    cfg, params = model
+    for at in (2, 11):
+        string = decode(rows[0][at : at + 2])
+        until = stop_strings(decode, [string, "never"])
+        got = complete(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=until, logprobs=2)
+        assert [c.tokens for c in got] == [first(row, until) for row in rows]
+        for c, row in zip(got, rows, strict=True):
+            assert len(c.tokens) == len(c.logprobs) == len(c.top)
+            assert c.finish == ("stop" if until(row) else "length")
+        assert string not in cut(decode(got[0].tokens), [string])
+
+
+def test_all_rows_done_is_the_end(model, rows):
+    cfg, params = model
+    asked = []
+    got = complete(
+        params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=lambda t: not asked.append(len(t))
+    )
+    assert [c.tokens for c in got] == [row[:1] for row in rows]
+    assert asked == [1, 1, 1]
+
+
+def test_several_samples_and_no_new_programs(model):
+    cfg, params = model
+    options = dict(max_new_tokens=NEW, key=KEY, sampler=sampler(), n=2)
+    whole = [c.tokens for c in complete(params, PROMPTS, cfg, **options)]
+    before = programs()
+    until = stop_strings(decode, [decode(whole[1][3:5])])
+    assert [c.tokens for c in complete(params, PROMPTS, cfg, **options, until=until)] == [
+        first(row, until) for row in whole
+    ]
+    assert programs() == before
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stream(model, every):
+    cfg, params = model
+    row = generate(params, [PROMPTS[1]], cfg, max_new_tokens=NEW, key=KEY, sampler=sampler())[0]
+    until = stop_strings(decode, [decode(row[6:8])])
+    got = stream(params, PROMPTS[1], cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=until, every=every)
+    assert [token for new in got for token in new] == first(row, until)
+
+
+def test_cut():
+    assert cut("one\n\ntwo###", ["###", "\n\n"]) == "one"
+    assert cut("one", ["\n\n"]) == "one"
+    assert cut("one", []) == "one"
+
+
+def test_pieces_hold_back_half_characters_and_beginnings():
+    text = "naïve \U0001f600 end.\n\nmore"
+    tokens = [[byte] for byte in text.encode()]
+    assert "".join(pieces(tokens, utf8)) == text
+    shown = list(pieces(tokens, utf8, ["\n\nUser:", "\n\nmore"]))
+    assert "".join(shown) == "naïve \U0001f600 end."
+    assert all("\n" not in piece and "\ufffd" not in piece for piece in shown)
+
+
+def test_what_waited_is_shown_at_the_end():
+    assert "".join(pieces([[byte] for byte in b"end.\n"], utf8, ["\n\n"])) == "end.\n"
+    assert list(pieces([[0xC3]], utf8)) == ["\ufffd"]
+
+
+def test_the_stream_is_not_read_past_a_stop_string():
+    tokens = iter([[byte] for byte in b"a##b"])
+    assert list(pieces(tokens, utf8, ["##"])) == ["a"]
+    assert list(tokens) == [[ord("b")]]
