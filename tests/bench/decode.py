@@ -1,6 +1,7 @@
 """Generation speed beside transformers on PyTorch (GPT-2's 124M shape, random weights) and beside llama.cpp.
 
     python tests/bench/decode.py                 batch 1, batch 8 and a prompt of 512, float32 and bfloat16, 3 rounds
+    python tests/bench/decode.py --sides transformers-float32 products-float32    how fast XLA could read the prompt
     python tests/bench/decode.py --llama-cpp     SmolLM2-135M-Instruct from the same GGUF file as llama.cpp
 
 Needs `pip install -e '.[parity]'`. Every cell is its own process, run in turn, so that both sides meet the same state
@@ -24,6 +25,7 @@ import numpy as np
 #               batch, prompt, new tokens
 CASES = {"batch 1": (1, 16, 64), "batch 8": (8, 16, 64), "prompt": (1, 512, 1)}
 SIDES = ("transformers-float32", "gptjax-float32", "transformers-bfloat16", "gptjax-bfloat16")
+PRODUCTS = "products-float32"
 REPEATS = 2
 
 
@@ -84,6 +86,18 @@ def gptjax_cell(dtype: str) -> dict:
     return out
 
 
+def products_cell(dtype: str) -> dict:
+    """Seconds of the prompt's products with weights, each by itself under XLA: no prompt is read faster with them."""
+    import jax
+
+    rows, D = CASES["prompt"][1], 768
+    total = 0.0
+    for count, d_in, d_out in ((48, D, D), (12, D, 4 * D), (12, 4 * D, D)):
+        multiply, a, b = jax.jit(jax.numpy.matmul), *(jax.numpy.ones(s, dtype) for s in ((rows, d_in), (d_in, d_out)))
+        total += count * fastest(lambda multiply=multiply, a=a, b=b: multiply(a, b).block_until_ready())
+    return {"prompt": total}
+
+
 def run_cell(side: str, limit_s: float) -> dict | None:
     command = [sys.executable, __file__, "--cell", side]
     try:
@@ -120,29 +134,26 @@ def against_llama_cpp() -> None:
     theirs = {"decode": 0.0, "prefill": 0.0}
     for _ in range(REPEATS):
         for name, prompt, new in (("decode", ids[:16], 128), ("prefill", ids, 1)):
-            timings = server.handle_completions({**request, "prompt": prompt, "max_tokens": new, "n_predict": new})[
-                "timings"
-            ]
-            theirs[name] = max(
-                theirs[name], timings["predicted_per_second" if name == "decode" else "prompt_per_second"]
-            )
+            reply = server.handle_completions({**request, "prompt": prompt, "max_tokens": new, "n_predict": new})
+            rate = reply["timings"]["predicted_per_second" if name == "decode" else "prompt_per_second"]
+            theirs[name] = max(theirs[name], rate)
     for name, rate in ours.items():
-        print(
-            f"{name:8} gptjax {rate:7.1f} tok/s, llama.cpp {theirs[name]:7.1f} tok/s, ratio {rate / theirs[name]:.2f}"
-        )
+        other = theirs[name]
+        print(f"{name:8} gptjax {rate:7.1f} tok/s, llama.cpp {other:7.1f} tok/s, ratio {rate / other:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, PRODUCTS], default=SIDES)
     parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
     parser.add_argument("--llama-cpp", action="store_true")
-    parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
+    parser.add_argument("--cell", choices=[*SIDES, PRODUCTS], help="one cell in this process, as JSON")
     args = parser.parse_args()
     if args.cell:
         library, dtype = args.cell.split("-")
-        print(json.dumps({"transformers": transformers_cell, "gptjax": gptjax_cell}[library](dtype)))
+        cells = {"transformers": transformers_cell, "gptjax": gptjax_cell, "products": products_cell}
+        print(json.dumps(cells[library](dtype)))
         return
     if args.llama_cpp:
         against_llama_cpp()
@@ -156,12 +167,13 @@ def main() -> None:
         if None in rounds:
             print(f"{side}: given up after {args.limit:.0f} s")
             continue
-        for name, (batch, size, new) in CASES.items():
+        for name in rounds[0]:
+            batch, size, new = CASES[name]
             seconds = statistics.median(r[name] for r in rounds)
             rate = batch * (size if new == 1 else new) / seconds
             line = f"{name:8} {side:22} {seconds:7.3f} s {rate:8.1f} tok/s"
             peer = results.get(f"transformers-{side.split('-')[1]}", [])
-            if side.startswith("gptjax") and peer and None not in peer:
+            if not side.startswith("transformers") and peer and None not in peer:
                 ratios = [p[name] / r[name] for p, r in zip(peer, rounds, strict=True)]
                 line += f", x transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             print(line)
