@@ -37,6 +37,7 @@ ALIGNMENT = 32  # unless general.alignment says another
 
 MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list together; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
+MAX_STRINGS = 1 << 20  # in arrays, all together: the largest vocabularies have 0.65 million, tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 100_000, 4
 MAX_ALIGNMENT = 64 << 10
 MAX_NAME_BYTES = 63  # of a tensor's name when writing: llama.cpp refuses longer ones
@@ -189,7 +190,7 @@ class _Cursor:
     """Reads on, and never further than the file and the bound on headers allow."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at = file, size, 0
+        self.file, self.size, self.at, self.strings = file, size, 0, 0
 
     def take(self, n: int, what: str) -> bytes:
         if n > self.size - self.at:
@@ -271,6 +272,9 @@ def _value(cursor: _Cursor, what: str) -> Any:
         return _numbers(cursor, kind, n, what)
     if n > (cursor.size - cursor.at) // 8:
         raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.at} of {cursor.size}")
+    cursor.strings += n
+    if cursor.strings > MAX_STRINGS:
+        raise UserError(f"{what}: its {n} strings make more than {MAX_STRINGS} in arrays, which are not read")
     return [cursor.text(what, index) for index in range(n)]
 
 

@@ -484,6 +484,15 @@ def test_a_header_beyond_its_bound_is_refused(tmp_path):
         gguf.read(path)
 
 
+@pytest.mark.parametrize("sizes", [(1 << 20, 1), (1 << 23,)])
+def test_more_strings_than_any_vocabulary_has_are_refused(tmp_path, sizes):
+    path = tmp_path / "m.gguf"
+    arrays = [(f"k{i}", array(8, n, bytes(8 * n))) for i, n in enumerate(sizes)]
+    path.write_bytes(build(arrays)[: 60 << 20])
+    with pytest.raises(UserError, match=rf"{sizes[-1]} strings .*1048576 in arrays|cut short"):
+        gguf.read(path)
+
+
 def test_every_bad_tensor_is_named_up_to_twenty(put):
     tensors = [entry(f"t{i}", type_id=99) for i in range(30)]
     with pytest.raises(UserError) as error:

@@ -4,7 +4,7 @@ tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
 tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
 tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
 tok = tokenizers.load("SmolLM2-135M")       a model's folder: tokenizer.json of Hugging Face, vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         the vocabulary inside a GGUF file
+tok = tokenizers.load("model.gguf")         the vocabulary inside a GGUF file, or inside a named asset
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptjax import assets
 from gptjax.config import TokenizerConfig
 from gptjax.tokenizers.base import (
     FILE,
@@ -58,6 +59,9 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     if name_or_path == "bytes":
         return _module("chars").Bytes()
     path = Path(name_or_path)
+    asset = assets.ASSETS.get(str(name_or_path))
+    if asset and asset.file.endswith(".gguf") and not path.exists():
+        path = assets.fetch(str(name_or_path))
     if path.suffix == ".gguf" and path.is_file():
         from gptjax import gguf
 
