@@ -38,6 +38,8 @@ _HOMES: dict[str, str] = {
     "quantize": "gptjax.ops.quant",
     "dequantize": "gptjax.ops.quant",
     "UserError": "gptjax.types",
+    "LoraConfig": "gptjax.config",
+    "lora": "",
     "generation": "",
     "weights": "",
     "tasks": "",

@@ -215,6 +215,20 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter: which weights it is for, and its form."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = "alpha/r"  # of a b; alpha/sqrt(r): rsLoRA
+    targets: str = "blocks/*/kernel"  # patterns of paths, joined by |
+    init: Literal["lora", "pissa", "olora"] = "lora"  # a random and b zero, or from the weights themselves
+    dora: bool = False  # columns with lengths of their own
+    dropout: float = 0.0  # of what goes into a
+    lr_ratio: float = 1.0  # of b's learning rate to a's; LoRA+ takes 16
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 

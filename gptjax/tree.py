@@ -25,6 +25,12 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def flatten_nodes(tree: Any) -> dict[str, Any]:
+    """`flatten` that ends where the dicts end: a leaf that is not a plain array stays whole."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+    return {path_string(path): node for path, node in nodes}
+
+
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """The nested dict that `flatten` came from; every level becomes a dict."""
     tree: dict[str, Any] = {}
@@ -56,6 +62,27 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
     if missing:
         raise UserError(f"no rule covers {', '.join(missing)}: add a pattern for each, or a last rule '*'")
     return map_paths(lambda path, _: next(value for pattern, value in rules if matches(pattern, path)), tree)
+
+
+def split(tree: Any, pattern: str) -> tuple[Any, Any]:
+    """(the part whose paths match, the rest), two trees; `join` makes the whole again.
+
+    Raises:
+        UserError: a part of the pattern, between "|", that matches nothing.
+    """
+    nodes = flatten_nodes(tree)
+    if idle := [part.strip() for part in pattern.split("|") if not any(matches(part, path) for path in nodes)]:
+        raise UserError(f"{', '.join(map(repr, idle))} matches no parameter; there are {', '.join(nodes)}")
+    chosen = {path for path in nodes if matches(pattern, path)}
+    return (
+        unflatten({path: node for path, node in nodes.items() if path in chosen}),
+        unflatten({path: node for path, node in nodes.items() if path not in chosen}),
+    )
+
+
+def join(first: Any, second: Any) -> Any:
+    """One tree of the leaves of two that share none."""
+    return unflatten(flatten_nodes(second) | flatten_nodes(first))
 
 
 def size(tree: Any) -> int:

@@ -46,3 +46,12 @@ def test_every_uncovered_leaf_is_named():
     with pytest.raises(UserError, match=r"no rule covers .*blocks/ln.*") as error:
         tree.label(TREE, (("*/kernel", 1),))
     assert "wte/embedding" in str(error.value) and "kernel" not in str(error.value)
+
+
+def test_split_and_join():
+    whole = {"a": {"kernel": 1, "bias": 2}, "b": {"kernel": 3}}
+    first, second = tree.split(whole, "*/kernel")
+    assert first == {"a": {"kernel": 1}, "b": {"kernel": 3}} and second == {"a": {"bias": 2}}
+    assert tree.join(first, second) == whole
+    with pytest.raises(UserError, match=r"'c/\*' matches no parameter; there are a/kernel"):
+        tree.split(whole, "a/* | c/*")

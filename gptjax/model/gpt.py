@@ -52,7 +52,7 @@ def backbone(
 
 def head_kernel(params: Params, cfg: ModelConfig) -> Any:
     """[D, V]: the head's own matrix, or the token embedding turned."""
-    return dense(params["wte"]["embedding"]).T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+    return dense(params["wte"]["embedding"]).T if cfg.tie_embeddings else dense(params["lm_head"]["kernel"])
 
 
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:

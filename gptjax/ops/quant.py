@@ -200,10 +200,7 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
         if spec not in WORDS:
             raise UserError(f"quantize: expected {', '.join(WORDS)}, or pairs (pattern, kind); got {spec!r}")
         spec = ((WORDS[spec], spec),)
-    leaves = {
-        tree.path_string(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: not isinstance(node, dict))
-    }
+    leaves = tree.flatten_nodes(params)
     problems = [
         f"{path} is {type(leaf).__name__}, not a plain array: quantize plain parameters, before anything else"
         for path, leaf in leaves.items()

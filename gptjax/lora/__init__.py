@@ -1,0 +1,27 @@
+"""Low-rank adapters: small trees beside a frozen one, and the functions between them."""
+
+from gptjax.config import LoraConfig
+from gptjax.lora.adapter import (
+    Adapter,
+    attach,
+    average,
+    bind,
+    concatenate,
+    init,
+    interpolate,
+    masked,
+    merge,
+    negate,
+    rows,
+    scale,
+    split,
+    targets,
+    unsplit,
+    with_dropout,
+)
+from gptjax.lora.leaf import LoraWeight
+
+__all__ = [
+    "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "interpolate", "masked",
+    "merge", "negate", "rows", "scale", "split", "targets", "unsplit", "with_dropout",
+]  # fmt: skip

@@ -1,0 +1,262 @@
+"""LoRA as functions from tree to tree. An adapter is a tree of plain arrays with the base's paths, at the targets only.
+
+    adapter = init(key, params, cfg)            {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
+    both    = attach(params, adapter, cfg)      the base's tree; matched leaves are LoraWeight, nothing is computed
+    plain   = merge(params, adapter, cfg)       the base's tree of plain arrays again
+    loss_a  = bind(loss, params, cfg)           a loss of the adapter, for `jax.grad`, `vmap` or an optimizer of yours
+
+The model, the losses, the optimizer and checkpoints hold no LoRA code: they see a tree.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import tree
+from gptjax.config import LoraConfig
+from gptjax.lora.leaf import LoraWeight, column_norms
+from gptjax.ops.linear import dense
+from gptjax.types import Params, UserError
+
+Adapter = dict[str, Any]
+
+
+def scale(cfg: LoraConfig) -> float:
+    """What the low-rank product is multiplied by: the three conventions in use."""
+    return {"alpha/r": cfg.alpha / cfg.rank, "alpha/sqrt(r)": cfg.alpha / cfg.rank**0.5, "alpha": cfg.alpha}[
+        cfg.scaling
+    ]
+
+
+def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
+    """{path: leaf} of the weights that `cfg.targets` names, in the tree's order.
+
+    Raises:
+        UserError: a part of the pattern that matches no matrix, or DoRA on an embedding.
+    """
+    matrices = {
+        path: leaf
+        for path, leaf in tree.flatten_nodes(params).items()
+        if path.split("/")[-1] in ("kernel", "embedding")
+    }
+    parts = [part.strip() for part in cfg.targets.split("|")]
+    if idle := [part for part in parts if not any(tree.matches(part, path) for path in matrices)]:
+        raise UserError(
+            f"lora.targets: {', '.join(map(repr, idle))} matches no weight; there are {', '.join(matrices)}"
+        )
+    chosen = {path: leaf for path, leaf in matrices.items() if tree.matches(cfg.targets, path)}
+    if cfg.dora and (tables := [path for path in chosen if path.endswith("/embedding")]):
+        raise UserError(f"lora.targets: DoRA is for kernels, not for {', '.join(tables)}; narrow the pattern")
+    return chosen
+
+
+def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
+    """A fresh adapter that changes nothing: a is U(+-1/sqrt(in)) as PEFT's, b zero, DoRA's m the columns' lengths.
+
+    Raises:
+        UserError: as `targets`; or cfg.init starts from the weights, which is `split`.
+    """
+    if cfg.init != "lora":
+        raise UserError(f"lora.init={cfg.init} starts from the weights themselves: use lora.split(params, cfg)")
+    adapter = {}
+    for i, (path, leaf) in enumerate(targets(params, cfg).items()):
+        *lead, d_in, d_out = jax.eval_shape(dense, leaf).shape
+        bound = d_in**-0.5
+        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, d_in, cfg.rank), jnp.float32, -bound, bound)
+        adapter[path] = {"a": a, "b": jnp.zeros((*lead, cfg.rank, d_out))}
+        if cfg.dora:
+            adapter[path]["m"] = column_norms(_leaf(leaf, adapter[path], cfg, None))
+    return _nest(adapter)
+
+
+def split(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
+    """The weights as a frozen rest and an adapter that holds their largest part; together they are what they were.
+
+    init=pissa: the `rank` largest singular triples, a = u sqrt(s), b = sqrt(s) v (arXiv:2404.02948, eq. 2-4).
+    init=olora: the first columns of QR, a = q, b = r (arXiv:2406.01775, 3.1).
+
+    Returns:
+        (params, adapter); to export against the original weights see `unsplit`.
+    """
+    rest, adapter = dict(tree.flatten_nodes(params)), {}
+    factors = {"pissa": _pissa, "olora": _olora}.get(cfg.init)
+    if factors is None:
+        raise UserError(f"lora.init={cfg.init} needs no split: use lora.init(key, params, cfg)")
+    for path, leaf in targets(params, cfg).items():
+        w = dense(leaf).astype(jnp.float32)
+        a, b = factors(w, cfg.rank)
+        share = scale(cfg) ** -0.5
+        adapter[path] = {"a": a * share, "b": b * share}
+        rest[path] = (w - a @ b).astype(getattr(leaf, "dtype", w.dtype))
+        if cfg.dora:
+            adapter[path]["m"] = column_norms(_leaf(rest[path], adapter[path], cfg, None))
+    return tree.unflatten(rest), _nest(adapter)
+
+
+def _pissa(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+
+
+def _olora(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    q, r = jnp.linalg.qr(w)
+    return q[..., :rank], r[..., :rank, :]
+
+
+def unsplit(adapter: Adapter, start: Adapter) -> Adapter:
+    """A plain LoRA of twice the rank, for the original weights, that does what `adapter` does for the rest.
+
+    Args:
+        start: the adapter as `split` gave it.
+    """
+    return concatenate([adapter, start], [1.0, -1.0])
+
+
+def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
+    """The base's tree with `LoraWeight` at the adapter's paths: what every door and every loss takes as params.
+
+    Args:
+        scales: in the place of `scale(cfg)`; [] traced, or [B] with an adapter of `rows`.
+
+    Raises:
+        UserError: the adapter names a path that the base does not have, or its shapes do not fit.
+    """
+    leaves = tree.flatten_nodes(params)
+    pairs = _pairs(adapter)
+    problems = [f"{path}: the base has no such weight" for path in pairs if path not in leaves]
+    for path, pair in pairs.items():
+        if path in leaves:
+            *_, d_in, d_out = jax.eval_shape(dense, leaves[path]).shape
+            if (pair["a"].shape[-2], pair["b"].shape[-1]) != (d_in, d_out):
+                got = f"a {list(pair['a'].shape)} and b {list(pair['b'].shape)}"
+                problems.append(f"{path}: {got} do not fit a weight [.., {d_in}, {d_out}]")
+    if problems:
+        raise UserError.all([f"the adapter is for another model: {problem}" for problem in problems])
+    return tree.unflatten(
+        {path: _leaf(leaf, pairs[path], cfg, scales) if path in pairs else leaf for path, leaf in leaves.items()}
+    )
+
+
+def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
+    lead = pair["a"].shape[:-2]
+    value = jnp.broadcast_to(jnp.float32(scale(cfg)) if scales is None else jax.lax.stop_gradient(scales), lead)
+    return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=cfg.dropout)
+
+
+def merge(params: Params, adapter: Adapter, cfg: LoraConfig) -> Params:
+    """Plain arrays again, each in its base's dtype (float32 for a quantised one): to export, or to decode fastest."""
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, LoraWeight):
+            return leaf
+        return _dense(leaf).astype(getattr(leaf.w, "dtype", jnp.float32))
+
+    return jax.tree.map(plain, attach(params, adapter, cfg), is_leaf=_is_leaf)
+
+
+_dense = jax.jit(dense)
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, LoraWeight)
+
+
+def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
+    """The loss as a function of the adapter: (adapter, batch, key) -> what `loss` gives."""
+    loss = with_dropout(loss)
+    return lambda adapter, batch, key=None: loss(attach(params, adapter, cfg), batch, key)
+
+
+def with_dropout(loss: Callable) -> Callable:
+    """`loss` with its key handed to the adapters' dropout too, where their config has one."""
+
+    def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
+        if key is None:
+            return loss(params, batch, key)
+
+        def seed(path: tuple, leaf: Any) -> Any:
+            if not isinstance(leaf, LoraWeight) or not leaf.rate:
+                return leaf
+            own = jax.random.fold_in(key, zlib.crc32(tree.path_string(path).encode()))
+            return leaf.replace(key=jax.random.split(own, leaf.scale.shape))
+
+        return loss(jax.tree_util.tree_map_with_path(seed, params, is_leaf=_is_leaf), batch, key)
+
+    return seeded
+
+
+def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
+    """One adapter for a batch whose row i goes through adapters[ids[i]]; of one rank, without m.
+
+    Attach it with `scales=` [B] where the adapters' scales differ.
+    """
+    ids = jnp.asarray(ids)
+    return jax.tree.map(lambda *parts: jnp.stack(parts, -3).take(ids, -3), *adapters)
+
+
+def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+    """The weighted sum of what the adapters add, exactly: their pairs side by side, along the rank.
+
+    Attach it with the config of the parts. The same paths are not needed: what one lacks it does not change.
+
+    Raises:
+        UserError: DoRA's lengths, which do not add.
+    """
+    weights = [1.0] * len(adapters) if weights is None else weights
+    found: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, pair in _pairs(adapter).items():
+            if "m" in pair:
+                raise UserError(f"{path} has DoRA's lengths, which do not add: merge the adapters one after the other")
+            found.setdefault(path, []).append((pair["a"], pair["b"] * weight))
+    return _nest(
+        {
+            path: {"a": jnp.concatenate([a for a, _ in pairs], -1), "b": jnp.concatenate([b for _, b in pairs], -2)}
+            for path, pairs in found.items()
+        }
+    )
+
+
+def average(adapters: Sequence[Adapter]) -> Adapter:
+    """The mean of what they add; the rank is the sum of theirs."""
+    return concatenate(adapters, [1 / len(adapters)] * len(adapters))
+
+
+def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
+    """(1 - t) of the first and t of the second."""
+    return concatenate([first, second], [1 - t, t])
+
+
+def negate(adapter: Adapter) -> Adapter:
+    """What takes away what `adapter` adds (arXiv:2212.04089)."""
+    return concatenate([adapter], [-1.0])
+
+
+def masked(adapter: Adapter, rank: jax.Array | int) -> Adapter:
+    """The same shapes with all but the first `rank` (may be traced) at zero, on both sides: their gradients are zero
+    too, and they stay so. Adapters of several ranks fit into one vmapped program this way."""
+
+    def cut(pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        on = jnp.arange(pair["a"].shape[-1]) < rank
+        return {**pair, "a": pair["a"] * on, "b": pair["b"] * on[:, None]}
+
+    return _nest({path: cut(pair) for path, pair in _pairs(adapter).items()})
+
+
+def _pairs(adapter: Adapter) -> dict[str, dict[str, jax.Array]]:
+    """{path of the weight: {"a", "b", perhaps "m"}}."""
+    out: dict[str, dict[str, jax.Array]] = {}
+    for path, leaf in tree.flatten(adapter).items():
+        weight, _, name = path.rpartition("/")
+        out.setdefault(weight, {})[name] = leaf
+    return out
+
+
+def _nest(pairs: dict[str, dict[str, jax.Array]]) -> Adapter:
+    return tree.unflatten({f"{path}/{name}": leaf for path, pair in pairs.items() for name, leaf in pair.items()})

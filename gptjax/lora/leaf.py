@@ -1,0 +1,97 @@
+"""The leaf that stands where a weight stood: the weight, frozen, and what a low-rank pair adds to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gptjax.ops.linear import dense, matmul, matmul_transposed, take
+
+
+@struct.dataclass
+class LoraWeight:
+    """w + scale * a @ b, never formed; with `m`, its columns rescaled to those lengths (DoRA).
+
+    w      [.., in, out]  any leaf that `ops.linear` knows, a quantised one too
+    a      [.., in, R]    float32; of rows with adapters of their own [.., B, in, R]
+    b      [.., R, out]   float32; [.., B, R, out]
+    scale  [..]           float32; [.., B]
+    m      [.., 1, out]   or None
+    key    [..]           of the dropout, or None: none
+    rate   of the dropout, of what goes into `a`
+
+    Only a, b and m have gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
+    """
+
+    w: Any
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    m: jax.Array | None = None
+    key: jax.Array | None = None
+    rate: float = struct.field(pytree_node=False, default=0.0)
+
+
+@matmul.register
+def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    y = matmul(leaf.w, x, dtype)
+    low = _dropped(leaf, x)
+    if leaf.a.ndim == 3:
+        return y + _rows_apart(leaf, low)
+    add = leaf.scale.astype(y.dtype) * matmul(leaf.b, matmul(leaf.a, low, dtype), dtype)
+    if leaf.m is None:
+        return y + add
+    ratio = (leaf.m / column_norms(leaf))[0].astype(y.dtype)
+    return ratio * (y + add)
+
+
+@matmul_transposed.register
+def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    add = matmul_transposed(leaf.a, matmul_transposed(leaf.b, x, dtype), dtype)
+    return matmul_transposed(leaf.w, x, dtype) + leaf.scale.astype(x.dtype) * add
+
+
+@take.register
+def _(leaf: LoraWeight, ids: jax.Array) -> jax.Array:
+    return take(leaf.w, ids) + leaf.scale * matmul(leaf.b, take(leaf.a, ids))
+
+
+@dense.register
+def _(leaf: LoraWeight) -> jax.Array:
+    """The matrix itself, float32; stacks too."""
+    w = dense(leaf.w).astype(jnp.float32) + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
+    return w if leaf.m is None else w * (leaf.m / column_norms(leaf))
+
+
+def column_norms(leaf: LoraWeight) -> jax.Array:
+    """Lengths of the columns of w + scale a b, [.., 1, out], without forming it; a constant to gradients.
+
+    |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b), column by column. That gradients stop
+    here is DoRA's own choice (arXiv:2402.09353, 4.3).
+    """
+    w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
+    turned = jnp.swapaxes(a, -1, -2)
+    cross = (b * (turned @ w.astype(b.dtype))).sum(-2, keepdims=True)
+    own = (b * ((turned @ a) @ b)).sum(-2, keepdims=True)
+    return jnp.sqrt(_squared_columns(w) + 2 * s * cross + s * s * own)
+
+
+def _squared_columns(w: jax.Array) -> jax.Array:
+    return jnp.square(w.astype(jnp.float32)).sum(-2, keepdims=True)
+
+
+def _dropped(leaf: LoraWeight, x: jax.Array) -> jax.Array:
+    if leaf.key is None or not leaf.rate:
+        return x
+    return jnp.where(jax.random.bernoulli(leaf.key, 1 - leaf.rate, x.shape), x / (1 - leaf.rate), 0).astype(x.dtype)
+
+
+def _rows_apart(leaf: LoraWeight, x: jax.Array) -> jax.Array:
+    """Row i of the batch through adapter i."""
+    B = leaf.a.shape[0]
+    low = jnp.einsum("BTD,BDR->BTR", x.reshape(B, -1, x.shape[-1]), leaf.a.astype(x.dtype))
+    add = jnp.einsum("BTR,BRD->BTD", low, leaf.b.astype(x.dtype)) * leaf.scale[:, None, None].astype(x.dtype)
+    return add.reshape(*x.shape[:-1], add.shape[-1])

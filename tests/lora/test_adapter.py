@@ -1,0 +1,279 @@
+"""Every member of the family against the matrix it stands for, and every function of trees against its definition."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import UserError, lora, tree
+from gptjax.config import LoraConfig, ModelConfig
+from gptjax.ops.quant import quantize
+from gptjax.tasks import pretrain
+from gptjax.types import Batch
+
+ALL = "blocks/*/kernel | wte/* | lm_head/*"
+MEMBERS = {
+    "lora": LoraConfig(rank=4),
+    "rslora": LoraConfig(rank=4, scaling="alpha/sqrt(r)", alpha=8),
+    "alpha": LoraConfig(rank=3, scaling="alpha", alpha=2, targets="blocks/attn/q/* | blocks/attn/v/*"),
+    "embeddings and head": LoraConfig(rank=4, targets=ALL),
+    "dora": LoraConfig(rank=4, dora=True),
+    "pissa": LoraConfig(rank=4, init="pissa"),
+    "olora": LoraConfig(rank=4, init="olora", targets="blocks/mlp/*/kernel"),
+    "pissa with dora": LoraConfig(rank=4, init="pissa", dora=True),
+}
+TOKENS = np.random.default_rng(0).integers(0, 17, (2, 13))
+BATCH = Batch(TOKENS[:, :-1], TOKENS[:, 1:])
+KEY = jax.random.key(3)
+
+
+def start(params, cfg):
+    return lora.split(params, cfg) if cfg.init != "lora" else (params, lora.init(KEY, params, cfg))
+
+
+def moved(adapter, seed=0):
+    """Away from the start, so that nothing is hidden by zeros."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), adapter)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def member(request, model):
+    cfg, params = model
+    return cfg, params, MEMBERS[request.param], *start(params, MEMBERS[request.param])
+
+
+def run(params, cfg):
+    return np.asarray(jax.jit(lambda p: gptjax.forward(p, BATCH.tokens, cfg))(params))
+
+
+def test_at_the_start_nothing_changes(member):
+    """To the bit, where the weights stay as they are; DoRA divides lengths, and a split adds what it took."""
+    cfg, params, lcfg, base, adapter = member
+    got, want = run(lora.attach(base, adapter, lcfg), cfg), run(params, cfg)
+    if lcfg.dora or lcfg.init != "lora":
+        np.testing.assert_allclose(got, want, atol=2e-5)
+    else:
+        np.testing.assert_array_equal(got, want)
+
+
+def test_attached_is_merged(member):
+    cfg, _, lcfg, base, adapter = member
+    adapter = moved(adapter)
+    merged = lora.merge(base, adapter, lcfg)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    got, want = run(lora.attach(base, adapter, lcfg), cfg), run(merged, cfg)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert np.abs(want - run(base, cfg)).max() > 0.1
+
+
+def test_gradients_are_those_of_the_merged_matrices(member):
+    """With DoRA's lengths held constant on both sides."""
+    cfg, _, lcfg, base, adapter = member
+    loss = pretrain.task(cfg).loss
+    adapter = moved(adapter)
+
+    def through_matrices(adapter):
+        both = lora.attach(base, adapter, lcfg)
+
+        def plain(leaf):
+            if not isinstance(leaf, lora.LoraWeight):
+                return leaf
+            w = leaf.w + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
+            if leaf.m is None:
+                return w
+            return w * (leaf.m / jax.lax.stop_gradient(jnp.linalg.norm(w, axis=-2, keepdims=True)))
+
+        plain_params = jax.tree.map(plain, both, is_leaf=lambda node: isinstance(node, lora.LoraWeight))
+        return loss(plain_params, BATCH, None)[0].total
+
+    got = jax.jit(jax.grad(lambda a: lora.bind(loss, base, lcfg)(a, BATCH)[0].total))(adapter)
+    want = jax.jit(jax.grad(through_matrices))(adapter)
+    for path, leaf in tree.flatten(want).items():
+        size = np.abs(leaf).max()
+        np.testing.assert_allclose(tree.flatten(got)[path], leaf, atol=1e-4 * size, err_msg=path)
+
+
+def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
+    """Compiled: the gradient of a frozen weight would be a product [in, out], and there is none."""
+    cfg, params = tiny("gpt2", d_model=40, d_ff=56, n_head=4, n_kv_head=4, tie_embeddings=False)
+    lcfg = LoraConfig(rank=4)
+    adapter = lora.init(KEY, params, lcfg)
+    shapes = [r"\[40,40\]", r"\[40,56\]", r"\[56,40\]"]
+
+    def products(fn, x):
+        text = jax.jit(jax.grad(fn)).lower(x).compiler_ir("hlo").as_hlo_text()
+        return [line for line in text.splitlines() if re.search(rf"= f32(?:{'|'.join(shapes)})\S* dot\(", line)]
+
+    loss = pretrain.task(cfg).loss
+    assert not products(lambda a: lora.bind(loss, params, lcfg)(a, BATCH)[0].total, adapter)
+    assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # the check can fail
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_vmap_over_adapters_is_a_loop(model, name):
+    cfg, params = model
+    lcfg = MEMBERS[name]
+    adapters = [moved(lora.init(KEY, params, lcfg), seed) for seed in range(3)]
+    scales = jnp.array([0.5, 1.0, 2.0])
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *adapters)
+
+    def logits(adapter, scale):
+        return gptjax.forward(lora.attach(params, adapter, lcfg, scales=scale), BATCH.tokens, cfg)
+
+    together = jax.jit(jax.vmap(logits))(stacked, scales)
+    for adapter, scale, row in zip(adapters, scales, together, strict=True):
+        np.testing.assert_allclose(row, logits(adapter, scale), atol=1e-4)
+
+
+def test_rows_of_a_batch_through_adapters_of_their_own(model):
+    cfg, params = model
+    lcfg = MEMBERS["lora"]
+    adapters = [moved(lora.init(KEY, params, lcfg), seed) for seed in range(3)]
+    ids, tokens = [2, 0, 1, 2], np.random.default_rng(1).integers(0, 17, (4, 9))
+    scales = jnp.array([0.5, 1.0, 2.0])
+    both = lora.attach(params, lora.rows(adapters, ids), lcfg, scales=scales[jnp.array(ids)])
+    together = gptjax.forward(both, tokens, cfg)
+    prompts = [row[: 3 + i].tolist() for i, row in enumerate(tokens)]
+    written = gptjax.generate(both, prompts, cfg, max_new_tokens=5, key=KEY)
+    for i, k in enumerate(ids):
+        one = lora.attach(params, adapters[k], lcfg, scales=scales[k])
+        np.testing.assert_allclose(together[i], gptjax.forward(one, tokens[i : i + 1], cfg)[0], atol=1e-4)
+        assert written[i] == gptjax.generate(one, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_on_quantized_weights(tiny, name, kind):
+    cfg, params = tiny("llama", d_ff=64)
+    lcfg, small = MEMBERS[name], quantize(params, kind)
+    adapter = moved(lora.init(KEY, small, lcfg))
+    got, want = run(lora.attach(small, adapter, lcfg), cfg), run(lora.merge(small, adapter, lcfg), cfg)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    grads = jax.jit(jax.grad(lambda a: lora.bind(pretrain.task(cfg).loss, small, lcfg)(a, BATCH)[0].total))(adapter)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_training_touches_the_adapter_only(model):
+    import optax
+
+    cfg, params = model
+    lcfg = LoraConfig(rank=4, dropout=0.1)
+    tx = optax.adam(1e-2)
+    state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
+    before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+    loss = lora.with_dropout(pretrain.task(cfg).loss)
+    step = jax.jit(gptjax.make_train_step(loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.frozen)] == before
+
+
+def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
+    cfg, params = model
+    lcfg = LoraConfig(rank=4, dropout=0.5)
+    adapter = lora.init(KEY, params, lcfg)
+    loss = jax.jit(lora.bind(pretrain.task(cfg).loss, params, lcfg))
+    plain = loss(adapter, BATCH, None)[0].total
+    assert loss(adapter, BATCH, KEY)[0].total == plain  # b is zero, and the base sees all of x
+    adapter = moved(adapter)
+    values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
+    assert len(values) == 3
+
+
+def test_parameter_counts_of_the_book():
+    """2,666,528: GPT-2 small with two classes in the head's place, rank 16 on every linear, the new head's too."""
+    shapes = gptjax.abstract_params(ModelConfig(vocab_size=50257))
+    count = tree.size(jax.eval_shape(lambda: lora.init(KEY, shapes, LoraConfig(rank=16))))
+    assert count + 16 * (768 + 2) == 2_666_528
+    medium = ModelConfig(vocab_size=50257, n_layer=24, n_head=16, d_model=1024, tie_embeddings=False)
+    lcfg = LoraConfig(rank=16, targets="blocks/*/kernel | lm_head/*")
+    shapes = gptjax.abstract_params(medium)
+    assert tree.size(jax.eval_shape(lambda: lora.init(KEY, shapes, lcfg))) == 7_898_384
+
+
+def test_scales():
+    assert lora.scale(LoraConfig(rank=16, alpha=32)) == 2
+    assert lora.scale(LoraConfig(rank=16, alpha=32, scaling="alpha/sqrt(r)")) == 8
+    assert lora.scale(LoraConfig(rank=16, alpha=32, scaling="alpha")) == 32
+
+
+def delta(params, adapter, lcfg):
+    return jax.tree.map(lambda a, b: a - b, lora.merge(params, adapter, lcfg), params)
+
+
+def test_algebra(model):
+    _, params = model
+    lcfg = MEMBERS["lora"]
+    one, two = (moved(lora.init(KEY, params, lcfg), seed) for seed in (1, 2))
+    d1, d2 = delta(params, one, lcfg), delta(params, two, lcfg)
+    for made, want in (
+        (lora.concatenate([one, two]), lambda a, b: a + b),
+        (lora.concatenate([one, two], [2.0, -0.5]), lambda a, b: 2 * a - b / 2),
+        (lora.average([one, two]), lambda a, b: (a + b) / 2),
+        (lora.interpolate(one, two, 0.25), lambda a, b: 0.75 * a + 0.25 * b),
+        (lora.negate(one), lambda a, b: -a),
+    ):
+        jax.tree.map(
+            lambda got, a, b, want=want: np.testing.assert_allclose(got, want(a, b), atol=2e-5),
+            delta(params, made, lcfg), d1, d2,
+        )  # fmt: skip
+    with pytest.raises(UserError, match="lengths, which do not add"):
+        lora.concatenate([lora.init(KEY, params, MEMBERS["dora"])])
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_split_is_unsplit(model, kind):
+    _, params = model
+    lcfg = LoraConfig(rank=4, init=kind)
+    rest, begin = lora.split(params, lcfg)
+    now = moved(begin)
+    want, got = lora.merge(rest, now, lcfg), lora.merge(params, lora.unsplit(now, begin), lcfg)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_a_masked_rank_stays_masked(model):
+    import optax
+
+    cfg, params = model
+    lcfg = LoraConfig(rank=6)
+    loss = lora.bind(pretrain.task(cfg).loss, params, lcfg)
+    narrow = lora.init(KEY, params, dataclasses.replace(lcfg, rank=6))
+    narrow = lora.masked(narrow, 2)
+    tx = optax.adam(1e-2)
+    state = tx.init(narrow)
+    for _ in range(3):
+        updates, state = tx.update(jax.grad(lambda a: loss(a, BATCH)[0].total)(narrow), state)
+        narrow = optax.apply_updates(narrow, updates)
+    for path, leaf in tree.flatten(narrow).items():
+        rank_axis = -1 if path.endswith("/a") else -2
+        off = np.moveaxis(np.asarray(leaf), rank_axis, 0)[2:]
+        assert not off.any() and np.asarray(leaf).any()
+
+
+def test_mistakes(model, tiny):
+    _, params = model
+    with pytest.raises(UserError, match=r"'blocks/attn/w/\*' matches no weight; there are .*blocks/attn/k/kernel"):
+        lora.init(KEY, params, LoraConfig(targets="blocks/attn/w/* | blocks/attn/q/*"))
+    with pytest.raises(UserError, match="DoRA is for kernels, not for wte/embedding"):
+        lora.init(KEY, params, LoraConfig(targets="*", dora=True))
+    with pytest.raises(UserError, match="use lora.split"):
+        lora.init(KEY, params, LoraConfig(init="pissa"))
+    with pytest.raises(UserError, match="use lora.init"):
+        lora.split(params, LoraConfig())
+    adapter = lora.init(KEY, params, LoraConfig(rank=2))
+    other = tiny("gpt2", d_model=16, d_ff=20)[1]
+    with pytest.raises(UserError, match=r"(?s)mlp/gate/kernel: the base has no such weight.*do not fit a weight"):
+        lora.attach(other, adapter, LoraConfig(rank=2))
