@@ -227,6 +227,11 @@ class LoraConfig:
     dropout: float = 0.0  # of what goes into a
     lr_ratio: float = 1.0  # of b's learning rate to a's; LoRA+ takes 16
 
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by: three conventions are in use."""
+        return self.alpha / {"alpha/r": self.rank, "alpha/sqrt(r)": self.rank**0.5, "alpha": 1}[self.scaling]
+
 
 @dataclass(frozen=True)
 class Config:

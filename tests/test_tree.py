@@ -53,5 +53,5 @@ def test_split_and_join():
     first, second = tree.split(whole, "*/kernel")
     assert first == {"a": {"kernel": 1}, "b": {"kernel": 3}} and second == {"a": {"bias": 2}}
     assert tree.join(first, second) == whole
-    with pytest.raises(UserError, match=r"'c/\*' matches no parameter; there are a/kernel"):
+    with pytest.raises(UserError, match=r"'c/\*' matches no parameter; there are a/bias, a/kernel"):
         tree.split(whole, "a/* | c/*")

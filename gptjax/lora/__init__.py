@@ -13,7 +13,6 @@ from gptjax.lora.adapter import (
     merge,
     negate,
     rows,
-    scale,
     split,
     targets,
     unsplit,
@@ -23,5 +22,5 @@ from gptjax.lora.leaf import LoraWeight
 
 __all__ = [
     "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "interpolate", "masked",
-    "merge", "negate", "rows", "scale", "split", "targets", "unsplit", "with_dropout",
+    "merge", "negate", "rows", "split", "targets", "unsplit", "with_dropout",
 ]  # fmt: skip

@@ -26,13 +26,6 @@ from gptjax.types import Params, UserError
 Adapter = dict[str, Any]
 
 
-def scale(cfg: LoraConfig) -> float:
-    """What the low-rank product is multiplied by: the three conventions in use."""
-    return {"alpha/r": cfg.alpha / cfg.rank, "alpha/sqrt(r)": cfg.alpha / cfg.rank**0.5, "alpha": cfg.alpha}[
-        cfg.scaling
-    ]
-
-
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """{path: leaf} of the weights that `cfg.targets` names, in the tree's order.
 
@@ -90,7 +83,7 @@ def split(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
     for path, leaf in targets(params, cfg).items():
         w = dense(leaf).astype(jnp.float32)
         a, b = factors(w, cfg.rank)
-        share = scale(cfg) ** -0.5
+        share = cfg.scale**-0.5
         adapter[path] = {"a": a * share, "b": b * share}
         rest[path] = (w - a @ b).astype(getattr(leaf, "dtype", w.dtype))
         if cfg.dora:
@@ -122,7 +115,7 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
     """The base's tree with `LoraWeight` at the adapter's paths: what every door and every loss takes as params.
 
     Args:
-        scales: in the place of `scale(cfg)`; [] traced, or [B] with an adapter of `rows`.
+        scales: in the place of `cfg.scale`; [] traced, or [B] with an adapter of `rows`.
 
     Raises:
         UserError: the adapter names a path that the base does not have, or its shapes do not fit.
@@ -145,7 +138,7 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
     lead = pair["a"].shape[:-2]
-    value = jnp.broadcast_to(jnp.float32(scale(cfg)) if scales is None else jax.lax.stop_gradient(scales), lead)
+    value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), lead)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=cfg.dropout)
 
 

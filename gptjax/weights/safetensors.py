@@ -278,18 +278,19 @@ def save(
         shards[-1].append(tensor)
         size += one
     if len(shards) == 1:
-        _write_file(folder / WEIGHTS, shards[0], dtype)
+        write_file(folder / WEIGHTS, shards[0], dtype)
         return
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, dtype)
+        write_file(folder / name, shard, dtype)
     total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": places}
     _whole(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode() + b"\n"))
 
 
-def _write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
+def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
+    """One file, complete or not at all."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in tensors:

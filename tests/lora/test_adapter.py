@@ -205,9 +205,9 @@ def test_parameter_counts_of_the_book():
 
 
 def test_scales():
-    assert lora.scale(LoraConfig(rank=16, alpha=32)) == 2
-    assert lora.scale(LoraConfig(rank=16, alpha=32, scaling="alpha/sqrt(r)")) == 8
-    assert lora.scale(LoraConfig(rank=16, alpha=32, scaling="alpha")) == 32
+    assert LoraConfig(rank=16, alpha=32).scale == 2
+    assert LoraConfig(rank=16, alpha=32, scaling="alpha/sqrt(r)").scale == 8
+    assert LoraConfig(rank=16, alpha=32, scaling="alpha").scale == 32
 
 
 def delta(params, adapter, lcfg):

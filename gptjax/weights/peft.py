@@ -1,0 +1,360 @@
+"""Adapters in the folder format of the peft library: adapter_config.json and adapter_model.safetensors.
+
+    blocks/attn/q/kernel  a [L, in, R], b [L, R, out]
+        base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight [R, in], lora_B.weight [out, R]
+
+GPT-2's q, k and v are one matrix there. Adapters of the three go out as one of three times the rank, whose B is made
+of blocks; one that peft made comes in as three that share their a, and goes out again as it came.
+Source: peft's tuners/lora (names, shapes, which attributes change the result), read as of 0.21.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import tree
+from gptjax.config import LoraConfig, ModelConfig
+from gptjax.model.gpt import abstract_params
+from gptjax.types import Params, UserError
+from gptjax.weights import families, safetensors
+from gptjax.weights.door import new_folder
+from gptjax.weights.rules import Out, Rule, refuse
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_BASE = "gptjax_base"  # our key in adapter_config.json
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision",
+    "task_type", "megatron_core", "loftq_config", "qalora_group_size", "target_modules", "exclude_modules",
+    "layers_pattern", "ensure_weight_tying", "peft_type", "fan_in_fan_out", _BASE,
+}  # fmt: skip
+_Pair = dict[str, np.ndarray]
+
+
+class _Module(NamedTuple):
+    """One matrix of theirs in one layer, and the rules of ours that share it."""
+
+    name: str
+    layer: int | None
+    rules: tuple[Rule, ...]
+
+
+def export_peft(
+    folder: str | os.PathLike[str],
+    adapter: Params,
+    lora: LoraConfig,
+    cfg: ModelConfig,
+    *,
+    base: Params | None = None,
+    base_name: str | None = None,
+) -> Path:
+    """An adapter as peft loads it onto transformers' model of the same weights.
+
+    Args:
+        base: the parameters it was trained on; their fingerprint goes with it, and `load_peft` compares it.
+        base_name: where transformers finds the base.
+
+    Raises:
+        UserError: the adapter came from `lora.split` (export `lora.unsplit` of it), it has weights that peft or this
+            model's family cannot hold, or the folder is not empty.
+    """
+    if lora.init != "lora":
+        raise UserError(
+            f"an adapter of lora.init={lora.init} goes with other weights than the base's: "
+            "export lora.unsplit(adapter, start), with init=lora and twice the rank's alpha"
+        )
+    pairs = _pairs(adapter)
+    modules = list(_modules(cfg))
+    covered = {rule.ours for module in modules for rule in module.rules}
+    refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
+    tensors, patterns = {}, {}
+    for module in modules:
+        if not any(rule.ours in pairs for rule in module.rules):
+            continue
+        pair = _joined(module, pairs)
+        tensors |= {f"{_PREFIX}{module.name}.{_PARTS[key]}": array for key, array in pair.items()}
+        patterns[_suffix(module.name)] = pair["a"].shape[0]
+    power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
+    alphas = {name: lora.scale * rank**power for name, rank in patterns.items()}
+    rank, alpha = lora.rank, lora.scale * lora.rank**power
+    body = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.scaling == "alpha/sqrt(r)",
+        "use_dora": lora.dora,
+        "target_modules": sorted(patterns),
+        "rank_pattern": {name: r for name, r in patterns.items() if r != rank},
+        "alpha_pattern": {name: _number(alphas[name]) for name, r in patterns.items() if r != rank},
+        "fan_in_fan_out": families.family_of(cfg).name == "gpt2",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    if base is not None:
+        body[_BASE] = fingerprint(base)
+    folder = Path(folder)
+    new_folder(folder)
+    out = [Out(name, array.shape, lambda array=array: array) for name, array in tensors.items()]
+    try:
+        safetensors.write_file(folder / WEIGHTS, out, np.dtype(np.float32))
+        (folder / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def load_peft(
+    folder: str | os.PathLike[str], cfg: ModelConfig, *, base: Params | None = None
+) -> tuple[Params, LoraConfig]:
+    """(adapter, its config) from peft's folder, for `lora.attach` onto the model of `cfg`.
+
+    Layers and ranks that a matrix lacks are zeros; a scale of its own goes into b.
+
+    Args:
+        base: to compare with the fingerprint of the weights it was trained on, where the folder has one.
+
+    Raises:
+        UserError: an attribute that changes the result and is not known here, tensors that are unknown, missing or
+            misshapen, or another base; all of them.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no adapter: expected {CONFIG} and {WEIGHTS}")
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(safetensors.refuse_pickle(folder / "adapter_model.bin"))
+    where = str(folder / CONFIG)
+    body = safetensors.parse_json((folder / CONFIG).read_bytes(), where, "adapter config")
+    lora, rank_of, alpha_of = _config(body, where)
+    if base is not None and _BASE in body and body[_BASE] != fingerprint(base):
+        raise UserError(
+            f"{folder} is an adapter for other weights than these (fingerprint {str(body[_BASE])[:12]}, these "
+            f"{fingerprint(base)[:12]}): load the model it was trained on"
+        )
+    file = safetensors.open_file(folder / WEIGHTS)
+    modules = {module.name: module for module in _modules(cfg)}
+    parts, problems = _read(file, modules, cfg)
+    power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
+    stacks: dict[str, dict[int | None, _Pair]] = {}
+    for name, pair in parts.items():
+        if lacking := [_PARTS[key] for key in ("a", "b", *("m" * lora.dora)) if key not in pair]:
+            problems.append(f"{name} has no {', '.join(lacking)}")
+            continue
+        rank = pair["a"].shape[0]
+        if rank != rank_of(name):
+            problems.append(f"{name} has rank {rank}, {CONFIG} says {rank_of(name)}")
+        own = alpha_of(name) / rank**power
+        for rule, piece in _split(modules[name], pair):
+            piece["b"] = piece["b"] * np.float32(own / lora.scale)
+            stacks.setdefault(rule.ours, {})[modules[name].layer] = piece
+    if lora.dora:
+        problems += [
+            f"{path}: {cfg.n_layer - len(layers)} layers have no magnitudes, which DoRA needs in all"
+            for path, layers in stacks.items()
+            if None not in layers and len(layers) < cfg.n_layer
+        ]
+    refuse(str(folder), problems)
+    if not stacks:
+        raise UserError(f"{folder}: the adapter is empty")
+    leaves = {
+        f"{path}/{key}": jnp.asarray(array)
+        for path, layers in stacks.items()
+        for key, array in _stacked(layers, cfg.n_layer).items()
+    }
+    rank = max(leaf.shape[-1] for path, leaf in leaves.items() if path.endswith("/a"))
+    config = LoraConfig(
+        rank=rank, alpha=lora.scale * rank**power, scaling=lora.scaling, dora=lora.dora, dropout=lora.dropout,
+        targets=" | ".join(sorted(stacks)),
+    )  # fmt: skip
+    return tree.unflatten(leaves), config
+
+
+def fingerprint(params: Params) -> str:
+    """A hash of every leaf's name, shape and 1,024 of its numbers, rounded to bfloat16: the same however it is kept."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(tree.flatten(params).items()):
+        sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
+        sample = np.asarray(jax.device_get(sample)).astype(jnp.bfloat16)
+        digest.update(f"{path} {leaf.shape}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- their modules
+
+
+def _modules(cfg: ModelConfig) -> Iterator[_Module]:
+    """Every matrix of the family that holds this model."""
+    shared: dict[str, list[Rule]] = {}
+    for rule in families.family_of(cfg).rules:
+        if rule.ours.endswith("/kernel"):
+            shared.setdefault(rule.theirs.removesuffix(".weight"), []).append(rule)
+    for name, rules in shared.items():
+        for i in range(cfg.n_layer) if "{i}" in name else (None,):
+            yield _Module(name.format(i=i), i, tuple(rules))
+
+
+def _suffix(module: str) -> str:
+    """What peft's target_modules calls it: the name inside its layer."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
+
+
+def _pairs(adapter: Params) -> dict[str, _Pair]:
+    out: dict[str, _Pair] = {}
+    for path, leaf in tree.flatten(adapter).items():
+        weight, _, key = path.rpartition("/")
+        out.setdefault(weight, {})[key] = np.asarray(leaf, np.float32)
+    return out
+
+
+def _joined(module: _Module, pairs: dict[str, _Pair]) -> _Pair:
+    """a [R, in], b [out, R], m [out] of one matrix, from the pairs of its parts."""
+    own = [
+        {key: array if module.layer is None else array[module.layer] for key, array in pairs[rule.ours].items()}
+        if rule.ours in pairs
+        else None
+        for rule in module.rules
+    ]
+    first = next(pair for pair in own if pair)
+    width = first["b"].shape[-1]
+    if "m" in first and not all(own):
+        raise UserError(f"{module.name}: DoRA of q, k and v needs all three, which are one matrix there")
+    a = [pair["a"] for pair in own if pair]
+    if all(np.array_equal(x, a[0]) for x in a):  # as it came from there, or a matrix by itself
+        zeros = np.zeros_like(first["b"])
+        joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in own], -1).T}
+    else:
+        rank = sum(x.shape[-1] for x in a)
+        b, row = np.zeros((rank, width * len(own)), np.float32), 0
+        for k, pair in enumerate(own):
+            if pair:
+                b[row : row + len(pair["b"]), k * width : (k + 1) * width] = pair["b"]
+                row += len(pair["b"])
+        joined = {"a": np.concatenate(a, -1).T, "b": b.T}
+    if "m" in first:
+        joined["m"] = np.concatenate([pair["m"][0] for pair in own])
+    return joined
+
+
+def _split(module: _Module, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
+    """The pairs of ours that one matrix of theirs holds."""
+    width = pair["b"].shape[0] // len(module.rules)
+    for k, rule in enumerate(module.rules):
+        rows = slice(k * width, (k + 1) * width)
+        piece = {"a": pair["a"].T, "b": pair["b"][rows].T}
+        yield rule, piece | ({"m": pair["m"][None, rows]} if "m" in pair else {})
+
+
+def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
+    """[L, ..] of all layers, or the one matrix that is in none."""
+    if None in layers:
+        return layers[None]
+    rank = max(pair["a"].shape[-1] for pair in layers.values())
+    shapes = {key: array.shape for key, array in next(iter(layers.values())).items()}
+    out = {
+        key: np.zeros((n_layer, *shape[: -1 if key == "a" else 0], *((rank,) if key == "a" else shape)), np.float32)
+        for key, shape in shapes.items()
+        if key != "b"
+    }
+    out["b"] = np.zeros((n_layer, rank, shapes["b"][1]), np.float32)
+    for i, pair in layers.items():
+        r = pair["a"].shape[-1]
+        out["a"][i, :, :r], out["b"][i, :r] = pair["a"], pair["b"]
+        if "m" in pair:
+            out["m"][i] = pair["m"]
+    return out
+
+
+# ---------------------------------------------------------------- their files
+
+
+def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
+    """The config, and rank and alpha of a module by its name."""
+    a = families.Attributes(body, neutral=_NEUTRAL)
+    if body.get("peft_type") != "LORA":
+        a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA is known here")
+    rank, alpha = a.take("r", int, 8), a.take("lora_alpha", float, 8.0)
+    ranks, alphas = a.take("rank_pattern", dict, {}), a.take("alpha_pattern", dict, {})
+    rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
+    dropout = a.take("lora_dropout", float, 0.0)
+    a.must("bias", "none")
+    for name in list(a.left):  # the rest changes something unless it is off
+        if not a.left[name]:
+            a.left.pop(name)
+    if "modules_to_save" in a.left:
+        a.problems.append(f"modules_to_save={a.left.pop('modules_to_save')!r:.60}: whole modules are not read here")
+    if rank < 1 or not math.isfinite(alpha):
+        a.problems.append(f"r={rank}, lora_alpha={alpha}: expected a rank of at least 1 and a finite alpha")
+    for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for key, value in table.items():
+            if not re.fullmatch(r"[\w.]+", key) or isinstance(value, bool) or not isinstance(value, int | float):
+                a.problems.append(f"{name}: {key!r:.60}: {value!r:.60}: expected the name of a module and a number")
+    a.end(where)
+
+    def pattern(table: dict[str, Any], default: Any) -> Any:
+        return lambda module: next((v for key, v in table.items() if f".{module}".endswith(f".{key}")), default)
+
+    scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
+    lora = LoraConfig(rank=rank, alpha=alpha, scaling=scaling, dora=dora, dropout=dropout)
+    return lora, pattern(ranks, rank), pattern(alphas, alpha)
+
+
+def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
+    """{module: {"a" [R, in], "b" [out, R], "m" [out]}} and what is wrong with the names and shapes."""
+    parts: dict[str, _Pair] = {}
+    problems: list[str] = []
+    sizes = _sizes(modules, cfg)
+    for name, shape in file.shapes().items():
+        module, key = next(
+            (
+                (name.removeprefix(_PREFIX).removesuffix(f".{ending}"), key)
+                for key, ending in _PARTS.items()
+                if name.startswith(_PREFIX) and name.endswith(f".{ending}")
+            ),
+            ("", ""),
+        )
+        if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") in modules:
+            continue  # peft's copy of a head, as it is in the base
+        if module not in modules:
+            problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
+            continue
+        d_in, d_out = sizes[module]
+        rank = shape[{"a": 0, "b": -1}[key]] if key != "m" and len(shape) == 2 else 0
+        expected = {"a": (rank, d_in), "b": (d_out, rank), "m": (d_out,)}[key]
+        if tuple(shape) != expected:
+            problems.append(f"{name} is {list(shape)}, expected {list(expected)}")
+            continue
+        array = np.asarray(file.array(name)).astype(np.float32)
+        if not np.isfinite(array).all():
+            problems.append(f"{name} has numbers that are not finite")
+        parts.setdefault(module, {})[key] = array
+    for name, pair in parts.items():
+        if {"a", "b"} <= pair.keys() and pair["a"].shape[0] != pair["b"].shape[1]:
+            problems.append(f"{name}: lora_A has rank {pair['a'].shape[0]}, lora_B {pair['b'].shape[1]}")
+    return parts, problems
+
+
+def _sizes(modules: dict[str, _Module], cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of every matrix of theirs."""
+    ours = tree.flatten(abstract_params(cfg))
+    sizes = {}
+    for name, module in modules.items():
+        shapes = [ours[rule.ours].shape for rule in module.rules if rule.ours in ours]
+        sizes[name] = (shapes[0][-2], sum(shape[-1] for shape in shapes)) if shapes else (0, 0)
+    return sizes
+
+
+def _number(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else float(x)

@@ -1,0 +1,200 @@
+"""Adapters in peft's format: our own way there and back here, and against peft itself where it is installed."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import LoraConfig, UserError, lora
+from gptjax.weights import export_peft, load_peft, safetensors
+from gptjax.weights.peft import CONFIG, WEIGHTS, fingerprint
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+KEY = jax.random.key(0)
+TOKENS = np.random.default_rng(0).integers(3, 17, (2, 12))
+FORMS = {
+    "lora": LoraConfig(rank=4),
+    "some": LoraConfig(rank=3, alpha=5, targets="blocks/attn/q/* | blocks/attn/v/* | blocks/mlp/down/*"),
+    "rslora": LoraConfig(rank=4, scaling="alpha/sqrt(r)", alpha=8),
+    "alpha": LoraConfig(rank=4, scaling="alpha", alpha=1.5),
+    "dora": LoraConfig(rank=4, dora=True),
+}
+
+
+def moved(adapter, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), adapter)
+
+
+def run(params, cfg, tokens=TOKENS):
+    return np.asarray(jax.jit(lambda p: gptjax.forward(p, tokens, cfg))(params))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_there_and_back(tiny, arch, form, tmp_path):
+    """The same logits; and a second time out, the same files."""
+    cfg, params = tiny(arch, n_kv_head=4 if arch == "gpt2" else 2, d_ff=128 if arch == "gpt2" else 48)
+    lcfg = FORMS[form]
+    adapter = moved(lora.init(KEY, params, lcfg))
+    export_peft(tmp_path / "one", adapter, lcfg, cfg, base=params)
+    back, back_cfg = load_peft(tmp_path / "one", cfg, base=params)
+    want = run(lora.merge(params, adapter, lcfg), cfg)
+    np.testing.assert_allclose(run(lora.attach(params, back, back_cfg), cfg), want, atol=1e-4)
+    export_peft(tmp_path / "two", back, back_cfg, cfg, base=params)
+    one, two = (safetensors.open_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    assert one.shapes() == two.shapes()
+    again, again_cfg = load_peft(tmp_path / "two", cfg)
+    np.testing.assert_allclose(run(lora.merge(params, again, again_cfg), cfg), want, atol=1e-4)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    cfg, params = tiny("llama")
+    adapter = moved(lora.init(KEY, params, FORMS["lora"]))
+    export_peft(tmp_path / "adapter", adapter, FORMS["lora"], cfg, base=params)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "IA3"}, "only LORA is known"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["score"]}, "whole modules are not read here"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_something": True}, "use_something=True"),
+        ({"r": 5}, "has rank 4, adapter_config.json says 5"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "expected the name of a module"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
+    ],
+)
+def test_a_config_that_means_something_else_is_refused(folder, tiny, change, words):
+    body = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(body | change))
+    with pytest.raises(UserError) as error:
+        load_peft(folder, tiny("llama")[0])
+    assert words in str(error.value)
+
+
+def test_another_model_or_another_base(folder, tiny):
+    cfg, params = tiny("llama")
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    assert fingerprint(low) == fingerprint(params)
+    load_peft(folder, cfg, base=low)
+    with pytest.raises(UserError, match="an adapter for other weights than these"):
+        load_peft(folder, cfg, base=tiny("llama", seed=1)[1])
+    with pytest.raises(UserError, match=r"lora_A.weight is \[4, 32\], expected \[4, 16\]"):
+        load_peft(folder, tiny("llama", d_model=16)[0])
+    with pytest.raises(UserError, match="is no adapter of a matrix of this model"):
+        load_peft(folder, tiny("gpt2", n_kv_head=4)[0])
+
+
+def test_other_mistakes(tiny, tmp_path):
+    cfg, params = tiny("llama")
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_peft(tmp_path, cfg)
+    split = LoraConfig(rank=2, init="olora")
+    with pytest.raises(UserError, match=r"export lora.unsplit"):
+        export_peft(tmp_path / "a", lora.split(params, split)[1], split, cfg)
+    tables = LoraConfig(rank=2, targets="wte/*")
+    with pytest.raises(UserError, match="no place for"):
+        export_peft(tmp_path / "a", lora.init(KEY, params, tables), tables, cfg)
+
+
+# ---------------------------------------------------------------- beside peft
+
+
+SIZES = dict(
+    vocab_size=97, hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
+    num_hidden_layers=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+GPT2 = dict(vocab_size=97, n_positions=64, n_embd=24, n_layer=2, n_head=3, bos_token_id=1, eos_token_id=2)
+THEIRS = {
+    "gpt2": ("GPT2", GPT2, dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
+    "gpt2 untied head": (
+        "GPT2", GPT2 | dict(tie_word_embeddings=False), dict(target_modules=["attn.c_proj", "lm_head"]),
+    ),
+    "gpt2 dora": ("GPT2", GPT2, dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True)),
+    "llama": ("Llama", SIZES, dict(target_modules="all-linear")),
+    "llama rslora": ("Llama", SIZES, dict(target_modules=["q_proj", "v_proj"], use_rslora=True)),
+    "llama dora": ("Llama", SIZES, dict(target_modules=["k_proj", "down_proj"], use_dora=True)),
+    "llama patterns": (
+        "Llama", SIZES,
+        dict(target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}),
+    ),
+    "llama one layer": ("Llama", SIZES, dict(target_modules=["model.layers.1.self_attn.o_proj"])),
+}  # fmt: skip
+
+
+def base_model(name, folder):
+    torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
+    transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
+    kind, values, _ = THEIRS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return torch, model
+
+
+def logits(torch, model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", THEIRS)
+def test_an_adapter_that_peft_made(name, tmp_path):
+    """Loads here with the same logits, and goes back to peft with the same logits."""
+    peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
+    torch, model = base_model(name, tmp_path / "base")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **THEIRS[name][2])).eval()
+    with torch.no_grad():
+        for key, p in made.named_parameters():
+            if "lora_" in key:
+                p.add_(0.1 * torch.randn_like(p))
+    made.save_pretrained(tmp_path / "adapter")
+    want = logits(torch, made, TOKENS)
+    params, cfg = gptjax.load(tmp_path / "base")
+    adapter, lcfg = load_peft(tmp_path / "adapter", cfg)
+    np.testing.assert_allclose(run(lora.attach(params, adapter, lcfg), cfg), want, atol=1e-4)
+    assert np.abs(run(params, cfg) - want).max() > 0.01
+    export_peft(tmp_path / "back", adapter, lcfg, cfg, base=params)
+    _, fresh = base_model(name, tmp_path / "base2")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peft_loads_what_was_trained_here(name, form, tmp_path):
+    import optax
+
+    from gptjax.tasks import pretrain
+    from gptjax.types import Batch
+
+    peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
+    torch, model = base_model(name, tmp_path / "base")
+    params, cfg = gptjax.load(tmp_path / "base")
+    lcfg, tx = FORMS[form], optax.adam(3e-2)
+    state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
+    step = jax.jit(
+        gptjax.make_train_step(pretrain.task(cfg).loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg))
+    )
+    for _ in range(3):
+        state, _ = step(state, Batch(TOKENS[:, :-1], TOKENS[:, 1:]))
+    export_peft(tmp_path / "adapter", state.params, lcfg, cfg, base=params)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    want = run(lora.attach(params, state.params, lcfg), cfg)
+    np.testing.assert_allclose(logits(torch, theirs, TOKENS), want, atol=1e-4)
+    assert np.abs(run(params, cfg) - want).max() > 0.01
