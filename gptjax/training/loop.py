@@ -10,13 +10,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import Config, ModelConfig
 from gptjax.training import loggers
+from gptjax.training.job import Job
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment
@@ -52,44 +53,42 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
         UserError: bad config or data, a run directory of another run, no checkpoint that can be read, a full disk.
         Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
     """
+
+    def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
+        from gptjax import data
+
+        with progress.phase("preparing the data"):
+            ready = data.prepare(cfg, log=progress.say)
+        cfg = _resolve(cfg, ready)
+        return cfg, _pretraining(cfg, ready)
+
+    return run_job(cfg, prepare, log)
+
+
+def run_job(
+    cfg: Config, prepare: Callable[[Config, Progress], tuple[Config, Job]], log: Callable[[str], None] | None = None
+) -> TrainResult:
+    """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
+    before the run directory is made. It gives the config with what only the data could tell."""
     config.validate(cfg)
     run = RunDir(cfg.run_dir or "runs/default")
     run.check(cfg)
     loggers.check(cfg.train.loggers)
     if (done := _finished(run, cfg, log or print)) is not None:
         return done
-    from gptjax import data
-
-    with Progress(_no_file, log, run.touch) as progress, progress.phase("preparing the data"):
-        ready = data.prepare(cfg, log=progress.say)
-    cfg = _resolve(cfg, ready)
-    _refuse_early(cfg, ready)
     use_compile_cache()
     keep_buffers()
+    with Progress(_no_file, log, run.touch) as progress:
+        cfg, job = prepare(cfg, progress)
+    steps_per_call(cfg, 0)
     with run.locked():
         run.check(cfg)
         with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
-            return _Trainer(cfg, run, ready, progress, signals).train()
+            return _Trainer(cfg, run, job, progress, signals).train()
 
 
 def _no_file(line: str) -> None:
     pass
-
-
-def _refuse_early(cfg: Config, ready: Any) -> None:
-    """Whatever can be wrong is said before the run directory is made."""
-    _prompt(cfg, ready.tokenizer)
-    steps_per_call(cfg, 0)
-    _loader(cfg, ready)
-
-
-def _loader(cfg: Config, ready: Any) -> Any:
-    from gptjax.data import Loader
-
-    return Loader(
-        ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=cfg.model.context_length,
-        seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
-    )  # fmt: skip
 
 
 def _resolve(cfg: Config, ready: Any) -> Config:
@@ -165,30 +164,25 @@ class _Counters:
 
 
 class _Trainer:
-    def __init__(self, cfg: Config, run: RunDir, ready: Any, progress: Progress, signals: Signals):
+    def __init__(self, cfg: Config, run: RunDir, job: Job, progress: Progress, signals: Signals):
         import jax
         import numpy as np
 
         from gptjax import tree
         from gptjax.checkpoint import Checkpoints
-        from gptjax.optim import make_optimizer, make_schedule
-        from gptjax.tasks import pretrain
+        from gptjax.optim import make_schedule
         from gptjax.training.step import TrainState, make_multi_step, make_train_step
         from gptjax.weights.native import recover_folder
 
-        self.cfg, self.run, self.ready, self.progress, self.signals = cfg, run, ready, progress, signals
-        self.task = pretrain.task(cfg.model)
-        self.tx = make_optimizer(cfg.optim, cfg.train.max_steps)
+        self.cfg, self.run, self.job, self.progress, self.signals = cfg, run, job, progress, signals
         self.checkpoints = Checkpoints(run.checkpoints, cfg.train.keep_checkpoints, progress.say)
         self.environment = environment()
-        self.prompt = _prompt(cfg, ready.tokenizer)
-        self.loader = _loader(cfg, ready)
 
-        def fresh() -> TrainState:
+        def fresh(start: Any) -> TrainState:
             init_key, key = jax.random.split(jax.random.key(cfg.seed))
-            return TrainState.create(self.task.init(init_key), tx=self.tx, key=key)
+            return TrainState.create(job.init(init_key, start), tx=job.optimizer, key=key)
 
-        abstract = jax.eval_shape(fresh)
+        abstract = jax.eval_shape(fresh, job.start)
         self.n_params = tree.size(abstract.params)
         self._summary()
         self.counters = _Counters()
@@ -200,18 +194,19 @@ class _Trainer:
             self._go_on(found)
         else:
             with progress.phase("compiling the initialisation"):
-                self.state = jax.jit(fresh)()
+                self.state = jax.jit(fresh)(job.start)
             run.cut_metrics(-1)
             (run.path / "samples.txt").unlink(missing_ok=True)
+        self.state = self.state.replace(frozen=job.frozen)
+        self.job = job = job._replace(start=None, frozen=None)  # the steps give the memory to their results
         self.k = steps_per_call(cfg, self.n_params, self.step)
-        one = make_train_step(self.task.loss, self.tx, accumulation=cfg.train.accumulation)
+        one = make_train_step(job.loss, job.optimizer, combine=job.combine, accumulation=cfg.train.accumulation)
         self.call = jax.jit(one if self.k == 1 else make_multi_step(one), donate_argnums=0)
-        self.eval_loss = jax.jit(self.task.loss)
+        self.eval_loss = jax.jit(lambda params, batch, key: job.loss(job.combine(*params), batch, key))
         schedule = make_schedule(cfg.optim, cfg.train.max_steps)
         self.lr = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(cfg.train.max_steps))) * cfg.optim.lr
         device = jax.devices()[0]
         self.peak = peak_flops(device.platform, device.device_kind)
-        self.flops_per_token = _flops_per_token(cfg.model, abstract.params)
         self.metrics = loggers.JsonLines(run.metrics)
         self.loggers = [self.metrics, *(loggers.LOGGERS[name](run.path, cfg) for name in cfg.train.loggers)]
         self.started = time.monotonic() - self.counters.seconds
@@ -258,7 +253,7 @@ class _Trainer:
         """Start one call, and read the results of the one before while it runs."""
         if self.pending is None:
             self.mark = time.monotonic()
-        batch = self.loader.batch(self.step) if self.k == 1 else self.loader.batches(self.step, self.k)
+        batch = self.job.batch(self.step) if self.k == 1 else self.job.batches(self.step, self.k)
         if not self.compiled:
             metrics = self._compile(batch)
         else:
@@ -277,8 +272,9 @@ class _Trainer:
             self._read(*before)
 
     @property
-    def _tokens_per_step(self) -> int:
-        return self.cfg.train.batch_size * self.cfg.model.context_length
+    def _both(self) -> tuple[Any, Any]:
+        """What is trained, and what is not."""
+        return self.state.params, self.state.frozen
 
     def _compile(self, batch: Any) -> Any:
         """The first call, in a thread: a signal must not wait for XLA."""
@@ -317,7 +313,7 @@ class _Trainer:
         settings, counters, now = self.cfg.train, self.counters, time.monotonic()
         if self.compiled:
             self.busy_s += now - self.mark
-            self.busy_tokens += self.k * self._tokens_per_step
+            self.busy_tokens += self.k * self.job.tokens_per_step
         self.mark = now
         for i in range(self.k):
             step = end - self.k + 1 + i
@@ -342,12 +338,12 @@ class _Trainer:
             "lr": float(self.lr[step - 1]),
             "grad_norm": _finite(values["grad_norm"]),
             "skipped": int(values["skipped"]),
-            "tokens": step * self._tokens_per_step,
+            "tokens": step * self.job.tokens_per_step,
             "tokens_per_s": round(self.rate, 1) or None,
             "seconds": self._seconds(),
         }
         if self.peak and self.rate:
-            row["mfu"] = self.rate * self.flops_per_token / self.peak
+            row["mfu"] = self.rate * self.job.flops_per_token / self.peak
         self._log(row)
         self.progress.status(step, self.cfg.train.max_steps, self._line(row))
 
@@ -378,7 +374,7 @@ class _Trainer:
     def _eta(self, step: int) -> float:
         settings = self.cfg.train
         evals = math.ceil((settings.max_steps - step) / settings.eval_every)
-        return (settings.max_steps - step) * self._tokens_per_step / self.rate + evals * self.eval_s
+        return (settings.max_steps - step) * self.job.tokens_per_step / self.rate + evals * self.eval_s
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.started, 3)
@@ -389,68 +385,51 @@ class _Trainer:
         """Loss on the whole validation set (before the first step: on a part), the best model, a sample, the plot."""
         from gptjax.training.step import evaluate
 
-        start, val = time.monotonic(), self.ready.val
+        start = time.monotonic()
         with self.progress.phase("evaluating"):
-            mean = evaluate(self.eval_loss, self.state.params, self._eval_batches())
-        loss, counters = float(mean.value()), self.counters
+            mean = evaluate(self.eval_loss, self._both, self._polled(self.job.eval_batches(self.step == 0)))
+            loss, counters = float(mean.value()), self.counters
+            more, line = {}, ""
+            if self.job.evaluate:
+                more, line = self.job.evaluate(self.job.combine(*self._both), self.step)
         self.eval_s = time.monotonic() - start
         row = {
             "step": self.step,
             "val/loss": _finite(loss),
             "val/perplexity": _finite(_exp(loss)),
             "val/tokens": mean.weight,
+            **{name: _finite(value) for name, value in self.job.more_of_loss(loss).items()},
+            **more,
         }
-        if val.n_bytes:
-            row["val/bits_per_byte"] = _finite(loss / math.log(2) * len(val) / val.n_bytes)
         if n := self.cfg.train.eval_train_batches:
-            train_batches = (self.loader.batch(step) for step in range(n))
-            row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self.state.params, train_batches).value())
+            train_batches = (self.job.batch(step) for step in range(n))
+            row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self._both, train_batches).value())
         row["seconds"] = self._seconds()
         self._log(row)
         where = f"step {self.step:,}/{self.cfg.train.max_steps:,}"
         text = f"{where}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
-        if val.n_bytes:
+        if "val/bits_per_byte" in row:
             text += f", {row['val/bits_per_byte'] or math.nan:.4f} bits per byte"
-        self.progress.say(f"{text} ({self.eval_s:.1f} s)")
+        self.progress.say(f"{text}{', ' + line if line else ''} ({self.eval_s:.1f} s)")
         counters.evaluated, counters.val_loss = self.step, loss
         if self.step == 0:
             return
         if loss < counters.best_loss:
             counters.best_loss, counters.best_step = loss, self.step
             self._write_model(self.run.best)
-        with self.progress.phase("sampling"):
-            self._sample()
+        if self.job.sample:
+            with self.progress.phase("sampling"):
+                self._sample()
         self._plot()
         self.eval_s = time.monotonic() - start
 
-    def _eval_batches(self) -> Iterator[Any]:
-        from gptjax import data
-
-        cfg = self.cfg
-        rows = max(cfg.train.batch_size // cfg.train.accumulation, EVAL_TOKENS // cfg.model.context_length)
-        sizes = dict(context_length=cfg.model.context_length, batch_size=rows)
-        batches = data.eval_batches(self.ready.val, **sizes, document_mask=cfg.data.document_mask)
-        most = max(1, FIRST_EVAL_TOKENS // (rows * cfg.model.context_length)) if self.step == 0 else None
-        for batch in itertools.islice(batches, most):
+    def _polled(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
             self._poll()
             yield batch
 
     def _sample(self) -> None:
-        import jax
-
-        from gptjax.generation import from_config, generate
-
-        settings, tokenizer = self.cfg.sample, self.ready.tokenizer
-        new = generate(
-            self.state.params,
-            [self.prompt] * settings.n,
-            self.cfg.model,
-            max_new_tokens=settings.max_new_tokens,
-            key=jax.random.key(settings.seed),
-            sampler=from_config(settings),
-            stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
-        )
-        texts = [tokenizer.decode([i for i in self.prompt + ids if i < tokenizer.vocab_size]) for ids in new]
+        texts = self.job.sample(self.job.combine(*self._both))
         self.last_sample = texts[0]
         self.run.append("samples.txt", "".join(f"==== step {self.step} ====\n{text}\n\n" for text in texts))
         self.counters.samples_bytes = (self.run.path / "samples.txt").stat().st_size
@@ -464,22 +443,13 @@ class _Trainer:
 
     # ------------------------------------------------------------ saving, resuming, leaving
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint is of, besides the config."""
-        ready = self.ready
-        return {
-            "tokenizer": ready.tokenizer.fingerprint,
-            "training data": ready.train.fingerprint,
-            "validation data": ready.val.fingerprint,
-        }
-
     def _save(self) -> None:
         with self.progress.phase("saving a checkpoint"):
             self._drain()
             self.metrics.sync()
             self.counters.seconds = self._seconds()
             meta = {
-                "identity": self._identity(),
+                "identity": self.job.identity,
                 "counters": {name: _jsonable(value) for name, value in dataclasses.asdict(self.counters).items()},
                 "environment": self.environment,
                 "config": config.to_yaml(self.cfg),
@@ -489,7 +459,7 @@ class _Trainer:
 
     def _accept(self, meta: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data or another vocabulary."""
-        here = self._identity()
+        here = self.job.identity
         bad = [name for name, value in here.items() if meta["identity"].get(name) != value]
         if bad:
             raise UserError(
@@ -538,11 +508,10 @@ class _Trainer:
 
     def _stop_non_finite(self, step: int, in_a_row: int) -> None:
         last = f"checkpoint of step {self.saved:,}" if self.saved else "no checkpoint yet"
-        starts = ", ".join(map(str, self.loader.starts(step - 1)[:4]))
         why = (
             f"stopped at step {step:,}: loss or gradient was not finite {_count(in_a_row, 'time')} in a row "
             f"(train.max_nonfinite). Those steps changed nothing; kept: {last}.\n"
-            f"  windows of that batch start at tokens {starts} ... of the training text\n"
+            f"  {self.job.where(step - 1)}\n"
             "  try a lower optim.lr, more optim.warmup_steps, or optim.clip_norm=1"
         )
         self.progress.say(why)
@@ -555,17 +524,15 @@ class _Trainer:
             "val/loss": counters.val_loss,
             "val/perplexity": _finite(_exp(counters.val_loss)),
             "parameters": self.n_params,
-            "tokens": self.step * self._tokens_per_step,
+            "tokens": self.step * self.job.tokens_per_step,
             "best/step": counters.best_step,
             "best/loss": counters.best_loss if counters.best_step >= 0 else None,
         }
 
     def _write_model(self, folder: Path) -> None:
-        from gptjax import weights
-
         files = {"config.yaml": config.to_yaml(self.cfg), "result.json": json.dumps(self._result(), indent=1) + "\n"}
         with self.progress.phase(f"writing {folder.name}/"):
-            weights.save(folder, self.state.params, self.cfg.model, self.ready.tokenizer, files)
+            self.job.write(folder, *self._both, files)
 
     def _finish(self) -> TrainResult:
         self._plot(last=True)
@@ -579,26 +546,100 @@ class _Trainer:
             self.progress.say(f"---- sample ----\n{self.last_sample}\n----------------")
         self.progress.say(f"in {self.run.path}: final/ best/ loss.png metrics.jsonl samples.txt")
         return TrainResult(
-            self.run.path, self.state.params, self.cfg, self.ready.tokenizer, self.step, counters.val_loss
+            self.run.path, self.job.combine(*self._both), self.cfg, self.job.tokenizer, self.step, counters.val_loss
         )
 
     def _summary(self) -> None:
-        cfg, ready, say = self.cfg, self.ready, self.progress.say
-        model, optim, settings = cfg.model, cfg.optim, cfg.train
-        tokens = settings.max_steps * self._tokens_per_step
+        cfg, say = self.cfg, self.progress.say
         say(f"run     {self.run.path}, seed {cfg.seed}, {self.environment['device']}")
-        say(
+        for line in self.job.describe(self.n_params):
+            say(line)
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def _pretraining(cfg: Config, ready: Any) -> Job:
+    """The job of `train`: whatever can be wrong is said here."""
+    from gptjax import data, weights
+    from gptjax.model.gpt import abstract_params
+    from gptjax.optim import make_optimizer
+    from gptjax.tasks import pretrain
+
+    model, settings, val = cfg.model, cfg.train, ready.val
+    prompt = _prompt(cfg, ready.tokenizer)
+    loader = data.Loader(
+        ready.train, cfg.data, batch_size=settings.batch_size, context_length=model.context_length,
+        seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
+    )  # fmt: skip
+    task = pretrain.task(model)
+    tokens_per_step = settings.batch_size * model.context_length
+
+    def eval_batches(first: bool) -> Iterator[Any]:
+        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // model.context_length)
+        sizes = dict(context_length=model.context_length, batch_size=rows)
+        batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
+        most = max(1, FIRST_EVAL_TOKENS // (rows * model.context_length)) if first else None
+        return itertools.islice(batches, most)
+
+    def where(step: int) -> str:
+        starts = ", ".join(map(str, loader.starts(step)[:4]))
+        return f"windows of that batch start at tokens {starts} ... of the training text"
+
+    def more_of_loss(loss: float) -> dict[str, Any]:
+        return {"val/bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
+
+    def describe(n_params: int) -> list[str]:
+        tokens = settings.max_steps * tokens_per_step
+        return [
             f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, "
-            f"{len(ready.val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids"
-        )
-        say(
+            f"{len(val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids",
             f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "
-            f"context {model.context_length}: {self.n_params:,} parameters, {model.dtype}"
-        )
-        say(
-            f"train   {optim.name}, lr {optim.lr:g}, {settings.max_steps:,} steps of {self._tokens_per_step:,} tokens "
-            f"= {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs"
-        )
+            f"context {model.context_length}: {n_params:,} parameters, {model.dtype}",
+            f"train   {cfg.optim.name}, lr {cfg.optim.lr:g}, {settings.max_steps:,} steps of {tokens_per_step:,} "
+            f"tokens = {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs",
+        ]
+
+    return Job(
+        tokenizer=ready.tokenizer,
+        batch=loader.batch,
+        batches=loader.batches,
+        where=where,
+        eval_batches=eval_batches,
+        loss=task.loss,
+        init=lambda key, start: task.init(key),
+        optimizer=make_optimizer(cfg.optim, settings.max_steps),
+        tokens_per_step=tokens_per_step,
+        flops_per_token=flops_per_token(model, abstract_params(model)),
+        identity={
+            "tokenizer": ready.tokenizer.fingerprint,
+            "training data": ready.train.fingerprint,
+            "validation data": val.fingerprint,
+        },
+        describe=describe,
+        write=lambda folder, params, _, files: weights.save(folder, params, model, ready.tokenizer, files) and None,
+        more_of_loss=more_of_loss,
+        sample=sampling(cfg, ready.tokenizer, [prompt] * cfg.sample.n),
+    )
+
+
+def sampling(cfg: Config, tokenizer: Any, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
+    """params -> the texts of the prompts with what the model adds, as `cfg.sample` says."""
+    import jax
+
+    from gptjax.generation import from_config, generate
+
+    settings = cfg.sample
+
+    def sample(params: Params) -> list[str]:
+        new = generate(
+            params, prompts, cfg.model, max_new_tokens=settings.max_new_tokens, key=jax.random.key(settings.seed),
+            sampler=from_config(settings), stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+        )  # fmt: skip
+        texts = zip(prompts, new, strict=True)
+        return [tokenizer.decode([i for i in prompt + ids if i < tokenizer.vocab_size]) for prompt, ids in texts]
+
+    return sample
 
 
 def _prompt(cfg: Config, tokenizer: Any) -> list[int]:
@@ -614,7 +655,7 @@ def _prompt(cfg: Config, tokenizer: Any) -> list[int]:
     return list(ids)
 
 
-def _flops_per_token(cfg: ModelConfig, params: Params) -> float:
+def flops_per_token(cfg: ModelConfig, params: Params) -> float:
     """6 a weight that is multiplied, and 12 L D T for attention. arXiv:2204.02311, appendix B."""
     from gptjax import tree
 

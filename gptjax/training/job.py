@@ -1,0 +1,55 @@
+"""What a run is about: all that the loop does not know. Pretraining and every kind of fine-tuning are one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptjax.types import Mean, Metrics
+
+
+def _trained(trained: Any, frozen: Any) -> Any:
+    return trained
+
+
+class Job(NamedTuple):
+    """Functions and facts of one run.
+
+    tokenizer
+    batch, batches    step -> a batch; (step, k) -> k of them, stacked. Pure functions: resuming needs no more
+    where             step -> where its data lies, for a message
+    eval_batches      first -> the whole validation set; a part of it is enough where `first`
+    loss              (params, batch, key) -> (Mean, metrics)
+    init              (key, start) -> what is trained; `start` comes as an argument, so that it is no constant
+    frozen            what the loss reads and the optimizer never sees
+    combine           (trained, frozen) -> the params that the loss reads
+    optimizer         of what is trained
+    tokens_per_step   for rates; flops_per_token: of a training step, for MFU
+    identity          name -> hash of what a checkpoint belongs to
+    describe          number of trained parameters -> lines about data and model, said before the first step
+    more_of_loss      validation loss -> more entries of the metrics
+    evaluate          (params, step) -> (metrics, a line), beyond the loss; None: nothing
+    sample            params -> texts the model writes; None: none
+    write             (folder, trained, frozen, text files): the model, in a folder that needs nothing else
+    """
+
+    tokenizer: Any
+    batch: Callable[[int], Any]
+    batches: Callable[[int, int], Any]
+    where: Callable[[int], str]
+    eval_batches: Callable[[bool], Iterable[Any]]
+    loss: Callable[[Any, Any, Any], tuple[Mean, Metrics]]
+    init: Callable[[Any, Any], Any]
+    optimizer: Any
+    tokens_per_step: int
+    flops_per_token: float
+    identity: dict[str, str]
+    describe: Callable[[int], list[str]]
+    write: Callable[[Path, Any, Any, dict[str, str]], None]
+    start: Any = None
+    frozen: Any = None
+    combine: Callable[[Any, Any], Any] = _trained
+    more_of_loss: Callable[[float], dict[str, Any]] = lambda loss: {}
+    evaluate: Callable[[Any, int], tuple[dict[str, Any], str]] | None = None
+    sample: Callable[[Any], list[str]] | None = None
