@@ -26,6 +26,7 @@ _HOMES: dict[str, str] = {
     "TrainConfig": "gptjax.config",
     "SampleConfig": "gptjax.config",
     "train": "gptjax.training.loop",
+    "finetune": "gptjax.finetuning",
     "TrainState": "gptjax.training.step",
     "make_train_step": "gptjax.training.step",
     "init_params": "gptjax.model.gpt",

@@ -78,6 +78,7 @@ class ModelConfig:
     activation: Optional[Literal["gelu", "swiglu", "geglu", "relu2"]] = None
     qkv_bias: Optional[bool] = None
     bias: Optional[bool] = None  # every linear but q, k, v and the head
+    n_classes: int = 0  # of a head that classifies, beside the one for tokens; 0: none
     tie_embeddings: Optional[bool] = None
     qk_norm: Optional[bool] = None
     qk_norm_over: Literal["head", "all"] = "head"  # one head's numbers, or all heads' together
@@ -234,10 +235,37 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """What a fine-tuning starts from, and which of it moves."""
+
+    base: str = "smollm2-135m-instruct"  # run, model folder, .gguf file, asset or hf:org/name
+    trainable: str = "lora"  # an adapter; all; or patterns of paths, joined by |
+    quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base under an adapter
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Labelled texts, and how a text becomes one vector."""
+
+    source: Optional[str] = None  # .csv, .tsv, .jsonl, .json, .parquet or hf:org/name
+    text_field: Optional[str] = None  # None: guessed where only one fits
+    label_field: Optional[str] = None
+    labels: tuple[str, ...] = ()  # their order; empty: as they sort
+    balance: bool = False  # every class as often as the rarest
+    deduplicate: bool = True  # equal texts count once; false: they may stand in several splits
+    split: Literal["stratified", "grouped", "book"] = "stratified"  # book: its balanced spam split, by name
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
+    max_length: Optional[int] = None  # tokens of a text; None: the longest, within the context
+    pooling: Literal["last", "first", "mean"] = "last"  # last real token; padding cannot change it
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
     run_dir: Optional[str] = None  # None: runs/NAME-OF-THE-PRESET
+    task: Literal["pretrain", "classify"] = "pretrain"
     seed: int = 0
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -245,6 +273,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
 
 
 Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
@@ -259,15 +290,19 @@ def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str
 
 
 def resolve(
-    source: Optional[str | os.PathLike[str]] = None, *overrides: str, leaves: Iterable[Leaf] = ()
+    source: Optional[str | os.PathLike[str]] = None,
+    *overrides: str,
+    leaves: Iterable[Leaf] = (),
+    under: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """`load_config`, and where each value came from. `leaves` are overrides that were read already."""
+    """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
+    all others."""
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
     layers = _file_leaves(source) if source is not None else []
     if source is not None and (Path(source) / "config.yaml").is_file():  # a run, wherever it lies now
         layers = [*layers, Leaf("run_dir", str(source), "the run's own folder")]
-    return _build([*layers, *config_io.from_args(overrides), *leaves], _run_dir(source))
+    return _build([*under, *layers, *config_io.from_args(overrides), *leaves], _run_dir(source))
 
 
 def from_yaml(text: str, name: str = "yaml") -> Config:
@@ -580,6 +615,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
+            "lora.rank", "classify.max_length",
         ),
         (1, 2**31 - 1, True, True),
     ),
@@ -588,16 +624,19 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
         (
             "optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain",
             "model.rope_factor", "model.rope_slow", "model.rope_fast", "model.rope_local_base", "model.attention_scale",
-            "model.embed_gain", "train.epochs", "sample.repetition_penalty",
+            "model.embed_gain", "train.epochs", "sample.repetition_penalty", "lora.alpha", "lora.lr_ratio",
         ),
         (0, math.inf, False, False),
     ),
     **dict.fromkeys(
-        ("model.dropout", "sample.min_p", "optim.beta1", "optim.beta2", "optim.momentum"), (0, 1, True, False)
+        ("model.dropout", "lora.dropout", "sample.min_p", "optim.beta1", "optim.beta2", "optim.momentum"),
+        (0, 1, True, False),
     ),
     **dict.fromkeys(("optim.initial_lr_ratio", "optim.min_lr_ratio"), (0, 1, True, True)),
     **dict.fromkeys(("optim.decay_fraction", "sample.top_p"), (0, 1, False, True)),
-    "data.val_fraction": (0, 1, False, False),
+    **dict.fromkeys(
+        ("data.val_fraction", "classify.val_fraction", "classify.test_fraction"), (0, 1, False, False)
+    ),
     "data.mask_tokens": (0, 3, True, True),
     "train.keep_checkpoints": (2, 2**31 - 1, True, True),  # should the newest be damaged, there is another
 }  # fmt: skip
@@ -674,6 +713,7 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     for name in sorted(set(train.loggers) - {"tensorboard", "wandb"}):
         yield ("train.loggers",), f"train.loggers: {name!r} is unknown: use tensorboard, wandb or []"
     yield from _data_combinations(data)
+    yield from _task_combinations(cfg)
     if data.mask_tokens and data.mask_tokens >= model.context_length >= 1:
         yield (
             ("data.mask_tokens", "model.context_length"),
@@ -698,6 +738,28 @@ def _data_combinations(data: DataConfig) -> Iterator[tuple[tuple[str, ...], str]
     local = [source for source in (*data.source, *data.val_source) if not source.startswith("hf:")]
     if data.streaming and local:
         yield ("data.streaming", "data.source"), f"data.streaming reads hf: sources only, not {', '.join(local)}"
+
+
+def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    if cfg.task == "pretrain":
+        before, here = flat(Config()), flat(cfg)
+        changed = [
+            key for key in here if key.startswith(("finetune.", "lora.", "classify.")) and here[key] != before[key]
+        ]
+        if changed:
+            yield tuple(changed), f"{', '.join(changed)}: only for gptjax finetune, this is task=pretrain"
+        return
+    if cfg.finetune.quantize != "none" and cfg.finetune.trainable != "lora":
+        yield (
+            ("finetune.quantize", "finetune.trainable"),
+            f"finetune.quantize={cfg.finetune.quantize} needs finetune.trainable=lora: quantised weights do not move",
+        )
+    if cfg.classify.val_fraction + cfg.classify.test_fraction >= 1:
+        yield (
+            ("classify.val_fraction", "classify.test_fraction"),
+            f"classify.val_fraction ({cfg.classify.val_fraction}) and classify.test_fraction "
+            f"({cfg.classify.test_fraction}) leave nothing to train on",
+        )
 
 
 def _divisors(number: int, most: Optional[int] = None) -> str:

@@ -44,7 +44,9 @@ def test_the_books_count():
 def test_the_header_says_command_source_result_and_time(name):
     header = [line for line in FILES[name].read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    assert f"gptjax pretrain {name}" in text or name == "shakespeare-char"
+    task = config.load_config(name).task
+    verb = "pretrain" if task == "pretrain" else f"finetune {task}"
+    assert f"gptjax {verb} {name}" in text or name in ("shakespeare-char", task)
     assert all(word in text for word in ("Source", "Time")) and ("Expected" in text or "Result" in text)
 
 

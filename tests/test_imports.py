@@ -16,7 +16,8 @@ LEVEL = {
     "model": 3,
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
     "training": 5, "generation": 5, "plan": 5, "research": 5,
-    "cli": 6, "__main__": 7,
+    "finetuning": 6,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),

@@ -23,6 +23,21 @@ VERBS: dict[str, Verb] = {
             "gptjax pretrain shakespeare-char model.n_layer=6 optim.lr=3e-4 --dry-run",
         ),
     ),
+    "finetune": Verb(
+        "gptjax.cli.finetune",
+        "tune a model to classify texts, whole or by an adapter",
+        "gptjax finetune classify [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
+        (
+            "gptjax finetune classify spam classify.source=SMSSpamCollection.tsv",
+            "gptjax finetune classify classify.source=reviews.csv finetune.base=runs/mine lora.rank=8",
+        ),
+    ),
+    "classify": Verb(
+        "gptjax.cli.finetune",
+        "the class of a text, by a model that was tuned for it",
+        'gptjax classify RUN "TEXT" ["TEXT" ...]',
+        ('gptjax classify runs/spam "You have won a prize, call now"',),
+    ),
     "sample": Verb(
         "gptjax.cli.sample",
         "let a trained model write",

@@ -120,6 +120,23 @@ def grow_vocabulary(params: Params, cfg: ModelConfig, vocab_size: int) -> tuple[
     return params, dataclasses.replace(cfg, vocab_size=vocab_size)
 
 
+def layers_apart(params: Params, cfg: ModelConfig) -> Params:
+    """`blocks_0`, `blocks_1`, .. in the place of the stack `blocks`; the doors take this form too.
+
+    Each layer is a tree of its own, so that one can be trained while the others stay: their gradients are not computed,
+    nor anything below the lowest that is.
+    """
+    rest = {name: node for name, node in params.items() if name != "blocks"}
+    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(cfg.n_layer)}  # noqa: B023
+
+
+def layers_stacked(params: Params, cfg: ModelConfig) -> Params:
+    """What `layers_apart` came from."""
+    names = [f"blocks_{i}" for i in range(cfg.n_layer)]
+    rest = {name: node for name, node in params.items() if name not in names}
+    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))}
+
+
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """The parameters, and beside the stack a second copy as a CPU reads it fastest for one token: layers apart, kernels
     turned. The doors take this form too, and use that copy.

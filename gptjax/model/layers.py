@@ -250,6 +250,8 @@ class GPT(nn.Module):
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
+        if cfg.n_classes and self.is_initializing():
+            Linear(cfg, cfg.n_classes, True, name="cls_head")(hidden)  # read by tasks.classify
         return hidden, stream.cache
 
     def _apart(self, stream: Stream, ctx: Context) -> Stream:

@@ -28,8 +28,7 @@ class Job(NamedTuple):
     tokens_per_step   for rates; flops_per_token: of a training step, for MFU
     identity          name -> hash of what a checkpoint belongs to
     describe          number of trained parameters -> lines about data and model, said before the first step
-    more_of_loss      validation loss -> more entries of the metrics
-    evaluate          (params, step) -> (metrics, a line), beyond the loss; None: nothing
+    more_of_loss      validation loss -> what follows from it, by name
     sample            params -> texts the model writes; None: none
     write             (folder, trained, frozen, text files): the model, in a folder that needs nothing else
     """
@@ -51,5 +50,4 @@ class Job(NamedTuple):
     frozen: Any = None
     combine: Callable[[Any, Any], Any] = _trained
     more_of_loss: Callable[[float], dict[str, Any]] = lambda loss: {}
-    evaluate: Callable[[Any, int], tuple[dict[str, Any], str]] | None = None
     sample: Callable[[Any], list[str]] | None = None

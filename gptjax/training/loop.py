@@ -194,7 +194,7 @@ class _Trainer:
             self._go_on(found)
         else:
             with progress.phase("compiling the initialisation"):
-                self.state = jax.jit(fresh)(job.start)
+                self.state = jax.jit(fresh, donate_argnums=0)(job.start)
             run.cut_metrics(-1)
             (run.path / "samples.txt").unlink(missing_ok=True)
         self.state = self.state.replace(frozen=job.frozen)
@@ -387,30 +387,28 @@ class _Trainer:
 
         start = time.monotonic()
         with self.progress.phase("evaluating"):
-            mean = evaluate(self.eval_loss, self._both, self._polled(self.job.eval_batches(self.step == 0)))
-            loss, counters = float(mean.value()), self.counters
-            more, line = {}, ""
-            if self.job.evaluate:
-                more, line = self.job.evaluate(self.job.combine(*self._both), self.step)
+            batches = self._polled(self.job.eval_batches(self.step == 0))
+            mean, metrics = evaluate(self.eval_loss, self._both, batches)
+        loss, counters = float(mean.value()), self.counters
+        more = {name: value.value() for name, value in metrics.items()}
         self.eval_s = time.monotonic() - start
         row = {
             "step": self.step,
             "val/loss": _finite(loss),
-            "val/perplexity": _finite(_exp(loss)),
+            **{f"val/{name}": _finite(value) for name, value in self.job.more_of_loss(loss).items()},
             "val/tokens": mean.weight,
-            **{name: _finite(value) for name, value in self.job.more_of_loss(loss).items()},
-            **more,
+            **{f"val/{name}": _finite(value) for name, value in more.items()},
         }
         if n := self.cfg.train.eval_train_batches:
             train_batches = (self.job.batch(step) for step in range(n))
-            row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self._both, train_batches).value())
+            row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self._both, train_batches)[0].value())
         row["seconds"] = self._seconds()
         self._log(row)
         where = f"step {self.step:,}/{self.cfg.train.max_steps:,}"
-        text = f"{where}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}"
-        if "val/bits_per_byte" in row:
-            text += f", {row['val/bits_per_byte'] or math.nan:.4f} bits per byte"
-        self.progress.say(f"{text}{', ' + line if line else ''} ({self.eval_s:.1f} s)")
+        text = f"{where}: validation loss {loss:.4f}"
+        for name, value in {**self.job.more_of_loss(loss), **more}.items():
+            text += f", {name} {value:.2f}" if name == "perplexity" else f", {value:.4f} {name.replace('_', ' ')}"
+        self.progress.say(f"{text} ({self.eval_s:.1f} s)")
         counters.evaluated, counters.val_loss = self.step, loss
         if self.step == 0:
             return
@@ -586,8 +584,9 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         starts = ", ".join(map(str, loader.starts(step)[:4]))
         return f"windows of that batch start at tokens {starts} ... of the training text"
 
-    def more_of_loss(loss: float) -> dict[str, Any]:
-        return {"val/bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
+    def more_of_loss(loss: float) -> dict[str, float]:
+        bits = {"bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
+        return {"perplexity": _exp(loss), **bits}
 
     def describe(n_params: int) -> list[str]:
         tokens = settings.max_steps * tokens_per_step

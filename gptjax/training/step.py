@@ -129,13 +129,17 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
     return steps
 
 
-def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> Mean:
-    """The sum of losses and of weights over all batches, on the host in float64: divide for the mean.
+def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
+    """The sum of losses and of weights over all batches, on the host in float64: divide for the mean; and the same of
+    each metric that is a `Mean`.
 
     Token-weighted: a short last batch counts for what it holds. `loss` should be jitted by the caller.
     """
-    total, weight = 0.0, 0.0
+    sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:
-        mean, _ = loss(params, batch, None)
-        total, weight = total + float(mean.total), weight + float(mean.weight)
-    return Mean(total, weight)
+        mean, metrics = loss(params, batch, None)
+        for name, part in {"": mean, **metrics}.items():
+            if isinstance(part, Mean):
+                before = sums.get(name, Mean(0.0, 0.0))
+                sums[name] = Mean(before.total + float(part.total), before.weight + float(part.weight))
+    return sums.pop(""), sums

@@ -1,10 +1,19 @@
 """Parameters in and out of files."""
 
-from gptjax.weights.door import export_gguf, export_hf, export_stablehlo, load, load_tokenizer, open_model, stop_ids
+from gptjax.weights.door import (
+    Model,
+    export_gguf,
+    export_hf,
+    export_stablehlo,
+    load,
+    load_tokenizer,
+    open_model,
+    stop_ids,
+)
 from gptjax.weights.native import save
-from gptjax.weights.peft import export_peft, load_peft
+from gptjax.weights.peft import export_peft, fingerprint, load_peft
 
 __all__ = [
-    "export_gguf", "export_hf", "export_peft", "export_stablehlo", "load", "load_peft", "load_tokenizer", "open_model",
-    "save", "stop_ids",
+    "Model", "export_gguf", "export_hf", "export_peft", "export_stablehlo", "fingerprint", "load", "load_peft",
+    "load_tokenizer", "open_model", "save", "stop_ids",
 ]  # fmt: skip

@@ -57,13 +57,13 @@ def export_peft(
     lora: LoraConfig,
     cfg: ModelConfig,
     *,
-    base: Params | None = None,
+    base: Params | str | None = None,
     base_name: str | None = None,
 ) -> Path:
     """An adapter as peft loads it onto transformers' model of the same weights.
 
     Args:
-        base: the parameters it was trained on; their fingerprint goes with it, and `load_peft` compares it.
+        base: the parameters it was trained on, or their `fingerprint`, which goes with it: `load_peft` compares it.
         base_name: where transformers finds the base.
 
     Raises:
@@ -105,7 +105,7 @@ def export_peft(
         "inference_mode": True,
     }
     if base is not None:
-        body[_BASE] = fingerprint(base)
+        body[_BASE] = base if isinstance(base, str) else fingerprint(base)
     folder = Path(folder)
     new_folder(folder)
     out = [Out(name, array.shape, lambda array=array: array) for name, array in tensors.items()]

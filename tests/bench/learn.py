@@ -74,7 +74,7 @@ def gptjax_run(source: str) -> tuple[float, float, float]:
     jax.block_until_ready(metrics)
     ended = time.perf_counter()
     batches = data.eval_batches(ready.val, context_length=model.context_length, batch_size=64)
-    return ended - compiled, compiled - started, float(evaluate(jax.jit(task.loss), state.params, batches).value())
+    return ended - compiled, compiled - started, float(evaluate(jax.jit(task.loss), state.params, batches)[0].value())
 
 
 def main() -> None:

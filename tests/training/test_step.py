@@ -153,7 +153,7 @@ def test_evaluation_counts_every_token_once():
     """Not the mean of the means of batches: the short one counts for what it holds."""
     parts = [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch()) for a, b in ((0, 5), (5, 10), (10, 12))]
     whole = loss(PARAMS, batch(), None)[0]
-    total = evaluate(loss, PARAMS, parts)
+    total, _ = evaluate(loss, PARAMS, parts)
     assert total.weight == pytest.approx(float(whole.weight))
     assert total.value() == pytest.approx(float(whole.value()), rel=1e-6)
     means = [float(loss(PARAMS, part, None)[0].value()) for part in parts]

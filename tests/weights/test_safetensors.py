@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import struct
-import time
 import tracemalloc
 
 import ml_dtypes
@@ -119,10 +118,9 @@ def test_malformed_files(tmp_path, monkeypatch, case):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     tracemalloc.start()
-    started = time.monotonic()
     with pytest.raises(UserError) as error:
         safetensors.open_file(path)
-    assert time.monotonic() - started < 2 and tracemalloc.get_traced_memory()[1] < 64 << 20
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
     assert str(error.value).startswith(str(path)) and words in str(error.value)
     assert not (tmp_path / "canary-was-run").exists()
