@@ -13,8 +13,13 @@ from gptjax.tasks.base import Task
 from gptjax.types import Batch, Mean, Metrics, Params
 
 
-def task(cfg: ModelConfig) -> Task:
-    """Next-token prediction for `cfg`; batches are `gptjax.types.Batch`."""
+def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
+    """Next-token prediction for `cfg`; batches are `gptjax.types.Batch`.
+
+    Args:
+        chunk: tokens whose logits are alive at once; None: as many as 256 MiB hold. Few cost time only where the head
+            is trained, whose gradient every chunk adds to.
+    """
 
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
@@ -23,7 +28,9 @@ def task(cfg: ModelConfig) -> Task:
             dropout_key=key if cfg.dropout else None,
         )  # fmt: skip
         head: Any = head_kernel(params, cfg)
-        mean = linear_cross_entropy(hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype)
+        mean = linear_cross_entropy(
+            hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype, chunk=chunk
+        )
         return mean, {}
 
     return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)

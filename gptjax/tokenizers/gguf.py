@@ -28,6 +28,8 @@ from gptjax.types import UserError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
+MAX_TOKEN, MAX_TEXT = 512, 4 << 20  # characters in one token, and in all: 262,144 tokens of 8 make 2 million
+MAX_PAIRS = 1 << 20  # ways to join two pieces to a piece; Gemma has 0.6 million
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these by name too
 
 
@@ -105,6 +107,12 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     if not tokens and not problems:
         problems.append("tokenizer.ggml.tokens: the vocabulary is empty")
     types = _numbers(metadata, "token_type", "iu", len(tokens), problems)
+    sizes = [len(token) for token in tokens]
+    if max(sizes, default=0) > MAX_TOKEN or sum(sizes) > MAX_TEXT:
+        problems.append(
+            f"tokenizer.ggml.tokens: {max(sizes)} characters in one token and {sum(sizes)} in all, at most {MAX_TOKEN} "
+            f"and {MAX_TEXT} are read"
+        )
     refuse("gguf", problems)
     return tokens, [NORMAL] * len(tokens) if types is None else types
 
@@ -167,10 +175,19 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
-    """All pairs of pieces that make a piece, the pieces with the highest score first."""
+    """All pairs of pieces that make a piece, the pieces with the highest score first.
+
+    Raises:
+        UserError: there are more than any vocabulary has.
+    """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
     cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    return [[left, right] for left, right in cuts if left in pieces and right in pieces]
+    same = {piece: piece for piece in pieces}  # one text in memory, however often it is cut out
+    pairs = ([same[left], same[right]] for left, right in cuts if left in same and right in same)
+    found = list(itertools.islice(pairs, MAX_PAIRS + 1))
+    if len(found) > MAX_PAIRS:
+        raise UserError(f"tokenizer.ggml.tokens: its pieces join in more than {MAX_PAIRS} ways, which are not read")
+    return found
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:

@@ -183,8 +183,9 @@ class _GGUFSource:
 def _gguf(path: Path) -> Model:
     file = gguf.read(path)
     source = _GGUFSource(file)
-    if file.metadata.get("split.count", 1) != 1:
-        raise UserError(f"{path} is one of {file.metadata['split.count']} parts: join them with llama.cpp's gguf-split")
+    parts = file.metadata.get("split.count", 1)
+    if not isinstance(parts, int) or parts != 1:
+        raise UserError(f"{path} is one of {parts!r:.60} parts: join them with llama.cpp's gguf-split")
     cfg = llama_cpp.from_metadata(file.metadata, source.shapes(), str(path))
     if "rope_freqs.weight" in file.tensors:
         cfg = llama_cpp.with_rope_factors(cfg, file.array("rope_freqs.weight"), str(path))

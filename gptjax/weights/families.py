@@ -476,8 +476,15 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
     return family, model_config(fields, where)
 
 
+MAX_SIZE = 1 << 24  # of anything in a model that comes from elsewhere; the longest contexts are 10 million
+
+
 def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """A checked ModelConfig; what is out of range is said with the name of the file."""
+    sizes = {key: value for key, value in fields.items() if type(value) is int}
+    problems = [f"{key}={size}, expected at most {MAX_SIZE}" for key, size in sizes.items() if size > MAX_SIZE]
+    problems += ["n_kv_head=0, expected 1 or more"] * (sizes.get("n_kv_head") == 0)
+    refuse(where, problems)
     try:
         return config.from_dict({"model": {key: value for key, value in fields.items() if value is not None}}).model
     except UserError as error:
@@ -495,7 +502,8 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
     """What decides the logits, in one way of saying it."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    fields["windows"] = tuple(0 if w >= cfg.context_length else w for w in cfg.windows)
+    whole = cfg.context_length if cfg.rope_local_base is None else math.inf  # else a window has another base too
+    fields["windows"] = tuple(0 if w >= whole else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)
     if not any(cfg.windows):
         fields["rope_local_base"] = None

@@ -111,7 +111,11 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise UserError(f"{where}: general.architecture={name!r:.60} is unknown; known are {', '.join(FAMILIES)}")
-    own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    own = {  # an array, which nothing here expects, as a short list: it can be compared
+        key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
+        for key, value in metadata.items()
+        if key.startswith(f"{name}.")
+    }
     a = Attributes({key: value for key, value in own.items() if key not in _NEUTRAL})
     D, n_head = a.take("embedding_length", int), a.take("attention.head_count", int)
     head_dim = a.take("attention.key_length", int, D // max(n_head, 1))
@@ -144,10 +148,15 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
             embed_gain=math.sqrt(max(D, 0)),
             logit_softcap=a.take("final_logit_softcapping", float, 0.0),
         )
+        if fields["n_layer"] == 62:  # the 27B model's scale, which llama.cpp knows by its layers
+            fields["attention_scale"] = max(D // max(n_head, 1), 1) ** -0.5
         a.must("attention.sliding_window_pattern", 6)
-        a.left.pop("rope.freq_base_swa", None)
+        a.must("rope.freq_base_swa", family.implied["rope_local_base"])
     elif window:
-        a.problems.append(f"attention.sliding_window={window}: only gemma3 files have windows here")
+        a.problems.append(
+            f"attention.sliding_window={window}: llama.cpp gives {name} models no window, only gemma3 ones; "
+            "load the Hugging Face folder that the file was made from"
+        )
     a.end(where)
     return model_config(fields, where)
 
@@ -159,7 +168,10 @@ def _rounded(x: float) -> float:
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, where: str) -> ModelConfig:
     """Llama 3's scaling, which a file holds as a factor for each frequency, back to the four numbers it was made of."""
-
+    if factors.shape != (cfg.head_dim // 2,):
+        raise UserError(f"{where}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
+    if cfg.rope_scaling != "none":
+        raise UserError(f"{where}: rope_freqs.weight beside rope.scaling.type={cfg.rope_scaling} is not supported here")
     for factor in sorted({float(np.round(factors.max(), 4)), 8.0, 32.0}):
         for original in (8192, *(2**power for power in range(4, 18))):
             tried = dataclasses.replace(
@@ -209,7 +221,8 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
     if cfg.rope_scaling == "linear":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(cfg.rope_factor)}
     if name == "gemma3":
-        own["attention.sliding_window"] = cfg.sliding_window
+        if cfg.sliding_window:
+            own["attention.sliding_window"] = cfg.sliding_window
         if cfg.logit_softcap:
             own["final_logit_softcapping"] = float(cfg.logit_softcap)
     return {"general.architecture": name, **{f"{name}.{key}": value for key, value in own.items()}}

@@ -22,6 +22,7 @@ from gptjax.types import Params, UserError
 
 Shape = tuple[int, ...]
 _SHOWN = 20  # problems that one error lists
+_LINE = 300  # characters of one of them: names come out of the file
 _PIECE = 1 << 22  # numbers of a matrix that are read at once
 
 
@@ -155,9 +156,11 @@ def read(
     Raises:
         UserError: missing, unknown or misshapen tensors, and numbers that are not finite; all of them.
     """
+    found = source.shapes()
+    if cfg.n_layer > len(found):
+        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(found)} tensors"])
     ours = tree.flatten(abstract_params(cfg))
     tensors = _tensors(rules, ours, cfg.n_layer)
-    found = source.shapes()
     refuse(where, list(_mismatches(found, tensors, ours, cfg, ignored)))
     by_leaf: dict[str, list[tuple[_Tensor, Rule]]] = {path: [] for path in ours}
     for tensor in tensors:
@@ -213,9 +216,9 @@ def _mismatches(found: dict[str, Shape], tensors, ours, cfg, ignored) -> Iterato
 def refuse(where: str, problems: list[str]) -> None:
     """One error that names them all, in order; the first twenty are spelled out."""
     if problems:
-        shown = sorted(problems)[:_SHOWN] + (
-            [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        )
+        shown = [line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in sorted(problems)[:_SHOWN]]
+        if len(problems) > _SHOWN:
+            shown.append(f"... and {len(problems) - _SHOWN} more")
         raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
 
 

@@ -234,6 +234,20 @@ def test_sentencepiece_without_scores_is_refused():
         from_metadata(metadata)
 
 
+@pytest.mark.parametrize("make", [lambda: byte_level("gpt-2"), sentencepiece], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("tokens", [["a" * 513], ["a" * 510 + chr(0x4E00 + i) for i in range(10_000)]])
+def test_more_text_than_any_vocabulary_has_is_refused(make, tokens):
+    with pytest.raises(UserError, match="at most 512 and 4194304 are read"):
+        from_metadata(make() | {KEY + "tokens": tokens, KEY + "token_type": np.ones(len(tokens), np.int32)})
+
+
+def test_more_ways_to_join_than_any_vocabulary_has_are_refused():
+    tokens = [char * i for char in "abcdefghijklmn" for i in range(1, 400)]
+    metadata = {KEY + "model": "llama", KEY + "tokens": tokens, KEY + "scores": np.zeros(len(tokens), np.float32)}
+    with pytest.raises(UserError, match="join in more than 1048576 ways"):
+        from_metadata(metadata)
+
+
 VALUES = [None, 1, -1, 2**32, 0.5, "", "a", "\ud800", [], ["a"], ["a b"], [1], np.zeros(3), np.array(["a"]), True, b"x"]
 
 

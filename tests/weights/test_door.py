@@ -6,8 +6,9 @@ import jax
 import pytest
 
 import gptjax
-from gptjax import assets, tokenizers, weights
+from gptjax import assets, gguf, tokenizers, weights
 from gptjax.types import UserError
+from gptjax.weights import llama_cpp
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -60,7 +61,84 @@ def test_a_model_without_one(model, places, tmp_path):
 
 def test_windows_are_refused_where_llama_cpp_has_none(model, tmp_path):
     params, cfg, tokenizer = model
-    cfg = dataclasses.replace(cfg, sliding_window=4)
-    with pytest.raises(UserError, match=r"lacks model\.windows=\(4,\)"):
-        weights.export_gguf(tmp_path / "m.gguf", params, cfg, tokenizer)
-    assert not (tmp_path / "m.gguf").exists()
+    for shape in (dict(sliding_window=4), dict(sliding_window=4, window_pattern="SL"), dict(sliding_window=15)):
+        with pytest.raises(UserError, match=r"the nearest, llama, lacks model\.windows=\(") as error:
+            weights.export_gguf(tmp_path / "m.gguf", params, dataclasses.replace(cfg, **shape), tokenizer)
+        assert "Its own folder" in str(error.value)
+        assert not (tmp_path / "m.gguf").exists()
+    weights.export_gguf(tmp_path / "m.gguf", params, dataclasses.replace(cfg, sliding_window=16), tokenizer)
+
+
+GEMMA = gptjax.ModelConfig(
+    arch="llama", qk_norm=True, norm_position="both", activation="geglu", sliding_window=4, window_pattern="SSSSSL",
+    rope_base=1e6, rope_local_base=1e4, embed_gain=32**0.5, n_layer=6, n_head=2, d_model=32, d_ff=32, context_length=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        ({}, None),
+        ({"sliding_window": 0}, None),
+        ({"sliding_window": 64}, None),
+        ({"window_pattern": "SL"}, "model.windows=(4, 0, 4, 0, 4, 0)"),
+        ({"window_pattern": "S", "sliding_window": 64}, "model.windows=(64, 64, 64, 64, 64, 64)"),  # another rope base
+        ({"rope_local_base": 500.0}, "model.rope_local_base=500.0"),
+        ({"attention_scale": 0.1}, "model.attention_scale="),
+    ],
+)
+def test_windows_as_gemma_has_them(change, lacks):
+    cfg = dataclasses.replace(GEMMA, **change)
+    if lacks is None:
+        assert llama_cpp.family_of(cfg) == "gemma3"
+        return
+    with pytest.raises(UserError) as error:
+        llama_cpp.family_of(cfg)
+    assert lacks in str(error.value)
+
+
+def test_the_scale_that_llama_cpp_gives_to_62_layers_of_gemma():
+    metadata = llama_cpp.to_metadata(dataclasses.replace(GEMMA, n_layer=62, d_head=8), "gemma3")
+    assert llama_cpp.from_metadata(metadata, {}, "m.gguf").attention_scale == 16**-0.5
+
+
+@pytest.fixture
+def changed(places, tmp_path):
+    """The file with other metadata."""
+
+    def write(**own):
+        file = gguf.read(places / "m.gguf")
+        metadata = file.metadata | {key.replace("__", "."): value for key, value in own.items()}
+        tensors = [(t.name, t.shape, t.type, lambda t=t: file.array(t.name)) for t in file.tensors.values()]
+        gguf.write(tmp_path / "changed.gguf", metadata, tensors)
+        return tmp_path / "changed.gguf"
+
+    return write
+
+
+HOSTILE = {
+    "window": (dict(llama__attention__sliding_window=4), "sliding_window=4: llama.cpp gives llama models no window"),
+    "a million layers": (dict(llama__block_count=10**6), "1000000 layers are announced, but there are only 12 tensors"),
+    "2^31 layers": (dict(llama__block_count=2**31), "n_layer=2147483648, expected at most 16777216"),
+    "2^31-1 heads": (dict(llama__attention__head_count=2**31 - 1), "n_head=2147483647"),
+    "no heads": (dict(llama__attention__head_count=0), "model.n_head (0)"),
+    "no kv heads": (dict(llama__attention__head_count_kv=0), "n_kv_head=0, expected 1 or more"),
+    "width 0": (dict(llama__embedding_length=0), "model.d_model (0)"),
+    "a long name": ({"llama__" + "x" * 10**5: 1}, "xxx..."),
+    "parts": (dict(split__count=[2, 2]), "gguf-split"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_metadata(changed, case):
+    values, words = HOSTILE[case]
+    with pytest.raises(UserError) as error:
+        gptjax.load(changed(**values))
+    assert words in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_arrays_where_numbers_belong(changed, places):
+    for key in [*gguf.read(places / "m.gguf").metadata, "llama.attention.sliding_window_pattern"]:
+        if key.startswith("llama.") and key != "llama.vocab_size":  # the table's rows say that
+            with pytest.raises(UserError, match=key.removeprefix("llama.")):
+                gptjax.load(changed(**{key: [1, 2]}))

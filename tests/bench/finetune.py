@@ -1,0 +1,135 @@
+"""A LoRA step beside peft on PyTorch, and the memory of LoRA, QLoRA and full fine-tuning.
+
+    python tests/bench/finetune.py               tokens/s on GPT-2's 124M shape, float32, 3 rounds
+    python tests/bench/finetune.py --memory      peak memory: full and LoRA at 124M, LoRA and QLoRA at 355M
+
+Needs `pip install -e '.[parity]'`. Random weights; rank 16 on every linear of the blocks, AdamW, batches of 4 x 256
+tokens. Every cell is its own process, run in turn, so that both sides meet the same state of the machine; the ratio
+is taken round by round. Reported: tokens/s from the median step after the first, and the process's peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+SIZES = {"124M": dict(n_layer=12, n_head=12, d_model=768), "355M": dict(n_layer=24, n_head=16, d_model=1024)}
+B, T, V, RANK, STEPS = 4, 256, 50257, 16, 5
+SPEED = ("peft-124M", "lora-124M", "full-124M")
+MEMORY = ("full-124M", "lora-124M", "full-355M", "lora-355M", "qlora-355M")
+
+
+def windows() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, V, (B, T + 1), dtype=np.int32)
+
+
+def peft_call(size: dict):
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import peft
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = dict(n_layer=size["n_layer"], n_head=size["n_head"], n_embd=size["d_model"])
+    model = GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False))
+    config = peft.LoraConfig(r=RANK, lora_alpha=32, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+    model = peft.get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    data = torch.from_numpy(windows()).long()
+
+    def call():
+        loss = model(input_ids=data[:, :-1], labels=data[:, :-1]).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return call
+
+
+def gptjax_call(kind: str, size: dict):
+    import jax
+    import optax
+
+    import gptjax
+    from gptjax import LoraConfig, lora
+    from gptjax.tasks import pretrain
+    from gptjax.training.process import keep_buffers
+    from gptjax.types import Batch
+
+    keep_buffers()
+    cfg = gptjax.ModelConfig(vocab_size=V, **size)
+    settings = LoraConfig(rank=RANK)
+    key = jax.random.key(0)
+    params = jax.jit(lambda key: gptjax.init_params(key, cfg))(key)
+    if kind == "qlora":
+        params = gptjax.quantize(params, "nf4")
+    loss, tx = pretrain.task(cfg, chunk=None if kind == "full" else 128).loss, optax.adamw(1e-4)
+    if kind == "full":
+        state = gptjax.TrainState.create(params, tx=tx, key=key)
+        step = gptjax.make_train_step(loss, tx)
+    else:
+        state = gptjax.TrainState.create(lora.init(key, params, settings), frozen=params, tx=tx, key=key)
+        step = gptjax.make_train_step(loss, tx, combine=lambda a, base: lora.attach(base, a, settings))
+    del params
+    step = jax.jit(step, donate_argnums=0)
+    data = windows()
+
+    def call():
+        nonlocal state
+        state, metrics = step(state, Batch(data[:, :-1], data[:, 1:]))
+        return float(metrics["loss"])
+
+    return call
+
+
+def cell(name: str) -> dict:
+    kind, size = name.split("-")
+    call = peft_call(SIZES[size]) if kind == "peft" else gptjax_call(kind, SIZES[size])
+    call()
+    times = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return dict(tokens_per_s=B * T / statistics.median(times), rss_mib=rss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--cell", choices=sorted({*SPEED, *MEMORY}), help="one cell in this process, as JSON")
+    args = parser.parse_args()
+    if args.cell:
+        print(json.dumps(cell(args.cell)))
+        return
+    names = MEMORY if args.memory else SPEED
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for _ in range(1 if args.memory else args.rounds):
+        for name in names:
+            run = subprocess.run(
+                [sys.executable, __file__, "--cell", name], check=True, stdout=subprocess.PIPE, text=True
+            )
+            results[name].append(json.loads(run.stdout.splitlines()[-1]))
+    for name, rows in results.items():
+        rate, rss = (statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "rss_mib"))
+        line = f"{name:12} {rate:7.0f} tok/s {rss:7.0f} MiB"
+        if "peft-124M" in results and name != "peft-124M":
+            peers = results["peft-124M"]
+            ratios = [r["tokens_per_s"] / p["tokens_per_s"] for r, p in zip(rows, peers, strict=True)]
+            line += f", x peft: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
