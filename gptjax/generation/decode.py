@@ -236,7 +236,8 @@ class _Run:
 
     def end_rows(self, until: Until) -> None:
         """A row ends with the first token of which `until` is true."""
-        tokens, end, done = map(np.array, jax.device_get((self.state.tokens, self.state.end, self.state.done)))
+        tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
+        end, done = before.copy(), done.copy()
         for row in np.flatnonzero(~self.over):
             new = tokens[row, self.start[row] : end[row]].tolist()
             sizes = range(self.asked[row] + 1, len(new) + 1)
@@ -245,7 +246,9 @@ class _Run:
                 end[row], done[row] = self.start[row] + enough, True
             self.asked[row] = len(new)
         self.over = done
-        self.state = self.state._replace(end=jnp.asarray(end), done=jnp.asarray(done))
+        # added to what lies on the devices, whose placement stays: the compiled loop is found again
+        back = jnp.asarray(end - before)
+        self.state = self.state._replace(end=self.state.end + back, done=self.state.done | jnp.asarray(done))
 
     def so_far(self) -> tuple[list[int], bool]:
         """The new tokens of the first row, and whether it has ended."""

@@ -18,14 +18,14 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
-        return any(string in text for string in strings)
+        return len(cut(text, strings)) < len(text)
 
     return until
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """The text before the first of the strings in it; all of it where there is none."""
-    return text[: min((at for string in strings if (at := text.find(string)) >= 0), default=len(text))]
+    """The text before the first of the strings in it; all of it where there is none. Empty strings do not count."""
+    return text[: min((at for string in strings if string and (at := text.find(string)) >= 0), default=len(text))]
 
 
 def pieces(
@@ -34,6 +34,7 @@ def pieces(
     """The text of tokens that come a few at a time, in pieces that can be shown at once; it ends before a stop string.
 
     Half a character waits for its other half, and the beginning of what may become a stop string for what follows.
+    At a stop string the tokens are closed, if they are a generator such as `stream`.
     """
     read: list[int] = []
     shown = text = ""
@@ -44,6 +45,7 @@ def pieces(
             continue
         end = cut(text, strings)
         if len(end) < len(text):
+            getattr(tokens, "close", lambda: None)()
             break
         ready = text[: len(text) - _waiting(text, strings)]
         if len(ready) > len(shown):

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.generation import complete, cut, generate, pieces, programs, stop_strings, stream
 
@@ -55,6 +56,19 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string(model, rows):
         assert string not in cut(decode(got[0].tokens), [string])
 
 
+def test_ragged_rows_are_what_each_is_alone(model):
+    cfg, params = model
+    options = dict(
+        max_new_tokens=NEW, key=KEY, logprobs=0, until=lambda tokens: len(tokens) > 2 and sum(tokens) % 7 == 0
+    )
+    together = complete(params, PROMPTS, cfg, **options)
+    alone = [complete(params, [prompt], cfg, **options)[0] for prompt in PROMPTS]
+    assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in alone]
+    assert len({len(c.tokens) for c in together}) > 1
+    for c, other in zip(together, alone, strict=True):
+        assert c.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
 def test_all_rows_done_is_the_end(model, rows):
     cfg, params = model
     asked = []
@@ -65,8 +79,11 @@ def test_all_rows_done_is_the_end(model, rows):
     assert asked == [1, 1, 1]
 
 
-def test_several_samples_and_no_new_programs(model):
+@pytest.mark.parametrize("placed", [False, True], ids=["anywhere", "on a mesh"])
+def test_several_samples_and_no_new_programs(model, placed):
     cfg, params = model
+    if placed:
+        params = jax.device_put(params, NamedSharding(Mesh(jax.devices()[:1], ("data",)), PartitionSpec()))
     options = dict(max_new_tokens=NEW, key=KEY, sampler=sampler(), n=2)
     whole = [c.tokens for c in complete(params, PROMPTS, cfg, **options)]
     before = programs()
@@ -92,6 +109,12 @@ def test_cut():
     assert cut("one", []) == "one"
 
 
+def test_an_empty_string_ends_nothing():
+    assert cut("one two", ["", " "]) == "one"
+    assert not stop_strings(utf8, [""])(list(b"one"))
+    assert "".join(pieces([list(b"one")], utf8, [""])) == "one"
+
+
 def test_pieces_hold_back_half_characters_and_beginnings():
     text = "naïve \U0001f600 end.\n\nmore"
     tokens = [[byte] for byte in text.encode()]
@@ -110,3 +133,9 @@ def test_the_stream_is_not_read_past_a_stop_string():
     tokens = iter([[byte] for byte in b"a##b"])
     assert list(pieces(tokens, utf8, ["##"])) == ["a"]
     assert list(tokens) == [[ord("b")]]
+
+
+def test_a_stop_string_closes_the_stream():
+    tokens = ([byte] for byte in b"a##b")
+    assert list(pieces(tokens, utf8, ["##"])) == ["a"]
+    assert list(tokens) == []
