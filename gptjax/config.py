@@ -124,6 +124,9 @@ class ModelConfig:
         return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
+COMPUTED = ("dropout", "dtype", "remat", "unroll", "init")  # of ModelConfig, what a fine-tuning may say of its base
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """`name` is gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."""

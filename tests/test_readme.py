@@ -3,7 +3,7 @@
 Runs are made small, and no other way changed: settings for a tiny model and four steps are appended to every command
 that reads a configuration, and my.txt stands in for the plays (`TINY`). Commands that install or
 that start this suite are left out, by name (`LEFT_OUT`). The files that the README speaks of as the reader's own are
-made first: my.txt, and each YAML block whose first line is `# its-name.yaml`.
+made first: my.txt, my.csv, and each YAML block whose first line is `# its-name.yaml`.
 """
 
 import importlib
@@ -42,7 +42,8 @@ def arguments(command: str) -> list[str]:
     """`gptjax ...` as arguments, made small."""
     program, verb, *rest = shlex.split(command)
     assert program == "gptjax", f"{command}: add it to LEFT_OUT if it cannot run here"
-    small = {"pretrain": TINY, "data": TINY, "sample": ("max_new_tokens=8",)}.get(verb, ())
+    few = ("train.epochs=null", "train.max_steps=4", "optim.warmup_steps=0")
+    small = {"pretrain": TINY, "data": TINY, "finetune": few, "sample": ("max_new_tokens=8",)}.get(verb, ())
     given = {arg.partition("=")[0] for arg in rest} & {"data.source"}  # my.txt, or python-docs, which needs no network
     return [verb, *rest, *(setting for setting in small if setting.partition("=")[0] not in given)]
 
@@ -55,6 +56,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "gptjax-cache"))
     Path("my.txt").write_text(TEXT, encoding="utf-8")
+    rows = [f"{kind},{name} number {i}\n" for i in range(20) for kind, name in (("fruit", "apple"), ("tool", "saw"))]
+    Path("my.csv").write_text("label,text\n" + "".join(rows), encoding="utf-8")
     for block in blocks("yaml"):
         name = re.match(r"# (\S+\.yaml)\n", block)
         assert name, f"the first line of a YAML block names its file: {block}"

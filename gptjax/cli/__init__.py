@@ -28,15 +28,16 @@ VERBS: dict[str, Verb] = {
         "tune a model to classify texts, whole or by an adapter",
         "gptjax finetune classify [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
         (
-            "gptjax finetune classify spam classify.source=SMSSpamCollection.tsv",
+            "gptjax finetune classify classify.source=SMSSpamCollection.tsv classify.balance=true",
             "gptjax finetune classify classify.source=reviews.csv finetune.base=runs/mine lora.rank=8",
+            'gptjax finetune classify classify.source=reviews.csv "finetune.trainable=blocks/29/** | ln_f/**"',
         ),
     ),
     "classify": Verb(
         "gptjax.cli.finetune",
         "the class of a text, by a model that was tuned for it",
         'gptjax classify RUN "TEXT" ["TEXT" ...]',
-        ('gptjax classify runs/spam "You have won a prize, call now"',),
+        ('gptjax classify runs/classify "You have won a prize, call now"',),
     ),
     "sample": Verb(
         "gptjax.cli.sample",

@@ -202,6 +202,17 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
     return batch._replace(weights=weights, segment_ids=segment_ids, positions=positions)
 
 
+def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
+    """Which of n rows make up the batch of `step`, [B] int64: each once an epoch, in a new order each time.
+
+    Sample i = step * batch_size + b is number i % n of epoch i // n, in the order that `Loader` gives n windows. A
+    batch may begin in one epoch and end in the next.
+    """
+    epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
+    key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
+    return permute(j, n, key)
+
+
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Where each index in [0, n) goes under the permutation of `key`: int64, same shape. Holds no table.
 

@@ -158,7 +158,7 @@ def _decode(data: bytes, path: Path, at: int = 0) -> str:
         ) from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
     """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028)."""
     at = 0
     with open(path, "rb") as file:
@@ -168,12 +168,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+            row = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
         except RecursionError as error:
             raise UserError(f"{where}: nested too deeply") from error
         except json.JSONDecodeError as error:
@@ -183,11 +183,11 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: each line must be a JSON object, found {_kind(row)}")
+            raise UserError(f"{where}: each line must be a JSON object, found {kind_of(row)}")
         yield Document(f"{name}:{number}", _field(row, field, where), name)
 
 
-def _unique(pairs: list) -> dict:
+def unique(pairs: list) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -195,7 +195,7 @@ def _unique(pairs: list) -> dict:
     return row
 
 
-def _no_constant(name: str) -> None:
+def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -204,7 +204,7 @@ def _field(row: dict, field: str, where: str) -> str:
         raise UserError(_no_field(where, field, row))
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} must be text, found {_kind(text)}")
+        raise UserError(f"{where}: field {field!r} must be text, found {kind_of(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -216,7 +216,7 @@ def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
     return f"{where}: no field {field!r}; fields: {', '.join(map(str, fields))}. Choose one with data.text_field=NAME"
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {type(None): "null", list: "an array", dict: "an object", str: "a string", bool: "true or false"}
     return names.get(type(value), "a number")
 
@@ -224,7 +224,7 @@ def _kind(value: object) -> str:
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
     """Rows of a CSV with a header. Nothing is guessed: NA and null stay text, numbers stay as written."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
-    rows = csv.reader(_lines(path), strict=True)
+    rows = csv.reader(lines(path), strict=True)
     header: list[str] | None = None
     while True:
         start = rows.line_num + 1
@@ -276,10 +276,10 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
                         raise UserError(f"{path}: row {number}: column {field!r} is null")
                     yield Document(f"{name}:{number}", text, name)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -366,7 +366,7 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
 
 
 def _hub_error(name: str, error: Exception) -> UserError:
-    reason = _first_line(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
+    reason = first_line(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
     return UserError(
         f"data.source={name}: {type(error).__name__}: {reason}\n"
         "  check the name and the network (and HF_TOKEN for a gated dataset), or use local text: "

@@ -12,11 +12,12 @@ import jax
 import optax
 
 from gptjax import lora, tree, weights
-from gptjax.config import Config, ModelConfig
+from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
 from gptjax.model.gpt import layers_apart, layers_stacked
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
 from gptjax.types import Params, UserError
+from gptjax.weights import families
 
 
 class Parts(NamedTuple):
@@ -26,7 +27,7 @@ class Parts(NamedTuple):
     frozen    the rest
     combine   (trained, frozen) -> params with `LoraWeight` leaves, as the loss reads them
     plain     (trained, frozen) -> params of plain arrays, as they are saved
-    export    (folder, trained, frozen): the adapter for itself, in peft's format; does nothing without one
+    export    (folder, trained, frozen): the adapter by itself, in peft's format, where that can hold it
     """
 
     trained: Any
@@ -42,9 +43,8 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def model_config(cfg: Config, base: ModelConfig, **changes: Any) -> ModelConfig:
-    """The base's, computed as the config says (dtype, remat, dropout)."""
-    own = {name: getattr(cfg.model, name) for name in ("dtype", "remat", "unroll", "dropout", "init")}
-    return dataclasses.replace(base, **own, **changes)
+    """The base's, computed as the config says."""
+    return dataclasses.replace(base, **{name: getattr(cfg.model, name) for name in COMPUTED}, **changes)
 
 
 def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array) -> Parts:
@@ -89,7 +89,7 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
     else:
         params, adapter = lora.split(params, settings)
     start = jax.tree.map(lambda a: a.copy(), adapter) if settings.init != "lora" else None
-    fingerprint = weights.fingerprint(original)
+    fingerprint, body = weights.fingerprint(original), dataclasses.replace(model, n_classes=0)
 
     def combine(trained: Any, frozen: Params) -> Params:
         both = lora.attach(frozen, trained["adapter"], settings)
@@ -101,12 +101,23 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
 
     def export(folder: Path, trained: Any, frozen: Params) -> None:
         adapter, config = trained["adapter"], settings
-        if start is not None and not settings.dora:
+        if start is not None:
             adapter = lora.unsplit(adapter, start)
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=_same_scale(settings))
-        weights.export_peft(folder, adapter, config, model, base=fingerprint, base_name=cfg.finetune.base)
+        weights.export_peft(folder, adapter, config, body, base=fingerprint, base_name=cfg.finetune.base)
 
-    return Parts({"adapter": adapter, **heads}, params, combine, plain, export)
+    return Parts(
+        {"adapter": adapter, **heads}, params, combine, plain, export if _for_peft(settings, body) else _nothing
+    )
+
+
+def _for_peft(settings: LoraConfig, model: ModelConfig) -> bool:
+    """Whether peft's format can hold such an adapter; where it cannot, the merged model is all there is."""
+    try:
+        families.family_of(model)
+    except UserError:
+        return False
+    return not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
 
 
 def _same_scale(settings: Any) -> float:

@@ -185,7 +185,10 @@ def _row(line: str) -> dict[str, Any] | None:
 def _filled(cfg: Config, stored: Config) -> Config:
     """`cfg` with what is only known after the data was read taken from the stored one; checked again later."""
     model, train = cfg.model, cfg.train
-    if not model.vocab_size:
+    if cfg.task != "pretrain":  # the base's model, which a command does not name
+        own = {name: getattr(model, name) for name in config.COMPUTED}
+        model = dataclasses.replace(stored.model, **own)
+    elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
     if train.epochs is not None and train.epochs == stored.train.epochs:
         train = dataclasses.replace(train, max_steps=stored.train.max_steps)

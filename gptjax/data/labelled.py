@@ -1,0 +1,349 @@
+"""Labelled texts: read, split without leaks, encode, and batches as a pure function of (seed, step).
+
+data   = read("SMSSpamCollection.tsv")              texts, labels [n], names ("ham", "spam")
+splits = split(data, how="stratified", seed=0)      train, val, test; equal texts count once
+train  = encode(splits.train, tokenizer, 120)       tokens [n, T], lengths [n], labels [n]
+batch(train, 7, batch_size=8, seed=0)               tokens [8, T], lengths, labels, weights
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gptjax.data import records, sources
+from gptjax.data.loader import epoch_rows
+from gptjax.types import UserError
+
+MAX_PROBLEMS = 20
+MOST_CLASSES = 1000
+TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
+LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
+BOOK_SEED = 123
+
+
+class Labelled(NamedTuple):
+    """texts[i] is of class names[labels[i]]; labels int32."""
+
+    texts: list[str]
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Labelled:
+        return Labelled([self.texts[i] for i in rows], self.labels[np.asarray(rows, int)], self.names)
+
+
+class Splits(NamedTuple):
+    """`leaked`: how many texts of val and test stand in train as well."""
+
+    train: Labelled
+    val: Labelled
+    test: Labelled
+    leaked: int
+
+
+class Examples(NamedTuple):
+    """tokens [n, T] int32, padded with 0 on the right; lengths [n] int32 of what is real; labels [n] int32."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    cut: int  # texts that were longer
+
+
+class LabelledBatch(NamedTuple):
+    """tokens [B, T] int32, lengths [B] int32, labels [B] int32, weights [B] float32: 0 for rows that only fill up."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(
+    source: str,
+    *,
+    text: str | None = None,
+    label: str | None = None,
+    labels: Sequence[str] = (),
+    quoted: bool = False,
+) -> Labelled:
+    """The texts of a .csv, .tsv, .json (array), .jsonl or .parquet file, or of hf:org/name.
+
+    A .tsv without a header has two columns, label and text. Nothing is guessed about values: "NA" and "null" are texts.
+
+    Args:
+        quoted: in a .tsv a text that begins with a quote goes on, over lines too, to the next one: so pandas reads it.
+        text, label: the columns; None: the one whose name says so, if there is only one.
+        labels: the classes in their order; empty: those that come, sorted.
+
+    Raises:
+        UserError: broken rows, empty texts, unknown labels (the first 20), columns that are not there, one class only.
+    """
+    rows = _tsv(source, quoted) if source.lower().endswith(".tsv") else records.read(source)
+    texts, found, problems = [], [], []
+    for where, row in rows:
+        if len(problems) >= MAX_PROBLEMS:
+            problems.append("... there may be more")
+            break
+        if isinstance(row, UserError):
+            problems.append(f"{where}: {row}")
+            continue
+        text = text or _column(row, TEXT, "text", "classify.text_field", source)
+        label = label or _column(row, LABEL, "label", "classify.label_field", source)
+        if missing := [name for name in (text, label) if name not in row]:
+            raise UserError(f"{where}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(str, row))}")
+        wrong = _wrong(row[text], row[label], labels)
+        problems += [f"{where}: {line}" for line in wrong]
+        if not wrong:
+            texts.append(row[text])
+            found.append(_name(row[label]))
+    if problems:
+        raise UserError.all(problems)
+    names = tuple(labels) or tuple(sorted(set(found), key=lambda name: (int(name) if name.isdigit() else -1, name)))
+    if len(names) < 2:
+        raise UserError(f"{source}: {len(texts)} texts of {len(names)} class ({', '.join(names)}); two are needed")
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"{source}: column {label!r} has {len(names)} different values: is it the label?")
+    number = {name: i for i, name in enumerate(names)}
+    return Labelled(texts, np.array([number[name] for name in found], np.int32), names)
+
+
+def _column(row: dict[str, Any], known: Sequence[str], what: str, setting: str, source: str) -> str:
+    fits = [name for name in row if str(name).strip().lower() in known]
+    if len(fits) != 1:
+        several = "several could be" if fits else "none is called like"
+        raise UserError(f"{source}: {several} the {what}, of columns {', '.join(map(str, row))}: say {setting}=NAME")
+    return fits[0]
+
+
+def _wrong(text: Any, label: Any, labels: Sequence[str]) -> list[str]:
+    problems = []
+    if not isinstance(text, str) or not text.strip():
+        problems.append("the text is empty" if text in ("", None) or isinstance(text, str) else f"{text!r} is no text")
+    if isinstance(label, bool) or not isinstance(label, str | int) or not _name(label):
+        problems.append(f"{label!r:.60} is no label: expected a text or a whole number")
+    elif labels and _name(label) not in labels:
+        problems.append(f"unknown label {_name(label)!r:.60}: known are {', '.join(labels)}")
+    return problems
+
+
+def _name(label: str | int) -> str:
+    return str(label).strip()
+
+
+def _tsv(source: str, quoted: bool) -> Iterator[tuple[str, dict | UserError]]:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"{source}: no such file")
+    csv.field_size_limit(max(csv.field_size_limit(), sources.MAX_FIELD_CHARACTERS))
+    header: list[str] | None = None
+    style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    for number, row in enumerate(csv.reader(sources.lines(path), delimiter="\t", quoting=style), 1):
+        if not row:
+            continue
+        if header is None:
+            names = [name.strip().lower() for name in row]
+            titled = any(name in TEXT for name in names) and any(name in LABEL for name in names)
+            if not titled and len(row) != 2:
+                raise UserError(f"{source}:1: expected a header or two columns, label and text; got {len(row)} columns")
+            header = row if titled else ["label", "text"]
+            if titled:
+                continue
+        same = len(row) == len(header)
+        problem = UserError(f"{len(row)} columns, expected {len(header)} ({', '.join(header)})")
+        yield f"{source}:{number}", dict(zip(header, row, strict=True)) if same else problem
+
+
+# ---------------------------------------------------------------- splitting
+
+
+def balanced(data: Labelled, seed: int) -> Labelled:
+    """Each class as often as the rarest, drawn without replacement; what is left keeps its order."""
+    rng = np.random.default_rng(seed)
+    least = np.bincount(data.labels, minlength=len(data.names)).min()
+    rows = [rng.permutation(np.flatnonzero(data.labels == k))[:least] for k in range(len(data.names))]
+    return data.take(np.sort(np.concatenate(rows)))
+
+
+def split(
+    data: Labelled,
+    *,
+    how: Literal["stratified", "grouped", "book"] = "stratified",
+    fractions: Sequence[float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    deduplicate: bool = True,
+) -> Splits:
+    """Train, validation and test texts.
+
+    stratified  each class in these fractions
+    grouped     equal texts never in two parts, also where deduplicate is off
+    book        chapter 6 of the book: balanced, shuffled and cut as pandas does it with its seed; fractions are its
+
+    Args:
+        deduplicate: of texts that are equal but for case and blanks only the first counts. Not with `book`, unless
+            asked for: then what stands in train is taken out of val and test, and repetitions out of each.
+
+    Raises:
+        UserError: a part that would be empty, or lack a class to train on.
+    """
+    if how == "book":
+        parts = _book(data)
+        if deduplicate:
+            seen: set[str] = set()
+            parts = [part.take(_fresh(part.texts, seen)) for part in parts]
+    else:
+        if deduplicate:
+            data = data.take(_fresh(data.texts, set()))
+        rng = np.random.default_rng(seed)
+        rows = _grouped(data, fractions, rng) if how == "grouped" else _stratified(data, fractions, rng)
+        parts = [data.take(part) for part in rows]
+    for name, part in zip(("train", "validate", "test"), parts, strict=True):
+        if not part.texts:
+            raise UserError(f"{len(data.texts)} texts leave none to {name} on: give more, or other fractions")
+    lacking = [parts[0].names[k] for k in range(len(data.names)) if not (parts[0].labels == k).any()]
+    if lacking:
+        raise UserError(f"no text to train on is of class {', '.join(lacking)}: give more texts of it")
+    known = {_plain(text) for text in parts[0].texts}
+    return Splits(*parts, sum(_plain(text) in known for part in parts[1:] for text in part.texts))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _fresh(texts: Sequence[str], seen: set[str]) -> list[int]:
+    """Rows whose text is not in `seen` yet, which grows."""
+    rows = []
+    for i, text in enumerate(texts):
+        if (plain := _plain(text)) not in seen:
+            seen.add(plain)
+            rows.append(i)
+    return rows
+
+
+def _stratified(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+    parts: list[list[np.ndarray]] = [[], [], []]
+    for k in range(len(data.names)):
+        rows = rng.permutation(np.flatnonzero(data.labels == k))
+        ends = np.round(np.cumsum(fractions)[:2] * len(rows)).astype(int)
+        for part, some in zip(parts, np.split(rows, ends), strict=True):
+            part.append(some)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
+    groups: dict[str, list[int]] = {}
+    for i, text in enumerate(data.texts):
+        groups.setdefault(_plain(text), []).append(i)
+    order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
+    edges = np.cumsum(fractions)[:2] * len(data.texts)
+    parts: list[list[int]] = [[], [], []]
+    done = 0
+    for group in order:
+        parts[int(np.searchsorted(edges, done, "right"))] += group
+        done += len(group)
+    return [np.sort(np.array(part, int)) for part in parts]
+
+
+def _book(data: Labelled) -> list[Labelled]:
+    """The common class sampled down, the rare one below it, all shuffled, cut at 70 and 80 per cent.
+
+    Source: the book's ch06 code, pandas calls and seed.
+    """
+    import pandas
+
+    counts = np.bincount(data.labels, minlength=len(data.names))
+    if len(data.names) != 2 or counts[0] == counts[1]:
+        raise UserError(
+            f"split=book is for two classes of different size, as ham and spam: there are {counts.tolist()}"
+        )
+    rare = int(counts.argmin())
+    frame = pandas.DataFrame({"row": np.arange(len(data.texts)), "label": data.labels})
+    common = frame[frame["label"] != rare].sample(int(counts[rare]), random_state=BOOK_SEED)
+    frame = pandas.concat([common, frame[frame["label"] == rare]])
+    rows = frame.sample(frac=1, random_state=BOOK_SEED)["row"].to_numpy()
+    first, second = int(len(rows) * 0.7), int(len(rows) * 0.7) + int(len(rows) * 0.1)
+    return [data.take(part) for part in np.split(rows, [first, second])]
+
+
+# ---------------------------------------------------------------- batches
+
+
+def encode(data: Labelled, tokenizer: Any, max_length: int) -> Examples:
+    """Every text as ids; of one longer than `max_length` the beginning.
+
+    A tokenizer whose texts begin with a token of their own (`add_bos`) puts it here too.
+    """
+    begin = [tokenizer.bos_id] if getattr(tokenizer, "add_bos", False) else []
+    ids = [[*begin, *tokenizer.encode(text)] for text in data.texts]
+    lengths = np.array([min(len(row), max_length) for row in ids], np.int32)
+    if not lengths.all():
+        raise UserError(f"{data.texts[int(lengths.argmin())]!r:.60} has no tokens in {tokenizer.name}")
+    tokens = np.zeros((len(ids), int(lengths.max())), np.int32)
+    for row, length, some in zip(tokens, lengths, ids, strict=True):
+        row[:length] = some[:length]
+    return Examples(tokens, lengths, data.labels, sum(len(row) > max_length for row in ids))
+
+
+def batch(examples: Examples, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
+    """The batch of `step`: every text once an epoch, in a new order each time; one may reach into the next epoch."""
+    return _rows(examples, epoch_rows(step, batch_size, len(examples.labels), seed))
+
+
+def eval_batches(examples: Examples, batch_size: int) -> Iterator[LabelledBatch]:
+    """All texts once, in their order; the last batch is filled up with rows of weight 0."""
+    n = len(examples.labels)
+    for first in range(0, n, batch_size):
+        index = np.arange(first, first + batch_size)
+        rows = _rows(examples, np.minimum(index, n - 1))
+        yield rows._replace(weights=(index < n).astype(np.float32))
+
+
+def _rows(examples: Examples, index: np.ndarray) -> LabelledBatch:
+    ones = np.ones(len(index), np.float32)
+    return LabelledBatch(examples.tokens[index], examples.lengths[index], examples.labels[index], ones)
+
+
+def fingerprint(*parts: Examples) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for leaf in part[:3]:
+            digest.update(f"{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def majority(train: Labelled, test: Labelled) -> float:
+    """Accuracy on `test` of always saying the commonest class of `train`."""
+    return float((test.labels == np.bincount(train.labels).argmax()).mean())
+
+
+def naive_bayes(train: Labelled, test: Labelled, tokenizer: Any) -> float:
+    """Accuracy on `test` of multinomial naive Bayes: counts of the tokens that stand in `train`, one added to each."""
+    words = [Counter[int]() for _ in train.names]
+    for text, k in zip(train.texts, train.labels, strict=True):
+        words[k].update(tokenizer.encode(text))
+    V = len(set().union(*words))
+    prior = np.log(np.bincount(train.labels, minlength=len(words)) / len(train.labels))
+    totals = np.array([sum(count.values()) + V for count in words])
+
+    def guess(text: str) -> int:
+        ids = tokenizer.encode(text)
+        return int(np.argmax([
+            p + sum(np.log((count[i] + 1) / total) for i in ids)
+            for p, count, total in zip(prior, words, totals, strict=True)
+        ]))  # fmt: skip
+
+    return float(np.mean([guess(text) == k for text, k in zip(test.texts, test.labels, strict=True)]))

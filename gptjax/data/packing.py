@@ -1,0 +1,117 @@
+"""Examples of different lengths as rows of one length, and batches of rows as a pure function of (seed, step).
+
+An example is shifted by itself before it is put anywhere, so no target ever comes from another example:
+
+    examples      a b c d E    p q E       lower case are inputs, E ends the answer
+    tokens        a b c d p q . .          one row of 8 holds both
+    targets       b c d E q E . .
+    segment_ids   1 1 1 1 2 2 0 0          0: padding, of weight 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.data.instructions import Encoded
+from gptjax.data.loader import epoch_rows
+from gptjax.types import Batch, UserError
+
+
+class Rows(NamedTuple):
+    """Rows of T places, all leaves [n, T]."""
+
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32
+    weights: np.ndarray  # float32
+    segment_ids: np.ndarray  # int32: from 1 in every row, 0 for padding
+
+
+def packed(encoded: Encoded, context_length: int) -> Rows:
+    """Whole examples, several to a row, in as few rows as first-fit-decreasing finds.
+
+    The longest example goes first, each into the first row that has room for it; equal lengths keep their order.
+
+    Raises:
+        UserError: an example is longer than a row.
+    Source: Johnson (1973); at most 11/9 of the fewest rows possible, plus 6/9: Dosa (2007).
+    """
+    lengths = _lengths(encoded, context_length)
+    room = np.full(len(lengths), context_length)
+    places = [(0, 0)] * len(lengths)
+    first, n_rows, last = 0, 0, None
+    for i in np.argsort(-lengths, kind="stable"):
+        if lengths[i] != last:
+            first, last = 0, lengths[i]
+        first += int(np.argmax(room[first : n_rows + 1] >= lengths[i]))  # no row before it has room for this length
+        places[i] = (first, context_length - int(room[first]))
+        room[first] -= lengths[i]
+        n_rows = max(n_rows, first + 1)
+    return _fill(encoded, places, n_rows, context_length)
+
+
+def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
+    """One example a row, in their order; rows as long as the longest example unless `context_length` says more.
+
+    Raises:
+        UserError: an example is longer than a row.
+    """
+    lengths = _lengths(encoded, context_length)
+    length = int(lengths.max()) if context_length is None else context_length
+    return _fill(encoded, [(i, 0) for i in range(len(lengths))], len(lengths), length)
+
+
+def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
+    """Inputs of each example: one less than its ids."""
+    lengths = np.array([len(row) - 1 for row in encoded.rows])
+    if not len(lengths):
+        raise UserError("no examples to make rows of")
+    if lengths.min() < 1:
+        raise UserError(f"example {int(lengths.argmin()) + 1} has fewer than 2 tokens, so there is nothing to predict")
+    if context_length is not None and lengths.max() > context_length:
+        raise UserError(
+            f"example {int(lengths.argmax()) + 1} needs {lengths.max()} places and a row has {context_length}: "
+            "encode with the same context_length"
+        )
+    return lengths
+
+
+def _fill(encoded: Encoded, places: list[tuple[int, int]], n_rows: int, length: int) -> Rows:
+    """places[i] is the row and the start of example i; those of one row come after each other from 0 on."""
+    rows = empty(n_rows, length)
+    examples = zip(places, encoded.rows, encoded.weights, strict=True)
+    for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
+        here = slice(start, start + len(ids) - 1)
+        rows.tokens[row, here] = ids[:-1]
+        rows.targets[row, here] = ids[1:]
+        rows.weights[row, here] = weights[1:]
+        rows.segment_ids[row, here] = rows.segment_ids[row, start - 1] + 1 if start else 1
+    return rows
+
+
+def empty(n: int, length: int) -> Rows:
+    """Nothing but padding."""
+    return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
+
+
+def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
+    """The batch of `step`, leaves [B, T]: every row once an epoch, in a new order each time."""
+    return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
+
+
+def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """All rows once, in their order; the last batch is filled up with rows of weight 0."""
+    n = len(rows.tokens)
+    filler = empty(-n % batch_size, rows.tokens.shape[1])
+    for first in range(0, n, batch_size):
+        some = _batch(rows, np.arange(first, min(first + batch_size, n)))
+        if len(some.tokens) < batch_size:
+            some = some._replace(**{k: np.concatenate([getattr(some, k), x]) for k, x in filler._asdict().items()})
+        yield some
+
+
+def _batch(rows: Rows, index: np.ndarray) -> Batch:
+    """Positions stay None: they follow from the segment ids."""
+    return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

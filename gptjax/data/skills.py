@@ -1,0 +1,230 @@
+"""Small synthetic tasks with exact answers: the instruction data of a run that names none.
+
+    skills(4, seed=0)                   user: "Which letter does the word lamp begin with?"   assistant: "l"
+    skills(4, seed=0, held_out=True)    the same tasks about words, sums and measures that training never shows
+
+Every word, every pair of numbers and every measure belongs to one of the two sides by its hash, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gptjax.data.instructions import Conversation
+from gptjax.types import UserError
+
+HELD_OUT = 5  # one of so many
+ATTEMPTS = 20  # to find a question that was not asked yet
+VOWELS = "aeiou"
+
+# Nouns of 3 to 8 letters whose plural follows the rule; none that a question uses, such as "letter".
+NOUNS = """
+ant army artist aunt baby badge bag baker ball banana basket bath bay beach bean bear beaver bed bee bell belt bench
+berry bike bird boat book boot bottle bowl box boy branch brick bridge broom brush bucket bug bus bush button cabin
+cable cake camel camera camp candle canyon cap captain car card carpet carrot castle cat cave chain chair cherry city
+clock cloud club coach coat coin color comb cookie corner cousin cow crab creek crown cup curtain dancer day desk
+diary dish doctor dog doll donkey door dragon drawer dream dress drill driver drum duck eagle egg engine fairy family
+farm farmer fence field fig finger flag flower forest fork fox frame friend frog game garden gate ghost giant girl
+glass glove goat grape guest guitar hammer hand harbor hat hawk helmet hen hill hook horn horse hotel house idea
+island jacket jar jewel job joke judge jug kettle key king kitchen kite kitten lady ladder lake lamp lantern lawyer
+leg lemon lesson lion lizard lobby lock machine magnet map market mask match meadow medal melon mirror mole
+moon month monkey motor mountain mouth museum nail name napkin neck needle nest net night number nurse nut ocean
+office olive onion orange otter oven owl page painter palace panda paper parcel park parrot party path peach peanut
+pear pen pencil pepper pet picture pig pillow pilot pipe pirate planet plant plate pocket poem poet pond pony
+pot prize pupil puppy purse puzzle queen rabbit ray ring river road robot rock rocket roof room rope ruler sack sailor
+saw school screen seal season seat secret seed shark ship shirt shoe shop shoulder shovel singer sink sister skirt
+snail snake sock song spider spoon square stamp star station stone stool storm story stove stream street sunset swan
+sweater table tail teacher temple tent ticket tiger toad tool towel tower town toy train tray tree truck trumpet
+tube tunnel turkey turtle uncle valley vase vest village violin wagon wall wallet watch wave week whale wheel window
+wing wire witch world worm year zebra
+"""
+WORDS = tuple(NOUNS.split())
+MEASURES = (  # many, big, small, how many small are one big
+    ("meters", "centimeters", 100),
+    ("kilometers", "meters", 1000),
+    ("kilograms", "grams", 1000),
+    ("centimeters", "millimeters", 10),
+    ("dollars", "cents", 100),
+)
+
+
+class Task(NamedTuple):
+    """What a question is about: `key` says on which side it belongs, where its words do not."""
+
+    slots: dict[str, str]
+    answer: str
+    key: str = ""
+
+
+class Skill(NamedTuple):
+    make: Callable[[random.Random, list[str]], Task]
+    phrasings: tuple[str, ...]
+
+
+def plural(noun: str) -> str:
+    """By the rule: cats, boxes, ladies."""
+    if noun.endswith("y") and noun[-2] not in VOWELS:
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
+
+
+def _of_word(answer: Callable[[str], str]) -> Callable[[random.Random, list[str]], Task]:
+    def make(rng: random.Random, words: list[str]) -> Task:
+        word = rng.choice(words)
+        return Task({"word": word, "letters": " ".join(word)}, answer(word))
+
+    return make
+
+
+def _of_list(answer: Callable[[list[str]], str], least: int, most: int) -> Callable[[random.Random, list[str]], Task]:
+    def make(rng: random.Random, words: list[str]) -> Task:
+        some = rng.sample(words, rng.randint(least, most))
+        return Task({"list": ", ".join(some)}, answer(some))
+
+    return make
+
+
+def _sort(rng: random.Random, words: list[str]) -> Task:
+    """Three words that differ in their first letters."""
+    some = rng.sample(words, 3)
+    while len({word[0] for word in some}) < 3:
+        some = rng.sample(words, 3)
+    return Task({"list": ", ".join(some)}, ", ".join(sorted(some)))
+
+
+def _add(rng: random.Random, words: list[str]) -> Task:
+    a, b = rng.randint(1, 20), rng.randint(1, 20)
+    return Task({"a": str(a), "b": str(b)}, str(a + b), f"{min(a, b)} + {max(a, b)}")
+
+
+def _subtract(rng: random.Random, words: list[str]) -> Task:
+    a = rng.randint(2, 20)
+    b = rng.randint(1, a - 1)
+    return Task({"a": str(a), "b": str(b)}, str(a - b), f"{a} - {b}")
+
+
+def _convert(rng: random.Random, words: list[str]) -> Task:
+    big, small, times = rng.choice(MEASURES)
+    n = rng.randint(2, 99)
+    return Task({"n": str(n), "big": big, "small": small}, str(n * times), f"{n} {big}")
+
+
+SKILLS: dict[str, Skill] = {
+    "uppercase": Skill(
+        _of_word(str.upper),
+        ("Write {word} in capital letters.", "Turn the word {word} into uppercase.", "What is {word} in all caps?"),
+    ),
+    "first_letter": Skill(
+        _of_word(lambda word: word[0]),
+        (
+            "What is the first letter of {word}?",
+            "Which letter does the word {word} begin with?",
+            "Give the first letter of the word {word}.",
+        ),
+    ),
+    "last_letter": Skill(
+        _of_word(lambda word: word[-1]),
+        (
+            "What is the last letter of {word}?",
+            "Which letter does the word {word} end with?",
+            "Give the last letter of the word {word}.",
+        ),
+    ),
+    "spell": Skill(
+        _of_word(" ".join),
+        (
+            "Spell the word {word}.",
+            "How is {word} spelled? Put a space between the letters.",
+            "Write the letters of {word} one by one.",
+        ),
+    ),
+    "reverse": Skill(
+        _of_word(lambda word: " ".join(word[::-1])),
+        (
+            "Reverse these letters: {letters}",
+            "Write the letters {letters} from the last to the first.",
+            "What is {letters} backwards?",
+        ),
+    ),
+    "count_letters": Skill(
+        _of_word(lambda word: str(len(word))),
+        (
+            "How many letters are in {letters}?",
+            "Count these letters: {letters}",
+            "{letters}: how many letters?",
+        ),
+    ),
+    "plural": Skill(
+        _of_word(plural),
+        ("What is the plural of {word}?", "One {word}, two ...?", "Give the plural form of the noun {word}."),
+    ),
+    "sort": Skill(
+        _sort,
+        (
+            "Sort these words alphabetically: {list}",
+            "Put {list} in alphabetical order.",
+            "Write these words from A to Z: {list}",
+        ),
+    ),
+    "first_word": Skill(
+        _of_list(lambda words: words[0], 3, 5),
+        (
+            "What is the first word in this list? {list}",
+            "Which word comes first here: {list}",
+            "Give only the first of these words: {list}",
+        ),
+    ),
+    "last_word": Skill(
+        _of_list(lambda words: words[-1], 3, 5),
+        (
+            "What is the last word in this list? {list}",
+            "Which word comes last here: {list}",
+            "Give only the last of these words: {list}",
+        ),
+    ),
+    "add": Skill(_add, ("What is {a} + {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?")),
+    "subtract": Skill(_subtract, ("What is {a} - {b}?", "Take {b} away from {a}.", "How much is {a} minus {b}?")),
+    "convert": Skill(
+        _convert,
+        ("How many {small} are {n} {big}?", "Convert {n} {big} to {small}.", "Express {n} {big} in {small}."),
+    ),
+}
+
+
+def skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
+    """n questions with their answers, as many of each skill as of any other (give or take one).
+
+    `where` names the skill: "plural:17" is question 17. A question comes twice only where few others are left.
+    """
+    if n < 1:
+        raise UserError(f"skills: expected at least 1 example, got {n}")
+    rng = random.Random(f"{seed} {held_out}")
+    words = [word for word in WORDS if is_held_out(word) == held_out]
+    names, asked = list(SKILLS), set()
+    found = []
+    for i in range(n):
+        name = names[i % len(names)]
+        for _ in range(ATTEMPTS):
+            question, answer = _draw(name, rng, words, held_out)
+            if question not in asked:
+                break
+        asked.add(question)
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        found.append(Conversation(messages, f"{name}:{i + 1}"))
+    return found
+
+
+def _draw(name: str, rng: random.Random, words: list[str], held_out: bool) -> tuple[str, str]:
+    skill = SKILLS[name]
+    while True:
+        task = skill.make(rng, words)
+        if not task.key or is_held_out(task.key) == held_out:
+            return rng.choice(skill.phrasings).format(**task.slots), task.answer
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a word, "3 + 4", "9 - 2" or "7 meters" is for testing only."""
+    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0

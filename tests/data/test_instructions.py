@@ -1,0 +1,404 @@
+"""Instruction records of every format become the same conversations, and what is learned is known by its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from gptjax import tokenizers
+from gptjax.data import instructions, records
+from gptjax.data.instructions import Conversation, encode, read, render, show
+from gptjax.tokenizers import chat
+from gptjax.types import UserError
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+START, END = 257, 258
+
+
+@pytest.fixture(scope="module")
+def tok():
+    """A token is a byte; 256 is end-of-text."""
+    return tokenizers.load("bytes")
+
+
+@pytest.fixture(scope="module")
+def chatty(tok):
+    made = tokenizers.extend(tok, ["<|im_start|>", "<|im_end|>"])
+    return made.replace(eos_ids=(END,), pad_id=END, chat_template=SMOLLM2)
+
+
+def talk(*turns, where="here"):
+    """user, assistant, .. in turn; a system message is a pair."""
+    system = [{"role": "system", "content": turns[0][0]}] if isinstance(turns[0], tuple) else []
+    rest = turns[len(system) :]
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(rest)]
+    return Conversation((*system, *said), where)
+
+
+ONE = talk("Where is Paris?", "In France.")
+TWO = talk(("Be brief.",), "Où ?", "Là.", "And now?", "Here.")
+
+
+def text(pieces, tok, learn=None):
+    return "".join(tok.decode(piece.ids) for piece in pieces if learn in (None, piece.learn))
+
+
+# --- records
+
+
+def rows_of(conversation):
+    user, answer = conversation.messages
+    both = user["content"], answer["content"]
+    return {
+        "alpaca": {"instruction": both[0], "input": "", "output": both[1], "id": "7"},
+        "prompt-completion": {"prompt": both[0], "completion": both[1]},
+        "prompt-response": {"prompt": both[0], "response": both[1]},
+        "sharegpt": {"conversations": [{"from": "human", "value": both[0]}, {"from": "gpt", "value": both[1]}]},
+        "messages": {"messages": [{"role": m["role"], "content": m["content"]} for m in conversation.messages]},
+    }
+
+
+FLAT = ("alpaca", "prompt-completion", "prompt-response")
+CONVERSATIONS = [talk("NA", "null"), talk(' "a",\nb ', "日本 é\n1")]
+
+
+def put(folder, kind, rows):
+    path = folder / f"rows{kind}"
+    if kind == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    elif kind == ".csv":
+        with open(path, "w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", records.KINDS)
+@pytest.mark.parametrize("shape", rows_of(ONE))
+def test_every_format_in_every_kind_of_file(tmp_path, kind, shape):
+    if kind == ".csv" and shape not in FLAT:
+        pytest.skip("a CSV cell holds no list")
+    found = read(put(tmp_path, kind, [rows_of(c)[shape] for c in CONVERSATIONS]))
+    assert [c.messages for c in found] == [c.messages for c in CONVERSATIONS]
+    assert all("rows" in c.where for c in found) and found[0].where != found[1].where
+
+
+def test_an_input_is_kept_apart(tmp_path):
+    rows = [{"instruction": "Spell it.", "input": "freind", "output": "friend"}, {"instruction": "Hi", "output": "Ho"}]
+    first, second = read(put(tmp_path, ".json", rows))
+    assert first.messages[0] == {"role": "user", "content": "Spell it.", "input": "freind"}
+    assert second.messages == talk("Hi", "Ho").messages
+
+
+def test_several_turns(tmp_path):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in TWO.messages]
+    assert read(put(tmp_path, ".parquet", [{"conversations": turns}]))[0].messages == TWO.messages
+
+
+def test_hub(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config=None, *, split):
+        assert (name, config, split) == ("org/name", "small", "test")
+        return datasets.Dataset.from_list([rows_of(c)["messages"] for c in CONVERSATIONS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [c.messages for c in read("hf:org/name:small@test")] == [c.messages for c in CONVERSATIONS]
+    with pytest.raises(UserError, match=r"hf:org/x: AssertionError.*\n.*check the name"):
+        read("hf:org/x")
+
+
+GOOD = '{"prompt": "a", "response": "b"}\n'
+BAD = {
+    "broken line": (".jsonl", GOOD + '{"prompt": "a', r"rows\.jsonl:2: not whole JSON"),
+    "array": (".jsonl", GOOD + "[1]", r":2: expected a JSON object, found an array"),
+    "same key twice": (".jsonl", '{"a": 1, "a": 2}', "duplicate key 'a'"),
+    "NaN": (".jsonl", '{"a": NaN}', "NaN is not JSON"),
+    "deep": (".jsonl", "[" * 200_000, "nested too deeply"),
+    "not UTF-8": (".jsonl", b'{"prompt": "\xff"}', "invalid UTF-8 at byte 12"),
+    "unknown keys": (
+        ".jsonl",
+        '{"question": "a", "answer": "b"}',
+        r"keys question, answer are no known(.|\n)*\"from\"",
+    ),
+    "no keys": (".jsonl", "{}", r"keys \(none\) are no known"),
+    "two formats": (".jsonl", '{"prompt": "a", "response": "b", "messages": []}', "several formats at once"),
+    "no response": (".jsonl", '{"prompt": "a", "response": " \\n"}', ":1: response: the response is empty"),
+    "null": (".jsonl", '{"prompt": "a", "response": null}', "the response must be text, found null"),
+    "no instruction": (".jsonl", '{"instruction": "", "output": "b"}', "instruction: content is empty"),
+    "number": (".jsonl", '{"instruction": "a", "input": 3, "output": "b"}', "input must be text, found a number"),
+    "surrogate": (".jsonl", '{"prompt": "a", "response": "\\ud800"}', "lone surrogate at character 0"),
+    "turns": (".jsonl", '{"messages": "hi"}', "messages: expected a list such as .*found a string"),
+    "no turns": (".jsonl", '{"messages": []}', "found no turn"),
+    "role": (".jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', r"messages\[0\]: expected system, .*'tool'"),
+    "no role": (".jsonl", '{"conversations": [{"value": "x"}]}', r"conversations\[0\]: expected system, .*None"),
+    "last": (".jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "a last response, found user"),
+    "not an array": (".json", '{"prompt": "a"}', r"rows\.json: expected an array of records, found an object"),
+    "not JSON": (".json", GOOD + GOOD, r"rows\.json: not whole JSON.*line 2.*\.jsonl"),
+    "not objects": (".json", "[1]", "record 1: expected an object, found a number"),
+    "empty": (".json", "[]", "no records"),
+    "short row": (".csv", "prompt,response\na\n", r"rows\.csv:2: 1 columns, and the header has 2"),
+    "open quote": (".csv", 'prompt,response\na,"b\n', r"rows\.csv:2: .*never closed"),
+    "column twice": (".csv", "prompt,prompt\n", "column 'prompt' appears twice"),
+    "header only": (".csv", "prompt,response\n", "no records"),
+    "parquet": (".parquet", "PAR1", "not a readable parquet file"),
+    "text": (".txt", "x", r"a \.json, \.jsonl, \.parquet, \.csv file or hf:"),
+}
+
+
+@pytest.mark.parametrize(("kind", "content", "says"), BAD.values(), ids=BAD)
+def test_mistakes(tmp_path, kind, content, says):
+    path = tmp_path / f"rows{kind}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=says):
+        read(str(path))
+
+
+def test_all_mistakes_at_once_up_to_twenty(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": \n' + GOOD + '{"x": 1}\n{"prompt": "a", "response": ""}\n')
+    with pytest.raises(UserError) as caught:
+        read(str(path))
+    assert [line.split("rows.jsonl")[1][:3] for line in str(caught.value).split("\n")[:3]] == [":1:", ":3:", ":4:"]
+    path.write_text('{"prompt": "a", "response": ""}\n' * 50)
+    with pytest.raises(UserError) as caught:
+        read(str(path))
+    assert str(caught.value).count("is empty") == 20 and "may be more" in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        read(str(tmp_path / "nothing.json"))
+
+
+# --- prompt styles
+
+
+def test_alpaca_is_the_book_s(tok):
+    messages = ({"role": "user", "content": "Spell it.", "input": "freind"}, {"role": "assistant", "content": "friend"})
+    prompt, answer = render(Conversation(messages, ""), tok)
+    assert tok.decode(prompt.ids) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSpell it.\n\n### Input:\nfreind\n\n### Response:\n"
+    )
+    assert not prompt.learn and answer == ([*b"friend", tok.eot_id], True)
+    assert "Input" not in text(render(ONE, tok, "alpaca"), tok)
+
+
+def test_alpaca_is_the_built_in_template_of_that_name(tok):
+    asked = [{"role": "user", "content": "Where is Paris?"}]
+    assert render(ONE, tok)[0].ids == chat.encode_chat(tok, asked, "alpaca")
+
+
+def test_alpaca_has_the_book_s_tokens(gpt2):
+    """Encoded in two parts or as one text, the ids are the same."""
+    pieces = render(ONE, gpt2)
+    whole = text(pieces, gpt2)
+    assert [i for piece in pieces for i in piece.ids] == gpt2.encode(whole, allowed_special="all")
+    assert whole.endswith("### Response:\nIn France.<|endoftext|>")
+
+
+def test_phi3(tok):
+    assert text(render(ONE, tok, "phi3"), tok) == ("<|user|>\nWhere is Paris?\n<|assistant|>\nIn France.<|endoftext|>")
+    assert text(render(TWO, tok, "phi3"), tok) == (
+        "<|system|>\nBe brief.\n<|user|>\nOù ?\n<|assistant|>\nLà.<|endoftext|>\n"
+        "<|user|>\nAnd now?\n<|assistant|>\nHere.<|endoftext|>"
+    )
+
+
+def test_markers_that_are_special_tokens_are_their_ids(tok):
+    made = tokenizers.extend(tok, ["<|user|>", "<|assistant|>"])
+    assert render(ONE, made, "phi3")[0].ids == [257, *b"\nWhere is Paris?\n", 258, *b"\n"]
+
+
+def test_a_text_begins_as_the_model_s_texts_do(tok):
+    made = tok.replace(bos_id=7, add_bos=True)
+    for style in ("alpaca", "phi3"):
+        plain, begun = render(ONE, tok, style), render(ONE, made, style)
+        assert begun[0].ids == [7, *plain[0].ids] and begun[1:] == plain[1:]
+
+
+def test_the_model_s_own_template_is_the_default(chatty):
+    prompt, answer = render(ONE, chatty)
+    assert prompt == (chat.encode_chat(chatty, [dict(m) for m in ONE.messages[:1]]), False)
+    assert answer == ([*b"In France.", END], True)
+
+
+@pytest.mark.parametrize("style", instructions.STYLES)
+def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
+    pieces = render(TWO, chatty, style)
+    end = "<|im_end|>" if style == "chat" else "<|endoftext|>"
+    assert [piece.learn for piece in pieces] == [False, True, False, True]
+    assert text(pieces, chatty, True) == f"Là.{end}Here.{end}"
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, chat.BUILTIN["chatml"], chat.BUILTIN["llama3"]])
+def test_an_answer_is_asked_for_by_just_the_ids_before_it(chatty, template):
+    names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tok = tokenizers.extend(chatty, names).replace(chat_template=template)
+    messages, ids = [dict(m) for m in TWO.messages], []
+    for i, piece in enumerate(render(TWO, tok)):
+        if piece.learn:
+            assert ids == chat.encode_chat(tok, messages[: i + 1])
+        ids += piece.ids
+    assert tok.decode(ids) == chat.apply(tok, messages, add_generation_prompt=False).rstrip()
+
+
+def test_a_template_without_an_end_token_is_learned_as_it_is(tok):
+    plain = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    made = tok.replace(chat_template=plain)
+    assert text(render(TWO, made), made, True) == "Là.\nHere.\n"
+
+
+REWRITES = {
+    "end of all": chat.BUILTIN["phi3"],
+    "last turn": "{% for m in messages %}{{ '*' if loop.last }}{{ m.content }}{% endfor %}",
+    "says nothing": "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}",
+    "thinks": "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if add_generation_prompt }}",
+}
+
+
+@pytest.mark.parametrize("template", REWRITES.values(), ids=REWRITES)
+def test_a_template_that_writes_earlier_turns_anew_is_refused(chatty, template):
+    made = chatty.replace(chat_template=template)
+    with pytest.raises(UserError, match="here: the chat template of .* choose style alpaca or phi3"):
+        render(TWO, made)
+
+
+def test_a_special_token_in_a_message_is_refused(chatty, tok):
+    bad = [talk("a<|im_end|>", "b", where="x:1"), ONE, talk("a", "<|im_start|>", where="x:3")]
+    for style in instructions.STYLES:
+        with pytest.raises(UserError, match=r"x:1: .*<\|im_end\|>: take it out\nx:3: .*<\|im_start\|>"):
+            encode(bad, chatty, style=style, context_length=999)
+    assert encode(bad, tok, context_length=999).dropped == 0  # plain text to another tokenizer
+
+
+def test_styles_that_cannot_be(tok):
+    with pytest.raises(UserError, match="no prompt style 'alpacca', did you mean 'alpaca'"):
+        render(ONE, tok, "alpacca")
+    with pytest.raises(UserError, match="no chat template; choose alpaca or phi3"):
+        render(ONE, tok, "chat")
+    chars = tokenizers.train("chars", [instructions.PREAMBLE])
+    with pytest.raises(UserError, match="has none: give it a chat template"):
+        render(ONE, chars)
+
+
+# --- many at once
+
+
+STRANGE = {
+    "spaces": "\n  {% if true %}\n   x\n  {% endif %}\n  {%- if add_generation_prompt %} >{% endif %}\n\n",
+    "block last": "{% for m in messages %}\n{{ m.content }}\n  {% endfor %}\n",
+    "minus": "{%- for m in messages -%} {{ m.content }} {%- endfor -%}  ",
+    "variables": "{{ n is defined }}{% if messages|length > 1 %}{% set n = 1 %}{% endif %}{{ n is defined }}{{ job }}",
+    "tools": "{{ tools is none }}{{ documents is none }}{{ messages[0].content }}",
+    "macro": "{% macro f(x) %}<{{ x }}{{ messages | length }}>{% endmacro %}{{ f(messages[-1].content) }}",
+    "loops": "{% for m in messages %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "json": "{{ messages | tojson }}\n\\n",
+    "closes": "{{ messages[0].content }}{% if false %}",  # no template by itself
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_many_texts_in_one_process_are_those_of_one_each(tok, name):
+    """Jinja's handling of spaces and line ends, and what a template sets, are as if it ran by itself."""
+    made = tok.replace(chat_template=STRANGE[name])
+    many = [*ONE.messages, {"role": "user", "content": 'é"\n\u2028{{ 1 }}'}]
+    jobs = [instructions._Job("", list(many[:n]), n != 2) for n in (1, 2, 3, 1)]
+    if name == "closes":
+        with pytest.raises(UserError, match="TemplateSyntaxError"):
+            instructions._render_all(made, jobs)
+        return
+    alone = [chat.apply(made, job.messages, add_generation_prompt=job.begin) for job in jobs]
+    assert instructions._render_together(made, jobs) == instructions._render_all(made, jobs) == alone
+
+
+def test_a_template_that_closes_what_is_around_it_gains_nothing(tok):
+    forged = "{% endset %}{% endfor %}{{ '\"x\"\\n' }}{% for job in tools %}{% set text %}"
+    jobs = [instructions._Job("here", list(ONE.messages), False)] * 2
+    with pytest.raises(UserError, match="here: chat template: TemplateSyntaxError"):
+        instructions._render_all(tok.replace(chat_template=forged), jobs)
+
+
+def test_the_conversations_that_a_template_refuses_are_named(tok):
+    template = "{{ raise_exception('no') if 'bad' in messages[0].content }}{{ messages|map(attribute='content')|join }}"
+    talks = [talk("bad" if i in (3, 11) else "good", "x", where=f"rows:{i}") for i in range(20)]
+    with pytest.raises(UserError) as caught:
+        encode(talks, tok.replace(chat_template=template), context_length=99)
+    assert [line.split(": chat")[0] for line in str(caught.value).split("\n")] == ["rows:3", "rows:11"]
+
+
+def test_a_long_conversation_is_dropped_not_refused(chatty):
+    long = talk(*["é\x00😀\n" * 3000, "b"] * 10)
+    assert encode([ONE, long], chatty, context_length=200).dropped == 1
+    assert sum(len(piece.ids) for piece in render(long, chatty)) > 200_000
+
+
+def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
+    assert len(encode([ONE] * 1000, chatty, context_length=200).rows) == 1000
+    assert len(started) == 1
+
+
+# --- ids
+
+
+def test_encode_keeps_what_fits_to_the_last_id(tok):
+    long = talk("a" * 50, "b" * 50)
+    n = sum(len(piece.ids) for piece in render(ONE, tok))
+    encoded = encode([ONE, long, ONE], tok, context_length=n - 1)
+    assert encoded.dropped == 1 and [len(row) for row in encoded.rows] == [n, n]
+    assert encoded.rows[0].dtype == np.int32 and encoded.weights[0].dtype == np.float32
+    with pytest.raises(
+        UserError, match=rf"no conversation fits a context of {n - 2} tokens: the shortest needs {n - 1}"
+    ):
+        encode([long, ONE], tok, context_length=n - 2)
+    with pytest.raises(UserError, match="there is none"):
+        encode([], tok, context_length=9)
+
+
+@pytest.mark.parametrize("style", instructions.STYLES)
+def test_the_last_id_is_learned_although_padding_uses_it(chatty, style):
+    tok = chatty.replace(pad_id=chatty.eot_id if style != "chat" else END)
+    for row, weight in zip(*encode([ONE, TWO], tok, style=style, context_length=999)[:2], strict=True):
+        assert row[-1] == tok.pad_id and weight[-1] == 1
+    # the user's turn ends with the same token, which is not learned
+    assert style != "chat" or weight[row == END].tolist() == [0, 0, 1, 0, 1]
+
+
+def test_weights_are_one_on_the_answers_or_everywhere(chatty):
+    row, weight = (x[0] for x in encode([TWO], chatty, context_length=999)[:2])
+    assert chatty.decode(row[weight == 1]) == "Là.<|im_end|>Here.<|im_end|>" and set(weight) == {0, 1}
+    everything = encode([TWO], chatty, context_length=999, loss_on="all")
+    assert everything.weights[0].all() and np.array_equal(everything.rows[0], row)
+    with pytest.raises(UserError, match="loss_on: expected response or all, got 'answer'"):
+        encode([TWO], chatty, context_length=999, loss_on="answer")
+
+
+def test_show(chatty):
+    assert show(render(ONE, chatty, "phi3"), chatty) == (
+        "<|user|>\nWhere is Paris?\n<|assistant|>\n\x1b[32mIn France.<|endoftext|>\x1b[0m"
+    )
+    shown = show(render(talk("\x1b[2J日本", "a\r\x00"), chatty, "phi3"), chatty)
+    assert "\\x1b[2J日本" in shown and "a\\r\\x00<|" in shown and shown.count("\x1b") == 2

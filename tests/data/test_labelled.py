@@ -1,0 +1,143 @@
+"""Labelled texts: what is read, how it is split, and which batches come of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptjax import tokenizers
+from gptjax.data import labelled
+from gptjax.types import UserError
+
+TOK = tokenizers.load("bytes")
+
+
+def put(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def made(n=60, classes=3, repeats=2):
+    texts = [f"text {i // repeats}" for i in range(n)]
+    return labelled.Labelled(texts, np.arange(n, dtype=np.int32) % classes, tuple("abc"[:classes]))
+
+
+def test_the_same_from_every_kind_of_file(tmp_path):
+    rows = [("spam", 'NA "now"'), ("ham", "null"), ("ham", "naïve, yes")]
+    csv = "label,text\n" + "".join(f'{a},"{b.replace(chr(34), chr(34) * 2)}"\n' for a, b in rows)
+    records = [{"label": a, "text": b} for a, b in rows]
+    files = {
+        "a.csv": csv,
+        "a.tsv": "".join(f"{a}\t{b}\n" for a, b in rows),
+        "b.tsv": "Text\tLabel\n" + "".join(f"{b}\t{a}\n" for a, b in rows),
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in records),
+        "a.json": json.dumps(records),
+    }
+    for name, text in files.items():
+        data = labelled.read(put(tmp_path, name, text))
+        assert data.texts == [b for _, b in rows], name
+        assert (data.labels.tolist(), data.names) == ([1, 0, 0], ("ham", "spam"))
+    turned = labelled.read(put(tmp_path, "a.csv", csv), labels=("spam", "ham"))
+    assert turned.labels.tolist() == [0, 1, 1]
+
+
+def test_numbers_are_labels_in_their_order(tmp_path):
+    rows = "".join(json.dumps({"review": "x" * i, "stars": i}) + "\n" for i in (10, 9, 2))
+    assert labelled.read(put(tmp_path, "a.jsonl", rows), label="stars").names == ("2", "9", "10")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "words"),
+    [
+        ("a.csv", "a,b\n1,2\n", {}, "none is called like the text, of columns a, b: say classify.text_field=NAME"),
+        ("a.csv", "text,body,label\nx,y,z\n", {}, "several could be the text"),
+        ("a.csv", "text,label\nx,y\n", {"text": "txt"}, "no column 'txt'; there are text, label"),
+        ("a.csv", "text,label\nx,y\nz,y\n", {}, "2 texts of 1 class (y); two are needed"),
+        ("a.csv", "text,label\nx,b\ny,spma\n", {"labels": ("b", "spam")}, "unknown label 'spma': known are b, spam"),
+        ("a.csv", "text,label\n ,ham\ny,\n", {}, "the text is empty"),
+        ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": \n', {}, "a.jsonl:2: not whole JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1.5}\n', {}, "1.5 is no label"),
+        ("a.tsv", "a\tb\tc\n", {}, "expected a header or two columns"),
+        ("a.tsv", "ham\tx\nspam\n", {}, "a.tsv:2: 1 columns, expected 2"),
+        ("a.tsv", "", {}, "0 texts of 0 class"),
+        ("a.txt", "x", {}, "file or hf:org/name"),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path, name, text, options, words):
+    with pytest.raises(UserError) as error:
+        labelled.read(put(tmp_path, name, text), **options)
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(UserError, match="absent.tsv: no such file"):
+        labelled.read("absent.tsv")
+
+
+@pytest.mark.parametrize("how", ["stratified", "grouped"])
+def test_equal_texts_are_in_one_part(how):
+    """Deduplicated they count once; grouped they stay together."""
+    splits = labelled.split(made(), how=how, deduplicate=how == "stratified")
+    assert splits.leaked == 0
+    assert sum(len(part.texts) for part in splits[:3]) == (30 if how == "stratified" else 60)
+    again = labelled.split(made(), how=how, deduplicate=how == "stratified")
+    assert [part.texts for part in splits[:3]] == [part.texts for part in again[:3]]
+    other = labelled.split(made(), how=how, seed=1, deduplicate=how == "stratified")
+    assert splits.train.texts != other.train.texts
+
+
+def test_stratified_keeps_the_shares_and_leaks_are_counted():
+    data = made(300, 3, repeats=1)
+    splits = labelled.split(data, fractions=(0.7, 0.1, 0.2))
+    assert [np.bincount(part.labels).tolist() for part in splits[:3]] == [[70] * 3, [10] * 3, [20] * 3]
+    doubled = data._replace(texts=["Same  text"] * 299 + ["same TEXT"])
+    assert labelled.split(doubled, deduplicate=False).leaked == 90
+
+
+def test_the_books_split():
+    """Its sizes and its procedure: both classes as often as the rarer, 70, 10 and 20 per cent."""
+    texts = [f"t{i}" for i in range(5572)]
+    labels = np.array([1] * 747 + [0] * 4825, np.int32)
+    splits = labelled.split(labelled.Labelled(texts, labels, ("ham", "spam")), how="book")
+    assert [len(part.texts) for part in splits[:3]] == [1045, 149, 300]
+    assert sum(int(part.labels.sum()) for part in splits[:3]) == 747
+
+
+def test_parts_that_would_be_empty():
+    with pytest.raises(UserError, match="leave none to test on"):
+        labelled.split(made(6, 3, repeats=1))
+    lacking = labelled.Labelled(["a", "b", "c", "d"] * 9, np.zeros(36, np.int32), ("x", "y"))
+    with pytest.raises(UserError, match="no text to train on is of class y"):
+        labelled.split(lacking, deduplicate=False)
+
+
+def test_balanced():
+    data = labelled.Labelled([str(i) for i in range(20)], np.array([0] * 15 + [1] * 5, np.int32), ("a", "b"))
+    half = labelled.balanced(data, 0)
+    assert np.bincount(half.labels).tolist() == [5, 5] and half.texts == sorted(half.texts, key=int)
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    data = made(10, 2, repeats=1)
+    examples = labelled.encode(data, TOK, 6)
+    assert examples.tokens.shape == (10, 6) and examples.lengths.tolist() == [6] * 10 and examples.cut == 0
+    assert labelled.encode(data, TOK, 5).cut == 10
+    epoch = [labelled.batch(examples, step, batch_size=5, seed=0) for step in range(2)]
+    seen = np.concatenate([b.tokens for b in epoch])
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, examples.tokens.tolist()))
+    again = labelled.batch(examples, 1, batch_size=5, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip(epoch[1], again, strict=True))
+    assert not np.array_equal(labelled.batch(examples, 1, batch_size=5, seed=1).tokens, again.tokens)
+    rows = list(labelled.eval_batches(examples, 4))
+    assert [b.weights.tolist() for b in rows] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in rows]), data.labels)
+    assert labelled.fingerprint(examples) != labelled.fingerprint(labelled.encode(data, TOK, 5))
+
+
+def test_baselines():
+    data = labelled.Labelled(
+        ["good fun", "bad day", "good day", "bad fun"], np.array([0, 1, 0, 1], np.int32), ("a", "b")
+    )
+    assert labelled.naive_bayes(data, data, TOK) == 1.0
+    assert labelled.majority(data, data.take([1, 3])) == 0.0

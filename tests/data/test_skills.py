@@ -1,0 +1,143 @@
+"""The synthetic skills: exact answers, and arguments for testing that training never shows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from gptjax.data import skills as module
+from gptjax.data.skills import SKILLS, WORDS, is_held_out, plural, skills
+from gptjax.types import UserError
+
+
+def asked(talk):
+    """(skill, question, answer)"""
+    user, assistant = talk.messages
+    assert (user["role"], assistant["role"]) == ("user", "assistant")
+    return talk.where.partition(":")[0], user["content"], assistant["content"]
+
+
+def words_in(question):
+    return [word for word in re.findall(r"\b[a-z]{3,}\b", question) if word in WORDS]
+
+
+def spaced(question):
+    return re.search(r"\b([a-z](?: [a-z]){2,})\b", question)[1]
+
+
+def numbers(question):
+    return [int(n) for n in re.findall(r"\d+", question)]
+
+
+TIMES = {("meters", "centimeters"): 100, ("kilometers", "meters"): 1000, ("kilograms", "grams"): 1000}
+TIMES |= {("centimeters", "millimeters"): 10, ("dollars", "cents"): 100}
+
+
+def convert(question):
+    [n] = numbers(question)
+    big = re.search(r"\d+ (\w+)", question)[1]
+    [times] = [times for (b, small), times in TIMES.items() if b == big and re.search(rf"\b{small}\b", question)]
+    return str(n * times)
+
+
+def the_word(question):
+    [word] = words_in(question)
+    return word
+
+
+def the_list(question):
+    return re.search(r"[a-z]+(?:, [a-z]+){2,}", question)[0].split(", ")
+
+
+ANSWERS = {  # read from the question alone
+    "uppercase": lambda q: the_word(q).upper(),
+    "first_letter": lambda q: the_word(q)[0],
+    "last_letter": lambda q: the_word(q)[-1],
+    "spell": lambda q: " ".join(the_word(q)),
+    "reverse": lambda q: spaced(q)[::-1],
+    "count_letters": lambda q: str(len(spaced(q).split())),
+    "plural": lambda q: plural(the_word(q)),
+    "sort": lambda q: ", ".join(sorted(the_list(q))),
+    "first_word": lambda q: the_list(q)[0],
+    "last_word": lambda q: the_list(q)[-1],
+    "add": lambda q: str(sum(numbers(q))),
+    "subtract": lambda q: str(abs(numbers(q)[0] - numbers(q)[1])),
+    "convert": convert,
+}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_answer_is_exact(seed, held_out):
+    for talk in skills(1300, seed, held_out):
+        name, question, answer = asked(talk)
+        assert answer == ANSWERS[name](question), (name, question)
+
+
+def test_the_list_of_words():
+    assert len(set(WORDS)) == len(WORDS) > 300
+    assert all(re.fullmatch("[a-z]{3,8}", word) for word in WORDS)
+    assert not any(
+        re.search("(f|fe|o|man|foot|sheep|fish|child|mouse|goose)$", word.removesuffix("roof")) for word in WORDS
+    )
+    assert [plural(word) for word in ("cat", "box", "lady", "toy", "watch", "dish", "glass", "valley", "baby")] == [
+        *("cats", "boxes", "ladies", "toys", "watches", "dishes", "glasses", "valleys", "babies"),
+    ]
+    assert 0.15 < sum(map(is_held_out, WORDS)) / len(WORDS) < 0.3
+
+
+def keys(talk):
+    """The arguments of a question: its words, its pair of numbers or its measure."""
+    name, question, _ = asked(talk)
+    if name == "add":
+        return {"{} + {}".format(*sorted(numbers(question)))}
+    if name == "subtract":
+        return {"{} - {}".format(*sorted(numbers(question), reverse=True))}
+    if name == "convert":
+        return {re.search(r"\d+ \w+", question)[0]}
+    if name in ("reverse", "count_letters"):
+        return {spaced(question).replace(" ", "")}
+    if name in ("sort", "first_word", "last_word"):
+        return set(the_list(question))
+    return {the_word(question)}
+
+
+def test_what_is_held_out_is_never_seen_in_training():
+    train = set().union(*(keys(talk) for seed in range(5) for talk in skills(2600, seed)))
+    test = set().union(*(keys(talk) for seed in range(5) for talk in skills(650, seed, held_out=True)))
+    assert not train & test and len(test) > 150 and len(train) > 800
+    assert all(is_held_out(key) for key in test) and not any(is_held_out(key) for key in train)
+
+
+def test_the_same_everywhere():
+    assert skills(100, 0) == skills(100, 0) and skills(50, 0) == skills(100, 0)[:50]
+    assert skills(100, 0) != skills(100, 1)
+    assert [asked(talk) for talk in skills(3, 0)] == FIRST
+
+
+FIRST = [
+    ("uppercase", "Turn the word painter into uppercase.", "PAINTER"),
+    ("first_letter", "Which letter does the word crown begin with?", "c"),
+    ("last_letter", "Give the last letter of the word girl.", "l"),
+]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_as_many_of_each_and_no_question_twice(held_out):
+    found = [asked(talk) for talk in skills(390, 0, held_out)]
+    assert set(Counter(name for name, _, _ in found).values()) == {30} and len(SKILLS) == 13
+    assert len({question for _, question, _ in found}) == 390
+    phrasings = Counter(re.sub(r"\d+", "#", question) for name, question, _ in found if name == "add")
+    assert len(phrasings) == 3
+
+
+def test_more_questions_than_there_are():
+    assert len(skills(20_000, 0, held_out=True)) == 20_000
+
+
+def test_none():
+    with pytest.raises(UserError, match="at least 1"):
+        skills(0, 0)
+    assert module.HELD_OUT == 5

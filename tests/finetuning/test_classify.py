@@ -1,0 +1,140 @@
+"""`gptjax finetune classify` from a file to a model that classifies, on a tiny base; and the measures."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import weights
+from gptjax.__main__ import main
+from gptjax.finetuning import metrics
+from gptjax.finetuning.classify import classify_texts
+from gptjax.training.run_dir import read_metrics
+
+BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=2, d_model=32, d_ff=48, context_length=32, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify")
+    params = gptjax.init_params(jax.random.key(0), BASE)
+    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
+    rng = np.random.default_rng(0)
+    rows = [("up", "".join(rng.choice(list("ABCDEF"), 6))) for _ in range(60)]
+    rows += [("down", "".join(rng.choice(list("abcdef"), 6))) for _ in range(60)]
+    (folder / "data.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    return folder
+
+
+def run(folder, name, *more):
+    return main(
+        [
+            "finetune", "classify", f"classify.source={folder / 'data.tsv'}", f"finetune.base={folder / 'base'}",
+            f"run_dir={folder / name}", "train.epochs=null", "train.max_steps=30", "train.eval_every=15",
+            "train.checkpoint_every=15", "optim.lr=1e-2", "optim.warmup_steps=2", "lora.rank=4", *more,
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    assert run(folder, "lora") == 0
+    return folder / "lora"
+
+
+def test_the_run_directory_holds_all_of_it(finished):
+    scores = json.loads((finished / "test.json").read_text())
+    assert scores["accuracy"] >= 0.9 and scores["n"] == 24
+    assert set(scores) >= {"naive_bayes", "majority", "macro_f1", "calibration_error", "confusion", "leaked"}
+    assert (finished / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    last = [row for row in read_metrics(finished) if "val/accuracy" in row][-1]
+    assert last["val/accuracy"] >= 0.9 and "val/perplexity" not in last
+    assert json.loads((finished / "final" / "labels.json").read_text())["labels"] == ["down", "up"]
+
+
+def test_the_head_is_saved_and_read_again(finished):
+    params, cfg = gptjax.load(finished)
+    assert cfg.n_classes == 2 and params["cls_head"]["kernel"].shape == (32, 2)
+    up, down = classify_texts(finished, ["ABCABC", "fedfed"])
+    assert up["up"] > 0.5 > down["up"]
+    assert sum(up.values()) == pytest.approx(1)
+
+
+def test_the_adapter_by_itself(finished, folder):
+    """In peft's format, for the base it was trained on; with the base it is the body of the merged model."""
+    base, cfg = gptjax.load(folder / "base")
+    adapter, settings = weights.load_peft(finished / "final" / "adapter", cfg, base=base)
+    merged, whole = gptjax.lora.merge(base, adapter, settings), gptjax.load(finished)[0]
+    whole.pop("cls_head")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, whole)
+
+
+def test_the_verb_that_uses_it(finished, folder, capsys):
+    assert main(["classify", str(finished), "ABCABC", "fedfed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("up ") and lines[1].startswith("down ")
+    assert main(["classify", str(folder / "base"), "x"]) == 2
+    assert "is no classifier" in capsys.readouterr().err
+    assert main(["classify", str(finished)]) == 2
+
+
+def test_again_it_is_finished(finished, folder, capsys):
+    assert run(folder, "lora") == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and "accuracy" in out
+    assert run(folder, "lora", "lora.alpha=3") == 2
+    assert "lora.alpha: 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["finetune.trainable=all", "optim.lr=3e-3"],
+        ["finetune.trainable=blocks/1/** | ln_f/**"],
+        ["finetune.quantize=nf4", "lora.dora=true"],
+        ["lora.init=pissa", "classify.pooling=mean"],
+        ["lora.dropout=0.1", "lora.lr_ratio=4", "classify.split=grouped", "classify.deduplicate=false"],
+    ],
+    ids=["full", "last layer", "qdora", "pissa", "dropout"],
+)
+def test_other_ways(folder, settings, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", "train.max_steps=4", "train.eval_every=4", *settings) == 0
+    assert "naive Bayes" in capsys.readouterr().out
+    assert gptjax.load(tmp_path / "run")[1].n_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["lora.targets=blocks/attn/w/*"], "matches no weight; there are"),
+        (["finetune.trainable=blocks/9/*"], "finetune.trainable: 'blocks_9/*' matches no parameter"),
+        (["finetune.trainable=all", "finetune.quantize=int8"], "quantised weights do not move"),
+        (["finetune.base=absent"], "no such run"),
+        (["classify.labels=[up, dwn]"], "unknown label 'down'"),
+        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave nothing to train on"),
+        (["task=pretrain"], "only for gptjax finetune, this is task=pretrain"),
+    ],
+)
+def test_mistakes(folder, settings, words, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", *settings) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run(folder, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "84 + 12 + 24 texts" in out and "trained" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_measures():
+    labels, p = np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
+    scores = metrics.report(p, labels, ("a", "b"))
+    assert scores["confusion"] == [[1, 1], [0, 2]] and scores["accuracy"] == 0.75
+    assert scores["f1"] == pytest.approx({"a": 2 / 3, "b": 0.8})
+    assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
+    low, high = metrics.interval(285, 300)  # 95 %: Wilson's interval by hand
+    assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
