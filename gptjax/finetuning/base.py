@@ -81,15 +81,14 @@ def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tup
 
 
 def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array) -> Parts:
-    settings, original = cfg.lora, params
-    if cfg.finetune.quantize != "none":
-        params = quantize(params, cfg.finetune.quantize)
-    if settings.init == "lora":
-        adapter = lora.init(key, params, settings)
-    else:
+    settings, start = cfg.lora, None
+    fingerprint, body = weights.fingerprint(params), dataclasses.replace(model, n_classes=0)
+    if settings.init != "lora":
         params, adapter = lora.split(params, settings)
-    start = jax.tree.map(lambda a: a.copy(), adapter) if settings.init != "lora" else None
-    fingerprint, body = weights.fingerprint(original), dataclasses.replace(model, n_classes=0)
+        start = jax.tree.map(lambda a: a.copy(), adapter)
+    params = quantize(params, cfg.finetune.quantize)
+    if start is None:
+        adapter = lora.init(key, params, settings)
 
     def combine(trained: Any, frozen: Params) -> Params:
         both = lora.attach(frozen, trained["adapter"], settings)

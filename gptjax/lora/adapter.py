@@ -185,10 +185,16 @@ def with_dropout(loss: Callable) -> Callable:
 
 
 def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
-    """One adapter for a batch whose row i goes through adapters[ids[i]]; of one rank, without m.
+    """One adapter for a batch whose row i goes through adapters[ids[i]]; all of one rank and the same targets.
 
     Attach it with `scales=` [B] where the adapters' scales differ.
+
+    Raises:
+        UserError: DoRA's lengths, or adapters of embeddings.
     """
+    for path, pair in (item for adapter in adapters for item in _pairs(adapter).items()):
+        if "m" in pair or path.endswith("/embedding"):
+            raise UserError(f"{path}: rows of a batch can go through kernels' adapters without DoRA's lengths only")
     ids = jnp.asarray(ids)
     return jax.tree.map(lambda *parts: jnp.stack(parts, -3).take(ids, -3), *adapters)
 

@@ -16,6 +16,7 @@ WAYS = {
     "lora on int8": ["finetune.quantize=int8"],
     "dora": ["lora.dora=true"],
     "pissa": ["lora.init=pissa"],
+    "pissa on int8": ["lora.init=pissa", "finetune.quantize=int8"],
     "all": ["finetune.trainable=all"],
     "the last layer": ["finetune.trainable=blocks/1/** | ln_f/**"],
     "norms": ["finetune.trainable=*/scale"],
@@ -56,6 +57,13 @@ def test_put_together_it_is_the_same_model(model, way):
     if "dora" not in way:
         shapes = base.abstract_trained(configured(*WAYS[way]), body, {"cls_head": params["cls_head"]}, cfg)
         assert tree.size(shapes) == tree.size(parts.trained)
+
+
+def test_the_base_is_quantized_whatever_the_adapter_starts_from(model):
+    from gptjax.ops.quant import Int8
+
+    for way in ("lora on int8", "pissa on int8"):
+        assert isinstance(taken_apart(model, way).frozen["blocks"]["attn"]["q"]["kernel"], Int8)
 
 
 def test_gradients_and_optimizer_state_exist_only_for_what_is_trained(model):
