@@ -264,11 +264,25 @@ class ClassifyConfig:
 
 
 @dataclass(frozen=True)
+class InstructConfig:
+    """Conversations, and which of their tokens are learned."""
+
+    source: Optional[str] = None  # .json, .jsonl, .csv, .parquet or hf:org/name; None: small synthetic skills
+    style: Optional[Literal["chat", "alpaca", "phi3"]] = None  # None: the model's own chat template, else alpaca
+    loss_on: Literal["response", "all"] = "response"
+    packing: Literal["packed", "padded"] = "packed"  # several examples to a row, or one
+    context_length: int = 512  # tokens of a row; examples that do not fit are dropped and counted
+    val_fraction: float = 0.05  # the end of the source
+    test_fraction: float = 0.1  # before it
+    examples: int = 2000  # of the synthetic skills
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
     run_dir: Optional[str] = None  # None: runs/NAME-OF-THE-PRESET
-    task: Literal["pretrain", "classify"] = "pretrain"
+    task: Literal["pretrain", "classify", "instruct"] = "pretrain"
     seed: int = 0
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -279,6 +293,7 @@ class Config:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
 
 
 Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
@@ -618,7 +633,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
-            "lora.rank", "classify.max_length",
+            "lora.rank", "classify.max_length", "instruct.context_length", "instruct.examples",
         ),
         (1, 2**31 - 1, True, True),
     ),
@@ -638,7 +653,11 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
     **dict.fromkeys(("optim.initial_lr_ratio", "optim.min_lr_ratio"), (0, 1, True, True)),
     **dict.fromkeys(("optim.decay_fraction", "sample.top_p"), (0, 1, False, True)),
     **dict.fromkeys(
-        ("data.val_fraction", "classify.val_fraction", "classify.test_fraction"), (0, 1, False, False)
+        (
+            "data.val_fraction", "classify.val_fraction", "classify.test_fraction", "instruct.val_fraction",
+            "instruct.test_fraction",
+        ),
+        (0, 1, False, False),
     ),
     "data.mask_tokens": (0, 3, True, True),
     "train.keep_checkpoints": (2, 2**31 - 1, True, True),  # should the newest be damaged, there is another
@@ -747,7 +766,9 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if cfg.task == "pretrain":
         before, here = flat(Config()), flat(cfg)
         changed = [
-            key for key in here if key.startswith(("finetune.", "lora.", "classify.")) and here[key] != before[key]
+            key
+            for key in here
+            if key.startswith(("finetune.", "lora.", "classify.", "instruct.")) and here[key] != before[key]
         ]
         if changed:
             yield tuple(changed), f"{', '.join(changed)}: only for gptjax finetune, this is task=pretrain"
@@ -757,12 +778,13 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("finetune.quantize", "finetune.trainable"),
             f"finetune.quantize={cfg.finetune.quantize} needs finetune.trainable=lora: quantised weights do not move",
         )
-    if cfg.classify.val_fraction + cfg.classify.test_fraction >= 1:
-        yield (
-            ("classify.val_fraction", "classify.test_fraction"),
-            f"classify.val_fraction ({cfg.classify.val_fraction}) and classify.test_fraction "
-            f"({cfg.classify.test_fraction}) leave nothing to train on",
-        )
+    for name in ("classify", "instruct"):
+        val, test = getattr(cfg, name).val_fraction, getattr(cfg, name).test_fraction
+        if val + test >= 1:
+            yield (
+                (f"{name}.val_fraction", f"{name}.test_fraction"),
+                f"{name}.val_fraction ({val}) and {name}.test_fraction ({test}) leave nothing to train on",
+            )
 
 
 def _divisors(number: int, most: Optional[int] = None) -> str:

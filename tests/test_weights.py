@@ -28,6 +28,13 @@ def test_out_and_in_is_the_same(folder):
     assert not [name for name in os.listdir(folder.parent) if name != "model"]
 
 
+def test_more_layers_than_tensors(tmp_path):
+    """Layers are stacked: there may be many more of them than there are files' entries."""
+    deep = gptjax.ModelConfig(n_layer=40, n_head=2, d_model=8, context_length=16, vocab_size=11)
+    gptjax.save(tmp_path / "deep", gptjax.init_params(jax.random.key(0), deep), deep)
+    assert gptjax.load(tmp_path / "deep")[1] == deep
+
+
 def test_names_are_paths(folder):
     from safetensors.numpy import load_file
 

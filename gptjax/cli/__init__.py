@@ -25,11 +25,12 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "gptjax.cli.finetune",
-        "tune a model to classify texts, whole or by an adapter",
-        "gptjax finetune classify [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
+        "tune a model to classify texts or to follow instructions, whole or by an adapter",
+        "gptjax finetune classify|instruct [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
         (
             "gptjax finetune classify classify.source=SMSSpamCollection.tsv classify.balance=true",
             "gptjax finetune classify classify.source=reviews.csv finetune.base=runs/mine lora.rank=8",
+            "gptjax finetune instruct instruct.source=instruction-data.json",
             'gptjax finetune classify classify.source=reviews.csv "finetune.trainable=blocks/29/** | ln_f/**"',
         ),
     ),

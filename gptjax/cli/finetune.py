@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 from gptjax.cli import options
 from gptjax.config import Config, resolve
 from gptjax.config_io import Leaf, did_you_mean
 from gptjax.types import UserError
 
-TASKS = ("classify",)
-GROUPS = ("", "finetune", "lora", "classify", "optim", "train", "model")
+TASKS = ("classify", "instruct")
+GROUPS = ("", "finetune", "lora", *TASKS, "optim", "train", "sample", "model")
 
 
 def run_finetune(args: list[str]) -> int:
@@ -48,6 +50,5 @@ def more_help() -> str:
 
 def report(cfg: Config) -> list[str]:
     """What a run would do and need: data and base are looked at, no tensor is read."""
-    from gptjax.finetuning.classify import plan
-
+    plan = importlib.import_module(f"gptjax.finetuning.{cfg.task}").plan
     return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]

@@ -21,4 +21,8 @@ def finetune(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainR
         from gptjax.finetuning import classify
 
         return classify.run(cfg, log)
-    raise UserError(f"task={cfg.task} is no fine-tuning: use gptjax pretrain, or task=classify")
+    if cfg.task == "instruct":
+        from gptjax.finetuning import instruct
+
+        return instruct.run(cfg, log)
+    raise UserError(f"task={cfg.task} is no fine-tuning: use gptjax pretrain, or task=classify or instruct")

@@ -542,7 +542,8 @@ class _Trainer:
         )
         if getattr(self, "last_sample", ""):
             self.progress.say(f"---- sample ----\n{self.last_sample}\n----------------")
-        self.progress.say(f"in {self.run.path}: final/ best/ loss.png metrics.jsonl samples.txt")
+        samples = " samples.txt" if self.job.sample else ""
+        self.progress.say(f"in {self.run.path}: final/ best/ loss.png metrics.jsonl{samples}")
         return TrainResult(
             self.run.path, self.job.combine(*self._both), self.cfg, self.job.tokenizer, self.step, counters.val_loss
         )

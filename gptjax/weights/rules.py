@@ -157,7 +157,7 @@ def read(
         UserError: missing, unknown or misshapen tensors, and numbers that are not finite; all of them.
     """
     found = source.shapes()
-    if cfg.n_layer > len(found):
+    if cfg.n_layer > len(found) and any("{i}" in rule.theirs for rule in rules):
         refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(found)} tensors"])
     ours = tree.flatten(abstract_params(cfg))
     tensors = _tensors(rules, ours, cfg.n_layer)
