@@ -1,6 +1,7 @@
 """`gptjax finetune classify` from a file to a model that classifies, on a tiny base; and the measures."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -86,6 +87,18 @@ def test_again_it_is_finished(finished, folder, capsys):
     assert "is finished" in out and "accuracy" in out
     assert run(folder, "lora", "lora.alpha=3") == 2
     assert "lora.alpha: 3" in capsys.readouterr().err
+
+
+def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
+    """From the checkpoint in the middle, with the base read again: the same weights to the bit."""
+    shutil.copytree(finished, folder / "again")
+    for name in ("final", "checkpoints/30"):
+        shutil.rmtree(folder / "again" / name)
+    (folder / "again" / "test.json").unlink()
+    assert run(folder, "again") == 0
+    assert "going on from step 15" in capsys.readouterr().out
+    for name in ("final/model.safetensors", "final/adapter/adapter_model.safetensors", "test.json"):
+        assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
