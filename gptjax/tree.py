@@ -7,7 +7,7 @@ path, where "*" also crosses "/"; several are joined by "|": "wte/* | lm_head/*"
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -31,6 +31,15 @@ def flatten_nodes(tree: Any) -> dict[str, Any]:
     return {path_string(path): node for path, node in nodes}
 
 
+def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
+    """{path of the dict that holds leaves: {last key: leaf}}."""
+    out: dict[str, dict[str, Any]] = {}
+    for path, leaf in flatten(tree).items():
+        parent, _, name = path.rpartition("/")
+        out.setdefault(parent, {})[name] = leaf
+    return out
+
+
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     """The nested dict that `flatten` came from; every level becomes a dict."""
     tree: dict[str, Any] = {}
@@ -52,6 +61,11 @@ def matches(pattern: str, path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, part.strip()) for part in pattern.split("|"))
 
 
+def idle(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The parts of a pattern, between "|", that match none of the paths."""
+    return [part.strip() for part in pattern.split("|") if not any(matches(part, path) for path in paths)]
+
+
 def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
     """The value of the first rule whose pattern matches, at every leaf.
 
@@ -71,8 +85,8 @@ def split(tree: Any, pattern: str) -> tuple[Any, Any]:
         UserError: a part of the pattern, between "|", that matches nothing.
     """
     nodes = flatten_nodes(tree)
-    if idle := [part.strip() for part in pattern.split("|") if not any(matches(part, path) for path in nodes)]:
-        raise UserError(f"{', '.join(map(repr, idle))} matches no parameter; there are {', '.join(nodes)}")
+    if unused := idle(pattern, nodes):
+        raise UserError(f"{', '.join(map(repr, unused))} matches no parameter; there are {', '.join(nodes)}")
     chosen = {path for path in nodes if matches(pattern, path)}
     return (
         unflatten({path: node for path, node in nodes.items() if path in chosen}),

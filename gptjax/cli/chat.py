@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptjax.cli import options
-from gptjax.cli.sample import configure, quantized
+from gptjax.cli.sample import configure
 from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
@@ -22,6 +22,7 @@ def run(args: list[str]) -> int:
     system = [leaf.value for leaf in parsed.leaves if leaf.key == "system"]
     cfg, _ = configure(parsed.words[0], [leaf for leaf in parsed.leaves if leaf.key != "system"])
     from gptjax.generation import for_decoding
+    from gptjax.ops.quant import quantize
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
 
@@ -31,7 +32,7 @@ def run(args: list[str]) -> int:
     if not tokenizer.chat_template:
         raise UserError(f"{model.where} has no chat template: it was not tuned for conversations; use gptjax sample")
     options.note(f"{model.where}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
-    params = for_decoding(quantized(model.params("float32", None), cfg.sample), model.cfg)
+    params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0
 

@@ -111,10 +111,11 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
     import jax
 
     from gptjax.generation import complete, cut, for_decoding, from_config, stop_strings
+    from gptjax.ops.quant import quantize
     from gptjax.weights import stop_ids
 
     settings = cfg.sample
-    params = for_decoding(quantized(params, settings), model)
+    params = for_decoding(quantize(params, settings.quantize), model)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     start, count = time.monotonic(), 0
     lines = []
@@ -138,13 +139,6 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
         Path(settings.out).write_text("".join(lines), encoding="utf-8")
     seconds = time.monotonic() - start
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
-
-
-def quantized(params, settings):
-    """The params as `sample.quantize` says."""
-    from gptjax import quantize
-
-    return params if settings.quantize == "none" else quantize(params, settings.quantize)
 
 
 def _text(tokenizer, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> str:

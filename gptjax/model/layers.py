@@ -13,6 +13,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
 from gptjax.ops import activation, position
 from gptjax.ops.attention import heads_attention
+from gptjax.ops.dropout import dropout
 from gptjax.ops.linear import linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 
@@ -48,13 +49,6 @@ def normal(std: float):
 
 def uniform(bound: float):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Each number is zeroed with probability `rate`, the rest grow by 1 / (1 - rate); no key, no change."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -251,7 +245,7 @@ class GPT(nn.Module):
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
         if cfg.n_classes and self.is_initializing():
-            Linear(cfg, cfg.n_classes, True, name="cls_head")(hidden)  # read by tasks.classify
+            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by tasks.classify
         return hidden, stream.cache
 
     def _apart(self, stream: Stream, ctx: Context) -> Stream:

@@ -46,20 +46,46 @@ def linear_cross_entropy(
         hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
         cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: at most 256 MiB of logits.
     """
-    D, V = head.shape
-    hidden, targets = hidden.reshape(-1, D), targets.reshape(-1)
+    targets = targets.reshape(-1)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.reshape(-1).astype(jnp.float32)
-    n = targets.shape[0]
-    chunk = min(n, chunk or max(128, _CHUNK_BYTES // (4 * V)))
-    chunks = -(-n // chunk)
-    chunk = -(-n // chunks)  # as even as they go: the last one is padded
-    pad = chunks * chunk - n
-    if pad:  # rows of weight 0
-        hidden, targets, weights = (
-            jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in (hidden, targets, weights)
-        )
-    parts = jax.tree.map(lambda x: x.reshape(chunks, chunk, *x.shape[1:]), (hidden, targets, weights))
+    parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets, weights), head, chunk)
     return Mean(_total(*parts, head, cap, dtype), weights.sum())
+
+
+def linear_log_probs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    cap: float = 0.0,
+    dtype: str = "float32",
+    chunk: int | None = None,
+) -> jax.Array:
+    """log softmax(softcap(hidden @ head))[target] of every token, [..] float32: for losses that are no sum over tokens.
+
+    One chunk's logits at a time, which the backward pass computes again. Arguments as `linear_cross_entropy`.
+    """
+    parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
+    low = _row_major(head.astype(dtype))
+
+    @jax.checkpoint
+    def log_probs(part):
+        logits = softcap(jnp.dot(part[0].astype(dtype), low, preferred_element_type=jnp.float32), cap)
+        return jnp.take_along_axis(logits, part[1][:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+
+    return _over_chunks(log_probs, parts).reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
+    """[n, ..] -> [chunks, chunk, ..], filled up with zeros."""
+    n = arrays[0].shape[0]
+    chunk = min(n, chunk or max(128, _CHUNK_BYTES // (4 * head.shape[1])))
+    chunks = -(-n // chunk)
+    chunk = -(-n // chunks)  # as even as they go
+    pad = chunks * chunk - n
+    if pad:
+        arrays = tuple(jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in arrays)
+    return tuple(x.reshape(chunks, chunk, *x.shape[1:]) for x in arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -249,8 +249,3 @@ def dequantize(params: Params) -> Params:
         params,
         is_leaf=lambda node: isinstance(node, Int8 | NF4),
     )
-
-
-def size_bytes(params: Params) -> int:
-    """What the tree takes in memory."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -58,10 +58,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
         return _module("bpe").gpt2()
     if name_or_path == "bytes":
         return _module("chars").Bytes()
-    path = Path(name_or_path)
-    asset = assets.ASSETS.get(str(name_or_path))
-    if asset and asset.file.endswith(".gguf") and not path.exists():
-        path = assets.fetch(str(name_or_path))
+    path = assets.model_file(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         from gptjax import gguf
 

@@ -96,9 +96,8 @@ def _resolve(cfg: Config, ready: Any) -> Config:
     model, settings = cfg.model, cfg.train
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
-    if settings.epochs is not None:
-        tokens = settings.batch_size * model.context_length
-        settings = dataclasses.replace(settings, max_steps=max(1, round(settings.epochs * len(ready.train) / tokens)))
+    steps = settings.steps(len(ready.train), settings.batch_size * model.context_length)
+    settings = dataclasses.replace(settings, max_steps=steps)
     cfg = dataclasses.replace(cfg, model=model, train=settings)
     config.validate(cfg)
     return cfg
@@ -589,6 +588,9 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         bits = {"bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
         return {"perplexity": _exp(loss), **bits}
 
+    def write(folder: Path, params: Params, frozen: None, files: dict[str, str]) -> None:
+        weights.save(folder, params, model, ready.tokenizer, files)
+
     def describe(n_params: int) -> list[str]:
         tokens = settings.max_steps * tokens_per_step
         return [
@@ -617,7 +619,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
             "validation data": val.fingerprint,
         },
         describe=describe,
-        write=lambda folder, params, _, files: weights.save(folder, params, model, ready.tokenizer, files) and None,
+        write=write,
         more_of_loss=more_of_loss,
         sample=sampling(cfg, ready.tokenizer, [prompt] * cfg.sample.n),
     )

@@ -70,11 +70,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 def open_model(source: str | os.PathLike[str]) -> Model:
     """What `load` would read, before any tensor is read."""
-    name, path = str(source), Path(source)
-    if not path.exists() and name in assets.ASSETS and assets.ASSETS[name].file.endswith(".gguf"):
-        path = assets.fetch(name)
-    elif name.startswith("hf:"):
-        path = _from_hub(name.removeprefix("hf:"))
+    name = str(source)
+    path = _from_hub(name.removeprefix("hf:")) if name.startswith("hf:") else assets.model_file(source)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path)
     if (path / "hparams.json").is_file():

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import numpy as np
 
 from gptjax import config, tree
@@ -49,14 +48,13 @@ def save(
         UserError: a leaf that is no plain array, or the folder cannot be written.
     """
     folder = Path(folder)
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: not isinstance(node, dict))
-    if other := {type(node).__name__ for node in nodes if not hasattr(node, "dtype")}:
+    leaves = tree.flatten_nodes(params)
+    if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
         raise UserError(f"leaves of {', '.join(sorted(other))} cannot be saved: gptjax.dequantize(params) first")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        leaves = tree.flatten(params)
         out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
         safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
         body = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(cfg)}

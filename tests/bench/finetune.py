@@ -2,10 +2,12 @@
 
     python tests/bench/finetune.py               tokens/s on GPT-2's 124M shape, float32, 3 rounds
     python tests/bench/finetune.py --memory      peak memory: full and LoRA at 124M, LoRA and QLoRA at 355M
+    python tests/bench/finetune.py --packing F   seconds an epoch of the conversations in F, packed and padded
 
 Needs `pip install -e '.[parity]'`. Random weights; rank 16 on every linear of the blocks, AdamW, batches of 4 x 256
-tokens. Every cell is its own process, run in turn, so that both sides meet the same state of the machine; the ratio
-is taken round by round. Reported: tokens/s from the median step after the first, and the process's peak memory.
+tokens; `products`: those with frozen weights by themselves, under XLA. Every cell is its own process, run in turn, so
+that both sides meet the same state of the machine; the ratio is taken round by round. Reported: tokens/s from the
+median step after the first, and the process's peak memory.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 
 SIZES = {"124M": dict(n_layer=12, n_head=12, d_model=768), "355M": dict(n_layer=24, n_head=16, d_model=1024)}
 B, T, V, RANK, STEPS = 4, 256, 50257, 16, 5
-SPEED = ("peft-124M", "lora-124M", "full-124M")
+SPEED = ("peft-124M", "lora-124M", "products-124M", "full-124M")
 MEMORY = ("full-124M", "lora-124M", "full-355M", "lora-355M", "qlora-355M")
 
 
@@ -91,8 +93,51 @@ def gptjax_call(kind: str, size: dict):
     return call
 
 
+def packing(source: str, rounds: int) -> None:
+    """LoRA on SmolLM2-135M's shape and tokenizer: a step of each kind is timed, an epoch is so many of them."""
+    import jax
+    import optax
+
+    import gptjax
+    from gptjax import LoraConfig, lora, weights
+    from gptjax.data import instructions
+    from gptjax.data import packing as rows_of
+    from gptjax.tasks import pretrain
+
+    base = weights.open_model("smollm2-135m-instruct")
+    params, cfg, settings = base.params("float32", None), base.cfg, LoraConfig(rank=RANK)
+    encoded = instructions.encode(instructions.read(source), base.tokenizer(), context_length=512)
+    kinds = {"padded": rows_of.padded(encoded), "packed": rows_of.packed(encoded, 512)}
+    tx = optax.adamw(1e-4)
+    adapter = lora.init(jax.random.key(0), params, settings)
+    step = gptjax.make_train_step(
+        pretrain.task(cfg, chunk=256).loss, tx, combine=lambda a, base: lora.attach(base, a, settings)
+    )
+    step = jax.jit(step)
+    state = gptjax.TrainState.create(adapter, frozen=params, tx=tx, key=jax.random.key(1))
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for i in range(rounds + 1):
+        for kind, rows in kinds.items():
+            size = max(1, 1024 // rows.tokens.shape[1])
+            started = time.perf_counter()
+            float(step(state, rows_of.batch(rows, i, batch_size=size, seed=0))[1]["loss"])
+            seconds[kind].append((time.perf_counter() - started) * len(rows.tokens) / size)
+    for kind, rows in kinds.items():
+        full = (rows.segment_ids > 0).mean()
+        n, T = rows.tokens.shape
+        print(f"{kind:12} {n:5} rows of {T}, {full:.0%} full: {statistics.median(seconds[kind][1:]):.0f} s an epoch")
+    ratios = [a / b for a, b in zip(seconds["padded"][1:], seconds["packed"][1:], strict=True)]
+    print(f"packed is {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) times as fast")
+
+
 def cell(name: str) -> dict:
     kind, size = name.split("-")
+    if kind == "products":
+        from train import products_s
+
+        shape = SIZES[size]
+        seconds = products_s(shape["n_layer"], shape["d_model"], V, B * T, frozen=True)
+        return dict(tokens_per_s=B * T / seconds, rss_mib=0)
     call = peft_call(SIZES[size]) if kind == "peft" else gptjax_call(kind, SIZES[size])
     call()
     times = []
@@ -108,10 +153,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--packing", metavar="FILE")
     parser.add_argument("--cell", choices=sorted({*SPEED, *MEMORY}), help="one cell in this process, as JSON")
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(args.cell)))
+        return
+    if args.packing:
+        packing(args.packing, args.rounds)
         return
     names = MEMORY if args.memory else SPEED
     results: dict[str, list[dict]] = {name: [] for name in names}

@@ -147,16 +147,18 @@ def gptjax_steps(shape: tuple, dtype: str):
     return call, K
 
 
-def products_s(shape: tuple) -> float:
+def products_s(L: int, D: int, V: int, tokens: int, frozen: bool = False) -> float:
     """Seconds of a step's float32 products with weights, each by itself under XLA: no step of XLA's can be faster.
 
-    Attention's own products are left out, as all that is not a product: this is a floor.
+    Attention's own products are left out, as all that is not a product: this is a floor. `frozen`: no gradients of
+    weights.
     """
     import jax
 
-    L, _, D, T, B, V, _, _ = shape
     kernels = [*[(D, D)] * 4, (D, 4 * D), (4 * D, D)] * L + [(D, V)]
-    sizes = Counter(size for i, o in kernels for size in ((B * T, i, o), (B * T, o, i), (i, B * T, o)))
+    sizes = Counter(
+        size for i, o in kernels for size in ((tokens, i, o), (tokens, o, i), (i, tokens, o))[: 2 if frozen else 3]
+    )
     multiply = jax.jit(jax.numpy.matmul)
     total = 0.0
     for (m, k, n), count in sizes.items():
@@ -173,7 +175,8 @@ def products_s(shape: tuple) -> float:
 def cell(side: str, shape: tuple) -> dict:
     library, dtype = side.split("-")
     if library == "products":
-        seconds = products_s(shape)
+        L, _, D, T, B, V, _, _ = shape
+        seconds = products_s(L, D, V, B * T)
         return dict(step_ms=1000 * seconds, tokens_per_s=shape[3] * shape[4] / seconds, first_call_s=0, rss_mib=0)
     call, k = {"torch": torch_steps, "gptjax": gptjax_steps}[library](shape, dtype)
     started = time.perf_counter()

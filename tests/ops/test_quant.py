@@ -7,7 +7,7 @@ import gptjax
 from gptjax import UserError
 from gptjax.config import ModelConfig
 from gptjax.ops.linear import dense, matmul, matmul_transposed, take
-from gptjax.ops.quant import LEVELS, NF4, Int8, dequantize, int8, nf4, quantize, size_bytes
+from gptjax.ops.quant import LEVELS, NF4, Int8, dequantize, int8, nf4, quantize
 
 CFG = ModelConfig(vocab_size=61, context_length=32, n_layer=2, d_model=64, n_head=4, tie_embeddings=False)
 SPECS = ("int8", "nf4", (("wte/* | */kernel", "int8"),), (("blocks/attn/*/kernel", "nf4"), ("lm_head/*", "int8")))
@@ -27,6 +27,10 @@ def test_error_is_what_the_docstring_says(make):
     w = normal(1024, 256)
     error = jnp.sqrt(jnp.square(dense(make(w)) - w).mean())
     assert float(error) == pytest.approx({int8: 0.0075, nf4: 0.09}[make], rel=0.1)
+
+
+def size_bytes(leaf):
+    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
 
 
 @pytest.mark.parametrize("make, bits", [(int8, 8 + 32 / 1024), (nf4, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024 / 256)])

@@ -1,0 +1,79 @@
+"""How much faster N adapters of one base train in one program than one after the other, on the same batches.
+
+    python tests/bench/adapters.py [--shapes tiny small base] [--n 16] [--rounds 3]
+
+Prints for each shape and batch: ms of a step of all N, both ways, interleaved, and the ratio (median, least, most).
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import numpy as np
+
+import gptjax
+from gptjax.finetuning.many import Many, create, make_many_step
+from gptjax.optim import make_optimizer
+from gptjax.tasks import pretrain
+from gptjax.types import Batch
+
+SHAPES = {  # layers, width, vocabulary
+    "tiny": (2, 64, 512),
+    "small": (4, 256, 4096),
+    "base": (12, 768, 50257),  # GPT-2 124 M
+}
+BATCHES = ((1, 16), (1, 64), (4, 128))  # rows, tokens a row
+
+
+def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int) -> tuple[list[float], list[float]]:
+    layers, width, vocab = SHAPES[shape]
+    cfg = gptjax.ModelConfig(
+        n_layer=layers, n_head=max(1, width // 64), d_model=width, vocab_size=vocab, context_length=length
+    )
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    settings, loss = gptjax.LoraConfig(rank=8), pretrain.task(cfg).loss
+    tx = make_optimizer(gptjax.OptimConfig(lr=1e-3), 1000)
+    tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    many = Many.of(rates=[1.0] * n, scales=[2.0] * n, ranks=[8] * n, seeds=range(n))
+    step = jax.jit(make_many_step(loss, tx, settings), donate_argnums=0)
+    groups = [many, *(jax.tree.map(lambda x, i=i: x[i : i + 1], many) for i in range(n))]
+    states = [create(params, group, settings, tx) for group in groups]
+
+    def run(which: slice) -> float:
+        start = time.perf_counter()
+        for i in range(len(groups))[which]:
+            for _ in range(steps):
+                states[i], _ = step(states[i], groups[i], params, batch)
+        jax.block_until_ready(states)
+        return (time.perf_counter() - start) / steps
+
+    together, apart = slice(0, 1), slice(1, None)
+    run(together), run(apart)  # compiled here
+    times = [(run(together), run(apart)) for _ in range(rounds)]
+    return [a for a, _ in times], [b for _, b in times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "small"])
+    parser.add_argument("--n", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{args.n} adapters of rank 8; a step of all of them, ms: together, one after the other; ratio")
+    for shape in args.shapes:
+        for rows, length in BATCHES:
+            together, apart = measure(shape, rows, length, args.n, args.rounds, args.steps)
+            ratios = sorted(b / a for a, b in zip(together, apart, strict=True))
+            print(
+                f"{shape:6} {rows} x {length:4}  {statistics.median(together) * 1e3:9.1f} "
+                f"{statistics.median(apart) * 1e3:9.1f}   {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f}-{ratios[-1]:.2f})",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
