@@ -79,6 +79,7 @@ class ModelConfig:
     qkv_bias: Optional[bool] = None
     bias: Optional[bool] = None  # every linear but q, k, v and the head
     n_classes: int = 0  # of a head that classifies, beside the one for tokens; 0: none
+    cls_bias: bool = True  # of that head
     tie_embeddings: Optional[bool] = None
     qk_norm: Optional[bool] = None
     qk_norm_over: Literal["head", "all"] = "head"  # one head's numbers, or all heads' together
@@ -196,6 +197,10 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     loggers: tuple[str, ...] = ()  # tensorboard, wandb
 
+    def steps(self, size: int, per_step: int) -> int:
+        """max_steps, or what `epochs` over `size` tokens, texts or rows make of it, `per_step` at a time."""
+        return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -244,6 +249,7 @@ class FinetuneConfig:
     base: str = "smollm2-135m-instruct"  # run, model folder, .gguf file, asset or hf:org/name
     trainable: str = "lora"  # an adapter; all; or patterns of paths, joined by |
     quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base under an adapter
+    seeds: int = 1  # runs with seed, seed + 1, ..; each in a folder of its own, and their mean
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,10 @@ class ClassifyConfig:
     val_fraction: float = 0.1
     test_fraction: float = 0.2
     max_length: Optional[int] = None  # tokens of a text; None: the longest, within the context
+    packing: Literal["packed", "padded"] = "packed"  # several texts to a row, or one
     pooling: Literal["last", "first", "mean"] = "last"  # last real token; padding cannot change it
+    bias: bool = True  # of the head; transformers' classifiers have none, so peft's format takes a head without
+    prompt: str = "{text}"  # what stands around a text, such as a question about it
 
 
 @dataclass(frozen=True)
@@ -275,6 +284,23 @@ class InstructConfig:
     val_fraction: float = 0.05  # the end of the source
     test_fraction: float = 0.1  # before it
     examples: int = 2000  # of the synthetic skills
+    compare: bool = True  # the base answers what was held out too
+
+
+@dataclass(frozen=True)
+class PreferConfig:
+    """Pairs of answers, and the loss that tells them apart."""
+
+    source: Optional[str] = None  # .json, .jsonl, .csv, .parquet or hf:org/name; None: of the synthetic skills
+    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = "dpo"
+    beta: Optional[float] = None  # None: the loss's usual one, 0.1 (simpo: 2)
+    margin: float = 1.0  # simpo: by how much the chosen answer's reward shall be larger
+    style: Optional[Literal["chat", "alpaca", "phi3"]] = None  # None: the model's own chat template, else alpaca
+    packing: Literal["packed", "padded"] = "packed"  # several pairs to a row, or one
+    context_length: int = 512  # tokens of a row, which holds both sides of a pair
+    val_fraction: float = 0.05  # the end of the source
+    test_fraction: float = 0.1  # before it
+    examples: int = 1000  # of the synthetic skills
 
 
 @dataclass(frozen=True)
@@ -282,7 +308,7 @@ class Config:
     """One run."""
 
     run_dir: Optional[str] = None  # None: runs/NAME-OF-THE-PRESET
-    task: Literal["pretrain", "classify", "instruct"] = "pretrain"
+    task: Literal["pretrain", "classify", "instruct", "prefer"] = "pretrain"
     seed: int = 0
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -294,6 +320,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
 
 
 Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
@@ -633,7 +660,8 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
-            "lora.rank", "classify.max_length", "instruct.context_length", "instruct.examples",
+            "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length", "instruct.examples",
+            "prefer.context_length", "prefer.examples",
         ),
         (1, 2**31 - 1, True, True),
     ),
@@ -643,6 +671,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "optim.lr", "optim.eps", "model.norm_eps", "model.rope_base", "model.embed_std", "model.qk_gain",
             "model.rope_factor", "model.rope_slow", "model.rope_fast", "model.rope_local_base", "model.attention_scale",
             "model.embed_gain", "train.epochs", "sample.repetition_penalty", "lora.alpha", "lora.lr_ratio",
+            "prefer.beta",
         ),
         (0, math.inf, False, False),
     ),
@@ -655,7 +684,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
     **dict.fromkeys(
         (
             "data.val_fraction", "classify.val_fraction", "classify.test_fraction", "instruct.val_fraction",
-            "instruct.test_fraction",
+            "instruct.test_fraction", "prefer.val_fraction", "prefer.test_fraction",
         ),
         (0, 1, False, False),
     ),
@@ -768,7 +797,7 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         changed = [
             key
             for key in here
-            if key.startswith(("finetune.", "lora.", "classify.", "instruct.")) and here[key] != before[key]
+            if key.startswith(("finetune.", "lora.", "classify.", "instruct.", "prefer.")) and here[key] != before[key]
         ]
         if changed:
             yield tuple(changed), f"{', '.join(changed)}: only for gptjax finetune, this is task=pretrain"
@@ -778,7 +807,7 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("finetune.quantize", "finetune.trainable"),
             f"finetune.quantize={cfg.finetune.quantize} needs finetune.trainable=lora: quantised weights do not move",
         )
-    for name in ("classify", "instruct"):
+    for name in ("classify", "instruct", "prefer"):
         val, test = getattr(cfg, name).val_fraction, getattr(cfg, name).test_fraction
         if val + test >= 1:
             yield (

@@ -25,12 +25,13 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "gptjax.cli.finetune",
-        "tune a model to classify texts or to follow instructions, whole or by an adapter",
-        "gptjax finetune classify|instruct [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
+        "tune a model to classify texts, to follow instructions or to prefer some answers",
+        "gptjax finetune classify|instruct|prefer [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
         (
             "gptjax finetune classify classify.source=SMSSpamCollection.tsv classify.balance=true",
             "gptjax finetune classify classify.source=reviews.csv finetune.base=runs/mine lora.rank=8",
             "gptjax finetune instruct instruct.source=instruction-data.json",
+            "gptjax finetune prefer finetune.base=runs/instruct prefer.loss=simpo",
             'gptjax finetune classify classify.source=reviews.csv "finetune.trainable=blocks/29/** | ln_f/**"',
         ),
     ),

@@ -9,7 +9,7 @@ from gptjax.config import Config, resolve
 from gptjax.config_io import Leaf, did_you_mean
 from gptjax.types import UserError
 
-TASKS = ("classify", "instruct")
+TASKS = ("classify", "instruct", "prefer")
 GROUPS = ("", "finetune", "lora", *TASKS, "optim", "train", "sample", "model")
 
 

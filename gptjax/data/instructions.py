@@ -35,11 +35,13 @@ Style = Literal["chat", "alpaca", "phi3"]
 class Conversation(NamedTuple):
     """[system,] user, assistant, user, assistant, ..: {"role": .., "content": ..}, from `where` in a source.
 
-    An Alpaca record's input, where it has one, is the user's "input" beside the "content".
+    An Alpaca record's input, where it has one, is the user's "input" beside the "content". A record's "constraints" say
+    what can be checked of an answer.
     """
 
     messages: tuple[dict[str, str], ...]
     where: str
+    constraints: tuple[Any, ...] = ()
 
 
 class Piece(NamedTuple):
@@ -66,29 +68,40 @@ def read(source: str) -> list[Conversation]:
     Raises:
         UserError: no such file; records that are broken, of no known format or without a response: the first 20.
     """
-    found: list[Conversation] = []
+    return [talk for (talk,) in read_as(source, FORMATS)]
+
+
+def read_as(source: str, formats: Formats) -> list[tuple[Conversation, ...]]:
+    """The conversations of each record, as many as its format reads there. Errors as of `read`."""
+    found: list[tuple[Conversation, ...]] = []
     problems: list[str] = []
     unknown = False
     try:
         for where, record in records.read(source):
-            formats = [] if isinstance(record, UserError) else [f for f in FORMATS if all(key in record for key in f)]
+            fits = [] if isinstance(record, UserError) else [f for f in formats if all(key in record for key in f)]
+            fits = [keys for keys in fits if not any(set(keys) < set(others) for others in fits)]
             if isinstance(record, UserError):
                 problems.append(f"{where}: {record}")
-            elif len(formats) != 1:
+            elif len(fits) != 1:
                 unknown = True
-                what = "several formats at once" if formats else "no known format"
+                what = "several formats at once" if fits else "no known format"
                 problems.append(f"{where}: the keys {_keys(record)} are {what}")
-            elif wrong := _wrong(turns := FORMATS[formats[0]][1](record)):
-                problems += [f"{where}: {line}" for line in wrong]
             else:
-                found.append(Conversation(tuple(message for _, message in turns), where))
+                read = formats[fits[0]][1](record)
+                sides = read if isinstance(read, tuple) else (read,)
+                if wrong := dict.fromkeys(line for side in sides for line in _wrong(side)):
+                    problems += [f"{where}: {line}" for line in wrong]
+                else:
+                    more = record.get("constraints")
+                    more = tuple(more) if isinstance(more, list) else ()
+                    found.append(tuple(Conversation(tuple(m for _, m in side), where, more) for side in sides))
             if len(problems) >= MAX_PROBLEMS:
                 problems.append("... there may be more")
                 break
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from error
     if problems:
-        known = ["known formats, one in each record:", *(f"  {shape}" for shape, _ in FORMATS.values())]
+        known = ["known formats, one in each record:", *(f"  {shape}" for shape, _ in formats.values())]
         raise UserError.all(problems + known * unknown)
     if not found:
         raise UserError(f"{source}: no records")
@@ -103,6 +116,9 @@ def _keys(record: dict) -> str:
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
 
 
+Formats = dict[tuple[str, ...], tuple[str, Callable[[dict], Any]]]  # keys -> how it looks, its reader
+
+
 def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns]:
     def parse(record: dict) -> Turns:
         user = {"role": "user", "content": record[question]}
@@ -113,14 +129,14 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns
     return parse
 
 
-def _turns(key: str, role: str, content: str) -> Callable[[dict], Turns | str]:
+def turns(key: str, role: str, content: str) -> Callable[[dict], Turns | str]:
     def parse(record: dict) -> Turns | str:
-        turns = record[key]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            return f'{key}: expected a list such as [{{"{role}": .., "{content}": ..}}], found {sources.kind_of(turns)}'
+        found = record[key]
+        if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
+            return f'{key}: expected a list such as [{{"{role}": .., "{content}": ..}}], found {sources.kind_of(found)}'
         return [
             (f"{key}[{i}]", {"role": _role(turn.get(role)), "content": turn.get(content)})
-            for i, turn in enumerate(turns)
+            for i, turn in enumerate(found)
         ]
 
     return parse
@@ -130,18 +146,18 @@ def _role(name: Any) -> Any:
     return ROLES.get(name, name) if isinstance(name, str) else name
 
 
-FORMATS: dict[tuple[str, ...], tuple[str, Callable[[dict], Turns | str]]] = {  # keys -> how it looks, its reader
+FORMATS: Formats = {
     ("instruction", "output"): (
         '{"instruction": .., "input": .. (optional), "output": ..}',
         _pair("instruction", "output", "input"),
     ),
     ("conversations",): (
         '{"conversations": [{"from": "human", "value": ..}, {"from": "gpt", "value": ..}]}',
-        _turns("conversations", "from", "value"),
+        turns("conversations", "from", "value"),
     ),
     ("messages",): (
         '{"messages": [{"role": "user", "content": ..}, {"role": "assistant", "content": ..}]}',
-        _turns("messages", "role", "content"),
+        turns("messages", "role", "content"),
     ),
     ("prompt", "completion"): ('{"prompt": .., "completion": ..}', _pair("prompt", "completion")),
     ("prompt", "response"): ('{"prompt": .., "response": ..}', _pair("prompt", "response")),
@@ -202,10 +218,13 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None
             some turns is not the beginning of its text of more turns; no end-of-text.
     Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)", phi3 its exercise 7.1.
     """
-    return _pieces([conversation], tokenizer, style)[0]
+    return render_all([conversation], tokenizer, style)[0]
 
 
-def _pieces(conversations: Sequence[Conversation], tokenizer: Tokenizer, style: str | None) -> list[list[Piece]]:
+def render_all(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, style: Style | None = None
+) -> list[list[Piece]]:
+    """`render` of each, many templates in one process."""
     style = style or default_style(tokenizer)
     if style not in STYLES:
         near = difflib.get_close_matches(style, STYLES, n=1)
@@ -408,7 +427,7 @@ def encode(
     if loss_on not in ("response", "all"):
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")
     rows, weights, shortest = [], [], None
-    for pieces in _pieces(conversations, tokenizer, style):
+    for pieces in render_all(conversations, tokenizer, style):
         ids = [i for piece in pieces for i in piece.ids]
         shortest = min(len(ids) - 1, shortest or len(ids))
         if len(ids) > context_length + 1:

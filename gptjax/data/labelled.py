@@ -2,14 +2,14 @@
 
 data   = read("SMSSpamCollection.tsv")              texts, labels [n], names ("ham", "spam")
 splits = split(data, how="stratified", seed=0)      train, val, test; equal texts count once
-train  = encode(splits.train, tokenizer, 120)       tokens [n, T], lengths [n], labels [n]
-batch(train, 7, batch_size=8, seed=0)               tokens [8, T], lengths, labels, weights
+train  = encode(splits.train, tokenizer, 120)       ids and label of each text
+train  = rows(train)                                tokens [n, T], several texts in a row, each its own segment
+batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [8, T], labels and weights [8, K]
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.data import records, sources
-from gptjax.data.loader import epoch_rows
+from gptjax.data import loader, packing, records, sources
 from gptjax.types import UserError
 
 MAX_PROBLEMS = 20
@@ -49,19 +48,28 @@ class Splits(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """tokens [n, T] int32, padded with 0 on the right; lengths [n] int32 of what is real; labels [n] int32."""
+    """ids[i], int32, of class labels[i]."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
+    ids: list[np.ndarray]
     labels: np.ndarray
     cut: int  # texts that were longer
 
 
-class LabelledBatch(NamedTuple):
-    """tokens [B, T] int32, lengths [B] int32, labels [B] int32, weights [B] float32: 0 for rows that only fill up."""
+class Rows(NamedTuple):
+    """Rows of T places with up to K texts: tokens and segment_ids [n, T] int32, k + 1 where text k of the row stands, 0
+    for padding; texts [n, K] int32, which text that is, -1 for none; labels [n, K] int32."""
 
     tokens: np.ndarray
-    lengths: np.ndarray
+    segment_ids: np.ndarray
+    texts: np.ndarray
+    labels: np.ndarray
+
+
+class LabelledBatch(NamedTuple):
+    """As `Rows`: tokens, segment_ids [B, T], labels [B, K] int32; weights [B, K] float32, 0 where there is no text."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
 
@@ -279,47 +287,63 @@ def _book(data: Labelled) -> list[Labelled]:
 # ---------------------------------------------------------------- batches
 
 
-def encode(data: Labelled, tokenizer: Any, max_length: int) -> Examples:
-    """Every text as ids; of one longer than `max_length` the beginning.
+def encode(data: Labelled, tokenizer: Any, max_length: int, prompt: str = "{text}") -> Examples:
+    """Every text as ids inside `prompt`; of what would be longer than `max_length` with it, the beginning of the text.
 
     A tokenizer whose texts begin with a token of their own (`add_bos`) puts it here too.
+
+    Raises:
+        UserError: a prompt without one "{text}", or longer than `max_length`; a text without tokens.
     """
-    begin = [tokenizer.bos_id] if getattr(tokenizer, "add_bos", False) else []
-    ids = [[*begin, *tokenizer.encode(text)] for text in data.texts]
-    lengths = np.array([min(len(row), max_length) for row in ids], np.int32)
-    if not lengths.all():
-        raise UserError(f"{data.texts[int(lengths.argmin())]!r:.60} has no tokens in {tokenizer.name}")
-    tokens = np.zeros((len(ids), int(lengths.max())), np.int32)
-    for row, length, some in zip(tokens, lengths, ids, strict=True):
-        row[:length] = some[:length]
-    return Examples(tokens, lengths, data.labels, sum(len(row) > max_length for row in ids))
+    parts = prompt.split("{text}")
+    if len(parts) != 2:
+        raise UserError(f'classify.prompt: expected {{text}} once, as in "{{text}}\\nIs it spam?", got {prompt!r}')
+    before, after = (tokenizer.encode(part) if part else [] for part in parts)
+    if getattr(tokenizer, "add_bos", False):
+        before = [tokenizer.bos_id, *before]
+    room = max_length - len(before) - len(after)
+    if room < 1:
+        raise UserError(f"classify.prompt leaves no place for a text in {max_length} tokens")
+    ids = [tokenizer.encode(text) for text in data.texts]
+    if not all(ids):
+        raise UserError(f"{data.texts[ids.index([])]!r:.60} has no tokens in {tokenizer.name}")
+    whole = [np.array([*before, *some[:room], *after], np.int32) for some in ids]
+    return Examples(whole, data.labels, sum(len(some) > room for some in ids))
 
 
-def batch(examples: Examples, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
-    """The batch of `step`: every text once an epoch, in a new order each time; one may reach into the next epoch."""
-    return _rows(examples, epoch_rows(step, batch_size, len(examples.labels), seed))
+def rows(examples: Examples, packed: bool = True) -> Rows:
+    """Rows as long as the longest text: with as many texts as fit, or with one each, in their order."""
+    lengths = np.array([len(some) for some in examples.ids])
+    width = int(lengths.max())
+    places = packing.first_fit(lengths, width) if packed else [(i, 0) for i in range(len(lengths))]
+    held = packing.members(places)
+    tokens = np.zeros((len(held), width), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    texts = np.full((len(held), max(map(len, held))), -1, np.int32)
+    for row, some in enumerate(held):
+        for k, i in enumerate(some):
+            here = slice(places[i][1], places[i][1] + len(examples.ids[i]))
+            tokens[row, here], segment_ids[row, here], texts[row, k] = examples.ids[i], k + 1, i
+    return Rows(tokens, segment_ids, texts, np.where(texts < 0, 0, examples.labels[texts]))
 
 
-def eval_batches(examples: Examples, batch_size: int) -> Iterator[LabelledBatch]:
-    """All texts once, in their order; the last batch is filled up with rows of weight 0."""
-    n = len(examples.labels)
+def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
+    """The batch of `step`: every row once an epoch, in a new order each time; one may reach into the next epoch."""
+    return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed))
+
+
+def eval_batches(rows: Rows, batch_size: int) -> Iterator[LabelledBatch]:
+    """All rows once, in their order; the last batch is filled up with rows of weight 0."""
+    n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)
-        rows = _rows(examples, np.minimum(index, n - 1))
-        yield rows._replace(weights=(index < n).astype(np.float32))
+        some = _batch(rows, np.minimum(index, n - 1))
+        yield some._replace(weights=some.weights * (index < n)[:, None])
 
 
-def _rows(examples: Examples, index: np.ndarray) -> LabelledBatch:
-    ones = np.ones(len(index), np.float32)
-    return LabelledBatch(examples.tokens[index], examples.lengths[index], examples.labels[index], ones)
-
-
-def fingerprint(*parts: Examples) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        for leaf in part[:3]:
-            digest.update(f"{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+def _batch(rows: Rows, index: np.ndarray) -> LabelledBatch:
+    weights = (rows.texts[index] >= 0).astype(np.float32)
+    return LabelledBatch(rows.tokens[index], rows.segment_ids[index], rows.labels[index], weights)
 
 
 # ---------------------------------------------------------------- baselines

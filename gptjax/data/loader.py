@@ -6,6 +6,7 @@ permutation keyed by (seed, epoch) says where it lies in the tokens. Any step co
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
 from math import isqrt
@@ -200,6 +201,14 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
         begun = documents[document[:, :-1] - 1] - starts[crossing, None]
         positions[crossing] = ramp - np.maximum(begun, 0)
     return batch._replace(weights=weights, segment_ids=segment_ids, positions=positions)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """A hash of shapes and bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:

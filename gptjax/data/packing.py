@@ -38,18 +38,7 @@ def packed(encoded: Encoded, context_length: int) -> Rows:
         UserError: an example is longer than a row.
     Source: Johnson (1973); at most 11/9 of the fewest rows possible, plus 6/9: Dosa (2007).
     """
-    lengths = _lengths(encoded, context_length)
-    room = np.full(len(lengths), context_length)
-    places = [(0, 0)] * len(lengths)
-    first, n_rows, last = 0, 0, None
-    for i in np.argsort(-lengths, kind="stable"):
-        if lengths[i] != last:
-            first, last = 0, lengths[i]
-        first += int(np.argmax(room[first : n_rows + 1] >= lengths[i]))  # no row before it has room for this length
-        places[i] = (first, context_length - int(room[first]))
-        room[first] -= lengths[i]
-        n_rows = max(n_rows, first + 1)
-    return _fill(encoded, places, n_rows, context_length)
+    return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
 
 def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
@@ -60,7 +49,22 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
     """
     lengths = _lengths(encoded, context_length)
     length = int(lengths.max()) if context_length is None else context_length
-    return _fill(encoded, [(i, 0) for i in range(len(lengths))], len(lengths), length)
+    return _fill(encoded, [(i, 0) for i in range(len(lengths))], length)
+
+
+def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
+    """The row and the start of each example in it, by first-fit-decreasing; none is longer than a row."""
+    room = np.full(len(lengths), context_length)
+    places = [(0, 0)] * len(lengths)
+    first, n_rows, last = 0, 0, None
+    for i in np.argsort(-lengths, kind="stable"):
+        if lengths[i] != last:
+            first, last = 0, lengths[i]
+        first += int(np.argmax(room[first : n_rows + 1] >= lengths[i]))  # no row before it has room for this length
+        places[i] = (first, context_length - int(room[first]))
+        room[first] -= lengths[i]
+        n_rows = max(n_rows, first + 1)
+    return places
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
@@ -78,9 +82,17 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
     return lengths
 
 
-def _fill(encoded: Encoded, places: list[tuple[int, int]], n_rows: int, length: int) -> Rows:
+def members(places: list[tuple[int, int]]) -> list[list[int]]:
+    """The examples of each row, in the order in which they stand there."""
+    held: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        held[places[i][0]].append(i)
+    return held
+
+
+def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
     """places[i] is the row and the start of example i; those of one row come after each other from 0 on."""
-    rows = empty(n_rows, length)
+    rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)
     for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
         here = slice(start, start + len(ids) - 1)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from gptjax import lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
-from gptjax.model.gpt import layers_apart, layers_stacked
+from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
+from gptjax.training.job import Job
+from gptjax.training.loop import flops_per_token
 from gptjax.types import Params, UserError
 from gptjax.weights import families
 
@@ -28,6 +31,7 @@ class Parts(NamedTuple):
     combine   (trained, frozen) -> params with `LoraWeight` leaves, as the loss reads them
     plain     (trained, frozen) -> params of plain arrays, as they are saved
     export    (folder, trained, frozen): the adapter by itself, in peft's format, where that can hold it
+    n_params, flops_per_token, fingerprint    of all of it; the last of the base alone
     """
 
     trained: Any
@@ -35,6 +39,39 @@ class Parts(NamedTuple):
     combine: Callable[[Any, Any], Params]
     plain: Callable[[Any, Any], Params]
     export: Callable[[Path, Any, Any], None]
+    n_params: int = 0
+    flops_per_token: float = 0.0
+    fingerprint: str = ""
+
+
+class Thirds(NamedTuple):
+    """Records to train, validate and test on."""
+
+    train: list[Any]
+    val: list[Any]
+    test: list[Any]
+
+
+def thirds(settings: Any, seed: int, read: Callable[[str], list], made: Callable[..., list]) -> Thirds:
+    """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
+    skills: test and validation ask about words and numbers that training never shows.
+
+    Args:
+        settings: with source, examples, val_fraction, test_fraction. made: (n, seed, held_out) -> records.
+    """
+    if settings.source is None:
+        n = settings.examples
+        held = [max(1, round(n * share)) for share in (settings.val_fraction, settings.test_fraction)]
+        unseen = made(sum(held), seed, held_out=True)
+        return Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
+    found = read(settings.source)
+    n = len(found)
+    test = int(n * settings.test_fraction)
+    train = int(n * (1 - settings.test_fraction - settings.val_fraction) + 1e-9)
+    parts = Thirds(found[:train], found[train + test :], found[train : train + test])
+    if not all(parts):
+        raise UserError(f"{settings.source}: {n} records are too few for a part to test and one to validate on")
+    return parts
 
 
 def base_model(cfg: Config) -> weights.Model:
@@ -56,9 +93,14 @@ def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: j
     Raises:
         UserError: a pattern that matches nothing; what the adapter's config asks for and the weights cannot.
     """
+    facts = tree.size(params | heads), flops_per_token(model, params), weights.fingerprint(params)
+    return Parts(*_apart(cfg, params, heads, model, key, facts[-1])[:5], *facts)
+
+
+def _apart(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str) -> Parts:
     which = cfg.finetune.trainable
     if which == "lora":
-        return _adapted(cfg, params, heads, model, key)
+        return _adapted(cfg, params, heads, model, key, fingerprint)
     whole = params | heads
     if which == "all":
         return Parts(whole, {}, lambda trained, _: trained, lambda trained, _: trained, _nothing)
@@ -80,9 +122,8 @@ def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tup
         raise UserError(f"finetune.trainable: {error}") from error
 
 
-def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array) -> Parts:
-    settings, start = cfg.lora, None
-    fingerprint, body = weights.fingerprint(params), dataclasses.replace(model, n_classes=0)
+def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str) -> Parts:
+    settings, start, body = cfg.lora, None, dataclasses.replace(model, n_classes=0)
     if settings.init != "lora":
         params, adapter = lora.split(params, settings)
         start = jax.tree.map(lambda a: a.copy(), adapter)
@@ -103,7 +144,10 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
         if start is not None:
             adapter = lora.unsplit(adapter, start)
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=_same_scale(settings))
-        weights.export_peft(folder, adapter, config, body, base=fingerprint, base_name=cfg.finetune.base)
+        head = trained.get("cls_head")
+        if head and "bias" in head:
+            head = None  # their format cannot hold it: the merged model does
+        weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
     return Parts(
         {"adapter": adapter, **heads}, params, combine, plain, export if _for_peft(settings, body) else _nothing
@@ -152,12 +196,66 @@ def optimizer(cfg: Config) -> optax.GradientTransformation:
     return optax.chain(tx, faster)
 
 
-def loss_with_dropout(cfg: Config, loss: Callable) -> Callable:
-    return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and cfg.lora.dropout else loss
+def job(
+    cfg: Config,
+    parts: Parts,
+    *,
+    model: ModelConfig,
+    tokenizer: Any,
+    loss: Callable,
+    batch: Callable[[int], Any],
+    where: Callable[[int], str],
+    eval_batches: Callable[[bool], Iterable[Any]],
+    tokens_per_step: int,
+    data: str,
+    lines: Sequence[str],
+    files: dict[str, str] | None = None,
+) -> Job:
+    """The job of a fine-tuning, from what only its kind knows.
+
+    Args:
+        data: hash of what is trained and validated on. lines: about the data, for the start. files: beside the model.
+    """
+    # not `parts`, which would keep the weights that training replaces
+    plain, export, n_params = parts.plain, parts.export, parts.n_params
+
+    def batches(step: int, k: int) -> Any:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *(batch(step + i) for i in range(k)))
+
+    def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
+        weights.save(folder, plain(trained, frozen), model, tokenizer, texts | (files or {}))
+        export(folder / "adapter", trained, frozen)
+
+    return Job(
+        tokenizer=tokenizer,
+        batch=batch,
+        batches=batches,
+        where=where,
+        eval_batches=eval_batches,
+        loss=lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and cfg.lora.dropout else loss,
+        init=lambda key, start: start,
+        start=parts.trained,
+        frozen=parts.frozen,
+        combine=parts.combine,
+        optimizer=optimizer(cfg),
+        tokens_per_step=tokens_per_step,
+        flops_per_token=parts.flops_per_token,
+        identity={"base": parts.fingerprint, "data": data},
+        describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
+        write=write,
+    )
 
 
-def describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:
-    """Lines on what moves."""
+def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:
+    """A line on the base and what of it would be trained, from shapes."""
+    shapes = abstract_params(model)
+    heads = {name: leaf for name, leaf in shapes.items() if name == "cls_head"}
+    body = {name: leaf for name, leaf in shapes.items() if name not in heads}
+    n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, body, heads, model))
+    return f"base               {found.where}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
+
+
+def _describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:
     share = f"{n_trained:,} trained ({n_trained / n_params:.2%})"
     lines = [f"model   {cfg.finetune.base}: {n_params:,} parameters, {share}"]
     if cfg.finetune.trainable == "lora":
@@ -165,4 +263,5 @@ def describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:
             f"lora    rank {cfg.lora.rank}, scale {cfg.lora.scale:g} ({cfg.lora.scaling}, alpha {cfg.lora.alpha:g}), "
             f"{cfg.lora.targets}"
         )
-    return lines
+    rate = f"lr {cfg.optim.lr:g}, {cfg.train.max_steps:,} steps of {cfg.train.batch_size} rows"
+    return [*lines, f"train   {cfg.optim.name}, {rate}"]

@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import tree, weights
+from gptjax import weights
 from gptjax.config import Config, ModelConfig
-from gptjax.data import labelled
+from gptjax.data import labelled, loader
 from gptjax.finetuning import base, metrics
-from gptjax.model.gpt import abstract_params, init_params
+from gptjax.model.gpt import init_params
 from gptjax.tasks import classify
 from gptjax.training.job import Job
-from gptjax.training.loop import TrainResult, flops_per_token, run_job
+from gptjax.training.loop import TrainResult, run_job
 from gptjax.types import Params, UserError
 from gptjax.weights import native
 
 LABELS = "labels.json"  # beside the model: names of the classes, and how a text is pooled
 RESULTS = "test.json"
+ROW_TOKENS = 2048  # about so many are scored at once
 
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
@@ -31,9 +32,7 @@ def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     result = run_job(cfg, lambda cfg, progress: _prepare(cfg, progress), log)
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
-        _, model = weights.load(Path(result.run_dir) / "final")
-        splits = _data(result.cfg)
-        scores = score(result, model, splits)
+        scores = score(result, _data(result.cfg))
         file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         from gptjax.training.plot import draw_confusion
 
@@ -56,123 +55,97 @@ def _data(cfg: Config) -> labelled.Splits:
     )
 
 
+def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelConfig:
+    return base.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
+
+
 def _prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     with progress.phase("preparing the data"):
         splits = _data(cfg)
     found = base.base_model(cfg)
     tokenizer = found.tokenizer()
-    model = base.model_config(cfg, found.cfg, n_classes=len(splits.train.names))
+    model = _model(cfg, found, splits)
     longest = min(cfg.classify.max_length or model.context_length, model.context_length)
-    train, val = (labelled.encode(part, tokenizer, longest) for part in (splits.train, splits.val))
-    settings = cfg.train
-    if settings.epochs is not None:
-        steps = max(1, round(settings.epochs * len(train.labels) / settings.batch_size))
-        settings = dataclasses.replace(settings, max_steps=steps)
-    cfg = dataclasses.replace(cfg, model=model, train=settings)
+    packed = cfg.classify.packing == "packed"
+    encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
+    train, val = (labelled.rows(part, packed) for part in encoded)
+    steps = cfg.train.steps(len(train.tokens), cfg.train.batch_size)
+    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
     with progress.phase("loading the base"):
         params = found.params("float32", None)
-    key = jax.random.key(cfg.seed)
+    key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
-    parts = base.parts(cfg, params, heads, model, jax.random.fold_in(key, 2))
-    plain, export = parts.plain, parts.export  # not `parts`, which would keep the weights that training replaces
-    n_params, fingerprint = tree.size(params | heads), weights.fingerprint(params)
-    flops = flops_per_token(model, params)
-    task = classify.task(model, cfg.classify.pooling)
     width = train.tokens.shape[1]
 
-    def batch(step: int) -> labelled.LabelledBatch:
-        return labelled.batch(train, step, batch_size=settings.batch_size, seed=cfg.seed)
+    def where(step: int) -> str:
+        row = train.texts[loader.epoch_rows(step, size, len(train.tokens), cfg.seed)[0]]
+        return f"the batch holds texts such as {splits.train.texts[row[0]]!r:.80}"
 
-    def batches(step: int, k: int) -> labelled.LabelledBatch:
-        return labelled.LabelledBatch(*map(np.stack, zip(*(batch(step + i) for i in range(k)), strict=True)))
-
-    def describe(n_trained: int) -> list[str]:
-        counts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
-        names = ", ".join(splits.train.names)
-        lines = [f"data    {cfg.classify.source}: {counts} texts to train, validate and test on; classes {names}"]
-        if splits.leaked:
-            lines.append(f"        {splits.leaked} of the texts to validate and test on are training texts too")
-        if train.cut + val.cut:
-            lines.append(f"        {train.cut + val.cut} texts are cut at {longest} tokens")
-        steps = f"{settings.max_steps:,} steps of {settings.batch_size} texts, up to {width} tokens each"
-        rate = f"train   {cfg.optim.name}, lr {cfg.optim.lr:g}, {steps}"
-        return [*lines, *base.describe(cfg, n_params, n_trained), rate]
-
-    def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
-        about = {"labels": list(splits.train.names), "pooling": cfg.classify.pooling, "max_length": longest}
-        files = {**files, LABELS: json.dumps(about, indent=1) + "\n"}
-        weights.save(folder, plain(trained, frozen), model, tokenizer, files)
-        export(folder / "adapter", trained, frozen)
-
-    return cfg, Job(
+    counts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
+    names = ", ".join(splits.train.names)
+    lines = [
+        f"data    {cfg.classify.source}: {counts} texts to train, validate and test on; classes {names}",
+        f"        {len(train.tokens):,} rows of {width} tokens, {(train.segment_ids > 0).mean():.0%} full",
+    ]
+    if splits.leaked:
+        lines.append(f"        {splits.leaked} of the texts to validate and test on are training texts too")
+    if cut := sum(part.cut for part in encoded):
+        lines.append(f"        {cut} texts are cut at {longest} tokens")
+    names, settings = list(splits.train.names), cfg.classify
+    about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
+    return cfg, base.job(
+        cfg,
+        base.parts(cfg, params, heads, model, jax.random.fold_in(key, 2)),
+        model=model,
         tokenizer=tokenizer,
-        batch=batch,
-        batches=batches,
-        where=lambda step: f"the batch holds texts such as {_first_text(splits.train, batch(step), train)!r:.80}",
-        eval_batches=lambda first: labelled.eval_batches(val, settings.batch_size),
-        loss=base.loss_with_dropout(cfg, task.loss),
-        init=lambda key, start: start,
-        start=parts.trained,
-        frozen=parts.frozen,
-        combine=parts.combine,
-        optimizer=base.optimizer(cfg),
-        tokens_per_step=settings.batch_size * width,
-        flops_per_token=flops,
-        identity={"base": fingerprint, "data": labelled.fingerprint(train, val)},
-        describe=describe,
-        write=write,
+        loss=classify.task(model, cfg.classify.pooling).loss,
+        batch=lambda step: labelled.batch(train, step, batch_size=size, seed=cfg.seed),
+        where=where,
+        eval_batches=lambda first: labelled.eval_batches(val, size),
+        tokens_per_step=size * width,
+        data=loader.fingerprint(*train, *val),
+        lines=lines,
+        files={LABELS: json.dumps(about, indent=1) + "\n"},
     )
 
 
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     splits, found = _data(cfg), base.base_model(cfg)
-    model = base.model_config(cfg, found.cfg, n_classes=len(splits.train.names))
-    shapes = abstract_params(model)
-    heads = {"cls_head": shapes["cls_head"]}
-    body = {name: leaf for name, leaf in shapes.items() if name not in heads}
-    trained = base.abstract_trained(cfg, body, heads, model)
-    settings = cfg.train
-    steps = settings.max_steps
-    if settings.epochs is not None:
-        steps = max(1, round(settings.epochs * len(splits.train.texts) / settings.batch_size))
     texts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
-    n, n_trained = tree.size(shapes), tree.size(trained)
+    epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
         f"data               {texts} texts to train, validate and test on; classes {', '.join(splits.train.names)}",
-        f"base               {found.where}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})",
-        f"steps              {steps:,} of {settings.batch_size} texts: "
-        f"{steps * settings.batch_size / len(splits.train.texts):.2f} epochs",
+        base.plan(cfg, found, _model(cfg, found, splits)),
+        f"training           {epochs}, {cfg.train.batch_size} rows at a time",
     ]
 
 
-def _first_text(data: labelled.Labelled, batch: labelled.LabelledBatch, examples: labelled.Examples) -> str:
-    row = int(np.flatnonzero((examples.tokens == batch.tokens[0]).all(-1))[0])
-    return data.texts[row]
-
-
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
-    """{"kernel" [D, n_classes], "bias" [n_classes]}, as the config's init says."""
+    """{"kernel" [D, n_classes], and "bias" [n_classes] where it has one}, as the config's init says."""
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]
 
 
-def predictor(params: Params, cfg: ModelConfig, pooling: classify.Pooling) -> Callable[[Any, Any], np.ndarray]:
-    """(tokens [B, T], lengths [B]) -> probabilities [B, n_classes]."""
-    run = jax.jit(lambda params, t, n: jax.nn.softmax(classify.class_logits(params, t, n, cfg, pooling)))
-    return lambda tokens, lengths: np.asarray(run(params, tokens, lengths))
+def probabilities(
+    params: Params, cfg: ModelConfig, examples: labelled.Examples, pooling: classify.Pooling
+) -> np.ndarray:
+    """[n, n_classes] float32, of each text."""
+    rows = labelled.rows(examples)
+    n = rows.texts.shape[1]
+    run = jax.jit(lambda params, *xs: jax.nn.softmax(classify.class_logits(params, *xs, cfg, pooling, n=n)))
+    size = min(len(rows.tokens), max(1, ROW_TOKENS // rows.tokens.shape[1]))
+    found = [run(params, batch.tokens, batch.segment_ids) for batch in labelled.eval_batches(rows, size)]
+    which = rows.texts[rows.texts >= 0]
+    return np.concatenate(found)[: len(rows.texts)][rows.texts >= 0][np.argsort(which)]
 
 
-def score(result: TrainResult, cfg: ModelConfig, splits: labelled.Splits) -> dict[str, Any]:
+def score(result: TrainResult, splits: labelled.Splits) -> dict[str, Any]:
     """`metrics.report` of the test texts, with baselines that know the training texts only."""
-    about = read_labels(Path(result.run_dir) / "final")
-    test = labelled.encode(splits.test, result.tokenizer, about["max_length"])
-    predict = predictor(result.params, cfg, about["pooling"])
-    rows = [
-        predict(batch.tokens, batch.lengths)[batch.weights > 0]
-        for batch in labelled.eval_batches(test, result.cfg.train.batch_size)
-    ]
-    scores = metrics.report(np.concatenate(rows), test.labels, tuple(about["labels"]))
+    about, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
+    test = labelled.encode(splits.test, result.tokenizer, about["max_length"], about["prompt"])
+    found = probabilities(result.params, cfg, test, about["pooling"])
+    scores = metrics.report(found, test.labels, tuple(about["labels"]))
     scores["majority"] = labelled.majority(splits.train, splits.test)
     scores["naive_bayes"] = labelled.naive_bayes(splits.train, splits.test, result.tokenizer)
     scores["leaked"] = splits.leaked
@@ -211,7 +184,6 @@ def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float
     about, tokenizer = read_labels(Path(folder)), weights.load_tokenizer(folder)
     names = tuple(about["labels"])
     data = labelled.Labelled(texts, np.zeros(len(texts), np.int32), names)
-    examples = labelled.encode(data, tokenizer, about["max_length"])
-    predict = predictor(params, cfg, about["pooling"])
-    rows = predict(examples.tokens, examples.lengths)
-    return [dict(zip(names, map(float, row), strict=True)) for row in rows]
+    examples = labelled.encode(data, tokenizer, about["max_length"], about["prompt"])
+    found = probabilities(params, cfg, examples, about["pooling"])
+    return [dict(zip(names, map(float, row), strict=True)) for row in found]

@@ -37,10 +37,9 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
         for path, leaf in tree.flatten_nodes(params).items()
         if path.split("/")[-1] in ("kernel", "embedding")
     }
-    parts = [part.strip() for part in cfg.targets.split("|")]
-    if idle := [part for part in parts if not any(tree.matches(part, path) for path in matrices)]:
+    if unused := tree.idle(cfg.targets, matrices):
         raise UserError(
-            f"lora.targets: {', '.join(map(repr, idle))} matches no weight; there are {', '.join(matrices)}"
+            f"lora.targets: {', '.join(map(repr, unused))} matches no weight; there are {', '.join(matrices)}"
         )
     chosen = {path: leaf for path, leaf in matrices.items() if tree.matches(cfg.targets, path)}
     if cfg.dora and (tables := [path for path in chosen if path.endswith("/embedding")]):
@@ -114,6 +113,8 @@ def unsplit(adapter: Adapter, start: Adapter) -> Adapter:
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
     """The base's tree with `LoraWeight` at the adapter's paths: what every door and every loss takes as params.
 
+    What is no pair in the adapter, such as a new head ({"cls_head": {"kernel": ..}}), stands there as it is.
+
     Args:
         scales: in the place of `cfg.scale`; [] traced, or [B] with an adapter of `rows`.
 
@@ -121,7 +122,9 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
         UserError: the adapter names a path that the base does not have, or its shapes do not fit.
     """
     leaves = tree.flatten_nodes(params)
-    pairs = _pairs(adapter)
+    pairs = tree.by_parent(adapter)
+    whole = {path: pairs.pop(path) for path in list(pairs) if "a" not in pairs[path]}
+    leaves |= {f"{path}/{name}": leaf for path, own in whole.items() for name, leaf in own.items()}
     problems = [f"{path}: the base has no such weight" for path in pairs if path not in leaves]
     for path, pair in pairs.items():
         if path in leaves:
@@ -192,7 +195,7 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
     Raises:
         UserError: DoRA's lengths, or adapters of embeddings.
     """
-    for path, pair in (item for adapter in adapters for item in _pairs(adapter).items()):
+    for path, pair in (item for adapter in adapters for item in tree.by_parent(adapter).items()):
         if "m" in pair or path.endswith("/embedding"):
             raise UserError(f"{path}: rows of a batch can go through kernels' adapters without DoRA's lengths only")
     ids = jnp.asarray(ids)
@@ -210,9 +213,10 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
     weights = [1.0] * len(adapters) if weights is None else weights
     found: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for path, pair in _pairs(adapter).items():
-            if "m" in pair:
-                raise UserError(f"{path} has DoRA's lengths, which do not add: merge the adapters one after the other")
+        for path, pair in tree.by_parent(adapter).items():
+            if "m" in pair or "a" not in pair:
+                what = "DoRA's lengths" if "m" in pair else "weights of its own"
+                raise UserError(f"{path} has {what}, which do not add: merge the adapters one after the other")
             found.setdefault(path, []).append((pair["a"], pair["b"] * weight))
     return _nest(
         {
@@ -245,16 +249,7 @@ def masked(adapter: Adapter, rank: jax.Array | int) -> Adapter:
         on = jnp.arange(pair["a"].shape[-1]) < rank
         return {**pair, "a": pair["a"] * on, "b": pair["b"] * on[:, None]}
 
-    return _nest({path: cut(pair) for path, pair in _pairs(adapter).items()})
-
-
-def _pairs(adapter: Adapter) -> dict[str, dict[str, jax.Array]]:
-    """{path of the weight: {"a", "b", perhaps "m"}}."""
-    out: dict[str, dict[str, jax.Array]] = {}
-    for path, leaf in tree.flatten(adapter).items():
-        weight, _, name = path.rpartition("/")
-        out.setdefault(weight, {})[name] = leaf
-    return out
+    return _nest({path: cut(pair) for path, pair in tree.by_parent(adapter).items()})
 
 
 def _nest(pairs: dict[str, dict[str, jax.Array]]) -> Adapter:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gptjax.ops.dropout import dropout
 from gptjax.ops.linear import dense, matmul, matmul_transposed, take
 
 
@@ -38,7 +39,7 @@ class LoraWeight:
 @matmul.register
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
-    low = _dropped(leaf, x)
+    low = dropout(x, leaf.rate, leaf.key)
     if leaf.a.ndim == 3:
         return y + _rows_apart(leaf, low)
     add = leaf.scale.astype(y.dtype) * matmul(leaf.b, matmul(leaf.a, low, dtype), dtype)
@@ -81,12 +82,6 @@ def column_norms(leaf: LoraWeight) -> jax.Array:
 
 def _squared_columns(w: jax.Array) -> jax.Array:
     return jnp.square(w.astype(jnp.float32)).sum(-2, keepdims=True)
-
-
-def _dropped(leaf: LoraWeight, x: jax.Array) -> jax.Array:
-    if leaf.key is None or not leaf.rate:
-        return x
-    return jnp.where(jax.random.bernoulli(leaf.key, 1 - leaf.rate, x.shape), x / (1 - leaf.rate), 0).astype(x.dtype)
 
 
 def _rows_apart(leaf: LoraWeight, x: jax.Array) -> jax.Array:

@@ -18,15 +18,15 @@ Pooling = Literal["last", "first", "mean"]
 
 
 def task(cfg: ModelConfig, pooling: Pooling = "last") -> Task:
-    """`cfg.n_classes` classes; a batch has tokens [B, T] int32 with padding on the right, lengths [B] of what is real,
-    labels [B] int32, and weights [B] float32, 0 for rows that only fill up.
+    """`cfg.n_classes` classes; a batch has rows of one or several texts, each a segment: tokens and segment_ids [B, T]
+    int32, text k being segment k + 1; labels [B, K] int32, and weights [B, K] float32, 0 where there is no text k.
 
     The loss is in nats, summed over texts; its metrics hold `accuracy`.
     """
 
     def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        key = key if cfg.dropout else None
-        logits = class_logits(params, batch.tokens, batch.lengths, cfg, pooling, dropout_key=key)
+        key, n = key if cfg.dropout else None, batch.labels.shape[1]
+        logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
         right = (logits.argmax(-1) == batch.labels) * batch.weights
         return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
 
@@ -36,24 +36,27 @@ def task(cfg: ModelConfig, pooling: Pooling = "last") -> Task:
 def class_logits(
     params: Params,
     tokens: jax.Array,
-    lengths: jax.Array,
+    segment_ids: jax.Array,
     cfg: ModelConfig,
     pooling: Pooling = "last",
     *,
+    n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, n_classes] float32, from `params["cls_head"]`. Padding stands on the right and cannot be seen.
+    """[B, n, n_classes] float32 of the texts that are segments 1 to n, from `params["cls_head"]`. None sees another, or
+    padding, which is segment 0.
 
     Args:
-        pooling: the hidden state of the last real token, of the first, or the mean over the real ones.
+        pooling: the hidden state of a text's last token, of its first, or the mean over it.
     """
-    hidden = backbone(params, tokens, cfg, dropout_key=dropout_key)
-    if pooling == "first":
-        pooled = hidden[:, 0]
-    elif pooling == "last":
-        pooled = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
+    hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
+    belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
+    if pooling == "mean":
+        share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32))
     else:
-        real = (jnp.arange(tokens.shape[1]) < lengths[:, None])[..., None]
-        pooled = jnp.where(real, hidden, 0).sum(1) / lengths[:, None]
+        last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)
+        place = last if pooling == "last" else belongs.argmax(-1)
+        pooled = jnp.take_along_axis(hidden, place[..., None], 1)
     head = params["cls_head"]
-    return linear(pooled.astype(jnp.float32), head["kernel"], head["bias"])
+    return linear(pooled.astype(jnp.float32), head["kernel"], head.get("bias"))

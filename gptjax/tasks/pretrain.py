@@ -8,7 +8,7 @@ import jax
 
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import backbone, head_kernel, init_params
-from gptjax.ops.loss import linear_cross_entropy
+from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
 from gptjax.tasks.base import Task
 from gptjax.types import Batch, Mean, Metrics, Params
 
@@ -34,3 +34,9 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
         return mean, {}
 
     return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
+
+
+def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
+    """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
+    hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
+    return linear_log_probs(hidden, head_kernel(params, cfg), batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)

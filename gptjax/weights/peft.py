@@ -34,6 +34,7 @@ from gptjax.weights.rules import Out, Rule, refuse
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_HEAD = f"{_PREFIX}score.weight"  # of transformers' models for sequence classification
 _BASE = "gptjax_base"  # our key in adapter_config.json
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision",
@@ -57,25 +58,30 @@ def export_peft(
     lora: LoraConfig,
     cfg: ModelConfig,
     *,
+    head: Params | None = None,
     base: Params | str | None = None,
     base_name: str | None = None,
 ) -> Path:
     """An adapter as peft loads it onto transformers' model of the same weights.
 
     Args:
+        head: {"kernel" [D, n_classes]} of a classifier by its texts' last tokens, transformers' `score`: a module to
+            save, which peft loads onto the model for sequence classification.
         base: the parameters it was trained on, or their `fingerprint`, which goes with it: `load_peft` compares it.
         base_name: where transformers finds the base.
 
     Raises:
         UserError: the adapter came from `lora.split` (export `lora.unsplit` of it), it has weights that peft or this
-            model's family cannot hold, or the folder is not empty.
+            model's family cannot hold, a head with a bias, or the folder is not empty.
     """
+    if head is not None and np.asarray(head.get("bias", 0)).any():
+        raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
     if lora.init != "lora":
         raise UserError(
             f"an adapter of lora.init={lora.init} goes with other weights than the base's: "
             "export lora.unsplit(adapter, start), with init=lora and twice the rank's alpha"
         )
-    pairs = _pairs(adapter)
+    pairs = tree.by_parent(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapter))
     modules = list(_modules(cfg))
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
@@ -104,6 +110,9 @@ def export_peft(
         "bias": "none",
         "inference_mode": True,
     }
+    if head is not None:
+        tensors[_HEAD] = np.asarray(head["kernel"], np.float32).T
+        body |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     if base is not None:
         body[_BASE] = base if isinstance(base, str) else fingerprint(base)
     folder = Path(folder)
@@ -122,7 +131,8 @@ def load_peft(
 ) -> tuple[Params, LoraConfig]:
     """(adapter, its config) from peft's folder, for `lora.attach` onto the model of `cfg`.
 
-    Layers and ranks that a matrix lacks are zeros; a scale of its own goes into b.
+    Layers and ranks that a matrix lacks are zeros; a scale of its own goes into b. A classifier's `score` comes as
+    cls_head/kernel.
 
     Args:
         base: to compare with the fingerprint of the weights it was trained on, where the folder has one.
@@ -169,12 +179,14 @@ def load_peft(
     refuse(str(folder), problems)
     if not stacks:
         raise UserError(f"{folder}: the adapter is empty")
+    rank = max(pair["a"].shape[-1] for layers in stacks.values() for pair in layers.values())
     leaves = {
         f"{path}/{key}": jnp.asarray(array)
         for path, layers in stacks.items()
         for key, array in _stacked(layers, cfg.n_layer).items()
     }
-    rank = max(leaf.shape[-1] for path, leaf in leaves.items() if path.endswith("/a"))
+    if _HEAD in file.shapes():
+        leaves["cls_head/kernel"] = jnp.asarray(np.asarray(file.array(_HEAD)).astype(np.float32).T)
     config = LoraConfig(
         rank=rank, alpha=lora.scale * rank**power, scaling=lora.scaling, dora=lora.dora, dropout=lora.dropout,
         targets=" | ".join(sorted(stacks)),
@@ -209,14 +221,6 @@ def _modules(cfg: ModelConfig) -> Iterator[_Module]:
 def _suffix(module: str) -> str:
     """What peft's target_modules calls it: the name inside its layer."""
     return re.sub(r"^.*?\.\d+\.", "", module)
-
-
-def _pairs(adapter: Params) -> dict[str, _Pair]:
-    out: dict[str, _Pair] = {}
-    for path, leaf in tree.flatten(adapter).items():
-        weight, _, key = path.rpartition("/")
-        out.setdefault(weight, {})[key] = np.asarray(leaf, np.float32)
-    return out
 
 
 def _joined(module: _Module, pairs: dict[str, _Pair]) -> _Pair:
@@ -293,8 +297,8 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
     for name in list(a.left):  # the rest changes something unless it is off
         if not a.left[name]:
             a.left.pop(name)
-    if "modules_to_save" in a.left:
-        a.problems.append(f"modules_to_save={a.left.pop('modules_to_save')!r:.60}: whole modules are not read here")
+    if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
+        a.problems.append(f"modules_to_save={saved!r:.60}: no whole module but score is read here")
     if rank < 1 or not math.isfinite(alpha):
         a.problems.append(f"r={rank}, lora_alpha={alpha}: expected a rank of at least 1 and a finite alpha")
     for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
@@ -317,6 +321,8 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
     problems: list[str] = []
     sizes = _sizes(modules, cfg)
     for name, shape in file.shapes().items():
+        if name == _HEAD:
+            continue
         module, key = next(
             (
                 (name.removeprefix(_PREFIX).removesuffix(f".{ending}"), key)

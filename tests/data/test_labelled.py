@@ -118,21 +118,45 @@ def test_balanced():
     assert np.bincount(half.labels).tolist() == [5, 5] and half.texts == sorted(half.texts, key=int)
 
 
-def test_batches_are_a_function_of_seed_and_step():
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_are_a_function_of_seed_and_step(packed):
     data = made(10, 2, repeats=1)
     examples = labelled.encode(data, TOK, 6)
-    assert examples.tokens.shape == (10, 6) and examples.lengths.tolist() == [6] * 10 and examples.cut == 0
+    assert [len(ids) for ids in examples.ids] == [6] * 10 and examples.cut == 0
     assert labelled.encode(data, TOK, 5).cut == 10
-    epoch = [labelled.batch(examples, step, batch_size=5, seed=0) for step in range(2)]
+    rows = labelled.rows(examples, packed)
+    epoch = [labelled.batch(rows, step, batch_size=5, seed=0) for step in range(2)]
     seen = np.concatenate([b.tokens for b in epoch])
-    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, examples.tokens.tolist()))
-    again = labelled.batch(examples, 1, batch_size=5, seed=0)
+    assert sorted(map(tuple, seen.tolist())) == sorted(tuple(ids) for ids in examples.ids)
+    again = labelled.batch(rows, 1, batch_size=5, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(epoch[1], again, strict=True))
-    assert not np.array_equal(labelled.batch(examples, 1, batch_size=5, seed=1).tokens, again.tokens)
-    rows = list(labelled.eval_batches(examples, 4))
-    assert [b.weights.tolist() for b in rows] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-    assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in rows]), data.labels)
-    assert labelled.fingerprint(examples) != labelled.fingerprint(labelled.encode(data, TOK, 5))
+    assert not np.array_equal(labelled.batch(rows, 1, batch_size=5, seed=1).tokens, again.tokens)
+    some = list(labelled.eval_batches(rows, 4))
+    assert [b.weights[:, 0].tolist() for b in some] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in some]), data.labels)
+
+
+def test_a_prompt_stands_around_the_text():
+    data = labelled.Labelled(["abcdef", "gh"], np.array([0, 1], np.int32), ("a", "b"))
+    examples = labelled.encode(data, TOK, 9, "<{text}> is:")
+    assert [TOK.decode(ids) for ids in examples.ids] == ["<abc> is:", "<gh> is:"] and examples.cut == 1
+    for prompt in ("no place", "{text} {text}", "{text} and far too much of it"):
+        with pytest.raises(UserError, match="classify.prompt"):
+            labelled.encode(data, TOK, 9, prompt)
+
+
+def test_rows_hold_every_text_once():
+    lengths = [7, 2, 3, 1, 4, 2, 5]
+    ids = [np.arange(10 * i, 10 * i + n, dtype=np.int32) for i, n in enumerate(lengths)]
+    examples = labelled.Examples(ids, np.array([0, 1, 0, 1, 1, 0, 1], np.int32), 0)
+    for packed, shape in ((True, (4, 7)), (False, (7, 7))):
+        rows = labelled.rows(examples, packed)
+        assert rows.tokens.shape == shape and sorted(rows.texts[rows.texts >= 0]) == list(range(7))
+        for row, k in zip(*np.nonzero(rows.texts >= 0), strict=True):
+            i = rows.texts[row, k]
+            assert rows.tokens[row][rows.segment_ids[row] == k + 1].tolist() == ids[i].tolist()
+            assert rows.labels[row, k] == examples.labels[i]
+        assert (rows.segment_ids > 0).sum() == sum(lengths)
 
 
 def test_baselines():

@@ -101,6 +101,15 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
         assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+def test_several_seeds(folder, capsys):
+    assert run(folder, "seeds", "finetune.seeds=2", "train.max_steps=15") == 0
+    assert "95 % interval" in capsys.readouterr().out
+    table = json.loads((folder / "seeds" / "seeds.json").read_text())
+    each = [json.loads((folder / "seeds" / f"seed-{k}" / "test.json").read_text()) for k in (0, 1)]
+    low, high = table["accuracy"]["interval"]
+    assert table["accuracy"]["values"] == [row["accuracy"] for row in each] and low <= each[0]["accuracy"] <= high
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -44,7 +44,12 @@ def test_it_learns_answers_and_writes_them(folder, capsys):
     found = json.loads((folder / "full" / "test.json").read_text())
     assert found["n"] == 9 and found["exact"] >= 0.8
     rows = [json.loads(line) for line in (folder / "full" / "responses.jsonl").read_text().splitlines()]
-    assert rows[0].keys() == {"where", "prompt", "expected", "answer"} and rows[0]["prompt"].startswith("say ")
+    assert rows[0].keys() == {"where", "prompt", "expected", "answer", "nats", "tokens"}
+    assert rows[0]["prompt"].startswith("say ") and rows[0]["tokens"] == 3
+    before = [json.loads(line) for line in (folder / "full" / "responses-before.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in before] == [row["prompt"] for row in rows]
+    assert found["before"]["exact"] < 0.5 and found["win_rate"]["win_rate"] == 1
+    assert found["nats_per_token"] < 0.2 * found["before"]["nats_per_token"]
     losses = [row["val/loss"] for row in read_metrics(folder / "full") if "val/loss" in row]
     assert losses[-1] < 0.2 * losses[0]
     assert run(folder, "full") == 0
@@ -96,8 +101,3 @@ def test_the_skills_hold_out_what_they_ask_about():
 
 def _plain(talk):
     return talk._replace(messages=tuple(tuple(sorted(message.items())) for message in talk.messages))
-
-
-def test_scores():
-    rows = [{"expected": "Two cats", "answer": a} for a in ("Two cats", " Two cats\n", "two  cats.", "three")]
-    assert instruct.scores(rows) == {"n": 4, "exact": 0.5, "normalised": 0.75}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.loss import cross_entropy, linear_cross_entropy, softcap
+from gptjax.ops.loss import cross_entropy, linear_cross_entropy, linear_log_probs, softcap
 
 RNG = np.random.default_rng(0)
 N, D, V = 12, 8, 11
@@ -87,3 +87,23 @@ def test_bfloat16_is_close(chunk):
 def test_what_weighs_nothing_moves_nothing():
     _, (dhidden, _) = evaluate(WEIGHTS, 0.0, chunk=5)
     assert not np.any(np.asarray(dhidden)[WEIGHTS == 0]) and np.any(dhidden, axis=-1)[WEIGHTS > 0].all()
+
+
+@pytest.mark.parametrize("chunk", [None, 5, 12])
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_log_probs_of_every_token(cap, chunk):
+    """Values, and gradients of a function that is no sum over tokens."""
+
+    def whole(h, w):
+        logits = jax.nn.log_softmax(softcap(h @ w, cap))
+        return jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+
+    def in_chunks(h, w):
+        return linear_log_probs(h, w, TARGETS, cap=cap, chunk=chunk)
+
+    np.testing.assert_allclose(in_chunks(HIDDEN, HEAD), whole(HIDDEN, HEAD), rtol=1e-4, atol=1e-5)
+    want, got = (
+        jax.grad(lambda h, w, fn=fn: jnp.square(fn(h, w).sum(-1)).sum(), (0, 1))(HIDDEN, HEAD)
+        for fn in (whole, in_chunks)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)

@@ -66,7 +66,7 @@ def folder(tiny, tmp_path):
     [
         ({"peft_type": "IA3"}, "only LORA is known"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"modules_to_save": ["score"]}, "whole modules are not read here"),
+        ({"modules_to_save": ["lm_head"]}, "no whole module but score"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_something": True}, "use_something=True"),
         ({"r": 5}, "has rank 4, adapter_config.json says 5"),
@@ -198,3 +198,41 @@ def test_peft_loads_what_was_trained_here(name, form, tmp_path):
     want = run(lora.attach(params, state.params, lcfg), cfg)
     np.testing.assert_allclose(logits(torch, theirs, TOKENS), want, atol=1e-4)
     assert np.abs(run(params, cfg) - want).max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_a_classifier_with_its_head(kind, tmp_path):
+    """Both ways: peft's module to save is our head."""
+    torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
+    transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
+    peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
+    from gptjax.tasks.classify import class_logits
+
+    values = (GPT2 if kind == "GPT2" else SIZES) | dict(pad_token_id=0, num_labels=3)
+    config = getattr(transformers, f"{kind}Config")(**values)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    names = ["c_attn", "c_fc"] if kind == "GPT2" else ["q_proj", "up_proj"]
+    made = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=names, fan_in_fan_out=kind == "GPT2")
+    ).eval()
+    with torch.no_grad():
+        for key, p in made.named_parameters():
+            if "lora_" in key:
+                p.add_(0.1 * torch.randn_like(p))
+    made.save_pretrained(tmp_path / "adapter")
+    want = logits(torch, made, TOKENS)
+    params, cfg = gptjax.load(tmp_path / "base")
+    adapter, lcfg = load_peft(tmp_path / "adapter", cfg)
+    both = lora.attach(params, adapter, lcfg)
+    ones = np.ones_like(TOKENS)
+    np.testing.assert_allclose(class_logits(both, TOKENS, ones, cfg)[:, 0], want, atol=1e-4)
+    head = adapter.pop("cls_head")
+    export_peft(tmp_path / "back", adapter, lcfg, cfg, head=head, base=params)
+    fresh = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+    with pytest.raises(UserError, match=r"classify.bias=false"):
+        export_peft(tmp_path / "biased", adapter, lcfg, cfg, head=head | {"bias": jnp.ones(3)})

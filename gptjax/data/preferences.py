@@ -1,0 +1,201 @@
+"""Pairs of answers to one question, of which one is preferred, as rows of one length.
+
+    pairs = read("preferences.jsonl")                 {"prompt": .., "chosen": .., "rejected": ..}
+    rows_ = rows(encode(pairs, tok, context_length=256), 256)
+    batch(rows_, 7, batch_size=4, seed=0)
+
+The two sides of a pair stand side by side in one row, each a segment that sees nothing of the other:
+
+    tokens        a b c a b d   e f g h e f h .       pair 0: "ab" with the answers "cE" or "dE"
+    segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       2 p + 1: chosen of pair p; 2 p + 2: rejected
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.data import instructions, loader, packing, skills
+from gptjax.data.instructions import Conversation, Formats, Style
+from gptjax.tokenizers.base import Tokenizer
+from gptjax.types import UserError
+
+SIDES = ("chosen", "rejected")
+
+
+class Pair(NamedTuple):
+    """The same conversation but for its last answer."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+class EncodedPairs(NamedTuple):
+    """sides[i]: (ids, weights) of chosen and of rejected; weights are 1 on the last answer and its end."""
+
+    sides: list[tuple[tuple[np.ndarray, np.ndarray], ...]]
+    dropped: int  # pairs that did not fit
+
+
+class PairRows(NamedTuple):
+    """As `packing.Rows`, [n, T], and pairs [n, P] int32: which pair stands in a place, -1 for none."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray
+    pairs: np.ndarray
+
+
+class PairBatch(NamedTuple):
+    """tokens, targets, segment_ids [B, T] int32, weights [B, T] float32; present [B, P] float32, 0 where there is no
+    pair; reference [B, P, 2] float32: log-probabilities of chosen and rejected before training, 0 if none are needed.
+    """
+
+    tokens: Any
+    targets: Any
+    weights: Any
+    segment_ids: Any
+    present: Any
+    reference: Any
+
+
+# --- reading
+
+
+def _sides(prompt: str, extra: str = "") -> Any:
+    """Answers that are texts, after a question."""
+
+    def parse(record: dict) -> tuple:
+        user = {"role": "user", "content": record[prompt]}
+        if extra and record.get(extra) not in ("", None):
+            user["input"] = record[extra]
+        if isinstance(record["chosen"], list) or isinstance(record["rejected"], list):
+            return _talks(record)
+        return tuple([(prompt, user), (side, {"role": "assistant", "content": record[side]})] for side in SIDES)
+
+    return parse
+
+
+def _talks(record: dict) -> tuple:
+    """Whole conversations."""
+    return tuple(instructions.turns(side, "role", "content")(record) for side in SIDES)
+
+
+FORMATS: Formats = {
+    ("prompt", *SIDES): ('{"prompt": .., "chosen": .., "rejected": ..}', _sides("prompt")),
+    ("instruction", *SIDES): (
+        '{"instruction": .., "input": .. (optional), "chosen": .., "rejected": ..}',
+        _sides("instruction", "input"),
+    ),
+    SIDES: ('{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}', _talks),
+}
+
+
+def read(source: str) -> list[Pair]:
+    """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+
+    Raises:
+        UserError: as of `instructions.read`; pairs with two questions, or the same answer twice: the first 20.
+    """
+    pairs = [Pair(*sides) for sides in instructions.read_as(source, FORMATS)]
+    problems = []
+    for chosen, rejected in pairs:
+        if chosen.messages[:-1] != rejected.messages[:-1]:
+            problems.append(f"{chosen.where}: chosen and rejected answer different questions")
+        elif chosen.messages[-1] == rejected.messages[-1]:
+            problems.append(f"{chosen.where}: chosen and rejected are the same answer")
+    if problems:
+        raise UserError.all(problems[: instructions.MAX_PROBLEMS])
+    return pairs
+
+
+def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
+    """`skills.skills`, and as the rejected answer that of the next other question of the same skill."""
+    talks = skills.skills(n, seed, held_out)
+    of_skill: dict[str, list[Conversation]] = {}
+    for talk in talks:
+        of_skill.setdefault(talk.where.split(":")[0], []).append(talk)
+    pairs = []
+    for some in of_skill.values():
+        for i, talk in enumerate(some):
+            answers = [other.messages[-1] for other in some[i + 1 :] + some[:i]]
+            if wrong := [answer for answer in answers if answer != talk.messages[-1]]:
+                pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong[0]), talk.where)))
+    return sorted(pairs, key=lambda pair: int(pair.chosen.where.split(":")[1]))
+
+
+# --- rows
+
+
+def encode(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, *, style: Style | None = None, context_length: int
+) -> EncodedPairs:
+    """Both sides of every pair, without those pairs that are too long for a row of both; what is learned is the last
+    answer with its end, whatever was answered before.
+
+    Raises:
+        UserError: as of `instructions.render`; no pair fits.
+    """
+    texts = [getattr(pair, side) for pair in pairs for side in SIDES]
+    both = instructions.encode(texts, tokenizer, style=style, context_length=1 << 30)
+    examples = list(zip(both.rows, map(_last, both.weights), strict=True))
+    sides = [
+        pair
+        for pair in zip(examples[::2], examples[1::2], strict=True)
+        if sum(len(ids) - 1 for ids, _ in pair) <= context_length
+    ]
+    if not sides:
+        raise UserError(f"no pair fits a context of {context_length} tokens: both of its sides stand in one row")
+    return EncodedPairs(sides, len(pairs) - len(sides))
+
+
+def _last(weights: np.ndarray) -> np.ndarray:
+    """Only the last run of ones stays."""
+    start = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]
+    return np.where(np.arange(len(weights)) < start, 0, weights).astype(np.float32)
+
+
+def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
+    """Rows of `context_length` (None: the longest pair): with as many pairs as fit, or with one each, in order."""
+    lengths = np.array([sum(len(ids) - 1 for ids, _ in pair) for pair in encoded.sides])
+    width = context_length or int(lengths.max())
+    places = packing.first_fit(lengths, width) if packed else [(i, 0) for i in range(len(lengths))]
+    held = packing.members(places)
+    out = packing.empty(len(held), width)
+    index = np.full((len(held), max(map(len, held))), -1, np.int32)
+    for row, some in enumerate(held):
+        for p, i in enumerate(some):
+            start, index[row, p] = places[i][1], i
+            for side, (ids, weights) in enumerate(encoded.sides[i]):
+                here = slice(start, start + len(ids) - 1)
+                out.tokens[row, here], out.targets[row, here], out.weights[row, here] = ids[:-1], ids[1:], weights[1:]
+                out.segment_ids[row, here] = 2 * p + 1 + side
+                start = here.stop
+    return PairRows(*out, index)
+
+
+def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
+    """The batch of `step`: every row once an epoch, in a new order each time.
+
+    Args:
+        reference: [pairs, 2], as `PairBatch` has it.
+    """
+    return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed), reference)
+
+
+def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
+    """All rows once, in their order; the last batch is filled up with pairs that do not count."""
+    n = len(rows.tokens)
+    for first in range(0, n, batch_size):
+        index = np.arange(first, first + batch_size)
+        some = _batch(rows, np.minimum(index, n - 1), reference)
+        yield some._replace(present=some.present * (index < n)[:, None])
+
+
+def _batch(rows: PairRows, index: np.ndarray, reference: np.ndarray | None) -> PairBatch:
+    *leaves, pairs = (leaf[index] for leaf in rows)
+    before = np.zeros((*pairs.shape, 2), np.float32) if reference is None else reference[pairs]
+    return PairBatch(*leaves, (pairs >= 0).astype(np.float32), before)

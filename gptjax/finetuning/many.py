@@ -1,0 +1,83 @@
+"""Many adapters of one base in one compiled program, each with its own rate, scale, rank and seed.
+
+many   = Many.of(rates=[1, 3, 10], scales=[2, 2, 1], ranks=[8, 8, 4], seeds=[0, 1, 2])
+states = create(params, many, cfg, tx)                  a TrainState whose leaves have a leading axis of 3
+step   = jax.jit(make_many_step(loss, tx, cfg))
+states, metrics = step(states, many, params, batch)     the base is read by all of them and copied by none
+one    = jax.tree.map(lambda leaf: leaf[1], states.params)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax import lora
+from gptjax.config import LoraConfig
+from gptjax.training.step import Loss, TrainState, make_train_step
+from gptjax.types import Metrics, Params, UserError
+
+
+class Many(NamedTuple):
+    """One entry an adapter, [N] each.
+
+    rates     what the optimizer's updates are multiplied by: of AdamW's rate, and its weight decay's
+    scales    of a b, as `LoraConfig.scale` is
+    ranks     at most the config's: what is beyond stays zero
+    seeds     of the adapter's start, and of its dropout
+    """
+
+    rates: jax.Array
+    scales: jax.Array
+    ranks: jax.Array
+    seeds: jax.Array
+
+    @classmethod
+    def of(cls, *, rates: Sequence[float], scales: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Many:
+        """Raises UserError where the lengths differ."""
+        if len({len(rates), len(scales), len(ranks), len(seeds)}) != 1:
+            raise UserError(
+                f"expected as many rates as scales, ranks and seeds; got {len(rates)}, {len(scales)}, {len(ranks)} "
+                f"and {len(seeds)}"
+            )
+        return cls(jnp.float32(rates), jnp.float32(scales), jnp.int32(ranks), jnp.uint32(seeds))
+
+
+def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransformation) -> TrainState:
+    """States of fresh adapters, leaves [N, ..]; `params` may be shapes."""
+    if most := [rank for rank in many.ranks.tolist() if rank > cfg.rank]:
+        raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the shape that all of them share")
+
+    def one(rank: jax.Array, seed: jax.Array) -> TrainState:
+        start, key = jax.random.split(jax.random.key(seed))
+        return TrainState.create(lora.masked(lora.init(start, params, cfg), rank), tx=_rated(tx, 1.0), key=key)
+
+    return jax.vmap(one)(many.ranks, many.seeds)
+
+
+def make_many_step(
+    loss: Loss, tx: optax.GradientTransformation, cfg: LoraConfig, *, batches: bool = False
+) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
+    """step(states, many, params, batch) -> (states, metrics [N]): what N steps of `make_train_step` would do.
+
+    Args:
+        batches: every leaf of the batch has a leading axis N, a batch for each; otherwise all of them see the same.
+    """
+
+    def one(state: TrainState, own: Many, params: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        def combine(adapter: Any, frozen: Params) -> Params:
+            return lora.attach(frozen, adapter, cfg, scales=own.scales)
+
+        step = make_train_step(lora.with_dropout(loss), _rated(tx, own.rates), combine=combine)
+        state, metrics = step(state.replace(frozen=params), batch)
+        return state.replace(frozen=None), metrics
+
+    return jax.vmap(one, in_axes=(0, 0, None, 0 if batches else None))
+
+
+def _rated(tx: optax.GradientTransformation, rate: Any) -> optax.GradientTransformation:
+    return optax.chain(tx, optax.scale(rate))

@@ -1,0 +1,132 @@
+"""Fine-tuning on preferences: pairs, their log-probabilities before training, run, and what held-out pairs say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import Config, ModelConfig
+from gptjax.data import loader, preferences
+from gptjax.data.preferences import PairRows
+from gptjax.finetuning import base
+from gptjax.tasks import prefer
+from gptjax.training.job import Job
+from gptjax.training.loop import TrainResult, run_job
+from gptjax.training.step import evaluate
+from gptjax.types import Params
+
+RESULTS = "test.json"
+
+
+def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
+    """Train, then score the held-out pairs: loss, how often the chosen answer has the larger reward, by how much."""
+    held: list[Any] = []  # rows and reference of the test pairs: only the base before training can give the latter
+    result = run_job(cfg, lambda cfg, progress: _prepare(cfg, progress, held), log)
+    file = Path(result.run_dir) / RESULTS
+    if not file.exists() and held:
+        rows, reference = held
+        batches = preferences.eval_batches(rows, result.cfg.train.batch_size, reference)
+        mean, metrics = evaluate(jax.jit(_task(result.cfg).loss), result.params, batches)
+        scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
+        file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    if file.exists():
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        (log or print)(
+            f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
+            f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
+        )
+    return result
+
+
+def pairs(cfg: Config) -> base.Thirds:
+    return base.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills)
+
+
+def _task(cfg: Config) -> Any:
+    return prefer.task(cfg.model, cfg.prefer.loss, beta=cfg.prefer.beta, margin=cfg.prefer.margin)
+
+
+def _rows(cfg: Config, part: list[Any], tokenizer: Any, model: ModelConfig) -> tuple[PairRows, int]:
+    """The rows of a part, and how many pairs did not fit."""
+    settings = cfg.prefer
+    width = min(settings.context_length, model.context_length)
+    encoded = preferences.encode(part, tokenizer, style=settings.style, context_length=width)
+    packed = settings.packing == "packed"
+    return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
+
+
+def _prepare(cfg: Config, progress: Any, held: list[Any]) -> tuple[Config, Job]:
+    found = base.base_model(cfg)
+    tokenizer, size = found.tokenizer(), cfg.train.batch_size
+    model = base.model_config(cfg, found.cfg)
+    with progress.phase("preparing the data"):
+        parts_of_data = pairs(cfg)
+        rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
+    train, val, test = rows
+    steps = cfg.train.steps(len(train.tokens), size)
+    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
+    with progress.phase("loading the base"):
+        params = found.params("float32", None)
+    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed))
+    before: list[Any] = [None] * 3
+    if cfg.prefer.loss in prefer.NEEDS_REFERENCE:
+        with progress.phase("scoring the pairs before training"):
+            start = parts.combine(parts.trained, parts.frozen)
+            before = [reference(start, part, model, size) for part in rows]
+    held[:] = [test, before[2]]
+
+    def batch(step: int) -> preferences.PairBatch:
+        return preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0])
+
+    def where(step: int) -> str:
+        return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
+
+    counts = " + ".join(f"{len(part):,}" for part in parts_of_data)
+    lines = [
+        f"data    {cfg.prefer.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
+        f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
+        f"full; {sum(dropped)} pairs do not fit and are left out",
+    ]
+    return cfg, base.job(
+        cfg,
+        parts,
+        model=model,
+        tokenizer=tokenizer,
+        loss=_task(cfg).loss,
+        batch=batch,
+        where=where,
+        eval_batches=lambda first: preferences.eval_batches(val, size, before[1]),
+        tokens_per_step=size * train.tokens.shape[1],
+        data=loader.fingerprint(*train, *val),
+        lines=lines,
+    )
+
+
+def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:
+    """[pairs, 2] float32: log-probabilities of the chosen and the rejected answer of each pair."""
+    scored = jax.jit(lambda params, batch: prefer.log_probs(params, batch, cfg)[0])
+    found = [scored(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
+    here = rows.pairs >= 0
+    out = np.zeros((int(here.sum()), 2), np.float32)
+    out[rows.pairs[here]] = np.concatenate(found)[: len(rows.pairs)][here]
+    return out
+
+
+def plan(cfg: Config) -> list[str]:
+    """What a run would do, for --dry-run."""
+    parts, found = pairs(cfg), base.base_model(cfg)
+    model = base.model_config(cfg, found.cfg)
+    rows, dropped = _rows(cfg, parts.train, found.tokenizer(), model)
+    n, size = len(rows.tokens), cfg.train.batch_size
+    counts = " + ".join(f"{len(part):,}" for part in parts)
+    return [
+        f"data               {counts} pairs to train, validate and test on; {dropped} do not fit",
+        base.plan(cfg, found, model),
+        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
+    ]

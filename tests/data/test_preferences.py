@@ -1,0 +1,108 @@
+"""Pairs of answers: what is read, what is refused, and rows that hold both sides."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gptjax import UserError, tokenizers
+from gptjax.data import preferences
+
+TOK = tokenizers.load("bytes")
+
+
+def saved(tmp_path, records):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def talk(*contents):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, contents, strict=False)]
+
+
+RECORDS = {
+    "prompt": {"prompt": "Hi?", "chosen": "yes", "rejected": "no", "score": 3},
+    "alpaca": {"instruction": "Hi?", "input": "", "output": "x", "chosen": "yes", "rejected": "no"},
+    "messages": {"chosen": talk("Hi?", "yes"), "rejected": talk("Hi?", "no")},
+    "both": {"prompt": "Hi?", "chosen": talk("Hi?", "yes"), "rejected": talk("Hi?", "no")},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_formats(tmp_path, name):
+    (pair,) = preferences.read(saved(tmp_path, [RECORDS[name]]))
+    assert [side.messages[-1]["content"] for side in pair] == ["yes", "no"]
+    assert pair.chosen.messages[:-1] == ({"role": "user", "content": "Hi?"},)
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"prompt": "Hi?", "chosen": "yes"}, "no known format"),
+        ({"prompt": "Hi?", "chosen": "yes", "rejected": " "}, "the response is empty"),
+        ({"prompt": "Hi?", "chosen": "yes", "rejected": "yes"}, "the same answer"),
+        ({"chosen": talk("a", "b"), "rejected": talk("c", "d")}, "different questions"),
+        ({"chosen": talk("a", "b"), "rejected": "d"}, "rejected: expected a list"),
+        ({"prompt": 3, "chosen": "b", "rejected": "d"}, "must be text"),
+    ],
+)
+def test_what_is_refused(tmp_path, record, says):
+    with pytest.raises(UserError, match=says) as error:
+        preferences.read(saved(tmp_path, [RECORDS["prompt"], record]))
+    assert "pairs.jsonl:2" in str(error.value)
+
+
+def encoded(width=1000):
+    talks = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
+    pairs = [
+        preferences.Pair(*(preferences.Conversation(tuple(side), "here") for side in pair)) for pair in [*talks] * 2
+    ]
+    return preferences.encode(pairs, TOK, style="phi3", context_length=width)
+
+
+def test_only_the_last_answer_and_its_end_are_learned():
+    for ids, weights in (side for pair in encoded().sides for side in pair):
+        learned = ids[weights > 0].tolist()
+        assert learned[-1] == TOK.eot_id and TOK.decode(learned[:-1]) in ("de", "f", "i", "jkl")
+
+
+@pytest.mark.parametrize(("width", "packed"), [(None, False), (None, True), (400, True)])
+def test_rows_hold_both_sides_of_every_pair(width, packed):
+    pairs = encoded()
+    rows = preferences.rows(pairs, width, packed)
+    assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
+    assert (len(rows.tokens) < 4) == packed
+    for row, p in zip(*np.nonzero(rows.pairs >= 0), strict=True):
+        for side, (ids, weights) in enumerate(pairs.sides[rows.pairs[row, p]]):
+            here = rows.segment_ids[row] == 2 * p + 1 + side
+            assert rows.tokens[row][here].tolist() == ids[:-1].tolist()
+            assert rows.targets[row][here].tolist() == ids[1:].tolist()
+            assert rows.weights[row][here].tolist() == weights[1:].tolist()
+    outside = rows.segment_ids == 0
+    assert not rows.weights[outside].any()
+
+
+def test_pairs_that_do_not_fit_are_counted():
+    some = encoded(60)
+    assert some.dropped == 2 and len(some.sides) == 2
+    with pytest.raises(UserError, match="no pair fits"):
+        encoded(8)
+
+
+def test_batches_bring_the_reference_of_their_pairs():
+    rows = preferences.rows(encoded(), None, False)
+    before = np.arange(8, dtype=np.float32).reshape(4, 2)
+    some = [preferences.batch(rows, step, batch_size=2, seed=1, reference=before) for step in range(2)]
+    assert sorted(np.concatenate([b.reference[:, 0, 0] for b in some]).tolist()) == [0, 2, 4, 6]
+    *_, last = preferences.eval_batches(rows, 3, before)
+    assert last.present.tolist() == [[1], [0], [0]] and last.reference[0, 0].tolist() == [6, 7]
+
+
+def test_pairs_of_skills():
+    pairs = preferences.of_skills(60, seed=0)
+    assert len(pairs) >= 58 and pairs == preferences.of_skills(60, seed=0)
+    for chosen, rejected in pairs:
+        assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-1] != rejected.messages[-1]
+    asked = {pair.chosen.messages[0]["content"] for pair in preferences.of_skills(60, seed=0, held_out=True)}
+    assert not asked & {pair.chosen.messages[0]["content"] for pair in pairs}

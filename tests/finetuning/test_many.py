@@ -1,0 +1,76 @@
+"""Many adapters in one program do what each would do alone."""
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import lora, tree
+from gptjax.finetuning.many import Many, create, make_many_step
+from gptjax.optim import make_optimizer
+from gptjax.tasks import pretrain
+from gptjax.types import Batch
+
+LORA = gptjax.LoraConfig(rank=4, dropout=0.1)
+MANY = dict(rates=[1.0, 3.0, 0.3, 1.0], scales=[2.0, 0.5, 2.0, 1.0], ranks=[4, 2, 1, 4], seeds=[0, 1, 2, 0])
+STEPS, N = 4, 4
+EPS = 1e-4  # Adam would make a step of full size of a gradient that is rounding error
+
+
+def batch(step, seed=0):
+    tokens = np.random.default_rng([step, seed]).integers(0, 17, (2, 9)).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:])
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("llama")
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["the same batch", "a batch for each"])
+def test_one_program_is_a_loop(model, apart):
+    """Against the same functions by hand: a rate in the optimizer, a scale in the config, a rank of that shape."""
+    cfg, params = model
+    tx, loss = make_optimizer(gptjax.OptimConfig(lr=1e-2, eps=EPS), STEPS), pretrain.task(cfg).loss
+    many = Many.of(**MANY)
+    states = create(params, many, LORA, tx)
+    step = jax.jit(make_many_step(loss, tx, LORA, batches=apart))
+    for i in range(STEPS):
+        given = jax.tree.map(lambda *x: np.stack(x), *(batch(i, n) for n in range(N))) if apart else batch(i)
+        states, metrics = step(states, many, params, given)
+    for n in range(N):
+        start, key = jax.random.split(jax.random.key(MANY["seeds"][n]))
+        settings = gptjax.LoraConfig(rank=4, dropout=0.1, alpha=MANY["scales"][n], scaling="alpha")
+        own = make_optimizer(gptjax.OptimConfig(lr=1e-2 * MANY["rates"][n], eps=EPS), STEPS)
+        adapter = lora.masked(lora.init(start, params, settings), MANY["ranks"][n])
+        alone = jax.jit(
+            gptjax.make_train_step(
+                lora.with_dropout(loss), own, combine=lambda a, base, settings=settings: lora.attach(base, a, settings)
+            )
+        )
+        state = gptjax.TrainState.create(adapter, frozen=params, tx=own, key=key)
+        for i in range(STEPS):
+            state, one = alone(state, batch(i, n if apart else 0))
+        np.testing.assert_allclose(metrics["loss"][n], one["loss"], rtol=1e-5)
+        for path, leaf in tree.flatten(state.params).items():
+            np.testing.assert_allclose(tree.flatten(states.params)[path][n], leaf, atol=1e-5, err_msg=path)
+    a = states.params["blocks"]["attn"]["q"]["kernel"]["a"]
+    assert not a[1, ..., 2:].any() and a[1, ..., :2].any()
+
+
+def test_the_base_is_not_copied(model):
+    cfg, params = model
+    tx = make_optimizer(gptjax.OptimConfig(), STEPS)
+    states = create(params, Many.of(**MANY), LORA, tx)
+    assert states.frozen is None
+    step = make_many_step(pretrain.task(cfg).loss, tx, LORA)
+    text = jax.jit(step).lower(states, Many.of(**MANY), params, batch(0)).as_text()
+    shape = "x".join(map(str, params["wte"]["embedding"].shape))
+    assert f"tensor<{shape}xf32>" in text and f"tensor<{N}x{shape}xf32>" not in text
+
+
+def test_mistakes(model):
+    with pytest.raises(gptjax.UserError, match="as many rates as scales"):
+        Many.of(**(MANY | {"seeds": [0]}))
+    with pytest.raises(gptjax.UserError, match="larger than lora.rank"):
+        create(model[1], Many.of(**(MANY | {"ranks": [1, 2, 9, 1]})), LORA, make_optimizer(gptjax.OptimConfig(), 2))

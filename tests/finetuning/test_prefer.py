@@ -1,0 +1,58 @@
+"""`gptjax finetune prefer` from pairs to a model that prefers, on a tiny base."""
+
+import json
+import math
+
+import jax
+import pytest
+
+import gptjax
+from gptjax.__main__ import main
+from gptjax.training.run_dir import read_metrics
+
+BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=128, vocab_size=257)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefer")
+    params = gptjax.init_params(jax.random.key(0), BASE)
+    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
+    rows = [{"prompt": f"say {x}", "chosen": x * 2, "rejected": "no"} for x in "abcdefgh"] * 5
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(folder, name, *more):
+    return main(
+        [
+            "finetune", "prefer", "prefer.style=phi3", f"prefer.source={folder / 'pairs.jsonl'}",
+            f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "optim.warmup_steps=0",
+            "train.epochs=null", "train.max_steps=20", "train.eval_every=10", "train.checkpoint_every=10",
+            "train.batch_size=4", "optim.lr=3e-3", "prefer.context_length=128", "lora.rank=4", *more,
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_it_learns_to_prefer(folder, capsys, loss):
+    assert run(folder, loss, f"prefer.loss={loss}") == 0
+    out = capsys.readouterr().out
+    first, *_, last = [row for row in read_metrics(folder / loss) if "val/loss" in row]
+    if loss == "dpo":
+        assert math.isclose(first["val/loss"], math.log(2), abs_tol=1e-5)
+        assert math.isclose(first["val/margin"], 0, abs_tol=1e-5)
+    assert last["val/loss"] < first["val/loss"] and last["val/margin"] > first["val/margin"]
+    found = json.loads((folder / loss / "test.json").read_text())
+    assert found["pairs"] == 4 and found["accuracy"] == 1 and "held-out pairs" in out
+    assert run(folder, loss, f"prefer.loss={loss}") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_dry_run_and_mistakes(folder, capsys):
+    assert run(folder, "none", "--dry-run") == 0
+    assert "34 + 2 + 4 pairs" in capsys.readouterr().out and not (folder / "none").exists()
+    assert run(folder, "none", "prefer.loss=dop") == 2
+    assert "dpo" in capsys.readouterr().err
+    assert run(folder, "none", "prefer.beta=0") == 2
+    assert "prefer.beta" in capsys.readouterr().err
