@@ -241,6 +241,7 @@ def job(
         tokens_per_step=tokens_per_step,
         flops_per_token=parts.flops_per_token,
         identity={"base": parts.fingerprint, "data": data},
+        source=f"finetune.base={cfg.finetune.base} or {cfg.task}.source={getattr(cfg, cfg.task).source}",
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
         write=write,
     )

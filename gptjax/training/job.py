@@ -26,7 +26,7 @@ class Job(NamedTuple):
     combine           (trained, frozen) -> the params that the loss reads
     optimizer         of what is trained
     tokens_per_step   for rates; flops_per_token: of a training step, for MFU
-    identity          name -> hash of what a checkpoint belongs to
+    identity          name -> hash of what a checkpoint belongs to; source: the settings that name it
     describe          number of trained parameters -> lines about data and model, said before the first step
     more_of_loss      validation loss -> what follows from it, by name
     sample            params -> texts the model writes; None: none
@@ -44,6 +44,7 @@ class Job(NamedTuple):
     tokens_per_step: int
     flops_per_token: float
     identity: dict[str, str]
+    source: str
     describe: Callable[[int], list[str]]
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     start: Any = None

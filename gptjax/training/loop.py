@@ -460,9 +460,9 @@ class _Trainer:
         bad = [name for name, value in here.items() if meta["identity"].get(name) != value]
         if bad:
             raise UserError(
-                f"{self.run.path} was trained with another {' and another '.join(bad)}: the files behind "
-                f"data.source={','.join(self.cfg.data.source)} or tokenizer.name={self.cfg.tokenizer.name} "
-                "have changed\n  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+                f"{self.run.path} was trained with another {' and another '.join(bad)}: what is behind "
+                f"{self.job.source} has changed\n"
+                "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
             )
 
     def _go_on(self, found: Any) -> None:
@@ -519,7 +519,7 @@ class _Trainer:
         return {
             "step": self.step,
             "val/loss": counters.val_loss,
-            "val/perplexity": _finite(_exp(counters.val_loss)),
+            **{f"val/{name}": _finite(value) for name, value in self.job.more_of_loss(counters.val_loss).items()},
             "parameters": self.n_params,
             "tokens": self.step * self.job.tokens_per_step,
             "best/step": counters.best_step,
@@ -618,6 +618,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
             "training data": ready.train.fingerprint,
             "validation data": val.fingerprint,
         },
+        source=f"data.source={','.join(cfg.data.source)} or tokenizer.name={cfg.tokenizer.name}",
         describe=describe,
         write=write,
         more_of_loss=more_of_loss,

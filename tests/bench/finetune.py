@@ -169,10 +169,11 @@ def main() -> None:
             run = subprocess.run(
                 [sys.executable, __file__, "--cell", name], check=True, stdout=subprocess.PIPE, text=True
             )
-            results[name].append(json.loads(run.stdout.splitlines()[-1]))
+            results[name].append(found := json.loads(run.stdout.splitlines()[-1]))
+            print(f"  {name:13} {found['tokens_per_s']:7.0f} tok/s {found['rss_mib']:7.0f} MiB", flush=True)
     for name, rows in results.items():
         rate, rss = (statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "rss_mib"))
-        line = f"{name:12} {rate:7.0f} tok/s {rss:7.0f} MiB"
+        line = f"{name:15} {rate:7.0f} tok/s {rss:7.0f} MiB"
         if "peft-124M" in results and name != "peft-124M":
             peers = results["peft-124M"]
             ratios = [r["tokens_per_s"] / p["tokens_per_s"] for r, p in zip(rows, peers, strict=True)]
