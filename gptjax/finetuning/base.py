@@ -93,8 +93,9 @@ def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: j
     Raises:
         UserError: a pattern that matches nothing; what the adapter's config asks for and the weights cannot.
     """
-    facts = tree.size(params | heads), flops_per_token(model, params), weights.fingerprint(params)
-    return Parts(*_apart(cfg, params, heads, model, key, facts[-1])[:5], *facts)
+    n_params, flops, own = tree.size(params | heads), flops_per_token(model, params), weights.fingerprint(params)
+    apart = _apart(cfg, params, heads, model, key, own)
+    return apart._replace(n_params=n_params, flops_per_token=flops, fingerprint=own)
 
 
 def _apart(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str) -> Parts:

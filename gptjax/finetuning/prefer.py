@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -29,18 +31,19 @@ def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     held: list[Any] = []  # rows and reference of the test pairs: only the base before training can give the latter
     result = run_job(cfg, lambda cfg, progress: _prepare(cfg, progress, held), log)
     file = Path(result.run_dir) / RESULTS
-    if not file.exists() and held:
+    if not file.exists():
+        if not held:  # it ended before it was scored
+            _prepare(result.cfg, SimpleNamespace(phase=lambda name: nullcontext()), held)
         rows, reference = held
         batches = preferences.eval_batches(rows, result.cfg.train.batch_size, reference)
         mean, metrics = evaluate(jax.jit(_task(result.cfg).loss), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
         file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    if file.exists():
-        scores = json.loads(file.read_text(encoding="utf-8"))
-        (log or print)(
-            f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
-            f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
-        )
+    scores = json.loads(file.read_text(encoding="utf-8"))
+    (log or print)(
+        f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
+        f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
+    )
     return result
 
 

@@ -45,8 +45,11 @@ def test_it_learns_to_prefer(folder, capsys, loss):
     assert last["val/loss"] < first["val/loss"] and last["val/margin"] > first["val/margin"]
     found = json.loads((folder / loss / "test.json").read_text())
     assert found["pairs"] == 4 and found["accuracy"] == 1 and "held-out pairs" in out
+    (folder / loss / "test.json").rename(folder / "before.json")  # killed before it was written
     assert run(folder, loss, f"prefer.loss={loss}") == 0
     assert "is finished" in capsys.readouterr().out
+    again = json.loads((folder / loss / "test.json").read_text())
+    assert again == pytest.approx(json.loads((folder / "before.json").read_text()), abs=1e-4)
 
 
 def test_dry_run_and_mistakes(folder, capsys):
