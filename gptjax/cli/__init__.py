@@ -41,6 +41,12 @@ VERBS: dict[str, Verb] = {
         'gptjax classify RUN "TEXT" ["TEXT" ...]',
         ('gptjax classify runs/classify "You have won a prize, call now"',),
     ),
+    "compare": Verb(
+        "gptjax.cli.compare",
+        "the answers of instruction-tuned runs, in numbers and side by side",
+        "gptjax compare RUN [RUN ...] [out=TABLE.md]",
+        ("gptjax compare runs/instruct", "gptjax compare runs/lora runs/full out=answers.md"),
+    ),
     "sample": Verb(
         "gptjax.cli.sample",
         "let a trained model write",

@@ -2,31 +2,106 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from gptjax.data import records
 from gptjax.types import UserError
 
-Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens
+Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps constraints
+MAX_PROBLEMS = 20
+
+
+def _is_json(text: str) -> bool:
+    return not isinstance(records.loads(text.strip()), UserError)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+# What can be checked of an answer without judging it, after IFEval (arXiv:2311.07911, table 3):
+# kind -> (the kind of its value, (answer, value) -> whether it holds)
+CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
+    "min_words": (int, lambda text, n: len(text.split()) >= n),
+    "max_words": (int, lambda text, n: len(text.split()) <= n),
+    "min_sentences": (int, lambda text, n: _count(r"[.!?](?=\s|$)", text) >= n),
+    "max_sentences": (int, lambda text, n: _count(r"[.!?](?=\s|$)", text) <= n),
+    "paragraphs": (int, lambda text, n: _count(r"\S[^\n]*", re.sub(r"\n(?!\n)", " ", text)) == n),
+    "bullets": (int, lambda text, n: _count(r"(?m)^\s*[*-] ", text) == n),
+    "contains": (str, lambda text, word: word.casefold() in text.casefold()),
+    "excludes": (str, lambda text, word: word.casefold() not in text.casefold()),
+    "starts_with": (str, lambda text, start: text.strip().startswith(start)),
+    "ends_with": (str, lambda text, end: text.strip().endswith(end)),
+    "lowercase": (bool, lambda text, yes: (text == text.lower()) == yes),
+    "uppercase": (bool, lambda text, yes: (text == text.upper()) == yes),
+    "json": (bool, lambda text, yes: _is_json(text) == yes),
+    "commas": (bool, lambda text, yes: ("," in text) == yes),
+}
+
+
+def check_constraints(constraints: Sequence[Any], where: str) -> list[str]:
+    """What is wrong with them; each is {"kind": .., "value": ..}."""
+    problems = []
+    for one in constraints:
+        kind = one.get("kind") if isinstance(one, dict) else None
+        if kind not in CONSTRAINTS:
+            problems.append(f"{where}: no constraint {one!r:.60}; kinds are {', '.join(CONSTRAINTS)}")
+        elif type(one.get("value")) is not CONSTRAINTS[kind][0]:
+            problems.append(f"{where}: {kind} needs a value of type {CONSTRAINTS[kind][0].__name__}, got {one!r:.60}")
+    return problems
+
+
+def held(answer: str, constraint: dict[str, Any]) -> bool:
+    return CONSTRAINTS[constraint["kind"]][1](answer, constraint["value"])
+
+
+def read(path: str) -> list[Row]:
+    """The rows of a responses.jsonl.
+
+    Raises:
+        UserError: no such file, or lines that are no answers: the first 20.
+    """
+    rows, problems = [], []
+    for where, row in records.read(path):
+        if isinstance(row, UserError):
+            problems.append(f"{where}: {row}")
+        elif lacking := [key for key in ("where", "prompt", "expected", "answer") if not isinstance(row.get(key), str)]:
+            problems.append(f"{where}: no text {', '.join(lacking)}")
+        else:
+            problems += check_constraints(row.get("constraints", []), where)
+            rows.append(row)
+    if problems:
+        raise UserError.all(problems[:MAX_PROBLEMS])
+    if not rows:
+        raise UserError(f"{path}: no answers")
+    return rows
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
     """Means over rows: exact, but for blanks around; normalised, but for case, blanks and a full stop at the end;
-    token_f1 (arXiv:1606.05250, 4.1, articles kept); and nats_per_token of the expected answers."""
+    token_f1 (arXiv:1606.05250, 4.1, articles kept); and where rows have them: nats_per_token of the expected answers,
+    constraints, the share of them that holds, and all_constraints, of the rows where all do."""
 
     def plain(text: str) -> str:
         return " ".join(text.casefold().split()).rstrip(".")
 
     n = len(rows)
-    return {
+    found = {
         "n": n,
         "exact": sum(row["answer"].strip() == row["expected"].strip() for row in rows) / n,
         "normalised": sum(plain(row["answer"]) == plain(row["expected"]) for row in rows) / n,
         "token_f1": sum(token_f1(row["answer"], row["expected"]) for row in rows) / n,
-        "nats_per_token": sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows),
     }
+    if all("nats" in row for row in rows):
+        found["nats_per_token"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
+    if checked := [[held(row["answer"], one) for one in row["constraints"]] for row in rows if row.get("constraints")]:
+        found["constraints"] = sum(map(sum, checked)) / sum(map(len, checked))
+        found["all_constraints"] = sum(map(all, checked)) / len(checked)
+    return found
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -51,3 +126,23 @@ def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     if not both:
         raise UserError("the two runs answered no question in common: the same data and fractions are needed")
     return {"n": len(both), "win_rate": sum((a < b) + (a == b) / 2 for a, b in both) / len(both)}
+
+
+def side_by_side(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> str:
+    """A Markdown table: a question a row, its expected answer, and each run's, in bold where exact."""
+
+    def cell(text: str) -> str:
+        return text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+    def answer(row: Row | None) -> str:
+        if row is None:
+            return ""
+        text = cell(row["answer"])
+        return f"**{text}**" if text and row["answer"].strip() == row["expected"].strip() else text
+
+    others = [{(row["where"], row["prompt"]): row for row in rows} for rows in runs]
+    lines = [["question", "expected", *map(cell, names)], ["---"] * (2 + len(names))]
+    for row in runs[0]:
+        key = row["where"], row["prompt"]
+        lines.append([cell(row["prompt"]), cell(row["expected"]), *(answer(own.get(key)) for own in others)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

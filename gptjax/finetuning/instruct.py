@@ -17,12 +17,12 @@ from gptjax.config import Config
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation
 from gptjax.finetuning import base
-from gptjax.finetuning.answers import scores, win_rate
+from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.generation import for_decoding, generate
 from gptjax.tasks import pretrain
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
-from gptjax.types import Batch
+from gptjax.types import Batch, UserError
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 SAY_EVERY_S = 8.0
@@ -74,7 +74,10 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config) -> base.Thirds:
-    return base.thirds(cfg.instruct, cfg.seed, instructions.read, skills.skills)
+    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, skills.skills)
+    if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
+        raise UserError.all(problems[:MAX_PROBLEMS])
+    return parts
 
 
 def _prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:

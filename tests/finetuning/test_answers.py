@@ -1,9 +1,12 @@
 """What answers are worth."""
 
+import json
+
 import pytest
 
 from gptjax import UserError
-from gptjax.finetuning.answers import scores, token_f1, win_rate
+from gptjax.__main__ import main
+from gptjax.finetuning.answers import check_constraints, held, read, scores, side_by_side, token_f1, win_rate
 
 
 def rows(*answers, nats=1.0):
@@ -32,3 +35,68 @@ def test_win_rate():
     assert win_rate(one, two)["win_rate"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no question in common"):
         win_rate(one, [row | {"where": "elsewhere"} for row in two])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "yes", "no"),
+    [
+        ("min_words", 2, "two words", "one"),
+        ("max_words", 2, "two words", "these are three"),
+        ("min_sentences", 2, "One. Two!", "One."),
+        ("max_sentences", 1, "Pi is 3.14.", "One. Two."),
+        ("paragraphs", 2, "one\nstill one\n\ntwo", "one\ntwo"),
+        ("bullets", 2, "* a\n- b", "* a"),
+        ("contains", "Cat", "a cat", "a dog"),
+        ("excludes", "cat", "a dog", "a Cat"),
+        ("starts_with", "Dear", " Dear you", "Oh dear"),
+        ("ends_with", "Bye.", "And Bye. ", "Bye. And"),
+        ("lowercase", True, "abc", "Abc"),
+        ("uppercase", True, "ABC", "Abc"),
+        ("json", True, ' {"a": 1}', "{'a': 1}"),
+        ("commas", False, "one two", "one, two"),
+    ],
+)
+def test_constraints(kind, value, yes, no):
+    one = {"kind": kind, "value": value}
+    assert held(yes, one) and not held(no, one) and not check_constraints([one], "here")
+    assert check_constraints([one | {"value": [value]}], "a.jsonl:3")[0].startswith(f"a.jsonl:3: {kind} needs a value")
+
+
+def test_shares_of_constraints():
+    some = rows("one two", "one")
+    for row in some:
+        row["constraints"] = [{"kind": "min_words", "value": 2}, {"kind": "lowercase", "value": True}]
+    found = scores(some)
+    assert found["constraints"] == 0.75 and found["all_constraints"] == 0.5
+    assert "no constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
+
+
+def test_compare(tmp_path, capsys):
+    for name, answers, nats in (("one", ("Two cats", "a|b\nc"), 2.0), ("two", ("no", "Two cats"), 1.0)):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows(*answers, nats=nats))
+        (tmp_path / name / "responses.jsonl").write_text(text)
+    one, two, out = (str(tmp_path / name) for name in ("one", "two", "table.md"))
+    assert main(["compare", one, two, f"out={out}"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split()[1:] == ["2", "0.500", "0.500", "0.500", "1.000"] and table[2].split()[-1] == "1.000"
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == "| p | Two cats | **Two cats** | no |" and "a\\|b<br>c" in lines[3]
+    assert side_by_side(["x"], [rows("a")]).count("\n") == 3
+    assert main(["compare", one, f"out={out}"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: no text answer"),
+        ('{"where": \n', "x.jsonl:1: not whole JSON"),
+        ("", "no answers"),
+    ],
+)
+def test_files_that_are_no_answers(tmp_path, text, says):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read(str(tmp_path / "x.jsonl"))
+    assert main(["compare", str(tmp_path)]) == 2
