@@ -86,11 +86,12 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         "gptjax.cli.data",
-        "prepare token files, look at documents and batches",
-        "gptjax data prepare|inspect [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
+        "prepare token files, look at batches, find repetitions and secrets",
+        "gptjax data prepare|inspect [PRESET or CONFIG.yaml] [a.b=c ...] | check FILE [FILE ...] [model=MODEL]",
         (
             "gptjax data prepare shakespeare-char",
             "gptjax data inspect data.source=my-folder/ tokenizer.name=gpt2",
+            "gptjax data check train.jsonl test.jsonl model=smollm2-135m-instruct out=report.json",
         ),
     ),
     "presets": Verb(

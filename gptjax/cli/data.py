@@ -1,6 +1,9 @@
-"""`gptjax data prepare | inspect`: text to token files, and a look at what the model will read."""
+"""`gptjax data prepare | inspect | check`: text to token files, and a look at what the model will read."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, report
@@ -8,13 +11,17 @@ from gptjax.config import Config
 from gptjax.config_io import did_you_mean
 from gptjax.types import UserError
 
-ACTIONS = ("prepare", "inspect")
+ACTIONS = ("prepare", "inspect", "check")
+CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
+SHOWN = 5  # findings of a kind
 
 
 def run(args: list[str]) -> int:
     action, *rest = args or [""]
     if action not in ACTIONS:
-        raise UserError(f"data {action}: expected {' or '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
+        raise UserError(f"data {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
+    if action == "check":
+        return check(rest)
     parsed = options.parse(rest, words=1)
     cfg, provenance = options.configure(parsed, DEFAULT)
     if options.show_only(parsed, cfg, provenance, report):
@@ -29,7 +36,9 @@ def run(args: list[str]) -> int:
 
 
 def more_help() -> str:
-    return f"Without a preset it is {DEFAULT}.\n\n{options.settings_help(['tokenizer', 'data'])}"
+    return (
+        f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}.\n\n{options.settings_help(['tokenizer', 'data'])}"
+    )
 
 
 def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
@@ -51,3 +60,68 @@ def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
         weight = 1.0 if batch.weights is None else float(batch.weights[0, t])
         rows.append(f"  {a:>6} {show([a])!r:<12} -> {b:>6} {show([b])!r:<12}{'' if weight else ' not counted'}")
     return rows
+
+
+def check(args: list[str]) -> int:
+    """Repetitions, secrets and outliers of files, each file a part of one data set: findings are no errors."""
+    given = dict(arg.split("=", 1) for arg in args if "=" in arg)
+    files = [arg for arg in args if "=" not in arg]
+    known = ("field", "threshold", "near", "model", "out")
+    if unknown := [key for key in given if key not in known]:
+        raise UserError(f"data check: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+    if not files:
+        raise UserError(f"expected: {CHECK}")
+    threshold = _threshold(given)
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None and out.exists():
+        raise UserError(f"out={out} exists already: name a new file")
+    from gptjax.data import check as of
+
+    options.note("reading")
+    texts = [of.records_of(file, given.get("field")) for file in dict.fromkeys(files)]
+    losses = None
+    if "model" in given:
+        from gptjax import weights
+        from gptjax.finetuning.score import losses as score
+
+        model = weights.open_model(given["model"])
+        every = [text for file in texts for _, text in file.found]
+        losses = score(model.params("float32", None), model.cfg, model.tokenizer(), every, options.note)
+    report = of.check(texts, threshold=threshold, losses=losses)
+    print("\n".join(_report(report)))
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"all of it in {out}")
+    return 0
+
+
+def _threshold(given: dict[str, str]) -> float | None:
+    if given.get("near", "true") not in ("true", "false"):
+        raise UserError(f"near: expected true or false, got {given['near']!r}")
+    try:
+        threshold = float(given.get("threshold", 0.8))
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold: expected a number above 0 and at most 1, got {given['threshold']!r}")
+    return threshold if given.get("near", "true") == "true" else None
+
+
+def _report(report: dict) -> list[str]:
+    lines = [
+        f"{row['file']}: {row['records']:,} records, {row['characters']:,} characters, {row['bytes']:,} bytes, "
+        f"sha256 {row['sha256'][:16]}..."
+        for row in report["files"]
+    ]
+    for kind, title in (("exact", "groups of equal texts"), ("near", "pairs of nearly equal texts")):
+        rows = report[kind]
+        lines.append(f"{len(rows):,} {title}, {sum(row['across'] for row in rows):,} of them across files")
+        lines += [f"  {', '.join(row['where'][:4])}: {row['text']!r}" for row in rows[:SHOWN]]
+    lines.append(f"{len(report['sensitive']):,} secrets and personal data by pattern")
+    lines += [f"  {row['where']}: {row['kind']} {row['hidden']}" for row in report["sensitive"][:SHOWN]]
+    if "outliers" in report:
+        lines.append(f"{len(report['outliers']):,} texts of unusual loss")
+        lines += [
+            f"  {row['where']}: {row['loss']:.2f} nats a token: {row['text']!r}" for row in report["outliers"][:SHOWN]
+        ]
+    return lines

@@ -97,7 +97,7 @@ def read(
     Raises:
         UserError: broken rows, empty texts, unknown labels (the first 20), columns that are not there, one class only.
     """
-    rows = _tsv(source, quoted) if source.lower().endswith(".tsv") else records.read(source)
+    rows = tsv(source, quoted) if source.lower().endswith(".tsv") else records.read(source)
     texts, found, problems = [], [], []
     for where, row in rows:
         if len(problems) >= MAX_PROBLEMS:
@@ -149,7 +149,7 @@ def _name(label: str | int) -> str:
     return str(label).strip()
 
 
-def _tsv(source: str, quoted: bool) -> Iterator[tuple[str, dict | UserError]]:
+def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, dict | UserError]]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{source}: no such file")
