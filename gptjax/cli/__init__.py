@@ -44,8 +44,11 @@ VERBS: dict[str, Verb] = {
     "compare": Verb(
         "gptjax.cli.compare",
         "the answers of instruction-tuned runs, in numbers and side by side",
-        "gptjax compare RUN [RUN ...] [out=TABLE.md]",
-        ("gptjax compare runs/instruct", "gptjax compare runs/lora runs/full out=answers.md"),
+        "gptjax compare RUN [RUN ...] [out=TABLE.md] [judge=URL judge_model=NAME]",
+        (
+            "gptjax compare runs/lora runs/full out=answers.md",
+            "gptjax compare runs/instruct judge=http://localhost:11434/v1 judge_model=llama3",
+        ),
     ),
     "sample": Verb(
         "gptjax.cli.sample",

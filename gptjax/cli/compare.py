@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gptjax.cli.options import note
 from gptjax.types import UserError
 
 COLUMNS = {
     "n": "answers", "exact": "exact", "normalised": "but case", "token_f1": "token F1",
     "nats_per_token": "loss a token", "constraints": "constraints", "all_constraints": "all of them",
-    "win_rate": "likelier",
+    "judge": "judge", "win_rate": "likelier",
 }  # fmt: skip
+SETTINGS = ("out", "judge", "judge_model")
+USAGE = "expected: gptjax compare RUN [RUN ...] [out=TABLE.md] [judge=URL judge_model=NAME]"
 
 
 def run(args: list[str]) -> int:
-    sources = [arg for arg in args if not arg.startswith("out=")]
-    out = next((Path(arg.removeprefix("out=")) for arg in args if arg.startswith("out=")), None)
+    settings = {
+        name: value for name, is_set, value in (arg.partition("=") for arg in args) if name in SETTINGS and is_set
+    }
+    sources = [arg for arg in args if "=" not in arg or arg.partition("=")[0] not in settings]
+    out = Path(settings["out"]) if "out" in settings else None
     if not sources or any(arg.startswith("-") for arg in sources):
-        raise UserError("expected: gptjax compare RUN [RUN ...] [out=TABLE.md]")
+        raise UserError(USAGE)
+    if bool(settings.get("judge")) != bool(settings.get("judge_model")):
+        raise UserError(f"judge=URL and judge_model=NAME go together; {USAGE}")
     if out is not None and out.exists():
         raise UserError(f"out={out} exists already: name a new file")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {out.parent}")
     from gptjax.finetuning.answers import read, scores, side_by_side, win_rate
+    from gptjax.finetuning.judge import judge
 
     runs = [read(str(_file(source))) for source in sources]
     found = []
@@ -29,6 +40,10 @@ def run(args: list[str]) -> int:
         if i and "nats_per_token" in own and "nats_per_token" in found[0]:
             own["win_rate"] = win_rate(rows, runs[0])["win_rate"]
         found.append(own)
+    for own, rows in zip(found, runs if settings.get("judge") else (), strict=False):  # last, as it may cost money
+        given = judge(rows, settings["judge"], settings["judge_model"], log=note)
+        if numbers := [score for score in given if score is not None]:
+            own["judge"] = sum(numbers) / len(numbers)
     keys = [key for key in COLUMNS if any(key in own for own in found)]
     width = max(map(len, sources))
     print(" " * width, *(f"{COLUMNS[key]:>12}" for key in keys))
@@ -44,7 +59,10 @@ def run(args: list[str]) -> int:
 def more_help() -> str:
     return (
         "RUN is the run directory of gptjax finetune instruct, or a .jsonl file of answers such as its\n"
-        "responses-before.jsonl. likelier: how often the expected answer has a larger probability than in the first."
+        "responses-before.jsonl. likelier: how often the expected answer has a larger probability than in the first.\n"
+        "judge: the mean score, 0 to 100, that the model judge_model gives at judge=URL, any server of OpenAI's chat\n"
+        "completions such as http://localhost:11434/v1; prompts and answers are sent there, with the key in\n"
+        "OPENAI_API_KEY if that is set."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax.data import records
+from gptjax.finetuning.metrics import interval
 from gptjax.types import UserError
 
 Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps constraints
@@ -43,12 +45,14 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 }
 
 
-def check_constraints(constraints: Sequence[Any], where: str) -> list[str]:
-    """What is wrong with them; each is {"kind": .., "value": ..}."""
+def check_constraints(constraints: Any, where: str) -> list[str]:
+    """What is wrong with them; a list of {"kind": .., "value": ..}."""
+    if not isinstance(constraints, list | tuple):
+        return [f"{where}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []
     for one in constraints:
         kind = one.get("kind") if isinstance(one, dict) else None
-        if kind not in CONSTRAINTS:
+        if not isinstance(kind, str) or kind not in CONSTRAINTS:
             problems.append(f"{where}: no constraint {one!r:.60}; kinds are {', '.join(CONSTRAINTS)}")
         elif type(one.get("value")) is not CONSTRAINTS[kind][0]:
             problems.append(f"{where}: {kind} needs a value of type {CONSTRAINTS[kind][0].__name__}, got {one!r:.60}")
@@ -72,7 +76,7 @@ def read(path: str) -> list[Row]:
         elif lacking := [key for key in ("where", "prompt", "expected", "answer") if not isinstance(row.get(key), str)]:
             problems.append(f"{where}: no text {', '.join(lacking)}")
         else:
-            problems += check_constraints(row.get("constraints", []), where)
+            problems += check_constraints(row.get("constraints", []), where) + _check_loss(row, where)
             rows.append(row)
     if problems:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -81,10 +85,21 @@ def read(path: str) -> list[Row]:
     return rows
 
 
+def _check_loss(row: Row, where: str) -> list[str]:
+    """nats and tokens: both or neither, as older files have neither."""
+    if "nats" not in row and "tokens" not in row:
+        return []
+    nats, tokens = row.get("nats"), row.get("tokens")
+    good = type(nats) in (int, float) and 0 <= nats < math.inf and type(tokens) is int and tokens > 0
+    wrong = f"{where}: expected nats of at least 0 and a whole number of tokens, got {nats!r:.30} and {tokens!r:.30}"
+    return [] if good else [wrong]
+
+
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
     """Means over rows: exact, but for blanks around; normalised, but for case, blanks and a full stop at the end;
     token_f1 (arXiv:1606.05250, 4.1, articles kept); and where rows have them: nats_per_token of the expected answers,
-    constraints, the share of them that holds, and all_constraints, of the rows where all do."""
+    constraints, the share of them that holds, and all_constraints, of the rows where all do. Each share has its 95 %
+    interval as NAME_interval."""
 
     def plain(text: str) -> str:
         return " ".join(text.casefold().split()).rstrip(".")
@@ -92,16 +107,21 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     n = len(rows)
     found = {
         "n": n,
-        "exact": sum(row["answer"].strip() == row["expected"].strip() for row in rows) / n,
-        "normalised": sum(plain(row["answer"]) == plain(row["expected"]) for row in rows) / n,
+        **_share("exact", [row["answer"].strip() == row["expected"].strip() for row in rows]),
+        **_share("normalised", [plain(row["answer"]) == plain(row["expected"]) for row in rows]),
         "token_f1": sum(token_f1(row["answer"], row["expected"]) for row in rows) / n,
     }
     if all("nats" in row for row in rows):
         found["nats_per_token"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
     if checked := [[held(row["answer"], one) for one in row["constraints"]] for row in rows if row.get("constraints")]:
-        found["constraints"] = sum(map(sum, checked)) / sum(map(len, checked))
-        found["all_constraints"] = sum(map(all, checked)) / len(checked)
+        found |= _share("constraints", [holds for row in checked for holds in row])
+        found |= _share("all_constraints", [all(row) for row in checked])
     return found
+
+
+def _share(name: str, wins: Sequence[float]) -> dict[str, Any]:
+    """{name: their mean, name_interval: Wilson's}; half a win counts half."""
+    return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -119,13 +139,15 @@ def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     """How often the expected answer is likelier in `rows` than in `others`; a tie is half a win.
 
     Raises:
-        UserError: no question is in both.
+        UserError: no question is in both, or one of them has no nats.
     """
+    if not all("nats" in row for row in (*rows, *others)):
+        raise UserError("no win rate: answers without nats, from an older gptjax finetune instruct: run it again")
     theirs = {(row["where"], row["prompt"]): row["nats"] for row in others}
     both = [(row["nats"], theirs[key]) for row in rows if (key := (row["where"], row["prompt"])) in theirs]
     if not both:
         raise UserError("the two runs answered no question in common: the same data and fractions are needed")
-    return {"n": len(both), "win_rate": sum((a < b) + (a == b) / 2 for a, b in both) / len(both)}
+    return {"n": len(both), **_share("win_rate", [(a < b) + (a == b) / 2 for a, b in both])}
 
 
 def side_by_side(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> str:

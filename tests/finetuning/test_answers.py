@@ -18,6 +18,8 @@ def rows(*answers, nats=1.0):
 
 def test_scores():
     found = scores(rows("Two cats", " Two cats\n", "two  cats.", "three"))
+    assert found.pop("exact_interval") == pytest.approx([0.15, 0.85], abs=1e-3)  # Wilson, 2 of 4
+    assert found.pop("normalised_interval")[1] < 1
     assert found == {"n": 4, "exact": 0.5, "normalised": 0.75, "token_f1": 0.75, "nats_per_token": 0.5}
 
 
@@ -30,7 +32,11 @@ def test_token_f1(answer, f1):
 
 def test_win_rate():
     one, two = rows("x", "x", "x"), rows("x", "x", "x", nats=2.0)
-    assert win_rate(one, two) == {"n": 3, "win_rate": 1} and win_rate(one, one)["win_rate"] == 0.5
+    found = win_rate(one, two)
+    assert (found["n"], found["win_rate"]) == (3, 1) and found["win_rate_interval"][0] < 0.5
+    assert win_rate(one, one)["win_rate"] == 0.5
+    with pytest.raises(UserError, match="without nats"):
+        win_rate(one, [{k: v for k, v in row.items() if k != "nats"} for row in one])
     two[0]["nats"] = 0.5
     assert win_rate(one, two)["win_rate"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no question in common"):
@@ -68,6 +74,7 @@ def test_shares_of_constraints():
         row["constraints"] = [{"kind": "min_words", "value": 2}, {"kind": "lowercase", "value": True}]
     found = scores(some)
     assert found["constraints"] == 0.75 and found["all_constraints"] == 0.5
+    assert 0 < found["all_constraints_interval"][0] < 0.5
     assert "no constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
 
 
@@ -85,6 +92,21 @@ def test_compare(tmp_path, capsys):
     assert side_by_side(["x"], [rows("a")]).count("\n") == 3
     assert main(["compare", one, f"out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"constraints": 3}, {"constraints": None}, {"constraints": [{"kind": ["json"], "value": True}]},
+        {"nats": "1", "tokens": 1}, {"nats": 1.0}, {"tokens": 1}, {"nats": 1.0, "tokens": 0},
+        {"nats": 1.0, "tokens": True}, {"nats": -1.0, "tokens": 1},
+    ],
+)  # fmt: skip
+def test_broken_numbers_and_constraints_are_named(tmp_path, more):
+    row = {"where": "a", "prompt": "b", "expected": "c", "answer": "d"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | more) + "\n")
+    with pytest.raises(UserError, match="x.jsonl:2: "):
+        read(str(tmp_path / "x.jsonl"))
 
 
 @pytest.mark.parametrize(
