@@ -283,7 +283,7 @@ class InstructConfig:
     context_length: int = 512  # tokens of a row; examples that do not fit are dropped and counted
     val_fraction: float = 0.05  # the end of the source
     test_fraction: float = 0.1  # before it
-    examples: int = 2000  # of the synthetic skills
+    examples: int = 2000  # questions of the synthetic skills
     compare: bool = True  # the base answers what was held out too
 
 

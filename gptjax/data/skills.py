@@ -1,6 +1,6 @@
 """Small synthetic tasks with exact answers: the instruction data of a run that names none.
 
-    skills(4, seed=0)                   user: "Which letter does the word lamp begin with?"   assistant: "l"
+    skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
     skills(4, seed=0, held_out=True)    the same tasks about words, sums and measures that training never shows
 
 Every word, every pair of numbers and every measure belongs to one of the two sides by its hash, whatever the seed.
@@ -9,6 +9,7 @@ Every word, every pair of numbers and every measure belongs to one of the two si
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -117,22 +118,6 @@ SKILLS: dict[str, Skill] = {
         _of_word(str.upper),
         ("Write {word} in capital letters.", "Turn the word {word} into uppercase.", "What is {word} in all caps?"),
     ),
-    "first_letter": Skill(
-        _of_word(lambda word: word[0]),
-        (
-            "What is the first letter of {word}?",
-            "Which letter does the word {word} begin with?",
-            "Give the first letter of the word {word}.",
-        ),
-    ),
-    "last_letter": Skill(
-        _of_word(lambda word: word[-1]),
-        (
-            "What is the last letter of {word}?",
-            "Which letter does the word {word} end with?",
-            "Give the last letter of the word {word}.",
-        ),
-    ),
     "spell": Skill(
         _of_word(" ".join),
         (
@@ -194,17 +179,20 @@ SKILLS: dict[str, Skill] = {
 }
 
 
-def skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
+def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
     """n questions with their answers, as many of each skill as of any other (give or take one).
 
-    `where` names the skill: "plural:17" is question 17. A question comes twice only where few others are left.
+    `where` names the skills: "plural:17" is question 17. A question comes twice only where few others are left.
+
+    Args:
+        turns: the most that a conversation asks, one after the other; every number from 1 on is as likely.
     """
     if n < 1:
         raise UserError(f"skills: expected at least 1 example, got {n}")
-    rng = random.Random(f"{seed} {held_out}")
+    rng, lengths = random.Random(f"{seed} {held_out}"), random.Random(f"{seed} turns")
     words = [word for word in WORDS if is_held_out(word) == held_out]
     names, asked = list(SKILLS), set()
-    found = []
+    turned = []
     for i in range(n):
         name = names[i % len(names)]
         for _ in range(ATTEMPTS):
@@ -213,7 +201,11 @@ def skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
                 break
         asked.add(question)
         messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        found.append(Conversation(messages, f"{name}:{i + 1}"))
+        turned.append(Conversation(messages, f"{name}:{i + 1}"))
+    found, left = [], iter(turned)
+    while some := list(itertools.islice(left, lengths.randint(1, turns))):
+        messages = tuple(message for one in some for message in one.messages)
+        found.append(Conversation(messages, " ".join(one.where for one in some)))
     return found
 
 

@@ -26,6 +26,7 @@ from gptjax.types import Batch, UserError
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 SAY_EVERY_S = 8.0
+TURNS = 8  # of a synthetic conversation to train on, at most
 CHUNK = 256  # tokens whose logits are alive at once, where the head is not trained
 
 
@@ -74,10 +75,15 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config) -> base.Thirds:
-    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, skills.skills)
+    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, _skills)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return parts
+
+
+def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
+    """In training several questions a conversation: what a chat template says before the first is read once."""
+    return skills.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
 def _prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
