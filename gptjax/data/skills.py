@@ -4,6 +4,7 @@
     skills(4, seed=0, held_out=True)    the same tasks about words, sums and measures that training never shows
 
 Every word, every pair of numbers and every measure belongs to one of the two sides by its hash, whatever the seed.
+Letters are given one by one: how a word that is one token is spelled, a small model does not learn from other words.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from gptjax.data.instructions import Conversation
 from gptjax.types import UserError
 
 HELD_OUT = 5  # one of so many
-ATTEMPTS = 20  # to find a question that was not asked yet
+ATTEMPTS = 100  # to find a question that was not asked yet
 VOWELS = "aeiou"
+LETTERS = 5  # to count, at most
+LARGEST = 12  # number to add or subtract
 
 # Nouns of 3 to 8 letters whose plural follows the rule; none that a question uses, such as "letter".
 NOUNS = """
@@ -75,7 +78,7 @@ def plural(noun: str) -> str:
 def _of_word(answer: Callable[[str], str]) -> Callable[[random.Random, list[str]], Task]:
     def make(rng: random.Random, words: list[str]) -> Task:
         word = rng.choice(words)
-        return Task({"word": word, "letters": " ".join(word)}, answer(word))
+        return Task({"word": word, "letters": " ".join(word), "hyphens": "-".join(word)}, answer(word))
 
     return make
 
@@ -88,21 +91,24 @@ def _of_list(answer: Callable[[list[str]], str], least: int, most: int) -> Calla
     return make
 
 
+def _count(rng: random.Random, words: list[str]) -> Task:
+    word = rng.choice([word for word in words if len(word) <= LETTERS])
+    return Task({"letters": " ".join(word)}, str(len(word)))
+
+
 def _sort(rng: random.Random, words: list[str]) -> Task:
-    """Three words that differ in their first letters."""
-    some = rng.sample(words, 3)
-    while len({word[0] for word in some}) < 3:
-        some = rng.sample(words, 3)
-    return Task({"list": ", ".join(some)}, ", ".join(sorted(some)))
+    some = rng.sample(range(1, 100), 3)
+    key = ", ".join(map(str, sorted(some)))
+    return Task({"list": ", ".join(map(str, some))}, key, key)
 
 
 def _add(rng: random.Random, words: list[str]) -> Task:
-    a, b = rng.randint(1, 20), rng.randint(1, 20)
+    a, b = rng.randint(1, LARGEST), rng.randint(1, LARGEST)
     return Task({"a": str(a), "b": str(b)}, str(a + b), f"{min(a, b)} + {max(a, b)}")
 
 
 def _subtract(rng: random.Random, words: list[str]) -> Task:
-    a = rng.randint(2, 20)
+    a = rng.randint(2, LARGEST)
     b = rng.randint(1, a - 1)
     return Task({"a": str(a), "b": str(b)}, str(a - b), f"{a} - {b}")
 
@@ -115,15 +121,15 @@ def _convert(rng: random.Random, words: list[str]) -> Task:
 
 SKILLS: dict[str, Skill] = {
     "uppercase": Skill(
-        _of_word(str.upper),
-        ("Write {word} in capital letters.", "Turn the word {word} into uppercase.", "What is {word} in all caps?"),
+        _of_word(lambda word: " ".join(word.upper())),
+        ("Write {letters} in capital letters.", "Turn {letters} into uppercase.", "What is {letters} in all caps?"),
     ),
     "spell": Skill(
         _of_word(" ".join),
         (
-            "Spell the word {word}.",
-            "How is {word} spelled? Put a space between the letters.",
-            "Write the letters of {word} one by one.",
+            "Spell {hyphens} with spaces.",
+            "Write {hyphens} with a space in place of each hyphen.",
+            "Take the hyphens out of {hyphens} and leave spaces.",
         ),
     ),
     "reverse": Skill(
@@ -135,7 +141,7 @@ SKILLS: dict[str, Skill] = {
         ),
     ),
     "count_letters": Skill(
-        _of_word(lambda word: str(len(word))),
+        _count,
         (
             "How many letters are in {letters}?",
             "Count these letters: {letters}",
@@ -149,9 +155,9 @@ SKILLS: dict[str, Skill] = {
     "sort": Skill(
         _sort,
         (
-            "Sort these words alphabetically: {list}",
-            "Put {list} in alphabetical order.",
-            "Write these words from A to Z: {list}",
+            "Sort these numbers: {list}",
+            "Put {list} in order.",
+            "Write these numbers from the smallest to the largest: {list}",
         ),
     ),
     "first_word": Skill(

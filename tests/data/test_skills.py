@@ -27,6 +27,10 @@ def spaced(question):
     return re.search(r"\b([a-z](?: [a-z]){2,})\b", question)[1]
 
 
+def hyphened(question):
+    return re.search(r"\b[a-z](?:-[a-z]){2,}\b", question)[0]
+
+
 def numbers(question):
     return [int(n) for n in re.findall(r"\d+", question)]
 
@@ -52,12 +56,12 @@ def the_list(question):
 
 
 ANSWERS = {  # read from the question alone
-    "uppercase": lambda q: the_word(q).upper(),
-    "spell": lambda q: " ".join(the_word(q)),
+    "uppercase": lambda q: spaced(q).upper(),
+    "spell": lambda q: hyphened(q).replace("-", " "),
     "reverse": lambda q: spaced(q)[::-1],
     "count_letters": lambda q: str(len(spaced(q).split())),
     "plural": lambda q: plural(the_word(q)),
-    "sort": lambda q: ", ".join(sorted(the_list(q))),
+    "sort": lambda q: ", ".join(map(str, sorted(numbers(q)))),
     "first_word": lambda q: the_list(q)[0],
     "last_word": lambda q: the_list(q)[-1],
     "add": lambda q: str(sum(numbers(q))),
@@ -95,9 +99,13 @@ def keys(talk):
         return {"{} - {}".format(*sorted(numbers(question), reverse=True))}
     if name == "convert":
         return {re.search(r"\d+ \w+", question)[0]}
-    if name in ("reverse", "count_letters"):
+    if name == "sort":
+        return {", ".join(map(str, sorted(numbers(question))))}
+    if name == "spell":
+        return {hyphened(question).replace("-", "")}
+    if name in ("uppercase", "reverse", "count_letters"):
         return {spaced(question).replace(" ", "")}
-    if name in ("sort", "first_word", "last_word"):
+    if name in ("first_word", "last_word"):
         return set(the_list(question))
     return {the_word(question)}
 
@@ -116,8 +124,8 @@ def test_the_same_everywhere():
 
 
 FIRST = [
-    ("uppercase", "Turn the word painter into uppercase.", "PAINTER"),
-    ("spell", "How is crown spelled? Put a space between the letters.", "c r o w n"),
+    ("uppercase", "Turn p a i n t e r into uppercase.", "P A I N T E R"),
+    ("spell", "Write c-r-o-w-n with a space in place of each hyphen.", "c r o w n"),
     ("reverse", "What is g i r l backwards?", "l r i g"),
 ]
 
