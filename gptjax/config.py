@@ -250,6 +250,7 @@ class FinetuneConfig:
     trainable: str = "lora"  # an adapter; all; or patterns of paths, joined by |
     quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base under an adapter
     seeds: int = 1  # runs with seed, seed + 1, ..; each in a folder of its own, and their mean
+    together: Optional[bool] = None  # adapters of all seeds in one program; None: not on a CPU, which gains nothing
 
 
 @dataclass(frozen=True)
@@ -806,6 +807,11 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("finetune.quantize", "finetune.trainable"),
             f"finetune.quantize={cfg.finetune.quantize} needs finetune.trainable=lora: quantised weights do not move",
+        )
+    if cfg.finetune.together and cfg.finetune.trainable != "lora":
+        yield (
+            ("finetune.together", "finetune.trainable"),
+            "finetune.together=true needs finetune.trainable=lora: adapters share one base, other weights do not",
         )
     for name in ("classify", "instruct", "prefer"):
         val, test = getattr(cfg, name).val_fraction, getattr(cfg, name).test_fraction

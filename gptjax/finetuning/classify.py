@@ -28,8 +28,12 @@ ROW_TOKENS = 2048  # about so many are scored at once
 
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train, then score the test texts: accuracy with its interval, F1, confusion, calibration, beside baselines."""
-    result = run_job(cfg, lambda cfg, progress: _prepare(cfg, progress), log)
+    """Train, then `finish`."""
+    return finish(run_job(cfg, prepare, log), log or print)
+
+
+def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
+    """Score the test texts: accuracy with its interval, F1, confusion, calibration, beside baselines."""
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
         scores = score(result, _data(result.cfg))
@@ -38,7 +42,7 @@ def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
 
         draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
     for line in summary(json.loads(file.read_text(encoding="utf-8"))):
-        (log or print)(line)
+        say(line)
     return result
 
 
@@ -46,7 +50,10 @@ def _data(cfg: Config) -> labelled.Splits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
-    data = labelled.read(settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels)
+    quoted = settings.split == "book"  # as pandas reads it
+    data = labelled.read(
+        settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
+    )
     if settings.balance and settings.split != "book":  # which balances by itself
         data = labelled.balanced(data, cfg.seed)
     fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
@@ -59,7 +66,7 @@ def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelC
     return base.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
 
 
-def _prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
+def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     with progress.phase("preparing the data"):
         splits = _data(cfg)
     found = base.base_model(cfg)

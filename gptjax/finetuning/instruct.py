@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,32 @@ from gptjax.generation import for_decoding, generate
 from gptjax.tasks import pretrain
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
+from gptjax.training.progress import Progress
 from gptjax.types import Batch, UserError
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
-SAY_EVERY_S = 8.0
 TURNS = 8  # of a synthetic conversation to train on, at most
 CHUNK = 256  # tokens whose logits are alive at once, where the head is not trained
 
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train, then answer what was held out: responses.jsonl, and the share of exact answers."""
-    result = run_job(cfg, _prepare, log)
-    say, folder = log or print, Path(result.run_dir)
+    """Train, then `finish`."""
+    return finish(run_job(cfg, prepare, log), log or print)
+
+
+def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
+    """Answer what was held out: responses.jsonl, and the share of exact answers."""
+    folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test, (params, _) = conversations(result.cfg).test, weights.load(folder / "final")  # of plain arrays
-        rows = _answer(folder / RESPONSES, params, result, test, say)
-        found = scores(rows)
-        if result.cfg.instruct.compare:
-            del params
-            base_params = base.base_model(result.cfg).params("float32", None)
-            before = _answer(folder / BEFORE, base_params, result, test, say)
-            found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
+        with Progress(log=say) as progress:
+            rows = _answer(folder / RESPONSES, params, result, test, progress)
+            found = scores(rows)
+            if result.cfg.instruct.compare:
+                del params
+                base_params = base.base_model(result.cfg).params("float32", None)
+                before = _answer(folder / BEFORE, base_params, result, test, progress)
+                found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
         (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     for line in summary(found):
@@ -51,8 +56,8 @@ def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     return result
 
 
-def _answer(file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], say: Callable) -> list[dict]:
-    rows = answers(params, result.cfg, result.tokenizer, talks, say)
+def _answer(file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Any) -> list[dict]:
+    rows = answers(params, result.cfg, result.tokenizer, talks, progress)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return rows
 
@@ -86,7 +91,7 @@ def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     return skills.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
-def _prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
+def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     found = base.base_model(cfg)
     tokenizer, instruct = found.tokenizer(), cfg.instruct
     model = base.model_config(cfg, found.cfg)
@@ -150,7 +155,7 @@ def plan(cfg: Config) -> list[str]:
 
 
 def answers(
-    params: Any, cfg: Config, tokenizer: Any, talks: Sequence[Conversation], say: Callable[[str], None] | None = None
+    params: Any, cfg: Config, tokenizer: Any, talks: Sequence[Conversation], progress: Any = None
 ) -> list[dict[str, Any]]:
     """The model's greedy answer to each conversation's last question, beside the one expected and its loss.
 
@@ -158,24 +163,23 @@ def answers(
         One a conversation: where, prompt, expected, answer; nats, -log p of the expected answer with its end, and
         tokens, their number; constraints, where the record has them.
     """
-    decoding, rows, told = for_decoding(params, cfg.model), [], time.monotonic()
+    decoding, rows = for_decoding(params, cfg.model), []
     rendered = instructions.render_all(talks, tokenizer, cfg.instruct.style)
     log_probs = jax.jit(lambda params, batch: pretrain.token_log_probs(params, batch, cfg.model))
-    for first in range(0, len(talks), cfg.sample.batch_size):
-        some = rendered[first : first + cfg.sample.batch_size]
+    size = cfg.sample.batch_size
+    for first in range(0, len(talks), size):
+        some = rendered[first : first + size]
         prompts = [[i for piece in talk[:-1] for i in piece.ids] for talk in some]
-        new = generate(
-            decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
-            stop=sorted({talk[-1].ids[-1] for talk in some}),
-        )  # fmt: skip
-        batch = _to_score(prompts, [talk[-1].ids for talk in some], cfg.sample.batch_size)
-        nats = -(log_probs(params, batch) * batch.weights).sum(-1)
+        with progress.phase(f"answering, {len(rows)} of {len(talks)}") if progress else nullcontext():
+            new = generate(
+                decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
+                stop=sorted({talk[-1].ids[-1] for talk in some}),
+            )  # fmt: skip
+            batch = _to_score(prompts, [talk[-1].ids for talk in some], size)
+            nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))
         for talk, ids, loss, learned in zip(talks[first:], new, nats, some, strict=False):
             score = {"nats": float(loss), "tokens": len(learned[-1].ids)}
             rows.append(_row(talk, tokenizer.decode(ids)) | score)
-        if say and time.monotonic() - told > SAY_EVERY_S:
-            told = time.monotonic()
-            say(f"... {len(rows)} of {len(talks)} answers")
     return rows
 
 

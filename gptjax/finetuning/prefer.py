@@ -27,20 +27,29 @@ RESULTS = "test.json"
 
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train, then score the held-out pairs: loss, how often the chosen answer has the larger reward, by how much."""
-    held: list[Any] = []  # rows and reference of the test pairs: only the base before training can give the latter
-    result = run_job(cfg, lambda cfg, progress: _prepare(cfg, progress, held), log)
+    """Train, then `finish`."""
+    held: list[Any] = []
+    return finish(run_job(cfg, lambda cfg, progress: prepare(cfg, progress, held), log), log or print, held)
+
+
+def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | None = None) -> TrainResult:
+    """Score the held-out pairs: loss, how often the chosen answer has the larger reward, by how much.
+
+    Args:
+        held: rows and reference of the test pairs, which only the base before training can give; None: made again.
+    """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
-        if not held:  # it ended before it was scored
-            _prepare(result.cfg, SimpleNamespace(phase=lambda name: nullcontext()), held)
+        if not held:
+            held = []
+            prepare(result.cfg, SimpleNamespace(phase=lambda name: nullcontext()), held)
         rows, reference = held
         batches = preferences.eval_batches(rows, result.cfg.train.batch_size, reference)
         mean, metrics = evaluate(jax.jit(_task(result.cfg).loss), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
         file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     scores = json.loads(file.read_text(encoding="utf-8"))
-    (log or print)(
+    say(
         f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
         f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
     )
@@ -64,7 +73,7 @@ def _rows(cfg: Config, part: list[Any], tokenizer: Any, model: ModelConfig) -> t
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
 
 
-def _prepare(cfg: Config, progress: Any, held: list[Any]) -> tuple[Config, Job]:
+def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[Config, Job]:
     found = base.base_model(cfg)
     tokenizer, size = found.tokenizer(), cfg.train.batch_size
     model = base.model_config(cfg, found.cfg)
@@ -82,7 +91,8 @@ def _prepare(cfg: Config, progress: Any, held: list[Any]) -> tuple[Config, Job]:
         with progress.phase("scoring the pairs before training"):
             start = parts.combine(parts.trained, parts.frozen)
             before = [reference(start, part, model, size) for part in rows]
-    held[:] = [test, before[2]]
+    if held is not None:
+        held[:] = [test, before[2]]
 
     def batch(step: int) -> preferences.PairBatch:
         return preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0])

@@ -78,17 +78,13 @@ def run_job(
         return done
     use_compile_cache()
     keep_buffers()
-    with Progress(_no_file, log, run.touch) as progress:
+    with Progress(log=log, alive=run.touch) as progress:
         cfg, job = prepare(cfg, progress)
     steps_per_call(cfg, 0)
     with run.locked():
         run.check(cfg)
         with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
             return _Trainer(cfg, run, job, progress, signals).train()
-
-
-def _no_file(line: str) -> None:
-    pass
 
 
 def _resolve(cfg: Config, ready: Any) -> Config:

@@ -34,9 +34,14 @@ class Progress:
         alive: called about once a second.
     """
 
-    def __init__(self, write: Callable[[str], None], log: Callable[[str], None] | None, alive: Callable[[], None]):
+    def __init__(
+        self,
+        write: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ):
         self._write, self._log, self._alive = write, log, alive
-        self._phase, self._since, self._spoke = "", time.monotonic(), time.monotonic()
+        self._phase, self._since, self._spoke, self._told = "", time.monotonic(), time.monotonic(), 0.0
         self._bar: Any = None
         self._task: Any = None
         self._rich = log is None and sys.stdout.isatty()
@@ -68,7 +73,8 @@ class Progress:
         """Where the training stands: the bar on a terminal, a line every few seconds elsewhere."""
         if self._rich:
             self._show_bar(step, total, line)
-        elif time.monotonic() - self._spoke >= LINE_EVERY_S:
+        elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
+            self._told = now  # not the last sign of life: a slow run would never come to say how it goes
             self.say(line)
 
     @contextmanager

@@ -1,5 +1,6 @@
 """The command line's frame: help, versions, typos, exit codes, pipes."""
 
+import os
 import subprocess
 import sys
 
@@ -74,3 +75,31 @@ def test_a_full_disk_is_no_bug(monkeypatch, capsys):
     monkeypatch.setattr(presets, "run", full)
     assert main(["presets"]) == 2
     assert "runs/x/metrics.jsonl: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "tunables", "verb", "starts"),
+    [
+        ("always [madvise] never", "", "pretrain", "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.check=1", "finetune", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "pretrain", None),  # somebody has chosen
+        ("[always] madvise never", "", "pretrain", None),
+        ("always [madvise] never", "", "presets", None),
+        (None, "", "pretrain", None),
+    ],
+)
+def test_training_starts_again_with_huge_pages_where_linux_gives_them_on_request(
+    setting, tunables, verb, starts, monkeypatch, tmp_path
+):
+    from gptjax import __main__ as entry
+
+    if setting:
+        (tmp_path / "enabled").write_text(setting)
+    monkeypatch.setattr(entry, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    monkeypatch.setattr(sys, "argv", ["gptjax", verb, "--help"])
+    started = []
+    monkeypatch.setattr(entry.os, "execv", lambda *args: started.append(args))
+    assert main() == 0
+    assert os.environ["GLIBC_TUNABLES"] == (starts or tunables)
+    assert [args[1] for args in started] == ([[sys.executable, *sys.orig_argv[1:]]] if starts else [])

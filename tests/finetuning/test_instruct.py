@@ -32,7 +32,8 @@ def run(folder, name, *more):
             f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "optim.warmup_steps=0",
             "train.epochs=null", "train.max_steps=120", "train.eval_every=60",
             "train.checkpoint_every=60", "train.batch_size=4", "optim.lr=1e-2", "instruct.context_length=96",
-            "finetune.trainable=all", "sample.max_new_tokens=6", *more,
+            "finetune.trainable=all", "sample.max_new_tokens=6", "instruct.val_fraction=0.05",
+            "instruct.test_fraction=0.1", *more,
         ]
     )  # fmt: skip
 

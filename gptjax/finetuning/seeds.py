@@ -1,0 +1,175 @@
+"""One fine-tuning with several seeds: run after run, or all of them in one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gptjax import config, weights
+from gptjax.config import Config
+from gptjax.training.job import Job
+from gptjax.training.loop import TrainResult, run_job
+from gptjax.types import Mean, Metrics
+
+Prepare = Callable[[Config, Any], tuple[Config, Job]]
+
+
+def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
+    """A folder for each seed, then seeds.json: of every score of the test part the mean and a 95 % t interval.
+
+    Args:
+        task: a module with `run`, `prepare` and `finish`.
+    """
+    from scipy import stats
+
+    folder = Path(cfg.run_dir or "runs/default")
+    seeds = _seeds(cfg)
+    result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
+    scores = [json.loads((folder / f"seed-{seed}" / "test.json").read_text(encoding="utf-8")) for seed in seeds]
+    n, table = len(seeds), {}
+    for name, value in scores[0].items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        values = [score[name] for score in scores]
+        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+        mean = sum(values) / n
+        table[name] = {"mean": mean, "interval": [mean - half, mean + half], "values": values}
+        say(f"seeds   {name:20} {mean:.4f}, 95 % interval {mean - half:.4f} to {mean + half:.4f}")
+    (folder / "seeds.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def together(cfg: Config) -> bool:
+    """finetune.together, or what pays: many adapters share one base, but a CPU has no units that wait for them."""
+    if cfg.finetune.together is not None:
+        return cfg.finetune.together
+    return cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
+
+
+def _seeds(cfg: Config) -> range:
+    return range(cfg.seed, cfg.seed + cfg.finetune.seeds)
+
+
+def _alone(cfg: Config, seed: int) -> Config:
+    run_dir = str(Path(cfg.run_dir or "runs/default") / f"seed-{seed}")
+    once = dataclasses.replace(cfg.finetune, seeds=1, together=None)
+    return dataclasses.replace(cfg, seed=seed, run_dir=run_dir, finetune=once)
+
+
+def _in_turn(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
+    for seed in _seeds(cfg):
+        result = task.run(_alone(cfg, seed), say)
+    return result
+
+
+def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
+    result = run_job(cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say)
+    for seed in _seeds(cfg):
+        own = folder / f"seed-{seed}"
+        settings = config.from_yaml((own / "final" / "config.yaml").read_text(encoding="utf-8"), str(own))
+        params, _ = weights.load(own / "final")
+        result = task.finish(result._replace(run_dir=own, params=params, cfg=settings), say)
+    return result
+
+
+def stacked(cfg: Config, prepare: Prepare, progress: Any) -> tuple[Config, Job]:
+    """The jobs of all seeds as one, whose trained leaves and batches have a leading axis of them; the base has none.
+
+    Each adapter has its own start, data order and split, gradient, clipping and optimizer state, as it has alone; only
+    a step that is not finite for one is skipped by all. All take as many steps as the first.
+    """
+    jobs, configs = [], []
+    for seed in _seeds(cfg):
+        own, job = prepare(_alone(cfg, seed), progress)
+        jobs.append(job._replace(frozen=None) if jobs else job)  # one base is enough
+        configs.append(own)
+    first, n = jobs[0], len(jobs)
+    steps = configs[0].train
+    configs = [dataclasses.replace(own, train=steps) for own in configs]
+
+    # not of `jobs`, whose trees training replaces
+    losses = first.loss, first.combine
+    batch_of, eval_of, write_of = zip(*((job.batch, job.eval_batches, job.write) for job in jobs), strict=True)
+    n_tokens, describe_one = first.tokens_per_step, first.describe
+
+    def batch(step: int) -> Any:
+        return stack([one(step) for one in batch_of])
+
+    def eval_batches(early: bool) -> Iterator[Any]:
+        for group in itertools.zip_longest(*(one(early) for one in eval_of)):
+            blank = jax.tree.map(np.zeros_like, next(some for some in group if some is not None))
+            yield stack([blank if some is None else some for some in group])
+
+    def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
+        def one(i: int, here: Path) -> None:
+            own = jax.tree.map(lambda leaf: leaf[i], trained)
+            write_of[i](here, own, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
+
+        for i, own in enumerate(configs):
+            one(i, Path(own.run_dir) / folder.name)
+        one(0, folder)  # last, as the run's own: with it the run is complete
+
+    return dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune), first._replace(
+        batch=batch,
+        batches=lambda step, k: jax.tree.map(lambda *xs: np.stack(xs), *(batch(step + i) for i in range(k))),
+        eval_batches=eval_batches,
+        loss=_loss_of_all(*losses),
+        combine=lambda trained, frozen: (trained, frozen),
+        optimizer=_each(first.optimizer, n),
+        tokens_per_step=n * n_tokens,
+        identity={name: " ".join(job.identity[name] for job in jobs) for name in first.identity},
+        describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
+        write=write,
+        start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(job.start for job in jobs)),
+    )
+
+
+def stack(batches: Sequence[Any]) -> Any:
+    """[N, ..] of each leaf; what is smaller is filled up with zeros, which are padding in every kind of batch."""
+
+    def one(*leaves: np.ndarray) -> np.ndarray:
+        shape = np.max([leaf.shape for leaf in leaves], 0)
+        out = np.zeros((len(leaves), *shape), leaves[0].dtype)
+        for i, leaf in enumerate(leaves):
+            out[(i, *map(slice, leaf.shape))] = leaf
+        return out
+
+    return jax.tree.map(one, *batches)
+
+
+def _loss_of_all(loss: Callable, combine: Callable) -> Callable:
+    def of_all(both: tuple[Any, Any], batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        trained, frozen = both
+        n = jax.tree.leaves(trained)[0].shape[0]
+        keys = None if key is None else jax.random.split(key, n)
+
+        def one(own: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+            return loss(combine(own, frozen), batch, key)
+
+        mean, metrics = jax.vmap(one)(trained, batch, keys)
+        metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
+        if key is None:  # validation: sums over batches come first
+            return Mean(mean.total.sum(), mean.weight.sum()), metrics
+        return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
+
+    return of_all
+
+
+def _each(tx: optax.GradientTransformation, n: int) -> optax.GradientTransformation:
+    """`tx` for each of the n by itself, its norm included; their gradients come divided by n."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        whole = jax.tree.map(lambda g: g * n, grads)
+        return jax.vmap(lambda g, s, p: tx.update(g, s, p))(whole, state, params)
+
+    return optax.GradientTransformation(jax.vmap(tx.init), update)

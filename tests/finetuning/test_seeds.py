@@ -1,0 +1,89 @@
+"""Seeds in one compiled program give what they give one after the other, for every kind of fine-tuning."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.__main__ import main
+from gptjax.finetuning.seeds import stack
+
+BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=2, d_model=32, d_ff=48, context_length=96, vocab_size=257)
+KINDS = {
+    "classify": ["classify.source={}/texts.tsv", "classify.pooling=mean"],
+    "instruct": ["instruct.source={}/talks.json", "instruct.style=phi3", "instruct.context_length=96"],
+    "prefer": ["prefer.source={}/pairs.jsonl", "prefer.style=phi3", "prefer.context_length=96"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    params = gptjax.init_params(jax.random.key(0), BASE)
+    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
+    rng = np.random.default_rng(0)
+    texts = [(up, "".join(rng.choice(list(up), rng.integers(2, 12)))) for up in ("ABC", "abc") for _ in range(40)]
+    (folder / "texts.tsv").write_text("".join(f"{up}\t{text}\n" for up, text in texts))
+    talks = [{"instruction": f"say {x}", "output": x * 2} for x in "abcdefgh"] * 5
+    (folder / "talks.json").write_text(json.dumps(talks))
+    pairs = [{"prompt": talk["instruction"], "chosen": talk["output"], "rejected": "no"} for talk in talks]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+def run(folder, kind, name, together, *more):
+    settings = [text.format(folder) for text in KINDS[kind]]
+    return main(
+        [
+            "finetune", kind, *settings, f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "seed=3",
+            "finetune.seeds=2", f"finetune.together={together}", "train.epochs=null", "train.max_steps=6",
+            "train.eval_every=3", "train.checkpoint_every=3", "train.batch_size=4", "optim.lr=1e-2",
+            "optim.warmup_steps=0", "optim.eps=1e-4", "lora.rank=4", "sample.max_new_tokens=4", *more,
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_program_is_one_after_the_other(folder, kind, capsys):
+    assert run(folder, kind, f"{kind}-one", "true") == 0
+    assert "2 adapters in one program" in capsys.readouterr().out
+    assert run(folder, kind, f"{kind}-turn", "false") == 0
+    for seed in (3, 4):
+        one, turn = folder / f"{kind}-one" / f"seed-{seed}", folder / f"{kind}-turn" / f"seed-{seed}"
+        (a, _), (b, _) = gptjax.load(one), gptjax.load(turn)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+        assert f"seed: {seed}" in (one / "final" / "config.yaml").read_text()
+        before, after = (json.loads((path / "test.json").read_text()) for path in (turn, one))
+        assert {k: v for k, v in after.items() if isinstance(v, int | float)} == pytest.approx(
+            {k: v for k, v in before.items() if isinstance(v, int | float)}, abs=1e-4
+        )
+    table = json.loads((folder / f"{kind}-one" / "seeds.json").read_text())
+    assert all(len(row["values"]) == 2 for row in table.values())
+
+
+def test_it_goes_on(folder, capsys):
+    """From the checkpoint in the middle, to the bit; and again there is nothing to do."""
+    assert run(folder, "classify", "whole", "true") == 0
+    shutil.copytree(folder / "whole", folder / "again")
+    for name in ("final", "checkpoints/6", "seed-3", "seed-4"):
+        shutil.rmtree(folder / "again" / name)
+    assert run(folder, "classify", "again", "true") == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    for seed in ("seed-3", "seed-4"):
+        name = f"{seed}/final/model.safetensors"
+        assert (folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert run(folder, "classify", "again", "true") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_other_weights_share_no_base(folder, capsys):
+    assert run(folder, "classify", "all", "true", "finetune.trainable=all") == 2
+    assert "finetune.together=true needs finetune.trainable=lora" in capsys.readouterr().err
+
+
+def test_stack_fills_up():
+    a, b = np.ones((2, 3), np.int32), np.ones((1, 4), np.int32)
+    np.testing.assert_array_equal(stack([[a], [b]])[0], [[[1, 1, 1, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]])
