@@ -6,14 +6,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from gptjax.cli import VERBS
 from gptjax.types import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRAINS = ("pretrain", "finetune")
-HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glibc.malloc.hugetlb"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     3 training stopped on a loss that is not finite, 130 interrupted, 143 terminated; a bug raises.
     """
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINS:
-        _ask_for_huge_pages()
+        from gptjax.training.process import ask_for_huge_pages
+
+        ask_for_huge_pages()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -42,18 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}")
-
-
-def _ask_for_huge_pages() -> None:
-    """Start again, as the same process, with glibc told to ask for huge pages where Linux gives them on request.
-
-    XLA's CPU backend takes its temporaries anew at every step; faulting 2 GB of them in by pages of 4 KiB was 0.4 of
-    2.2 s of an adapter's step at 135 M parameters. glibc reads its tunables at the start of a process only.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _dispatch(argv: list[str]) -> int:

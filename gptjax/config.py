@@ -203,6 +203,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work; their product is the number of devices. mesh=auto: all of it over data."""
+
+    data: int = -1  # rows of a batch, with a copy of the weights each; -1: what the others leave
+    fsdp: int = 1  # rows of a batch, and the weights cut into as many parts
+    tensor: int = 1  # heads and the feed-forward layer
+    context: int = 1  # tokens of a row
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """What `gptjax sample` writes, and the samples during training."""
 
@@ -316,6 +326,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -509,6 +520,8 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
     values: dict[str, Any] = {}
     where: Provenance = {}
     for key, value, place in leaves:
+        if key == "mesh" and value == "auto":
+            key, value = "mesh.data", -1
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
                 continue  # a group with every line commented out
@@ -689,6 +702,7 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
         ),
         (0, 1, False, False),
     ),
+    **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"), (-1, 2**31 - 1, True, True)),
     "data.mask_tokens": (0, 3, True, True),
     "train.keep_checkpoints": (2, 2**31 - 1, True, True),  # should the newest be damaged, there is another
 }  # fmt: skip
@@ -761,6 +775,16 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("optim.warmup_steps", "train.max_steps"),
             f"optim.warmup_steps ({optim.warmup_steps}) must be below train.max_steps ({train.max_steps})",
+        )
+    mesh = {f"mesh.{name}": size for name, size in flat(cfg.mesh).items()}
+    if zero := [key for key, size in mesh.items() if size == 0]:
+        yield tuple(zero), f"{', '.join(zero)} must be at least 1, or -1 for what the others leave"
+    if (many := [key for key, size in mesh.items() if size == -1])[1:]:
+        yield tuple(many), f"only one of {', '.join(many)} can take what the others leave (-1)"
+    if model.context_length >= 1 and cfg.mesh.context > 1 and model.context_length % cfg.mesh.context:
+        yield (
+            ("mesh.context", "model.context_length"),
+            f"mesh.context ({cfg.mesh.context}) must divide model.context_length ({model.context_length})",
         )
     for name in sorted(set(train.loggers) - {"tensorboard", "wandb"}):
         yield ("train.loggers",), f"train.loggers: {name!r} is unknown: use tensorboard, wandb or []"

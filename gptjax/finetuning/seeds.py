@@ -129,6 +129,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Any) -> tuple[Config, Job]:
         identity={name: " ".join(job.identity[name] for job in jobs) for name in first.identity},
         describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
         write=write,
+        lead=1,
         start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(job.start for job in jobs)),
     )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
+from gptjax.ops import device
 from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
 from gptjax.types import Params, UserError
@@ -143,7 +144,7 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
     Reading a layer out of its stack costs as much as the product with it. Elsewhere than on a CPU there is no copy.
     """
-    if jax.default_backend() != "cpu" or "blocks_0" in params:
+    if device.platform() != "cpu" or "blocks_0" in params:
         return params
     layers = {
         f"blocks_{i}": jax.tree_util.tree_map_with_path(lambda path, leaf: _layer(path, leaf, i), params["blocks"])  # noqa: B023

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
-from gptjax.ops import activation, position
+from gptjax.ops import activation, device, position
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.dropout import dropout
 from gptjax.ops.linear import linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
+
+TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
 
 
 class Context(NamedTuple):
@@ -167,7 +169,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, s: Stream, ctx: Context) -> tuple[Stream, None]:
-        cfg, x = self.cfg, s.x
+        cfg, x = self.cfg, device.constrain(s.x, *TOKENS)
         if cfg.residual_lambdas:
             x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
         if cfg.x0_lambdas:
@@ -240,7 +242,7 @@ class GPT(nn.Module):
         )
         run = self._apart if self.has_variable("params", "blocks_0") else self._stacked
         stream = run(stream, Context(rope, segment_ids, keys[1]))
-        hidden = Norm(cfg, name="ln_f")(stream.x)
+        hidden = Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
@@ -285,7 +287,7 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 def _unroll(cfg: ModelConfig) -> bool:
     """On a CPU the unrolled blocks of a small model are a tenth faster or more; from GPT-2's size on they are as
     fast as the loop, take longer to compile, and copy every weight out of its stack."""
-    return jax.default_backend() == "cpu" and 12 * cfg.n_layer * cfg.d_model**2 < 20_000_000
+    return device.platform() == "cpu" and 12 * cfg.n_layer * cfg.d_model**2 < 20_000_000
 
 
 class Embed(nn.Module):
@@ -305,4 +307,4 @@ class Embed(nn.Module):
 
 def activation_dtype(cfg: ModelConfig) -> Any:
     """What flows between the products. CPUs keep float32: they have no bfloat16 arithmetic outside products."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(cfg.dtype)
+    return jnp.float32 if device.platform() == "cpu" else jnp.dtype(cfg.dtype)

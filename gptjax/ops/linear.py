@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gptjax.ops.device import TENSOR, constrain, platform
+
 _FEW_ROWS = 64
 
 
@@ -30,7 +32,7 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # few rows: XLA's CPU backend is twice as fast with the large operand on the left
-        few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and jax.default_backend() == "cpu"
+        few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and platform() == "cpu"
         y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
     else:
         y = _matmul_bfloat16(rows, w.T).astype(x.dtype)
@@ -40,7 +42,8 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
     """Rows of a table w [V, D] by ids [..] -> [.., D]; an id out of range counts as the nearest."""
-    return jnp.take(w, ids, axis=0, mode="clip")
+    # whole rows: to look up what is cut by columns, XLA would gather the result and cut it anew
+    return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
 @singledispatch

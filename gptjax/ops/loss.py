@@ -6,7 +6,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh
 from gptjax.ops.linear import weight_gradient
 from gptjax.types import Mean
 
@@ -46,10 +48,31 @@ def linear_cross_entropy(
         hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
         cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: at most 256 MiB of logits.
     """
-    targets = targets.reshape(-1)
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.reshape(-1).astype(jnp.float32)
-    parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets, weights), head, chunk)
-    return Mean(_total(*parts, head, cap, dtype), weights.sum())
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+
+    def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1), weights.reshape(-1)), head, chunk)
+        return _total(*parts, head, cap, dtype)
+
+    if (spec := _token_spec(targets)) is not None:
+        axes = tuple(axis for side in spec for axis in side or ())
+        total = by_device(
+            lambda *args, total=total: jax.lax.psum(total(*args), axes), (P(*spec, None), P(), spec, spec), P()
+        )
+    return Mean(total(hidden, head, targets, weights), weights.sum())
+
+
+def _token_spec(targets: jax.Array) -> P | None:
+    """How [B, T] tokens lie while the head is applied: each device takes some, and has the whole head. Chunks are
+    then made of its own tokens, and the head's gradient is summed over devices once, not once a chunk.
+
+    None without a mesh, or where the axes of rows and tokens do not divide them.
+    """
+    here = mesh()
+    if here is None or targets.ndim != 2:
+        return None
+    spec = fit((ROWS, (CONTEXT, TENSOR)), targets.shape, here)
+    return spec if all(side is not None for side in spec) else None
 
 
 def linear_log_probs(
@@ -65,15 +88,21 @@ def linear_log_probs(
 
     One chunk's logits at a time, which the backward pass computes again. Arguments as `linear_cross_entropy`.
     """
-    parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
-    low = _row_major(head.astype(dtype))
 
-    @jax.checkpoint
-    def log_probs(part):
-        logits = softcap(jnp.dot(part[0].astype(dtype), low, preferred_element_type=jnp.float32), cap)
-        return jnp.take_along_axis(logits, part[1][:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+    def every(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
+        low = _row_major(head.astype(dtype))
 
-    return _over_chunks(log_probs, parts).reshape(-1)[: targets.size].reshape(targets.shape)
+        @jax.checkpoint
+        def log_probs(part):
+            logits = softcap(jnp.dot(part[0].astype(dtype), low, preferred_element_type=jnp.float32), cap)
+            return jnp.take_along_axis(logits, part[1][:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+
+        return _over_chunks(log_probs, parts).reshape(-1)[: targets.size].reshape(targets.shape)
+
+    if (spec := _token_spec(targets)) is not None:
+        every = by_device(every, (P(*spec, None), P(), spec), spec)
+    return every(hidden, head, targets)
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:

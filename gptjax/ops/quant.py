@@ -25,6 +25,7 @@ import numpy as np
 from flax import struct
 
 from gptjax import tree
+from gptjax.ops.device import platform
 from gptjax.ops.linear import dense, matmul, matmul_transposed, take
 from gptjax.types import Params, UserError
 
@@ -178,7 +179,7 @@ _frozen.defvjp(_forward, _backward)
 def _integers(product, values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """x with a matrix of int8, which bfloat16 holds exactly."""
     values = values.astype(x.dtype)
-    if x.size == x.shape[-1] and jax.default_backend() == "cpu":  # one row: twice as fast without a float matrix
+    if x.size == x.shape[-1] and platform() == "cpu":  # one row: twice as fast without a float matrix
         y = (values * x.reshape(-1, 1)).sum(0) if product is matmul else (values * x.reshape(-1)).sum(1)
         return y.reshape(*x.shape[:-1], -1)
     return product(values, x, dtype)

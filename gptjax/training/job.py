@@ -30,6 +30,7 @@ class Job(NamedTuple):
     describe          number of trained parameters -> lines about data and model, said before the first step
     more_of_loss      validation loss -> what follows from it, by name
     sample            params -> texts the model writes; None: none
+    lead              sides of a batch's leaves before the rows
     write             (folder, trained, frozen, text files): the model, in a folder that needs nothing else
     """
 
@@ -52,3 +53,4 @@ class Job(NamedTuple):
     combine: Callable[[Any, Any], Any] = _trained
     more_of_loss: Callable[[float], dict[str, Any]] = lambda loss: {}
     sample: Callable[[Any], list[str]] | None = None
+    lead: int = 0

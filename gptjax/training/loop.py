@@ -70,6 +70,8 @@ def run_job(
 ) -> TrainResult:
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
     before the run directory is made. It gives the config with what only the data could tell."""
+    from gptjax.parallel import make_mesh
+
     config.validate(cfg)
     run = RunDir(cfg.run_dir or "runs/default")
     run.check(cfg)
@@ -81,10 +83,11 @@ def run_job(
     with Progress(log=log, alive=run.touch) as progress:
         cfg, job = prepare(cfg, progress)
     steps_per_call(cfg, 0)
+    mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation)
     with run.locked():
         run.check(cfg)
         with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
-            return _Trainer(cfg, run, job, progress, signals).train()
+            return _Trainer(cfg, run, job, mesh, progress, signals).train()
 
 
 def _resolve(cfg: Config, ready: Any) -> Config:
@@ -159,17 +162,17 @@ class _Counters:
 
 
 class _Trainer:
-    def __init__(self, cfg: Config, run: RunDir, job: Job, progress: Progress, signals: Signals):
+    def __init__(self, cfg: Config, run: RunDir, job: Job, mesh: Any, progress: Progress, signals: Signals):
         import jax
         import numpy as np
 
-        from gptjax import tree
+        from gptjax import parallel, tree
         from gptjax.checkpoint import Checkpoints
         from gptjax.optim import make_schedule
         from gptjax.training.step import TrainState, make_multi_step, make_train_step
         from gptjax.weights.native import recover_folder
 
-        self.cfg, self.run, self.job, self.progress, self.signals = cfg, run, job, progress, signals
+        self.cfg, self.run, self.job, self.mesh, self.progress, self.signals = cfg, run, job, mesh, progress, signals
         self.checkpoints = Checkpoints(run.checkpoints, cfg.train.keep_checkpoints, progress.say)
         self.environment = environment()
 
@@ -177,7 +180,7 @@ class _Trainer:
             init_key, key = jax.random.split(jax.random.key(cfg.seed))
             return TrainState.create(job.init(init_key, start), tx=job.optimizer, key=key)
 
-        abstract = jax.eval_shape(fresh, job.start)
+        abstract = parallel.abstract_on(fresh, mesh, job.start)
         self.n_params = tree.size(abstract.params)
         self._summary()
         self.counters = _Counters()
@@ -189,15 +192,17 @@ class _Trainer:
             self._go_on(found)
         else:
             with progress.phase("compiling the initialisation"):
-                self.state = jax.jit(fresh, donate_argnums=0)(job.start)
+                self.state = parallel.init_on(fresh, mesh, job.start, donate=(0,))
             run.cut_metrics(-1)
             (run.path / "samples.txt").unlink(missing_ok=True)
-        self.state = self.state.replace(frozen=job.frozen)
+        self.state = self.state.replace(frozen=parallel.place_params(job.frozen, mesh))
         self.job = job = job._replace(start=None, frozen=None)  # the steps give the memory to their results
         self.k = steps_per_call(cfg, self.n_params, self.step)
         one = make_train_step(job.loss, job.optimizer, combine=job.combine, accumulation=cfg.train.accumulation)
-        self.call = jax.jit(one if self.k == 1 else make_multi_step(one), donate_argnums=0)
-        self.eval_loss = jax.jit(lambda params, batch, key: job.loss(job.combine(*params), batch, key))
+        self.call = parallel.jit_step(one if self.k == 1 else make_multi_step(one), mesh, self.state)
+        self.eval_loss = parallel.on_mesh(
+            jax.jit(lambda params, batch, key: job.loss(job.combine(*params), batch, key)), mesh
+        )
         schedule = make_schedule(cfg.optim, cfg.train.max_steps)
         self.lr = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(cfg.train.max_steps))) * cfg.optim.lr
         device = jax.devices()[0]
@@ -248,7 +253,10 @@ class _Trainer:
         """Start one call, and read the results of the one before while it runs."""
         if self.pending is None:
             self.mark = time.monotonic()
-        batch = self.job.batch(self.step) if self.k == 1 else self.job.batches(self.step, self.k)
+        if self.k == 1:
+            batch = self._placed(self.job.batch(self.step))
+        else:
+            batch = self._placed(self.job.batches(self.step, self.k), lead=1)
         if not self.compiled:
             metrics = self._compile(batch)
         else:
@@ -260,6 +268,11 @@ class _Trainer:
         if not self.compiled or self._due(self.cfg.train.eval_every) or self._due(self.cfg.train.checkpoint_every):
             self._drain()
         self.compiled = True
+
+    def _placed(self, batch: Any, lead: int = 0) -> Any:
+        from gptjax.parallel import place_batch
+
+        return place_batch(batch, self.mesh, lead=lead + self.job.lead)
 
     def _drain(self) -> None:
         before, self.pending = self.pending, None
@@ -395,7 +408,7 @@ class _Trainer:
             **{f"val/{name}": _finite(value) for name, value in more.items()},
         }
         if n := self.cfg.train.eval_train_batches:
-            train_batches = (self.job.batch(step) for step in range(n))
+            train_batches = (self._placed(self.job.batch(step)) for step in range(n))
             row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self._both, train_batches)[0].value())
         row["seconds"] = self._seconds()
         self._log(row)
@@ -419,10 +432,12 @@ class _Trainer:
     def _polled(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             self._poll()
-            yield batch
+            yield self._placed(batch)
 
     def _sample(self) -> None:
-        texts = self.job.sample(self.job.combine(*self._both))
+        from gptjax.parallel import on_mesh
+
+        texts = on_mesh(self.job.sample, self.mesh)(self.job.combine(*self._both))
         self.last_sample = texts[0]
         self.run.append("samples.txt", "".join(f"==== step {self.step} ====\n{text}\n\n" for text in texts))
         self.counters.samples_bytes = (self.run.path / "samples.txt").stat().st_size
@@ -462,8 +477,10 @@ class _Trainer:
             )
 
     def _go_on(self, found: Any) -> None:
+        from gptjax.parallel import place, shardings
+
         self.step = self.saved = found.step
-        self.state = found.state
+        self.state = found.state if self.mesh is None else place(found.state, shardings(found.state, self.mesh))
         stored = {name: _number(value) for name, value in found.meta["counters"].items()}
         self.counters = _Counters(**stored)
         self.run.cut_metrics(self.step)
@@ -546,6 +563,8 @@ class _Trainer:
     def _summary(self) -> None:
         cfg, say = self.cfg, self.progress.say
         say(f"run     {self.run.path}, seed {cfg.seed}, {self.environment['device']}")
+        if self.mesh is not None:
+            say("mesh    " + " x ".join(f"{name} {n}" for name, n in self.mesh.shape.items()) + " devices")
         for line in self.job.describe(self.n_params):
             say(line)
 

@@ -38,7 +38,7 @@ LOCK_STALE_S = 180  # a trainer touches its lock at least every 10 s
 # What a resumed run may change: it decides when something is written, not what is learned.
 MAY_CHANGE = (
     "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
-    "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*",
+    "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
 )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
     python tests/bench/adapters.py [--shapes tiny small base] [--n 16] [--rounds 3]
 
-Prints for each shape and batch: ms of a step of all N, both ways, interleaved, and the ratio (median, least, most).
+Prints for each shape and batch: ms of a step of all N, both ways, interleaved, and the ratio (median, least, most);
+then the ratio of whole runs of --run-steps steps, whose programs are compiled once, or once a run as separate commands
+do: from the compilations' times and those of the steps.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import gptjax
 from gptjax.finetuning.many import Many, create, make_many_step
 from gptjax.optim import make_optimizer
 from gptjax.tasks import pretrain
+from gptjax.training.process import ask_for_huge_pages
 from gptjax.types import Batch
 
 SHAPES = {  # layers, width, vocabulary
@@ -26,7 +29,7 @@ SHAPES = {  # layers, width, vocabulary
 BATCHES = ((1, 16), (1, 64), (4, 128))  # rows, tokens a row
 
 
-def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int) -> tuple[list[float], list[float]]:
+def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int) -> tuple[list, list, tuple]:
     layers, width, vocab = SHAPES[shape]
     cfg = gptjax.ModelConfig(
         n_layer=layers, n_head=max(1, width // 64), d_model=width, vocab_size=vocab, context_length=length
@@ -38,6 +41,7 @@ def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     many = Many.of(rates=[1.0] * n, scales=[2.0] * n, ranks=[8] * n, seeds=range(n))
     step = jax.jit(make_many_step(loss, tx, settings), donate_argnums=0)
+
     groups = [many, *(jax.tree.map(lambda x, i=i: x[i : i + 1], many) for i in range(n))]
     states = [create(params, group, settings, tx) for group in groups]
 
@@ -49,10 +53,16 @@ def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int)
         jax.block_until_ready(states)
         return (time.perf_counter() - start) / steps
 
+    def compile_s(i: int) -> float:
+        start = time.perf_counter()
+        step.lower(states[i], groups[i], params, batch).compile()
+        return time.perf_counter() - start
+
+    compiled = compile_s(0), n * compile_s(1)
     together, apart = slice(0, 1), slice(1, None)
     run(together), run(apart)  # compiled here
     times = [(run(together), run(apart)) for _ in range(rounds)]
-    return [a for a, _ in times], [b for _, b in times]
+    return [a for a, _ in times], [b for _, b in times], compiled
 
 
 def main() -> None:
@@ -61,19 +71,24 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--run-steps", type=int, default=200)
     args = parser.parse_args()
-    print(f"{args.n} adapters of rank 8; a step of all of them, ms: together, one after the other; ratio")
+    print(
+        f"{args.n} adapters of rank 8; a step of all of them, ms: together, one after the other; ratio; of whole runs"
+    )
     for shape in args.shapes:
         for rows, length in BATCHES:
-            together, apart = measure(shape, rows, length, args.n, args.rounds, args.steps)
+            together, apart, compiled = measure(shape, rows, length, args.n, args.rounds, args.steps)
             ratios = sorted(b / a for a, b in zip(together, apart, strict=True))
+            a, b = statistics.median(together), statistics.median(apart)
+            runs = (compiled[1] + args.run_steps * b) / (compiled[0] + args.run_steps * a)
             print(
-                f"{shape:6} {rows} x {length:4}  {statistics.median(together) * 1e3:9.1f} "
-                f"{statistics.median(apart) * 1e3:9.1f}   {statistics.median(ratios):.2f} "
-                f"({ratios[0]:.2f}-{ratios[-1]:.2f})",
+                f"{shape:6} {rows} x {length:4}  {a * 1e3:9.1f} {b * 1e3:9.1f}   {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f}-{ratios[-1]:.2f})   {runs:.2f}",
                 flush=True,
             )
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
     main()

@@ -23,6 +23,8 @@ import time
 
 import numpy as np
 
+from gptjax.training.process import ask_for_huge_pages
+
 SIZES = {"124M": dict(n_layer=12, n_head=12, d_model=768), "355M": dict(n_layer=24, n_head=16, d_model=1024)}
 B, T, V, RANK, STEPS = 4, 256, 50257, 16, 5
 SPEED = ("peft-124M", "lora-124M", "products-124M", "full-124M")
@@ -182,4 +184,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()  # for both sides, whose processes inherit it
     main()

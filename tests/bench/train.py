@@ -22,6 +22,8 @@ from collections import Counter
 
 import numpy as np
 
+from gptjax.training.process import ask_for_huge_pages
+
 #          layers heads width context batch vocabulary steps steps_per_call
 SHAPES = {
     "i": (4, 4, 128, 64, 12, 65, 200, 10),
@@ -237,4 +239,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    ask_for_huge_pages()  # for both sides, whose processes inherit it
     main()

@@ -91,15 +91,15 @@ def test_a_full_disk_is_no_bug(monkeypatch, capsys):
 def test_training_starts_again_with_huge_pages_where_linux_gives_them_on_request(
     setting, tunables, verb, starts, monkeypatch, tmp_path
 ):
-    from gptjax import __main__ as entry
+    from gptjax.training import process
 
     if setting:
         (tmp_path / "enabled").write_text(setting)
-    monkeypatch.setattr(entry, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(process, "HUGE_PAGES", tmp_path / "enabled")
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     monkeypatch.setattr(sys, "argv", ["gptjax", verb, "--help"])
     started = []
-    monkeypatch.setattr(entry.os, "execv", lambda *args: started.append(args))
+    monkeypatch.setattr(os, "execv", lambda *args: started.append(args))
     assert main() == 0
     assert os.environ["GLIBC_TUNABLES"] == (starts or tunables)
     assert [args[1] for args in started] == ([[sys.executable, *sys.orig_argv[1:]]] if starts else [])

@@ -29,8 +29,8 @@ def run(folder, name, *more):
             "finetune", "prefer", "prefer.style=phi3", f"prefer.source={folder / 'pairs.jsonl'}",
             f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "optim.warmup_steps=0",
             "train.epochs=null", "train.max_steps=20", "train.eval_every=10", "train.checkpoint_every=10",
-            "train.batch_size=4", "optim.lr=3e-3", "prefer.context_length=128", "lora.rank=4", "prefer.val_fraction=0.05",
-            "prefer.test_fraction=0.1", *more,
+            "train.batch_size=4", "optim.lr=3e-3", "prefer.context_length=128", "lora.rank=4",
+            "prefer.val_fraction=0.05", "prefer.test_fraction=0.1", *more,
         ]
     )  # fmt: skip
 

@@ -1,0 +1,67 @@
+"""What a program is compiled for: a kind of device, and perhaps a mesh of them.
+
+The mesh is the one that `jax.set_mesh` names while the program is traced, with the axes below; without it nothing here
+does anything. An axis that does not divide an array's side leaves that side whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
+ROWS = (DATA, FSDP)  # what the rows of a batch are divided by
+
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: of this process, or what `compiling_for` says."""
+    return _target.get() or jax.default_backend()
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Programs traced inside are for another kind of device than this process has."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def mesh() -> Any:
+    """The mesh that the program is traced for; None without one, or inside a part that is one device's own."""
+    found = jax.sharding.get_abstract_mesh()
+    if found.empty or found.axis_names != AXES or AxisType.Manual in found.axis_types:
+        return None
+    return found
+
+
+def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """`spec` without what does not divide `shape`; of several axes on one side the first ones that do."""
+
+    def one(axes: Any, size: int) -> Any:
+        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        return axes or None
+
+    return PartitionSpec(*(one(axes, size) for axes, size in zip(spec, shape, strict=False)))
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """`x` laid on the mesh as `spec` says, a name, several or None for each side."""
+    here = mesh()
+    return x if here is None else jax.lax.with_sharding_constraint(x, fit(spec, x.shape, here))
+
+
+def by_device(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`fn` on each device's own part of its arguments; inside, `jax.lax.psum` over axes adds devices up."""
+    return jax.shard_map(fn, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False)

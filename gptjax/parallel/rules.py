@@ -1,0 +1,109 @@
+"""Which part of every array lies on which device: rules over paths, for params and all that is shaped after them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import tree
+from gptjax.ops.device import CONTEXT, FSDP, ROWS, TENSOR, fit
+from gptjax.types import UserError
+
+# The last two sides of a matrix are in and out; a stack of layers comes first and stays whole. Matrices into a block
+# are cut by columns over `tensor`, those out of it by rows, so that a block needs one sum (arXiv:1909.08053, 3); the
+# other side is what `fsdp` spreads (arXiv:2004.13336).
+RULES: tuple[tuple[str, tuple], ...] = (
+    ("wte/embedding", (TENSOR, FSDP)),
+    ("wpe/embedding", (None, FSDP)),
+    ("lm_head/kernel", (FSDP, TENSOR)),
+    ("cls_head/*", ()),
+    ("blocks*/attn/[qkv]/kernel | blocks*/mlp/up/kernel | blocks*/mlp/gate/kernel", (FSDP, TENSOR)),
+    ("blocks*/attn/o/kernel | blocks*/mlp/down/kernel", (TENSOR, FSDP)),
+    ("blocks*/attn/[qkv]/bias | blocks*/mlp/up/bias | blocks*/mlp/gate/bias", (TENSOR,)),
+    ("blocks*/bias | blocks*/scale", ()),  # norms, and what a projection adds
+    ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
+    ("ln_f/* | smear", ()),
+)
+PAIR = {"a": (0, None), "b": (None, 1), "m": (None, 1)}  # of an adapter: which side of its matrix each side has
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Of the leaf at `path` of params, of an adapter, or of anything that has such a path at its end.
+
+    Raises:
+        UserError: no rule covers it.
+    """
+    for start in _tails(path):
+        found = _rule(start)
+        if found is not None:
+            return fit((None,) * (len(shape) - len(found)) + found, shape, mesh) if len(shape) >= len(found) else P()
+    if len(shape) == 0 or _is_counter(path):
+        return P()
+    raise UserError(f"parallel: no rule covers {path} {list(shape)}: add one to gptjax.parallel.rules.RULES")
+
+
+def _tails(path: str) -> list[str]:
+    """ "opt_state/0/mu/blocks/attn/q/kernel" -> itself, "0/mu/..", .., "kernel"."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def _rule(path: str) -> tuple | None:
+    parent, _, name = path.rpartition("/")
+    if name in PAIR and (whole := _rule(parent)) is not None and len(whole) == 2:
+        return tuple(None if side is None else whole[side] for side in PAIR[name])
+    return next((spec for pattern, spec in RULES if tree.matches(pattern, path)), None)
+
+
+def _is_counter(path: str) -> bool:
+    """What a step counts or draws from: the same on every device."""
+    return path.rpartition("/")[2] in ("step", "count", "key", "skipped", "skipped_in_a_row")
+
+
+def shardings(abstract: Any, mesh: Mesh) -> Any:
+    """A NamedSharding at every leaf of params, an adapter or a whole `TrainState`.
+
+    Raises:
+        UserError: leaves that no rule covers; all of them are named.
+    """
+    problems = []
+
+    def one(path: str, leaf: Any) -> NamedSharding:
+        try:
+            return NamedSharding(mesh, spec_of(path, leaf.shape, mesh))
+        except UserError as error:
+            problems.append(str(error))
+            return NamedSharding(mesh, P())
+
+    found = tree.map_paths(one, abstract)
+    if problems:
+        raise UserError.all(problems)
+    return found
+
+
+def batch_shardings(batch: Any, mesh: Mesh, *, lead: int = 0, context_length: int = 0) -> Any:
+    """Rows over `data` and `fsdp`; the second side over `context` where it is the tokens'.
+
+    Args:
+        lead: sides before the rows, as of several steps in one call. context_length: tokens of a row.
+    """
+
+    def one(leaf: Any) -> NamedSharding:
+        sides = leaf.shape[lead:]
+        tokens = CONTEXT if len(sides) > 1 and sides[1] == context_length else None
+        return NamedSharding(mesh, fit((None,) * lead + (ROWS, tokens), leaf.shape, mesh))
+
+    return jax.tree.map(one, batch)
+
+
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """Of a key-value cache: rows over `data` and `fsdp`, heads over `tensor`."""
+
+    def one(path: str, leaf: Any) -> NamedSharding:
+        spec = {"length": (ROWS,), "x": (ROWS,)}.get(path, (None, ROWS, TENSOR))
+        return NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+
+    return tree.map_paths(one, cache)

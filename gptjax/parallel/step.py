@@ -1,0 +1,98 @@
+"""Programs on a mesh: traced for it, their state laid out by rule, their batches cut by row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.ops.device import ROWS
+from gptjax.parallel.rules import batch_shardings, shardings
+
+
+def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
+    """`fn`, called with the mesh set, from any thread; without one `fn` itself."""
+    if mesh is None:
+        return fn
+
+    @functools.wraps(fn)
+    def call(*args: Any, **options: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return fn(*args, **options)
+
+    return call
+
+
+def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any) -> Any:
+    """Shapes of `fn(*args)`, with where each leaf lies on the mesh: what a checkpoint is read into."""
+    shapes = jax.eval_shape(fn, *args)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
+def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    """`fn(*args)`, a tree of arrays that are made where they belong, never whole on one device."""
+    placed = None if mesh is None else shardings(jax.eval_shape(fn, *args), mesh)
+    return on_mesh(jax.jit(fn, out_shardings=placed, donate_argnums=donate), mesh)(*args)
+
+
+def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
+    """The compiled step (state, batch) -> (state, metrics): the state is given up, and stays laid out as it is."""
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
+    return on_mesh(jax.jit(step, donate_argnums=0, out_shardings=outs), mesh)
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Host arrays onto shardings. Every process gives the whole array and keeps its own part."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
+
+    return jax.tree.map(one, tree, where)
+
+
+def place_params(params: Any, mesh: Mesh | None) -> Any:
+    return params if mesh is None else place(params, shardings(params, mesh))
+
+
+def place_batch(batch: Any, mesh: Mesh | None, *, lead: int = 0) -> Any:
+    """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens."""
+    if mesh is None:
+        return batch
+    length = batch.tokens.shape[lead + 1] if hasattr(batch, "tokens") else 0
+    return place(batch, batch_shardings(batch, mesh, lead=lead, context_length=length))
+
+
+def pmap_step(step: Callable, devices: Any = None) -> Callable:
+    """`step` over rows alone, in the form of `jax.pmap`: every leaf of the batch has a leading axis of devices.
+
+    step(state, batch [n, B / n, ..]) -> (state, metrics), what one device does with the rows one below the other. For
+    notebooks that are written so; the state is no stack of copies. jit with a mesh does the same and more.
+    """
+    from gptjax.parallel.mesh import mesh_of
+
+    devices = jax.devices() if devices is None else list(devices)
+    mesh = mesh_of((len(devices), 1, 1, 1), devices)
+    compiled = on_mesh(jax.jit(step, out_shardings=NamedSharding(mesh, P())), mesh)
+
+    def call(state: Any, batch: Any) -> Any:
+        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+        state = jax.device_put(state, NamedSharding(mesh, P()))
+        return compiled(state, jax.device_put(whole, NamedSharding(mesh, P(ROWS))))
+
+    return call
