@@ -264,7 +264,11 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
                 impls[name] = str(jax.random.key_impl(key))
                 return jax.random.key_data(key)
 
-            leaves[name] = data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(data, leaf)
+            if isinstance(leaf, jax.Array):
+                leaves[name] = data(leaf)
+            else:
+                shape = jax.eval_shape(data, leaf)
+                leaves[name] = shape.update(sharding=getattr(leaf, "sharding", None))
     return leaves, impls
 
 

@@ -27,7 +27,9 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-PAIR = {"a": (0, None), "b": (None, 1), "m": (None, 1)}  # of an adapter: which side of its matrix each side has
+# Which sides of its matrix the sides of a part have: of an adapter, and of a quantised matrix.
+SIDES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
+SIDES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -40,7 +42,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         found = _rule(start)
         if found is not None:
             return fit((None,) * (len(shape) - len(found)) + found, shape, mesh) if len(shape) >= len(found) else P()
-    if len(shape) == 0 or _is_counter(path):
+    if not shape or _is_counter(path):
         return P()
     raise UserError(f"parallel: no rule covers {path} {list(shape)}: add one to gptjax.parallel.rules.RULES")
 
@@ -53,14 +55,14 @@ def _tails(path: str) -> list[str]:
 
 def _rule(path: str) -> tuple | None:
     parent, _, name = path.rpartition("/")
-    if name in PAIR and (whole := _rule(parent)) is not None and len(whole) == 2:
-        return tuple(None if side is None else whole[side] for side in PAIR[name])
+    if name in SIDES and (whole := _rule(parent)) is not None and len(whole) == 2:
+        return tuple(None if side is None else whole[side] for side in SIDES[name])
     return next((spec for pattern, spec in RULES if tree.matches(pattern, path)), None)
 
 
 def _is_counter(path: str) -> bool:
-    """What a step counts or draws from: the same on every device."""
-    return path.rpartition("/")[2] in ("step", "count", "key", "skipped", "skipped_in_a_row")
+    """What a step counts, draws from or multiplies with: the same on every device."""
+    return path.rpartition("/")[2] in ("step", "count", "key", "skipped", "skipped_in_a_row", "ns_coeffs")
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,183 @@
+"""What `test_mesh.py` runs in processes that have eight devices: `python eight.py CASE ...` prints JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import gptjax
+from gptjax import LoraConfig, lora, parallel, tree
+from gptjax.checkpoint import Checkpoints
+from gptjax.data.labelled import LabelledBatch
+from gptjax.optim import make_optimizer
+from gptjax.parallel.mesh import mesh_of
+from gptjax.tasks import classify, pretrain
+from gptjax.types import Batch
+
+STEPS, B, T, V = 20, 8, 32, 64
+CFG = gptjax.ModelConfig(
+    arch="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, context_length=T, vocab_size=V
+)
+MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
+# eps: Adam would make a step of full size of a gradient that is rounding error
+TX = make_optimizer(gptjax.OptimConfig(lr=1e-2, eps=1e-4, warmup_steps=3), STEPS)
+LORA = LoraConfig(rank=4, dora=True)
+RNG = np.random.default_rng(0)
+
+
+class Case:
+    """What is trained, on what: params and frozen are made by functions of a key."""
+
+    def __init__(self, loss: Callable, batches: list, cfg=CFG, adapter: bool = False):
+        self.loss, self.batches, self.cfg, self.adapter = loss, batches, cfg, adapter
+
+    def state(self, mesh: Any) -> Any:
+        def fresh(key: jax.Array) -> Any:
+            params = gptjax.init_params(jax.random.key(0), self.cfg)
+            trained, frozen = (lora.init(key, params, LORA), params) if self.adapter else (params, None)
+            return gptjax.TrainState.create(trained, tx=TX, key=key, frozen=frozen)
+
+        return parallel.init_on(fresh, mesh, jax.random.key(1))
+
+    def step(self, accumulation: int = 1) -> Callable:
+        options = dict(combine=lambda a, base: lora.attach(base, a, LORA)) if self.adapter else {}
+        return gptjax.make_train_step(self.loss, TX, accumulation=accumulation, **options)
+
+    def losses(self, mesh: Any, accumulation: int = 1) -> np.ndarray:
+        state = self.state(mesh)
+        step = parallel.jit_step(self.step(accumulation), mesh, state)
+        found = []
+        for batch in self.batches:
+            state, metrics = step(state, parallel.place_batch(batch, mesh))
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+
+def tokens() -> np.ndarray:
+    return RNG.integers(0, V, (STEPS, B, T + 1)).astype(np.int32)
+
+
+def packed(weights: Callable[[], np.ndarray]) -> list[Batch]:
+    segments = np.sort(RNG.integers(1, 4, (STEPS, B, T)), -1).astype(np.int32)
+    return [Batch(t[:, :-1], t[:, 1:], weights(), s) for t, s in zip(tokens(), segments, strict=True)]
+
+
+def labelled() -> list[LabelledBatch]:
+    segments = np.sort(RNG.integers(1, 4, (STEPS, B, T)), -1).astype(np.int32)
+    labels = RNG.integers(0, 2, (STEPS, B, 3)).astype(np.int32)
+    present = np.stack([(segments == k + 1).any(-1) for k in range(3)], -1).astype(np.float32)
+    return [LabelledBatch(t[:, :-1], s, y, w) for t, s, y, w in zip(tokens(), segments, labels, present, strict=True)]
+
+
+WITH_HEAD = gptjax.ModelConfig(
+    arch="gpt2", n_layer=2, n_head=4, d_model=32, context_length=T, vocab_size=V, n_classes=2
+)
+CASES = {
+    "pretrain": lambda: Case(pretrain.task(CFG).loss, [Batch(t[:, :-1], t[:, 1:]) for t in tokens()]),
+    "lora": lambda: Case(pretrain.task(CFG).loss, packed(lambda: np.ones((B, T), np.float32)), adapter=True),
+    "classify": lambda: Case(classify.task(WITH_HEAD).loss, labelled(), WITH_HEAD),
+    "instruct": lambda: Case(pretrain.task(CFG).loss, packed(lambda: (RNG.random((B, T)) < 0.4).astype(np.float32))),
+}
+
+
+def mesh(shape: tuple[int, ...]) -> Any:
+    return mesh_of(shape, jax.devices()[: int(np.prod(shape))])
+
+
+def equal(kind: str, shapes: list) -> dict[str, float]:
+    """Largest difference in loss from one device, over all steps, for each mesh."""
+    case = CASES[kind]()
+    alone = case.losses(None)
+    assert alone[-1] != alone[0] and np.isfinite(alone).all()
+    return {str(shape): float(np.abs(case.losses(mesh(shape)) - alone).max()) for shape in shapes}
+
+
+def accumulated() -> float:
+    case = CASES["instruct"]()
+    return float(np.abs(case.losses(mesh((2, 2, 1, 2)), 2) - case.losses(None)).max())
+
+
+def pmapped() -> dict[str, float]:
+    """`pmap_step` against `jit` on one device: losses and params."""
+    case = CASES["instruct"]()
+    states = [case.state(None), case.state(None)]
+    many, one = parallel.pmap_step(case.step()), jax.jit(case.step())
+    worst = 0.0
+    for batch in case.batches:
+        parts = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+        states[0], a = many(states[0], parts)
+        states[1], b = one(states[1], batch)
+        worst = max(worst, abs(float(a["loss"]) - float(b["loss"])))
+    gap = jax.tree.map(lambda x, y: float(abs(np.asarray(x) - np.asarray(y)).max()), *(s.params for s in states))
+    return {"loss": worst, "params": max(jax.tree.leaves(gap))}
+
+
+def checkpointed() -> dict[str, Any]:
+    """8 -> 4 -> 2 -> 1 -> 8 devices, saved and read again at each: bitwise the same state, and the losses of one."""
+    case = CASES["pretrain"]()
+    alone, state, found, same = case.losses(None), None, [], []
+    shapes = [(2, 2, 2, 1), (1, 2, 1, 2), (2, 1, 1, 1), None, (1, 8, 1, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        for i, shape in enumerate(shapes):
+            here = None if shape is None else mesh(shape)
+            if state is None:
+                state = case.state(here)
+            else:
+                shapes_of = jax.eval_shape(case.state, None) if here is None else _abstract(case, here)
+                read = checkpoints.restore(shapes_of).state
+                same.append(_bits(read) == _bits(state))
+                state = read if here is None else parallel.place(read, parallel.shardings(read, here))
+            step = parallel.jit_step(case.step(), here, state)
+            for batch in case.batches[4 * i : 4 * i + 4]:
+                state, metrics = step(state, parallel.place_batch(batch, here))
+                found.append(float(metrics["loss"]))
+            checkpoints.save(4 * (i + 1), state, {})
+    return {"same": same, "loss": float(np.abs(np.array(found) - alone).max())}
+
+
+def _abstract(case: Case, here: Any) -> Any:
+    shapes = jax.eval_shape(lambda: case.state(None))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes, parallel.shardings(shapes, here),
+    )  # fmt: skip
+
+
+def _bits(state: Any) -> dict[str, bytes]:
+    state = state.replace(key=jax.random.key_data(state.key))
+    return {name: np.asarray(leaf).tobytes() for name, leaf in tree.flatten(state).items()}
+
+
+def generated() -> bool:
+    """Greedy tokens from params that are cut over heads and words, of a ragged batch."""
+    params = gptjax.init_params(jax.random.key(3), CFG)
+    prompts = [RNG.integers(0, V, n).tolist() for n in (3, 7, 5, 4)]
+    options = dict(max_new_tokens=12, key=jax.random.key(0))
+    alone = gptjax.generate(params, prompts, CFG, **options)
+    here = mesh((2, 1, 2, 1))
+    cut = parallel.place_params(params, here)
+    return parallel.on_mesh(gptjax.generate, here)(cut, prompts, CFG, **options) == alone
+
+
+OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generated)}
+
+
+def main() -> None:
+    case, *shapes = sys.argv[1:]
+    if case in OTHERS:
+        found = OTHERS[case]()
+    else:
+        found = equal(case, [tuple(map(int, shape.split(","))) for shape in shapes] or MESHES)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

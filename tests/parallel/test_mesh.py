@@ -1,0 +1,170 @@
+"""Every mesh gives what one device gives: losses, checkpoints, generated tokens. Eight devices of the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import gptjax
+from gptjax import lora, parallel, tree
+from gptjax.config import ARCHS, MeshConfig
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import layers_apart
+from gptjax.ops.device import AXES
+from gptjax.optim import make_optimizer
+from gptjax.parallel.mesh import make_mesh, sizes
+
+EIGHT = Path(__file__).with_name("eight.py")
+ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # all 20 meshes of eight devices; otherwise those named here
+SOME = {
+    "pretrain": ["8,1,1,1", "1,8,1,1", "1,1,4,2", "1,1,1,8", "1,2,2,2"],
+    "lora": ["2,2,2,1", "1,1,2,4"],
+    "classify": ["2,2,1,2", "1,2,4,1"],
+    "instruct": ["4,1,1,2", "1,2,2,2"],
+}
+
+
+def on_eight(*args):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, EIGHT, *args], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SOME)
+def test_every_mesh_gives_the_losses_of_one_device(kind):
+    found = on_eight(kind, *([] if ALL else SOME[kind]))
+    assert len(found) == (20 if ALL else len(SOME[kind]))
+    assert max(found.values()) < 1e-5, found
+
+
+def test_accumulation_and_sharding_commute():
+    assert on_eight("accumulated") < 1e-5
+
+
+def test_pmap_step_is_jit():
+    assert max(on_eight("pmapped").values()) < 1e-5
+
+
+def test_a_checkpoint_goes_on_anywhere():
+    """8 -> 4 -> 2 -> 1 -> 8 devices."""
+    found = on_eight("checkpointed")
+    assert found["same"] == [True] * 4 and found["loss"] < 1e-5
+
+
+def test_generation_on_a_mesh_gives_the_same_tokens():
+    assert on_eight("generated") is True
+
+
+# ---------------------------------------------------------------- rules, on a mesh that is only described
+
+
+def described(*shape):
+    return jax.sharding.AbstractMesh(shape, AXES)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rules_cover_params_adapters_and_optimizers(arch):
+    cfg = gptjax.ModelConfig(
+        arch=arch, n_layer=2, n_head=4, d_model=64, vocab_size=64, context_length=16, n_classes=2, qk_norm=True,
+        norm_position="both", norm_scale=True, value_residual=True, residual_lambdas=True, x0_lambdas=True, smear=True,
+        tie_embeddings=False,
+    )  # fmt: skip
+    mesh = described(1, 2, 2, 1)
+    for name in ("adamw", "muon"):
+        tx = make_optimizer(gptjax.OptimConfig(name=name), 10)
+        state = jax.eval_shape(
+            lambda key, tx=tx: gptjax.TrainState.create(gptjax.init_params(key, cfg), tx=tx, key=key), jax.random.key(0)
+        )
+        specs = {path: where.spec for path, where in tree.flatten(parallel.shardings(state, mesh)).items()}
+        assert specs["params/blocks/attn/q/kernel"] == P(None, ("fsdp",), ("tensor",))
+        assert specs["params/blocks/mlp/down/kernel"] == P(None, ("tensor",), ("fsdp",))
+        moments = [spec for path, spec in specs.items() if "/mu/" in path and path.endswith("attn/q/kernel")]
+        assert moments and set(moments) == {P(None, ("fsdp",), ("tensor",))}
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    for more in (
+        lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, dora=True)),
+        gptjax.quantize(params, "nf4"),
+        gptjax.quantize(params, "int8"),
+        layers_apart(params, cfg),
+    ):
+        parallel.shardings(more, mesh)
+    pair = tree.flatten(parallel.shardings(lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2)), mesh))
+    assert pair["blocks/attn/q/kernel/a"].spec == P(None, ("fsdp",), None)
+    assert pair["blocks/attn/q/kernel/b"].spec == P(None, None, ("tensor",))
+
+
+def test_what_no_rule_covers_is_an_error():
+    leaves = {"blocks": {"attn": {"gate": {"kernel": np.zeros((2, 4, 4))}}}, "odd": np.zeros(3)}
+    with pytest.raises(gptjax.UserError, match=r"no rule covers blocks/attn/gate/kernel[\s\S]*no rule covers odd"):
+        parallel.shardings(leaves, described(1, 2, 1, 1))
+
+
+def test_a_side_that_does_not_divide_stays_whole():
+    leaves = {"lm_head": {"kernel": np.zeros((6, 65))}}
+    found = parallel.shardings(leaves, described(1, 2, 2, 1))
+    assert found["lm_head"]["kernel"].spec == P(("fsdp",), None)
+
+
+def test_cache_and_batches():
+    cfg = gptjax.ModelConfig(n_layer=2, n_head=4, d_model=32, vocab_size=8, context_length=16)
+    found = parallel.cache_shardings(init_cache(cfg, 4), described(2, 2, 2, 1))
+    assert found.k.spec == P(None, ("data", "fsdp"), ("tensor",)) and found.length.spec == P(("data", "fsdp"))
+    batch = {"tokens": np.zeros((8, 16)), "labels": np.zeros((8, 3))}
+    found = parallel.batch_shardings(batch, described(2, 2, 1, 2), context_length=16)
+    assert found["tokens"].spec == P(("data", "fsdp"), ("context",)) and found["labels"].spec == P(
+        ("data", "fsdp"), None
+    )
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_one_axis_takes_what_the_others_leave():
+    assert sizes(MeshConfig(), 8) == (8, 1, 1, 1)
+    assert sizes(MeshConfig(fsdp=2, tensor=2), 8) == (2, 2, 2, 1)
+    assert sizes(MeshConfig(data=1, fsdp=-1), 4) == (1, 4, 1, 1)
+    assert gptjax.load_config(None, "mesh=auto", "mesh.tensor=2").mesh == MeshConfig(data=-1, tensor=2)
+
+
+class Device:
+    platform, process_index = "cpu", 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "n", "rows", "words"),
+    [
+        (MeshConfig(data=3), 8, 0, "their product must be 8"),
+        (MeshConfig(tensor=3), 8, 0, "a multiple of 3 devices, and there are 8"),
+        (MeshConfig(data=8), 8, 12, r"\(12 rows\) must be divisible by mesh.data x mesh.fsdp \(8\): take 16 rows"),
+        (MeshConfig(fsdp=8), 8, 12, "take 16 rows"),
+    ],
+)
+def test_sizes_that_cannot_be(mesh, n, rows, words):
+    with pytest.raises(gptjax.UserError, match=words):
+        make_mesh(mesh, [Device()] * n, rows=rows)
+
+
+def test_devices_that_rows_cannot_feed_are_left_idle():
+    """12 rows on 8 devices: 6 of them take 2 each, if nobody said how many."""
+    assert dict(make_mesh(MeshConfig(), [Device() for _ in range(8)], rows=12).shape)["data"] == 6
+    assert make_mesh(MeshConfig(), [Device()] * 8, rows=1) is None
+
+
+def test_config_refuses(capsys):
+    for words, *args in (
+        ("only one of mesh.data, mesh.fsdp can take", "mesh.fsdp=-1"),
+        ("mesh.tensor must be at least 1", "mesh.tensor=0"),
+        ("mesh.context (3) must divide model.context_length (1024)", "mesh.context=3"),
+    ):
+        with pytest.raises(gptjax.UserError) as error:
+            gptjax.load_config(None, *args)
+        assert words in str(error.value)
