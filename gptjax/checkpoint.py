@@ -77,21 +77,24 @@ class Checkpoints:
             UserError: it could not be written (no space, no permission); older steps are as they were.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
+        writes = jax.process_index() == 0  # of several processes, which all hold a part of the arrays
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
             leaves, impls = _plain(state)
-            partial.mkdir()
+            if writes:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                partial.mkdir()
+            _wait("checkpoint begun")
             _orbax_save(partial / STATE, leaves)
-            _write_json(
-                partial / META, {"meta": meta, "leaves": _describe(leaves, fingerprints(leaves)), "keys": impls}
-            )
-            _write_json(partial / MANIFEST, _manifest(partial))
-            _sync_tree(partial)
-            if target.exists() or target.is_symlink():
-                self._set_aside(step)
-            os.rename(partial, target)
-            _sync(self.folder)
+            marks = fingerprints(leaves)
+            if writes:
+                _write_json(partial / META, {"meta": meta, "leaves": _describe(leaves, marks), "keys": impls})
+                _write_json(partial / MANIFEST, _manifest(partial))
+                _sync_tree(partial)
+                if target.exists() or target.is_symlink():
+                    self._set_aside(step)
+                os.rename(partial, target)
+                _sync(self.folder)
         except Exception as error:
             if not _is_disk_trouble(error):
                 raise
@@ -100,9 +103,12 @@ class Checkpoints:
                 "  the checkpoints before it are unharmed; free some space (or choose another run_dir) and start again"
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
         self._verified.add(step)
-        self._collect()
+        if writes:
+            self._collect()
+        _wait("checkpoint written")
         return target
 
     def restore(
@@ -131,7 +137,8 @@ class Checkpoints:
                 bad[step] = str(error)
                 self.log(f"WARNING: checkpoint {self.folder / str(step)} is damaged: {error}")
                 continue
-            for damaged in bad:
+            _wait("checkpoint read")
+            for damaged in bad if jax.process_index() == 0 else ():
                 self._set_aside(damaged)
             if bad:
                 self.log(f"WARNING: going back to the checkpoint of step {step}; damaged ones are kept as corrupt-*")
@@ -220,6 +227,14 @@ class Checkpoints:
             n += 1
             name = f"corrupt-{step}-{n}"
         os.rename(self.folder / str(step), self.folder / name)
+
+
+def _wait(name: str) -> None:
+    """For the other processes, where there are several."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 # ---------------------------------------------------------------- fingerprints

@@ -213,6 +213,17 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes as one run; the same command on every host."""
+
+    coordinator: Optional[str] = None  # HOST:PORT of process 0; auto: as a TPU pod or Slurm says; None: one process
+    num_processes: Optional[int] = None
+    process_id: Optional[int] = None
+    timeout_s: int = 300  # to wait for the others at the start
+    heartbeat_s: int = 100  # after which a silent process counts as gone
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """What `gptjax sample` writes, and the samples during training."""
 
@@ -327,6 +338,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -675,7 +687,8 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
             "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length", "instruct.examples",
-            "prefer.context_length", "prefer.examples",
+            "prefer.context_length", "prefer.examples", "distributed.num_processes", "distributed.timeout_s",
+            "distributed.heartbeat_s",
         ),
         (1, 2**31 - 1, True, True),
     ),
@@ -776,6 +789,20 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("optim.warmup_steps", "train.max_steps"),
             f"optim.warmup_steps ({optim.warmup_steps}) must be below train.max_steps ({train.max_steps})",
         )
+    several = cfg.distributed
+    if several.coordinator not in (None, "auto"):
+        if several.num_processes is None or several.process_id is None or ":" not in several.coordinator:
+            yield (
+                ("distributed.coordinator", "distributed.num_processes", "distributed.process_id"),
+                f"distributed.coordinator={several.coordinator} must be HOST:PORT, and needs "
+                "distributed.num_processes=N and distributed.process_id=0 to N-1",
+            )
+        elif several.process_id >= several.num_processes:
+            yield (
+                ("distributed.process_id", "distributed.num_processes"),
+                f"distributed.process_id ({several.process_id}) must be below distributed.num_processes "
+                f"({several.num_processes})",
+            )
     mesh = {f"mesh.{name}": size for name, size in flat(cfg.mesh).items()}
     if zero := [key for key, size in mesh.items() if size == 0]:
         yield tuple(zero), f"{', '.join(zero)} must be at least 1, or -1 for what the others leave"

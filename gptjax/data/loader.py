@@ -87,12 +87,12 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, leaves [B, T]."""
-        return self._rows(step, 1)
+        return self._rows(step, 1, slice(None))
 
-    def batches(self, step: int, k: int) -> Batch:
-        """The batches of steps step .. step + k - 1, leaves [k, B, T]."""
-        rows = self._rows(step, k)
-        return Batch(*(x if x is None else x.reshape(k, self.batch_size, -1) for x in rows))
+    def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
+        """The batches of steps step .. step + k - 1, leaves [k, B, T]; of `rows` of each only, nothing else is read."""
+        flat = self._rows(step, k, rows)
+        return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
         """Index in `store.tokens` of the first token of each row of k steps, [k * B] int64."""
@@ -130,10 +130,13 @@ class Loader:
         """uint64 from (seed, purpose, number), the same shape as `numbers`."""
         return _mix(numbers.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
-    def _rows(self, step: int, k: int) -> Batch:
-        batch = gather(self.store, self.starts(step, k), self.context_length, self.document_mask)
+    def _rows(self, step: int, k: int, rows: slice) -> Batch:
+        def chosen(samples: np.ndarray) -> np.ndarray:
+            return samples.reshape(k, self.batch_size)[:, rows].reshape(-1)
+
+        batch = gather(self.store, chosen(self.starts(step, k)), self.context_length, self.document_mask)
         if self.mask_tokens:
-            self._mask(batch.tokens, np.arange(step * self.batch_size, (step + k) * self.batch_size))
+            self._mask(batch.tokens, chosen(np.arange(step * self.batch_size, (step + k) * self.batch_size)))
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:

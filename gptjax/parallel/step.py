@@ -46,6 +46,11 @@ def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...]
     return on_mesh(jax.jit(fn, out_shardings=placed, donate_argnums=donate), mesh)(*args)
 
 
+def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
+    """`fn` compiled for the mesh, its results whole on every device."""
+    return on_mesh(jax.jit(fn, out_shardings=None if mesh is None else NamedSharding(mesh, P())), mesh)
+
+
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
     """The compiled step (state, batch) -> (state, metrics): the state is given up, and stays laid out as it is."""
     if mesh is None:
@@ -55,11 +60,16 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
 
 
 def place(tree: Any, where: Any) -> Any:
-    """Host arrays onto shardings. Every process gives the whole array and keeps its own part."""
+    """Arrays onto shardings. Of several processes each gives the whole array and keeps its own part."""
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
         if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
 
@@ -70,12 +80,31 @@ def place_params(params: Any, mesh: Mesh | None) -> Any:
     return params if mesh is None else place(params, shardings(params, mesh))
 
 
-def place_batch(batch: Any, mesh: Mesh | None, *, lead: int = 0) -> Any:
-    """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens."""
+def place_batch(batch: Any, mesh: Mesh | None, *, lead: int = 0, rows: slice | None = None, of: int = 0) -> Any:
+    """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens.
+
+    Args:
+        lead: sides before the rows. rows: which of the batch's `of` rows are given, where they are not all.
+    """
     if mesh is None:
         return batch
     length = batch.tokens.shape[lead + 1] if hasattr(batch, "tokens") else 0
-    return place(batch, batch_shardings(batch, mesh, lead=lead, context_length=length))
+    if rows is None:
+        return place(batch, batch_shardings(batch, mesh, lead=lead, context_length=length))
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leaf.shape[:lead], of, *leaf.shape[lead + 1 :]), leaf.dtype)
+
+    def one(leaf: Any, shape: Any, where: NamedSharding) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> Any:
+            begin, end, _ = index[lead].indices(of)
+            own = slice(begin - rows.start, end - rows.start)
+            return leaf[(*index[:lead], own, *index[lead + 1 :])]
+
+        return jax.make_array_from_callback(shape.shape, where, part)
+
+    shapes = jax.tree.map(whole, batch)
+    return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh, lead=lead, context_length=length))
 
 
 def pmap_step(step: Callable, devices: Any = None) -> Callable:

@@ -18,6 +18,7 @@ class Job(NamedTuple):
 
     tokenizer
     batch, batches    step -> a batch; (step, k) -> k of them, stacked. Pure functions: resuming needs no more
+    part              (step, k, rows) -> `batches` of those rows alone; None: made whole, then cut
     where             step -> where its data lies, for a message
     eval_batches      first -> the whole validation set; a part of it is enough where `first`
     loss              (params, batch, key) -> (Mean, metrics)
@@ -53,4 +54,5 @@ class Job(NamedTuple):
     combine: Callable[[Any, Any], Any] = _trained
     more_of_loss: Callable[[float], dict[str, Any]] = lambda loss: {}
     sample: Callable[[Any], list[str]] | None = None
+    part: Callable[[int, int, slice], Any] | None = None
     lead: int = 0

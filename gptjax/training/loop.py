@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,24 +71,33 @@ def run_job(
 ) -> TrainResult:
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
     before the run directory is made. It gives the config with what only the data could tell."""
-    from gptjax.parallel import make_mesh
+    from gptjax.parallel import distributed, make_mesh
 
     config.validate(cfg)
+    distributed.start(cfg.distributed)
+    say, writes = log or print, distributed.is_writer()
+    log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
     run.check(cfg)
     loggers.check(cfg.train.loggers)
     if (done := _finished(run, cfg, log or print)) is not None:
         return done
+    distributed.barrier("looked at the run directory")
     use_compile_cache()
     keep_buffers()
-    with Progress(log=log, alive=run.touch) as progress:
+    with Progress(log=log, alive=run.touch if writes else _nothing) as progress:
         cfg, job = prepare(cfg, progress)
     steps_per_call(cfg, 0)
     mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation)
-    with run.locked():
+    with run.locked() if writes else nullcontext(), catch_signals() as signals, distributed.peers(say):
         run.check(cfg)
-        with Progress(lambda line: run.append("log.txt", line), log, run.touch) as progress, catch_signals() as signals:
+        own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
+        with own as progress:
             return _Trainer(cfg, run, job, mesh, progress, signals).train()
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _resolve(cfg: Config, ready: Any) -> Config:
@@ -169,6 +179,7 @@ class _Trainer:
         from gptjax import parallel, tree
         from gptjax.checkpoint import Checkpoints
         from gptjax.optim import make_schedule
+        from gptjax.parallel import distributed
         from gptjax.training.step import TrainState, make_multi_step, make_train_step
         from gptjax.weights.native import recover_folder
 
@@ -186,29 +197,31 @@ class _Trainer:
         self.counters = _Counters()
         self.step = self.saved = 0
         found = self.checkpoints.restore(abstract, self._accept)
-        run.begin(cfg, self.environment)
-        recover_folder(run.best)
+        self.writes = distributed.is_writer()
+        if self.writes:
+            run.begin(cfg, self.environment)
+            recover_folder(run.best)
         if found:
             self._go_on(found)
         else:
             with progress.phase("compiling the initialisation"):
                 self.state = parallel.init_on(fresh, mesh, job.start, donate=(0,))
-            run.cut_metrics(-1)
-            (run.path / "samples.txt").unlink(missing_ok=True)
+            if self.writes:
+                run.cut_metrics(-1)
+                (run.path / "samples.txt").unlink(missing_ok=True)
         self.state = self.state.replace(frozen=parallel.place_params(job.frozen, mesh))
         self.job = job = job._replace(start=None, frozen=None)  # the steps give the memory to their results
         self.k = steps_per_call(cfg, self.n_params, self.step)
         one = make_train_step(job.loss, job.optimizer, combine=job.combine, accumulation=cfg.train.accumulation)
         self.call = parallel.jit_step(one if self.k == 1 else make_multi_step(one), mesh, self.state)
-        self.eval_loss = parallel.on_mesh(
-            jax.jit(lambda params, batch, key: job.loss(job.combine(*params), batch, key)), mesh
-        )
+        self.eval_loss = parallel.jit_on(lambda params, batch, key: job.loss(job.combine(*params), batch, key), mesh)
         schedule = make_schedule(cfg.optim, cfg.train.max_steps)
         self.lr = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(cfg.train.max_steps))) * cfg.optim.lr
         device = jax.devices()[0]
         self.peak = peak_flops(device.platform, device.device_kind)
-        self.metrics = loggers.JsonLines(run.metrics)
-        self.loggers = [self.metrics, *(loggers.LOGGERS[name](run.path, cfg) for name in cfg.train.loggers)]
+        self.metrics = loggers.JsonLines(run.metrics) if self.writes else None
+        others = cfg.train.loggers if self.writes else ()
+        self.loggers = [self.metrics] * self.writes + [loggers.LOGGERS[name](run.path, cfg) for name in others]
         self.started = time.monotonic() - self.counters.seconds
         self.pending: tuple[int, Any] | None = None
         self.compiled = False
@@ -246,17 +259,17 @@ class _Trainer:
         return self.step % every == 0 or self.step >= self.cfg.train.max_steps
 
     def _poll(self) -> None:
-        if self.signals.code:
+        from gptjax.parallel import distributed
+
+        if code := distributed.agree(self.signals.code):
+            self.signals.code = code
             raise _Interrupt
 
     def _advance(self) -> None:
         """Start one call, and read the results of the one before while it runs."""
         if self.pending is None:
             self.mark = time.monotonic()
-        if self.k == 1:
-            batch = self._placed(self.job.batch(self.step))
-        else:
-            batch = self._placed(self.job.batches(self.step, self.k), lead=1)
+        batch = self._batch(self.step, self.k)
         if not self.compiled:
             metrics = self._compile(batch)
         else:
@@ -268,6 +281,21 @@ class _Trainer:
         if not self.compiled or self._due(self.cfg.train.eval_every) or self._due(self.cfg.train.checkpoint_every):
             self._drain()
         self.compiled = True
+
+    def _batch(self, step: int, k: int) -> Any:
+        """Of k steps in a call with a leading side of them; of several processes each reads its own rows."""
+        import jax
+
+        from gptjax.parallel import distributed, place_batch
+
+        if self.job.part is None or jax.process_count() == 1:
+            return self._placed(self.job.batch(step)) if k == 1 else self._placed(self.job.batches(step, k), lead=1)
+        of = self.cfg.train.batch_size
+        rows = distributed.rows_here(self.mesh, of)
+        part = self.job.part(step, k, rows)
+        if k == 1:
+            part = jax.tree.map(lambda leaf: leaf[0], part)
+        return place_batch(part, self.mesh, lead=int(k > 1), rows=rows, of=of)
 
     def _placed(self, batch: Any, lead: int = 0) -> Any:
         from gptjax.parallel import place_batch
@@ -408,7 +436,7 @@ class _Trainer:
             **{f"val/{name}": _finite(value) for name, value in more.items()},
         }
         if n := self.cfg.train.eval_train_batches:
-            train_batches = (self._placed(self.job.batch(step)) for step in range(n))
+            train_batches = (self._batch(step, 1) for step in range(n))
             row["train/eval_loss"] = _finite(evaluate(self.eval_loss, self._both, train_batches)[0].value())
         row["seconds"] = self._seconds()
         self._log(row)
@@ -435,15 +463,22 @@ class _Trainer:
             yield self._placed(batch)
 
     def _sample(self) -> None:
-        from gptjax.parallel import on_mesh
+        import jax
 
-        texts = on_mesh(self.job.sample, self.mesh)(self.job.combine(*self._both))
+        from gptjax.parallel import on_mesh
+        from gptjax.parallel.distributed import on_host
+
+        mesh = self.mesh if jax.process_count() == 1 else None  # of several processes one writes, by itself
+        both = on_host(self._both)
+        if not self.writes:
+            return
+        texts = on_mesh(self.job.sample, mesh)(self.job.combine(*both))
         self.last_sample = texts[0]
         self.run.append("samples.txt", "".join(f"==== step {self.step} ====\n{text}\n\n" for text in texts))
         self.counters.samples_bytes = (self.run.path / "samples.txt").stat().st_size
 
     def _plot(self, last: bool = False) -> None:
-        if last or time.monotonic() - self.plotted >= PLOT_EVERY_S:
+        if self.writes and (last or time.monotonic() - self.plotted >= PLOT_EVERY_S):
             from gptjax.training.plot import draw
 
             self.plotted = time.monotonic()
@@ -454,7 +489,8 @@ class _Trainer:
     def _save(self) -> None:
         with self.progress.phase("saving a checkpoint"):
             self._drain()
-            self.metrics.sync()
+            if self.writes:
+                self.metrics.sync()
             self.counters.seconds = self._seconds()
             meta = {
                 "identity": self.job.identity,
@@ -483,9 +519,10 @@ class _Trainer:
         self.state = found.state if self.mesh is None else place(found.state, shardings(found.state, self.mesh))
         stored = {name: _number(value) for name, value in found.meta["counters"].items()}
         self.counters = _Counters(**stored)
-        self.run.cut_metrics(self.step)
         samples = self.run.path / "samples.txt"
-        if samples.exists() and samples.stat().st_size > self.counters.samples_bytes:
+        if self.writes:
+            self.run.cut_metrics(self.step)
+        if self.writes and samples.exists() and samples.stat().st_size > self.counters.samples_bytes:
             os.truncate(samples, self.counters.samples_bytes)
         self.progress.say(f"going on from step {self.step:,} of {self.cfg.train.max_steps:,}")
         before = found.meta["environment"]
@@ -540,9 +577,13 @@ class _Trainer:
         }
 
     def _write_model(self, folder: Path) -> None:
+        from gptjax.parallel.distributed import on_host
+
         files = {"config.yaml": config.to_yaml(self.cfg), "result.json": json.dumps(self._result(), indent=1) + "\n"}
         with self.progress.phase(f"writing {folder.name}/"):
-            self.job.write(folder, *self._both, files)
+            both = on_host(self._both)
+            if self.writes:
+                self.job.write(folder, *both, files)
 
     def _finish(self) -> TrainResult:
         self._plot(last=True)
@@ -621,6 +662,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         tokenizer=ready.tokenizer,
         batch=loader.batch,
         batches=loader.batches,
+        part=loader.batches,
         where=where,
         eval_batches=eval_batches,
         loss=task.loss,

@@ -39,6 +39,7 @@ LOCK_STALE_S = 180  # a trainer touches its lock at least every 10 s
 MAY_CHANGE = (
     "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
     "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
+    "distributed.*",
 )  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""Several processes train as one: the same losses, no window read twice, and nobody waits for the dead."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptjax.parallel.distributed import RESTART
+from gptjax.training.run_dir import read_metrics
+
+HOST = Path(__file__).with_name("host.py")
+HEARTBEAT_S = 10
+
+
+def processes(folder, n, *more):
+    """n of them, or one where n is 1; each with one device of the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [
+        f"run_dir={folder / 'run'}", "data.source=python-docs", "train.max_steps=12", "train.eval_every=4",
+        "train.checkpoint_every=4", "train.steps_per_call=2", "train.log_every=2", "data.mask_tokens=1",
+        "sample.max_new_tokens=8", *more,
+    ]  # fmt: skip
+    found = []
+    for i in range(n):
+        own = [
+            f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={n}",
+            f"distributed.process_id={i}", f"distributed.heartbeat_s={HEARTBEAT_S}", "distributed.timeout_s=60",
+        ]  # fmt: skip
+        command = [sys.executable, str(HOST), str(folder / f"{i}.json"), *settings, *(own if n > 1 else [])]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        with open(folder / f"{i}.log", "w") as log:
+            found.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
+    return found
+
+
+def ended(folder, running, timeout_s=200):
+    codes = [process.wait(timeout_s) for process in running]
+    return codes, [(folder / f"{i}.log").read_text(errors="replace") for i in range(len(running))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    codes, logs = ended(folder, processes(folder, 1))
+    assert codes == [0], logs[0][-2000:]
+    return folder
+
+
+def losses(folder):
+    return [row["train/loss"] for row in read_metrics(folder / "run") if "train/loss" in row]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_processes_are_one(alone, tmp_path, n):
+    """fsdp over two of the processes, so that no process has all of the weights."""
+    codes, logs = ended(tmp_path, processes(tmp_path, n, "mesh.fsdp=2"))
+    assert codes == [0] * n, "\n".join(log[-1500:] for log in logs)
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
+    whole = json.loads((alone / "0.json").read_text())
+    parts = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(n)]
+    assert [part["val_loss"] for part in parts] == pytest.approx([whole["val_loss"]] * n, abs=1e-5)
+    # the ledger: batches of training are read in whole calls of 2 steps x 8 rows; evaluations are read by all
+    calls = [starts for starts in whole["read"] if len(starts) == 16]
+    own = [[starts for starts in part["read"] if len(starts) == 16 // n] for part in parts]
+    assert len(calls) == 6
+    for k, starts in enumerate(calls):
+        together = [start for step in (0, 1) for part in own for start in _half(part[k], step)]
+        assert together == starts  # 0 repeated, 0 skipped
+    assert all("step " not in log for log in logs[1:])  # one of them speaks
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def _half(starts, step):
+    n = len(starts) // 2
+    return starts[step * n : (step + 1) * n]
+
+
+LONGER = ("train.max_steps=100", "train.eval_every=100", "train.checkpoint_every=20", "optim.schedule=constant")
+
+
+def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
+    """Started again, they go on from the last checkpoint, to the losses of a run that was never stopped."""
+    (tmp_path / "whole").mkdir()
+    assert ended(tmp_path / "whole", processes(tmp_path / "whole", 2, "mesh.fsdp=2", *LONGER))[0] == [0, 0]
+    running = processes(tmp_path, 2, "mesh.fsdp=2", *LONGER)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGKILL)
+    codes, (log, _) = ended(tmp_path, running, HEARTBEAT_S + 5)
+    assert codes == [RESTART, -signal.SIGKILL] and "another process is gone" in log, (codes, log[-2000:])
+    assert losses(tmp_path)[-1] != losses(tmp_path / "whole")[-1]
+    codes, logs = ended(tmp_path, processes(tmp_path, 2, "mesh.fsdp=2", *LONGER))
+    assert codes == [0, 0] and "going on from step" in logs[0], logs[0][-2000:]
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
