@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
-import importlib.util
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from gptjax import assets
 from gptjax.cli.options import human
@@ -58,15 +61,42 @@ def tpu_here() -> bool:
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
-def backend_problem(backend: str, tpu: bool, libtpu: bool) -> list[str]:
-    """A run that silently falls from the TPU to the CPU is the worst surprise there is."""
+def holders(proc: Path = Path("/proc"), own: int | None = None) -> list[str]:
+    """Other processes that have a TPU's device file open: "python (pid 123)". Only one process can hold a TPU."""
+    found = []
+    for folder in proc.glob("[0-9]*"):
+        if int(folder.name) == (os.getpid() if own is None else own):
+            continue
+        with suppress(OSError):  # gone, or another user's
+            if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
+                found.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
+    return found
+
+
+def wanted_libtpu() -> str:
+    """The release of libtpu that the installed jax names, such as "0.0.42.*"; empty if it names none."""
+    with suppress(PackageNotFoundError):
+        for line in requires("jax") or []:
+            if found := re.match(r"libtpu==([\w.*]+)", line):
+                return found[1]
+    return ""
+
+
+def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
+    """A run that silently falls from the TPU to the CPU is the worst surprise there is. One cause, the likeliest."""
     if not tpu or backend == "tpu":
         return []
-    way_out = (
-        "libtpu is installed: is another process using the TPU, or is JAX_PLATFORMS set?"
-        if libtpu
-        else "install its driver: pip install 'jax[tpu]'"
-    )
+    if not libtpu:
+        way_out = "its driver is not installed: pip install 'jax[tpu]'"
+    elif held_by:
+        way_out = f"{', '.join(held_by)} holds it: end that process (in a notebook: restart the other runtime)"
+    elif (name := os.environ.get("JAX_PLATFORMS")) and "tpu" not in name:
+        way_out = f"JAX_PLATFORMS={name} says so: unset it"
+    elif wanted and not fnmatch.fnmatch(libtpu, wanted):
+        own = _version("jax")
+        way_out = f"libtpu {libtpu} does not fit jax {own}, which wants {wanted}: pip install 'jax[tpu]=={own}'"
+    else:
+        way_out = "python -c 'import jax; jax.devices(\"tpu\")' says why"
     return [f"this machine has a TPU and jax runs on {backend}; {way_out}"]
 
 
@@ -79,7 +109,7 @@ def _devices() -> list[str]:
         return [f"jax does not start: {error}"]
     kinds = {device.device_kind for device in devices}
     print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
-    return backend_problem(backend, tpu_here(), importlib.util.find_spec("libtpu") is not None)
+    return backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
 
 
 def _assets() -> None:

@@ -38,3 +38,33 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "file" / "cache"))
     assert main(["doctor"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "held_by", "platforms", "words"),
+    [
+        ("", [], "", "pip install 'jax[tpu]'"),
+        ("0.0.42.1", ["python3 (pid 7)"], "", "python3 (pid 7) holds it: end that process"),
+        ("0.0.42.1", [], "cpu", "JAX_PLATFORMS=cpu says so: unset it"),
+        ("0.0.21.1", [], "", "libtpu 0.0.21.1 does not fit"),
+        ("0.0.42.1", [], "", "says why"),
+    ],
+)
+def test_why_a_tpu_is_not_used(libtpu, held_by, platforms, words, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert words in doctor.backend_problem("cpu", True, libtpu, "0.0.42.*", held_by)[0]
+    assert not doctor.backend_problem("tpu", True, "0.0.21.1", "0.0.42.*", []) + doctor.backend_problem(
+        "cpu", False, "", "", []
+    )
+
+
+def test_who_holds_a_tpu(tmp_path):
+    for pid, target in ((7, "/dev/accel0"), (8, "/dev/null"), (9, "/dev/vfio/0")):
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "comm").write_text("python3\n")
+        (tmp_path / str(pid) / "fd" / "3").symlink_to(target)
+    assert sorted(doctor.holders(tmp_path, own=9)) == ["python3 (pid 7)"]
+
+
+def test_which_libtpu_jax_wants():
+    assert doctor.wanted_libtpu().startswith("0.0.")
