@@ -97,7 +97,7 @@ def _count(rng: random.Random, words: list[str]) -> Task:
 
 
 def _sort(rng: random.Random, words: list[str]) -> Task:
-    some = rng.sample(range(1, 100), 3)
+    some = rng.sample(range(10, 100), 3)
     key = ", ".join(map(str, sorted(some)))
     return Task({"list": ", ".join(map(str, some))}, key, key)
 

@@ -16,6 +16,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
 from gptjax.finetuning import base, metrics
 from gptjax.model.gpt import init_params
+from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import classify
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
@@ -29,7 +30,8 @@ ROW_TOKENS = 2048  # about so many are scored at once
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
-    return finish(run_job(cfg, prepare, log), log or print)
+    result = run_job(cfg, prepare, log)
+    return finish(result, log or print) if is_writer() else result
 
 
 def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:

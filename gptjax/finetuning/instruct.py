@@ -19,6 +19,7 @@ from gptjax.data.instructions import Conversation
 from gptjax.finetuning import base
 from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.generation import for_decoding, generate
+from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import pretrain
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
@@ -32,7 +33,8 @@ CHUNK = 256  # tokens whose logits are alive at once, where the head is not trai
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
-    return finish(run_job(cfg, prepare, log), log or print)
+    result = run_job(cfg, prepare, log)
+    return finish(result, log or print) if is_writer() else result
 
 
 def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:

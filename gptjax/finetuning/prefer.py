@@ -17,6 +17,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
 from gptjax.data.preferences import PairRows
 from gptjax.finetuning import base
+from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import prefer
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
@@ -29,7 +30,8 @@ RESULTS = "test.json"
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
     held: list[Any] = []
-    return finish(run_job(cfg, lambda cfg, progress: prepare(cfg, progress, held), log), log or print, held)
+    result = run_job(cfg, lambda cfg, progress: prepare(cfg, progress, held), log)
+    return finish(result, log or print, held) if is_writer() else result
 
 
 def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | None = None) -> TrainResult:

@@ -16,6 +16,7 @@ import optax
 
 from gptjax import config, weights
 from gptjax.config import Config
+from gptjax.parallel.distributed import is_writer
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
 from gptjax.types import Mean, Metrics
@@ -34,6 +35,8 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
     folder = Path(cfg.run_dir or "runs/default")
     seeds = _seeds(cfg)
     result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
+    if not is_writer():
+        return result
     scores = [json.loads((folder / f"seed-{seed}" / "test.json").read_text(encoding="utf-8")) for seed in seeds]
     n, table = len(seeds), {}
     for name, value in scores[0].items():
@@ -73,7 +76,7 @@ def _in_turn(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -
 
 def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
     result = run_job(cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say)
-    for seed in _seeds(cfg):
+    for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         settings = config.from_yaml((own / "final" / "config.yaml").read_text(encoding="utf-8"), str(own))
         params, _ = weights.load(own / "final")

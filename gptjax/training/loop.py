@@ -586,6 +586,8 @@ class _Trainer:
                 self.job.write(folder, *both, files)
 
     def _finish(self) -> TrainResult:
+        from gptjax.parallel.distributed import on_host
+
         self._plot(last=True)
         self._write_model(self.run.final)
         counters = self.counters
@@ -597,9 +599,8 @@ class _Trainer:
             self.progress.say(f"---- sample ----\n{self.last_sample}\n----------------")
         samples = " samples.txt" if self.job.sample else ""
         self.progress.say(f"in {self.run.path}: final/ best/ loss.png metrics.jsonl{samples}")
-        return TrainResult(
-            self.run.path, self.job.combine(*self._both), self.cfg, self.job.tokenizer, self.step, counters.val_loss
-        )
+        params = self.job.combine(*on_host(self._both))
+        return TrainResult(self.run.path, params, self.cfg, self.job.tokenizer, self.step, counters.val_loss)
 
     def _summary(self) -> None:
         cfg, say = self.cfg, self.progress.say

@@ -9,20 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gptjax.training.chips import peak_flops as peak_flops
+
 LINE_EVERY_S = 5.0  # plain progress lines
 SILENCE_S = 8.0  # then a sign of life: some runners kill what is silent for long
-
-# Dense bf16 peak of one chip in TFLOP/s, by a part of jax's device_kind. Vendors' data sheets.
-PEAK_TFLOPS = (
-    ("v6e", 918), ("v6 lite", 918), ("v5p", 459), ("v5e", 197), ("v5 lite", 197), ("v4", 275), ("v3", 123), ("v2", 45),
-    ("b200", 2250), ("h200", 989), ("h100", 989), ("a100", 312), ("l40", 362), ("l4", 121), ("a10g", 70), ("t4", 65),
-)  # fmt: skip
-
-
-def peak_flops(platform: str, device_kind: str) -> float | None:
-    """FLOP/s of one chip; None on a CPU or an unknown chip."""
-    kind = device_kind.lower()
-    return next((tera * 1e12 for name, tera in PEAK_TFLOPS if platform != "cpu" and name in kind), None)
 
 
 class Progress:
