@@ -15,7 +15,7 @@ LEVEL = {
     "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
-    "training": 5, "generation": 5, "plan": 5, "research": 5,
+    "training": 5, "generation": 5, "planning": 5, "research": 5,
     "finetuning": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
@@ -23,6 +23,7 @@ SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
     ("gguf", "types"),
     ("training", "generation"),  # samples during training
+    ("planning", "training"),  # the train step itself is what is planned
 }  # fmt: skip
 NEVER = {
     "model": {"lora", "optim", "parallel", "tasks", "data", "tokenizers"},

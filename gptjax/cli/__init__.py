@@ -65,6 +65,17 @@ VERBS: dict[str, Verb] = {
         "gptjax chat MODEL [system=TEXT] [temperature=X ...]",
         ("gptjax chat smollm2-135m-instruct", 'gptjax chat MODEL system="Answer in one word." temperature=0'),
     ),
+    "plan": Verb(
+        "gptjax.cli.plan",
+        "what a run would take on a TPU slice you do not have: memory, traffic, time",
+        "gptjax plan [PRESET or CONFIG.yaml] [a.b=c ...] [--on SLICE] [--search] [--decode] [tokens=N] [hours=X] "
+        "[out=PLAN.json] [png=PLAN.png]",
+        (
+            "gptjax plan gpt2-124m --on v5e-1 train.batch_size=32 train.accumulation=1",
+            "gptjax plan gpt2-1558m --on v5e-16 --search tokens=30e9",
+            "gptjax plan llama-3.1-8b --on v5p-128 --search out=plan.json png=plan.png",
+        ),
+    ),
     "export": Verb(
         "gptjax.cli.transfer",
         "write a model for transformers, llama.cpp or as one program",

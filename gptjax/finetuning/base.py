@@ -22,6 +22,8 @@ from gptjax.training.loop import flops_per_token
 from gptjax.types import Params, UserError
 from gptjax.weights import families
 
+HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
+
 
 class Parts(NamedTuple):
     """A model, taken apart for training.
@@ -61,7 +63,8 @@ def thirds(settings: Any, seed: int, read: Callable[[str], list], made: Callable
     """
     if settings.source is None:
         n = settings.examples
-        held = [max(1, round(n * share)) for share in (settings.val_fraction, settings.test_fraction)]
+        shares = settings.val_fraction, settings.test_fraction
+        held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
         unseen = made(sum(held), seed, held_out=True)
         return Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
     found = read(settings.source)

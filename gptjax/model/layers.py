@@ -14,7 +14,8 @@ from gptjax.model.cache import Cache
 from gptjax.ops import activation, device, position
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.dropout import dropout
-from gptjax.ops.linear import linear, take
+from gptjax.ops.fused import SAVED
+from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 
 TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
@@ -69,6 +70,9 @@ class Linear(nn.Module):
         bias_init = uniform(d_in**-0.5) if torch else nn.initializers.zeros
         kernel = _read(self, "kernel", kernel_init, (d_in, self.features))
         bias = _read(self, "bias", bias_init, (self.features,)) if self.bias else None
+        if device.mesh() is not None and isinstance(kernel, jax.Array):
+            into_block = self.name not in ("o", "down")
+            kernel = Gathered(kernel, (None, device.TENSOR) if into_block else (device.TENSOR, None))
         return linear(x, kernel, bias, self.cfg.dtype)
 
 
@@ -190,7 +194,10 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import jax
@@ -69,33 +69,63 @@ def _(leaf: Turned) -> jax.Array:
     return leaf.w.T
 
 
+Sides = tuple[str | None, str | None] | None  # the axes that the two sides of a matrix are cut by; None: as it comes
+
+
+@struct.dataclass
+class Gathered:
+    """A kernel [in, out] that a mesh keeps in pieces, and that is put together in the product's dtype for the product.
+
+    Left alone XLA multiplies piece by piece as they come from the other chips, and reads and writes the float32 sums
+    [B T, out] once a piece: GPT-2 1558M on eight chips is bound by that traffic.
+    """
+
+    w: jax.Array
+    sides: Sides = struct.field(pytree_node=False)
+
+
+@matmul.register
+def _(leaf: Gathered, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    if dtype == "float32":
+        return matmul(_laid(leaf.w, leaf.sides), x, dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul_bfloat16(rows, leaf.w, leaf.sides).astype(x.dtype).reshape(*x.shape[:-1], leaf.w.shape[1])
+
+
+def _laid(w: jax.Array, sides: Sides) -> jax.Array:
+    return w if sides is None else constrain(w, *sides)
+
+
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
     """x @ kernel + bias; kernel [in, out], bias [out]."""
     y = matmul(kernel, x, dtype)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-@jax.custom_vjp
-def _matmul_bfloat16(x: jax.Array, w: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_bfloat16(x: jax.Array, w: jax.Array, sides: Sides = None) -> jax.Array:
     """bfloat16 operands, float32 sums: mixed precision with float32 master weights (arXiv:1710.03740).
 
     The backward pass is written out so that all three products take bfloat16 operands; autodiff would multiply the
     float32 cotangent with them instead.
     """
-    return _dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    return _forward(x, w, sides)[0]
 
 
-def _forward(x, w):
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return _dot(x, w), (x, w)
+def _forward(x, w, sides):
+    low = x.astype(jnp.bfloat16)
+    # w as it came: a low copy of it would be kept for every layer of a stack, and gathered whole under fsdp
+    return _dot(low, _laid(w.astype(jnp.bfloat16), sides)), (low, w, x[:0])
 
 
-def _backward(residual, g):
-    x, w = residual
-    g = g.astype(jnp.bfloat16)
-    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    # the barrier: a tied head's gradient is turned, and XLA's CPU backend refuses the turn inside the product
-    return dx, jax.lax.optimization_barrier(weight_gradient(x, g))
+def _backward(sides, residual, g):
+    x, w, like_x = residual
+    g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), sides)
+    dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = _laid(weight_gradient(x, g).astype(w.dtype), sides)
+    if platform() == "cpu":  # a tied head's gradient is turned, and XLA refuses the turn inside the product
+        dw = jax.lax.optimization_barrier(dw)
+    return dx.astype(like_x.dtype), dw
 
 
 _matmul_bfloat16.defvjp(_forward, _backward)
@@ -108,10 +138,10 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """x [.., in], g [.., out] -> sum over the leading axes of x^T g, [in, out] float32.
 
-    The sum runs over two axes: XLA's CPU backend then multiplies bfloat16 about twice as fast as over one.
+    On a CPU the sum runs over two axes: XLA then multiplies bfloat16 about twice as fast as over one.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]
-    parts = next(c for c in (8, 4, 2, 1) if rows % c == 0)
+    parts = next(c for c in (8, 4, 2, 1) if rows % c == 0) if platform() == "cpu" else 1
     x, g = (a.reshape(parts, rows // parts, -1) for a in (x, g))
     return jnp.einsum("cmk,cmn->kn", x, g, preferred_element_type=jnp.float32)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from gptjax.ops.device import platform
 
 
 def layer_norm(
@@ -13,17 +17,30 @@ def layer_norm(
 
     The variance is the biased one (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
     """
-    h = x.astype(jnp.float32)
-    h = h - h.mean(-1, keepdims=True)
-    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
-    return _affine(h, scale, bias).astype(x.dtype)
+
+    def norm(x, scale, bias):
+        h = x.astype(jnp.float32)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+        return _affine(h, scale, bias).astype(x.dtype)
+
+    return _again(norm)(x, scale, bias)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, back in x's dtype. Source: arXiv:1910.07467."""
-    h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
-    return _affine(h, scale, None).astype(x.dtype)
+
+    def norm(x, scale):
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+        return _affine(h, scale, None).astype(x.dtype)
+
+    return _again(norm)(x, scale)
+
+
+def _again(fn: Callable) -> Callable:
+    """`fn`, computed again in the backward pass from its input instead of keeping its float32 parts. Not on a CPU."""
+    return fn if platform() == "cpu" else jax.checkpoint(fn, prevent_cse=False)
 
 
 def _affine(h: jax.Array, scale: jax.Array | None, bias: jax.Array | None) -> jax.Array:

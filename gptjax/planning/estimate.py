@@ -1,0 +1,117 @@
+"""Memory and time of a step by formula, in microseconds of thought: what `search` sorts by before it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gptjax.config import Config
+from gptjax.planning.slices import Slice
+
+_CHUNK_BYTES = 2**30  # logits of one chunk, their exponentials and gradients
+_PROGRAM_BYTES = 2**28
+
+Shape = tuple[int, int, int, int]  # data, fsdp, tensor, context
+
+
+class Candidate(NamedTuple):
+    cfg: Config
+    shape: Shape
+    memory_bytes: float  # a chip
+    seconds: float  # a step
+
+
+def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
+    return Candidate(cfg, shape, memory_bytes(cfg, shape, n_params), seconds(cfg, on, shape, n_params))
+
+
+def memory_bytes(cfg: Config, shape: Shape, n_params: int) -> float:
+    """A chip's, of AdamW over all weights. Good to about a fifth beside the compiler's own figure.
+
+    state        weights, two moments and the gradient in float32, over fsdp x tensor; once more where micro-batches
+                 are added up
+    head         its matrix whole in bfloat16, its gradient whole in float32, twice while it is summed over chips
+    activations  what is kept of each layer, and one layer's workspace
+    """
+    model = cfg.model
+    data, fsdp, tensor, context = shape
+    size = 2 if model.dtype == "bfloat16" else 4
+    tokens = cfg.train.batch_size // cfg.train.accumulation * model.context_length / (data * fsdp * context)
+    state = (20 if cfg.train.accumulation > 1 else 16) * n_params / (fsdp * tensor)
+    head = (10 if data * fsdp * tensor > 1 else 6) * model.d_model * model.vocab_size
+    narrow = (model.n_head + 2 * model.n_kv_head) * model.head_dim
+    wide = _wide(cfg) / tensor
+    kept = {
+        "none": 2 * model.d_model + wide,
+        "dots": 2 * model.d_model + (narrow + 2 * model.d_model + (2 if model.gated else 1) * model.d_ff) / tensor,
+        "full": model.d_model,
+    }[model.remat]
+    layer = 2 * 2 * 12 * model.d_model**2 / tensor  # gathered weights, one layer ahead
+    activations = size * tokens * (model.n_layer * kept + 2 * wide + 6 * model.d_model) + layer
+    return state + head + activations + _CHUNK_BYTES + _PROGRAM_BYTES
+
+
+def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
+    """Of a step: to compute, to read and write HBM, and to send, one after the other.
+
+    HBM      every number of a layer passes about a dozen times, by what compiled programs did; and the weights, for
+             each micro-batch, three times in bfloat16 and as a float32 gradient
+    to send  fsdp: the weights in bfloat16, forward, backward and where they are computed again, and their gradients
+             in float32; data: the gradients twice, for each micro-batch; tensor: the hidden state eight times a layer
+    """
+    model, chip = cfg.model, on.chip
+    data, fsdp, tensor, _ = shape
+    tokens = cfg.train.batch_size * model.context_length / on.n_chips
+    attention = 6 * model.n_layer * model.n_head * model.head_dim * model.context_length  # half the square
+    again = {"none": 1.0, "dots": 1.05, "full": 4 / 3}[model.remat]
+    flops = (6 * n_params + attention) * again * tokens
+    micro, part = cfg.train.accumulation, n_params / tensor
+    size = 2 if model.dtype == "bfloat16" else 4
+    passed = 12 * size * tokens * model.n_layer * (2 * model.d_model * tensor + _wide(cfg)) * again
+    hbm = passed + 14 * part * micro + 32 * part / fsdp
+    gathers = (2 if model.remat == "none" else 3) * 2 * part * (fsdp - 1) / fsdp * micro
+    scatters = 4 * part * (fsdp - 1) / fsdp * micro
+    sums = 8 * part / fsdp * (data - 1) / data * micro
+    blocks = 8 * model.n_layer * size * model.d_model * tokens * (tensor - 1)
+    sent = gathers + scatters + sums + blocks
+    return flops / (chip.tflops * 1e12) + hbm / (chip.hbm_gbps * 1e9) + sent / (chip.ici_gbps * 1e9)
+
+
+def _wide(cfg: Config) -> int:
+    """Numbers a token and layer that `tensor` divides."""
+    model = cfg.model
+    narrow = (model.n_head + 2 * model.n_kv_head) * model.head_dim
+    return 4 * model.d_model + 2 * narrow + (4 if model.gated else 3) * model.d_ff
+
+
+def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
+    """Every (data, fsdp, tensor, 1) of so many chips that the heads and the batch allow."""
+    for fsdp in _divisors(n_chips):
+        for tensor in (t for t in _divisors(n_chips // fsdp) if t <= 8 and cfg.model.n_head % t == 0):
+            data = n_chips // fsdp // tensor
+            if cfg.train.batch_size % (data * fsdp) == 0:
+                yield data, fsdp, tensor, 1
+
+
+def variants(cfg: Config, on: Slice, n_params: int) -> list[Candidate]:
+    """All meshes with all remat policies and numbers of micro-batches, the fastest by formula first."""
+    found = []
+    for shape in shapes(cfg, on.n_chips):
+        rows = cfg.train.batch_size // (shape[0] * shape[1])
+        for accumulation in _divisors(rows):
+            for remat in ("none", "dots", "full"):
+                changed = dataclasses.replace(
+                    cfg,
+                    model=dataclasses.replace(cfg.model, remat=remat),
+                    train=dataclasses.replace(cfg.train, accumulation=accumulation),
+                )
+                found.append(candidate(changed, on, shape, n_params))
+    return sorted(found, key=lambda c: (c.seconds, c.memory_bytes))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, math.isqrt(n) + 1) if n % d == 0] + [
+        n // d for d in range(math.isqrt(n), 0, -1) if n % d == 0 and d * d != n
+    ]

@@ -1,0 +1,320 @@
+"""What a compiled program does, read from its text: products, bytes and collectives, loops as often as they run.
+
+XLA's own `cost_analysis` counts the body of a loop once, whatever its length; a stack of layers is such a loop.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
+_NO_WORK = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "iota", "opt-barrier", "domain",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+class Array(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    in_hbm: bool  # not in the chip's vector or scalar memory
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * _bits(self.dtype) // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    results: tuple[Array, ...]
+    op: str
+    operands: tuple[str, ...]
+    rest: str  # attributes, and of a constant its value
+    root: bool
+
+    def called(self, attribute: str) -> list[str]:
+        """The computations that `attribute` names: body, condition, calls, to_apply or the branches."""
+        found = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
+        return re.findall(r"%([\w.\-]+)", found[1]) if found else []
+
+
+class Work(NamedTuple):
+    """Of one device in one run of a program."""
+
+    flops: float  # of matrix products, without those inside custom kernels
+    hbm_bytes: float  # read and written, each array once an operation
+    collectives: dict[str, float]  # kind -> bytes that the device sends
+    largest_gather_bytes: int  # the largest array that one collective makes whole
+    kernels: dict[str, float]  # custom kernel -> how often it runs
+
+
+def work(text: str) -> Work:
+    """`text` is `compiled.as_text()`, of one device's program."""
+    parts = parse(text)
+    n_devices = _partitions(text)
+    flops = hbm = 0.0
+    collectives: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    largest, seen = 0, set()
+    for home, instruction, times in executed(parts):
+        table = parts[home]
+        if (kind := _collective(instruction, home)) is not None:
+            if (mark := _overlapped(instruction, home)) in seen:
+                continue
+            seen |= {mark} - {None}
+            sent, whole = _sent(instruction, kind, table, n_devices)
+            collectives[kind] = collectives.get(kind, 0.0) + times * sent
+            largest = max(largest, whole if kind == "all-gather" else 0)
+        elif instruction.op in ("dot", "convolution"):
+            flops += times * _product_flops(instruction, table)
+        elif instruction.op == "custom-call" and _is_kernel(instruction):
+            name = re.sub(r"\.\d+$", "", instruction.name)
+            kernels[name] = kernels.get(name, 0.0) + times
+    for home, instruction, times in executed(parts, into_fusions=False):
+        hbm += times * _traffic(instruction, parts[home], parts)
+    return Work(flops, hbm, collectives, largest, kernels)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def parse(text: str) -> dict[str, dict[str, Instruction]]:
+    """{computation: {instruction: ..}} in the text's order; the entry is under ENTRY as well."""
+    parts: dict[str, dict[str, Instruction]] = {}
+    table: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)) and not line.startswith(" "):
+            table = parts[head[2]] = {}
+            if head[1]:
+                parts["ENTRY"] = table
+        elif (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)) is not None:
+            table[found[2]] = _instruction(found[2], line[found.end() :], bool(found[1]))
+    return parts
+
+
+def _instruction(name: str, body: str, root: bool) -> Instruction:
+    """From `type op(operands), attributes`."""
+    end = _closing(body, 0, " ")
+    kind, body = body[:end], body[end + 1 :]
+    op, _, _ = body.partition("(")
+    close = _closing(body, len(op) + 1, ")")
+    inside = body[len(op) + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    rest = body[close + 1 :] + (f" value={inside}" if op in ("constant", "parameter") else "")
+    return Instruction(name, _arrays(kind), op, operands, rest, root)
+
+
+def _closing(text: str, start: int, mark: str) -> int:
+    """Where `mark` stands outside of all brackets that open after `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        if depth == 0 and text[i] == mark:
+            return i
+        depth += (text[i] in "([{") - (text[i] in ")]}")
+    return len(text)
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(m[1], tuple(int(n) for n in re.findall(r"\d+", m[2])), re.search(r"S\([1-9]", m[3] or "") is None)
+        for m in re.finditer(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^}]*\})?", kind)
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    found = re.search(r"\d+", dtype)  # f32, s8, u4, f8e4m3fn
+    return int(found[0]) if found else 0
+
+
+def _partitions(text: str) -> int:
+    found = re.search(r"num_partitions=(\d+)", text)
+    return int(found[1]) if found else 1
+
+
+# ---------------------------------------------------------------- loops
+
+
+def executed(
+    parts: dict[str, dict[str, Instruction]], home: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
+) -> Iterator[tuple[str, Instruction, float]]:
+    """(computation, instruction, how often it runs) of all that runs, from the entry down."""
+    for instruction in parts[home].values():
+        yield home, instruction, times
+        inner, factor = [], 1
+        if instruction.op == "while":
+            inner, factor = instruction.called("body"), trip_count(instruction, parts)
+        elif instruction.op == "conditional":
+            inner = instruction.called("branch_computations") or [
+                *instruction.called("true_computation"), *instruction.called("false_computation"),
+            ]  # fmt: skip
+        elif instruction.op in ("call", "async-start") or (instruction.op == "fusion" and into_fusions):
+            inner = instruction.called("calls") or instruction.called("to_apply")
+        for name in inner:
+            yield from executed(parts, name, times * factor, into_fusions=into_fusions)
+
+
+def trip_count(loop: Instruction, parts: dict[str, dict[str, Instruction]]) -> int:
+    """What the compiler noted, or the constant that the counter is compared with; counters begin at zero."""
+    if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
+        return int(known[1])
+    condition = parts[loop.called("condition")[0]]
+    bounds = [re.search(r"value=(\d+)", i.rest) for i in condition.values() if i.op == "constant"]
+    return max((int(found[1]) for found in bounds if found), default=1)
+
+
+# ---------------------------------------------------------------- what one operation does
+
+
+def _collective(instruction: Instruction, home: str) -> str | None:
+    kind = instruction.op.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    if kind == "all-reduce" and home.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # how TPU programs are written: a sum of which each device keeps its part
+    return kind
+
+
+def _overlapped(instruction: Instruction, home: str) -> tuple | None:
+    """What tells a collective apart that runs beside other work. TPU programs write it into the fusion that starts it,
+    into those that run meanwhile and into the one that ends it; its channel is the same in all of them."""
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    if channel is None or not ("fused_computation" in home or "collective_fusion" in home):
+        return None
+    return channel[1], instruction.op, instruction.results
+
+
+def _sent(instruction: Instruction, kind: str, table: dict[str, Instruction], n_devices: int) -> tuple[float, int]:
+    """(bytes that one device sends when rings are used, bytes of the whole array)."""
+    n = _group_size(instruction.rest, n_devices)
+    took = sum(array.size_bytes for name in instruction.operands for array in table[name].results[:1])
+    made = [array.size_bytes for array in instruction.results]
+    if kind == "collective-permute":
+        return took, took
+    if kind == "all-gather":
+        whole = took * n
+        return whole * (n - 1) / n, max(made, default=0)
+    share = {"all-reduce": 2, "reduce-scatter": 1, "all-to-all": 1}[kind]
+    return share * took * (n - 1) / n, max(made, default=0)
+
+
+def _group_size(rest: str, n_devices: int) -> int:
+    """Devices that one collective is over: three notations of replica_groups are in use."""
+    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
+    if (listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest)) is not None:
+        return len(listed[1].split(","))
+    if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)) is not None:
+        return int(iota[1])
+    return n_devices
+
+
+def _product_flops(instruction: Instruction, table: dict[str, Instruction]) -> float:
+    left, right = (table[name].results[0].shape for name in instruction.operands[:2])
+    out = instruction.results[0].shape
+    if instruction.op == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        dims = [int(i) for i in found[1].split(",") if i] if found else []
+        return 2.0 * math.prod(out) * math.prod(left[i] for i in dims)
+    return _convolution_flops(instruction.rest, left, right, out)
+
+
+def _convolution_flops(rest: str, left: tuple, right: tuple, out: tuple) -> float:
+    """TPU programs write every product as a convolution; products of batches as windows that only touch in parts."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    if labels is None:
+        return 0.0
+    window = {
+        key: value.split("x")
+        for key, value in re.findall(r"(\w+)=([\d_x\-]+)", (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1])
+    }
+    valid = 1
+    for d in range(len(labels[1]) - 2):
+        size, result, given = (
+            shape[label.index(str(d))] for shape, label in ((right, labels[2]), (out, labels[3]), (left, labels[1]))
+        )
+        option = {key: value[d] for key, value in window.items()}
+        stride, apart, across = (int(option.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(option.get("pad", "0_0").split("_")[0])
+        span = (given - 1) * apart + 1
+        places = (o * stride + k * across - low for k in range(size) for o in range(result))
+        valid *= sum(0 <= place < span and place % apart == 0 for place in places)
+    groups = re.search(r"batch_group_count=(\d+)", rest)
+    depth = right[labels[2].index("i")] * out[labels[3].index("f")] * out[labels[3].index("b")]
+    return 2.0 * depth * valid / (int(groups[1]) if groups else 1)
+
+
+def _is_kernel(call: Instruction) -> bool:
+    """A kernel of ours or a library's; other custom calls are the compiler's way to reserve room."""
+    return '"tpu_custom_call"' in call.rest
+
+
+def _traffic(instruction: Instruction, table: dict[str, Instruction], parts: dict) -> float:
+    """Bytes read and written in HBM: every operand and every result once, of a slice only what it takes."""
+    op = instruction.op
+    if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
+        return 0
+    if op in _SLICES:
+        return 2 * _hbm(instruction.results)
+    if op == "slice-start":  # (whole operand, slice, ..)
+        cut = instruction.results[1]
+        return cut.size_bytes + _hbm((cut,))
+    if op == "dynamic-update-slice":
+        return 2 * _hbm(table[instruction.operands[1]].results)
+    if op.endswith("-start"):  # (operand, result, ..)
+        return _hbm(instruction.results[:2])
+    inner = parts[instruction.called("calls")[0]] if op == "fusion" else {}
+    read = [_hbm(table[name].results) for name in instruction.operands]
+    written = _hbm(instruction.results)
+    if inner:
+        read = [min(size, taken) for size, taken in zip(read, _taken(inner, len(read)), strict=True)]
+        written = min(written, sum(_written(i, inner) for i in inner.values() if i.root))
+    return sum(read) + written
+
+
+def _taken(inner: dict[str, Instruction], n: int) -> list[float]:
+    """Of each parameter of a fused computation the bytes that it reads: less than all where it only cuts out slices,
+    none where it only writes into it."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inner.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+
+    def bytes_of(name: str, users_of: list[Instruction]) -> float:
+        total = 0.0
+        for user in users_of:
+            if user.op == "bitcast":
+                total += bytes_of(user.name, users.get(user.name, []))
+            elif user.op in _SLICES and user.operands[0] == name:
+                total += sum(array.size_bytes for array in user.results)
+            elif not (user.op == "dynamic-update-slice" and user.operands[0] == name):
+                return math.inf
+        return total
+
+    taken = [math.inf] * n
+    for instruction in inner.values():
+        if instruction.op == "parameter":
+            place = int(re.search(r"value=(\d+)", instruction.rest)[1])
+            taken[place] = bytes_of(instruction.name, users.get(instruction.name, []))
+    return taken
+
+
+def _written(root: Instruction, inner: dict[str, Instruction]) -> float:
+    if root.op == "dynamic-update-slice":
+        return sum(array.size_bytes for array in inner[root.operands[1]].results)
+    if root.op in ("tuple", "bitcast"):
+        return sum(_written(inner[name], inner) for name in root.operands)
+    return sum(array.size_bytes for array in root.results)
+
+
+def _hbm(arrays: tuple[Array, ...]) -> float:
+    return sum(array.size_bytes for array in arrays if array.in_hbm)

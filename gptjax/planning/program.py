@@ -1,0 +1,169 @@
+"""The programs themselves, compiled for devices that are only described: the train step and the decode step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import lora, parallel, tree
+from gptjax.config import Config
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import abstract_params, extend, init_params
+from gptjax.ops import device
+from gptjax.ops.quant import quantize
+from gptjax.optim import make_optimizer
+from gptjax.tasks import pretrain
+from gptjax.training.step import TrainState, make_train_step
+from gptjax.types import Batch, UserError
+
+PARTS = ("params", "optimizer", "frozen", "batch", "cache")
+
+
+class Program(NamedTuple):
+    """A compiled step, or what the compiler said instead of compiling it."""
+
+    parts: dict[str, int]  # bytes a chip of what lasts: params, optimizer, frozen, batch, cache
+    compiled: Any  # None where it does not fit
+    needed_bytes: int  # of HBM a chip, all in all
+    usable_bytes: int  # 0: the compiler did not say
+    seconds: float  # of tracing and compiling
+
+
+def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
+    """The train step of `cfg` as `gptjax pretrain` runs it; for task=instruct as `gptjax finetune` does.
+
+    Args:
+        chunk: tokens whose logits are alive at once; None: the loss chooses.
+
+    Raises:
+        UserError: a task, or trainable weights, that are not planned for; a mesh that does not fit the batch.
+    """
+    model, rows = cfg.model, cfg.train.batch_size
+    T = cfg.instruct.context_length if cfg.task == "instruct" else model.context_length
+    if (rows // cfg.train.accumulation) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(
+            f"train.batch_size / train.accumulation ({rows // cfg.train.accumulation} rows) must be divisible by "
+            f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): take more rows or another mesh"
+        )
+    tx = make_optimizer(cfg.optim, cfg.train.max_steps)
+    create, combine = _state(cfg, tx)
+    step = make_train_step(
+        pretrain.task(model, chunk=chunk).loss, tx, combine=combine, accumulation=cfg.train.accumulation
+    )
+    ids = jax.ShapeDtypeStruct((rows, T), jnp.int32)
+    with_documents = cfg.task == "instruct" or cfg.data.document_mask
+    weights = jax.ShapeDtypeStruct((rows, T), jnp.float32) if with_documents else None
+    batch = Batch(ids, ids, weights, *((ids, ids) if with_documents else (None, None)))
+    started = time.monotonic()
+    with device.compiling_for("tpu"):
+        state = parallel.abstract_on(create, mesh, jax.eval_shape(lambda: jax.random.key(0)))
+        batch = _placed(batch, parallel.batch_shardings(batch, mesh, context_length=T))
+        outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=outs).lower(state, batch)
+    parts = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
+    return _compiled(lowered, {name: bytes_a_chip(part) for name, part in parts.items()}, started)
+
+
+def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:
+    """(key -> TrainState, combine) for all weights, or for an adapter over frozen ones."""
+    if cfg.task == "pretrain" or (cfg.task == "instruct" and cfg.finetune.trainable == "all"):
+        return (
+            lambda key: TrainState.create(init_params(key, cfg.model), tx=tx, key=key),
+            lambda params, frozen: params,
+        )
+    if cfg.task != "instruct" or cfg.finetune.trainable != "lora":
+        raise UserError(
+            f"plan: task={cfg.task} with finetune.trainable={cfg.finetune.trainable} is not planned for; take "
+            "task=pretrain, or task=instruct with finetune.trainable=lora or all, of the same shape"
+        )
+
+    def create(key: jax.Array) -> TrainState:
+        base = init_params(key, cfg.model)
+        adapter = lora.init(key, base, cfg.lora)
+        if cfg.finetune.quantize != "none":
+            base = quantize(base, cfg.finetune.quantize)
+        return TrainState.create(adapter, tx=tx, key=key, frozen=base)
+
+    return create, lambda adapter, base: lora.attach(base, adapter, cfg.lora)
+
+
+def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
+    """One token for each of `rows` sequences, after a cache of the whole context; weights and cache in bfloat16
+    where the model computes in it."""
+    model, dtype = cfg.model, jnp.dtype(cfg.model.dtype)
+    started = time.monotonic()
+    with device.compiling_for("tpu"):
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model))
+        params = _placed(params, parallel.shardings(params, mesh))
+        cache = jax.eval_shape(lambda: init_cache(model, rows, dtype=dtype).replace(empty=False))
+        cache = _placed(cache, parallel.cache_shardings(cache, mesh))
+        tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        tokens = _placed(tokens, parallel.batch_shardings(tokens, mesh))
+
+        def step(params, tokens, cache):
+            return extend(params, tokens, model, cache)
+
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
+    parts = {"params": params, "batch": tokens, "cache": cache}
+    return _compiled(lowered, {name: bytes_a_chip(part) for name, part in parts.items()}, started)
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings)
+
+
+def bytes_a_chip(abstract: Any) -> int:
+    """Of a tree of abstract arrays, by their shardings; random keys, of some bytes, are left out."""
+    leaves = [leaf for leaf in jax.tree.leaves(abstract) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _compiled(lowered: Any, parts: dict[str, int], started: float) -> Program:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed, usable = out_of_memory(str(error), sum(parts.values()))
+        if not needed:
+            raise
+        return Program(parts, None, needed, usable, time.monotonic() - started)
+    memory = compiled.memory_analysis()
+    needed = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    )  # fmt: skip
+    return Program(parts, compiled, needed, 0, time.monotonic() - started)
+
+
+def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
+    """(needed, usable) bytes as the compiler says them; zeros where the message is about something else.
+
+    Used 18.81G of 15.75G hbm
+    the total memory required for HLO temporaries (47.73G) exceeds available HBM (31.25G)     without what lasts
+    """
+    whole = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
+    part = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    if (found := whole or part) is None:
+        return 0, 0
+    needed, usable = (
+        int(float(text[:-1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[text[-1]]) for text in found.groups()
+    )
+    return needed + (0 if whole else lasting_bytes), usable
+
+
+def count(cfg: Config) -> int:
+    """Parameters of the model."""
+    return tree.size(abstract_params(cfg.model))
+
+
+def with_mesh(cfg: Config, shape: tuple[int, int, int, int]) -> Config:
+    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **dict(zip(device.AXES, shape, strict=True))))

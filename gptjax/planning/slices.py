@@ -1,0 +1,81 @@
+"""TPU slices by name, and their devices as the compiler describes them: no TPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gptjax.config_io import did_you_mean
+from gptjax.training.chips import CHIPS, Chip
+from gptjax.types import UserError
+
+# What a driver without a TPU would otherwise ask the network for, at length and in vain.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+# How Google's slices are laid out. In the names of v5e and v6e the number counts chips, in those of v4 and v5p the
+# TensorCores, of which a chip has two: a v5p-128 is 64 chips. Source: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+    1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16",
+}  # fmt: skip
+SLICES: dict[str, str] = {
+    **{f"{kind}-{n}": f"{kind}:{shape}" for kind in ("v5e", "v6e") for n, shape in _FLAT.items()},
+    **{f"{kind}-{2 * n}": f"{kind}:{shape}" for kind in ("v5p", "v4") for n, shape in _CUBES.items()},
+}
+
+
+class Slice(NamedTuple):
+    name: str
+    topology: str  # as libtpu spells it, v5e:2x4
+    chip: Chip
+    n_chips: int
+
+
+def slice_of(name: str) -> Slice:
+    """Of a name in `SLICES`, or of a topology such as v5p:4x4x8.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    wanted = name.lower().replace("litepod", "e").replace("trillium", "v6e")
+    topology = SLICES.get(wanted, wanted)
+    found = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})", topology)
+    if found is None:
+        kinds = ("v5e-1 to v5e-256, v6e-1 to v6e-256 (chips)", "v5p-8 to v5p-8192, v4-8 to v4-8192 (cores, two a chip)")
+        raise UserError(
+            f"--on {name}: no such TPU slice{did_you_mean(wanted, list(SLICES))}; there are {', '.join(kinds)}, "
+            "in powers of two, or a topology such as v5p:4x4x8"
+        )
+    n_chips = 1
+    for side in found[2].split("x"):
+        n_chips *= int(side)
+    return Slice(name, topology, CHIPS[found[1]], n_chips)
+
+
+def devices_of(on: Slice) -> Sequence[Any]:
+    """The slice's devices, which programs can be compiled for.
+
+    Raises:
+        UserError: the TPU compiler is not installed, or knows no such slice.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise UserError("plan needs the TPU compiler, which needs no TPU: pip install 'gptjax[tpu-plan]'") from error
+    from jax.experimental import topologies
+
+    one = {"chips_per_host_bounds": [1, 1, 1]} if on.n_chips == 1 else {}
+    try:
+        return topologies.get_topology_desc(on.topology, platform="tpu", **one).devices
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--on {on.name}: the TPU compiler does not describe {on.topology}: {reason}") from error

@@ -1,0 +1,70 @@
+"""What the compiler says a step needs beside what the process then took, on a CPU at three sizes.
+
+    python tests/bench/memory.py
+
+Predicted: arguments, outputs that are not the arguments again, and temporaries, of `memory_analysis`. Measured: the
+growth of the process's largest resident size (getrusage) from before the state is made until after two steps. Every
+size is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+SIZES = {
+    "28M, 8 x 256": ("model.n_layer=6", "model.d_model=384", "model.n_head=6", "model.context_length=256", 8),
+    "51M, 8 x 512": ("model.n_layer=8", "model.d_model=512", "model.n_head=8", "model.context_length=512", 8),
+    "124M, 4 x 512": ("model.n_layer=12", "model.d_model=768", "model.n_head=12", "model.context_length=512", 4),
+}  # fmt: skip
+
+
+def one(name: str) -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+
+    from gptjax.config import load_config
+    from gptjax.optim import make_optimizer
+    from gptjax.tasks import pretrain
+    from gptjax.training.step import TrainState, make_train_step
+    from gptjax.types import Batch
+
+    *shape, rows = SIZES[name]
+    cfg = load_config("gpt2-124m", *shape, "model.dtype=float32")
+    tx = make_optimizer(cfg.optim, 100)
+    task = pretrain.task(cfg.model)
+    step = jax.jit(make_train_step(task.loss, tx), donate_argnums=0)
+    create = jax.jit(lambda key: TrainState.create(task.init(key), tx=tx, key=key))
+    ids = jnp.zeros((rows, cfg.model.context_length), jnp.int32)
+    key = jax.random.key(0)
+    compiled = step.lower(jax.eval_shape(create, key), Batch(ids, ids)).compile()
+    memory = compiled.memory_analysis()
+    predicted = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )  # fmt: skip
+    made = create.lower(key).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = made(key)
+    for _ in range(2):
+        state, metrics = compiled(state, Batch(ids, ids))
+    metrics["loss"].block_until_ready()
+    return {"predicted": predicted, "measured": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+
+
+def main() -> None:
+    print(f"{'':<16}{'predicted MiB':>15}{'measured MiB':>14}{'error':>9}")
+    for name in SIZES:
+        done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        error = found["predicted"] / found["measured"] - 1
+        print(
+            f"{name:<16}{found['predicted'] / 2**20:>15,.0f}{found['measured'] / 2**20:>14,.0f}{error:>+9.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    print(json.dumps(one(sys.argv[1]))) if len(sys.argv) > 1 else main()
