@@ -22,7 +22,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     own product and no layer hears of it.
     """
     rows = x.reshape(-1, x.shape[-1])  # as matrices: XLA's CPU backend multiplies them faster than [B, T, ..]
-    y = rows @ w.astype(x.dtype) if dtype == "float32" else _matmul_bfloat16(rows, w).astype(x.dtype)
+    y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -35,7 +35,7 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
         few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and platform() == "cpu"
         y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
     else:
-        y = _matmul_bfloat16(rows, w.T).astype(x.dtype)
+        y = _low_product(rows, w.T).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -67,6 +67,15 @@ def _(leaf: Turned, x: jax.Array, dtype: str = "float32") -> jax.Array:
 @dense.register
 def _(leaf: Turned) -> jax.Array:
     return leaf.w.T
+
+
+def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x times w in bfloat16, summed in float32. jax 0.7's XLA refuses some such products on CPUs that have the units
+    for them (DotThunk: BF16 x BF16 = F32): there the rounded numbers are multiplied in float32."""
+    if jax.__version_info__ < (0, 8) and platform() == "cpu":
+        x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
+        return x @ w
+    return _matmul_bfloat16(x, w)
 
 
 Sides = tuple[str | None, str | None] | None  # the axes that the two sides of a matrix are cut by; None: as it comes
@@ -113,16 +122,18 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, sides: Sides = None) -> jax.Arr
 
 
 def _forward(x, w, sides):
-    low = x.astype(jnp.bfloat16)
-    # w as it came: a low copy of it would be kept for every layer of a stack, and gathered whole under fsdp
-    return _dot(low, _laid(w.astype(jnp.bfloat16), sides)), (low, w, x[:0])
+    low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    # w as it came: a low copy of it would be kept for every layer of a stack, and gathered whole under fsdp. Not on a
+    # CPU, where XLA would fold the turn of a tied head into the backward product and refuse it
+    kept = low_w if platform() == "cpu" else w
+    return _dot(low, _laid(low_w, sides)), (low, kept, x[:0], w[:0])
 
 
 def _backward(sides, residual, g):
-    x, w, like_x = residual
+    x, w, like_x, like_w = residual
     g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), sides)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = _laid(weight_gradient(x, g).astype(w.dtype), sides)
+    dw = _laid(weight_gradient(x, g).astype(like_w.dtype), sides)
     if platform() == "cpu":  # a tied head's gradient is turned, and XLA refuses the turn inside the product
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw

@@ -136,12 +136,16 @@ def _compiled(lowered: Any, parts: dict[str, int], started: float) -> Program:
         if not needed:
             raise
         return Program(parts, None, needed, usable, time.monotonic() - started)
-    memory = compiled.memory_analysis()
-    needed = (
+    return Program(parts, compiled, peak_bytes(compiled.memory_analysis()), 0, time.monotonic() - started)
+
+
+def peak_bytes(memory: Any) -> int:
+    """The most that is alive at once, and the program; of an older jax all that is ever allocated, which is more."""
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        + memory.temp_size_in_bytes
     )  # fmt: skip
-    return Program(parts, compiled, needed, 0, time.monotonic() - started)
+    return peak + memory.generated_code_size_in_bytes
 
 
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:

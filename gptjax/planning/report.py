@@ -42,7 +42,7 @@ def table(found: Plan, *, tokens: float | None = None, hours: float | None = Non
         "",
         f"step time          {1e3 * times.best:,.1f} ms if all three overlap, {1e3 * times.worst:,.1f} ms if none do",
         f"tokens a second    {found.tokens_per_s(times.best):,.0f} to {found.tokens_per_s(times.worst):,.0f}",
-        f"model FLOPs        {found.model_flops:.4g} a step: 6 a weight and 12 L D T of attention, nothing twice",
+        f"model FLOPs        {found.model_flops:.4g} a step: 6 a weight, 12 L D T of attention; kernels skip half",
         f"MFU                {found.mfu(times.best):.1%} to {found.mfu(times.worst):.1%}: bounds, not a measurement",
     ]
     return [*lines, *_budget(found, tokens, hours), SOURCES]
