@@ -272,28 +272,30 @@ def _traffic(instruction: Instruction, table: dict[str, Instruction], parts: dic
         return 2 * _hbm(table[instruction.operands[1]].results)
     if op.endswith("-start"):  # (operand, result, ..)
         return _hbm(instruction.results[:2])
-    inner = parts[instruction.called("calls")[0]] if op == "fusion" else {}
-    read = [_hbm(table[name].results) for name in instruction.operands]
-    written = _hbm(instruction.results)
-    if inner:
-        read = [min(size, taken) for size, taken in zip(read, _taken(inner, len(read)), strict=True)]
+    read, written = [_hbm(table[name].results) for name in instruction.operands], _hbm(instruction.results)
+    if op == "fusion":
+        inner = parts[instruction.called("calls")[0]]
+        read = [min(size, taken) for size, taken in zip(read, _taken(inner, len(read), parts), strict=True)]
         written = min(written, sum(_written(i, inner) for i in inner.values() if i.root))
     return sum(read) + written
 
 
-def _taken(inner: dict[str, Instruction], n: int) -> list[float]:
+def _taken(inner: dict[str, Instruction], n: int, parts: dict) -> list[float]:
     """Of each parameter of a fused computation the bytes that it reads: less than all where it only cuts out slices,
     none where it only writes into it."""
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():
-        for name in instruction.operands:
+        for name in dict.fromkeys(instruction.operands):
             users.setdefault(name, []).append(instruction)
 
-    def bytes_of(name: str, users_of: list[Instruction]) -> float:
+    def bytes_of(name: str) -> float:
         total = 0.0
-        for user in users_of:
+        for user in users.get(name, []):
             if user.op == "bitcast":
-                total += bytes_of(user.name, users.get(user.name, []))
+                total += bytes_of(user.name)
+            elif user.op == "fusion":
+                within = _taken(parts[user.called("calls")[0]], len(user.operands), parts)
+                total += sum(size for operand, size in zip(user.operands, within, strict=True) if operand == name)
             elif user.op in _SLICES and user.operands[0] == name:
                 total += sum(array.size_bytes for array in user.results)
             elif not (user.op == "dynamic-update-slice" and user.operands[0] == name):
@@ -303,8 +305,7 @@ def _taken(inner: dict[str, Instruction], n: int) -> list[float]:
     taken = [math.inf] * n
     for instruction in inner.values():
         if instruction.op == "parameter":
-            place = int(re.search(r"value=(\d+)", instruction.rest)[1])
-            taken[place] = bytes_of(instruction.name, users.get(instruction.name, []))
+            taken[int(re.search(r"value=(\d+)", instruction.rest)[1])] = bytes_of(instruction.name)
     return taken
 
 

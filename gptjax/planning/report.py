@@ -8,6 +8,10 @@ from pathlib import Path
 from gptjax.planning.plan import GIB, Plan
 from gptjax.training.progress import duration
 
+_FORMULA = {
+    "train": "6 a weight, 12 L D T of attention, of which kernels skip half",
+    "decode": "2 a weight, 4 L D T of attention",
+}
 SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect: arXiv:2304.01433, table 4"
 
 
@@ -42,7 +46,7 @@ def table(found: Plan, *, tokens: float | None = None, hours: float | None = Non
         "",
         f"step time          {1e3 * times.best:,.1f} ms if all three overlap, {1e3 * times.worst:,.1f} ms if none do",
         f"tokens a second    {found.tokens_per_s(times.best):,.0f} to {found.tokens_per_s(times.worst):,.0f}",
-        f"model FLOPs        {found.model_flops:.4g} a step: 6 a weight, 12 L D T of attention; kernels skip half",
+        f"model FLOPs        {found.model_flops:.4g} a step: {_FORMULA[found.what]}",
         f"MFU                {found.mfu(times.best):.1%} to {found.mfu(times.worst):.1%}: bounds, not a measurement",
     ]
     return [*lines, *_budget(found, tokens, hours), SOURCES]

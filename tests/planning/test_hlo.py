@@ -81,6 +81,23 @@ def test_traffic_is_of_hbm_and_of_slices_what_they_cut():
     assert hlo._traffic(body["y"], body, parts) == 4 * 64 * 4 + 64 * 16 * 2 + 4 * 16 * 4
 
 
+def test_a_slice_inside_a_fusion_inside_a_fusion_is_what_is_read():
+    outer = """%outer (stack: bf16[5,8,16], i: s32[]) -> bf16[8,16] {
+  %stack = bf16[5,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %part = bf16[8,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%cut
+  ROOT %twice = bf16[8,16]{1,0} add(%part, %part)
+}
+
+"""
+    text = TEXT.replace("%body (", outer + "%body (").replace(
+        "kind=kLoop, calls=%cut\n  %full", "calls=%outer\n  %full"
+    )
+    parts = hlo.parse(text)
+    assert parts["body"]["layer"].called("calls") == ["outer"]
+    assert hlo._traffic(parts["body"]["layer"], parts["body"], parts) == 8 * 16 * 2 + 4
+
+
 def test_a_gather_beside_other_work_counts_once():
     """It stands in the fusion that starts it, in those that run meanwhile, and in the one that ends it."""
     inner = """%NAME (p: bf16[8,16]) -> bf16[64,16] {

@@ -7,14 +7,14 @@ import math
 import pytest
 
 from gptjax.config import load_config
-from gptjax.planning import estimate, plan, program, report, slices
+from gptjax.planning import estimate, hlo, plan, program, report, slices
 from gptjax.planning.plan import Plan, Roofline
 from gptjax.types import UserError
 
 CFG = load_config(
     "tiny-llama", "model.vocab_size=512", "model.dtype=bfloat16", "model.context_length=256", "model.n_head=4",
-    "model.n_kv_head=2", "model.d_model=256", "train.batch_size=8", "train.accumulation=1", "mesh.data=1",
-    "mesh.fsdp=-1",
+    "model.n_kv_head=2", "model.n_layer=3", "model.d_model=256", "train.batch_size=8", "train.accumulation=1",
+    "mesh.data=1", "mesh.fsdp=-1",
 )  # fmt: skip
 
 
@@ -159,6 +159,14 @@ def test_a_train_step_compiles_for_a_tpu(on):
     if found.chips > 1:
         assert sum(found.collectives.values()) > 0
         # one layer's matrix at a time, or the table of words; never the stack
+        parts = hlo.parse(text[0])
+        gathered = [
+            array.shape
+            for home, instruction, _ in hlo.executed(parts)
+            if hlo._collective(instruction, home) == "all-gather"
+            for array in instruction.results
+        ]
+        assert gathered and not [shape for shape in gathered if len(shape) == 3 and shape[0] == L]
         largest = 4 * max(CFG.model.d_model * CFG.model.d_ff, CFG.model.vocab_size * CFG.model.d_model)
         assert 0 < found.largest_gather_bytes <= largest
 
