@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,13 +247,21 @@ def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
     One flipped bit always changes it, because an odd factor times 2**b is never 0. Sums of integers do not depend
     on their order, so neither on the mesh.
     """
-    values = jax.device_get(_fingerprints(list(leaves.values())))
+    away = tuple(
+        getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
+    )
+    values = jax.device_get(_fingerprints(list(leaves.values()), away))
     return dict(zip(leaves, map(int, values), strict=True))
 
 
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_fingerprint(leaf) for leaf in leaves]
+@partial(jax.jit, static_argnums=1)
+def _fingerprints(leaves: list[jax.Array], away: tuple[bool, ...]) -> list[jax.Array]:
+    """`away`: those that lie in the memory of the devices' hosts."""
+    here = jax.memory.Space.Device
+    return [
+        _fingerprint(jax.device_put(leaf, here) if elsewhere else leaf)
+        for leaf, elsewhere in zip(leaves, away, strict=True)
+    ]
 
 
 def _fingerprint(leaf: jax.Array) -> jax.Array:
@@ -332,7 +341,12 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     }
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         found = tree.flatten(reader.restore(path, args=ocp.args.StandardRestore(tree.unflatten(abstract))))
-    return {name: found[name] for name in wanted}
+    return {  # Orbax reads into the devices' memory, whatever the sharding says
+        name: leaf
+        if leaf.sharding.memory_kind == abstract[name].sharding.memory_kind
+        else jax.device_put(leaf, abstract[name].sharding)
+        for name, leaf in ((name, found[name]) for name in wanted)
+    }
 
 
 @contextlib.contextmanager

@@ -100,7 +100,8 @@ class ModelConfig:
     dropout: float = 0.0
     # how it is computed, not what
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; params stay float32
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    remat: Literal["none", "dots", "full", "offload"] = "none"  # what the backward pass computes again; offload: all
+    # but each block's input, which waits in the host's memory
     unroll: Optional[bool] = None  # blocks as one program; None: small models on CPU
 
     def __post_init__(self) -> None:
@@ -177,6 +178,7 @@ class OptimConfig:
     decay: Literal["matrices", "all"] = "matrices"
     clip_norm: float = 1.0  # 0: off
     momentum: float = 0.95  # muon
+    offload: bool = False  # its state lies in the host's memory, and visits the devices for the update
 
 
 @dataclass(frozen=True)

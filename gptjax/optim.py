@@ -78,7 +78,23 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
         "vector": adam(cfg.vector_lr, cfg.decay == "all"),
     }
     clip = [clip_by_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    return optax.chain(*clip, optax.partition(rules, groups))
+    tx = optax.chain(*clip, optax.partition(rules, groups))
+    return offloaded(tx) if cfg.offload else tx
+
+
+def offloaded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` whose state lies in the memory of the devices' hosts: it is fetched for the update and taken back."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra):
+        updates, state = inner.update(updates, _moved(state, jax.memory.Space.Device), params, **extra)
+        return updates, _moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _moved(state: optax.OptState, where: jax.memory.Space) -> optax.OptState:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, where) if leaf.ndim else leaf, state)
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:

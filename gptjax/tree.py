@@ -52,9 +52,9 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_paths(fn: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`fn(path, leaf)` at every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_string(path), leaf), tree)
+def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`fn(path, leaf)` at every leaf; of several trees of one structure `fn(path, leaf, leaf, ..)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest)
 
 
 def matches(pattern: str, path: str) -> bool:

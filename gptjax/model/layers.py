@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
@@ -18,6 +19,7 @@ from gptjax.ops.fused import SAVED
 from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 
+BLOCK_INPUT = "block"  # the name of what flows into a block, for remat policies
 TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
 
 
@@ -173,7 +175,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, s: Stream, ctx: Context) -> tuple[Stream, None]:
-        cfg, x = self.cfg, device.constrain(s.x, *TOKENS)
+        cfg, x = self.cfg, checkpoint_name(device.constrain(s.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
             x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
         if cfg.x0_lambdas:
@@ -199,7 +201,11 @@ _REMAT = {
         jax.checkpoint_policies.save_only_these_names(SAVED),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
-}
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}  # fmt: skip
 
 
 class GPT(nn.Module):

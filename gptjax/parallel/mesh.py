@@ -37,10 +37,13 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
     return tuple(found)
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int = 0) -> Mesh | None:
+def make_mesh(
+    cfg: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int = 0, even_one: bool = False
+) -> Mesh | None:
     """The mesh that `cfg` asks for over all devices; None for one device alone, which needs none.
 
     Args:
+        even_one: a mesh of one device too, for what names the memory it lies in.
         rows: of a (micro-)batch. `data` and `fsdp` must divide them; where one of the two is -1 it takes the most
             that do, and on a single host some devices may be left idle.
 
@@ -48,6 +51,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None, *, rows: in
         UserError: see `sizes`; or rows that cannot be divided so.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if even_one and devices[0].platform == "cpu" and jax.__version_info__ < (0, 8):
+        raise UserError("optim.offload=true: before jax 0.8 a CPU has one kind of memory; leave it out here")
     shape = sizes(cfg, len(devices))
     by_rows = shape[0] * shape[1]
     if rows % by_rows:
@@ -64,7 +69,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None, *, rows: in
             return make_mesh(dataclasses.replace(cfg, **{AXES[free[0]]: 1}), devices, rows=rows)  # says what is wrong
         shape = (*shape[: free[0]], most, *shape[free[0] + 1 :])
         devices = devices[: math.prod(shape)]
-    return None if len(devices) == 1 else mesh_of(shape, devices)
+    return None if len(devices) == 1 and not even_one else mesh_of(shape, devices)
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:

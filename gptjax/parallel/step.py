@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax import tree
 from gptjax.ops.device import ROWS
 from gptjax.parallel.rules import batch_shardings, shardings
 
@@ -28,21 +29,29 @@ def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
     return call
 
 
-def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any) -> Any:
-    """Shapes of `fn(*args)`, with where each leaf lies on the mesh: what a checkpoint is read into."""
+def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = False) -> Any:
+    """Shapes of `fn(*args)`, with where each leaf lies on the mesh: what a checkpoint is read into.
+
+    Args:
+        offload: an optimizer's moments lie in the memory of the devices' hosts.
+    """
     shapes = jax.eval_shape(fn, *args)
     if mesh is None:
         return shapes
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings(shapes, mesh),
-    )
+
+    def one(path: str, leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        if offload and path.startswith("opt_state/") and leaf.ndim:
+            where = where.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return tree.map_paths(one, shapes, shardings(shapes, mesh))
 
 
-def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """`fn(*args)`, a tree of arrays that are made where they belong, never whole on one device."""
-    placed = None if mesh is None else shardings(jax.eval_shape(fn, *args), mesh)
+def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
+    """`fn(*args)`, a tree of arrays that are made where they belong, never whole on one device; see `abstract_on`."""
+    placed = None
+    if mesh is not None:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
     return on_mesh(jax.jit(fn, out_shardings=placed, donate_argnums=donate), mesh)(*args)
 
 

@@ -47,6 +47,7 @@ def memory_bytes(cfg: Config, shape: Shape, n_params: int) -> float:
         "none": 2 * model.d_model + wide,
         "dots": 2 * model.d_model + (narrow + 2 * model.d_model + (2 if model.gated else 1) * model.d_ff) / tensor,
         "full": model.d_model,
+        "offload": 0,
     }[model.remat]
     layer = 2 * 2 * 12 * model.d_model**2 / tensor  # gathered weights, one layer ahead
     activations = size * tokens * (model.n_layer * kept + 2 * wide + 6 * model.d_model) + layer
@@ -65,7 +66,7 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     data, fsdp, tensor, _ = shape
     tokens = cfg.train.batch_size * model.context_length / on.n_chips
     attention = 6 * model.n_layer * model.n_head * model.head_dim * model.context_length  # half the square
-    again = {"none": 1.0, "dots": 1.05, "full": 4 / 3}[model.remat]
+    again = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * again * tokens
     micro, part = cfg.train.accumulation, n_params / tensor
     size = 2 if model.dtype == "bfloat16" else 4

@@ -60,6 +60,7 @@ class Plan:
     needed_bytes: int
     parts: dict[str, int]  # bytes a chip: params, optimizer, batch, .., activations and workspace
     compile_s: float
+    host_bytes: int = 0  # a chip, of what waits in its host's memory: optim.offload, model.remat=offload
     model_flops: float = 0.0  # a step, all chips, by formula: 6 a weight, 12 L D T of attention; nothing twice
     flops: float = 0.0  # a step and chip, as compiled
     hbm_traffic_bytes: float = 0.0
@@ -135,7 +136,7 @@ def weigh(
         mesh=dict(zip(AXES, shape, strict=True)), remat=model.remat, rows=rows,
         accumulation=1 if decode else cfg.train.accumulation, tokens=rows * (1 if decode else T), n_params=n_params,
         fits=built.compiled is not None, hbm_bytes=built.usable_bytes or round(chip.hbm_gib * GIB),
-        needed_bytes=built.needed_bytes, parts=parts, compile_s=round(built.seconds, 1),
+        needed_bytes=built.needed_bytes, parts=parts, compile_s=round(built.seconds, 1), host_bytes=built.host_bytes,
         peaks={"tflops": chip.tflops, "hbm_gbps": chip.hbm_gbps, "ici_gbps": chip.ici_gbps},
     )  # fmt: skip
     if built.compiled is None:

@@ -35,6 +35,7 @@ class Program(NamedTuple):
     needed_bytes: int  # of HBM a chip, all in all
     usable_bytes: int  # 0: the compiler did not say
     seconds: float  # of tracing and compiling
+    host_bytes: int = 0  # a chip, in the memory of its host
 
 
 def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
@@ -64,7 +65,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
     batch = Batch(ids, ids, weights, *((ids, ids) if with_documents else (None, None)))
     started = time.monotonic()
     with device.compiling_for("tpu"):
-        state = parallel.abstract_on(create, mesh, jax.eval_shape(lambda: jax.random.key(0)))
+        state = parallel.abstract_on(create, mesh, jax.eval_shape(lambda: jax.random.key(0)), offload=cfg.optim.offload)
         batch = _placed(batch, parallel.batch_shardings(batch, mesh, context_length=T))
         outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
         with jax.set_mesh(mesh):
@@ -123,8 +124,13 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 
 def bytes_a_chip(abstract: Any) -> int:
-    """Of a tree of abstract arrays, by their shardings; random keys, of some bytes, are left out."""
-    leaves = [leaf for leaf in jax.tree.leaves(abstract) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)]
+    """Of a tree of abstract arrays, by their shardings; random keys, of some bytes, and what lies in the memory of the
+    hosts are left out."""
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(abstract)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) and leaf.sharding.memory_kind != "pinned_host"
+    ]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -136,12 +142,20 @@ def _compiled(lowered: Any, parts: dict[str, int], started: float) -> Program:
         if not needed:
             raise
         return Program(parts, None, needed, usable, time.monotonic() - started)
-    return Program(parts, compiled, peak_bytes(compiled.memory_analysis()), 0, time.monotonic() - started)
+    memory = compiled.memory_analysis()
+    host_bytes = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+    return Program(parts, compiled, peak_bytes(memory), 0, time.monotonic() - started, host_bytes)
 
 
 def peak_bytes(memory: Any) -> int:
-    """The most that is alive at once, and the program; of an older jax all that is ever allocated, which is more."""
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or (
+    """The most that is alive at once, and the program; of an older jax all that is ever allocated, which is more.
+
+    The compiler's peak counts what lies in the host's memory (optim.offload) too: that is taken off.
+    """
+    peak = getattr(memory, "peak_memory_in_bytes", 0) and (
+        memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    )
+    peak = peak or (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )  # fmt: skip

@@ -31,6 +31,7 @@ def table(found: Plan, *, tokens: float | None = None, hours: float | None = Non
         f"HBM of a chip      {_gib(found.needed_bytes)} of {_gib(found.hbm_bytes)} GiB"
         + ("" if found.fits else ": does not fit"),
         *(f"  {name:<34} {_gib(size):>8} GiB" for name, size in found.parts.items()),
+        *([f"  in the host's memory, for a chip    {_gib(found.host_bytes):>8} GiB"] if found.host_bytes else []),
     ]
     if found.roofline is None:
         return [*lines, "", "it would fit with", *(f"  {text}" for text in found.advice)]

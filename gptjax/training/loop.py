@@ -88,7 +88,7 @@ def run_job(
     with Progress(log=log, alive=run.touch if writes else _nothing) as progress:
         cfg, job = prepare(cfg, progress)
     steps_per_call(cfg, 0)
-    mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation)
+    mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation, even_one=cfg.optim.offload)
     with run.locked() if writes else nullcontext(), catch_signals() as signals, distributed.peers(say):
         run.check(cfg)
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
@@ -191,7 +191,7 @@ class _Trainer:
             init_key, key = jax.random.split(jax.random.key(cfg.seed))
             return TrainState.create(job.init(init_key, start), tx=job.optimizer, key=key)
 
-        abstract = parallel.abstract_on(fresh, mesh, job.start)
+        abstract = parallel.abstract_on(fresh, mesh, job.start, offload=cfg.optim.offload)
         self.n_params = tree.size(abstract.params)
         self._summary()
         self.counters = _Counters()
@@ -202,10 +202,10 @@ class _Trainer:
             run.begin(cfg, self.environment)
             recover_folder(run.best)
         if found:
-            self._go_on(found)
+            self._go_on(found, abstract)
         else:
             with progress.phase("compiling the initialisation"):
-                self.state = parallel.init_on(fresh, mesh, job.start, donate=(0,))
+                self.state = parallel.init_on(fresh, mesh, job.start, donate=(0,), offload=cfg.optim.offload)
             if self.writes:
                 run.cut_metrics(-1)
                 (run.path / "samples.txt").unlink(missing_ok=True)
@@ -512,11 +512,15 @@ class _Trainer:
                 "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
             )
 
-    def _go_on(self, found: Any) -> None:
-        from gptjax.parallel import place, shardings
+    def _go_on(self, found: Any, abstract: Any) -> None:
+        import jax
+
+        from gptjax.parallel import place
 
         self.step = self.saved = found.step
-        self.state = found.state if self.mesh is None else place(found.state, shardings(found.state, self.mesh))
+        self.state = found.state
+        if self.mesh is not None:
+            self.state = place(found.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
         stored = {name: _number(value) for name, value in found.meta["counters"].items()}
         self.counters = _Counters(**stored)
         samples = self.run.path / "samples.txt"

@@ -2,7 +2,8 @@
 
     python tests/bench/finetune.py               tokens/s on GPT-2's 124M shape, float32, 3 rounds
     python tests/bench/finetune.py --memory      peak memory: full and LoRA at 124M, LoRA and QLoRA at 355M
-    python tests/bench/finetune.py --packing F   seconds an epoch of the conversations in F, packed and padded
+    python tests/bench/finetune.py --packing F   seconds an epoch of the conversations in F, padded, and packed into
+                                                 rows of 128, 256 and 512 tokens
 
 Needs `pip install -e '.[parity]'`. Random weights; rank 16 on every linear of the blocks, AdamW, batches of 4 x 256
 tokens; `products`: those with frozen weights by themselves, under XLA. Every cell is its own process, run in turn, so
@@ -109,7 +110,9 @@ def packing(source: str, rounds: int) -> None:
     base = weights.open_model("smollm2-135m-instruct")
     params, cfg, settings = base.params("float32", None), base.cfg, LoraConfig(rank=RANK)
     encoded = instructions.encode(instructions.read(source), base.tokenizer(), context_length=512)
-    kinds = {"padded": rows_of.padded(encoded), "packed": rows_of.packed(encoded, 512)}
+    longest = rows_of.padded(encoded)
+    lengths = [length for length in (128, 256, 512) if length >= longest.tokens.shape[1]]
+    kinds = {"padded": longest, **{f"packed-{length}": rows_of.packed(encoded, length) for length in lengths}}
     tx = optax.adamw(1e-4)
     adapter = lora.init(jax.random.key(0), params, settings)
     step = gptjax.make_train_step(
@@ -128,8 +131,9 @@ def packing(source: str, rounds: int) -> None:
         full = (rows.segment_ids > 0).mean()
         n, T = rows.tokens.shape
         print(f"{kind:12} {n:5} rows of {T}, {full:.0%} full: {statistics.median(seconds[kind][1:]):.0f} s an epoch")
-    ratios = [a / b for a, b in zip(seconds["padded"][1:], seconds["packed"][1:], strict=True)]
-    print(f"packed is {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) times as fast")
+    for kind in list(kinds)[1:]:
+        ratios = [a / b for a, b in zip(seconds["padded"][1:], seconds[kind][1:], strict=True)]
+        print(f"{kind} is {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) times as fast")
 
 
 def cell(name: str) -> dict:

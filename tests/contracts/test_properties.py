@@ -100,6 +100,7 @@ def gradients(request, tiny):
 
 
 WAYS = {"plain": {}, "unrolled": {"unroll": True}, "dots": {"remat": "dots"}, "full": {"remat": "full"}}
+WAYS |= {"offload": {"remat": "offload"}}
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])

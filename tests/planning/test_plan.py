@@ -188,3 +188,15 @@ def test_lora_compiles_for_a_tpu():
     found = plan.plan(cfg, "v5e-1")
     assert found.parts["frozen"] == pytest.approx(4 * found.n_params, rel=0.01)
     assert found.parts["params"] < 0.2 * found.parts["frozen"]
+
+
+def test_what_waits_in_the_hosts_memory_is_not_of_the_chips():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
+    cfg = dataclasses.replace(
+        CFG, optim=dataclasses.replace(CFG.optim, offload=True), model=dataclasses.replace(CFG.model, remat="offload")
+    )
+    found, model = plan.plan(cfg, "v5e-1"), cfg.model
+    assert "optimizer" not in found.parts
+    inputs = model.n_layer * found.rows * model.context_length * model.d_model * 2
+    assert found.host_bytes == pytest.approx(8 * found.n_params + inputs, rel=0.02)
+    assert any("host's memory" in line for line in report.table(found))

@@ -404,3 +404,18 @@ def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_p
     with pytest.raises(UserError, match="train.steps_per_call"):
         gptjax.train(make(tmp_path / "third", "train.steps_per_call=7"), log=quiet)
     assert not {"run", "other", "third"} & set(os.listdir(tmp_path))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="there a CPU has one kind of memory")
+def test_an_optimizer_in_the_hosts_memory(make, tmp_path, monkeypatch, whole):
+    """The same run, also when it goes on from a checkpoint."""
+    cfg = make(tmp_path / "run", "optim.offload=true")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send(patch, 15, signal.SIGTERM)
+        gptjax.train(cfg, log=quiet)
+    gptjax.train(cfg, log=quiet)
+    ours, expected = (
+        [row["train/loss"] for row in read_metrics(folder) if "train/loss" in row]
+        for folder in (tmp_path / "run", whole[0].run_dir)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)

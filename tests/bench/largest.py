@@ -1,0 +1,75 @@
+"""The most rows of 1,024 tokens of GPT-2 124M that fit one TPU v5e, by attention, loss and remat; no TPU is needed.
+
+    python tests/bench/largest.py [--on v5e-1] [--config gpt2-124m] [remat ...]
+
+Compiled for the chip, for as many rows as memory grows with a line through the last two; the largest that the compiler
+accepts is printed, after one more has been refused. `whole` logits: [rows x 1,024, 50,257] at once; else in chunks.
+`xla`: without the splash kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from unittest import mock
+
+REMAT = ("none", "dots", "full")
+
+
+def largest(rows_to_bytes, room: int) -> tuple[int, int]:
+    """(rows, bytes of them): `rows_to_bytes` says what so many need, or what it is short of where they do not fit."""
+    known = {rows: rows_to_bytes(rows) for rows in (4, 8)}
+    while True:
+        fit = max((rows for rows in known if known[rows] <= room), default=0)
+        over = min((rows for rows in known if known[rows] > room), default=0)
+        if fit + 1 == over or (not fit and over == 1):
+            return fit, known.get(fit, 0)
+        (a, b) = sorted(known, key=lambda rows: abs(known[rows] - room))[:2]
+        slope = (known[b] - known[a]) / (b - a)
+        guess = int(a + (room - known[a]) / slope) if slope > 0 else 2 * fit
+        guess = max(guess, fit + 1)
+        if over:
+            guess = min(guess, over - 1)
+        known[guess] = rows_to_bytes(guess)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--on", default="v5e-1")
+    parser.add_argument("--config", default="gpt2-124m")
+    parser.add_argument("remat", nargs="*", default=REMAT)
+    args = parser.parse_args()
+    from gptjax.planning.slices import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)
+    from gptjax.config import load_config
+    from gptjax.planning.plan import GIB, plan
+
+    print(f"{args.config} on {args.on}")
+    print(f"{'attention':<10}{'logits':<10}{'remat':<8}{'rows':>6}{'GiB':>8}{'compiled':>10}")
+    for attention in ("splash", "xla"):
+        for logits in ("chunked", "whole"):
+            for remat in args.remat:
+                compiled, room = 0, 0
+
+                def needed(rows: int, remat=remat, logits=logits) -> int:
+                    nonlocal compiled, room
+                    compiled += 1
+                    cfg = load_config(
+                        args.config, "model.vocab_size=50257", f"model.remat={remat}", f"train.batch_size={rows}",
+                        "train.accumulation=1",
+                    )  # fmt: skip
+                    whole = rows * cfg.model.context_length
+                    found = plan(cfg, args.on, chunk=whole if logits == "whole" else None)
+                    room = found.hbm_bytes
+                    return found.needed_bytes if found.fits else max(found.needed_bytes, found.hbm_bytes + 1)
+
+                splash = attention == "splash"
+                with mock.patch("gptjax.ops.fused.splash_fits", lambda T, splash=splash: splash):
+                    needed(4)
+                    rows, size = largest(needed, room)
+                print(f"{attention:<10}{logits:<10}{remat:<8}{rows:>6}{size / GIB:>8.2f}{compiled:>10}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
