@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
@@ -181,7 +180,3 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
 def count(cfg: Config) -> int:
     """Parameters of the model."""
     return tree.size(abstract_params(cfg.model))
-
-
-def with_mesh(cfg: Config, shape: tuple[int, int, int, int]) -> Config:
-    return dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **dict(zip(device.AXES, shape, strict=True))))

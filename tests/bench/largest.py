@@ -43,6 +43,7 @@ def main() -> None:
 
     os.environ.update(ENVIRONMENT)
     from gptjax.config import load_config
+    from gptjax.ops import fused
     from gptjax.planning.plan import GIB, plan
 
     print(f"{args.config} on {args.on}")
@@ -64,8 +65,8 @@ def main() -> None:
                     room = found.hbm_bytes
                     return found.needed_bytes if found.fits else max(found.needed_bytes, found.hbm_bytes + 1)
 
-                splash = attention == "splash"
-                with mock.patch("gptjax.ops.fused.splash_fits", lambda T, splash=splash: splash):
+                fits = fused.splash_fits if attention == "splash" else lambda T: False
+                with mock.patch("gptjax.ops.fused.splash_fits", fits):
                     needed(4)
                     rows, size = largest(needed, room)
                 print(f"{attention:<10}{logits:<10}{remat:<8}{rows:>6}{size / GIB:>8.2f}{compiled:>10}", flush=True)
