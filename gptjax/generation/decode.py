@@ -25,6 +25,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.generation.sampling import Sampler, greedy
 from gptjax.generation.text import Until
+from gptjax.model.activations import Patches, Placed, place
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
 from gptjax.types import Params, UserError
@@ -59,6 +60,7 @@ def generate(
     stop: Sequence[int] = (),
     until: Until | None = None,
     cache_dtype: Any = jnp.float32,
+    patches: Patches | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
 
@@ -68,6 +70,7 @@ def generate(
         until: (a row's new tokens) -> whether they are enough, asked on the host every 8 tokens; the row ends with the
             token that made it true. `stop_strings` makes one.
         cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept.
+        patches: as `extend` takes them, at the prompt and at every new token, so whatever their number.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -77,7 +80,7 @@ def generate(
     """
     done = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
-        until=until, cache_dtype=cache_dtype,
+        until=until, cache_dtype=cache_dtype, patches=patches,
     )  # fmt: skip
     return [completion.tokens for completion in done]
 
@@ -95,6 +98,7 @@ def complete(
     n: int = 1,
     logprobs: int | None = None,
     cache_dtype: Any = jnp.float32,
+    patches: Patches | None = None,
 ) -> list[Completion]:
     """`generate` with all there is to know about each continuation.
 
@@ -105,7 +109,7 @@ def complete(
     if max_new_tokens < 1 or not prompts:
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
-    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype)
+    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype, patches)
     drawn = 0
     while drawn < max_new_tokens and not run.over.all():
         drawn = max_new_tokens if until is None else min(drawn + _WATCH, max_new_tokens)
@@ -127,11 +131,12 @@ def stream(
     until: Until | None = None,
     every: int = 1,
     cache_dtype: Any = jnp.float32,
+    patches: Patches | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
     if max_new_tokens < 1:
         return
-    run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, cache_dtype)
+    run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, cache_dtype, patches)
     given = 0
     while True:
         run.advance(min(given + every, max_new_tokens))
@@ -214,7 +219,7 @@ class _Settings(NamedTuple):
 class _Run:
     """One call's state between compiled stretches."""
 
-    def __init__(self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype):
+    def __init__(self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype, patches):
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         room = bucket(max_new_tokens)
@@ -224,15 +229,18 @@ class _Run:
         both = for_decoding(params, cfg)
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG else stacked
-        self.quick, self.key = both, key
+        self.quick, self.key, self.patches = both, key, place(patches, cfg)
         self.stop = stop_array(stop)
         self.over = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more
         self.asked = np.zeros(len(self.start), int)  # new tokens of each row that it has been asked about
-        self.state = _start(self.params, tokens, jnp.array(self.start[::n]), key, self.stop, self.settings)
+        lengths = jnp.array(self.start[::n])
+        self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
     def advance(self, upto: int) -> None:
         """Until `upto` tokens have been drawn in all, or every row has met its stop."""
-        self.state = _advance(self.params, self.quick, self.state, self.key, self.stop, jnp.int32(upto), self.settings)
+        self.state = _advance(
+            self.params, self.quick, self.state, self.key, self.stop, jnp.int32(upto), self.settings, self.patches
+        )
 
     def end_rows(self, until: Until) -> None:
         """A row ends with the first token of which `until` is true."""
@@ -271,12 +279,12 @@ class _Run:
 
 
 @partial(jax.jit, static_argnums=5)
-def _start(params, prompt, lengths, key, stop, settings: _Settings) -> _State:
+def _start(params, prompt, lengths, key, stop, settings: _Settings, patches: Placed) -> _State:
     """The prompts are read, and the first token of each row is drawn."""
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
     cache = init_cache(cfg, len(prompt), settings.slots, settings.cache_dtype)
-    logits, cache = read_prompts(params, prompt, rolled, cache, lengths)
+    logits, cache = read_prompts(params, prompt, rolled, cache, lengths, patches)
     logits, prompt, lengths = (jnp.repeat(a, n, 0) for a in (logits, prompt, lengths))
     cache = jax.tree.map(lambda a: jnp.repeat(a, n, 1 if a.ndim == 5 else 0), cache)
     B, N = len(prompt), settings.room
@@ -299,31 +307,32 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings) -> _State:
 
 
 @partial(jax.jit, static_argnums=6, donate_argnums=2)
-def _advance(params, quick, state: _State, key, stop, upto, settings: _Settings) -> _State:
+def _advance(params, quick, state: _State, key, stop, upto, settings: _Settings, patches: Placed) -> _State:
     """Tokens are read and drawn until there are `upto` of them; `quick` is `params` laid out for one token."""
 
     def body(state: _State) -> _State:
-        logits, cache = _next_logits(params, quick, state, settings)
+        logits, cache = _next_logits(params, quick, state, settings, patches)
         return _draw(state._replace(cache=cache), logits, key, stop, settings)
 
     return jax.lax.while_loop(lambda state: (state.i < upto) & ~state.done.all(), body, state)
 
 
-def read_prompts(params, tokens, cfg, cache, lengths) -> tuple[jax.Array, Cache]:
+def read_prompts(params, tokens, cfg, cache, lengths, patches: Patches | None = None) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the last real token of each row."""
-    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths)
+    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
     return lm_logits(params, last, cfg), cache
 
 
-def _next_logits(params, quick, state: _State, settings: _Settings) -> tuple[jax.Array, Cache]:
+def _next_logits(params, quick, state: _State, settings: _Settings, patches: Placed) -> tuple[jax.Array, Cache]:
     """The token that was drawn last is read; where the context is full, its last half is, from the beginning."""
     cfg, cache = settings.cfg, state.cache
     full = (cache.length >= settings.slots) & ~state.done
 
     def one_more():
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
-        hidden, after = extend_backbone(quick, token, cfg, cache, lengths=(~state.done).astype(jnp.int32))
+        lengths = (~state.done).astype(jnp.int32)
+        hidden, after = extend_backbone(quick, token, cfg, cache, lengths=lengths, patches=patches)
         return lm_logits(quick, hidden[:, 0], cfg), after
 
     def again():
@@ -331,7 +340,7 @@ def _next_logits(params, quick, state: _State, settings: _Settings) -> tuple[jax
         rolled = dataclasses.replace(cfg, unroll=False)
         window = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end - half, half))(state.tokens, state.end)
         fresh = init_cache(cfg, len(window), settings.slots, settings.cache_dtype)
-        logits, fresh = read_prompts(params, window, rolled, fresh, jnp.full(len(window), half))
+        logits, fresh = read_prompts(params, window, rolled, fresh, jnp.full(len(window), half), patches)
         others, after = one_more()
 
         def pick(a, b):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.model import activations
+from gptjax.model.activations import Patches
 from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
@@ -40,6 +43,7 @@ def backbone(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    patches: Patches | None = None,
 ) -> jax.Array:
     """Token ids [B, T] -> the last hidden state [B, T, D], after the final norm.
 
@@ -47,8 +51,14 @@ def backbone(
         positions: [B, T] or [T] int32; None: 0..T-1, from 0 again in every document.
         segment_ids: [B, T] int32; a token sees its own document only. Padding is one more document.
         dropout_key: None: no dropout.
+        patches: what takes the place of activations, {path or pattern: array, function (x) -> x, or `Patch`}; the
+            paths, and what fits them, stand in `gptjax.model.activations`.
+
+    Raises:
+        UserError: a patch that matches or fits no activation.
     """
-    return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key)[0]
+    placed = activations.place(patches, cfg)
+    return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)[0]
 
 
 def head_kernel(params: Params, cfg: ModelConfig) -> Any:
@@ -70,32 +80,96 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
 
 
+def tapped(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    taps: Iterable[str],
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    patches: Patches | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`forward`, and the activations that `taps` name: logits [B, T, V] and {path: array}.
+
+        logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out", "blocks/3/resid"))
+        acts["blocks/*/attn/out"]   [L, B, T, D]
+        acts["blocks/3/resid"]      [B, T, D]
+
+    The paths stand in `gptjax.model.activations`; an activation that is patched too comes as it goes on. What comes
+    out can go in: `forward(params, tokens, cfg, patches=acts)` gives the same logits. Of stacked parameters a single
+    layer's activation costs the memory of all layers'.
+
+    Raises:
+        UserError: a tap or a patch that matches no activation, or does not fit it.
+    """
+    placed, paths = activations.place(patches, cfg), activations.paths(taps, cfg)
+    hidden, _, seen = GPT(cfg, paths).apply(
+        {"params": params}, tokens, positions, segment_ids, dropout_key, None, placed
+    )
+    return lm_logits(params, hidden, cfg), seen
+
+
 def extend(
-    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, *, lengths: jax.Array | None = None
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    cache: Cache,
+    *,
+    lengths: jax.Array | None = None,
+    patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Read tokens [B, T] after those in the cache: prefill (T > 1) and decoding (T == 1) are this one function.
 
     Args:
         lengths: [B] int32, how many of each row's tokens are real; the rest is padding on the right, whose logits
             mean nothing and which the cache forgets. None: all.
+        patches: as in `backbone`; T is that of `tokens`. Keys and values are cached as patched.
 
     Returns:
         logits [B, T, V] float32 and the cache that now holds these tokens too. The caller keeps
         cache.length + T within the cache's slots.
     """
-    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths)
+    hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     return lm_logits(params, hidden, cfg), cache
 
 
+def extend_tapped(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    cache: Cache,
+    taps: Iterable[str],
+    *,
+    lengths: jax.Array | None = None,
+    patches: Patches | None = None,
+) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
+    """`extend`, and the activations that `taps` name, as `tapped` gives them."""
+    hidden, cache, seen = _extend(params, tokens, cfg, cache, activations.paths(taps, cfg), lengths, patches)
+    return lm_logits(params, hidden, cfg), cache, seen
+
+
 def extend_backbone(
-    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, *, lengths: jax.Array | None = None
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    cache: Cache,
+    *,
+    lengths: jax.Array | None = None,
+    patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
     """`extend` as far as the last hidden state [B, T, D]: of a long prompt only one place's logits are wanted."""
+    return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
+
+
+def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
     T = tokens.shape[1]
     positions = cache.length[:, None] + jnp.arange(T)
-    hidden, cache = GPT(cfg).apply({"params": params}, tokens, positions, None, None, cache)
+    placed = activations.place(patches, cfg)
+    hidden, cache, seen = GPT(cfg, paths).apply({"params": params}, tokens, positions, None, None, cache, placed)
     length = cache.length + (T if lengths is None else lengths)
-    return hidden, cache.replace(length=length, empty=False)
+    return hidden, cache.replace(length=length, empty=False), seen
 
 
 def grow_vocabulary(params: Params, cfg: ModelConfig, vocab_size: int) -> tuple[Params, ModelConfig]:

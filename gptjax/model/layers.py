@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
+from gptjax.model import activations
+from gptjax.model.activations import WEIGHTS, Placed, Reader
 from gptjax.model.cache import Cache
 from gptjax.ops import activation, device, position
-from gptjax.ops.attention import heads_attention
+from gptjax.ops.attention import attention_weights, heads_attention, weighted_values
 from gptjax.ops.dropout import dropout
 from gptjax.ops.fused import SAVED
 from gptjax.ops.linear import Gathered, linear, take
@@ -29,6 +31,7 @@ class Context(NamedTuple):
     rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] where layers with a window have their own
     segment_ids: jax.Array | None
     dropout_key: jax.Array | None
+    patches: Any  # {site: {layer: patches}} of single layers, as `activations.of_one_layer` gives them
 
 
 class Stream(NamedTuple):
@@ -95,7 +98,7 @@ class Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, s: Stream, ctx: Context, key: jax.Array | None):
+    def __call__(self, x: jax.Array, s: Stream, ctx: Context, key: jax.Array | None, at: Reader):
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
@@ -118,6 +121,7 @@ class Attention(nn.Module):
             mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
             v0 = jnp.where(s.layer == 0, v, v0)
             v = (1 - mix) * v + mix * v0
+        q, k, v = at("attn/q", q), at("attn/k", k), at("attn/v", v)
         cache, offset = s.cache, 0
         k, v = (a.astype(q.dtype).transpose(0, 2, 1, 3) for a in (k, v))
         if cache is not None:
@@ -126,10 +130,17 @@ class Attention(nn.Module):
                 k, v = cache.read(s.layer, q.dtype)
                 offset = cache.length
         drop = None if key is None else jax.random.split(key)
-        y = heads_attention(
-            q, k, v, offset=offset, segment_ids=ctx.segment_ids, window=window, scale=cfg.attention_scale,
-            alibi=cfg.position == "alibi", dropout=cfg.dropout, dropout_key=None if drop is None else drop[0],
+        seen = dict(
+            offset=offset, segment_ids=ctx.segment_ids, window=window, scale=cfg.attention_scale,
+            alibi=cfg.position == "alibi",
         )  # fmt: skip
+        left_out = dict(dropout=cfg.dropout, dropout_key=None if drop is None else drop[0])
+        weights = at(WEIGHTS, attention_weights(q, k, **seen)) if at.wanted(WEIGHTS) else None
+        if at.patched(WEIGHTS):
+            y = weighted_values(weights, v, **left_out)
+        else:
+            y = heads_attention(q, k, v, **seen, **left_out)
+        y = at("attn/heads", y)
         y = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="o")(y.reshape(B, T, cfg.n_head * H))
         return dropout(y, cfg.dropout, None if drop is None else drop[1]), v0, cache
 
@@ -159,22 +170,26 @@ class FeedForward(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None, at: Reader) -> jax.Array:
         cfg = self.cfg
         h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
         if cfg.gated:
             h = h * _ACTIVATIONS[cfg.activation](Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x))
         else:
             h = _ACTIVATIONS[cfg.activation](h)
+        h = at("mlp/hidden", h)
         h = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="down")(h)
         return dropout(h, cfg.dropout, key)
 
 
 class Block(nn.Module):
     cfg: ModelConfig
+    taps: tuple[str, ...] = ()  # sites
 
     @nn.compact
-    def __call__(self, s: Stream, ctx: Context) -> tuple[Stream, None]:
+    def __call__(self, s: Stream, ctx: Context, patches: Any) -> tuple[Stream, dict[str, jax.Array]]:
+        """`patches` {site: patches} of this layer. The second result holds the activations of `taps`."""
+        at = Reader(self.taps, patches, ctx.patches, s.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(s.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
             x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
@@ -183,13 +198,17 @@ class Block(nn.Module):
         keys = (
             (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
         )
-        y, v0, cache = Attention(cfg, name="attn")(self._before(1, x), s, ctx, keys[0])
-        x = x + self._after(1, y)
-        x = x + self._after(2, FeedForward(cfg, name="mlp")(self._before(2, x), keys[1]))
-        return Stream(x, s.x0, v0, cache, s.layer + 1), None
+        x = at("resid_pre", x)
+        y, v0, cache = Attention(cfg, name="attn")(self._before(1, x, at), s, ctx, keys[0], at)
+        x = at("resid_mid", x + at("attn/out", self._after(1, y)))
+        y = FeedForward(cfg, name="mlp")(self._before(2, x, at), keys[1], at)
+        x = at("resid", x + at("mlp/out", self._after(2, y)))
+        return Stream(x, s.x0, v0, cache, s.layer + 1), at.seen
 
-    def _before(self, number: int, x: jax.Array) -> jax.Array:
-        return x if self.cfg.norm_position == "post" else Norm(self.cfg, name=f"ln_{number}")(x)
+    def _before(self, number: int, x: jax.Array, at: Reader) -> jax.Array:
+        if self.cfg.norm_position == "post":
+            return x
+        return at(f"ln_{number}/out", Norm(self.cfg, name=f"ln_{number}")(x))
 
     def _after(self, number: int, x: jax.Array) -> jax.Array:
         return x if self.cfg.norm_position == "pre" else Norm(self.cfg, name=f"ln_{number}_post")(x)
@@ -209,9 +228,13 @@ _REMAT = {
 
 
 class GPT(nn.Module):
-    """Tokens to the last hidden state. Blocks are stacked [L, ..] and run by one `nn.scan`."""
+    """Tokens to the last hidden state, the cache, and the activations of `taps` {path: array}.
+
+    Blocks are stacked [L, ..] and run by one `nn.scan`.
+    """
 
     cfg: ModelConfig
+    taps: tuple[str, ...] = ()  # paths, as `activations.paths` gives them
 
     @nn.compact
     def __call__(
@@ -221,9 +244,11 @@ class GPT(nn.Module):
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
+        patches: Placed | None = None,
     ):
-        cfg = self.cfg
+        cfg, patches = self.cfg, patches or {}
         B, T = tokens.shape
+        at = Reader(self.taps, patches)
         if positions is None:
             positions = jnp.arange(T) if segment_ids is None else position.segment_positions(segment_ids)
         x = Embed(cfg, name="wte")(tokens)
@@ -243,7 +268,7 @@ class GPT(nn.Module):
             weight = _read(self, "smear", nn.initializers.zeros, (cfg.d_model,)).astype(x.dtype)
             x = x + weight * position.previous(x, before, segment_ids)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = dropout(x, cfg.dropout, keys[0])
+        x = at("embed", dropout(x, cfg.dropout, keys[0]))
 
         rope = _rope_table(cfg, positions) if cfg.position == "rope" else None
         stream = Stream(
@@ -254,32 +279,48 @@ class GPT(nn.Module):
             layer=jnp.int32(0),
         )
         run = self._apart if self.has_variable("params", "blocks_0") else self._stacked
-        stream = run(stream, Context(rope, segment_ids, keys[1]))
-        hidden = Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS))
+        stream, seen = run(stream, Context(rope, segment_ids, keys[1], {}), patches)
+        hidden = at("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
         if cfg.n_classes and self.is_initializing():
             Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by tasks.classify
-        return hidden, stream.cache
+        return hidden, stream.cache, {path: (seen | at.seen)[path] for path in self.taps}
 
-    def _apart(self, stream: Stream, ctx: Context) -> Stream:
+    def _apart(self, stream: Stream, ctx: Context, patches: Placed) -> tuple[Stream, dict[str, jax.Array]]:
         """Every layer from parameters of its own, as `gpt.for_decoding` lays them."""
+        every, single = activations.of_all_layers(patches), activations.of_one_layer(patches)
+        layers = []
         for i in range(self.cfg.n_layer):
-            stream, _ = Block(self.cfg, name=f"blocks_{i}")(stream._replace(layer=jnp.int32(i)), ctx)
-        return stream
+            own = jax.tree.map(lambda a: a[i], every)  # noqa: B023
+            for site, of in single.items():
+                own[site] = own.get(site, ()) + of.get(i, ())
+            block = Block(self.cfg, activations.sites(self.taps, i), name=f"blocks_{i}")
+            stream, seen = block(stream._replace(layer=jnp.int32(i)), ctx, own)
+            layers.append(seen)
+        found = {}
+        for path, (layer, site) in activations.in_blocks(self.taps):
+            found[path] = jnp.stack([seen[site] for seen in layers]) if layer == "*" else layers[int(layer)][site]
+        return stream, found
 
-    def _stacked(self, stream: Stream, ctx: Context) -> Stream:
+    def _stacked(self, stream: Stream, ctx: Context, patches: Placed) -> tuple[Stream, dict[str, jax.Array]]:
         cfg = self.cfg
         unroll = _unroll(cfg) if cfg.unroll is None else cfg.unroll
         block = Block
         if cfg.remat != "none":
             block = nn.remat(Block, policy=_REMAT[cfg.remat], prevent_cse=unroll)
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
             length=cfg.n_layer, unroll=cfg.n_layer if unroll else 1,
         )  # fmt: skip
-        return blocks(cfg, name="blocks")(stream, ctx)[0]
+        ctx = ctx._replace(patches=activations.of_one_layer(patches))
+        run = blocks(cfg, activations.sites(self.taps), name="blocks")
+        stream, seen = run(stream, ctx, activations.of_all_layers(patches))
+        found = {}
+        for path, (layer, site) in activations.in_blocks(self.taps):
+            found[path] = seen[site] if layer == "*" else seen[site][int(layer)]
+        return stream, found
 
 
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

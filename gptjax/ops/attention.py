@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.ops.device import platform
+from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
 
@@ -103,21 +105,71 @@ def heads_attention(
     for i in range(blocks):  # a block of queries reads its own prefix only: three quarters of the full square
         first, end = i * T // blocks, (i + 1) * T // blocks
         at, upto = slice(first, end), end if blocks > 1 else S
-        distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(upto)
-        mask = distance >= 0
-        if not isinstance(window, int) or window:
-            mask = mask & (distance < jnp.where(window == 0, S + T, window))
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, at, None] == segment_ids[:, None, :upto])[:, None, None]
-        bias = jnp.where(mask, 0.0, _MASKED)  # [1 or B, 1, 1, T, S]
-        if alibi:
-            bias = bias - alibi_slopes(N).reshape(K, N // K, 1, 1) * distance
+        bias = _bias(
+            first, end, upto, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window,
+            alibi=alibi,
+        )  # fmt: skip
         keep = None
         if dropout_keys[i] is not None:
             keep = jax.random.bernoulli(dropout_keys[i], 1 - dropout, (B, K, N // K, end - first, upto))
         outs.append(_attend(q[..., at, :], k[:, :, :upto], v[:, :, :upto], bias, keep, dropout))
     out = jnp.concatenate(outs, 3) if blocks > 1 else outs[0]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attention_weights(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    offset: int | jax.Array = 0,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array = 0,
+    scale: float | None = None,
+    alibi: bool = False,
+) -> jax.Array:
+    """The probabilities that `heads_attention` weighs values with: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S]
+    float32, by the plain formula on every device; what is not seen has 0. Arguments as there."""
+    (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
+    q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    bias = _bias(
+        0, T, S, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window, alibi=alibi
+    )  # fmt: skip
+    scores = _dot(_rows(q), _turn(k)).reshape(B, K, N // K, T, S)
+    return jax.nn.softmax(scores + bias, axis=-1).reshape(B, N, T, S)
+
+
+def weighted_values(
+    weights: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Weights [B, N, T, S], values [B, K, S, H] -> [B, T, N, H] in v's dtype: the second half of attention."""
+    B, N, T, S = weights.shape
+    weights = dropped_out(weights, dropout, dropout_key).astype(v.dtype)
+    out = _dot(_rows(weights.reshape(B, v.shape[1], -1, T, S)), v)
+    return out.reshape(B, N, T, -1).transpose(0, 2, 1, 3).astype(v.dtype)
+
+
+def _bias(
+    first: int,
+    end: int,
+    n_key: int,
+    beyond: int,
+    *,
+    heads: tuple[int, int],
+    offset: int | jax.Array,
+    segment_ids: jax.Array | None,
+    window: int | jax.Array,
+    alibi: bool,
+) -> jax.Array:
+    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi: of queries `first` to `end` over the first `n_key` keys,
+    0 where they see, else hardly finite. `beyond` is further than anything."""
+    distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
+    mask = distance >= 0
+    if not isinstance(window, int) or window:
+        mask = mask & (distance < jnp.where(window == 0, beyond, window))
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, first:end, None] == segment_ids[:, None, :n_key])[:, None, None]
+    bias = jnp.where(mask, 0.0, _MASKED)
+    return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance if alibi else bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
