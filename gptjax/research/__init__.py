@@ -1,0 +1,1 @@
+"""Transforms for notebooks: pure functions that compose with what the rest of the package gives."""
