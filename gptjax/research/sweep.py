@@ -65,7 +65,7 @@ class Sweep(NamedTuple):
     losses    of each run [steps] float32, the training loss of every step
     states    (runs, TrainState with leaves [len(runs), ..]), one pair a program; an adapter of a smaller rank than the
               largest of its program is filled up with zeros
-    programs  a dict a program: runs, at_once, steps, seconds of compiling and of the rest, bytes as planned
+    programs  a dict a program: runs, at_once, steps, seconds of compiling, of the steps and in all, bytes
     """
 
     configs: list[Config]
@@ -306,6 +306,7 @@ def sweep(
     *,
     axes: Sequence[str] | None = None,
     at_once: int | None = None,
+    validate: bool = True,
     progress: Any = None,
 ) -> Sweep:
     """Train all runs, and validate each on its whole validation set after its last step.
@@ -317,6 +318,7 @@ def sweep(
     Args:
         axes: of the rows; None: whatever differs.
         at_once: runs at a time; None: free_bytes() / bytes_a_run(..), less what all share.
+        validate: or rows have the training loss only.
         progress: a `training.progress.Progress`; None: nothing is printed.
 
     Raises:
@@ -330,7 +332,7 @@ def sweep(
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
         for part in _same_steps(prepared, runs):
-            _train(prepared, part, done, at_once, progress)
+            _train(prepared, part, done, at_once, validate, progress)
     order = sorted(done.rows, key=lambda row: row["run"])
     losses = [done.losses[i] for i in range(len(configs))]
     return Sweep(done.configs, done.axes, order, losses, done.states, done.programs)
@@ -398,7 +400,9 @@ def _numbers(configs: Sequence[Config], keys: Sequence[str]) -> Numbers:
     return {key: jnp.array([v[key] for v in every], jnp.int32 if key in WHOLE else jnp.float32) for key in keys}
 
 
-def _train(prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, progress: Any) -> None:
+def _train(
+    prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, validate: bool, progress: Any
+) -> None:
     """One program: compiled once, run for each chunk of its runs."""
     began = time.perf_counter()
     cfg, job = prepared.configs[runs[0]], prepared.jobs[prepared.job_of[runs[0]]]
@@ -418,7 +422,7 @@ def _train(prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int
     )
     mesh = Mesh(np.array(devices), ("runs",)) if len(devices) > 1 and size % len(devices) == 0 else None
     k = next(k for k in range(min(MOST_STEPS_PER_CALL, steps), 0, -1) if steps % k == 0)
-    program = _Program(job, cfg, mesh, k, apart=len({prepared.configs[i].seed for i in runs}) > 1)
+    program = _Program(job, cfg, mesh, k, validate, apart=len({prepared.configs[i].seed for i in runs}) > 1)
     states = []
     for c, part in enumerate(parts):
         state, losses, in_a_row, scores = program.run(prepared, part, keys, progress, (c, len(parts), number))
@@ -431,8 +435,8 @@ def _train(prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int
     done.states.append((runs, whole))
     done.programs.append(
         {
-            "runs": len(runs), "at_once": size, "steps": steps, "arrays": keys, "compile_s": program.compile_s,
-            "seconds": time.perf_counter() - began, "bytes_by_formula": shared + size * one_run,
+            "runs": len(runs), "at_once": size, "steps": steps, "arrays": keys,
+            "compile_s": program.compile_s, "steps_s": program.steps_s, "seconds": time.perf_counter() - began, "bytes_by_formula": shared + size * one_run,
             "bytes_by_compiler": program.compiled_bytes,
         }
     )  # fmt: skip
@@ -458,10 +462,11 @@ def _row(
 class _Program:
     """The step and the loss of one program, compiled when they are first run.
 
-    k: steps a call. apart: the runs differ in their seeds, and so in their batches.
+    k: steps a call. validate: at the end. apart: the runs differ in their seeds, and so in their batches.
     """
 
-    def __init__(self, job: Job, cfg: Config, mesh: Mesh | None, k: int, apart: bool):
+    def __init__(self, job: Job, cfg: Config, mesh: Mesh | None, k: int, validate: bool, apart: bool):
+        self.validate, self.steps_s = validate, 0.0
         self.job, self.cfg, self.mesh, self.k, self.apart = job, cfg, mesh, k, apart
         self.eval_apart = apart and cfg.task != "pretrain"  # the held-out text is the same for every seed
         step = make_sweep_step(job.rules, cfg, batches=apart)
@@ -502,10 +507,12 @@ class _Program:
             frozen = jax.device_put(frozen, NamedSharding(self.mesh, P()))
         losses, in_a_row, before = [], [], None
         total = n_chunks * cfg.train.max_steps
+        self._compiled(progress, (states, numbers, frozen, self._batches(jobs, 0)))
+        began = time.perf_counter()
         with progress.phase(f"training {len(part)} runs"):
             for step in range(0, cfg.train.max_steps, self.k):
                 args = states, numbers, frozen, self._batches(jobs, step)
-                states, metrics = self._compiled(progress, args)(*args)
+                states, metrics = self.compiled(*args)
                 if before is not None:
                     _keep(before, losses, in_a_row)
                     finite = losses[-1][-1][np.isfinite(losses[-1][-1])]
@@ -514,11 +521,14 @@ class _Program:
                     progress.status(at, total, f"program {number + 1}: step {at:,}/{total:,}, mean loss {mean:.4f}")
                 before = metrics["loss"], metrics["skipped_in_a_row"]
             _keep(before, losses, in_a_row)
-        with progress.phase("validating"):
-            scores = self._validate(states.params, numbers, frozen, jobs)
+        self.steps_s += time.perf_counter() - began
+        scores: list[dict[str, float]] = [{} for _ in part]
+        if self.validate:
+            with progress.phase("validating"):
+                scores = self._validate(states.params, numbers, frozen, jobs)
         return states, np.concatenate(losses), np.concatenate(in_a_row), scores
 
-    def _compiled(self, progress: Any, args: tuple) -> Any:
+    def _compiled(self, progress: Any, args: tuple) -> None:
         if self.compiled is None:
             with progress.phase("compiling the step of all runs"):
                 began = time.perf_counter()
@@ -527,7 +537,6 @@ class _Program:
             found = self.compiled.memory_analysis()
             if found is not None:
                 self.compiled_bytes = found.argument_size_in_bytes + found.temp_size_in_bytes
-        return self.compiled
 
     def _batches(self, jobs: Sequence[Job], step: int) -> Any:
         """[K, N, ..], each seed's made once; [K, ..] of a single seed."""
@@ -607,7 +616,8 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
             mean, low, high = (None,) * 3 if None in found else t_interval(found)
             line |= {name: mean, f"{name}/low": low, f"{name}/high": high}
         out.append(line)
-    return sorted(out, key=lambda line: (line["val/loss"] is None, line["val/loss"]))
+    by = "val/loss" if "val/loss" in out[0] else "train/loss"
+    return sorted(out, key=lambda line: (line[by] is None, line[by]))
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
