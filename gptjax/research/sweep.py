@@ -272,10 +272,10 @@ def create(job: Job, cfg: Config, seeds: jax.Array, numbers: Numbers, start: Any
 
 def bytes_a_run(cfg: Config, n_trained: int, width: int) -> int:
     """Of one run: `memory_bytes` of a step over rows of `width` tokens (20 bytes a trained number, and activations),
-    and the logits of a micro-batch with their gradient, at most 256 MiB each."""
-    rows = cfg.train.batch_size // cfg.train.accumulation
+    and the logits of a micro-batch or, if that is more, of a batch to validate on, twice, at most 256 MiB each."""
+    tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, loop.EVAL_TOKENS)
     sized = with_numbers(cfg, {"model.context_length": width})
-    logits = min(4 * rows * width * max(cfg.model.vocab_size, cfg.model.n_classes), 2**28)
+    logits = min(4 * tokens * cfg.model.vocab_size, 2**28)
     return sum(memory_bytes(sized, n_trained, cfg.model.vocab_size).values()) + 2 * logits
 
 
@@ -436,7 +436,8 @@ def _train(
     done.programs.append(
         {
             "runs": len(runs), "at_once": size, "steps": steps, "arrays": keys,
-            "compile_s": program.compile_s, "steps_s": program.steps_s, "seconds": time.perf_counter() - began, "bytes_by_formula": shared + size * one_run,
+            "compile_s": program.compile_s, "steps_s": program.steps_s,
+            "seconds": time.perf_counter() - began, "bytes_by_formula": shared + size * one_run,
             "bytes_by_compiler": program.compiled_bytes,
         }
     )  # fmt: skip

@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -102,6 +106,19 @@ def test_it_is_what_train_does(found):
     assert found.rows[1]["val/loss"] == pytest.approx(result.val_loss, rel=1e-5)
     for path, leaf in tree.flatten(result.params).items():
         np.testing.assert_allclose(tree.flatten(found.state(1).params)[path], leaf, atol=1e-5, err_msg=path)
+
+
+def test_two_devices_share_the_runs(found):
+    """A chunk of two runs, one on each; they never speak to each other."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    settings = json.dumps([[*SMALL, *GROUPS, *own] for own in RUNS])
+    script = Path(__file__).with_name("two.py")
+    run = subprocess.run([sys.executable, script, settings], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    there = json.loads(run.stdout.splitlines()[-1])
+    assert there["devices"] == 2
+    np.testing.assert_allclose(there["losses"], found.losses, rtol=1e-5)
 
 
 def test_a_run_that_explodes_is_said_to(found):
