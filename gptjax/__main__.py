@@ -11,7 +11,7 @@ from gptjax.cli import VERBS
 from gptjax.types import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
-TRAINS = ("pretrain", "finetune")
+TRAINS = ("pretrain", "finetune", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from optax import contrib
 
 from gptjax import tree
 from gptjax.config import OptimConfig
+from gptjax.ops.dropout import off
 from gptjax.types import Params
 
 # Every leaf is one of these by its path: stacked biases and scales are matrices by shape alone.
@@ -32,19 +33,22 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
     linear    down to min_lr_ratio over all remaining steps
     wsd       flat, then linear down to min_lr_ratio over the last decay_fraction of max_steps (arXiv:2404.06395)
     constant  flat
+
+    The config's rates and its warmup_steps may be traced, here and in `make_optimizer`.
     """
-    rest = max(max_steps - cfg.warmup_steps, 1)
-    decay_steps = max(1, min(rest, round(cfg.decay_fraction * max_steps)))
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, cfg.min_lr_ratio),
-        "linear": lambda: optax.linear_schedule(1.0, cfg.min_lr_ratio, rest),
-        "wsd": lambda: optax.linear_schedule(1.0, cfg.min_lr_ratio, decay_steps, rest - decay_steps),
-        "constant": lambda: optax.constant_schedule(1.0),
-    }[cfg.schedule]()
-    if not cfg.warmup_steps:
-        return after
-    warmup = optax.linear_schedule(cfg.initial_lr_ratio, 1.0, cfg.warmup_steps)
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    decay_steps = max(1, round(cfg.decay_fraction * max_steps))  # wsd
+
+    def part(step: jax.Array) -> jax.Array:
+        warmup = cfg.warmup_steps
+        rest = jnp.maximum(max_steps - warmup, 1)
+        first, length = (rest - jnp.minimum(rest, decay_steps), decay_steps) if cfg.schedule == "wsd" else (0, rest)
+        done = jnp.clip((step - warmup - first) / jnp.minimum(rest, length), 0, 1)
+        left = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)), "constant": jnp.ones_like(done)}
+        after = cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left.get(cfg.schedule, 1 - done)
+        before = cfg.initial_lr_ratio + (1 - cfg.initial_lr_ratio) * step / jnp.maximum(warmup, 1)
+        return jnp.where(step < warmup, before, after)
+
+    return part
 
 
 def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
@@ -58,7 +62,8 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
 
     def finish(peak: float | None, decayed: bool) -> list[optax.GradientTransformation]:
         rate = cfg.lr if peak is None else peak
-        decay = optax.add_decayed_weights(cfg.weight_decay) if decayed and cfg.weight_decay else optax.identity()
+        decayed = decayed and not off(cfg.weight_decay)
+        decay = optax.add_decayed_weights(cfg.weight_decay) if decayed else optax.identity()
         return [decay, optax.scale_by_learning_rate(lambda step: rate * schedule(step))]
 
     def adam(peak: float | None, decayed: bool = True) -> optax.GradientTransformation:
@@ -77,7 +82,7 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
         "matrix": muon() if cfg.name == "muon" else adam(cfg.lr),
         "vector": adam(cfg.vector_lr, cfg.decay == "all"),
     }
-    clip = [clip_by_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    clip = [] if off(cfg.clip_norm) else [clip_by_norm(cfg.clip_norm)]
     tx = optax.chain(*clip, optax.partition(rules, groups))
     return offloaded(tx) if cfg.offload else tx
 
@@ -97,7 +102,7 @@ def _moved(state: optax.OptState, where: jax.memory.Space) -> optax.OptState:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, where) if leaf.ndim else leaf, state)
 
 
-def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Gradients times min(1, limit / norm): optax.clip_by_global_norm for a caller who has the norm already.
 
     `update(..., grad_norm=norm)` spares a pass over all gradients, and one multiplication fuses with what follows,

@@ -170,6 +170,14 @@ def test_schedules(schedule, expected):
     rate = optim.make_schedule(cfg, 100)(jnp.arange(121))
     np.testing.assert_allclose([rate[step] for step in expected], list(expected.values()), atol=1e-4)
 
+    @jax.jit
+    def traced(warmup, least):
+        return optim.make_schedule(dataclasses.replace(cfg, warmup_steps=warmup, min_lr_ratio=least), 100)(
+            jnp.arange(121)
+        )
+
+    np.testing.assert_allclose(traced(20, 0.2), rate, atol=1e-6)
+
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_schedules_without_warmup_and_of_one_step_start_at_the_peak(schedule):

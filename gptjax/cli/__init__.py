@@ -76,6 +76,16 @@ VERBS: dict[str, Verb] = {
             "gptjax plan llama-3.1-8b --on v5p-128 --search out=plan.json png=plan.png",
         ),
     ),
+    "sweep": Verb(
+        "gptjax.cli.sweep",
+        "many runs in one compiled program: learning rates, seeds, ranks, side by side",
+        "gptjax sweep [PRESET or CONFIG.yaml] [a.b=[x,y,z] ...] ['seed=range(8)'] [a.b=c ...] [at_once=N] [--dry-run]",
+        (
+            "gptjax sweep",
+            "gptjax sweep tiny-gpt2 'optim.lr=[1e-4,3e-4,1e-3]' 'seed=range(8)'",
+            "gptjax sweep instruct 'lora.rank=[4,16]' 'lora.alpha=[8,32]' 'seed=range(2)' --dry-run",
+        ),
+    ),
     "export": Verb(
         "gptjax.cli.transfer",
         "write a model for transformers, llama.cpp or as one program",

@@ -27,6 +27,8 @@ def more_help() -> str:
 
 def report(cfg: Config) -> list[str]:
     """What a run would do and need, without a step of it."""
+    from gptjax.training.memory import memory_bytes
+
     data, problem = _prepared(cfg)
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
     tokens = cfg.train.batch_size * cfg.model.context_length
@@ -46,7 +48,7 @@ def report(cfg: Config) -> list[str]:
     lines.append(f"tokens a step      {tokens:,} ({cfg.train.batch_size} windows of {cfg.model.context_length})")
     lines.append(f"steps              {_steps(cfg, data, tokens)}")
     if vocab_size:
-        memory = options.memory_bytes(cfg, n_params, vocab_size)
+        memory = memory_bytes(cfg, n_params, vocab_size)
         parts = ", ".join(f"{name} {options.human(size)}" for name, size in memory.items())
         lines.append(f"memory (estimate)  {options.human(sum(memory.values()))}: {parts}")
     return [*lines, "dry run: no step was taken"]

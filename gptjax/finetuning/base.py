@@ -15,9 +15,10 @@ import optax
 from gptjax import lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
 from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked
+from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
-from gptjax.training.job import Job
+from gptjax.training.job import Job, Rules
 from gptjax.training.loop import flops_per_token
 from gptjax.types import Params, UserError
 from gptjax.weights import families
@@ -33,6 +34,7 @@ class Parts(NamedTuple):
     combine   (trained, frozen) -> params with `LoraWeight` leaves, as the loss reads them
     plain     (trained, frozen) -> params of plain arrays, as they are saved
     export    (folder, trained, frozen): the adapter by itself, in peft's format, where that can hold it
+    combine_as    of an adapter: LoraConfig -> such a `combine`, with a scale and dropout that may be traced
     n_params, flops_per_token, fingerprint    of all of it; the last of the base alone
     """
 
@@ -41,6 +43,7 @@ class Parts(NamedTuple):
     combine: Callable[[Any, Any], Params]
     plain: Callable[[Any, Any], Params]
     export: Callable[[Path, Any, Any], None]
+    combine_as: Callable[[LoraConfig], Callable[[Any, Any], Params]] | None = None
     n_params: int = 0
     flops_per_token: float = 0.0
     fingerprint: str = ""
@@ -135,9 +138,12 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
     if start is None:
         adapter = lora.init(key, params, settings)
 
-    def combine(trained: Any, frozen: Params) -> Params:
-        both = lora.attach(frozen, trained["adapter"], settings)
-        return both | {name: trained[name] for name in heads}
+    def combine_as(settings: LoraConfig) -> Callable[[Any, Any], Params]:
+        def combine(trained: Any, frozen: Params) -> Params:
+            both = lora.attach(frozen, trained["adapter"], settings)
+            return both | {name: trained[name] for name in heads}
+
+        return combine
 
     def plain(trained: Any, frozen: Params) -> Params:
         merged = dequantize(lora.merge(frozen, trained["adapter"], settings))
@@ -154,8 +160,9 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
     return Parts(
-        {"adapter": adapter, **heads}, params, combine, plain, export if _for_peft(settings, body) else _nothing
-    )
+        {"adapter": adapter, **heads}, params, combine_as(settings), plain,
+        export if _for_peft(settings, body) else _nothing, combine_as,
+    )  # fmt: skip
 
 
 def _for_peft(settings: LoraConfig, model: ModelConfig) -> bool:
@@ -206,7 +213,7 @@ def job(
     *,
     model: ModelConfig,
     tokenizer: Any,
-    loss: Callable,
+    loss: Callable[[Config], Callable],
     batch: Callable[[int], Any],
     where: Callable[[int], str],
     eval_batches: Callable[[bool], Iterable[Any]],
@@ -218,10 +225,20 @@ def job(
     """The job of a fine-tuning, from what only its kind knows.
 
     Args:
+        loss: what the config, whose dropout may be traced, makes of it.
         data: hash of what is trained and validated on. lines: about the data, for the start. files: beside the model.
     """
     # not `parts`, which would keep the weights that training replaces
     plain, export, n_params = parts.plain, parts.export, parts.n_params
+    combine, combine_as = parts.combine, parts.combine_as
+
+    def rules(cfg: Config) -> Rules:
+        own = loss(cfg)
+        if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout):
+            own = lora.with_dropout(own)
+        return own, combine if combine_as is None else combine_as(cfg.lora), optimizer(cfg)
+
+    own_loss, _, tx = rules(cfg)
 
     def batches(step: int, k: int) -> Any:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(batch(step + i) for i in range(k)))
@@ -236,12 +253,13 @@ def job(
         batches=batches,
         where=where,
         eval_batches=eval_batches,
-        loss=lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and cfg.lora.dropout else loss,
+        loss=own_loss,
+        rules=rules,
         init=lambda key, start: start,
         start=parts.trained,
         frozen=parts.frozen,
-        combine=parts.combine,
-        optimizer=optimizer(cfg),
+        combine=combine,
+        optimizer=tx,
         tokens_per_step=tokens_per_step,
         flops_per_token=parts.flops_per_token,
         identity={"base": parts.fingerprint, "data": data},

@@ -107,7 +107,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         base.parts(cfg, params, heads, model, jax.random.fold_in(key, 2)),
         model=model,
         tokenizer=tokenizer,
-        loss=classify.task(model, cfg.classify.pooling).loss,
+        loss=lambda cfg: classify.task(cfg.model, cfg.classify.pooling).loss,
         batch=lambda step: labelled.batch(train, step, batch_size=size, seed=cfg.seed),
         where=where,
         eval_batches=lambda first: labelled.eval_batches(val, size),

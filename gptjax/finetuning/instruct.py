@@ -128,7 +128,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         parts,
         model=model,
         tokenizer=tokenizer,
-        loss=pretrain.task(model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None).loss,
+        loss=lambda cfg: pretrain.task(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None).loss,
         batch=batch,
         where=lambda step: f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}",
         eval_batches=lambda first: packing.eval_batches(val, size),

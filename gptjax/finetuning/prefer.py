@@ -113,7 +113,7 @@ def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[
         parts,
         model=model,
         tokenizer=tokenizer,
-        loss=_task(cfg).loss,
+        loss=lambda cfg: _task(cfg).loss,
         batch=batch,
         where=where,
         eval_batches=lambda first: preferences.eval_batches(val, size, before[1]),

@@ -16,6 +16,7 @@ import optax
 
 from gptjax import config, weights
 from gptjax.config import Config
+from gptjax.finetuning.metrics import t_interval
 from gptjax.parallel.distributed import is_writer
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
@@ -30,23 +31,20 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
     Args:
         task: a module with `run`, `prepare` and `finish`.
     """
-    from scipy import stats
-
     folder = Path(cfg.run_dir or "runs/default")
     seeds = _seeds(cfg)
     result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
     if not is_writer():
         return result
     scores = [json.loads((folder / f"seed-{seed}" / "test.json").read_text(encoding="utf-8")) for seed in seeds]
-    n, table = len(seeds), {}
+    table = {}
     for name, value in scores[0].items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         values = [score[name] for score in scores]
-        half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-        mean = sum(values) / n
-        table[name] = {"mean": mean, "interval": [mean - half, mean + half], "values": values}
-        say(f"seeds   {name:20} {mean:.4f}, 95 % interval {mean - half:.4f} to {mean + half:.4f}")
+        mean, low, high = t_interval(values)
+        table[name] = {"mean": mean, "interval": [low, high], "values": values}
+        say(f"seeds   {name:20} {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}")
     (folder / "seeds.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return result
 
@@ -133,6 +131,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Any) -> tuple[Config, Job]:
         describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
         write=write,
         lead=1,
+        rules=None,
         start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(job.start for job in jobs)),
     )
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from gptjax import tree
 from gptjax.config import LoraConfig
 from gptjax.lora.leaf import LoraWeight, column_norms
+from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
 from gptjax.types import Params, UserError
 
@@ -142,7 +143,8 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
     lead = pair["a"].shape[:-2]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), lead)
-    return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=cfg.dropout)
+    rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), lead)
+    return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
 
 
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig) -> Params:
@@ -177,7 +179,7 @@ def with_dropout(loss: Callable) -> Callable:
             return loss(params, batch, key)
 
         def seed(path: tuple, leaf: Any) -> Any:
-            if not isinstance(leaf, LoraWeight) or not leaf.rate:
+            if not isinstance(leaf, LoraWeight) or leaf.rate is None:
                 return leaf
             own = jax.random.fold_in(key, zlib.crc32(tree.path_string(path).encode()))
             return leaf.replace(key=jax.random.split(own, leaf.scale.shape))

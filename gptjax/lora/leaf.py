@@ -22,7 +22,7 @@ class LoraWeight:
     scale  [..]           float32; [.., B]
     m      [.., 1, out]   or None
     key    [..]           of the dropout, or None: none
-    rate   of the dropout, of what goes into `a`
+    rate   [..]           of that dropout, of what goes into `a`; None: none
 
     Only a, b and m have gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
     """
@@ -33,13 +33,13 @@ class LoraWeight:
     scale: jax.Array
     m: jax.Array | None = None
     key: jax.Array | None = None
-    rate: float = struct.field(pytree_node=False, default=0.0)
+    rate: jax.Array | None = None
 
 
 @matmul.register
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
-    low = dropout(x, leaf.rate, leaf.key)
+    low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
     if leaf.a.ndim == 3:
         return y + _rows_apart(leaf, low)
     add = leaf.scale.astype(y.dtype) * matmul(leaf.b, matmul(leaf.a, low, dtype), dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.ops.device import platform
 from gptjax.ops.dropout import dropout as dropped_out
+from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
 
@@ -72,7 +72,7 @@ def heads_attention(
     window: int | jax.Array = 0,
     scale: float | None = None,
     alibi: bool = False,
-    dropout: float = 0.0,
+    dropout: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` with k and v as a cache keeps them, [B, K, S, H].
@@ -90,7 +90,7 @@ def heads_attention(
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
     q = q * (H**-0.5 if scale is None else scale)
-    plain = not alibi and (dropout_key is None or not dropout) and isinstance(window, int)
+    plain = not alibi and (dropout_key is None or off(dropout)) and isinstance(window, int)
     if square and plain and platform() != "cpu":
         from gptjax.ops import fused
 
@@ -99,7 +99,7 @@ def heads_attention(
         if platform() == "gpu" and segment_ids is None and fused.cudnn_fits(q):
             return fused.cudnn(q, k, v, window=window)
     blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1
-    dropout_keys = [None] * blocks if dropout_key is None or not dropout else jax.random.split(dropout_key, blocks)
+    dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
     for i in range(blocks):  # a block of queries reads its own prefix only: three quarters of the full square
@@ -172,9 +172,10 @@ def _bias(
     return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance if alibi else bias
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@jax.custom_vjp
 def _attend(q, k, v, bias, keep, dropout):
-    """q [B, K, G, T, H], k and v [B, K, S, H], bias (no gradient) and keep (bool or None) over [B, K, G, T, S]."""
+    """q [B, K, G, T, H], k and v [B, K, S, H], bias and keep (bool or None) over [B, K, G, T, S], dropout []: the
+    last three without a gradient."""
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 
 
@@ -182,22 +183,22 @@ def _attend_forward(q, k, v, bias, keep, dropout):
     scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2])
     p = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
-    return out, (q, k, v, keep, p)
+    return out, (q, k, v, keep, p, dropout)
 
 
-def _attend_backward(dropout, residual, g):
+def _attend_backward(residual, g):
     """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is turned.
 
     d_scores = p (d_p - sum_s p d_p). The sum is g . out as well (arXiv:2205.14135, appendix B), which would keep out.
     """
-    q, k, v, keep, p = residual
+    q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _turn(v)).reshape(p.shape), keep, dropout)
     delta = (p * d_p).sum(-1, keepdims=True)
     d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
     d_k = _turn(_dot(_turn(_rows(q)), d_scores))
     d_v = _turn(_dot(_turn(_rows(g)), _rows(_dropped(p, keep, dropout))))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -217,5 +218,5 @@ def _turn(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _dropped(x: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
+def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> jax.Array:
     return x if keep is None else jnp.where(keep, x / (1 - rate), 0)

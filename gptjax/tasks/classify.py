@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import backbone, init_params
+from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.loss import cross_entropy
 from gptjax.tasks.base import Task
@@ -25,7 +26,7 @@ def task(cfg: ModelConfig, pooling: Pooling = "last") -> Task:
     """
 
     def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        key, n = key if cfg.dropout else None, batch.labels.shape[1]
+        key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
         logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
         right = (logits.argmax(-1) == batch.labels) * batch.weights
         return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import init_params
+from gptjax.ops.dropout import off
 from gptjax.tasks.base import Task
 from gptjax.tasks.pretrain import token_log_probs
 from gptjax.types import Mean, Metrics, Params
@@ -101,7 +102,7 @@ def task(cfg: ModelConfig, kind: Kind = "dpo", *, beta: float | None = None, mar
     beta = BETA[kind] if beta is None else beta
 
     def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        now, length = log_probs(params, batch, cfg, key if cfg.dropout else None)
+        now, length = log_probs(params, batch, cfg, None if off(cfg.dropout) else key)
         present = batch.present
         losses, reward = LOSSES[kind](Answers(now, batch.reference, jnp.maximum(length, 1), present), beta, margin)
         gap, n = reward[..., 0] - reward[..., 1], present.sum()

@@ -8,6 +8,7 @@ import jax
 
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import backbone, head_kernel, init_params
+from gptjax.ops.dropout import off
 from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
 from gptjax.tasks.base import Task
 from gptjax.types import Batch, Mean, Metrics, Params
@@ -25,7 +26,7 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
         """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
-            dropout_key=key if cfg.dropout else None,
+            dropout_key=None if off(cfg.dropout) else key,
         )  # fmt: skip
         head: Any = head_kernel(params, cfg)
         mean = linear_cross_entropy(

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from gptjax.types import Mean, Metrics
 
+Rules = tuple[Callable[[Any, Any, Any], tuple[Mean, Metrics]], Callable[[Any, Any], Any], Any]
 
-def _trained(trained: Any, frozen: Any) -> Any:
+
+def just_trained(trained: Any, frozen: Any) -> Any:
     return trained
 
 
@@ -26,6 +28,8 @@ class Job(NamedTuple):
     frozen            what the loss reads and the optimizer never sees
     combine           (trained, frozen) -> the params that the loss reads
     optimizer         of what is trained
+    rules             config -> (loss, combine, optimizer) under its numbers, which may be traced; of `prepare`'s own
+                      config the three above. None: the job is of several configs
     tokens_per_step   for rates; flops_per_token: of a training step, for MFU
     identity          name -> hash of what a checkpoint belongs to; source: the settings that name it
     describe          number of trained parameters -> lines about data and model, said before the first step
@@ -51,8 +55,9 @@ class Job(NamedTuple):
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     start: Any = None
     frozen: Any = None
-    combine: Callable[[Any, Any], Any] = _trained
+    combine: Callable[[Any, Any], Any] = just_trained
     more_of_loss: Callable[[float], dict[str, Any]] = lambda loss: {}
     sample: Callable[[Any], list[str]] | None = None
     part: Callable[[int, int, slice], Any] | None = None
     lead: int = 0
+    rules: Callable[[Any], Rules] | None = None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from gptjax import config
 from gptjax.config import Config, ModelConfig
 from gptjax.training import loggers
-from gptjax.training.job import Job
+from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment
@@ -55,15 +55,17 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
         Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
     """
 
-    def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
-        from gptjax import data
-
-        with progress.phase("preparing the data"):
-            ready = data.prepare(cfg, log=progress.say)
-        cfg = _resolve(cfg, ready)
-        return cfg, _pretraining(cfg, ready)
-
     return run_job(cfg, prepare, log)
+
+
+def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
+    """The job of a pretraining, and the config with what only the data could tell."""
+    from gptjax import data
+
+    with progress.phase("preparing the data"):
+        ready = data.prepare(cfg, log=progress.say)
+    cfg = _resolve(cfg, ready)
+    return cfg, _pretraining(cfg, ready)
 
 
 def run_job(
@@ -632,6 +634,11 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
     )  # fmt: skip
     task = pretrain.task(model)
+
+    def rules(cfg: Config) -> Rules:
+        return pretrain.task(cfg.model).loss, just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)
+
+    loss, combine, optimizer = rules(cfg)
     tokens_per_step = settings.batch_size * model.context_length
 
     def eval_batches(first: bool) -> Iterator[Any]:
@@ -670,9 +677,11 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         part=loader.batches,
         where=where,
         eval_batches=eval_batches,
-        loss=task.loss,
+        loss=loss,
+        combine=combine,
+        optimizer=optimizer,
+        rules=rules,
         init=lambda key, start: task.init(key),
-        optimizer=make_optimizer(cfg.optim, settings.max_steps),
         tokens_per_step=tokens_per_step,
         flops_per_token=flops_per_token(model, abstract_params(model)),
         identity={

@@ -1,4 +1,4 @@
-"""loss.png: training and validation loss over steps; confusion.png: what a classifier takes for what."""
+"""loss.png: training and validation loss over steps; confusion.png: what a classifier takes for what; sweep.png."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+MOST_LABELS = 12  # in a legend
 MOST_NEIGHBOURS = 50  # of a point in the smoothed training loss, on each side
 
 
@@ -48,13 +49,72 @@ def draw_confusion(table: Any, names: Sequence[str], path: Path) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def draw_sweep(
+    rows: Sequence[dict[str, Any]],
+    table: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    curves: dict[tuple, Sequence[np.ndarray]],
+    path: Path,
+) -> None:
+    """Left, validation loss: a dot a run, a line through the means with their intervals, over the first of `names` that
+    has several numbers; one line for each combination of the others. Right, training loss: a curve a combination.
+
+    Args:
+        rows, table, names: of `research.sweep`. curves: values of the names -> training losses of its runs.
+    """
+    figure, (left, right) = _figure(12, 4.8, columns=2)
+    numeric = [name for name in names if len(_values(rows, name)) > 1 and all(map(_is_number, _values(rows, name)))]
+    x_name, others = (numeric or [""])[0], [name for name in names if name not in numeric[:1]]
+    groups = list(dict.fromkeys(tuple(row[name] for name in others) for row in rows))
+    for g, group in enumerate(groups):
+        color, label = f"C{g % 10}", ", ".join(f"{n}={_short(v)}" for n, v in zip(others, group, strict=True))
+        own = [line for line in table if tuple(line[name] for name in others) == group and line["val/loss"] is not None]
+        dots = [row for row in rows if tuple(row[name] for name in others) == group and row["val/loss"] is not None]
+        where = (lambda row: row[x_name]) if x_name else (lambda _, g=g: g)
+        left.plot([*map(where, dots)], [row["val/loss"] for row in dots], ".", color=color, alpha=0.4, markersize=4)
+        own.sort(key=where)
+        halves = [(line["val/loss/high"] or line["val/loss"]) - line["val/loss"] for line in own]
+        means = [line["val/loss"] for line in own]
+        left.errorbar([*map(where, own)], means, halves, color=color, marker="o", capsize=3, label=label or None)
+    if x_name:
+        values = _values(rows, x_name)
+        if min(values) > 0 and max(values) >= 8 * min(values):
+            left.set_xscale("log")
+    else:
+        left.set_xticks([])
+    left.set(xlabel=x_name, ylabel="validation loss", title="mean and 95 % interval over seeds, a dot a run")
+    for c, (values, losses) in enumerate(curves.items()):
+        mean = np.mean([run[: min(map(len, losses))] for run in losses], 0)
+        points = _smooth([*enumerate(mean.tolist(), 1)])
+        label = ", ".join(f"{n}={_short(v)}" for n, v in zip(names, values, strict=True))
+        right.plot(*zip(*points, strict=True), color=f"C{c % 10}", linewidth=1.2, label=label or None)
+    right.set(xlabel="step", ylabel="training loss", title="training loss, smoothed, mean over seeds")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        if 1 <= len(axes.get_legend_handles_labels()[1]) <= MOST_LABELS:
+            axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _values(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns)
 
 
 def _save(figure: Any, path: Path) -> None:

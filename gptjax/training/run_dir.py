@@ -76,7 +76,7 @@ class RunDir:
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
         stored = config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         changed = config.diff(stored, _filled(cfg, stored))
-        changed = [line for line in changed if not _may_change(line.partition(":")[0])]
+        changed = [line for line in changed if not may_change(line.partition(":")[0])]
         if changed:
             raise UserError.all(
                 [
@@ -196,7 +196,8 @@ def _filled(cfg: Config, stored: Config) -> Config:
     return dataclasses.replace(cfg, model=model, train=train)
 
 
-def _may_change(key: str) -> bool:
+def may_change(key: str) -> bool:
+    """Whether the key says when or where, not what is learned."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
 
 

@@ -13,6 +13,8 @@ from flax import struct
 from gptjax.types import Mean, Metrics
 
 Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
+# (params, frozen, batch, key) -> (gradient of the total, (Mean, metrics))
+Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
 @struct.dataclass
@@ -46,6 +48,7 @@ def make_train_step(
     *,
     combine: Callable[[Any, Any], Any] = lambda params, frozen: params,
     accumulation: int = 1,
+    transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """The step for `loss`: gradient of the total, divided once by the weight of the whole batch, then `tx`, which is
     told the gradient's norm as `grad_norm` where it takes extra arguments.
@@ -55,6 +58,7 @@ def make_train_step(
         combine: (trained, frozen) -> the params the loss reads; LoRA attaches here.
         accumulation: micro-batches; every leaf of the batch has a leading axis that it divides. The result equals
             the undivided batch up to rounding, whatever the weights in each part.
+        transform: of the function that gives the whole batch's gradient, such as `research.curvature.sam`.
 
     Returns:
         step(state, batch) -> (state, metrics): loss, weight, grad_norm, skipped, and what the loss reports.
@@ -83,9 +87,11 @@ def make_train_step(
         )
         return jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))[0]
 
+    whole = transform(accumulated)
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, (mean, metrics) = accumulated(state.params, state.frozen, batch, key)
+        grads, (mean, metrics) = whole(state.params, state.frozen, batch, key)
         scale = 1.0 / jnp.maximum(mean.weight, 1e-9)
         norm = optax.tree.norm(grads) * scale
         good = jnp.isfinite(mean.total) & jnp.isfinite(norm)

@@ -1,0 +1,122 @@
+"""`gptjax sweep`: many runs in one compiled program, as a table, two files and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gptjax.cli import options
+from gptjax.config import Config, config_file, to_yaml
+from gptjax.config_io import Leaf
+from gptjax.types import UserError
+
+DEFAULT = "tiny-gpt2"
+AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # where none is given
+SHOWN = 20  # lines of the table
+
+
+def run(args: list[str]) -> int:
+    parsed = options.parse(args, words=1)
+    at_once, leaves = _at_once(parsed.leaves)
+    source = parsed.words[0] if parsed.words else DEFAULT
+    from gptjax.research import sweep
+
+    axes, fixed = sweep.split_axes(leaves)
+    if not axes:
+        options.note(f"no axis was given, such as optim.lr=[1e-3,3e-3]: taking {' '.join(AXES)}")
+        given, _ = sweep.split_axes(options.from_args(AXES))
+        axes = {key: values for key, values in given.items() if key not in {leaf.key for leaf in fixed}}
+    configs = sweep.combinations(source, axes, fixed)
+    folder = Path(_run_dir(source, fixed))
+    configs = [dataclasses.replace(cfg, run_dir=str(folder)) for cfg in configs]
+    if parsed.print_config:
+        print(to_yaml(configs[0]), end="")
+    if parsed.dry_run:
+        print("\n".join(report(configs, axes, folder)))
+    if parsed.print_config or parsed.dry_run:
+        return 0
+    if (folder / "sweep.json").exists():
+        raise UserError(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
+    return _sweep(configs, axes, folder, at_once, source)
+
+
+def _sweep(configs: list[Config], axes: dict[str, list[str]], folder: Path, at_once: int | None, source: str) -> int:
+    from gptjax.research import sweep
+    from gptjax.training.process import keep_buffers, use_compile_cache
+    from gptjax.training.progress import Progress, duration
+
+    use_compile_cache()
+    keep_buffers()
+    with Progress() as progress:
+        progress.say(_count(configs, axes))
+        found = sweep.sweep(configs, axes=tuple(axes), at_once=at_once, progress=progress)
+        with progress.phase("drawing"):
+            sweep.write(found, folder)
+    summary = sweep.table(found.rows, found.axes)
+    print("\n".join(["", *sweep.lines(summary[:SHOWN], found.axes)]))
+    if len(summary) > SHOWN:
+        print(f"... {len(summary) - SHOWN} more in {folder / 'sweep.json'}")
+    seconds = sum(one["seconds"] for one in found.programs)
+    compiling = sum(one["compile_s"] for one in found.programs)
+    print(f"\n{len(configs)} runs in {duration(seconds)}, {compiling:.1f} s of it compiling the steps")
+    if summary[0]["val/loss"] is not None:
+        verb = "pretrain" if configs[0].task == "pretrain" else f"finetune {configs[0].task}"
+        best = " ".join(f"{key}={summary[0][key]}" for key in axes if key != "seed")
+        print(f"lowest validation loss: gptjax {verb} {source} {best}".rstrip())
+    print(f"in {folder}: sweep.csv sweep.json sweep.png")
+    return 0
+
+
+def report(configs: list[Config], axes: dict[str, list[str]], folder: Path) -> list[str]:
+    """What a sweep would do, without its data."""
+    from gptjax.research import sweep
+
+    groups = sweep.programs(configs)
+    lines = [_count(configs, axes), *(f"  {key:<24} {', '.join(values)}" for key, values in axes.items())]
+    apart = [key for key in axes if key != "seed" and key not in sweep.traceable(configs[0])]
+    if apart:
+        lines.append(f"  a program each for every value of {', '.join(apart)}; the others are arrays of one")
+    if configs[0].task != "pretrain" and configs[0].train.epochs is not None and len(groups) < len(configs):
+        lines.append("  train.epochs can make more steps of one seed's split than of another's: then there are more")
+    steps = sum(len(group) * configs[group[0]].train.max_steps for group in groups)
+    if configs[0].train.epochs is None:
+        lines.append(f"  {steps:,} steps in all")
+    return [*lines, f"  run directory {folder}", "dry run: no step was taken"]
+
+
+def _count(configs: list[Config], axes: dict[str, Any]) -> str:
+    from gptjax.research import sweep
+
+    n, programs = len(configs), len(sweep.programs(configs))
+    shape = " x ".join(str(len(values)) for values in axes.values())
+    return f"{n} runs ({shape}) in {programs} program{'' if programs == 1 else 's'}"
+
+
+def _at_once(leaves: list[Leaf]) -> tuple[int | None, list[Leaf]]:
+    """at_once=N, which is no setting, and the settings."""
+    own = [leaf.value for leaf in leaves if leaf.key == "at_once"]
+    if own and not (own[-1].isdecimal() and int(own[-1]) >= 1):
+        raise UserError(f"at_once={own[-1]}: expected a whole number of runs, at least 1")
+    return int(own[-1]) if own else None, [leaf for leaf in leaves if leaf.key != "at_once"]
+
+
+def _run_dir(source: str, fixed: list[Leaf]) -> str:
+    given = [leaf.value for leaf in fixed if leaf.key == "run_dir"]
+    return given[-1] if given else f"runs/{config_file(source).stem}-sweep"
+
+
+def more_help() -> str:
+    return f"""Without a preset it is {DEFAULT}, on text that every Python has; without an axis {" ".join(AXES)}.
+An axis is a setting with a list of values or, for whole numbers, range(stop), range(start,stop) or
+range(start,stop,step); a shell wants quotes around it. All combinations are trained, pretraining or fine-tuning as the
+preset says, each as it would be alone; the table has means and 95 % intervals over the seeds.
+
+  rates, weight_decay, warmup_steps, clip_norm, model.dropout, lora.alpha, lora.rank, lora.dropout and the seed are
+  arrays of one program; of every other axis each value is a program by itself, compiled by itself.
+
+  at_once=N     runs at a time; without it what fits into memory, by formula
+  --dry-run     how many runs in how many programs
+
+It writes sweep.csv (a line a run), sweep.json (runs, table, programs) and sweep.png into run_dir, and no models: the
+printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune --help` list the settings."""

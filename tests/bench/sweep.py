@@ -1,0 +1,115 @@
+"""32 small runs in one program beside the same runs one after another, each with its own step, on the same batches.
+
+    python tests/bench/sweep.py [--steps 200] [--lrs 4] [--seeds 8] [--sizes tiny small] [a.b=c ...]
+
+Prints for each size: seconds of whole runs (data, start, compiling, steps; no validation on either side), of compiling,
+and of the steps alone; the ratio of each; and the largest difference of a loss and of a parameter.
+
+One after another is measured three ways: whole runs as separate processes without a compile cache would (every run
+compiles its own step), with every program that differs compiled once (a learning rate is a constant of its program, a
+seed is not), and the steps alone. Their step is the loop's: `train.steps_per_call` steps in one compiled call.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+
+from gptjax.research import sweep
+from gptjax.training import loop
+from gptjax.training.process import ask_for_huge_pages, keep_buffers
+from gptjax.training.step import TrainState, make_multi_step, make_train_step
+
+SIZES = {  # beside tiny-gpt2: 2 layers, 2 heads, width 32, rows of 32 tokens, 8 a step: 36 k parameters
+    "tiny": [],
+    "small": ["model.d_model=64", "model.context_length=64"],
+    "medium": ["model.n_layer=4", "model.n_head=4", "model.d_model=128", "model.context_length=64"],
+}
+
+
+def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.ndarray], list]:
+    """Seconds by kind, losses and params of each run."""
+    seconds = {"rest": 0.0, "compile": 0.0, "compile once": 0.0, "steps": 0.0}
+    seen, losses, params = set(), [], []
+    for cfg in configs:
+        began = time.perf_counter()
+        with loop.Progress(log=lambda line: None) as progress:
+            cfg, job = loop.prepare(cfg, progress)
+        init_key, key = jax.random.split(jax.random.key(cfg.seed))
+        state = jax.jit(lambda a, b, job=job: TrainState.create(job.init(a, None), tx=job.optimizer, key=b))(
+            init_key, key
+        )
+        jax.block_until_ready(state)
+        ready = time.perf_counter()
+        step = jax.jit(make_multi_step(make_train_step(job.loss, job.optimizer)), donate_argnums=0)
+        compiled = step.lower(state, job.batches(0, k)).compile()
+        done = time.perf_counter()
+        own = []
+        for i in range(0, cfg.train.max_steps, k):
+            state, metrics = compiled(state, job.batches(i, k))
+            own.append(metrics["loss"])
+        jax.block_until_ready(state)
+        seconds["steps"] += time.perf_counter() - done
+        seconds["compile"] += done - ready
+        seconds["rest"] += ready - began
+        if cfg.optim.lr not in seen:
+            seen.add(cfg.optim.lr)
+            seconds["compile once"] += done - ready
+        losses.append(np.concatenate(own))
+        params.append(state.params)
+    return seconds, losses, params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lrs", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small"])
+    args, settings = parser.parse_known_args()
+    rates = ",".join(f"{lr:.3g}" for lr in np.geomspace(1e-3, 1e-2, args.lrs))
+    for size in args.sizes:
+        configs = sweep.grid(
+            "tiny-gpt2", *SIZES[size], f"train.max_steps={args.steps}", f"optim.lr=[{rates}]",
+            f"seed=range({args.seeds})", *settings,
+        )  # fmt: skip
+        began = time.perf_counter()
+        found = sweep.sweep(configs, validate=False)
+        together = time.perf_counter() - began
+        (program,) = found.programs
+        a = {"whole": together, "compile": program["compile_s"], "steps": program["steps_s"]}
+        k = loop.steps_per_call(configs[0], 0)
+        b, losses, params = one_after_another(configs, k)
+        whole = b["rest"] + b["compile"] + b["steps"]
+        once = b["rest"] + b["compile once"] + b["steps"]
+        print(
+            f"{size}: {len(configs)} runs of {args.steps} steps, {program['at_once']} at a time\n"
+            f"  together           {a['whole']:7.1f} s = compiling {a['compile']:.1f}, steps {a['steps']:.1f}, rest\n"
+            f"  one after another  {whole:7.1f} s = compiling {b['compile']:.1f}, steps {b['steps']:.1f}, rest; with "
+            f"each different program compiled once {once:.1f} s\n"
+            f"  whole runs {whole / a['whole']:.2f} x, with programs compiled once {once / a['whole']:.2f} x, steps "
+            f"alone {b['steps'] / a['steps']:.2f} x",
+            flush=True,
+        )
+        loss = max(np.abs(x - y).max() for x, y in zip(losses, found.losses, strict=True))
+        differences = [
+            max(
+                float(np.abs(x - y).max())
+                for x, y in zip(*map(jax.tree.leaves, (own, found.state(i).params)), strict=True)
+            )
+            for i, own in enumerate(params)
+        ]
+        print(
+            f"  largest difference after {args.steps} steps: of a loss {loss:.1e}, of a parameter "
+            f"{max(differences):.1e} (median run {np.median(differences):.1e})\n"
+            f"  memory: {program['bytes_by_formula'] / 2**20:.1f} MiB by formula, "
+            f"{program['bytes_by_compiler'] / 2**20:.1f} by the compiler",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+    keep_buffers()
+    main()
