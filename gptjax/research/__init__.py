@@ -1,0 +1,1 @@
+"""Transforms for notebooks: pure functions over parameters, losses and batches."""
