@@ -76,6 +76,15 @@ VERBS: dict[str, Verb] = {
             "gptjax plan llama-3.1-8b --on v5p-128 --search out=plan.json png=plan.png",
         ),
     ),
+    "audit": Verb(
+        "gptjax.cli.audit",
+        "what a run has kept of its text, and whether something was planted there",
+        "gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [rows=N alpha=X ...] [out=NAME]",
+        (
+            "gptjax audit runs/shakespeare-char",
+            "gptjax audit runs/instruct train=train.jsonl held_out=test.jsonl prompts=questions.txt",
+        ),
+    ),
     "export": Verb(
         "gptjax.cli.transfer",
         "write a model for transformers, llama.cpp or as one program",

@@ -31,6 +31,7 @@ from gptjax.types import Mean, Metrics, UserError
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
 
+_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # of the divergences: whole ones, whose sums end
 _CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
 
 
@@ -351,7 +352,7 @@ def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float
     accounting = _accounting()
     return float(
         accounting.calibrate_dp_mechanism(
-            accounting.rdp.RdpAccountant, lambda noise: _event(noise, rate, steps), epsilon, delta,
+            lambda: accounting.rdp.RdpAccountant(_ORDERS), lambda noise: _event(noise, rate, steps), epsilon, delta,
             bracket_interval=accounting.LowerEndpointAndGuess(0.1, 1.0), tol=1e-3,
         )
     )  # fmt: skip

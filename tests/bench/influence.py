@@ -67,7 +67,8 @@ def main():
     rows = labelled.Rows(train.tokens, train.segment_ids, np.zeros_like(train.labels), train.labels)
     for seed in range(args.seeds):
         tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
-        state = TrainState.create(init_params(jax.random.key(seed), cfg), tx=tx, key=jax.random.key(seed))
+        fresh = init_params(jax.random.key(seed), cfg)
+        state = TrainState.create(fresh, tx=tx, key=jax.random.key(seed))
         step = jax.jit(make_train_step(loss, tx))
         kept, start = [], time.monotonic()
         for i in range(steps):
@@ -102,9 +103,10 @@ def main():
             print(f"  {name:<34} hit@1 {share:7.2%}   median gap to the second {gap:.3g}", flush=True)
         if seed == 0:
             part = jax.tree.map(lambda leaf: leaf[:512], train)
-            for name, params in (("after a quarter", kept[0]), ("at the end", kept[-1])):
+            for name, params in (("at the start", fresh), ("after a quarter", kept[0]), ("at the end", kept[-1])):
                 noise = influence.gradient_noise(loss, params, part, chunk=32)
-                print(f"  noise scale {name}: {noise.scale:.1f} texts (|G|^2 {noise.square_norm:.3g})")
+                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can tell"
+                print(f"  noise scale {name}: {found} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
     private(loss, cfg, train, test, args.epochs)
 
 
@@ -122,7 +124,7 @@ def private(loss, cfg, train, test, epochs):
     for i in range(steps):
         chosen, here = influence.drawn(n, rate=rate, step=i, seed=0)
         batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], train)
-        state, metrics = step(state, batch._replace(weights=batch.weights * here[:, None]))
+        state, _ = step(state, batch._replace(weights=batch.weights * here[:, None]))
     logits = jax.jit(lambda params: classify.class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
     accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
     print(
