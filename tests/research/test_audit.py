@@ -9,6 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax import lora, weights
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import load_config, to_yaml
 from gptjax.data.store import TokenStore
 from gptjax.generation import generate
 from gptjax.research import audit, report
@@ -253,3 +256,31 @@ def test_canaries_that_are_none(tmp_path):
     assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["1", "2", "3", "4"]
     with pytest.raises(UserError, match="No such file"):
         audit.read_canaries(tmp_path / "absent.jsonl")
+
+
+def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
+    cfg, params = tiny("llama", n_layer=1)
+    settings = (
+        "lora.rank=2",
+        "lora.alpha=4",
+        "lora.targets=blocks/attn/q/kernel",
+        f"finetune.base={tmp_path / 'base'}",
+    )
+    run = load_config("tiny-gpt2", "task=instruct", *settings)
+    weights.save(tmp_path / "base", params, cfg)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(to_yaml(run), encoding="utf-8")
+    adapter = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), params, run.lora))
+    state = TrainState.create({"adapter": adapter}, tx=optax.sgd(0.1), key=jax.random.key(0))
+    Checkpoints(tmp_path / "run/checkpoints").save(5, state, {})
+    (found,), read, notes = audit.snapshots(tmp_path / "run")
+    assert (found.name, read.task, notes) == ("step 5", "instruct", [])
+    jax.tree.map(np.testing.assert_array_equal, found.params(), lora.merge(params, adapter, run.lora))
+    for other, why in (
+        ("lora.init=pissa", "split or quantised"),
+        ("finetune.trainable=ln_f/*", "a part of the weights"),
+    ):
+        odd = load_config("tiny-gpt2", "task=instruct", *settings, other)
+        (tmp_path / "run/config.yaml").write_text(to_yaml(odd), encoding="utf-8")
+        _, _, notes = audit.snapshots(tmp_path / "run")
+        assert len(notes) == 1 and why in notes[0]
