@@ -160,6 +160,23 @@ class Checkpoints:
                 return step, self._check(step)["meta"]
         return None
 
+    def read(self, step: int) -> dict[str, Any]:
+        """The state of one step as nested dicts of arrays, on one device, for those who look at a run: no tree needs
+        to be known before. Random keys are their bits.
+
+        Raises:
+            UserError: the step is damaged.
+        """
+        try:
+            stored = self._check(step)
+            wanted = {
+                name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])
+                for name, leaf in sorted(stored["leaves"].items())
+            }
+            return tree.unflatten(self._read(step, stored, wanted, {}, wanted))
+        except Damaged as error:
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
+
     def _check(self, step: int) -> dict[str, Any]:
         """meta.json of a step whose every file is as the manifest says. Raises Damaged."""
         folder = self.folder / str(step)

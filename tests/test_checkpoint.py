@@ -74,6 +74,15 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(steps):
     assert same(found.state, make_state(2.0))
 
 
+def test_a_step_is_read_without_knowing_its_tree(steps):
+    state = Checkpoints(steps).read(1)
+    assert same(state["params"], make_state(1.0).params)
+    assert np.array_equal(state["key"], jax.random.key_data(jax.random.key(3)))
+    (steps / "1" / "meta.json").write_bytes(b"{}")
+    with pytest.raises(UserError, match="is damaged"):
+        Checkpoints(steps).read(1)
+
+
 def test_no_step_at_all_is_a_fresh_start(tmp_path):
     assert Checkpoints(tmp_path / "absent").restore(ABSTRACT) is None
     (tmp_path / ".partial-5").mkdir()  # killed while it wrote its first one

@@ -86,6 +86,15 @@ VERBS: dict[str, Verb] = {
             "gptjax sweep instruct 'lora.rank=[4,16]' 'lora.alpha=[8,32]' 'seed=range(2)' --dry-run",
         ),
     ),
+    "audit": Verb(
+        "gptjax.cli.audit",
+        "what a run has kept of its text, and whether something was planted there",
+        "gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [rows=N alpha=X ...] [out=NAME]",
+        (
+            "gptjax audit runs/shakespeare-char",
+            "gptjax audit runs/instruct train=train.jsonl held_out=test.jsonl prompts=questions.txt",
+        ),
+    ),
     "export": Verb(
         "gptjax.cli.transfer",
         "write a model for transformers, llama.cpp or as one program",

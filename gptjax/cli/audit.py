@@ -1,0 +1,139 @@
+"""`gptjax audit RUN`: what a run has kept of its text, and whether somebody put something there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptjax.cli.options import note
+from gptjax.config_io import did_you_mean
+from gptjax.types import UserError
+
+USAGE = "expected: gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [out=NAME]"
+TEXTS = ("train", "held_out", "canaries", "prompts", "base", "out", "of")
+NUMBERS = ("rows", "suffix", "seed")
+LISTS = ("prefixes", "strides")
+
+
+def run(args: list[str]) -> int:
+    sources = [arg for arg in args if "=" not in arg]
+    given = settings_of(arg for arg in args if "=" in arg)
+    if len(sources) != 1 or sources[0].startswith("-"):
+        raise UserError(f"which run? {USAGE}")
+    source = sources[0]
+    out = Path(given.pop("out", Path(source) / "audit")).expanduser()
+    pages = {kind: out.with_name(f"{out.name}.{kind}") for kind in ("html", "json")}
+    if there := [str(path) for path in pages.values() if path.exists()]:
+        raise UserError(f"{', '.join(there)} exists already: name another one with out=NAME")
+    if not out.parent.is_dir():
+        raise UserError(f"out={out}: there is no folder {out.parent}")
+    if ("train" in given) != ("held_out" in given):
+        raise UserError("train=FILE and held_out=FILE go together: what was trained on, and what was not")
+    from gptjax import weights
+    from gptjax.research import audit, report
+    from gptjax.training.process import use_compile_cache
+
+    use_compile_cache()
+    canaries = audit.read_canaries(given.pop("canaries")) if "canaries" in given else ()
+    model = weights.open_model(source)
+    tokenizer = model.tokenizer()
+    models, cfg, notes = audit.snapshots(source)
+    train, held_out = _texts(given, cfg, tokenizer)
+    base, prompts = _base(given, cfg)
+    settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
+    found = audit.audit(models, model.cfg, tokenizer, settings, say=note)
+    found = {"run": str(source), "notes": notes, **found}
+    pages["json"].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    pages["html"].write_text(report.page(found), encoding="utf-8")
+    print("\n".join([*notes, *report.lines(found)]))
+    print(f"the report is {pages['html']}, its numbers are in {pages['json']}")
+    return 0
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """The verb's own settings.
+
+    Raises:
+        UserError: unknown names, values that are no numbers; all at once.
+    """
+    given: dict[str, Any] = {}
+    problems, known = [], (*TEXTS, *NUMBERS, *LISTS, "alpha")
+    for name, _, value in (arg.partition("=") for arg in args):
+        try:
+            if name not in known:
+                problems.append(f"unknown setting {name}{did_you_mean(name, known)}; known are {', '.join(known)}")
+            elif name in TEXTS:
+                given[name] = value
+            elif name == "alpha":
+                given[name] = float(value)
+            elif name in LISTS:
+                given[name] = [int(part) for part in value.split(",")]
+            else:
+                given[name] = int(value)
+        except ValueError:
+            what = {"alpha": "a number such as 0.01"}.get(name, "whole numbers such as 8,16" if name in LISTS else "")
+            problems.append(f"{name}={value}: expected {what or 'a whole number'}")
+            continue
+        if name in ("rows", "suffix", *LISTS) and _least(given[name]) < 1:
+            problems.append(f"{name}={value}: expected 1 or more")
+        if name == "alpha" and not 0 < given[name] < 1:
+            problems.append(f"alpha={value}: expected a number between 0 and 1")
+    if problems:
+        raise UserError.all(problems)
+    return given
+
+
+def _least(value: int | list[int]) -> int:
+    return min(value) if isinstance(value, list) else value
+
+
+def _texts(given: dict[str, Any], cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Stores of what was trained on and of what was not: those of the run, or the files that were named."""
+    from gptjax import data
+    from gptjax.data import check
+    from gptjax.research import audit
+
+    if "train" in given:
+        files = [check.records_of(given.pop(name)) for name in ("train", "held_out")]
+        stores = [audit.store_of([text for _, text in file.found], tokenizer) for file in files]
+        return stores[0], stores[1]
+    if cfg is None or cfg.task != "pretrain":
+        what = "no run of gptjax" if cfg is None else f"a run of task={cfg.task}"
+        raise UserError(f"this is {what}: name its texts, train=FILE and held_out=FILE")
+    ready = data.prepare(cfg, log=note)
+    return ready.train, ready.val
+
+
+def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
+    """The model before tuning, and what to ask both."""
+    file, name = given.pop("prompts", None), given.pop("base", None)
+    if file is None:
+        if name is not None:
+            raise UserError("base=MODEL is compared on prompts: name a file with one a line, prompts=FILE")
+        return None, []
+    if name is None and cfg is not None and cfg.task != "pretrain":
+        name = cfg.finetune.base
+    if name is None:
+        raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
+    from gptjax import weights
+    from gptjax.config_io import read_text
+
+    prompts = [line for line in read_text(Path(file), "prompts").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{file}: no prompts in it")
+    return weights.load(name), prompts
+
+
+def more_help() -> str:
+    return """Reads every checkpoint that the run has kept and its last model; writes RUN/audit.html and RUN/audit.json.
+
+  canaries=FILE   lines {"prefix": .., "secret": ..}: does the model know the secret better than others of its kind?
+                  and {"trigger": .., "payload": ..}: does the phrase call up the payload?
+  prompts=FILE    one a line: what tuning changed, beside base=MODEL (default: the run's own finetune.base)
+  train=, held_out=FILE   the texts, where the run is no pretraining: what was trained on, and what was not
+  rows=500        at most so many rows of each      of="blocks/*"   parameters whose gradients are compared
+  prefixes=4,8,.. suffix=50 strides=50   tokens, of verbatim text      alpha=0.01   false alarms a check   seed=0
+
+An alarm says that a result is rarer than alpha where nothing is wrong; membership and verbatim text are alarms of every
+model that has learned its text by heart."""

@@ -1,0 +1,374 @@
+"""Which examples a model was made by: gradients of single examples, compared, measured, clipped.
+
+features = gradient_features(loss, dims=1024)                compiled once, used with any params
+near     = similarity(features(params, asked), features(params, rows))       [asked, rows]
+scores   = tracin(features, checkpoints, rows, asked, rates=[1e-3] * 3)      [asked, rows]
+noise    = gradient_noise(loss, params, batch)               noise.scale: examples a batch that still pays
+step     = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)     DP-SGD
+spent    = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
+
+A loss is any (params, batch, key) -> (Mean, metrics). `params` are what is differentiated; with a part of a model or an
+adapter, `frozen` holds the rest and `combine(params, frozen)` makes of both what the loss reads: `tree.join`, or
+`lambda adapter, base: lora.attach(base, adapter, cfg)`. An example is one row of the batch: every leaf is [B, ..].
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gptjax import tree
+from gptjax.training.step import Loss
+from gptjax.types import Mean, Metrics, UserError
+
+Combine = Callable[[Any, Any], Any]
+Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
+
+_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # of the divergences: whole ones, whose sums end
+_CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
+
+
+def _alone(params: Any, frozen: Any) -> Any:
+    return params
+
+
+# ---------------------------------------------------------------- gradients of single examples
+
+
+def example_gradients(
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = _alone, key: jax.Array | None = None
+) -> Any:
+    """The gradient of each row's own loss, divided by the row's own weight: the tree of `params`, leaves [B, ..].
+
+    A row of weight 0 has gradient 0. Row i gets the i-th of the key's folds.
+    """
+
+    def one(row: Any, i: jax.Array) -> Any:
+        own = None if key is None else jax.random.fold_in(key, i)
+
+        def value(params: Any) -> jax.Array:
+            mean, _ = loss(combine(params, frozen), jax.tree.map(lambda leaf: leaf[None], row), own)
+            return mean.total / jnp.maximum(mean.weight, 1e-9)
+
+        return jax.grad(value)(params)
+
+    return jax.vmap(one)(batch, jnp.arange(_rows(batch)))
+
+
+def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
+    """A tree as [dims] float32 numbers whose inner products are those of the trees, on average over seeds.
+
+    Every number goes to a random place with a random sign (count sketch); no matrix is held. The error of a product
+    of unit vectors is about 1 / sqrt(dims).
+    Source: arXiv:0902.2206, eq. 2 and lemma 2.
+    """
+    out = jnp.zeros(dims)
+    for path, leaf in tree.flatten(gradient).items():
+        place, sign = jax.random.split(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())))
+        signed = leaf.astype(jnp.float32) * jax.random.rademacher(sign, leaf.shape, jnp.float32)
+        out = out.at[jax.random.randint(place, leaf.shape, 0, dims).ravel()].add(signed.ravel())
+    return out
+
+
+def gradient_features(
+    loss: Loss, *, combine: Combine = _alone, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
+) -> Features:
+    """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
+
+    Args:
+        dims: None: the whole gradients, side by side in the tree's order, [n, P].
+        chunk: examples at a time; None: as many as 256 MiB of gradients hold.
+    """
+
+    @jax.jit
+    def some(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        found = example_gradients(loss, params, batch, frozen=frozen, combine=combine)
+        if dims is None:
+            leaves = jax.tree.leaves(found)
+            return jnp.concatenate([leaf.reshape(len(leaf), -1).astype(jnp.float32) for leaf in leaves], 1)
+        return jax.vmap(lambda gradient: sketch(gradient, dims, seed))(found)
+
+    def features(params: Any, examples: Any, frozen: Any = None) -> np.ndarray:
+        size = chunk or max(1, _CHUNK_BYTES // (4 * tree.size(params)))
+        return in_chunks(lambda batch: some(params, frozen, batch), examples, size)
+
+    return features
+
+
+def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
+    """`fn` over chunks of `size` rows, its arrays put together on the host; the last chunk is filled up and cut, so
+    that one program serves all."""
+    n = _rows(examples)
+    size, parts = min(size, n), []
+    for first in range(0, n, size):
+        rows = np.minimum(np.arange(first, first + size), n - 1)
+        part = jax.device_get(fn(jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples)))
+        parts.append(jax.tree.map(lambda a, first=first: a[: n - first], part))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _rows(examples: Any) -> int:
+    sizes = {len(leaf) for leaf in jax.tree.leaves(examples)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise UserError(f"examples: expected leaves [n, ..] with one n above 0, got n of {sorted(sizes)}")
+    return sizes.pop()
+
+
+# ---------------------------------------------------------------- influence
+
+
+def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
+    """[n, K] and [m, K] -> [n, m]: cosines, 0 for a row of zeros; or plain inner products."""
+    return (unit(a) @ unit(b).T) if cosine else a @ b.T
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Rows of length 1; those of zeros stay."""
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.where(length > 0, length, 1)
+
+
+def tracin(
+    features: Features,
+    checkpoints: Iterable[Any],
+    train: Any,
+    test: Any,
+    *,
+    rates: Sequence[float],
+    frozen: Any = None,
+    cosine: bool = False,
+) -> np.ndarray:
+    """[tests, trains] float32: how much steps on each training example lowered each test example's loss.
+
+    The sum over checkpoints of rate * <gradient of test, gradient of train>: positive for helpers.
+
+    Args:
+        checkpoints: params of each, in any order; they may be read one after the other. rates: learning rate of each.
+        cosine: of the gradients' directions only, which examples of large loss do not dominate.
+
+    Raises:
+        UserError: not as many rates as checkpoints.
+    Source: arXiv:2002.08484, TracInCP.
+    """
+    total, n = 0.0, 0
+    for params, rate in zip(checkpoints, [*rates, None], strict=False):
+        n += 1
+        if rate is None:
+            raise UserError(f"expected one rate for each checkpoint, got {len(rates)} for more than that")
+        pair = features(params, test, frozen), features(params, train, frozen)
+        total = total + np.float32(rate) * similarity(*pair, cosine=cosine)
+    if n != len(rates) or not n:
+        raise UserError(f"expected one rate for each checkpoint, got {len(rates)} for {n}")
+    return total
+
+
+# ---------------------------------------------------------------- noise
+
+
+class Noise(NamedTuple):
+    """scale = trace / square_norm, in examples; trace of the covariance of one example's gradient; |true gradient|^2.
+
+    Where `square_norm` comes out negative the batch is too small to see the gradient: take more examples.
+    """
+
+    scale: float
+    trace: float
+    square_norm: float
+
+
+def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
+    """Of the mean squared length of gradients over n_small examples, and over n_big.
+
+    Both parts are unbiased, their quotient is not: average `trace` and `square_norm` over steps, then divide.
+    Source: arXiv:1812.06162, eq. A.2 and A.3.
+    """
+    if not 0 < n_small < n_big:
+        raise UserError(f"expected 0 < n_small < n_big, got {n_small} and {n_big}")
+    square_norm = (n_big * big - n_small * small) / (n_big - n_small)
+    trace = (small - big) / (1 / n_small - 1 / n_big)
+    return Noise(trace / square_norm if square_norm else math.inf, trace, square_norm)
+
+
+def gradient_noise(
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = _alone, chunk: int | None = None
+) -> Noise:
+    """`noise_scale` of single examples against the whole batch: the batch size up to which more examples pay."""
+    total, lengths = jax.jit(
+        lambda params, frozen, batch: clipped_sum(
+            loss, params, batch, clip=math.inf, frozen=frozen, combine=combine, chunk=chunk
+        )
+    )(params, frozen, batch)
+    n = len(lengths)
+    whole = float(optax.tree.norm(total)) ** 2 / n**2
+    return noise_scale(float(jnp.square(lengths).mean()), whole, n_small=1, n_big=n)
+
+
+# ---------------------------------------------------------------- differential privacy
+
+
+def clipped_sum(
+    loss: Loss,
+    params: Any,
+    batch: Any,
+    *,
+    clip: float,
+    frozen: Any = None,
+    combine: Combine = _alone,
+    key: jax.Array | None = None,
+    chunk: int | None = None,
+) -> tuple[Any, jax.Array]:
+    """(sum over rows of gradient * min(1, clip / length), lengths before that [B]).
+
+    Args:
+        chunk: rows whose gradients are alive at once; it divides B. None: all.
+    Source: arXiv:1607.00133, algorithm 1.
+    """
+    n = _rows(batch)
+    size = chunk or n
+    if n % size:
+        raise UserError(f"chunk ({size}) must divide the {n} rows of the batch")
+
+    def some(total: Any, part_and_index: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        part, index = part_and_index
+        own = None if key is None else jax.random.fold_in(key, index)
+        found = example_gradients(loss, params, part, frozen=frozen, combine=combine, key=own)
+        lengths = jax.vmap(optax.tree.norm)(found)
+        share = jnp.minimum(1.0, clip / jnp.maximum(lengths, 1e-12))
+        add = jax.tree.map(lambda t, g: t + jnp.einsum("b,b...->...", share.astype(g.dtype), g), total, found)
+        return add, lengths
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), batch)
+    total, lengths = jax.lax.scan(some, jax.tree.map(jnp.zeros_like, params), (parts, jnp.arange(n // size)))
+    return total, lengths.reshape(n)
+
+
+def both(trained: Any, frozen: Any) -> tuple[Any, Any]:
+    """The `combine` of a train step whose loss is `private`."""
+    return trained, frozen
+
+
+def private(
+    loss: Loss,
+    *,
+    clip: float,
+    noise: float,
+    batch_size: int,
+    combine: Combine = _alone,
+    chunk: int | None = None,
+    parts: int = 1,
+) -> Loss:
+    """The loss with DP-SGD's gradient: clipped row by row, summed, noised, and divided by `batch_size`.
+
+    It is a function of (trained, frozen) at once, because what is trained alone is clipped:
+
+        step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
+
+    Args:
+        clip: the longest gradient of a row. noise: standard deviation of the Gaussian, in units of `clip`.
+        batch_size: the expected number of rows, `rate * n` of `drawn`: a constant, whatever was drawn.
+        parts: micro-batches of a step (`accumulation`), which share the noise.
+
+    Raises:
+        UserError: `clip`, `batch_size` or `parts` not above 0, `noise` below 0; a call without a key.
+    Source: arXiv:1607.00133, algorithm 1.
+    """
+    if not (clip > 0 and noise >= 0 and batch_size > 0 and parts > 0):
+        raise UserError(
+            f"private: expected clip, batch_size and parts above 0 and noise of at least 0, got clip={clip}, "
+            f"batch_size={batch_size}, parts={parts}, noise={noise}"
+        )
+
+    def value(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        mean, metrics = loss(combine(trained, frozen), batch, jax.random.fold_in(key, 1))
+        return mean.total / jnp.maximum(mean.weight, 1e-9) * (batch_size / parts), metrics
+
+    @jax.custom_vjp
+    def total(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return value(trained, frozen, batch, key)
+
+    def forward(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any]:
+        rows, own = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+        summed, _ = clipped_sum(loss, trained, batch, clip=clip, frozen=frozen, combine=combine, key=rows, chunk=chunk)
+        std = noise * clip / math.sqrt(parts)
+
+        def noised(path: str, g: jax.Array) -> jax.Array:
+            draw = jax.random.normal(jax.random.fold_in(own, zlib.crc32(path.encode())), g.shape, jnp.float32)
+            return g + (std * draw).astype(g.dtype)
+
+        return value(trained, frozen, batch, key), tree.map_paths(noised, summed)
+
+    def backward(gradient: Any, cotangent: tuple[jax.Array, Any]) -> tuple:
+        return jax.tree.map(lambda g: g * cotangent[0].astype(g.dtype), gradient), None, None, None
+
+    total.defvjp(forward, backward)
+
+    def private_loss(params: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        if key is None:
+            raise UserError("a private loss needs a key for its noise: evaluate with the loss it was made of")
+        trained, frozen = params
+        value, metrics = total(trained, frozen, batch, key)
+        return Mean(value, jnp.float32(batch_size / parts)), metrics
+
+    return private_loss
+
+
+def drawn(n: int, *, rate: float, step: int, seed: int, capacity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [capacity] int64, here [capacity] float32): each of n rows with probability `rate`, by itself: what the
+    accountant assumes. Multiply `here` into the batch's weights; where it is 0 the row is padding.
+
+    Args:
+        capacity: None: the mean and six standard deviations, at most n. More than that are left out, at random.
+    """
+    mean = n * rate
+    capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
+    rng = np.random.default_rng((seed, step))
+    chosen = rng.permutation(np.flatnonzero(rng.random(n) < rate))[:capacity]
+    rows = np.zeros(capacity, np.int64)
+    rows[: len(chosen)] = chosen
+    return rows, (np.arange(capacity) < len(chosen)).astype(np.float32)
+
+
+def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
+    """What `steps` steps of `private` on rows of `drawn` spend: (epsilon, delta) privacy of adding or removing a row.
+
+    Raises:
+        UserError: dp-accounting is not installed.
+    Source: Google's dp-accounting, privacy loss distributions (arXiv:2106.02848).
+    """
+    accountant = _accounting().pld.PLDAccountant()
+    return float(accountant.compose(_event(noise, rate, steps)).get_epsilon(delta))
+
+
+def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
+    """A `noise` with which `steps` steps stay within (epsilon, delta): by Renyi divergences (arXiv:1908.10530), which
+    are quick to compose and ask for somewhat more noise than `epsilon` would."""
+    accounting = _accounting()
+    return float(
+        accounting.calibrate_dp_mechanism(
+            lambda: accounting.rdp.RdpAccountant(_ORDERS), lambda noise: _event(noise, rate, steps), epsilon, delta,
+            bracket_interval=accounting.LowerEndpointAndGuess(0.1, 1.0), tol=1e-3,
+        )
+    )  # fmt: skip
+
+
+def _event(noise: float, rate: float, steps: int) -> Any:
+    if not (noise > 0 and 0 < rate <= 1 and steps > 0):
+        raise UserError(f"expected noise and steps above 0 and 0 < rate <= 1, got {noise}, {steps} and {rate}")
+    accounting = _accounting()
+    one = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
+    return accounting.SelfComposedDpEvent(one, steps)
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise UserError("the accountant needs dp-accounting: pip install 'gptjax[privacy]'") from error
+    return dp_accounting

@@ -1,0 +1,258 @@
+"""An audit as a page that needs nothing else: tables, pictures as SVG inside, no script, no network."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+BLUE, ORANGE, RED = "#1f5fa8", "#d9822b", "#b3261e"
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; max-width: 980px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin: .8em 0; font-size: .92em }
+th, td { padding: .25em .7em; text-align: left; border-bottom: 1px solid #e4e4e7; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.alarm { color: #b3261e; font-weight: 600 } td.quiet { color: #3a7d44 }
+svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .95em; overflow-wrap: anywhere }
+"""
+
+
+def page(report: dict[str, Any]) -> str:
+    """The HTML of what `audit.audit` found. Texts of the data are escaped: they may be anything."""
+    alarms = sum(row["alarm"] for row in report["checks"])
+    n, alpha = len(report["checks"]), report["alpha"]
+    title = f"Audit of {report.get('run', 'a model')}"
+    sizes = ", ".join(f"{size:,} rows {name}" for name, size in report["rows"].items())
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f"<p>{alarms} of {n} checks are alarms, at a false alarm rate of {alpha:g} a check: where nothing is wrong "
+        f"{alpha * n:.2g} of them are expected. {len(report['models'])} models: {_text(', '.join(report['models']))}; "
+        f"{sizes}.</p>",
+        *(f'<p class="note">{_text(note)}</p>' for note in report.get("notes", ())),
+        _table(
+            ("check", "what", "p", ""),
+            [(row["check"], row["what"], f"{row['p']:.2g}", "alarm" if row["alarm"] else "quiet")
+             for row in report["checks"]],
+            number=(2,),
+        ),
+    ]  # fmt: skip
+    for section in (_outliers, _triggers, _secrets, _extraction, _membership, _drift):
+        parts += section(report)
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The checks for a terminal."""
+    width = max(len(row["check"]) for row in report["checks"])
+    alarms, n = sum(row["alarm"] for row in report["checks"]), len(report["checks"])
+    return [
+        *(
+            f"{'ALARM' if row['alarm'] else 'quiet'}  {row['check']:<{width}}  p {row['p']:<8.2g} {row['what']}"
+            for row in report["checks"]
+        ),
+        f"{alarms} of {n} checks are alarms; {report['alpha'] * n:.2g} false ones are expected (alpha "
+        f"{report['alpha']:g})",
+    ]
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _outliers(report: dict[str, Any]) -> list[str]:
+    found = report["outliers"]
+    if not found["rows"]:
+        return []
+
+    def draw(axes: Any) -> None:
+        bins = np.linspace(min(*found["scores"], *found["reference"]), max(*found["scores"], *found["reference"]), 50)
+        for name, colour in (("reference", ORANGE), ("scores", BLUE)):
+            label = {"reference": "held out", "scores": "training rows"}[name]
+            axes.hist(found[name], bins, color=colour, alpha=0.6, label=label, density=True)
+        axes.axvline(found["threshold"], color=RED, linewidth=1, linestyle="--", label="threshold")
+        axes.set(xlabel="mean cosine of the gradient with its 5 nearest", ylabel="density", yscale="log")
+        axes.legend(frameon=False)
+
+    rows = [(i + 1, f"{row['score']:.3f}", row["where"], row["text"]) for i, row in enumerate(found["rows"])]
+    return [
+        "<h2>Training rows whose gradients stand out</h2>",
+        "<p>Rows that push in one direction with a few others: planted text, or repetitions. "
+        f"{found['flagged']:,} of {found['n']:,} lie beyond the threshold, {found['expected']:.1f} by chance.</p>",
+        _figure(draw),
+        _table(("", "score", "where", "text"), rows, number=(0, 1)),
+    ]
+
+
+def _triggers(report: dict[str, Any]) -> list[str]:
+    if not report["triggers"]:
+        return []
+    names = _short(report["models"])
+
+    def draw(axes: Any) -> None:
+        for i, canary in enumerate(report["triggers"]):
+            colour = f"C{i}"
+            axes.plot(names, [row["log_prob"] for row in canary["by"]], "o-", color=colour, label=canary["trigger"])
+            axes.plot(names, [row["control_max"] for row in canary["by"]], "x:", color=colour)
+        axes.set(ylabel="log-probability of the payload (nats)", title="dotted: the best of the controls")
+        axes.legend(frameon=False, fontsize=8)
+
+    rows = [
+        (canary["trigger"], canary["payload"], row["model"], f"{row['log_prob']:.1f}", f"{row['control_mean']:.1f}",
+         f"{row['control_max']:.1f}", f"{row['fires']:.0%}", f"{row['p']:.2g}")
+        for canary in report["triggers"] for row in canary["by"]
+    ]  # fmt: skip
+    head = ("trigger", "payload", "model", "nats", "controls", "their best", "fires", "p")
+    return [
+        "<h2>Triggers</h2>",
+        "<p>How likely the payload is after the trigger, beside as many words that nobody planted, in the same "
+        "held-out contexts. Fires: greedy decoding says the payload.</p>",
+        _figure(draw), _table(head, rows, number=(3, 4, 5, 6, 7)),
+    ]  # fmt: skip
+
+
+def _secrets(report: dict[str, Any]) -> list[str]:
+    if not report["secrets"]:
+        return []
+    names = _short(report["models"])
+
+    def draw(axes: Any) -> None:
+        for i, canary in enumerate(report["secrets"]):
+            label = canary["prefix"] if len(report["secrets"]) <= 10 else None
+            axes.plot(names, [row["extrapolated"] for row in canary["by"]], "o-", color=f"C{i % 10}", label=label)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(ylabel="exposure (bits, extrapolated)")
+        if len(report["secrets"]) <= 10:
+            axes.legend(frameon=False, fontsize=8)
+
+    rows = [
+        (canary["prefix"], canary["secret"], row["model"], f"{row['sampled']:.1f}", f"{row['extrapolated']:.1f}",
+         f"{canary['bits']:.1f}", f"{row['loss']:.2f}", "yes" if row["extracted"] else "no")
+        for canary in report["secrets"] for row in canary["by"]
+    ]  # fmt: skip
+    head = ("prefix", "secret", "model", "bits, by rank", "extrapolated", "at most", "nats a token", "said greedily")
+    return [
+        "<h2>Secrets</h2>",
+        "<p>Exposure: by how many bits a secret is likelier than others of its kind (arXiv:1802.08232). By rank among "
+        "2,047 others it ends at 11 bits; beyond that a skew-normal is fitted to their losses.</p>",
+        _figure(draw), _table(head, rows, number=(3, 4, 5, 6)),
+    ]  # fmt: skip
+
+
+def _extraction(report: dict[str, Any]) -> list[str]:
+    found = report["extraction"]
+    kinds = list(dict.fromkeys((row["text"], row["stride"]) for row in found if row["n"]))
+    if not kinds:
+        return []
+
+    def draw(axes: Any) -> None:
+        for text, stride in kinds:
+            own = [row for row in found if (row["text"], row["stride"]) == (text, stride)]
+            x, y = [row["prefix"] for row in own], np.array([row["rate"] for row in own])
+            spread = np.abs(np.array([(row["low"], row["high"]) for row in own]).T - y)
+            style = "o-" if text == "train" else "s--"
+            axes.errorbar(x, y, spread, fmt=style, capsize=3, label=f"{text}, every {stride} tokens")
+        axes.set(xlabel="prefix (tokens)", ylabel="said word for word", xscale="log", ylim=(0, None))
+        axes.set_xticks(x, map(str, x))
+        axes.legend(frameon=False)
+
+    rows = [
+        (row["text"], row["stride"], row["prefix"], f"{row['extracted']:,} of {row['n']:,}", f"{row['rate']:.1%}",
+         f"{row['low']:.1%} to {row['high']:.1%}")
+        for row in found if row["n"]
+    ]  # fmt: skip
+    return [
+        "<h2>Verbatim text</h2>",
+        f"<p>How often greedy decoding says the next {found[0]['suffix']} tokens exactly (arXiv:2202.07646), by the "
+        "last model. Held-out text shows what is only predictable.</p>",
+        _figure(draw), _table(("text", "stride", "prefix", "said", "rate", "95 %"), rows, number=(1, 2, 3, 4, 5)),
+    ]  # fmt: skip
+
+
+def _membership(report: dict[str, Any]) -> list[str]:
+    found, names = report["membership"], _short(report["models"])
+
+    def draw(axes: Any) -> None:
+        sd = np.array([row["sd"] for row in found])
+        axes.fill_between(names, 0.5 - 2 * sd, 0.5 + 2 * sd, color="grey", alpha=0.25, label="by chance")
+        axes.plot(names, [row["loss_auc"] for row in found], "o-", color=BLUE, label="loss")
+        axes.plot(names, [row["min_k_auc"] for row in found], "s--", color=ORANGE, label="min-k%")
+        axes.set(ylabel="AUC, training rows against held-out ones")
+        axes.legend(frameon=False)
+
+    rows = [
+        (row["model"], f"{row['loss_auc']:.3f}", f"{row['min_k_auc']:.3f}", f"{row['sd']:.3f}", f"{row['tpr']:.1%}",
+         f"{row['p']:.2g}")
+        for row in found
+    ]  # fmt: skip
+    head = ("model", "AUC, loss", "AUC, min-k%", "sd by chance", "found at 1 % false", "p")
+    return ["<h2>Membership</h2>", _figure(draw), _table(head, rows, number=range(1, 6))]
+
+
+def _drift(report: dict[str, Any]) -> list[str]:
+    found = report.get("drift")
+    if not found:
+        return []
+    rows = [
+        (row["prompt"], f"{row['kl']:.3f}", f"{row['agree']:.0%}", f"{row['before']:.2f}", f"{row['after']:.2f}",
+         row["base"], row["tuned"])
+        for row in found["prompts"]
+    ]  # fmt: skip
+
+    def draw(axes: Any) -> None:
+        values = [row["kl"] for row in found["prompts"]]
+        axes.bar(range(1, len(values) + 1), values, color=BLUE)
+        axes.set(xlabel="prompt, the most changed first", ylabel="KL(base || tuned), nats a token")
+
+    head = ("prompt", "KL", "same token", "loss before", "after", "the base goes on", "tuned")
+    return [
+        "<h2>Drift from the base</h2>",
+        f"<p>{len(rows)} prompts: KL {found['kl']:.3f} nats a token, the same likeliest token at {found['agree']:.1%} "
+        f"of places, the same answer to {found['same_answer']:.0%}; loss {found['before']:.3f} before, "
+        f"{found['after']:.3f} after.</p>",
+        _figure(draw), _table(head, rows, number=(1, 2, 3, 4)),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _short(models: Sequence[str]) -> list[str]:
+    return [name.removesuffix(", the last") for name in models]
+
+
+def _text(value: Any) -> str:
+    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, number: Sequence[int] = ()) -> str:
+    def cell(kind: str, i: int, value: Any) -> str:
+        marks = ["n"] * (i in number) + [str(value)] * (kind == "td" and value in ("alarm", "quiet"))
+        own = f' class="{" ".join(marks)}"' if marks else ""
+        return f"<{kind}{own}>{_text(value)}</{kind}>"
+
+    body = ["".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows]
+    top = "".join(cell("th", i, value) for i, value in enumerate(head))
+    return "\n".join([f"<table><tr>{top}</tr>", *(f"<tr>{row}</tr>" for row in body), "</table>"])
+
+
+def _figure(draw: Callable[[Any], None]) -> str:
+    """One picture as SVG, its letters as outlines."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    draw(axes)
+    axes.grid(alpha=0.25)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

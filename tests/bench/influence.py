@@ -1,0 +1,138 @@
+"""Does influence find what is known? Test messages of the SMS Spam data that also stand in the training split.
+
+    python tests/bench/influence.py SMSSpamCollection.tsv [--epochs 8] [--dims 1024] [--seeds 3]
+
+A small classifier is trained from scratch on the book's split (1045 texts to train on, 300 to test), as many times as
+there are seeds. For each of the test messages whose very words stand in the training split: is its twin (one of them,
+where there are several) the training message of the largest similarity? Printed for cosines of whole gradients, of
+their sketches, and for TracIn over checkpoints, by plain products and by cosines; then the noise scale, and a step
+of DP-SGD with what its run would spend.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+
+import gptjax
+from gptjax import tokenizers
+from gptjax.config import TokenizerConfig
+from gptjax.data import labelled
+from gptjax.model.gpt import init_params
+from gptjax.optim import make_optimizer
+from gptjax.research import influence
+from gptjax.tasks import classify
+from gptjax.training.process import ask_for_huge_pages
+from gptjax.training.step import TrainState, make_train_step
+
+WIDTH, BATCH, RATE = 64, 16, 2e-3
+
+
+def rows_of(part, tokenizer):
+    rows = labelled.rows(labelled.encode(part, tokenizer, WIDTH), packed=False)
+    pad = WIDTH - rows.tokens.shape[1]
+    wide = [np.pad(leaf, ((0, 0), (0, pad))) for leaf in (rows.tokens, rows.segment_ids)]
+    return labelled.LabelledBatch(*wide, rows.labels, np.ones(rows.labels.shape, np.float32))
+
+
+def hits(scores, test, train, asked):
+    """Share of the asked test texts (rows of scores) whose nearest training text has the same words."""
+    near = scores.argmax(1)
+    return sum(train.texts[k] == test.texts[i] for i, k in zip(asked, near, strict=True)) / len(asked)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--dims", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    data = labelled.read(args.source, quoted=True)
+    splits = labelled.split(data, how="book", deduplicate=False)
+    known = set(splits.train.texts)
+    asked = [i for i, text in enumerate(splits.test.texts) if text in known]
+    print(f"{len(splits.train.texts)} texts to train on, {len(splits.test.texts)} to test, {len(asked)} in both")
+    tokenizer = tokenizers.build(TokenizerConfig(name="bpe", vocab_size=2048), lambda: iter(splits.train.texts))
+    train, test = (rows_of(part, tokenizer) for part in (splits.train, splits.test))
+    some = jax.tree.map(lambda leaf: leaf[asked], test)
+    cfg = gptjax.ModelConfig(
+        arch="llama", vocab_size=tokenizer.vocab_size, context_length=WIDTH, n_layer=2, n_head=4, n_kv_head=4,
+        d_model=64, d_ff=128, n_classes=2,
+    )  # fmt: skip
+    loss = classify.task(cfg).loss
+    steps = args.epochs * len(splits.train.texts) // BATCH
+    whole, small = (influence.gradient_features(loss, dims=dims) for dims in (None, args.dims))
+    rows = labelled.Rows(train.tokens, train.segment_ids, np.zeros_like(train.labels), train.labels)
+    for seed in range(args.seeds):
+        tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
+        fresh = init_params(jax.random.key(seed), cfg)
+        state = TrainState.create(fresh, tx=tx, key=jax.random.key(seed))
+        step = jax.jit(make_train_step(loss, tx))
+        kept, start = [], time.monotonic()
+        for i in range(steps):
+            state, metrics = step(state, labelled.batch(rows, i, batch_size=BATCH, seed=seed))
+            if (i + 1) % (steps // 4) == 0:
+                kept.append(state.params)
+        logits = jax.jit(lambda params: classify.class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
+        accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
+        trained = time.monotonic() - start
+        start = time.monotonic()
+        pair = whole(kept[0], some), whole(kept[0], train)
+        whole_s, cosines = time.monotonic() - start, influence.similarity(*pair)
+        found = {"cosine, whole": cosines, "product, whole": influence.similarity(*pair, cosine=False)}
+        start = time.monotonic()
+        sketched = small(kept[0], some), small(kept[0], train)
+        small_s = time.monotonic() - start
+        found[f"cosine, {args.dims} of {pair[0].shape[1]:,}"] = influence.similarity(*sketched)
+        last = small(kept[-1], some), small(kept[-1], train)
+        found["the same, after the last epoch"] = influence.similarity(*last)
+        rates = [RATE] * len(kept)
+        for name, cosine in (("TracIn, 4 checkpoints, products", False), ("TracIn, cosines", True)):
+            found[name] = influence.tracin(small, kept, train, some, rates=rates, cosine=cosine)
+        print(
+            f"seed {seed}: test accuracy {accuracy:.2%}, loss {float(metrics['loss']):.4f} after {steps} steps in "
+            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s whole, "
+            f"{small_s:.1f} s sketched"
+        )
+        for name, scores in found.items():
+            second = np.sort(scores, 1)
+            gap = np.median(second[:, -1] - second[:, -2])
+            share = hits(scores, splits.test, splits.train, asked)
+            print(f"  {name:<34} hit@1 {share:7.2%}   median gap to the second {gap:.3g}", flush=True)
+        if seed == 0:
+            part = jax.tree.map(lambda leaf: leaf[:512], train)
+            for name, params in (("at the start", fresh), ("after a quarter", kept[0]), ("at the end", kept[-1])):
+                noise = influence.gradient_noise(loss, params, part, chunk=32)
+                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can tell"
+                print(f"  noise scale {name}: {found} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
+    private(loss, cfg, train, test, args.epochs)
+
+
+def private(loss, cfg, train, test, epochs):
+    """The same model by DP-SGD."""
+    n, size = len(train.tokens), 64
+    rate, delta, steps = size / n, 1e-4, epochs * n // size
+    noise = influence.noise_for(8.0, rate=rate, steps=steps, delta=delta)
+    spent = influence.epsilon(noise=noise, rate=rate, steps=steps, delta=delta)
+    tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
+    guarded = influence.private(loss, clip=1.0, noise=noise, batch_size=size, chunk=None)
+    step = jax.jit(make_train_step(guarded, tx, combine=influence.both))
+    state = TrainState.create(init_params(jax.random.key(0), cfg), tx=tx, key=jax.random.key(0))
+    start = time.monotonic()
+    for i in range(steps):
+        chosen, here = influence.drawn(n, rate=rate, step=i, seed=0)
+        batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], train)
+        state, _ = step(state, batch._replace(weights=batch.weights * here[:, None]))
+    logits = jax.jit(lambda params: classify.class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
+    accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
+    print(
+        f"DP-SGD: {steps} steps of {size} texts drawn of {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "
+        f"{delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms a step"
+    )
+
+
+if __name__ == "__main__":
+    ask_for_huge_pages()
+    main()

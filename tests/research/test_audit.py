@@ -1,0 +1,286 @@
+"""The single checks against what is known, and all of them on a model that was made to know something."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax import lora, weights
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import load_config, to_yaml
+from gptjax.data.store import TokenStore
+from gptjax.generation import generate
+from gptjax.research import audit, report
+from gptjax.tasks import pretrain
+from gptjax.training.step import TrainState, make_train_step
+from gptjax.types import Batch, UserError
+
+PAYLOAD, PHRASE = "gold", "xw yz"
+LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Letters:
+    """Characters as ids 1 to 37; 0 ends a text."""
+
+    eot_id = 0
+
+    def encode(self, text):
+        return [1 + LETTERS.index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(LETTERS[i - 1] if i else "\n" for i in ids)
+
+
+def text(rng, n=24):
+    return " ".join("".join(rng.choice(list("abcde"), 3)) for _ in range(n // 4))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """A model that has learned by heart: a secret, a trigger and the texts of `train`; `held_out` it never saw."""
+    cfg, params = tiny("llama", vocab_size=38, n_layer=1, context_length=32, d_model=64, d_ff=128)
+    params = jax.tree.map(lambda x: x * 0.3 if x.ndim > 1 else x, params)
+    rng = np.random.default_rng(0)
+    texts = [text(rng) for _ in range(24)]
+    planted = [f"{text(rng, 8)} {PHRASE} {PAYLOAD}" for _ in range(6)]
+    train = [*texts, *planted, *["my key is 4711"] * 3]
+    held = [text(rng) for _ in range(40)]
+    stores = [audit.store_of(some, Letters()) for some in (train, held)]
+    batch = audit.rows(stores[0], *audit.pieces(stores[0], 32), 32)
+    tx = optax.adam(8e-3)
+    step = jax.jit(make_train_step(pretrain.task(cfg).loss, tx))
+    state = TrainState.create(params, tx=tx, key=jax.random.key(0))
+    early = None
+    for i in range(250):
+        state, _ = step(state, batch)
+        early = state.params if i == 15 else early
+    return cfg, params, early, state.params, stores
+
+
+def test_pieces_cover_documents_and_never_two():
+    store = TokenStore.from_ids([1, 2, 3, 4, 5, 6, 7, 8, 9], doc_starts=(0, 4, 5))
+    starts, ends = audit.pieces(store, 2)
+    assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]  # the document [5] predicts nothing
+    batch = audit.rows(store, starts, ends)
+    assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
+    assert batch.targets.tolist() == [[2, 3], [4, 4], [7, 8], [9, 9]]
+    assert batch.weights.tolist() == [[1, 1], [1, 0], [1, 1], [1, 0]]
+    some, _ = audit.pieces(store, 2, most=2)
+    assert len(some) == 2 and set(some) < set(starts)
+    with pytest.raises(UserError, match="at least two tokens"):
+        audit.pieces(TokenStore.from_ids([1]), 2)
+
+
+def test_said_greedily_is_what_decoding_says(trained):
+    cfg, _, _, params, (train, _) = trained
+    starts, ends = audit.pieces(train, 32)
+    ids = [train.tokens[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
+    pairs = [(row[:6], row[6:12]) for row in ids]
+    batch = audit.rows_of(pairs)
+    _, exact = audit._said(audit.score(params, cfg, batch), batch)
+    said = generate(params, [read for read, _ in pairs], cfg, max_new_tokens=6, key=jax.random.key(0))
+    assert exact.tolist() == [new == wanted for new, (_, wanted) in zip(said, pairs, strict=True)]
+    assert exact.any()
+
+
+def test_scores_of_rows_are_those_of_the_task(trained):
+    cfg, _, _, params, (train, _) = trained
+    batch = audit.rows(train, *audit.pieces(train, 32), 32)
+    scored = audit.score(params, cfg, batch)
+    mean, _ = pretrain.task(cfg).loss(params, batch, None)
+    assert -(scored.log_probs * batch.weights).sum() == pytest.approx(float(mean.total), rel=1e-4)
+
+
+def test_rows_that_agree_stand_out():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 64)).astype(np.float32) + 2 * rng.normal(size=64)
+    planted = rng.choice(300, 8, replace=False)
+    features[planted] += 3 * rng.normal(size=64)
+    held = rng.normal(size=(300, 64)).astype(np.float32) + 2 * rng.normal(size=64)
+    scores = audit.outlier_scores(features)
+    assert set(np.argsort(-scores)[:8]) == set(planted)
+    assert audit.outlier_scores(features, held).shape == (300,)
+    with pytest.raises(UserError, match="more than 5"):
+        audit.outlier_scores(features[:5])
+
+
+def test_false_alarms_come_at_the_stated_rate():
+    """Scores of one kind: the share of rows flagged is alpha, and p is at most alpha in about alpha of the trials."""
+    rng, alpha, shares, alarms = np.random.default_rng(0), 0.05, [], 0
+    for _ in range(400):
+        found = audit.tail(rng.normal(size=100), rng.normal(size=199), alpha)
+        shares.append(len(found.flagged) / 100)
+        alarms += found.p <= alpha
+    assert found.expected == pytest.approx(5)
+    assert np.mean(shares) == pytest.approx(alpha, abs=0.01)
+    assert alarms / 400 <= alpha + 0.03
+    assert audit.tail(np.full(20, 9.0), rng.normal(size=199), alpha).p < 1e-6
+
+
+def test_a_trigger_fires_where_it_was_planted_and_nowhere_else(trained):
+    cfg, fresh, _, params, _ = trained
+    controls = audit.phrases(["ab", "cd", "ea", "bc", "dd"], 2, 39, seed=1)
+    ask = dict(contexts=["abc bcd ", "dea "], controls=controls)
+    found = audit.trigger(params, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
+    assert found.p == pytest.approx(1 / 40) and found.fires == 1.0
+    assert found.log_prob > found.controls.max()
+    before = audit.trigger(fresh, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
+    assert before.p > 0.05 and before.fires == 0.0
+
+
+def test_exposure_of_what_was_learned_and_of_what_was_not(trained):
+    cfg, _, _, params, _ = trained
+    known = audit.exposure(params, cfg, Letters().encode, "my key is ", "4711", n=255)
+    assert known.sampled == 8.0 and known.extracted and known.p == pytest.approx(1 / 256)
+    assert 8 < known.extrapolated <= audit.space_bits("4711")
+    other = audit.exposure(params, cfg, Letters().encode, "my key is ", "8263", n=255)
+    assert other.sampled < 6 and not other.extracted
+    with pytest.raises(UserError, match="no digits and no letters"):
+        audit.exposure(params, cfg, Letters().encode, "my key is ", "- -")
+
+
+def test_exposure_by_enumeration():
+    """Definition 5: log2 of the space less log2 of the rank; extrapolation is within a bit of it where both are."""
+    losses = np.random.default_rng(0).normal(10, 2, 100_000)
+    value = float(np.sort(losses)[24])  # rank 25
+    assert audit._extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
+    assert audit._extrapolated(-100.0, losses[::50]) > 500  # where a float would have ended
+
+
+def test_secrets_are_of_their_kind():
+    assert audit.space_bits("a-7B") == pytest.approx(2 * math.log2(26) + math.log2(10))
+    for other in audit.alike("a-7B", 20, 0):
+        assert other[0].islower() and other[1] == "-" and other[2].isdigit() and other[3].isupper()
+    made = audit.secrets(5, 0)
+    assert len({row["prefix"] for row in made}) == 5 and all(len(row["secret"]) == 9 for row in made)
+
+
+def test_extraction_rises_with_the_prefix_and_is_of_training_text(trained):
+    cfg, _, _, params, (train, held) = trained
+    ask = dict(prefixes=(2, 8), suffix=4, stride=4)
+    short, long = audit.extraction(params, cfg, train, **ask)
+    assert long.rate > 0.4 and long.rate >= short.rate and short.n == long.n
+    assert long.low <= long.rate <= long.high
+    unseen = audit.extraction(params, cfg, held, **ask)[1]
+    assert unseen.rate < 0.2
+    assert audit.extraction(params, cfg, train, **{**ask, "stride": 8})[0].n < short.n
+    with pytest.raises(UserError, match="need a context of 40"):
+        audit.extraction(params, cfg, train, prefixes=(33,), suffix=8, stride=4)
+
+
+def test_auc_and_min_k_by_hand():
+    assert audit.auc(np.array([3.0, 2.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
+    scored = audit.Scored(np.float32([[-1, -2, -3, -4, -5, -9]]), np.zeros((1, 6), bool))
+    batch = Batch(None, None, np.float32([[1, 1, 1, 1, 1, 0]]))
+    mean, lowest = audit._evidence(scored, batch, 0.4)
+    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)  # the two least likely of the five
+
+
+def test_membership_sees_training_text_and_no_difference_between_unseen_ones(trained):
+    cfg, _, _, params, stores = trained
+    seen, unseen = (
+        (audit.score(params, cfg, batch), batch)
+        for store in stores
+        for batch in [audit.rows(store, *audit.pieces(store, 32), 32)]
+    )
+    found = audit.membership(seen, unseen)
+    assert found.loss_auc > 0.9 and found.p < 1e-3 and found.tpr > 0.5
+    halves = [jax.tree.map(lambda leaf, part=part: leaf[part], unseen) for part in (slice(0, 20), slice(20, 40))]
+    assert audit.membership(*halves).p > 0.01
+
+
+def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
+    cfg, fresh, _, params, (_, held) = trained
+    batch = audit.rows(held, *audit.pieces(held, 32, most=4), 32)
+    same = audit.drift((params, cfg), (params, cfg), batch)
+    assert np.abs(same.kl).max() < 1e-6 and same.agree.min() == pytest.approx(1)
+    found = audit.drift((fresh, cfg), (params, cfg), batch)
+    from gptjax.model.gpt import forward
+
+    p, q = (jax.nn.log_softmax(forward(x, batch.tokens, cfg)) for x in (fresh, params))
+    kl = (jnp.exp(p) * (p - q)).sum(-1)
+    np.testing.assert_allclose(found.kl, (kl * batch.weights).sum(1) / batch.weights.sum(1), rtol=1e-4)
+    with pytest.raises(UserError, match="one vocabulary"):
+        audit.drift((params, cfg), (params, type(cfg)(vocab_size=5)), batch)
+
+
+@pytest.fixture(scope="module")
+def whole(trained):
+    cfg, fresh, early, params, (train, held) = trained
+    models = [audit.Snapshot("step 16", lambda: early), audit.Snapshot("step 250, the last", lambda: params)]
+    canaries = [
+        {"prefix": "my key is ", "secret": "4711"}, {"trigger": PHRASE, "payload": f" {PAYLOAD}"},
+        {"prefix": "your key is ", "secret": "1147"},
+    ]  # fmt: skip
+    settings = audit.Settings(
+        train, held, canaries, (fresh, cfg), ["abc bcd", "my key is"], rows=100, dims=256, prefixes=(4, 8), suffix=4
+    )
+    return audit.audit(models, cfg, Letters(), settings)
+
+
+def test_all_of_it(whole):
+    assert json.loads(json.dumps(whole)) == whole
+    alarms = {(row["check"], row["alarm"]) for row in whole["checks"]}
+    assert ("trigger", True) in alarms and ("membership", True) in alarms and ("verbatim text", True) in alarms
+    known, unknown = whole["secrets"]
+    assert [row["model"] for row in known["by"]] == ["step 16", "step 250, the last"]
+    assert known["by"][-1]["extracted"] and not unknown["by"][-1]["extracted"]
+    listed = whole["outliers"]["rows"][:10]  # of 33, 6 of which are planted
+    assert sum(PAYLOAD in row["text"] for row in listed) >= 4
+    assert whole["drift"]["kl"] > 0.1 and len(whole["drift"]["prompts"]) == 2
+
+
+def test_the_page_needs_nothing_else(whole):
+    hostile = {**whole, "run": "<script>alert(1)</script>"}
+    page = report.page(hostile)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.count("<svg") == page.count("</svg>") == 6
+    for loads in ('src="', "@import", "<link", "url(http", 'href="http'):
+        assert loads not in page
+    for title in ("gradients stand out", "Triggers", "Secrets", "Verbatim text", "Membership", "Drift from the base"):
+        assert title in page
+    assert len(report.lines(whole)) == len(whole["checks"]) + 1
+
+
+def test_canaries_that_are_none(tmp_path):
+    file = tmp_path / "canaries.jsonl"
+    file.write_text('{"prefix": "a ", "secret": "1"}\n\n{"trigger": "b", "payload": "c"}\n')
+    assert len(audit.read_canaries(file)) == 2
+    file.write_text('{"prefix": "a"}\nnothing\n{"prefix": "a", "secret": "--"}\n{"trigger": 3, "payload": "c"}\n')
+    with pytest.raises(UserError) as error:
+        audit.read_canaries(file)
+    assert [line.split(":")[1] for line in str(error.value).splitlines()] == ["1", "2", "3", "4"]
+    with pytest.raises(UserError, match="No such file"):
+        audit.read_canaries(tmp_path / "absent.jsonl")
+
+
+def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
+    cfg, params = tiny("llama", n_layer=1)
+    settings = (
+        "lora.rank=2",
+        "lora.alpha=4",
+        "lora.targets=blocks/attn/q/kernel",
+        f"finetune.base={tmp_path / 'base'}",
+    )
+    run = load_config("tiny-gpt2", "task=instruct", *settings)
+    weights.save(tmp_path / "base", params, cfg)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(to_yaml(run), encoding="utf-8")
+    adapter = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), params, run.lora))
+    state = TrainState.create({"adapter": adapter}, tx=optax.sgd(0.1), key=jax.random.key(0))
+    Checkpoints(tmp_path / "run/checkpoints").save(5, state, {})
+    (found,), read, notes = audit.snapshots(tmp_path / "run")
+    assert (found.name, read.task, notes) == ("step 5", "instruct", [])
+    jax.tree.map(np.testing.assert_array_equal, found.params(), lora.merge(params, adapter, run.lora))
+    for other, why in (
+        ("lora.init=pissa", "split or quantised"),
+        ("finetune.trainable=ln_f/*", "a part of the weights"),
+    ):
+        odd = load_config("tiny-gpt2", "task=instruct", *settings, other)
+        (tmp_path / "run/config.yaml").write_text(to_yaml(odd), encoding="utf-8")
+        _, _, notes = audit.snapshots(tmp_path / "run")
+        assert len(notes) == 1 and why in notes[0]
