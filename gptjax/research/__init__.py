@@ -1,0 +1,1 @@
+"""For notebooks: transforms over the package's functions, and a shelf of architectures to study."""
