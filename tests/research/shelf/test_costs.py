@@ -117,7 +117,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_formula_is_what_xla_counts(name):
-    """The products to the last one; XLA's own total, which has norms, softmax and activations too, within 5 %."""
+    """The products to the last one; XLA's own total, which has norms, softmax and activations too, within 3 %."""
     cfg, length, share = PROGRAMS[name]
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     compiled = (
@@ -125,4 +125,12 @@ def test_the_formula_is_what_xla_counts(name):
     )
     flops = costs.forward_flops(cfg, 2, length, pairs=int(share * length**2))
     assert hlo.work(compiled.as_text()).flops == flops.total
-    assert flops.total < compiled.cost_analysis()["flops"] < 1.05 * flops.total
+    assert flops.total < compiled.cost_analysis()["flops"] < 1.03 * flops.total
+
+
+def test_the_formula_at_the_size_of_gpt2():
+    """124 M parameters, 1,024 tokens, not compiled: what is no product is less than 0.5 %."""
+    cfg, tokens = ModelConfig(vocab_size=50257, unroll=True), jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    lowered = jax.jit(lambda params, tokens: forward(params, tokens, cfg)).lower(abstract_params(cfg), tokens)
+    flops = costs.forward_flops(cfg, 1, 1024, pairs=3 * 1024**2 // 4)
+    assert flops.total < lowered.cost_analysis()["flops"] < 1.005 * flops.total
