@@ -17,7 +17,7 @@ LEVEL = {
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
     "training": 5, "generation": 5, "planning": 5,
     "finetuning": 6, "research": 7,
-    "cli": 8, "__main__": 9,
+    "cli": 8, "__main__": 9, "reference": 9,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),

@@ -1,0 +1,118 @@
+"""Gated DeltaNet: attention without a growing cache. Each head keeps one matrix S, from keys to values.
+
+    S_t = a_t S_t-1 (I - b_t k_t k_t^T) + b_t v_t k_t^T     forget by a_t, and put v_t in the place of what k_t held
+    o_t = S_t q_t
+
+q, k and v come through a short causal convolution and silu, q and k have length 1; a = exp(-A softplus(x W_a + d)),
+b = sigmoid(x W_b), and the result is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and 3.4 (figure 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops.linear import linear
+from gptjax.ops.norm import rms_norm
+from gptjax.research.shelf.common import kernels, norm_scale, require
+from gptjax.types import Params
+
+
+@dataclass(frozen=True)
+class Config:
+    """d_head is of keys and of values; conv_width 1 is no convolution. Raises UserError for a width below 1."""
+
+    d_model: int
+    n_head: int
+    d_head: int
+    conv_width: int = 4
+
+    def __post_init__(self) -> None:
+        require((self.conv_width >= 1, f"conv_width ({self.conv_width}) must be at least 1: a token itself"))
+
+
+class Cache(NamedTuple):
+    """What the next place reads of all that came before.
+
+    state  [B, N, H, H] float32, S^T: rows are the keys' numbers, columns the values'
+    tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution, zero before the first token
+    """
+
+    state: jax.Array
+    tail: jax.Array
+
+
+def init(key: jax.Array, cfg: Config) -> Params:
+    """Matrices N(0, 1 / in); A is U(1, 16) and d such that softplus(d) is log-uniform in 0.001 .. 0.1, as in Mamba-2
+    (arXiv:2405.21060 and its code)."""
+    D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
+    shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))
+    shapes |= {"o": (wide, D), "forget": (D, N), "write": (D, N)}
+    conv, rates, steps = jax.random.split(jax.random.fold_in(key, len(shapes)), 3)
+    step = jnp.exp(jax.random.uniform(steps, (N,), minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
+    params = kernels(key, shapes) | {"norm": norm_scale(cfg.d_head)}
+    params["conv"] = {"weight": jax.random.normal(conv, (cfg.conv_width, 3 * wide)) * cfg.conv_width**-0.5}
+    params["forget"] |= {
+        "log_rate": jnp.log(jax.random.uniform(rates, (N,), minval=1.0, maxval=16.0)),
+        "bias": step + jnp.log(-jnp.expm1(-step)),  # softplus of it is `step`
+    }
+    return params
+
+
+def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
+    """x [B, T, D] -> [B, T, D], every place from itself and those before it."""
+    return extend(params, x, cfg, init_cache(cfg, x.shape[0]))[0]
+
+
+def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
+    """Of one size, whatever the length."""
+    wide = 3 * cfg.n_head * cfg.d_head
+    return Cache(jnp.zeros((batch, cfg.n_head, cfg.d_head, cfg.d_head)), jnp.zeros((batch, cfg.conv_width - 1, wide)))
+
+
+def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The next T places, any number of times."""
+    (B, T, _), N = x.shape, cfg.n_head
+    inputs = jnp.concatenate([linear(x, params[name]["kernel"]) for name in "qkv"], -1)
+    inputs = jnp.concatenate([cache.tail, inputs], 1)
+    mixed = sum(w * inputs[:, i : i + T] for i, w in enumerate(params["conv"]["weight"]))
+    q, k, v = (a.reshape(B, T, N, -1) for a in jnp.split(jax.nn.silu(mixed), 3, -1))
+    o, state = gated_delta_rule(_unit(q), _unit(k), v, *gates(params, x), cache.state)
+    gate = jax.nn.silu(linear(x, params["gate"]["kernel"]))
+    o = rms_norm(o, params["norm"]["scale"]).reshape(B, T, -1) * gate
+    return linear(o, params["o"]["kernel"]), Cache(state, inputs[:, T:])
+
+
+def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a and b [B, T, N] in 0 .. 1: how much of S stays, and how much of v_t is written."""
+    forget = params["forget"]
+    rate = jax.nn.softplus(linear(x, forget["kernel"], forget["bias"]))
+    return jnp.exp(-jnp.exp(forget["log_rate"]) * rate), jax.nn.sigmoid(linear(x, params["write"]["kernel"]))
+
+
+def gated_delta_rule(
+    q: jax.Array, k: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence by `jax.lax.scan`: q, k, v [B, T, N, H], a and b [B, T, N], state [B, N, H, H] as in `Cache`.
+
+    Returns:
+        o [B, T, N, H] and the state after the last place.
+    """
+
+    def step(s: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, a, b = now
+        s = a[..., None, None] * s
+        held = jnp.einsum("BNK,BNKV->BNV", k, s)
+        s = s + jnp.einsum("BNK,BNV->BNKV", k, b[..., None] * (v - held))
+        return s, jnp.einsum("BNK,BNKV->BNV", q, s)
+
+    state, o = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (q, k, v, a, b)))
+    return o.swapaxes(0, 1), state
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Length 1, and no division by zero; 1e-6 as in the authors' code."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
