@@ -1,0 +1,179 @@
+"""Pictures for notebooks: coloured tokens, maps of numbers, curves. Each is shown where it is a cell's last line.
+
+show.tokens(tokenizer, ids)                                  every token in a colour, its id when pointed at
+show.tokens(tokenizer, ids, values=losses)                   coloured by a number each
+show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)
+show.curves({"train": (steps, losses)}, x="step", y="loss")
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.types import UserError
+
+_PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
+_MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it
+
+
+class Html:
+    """A piece of HTML that a notebook shows."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
+class Picture:
+    """A matplotlib figure that a notebook shows, whatever its backend; `.figure` to change it, `.save` to keep it."""
+
+    def __init__(self, figure: Any) -> None:
+        self.figure = figure
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Write it; the ending of `path` says the format."""
+        self.figure.savefig(path)
+
+
+def tokens(tokenizer: Any, ids: Iterable[int], values: Iterable[float] | None = None) -> Html:
+    """A text cut into its tokens, each on a ground of its own colour; pointing at one shows its id.
+
+    Args:
+        tokenizer: anything with `decode(ids) -> str`.
+        values: a finite number for each token; low ones are white, high ones red. None: six colours in turn.
+
+    Raises:
+        UserError: not one value for each id.
+    """
+    ids = [int(i) for i in ids]
+    numbers = None if values is None else np.asarray(list(values), np.float64)
+    if numbers is not None and numbers.shape != (len(ids),):
+        raise UserError(f"values: expected {len(ids)} numbers, one for each token, got shape {numbers.shape}")
+    spans = []
+    for n, i in enumerate(ids):
+        colour, note = _PASTELS[n % len(_PASTELS)], str(i)
+        if numbers is not None:
+            colour, note = _red(numbers[n], numbers.min(), numbers.max()), f"{i}: {numbers[n]:.4g}"
+        text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
+        style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
+        spans.append(f'<span title="{note}" style="{style}">{text}</span><wbr>')
+    return Html(f'<div style="font-family:monospace;line-height:1.9">{"".join(spans)}</div>')
+
+
+def maps(
+    images: Mapping[str, Any],
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    x: str = "",
+    y: str = "",
+    colours: str = "Blues",
+    centred: bool = False,
+    per_row: int = 4,
+    size: float = 3.2,
+) -> Picture:
+    """Matrices as coloured squares, one beside the other under one scale of colours; small ones with their numbers.
+
+    Args:
+        images: title -> [rows, columns] of numbers. NaN stays white.
+        rows, columns: a name for each; empty: their numbers.
+        colours: a colour map of matplotlib.
+        centred: zero in the middle of the colours.
+        size: inches a side of each.
+    """
+    arrays = {title: np.asarray(image, np.float64) for title, image in images.items()}
+    if not arrays or any(a.ndim != 2 or not a.size for a in arrays.values()):
+        shapes = {title: a.shape for title, a in arrays.items()}
+        raise UserError(f"images: expected matrices [rows, columns] by title, got {shapes}")
+    high = max(np.nanmax(a) for a in arrays.values())
+    low = min(np.nanmin(a) for a in arrays.values())
+    if centred:
+        high = max(abs(low), abs(high))
+        low = -high
+    from matplotlib.ticker import MaxNLocator
+
+    wide = min(per_row, len(arrays))
+    tall = -(-len(arrays) // wide)
+    figure, axes = _figure(size * wide + 0.8, size * tall, tall, wide)
+    for i, (axis, (title, a)) in enumerate(zip(axes, arrays.items(), strict=False)):
+        image = axis.imshow(a, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=x, ylabel=y if i % wide == 0 else "")
+        if len(columns):
+            axis.set_xticks(range(len(columns)), columns, rotation=90 if max(map(len, columns)) > 2 else 0, fontsize=8)
+        if len(rows):
+            axis.set_yticks(range(len(rows)), rows if i % wide == 0 else [""] * len(rows), fontsize=8)
+        if a.size <= _MOST_ANNOTATED and len(arrays) * a.shape[1] <= 30:
+            _write_numbers(axis, image, a)
+    for axis in axes[len(arrays) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
+    return Picture(figure)
+
+
+def curves(
+    lines: Mapping[str, tuple[Any, Any]],
+    *,
+    x: str = "",
+    y: str = "",
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    marker: str = "",
+) -> Picture:
+    """Lines in one frame: name -> (x values, y values), for losses, schedules, functions."""
+    if not lines:
+        raise UserError("lines: expected at least one, {name: (x values, y values)}, got none")
+    figure, (axis,) = _figure(7, 4, 1, 1)
+    for name, (at, values) in lines.items():
+        axis.plot(np.asarray(at), np.asarray(values), label=name, marker=marker, markersize=4, linewidth=1.8)
+    axis.set(xlabel=x, ylabel=y, title=title)
+    if log_x:
+        axis.set_xscale("log")
+    if log_y:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.25)
+    if len(lines) > 1:
+        axis.legend(frameon=False)
+    return Picture(figure)
+
+
+def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
+    """Each number into its square, dark on light and light on dark; whole numbers without decimals."""
+    form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
+    for (row, column), value in np.ndenumerate(a):
+        if np.isfinite(value):
+            r, g, b, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "white"
+            axis.text(column, row, f"{value:{form}}", ha="center", va="center", color=ink, fontsize=7)
+
+
+def _red(value: float, low: float, high: float) -> str:
+    """White at `low`, red at `high`."""
+    rest = round(255 - 155 * (value - low) / (high - low)) if high > low else 255
+    return f"#ff{rest:02x}{rest:02x}"
+
+
+def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:
+    """A figure without pyplot, so that no window and no backend has a part in it, and its axes in reading order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(tall, wide, squeeze=False).ravel())

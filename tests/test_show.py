@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from gptjax import show, tokenizers
+from gptjax.types import UserError
+
+BYTES = tokenizers.load("bytes")
+
+
+def pixels(picture):
+    picture.figure.canvas.draw()
+    return np.asarray(picture.figure.canvas.buffer_rgba())
+
+
+def test_every_token_is_shown_with_its_id_and_nothing_of_it_is_read_as_html():
+    text = show.tokens(BYTES, BYTES.encode("a <b>\n"))._repr_html_()
+    assert [f'title="{i}"' in text for i in b"a <b>\n"] == [True] * 6
+    assert "<b>" not in text and "&lt;</span>" in text and "&nbsp;</span>" in text and "&crarr;<br></span>" in text
+
+
+def test_tokens_by_value_go_from_white_to_red():
+    text = show.tokens(BYTES, BYTES.encode("abc"), values=[0.0, 0.5, 1.0])._repr_html_()
+    at = [text.index(part) for part in ("#ffffff", "#ffb2b2", "#ff6464")]
+    assert at == sorted(at)
+    assert "98: 0.5" in text
+    assert show.tokens(BYTES, [97, 98], values=[2, 2])._repr_html_().count("#ffffff") == 2
+
+
+def test_a_value_for_each_token():
+    with pytest.raises(UserError, match=r"expected 2 numbers, .* got shape \(3,\)"):
+        show.tokens(BYTES, [97, 98], values=[1, 2, 3])
+
+
+def test_maps_have_one_scale_of_colours_and_their_numbers():
+    picture = show.maps({"low": [[0.0, 1.0]], "high": [[2.0, np.nan]]}, columns=["one", "two"], rows=["r"], x="key")
+    low, high = picture.figure.axes[:2]
+    assert low.images[0].get_clim() == high.images[0].get_clim() == (0, 2)
+    assert [t.get_text() for t in low.texts + high.texts] == ["0", "1", "2"]
+    halves = show.maps({"halves": [[0.5, 1.0]]}).figure.axes[0].texts
+    assert [t.get_text() for t in halves] == ["0.50", "1.00"]
+    assert [t.get_text() for t in low.get_xticklabels()] == ["one", "two"]
+    assert (low.get_title(), low.get_xlabel()) == ("low", "key")
+    centred = show.maps({"a": [[-1.0, 3.0]]}, centred=True)
+    assert centred.figure.axes[0].images[0].get_clim() == (-3, 3)
+
+
+def test_more_maps_than_fit_in_a_row():
+    picture = show.maps({str(i): np.ones((20, 20)) * i for i in range(5)}, per_row=3)
+    assert [axis.axison for axis in picture.figure.axes[:6]] == [True] * 5 + [False]
+    assert not picture.figure.axes[0].texts
+
+
+@pytest.mark.parametrize("images", [{}, {"a": [1.0, 2.0]}, {"a": np.zeros((0, 3))}])
+def test_maps_of_something_else(images):
+    with pytest.raises(UserError, match="expected matrices"):
+        show.maps(images)
+
+
+def test_curves_and_the_picture_of_them(tmp_path):
+    picture = show.curves({"train": ([0, 1, 2], [3.0, 2.0, 1.0]), "val": ([0, 2], [3.0, 2.5])}, x="step", log_y=True)
+    (axis,) = picture.figure.axes
+    assert [line.get_label() for line in axis.lines] == ["train", "val"]
+    assert (axis.get_xlabel(), axis.get_yscale()) == ("step", "log")
+    assert len(axis.get_legend().get_texts()) == 2
+    assert picture._repr_png_().startswith(b"\x89PNG")
+    picture.save(tmp_path / "loss.svg")
+    assert "<svg" in (tmp_path / "loss.svg").read_text(encoding="utf-8")
+    blank = show.curves({"nothing": ([], [])})
+    assert (pixels(picture) != 255).sum() > (pixels(blank) != 255).sum()
+
+
+def test_no_curve():
+    with pytest.raises(UserError, match="expected at least one"):
+        show.curves({})
