@@ -79,7 +79,9 @@ def messages(n, seed, templates=slice(None)):
     rng, out = random.Random(seed), []
     for i in range(n):
         label, kinds = ("spam", SPAM) if i % 3 == 0 else ("ham", HAM)
-        out.append((label, rng.choice(kinds[templates]).format(**{k: rng.choice(v) for k, v in SLOTS.items()})))
+        sentences = rng.choices(kinds[templates], k=rng.choice((1, 1, 1, 2, 3)))
+        filled = [one.format(**{k: rng.choice(v) for k, v in SLOTS.items()}) for one in sentences]
+        out.append((label, ". ".join(filled)))
     return out + [out[i] for i in range(0, n, 20)]  # some come twice
 
 
@@ -173,7 +175,7 @@ if SMOKE:  # the same tokenizer on a tiny model that knows nothing
 else:
     base, base_cfg = gptjax.load(BASE)
 cfg = dataclasses.replace(base_cfg, n_classes=len(data.names))
-MAX_LENGTH = 64
+MAX_LENGTH = 80
 encoded = [labelled.encode(part, tokenizer, MAX_LENGTH) for part in (splits.train, splits.val, splits.test)]
 train, val, test = (labelled.rows(part) for part in encoded)
 print(f"{len(splits.train.texts)} texts in {len(train.tokens)} rows of {train.tokens.shape[1]} tokens, several in each")

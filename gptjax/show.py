@@ -107,7 +107,7 @@ def maps(
     tall = -(-len(arrays) // wide)
     figure, axes = _figure(size * wide + 0.8, size * tall, tall, wide)
     for i, (axis, (title, a)) in enumerate(zip(axes, arrays.items(), strict=False)):
-        image = axis.imshow(a, cmap=colours, vmin=low, vmax=high, aspect="auto")
+        image = axis.imshow(a, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set(xlabel=x, ylabel=y if i % wide == 0 else "")
         if len(columns):
