@@ -1,12 +1,304 @@
 # %% [markdown]
-# # 00 Basics: arrays, gradients, and one step of backpropagation by hand
+# # 00 Basics: arrays, gradients, and one backpropagation by hand
 #
-# Costs: CPU seconds; v5e-1 not measured.
+# What you learn: how JAX holds numbers, how a gradient is made of the chain rule, and what everything later is composed
+# of: `grad`, `vmap`, `jit`, trees of arrays, and random keys.
+#
+# What it costs: CPU CPU_SECONDS (2 cores); v5e-1: not measured, most of it is compiling small programs.
 
 # %%
-from gptjax import show
+import time
 
-show.curves({"a": ([1, 2], [3, 4])})
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import gptjax
+from gptjax import show, tree
+from gptjax.types import Mean
+
+# A TPU rounds what it multiplies to bfloat16 unless told otherwise; the figures below have four decimals.
+jax.config.update("jax_default_matmul_precision", "highest")
+print(jax.__version__, jax.devices())
+
+# %% [markdown]
+# ## Arrays
+# An array has a shape, a type, and a device. It looks like NumPy's, with one difference: it never changes. What looks
+# like a change gives a new array, and that is what lets JAX transform functions: a function that changes nothing is
+# known by its inputs and its output.
+
+# %%
+x = jnp.arange(6.0).reshape(2, 3)
+y = x.at[0, 1].set(10.0)  # a new array; x stays
+print(x)
+print(y)
+print(x.shape, x.dtype, x.devices())
+assert x[0, 1] == 1 and y[0, 1] == 10
+try:
+    x[0, 1] = 10.0
+except TypeError as error:
+    print(str(error).split(".")[0])
+
+# %% [markdown]
+# Shapes have letters here, the same in the whole package: `B` rows of a batch, `T` tokens of a row, `D` numbers of a
+# token, `V` words. A product of three axes is said with them. Axes of length 1 stretch (broadcasting).
+
+# %%
+hidden = jnp.ones((2, 4, 3))  # [B, T, D]
+head = jnp.ones((3, 5))  # [D, V]
+logits = jnp.einsum("BTD,DV->BTV", hidden, head)
+assert logits.shape == (2, 4, 5) and (logits == 3).all()
+centred = logits - logits.mean(axis=-1, keepdims=True)  # [2, 4, 5] - [2, 4, 1]
+assert (centred == 0).all()
+
+# %% [markdown]
+# ## One neuron
+# It multiplies its input by a weight, adds a bias, and squashes the sum to a probability:
+#
+# $$z = wx + b, \quad a = \sigma(z) = \frac{1}{1 + e^{-z}}, \quad \ell = -\big(y \ln a + (1-y) \ln(1-a)\big)$$
+#
+# With $w = 2.2$, $b = 0$, $x = 1.1$ and the true answer $y = 1$:
+
+# %%
+w, b, x, y = 2.2, 0.0, 1.1, 1.0
+
+
+def neuron(w, b, x, y):
+    """Logistic loss of one example, a scalar."""
+    a = jax.nn.sigmoid(w * x + b)
+    return -(y * jnp.log(a) + (1 - y) * jnp.log(1 - a))
+
+
+z = w * x + b
+a = jax.nn.sigmoid(z)
+loss = neuron(w, b, x, y)
+print(f"z {z:.4f}   a {a:.4f}   loss {loss:.4f}")
+assert abs(z - 2.42) < 5e-5 and abs(a - 0.9183) < 5e-5 and abs(loss - 0.0852) < 5e-5
+
+# %% [markdown]
+# ## Backpropagation by hand
+# The loss depends on $w$ through a chain, so its slope is a product, one factor a link, from the loss back to $w$:
+#
+# $$\frac{\partial \ell}{\partial w} = \frac{\partial \ell}{\partial a} \cdot \frac{\partial a}{\partial z} \cdot
+# \frac{\partial z}{\partial w}, \qquad \frac{\partial \ell}{\partial b} = \frac{\partial \ell}{\partial a} \cdot
+# \frac{\partial a}{\partial z} \cdot \frac{\partial z}{\partial b}$$
+#
+# The first two factors are computed once and used twice: that is all the "back" in backpropagation saves, and it is why
+# the gradient of millions of weights costs about two forward passes.
+
+# %%
+loss_a = -y / a + (1 - y) / (1 - a)
+a_z = a * (1 - a)
+z_w, z_b = x, 1.0
+loss_z = loss_a * a_z  # shared; simplifies to a - y
+loss_w, loss_b = loss_z * z_w, loss_z * z_b
+print(f"loss_a {loss_a:.4f}  times  a_z {a_z:.4f}  =  loss_z {loss_z:.4f}  (a - y = {a - y:.4f})")
+print(f"by hand:   d loss / dw = {loss_w:.4f}   d loss / db = {loss_b:.4f}")
+assert abs(loss_w - -0.0898) < 5e-5 and abs(loss_b - -0.0817) < 5e-5
+assert abs(loss_z - (a - y)) < 1e-6
+
+# %% [markdown]
+# `jax.grad` takes a function and gives the function that computes its gradient:
+
+# %%
+grad_w, grad_b = jax.grad(neuron, argnums=(0, 1))(w, b, x, y)
+print(f"jax.grad:  d loss / dw = {grad_w:.4f}   d loss / db = {grad_b:.4f}")
+assert abs(grad_w - -0.0898) < 5e-5 and abs(grad_b - -0.0817) < 5e-5
+assert abs(grad_w - loss_w) < 1e-6 and abs(grad_b - loss_b) < 1e-6
+
+# %% [markdown]
+# The picture of it: the loss over $w$, and at $w = 2.2$ the line whose slope is the gradient. One step of gradient
+# descent, $w - \eta\, \partial \ell/\partial w$, goes down that line. The curve comes from `vmap`, which turns a
+# function of one $w$ into one of many.
+
+# %%
+ws = jnp.linspace(-2, 5, 200)
+losses = jax.vmap(neuron, in_axes=(0, None, None, None))(ws, b, x, y)
+near = jnp.array([w - 2, w + 2])
+picture = show.curves(
+    {"loss": (ws, losses), f"slope {grad_w:.4f} at w = 2.2": (near, loss + grad_w * (near - w))},
+    x="w", y="loss", title="One neuron, one example",
+)  # fmt: skip
+picture
+
+# %% [markdown]
+# ## Two layers by hand
+# With matrices the chain rule multiplies by transposed matrices, and a batch sums over its rows. Nothing else is new.
+# A network that fits XOR, which one neuron cannot:
+
+# %%
+inputs = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])  # [B, 2]
+answers = jnp.array([0.0, 1.0, 1.0, 0.0])  # [B]
+
+
+def init(key, width=8):
+    """A tree of parameters: nested dicts with arrays as leaves."""
+    first, second = jax.random.split(key)
+    return {
+        "hidden": {"kernel": jax.random.normal(first, (2, width)), "bias": jnp.zeros(width)},
+        "out": {"kernel": jax.random.normal(second, (width, 1)), "bias": jnp.zeros(1)},
+    }
+
+
+def network(params, inputs):
+    """[B, 2] -> logits [B]."""
+    h = jnp.tanh(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return (h @ params["out"]["kernel"] + params["out"]["bias"])[:, 0]
+
+
+def xor_loss(params, batch, key=None):
+    """Every loss in gptjax has this form: (params, batch, key) -> (Mean, metrics), a sum with its weight."""
+    inputs, answers = batch
+    logits = network(params, inputs)
+    losses = optax.sigmoid_binary_cross_entropy(logits, answers)
+    right = ((logits > 0) == (answers > 0.5)).sum()
+    return Mean(losses.sum(), jnp.float32(len(answers))), {"accuracy": Mean(right, len(answers))}
+
+
+def by_hand(params, inputs, answers):
+    """The gradient of the sum of losses, link by link from the end to the beginning."""
+    h = jnp.tanh(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])  # [B, F]
+    logits = (h @ params["out"]["kernel"] + params["out"]["bias"])[:, 0]  # [B]
+    d_logits = (jax.nn.sigmoid(logits) - answers)[:, None]  # a - y again, [B, 1]
+    d_h = d_logits @ params["out"]["kernel"].T  # [B, F]
+    d_z = d_h * (1 - h**2)  # through tanh
+    return {
+        "hidden": {"kernel": inputs.T @ d_z, "bias": d_z.sum(0)},
+        "out": {"kernel": h.T @ d_logits, "bias": d_logits.sum(0)},
+    }
+
+
+params = init(jax.random.key(0))
+ours = by_hand(params, inputs, answers)
+theirs = jax.grad(lambda params: xor_loss(params, (inputs, answers))[0].total)(params)
+difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, theirs)
+print(difference)
+assert max(jax.tree.leaves(difference)) < 1e-5
+
+# %% [markdown]
+# ## Trees
+# Parameters, gradients and optimizer states are trees with the same paths. A path can be said aloud and matched by a
+# pattern; later, weight decay, LoRA, freezing and sharding are all rules over paths.
+
+# %%
+for path, leaf in tree.flatten(params).items():
+    print(f"{path:15} {leaf.shape}  {leaf.size} numbers")
+assert tree.size(params) == 33
+kernels, rest = tree.split(params, "*/kernel")
+print("kernels", list(tree.flatten(kernels)), "   the rest", list(tree.flatten(rest)))
+assert list(tree.flatten(kernels)) == ["hidden/kernel", "out/kernel"]
+halved = jax.tree.map(lambda leaf: leaf / 2, params)
+assert (halved["out"]["kernel"] * 2 == params["out"]["kernel"]).all()
+
+# %% [markdown]
+# ## Training is a loop over a pure function
+# `gptjax.make_train_step` makes of any such loss a function `(state, batch) -> (state, metrics)`. It is the one that
+# trains GPTs in the later notebooks.
+
+# %%
+tx = optax.adam(0.05)
+state = gptjax.TrainState.create(params, tx=tx, key=jax.random.key(1))
+step = jax.jit(gptjax.make_train_step(xor_loss, tx))
+log = []
+for _ in range(200):
+    state, metrics = step(state, (inputs, answers))
+    log.append(float(metrics["loss"]))
+print(f"loss {log[0]:.3f} -> {log[-1]:.4f}, accuracy {metrics['accuracy']:.0%}")
+assert log[-1] < 0.05 and metrics["accuracy"] == 1
+show.curves({"XOR": (range(200), log)}, x="step", y="loss", log_y=True)
+
+# %%
+side = jnp.linspace(-0.5, 1.5, 60)
+grid = jnp.stack(jnp.meshgrid(side, side), -1).reshape(-1, 2)
+probability = jax.nn.sigmoid(network(state.params, grid)).reshape(60, 60)
+figure, axis = plt.subplots(figsize=(4.4, 3.6), layout="constrained")
+image = axis.imshow(probability, origin="lower", extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu", vmin=0, vmax=1)
+axis.scatter(*inputs.T, c=answers, cmap="RdBu", edgecolors="black", s=90, vmin=0, vmax=1)
+axis.set(title="what two layers make of XOR", xlabel="first input", ylabel="second input")
+figure.colorbar(image, label="probability of 1")
+plt.show()
+
+# %% [markdown]
+# ## `vmap`: one example in mind, many in fact
+# Write the function for one example, and let `vmap` add the axis. `vmap` of `grad` gives a gradient for each example,
+# which most frameworks can only get by a loop; notebook 12 asks with it which training example taught what.
+
+
+# %%
+def one(params, example, answer):
+    return xor_loss(params, (example[None], answer[None]))[0].total
+
+
+each = jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(params, inputs, answers)
+print({path: leaf.shape for path, leaf in tree.flatten(each).items()})
+total = jax.tree.map(lambda leaf: leaf.sum(0), each)
+assert all(jnp.allclose(a, b, atol=1e-5) for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(theirs), strict=True))
+
+# %% [markdown]
+# `vmap` over the *parameters* is as easy: 64 networks from 64 keys, trained at once by one program. Where one is
+# unlucky with its start is a matter of counting now.
+
+# %%
+keys = jax.random.split(jax.random.key(2), 64)
+many = jax.vmap(lambda key: gptjax.TrainState.create(init(key, width=3), tx=tx, key=key))(keys)
+steps = jax.jit(jax.vmap(gptjax.make_train_step(xor_loss, tx), in_axes=(0, None)))
+curves = []
+for _ in range(200):
+    many, metrics = steps(many, (inputs, answers))
+    curves.append(np.asarray(metrics["loss"]))
+curves = np.stack(curves)  # [steps, networks]
+solved = int((metrics["accuracy"] == 1).sum())
+print(f"{solved} of 64 networks of width 3 solve XOR")
+assert 0 < solved <= 64
+quantiles = {f"percentile {q}": (range(200), np.percentile(curves, q, axis=1)) for q in (10, 50, 90)}
+show.curves(quantiles, x="step", y="loss", log_y=True, title="64 networks in one program")
+
+# %% [markdown]
+# ## `jit`: trace once, compile, run often
+# The first call traces the Python code with shapes in the place of numbers, and XLA compiles what it sees; later calls
+# with the same shapes and types run the program. So Python's `print` shows when tracing happens, and a new shape means
+# a new program: the reason why batches have fixed shapes here.
+
+# %%
+traced = []
+
+
+@jax.jit
+def f(x):
+    traced.append(x.shape)  # runs while tracing only
+    return jnp.tanh(x @ x.T).sum()
+
+
+for n in (500, 500, 500, 600):
+    start = time.perf_counter()
+    f(jnp.ones((n, n))).block_until_ready()  # results come later than the call returns
+    print(f"[{n}, {n}]  {1000 * (time.perf_counter() - start):6.1f} ms")
+print("traced for", traced)
+assert traced == [(500, 500), (600, 600)]
+
+# %% [markdown]
+# ## Random keys
+# There is no hidden generator. A key is a value; the same key gives the same numbers, on every device and however the
+# work is split. New keys come from `split`, or from `fold_in(key, number)`: step `n` of training uses
+# `fold_in(key, n)`, so a run that is resumed at step `n` draws what the uninterrupted one would have drawn.
+
+# %%
+key = jax.random.key(42)
+assert (jax.random.normal(key, (3,)) == jax.random.normal(key, (3,))).all()
+first, second = jax.random.split(key)
+assert (jax.random.normal(first, (3,)) != jax.random.normal(second, (3,))).all()
+a_thousand = jax.vmap(lambda n: jax.random.normal(jax.random.fold_in(key, n)))(jnp.arange(1000))
+print(f"mean {a_thousand.mean():.2f}, standard deviation {a_thousand.std():.2f}")
+assert abs(a_thousand.mean()) < 0.15 and abs(a_thousand.std() - 1) < 0.1
 
 # %% [markdown]
 # ## Exercises
+# 1. Set `y = 0` in the neuron. What are the two gradients now? Say it before you run it: `loss_z` is still `a - y`.
+# 2. Take ten steps of gradient descent with learning rate 5 from `w = 2.2`, and draw the path
+#    into the first picture: its axes are `picture.figure.axes[0]`.
+# 3. In `by_hand`, replace `tanh` by `jax.nn.relu`. Which line changes? Check against `jax.grad`.
+# 4. `jax.hessian(neuron)(w, b, x, y)` is the second derivative. Derive it by hand: it is `x**2 * a * (1 - a)`.
+# 5. What share of 64 networks solves XOR at width 2, 3, 4, 8? Draw it.
+# 6. Make `f` above take `n` and build its array inside. When is it traced now, and what is `static_argnums` for?

@@ -103,11 +103,15 @@ def maps(
     if centred:
         high = max(abs(low), abs(high))
         low = -high
+    from matplotlib.ticker import MaxNLocator
+
     wide = min(per_row, len(arrays))
     tall = -(-len(arrays) // wide)
     figure, axes = _figure(size * wide + 0.8, size * tall, tall, wide)
     for i, (axis, (title, a)) in enumerate(zip(axes, arrays.items(), strict=False)):
         image = axis.imshow(a, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, fontsize=10)
         axis.set(xlabel=x, ylabel=y if i % wide == 0 else "")
         if len(columns):
@@ -150,12 +154,13 @@ def curves(
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
-    """Each number into its square, dark on light and light on dark."""
+    """Each number into its square, dark on light and light on dark; whole numbers without decimals."""
+    form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
     for (row, column), value in np.ndenumerate(a):
         if np.isfinite(value):
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "white"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+            axis.text(column, row, f"{value:{form}}", ha="center", va="center", color=ink, fontsize=7)
 
 
 def _red(value: float, low: float, high: float) -> str:

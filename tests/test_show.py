@@ -35,7 +35,9 @@ def test_maps_have_one_scale_of_colours_and_their_numbers():
     picture = show.maps({"low": [[0.0, 1.0]], "high": [[2.0, np.nan]]}, columns=["one", "two"], rows=["r"], x="key")
     low, high = picture.figure.axes[:2]
     assert low.images[0].get_clim() == high.images[0].get_clim() == (0, 2)
-    assert [t.get_text() for t in low.texts + high.texts] == ["0.00", "1.00", "2.00"]
+    assert [t.get_text() for t in low.texts + high.texts] == ["0", "1", "2"]
+    halves = show.maps({"halves": [[0.5, 1.0]]}).figure.axes[0].texts
+    assert [t.get_text() for t in halves] == ["0.50", "1.00"]
     assert [t.get_text() for t in low.get_xticklabels()] == ["one", "two"]
     assert (low.get_title(), low.get_xlabel()) == ("low", "key")
     centred = show.maps({"a": [[-1.0, 3.0]]}, centred=True)
