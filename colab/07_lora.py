@@ -86,7 +86,7 @@ assert scales == {"alpha/r": 1, "alpha/sqrt(r)": 4, "alpha": 16}
 # every Python carries.
 
 # %%
-BASE_STEPS, STEPS = (20, 10) if SMOKE else (400, 200)
+BASE_STEPS, STEPS = (20, 10) if SMOKE else (300, 150)
 cfg = gptjax.load_config("shakespeare-char", "tokenizer.name=bytes", "model.arch=llama", "model.embed_std=0.02")
 model = gptjax.load_config(
     "shakespeare-char", "model.arch=llama", "model.embed_std=0.02", "model.vocab_size=257", "model.tie_embeddings=true"
@@ -227,7 +227,7 @@ show.curves({"LoRA": (steps, lora_losses), "QLoRA": (steps, q_losses)}, x="step"
 # multiply the optimizer's updates. Each gets what it would get alone.
 
 # %%
-n = 6 if SMOKE else 60
+n = 6 if SMOKE else 30
 six = many.Many.of(
     rates=[0.3, 1.0, 3.0, 0.3, 1.0, 3.0], scales=[2.0] * 6, ranks=[8, 8, 8, 2, 2, 2], seeds=[1] * 6
 )  # fmt: skip

@@ -106,22 +106,23 @@ meshes = {
     "fsdp=8": dict(data=1, fsdp=8),
     "data=2 fsdp=2 tensor=2": dict(data=2, fsdp=2, tensor=2),
 }
-curve = {"one device": (np.arange(STEPS), one)}
+curve = {}
 for name, axes in meshes.items():
     many, step, state = losses_on(parallel.make_mesh(MeshConfig(**axes)))
     print(f"{name:24} differs from one device by at most {np.abs(many - one).max():.1e}")
     assert np.abs(many - one).max() < 1e-4
-    curve[name] = (np.arange(STEPS), many)
-show.curves(curve, x="step", y="nats a byte")
+    curve[name] = (np.arange(STEPS), np.abs(many - one))
+print(f"the loss itself goes from {one[0]:.3f} to {one[-1]:.3f}")
+show.curves(curve, x="step", y="difference of the losses, nats a byte", marker="o")
 
 # %% [markdown]
-# The four curves lie on each other. What the mesh costs stands in the compiled program: sums (`all-reduce`) for data
-# parallelism, gathered weights (`all-gather`) and scattered gradients for `fsdp`. Eight pretended devices share the
+# What is left is rounding: sums are taken in another order. What the mesh costs stands in the compiled program: sums
+# (`all-reduce`) for data parallelism, gathered weights (`all-gather`) for `fsdp`. Eight pretended devices share the
 # cores of one machine, so nothing here gets faster; on real chips the same program does.
 
 # %%
 kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-for name, axes in meshes.items():
+for name, axes in list(meshes.items())[: 1 if SMOKE else 3]:
     there = parallel.make_mesh(MeshConfig(**axes))
     state = parallel.init_on(
         lambda key: gptjax.TrainState.create(gptjax.init_params(key, model), tx=tx, key=key), there, key
@@ -178,13 +179,13 @@ def plan(*arguments):
         print(f"  does not fit: {gib}; it would with {', or '.join(found['advice'])}")
     else:
         times = [1e3 * found["roofline"][end] for end in ("best_s", "worst_s")]
-        print(f"  {gib}; {times[0]:,.0f} to {times[1]:,.0f} ms a step, collectives {sorted(found['collectives'])}")
+        print(f"  {gib}; {times[0]:,.3g} to {times[1]:,.3g} ms a step, collectives {sorted(found['collectives'])}")
     return found
 
 
 small = ("tiny-llama", "model.vocab_size=257", "train.batch_size=8")
 gpt2 = ("gpt2-124m", "model.dtype=bfloat16", "train.batch_size=32", "train.accumulation=1")
-runs = {"v5e-1": (*small, "--on", "v5e-1"), "v5e-8": (*small, "--on", "v5e-8", "mesh.fsdp=8", "mesh.data=1")}
+runs = {"v5e-8": (*small, "--on", "v5e-8", "mesh.fsdp=8", "mesh.data=1")}
 if not SMOKE:
     runs = {
         "v5e-1": (*gpt2, "--on", "v5e-1"),
