@@ -7,6 +7,8 @@ two answers after the last token. Prints the logit differences of both prompts, 
 residual stream both ways, interleaved, and their ratio (median, least, most); compiling is timed apart, and the loop is
 compiled once: its layer and position are arguments. The picture has four grids: residual stream, what attention and
 what the feed-forward layer add, and single heads; 0 is the corrupted prompt's logit difference, 1 the clean one's.
+Last, how the corrupted prompt goes on greedily, by itself and with the difference of the two prompts' streams, at the
+first layer whose last position restores more than half, added at every token.
 """
 
 import argparse
@@ -111,6 +113,14 @@ def main() -> None:
         grids[title] = (np.asarray(values) - bottom) / (top - bottom)
         where = np.unravel_index(grids[title].argmax(), grids[title].shape)
         print(f"{title:16} {site:11} largest {grids[title].max():.3f} at layer {where[0]}, {where[1]}")
+    layer = int((grids["residual stream"][:, -1] > 0.5).argmax())
+    vector = taps.steering_vector(params, clean, corrupted, cfg, layer)
+    for strength in (0.0, 0.5, 1.0):
+        new = gptjax.generate(
+            params, corrupted.tolist(), cfg, max_new_tokens=8, key=jax.random.key(0),
+            patches=taps.steering(vector, layer, strength),
+        )  # fmt: skip
+        print(f"steered at layer {layer} by {strength}: {CORRUPTED + tokenizer.decode(new[0])!r}")
     draw(grids, [repr(tokenizer.decode([int(t)]))[1:-1] for t in corrupted[0]], args.out)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.attention import attention, multi_head_attention
+from gptjax.ops.attention import attention, attention_weights, multi_head_attention, weighted_values
 from gptjax.ops.position import alibi_slopes
 
 
@@ -118,3 +118,28 @@ def test_a_window_may_be_an_array():
     run = jax.jit(lambda window: attention(*args, window=window))
     for window in (0, 1, 4):
         np.testing.assert_allclose(run(window), naive(*args, window=window), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=3), dict(alibi=True), dict(scale=0.2, offset=np.array([2, 1]))])
+def test_weights_are_those_that_attention_uses(options):
+    q, k, v = qkv(5, 7)
+    k_heads, v_heads = (np.moveaxis(a, 2, 1) for a in (k, v))
+
+    @jax.jit
+    def run(q, k, v):
+        weights = attention_weights(q, k, **options)
+        return weights, weighted_values(weights, v)
+
+    weights, out = run(q, k_heads, v_heads)
+    np.testing.assert_allclose(weights.sum(-1), np.ones((2, 4, 5)), rtol=1e-5)
+    np.testing.assert_allclose(out, naive(q, k, v, **options), rtol=1e-5, atol=5e-6)
+
+
+def test_weights_stay_in_their_document_and_are_dropped():
+    q, k, _ = qkv(5, 5)
+    ids = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+    weights = np.asarray(jax.jit(lambda q, k: attention_weights(q, k, segment_ids=ids))(q, np.moveaxis(k, 2, 1)))
+    assert not (weights * (ids[:, None, :, None] != ids[:, None, None])).any()
+    ones = np.ones((1, 2, 3, 4), np.float32), np.ones((1, 1, 4, 8), np.float32)
+    out = np.asarray(jax.jit(lambda w, v: weighted_values(w, v, dropout=0.5, dropout_key=jax.random.key(0)))(*ones))
+    assert set(out.flat) <= {0.0, 2.0, 4.0, 6.0, 8.0} and 1 < out.mean() < 7
