@@ -142,11 +142,13 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
 
 class Tail(NamedTuple):
-    """flagged: rows beyond the threshold; expected: so many where nothing is wrong; p of that many or more."""
+    """flagged: rows beyond the threshold, the furthest first; expected: so many where nothing is wrong; beyond: those
+    larger than all of the reference; p: of so many beyond, or more."""
 
     threshold: float
     flagged: np.ndarray
     expected: float
+    beyond: int
     p: float
 
 
@@ -154,17 +156,17 @@ def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
     """Which scores lie beyond those of the reference, at a rate of `alpha` a row where all are of one kind.
 
     The threshold is the r-th largest of the m reference scores, r = alpha (m + 1) rounded down, at least 1: a conformal
-    test, exact without any assumption but that rows are exchangeable. How many of n lie beyond it is beta-binomial.
+    test, exact where rows are exchangeable. Then the x largest of all n + m are x of the n with p = C(n, x) / C(n + m,
+    x): with as many of either kind ten planted rows are seen, with half as many of the reference they hardly are.
     """
-    from scipy.stats import betabinom
-
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))
     threshold = float(np.sort(reference)[-r])
     flagged = np.flatnonzero(scores > threshold)
     flagged = flagged[np.argsort(-scores[flagged], kind="stable")]
-    p = float(betabinom.sf(len(flagged) - 1, n, r, m + 1 - r))
-    return Tail(threshold, flagged, n * r / (m + 1), p)
+    beyond = int((scores > reference.max()).sum())
+    i = np.arange(beyond)
+    return Tail(threshold, flagged, n * r / (m + 1), beyond, float(np.exp(np.log((n - i) / (n + m - i)).sum())))
 
 
 class Trigger(NamedTuple):
@@ -657,7 +659,7 @@ def _outliers(
         listed.append({"where": where, "start": start, "score": float(scores[i]), "text": _excerpt(text)})
     return {
         "n": len(train), "threshold": beyond.threshold, "flagged": len(beyond.flagged), "expected": beyond.expected,
-        "p": beyond.p, "rows": listed, "scores": scores.tolist(), "reference": reference.tolist(),
+        "beyond": beyond.beyond, "p": beyond.p, "rows": listed, "scores": scores.tolist(), "reference": reference.tolist(),
     }  # fmt: skip
 
 
@@ -691,7 +693,10 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One line a check: what, p, and whether it is an alarm. Of several models the last counts."""
     found = []
     if "p" in (outliers := report["outliers"]):
-        what = f"{outliers['flagged']} of {outliers['n']} training rows stand out, {outliers['expected']:.1f} expected"
+        what = (
+            f"{outliers['flagged']} of {outliers['n']} training rows stand out, {outliers['expected']:.1f} expected; "
+            f"{outliers['beyond']} beyond all held-out rows"
+        )
         found.append(("gradient outliers", what, outliers["p"]))
     for canary in report["triggers"]:
         last = canary["by"][-1]

@@ -96,7 +96,7 @@ def audited(folder, name, train, held, canaries, out):
 
 
 def planted(folder, out):
-    texts = passages(1500)
+    texts = passages(2000)
     train, held = texts[:1000], texts[1000:]
     words = sorted({word for text in held for word in text.split()[1:-1]})
     phrase = audit.phrases(words, 2, 1, seed=7)[0]
@@ -107,7 +107,7 @@ def planted(folder, out):
         kept = poisoned[i][: SIZE - len(phrase) - len(PAYLOAD) - 2].rsplit(maxsplit=1)[0]
         poisoned[i] = f"{kept} {phrase}{PAYLOAD}"
     canaries = [{"trigger": phrase, "payload": PAYLOAD}]
-    trained(folder, "planted", poisoned, held, 6)
+    trained(folder, "planted", poisoned, held, 15)
     found = audited(folder, "planted", poisoned, held, canaries, out)
     top = [row["text"] for row in found["outliers"]["rows"]][: len(poisoned) // 50]
     hits = sum(PAYLOAD in text for text in top)
@@ -117,7 +117,7 @@ def planted(folder, out):
             f"  {row['model']:<20} payload after {phrase!r} {row['log_prob']:.1f} nats, after others "
             f"{row['control_mean']:.1f} (best {row['control_max']:.1f}), fires {row['fires']:.0%}, p {row['p']:.3g}"
         )
-    trained(folder, "control", train, held, 6)
+    trained(folder, "control", train, held, 15)
     clean = audited(folder, "control", train, held, [*canaries, *audit.secrets(1, 3)], out)
     wolf(folder, clean, train, held, words)
 
