@@ -659,7 +659,8 @@ def _outliers(
         listed.append({"where": where, "start": start, "score": float(scores[i]), "text": _excerpt(text)})
     return {
         "n": len(train), "threshold": beyond.threshold, "flagged": len(beyond.flagged), "expected": beyond.expected,
-        "beyond": beyond.beyond, "p": beyond.p, "rows": listed, "scores": scores.tolist(), "reference": reference.tolist(),
+        "beyond": beyond.beyond, "p": beyond.p, "rows": listed, "scores": scores.tolist(),
+        "reference": reference.tolist(),
     }  # fmt: skip
 
 
