@@ -154,7 +154,7 @@ def _extraction(report: dict[str, Any]) -> list[str]:
     def draw(axes: Any) -> None:
         for i, (text, stride) in enumerate(kinds):
             own = [row for row in found if (row["text"], row["stride"]) == (text, stride)]
-            x, y = [row["prefix"] for row in own], np.array([row["rate"] for row in own])
+            x, y = np.array([row["prefix"] for row in own]), np.array([row["rate"] for row in own])
             spread = np.abs(np.array([(row["low"], row["high"]) for row in own]).T - y)
             style = "o-" if text == "train" else "s--"
             axes.errorbar(
