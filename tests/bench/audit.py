@@ -191,8 +191,12 @@ def loader(folder, out):
     cfg = gptjax.ModelConfig(context_length=length, **SHAPES)
     ask = dict(prefixes=(8, 16, 32), suffix=24, stride=24)
     print(f"8,000 characters, {epochs} epochs, windows of {length}: said word for word, 24 characters, by prefix")
+    print("  (stride None: windows of 64 that do not overlap, cut at another place each epoch)")
     print("  stride  masked  steps    train loss      8      16      32   held out, 32   held-out loss")
-    rows = [(64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (16, 3, None), (16, 6, None), (16, 12, None)]
+    rows = [
+        (64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (None, 0, 16), (16, 3, None), (16, 6, None),
+        (16, 12, None),
+    ]  # fmt: skip
     for stride, masked, steps_of in rows:
         data = gptjax.DataConfig(stride=stride, mask_tokens=masked)
         source = Loader(store, data, batch_size=size, context_length=length, seed=0, vocab_size=257)
@@ -213,7 +217,7 @@ def loader(folder, out):
         seen = audit.extraction(state.params, cfg, store, **ask)
         unseen = audit.extraction(state.params, cfg, held, **ask)[-1]
         rates = " ".join(f"{one.rate:7.1%}" for one in seen)
-        own = f"  {stride:6}  {masked:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
+        own = f"  {stride!s:>6}  {masked:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
         print(f"{own}   {unseen.rate:11.1%}   {losses[1]:11.3f}", flush=True)
 
 
