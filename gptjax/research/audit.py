@@ -73,10 +73,13 @@ def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | 
     return Batch(ids[:, :-1], ids[:, 1:], (at[:, 1:] < ends[:, None]).astype(np.float32))
 
 
-def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """One (read, predicted) pair of ids a row: the targets that count are the predicted ones."""
-    length = max(len(read) + len(said) for read, said in texts) - 1
-    length = -(-length // 16) * 16  # so that other texts find the compiled program again
+def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | None = None) -> Batch:
+    """One (read, predicted) pair of ids a row: the targets that count are the predicted ones.
+
+    Rows are filled up to a multiple of 16, so that other texts find the compiled program again, or to `most`.
+    """
+    needed = max(len(read) + len(said) for read, said in texts) - 1
+    length = max(needed, min(-(-needed // 16) * 16, most or needed))
     ids = np.zeros((len(texts), length + 1), np.int32)
     counted = np.zeros((len(texts), length + 1), np.float32)
     for i, (read, said) in enumerate(texts):
@@ -201,7 +204,7 @@ def trigger(
         for own in (phrase, *controls)
         for context in contexts
     ]
-    batch = rows_of(texts)
+    batch = rows_of(texts, cfg.context_length)
     said, fires = _said(score(params, cfg, batch), batch)
     each = said.reshape(len(controls) + 1, len(contexts)).mean(1)
     return Trigger(float(each[0]), each[1:], float(fires[: len(contexts)].mean()), _rank(each[0], each[1:]))
@@ -289,7 +292,7 @@ def exposure(
     if not bits:
         raise UserError(f"{secret!r} has no digits and no letters a-z, so there are no others of its kind")
     texts = [(_within(encode(prefix), ids, cfg), ids) for ids in map(encode, (secret, *alike(secret, n, seed)))]
-    batch = rows_of(texts)
+    batch = rows_of(texts, cfg.context_length)
     said, exact = _said(score(params, cfg, batch), batch)
     p = _rank(said[0], said[1:])
     return Exposure(
@@ -377,7 +380,7 @@ def _share(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
     n, k = len(hits), int(hits.sum())
     if not n:
-        return 0, 0, math.nan, 0.0, 1.0
+        return 0, 0, 0.0, 0.0, 1.0
     between = binomtest(k, n).proportion_ci(method="wilson")
     return n, k, k / n, float(between.low), float(between.high)
 
