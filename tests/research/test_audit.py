@@ -69,7 +69,7 @@ def test_pieces_cover_documents_and_never_two():
     assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
     assert batch.targets.tolist() == [[2, 3], [4, 4], [7, 8], [9, 9]]
     assert batch.weights.tolist() == [[1, 1], [1, 0], [1, 1], [1, 0]]
-    assert audit.rows_of([([1, 2], [3])], 9).tokens.tolist() == [[1, 2, 0, 0, 0, 0, 0, 0, 0]]
+    assert audit.rows_of([([1, 2], [3])], 9).tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0, 0]]
     assert audit.rows_of([([1, 2], [3])]).weights.tolist() == [[0, 1]]
     some, _ = audit.pieces(store, 2, most=2)
     assert len(some) == 2 and set(some) < set(starts)
