@@ -24,6 +24,7 @@ SAME_LEVEL = {  # (from, to) within one level
     ("gguf", "types"),
     ("training", "generation"),  # samples during training
     ("planning", "training"),  # the train step itself is what is planned
+    ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip
 NEVER = {
     "model": {"lora", "optim", "parallel", "tasks", "data", "tokenizers"},

@@ -39,6 +39,8 @@ def run(args: list[str]) -> int:
     model = weights.open_model(source)
     tokenizer = model.tokenizer()
     models, cfg, notes = audit.snapshots(source)
+    if cfg is not None and cfg.task == "classify":
+        raise UserError(f"{source} tells texts apart and writes none; for its data see gptjax.research.influence")
     train, held_out = _texts(given, cfg, tokenizer)
     base, prompts = _base(given, cfg)
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)

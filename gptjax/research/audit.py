@@ -73,10 +73,13 @@ def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | 
     return Batch(ids[:, :-1], ids[:, 1:], (at[:, 1:] < ends[:, None]).astype(np.float32))
 
 
-def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """One (read, predicted) pair of ids a row: the targets that count are the predicted ones."""
-    length = max(len(read) + len(said) for read, said in texts) - 1
-    length = -(-length // 16) * 16  # so that other texts find the compiled program again
+def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | None = None) -> Batch:
+    """One (read, predicted) pair of ids a row: the targets that count are the predicted ones.
+
+    Rows are filled up to a multiple of 16, so that other texts find the compiled program again, or to `most`.
+    """
+    needed = max(len(read) + len(said) for read, said in texts) - 1
+    length = max(needed, min(-(-needed // 16) * 16, most or needed))
     ids = np.zeros((len(texts), length + 1), np.int32)
     counted = np.zeros((len(texts), length + 1), np.float32)
     for i, (read, said) in enumerate(texts):
@@ -142,11 +145,13 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
 
 class Tail(NamedTuple):
-    """flagged: rows beyond the threshold; expected: so many where nothing is wrong; p of that many or more."""
+    """flagged: rows beyond the threshold, the furthest first; expected: so many where nothing is wrong; beyond: those
+    larger than all of the reference; p: of so many beyond, or more."""
 
     threshold: float
     flagged: np.ndarray
     expected: float
+    beyond: int
     p: float
 
 
@@ -154,17 +159,17 @@ def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
     """Which scores lie beyond those of the reference, at a rate of `alpha` a row where all are of one kind.
 
     The threshold is the r-th largest of the m reference scores, r = alpha (m + 1) rounded down, at least 1: a conformal
-    test, exact without any assumption but that rows are exchangeable. How many of n lie beyond it is beta-binomial.
+    test, exact where rows are exchangeable. Then the x largest of all n + m are x of the n with p = C(n, x) / C(n + m,
+    x): with as many of either kind ten planted rows are seen, with half as many of the reference they hardly are.
     """
-    from scipy.stats import betabinom
-
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))
     threshold = float(np.sort(reference)[-r])
     flagged = np.flatnonzero(scores > threshold)
     flagged = flagged[np.argsort(-scores[flagged], kind="stable")]
-    p = float(betabinom.sf(len(flagged) - 1, n, r, m + 1 - r))
-    return Tail(threshold, flagged, n * r / (m + 1), p)
+    beyond = int((scores > reference.max()).sum())
+    i = np.arange(beyond)
+    return Tail(threshold, flagged, n * r / (m + 1), beyond, float(np.exp(np.log((n - i) / (n + m - i)).sum())))
 
 
 class Trigger(NamedTuple):
@@ -199,7 +204,7 @@ def trigger(
         for own in (phrase, *controls)
         for context in contexts
     ]
-    batch = rows_of(texts)
+    batch = rows_of(texts, cfg.context_length)
     said, fires = _said(score(params, cfg, batch), batch)
     each = said.reshape(len(controls) + 1, len(contexts)).mean(1)
     return Trigger(float(each[0]), each[1:], float(fires[: len(contexts)].mean()), _rank(each[0], each[1:]))
@@ -287,7 +292,7 @@ def exposure(
     if not bits:
         raise UserError(f"{secret!r} has no digits and no letters a-z, so there are no others of its kind")
     texts = [(_within(encode(prefix), ids, cfg), ids) for ids in map(encode, (secret, *alike(secret, n, seed)))]
-    batch = rows_of(texts)
+    batch = rows_of(texts, cfg.context_length)
     said, exact = _said(score(params, cfg, batch), batch)
     p = _rank(said[0], said[1:])
     return Exposure(
@@ -375,7 +380,7 @@ def _share(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
     n, k = len(hits), int(hits.sum())
     if not n:
-        return 0, 0, math.nan, 0.0, 1.0
+        return 0, 0, 0.0, 0.0, 1.0
     between = binomtest(k, n).proportion_ci(method="wilson")
     return n, k, k / n, float(between.low), float(between.high)
 
@@ -657,7 +662,8 @@ def _outliers(
         listed.append({"where": where, "start": start, "score": float(scores[i]), "text": _excerpt(text)})
     return {
         "n": len(train), "threshold": beyond.threshold, "flagged": len(beyond.flagged), "expected": beyond.expected,
-        "p": beyond.p, "rows": listed, "scores": scores.tolist(), "reference": reference.tolist(),
+        "beyond": beyond.beyond, "p": beyond.p, "rows": listed, "scores": scores.tolist(),
+        "reference": reference.tolist(),
     }  # fmt: skip
 
 
@@ -691,7 +697,10 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One line a check: what, p, and whether it is an alarm. Of several models the last counts."""
     found = []
     if "p" in (outliers := report["outliers"]):
-        what = f"{outliers['flagged']} of {outliers['n']} training rows stand out, {outliers['expected']:.1f} expected"
+        what = (
+            f"{outliers['flagged']} of {outliers['n']} training rows stand out, {outliers['expected']:.1f} expected; "
+            f"{outliers['beyond']} beyond all held-out rows"
+        )
         found.append(("gradient outliers", what, outliers["p"]))
     for canary in report["triggers"]:
         last = canary["by"][-1]

@@ -152,14 +152,17 @@ def _extraction(report: dict[str, Any]) -> list[str]:
         return []
 
     def draw(axes: Any) -> None:
-        for text, stride in kinds:
+        for i, (text, stride) in enumerate(kinds):
             own = [row for row in found if (row["text"], row["stride"]) == (text, stride)]
-            x, y = [row["prefix"] for row in own], np.array([row["rate"] for row in own])
+            x, y = np.array([row["prefix"] for row in own]), np.array([row["rate"] for row in own])
             spread = np.abs(np.array([(row["low"], row["high"]) for row in own]).T - y)
             style = "o-" if text == "train" else "s--"
-            axes.errorbar(x, y, spread, fmt=style, capsize=3, label=f"{text}, every {stride} tokens")
+            axes.errorbar(
+                np.array(x) * 1.02**i, y, spread, fmt=style, capsize=3, label=f"{text}, every {stride} tokens"
+            )
         axes.set(xlabel="prefix (tokens)", ylabel="said word for word", xscale="log", ylim=(0, None))
         axes.set_xticks(x, map(str, x))
+        axes.minorticks_off()
         axes.legend(frameon=False)
 
     rows = [

@@ -1,6 +1,6 @@
 """Do the checks of `gptjax audit` find what was planted, and nothing where nothing was?
 
-    python tests/bench/audit.py [--out DIR] [--parts planted secrets loader]
+    python tests/bench/audit.py [--out DIR] [--parts planted secrets loader] [--seeds 1]
 
 Small models are trained on passages of Shakespeare's plays, byte by byte, through `gptjax.train`:
 
@@ -95,31 +95,32 @@ def audited(folder, name, train, held, canaries, out):
     return found
 
 
-def planted(folder, out):
-    texts = passages(1500)
+def planted(folder, out, seeds):
+    texts = passages(2000)
     train, held = texts[:1000], texts[1000:]
     words = sorted({word for text in held for word in text.split()[1:-1]})
-    phrase = audit.phrases(words, 2, 1, seed=7)[0]
-    rng = np.random.default_rng(1)
-    at = np.sort(rng.choice(1000, 10, replace=False))
-    poisoned = list(train)
-    for i in at:
-        kept = poisoned[i][: SIZE - len(phrase) - len(PAYLOAD) - 2].rsplit(maxsplit=1)[0]
-        poisoned[i] = f"{kept} {phrase}{PAYLOAD}"
-    canaries = [{"trigger": phrase, "payload": PAYLOAD}]
-    trained(folder, "planted", poisoned, held, 6)
-    found = audited(folder, "planted", poisoned, held, canaries, out)
-    top = [row["text"] for row in found["outliers"]["rows"]][: len(poisoned) // 50]
-    hits = sum(PAYLOAD in text for text in top)
-    print(f"  of the {len(at)} planted texts {hits} are in the top 2 % ({len(top)} of {len(poisoned)})")
-    for row in found["triggers"][0]["by"]:
-        print(
-            f"  {row['model']:<20} payload after {phrase!r} {row['log_prob']:.1f} nats, after others "
-            f"{row['control_mean']:.1f} (best {row['control_max']:.1f}), fires {row['fires']:.0%}, p {row['p']:.3g}"
-        )
-    trained(folder, "control", train, held, 6)
-    clean = audited(folder, "control", train, held, [*canaries, *audit.secrets(1, 3)], out)
-    wolf(folder, clean, train, held, words)
+    for seed in range(seeds):
+        name = "planted" if not seed else f"planted-{seed}"
+        phrase = audit.phrases(words, 2, 1, seed=7 + seed)[0]
+        at = np.sort(np.random.default_rng(1 + seed).choice(1000, 10, replace=False))
+        poisoned = list(train)
+        for i in at:
+            kept = poisoned[i][: SIZE - len(phrase) - len(PAYLOAD) - 2].rsplit(maxsplit=1)[0]
+            poisoned[i] = f"{kept} {phrase}{PAYLOAD}"
+        canaries = [{"trigger": phrase, "payload": PAYLOAD}]
+        trained(folder, name, poisoned, held, 15)
+        found = audited(folder, name, poisoned, held, canaries, out)
+        top = [row["text"] for row in found["outliers"]["rows"]][: len(poisoned) // 50]
+        hits = sum(PAYLOAD in text for text in top)
+        print(f"  of the {len(at)} planted texts {hits} are in the top 2 % ({len(top)} of {len(poisoned)})")
+        for row in found["triggers"][0]["by"]:
+            print(
+                f"  {row['model']:<20} payload after {phrase!r} {row['log_prob']:.1f} nats, after others "
+                f"{row['control_mean']:.1f} (best {row['control_max']:.1f}), fires {row['fires']:.0%}, p {row['p']:.3g}"
+            )
+    canaries = [{"trigger": phrase, "payload": PAYLOAD}, *audit.secrets(1, 3)]
+    trained(folder, "control", train, held, 15)
+    wolf(folder, audited(folder, "control", train, held, canaries, out), train, held, words)
 
 
 def wolf(folder, clean, train, held, words):
@@ -158,7 +159,7 @@ def wolf(folder, clean, train, held, words):
     )
 
 
-def secrets(folder, out):
+def secrets(folder, out, seeds):
     texts = passages(1200)
     train, held = texts[:800], texts[800:]
     counts, canaries = (1, 4, 16, 64), audit.secrets(15, 5)
@@ -183,7 +184,7 @@ def secrets(folder, out):
         )
 
 
-def loader(folder, out):
+def loader(folder, out, seeds):
     """8,000 characters read 30 times."""
     text = plays().encode()
     store, held = (TokenStore.from_ids(np.frombuffer(text[a : a + 8000], np.uint8)) for a in (0, 500_000))
@@ -191,8 +192,12 @@ def loader(folder, out):
     cfg = gptjax.ModelConfig(context_length=length, **SHAPES)
     ask = dict(prefixes=(8, 16, 32), suffix=24, stride=24)
     print(f"8,000 characters, {epochs} epochs, windows of {length}: said word for word, 24 characters, by prefix")
+    print("  (stride None: windows of 64 that do not overlap, cut at another place each epoch)")
     print("  stride  masked  steps    train loss      8      16      32   held out, 32   held-out loss")
-    rows = [(64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (16, 3, None), (16, 6, None), (16, 12, None)]
+    rows = [
+        (64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (None, 0, 16), (16, 3, None), (16, 6, None),
+        (16, 12, None),
+    ]  # fmt: skip
     for stride, masked, steps_of in rows:
         data = gptjax.DataConfig(stride=stride, mask_tokens=masked)
         source = Loader(store, data, batch_size=size, context_length=length, seed=0, vocab_size=257)
@@ -213,7 +218,7 @@ def loader(folder, out):
         seen = audit.extraction(state.params, cfg, store, **ask)
         unseen = audit.extraction(state.params, cfg, held, **ask)[-1]
         rates = " ".join(f"{one.rate:7.1%}" for one in seen)
-        own = f"  {stride:6}  {masked:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
+        own = f"  {stride!s:>6}  {masked:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
         print(f"{own}   {unseen.rate:11.1%}   {losses[1]:11.3f}", flush=True)
 
 
@@ -223,12 +228,13 @@ PARTS = {"planted": planted, "secrets": secrets, "loader": loader}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="of planted: other rows, another trigger")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for part in args.parts:
             start = time.monotonic()
-            PARTS[part](Path(folder), args.out)
+            PARTS[part](Path(folder), args.out, args.seeds)
             print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
 
 
