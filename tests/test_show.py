@@ -69,6 +69,18 @@ def test_curves_and_the_picture_of_them(tmp_path):
     assert (pixels(picture) != 255).sum() > (pixels(blank) != 255).sum()
 
 
+def test_places_on_the_axis_are_named_where_they_are():
+    def labels(**options):
+        picture = show.curves({"a": ([256, 512, 4096], [1, 2, 3])}, **options)
+        picture.figure.canvas.draw()
+        return [t.get_text() for t in picture.figure.axes[0].get_xticklabels(which="both")]
+
+    assert labels(log_x=True) == ["256", "512", "4096"]
+    steps = show.curves({"a": (range(3), [1, 2, 3])}).figure
+    steps.canvas.draw()
+    assert {float(place).is_integer() for place in steps.axes[0].get_xticks()} == {True}
+
+
 def test_no_curve():
     with pytest.raises(UserError, match="expected at least one"):
         show.curves({})
