@@ -4,7 +4,8 @@
 # What you learn: attention without weights, with weights, with a mask, with many heads, each step a line or two and
 # equal to the package's function; why the scores are divided by a root; what a real model's heads look at.
 #
-# What it costs: CPU half a minute (2 cores), and a model of 98 MB from the package registry, once; v5e-1: not measured.
+# What it costs: CPU half a minute to a minute (2 cores), and a model of 98 MB from the package registry, once; v5e-1:
+# not measured.
 
 # %%
 import jax

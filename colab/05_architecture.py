@@ -4,7 +4,7 @@
 # What you learn: what a block is made of and why it has shortcuts and norms; where the parameters of the four GPT-2
 # sizes are; what the first loss must be; how text is written, and what the key-value cache saves.
 #
-# What it costs: CPU 2 minutes (2 cores); v5e-1: not measured.
+# What it costs: CPU 2 to 4 minutes (2 cores); v5e-1: not measured.
 
 # %%
 import math
