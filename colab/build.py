@@ -87,27 +87,26 @@ def drifted() -> list[str]:
     return sorted(path.name for path in wanted.keys() | there.keys() if wanted.get(path) != there.get(path))
 
 
-def run(source: Path, out: Path, full: bool = False) -> float:
-    """Runs a notebook in a kernel of this Python, in the folder `out`; returns the seconds.
-
-    Raises:
-        CellExecutionError: a cell failed; what ran until then is written too.
-    """
+def run(source: Path, out: Path, full: bool = False) -> str:
+    """Runs a notebook in a kernel of this Python, in the folder `out`; returns the error of the cell it ended at, or
+    an empty text. What ran is written in any case."""
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
     notebook = nbformat.reads(build(source), as_version=4)
     os.environ["GPTJAX_SMOKE"] = "0" if full else "1"
     client = NotebookClient(
         notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(out)}}
     )
-    start = time.perf_counter()
     try:
         client.execute()
+    except CellExecutionError as error:
+        return f"{error}\n"
     finally:
         nbformat.write(notebook, out / f"{source.stem}.ipynb")
         for i, png in enumerate(pictures(notebook), 1):
             (out / f"{source.stem}-{i}.png").write_bytes(png)
-    return time.perf_counter() - start
+    return ""
 
 
 def pictures(notebook: Any) -> list[bytes]:
@@ -134,9 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             parser.error(f"no source begins with {' or '.join(args.names)}")
         args.run.mkdir(parents=True, exist_ok=True)
+        failed = 0
         for source in chosen:
-            print(f"{source.stem}: {run(source, args.run.resolve(), args.full):.0f} s", flush=True)
-        return 0
+            start = time.perf_counter()
+            error = run(source, args.run.resolve(), args.full)
+            print(f"{source.stem}: {time.perf_counter() - start:.0f} s{', failed' * bool(error)}", flush=True)
+            failed += bool(error)
+            print(error, end="", file=sys.stderr, flush=True)
+        return int(failed > 0)
     for source in sources():
         source.with_suffix(".ipynb").write_text(build(source), encoding="utf-8")
     return 0

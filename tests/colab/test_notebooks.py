@@ -1,7 +1,9 @@
 """The notebooks are what their sources give; with GPTJAX_NOTEBOOKS=1 each is also run from top to bottom."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,29 +24,35 @@ def text(cell):
     return "".join(cell["source"])
 
 
-def build(*arguments, script=BUILD, **options):
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, **options)
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """colab/build.py as a module, at work in an empty folder that has what all notebooks share."""
+    spec = importlib.util.spec_from_file_location("colab_build", BUILD)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "first_cells.py").write_bytes(BUILD.with_name("first_cells.py").read_bytes())
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
 
 
-def test_there_are_sources():
-    assert [name[:2] for name in NAMES] == [f"{i:02}" for i in range(len(NAMES))] and NAMES
+def test_the_notebooks_are_numbered():
+    assert NAMES and [name[:2] for name in NAMES] == [f"{i:02}" for i in range(len(NAMES))]
 
 
-def test_every_notebook_is_what_its_source_gives():
-    done = build("--check")
-    assert done.returncode == 0, done.stderr
+def test_every_notebook_is_what_its_source_gives(build, monkeypatch, capsys):
+    monkeypatch.setattr(build, "HERE", BUILD.parent)
+    assert build.main(["--check"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["source", "notebook", "missing", "orphan"])
-def test_drift_is_seen(tmp_path, change):
-    for path in (BUILD, BUILD.with_name("first_cells.py"), SOURCES[0]):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    script, source = tmp_path / "build.py", tmp_path / SOURCES[0].name
+def test_drift_is_seen(build, tmp_path, capsys, change):
+    source = tmp_path / SOURCES[0].name
+    source.write_bytes(SOURCES[0].read_bytes())
     notebook = source.with_suffix(".ipynb")
-    assert build(script=script).returncode == 0
+    assert build.main([]) == 0
     before = notebook.read_bytes()
-    assert before == (ROOT / "colab" / notebook.name).read_bytes()
-    assert build("--check", script=script).returncode == 0
+    assert before == (BUILD.parent / notebook.name).read_bytes()
+    assert build.main(["--check"]) == 0
     if change == "source":
         source.write_text(source.read_text(encoding="utf-8") + "\n# %%\n1 + 1\n", encoding="utf-8")
     elif change == "notebook":
@@ -52,22 +60,18 @@ def test_drift_is_seen(tmp_path, change):
     elif change == "missing":
         notebook.unlink()
     else:
-        notebook = notebook.rename(tmp_path / "99_alone.ipynb")
-        notebook.with_name(SOURCES[0].stem + ".ipynb").write_bytes(before)
-    done = build("--check", script=script)
-    assert done.returncode == 1 and notebook.name in done.stderr
+        notebook = tmp_path / "99_alone.ipynb"
+        notebook.write_bytes(before)
+    assert build.main(["--check"]) == 1
+    assert capsys.readouterr().err.endswith(f": {notebook.name}\n")
 
 
-def test_a_new_cell_leaves_the_ids_of_the_others(tmp_path):
-    for path in (BUILD, BUILD.with_name("first_cells.py")):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    source = tmp_path / "00_x.py"
+def test_a_new_cell_leaves_the_ids_of_the_others(build, tmp_path):
     cells = ["# %% [markdown]\n# # Title\n", "# %%\n1 + 1\n", "# %%\n1 + 1\n"]
 
     def ids():
-        source.write_text("\n".join(cells), encoding="utf-8")
-        build(script=tmp_path / "build.py", check=True)
-        return [cell["id"] for cell in json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]]
+        (tmp_path / "00_x.py").write_text("\n".join(cells), encoding="utf-8")
+        return [cell["id"] for cell in json.loads(build.build(tmp_path / "00_x.py"))["cells"]]
 
     before = ids()
     cells.insert(1, "# %%\n2 + 2\n")
@@ -75,12 +79,26 @@ def test_a_new_cell_leaves_the_ids_of_the_others(tmp_path):
     assert [i for i in ids() if i in before] == before
 
 
-def test_a_source_without_a_title(tmp_path):
-    for path in (BUILD, BUILD.with_name("first_cells.py")):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+def test_a_source_without_a_title(build, tmp_path):
     (tmp_path / "00_x.py").write_text("# %%\n1 + 1\n", encoding="utf-8")
-    done = build(script=tmp_path / "build.py")
-    assert done.returncode == 1 and "whose first line is '# # Title'" in done.stderr
+    with pytest.raises(SystemExit, match="whose first line is '# # Title'"):
+        build.main([])
+
+
+def test_a_run_tells_which_notebook_failed(tmp_path):
+    (tmp_path / "first_cells.py").write_bytes(BUILD.with_name("first_cells.py").read_bytes())
+    for name, line in (("00_x", "assert 1 + 1 == 3"), ("01_y", "print(40 + 2)")):
+        source = f"# %% [markdown]\n# # Title\n\n# %%\n{line}\n"
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    script = tmp_path / "build.py"
+    script.write_bytes(BUILD.read_bytes())
+    command = [sys.executable, str(script), "--run", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"00_x: \d+ s, failed\n01_y: \d+ s\n", done.stdout)
+    assert "assert 1 + 1 == 3" in done.stderr and "AssertionError" in done.stderr
+    outputs = json.loads((tmp_path / "out" / "01_y.ipynb").read_text(encoding="utf-8"))["cells"][-1]["outputs"]
+    assert outputs[0]["text"] == ["42\n"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,7 +134,8 @@ def test_beginning_and_end(name):
 def test_runs_from_top_to_bottom(name, tmp_path):
     """As a reader runs it: without the flags that make this suite compile faster, in a folder of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = build("--run", str(tmp_path), name, env=environment)
+    command = [sys.executable, str(BUILD), "--run", str(tmp_path), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout, end="")
     outputs = [
