@@ -87,10 +87,11 @@ assert scales == {"alpha/r": 1, "alpha/sqrt(r)": 4, "alpha": 16}
 
 # %%
 BASE_STEPS, STEPS = (20, 10) if SMOKE else (300, 150)
-cfg = gptjax.load_config("shakespeare-char", "tokenizer.name=bytes", "model.arch=llama", "model.embed_std=0.02")
+SIZE = ("model.n_layer=2", "model.d_model=64") if SMOKE else ()
 model = gptjax.load_config(
-    "shakespeare-char", "model.arch=llama", "model.embed_std=0.02", "model.vocab_size=257", "model.tie_embeddings=true"
-).model
+    "shakespeare-char", "model.arch=llama", "model.embed_std=0.02", "model.vocab_size=257", "model.tie_embeddings=true",
+    *SIZE,
+).model  # fmt: skip
 T, B = model.context_length, 8
 
 
