@@ -218,8 +218,17 @@ q_tuned, q_losses = train(
 )
 print(f"{size[0]:.2f} MiB become {size[1]:.2f} MiB; nats a byte: {measure(four_bits)} before,", end=" ")
 print(f"{measure(lora.attach(four_bits, q_tuned, lcfg))} with its adapter")
-steps = np.arange(STEPS) + 1
-show.curves({"LoRA": (steps, lora_losses), "QLoRA": (steps, q_losses)}, x="step", y="nats a byte, training batch")
+
+
+def smooth(losses, parts=10):
+    """Means over a tenth of the steps, at their last step: batches differ by more than what is compared."""
+    n = max(1, len(losses) // parts)
+    return np.arange(n, len(losses) + 1), np.convolve(losses, np.ones(n) / n, "valid")
+
+
+show.curves(
+    {"LoRA": smooth(lora_losses), "QLoRA": smooth(q_losses)}, x="step", y="nats a byte, mean of training batches"
+)
 
 # %% [markdown]
 # ## Six adapters in one program
@@ -247,10 +256,8 @@ for i in range(5):
     states, metrics = many_step(states, alone, base, docs.batch(i))
 print(f"the second one's loss after 5 steps: {losses[4, 1]:.5f} among six, {float(metrics['loss'][0]):.5f} alone")
 assert abs(losses[4, 1] - float(metrics["loss"][0])) < 1e-3
-smooth = {
-    f"rate {5e-3 * six.rates[k]:g}, rank {six.ranks[k]}": (np.arange(n) + 1, losses[:, k]) for k in range(6)
-}  # fmt: skip
-show.curves(smooth, x="step", y="nats a byte, training batch")
+lines = {f"rate {5e-3 * six.rates[k]:g}, rank {six.ranks[k]}": smooth(losses[:, k], parts=5) for k in range(6)}
+show.curves(lines, x="step", y="nats a byte, mean of training batches")
 
 # %% [markdown]
 # ## Exercises
