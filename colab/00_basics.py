@@ -4,7 +4,7 @@
 # What you learn: how JAX holds numbers, how a gradient is made of the chain rule, and what everything later is composed
 # of: `grad`, `vmap`, `jit`, trees of arrays, and random keys.
 #
-# What it costs: CPU CPU_SECONDS (2 cores); v5e-1: not measured, most of it is compiling small programs.
+# What it costs: CPU 20 s (2 cores); v5e-1: not measured, most of it is compiling small programs.
 
 # %%
 import time

@@ -4,7 +4,7 @@
 # What you learn: what the ids are that a model reads; what characters, words and byte pairs cost; how byte-pair
 # encoding learns its vocabulary, written out in thirty lines and equal to the package's; what special tokens are.
 #
-# What it costs: CPU CPU_SECONDS (2 cores); v5e-1: nothing of it runs on the TPU, a CPU runtime is as good.
+# What it costs: CPU 10 s (2 cores); v5e-1: nothing of it runs on the TPU, a CPU runtime is as good.
 
 # %%
 from collections import Counter

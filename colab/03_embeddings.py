@@ -4,7 +4,7 @@
 # What you learn: that an embedding is a table and a product with it at once; what gradient a row gets; five ways to say
 # where a token stands; what the table of a trained model knows.
 #
-# What it costs: CPU CPU_SECONDS (2 cores), and a model of 98 MB from the package registry, once; v5e-1: not measured.
+# What it costs: CPU half a minute (2 cores), and a model of 98 MB from the package registry, once; v5e-1: not measured.
 
 # %%
 from dataclasses import replace

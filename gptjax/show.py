@@ -20,6 +20,7 @@ from gptjax.types import UserError
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
 _MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it
+_MOST_TICKS = 12  # places on a logarithmic axis up to which each is named
 
 
 class Html:
@@ -139,14 +140,22 @@ def curves(
     """Lines in one frame: name -> (x values, y values), for losses, schedules, functions."""
     if not lines:
         raise UserError("lines: expected at least one, {name: (x values, y values)}, got none")
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     figure, (axis,) = _figure(7, 4, 1, 1)
     for name, (at, values) in lines.items():
         axis.plot(np.asarray(at), np.asarray(values), label=name, marker=marker, markersize=4, linewidth=1.8)
     axis.set(xlabel=x, ylabel=y, title=title)
     if log_x:
         axis.set_xscale("log")
+        places = np.unique(np.concatenate([np.asarray(at, np.float64) for at, _ in lines.values()]))
+        if len(places) <= _MOST_TICKS:
+            axis.set_xticks(places, [f"{place:g}" for place in places])
+            axis.xaxis.set_minor_locator(NullLocator())
     if log_y:
         axis.set_yscale("log")
+    if not log_x and all(np.asarray(at).dtype.kind in "iu" for at, _ in lines.values()):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # between two steps there is none
     axis.grid(alpha=0.25)
     if len(lines) > 1:
         axis.legend(frameon=False)

@@ -7,11 +7,6 @@ from gptjax.types import UserError
 BYTES = tokenizers.load("bytes")
 
 
-def pixels(picture):
-    picture.figure.canvas.draw()
-    return np.asarray(picture.figure.canvas.buffer_rgba())
-
-
 def test_every_token_is_shown_with_its_id_and_nothing_of_it_is_read_as_html():
     text = show.tokens(BYTES, BYTES.encode("a <b>\n"))._repr_html_()
     assert [f'title="{i}"' in text for i in b"a <b>\n"] == [True] * 6
@@ -65,8 +60,21 @@ def test_curves_and_the_picture_of_them(tmp_path):
     assert picture._repr_png_().startswith(b"\x89PNG")
     picture.save(tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text(encoding="utf-8")
-    blank = show.curves({"nothing": ([], [])})
-    assert (pixels(picture) != 255).sum() > (pixels(blank) != 255).sum()
+    picture.figure.canvas.draw()
+    pixels = np.asarray(picture.figure.canvas.buffer_rgba())[..., :3]
+    assert [(pixels == colour).all(-1).sum() > 200 for colour in ((31, 119, 180), (255, 127, 14))] == [True, True]
+
+
+def test_places_on_the_axis_are_named_where_they_are():
+    def labels(**options):
+        picture = show.curves({"a": ([256, 512, 4096], [1, 2, 3])}, **options)
+        picture.figure.canvas.draw()
+        return [t.get_text() for t in picture.figure.axes[0].get_xticklabels(which="both")]
+
+    assert labels(log_x=True) == ["256", "512", "4096"]
+    steps = show.curves({"a": (range(3), [1, 2, 3])}).figure
+    steps.canvas.draw()
+    assert {float(place).is_integer() for place in steps.axes[0].get_xticks()} == {True}
 
 
 def test_no_curve():
