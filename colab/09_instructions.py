@@ -132,7 +132,7 @@ for talk in test_talks[:4]:
 # ## Packing
 #
 # One conversation a row wastes what is padding. Packed, several share a row, each a segment that sees nothing of the
-# others and starts at position 0. Below every colour is one conversation, white is padding.
+# others and starts at position 0. Below (some of the rows) every colour is one conversation, white is padding.
 
 # %%
 T = 256
@@ -144,7 +144,7 @@ for name, rows in (("padded", padded), ("packed", packed)):
 
 
 def coloured(rows):
-    return np.where(rows.segment_ids == 0, np.nan, rows.segment_ids)[:16]
+    return np.where(rows.segment_ids == 0, np.nan, rows.segment_ids)[:: -(-len(rows.tokens) // 16)]
 
 
 show.maps({"padded": coloured(padded), "packed": coloured(packed)}, x="token", y="row", colours="tab10", size=4.5)
