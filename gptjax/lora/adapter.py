@@ -147,15 +147,16 @@ def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Ar
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
 
 
-def merge(params: Params, adapter: Adapter, cfg: LoraConfig) -> Params:
-    """Plain arrays again, each in its base's dtype (float32 for a quantised one): to export, or to decode fastest."""
+def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
+    """Plain arrays again, each in its base's dtype (float32 for a quantised one): to export, or to decode fastest.
+    `scales` as the adapter was attached with, where that was not `cfg.scale`."""
 
     def plain(leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
             return leaf
         return _dense(leaf).astype(getattr(leaf.w, "dtype", jnp.float32))
 
-    return jax.tree.map(plain, attach(params, adapter, cfg), is_leaf=_is_leaf)
+    return jax.tree.map(plain, attach(params, adapter, cfg, scales=scales), is_leaf=_is_leaf)
 
 
 _dense = jax.jit(dense)

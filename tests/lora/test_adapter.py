@@ -149,6 +149,8 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
         one = lora.attach(params, adapters[k], lcfg, scales=scales[k])
         np.testing.assert_allclose(together[i], gptjax.forward(one, tokens[i : i + 1], cfg)[0], atol=1e-4)
         assert written[i] == gptjax.generate(one, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
+    merged = lora.merge(params, adapters[2], lcfg, scales=scales[2])
+    np.testing.assert_allclose(together[0], gptjax.forward(merged, tokens[:1], cfg)[0], atol=1e-4)
     with pytest.raises(UserError, match="without DoRA's lengths only"):
         lora.rows([lora.init(KEY, params, MEMBERS["dora"])], [0])
 
