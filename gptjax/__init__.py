@@ -43,6 +43,7 @@ _HOMES: dict[str, str] = {
     "LoraConfig": "gptjax.config",
     "lora": "",
     "parallel": "",
+    "research": "",
     "generation": "",
     "weights": "",
     "tasks": "",
