@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_LABELS = 12  # in a legend
+MOST_LABELS, LONGEST_LABEL = 12, 60  # in a legend; more would leave no room for the curves
 MOST_NEIGHBOURS = 50  # of a point in the smoothed training loss, on each side
 
 
@@ -91,7 +91,8 @@ def draw_sweep(
     right.set(xlabel="step", ylabel="training loss", title="training loss, smoothed, mean over seeds")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        if 1 <= len(axes.get_legend_handles_labels()[1]) <= MOST_LABELS:
+        labels = axes.get_legend_handles_labels()[1]
+        if 1 <= len(labels) <= MOST_LABELS and max(map(len, labels)) <= LONGEST_LABEL:
             axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 

@@ -3,7 +3,8 @@
     python tests/bench/sweep.py [--steps 200] [--lrs 4] [--seeds 8] [--sizes tiny small] [a.b=c ...]
 
 Prints for each size: seconds of whole runs (data, start, compiling, steps; no validation on either side), of compiling,
-and of the steps alone; the ratio of each; and the largest difference of a loss and of a parameter.
+and of the steps alone; the ratio of each; and for each rate the largest difference of a loss. Above 3e-3 this model
+trains unstably, and what begins as rounding (1e-6 after 20 steps of 1e-2) has grown to 4e-2 after 120.
 
 One after another is measured three ways: whole runs as separate processes without a compile cache would (every run
 compiles its own step), with every program that differs compiled once (a learning rate is a constant of its program, a
@@ -28,10 +29,10 @@ SIZES = {  # beside tiny-gpt2: 2 layers, 2 heads, width 32, rows of 32 tokens, 8
 }
 
 
-def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.ndarray], list]:
-    """Seconds by kind, losses and params of each run."""
+def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Seconds by kind, and the losses of each run."""
     seconds = {"rest": 0.0, "compile": 0.0, "compile once": 0.0, "steps": 0.0}
-    seen, losses, params = set(), [], []
+    seen, losses = set(), []
     for cfg in configs:
         began = time.perf_counter()
         with loop.Progress(log=lambda line: None) as progress:
@@ -57,8 +58,7 @@ def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.
             seen.add(cfg.optim.lr)
             seconds["compile once"] += done - ready
         losses.append(np.concatenate(own))
-        params.append(state.params)
-    return seconds, losses, params
+    return seconds, losses
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small"])
     args, settings = parser.parse_known_args()
-    rates = ",".join(f"{lr:.3g}" for lr in np.geomspace(1e-3, 1e-2, args.lrs))
+    rates = ",".join(f"{lr:.3g}" for lr in np.geomspace(3e-4, 3e-3, args.lrs))
     for size in args.sizes:
         configs = sweep.grid(
             "tiny-gpt2", *SIZES[size], f"train.max_steps={args.steps}", f"optim.lr=[{rates}]",
@@ -80,7 +80,7 @@ def main() -> None:
         (program,) = found.programs
         a = {"whole": together, "compile": program["compile_s"], "steps": program["steps_s"]}
         k = loop.steps_per_call(configs[0], 0)
-        b, losses, params = one_after_another(configs, k)
+        b, losses = one_after_another(configs, k)
         whole = b["rest"] + b["compile"] + b["steps"]
         once = b["rest"] + b["compile once"] + b["steps"]
         print(
@@ -92,17 +92,15 @@ def main() -> None:
             f"alone {b['steps'] / a['steps']:.2f} x",
             flush=True,
         )
-        loss = max(np.abs(x - y).max() for x, y in zip(losses, found.losses, strict=True))
-        differences = [
-            max(
-                float(np.abs(x - y).max())
-                for x, y in zip(*map(jax.tree.leaves, (own, found.state(i).params)), strict=True)
+        apart: dict[float, list[np.ndarray]] = {}
+        for cfg, x, y in zip(configs, losses, found.losses, strict=True):
+            apart.setdefault(cfg.optim.lr, []).append(np.abs(x - y))
+        for lr, steps in apart.items():
+            print(
+                f"  lr {lr:<8g} largest difference of a loss in the first 10 steps {np.max(steps, 0)[:10].max():.1e}, in "
+                f"{args.steps} {np.max(steps):.1e}"
             )
-            for i, own in enumerate(params)
-        ]
         print(
-            f"  largest difference after {args.steps} steps: of a loss {loss:.1e}, of a parameter "
-            f"{max(differences):.1e} (median run {np.median(differences):.1e})\n"
             f"  memory: {program['bytes_by_formula'] / 2**20:.1f} MiB by formula, "
             f"{program['bytes_by_compiler'] / 2**20:.1f} by the compiler",
             flush=True,
