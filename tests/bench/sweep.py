@@ -97,8 +97,8 @@ def main() -> None:
             apart.setdefault(cfg.optim.lr, []).append(np.abs(x - y))
         for lr, steps in apart.items():
             print(
-                f"  lr {lr:<8g} largest difference of a loss in the first 10 steps {np.max(steps, 0)[:10].max():.1e}, in "
-                f"{args.steps} {np.max(steps):.1e}"
+                f"  lr {lr:<8g} largest difference of a loss in the first 10 steps "
+                f"{np.max(steps, 0)[:10].max():.1e}, in {args.steps} {np.max(steps):.1e}"
             )
         print(
             f"  memory: {program['bytes_by_formula'] / 2**20:.1f} MiB by formula, "
