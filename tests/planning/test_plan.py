@@ -196,7 +196,7 @@ def test_what_waits_in_the_hosts_memory_is_not_of_the_chips():
         CFG, optim=dataclasses.replace(CFG.optim, offload=True), model=dataclasses.replace(CFG.model, remat="offload")
     )
     found, model = plan.plan(cfg, "v5e-1"), cfg.model
-    assert "optimizer" not in found.parts
+    assert found.parts["optimizer"] < 1000  # counters
     inputs = model.n_layer * found.rows * model.context_length * model.d_model * 2
     assert found.host_bytes == pytest.approx(8 * found.n_params + inputs, rel=0.02)
     assert any("host's memory" in line for line in report.table(found))
