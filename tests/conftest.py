@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,17 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # XLA dies of a flag it lacks
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # three times faster to compile
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room():
+    """Every program that was compiled stays in memory: where that comes to 3 GiB, they are let go."""
+    yield
+    pages = Path("/proc/self/statm")
+    if "jax" in sys.modules and pages.exists():
+        resident = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > 3 * 2**30:
+            sys.modules["jax"].clear_caches()
 
 
 def _fetch(name: str):
