@@ -49,7 +49,7 @@ def test_latent_attention_is_deepseeks():
     """Their rope pairs neighbours, ours i with i + P/2: columns change places."""
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
-    N, H, R, P, Q = 4, 4, 5, 4, 7
+    N, H, R, P, Q = 4, 4, 6, 4, 7  # R + P even: theirs views pairs of a slice as complex numbers
     cfg = mla.Config(D, n_head=N, d_head=H, d_latent=R, d_rope=P, d_query_latent=Q)
     params = mla.init(jax.random.key(1), cfg)
     w = {name: np.array(node["kernel"]) for name, node in params.items() if "kernel" in node}
