@@ -34,7 +34,7 @@ def run(args: list[str]) -> int:
     from gptjax.planning.plan import plan, search
     from gptjax.training.progress import Progress
 
-    cfg = with_vocabulary(cfg)
+    cfg = with_shape(cfg)
     where = slices.slice_of(wishes.on)
     with Progress() as progress, progress.phase(f"compiling for {wishes.on}, {where.n_chips} chips"):
         if wishes.search:
@@ -44,7 +44,8 @@ def run(args: list[str]) -> int:
     if len(found) > 1:
         print("\n".join([*report.comparison(found), ""]))
     best = found[0]
-    tokens = wishes.tokens or (None if wishes.decode else float(cfg.train.max_steps) * best.tokens)
+    unknown = wishes.decode or cfg.train.epochs is not None  # of which only the data knows the steps
+    tokens = wishes.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=wishes.hours)))
     if wishes.search:
         print(f"\nsettings           {settings_of(best)}")
@@ -96,14 +97,21 @@ def _number(name: str, text: str) -> float:
     return number
 
 
-def with_vocabulary(cfg: Config) -> Config:
-    """`cfg` with the number of words, as its tokenizer has them; one that is still to be trained is not.
+def with_shape(cfg: Config) -> Config:
+    """`cfg` with the model's whole shape, where model.vocab_size does not say that it is there: a fine-tuning's is its
+    base's, of which no tensor is read; the number of words is the tokenizer's.
 
     Raises:
-        UserError: it is not known yet.
+        UserError: there is no such base; the number of words is not known before the tokenizer is trained.
     """
     if cfg.model.vocab_size:
         return cfg
+    if cfg.task != "pretrain":
+        from gptjax.finetuning import base
+
+        head = {"n_classes": len(cfg.classify.labels) or 2, "cls_bias": cfg.classify.bias}
+        model = base.model_config(cfg, base.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
+        return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):
         words = cfg.tokenizer.vocab_size
@@ -138,8 +146,9 @@ v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count Tensor
   hours=X       how many tokens are read in this time
   out=FILE      everything as JSON        png=FILE  the roofline
 
-The step is the one that `gptjax pretrain` runs (task=instruct: `gptjax finetune`, LoRA included), compiled by the TPU
-compiler: memory and traffic are the program's own, times are bounds at the chip's peak figures. It needs no TPU:
-pip install 'gptjax[tpu-plan]'. Every setting, with its default:
+The step is the one that `gptjax pretrain` or, for a preset of theirs, `gptjax finetune classify | instruct | prefer`
+runs, for a base whose shape is known without its tensors, or the one that model.* describes where model.vocab_size is
+given. The TPU compiler compiles it: memory and traffic are the program's own, times are bounds at the chip's peak
+figures. It needs no TPU: pip install 'gptjax[tpu-plan]'. Every setting, with its default:
 
 {options.settings_help()}"""

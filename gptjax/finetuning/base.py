@@ -90,21 +90,47 @@ def model_config(cfg: Config, base: ModelConfig, **changes: Any) -> ModelConfig:
     return dataclasses.replace(base, **{name: getattr(cfg.model, name) for name in COMPUTED}, **changes)
 
 
-def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array) -> Parts:
+def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, width: int) -> Parts:
     """`params` taken apart as cfg.finetune.trainable says.
 
     Args:
         params: of the base. heads: new ones, which are always trained, such as {"cls_head": ..}.
+        width: tokens of a row.
 
     Raises:
         UserError: a pattern that matches nothing; what the adapter's config asks for and the weights cannot.
     """
-    n_params, flops, own = tree.size(params | heads), flops_per_token(model, params), weights.fingerprint(params)
-    apart = _apart(cfg, params, heads, model, key, own)
+    shapes, own = jax.eval_shape(lambda: (params, heads)), weights.fingerprint(params)
+    n_params = tree.size(shapes)
+    apart = take_apart(cfg, params, heads, model, key, own)
+    flops = flops_per_token(model, shapes[0], width=width, frozen=frozen_share(cfg, *shapes, model))
     return apart._replace(n_params=n_params, flops_per_token=flops, fingerprint=own)
 
 
-def _apart(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str) -> Parts:
+def longest_row(cfg: Config, model: ModelConfig) -> int:
+    """The most tokens that a row of the task can have."""
+    settings = getattr(cfg, cfg.task)
+    most = settings.max_length if cfg.task == "classify" else settings.context_length
+    return min(most or model.context_length, model.context_length)
+
+
+def split_heads(params: Params) -> tuple[Params, Params]:
+    """The base's params, and the heads that a fine-tuning adds."""
+    heads = {name: leaf for name, leaf in params.items() if name == "cls_head"}
+    return {name: leaf for name, leaf in params.items() if name not in heads}, heads
+
+
+def frozen_share(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> float:
+    """Of the base's weights, those without a gradient; from shapes."""
+    if cfg.finetune.trainable == "lora":
+        return 1.0
+    return 1 - tree.size(abstract_trained(cfg, params, heads, model)) / tree.size((params, heads))
+
+
+def take_apart(
+    cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str = ""
+) -> Parts:
+    """`parts` without what it counts: it can be traced."""
     which = cfg.finetune.trainable
     if which == "lora":
         return _adapted(cfg, params, heads, model, key, fingerprint)
@@ -272,9 +298,7 @@ def job(
 def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:
     """A line on the base and what of it would be trained, from shapes."""
     shapes = abstract_params(model)
-    heads = {name: leaf for name, leaf in shapes.items() if name == "cls_head"}
-    body = {name: leaf for name, leaf in shapes.items() if name not in heads}
-    n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, body, heads, model))
+    n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, *split_heads(shapes), model))
     return f"base               {found.where}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
 
 

@@ -74,7 +74,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     found = base.base_model(cfg)
     tokenizer = found.tokenizer()
     model = _model(cfg, found, splits)
-    longest = min(cfg.classify.max_length or model.context_length, model.context_length)
+    longest = base.longest_row(cfg, model)
     packed = cfg.classify.packing == "packed"
     encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
     train, val = (labelled.rows(part, packed) for part in encoded)
@@ -104,10 +104,10 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
     return cfg, base.job(
         cfg,
-        base.parts(cfg, params, heads, model, jax.random.fold_in(key, 2)),
+        base.parts(cfg, params, heads, model, jax.random.fold_in(key, 2), width),
         model=model,
         tokenizer=tokenizer,
-        loss=lambda cfg: classify.task(cfg.model, cfg.classify.pooling).loss,
+        loss=loss,
         batch=lambda step: labelled.batch(train, step, batch_size=size, seed=cfg.seed),
         where=where,
         eval_batches=lambda first: labelled.eval_batches(val, size),
@@ -116,6 +116,10 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         lines=lines,
         files={LABELS: json.dumps(about, indent=1) + "\n"},
     )
+
+
+def loss(cfg: Config) -> Callable:
+    return classify.task(cfg.model, cfg.classify.pooling).loss
 
 
 def plan(cfg: Config) -> list[str]:

@@ -97,7 +97,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     found = base.base_model(cfg)
     tokenizer, instruct = found.tokenizer(), cfg.instruct
     model = base.model_config(cfg, found.cfg)
-    width = min(instruct.context_length, model.context_length)
+    width = base.longest_row(cfg, model)
     with progress.phase("preparing the data"):
         talks = conversations(cfg)
         encoded = [
@@ -111,7 +111,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
     with progress.phase("loading the base"):
         params = found.params("float32", None)
-    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed))
+    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed), train.tokens.shape[1])
 
     def batch(step: int) -> Batch:
         return packing.batch(train, step, batch_size=size, seed=cfg.seed)
@@ -128,7 +128,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         parts,
         model=model,
         tokenizer=tokenizer,
-        loss=lambda cfg: pretrain.task(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None).loss,
+        loss=loss,
         batch=batch,
         where=lambda step: f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}",
         eval_batches=lambda first: packing.eval_batches(val, size),
@@ -138,15 +138,20 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     )
 
 
+def loss(cfg: Config) -> Callable:
+    return pretrain.task(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None).loss
+
+
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     talks, found = conversations(cfg), base.base_model(cfg)
     model = base.model_config(cfg, found.cfg)
+    width = base.longest_row(cfg, model)
     encoded = instructions.encode(
         talks.train, found.tokenizer(), style=cfg.instruct.style, loss_on=cfg.instruct.loss_on,
-        context_length=min(cfg.instruct.context_length, model.context_length),
+        context_length=width,
     )  # fmt: skip
-    n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, cfg.instruct.context_length).tokens)
+    n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)
     counts = " + ".join(f"{len(part):,}" for part in talks)
     return [
         f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit",

@@ -47,7 +47,7 @@ def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | No
             prepare(result.cfg, SimpleNamespace(phase=lambda name: nullcontext()), held)
         rows, reference = held
         batches = preferences.eval_batches(rows, result.cfg.train.batch_size, reference)
-        mean, metrics = evaluate(jax.jit(_task(result.cfg).loss), result.params, batches)
+        mean, metrics = evaluate(jax.jit(loss(result.cfg)), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
         file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     scores = json.loads(file.read_text(encoding="utf-8"))
@@ -62,14 +62,14 @@ def pairs(cfg: Config) -> base.Thirds:
     return base.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills)
 
 
-def _task(cfg: Config) -> Any:
-    return prefer.task(cfg.model, cfg.prefer.loss, beta=cfg.prefer.beta, margin=cfg.prefer.margin)
+def loss(cfg: Config) -> Callable:
+    return prefer.task(cfg.model, cfg.prefer.loss, beta=cfg.prefer.beta, margin=cfg.prefer.margin).loss
 
 
 def _rows(cfg: Config, part: list[Any], tokenizer: Any, model: ModelConfig) -> tuple[PairRows, int]:
     """The rows of a part, and how many pairs did not fit."""
     settings = cfg.prefer
-    width = min(settings.context_length, model.context_length)
+    width = base.longest_row(cfg, model)
     encoded = preferences.encode(part, tokenizer, style=settings.style, context_length=width)
     packed = settings.packing == "packed"
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
@@ -87,7 +87,7 @@ def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[
     cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
     with progress.phase("loading the base"):
         params = found.params("float32", None)
-    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed))
+    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed), train.tokens.shape[1])
     before: list[Any] = [None] * 3
     if cfg.prefer.loss in prefer.NEEDS_REFERENCE:
         with progress.phase("scoring the pairs before training"):
@@ -113,7 +113,7 @@ def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[
         parts,
         model=model,
         tokenizer=tokenizer,
-        loss=lambda cfg: _task(cfg).loss,
+        loss=loss,
         batch=batch,
         where=where,
         eval_batches=lambda first: preferences.eval_batches(val, size, before[1]),

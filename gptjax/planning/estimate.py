@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gptjax.config import Config
+from gptjax.planning.program import width
 from gptjax.planning.slices import Slice
 
 _CHUNK_BYTES = 2**30  # logits of one chunk, their exponentials and gradients
 _PROGRAM_BYTES = 2**28
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes a weight
 
 Shape = tuple[int, int, int, int]  # data, fsdp, tensor, context
 
@@ -28,18 +30,22 @@ def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
 
 
 def memory_bytes(cfg: Config, shape: Shape, n_params: int) -> float:
-    """A chip's, of AdamW over all weights. Good to about a fifth beside the compiler's own figure.
+    """A chip's. Good to about a fifth beside the compiler's own figure, where all weights are trained by AdamW.
 
     state        weights, two moments and the gradient in float32, over fsdp x tensor; once more where micro-batches
-                 are added up
+                 are added up; of frozen weights nothing but themselves
     head         its matrix whole in bfloat16, its gradient whole in float32, twice while it is summed over chips
     activations  what is kept of each layer, and one layer's workspace
     """
     model = cfg.model
     data, fsdp, tensor, context = shape
     size = 2 if model.dtype == "bfloat16" else 4
-    tokens = cfg.train.batch_size // cfg.train.accumulation * model.context_length / (data * fsdp * context)
-    state = (20 if cfg.train.accumulation > 1 else 16) * n_params / (fsdp * tensor)
+    tokens = cfg.train.batch_size // cfg.train.accumulation * width(cfg) / (data * fsdp * context)
+    if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
+        a_weight = _FROZEN[cfg.finetune.quantize]
+    else:
+        a_weight = 20 if cfg.train.accumulation > 1 else 16
+    state = a_weight * n_params / (fsdp * tensor)
     head = (10 if data * fsdp * tensor > 1 else 6) * model.d_model * model.vocab_size
     narrow = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     wide = _wide(cfg) / tensor
@@ -64,8 +70,8 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     """
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape
-    tokens = cfg.train.batch_size * model.context_length / on.n_chips
-    attention = 6 * model.n_layer * model.n_head * model.head_dim * model.context_length  # half the square
+    tokens = cfg.train.batch_size * width(cfg) / on.n_chips
+    attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)  # half the square
     again = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * again * tokens
     micro, part = cfg.train.accumulation, n_params / tensor

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.finetuning import base
 from gptjax.model.gpt import abstract_params
 from gptjax.ops.device import AXES
 from gptjax.parallel.mesh import mesh_of, sizes
@@ -127,7 +128,7 @@ def weigh(
 ) -> Plan:
     """The plan of a compiled program."""
     model, chip = cfg.model, on.chip
-    T = cfg.instruct.context_length if cfg.task == "instruct" else model.context_length
+    T = program.width(cfg)
     n_params = program.count(cfg)
     parts = {name: size for name, size in built.parts.items() if size}
     parts["activations, gradients, workspace"] = max(0, built.needed_bytes - sum(parts.values()))
@@ -163,12 +164,11 @@ def weigh(
 
 def _flops_a_token(cfg: Config, T: int, decode: bool) -> float:
     """6 a weight and 12 L D T of attention; a third of it to decode, and without a frozen weight's own gradient."""
-    model = dataclasses.replace(cfg.model, context_length=T)
-    whole = flops_per_token(model, abstract_params(cfg.model))
+    shapes = abstract_params(cfg.model)
     if decode:
-        return whole / 3
-    frozen = cfg.task == "instruct" and cfg.finetune.trainable == "lora"
-    return whole - (whole - 12.0 * model.n_layer * model.d_model * T) / 3 if frozen else whole
+        return flops_per_token(cfg.model, shapes) / 3
+    frozen = 0.0 if cfg.task == "pretrain" else base.frozen_share(cfg, *base.split_heads(shapes), cfg.model)
+    return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 
 # Products of [T, T] with H numbers that each of splash's kernels makes: scores and values; and in the backward pass

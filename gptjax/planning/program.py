@@ -12,18 +12,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import lora, parallel, tree
+from gptjax import parallel, tree
 from gptjax.config import Config
+from gptjax.data.labelled import LabelledBatch
+from gptjax.data.preferences import PairBatch
+from gptjax.finetuning import base, classify, instruct, prefer
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
-from gptjax.ops.quant import quantize
 from gptjax.optim import make_optimizer
 from gptjax.tasks import pretrain
+from gptjax.training.job import just_trained
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, UserError
 
-PARTS = ("params", "optimizer", "frozen", "batch", "cache")
+KINDS = {"classify": classify, "instruct": instruct, "prefer": prefer}
+TEXT, PAIR = 16, 64  # tokens of a text, and of a pair, at the least: so many of them are in a packed row
 
 
 class Program(NamedTuple):
@@ -38,30 +42,27 @@ class Program(NamedTuple):
 
 
 def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
-    """The train step of `cfg` as `gptjax pretrain` runs it; for task=instruct as `gptjax finetune` does.
+    """The train step of `cfg` as `gptjax pretrain` or `gptjax finetune` runs it; cfg.model is the base's.
 
     Args:
-        chunk: tokens whose logits are alive at once; None: the loss chooses.
+        chunk: of pretraining, tokens whose logits are alive at once; None: the loss chooses.
 
     Raises:
-        UserError: a task, or trainable weights, that are not planned for; a mesh that does not fit the batch.
+        UserError: a mesh that does not fit the batch; a pattern that matches nothing.
     """
-    model, rows = cfg.model, cfg.train.batch_size
-    T = cfg.instruct.context_length if cfg.task == "instruct" else model.context_length
+    rows, T = cfg.train.batch_size, width(cfg)
     if (rows // cfg.train.accumulation) % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"train.batch_size / train.accumulation ({rows // cfg.train.accumulation} rows) must be divisible by "
             f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): take more rows or another mesh"
         )
-    tx = make_optimizer(cfg.optim, cfg.train.max_steps)
+    if cfg.task == "pretrain":
+        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), pretrain.task(cfg.model, chunk=chunk).loss
+    else:
+        tx, loss = base.optimizer(cfg), KINDS[cfg.task].loss(cfg)
     create, combine = _state(cfg, tx)
-    step = make_train_step(
-        pretrain.task(model, chunk=chunk).loss, tx, combine=combine, accumulation=cfg.train.accumulation
-    )
-    ids = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-    with_documents = cfg.task == "instruct" or cfg.data.document_mask
-    weights = jax.ShapeDtypeStruct((rows, T), jnp.float32) if with_documents else None
-    batch = Batch(ids, ids, weights, *((ids, ids) if with_documents else (None, None)))
+    step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
+    batch = _batch(cfg, rows, T)
     started = time.monotonic()
     with device.compiling_for("tpu"):
         state = parallel.abstract_on(create, mesh, jax.eval_shape(lambda: jax.random.key(0)), offload=cfg.optim.offload)
@@ -73,27 +74,42 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
     return _compiled(lowered, {name: bytes_a_chip(part) for name, part in parts.items()}, started)
 
 
+def width(cfg: Config) -> int:
+    """Tokens of a row."""
+    return cfg.model.context_length if cfg.task == "pretrain" else base.longest_row(cfg, cfg.model)
+
+
+def _batch(cfg: Config, rows: int, T: int) -> Any:
+    """Of shapes. How many texts a packed row has only the data could tell: little depends on it."""
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+
+    ids = jax.ShapeDtypeStruct((rows, T), jnp.int32)
+    if cfg.task == "classify":
+        n = max(1, T // TEXT) if cfg.classify.packing == "packed" else 1
+        return LabelledBatch(ids, ids, jax.ShapeDtypeStruct((rows, n), jnp.int32), floats(n))
+    if cfg.task == "prefer":
+        n = max(1, T // PAIR) if cfg.prefer.packing == "packed" else 1
+        return PairBatch(ids, ids, floats(T), ids, floats(n), floats(n, 2))
+    if cfg.task == "instruct" or cfg.data.document_mask:
+        return Batch(ids, ids, floats(T), ids, ids)
+    return Batch(ids, ids)
+
+
 def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:
-    """(key -> TrainState, combine) for all weights, or for an adapter over frozen ones."""
-    if cfg.task == "pretrain" or (cfg.task == "instruct" and cfg.finetune.trainable == "all"):
-        return (
-            lambda key: TrainState.create(init_params(key, cfg.model), tx=tx, key=key),
-            lambda params, frozen: params,
-        )
-    if cfg.task != "instruct" or cfg.finetune.trainable != "lora":
-        raise UserError(
-            f"plan: task={cfg.task} with finetune.trainable={cfg.finetune.trainable} is not planned for; take "
-            "task=pretrain, or task=instruct with finetune.trainable=lora or all, of the same shape"
-        )
+    """(key -> TrainState, combine)."""
+    combine = [just_trained]
 
     def create(key: jax.Array) -> TrainState:
-        base = init_params(key, cfg.model)
-        adapter = lora.init(key, base, cfg.lora)
-        if cfg.finetune.quantize != "none":
-            base = quantize(base, cfg.finetune.quantize)
-        return TrainState.create(adapter, tx=tx, key=key, frozen=base)
+        params = init_params(key, cfg.model)
+        if cfg.task == "pretrain":
+            return TrainState.create(params, tx=tx, key=key)
+        parts = base.take_apart(cfg, *base.split_heads(params), cfg.model, key)
+        combine[:] = [parts.combine]  # which depends on what was traced in its names only
+        return TrainState.create(parts.trained, tx=tx, key=key, frozen=parts.frozen)
 
-    return create, lambda adapter, base: lora.attach(base, adapter, cfg.lora)
+    return create, lambda trained, frozen: combine[0](trained, frozen)
 
 
 def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:

@@ -9,7 +9,7 @@ from gptjax.planning.plan import GIB, Plan
 from gptjax.training.progress import duration
 
 _FORMULA = {
-    "train": "6 a weight, 12 L D T of attention, of which kernels skip half",
+    "train": "6 a weight (4 a frozen one), 12 L D T of attention, of which kernels skip half",
     "decode": "2 a weight, 4 L D T of attention",
 }
 SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect: arXiv:2304.01433, table 4"

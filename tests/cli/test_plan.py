@@ -36,10 +36,10 @@ def test_what_it_refuses(args, says, capsys):
 def test_words_of_a_tokenizer():
     from gptjax.config import load_config
 
-    assert verb.with_vocabulary(load_config("smollm2-135m", "model.vocab_size=0")).model.vocab_size == 49152
-    assert verb.with_vocabulary(load_config("gpt2-124m", "model.vocab_size=0")).model.vocab_size == 50257
+    assert verb.with_shape(load_config("smollm2-135m", "model.vocab_size=0")).model.vocab_size == 49152
+    assert verb.with_shape(load_config("gpt2-124m", "model.vocab_size=0")).model.vocab_size == 50257
     with pytest.raises(UserError, match="name a number"):
-        verb.with_vocabulary(load_config("shakespeare-char"))
+        verb.with_shape(load_config("shakespeare-char"))
 
 
 def test_a_plan_from_the_command_line(tmp_path, capsys):

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 
+import jax
 import pytest
 
+import gptjax
 from gptjax.config import load_config
 from gptjax.planning import estimate, hlo, plan, program, report, slices
 from gptjax.planning.plan import Plan, Roofline
@@ -121,19 +123,23 @@ def test_the_formula_prefers_what_is_fast_and_knows_what_is_large():
     assert {math.prod(c.shape) for c in found} == {64}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (("task=classify", "classify.source=x.csv"), "not planned for"),
-        (("task=instruct", "finetune.trainable=ln_f/**"), "not planned for"),
-    ],
-)
-def test_tasks_that_are_not_planned(overrides, says):
+def test_a_pattern_that_matches_nothing():
     from gptjax.optim import make_optimizer
 
-    cfg = load_config("tiny-llama", "model.vocab_size=512", *overrides)
-    with pytest.raises(UserError, match=says):
-        program._state(cfg, make_optimizer(cfg.optim, 10))
+    cfg = load_config("tiny-llama", "model.vocab_size=512", "task=instruct", "finetune.trainable=nothing/*")
+    create, _ = program._state(cfg, make_optimizer(cfg.optim, 10))
+    with pytest.raises(UserError, match="nothing/"):
+        jax.eval_shape(create, jax.random.key(0))
+
+
+def test_a_fine_tuning_has_the_shape_of_its_base(tmp_path):
+    from gptjax.cli.plan import with_shape
+
+    shape = dataclasses.replace(CFG.model, n_layer=1, d_model=16, d_ff=32)
+    gptjax.save(tmp_path / "base", gptjax.init_params(jax.random.key(0), shape), shape)
+    cfg = load_config("classify", f"finetune.base={tmp_path / 'base'}", "classify.source=x.csv")
+    model = with_shape(cfg).model
+    assert (model.n_layer, model.d_model, model.vocab_size, model.n_classes) == (1, 16, 512, 2)
 
 
 def test_without_the_tpu_compiler(monkeypatch):
@@ -179,15 +185,27 @@ def test_decoding_compiles_for_a_tpu():
     assert found.parts["cache"] == pytest.approx(cache, rel=0.01)
 
 
-def test_lora_compiles_for_a_tpu():
+@pytest.mark.parametrize("task", ["instruct", "classify", "prefer"])
+def test_lora_compiles_for_a_tpu(task):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
-    cfg = dataclasses.replace(
-        CFG, task="instruct", instruct=dataclasses.replace(CFG.instruct, context_length=256),
-        lora=dataclasses.replace(CFG.lora, rank=4),
-    )  # fmt: skip
-    found = plan.plan(cfg, "v5e-1")
-    assert found.parts["frozen"] == pytest.approx(4 * found.n_params, rel=0.01)
+    settings = dataclasses.replace(
+        getattr(CFG, task), **{"max_length" if task == "classify" else "context_length": 128}
+    )
+    model = dataclasses.replace(CFG.model, n_classes=2 * (task == "classify"))
+    lora = dataclasses.replace(CFG.lora, rank=4)
+    found = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-4")
+    assert found.tokens == 8 * 128
+    assert found.parts["frozen"] == pytest.approx(4 * found.n_params / found.chips, rel=0.05)
     assert found.parts["params"] < 0.2 * found.parts["frozen"]
+    assert found.model_flops == pytest.approx(found.flops * found.chips, rel=0.5)
+
+
+def test_a_part_of_the_weights_compiles_for_a_tpu():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
+    trainable = dataclasses.replace(CFG.finetune, trainable="blocks/2/* | ln_f/*")
+    found = plan.plan(dataclasses.replace(CFG, task="instruct", finetune=trainable), "v5e-1")
+    assert 0 < found.parts["params"] < found.parts["frozen"]
+    assert found.parts["optimizer"] == pytest.approx(2 * found.parts["params"], rel=0.02)
 
 
 def test_what_waits_in_the_hosts_memory_is_not_of_the_chips():
