@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,12 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     init=torch: embeddings N(0, 1), linears U(+-1/sqrt(in)), as PyTorch's layers start; the expected first loss of
     gpt2 with an untied head is then ln V + 1/6.
     """
+    return _init(key, dataclasses.replace(cfg, unroll=False))
+
+
+@partial(jax.jit, static_argnums=1)
+def _init(key: jax.Array, cfg: ModelConfig) -> Params:
+    """One layer for all: unrolled, forty of them took half a minute to compile."""
     return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
