@@ -15,15 +15,14 @@ LEVEL = {
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
-    "training": 5, "generation": 5, "planning": 5,
-    "finetuning": 6, "research": 7,
+    "training": 5, "generation": 5,
+    "finetuning": 6, "planning": 7, "research": 7,
     "cli": 8, "__main__": 9, "reference": 9,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
     ("gguf", "types"),
     ("training", "generation"),  # samples during training
-    ("planning", "training"),  # the train step itself is what is planned
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip
 NEVER = {

@@ -31,7 +31,7 @@ def run(folder, name, *more):
             "finetune", "instruct", STYLE, f"instruct.source={folder / 'data.json'}",
             f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "optim.warmup_steps=0",
             "train.epochs=null", "train.max_steps=200", "train.eval_every=100",
-            "train.checkpoint_every=100", "train.batch_size=4", "optim.lr=1e-2", "instruct.context_length=96",
+            "train.checkpoint_every=100", "train.batch_size=4", "optim.lr=5e-3", "instruct.context_length=96",
             "finetune.trainable=all", "sample.max_new_tokens=6", "instruct.val_fraction=0.05",
             "instruct.test_fraction=0.1", *more,
         ]

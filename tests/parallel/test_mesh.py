@@ -23,10 +23,10 @@ from gptjax.parallel.mesh import make_mesh, sizes
 EIGHT = Path(__file__).with_name("eight.py")
 ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # all 20 meshes of eight devices; otherwise those named here
 SOME = {
-    "pretrain": ["8,1,1,1", "1,8,1,1", "1,1,4,2", "1,1,1,8", "1,2,2,2"],
-    "lora": ["2,2,2,1", "1,1,2,4"],
-    "classify": ["2,2,1,2", "1,2,4,1"],
-    "instruct": ["4,1,1,2", "1,2,2,2"],
+    "pretrain": ["1,8,1,1", "1,1,4,2", "1,2,2,2"],
+    "lora": ["2,2,2,1"],
+    "classify": ["1,2,4,1"],
+    "instruct": ["4,1,1,2"],
 }
 
 
