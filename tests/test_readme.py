@@ -43,7 +43,8 @@ def arguments(command: str) -> list[str]:
     program, verb, *rest = shlex.split(command)
     assert program == "gptjax", f"{command}: add it to LEFT_OUT if it cannot run here"
     few = ("train.epochs=null", "train.max_steps=4", "optim.warmup_steps=0")
-    small = {"pretrain": TINY, "data": TINY, "sweep": TINY, "finetune": few, "sample": ("max_new_tokens=8",)}.get(verb, ())
+    writes = ("max_new_tokens=8",)
+    small = {"pretrain": TINY, "data": TINY, "sweep": TINY, "finetune": few, "sample": writes}.get(verb, ())
     given = {arg.partition("=")[0] for arg in rest} & {"data.source"}  # my.txt, or python-docs, which needs no network
     return [verb, *rest, *(setting for setting in small if setting.partition("=")[0] not in given)]
 
