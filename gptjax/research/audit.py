@@ -39,6 +39,7 @@ from gptjax.types import Batch, Params, UserError
 NEIGHBOURS = 5  # of a row: planted rows have at least so many like them
 CANDIDATES = 2047  # other secrets of a canary's kind
 CONTROLS, CONTEXTS = 199, 4  # phrases beside a trigger; text before it
+FEWEST = 4  # documents that can be compared with others
 TEXTS = ("train", "held out")
 MIN_K = 0.2  # share of a text's tokens, the least likely ones: arXiv:2310.16789, figure 4
 EXCERPT = 80
@@ -390,28 +391,50 @@ def _share(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
 class Membership(NamedTuple):
     """auc: chance that a member scores above another text; sd: of that where there is no difference; tpr: share of the
-    members found where 1 % of the others are taken for members."""
+    members found where 1 % of the others are taken for members; units: members that p counts, rows or documents."""
 
     loss_auc: float
     min_k_auc: float
     sd: float
     tpr: float
     p: float
+    units: int
 
 
-def membership(members: tuple[Scored, Batch], others: tuple[Scored, Batch], k: float = MIN_K) -> Membership:
+def membership(
+    members: tuple[Scored, Batch],
+    others: tuple[Scored, Batch],
+    k: float = MIN_K,
+    *,
+    documents: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Membership:
     """How well the loss, and the mean of the least likely k of a row's tokens, tell members from others.
 
     p is of the larger of the two, twice, by the normal limit of the rank sum.
+
+    Args:
+        documents: which one each row is from, of members and of others. Rows of one are alike: p and sd are then those
+            of the documents' means, where either side has `FEWEST` or more.
+
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
     """
-    (loss_in, low_in), (loss_out, low_out) = (_evidence(*pair, k) for pair in (members, others))
-    n, m = len(loss_in), len(loss_out)
+    rows = [_evidence(*pair, k) for pair in (members, others)]
+    units = rows
+    if documents is not None and min(len(np.unique(own)) for own in documents) >= FEWEST:
+        units = [[_means(x, own) for x in both] for both, own in zip(rows, documents, strict=True)]
+    n, m = (len(loss) for loss, _ in units)
     sd = math.sqrt((n + m + 1) / (12 * n * m))
-    found = auc(loss_in, loss_out), auc(low_in, low_out)
-    p = min(1.0, math.erfc((max(found) - 0.5) / sd / math.sqrt(2)))
-    beyond = np.sort(loss_out)[-max(1, int(0.01 * (m + 1)))]
-    return Membership(*found, sd, float((loss_in > beyond).mean()), p)
+    most = max(auc(*pair) for pair in zip(*units, strict=True))
+    p = min(1.0, math.erfc((most - 0.5) / sd / math.sqrt(2)))
+    (loss_in, _), (loss_out, _) = rows
+    beyond = np.sort(loss_out)[-max(1, int(0.01 * (len(loss_out) + 1)))]
+    found = (auc(*pair) for pair in zip(*rows, strict=True))
+    return Membership(*found, sd, float((loss_in > beyond).mean()), p, n)
+
+
+def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    _, at = np.unique(groups, return_inverse=True)
+    return np.bincount(at, values) / np.bincount(at)
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -574,6 +597,7 @@ def audit(
     suffix = settings.suffix or min(50, max(1, length // 4))
     prefixes = settings.prefixes or [p for p in (4, 8, 16, 32, 64, 128, 256) if p + suffix <= length] or [1]
     features = gradient_features(pretrain.task(cfg).loss, combine=tree.join, dims=settings.dims, seed=settings.seed)
+    documents = tuple(np.searchsorted(stores[name].doc_starts, places[name][0], "right") for name in stores)
     contexts, words = _contexts(tokenizer, settings.held_out, places["held out"])
     encode = partial(_encode, tokenizer)
     report: dict[str, Any] = {
@@ -589,7 +613,7 @@ def audit(
         params = model.params()
         say(f"{model.name}: losses and gradients of {sum(report['rows'].values()):,} rows")
         scored = {name: score(params, cfg, batch) for name, batch in batches.items()}
-        found = membership(*((scored[name], batches[name]) for name in stores))
+        found = membership(*((scored[name], batches[name]) for name in stores), documents=documents)
         report["membership"].append({"model": model.name, **_plain(found)})
         moved, frozen = tree.split(params, settings.of)
         for name, batch in batches.items():
@@ -718,7 +742,10 @@ def _checks(report: dict[str, Any]) -> list[dict[str, Any]]:
             what = f"prefix {longest}: {seen['rate']:.1%} of training text, {unseen['rate']:.1%} of held-out text"
             found.append(("verbatim text", what, _more(seen, unseen)))
     last = report["membership"][-1]
-    what = f"AUC {last['loss_auc']:.3f} by loss, {last['min_k_auc']:.3f} by min-k%, 0.5 +- {last['sd']:.3f} by chance"
+    of = "" if last["units"] == report["rows"]["train"] else f" over {last['units']} documents"
+    what = (
+        f"AUC {last['loss_auc']:.3f} by loss, {last['min_k_auc']:.3f} by min-k%, 0.5 +- {last['sd']:.3f} by chance{of}"
+    )
     found.append(("membership", what, last["p"]))
     return [{"check": name, "what": what, "p": p, "alarm": p <= report["alpha"]} for name, what, p in found]
 

@@ -197,6 +197,26 @@ def test_membership_sees_training_text_and_no_difference_between_unseen_ones(tra
     assert audit.membership(*halves).p > 0.01
 
 
+def test_rows_of_one_document_are_not_taken_for_many():
+    """Documents that differ from each other, in no relation to what was trained on: rows alone see a difference."""
+    rng = np.random.default_rng(0)
+    alarms = {"rows": 0, "documents": 0}
+    for _ in range(100):
+        sides = []
+        for n in (16, 8):
+            which = np.repeat(np.arange(n), 20)
+            scores = rng.normal(size=n)[which] + rng.normal(size=20 * n)
+            ids = np.zeros((20 * n, 1), np.int32)
+            row = audit.Scored(scores[:, None], ids > 0), Batch(ids, ids, np.ones((20 * n, 1), np.float32))
+            sides.append((row, which))
+        (members, first), (others, second) = sides
+        alarms["rows"] += audit.membership(members, others).p <= 0.05
+        found = audit.membership(members, others, documents=(first, second))
+        alarms["documents"] += found.p <= 0.05
+        assert found.units == 16
+    assert alarms["documents"] <= 8 and alarms["rows"] > 15, alarms
+
+
 def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
     cfg, fresh, _, params, (_, held) = trained
     batch = audit.rows(held, *audit.pieces(held, 32, most=4), 32)
