@@ -5,8 +5,8 @@
 # its parameters, see that attaching is merging, teach one base a second kind of text and take that away again, put the
 # base into four bits, and train six adapters in one compiled program.
 #
-# What it costs: CPU 3 minutes (2 cores that had other work too); v5e-1: not measured. It fetches 38 plays (3 MB) from
-# the package registry.
+# What it costs: CPU 3 minutes (2 cores that had other work too); v5e-1: at least 0.06 to 0.1 ms a training step (a
+# bound of `gptjax plan`, not measured). It fetches 38 plays (3 MB) from the package registry.
 
 # %%
 import os

