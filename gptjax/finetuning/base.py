@@ -100,10 +100,10 @@ def parts(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: j
     Raises:
         UserError: a pattern that matches nothing; what the adapter's config asks for and the weights cannot.
     """
-    shapes, own = jax.eval_shape(lambda: (params, heads)), weights.fingerprint(params)
-    n_params = tree.size(shapes)
+    n_params, own = tree.size(params | heads), weights.fingerprint(params)
     apart = take_apart(cfg, params, heads, model, key, own)
-    flops = flops_per_token(model, shapes[0], width=width, frozen=frozen_share(cfg, *shapes, model))
+    frozen = frozen_share(cfg, n_params, tree.size(apart.trained))
+    flops = flops_per_token(model, params, width=width, frozen=frozen)
     return apart._replace(n_params=n_params, flops_per_token=flops, fingerprint=own)
 
 
@@ -120,11 +120,14 @@ def split_heads(params: Params) -> tuple[Params, Params]:
     return {name: leaf for name, leaf in params.items() if name not in heads}, heads
 
 
-def frozen_share(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> float:
-    """Of the base's weights, those without a gradient; from shapes."""
-    if cfg.finetune.trainable == "lora":
-        return 1.0
-    return 1 - tree.size(abstract_trained(cfg, params, heads, model)) / tree.size((params, heads))
+def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
+    """Of the model's weights, those without a gradient; an adapter's are none of them."""
+    return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
+
+
+def with_dropout(cfg: Config, loss: Callable) -> Callable:
+    """`loss` with the low-rank branch's dropout, where there is any."""
+    return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
 def take_apart(
@@ -259,9 +262,7 @@ def job(
     combine, combine_as = parts.combine, parts.combine_as
 
     def rules(cfg: Config) -> Rules:
-        own = loss(cfg)
-        if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout):
-            own = lora.with_dropout(own)
+        own = with_dropout(cfg, loss(cfg))
         return own, combine if combine_as is None else combine_as(cfg.lora), optimizer(cfg)
 
     own_loss, _, tx = rules(cfg)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gptjax import tree
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.finetuning import base
 from gptjax.model.gpt import abstract_params
@@ -167,7 +168,10 @@ def _flops_a_token(cfg: Config, T: int, decode: bool) -> float:
     shapes = abstract_params(cfg.model)
     if decode:
         return flops_per_token(cfg.model, shapes) / 3
-    frozen = 0.0 if cfg.task == "pretrain" else base.frozen_share(cfg, *base.split_heads(shapes), cfg.model)
+    frozen = 0.0
+    if cfg.task != "pretrain":
+        n_trained = tree.size(base.abstract_trained(cfg, *base.split_heads(shapes), cfg.model))
+        frozen = base.frozen_share(cfg, tree.size(shapes), n_trained)
     return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 

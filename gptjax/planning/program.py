@@ -59,7 +59,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
     if cfg.task == "pretrain":
         tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), pretrain.task(cfg.model, chunk=chunk).loss
     else:
-        tx, loss = base.optimizer(cfg), KINDS[cfg.task].loss(cfg)
+        tx, loss = base.optimizer(cfg), base.with_dropout(cfg, KINDS[cfg.task].loss(cfg))
     create, combine = _state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
     batch = _batch(cfg, rows, T)

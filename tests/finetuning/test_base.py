@@ -36,8 +36,7 @@ def configured(*overrides):
 
 def taken_apart(model, way):
     cfg, params = model
-    body = {name: node for name, node in params.items() if name != "cls_head"}
-    return base.parts(configured(*WAYS[way]), body, {"cls_head": params["cls_head"]}, cfg, KEY, 16)
+    return base.parts(configured(*WAYS[way]), *base.split_heads(params), cfg, KEY, 16)
 
 
 @pytest.mark.parametrize("way", WAYS)

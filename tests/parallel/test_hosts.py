@@ -16,7 +16,7 @@ from gptjax.training.run_dir import read_metrics
 
 HOST = Path(__file__).with_name("host.py")
 HEARTBEAT_S = 10
-ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))
+ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # as .ci/run does; four processes take half a minute on two cores
 
 
 def processes(folder, n, *more):
@@ -59,7 +59,9 @@ def losses(folder):
     return [row["train/loss"] for row in read_metrics(folder / "run") if "train/loss" in row]
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="GPTJAX_ALL_MESHES=1"))])
+@pytest.mark.parametrize(
+    "n", [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="GPTJAX_ALL_MESHES=1 runs it"))]
+)
 def test_several_processes_are_one(alone, tmp_path, n):
     """fsdp over two of the processes, so that no process has all of the weights."""
     codes, logs = ended(tmp_path, processes(tmp_path, n, "mesh.fsdp=2"))

@@ -192,10 +192,10 @@ def test_lora_compiles_for_a_tpu(task):
         getattr(CFG, task), **{"max_length" if task == "classify" else "context_length": 128}
     )
     model = dataclasses.replace(CFG.model, n_classes=2 * (task == "classify"))
-    lora = dataclasses.replace(CFG.lora, rank=4)
-    found = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-4")
+    lora = dataclasses.replace(CFG.lora, rank=4, dropout=0.1 * (task == "prefer"))
+    found = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-1")
     assert found.tokens == 8 * 128
-    assert found.parts["frozen"] == pytest.approx(4 * found.n_params / found.chips, rel=0.05)
+    assert found.parts["frozen"] == pytest.approx(4 * found.n_params, rel=0.01)
     assert found.parts["params"] < 0.2 * found.parts["frozen"]
     assert found.model_flops == pytest.approx(found.flops * found.chips, rel=0.5)
 
