@@ -578,17 +578,6 @@ def _provenance(cfg: Config, values: dict[str, Any], where: Provenance) -> Prove
 # ---------------------------------------------------------------- types
 
 
-@functools.cache
-def _scratch() -> Any:
-    """An OmegaConf node with the schema's types that takes one value at a time."""
-    from omegaconf import OmegaConf
-
-    node = OmegaConf.structured(Config)
-    for part in (node, *(node[item.name] for item in fields(Config) if OmegaConf.is_config(node[item.name]))):
-        OmegaConf.set_readonly(part, False)
-    return node
-
-
 def _typed(key: str, value: Any) -> Any:
     """The value as the field's type. Text is converted, a lone value is a list of one. Raises ValueError."""
     hint = schema()[key]
@@ -606,25 +595,31 @@ def _typed(key: str, value: Any) -> Any:
         if all(isinstance(item, str) for item in value) and get_args(kind)[0] is str:
             return tuple(value)
     elif kind is str and isinstance(value, str):
-        return value  # never through OmegaConf, which would read ${..} as a reference
+        return value
     elif isinstance(value, str):
         value = _whole(value.strip()) if kind is int else value.strip()
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
-        if any("${" in item or item == "???" for item in (value if listed else [value]) if isinstance(item, str)):
-            raise ValueError
-        if kind is bool and str(value).lower() not in _BOOLEANS:
-            raise ValueError
-        OmegaConf.update(_scratch(), key, value)
-        typed = OmegaConf.select(_scratch(), key)
-    except (OmegaConfBaseException, ValueError):
+        return tuple(_scalar(get_args(kind)[0], item) for item in value) if listed else _scalar(kind, value)
+    except (ValueError, OverflowError):
         raise ValueError(f"expected {type_name(hint)}, got {written!r}") from None
-    return tuple(typed) if listed else typed
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # OmegaConf takes any other number for true
+def _scalar(kind: Any, value: Any) -> Any:
+    """The value as a bool, int, float, str or one of a Literal's words. Raises ValueError, never truncates a number."""
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if kind is bool and str(value).lower() in _BOOLEANS:
+        return str(value).lower() in _BOOLEANS[::2]
+    if kind is str and isinstance(value, str | int | float):
+        return str(value)
+    if kind is int and type(value) in (str, int):  # a bool is an int to isinstance
+        return int(value)
+    if kind is float and type(value) in (str, int, float):
+        return float(value)
+    raise ValueError
+
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # by turns true and false
 
 
 def _whole(text: str) -> str:

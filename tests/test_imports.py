@@ -97,7 +97,6 @@ def test_help_imports_nothing_heavy():
         "flax",
         "optax",
         "orbax",
-        "omegaconf",
         "yaml",
         "numpy",
         "rich",

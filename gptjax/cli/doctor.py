@@ -17,7 +17,7 @@ from gptjax.types import UserError
 
 PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
-    "tokenizers", "safetensors", "omegaconf",
+    "tokenizers", "safetensors",
 )  # fmt: skip
 
 
