@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax.files import umask
 from gptjax.types import UserError
 
 CONNECT_TIMEOUT_S = 5  # the canonical address: most of the time it answers at once or not at all
@@ -260,7 +261,7 @@ def _write_file(path: Path, stream: io.BufferedIOBase, sha256: str, deadline: fl
                     raise TimeoutError("too slow, given up")
         if digest.hexdigest() != sha256:
             raise UserError(f"sha256 {digest.hexdigest()}, expected {sha256}")
-        os.chmod(part, 0o644)
+        os.chmod(part, 0o666 & ~umask())
         os.replace(part, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -121,7 +121,7 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     from gptjax import weights
     from gptjax.config_io import read_text
 
-    prompts = [line for line in read_text(Path(file), "prompts").splitlines() if line.strip()]
+    prompts = [line for line in read_text(Path(file), "prompts").replace("\r\n", "\n").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{file}: no prompts in it")
     return weights.load(name), prompts

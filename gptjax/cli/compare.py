@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
+from gptjax.files import new_file
 from gptjax.types import UserError
 
 COLUMNS = {
@@ -26,10 +27,8 @@ def run(args: list[str]) -> int:
         raise UserError(USAGE)
     if bool(settings.get("judge")) != bool(settings.get("judge_model")):
         raise UserError(f"judge=URL and judge_model=NAME go together; {USAGE}")
-    if out is not None and out.exists():
-        raise UserError(f"out={out} exists already: name a new file")
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {out.parent}")
+    if out is not None:
+        new_file(out)
     from gptjax.finetuning.answers import read, scores, side_by_side, win_rate
     from gptjax.finetuning.judge import judge
 

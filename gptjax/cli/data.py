@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, report
 from gptjax.config import Config
 from gptjax.config_io import did_you_mean
+from gptjax.files import new_file
 from gptjax.types import UserError
 
 ACTIONS = ("prepare", "inspect", "check")
@@ -72,9 +72,7 @@ def check(args: list[str]) -> int:
     if not files:
         raise UserError(f"expected: {CHECK}")
     threshold = _threshold(given)
-    out = Path(given["out"]) if "out" in given else None
-    if out is not None and out.exists():
-        raise UserError(f"out={out} exists already: name a new file")
+    out = new_file(given["out"]) if "out" in given else None
     from gptjax.data import check as of
 
     options.note("reading")

@@ -10,6 +10,7 @@ from pathlib import Path
 from gptjax.cli import options
 from gptjax.config import Config, Provenance, resolve, to_yaml
 from gptjax.config_io import Leaf, from_yaml, read_text
+from gptjax.files import new_file
 from gptjax.types import UserError
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
@@ -29,6 +30,8 @@ def run(args: list[str]) -> int:
     from gptjax.weights import open_model
 
     use_compile_cache()
+    if cfg.sample.out and not parsed.dry_run:
+        new_file(cfg.sample.out, "sample.out")
     model = open_model(source)
     tokenizer = model.tokenizer()
     prompts = read_prompts(cfg)
@@ -36,8 +39,6 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print(f"\nprompts            {len(ids)}, {sum(map(len, ids))} tokens\ndry run: nothing was written")
         return 0
-    if cfg.sample.out and Path(cfg.sample.out).exists():
-        raise UserError(f"sample.out={cfg.sample.out} exists already: name a new file")
     write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids)
     return 0
 
@@ -63,7 +64,7 @@ def read_prompts(cfg: Config) -> list[str]:
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
-    lines = [line for line in read_text(path, "prompts").splitlines() if line.strip()]
+    lines = [line for line in read_text(path, "prompts").replace("\r\n", "\n").split("\n") if line.strip()]
     if path.suffix != ".jsonl":
         return lines
     prompts, problems = [], []
@@ -118,7 +119,6 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
     params = for_decoding(quantize(params, settings.quantize), model)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     start, count = time.monotonic(), 0
-    lines = []
     for first in range(0, len(ids), settings.batch_size):
         batch = ids[first : first + settings.batch_size]
         done = complete(
@@ -130,13 +130,13 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
         for at, completion in enumerate(done):
             row = first + at // settings.n
             if settings.out:
-                lines.append(_line(prompts[row], completion, cut(tokenizer.decode(completion.tokens), settings.stop)))
+                text = cut(tokenizer.decode(completion.tokens), settings.stop)
+                with open(settings.out, "a", encoding="utf-8") as file:  # what is done stays if a later row fails
+                    file.write(_line(prompts[row], completion, text))
             else:
                 if row or at:
                     print("-" * 40)
                 print(_text(tokenizer, ids[row], completion.tokens, settings.stop), flush=True)
-    if settings.out:
-        Path(settings.out).write_text("".join(lines), encoding="utf-8")
     seconds = time.monotonic() - start
     print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
 

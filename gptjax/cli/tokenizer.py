@@ -46,7 +46,7 @@ def _train(args: list[str]) -> None:
     cfg, provenance = resolve(None, *kind, leaves=leaves)
     if options.show_only(parsed, cfg, provenance, lambda _: [f"dry run: {out} is not written"]):
         return
-    path = Path(out)
+    path = Path(out) if Path(out).suffix == ".json" else Path(out) / "tokenizer.json"
     if path.exists():
         raise UserError(f"{path} is there already; choose another with out=FILE.json")
     from gptjax import data, tokenizers

@@ -137,7 +137,7 @@ def _shingles(text: str) -> frozenset[str]:
 
 
 def _luhn(digits: str) -> bool:
-    numbers = [int(c) for c in digits if c.isdigit()]
+    numbers = [int(c) for c in digits if c.isdecimal()]
     doubled = [n * 2 - 9 * (n > 4) if i % 2 else n for i, n in enumerate(reversed(numbers))]
     return 13 <= len(numbers) <= 19 and len(set(numbers)) > 1 and sum(doubled) % 10 == 0
 

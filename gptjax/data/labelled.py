@@ -117,7 +117,7 @@ def read(
             found.append(_name(row[label]))
     if problems:
         raise UserError.all(problems)
-    names = tuple(labels) or tuple(sorted(set(found), key=lambda name: (int(name) if name.isdigit() else -1, name)))
+    names = tuple(labels) or tuple(sorted(set(found), key=lambda name: (int(name) if name.isdecimal() else -1, name)))
     if len(names) < 2:
         raise UserError(f"{source}: {len(texts)} texts of {len(names)} class ({', '.join(names)}); two are needed")
     if len(names) > MOST_CLASSES:

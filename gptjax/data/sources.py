@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -249,7 +250,8 @@ def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
 
 
 def _header(row: list[str], where: str, field: str) -> list[str]:
-    if twice := sorted({column for column in row if row.count(column) > 1}):
+    twice = sorted(column for column, count in Counter(row).items() if count > 1 and column.strip())
+    if twice:  # columns without a name may be several: nobody can ask for one
         raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
     if field not in row:
         raise UserError(_no_field(where, field, row))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.files import umask
 from gptjax.types import UserError
 
 VERSION = 1
@@ -188,7 +189,7 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         manifest, wrong = verify(partial)
         if not manifest:
             raise UserError(f"the tokens just written to {root} cannot be read back ({wrong}): check the disk")
-        os.chmod(partial, 0o755)  # mkdtemp lets nobody else read; a cache may be shared
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp lets nobody else read; a cache may be shared
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error

@@ -271,8 +271,10 @@ def job(
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(batch(step + i) for i in range(k)))
 
     def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
-        weights.save(folder, plain(trained, frozen), model, tokenizer, texts | (files or {}))
-        export(folder / "adapter", trained, frozen)
+        weights.save(
+            folder, plain(trained, frozen), model, tokenizer, texts | (files or {}),
+            add=lambda partial: export(partial / "adapter", trained, frozen),
+        )  # fmt: skip
 
     return Job(
         tokenizer=tokenizer,

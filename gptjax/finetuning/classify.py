@@ -14,6 +14,7 @@ import numpy as np
 from gptjax import weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
+from gptjax.files import read_json, write_json
 from gptjax.finetuning import base, metrics
 from gptjax.model.gpt import init_params
 from gptjax.parallel.distributed import is_writer
@@ -39,11 +40,11 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
         scores = score(result, _data(result.cfg))
-        file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_json(file, scores)
         from gptjax.training.plot import draw_confusion
 
         draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
-    for line in summary(json.loads(file.read_text(encoding="utf-8"))):
+    for line in summary(read_json(file)):
         say(line)
     return result
 
@@ -188,7 +189,7 @@ def read_labels(folder: Path) -> dict[str, Any]:
     file = native.find(folder) / LABELS
     if not file.is_file():
         raise UserError(f"{folder} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:

@@ -16,6 +16,7 @@ from gptjax import weights
 from gptjax.config import Config
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation
+from gptjax.files import read_json, write_json, write_text
 from gptjax.finetuning import base
 from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.generation import for_decoding, generate
@@ -50,8 +51,8 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
                 base_params = base.base_model(result.cfg).params("float32", None)
                 before = _answer(folder / BEFORE, base_params, result, test, progress)
                 found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
-        (folder / RESULTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        write_json(folder / RESULTS, found)
+    found = read_json(folder / RESULTS)
     for line in summary(found):
         say(line)
     say(f"        answers in {folder / RESPONSES}")
@@ -60,7 +61,7 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
 
 def _answer(file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Any) -> list[dict]:
     rows = answers(params, result.cfg, result.tokenizer, talks, progress)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
 from gptjax.data.preferences import PairRows
+from gptjax.files import read_json, write_json
 from gptjax.finetuning import base
 from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import prefer
@@ -49,8 +49,8 @@ def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | No
         batches = preferences.eval_batches(rows, result.cfg.train.batch_size, reference)
         mean, metrics = evaluate(jax.jit(loss(result.cfg)), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
-        file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    scores = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, scores)
+    scores = read_json(file)
     say(
         f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
         f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"

@@ -16,6 +16,7 @@ import optax
 
 from gptjax import config, weights
 from gptjax.config import Config
+from gptjax.files import write_json
 from gptjax.finetuning.metrics import t_interval
 from gptjax.parallel.distributed import is_writer
 from gptjax.training.job import Job
@@ -45,7 +46,7 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
         mean, low, high = t_interval(values)
         table[name] = {"mean": mean, "interval": [low, high], "values": values}
         say(f"seeds   {name:20} {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}")
-    (folder / "seeds.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "seeds.json", table)
     return result
 
 

@@ -171,7 +171,7 @@ def of_one_layer(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, own in placed.items():
         layer, site = split(path)
-        if layer.isdigit():
+        if layer.isdecimal():
             out.setdefault(site, {})[int(layer)] = own
     return out
 

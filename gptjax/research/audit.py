@@ -769,7 +769,7 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """
     found, problems = [], []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"canaries={path}: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, 1):

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
+from gptjax.files import umask
 from gptjax.types import UserError
 
 FILE = "tokenizer.json"
@@ -234,7 +235,7 @@ class Base:
         handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
             out.write(self.dumps())
-        os.chmod(part, 0o644)
+        os.chmod(part, 0o666 & ~umask())
         os.replace(part, path)
         return path
 

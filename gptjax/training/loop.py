@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import Config, ModelConfig
+from gptjax.files import read_json
 from gptjax.training import loggers
 from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
@@ -121,8 +122,10 @@ def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResu
         return None
     from gptjax import tokenizers, weights
 
-    result = json.loads(file.read_text(encoding="utf-8"))
-    cfg = config.from_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+    result = read_json(file)
+    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
+        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
+    cfg = run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")

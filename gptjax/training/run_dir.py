@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import Config
+from gptjax.files import write_text
 from gptjax.types import UserError
 
 try:
@@ -66,6 +68,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir")
         if not self.exists():
+            self._refuse_foreign()
             return
         if cfg.train.resume == "never":
             raise UserError(
@@ -74,7 +77,7 @@ class RunDir:
             )
         if not self.config.exists():
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
-        stored = config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
+        stored = self.stored()
         changed = config.diff(stored, _filled(cfg, stored))
         changed = [line for line in changed if not may_change(line.partition(":")[0])]
         if changed:
@@ -85,6 +88,34 @@ class RunDir:
                     "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
                 ]
             )
+
+    def _refuse_foreign(self) -> None:
+        """Raises UserError if the directory holds anything but what a run leaves that was killed at its start."""
+        try:
+            names = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        except OSError as error:
+            raise UserError(f"run_dir={self.path} cannot be read: {error.strerror or error}") from error
+        names = [name for name in names if name != ".lock" and not re.fullmatch(r"\..+\.partial", name)]
+        if names:
+            listed = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+            raise UserError(
+                f"run_dir={self.path} is not empty and holds no run of gptjax ({listed}): nothing was overwritten\n"
+                "  choose another run_dir=FOLDER"
+            )
+
+    def stored(self) -> Config:
+        """The run's config.yaml.
+
+        Raises:
+            UserError: gptjax did not write it, or it is damaged.
+        """
+        try:
+            return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
+        except (OSError, ValueError) as error:  # a UserError is a ValueError
+            raise UserError(
+                f"run_dir={self.path} is taken: its config.yaml is not one that gptjax wrote, or is damaged; "
+                f"nothing was overwritten\n  choose another run_dir=FOLDER\n{error}"
+            ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -120,8 +151,9 @@ class RunDir:
                 pass  # a file system without locks
         try:
             owner = json.loads(lock.read() or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             owner = {}
+        owner = owner if isinstance(owner, dict) else {}
         # The system drops our lock when we die; across machines only the lock's age tells.
         elsewhere = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
         if held or (elsewhere and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
@@ -176,7 +208,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _row(line: str) -> dict[str, Any] | None:
     if not line.endswith("\n"):
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         row = json.loads(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
@@ -234,13 +266,3 @@ def _version(name: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Through a second file and a rename: readers never see a half."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -8,11 +8,12 @@ final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/ker
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +29,10 @@ from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, MODEL = "model.safetensors", "model.json"
+_UNLISTED = (  # what a model of version 0.1.0 may hold, whose model.json does not list its files
+    WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+)  # fmt: skip
 
 
 def save(
@@ -36,18 +41,22 @@ def save(
     cfg: ModelConfig,
     tokenizer: Any = None,
     files: Mapping[str, str] = MappingProxyType({}),
+    add: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write params, config and tokenizer as a folder that needs nothing else; an older one there is replaced.
+    """Write params, config and tokenizer as a folder that needs nothing else; one that `save` wrote is replaced.
 
     The folder appears by one rename, complete or not at all.
 
     Args:
         files: more text files, by name.
+        add: called with the folder before it appears, to write more into it.
 
     Raises:
-        UserError: a leaf that is no plain array, or the folder cannot be written.
+        UserError: a leaf that is no plain array, the folder holds anything that `save` did not write there, or it
+            cannot be written.
     """
     folder = Path(folder)
+    _refuse_foreign(folder)
     leaves = tree.flatten_nodes(params)
     if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
         raise UserError(f"leaves of {', '.join(sorted(other))} cannot be saved: gptjax.dequantize(params) first")
@@ -57,19 +66,86 @@ def save(
         partial.mkdir(parents=True)
         out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
         safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
-        body = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(cfg)}
-        (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
+        if add is not None:
+            add(partial)
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        model = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "files": {path.relative_to(partial).as_posix(): sha256(path) for path in written},
+            "model_sha256": _sha256_of(model),
+            "model": model,
+        }
+        (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        for path in (*written, partial / MODEL):
             _sync(path)
         replace_folder(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises UserError if something stands at `folder` that is not wholly a model which `save` wrote."""
+    if not folder.name or not (folder.exists() or folder.is_symlink()):
+        if not folder.name:
+            raise UserError(f"cannot save a model as {str(folder)!r}: name a new folder")
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a new folder for the model")
+    names = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    names |= {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
+    if not names:
+        return
+    try:
+        body = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+        ours = {*body.get("files", _UNLISTED), MODEL} if body["format"] == FORMAT else set()
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        ours = set()
+    if foreign := sorted(names - ours):
+        listed = ", ".join(foreign[:3]) + (", .." if len(foreign) > 3 else "")
+        raise UserError(
+            f"{folder} holds what gptjax.save did not write ({listed}): nothing was overwritten; name a new folder"
+        )
+
+
+def verify(folder: Path) -> None:
+    """Compare the files of a saved model with the sha256 that its model.json has of each.
+
+    One that is missing is left to whoever reads it. GPTJAX_VERIFY=0 in the environment leaves all of it out.
+
+    Raises:
+        UserError: files that are damaged or were exchanged; all of them.
+    """
+    body = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+    files = body.get("files")
+    if os.environ.get("GPTJAX_VERIFY") == "0" or not isinstance(files, dict):
+        return
+    wrong = [name for name, digest in files.items() if (folder / name).is_file() and sha256(folder / name) != digest]
+    if body.get("model_sha256") not in (None, _sha256_of(body.get("model"))):
+        wrong.append(f"{MODEL} (the settings of the model)")
+    if wrong:
+        raise UserError(
+            f"{folder}: {', '.join(wrong)}: not as gptjax.save wrote it (sha256 differs): damaged or exchanged\n"
+            "  bring a good copy; GPTJAX_VERIFY=0 loads it all the same"
+        )
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -94,10 +170,11 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
     """Parameters and model of a run directory (its final/, else its best/) or of such a folder itself.
 
     Raises:
-        UserError: no model there, or its tensors are not those of its config; all of them are named.
+        UserError: no model there, its tensors are not those of its config, or it is damaged; all of it is named.
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
+    verify(folder)
     rules = [Rule(path, path) for path in tree.flatten(abstract_params(cfg))]
     source = safetensors.open_file(folder / WEIGHTS)
     return read(source, rules, cfg, str(folder / WEIGHTS), dtype=dtype, shardings=shardings), cfg

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from gptjax.files import umask
 from gptjax.types import UserError
 from gptjax.weights.rules import Out, Shape, Stored, refuse
 
@@ -323,7 +324,7 @@ def _whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o644)
+        os.chmod(part, 0o666 & ~umask())
         os.replace(part, path)
     finally:
         with suppress(FileNotFoundError):

@@ -1,0 +1,63 @@
+"""Files of a run: written whole or not at all, read with a clear error, never in the place of somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gptjax.types import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a second file and a rename: readers never see a half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, indented by one."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that gptjax wrote.
+
+    Raises:
+        UserError: the file is damaged: not UTF-8, not JSON, nested too deep, or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}\n  delete it to have it made again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}; delete it")
+    return value
+
+
+def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
+    """The path, after its folder was made. Called before the work whose result goes there.
+
+    Raises:
+        UserError: something is there already, or its folder cannot be made.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{setting}={path} exists already: name a new file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting}={path}: cannot make the folder {path.parent}: {error.strerror or error}") from error
+    return path
+
+
+def umask() -> int:
+    """The permissions that the user's new files shall not have; files of `tempfile` ignore it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

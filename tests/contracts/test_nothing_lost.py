@@ -1,0 +1,148 @@
+"""Nothing of a user's is overwritten or deleted: a foreign folder or file in the way is byte-identical afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import weights
+from gptjax.__main__ import main
+from gptjax.tokenizers import load as load_tokenizer
+from gptjax.types import UserError
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    cfg = gptjax.ModelConfig(vocab_size=256, context_length=16, n_layer=1, n_head=2, d_model=8)
+    params = gptjax.init_params(__import__("jax").random.key(0), cfg)
+    folder = weights.save(tmp_path_factory.mktemp("model") / "m", params, cfg, load_tokenizer("bytes"))
+    return folder, params, cfg
+
+
+@pytest.fixture()
+def foreign(tmp_path):
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "train.py").write_text("print('mine')\n")
+    (folder / "data" / "labels.csv").write_text("a,b\n")
+    (folder / "log.txt").write_text("mine\n")
+    return folder
+
+
+TEXT = ["data.source=TEXT", "tokenizer.name=bytes"]
+VERBS = {
+    "pretrain": ["pretrain", "tiny-gpt2", *TEXT, "run_dir=OUT"],
+    "classify": ["finetune", "classify", "classify.source=TEXT", "finetune.base=MODEL", "run_dir=OUT"],
+    "instruct": ["finetune", "instruct", "finetune.base=MODEL", "run_dir=OUT"],
+    "prefer": ["finetune", "prefer", "finetune.base=MODEL", "run_dir=OUT"],
+    "export hf": ["export", "hf", "MODEL", "OUT"],
+    "export stablehlo": ["export", "stablehlo", "MODEL", "OUT"],
+    "import": ["import", "MODEL", "OUT"],
+    "export gguf": ["export", "gguf", "MODEL", "OUT"],
+    "tokenizer": ["tokenizer", "train", "bpe", "data.source=TEXT", "tokenizer.vocab_size=300", "out=OUT/train.json"],
+    "sample": ["sample", "MODEL", "--prompt", "a", "max_new_tokens=2", "out=OUT"],
+    "data check": ["data", "check", "TEXT", "out=OUT"],
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_refuses_what_is_in_its_way(verb, kind, foreign, model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 40)
+    out = foreign if kind == "folder" else foreign / "log.txt"
+    if verb == "tokenizer":
+        (foreign / "train.json").write_text("{}")
+        out = foreign
+    before = snapshot(foreign)
+    words = {"TEXT": str(text), "MODEL": str(model[0]), "OUT": str(out)}
+    args = []
+    for arg in VERBS[verb]:
+        for word, value in words.items():
+            arg = arg.replace(word, value)
+        args.append(arg)
+    assert main(args) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert snapshot(foreign) == before
+
+
+def test_save_refuses_what_it_did_not_write(foreign, model, tmp_path, monkeypatch):
+    _, params, cfg = model
+    before = snapshot(foreign)
+    for target in (foreign, foreign / "log.txt"):
+        with pytest.raises(UserError, match=r"did not write|is a file"):
+            weights.save(target, params, cfg)
+    assert snapshot(foreign) == before
+    own = weights.save(tmp_path / "own", params, cfg)
+    weights.save(own, params, cfg)  # its own it replaces
+    (own / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.md"):
+        weights.save(own, params, cfg)
+    monkeypatch.chdir(foreign)
+    with pytest.raises(UserError, match="name a new folder"):
+        weights.save(".", params, cfg)
+
+
+def test_a_model_of_before_is_replaced(model, tmp_path):
+    _, params, cfg = model
+    own = weights.save(tmp_path / "own", params, cfg, load_tokenizer("bytes"))
+    body = json.loads((own / "model.json").read_text())
+    del body["files"], body["model_sha256"]
+    (own / "model.json").write_text(json.dumps(body))
+    weights.load(own)
+    weights.save(own, params, cfg)
+
+
+def test_a_foreign_config_is_said_to_be_in_the_way(foreign, tmp_path, capsys):
+    (foreign / "config.yaml").write_text("my: settings\n")
+    before = snapshot(foreign)
+    assert main(["pretrain", "tiny-gpt2", f"run_dir={foreign}"]) == 2
+    assert "is taken" in capsys.readouterr().err
+    (foreign / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert main(["pretrain", "tiny-gpt2", f"run_dir={foreign}"]) == 2
+    assert "is taken" in capsys.readouterr().err
+    (foreign / "config.yaml").write_text("my: settings\n")
+    assert snapshot(foreign) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.json"])
+def test_one_bit_is_noticed(name, model, tmp_path, monkeypatch):
+    _, params, cfg = model
+    folder = weights.save(tmp_path / "m", params, cfg, load_tokenizer("bytes"))
+    raw = bytearray((folder / name).read_bytes())
+    if name == "model.json":
+        raw = bytearray(bytes(raw).replace(b'"context_length": 16', b'"context_length": 17'))
+    else:
+        raw[-20] ^= 1
+    (folder / name).write_bytes(bytes(raw))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        weights.load(folder)
+    if name == "model.safetensors":
+        monkeypatch.setenv("GPTJAX_VERIFY", "0")
+        weights.load(folder)
+
+
+def test_out_makes_its_folder_and_keeps_what_is_done(model, tmp_path):
+    out = tmp_path / "new" / "folder" / "out.jsonl"
+    assert main(["sample", str(model[0]), "--prompt", "a", "max_new_tokens=2", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["prompt"] == "a"
+
+
+def test_files_have_the_mode_that_the_umask_leaves(model, tmp_path):
+    _, params, cfg = model
+    mask = os.umask(0o077)
+    try:
+        folder = weights.save(tmp_path / "m", params, cfg, load_tokenizer("bytes"))
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o077 for path in folder.iterdir()} == {0}
+    assert np.all([path.stat().st_mode & 0o600 == 0o600 for path in folder.iterdir()])
