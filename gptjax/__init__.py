@@ -43,6 +43,7 @@ _HOMES: dict[str, str] = {
     "dequantize": "gptjax.ops.quant",
     "UserError": "gptjax.types",
     "LoraConfig": "gptjax.config",
+    "MeshConfig": "gptjax.config",
     "lora": "",
     "parallel": "",
     "research": "",
@@ -68,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*(name for name in globals() if name.startswith("__")), *_HOMES})

@@ -14,6 +14,7 @@ from gptjax.types import Params
 
 # Every leaf is one of these by its path: stacked biases and scales are matrices by shape alone.
 GROUPS = (
+    ("*/kernel/a | */kernel/b | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),
     ("lm_head/kernel", "head"),
     ("*/kernel", "matrix"),
@@ -22,7 +23,7 @@ GROUPS = (
 
 
 def groups(params: Params) -> Params:
-    """embed, head, matrix or vector at every leaf."""
+    """adapter, embed, head, matrix or vector at every leaf."""
     return tree.label(params, GROUPS)
 
 
@@ -57,6 +58,9 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     adamw: AdamW (arXiv:1711.05101) everywhere, one rate a group.
     muon: Muon (Jordan 2024; arXiv:2502.16982) on the block matrices, each [in, out] slice of a stack for itself,
     scaled so that its updates have AdamW's root mean square (0.2) and its rates carry over; AdamW on the rest.
+
+    An adapter's a and b take AdamW at the rate lr, decayed as matrices are, under either name: as LoRA is trained
+    (arXiv:2106.09685) and as peft's users have it. DoRA's m is a vector.
     """
     schedule = make_schedule(cfg, max_steps)
 
@@ -80,6 +84,7 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
         "embed": adam(cfg.embed_lr),
         "head": adam(cfg.head_lr),
         "matrix": muon() if cfg.name == "muon" else adam(cfg.lr),
+        "adapter": adam(cfg.lr),
         "vector": adam(cfg.vector_lr, cfg.decay == "all"),
     }
     clip = [] if off(cfg.clip_norm) else [clip_by_norm(cfg.clip_norm)]

@@ -115,3 +115,8 @@ def test_every_name_of_the_front_door_opens():
     assert set(gptjax.__all__) <= set(dir(gptjax))
     with pytest.raises(AttributeError, match="it has load"):
         _ = gptjax.nothing
+
+
+@pytest.mark.parametrize("name", ["tasks.pretrain", "research.shelf.mla", "research.taps", "MeshConfig", "lora.init"])
+def test_the_front_door_opens_in_a_fresh_process(name):
+    subprocess.run([sys.executable, "-c", f"import gptjax; gptjax.{name}"], check=True, timeout=120)

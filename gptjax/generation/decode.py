@@ -106,7 +106,7 @@ def complete(
         n: samples of each prompt, which is read once; those of the first prompt come first.
         logprobs: None, or how many of the likeliest tokens to give beside the chosen one's log-probability.
     """
-    if max_new_tokens < 1 or not prompts:
+    if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
     run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype, patches)
@@ -167,6 +167,11 @@ def stop_array(stop: Sequence[int]) -> jax.Array:
 
 
 def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
+    if isinstance(prompts, str) or hasattr(prompts, "dtype") or any(isinstance(p, str | int) for p in prompts):
+        raise UserError(
+            f"prompts: expected lists of token ids, one per prompt, got {type(prompts).__name__}: "
+            "[tokenizer.encode(text)], or array.tolist()"
+        )
     for i, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
         if not len(prompt) or bad:

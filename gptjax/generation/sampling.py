@@ -50,13 +50,19 @@ def top_k(k: int) -> Filter:
 
 @cache
 def top_p(p: float) -> Filter:
-    """Only the smallest set of likeliest tokens whose probabilities reach p (arXiv:1904.09751)."""
+    """Only the smallest set of likeliest tokens whose probabilities reach p (arXiv:1904.09751), at least one token.
+
+    Of tokens that are equally likely the first ids stay.
+    """
 
     def keep(logits: jax.Array) -> jax.Array:
         ordered = jnp.sort(logits, axis=-1)[..., ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        last = jnp.where(before < p, ordered, jnp.inf).min(-1, keepdims=True)
-        return jnp.where(logits < last, -jnp.inf, logits)
+        count = jnp.maximum((before < p).sum(-1, keepdims=True), 1)
+        last = jnp.take_along_axis(ordered, count - 1, -1)
+        tied = logits == last
+        room = count - (logits > last).sum(-1, keepdims=True)
+        return jnp.where((logits > last) | (tied & (jnp.cumsum(tied, -1) <= room)), logits, -jnp.inf)
 
     return keep
 
@@ -81,7 +87,11 @@ def repetition_penalty(penalty: float) -> Filter:
 
 @cache
 def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
-    """All filters, left to right, then `pick`."""
+    """All filters, left to right, then `pick`: a sampler (logits, key) -> tokens, such as `draw` or `greedy`.
+
+    The same arguments give the same function. `generate` compiles anew for every function that it has not seen, so
+    make a sampler once, outside of a loop: a new lambda in each call costs seconds.
+    """
 
     def sample(logits: jax.Array, key: jax.Array, *seen: jax.Array) -> jax.Array:
         for change in filters:

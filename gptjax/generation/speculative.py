@@ -54,7 +54,7 @@ def speculate(
         )
     if max_new_tokens < 1 or not prompts:
         return Speculation([[] for _ in prompts], 0, 0.0)
-    tokens, lengths = right_padded(prompts, cfg)
+    tokens, lengths = right_padded(prompts, min(cfg, draft_cfg, key=lambda c: c.context_length))
     room = bucket(max_new_tokens + ahead + 1)
     need = int(lengths.max()) + max_new_tokens + ahead + 1
     context = min(cfg.context_length, draft_cfg.context_length)

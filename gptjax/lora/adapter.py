@@ -71,7 +71,8 @@ def split(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
     """The weights as a frozen rest and an adapter that holds their largest part; together they are what they were.
 
     init=pissa: the `rank` largest singular triples, a = u sqrt(s), b = sqrt(s) v (arXiv:2404.02948, eq. 2-4).
-    init=olora: the first columns of QR, a = q, b = r (arXiv:2406.01775, 3.1).
+    init=olora: QR of W [out, in] = w.T, as there: b.T the first columns of Q, a.T the first rows of R
+    (arXiv:2406.01775, 3.1; peft's).
 
     Returns:
         (params, adapter); to export against the original weights see `unsplit`.
@@ -98,8 +99,8 @@ def _pissa(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _olora(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    q, r = jnp.linalg.qr(w)
-    return q[..., :rank], r[..., :rank, :]
+    q, r = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
+    return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
 
 
 def unsplit(adapter: Adapter, start: Adapter) -> Adapter:

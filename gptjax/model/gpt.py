@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.model import activations
@@ -68,13 +69,42 @@ def backbone(
     return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)[0]
 
 
+def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
+    if not isinstance(cfg, ModelConfig):
+        raise UserError(
+            f"cfg: expected a ModelConfig, got {type(cfg).__name__}; under jit it is static: "
+            "jax.jit(forward, static_argnums=2), or a function that closes over it"
+        )
+    shape = getattr(tokens, "shape", None)
+    if shape is None or len(shape) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        got = f"{tokens.dtype}{list(shape)}" if shape is not None else type(tokens).__name__
+        raise UserError(f"tokens: expected integer ids [B, T], got {got}; a single row is tokens[None]")
+    if cfg.position == "learned" and positions is None and shape[1] > cfg.context_length:
+        raise UserError(f"tokens: {shape[1]} in a row, and the position table has {cfg.context_length}: give fewer")
+    if not isinstance(tokens, jax.core.Tracer) and cfg.vocab_size and 0 not in shape and _is_local(tokens):
+        ids = np.asarray(tokens)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= cfg.vocab_size:
+            raise UserError(
+                f"tokens: ids from {low} to {high}, and the vocabulary has {cfg.vocab_size}: expected 0 to "
+                f"{cfg.vocab_size - 1}; is this the model's own tokenizer?"
+            )
+
+
+def _is_local(tokens: Any) -> bool:
+    """Whether this process can look at all values."""
+    return getattr(tokens, "is_fully_addressable", True)
+
+
 def head_kernel(params: Params, cfg: ModelConfig) -> Any:
     """[D, V]: the head's own matrix, or the token embedding turned."""
     return dense(params["wte"]["embedding"]).T if cfg.tie_embeddings else dense(params["lm_head"]["kernel"])
 
 
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """[.., D] -> [.., V] float32, softcapped where cfg says so."""
+    """[.., D] -> [.., V] float32, softcapped where cfg says so: the float32 sum of the product, never rounded."""
+    if cfg.dtype != "float32":
+        hidden = hidden.astype(jnp.float32)  # a product is given in its input's dtype; its operands are cfg.dtype
     if cfg.tie_embeddings:
         logits = matmul_transposed(params["wte"]["embedding"], hidden, cfg.dtype)
     else:
@@ -83,7 +113,15 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Token ids [B, T] int32 -> logits [B, T, V] float32; keywords as in `backbone`."""
+    """Token ids [B, T] int32 -> logits [B, T, V] float32; keywords as in `backbone`.
+
+    An id outside the vocabulary is noticed where its value is known: under `jit` it counts as the nearest one.
+
+    Raises:
+        UserError: tokens of another shape or outside the vocabulary, more of them than a learned position table has
+            rows, or a cfg that is traced.
+    """
+    _check(tokens, cfg, context.get("positions"))
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
 
 

@@ -118,7 +118,7 @@ class Attention(nn.Module):
             q, k = position.rope(q, table), position.rope(k, table)
         v0 = s.v0
         if cfg.value_residual:
-            mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
+            mix = _read(self, "value_mix", nn.initializers.constant(0.5), ()).astype(v.dtype)
             v0 = jnp.where(s.layer == 0, v, v0)
             v = (1 - mix) * v + mix * v0
         q, k, v = at("attn/q", q), at("attn/k", k), at("attn/v", v)
@@ -192,9 +192,10 @@ class Block(nn.Module):
         at = Reader(self.taps, patches, ctx.patches, s.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(s.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
-            x = x * _read(self, "residual_lambda", nn.initializers.ones, ())
+            # cast: a float32 scalar would make x float32
+            x = x * _read(self, "residual_lambda", nn.initializers.ones, ()).astype(x.dtype)
         if cfg.x0_lambdas:
-            x = x + s.x0 * _read(self, "x0_lambda", nn.initializers.zeros, ())
+            x = x + s.x0 * _read(self, "x0_lambda", nn.initializers.zeros, ()).astype(x.dtype)
         keys = (
             (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
         )

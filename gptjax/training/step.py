@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gptjax.types import Mean, Metrics
+from gptjax.types import Mean, Metrics, UserError
 
 Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
 # (params, frozen, batch, key) -> (gradient of the total, (Mean, metrics))
@@ -42,6 +42,18 @@ class TrainState:
         )  # fmt: skip
 
 
+def _checked(result: Any) -> tuple[Mean, Metrics]:
+    """What a loss returned. Raises UserError if it has another form; runs while the step is traced."""
+    pair = type(result) is tuple and len(result) == 2
+    if pair and isinstance(result[0], Mean) and isinstance(result[1], dict):
+        return result
+    got = f"({', '.join(type(part).__name__ for part in result)})" if type(result) is tuple else type(result).__name__
+    raise UserError(
+        f"loss: expected (Mean(total, weight), metrics dict), got {got}; a mean over n targets is "
+        "`return gptjax.types.Mean(total, n), {}`"
+    )
+
+
 def make_train_step(
     loss: Loss,
     tx: optax.GradientTransformation,
@@ -65,7 +77,7 @@ def make_train_step(
     """
 
     def total(params, frozen, batch, key):
-        mean, metrics = loss(combine(params, frozen), batch, key)
+        mean, metrics = _checked(loss(combine(params, frozen), batch, key))
         return mean.total, (mean, metrics)
 
     gradient = jax.grad(total, has_aux=True)

@@ -67,7 +67,8 @@ class Form(NamedTuple):
 
 same = Form(lambda a: a, lambda a: a, lambda shape: shape)
 turned = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-one_more = Form(lambda a: a + 1, lambda a: a - 1, lambda shape: shape)  # a norm's scale is stored as scale - 1
+# a norm's scale is stored as scale - 1; added in float32, as a bfloat16 sum would lose its last bits
+one_more = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
 boxed = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
 
 

@@ -15,3 +15,21 @@
 All rows of a batch have the same length; for rows that differ `jax.vmap` over them. The trees are plain, so that
 `jax.grad`, `vmap`, an optimizer or `gptjax.lora` (targets="*/kernel") take them as they take the model's.
 """
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+__all__ = sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'gptjax.research.shelf' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return importlib.import_module(f"gptjax.research.shelf.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,139 @@
+"""What an accelerator's program computes in bfloat16, traced here, and wrong input that is named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.model.cache import init_cache
+from gptjax.model.gpt import extend, forward, init_params
+from gptjax.ops.device import compiling_for
+from gptjax.tasks import pretrain
+from gptjax.training.step import TrainState, make_train_step
+from gptjax.types import Batch, Mean, UserError
+
+
+def config(arch: str, **changes):
+    return gptjax.ModelConfig(arch=arch, vocab_size=64, context_length=16, n_layer=2, n_head=2, d_model=16, **changes)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "modern"])
+def test_every_arch_is_traced_in_bfloat16(arch, platform):
+    cfg = config(arch, dtype="bfloat16")
+    params = gptjax.abstract_params(cfg)
+    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    loss = pretrain.task(cfg).loss
+    with compiling_for(platform):
+        logits = jax.eval_shape(lambda p, x: forward(p, x, cfg), params, ids)
+        step, _ = jax.eval_shape(lambda p, x: extend(p, x, cfg, init_cache(cfg, 2, 16, jnp.bfloat16)), params, ids)
+        grads = jax.eval_shape(jax.grad(lambda p, b: loss(p, b, None)[0].total), params, Batch(ids, ids))
+    assert logits.dtype == step.dtype == jnp.float32
+    assert jax.tree.map(lambda g: (g.shape, g.dtype), grads) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_keep_the_float32_sum(tied):
+    cfg = config("llama", dtype="bfloat16", tie_embeddings=tied, unroll=False)
+    params = init_params(jax.random.key(0), cfg)
+    ids = jnp.arange(16)[None]
+    with compiling_for("gpu"):
+        logits = np.asarray(jax.jit(lambda p: forward(p, ids, cfg))(params))
+    rounded = logits.astype(jnp.bfloat16).astype(np.float32)
+    assert (logits != rounded).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (np.arange(8), r"expected integer ids \[B, T\], got int64\[8\]"),
+        (np.full((1, 4), 64), "ids from 64 to 64, and the vocabulary has 64"),
+        (np.full((1, 4), -1), "ids from -1"),
+        (np.zeros((1, 17), np.int32), "17 in a row, and the position table has 16"),
+        ([[1, 2]], "got list"),
+        (np.zeros((1, 4)), "got float64"),
+    ],
+)
+def test_forward_names_wrong_tokens(tokens, text):
+    cfg = config("gpt2")
+    with pytest.raises(UserError, match=text):
+        forward(init_params(jax.random.key(0), cfg), tokens, cfg)
+
+
+def test_a_traced_config_is_named():
+    cfg = config("gpt2")
+    with pytest.raises(UserError, match="static_argnums"):
+        forward({}, jnp.zeros((1, 2), jnp.int32), dataclasses.asdict(cfg))
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x, lambda x: (x, {}), lambda x: (Mean(x, 1.0), None), lambda x: Mean(x, 1.0)]
+)
+def test_a_loss_of_another_form_is_named(wrong):
+    import optax
+
+    state = TrainState.create({"w": jnp.ones(3)}, tx=optax.sgd(0.1), key=jax.random.key(0))
+    step = make_train_step(lambda params, batch, key: wrong(params["w"].sum()), optax.sgd(0.1))
+    with pytest.raises(UserError, match=r"expected \(Mean\(total, weight\), metrics dict\)"):
+        step(state, None)
+
+
+@pytest.mark.parametrize("prompts", ["text", ["text"], jnp.ones((1, 3), jnp.int32), [1, 2]])
+def test_prompts_of_another_form_are_named(prompts):
+    cfg = config("gpt2")
+    with pytest.raises(UserError, match="expected lists of token ids"):
+        gptjax.generate(init_params(jax.random.key(0), cfg), prompts, cfg, max_new_tokens=2, key=jax.random.key(0))
+
+
+def test_top_p_keeps_the_smallest_set():
+    from gptjax.generation.sampling import top_p
+
+    kept = lambda p, logits: np.flatnonzero(np.isfinite(np.asarray(top_p(p)(jnp.array([logits])))[0])).tolist()  # noqa: E731
+    assert kept(0.09, [0.0] * 50) == [0, 1, 2, 3, 4]
+    assert kept(0.0, [0.0, 1.0, 2.0]) == [2]
+    assert kept(0.7, [1.0, 3.0, 3.0, 0.0]) == [1, 2]
+    assert kept(0.3, [1.0, 3.0, 3.0, 0.0]) == [1]
+
+
+def test_flops_count_heads_times_their_size():
+    from gptjax.training.loop import flops_per_token
+
+    cfg, wide = config("llama", d_head=8), config("llama", d_head=32)
+    attention = [
+        flops_per_token(c, gptjax.abstract_params(c)) - flops_per_token(c, gptjax.abstract_params(c), width=1)
+        for c in (cfg, wide)
+    ]
+    assert attention[0] == 12 * 2 * 16 * 15
+    assert attention[1] == 4 * attention[0]
+
+
+def test_olora_is_the_qr_of_the_stored_orientation():
+    from gptjax import lora
+
+    w = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)  # [out, in]
+    cfg = gptjax.LoraConfig(rank=4, alpha=4, init="olora", targets="q/kernel")
+    rest, adapter = lora.split({"q": {"kernel": jnp.array(w.T)}}, cfg)
+    q, r = np.linalg.qr(w)
+    pair = adapter["q"]["kernel"]
+    np.testing.assert_allclose(np.abs(pair["b"]), np.abs(q[:, :4].T), atol=1e-5)
+    np.testing.assert_allclose(np.abs(pair["a"]), np.abs(r[:4].T), atol=1e-4)
+    np.testing.assert_allclose(rest["q"]["kernel"] + pair["a"] @ pair["b"], w.T, atol=1e-4)
+
+
+def test_adapters_are_decayed_and_take_the_rate_of_matrices():
+    from gptjax.config import OptimConfig
+    from gptjax.optim import make_optimizer
+
+    params = {"adapter": {"blocks": {"q": {"kernel": {"a": jnp.ones((2, 6, 3)), "b": jnp.ones((2, 3, 6))}}}}}
+    for name in ("adamw", "muon"):
+        tx = make_optimizer(
+            OptimConfig(name=name, lr=0.1, vector_lr=1.0, weight_decay=0.5, schedule="constant", warmup_steps=0), 10
+        )
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        for leaf in jax.tree.leaves(updates):
+            np.testing.assert_allclose(leaf, -0.05, rtol=1e-5)
