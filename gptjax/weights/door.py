@@ -121,6 +121,10 @@ def _hugging_face(folder: Path, source: Any) -> Model:
     if family.name == "gpt2" and not any(name.startswith("transformer.") for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix("transformer.")) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
+    if tied & set(source.shapes()):  # a head of its own, whatever the flag says: transformers 5 keeps it too
+        table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
+        if table in source.shapes() and not np.array_equal(source.array("lm_head.weight"), source.array(table)):
+            cfg, tied = dataclasses.replace(cfg, tie_embeddings=False), set()
 
     def params(dtype: Any, shardings: Any) -> Params:
         return read(

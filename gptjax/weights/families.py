@@ -23,8 +23,16 @@ _NEUTRAL = {
     "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
     "task_specific_params", "n_ctx", "gradient_checkpointing", "max_window_layers", "cache_implementation",
     "_attn_implementation_autoset", "reorder_and_upcast_attn", "is_llama_config", "transformers.js_config",
-    "label2id", "id2label", "output_past", "_sliding_window_pattern", "sliding_window_pattern",
-    "unsloth_version", "unsloth_fixed",
+    "label2id", "id2label", "output_past", "unsloth_version", "unsloth_fixed",
+    # what transformers before 5 wrote into every config.json: classes, outputs, and settings of its generate
+    "num_labels", "_num_labels", "problem_type", "finetuning_task", "output_attentions", "output_hidden_states",
+    "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "prefix", "is_decoder",
+    "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 }  # fmt: skip
 _REQUIRED = object()
 
@@ -315,10 +323,12 @@ def _mistral_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 def _qwen(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "silu")
+    a.must("use_mrope", False)
     fields = _sizes(a) | _rope(a, 10_000.0)
+    said = a.left.get("layer_types") is not None
     size, used = a.take("sliding_window", int, 0), a.take("use_sliding_window", bool, False)
     pattern = _layer_types(a, fields["n_layer"], "L")
-    if used and pattern == "L" and size:
+    if used and not said and size:
         a.problems.append("use_sliding_window without layer_types: save it again with a recent transformers")
     return fields | dict(
         sliding_window=size if used and "S" in pattern else 0,
@@ -352,6 +362,12 @@ def _gemma3(a: Attributes) -> dict[str, Any]:
     a.must("use_bidirectional_attention", False)
     a.left.pop("attn_logit_softcapping", None)  # transformers' Gemma 3 does not apply it either
     window = a.take("sliding_window", int, 4096)
+    # every n-th layer sees everything; layer_types, where it stands, says it of each layer
+    every = a.take("sliding_window_pattern", int, 6)
+    a.left.pop("_sliding_window_pattern", None)  # transformers writes it and does not read it
+    if not 1 <= every <= 1000:
+        a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
+        every = 6
     fields = _sizes(a)
     rope = a.left.pop("rope_parameters", None)
     if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
@@ -374,7 +390,7 @@ def _gemma3(a: Attributes) -> dict[str, Any]:
         qk_norm=True,
         rope_local_base=local_base,
         sliding_window=window,
-        window_pattern=_layer_types(a, fields["n_layer"], "SSSSSL"),
+        window_pattern=_layer_types(a, fields["n_layer"], "S" * (every - 1) + "L"),
         attention_scale=float(a.take("query_pre_attn_scalar", float, 256.0) or math.nan) ** -0.5,
         logit_softcap=a.take("final_logit_softcapping", float, 0.0),
         embed_gain=math.sqrt(max(D, 0)),
@@ -471,6 +487,8 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
             f"{where}: architectures={named!r:.60}, expected [{family.architecture!r}]: a model with an LM head"
         )
     attributes = Attributes(values)
+    for name, off in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
+        attributes.must(name, off)
     fields = family.to_config(attributes)
     attributes.end(where)
     return family, model_config(fields, where)

@@ -37,9 +37,9 @@ _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vecto
 _HEAD = f"{_PREFIX}score.weight"  # of transformers' models for sequence classification
 _BASE = "gptjax_base"  # our key in adapter_config.json
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version", "revision",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type", "megatron_core", "loftq_config", "qalora_group_size", "target_modules", "exclude_modules",
-    "layers_pattern", "ensure_weight_tying", "peft_type", "fan_in_fan_out", _BASE,
+    "layers_pattern", "layers_to_transform", "ensure_weight_tying", "peft_type", "fan_in_fan_out", _BASE,
 }  # fmt: skip
 _Pair = dict[str, np.ndarray]
 
@@ -294,6 +294,8 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
     rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
     dropout = a.take("lora_dropout", float, 0.0)
     a.must("bias", "none")
+    # others (pissa, olora, corda, loftq) take their start out of the base, which then is not the one that `load` reads
+    a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
     for name in list(a.left):  # the rest changes something unless it is off
         if not a.left[name]:
             a.left.pop(name)
