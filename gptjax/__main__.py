@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from gptjax.cli import VERBS
 from gptjax.types import UserError
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gptjax.training.process import ask_for_huge_pages
 
         ask_for_huge_pages()
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark for it
+            with suppress(AttributeError):
+                stream.reconfigure(errors="replace")
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -546,6 +546,7 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
         except ValueError as error:
             bad.add(key)
             problems.append(f"{place}: {key}: {error}")
+    problems += _later_wins(leaves, values, where)
     if run_dir and values.get("run_dir") is None:
         values["run_dir"], where["run_dir"] = run_dir, "name of the config"
     cfg = _construct(Config, values, "")
@@ -553,6 +554,29 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
     problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
     return cfg, provenance
+
+
+# (a, b): b rules a or belongs to it, so b of an earlier layer goes back to its default where a later one says a
+RULED = (("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"))
+
+
+def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -> Iterator[str]:
+    """Drops what an earlier layer said of a ruling setting, and names two that one command line sets at once."""
+    layers = list(dict.fromkeys(_layer(leaf.where) for leaf in leaves))
+    for key, ruling in RULED:
+        if values.get(key) is None or values.get(ruling) is None:
+            continue
+        first, second = layers.index(_layer(where[key])), layers.index(_layer(where[ruling]))
+        if first > second:
+            del values[ruling], where[ruling]
+        elif first == second and (key, where[key]) == ("train.max_steps", "command line"):
+            both = f"{key}={values[key]} and {ruling}={values[ruling]}"
+            yield f"{where[key]}: {both}: the number of steps twice; give one of them"
+
+
+def _layer(where: str) -> str:
+    """The file of "base.yaml:3"; the command line is a layer of its own."""
+    return re.sub(r":\d+$", "", where)
 
 
 def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:

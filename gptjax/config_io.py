@@ -60,14 +60,13 @@ ALIASES: dict[str, str] = {
     "val_split_fraction": "data.val_fraction", "val_set_size": "data.val_fraction", "val_ratio": "data.val_fraction",
     "dataset_text_field": "data.text_field", "shuffle": "data.order", "tokenizer_name": "tokenizer.name",
     "tok": "tokenizer.name", "start": "sample.prompt", "prompts": "sample.prompt", "num_samples": "sample.n",
+    "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
 # What peers have and this has not, with the way out.
 NOT_HERE: dict[str, str] = {
-    **dict.fromkeys(
-        ("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "use_peft", "lora"), "LoRA is not in this version"
-    ),
+    "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(
         ("device", "device_type", "accelerator"),
         "JAX takes the best device it finds; JAX_PLATFORMS=cpu in front forces one",

@@ -181,7 +181,9 @@ UNKNOWN = [
     ("warmup_steps=1", "optim.warmup_steps"),
     ("weight_decay=1", "optim.weight_decay"),
     ("learnig_rate=1", "optim.lr"),
-    ("lora_r=8", "LoRA is not in this version"),
+    ("lora_r=8", "lora.rank"),
+    ("lora_alpha=8", "lora.alpha"),
+    ("use_peft=true", "finetune.trainable=all"),
     ("device=cpu", "JAX_PLATFORMS"),
     ("vocab_size=1", "tokenizer.vocab_size or model.vocab_size"),
     ("optim=1", "group of settings"),
@@ -332,3 +334,33 @@ def test_help_knows_every_key_and_its_comment():
     assert set(rows) == set(config.schema())
     assert rows["train.accumulation"][3] == "micro-batches a step; must divide batch_size"
     assert rows["optim.lr"][2] == "0.001"
+
+
+def test_a_later_layer_wins_over_what_rules_it(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: classify\ntrain:\n  max_steps: 30\n")
+    for cfg in (config.load_config("classify", "train.max_steps=30"), config.load_config(mine)):
+        assert (cfg.train.max_steps, cfg.train.epochs) == (30, None)
+    assert config.load_config(mine, "train.epochs=2").train.epochs == 2
+    assert config.load_config("classify", "train.epochs=2").train.epochs == 2
+    cfg = config.load_config("shakespeare-char", "data.source=my.txt")
+    assert cfg.data.split == config.DataConfig().split
+    assert config.load_config("shakespeare-char", "data.source=my.txt", "data.split=document").data.split == "document"
+    assert config.load_config("shakespeare-char", "seed=1").data.split == "document"
+    again = config.from_yaml(config.to_yaml(config.load_config("classify")))  # a run's own file says both
+    assert again.train.epochs == config.load_config("classify").train.epochs
+
+
+def test_both_on_one_command_line_are_named():
+    text = complaint("classify", "train.max_steps=20", "train.epochs=3")
+    assert "train.max_steps=20 and train.epochs=3.0" in text
+
+
+def test_the_rough_account_of_memory_knows_every_remat():
+    from typing import get_args, get_type_hints
+
+    from gptjax.training.memory import memory_bytes
+
+    for remat in get_args(get_type_hints(config.ModelConfig)["remat"]):
+        cfg = config.load_config("tiny-gpt2", f"model.remat={remat}", "model.vocab_size=257")
+        assert memory_bytes(cfg, 1000, 257)["activations"] > 0

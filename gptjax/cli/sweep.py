@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,17 @@ def run(args: list[str]) -> int:
         return 0
     if (folder / "sweep.json").exists():
         raise UserError(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
-    return _sweep(configs, axes, folder, at_once, source)
+    return _sweep(configs, axes, folder, at_once, [source, *_again(fixed)])
 
 
-def _sweep(configs: list[Config], axes: dict[str, list[str]], folder: Path, at_once: int | None, source: str) -> int:
+def _again(fixed: list[Any]) -> list[str]:
+    """The given settings that are no axis, as words; the best run takes a folder of its own."""
+    return [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
+
+
+def _sweep(
+    configs: list[Config], axes: dict[str, list[str]], folder: Path, at_once: int | None, command: list[str]
+) -> int:
     from gptjax.research import sweep
     from gptjax.training.process import keep_buffers, use_compile_cache
     from gptjax.training.progress import Progress, duration
@@ -62,8 +70,8 @@ def _sweep(configs: list[Config], axes: dict[str, list[str]], folder: Path, at_o
     print(f"\n{len(configs)} runs in {duration(seconds)}, {compiling:.1f} s of it compiling the steps")
     if summary[0]["val/loss"] is not None:
         verb = "pretrain" if configs[0].task == "pretrain" else f"finetune {configs[0].task}"
-        best = " ".join(f"{key}={summary[0][key]}" for key in axes if key != "seed")
-        print(f"lowest validation loss: gptjax {verb} {source} {best}".rstrip())
+        best = [f"{key}={summary[0][key]}" for key in axes if key != "seed"]
+        print(f"lowest validation loss: gptjax {verb} {shlex.join([*command, *best])}".rstrip())
     print(f"in {folder}: sweep.csv sweep.json sweep.png")
     return 0
 

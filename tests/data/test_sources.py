@@ -287,3 +287,12 @@ def test_every_source_gives_to_the_validation_text():
 def test_impossible_fraction(fraction):
     with pytest.raises(UserError, match="val_fraction"):
         parts(make([[10]]), val_fraction=fraction)
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    file = tmp_path / "spam.csv"
+    file.write_text("v1,text,,\nham,hello,,\n")
+    assert [d.text for d in documents(DataConfig(source=(str(file),)))] == ["hello"]
+    file.write_text("text,text,,\nham,hello,,\n")
+    with pytest.raises(UserError, match="appears twice"):
+        list(documents(DataConfig(source=(str(file),))))
