@@ -57,7 +57,8 @@ def top_p(p: float) -> Filter:
 
     def keep(logits: jax.Array) -> jax.Array:
         ordered = jnp.sort(logits, axis=-1)[..., ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        reached = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+        before = jnp.pad(reached[..., :-1], [(0, 0)] * (reached.ndim - 1) + [(1, 0)])  # of the likelier ones alone
         count = jnp.maximum((before < p).sum(-1, keepdims=True), 1)
         last = jnp.take_along_axis(ordered, count - 1, -1)
         tied = logits == last

@@ -174,9 +174,9 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
-    verify(folder)
     rules = [Rule(path, path) for path in tree.flatten(abstract_params(cfg))]
     source = safetensors.open_file(folder / WEIGHTS)
+    verify(folder)
     return read(source, rules, cfg, str(folder / WEIGHTS), dtype=dtype, shardings=shardings), cfg
 
 
