@@ -149,8 +149,8 @@ def test_compare_asks_it(server, tmp_path, capsys):
     assert captured.out.splitlines()[1].split()[-1] == "85.000" and "1 of 3" in captured.err
     assert main(["compare", str(file), f"judge={server.url}"]) == 2
     assert "go together" in capsys.readouterr().err
-    assert main(["compare", str(file), f"out={tmp_path / 'none' / 'x.md'}"]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert main(["compare", str(file), f"out={tmp_path / 'new' / 'x.md'}"]) == 0
+    assert (tmp_path / "new" / "x.md").is_file()
 
 
 def test_runs_that_cannot_be_compared_cost_no_judging(server, tmp_path, capsys):

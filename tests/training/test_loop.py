@@ -377,7 +377,8 @@ def test_steps_in_one_call_are_steps_one_by_one(make, tmp_path, whole):
 
 
 def test_epochs_set_the_steps(make, tmp_path, whole):
-    cfg = make(tmp_path / "run", "train.epochs=0.5")
+    cfg = make(tmp_path / "run")
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=0.5))
     ready = gptjax.data.prepare(cfg)
     resolved = loop._resolve(cfg, ready)
     assert resolved.train.max_steps == round(0.5 * len(ready.train) / 64)
