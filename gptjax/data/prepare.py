@@ -73,8 +73,8 @@ def prepare(
     tokenizer = loaded or tokenizers.load(str(folder / "tokenizer.json"))
     ready = Prepared(
         tokenizer,
-        token_store.open_split(folder, "train", manifest),
-        token_store.open_split(folder, "val", manifest),
+        token_store.open_split(folder, "train", manifest, tokenizer),
+        token_store.open_split(folder, "val", manifest, tokenizer),
         dict(manifest, folder=str(folder)),
     )
     check(ready, cfg)
@@ -175,7 +175,8 @@ def _encode(
 
     def write(name: str, part: Part) -> dict:
         texts = [
-            ((document.text, ended) for document, ended in part.source(k)) for k in range(len(part.documents.sources))
+            ((document.text, begins, ends) for document, begins, ends in part.source(k))
+            for k in range(len(part.documents.sources))
         ]
         return token_store.write(folder, name, texts, tokenizer, advance)
 

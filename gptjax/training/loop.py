@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from gptjax import config
 from gptjax.config import Config, ModelConfig
 from gptjax.files import read_json
+from gptjax.tokenizers import begin_id
 from gptjax.training import loggers
 from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
@@ -626,6 +627,7 @@ class _Trainer:
 def _pretraining(cfg: Config, ready: Any) -> Job:
     """The job of `train`: whatever can be wrong is said here."""
     from gptjax import data, weights
+    from gptjax.data.loader import ORDER_OF_WINDOWS
     from gptjax.model.gpt import abstract_params
     from gptjax.optim import make_optimizer
     from gptjax.tasks import pretrain
@@ -656,7 +658,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         return f"windows of that batch start at tokens {starts} ... of the training text"
 
     def more_of_loss(loss: float) -> dict[str, float]:
-        bits = {"bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
+        bits = {"bits_per_byte": loss / math.log(2) * val.n_targets / val.n_bytes} if val.n_bytes else {}
         return {"perplexity": _exp(loss), **bits}
 
     def write(folder: Path, params: Params, frozen: None, files: dict[str, str]) -> None:
@@ -689,6 +691,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         flops_per_token=flops_per_token(model, abstract_params(model)),
         identity={
             "tokenizer": ready.tokenizer.fingerprint,
+            "order of windows": ORDER_OF_WINDOWS,
             "training data": ready.train.fingerprint,
             "validation data": val.fingerprint,
         },
@@ -725,8 +728,8 @@ def _prompt(cfg: Config, tokenizer: Any) -> list[int]:
         ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
     except UserError as error:
         raise UserError(f"sample.prompt: {error}") from error
-    if not ids and tokenizer.eot_id is not None:
-        ids = [tokenizer.eot_id]
+    if not ids and (begin := begin_id(tokenizer)) is not None:
+        ids = [begin]
     if not ids:
         raise UserError(f"sample.prompt is empty and {tokenizer.name} has no start token: give at least one character")
     return list(ids)
