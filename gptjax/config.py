@@ -256,7 +256,7 @@ class LoraConfig:
     targets: str = "blocks/*/kernel"  # patterns of paths, joined by |
     init: Literal["lora", "pissa", "olora"] = "lora"  # a random and b zero, or from the weights themselves
     dora: bool = False  # columns with lengths of their own
-    dropout: float = 0.0  # of what goes into a
+    dropout: float = 0.0  # of what goes into a; adapters of embedding tables have none, as in peft
     lr_ratio: float = 1.0  # of b's learning rate to a's; LoRA+ takes 16
 
     @property

@@ -11,6 +11,7 @@ import pytest
 import gptjax
 from gptjax import UserError, lora, tree
 from gptjax.config import LoraConfig, ModelConfig
+from gptjax.ops.loss import cross_entropy
 from gptjax.ops.quant import quantize
 from gptjax.tasks import pretrain
 from gptjax.types import Batch
@@ -194,6 +195,33 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     assert loss(adapter, BATCH, KEY)[0].total == plain  # b is zero, and the base sees all of x
     adapter = moved(adapter)
     values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
+    assert len(values) == 3
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
+    """The loss takes the head in pieces; with the same key it is the loss of `forward`, whose head drops its input."""
+    cfg = ModelConfig(arch="llama", vocab_size=37, context_length=16, n_layer=1, n_head=2, d_model=16, dtype=dtype)
+    params = gptjax.init_params(KEY, cfg)
+    lcfg = LoraConfig(rank=3, targets="lm_head/kernel", dropout=0.5, dora=dora)
+    adapter = moved(lora.init(KEY, params, lcfg))
+    ids = jax.random.randint(jax.random.key(1), (2, 11), 0, 37)
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+
+    def by_forward(params, batch, key):
+        return cross_entropy(gptjax.forward(params, batch.tokens, cfg), batch.targets), {}
+
+    pair = [lora.bind(loss, params, lcfg) for loss in (pretrain.task(cfg).loss, by_forward)]
+    values = set()
+    for key in (None, KEY, jax.random.key(9)):
+        (got, grad), (want, wanted) = (
+            jax.jit(jax.value_and_grad(lambda a, f=f, key=key: f(a, batch, key)[0].value()))(adapter) for f in pair
+        )
+        close = dict(rtol=1e-5, atol=1e-6) if dtype == "float32" else dict(rtol=3e-2, atol=3e-3)
+        np.testing.assert_allclose(got, want, **close)
+        jax.tree.map(lambda a, b, close=close: np.testing.assert_allclose(a, b, **close), grad, wanted)
+        values.add(round(float(got), 4))
     assert len(values) == 3
 
 
