@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import os
 import re
 import types
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
@@ -47,9 +49,14 @@ ARCHS: dict[str, dict[str, Any]] = {
 class ModelConfig:
     """Shape and switches of one decoder. A switch left at None takes its value from `ARCHS[arch]`.
 
-    After construction every switch holds a value, so printing the config shows all of them.
+    After construction every switch holds a value, so printing the config shows all of them. `dataclasses.replace`
+    derives anew what was left at None: replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
+
+    Raises:
+        UserError: every value or combination that cannot work.
     """
 
+    _derived: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)  # names that were None
     arch: Literal["gpt2", "llama", "modern"] = "gpt2"
     vocab_size: int = 0  # 0: the tokenizer's
     context_length: int = 1024
@@ -104,11 +111,28 @@ class ModelConfig:
     # but each block's input, which waits in the host's memory
     unroll: Optional[bool] = None  # blocks as one program; None: small models on CPU
 
+    def __new__(cls, *args: Any, **given: Any) -> ModelConfig:
+        self = object.__new__(cls)
+        # `dataclasses.replace` gives its changes first, then a copy of every other field, `_derived` before all
+        names = list(given)
+        copied = names[names.index("_derived") :] if "_derived" in given else ()
+        object.__setattr__(self, "_copied", copied)
+        return self
+
     def __post_init__(self) -> None:
+        for name in set(self._derived).intersection(self._copied):
+            object.__setattr__(self, name, None)
+        object.__delattr__(self, "_copied")
+        if not _CHECKED_LATER.get():
+            Problems(_wrong_types(self)).raise_if_any()
         fill = dict(ARCHS.get(self.arch, {}), n_kv_head=self.n_head, d_ff=4 * self.d_model)
-        for name, value in fill.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        derived = [name for name in fill if getattr(self, name) is None]
+        for name in derived:
+            object.__setattr__(self, name, fill[name])
+        object.__setattr__(self, "_derived", tuple(derived))
+        if not _CHECKED_LATER.get():
+            complaints = (*_ranges(flat(self, "model.")), *_model_combinations(self))
+            Problems(text for _, text in complaints).raise_if_any()
 
     @property
     def head_dim(self) -> int:
@@ -126,6 +150,7 @@ class ModelConfig:
         return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
+_CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # with all other settings at once
 COMPUTED = ("dropout", "dtype", "remat", "unroll", "init")  # of ModelConfig, what a fine-tuning may say of its base
 
 
@@ -368,6 +393,12 @@ def resolve(
 ) -> tuple[Config, Provenance]:
     """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
     all others."""
+    for given in (source, *overrides):
+        if not isinstance(given, str | os.PathLike | None):
+            raise UserError(
+                f"load_config: expected a preset's name, a YAML file and texts such as 'optim.lr=3e-4', got "
+                f"{type(given).__name__}; a nested dict goes to gptjax.config.from_dict"
+            )
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
     layers = _file_leaves(source) if source is not None else []
@@ -404,6 +435,8 @@ def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in fields(cfg):
         value = getattr(cfg, item.name)
+        if item.name.startswith("_"):
+            continue
         out |= flat(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
     return out
 
@@ -424,7 +457,7 @@ def _leaf_types(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, hint in get_type_hints(cls).items():
         if is_dataclass(hint):
             yield from _leaf_types(hint, f"{prefix}{name}.")
-        else:
+        elif not name.startswith("_"):
             yield prefix + name, hint
 
 
@@ -549,7 +582,11 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
     problems += _later_wins(leaves, values, where)
     if run_dir and values.get("run_dir") is None:
         values["run_dir"], where["run_dir"] = run_dir, "name of the config"
-    cfg = _construct(Config, values, "")
+    later = _CHECKED_LATER.set(True)
+    try:
+        cfg = _construct(Config, values, "")
+    finally:
+        _CHECKED_LATER.reset(later)
     provenance = _provenance(cfg, values, where)
     problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
@@ -762,8 +799,21 @@ def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str
     return f"{'at least' if with_low else 'above'} {low} and {'finite' if math.isinf(high) else f'at most {high}'}"
 
 
-def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
+def _wrong_types(model: ModelConfig) -> Iterator[str]:
+    """Of a config made by hand; what is traced has no value yet."""
+    for key, hint in schema().items():
+        if not key.startswith("model."):
+            continue
+        value, kind = getattr(model, key.removeprefix("model.")), _inner(hint)
+        if hasattr(value, "aval") or (value is None and kind is not hint):
+            continue
+        number = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+        fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, number)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            yield f"{key}: expected {type_name(hint)}, got {value!r:.80}"
+
+
+def _model_combinations(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
         if model.d_model % model.n_head and not model.d_head:
             yield (
@@ -787,8 +837,6 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.window_pattern",),
             f"model.window_pattern ({model.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL",
         )
-    if "" in cfg.sample.stop:
-        yield ("sample.stop",), "sample.stop holds an empty text, which would end everything at once: leave it out"
     if model.rope_fast <= model.rope_slow:
         yield (
             ("model.rope_fast", "model.rope_slow"),
@@ -799,6 +847,13 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.position", "model.d_model"),
             f"model.position=sinusoidal needs an even model.d_model, got {model.d_model}",
         )
+
+
+def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
+    yield from _model_combinations(model)
+    if "" in cfg.sample.stop:
+        yield ("sample.stop",), "sample.stop holds an empty text, which would end everything at once: leave it out"
     if train.batch_size >= 1 and train.accumulation >= 1 and train.batch_size % train.accumulation:
         yield (
             ("train.batch_size", "train.accumulation"),

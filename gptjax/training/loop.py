@@ -23,7 +23,7 @@ from gptjax.training import loggers
 from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
-from gptjax.training.run_dir import BITWISE, RunDir, environment
+from gptjax.training.run_dir import BITWISE, RunDir, environment, longer
 from gptjax.types import Params, UserError
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
@@ -126,10 +126,17 @@ def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResu
     result = read_json(file)
     if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
         raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
-    cfg = run.stored()
+    stored = run.stored()
+    if longer(stored, cfg) or result["step"] < stored.train.max_steps:
+        return None
+    cfg = stored
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
+    if stored.optim.schedule == "constant":
+        say("  to make it longer: train.max_steps=N")
+    else:
+        say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
     return TrainResult(run.path, params, cfg, tokenizers.load(run.final), result["step"], result["val/loss"])
 
 

@@ -19,10 +19,10 @@ import pytest
 
 import gptjax
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import to_yaml
+from gptjax.config import load_config, to_yaml
 from gptjax.training import loggers, loop
 from gptjax.training.process import Stopped
-from gptjax.training.run_dir import read_metrics
+from gptjax.training.run_dir import RunDir, read_metrics
 from gptjax.types import UserError
 
 CLOCK = ("seconds", "tokens_per_s")
@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_trained_again(copy, make, whole):
 
 @pytest.mark.parametrize(
     "change",
-    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=80", "seed=1", "train.batch_size=8", "data.stride=8"],
+    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=20", "seed=1", "train.batch_size=8", "data.stride=8"],
 )
 def test_another_config_is_refused_with_the_difference(copy, make, change):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
@@ -151,6 +151,33 @@ def test_another_config_is_refused_with_the_difference(copy, make, change):
     text = str(error.value)
     assert change.partition("=")[0] + ":" in text and "another run_dir" in text and "nothing was overwritten" in text
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_a_finished_run_is_made_longer_where_its_rates_do_not_fall(copy, make, tmp_path, whole):
+    (copy / "test.json").write_text("{}")  # as a fine-tuning leaves it
+    longer = gptjax.train(make(copy, "train.max_steps=60"), log=quiet)
+    at_once = gptjax.train(make(tmp_path / "at once", "train.max_steps=60"), log=quiet)
+    assert longer.step == at_once.step == 60 and longer.val_loss == pytest.approx(at_once.val_loss, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), longer.params, at_once.params)
+    assert load_config(copy).train.max_steps == 60 and not (copy / "test.json").exists()
+    assert [row["step"] for row in read_metrics(copy) if "val/loss" in row] == [0, 20, 40, 60]
+    lines: list[str] = []
+    assert gptjax.train(make(copy, "train.max_steps=60"), log=lines.append).step == 60
+    assert "is finished: 60 steps" in lines[0] and "train.max_steps=N" in lines[2]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_run_whose_rates_fell_says_why_it_is_not_made_longer(make, tmp_path, schedule):
+    cfg = make(tmp_path / "run", f"optim.schedule={schedule}")
+    run = RunDir(cfg.run_dir)
+    run.path.mkdir()
+    run.begin(cfg, {})
+    (run.checkpoints / "40").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"schedule={schedule}: .* planned for 40 steps.*pretrain.base="):
+        run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
+    (run.checkpoints / "40").rename(run.checkpoints / "30")  # wsd: before step 32
+    if schedule == "wsd":
+        run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
 
 
 def test_never_means_never(copy, make):
