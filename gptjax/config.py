@@ -291,6 +291,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class PretrainConfig:
+    """Continued pretraining: what it starts from. The base brings its own model and tokenizer."""
+
+    base: Optional[str] = None  # run, model folder, .gguf file, asset or hf:org/name; None: new weights
+    context_length: Optional[int] = None  # tokens of a window; None: the model's, of a base at most 1024
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """What a fine-tuning starts from, and which of it moves."""
 
@@ -367,11 +375,17 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+
+    @property
+    def window(self) -> int:
+        """Tokens of a row in pretraining."""
+        return self.pretrain.context_length or self.model.context_length
 
 
 Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
@@ -413,8 +427,8 @@ def from_yaml(text: str, name: str = "yaml") -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """A nested dict of values, as strict as a file."""
-    return _build(list(config_io.from_mapping(values)))[0]
+    """A nested dict of values, as strict as a file, or what `dataclasses.asdict` made of a config."""
+    return _build([leaf for leaf in config_io.from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None) -> str:
@@ -597,9 +611,16 @@ def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, P
 RULED = (("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"))
 
 
+def _brought(key: str) -> bool:
+    """Whether a base brings the setting: all of the model but how it is computed, and the tokenizer."""
+    group, _, name = key.partition(".")
+    return group == "tokenizer" or (group == "model" and name not in COMPUTED)
+
+
 def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -> Iterator[str]:
     """Drops what an earlier layer said of a ruling setting, and names two that one command line sets at once."""
     layers = list(dict.fromkeys(_layer(leaf.where) for leaf in leaves))
+    yield from _of_the_base(layers, values, where)
     for key, ruling in RULED:
         if values.get(key) is None or values.get(ruling) is None:
             continue
@@ -609,6 +630,26 @@ def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -
         elif first == second and (key, where[key]) == ("train.max_steps", "command line"):
             both = f"{key}={values[key]} and {ruling}={values[ruling]}"
             yield f"{where[key]}: {both}: the number of steps twice; give one of them"
+
+
+def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -> Iterator[str]:
+    """Drops what earlier layers than pretrain.base said of the model and the tokenizer, and names what others did. A
+    file that `to_yaml` wrote holds both."""
+    if values.get("pretrain.base") is None:
+        return
+    own = layers.index(_layer(where["pretrain.base"]))
+    written = [key for key in schema() if key in values and _layer(where[key]) == layers[own]]
+    whole = len(written) > len(schema()) // 2
+    clashing = []
+    for key in [key for key in values if _brought(key)]:
+        at = layers.index(_layer(where[key]))
+        if at < own:
+            del values[key], where[key]
+        elif at > own or not whole:
+            clashing.append(f"{key} ({where[key]})")
+    if clashing:
+        base = f"pretrain.base={values['pretrain.base']}"
+        yield f"{base} brings its own model and tokenizer: leave out {', '.join(clashing)}"
 
 
 def _layer(where: str) -> str:
@@ -745,7 +786,8 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
             "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length", "instruct.examples",
-            "prefer.context_length", "prefer.examples", "distributed.num_processes", "distributed.timeout_s",
+            "prefer.context_length", "prefer.examples",
+            "pretrain.context_length", "distributed.num_processes", "distributed.timeout_s",
             "distributed.heartbeat_s",
         ),
         (1, 2**31 - 1, True, True),
@@ -884,10 +926,15 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield tuple(zero), f"{', '.join(zero)} must be at least 1, or -1 for what the others leave"
     if (many := [key for key, size in mesh.items() if size == -1])[1:]:
         yield tuple(many), f"only one of {', '.join(many)} can take what the others leave (-1)"
-    if model.context_length >= 1 and cfg.mesh.context > 1 and model.context_length % cfg.mesh.context:
+    if cfg.window >= 1 and cfg.mesh.context > 1 and cfg.window % cfg.mesh.context:
         yield (
             ("mesh.context", "model.context_length"),
-            f"mesh.context ({cfg.mesh.context}) must divide model.context_length ({model.context_length})",
+            f"mesh.context ({cfg.mesh.context}) must divide model.context_length ({cfg.window})",
+        )
+    if cfg.window > model.context_length >= 1 and (model.vocab_size or not cfg.pretrain.base):
+        yield (
+            ("pretrain.context_length", "model.context_length"),
+            f"pretrain.context_length ({cfg.window}) must be at most the model's ({model.context_length})",
         )
     for name in sorted(set(train.loggers) - {"tensorboard", "wandb"}):
         yield ("train.loggers",), f"train.loggers: {name!r} is unknown: use tensorboard, wandb or []"
@@ -920,6 +967,12 @@ def _data_combinations(data: DataConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    if cfg.task != "pretrain" and cfg.pretrain != PretrainConfig():
+        yield (
+            ("pretrain.base", "pretrain.context_length"),
+            f"pretrain.base and pretrain.context_length: only for gptjax pretrain, this is task={cfg.task}; "
+            f"a fine-tuning starts from finetune.base",
+        )
     if cfg.task == "pretrain":
         before, here = flat(Config()), flat(cfg)
         changed = [

@@ -27,12 +27,16 @@ def more_help() -> str:
 
 def report(cfg: Config) -> list[str]:
     """What a run would do and need, without a step of it."""
+    from gptjax.training.loop import from_base
     from gptjax.training.memory import memory_bytes
 
-    data, problem = _prepared(cfg)
+    cfg, base = from_base(cfg)
+    data, problem = _prepared(cfg, base)
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
-    tokens = cfg.train.batch_size * cfg.model.context_length
+    tokens = cfg.train.batch_size * cfg.window
     lines = [f"run directory      {cfg.run_dir}"]
+    if base:
+        lines.append(f"base               {base.where}: {base.kind}, context {cfg.model.context_length:,}")
     if data:
         lines += [
             f"data               {len(data.train):,} tokens to train, {len(data.val):,} to validate",
@@ -45,7 +49,7 @@ def report(cfg: Config) -> list[str]:
         lines.append(f"parameters         {n_params:,}")
     else:
         lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")
-    lines.append(f"tokens a step      {tokens:,} ({cfg.train.batch_size} windows of {cfg.model.context_length})")
+    lines.append(f"tokens a step      {tokens:,} ({cfg.train.batch_size} windows of {cfg.window})")
     lines.append(f"steps              {_steps(cfg, data, tokens)}")
     if vocab_size:
         memory = memory_bytes(cfg, n_params, vocab_size)
@@ -54,7 +58,7 @@ def report(cfg: Config) -> list[str]:
     return [*lines, "dry run: no step was taken"]
 
 
-def _prepared(cfg: Config) -> tuple[Any, str]:
+def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
     """The token files, or why they are not made for a dry run: it downloads nothing."""
     from gptjax import assets, data
 
@@ -63,7 +67,7 @@ def _prepared(cfg: Config) -> tuple[Any, str]:
             return None, f"{source} would be downloaded"
         if source in assets.ASSETS and not assets.status(source).cached:
             return None, f"{source} is not in the cache yet; `gptjax data prepare` fetches it"
-    return data.prepare(cfg, log=options.note), ""
+    return data.prepare(cfg, base and base.tokenizer(), log=options.note), ""
 
 
 def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax import config
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, ModelConfig, TokenizerConfig
 from gptjax.files import read_json
 from gptjax.tokenizers import begin_id
 from gptjax.training import loggers
@@ -28,6 +28,7 @@ from gptjax.types import Params, UserError
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
+BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
 EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
 FIRST_EVAL_TOKENS = 16_384  # about so many before the first step: no text is better known than another yet
 PLOT_EVERY_S = 20.0
@@ -64,10 +65,35 @@ def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
     """The job of a pretraining, and the config with what only the data could tell."""
     from gptjax import data
 
+    cfg, base = from_base(cfg)
     with progress.phase("preparing the data"):
-        ready = data.prepare(cfg, log=progress.say)
+        ready = data.prepare(cfg, base and base.tokenizer(), log=progress.say)
     cfg = _resolve(cfg, ready)
-    return cfg, _pretraining(cfg, ready)
+    return cfg, _pretraining(cfg, ready, base)
+
+
+def from_base(cfg: Config) -> tuple[Config, Any]:
+    """The config with the model, tokenizer and window of `pretrain.base`, and that model before any tensor is read;
+    (cfg, None) without a base.
+
+    Raises:
+        UserError: no such model, a classifier, or a window longer than its context.
+    """
+    if cfg.pretrain.base is None:
+        return cfg, None
+    from gptjax import weights
+
+    base = weights.open_model(cfg.pretrain.base)
+    if base.cfg.n_classes:
+        raise UserError(f"pretrain.base={cfg.pretrain.base} is a classifier: name the model that it was made from")
+    model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
+    window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
+    cfg = dataclasses.replace(
+        cfg, model=model, tokenizer=TokenizerConfig(name=cfg.pretrain.base),
+        pretrain=dataclasses.replace(cfg.pretrain, context_length=window),
+    )  # fmt: skip
+    config.validate(cfg)
+    return cfg, base
 
 
 def run_job(
@@ -109,7 +135,7 @@ def _resolve(cfg: Config, ready: Any) -> Config:
     model, settings = cfg.model, cfg.train
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
-    steps = settings.steps(len(ready.train), settings.batch_size * model.context_length)
+    steps = settings.steps(len(ready.train), settings.batch_size * cfg.window)
     settings = dataclasses.replace(settings, max_steps=steps)
     cfg = dataclasses.replace(cfg, model=model, train=settings)
     config.validate(cfg)
@@ -631,7 +657,7 @@ class _Trainer:
 # ---------------------------------------------------------------- pretraining
 
 
-def _pretraining(cfg: Config, ready: Any) -> Job:
+def _pretraining(cfg: Config, ready: Any, base: Any) -> Job:
     """The job of `train`: whatever can be wrong is said here."""
     from gptjax import data, weights
     from gptjax.data.loader import ORDER_OF_WINDOWS
@@ -642,7 +668,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
     model, settings, val = cfg.model, cfg.train, ready.val
     prompt = _prompt(cfg, ready.tokenizer)
     loader = data.Loader(
-        ready.train, cfg.data, batch_size=settings.batch_size, context_length=model.context_length,
+        ready.train, cfg.data, batch_size=settings.batch_size, context_length=cfg.window,
         seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
     )  # fmt: skip
     task = pretrain.task(model)
@@ -651,13 +677,14 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         return pretrain.task(cfg.model).loss, just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)
 
     loss, combine, optimizer = rules(cfg)
-    tokens_per_step = settings.batch_size * model.context_length
+    start = base and base.params("float32", None)
+    tokens_per_step = settings.batch_size * cfg.window
 
     def eval_batches(first: bool) -> Iterator[Any]:
-        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // model.context_length)
-        sizes = dict(context_length=model.context_length, batch_size=rows)
+        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
+        sizes = dict(context_length=cfg.window, batch_size=rows)
         batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
-        most = max(1, FIRST_EVAL_TOKENS // (rows * model.context_length)) if first else None
+        most = max(1, FIRST_EVAL_TOKENS // (rows * cfg.window)) if first else None
         return itertools.islice(batches, most)
 
     def where(step: int) -> str:
@@ -678,6 +705,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
             f"{len(val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids",
             f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "
             f"context {model.context_length}: {n_params:,} parameters, {model.dtype}",
+            *([f"base    {cfg.pretrain.base}, windows of {cfg.window} tokens"] if base else []),
             f"train   {cfg.optim.name}, lr {cfg.optim.lr:g}, {settings.max_steps:,} steps of {tokens_per_step:,} "
             f"tokens = {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs",
         ]
@@ -693,14 +721,16 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         combine=combine,
         optimizer=optimizer,
         rules=rules,
-        init=lambda key, start: task.init(key),
+        init=(lambda key, start: start) if base else (lambda key, start: task.init(key)),
+        start=start,
         tokens_per_step=tokens_per_step,
-        flops_per_token=flops_per_token(model, abstract_params(model)),
+        flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),
         identity={
             "tokenizer": ready.tokenizer.fingerprint,
             "order of windows": ORDER_OF_WINDOWS,
             "training data": ready.train.fingerprint,
             "validation data": val.fingerprint,
+            **({"base": weights.fingerprint(start)} if base else {}),
         },
         source=f"data.source={','.join(cfg.data.source)} or tokenizer.name={cfg.tokenizer.name}",
         describe=describe,

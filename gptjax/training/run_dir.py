@@ -259,14 +259,19 @@ def longer(stored: Config, cfg: Config) -> bool:
 def _filled(cfg: Config, stored: Config) -> Config:
     """`cfg` with what is only known after the data was read taken from the stored one; checked again later."""
     model, train = cfg.model, cfg.train
-    if cfg.task != "pretrain":  # the base's model, which a command does not name
+    pretrain, tokenizer = cfg.pretrain, cfg.tokenizer
+    if cfg.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
         own = {name: getattr(model, name) for name in config.COMPUTED}
         model = dataclasses.replace(stored.model, **own)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
+    if pretrain.base is not None:
+        tokenizer = stored.tokenizer
+        if pretrain.context_length is None:
+            pretrain = dataclasses.replace(pretrain, context_length=stored.pretrain.context_length)
     if train.epochs is not None and train.epochs == stored.train.epochs:
         train = dataclasses.replace(train, max_steps=stored.train.max_steps)
-    return dataclasses.replace(cfg, model=model, train=train)
+    return dataclasses.replace(cfg, model=model, train=train, pretrain=pretrain, tokenizer=tokenizer)
 
 
 def may_change(key: str) -> bool:
