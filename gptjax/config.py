@@ -278,7 +278,7 @@ class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = "alpha/r"  # of a b; alpha/sqrt(r): rsLoRA
-    targets: str = "blocks/*/kernel"  # patterns of paths, joined by |
+    targets: str = "blocks/*/kernel"  # patterns of paths, joined by |; blocks/3/*/kernel: of a layer
     init: Literal["lora", "pissa", "olora"] = "lora"  # a random and b zero, or from the weights themselves
     dora: bool = False  # columns with lengths of their own
     dropout: float = 0.0  # of what goes into a; adapters of embedding tables have none, as in peft

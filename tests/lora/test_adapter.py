@@ -225,6 +225,45 @@ def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
     assert len(values) == 3
 
 
+@pytest.mark.parametrize("init", ["lora", "pissa", "olora"])
+def test_some_layers_only(init):
+    import optax
+
+    cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=4, n_head=2, d_model=16)
+    params = gptjax.init_params(KEY, cfg)
+    lcfg = LoraConfig(rank=2, init=init, targets="blocks/1/attn/q/kernel | blocks/[2-3]/mlp/*/kernel | lm_head/*")
+    rest, adapter = start(params, lcfg)
+    tx = optax.adamw(1e-2)
+    state = gptjax.TrainState.create(adapter, frozen=rest, tx=tx, key=KEY)
+    step = jax.jit(
+        gptjax.make_train_step(pretrain.task(cfg).loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg))
+    )
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+    merged = lora.merge(state.frozen, state.params, lcfg)
+    for path, leaf in tree.flatten(merged).items():
+        before = tree.flatten(params)[path]
+        moved = {
+            "blocks/attn/q/kernel": [1], "blocks/mlp/up/kernel": [2, 3], "blocks/mlp/gate/kernel": [2, 3],
+            "blocks/mlp/down/kernel": [2, 3],
+        }.get(path, [])  # fmt: skip
+        if path.startswith("blocks/"):
+            changed = np.flatnonzero([not np.array_equal(a, b) for a, b in zip(leaf, before, strict=True)]).tolist()
+            assert changed == moved, path
+        else:
+            assert np.array_equal(leaf, before) == (path != "lm_head/kernel"), path
+
+
+def test_layers_that_are_not_there_and_dora_on_some():
+    cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=2, n_head=2, d_model=16)
+    params = gptjax.init_params(KEY, cfg)
+    with pytest.raises(UserError, match=r"blocks/2/attn/q/kernel' matches no weight.*of a layer blocks/0/"):
+        lora.init(KEY, params, LoraConfig(targets="blocks/2/attn/q/kernel"))
+    with pytest.raises(UserError, match="name no layer"):
+        lora.init(KEY, params, LoraConfig(targets="blocks/1/*/kernel", dora=True))
+    lora.init(KEY, params, LoraConfig(targets="blocks/[01]/attn/q/kernel", dora=True))
+
+
 def test_parameter_counts_of_the_book():
     """2,666,528: GPT-2 small with two classes in the head's place, rank 16 on every linear, the new head's too."""
     shapes = gptjax.abstract_params(ModelConfig(vocab_size=50257))
