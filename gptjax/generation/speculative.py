@@ -52,7 +52,7 @@ def speculate(
         raise UserError(
             f"the draft has {draft_cfg.vocab_size} tokens, the model {cfg.vocab_size}: they must be the same"
         )
-    if max_new_tokens < 1 or not prompts:
+    if max_new_tokens < 1 or len(prompts) == 0:
         return Speculation([[] for _ in prompts], 0, 0.0)
     tokens, lengths = right_padded(prompts, min(cfg, draft_cfg, key=lambda c: c.context_length))
     room = bucket(max_new_tokens + ahead + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from gptjax.model.activations import Patches
 from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
+from gptjax.ops.ids import check_ids, is_local
 from gptjax.ops.linear import Turned, dense, factors, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
 from gptjax.types import Params, UserError
@@ -81,19 +83,7 @@ def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
         raise UserError(f"tokens: expected integer ids [B, T], got {got}; a single row is tokens[None]")
     if cfg.position == "learned" and positions is None and shape[1] > cfg.context_length:
         raise UserError(f"tokens: {shape[1]} in a row, and the position table has {cfg.context_length}: give fewer")
-    if not isinstance(tokens, jax.core.Tracer) and cfg.vocab_size and 0 not in shape and _is_local(tokens):
-        ids = np.asarray(tokens)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= cfg.vocab_size:
-            raise UserError(
-                f"tokens: ids from {low} to {high}, and the vocabulary has {cfg.vocab_size}: expected 0 to "
-                f"{cfg.vocab_size - 1}; is this the model's own tokenizer?"
-            )
-
-
-def _is_local(tokens: Any) -> bool:
-    """Whether this process can look at all values."""
-    return getattr(tokens, "is_fully_addressable", True)
+    check_ids("tokens", tokens, cfg.vocab_size)
 
 
 def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -178,9 +168,25 @@ def extend(
     Returns:
         logits [B, T, V] float32 and the cache that now holds these tokens too. The caller keeps
         cache.length + T within the cache's slots.
+
+    Raises:
+        UserError: as `forward`; or, where the lengths are known, tokens that do not fit into the cache.
     """
+    _check(tokens, cfg, None)
+    _check_room(tokens, cfg, cache, lengths)
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     return lm_logits(params, hidden, cfg), cache
+
+
+def _check_room(tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array | None) -> None:
+    """Where the values are known: under `jit` what does not fit is written into the last slots."""
+    if isinstance(cache.length, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer) or not is_local(cache.length):
+        return
+    slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
+    after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
+    if after > min(slots, context):
+        table = f", the position table {context}" if context < slots else ""
+        raise UserError(f"tokens: {after} with those in the cache, and the cache has {slots} slots{table}")
 
 
 def extend_tapped(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh
+from gptjax.ops.ids import check_ids
 from gptjax.ops.linear import weight_gradient
 from gptjax.types import Mean
 
@@ -16,7 +17,12 @@ _CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> Mean:
-    """-log softmax(logits)[target], summed with weights; logits [.., V], targets [..] int32, weights [..]."""
+    """-log softmax(logits)[target], summed with weights; logits [.., V], targets [..] int32, weights [..].
+
+    Raises:
+        UserError: a target outside 0 to V - 1, where its value is known (not under `jit`); so do the two below.
+    """
+    check_ids("targets", targets, logits.shape[-1], weights)
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - picked
@@ -48,6 +54,7 @@ def linear_cross_entropy(
         hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
         cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: at most 256 MiB of logits.
     """
+    check_ids("targets", targets, head.shape[1], weights)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
 
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
@@ -88,6 +95,8 @@ def linear_log_probs(
 
     One chunk's logits at a time, which the backward pass computes again. Arguments as `linear_cross_entropy`.
     """
+
+    check_ids("targets", targets, head.shape[1])
 
     def every(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)

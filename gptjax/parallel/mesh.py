@@ -50,6 +50,8 @@ def make_mesh(
     Raises:
         UserError: see `sizes`; or rows that cannot be divided so.
     """
+    if not isinstance(cfg, MeshConfig):
+        raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")
     devices = jax.devices() if devices is None else list(devices)
     if even_one and devices[0].platform == "cpu" and jax.__version_info__ < (0, 8):
         raise UserError("optim.offload=true: before jax 0.8 a CPU has one kind of memory; leave it out here")

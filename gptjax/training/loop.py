@@ -440,7 +440,7 @@ class _Trainer:
             f"lr {row['lr']:.2e}",
             f"grad {row['grad_norm']:.2f}" if row["grad_norm"] is not None else "grad not finite",
             f"{self.rate:,.0f} tok/s" if self.rate else "",
-            f"MFU {row['mfu']:.1%}" if "mfu" in row else "MFU n/a",
+            f"MFU {row['mfu']:.1%}" if "mfu" in row else "",
             f"{row['skipped']} skipped" if row["skipped"] else "",
             f"ETA {duration(self._eta(step))}" if self.rate else "",
         ]

@@ -36,6 +36,12 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, *, tx: optax.GradientTransformation, key: jax.Array, frozen: Any = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+            params: what is trained, any tree of arrays. tx: whose state starts here.
+            key: of dropout; each step folds its number in. frozen: what the loss reads beside it, never updated.
+        """
         return cls(
             step=jnp.int32(0), params=params, opt_state=tx.init(params), key=key, frozen=frozen,
             skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0),

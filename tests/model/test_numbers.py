@@ -52,8 +52,8 @@ def test_logits_keep_the_float32_sum(tied):
     ("tokens", "text"),
     [
         (np.arange(8), r"expected integer ids \[B, T\], got int64\[8\]"),
-        (np.full((1, 4), 64), "ids from 64 to 64, and the vocabulary has 64"),
-        (np.full((1, 4), -1), "ids from -1"),
+        (np.full((1, 4), 64), "from 64 to 64, and the model has 64 of them"),
+        (np.full((1, 4), -1), "from -1 to -1"),
         (np.zeros((1, 17), np.int32), "17 in a row, and the position table has 16"),
         ([[1, 2]], "got list"),
         (np.zeros((1, 4)), "got float64"),
@@ -137,3 +137,41 @@ def test_adapters_are_decayed_and_take_the_rate_of_matrices():
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
         for leaf in jax.tree.leaves(updates):
             np.testing.assert_allclose(leaf, -0.05, rtol=1e-5)
+
+
+def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known():
+    cfg = gptjax.ModelConfig(vocab_size=64, context_length=16, n_layer=1, n_head=2, d_model=16)
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    loss = gptjax.tasks.pretrain.task(cfg).loss
+    for bad in (99, -1):
+        batch = Batch(tokens, tokens.at[0, 2].set(bad))
+        with pytest.raises(UserError, match=r"targets: from .* expected 0 to 63"):
+            loss(params, batch, None)
+        ignored = batch._replace(weights=jnp.ones((1, 4)).at[0, 2].set(0))  # -100 of other libraries
+        assert np.isfinite(float(loss(params, ignored, None)[0].total))
+        assert np.isfinite(float(jax.jit(loss)(params, batch, None)[0].total))
+        with pytest.raises(UserError, match=r"tokens: from .* expected 0 to 63"):
+            extend(params, tokens.at[0, 2].set(bad), cfg, init_cache(cfg, 1, 8))
+    with pytest.raises(UserError, match="targets: .* has 64 of them"):
+        gptjax.tasks.pretrain.token_log_probs(params, Batch(tokens, tokens + 64), cfg)
+    cache = init_cache(cfg, 1, 32)
+    _, cache = extend(params, jnp.zeros((1, 12), jnp.int32), cfg, cache)
+    with pytest.raises(UserError, match="24 with those in the cache, .* 32 slots, the position table 16"):
+        extend(params, jnp.zeros((1, 12), jnp.int32), cfg, cache)
+    extend(params, jnp.zeros((1, 12), jnp.int32), cfg, cache, lengths=jnp.array([4]))
+    with pytest.raises(UserError, match="10 with those in the cache, and the cache has 8 slots"):
+        extend(params, jnp.zeros((1, 10), jnp.int32), cfg, init_cache(cfg, 1, 8))
+
+
+def test_top_p_reaches_p_in_exact_numbers():
+    """5 of 50 equal tokens make up 0.1; their float32 sum is a little less."""
+    from gptjax.generation.sampling import top_p
+
+    for n, p, kept in ((50, 0.1, 5), (10, 0.3, 3), (20, 0.95, 19), (7, 0.5, 4)):
+        assert int(jnp.isfinite(top_p(p)(jnp.zeros((1, n)))).sum()) == kept
+
+
+def test_a_mesh_is_made_of_a_mesh_config():
+    with pytest.raises(UserError, match="expected a MeshConfig"):
+        gptjax.parallel.make_mesh({"data": 1})
