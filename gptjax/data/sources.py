@@ -119,8 +119,20 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
     return Source(name, readers, digest.hexdigest(), cfg.max_documents)
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a run directory or a model folder."""
+    return (folder / "model.json").is_file() or all((folder / f).is_file() for f in ("config.yaml", "metrics.jsonl"))
+
+
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
+    """Its text files, else its tables; what runs of gptjax wrote below it is no text of the user's."""
+    if _is_ours(folder):
+        raise UserError(f"data.source={name} is a run or model of gptjax, not text: name text files or their folder")
+    ours = {
+        path.parent for kind in ("model.json", "metrics.jsonl") for path in folder.rglob(kind) if _is_ours(path.parent)
+    }
     found = [(p.relative_to(folder), p) for p in folder.rglob("*") if p.is_file()]
+    found = [(r, p) for r, p in found if ours.isdisjoint(p.parents)]
     visible = sorted((r.as_posix(), p) for r, p in found if not any(part.startswith(".") for part in r.parts))
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:

@@ -296,3 +296,18 @@ def test_columns_without_a_name_may_be_several(tmp_path):
     file.write_text("text,text,,\nham,hello,,\n")
     with pytest.raises(UserError, match="appears twice"):
         list(documents(DataConfig(source=(str(file),))))
+
+
+def test_a_run_is_no_text(tmp_path):
+    run = tmp_path / "runs" / "a"
+    (run / "final").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "log.txt", "samples.txt", "final/model.json", "final/notes.txt"):
+        (run / name).write_text("what a run wrote")
+    for folder in (run, run / "final"):
+        with pytest.raises(UserError, match="is a run or model of gptjax, not text"):
+            documents(DataConfig(source=(str(folder),)))
+    with pytest.raises(UserError, match="no .txt"):
+        documents(DataConfig(source=(str(tmp_path),)))
+    (tmp_path / "mine.txt").write_text("mine")
+    (source,) = documents(DataConfig(source=(str(tmp_path),))).sources
+    assert [document.text for document in source] == ["mine"]
