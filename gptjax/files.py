@@ -47,13 +47,18 @@ def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
         UserError: something is there already, or its folder cannot be made.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{setting}={path} exists already: name a new file")
+    refuse_existing(path, setting)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}={path}: cannot make the folder {path.parent}: {error.strerror or error}") from error
     return path
+
+
+def refuse_existing(path: Path, setting: str = "out") -> None:
+    """Raises UserError if something is there already; makes nothing."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{setting}={path} exists already: name a new file")
 
 
 def umask() -> int:

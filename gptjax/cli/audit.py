@@ -127,7 +127,7 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     return weights.load(name), prompts
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return """Reads every checkpoint that the run has kept and its last model; writes RUN/audit.html and RUN/audit.json.
 
   canaries=FILE   lines {"prefix": .., "secret": ..}: does the model know the secret better than others of its kind?

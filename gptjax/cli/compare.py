@@ -55,7 +55,7 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return (
         "RUN is the run directory of gptjax finetune instruct, or a .jsonl file of answers such as its\n"
         "responses-before.jsonl. likelier: how often the expected answer has a larger probability than in the first.\n"

@@ -34,7 +34,7 @@ CHUNK = 256  # tokens whose logits are alive at once, where the head is not trai
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
-    result = run_job(cfg, prepare, log)
+    result = run_job(cfg, prepare, log, base.refuse_missing)
     return finish(result, log or print) if is_writer() else result
 
 

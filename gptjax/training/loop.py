@@ -23,7 +23,7 @@ from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment
-from gptjax.types import Params, UserError
+from gptjax.types import Params, UserError, complaints
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
@@ -56,7 +56,9 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
         Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
     """
 
-    return run_job(cfg, prepare, log)
+    from gptjax import data
+
+    return run_job(cfg, prepare, log, data.refuse_missing)
 
 
 def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
@@ -70,10 +72,14 @@ def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
 
 
 def run_job(
-    cfg: Config, prepare: Callable[[Config, Progress], tuple[Config, Job]], log: Callable[[str], None] | None = None
+    cfg: Config,
+    prepare: Callable[[Config, Progress], tuple[Config, Job]],
+    log: Callable[[str], None] | None = None,
+    missing: Callable[[Config], None] = lambda cfg: None,
 ) -> TrainResult:
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
-    before the run directory is made. It gives the config with what only the data could tell."""
+    before the run directory is made. It gives the config with what only the data could tell. `missing`: as in
+    `refuse`."""
     from gptjax.parallel import distributed, make_mesh
 
     config.validate(cfg)
@@ -81,8 +87,7 @@ def run_job(
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
-    run.check(cfg)
-    loggers.check(cfg.train.loggers)
+    refuse(cfg, missing)
     if (done := _finished(run, cfg, log or print)) is not None:
         return done
     distributed.barrier("looked at the run directory")
@@ -97,6 +102,36 @@ def run_job(
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
         with own as progress:
             return _Trainer(cfg, run, job, mesh, progress, signals).train()
+
+
+def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
+    """What can be refused before any data is read: it costs a second, and nothing is written.
+
+    Args:
+        missing: raises UserError for data, tokenizer or base that are not there.
+    Returns:
+        Whether the run is finished already, which needs nothing of these.
+    Raises:
+        UserError: all that it finds, at once.
+    """
+    import jax
+
+    from gptjax.parallel import make_mesh
+
+    run = RunDir(cfg.run_dir or "runs/default")
+    taken = complaints(run.check, cfg)
+    if not taken and (run.final / "result.json").exists():
+        return True
+    settings, alone = cfg.train, cfg.distributed.coordinator is None or jax.distributed.is_initialized()
+    rows = settings.batch_size // settings.accumulation
+    problems = [*complaints(missing, cfg), *complaints(loggers.check, settings.loggers)]
+    if alone:
+        problems += complaints(lambda: make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload))
+    if settings.epochs is None:
+        problems += complaints(steps_per_call, cfg, 0)
+    if problems := [*problems, *(taken or complaints(run.refuse_busy))]:
+        raise UserError.all(problems)
+    return False
 
 
 def _nothing(*_: Any) -> None:
