@@ -122,7 +122,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         f"data    {instruct.source or 'synthetic skills'}: {counts} conversations to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
         f"full; {encoded[0].dropped + encoded[1].dropped} conversations do not fit and are left out",
-        f"---- an example; what is learned is green ----\n{example}\n----",
+        f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
     return cfg, base.job(
         cfg,
