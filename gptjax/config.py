@@ -599,6 +599,10 @@ def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), inside: tu
         return own
     if not isinstance(bases[0].value, str):
         raise UserError(f"{bases[0].where}: base: expected one preset or file, got {bases[0].value}")
+    try:
+        config_file(bases[0].value, path.parent)
+    except UserError as error:
+        raise UserError(f"{bases[0].where}: base: {error}") from error
     return [*_file_leaves(bases[0].value, path.parent, (*inside, path.resolve())), *own]
 
 

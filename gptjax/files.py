@@ -21,8 +21,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, indented by one."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """As `write_text`, indented by one; letters stay letters."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode() + "\n")  # half a character as JSON escapes it
 
 
 def read_json(path: Path) -> dict[str, Any]:

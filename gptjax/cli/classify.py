@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gptjax.cli.options import note
 from gptjax.config_io import did_you_mean
 from gptjax.config_io import from_yaml as leaves_of
-from gptjax.files import new_file
+from gptjax.files import new_file, refuse_existing
 from gptjax.types import UserError
 
 USAGE = 'expected: gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [out=FILE.csv]'
@@ -46,6 +46,8 @@ def run(args: list[str]) -> int:
 
     labels = read_labels(Path(asked.run))["labels"]
     fields = (asked.text_field, _trained_on(Path(asked.run)))
+    if asked.out:
+        refuse_existing(asked.out)
     columns = _look(asked.sources, fields)
     if asked.out:
         new_file(asked.out)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, load_config
 from gptjax.config_io import did_you_mean
-from gptjax.files import new_file
+from gptjax.files import new_file, write_json
 from gptjax.types import UserError
 
 ACTIONS = ("prepare", "inspect", "check")
@@ -89,7 +87,7 @@ def check(args: list[str]) -> int:
     report = of.check(texts, threshold=threshold, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out, report)
         print(f"all of it in {out}")
     return 0
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import io
 import itertools
 import math
 import os
@@ -34,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import config, config_io, config_uses, tree
 from gptjax.config import Config, DistributedConfig, MeshConfig
 from gptjax.config_io import Leaf
-from gptjax.files import write_json
+from gptjax.files import write_json, write_text
 from gptjax.finetuning.metrics import t_interval
 from gptjax.finetuning.seeds import stack
 from gptjax.training import loop
@@ -650,10 +651,11 @@ def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
     """sweep.csv (a line a run), sweep.json (rows, table, programs, config of run 0) and sweep.png, in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in found.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(found.rows)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in found.rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    write_text(folder / "sweep.csv", out.getvalue())
     summary = table(found.rows, found.axes)
     draw(found, folder / "sweep.png")
     whole = {
