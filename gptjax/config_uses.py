@@ -20,7 +20,7 @@ _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "dis
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in COMPUTED))
 # task -> patterns of settings, in the order of `--help`; sample.* is where `gptjax sample RUN` starts from
 USES: dict[str, tuple[str, ...]] = {
-    "pretrain": (*_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
+    "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
     "instruct": ("instruct.*", *_TUNED, "sample.*"),
     "prefer": ("prefer.*", *_TUNED, "sample.*"),
@@ -112,4 +112,5 @@ def _reason(task: str, group: str) -> str:
         "tokenizer": "whose tokenizer is that of finetune.base",
         "data": f"whose data is {task}.source",
         "sample": "which writes no text",
+        "pretrain": "only of gptjax pretrain",
     }.get(group, f"only of gptjax finetune {group}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
+from gptjax.config_io import did_you_mean
 from gptjax.files import new_file, write_text
 from gptjax.types import UserError
 
@@ -23,6 +24,9 @@ def run(args: list[str]) -> int:
     }
     sources = [arg for arg in args if "=" not in arg or arg.partition("=")[0] not in settings]
     out = Path(settings["out"]) if "out" in settings else None
+    for name, is_set, _ in (arg.partition("=") for arg in sources if not Path(arg).exists()):
+        if is_set:
+            raise UserError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}; {USAGE}")
     if not sources or any(arg.startswith("-") for arg in sources):
         raise UserError(USAGE)
     if bool(settings.get("judge")) != bool(settings.get("judge_model")):

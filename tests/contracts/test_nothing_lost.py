@@ -94,6 +94,14 @@ def test_a_verb_refuses_what_is_in_its_way(verb, kind, foreign, model, tmp_path,
     assert snapshot(tmp_path) == before and sorted(tmp_path.rglob("*")) == folders
 
 
+@pytest.mark.parametrize("form", ["hf", "gguf", "stablehlo"])
+def test_an_export_is_refused_before_the_model_is_read(form, foreign, model, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "open_model", lambda source: pytest.fail("the model is read first"))
+    for target in (foreign, foreign / "log.txt"):
+        assert main(["export", form, str(model[0]), str(target)]) == 2
+        assert re.search(REFUSAL, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_cache_beside_foreign_files_leaves_them(kind, foreign, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
