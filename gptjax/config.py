@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import os
 import re
 import types
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
@@ -52,9 +54,14 @@ def setting(default: Any, text: str) -> Any:
 class ModelConfig:
     """Shape and switches of one decoder. A switch left at None takes its value from `ARCHS[arch]`.
 
-    After construction every switch holds a value, so printing the config shows all of them.
+    After construction every switch holds a value, so printing the config shows all of them. `dataclasses.replace`
+    derives anew what was left at None: replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
+
+    Raises:
+        UserError: every value or combination that cannot work.
     """
 
+    _derived: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)  # names that were None
     arch: Literal["gpt2", "llama", "modern"] = setting(
         "gpt2", "Family of the model: sets every switch below that is null."
     )
@@ -152,11 +159,28 @@ class ModelConfig:
         None, "Compile the blocks as one unrolled program instead of a scan. null: only small models on a CPU."
     )
 
+    def __new__(cls, *args: Any, **given: Any) -> ModelConfig:
+        self = object.__new__(cls)
+        # `dataclasses.replace` gives its changes first, then a copy of every other field, `_derived` before all
+        names = list(given)
+        copied = names[names.index("_derived") :] if "_derived" in given else ()
+        object.__setattr__(self, "_copied", copied)
+        return self
+
     def __post_init__(self) -> None:
+        for name in set(self._derived).intersection(self._copied):
+            object.__setattr__(self, name, None)
+        object.__delattr__(self, "_copied")
+        if not _CHECKED_LATER.get():
+            Problems(_wrong_types(self)).raise_if_any()
         fill = dict(ARCHS.get(self.arch, {}), n_kv_head=self.n_head, d_ff=4 * self.d_model)
-        for name, value in fill.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        derived = [name for name in fill if getattr(self, name) is None]
+        for name in derived:
+            object.__setattr__(self, name, fill[name])
+        object.__setattr__(self, "_derived", tuple(derived))
+        if not _CHECKED_LATER.get():
+            complaints = (*_ranges(flat(self, "model.")), *_model_combinations(self))
+            Problems(text for _, text in complaints).raise_if_any()
 
     @property
     def head_dim(self) -> int:
@@ -174,6 +198,7 @@ class ModelConfig:
         return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
+_CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # with all other settings at once
 COMPUTED = ("dropout", "dtype", "remat", "unroll", "init")  # of ModelConfig, what a fine-tuning may say of its base
 
 
@@ -329,18 +354,32 @@ class LoraConfig:
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
         "alpha/r", "Scale of the low-rank product; alpha/sqrt(r) is rsLoRA."
     )
-    targets: str = setting("blocks/*/kernel", "Weights with an adapter: path patterns, joined by |.")
+    targets: str = setting(
+        "blocks/*/kernel", "Weights with an adapter: path patterns, joined by |; blocks/3/*/kernel is one layer's."
+    )
     init: Literal["lora", "pissa", "olora"] = setting(
         "lora", "Start of the adapter: lora (a random, b zero), or from the weights themselves."
     )
     dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
-    dropout: float = setting(0.0, "Dropout on the adapter's input.")
+    dropout: float = setting(0.0, "Dropout on the adapter's input; adapters of embedding tables have none.")
     lr_ratio: float = setting(1.0, "LoRA+: learning rate of b divided by that of a; the paper takes 16.")
 
     @property
     def scale(self) -> float:
         """What the low-rank product is multiplied by: three conventions are in use."""
         return self.alpha / {"alpha/r": self.rank, "alpha/sqrt(r)": self.rank**0.5, "alpha": 1}[self.scaling]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Continued pretraining: what it starts from. The base brings its own model and tokenizer."""
+
+    base: Optional[str] = setting(
+        None, "Model to go on from: run, model folder, .gguf file, asset or hf:org/name. null: new weights."
+    )
+    context_length: Optional[int] = setting(
+        None, "Tokens per window. null: the model's context length, of a base at most 1024."
+    )
 
 
 @dataclass(frozen=True)
@@ -444,11 +483,17 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+
+    @property
+    def window(self) -> int:
+        """Tokens of a row in pretraining."""
+        return self.pretrain.context_length or self.model.context_length
 
 
 Provenance = dict[str, str]  # "optim.lr" -> "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
@@ -470,6 +515,12 @@ def resolve(
 ) -> tuple[Config, Provenance]:
     """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
     all others. Of a command line, `config_uses.resolve` refuses more."""
+    for given in (source, *overrides):
+        if not isinstance(given, str | os.PathLike | None):
+            raise UserError(
+                f"load_config: expected a preset's name, a YAML file and texts such as 'optim.lr=3e-4', got "
+                f"{type(given).__name__}; a nested dict goes to gptjax.config.from_dict"
+            )
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
     given = config_io.from_args(overrides, "load_config")
@@ -492,8 +543,8 @@ def from_yaml(text: str, name: str = "yaml") -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """A nested dict of values, as strict as a file."""
-    return build(list(config_io.from_mapping(values)))[0]
+    """A nested dict of values, as strict as a file, or what `dataclasses.asdict` made of a config."""
+    return build([leaf for leaf in config_io.from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
@@ -517,6 +568,8 @@ def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for item in fields(cfg):
         value = getattr(cfg, item.name)
+        if item.name.startswith("_"):
+            continue
         out |= flat(value, f"{prefix}{item.name}.") if is_dataclass(value) else {prefix + item.name: value}
     return out
 
@@ -537,7 +590,7 @@ def _leaf_types(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, hint in get_type_hints(cls).items():
         if is_dataclass(hint):
             yield from _leaf_types(hint, f"{prefix}{name}.")
-        else:
+        elif not name.startswith("_"):
             yield prefix + name, hint
 
 
@@ -553,7 +606,7 @@ def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
 def _described(cls: type, prefix: str) -> Iterator[tuple[str, str, str]]:
     hints = get_type_hints(cls)
     for item in fields(cls):
-        if not is_dataclass(hints[item.name]):
+        if not is_dataclass(hints[item.name]) and not item.name.startswith("_"):
             yield prefix + item.name, type_name(hints[item.name]), item.metadata.get("help", "")
 
 
@@ -637,7 +690,11 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     problems += _later_wins(leaves, values, where)
     if run_dir and values.get("run_dir") is None:
         values["run_dir"], where["run_dir"] = run_dir, "name of the config"
-    cfg = _construct(Config, values, "")
+    later = _CHECKED_LATER.set(True)
+    try:
+        cfg = _construct(Config, values, "")
+    finally:
+        _CHECKED_LATER.reset(later)
     provenance = _provenance(cfg, values, where)
     problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
@@ -648,9 +705,16 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
 RULED = (("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"))
 
 
+def _brought(key: str) -> bool:
+    """Whether a base brings the setting: all of the model but how it is computed, and the tokenizer."""
+    group, _, name = key.partition(".")
+    return group == "tokenizer" or (group == "model" and name not in COMPUTED)
+
+
 def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -> Iterator[str]:
     """Drops what an earlier layer said of a ruling setting, and names two that one command line sets at once."""
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
+    yield from _of_the_base(layers, values, where)
     for key, ruling in RULED:
         if values.get(key) is None or values.get(ruling) is None:
             continue
@@ -660,6 +724,26 @@ def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -
         elif first == second and key == "train.max_steps" and where[key] in ("command line", "load_config"):
             both = f"{key}={values[key]} and {ruling}={values[ruling]}"
             yield f"{where[key]}: {both}: the number of steps twice; give one of them"
+
+
+def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -> Iterator[str]:
+    """Drops what earlier layers than pretrain.base said of the model and the tokenizer, and names what others did. A
+    file that `to_yaml` wrote holds both."""
+    if values.get("pretrain.base") is None:
+        return
+    own = layers.index(layer(where["pretrain.base"]))
+    written = [key for key in schema() if key in values and layer(where[key]) == layers[own]]
+    whole = len(written) > len(schema()) // 2
+    clashing = []
+    for key in [key for key in values if _brought(key)]:
+        at = layers.index(layer(where[key]))
+        if at < own:
+            del values[key], where[key]
+        elif at > own or not whole:
+            clashing.append(f"{key} ({where[key]})")
+    if clashing:
+        base = f"pretrain.base={values['pretrain.base']}"
+        yield f"{base} brings its own model and tokenizer: leave out {', '.join(clashing)}"
 
 
 def layer(where: str) -> str:
@@ -796,7 +880,8 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
             "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length", "instruct.examples",
-            "prefer.context_length", "prefer.examples", "distributed.num_processes", "distributed.timeout_s",
+            "prefer.context_length", "prefer.examples",
+            "pretrain.context_length", "distributed.num_processes", "distributed.timeout_s",
             "distributed.heartbeat_s",
         ),
         (1, 2**31 - 1, True, True),
@@ -850,8 +935,21 @@ def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str
     return f"{'at least' if with_low else 'above'} {low} and {'finite' if math.isinf(high) else f'at most {high}'}"
 
 
-def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
+def _wrong_types(model: ModelConfig) -> Iterator[str]:
+    """Of a config made by hand; what is traced has no value yet."""
+    for key, hint in schema().items():
+        if not key.startswith("model."):
+            continue
+        value, kind = getattr(model, key.removeprefix("model.")), _inner(hint)
+        if hasattr(value, "aval") or (value is None and kind is not hint):
+            continue
+        number = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+        fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, number)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            yield f"{key}: expected {type_name(hint)}, got {value!r:.80}"
+
+
+def _model_combinations(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
         if model.d_model % model.n_head and not model.d_head:
             yield (
@@ -875,8 +973,6 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.window_pattern",),
             f"model.window_pattern ({model.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL",
         )
-    if "" in cfg.sample.stop:
-        yield ("sample.stop",), "sample.stop holds an empty text, which would end everything at once: leave it out"
     if model.rope_fast <= model.rope_slow:
         yield (
             ("model.rope_fast", "model.rope_slow"),
@@ -887,6 +983,13 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("model.position", "model.d_model"),
             f"model.position=sinusoidal needs an even model.d_model, got {model.d_model}",
         )
+
+
+def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
+    yield from _model_combinations(model)
+    if "" in cfg.sample.stop:
+        yield ("sample.stop",), "sample.stop holds an empty text, which would end everything at once: leave it out"
     if train.batch_size >= 1 and train.accumulation >= 1 and train.batch_size % train.accumulation:
         yield (
             ("train.batch_size", "train.accumulation"),
@@ -917,10 +1020,15 @@ def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield tuple(zero), f"{', '.join(zero)} must be at least 1, or -1 for what the others leave"
     if (many := [key for key, size in mesh.items() if size == -1])[1:]:
         yield tuple(many), f"only one of {', '.join(many)} can take what the others leave (-1)"
-    if model.context_length >= 1 and cfg.mesh.context > 1 and model.context_length % cfg.mesh.context:
+    if cfg.window >= 1 and cfg.mesh.context > 1 and cfg.window % cfg.mesh.context:
         yield (
             ("mesh.context", "model.context_length"),
-            f"mesh.context ({cfg.mesh.context}) must divide model.context_length ({model.context_length})",
+            f"mesh.context ({cfg.mesh.context}) must divide model.context_length ({cfg.window})",
+        )
+    if cfg.window > model.context_length >= 1 and (model.vocab_size or not cfg.pretrain.base):
+        yield (
+            ("pretrain.context_length", "model.context_length"),
+            f"pretrain.context_length ({cfg.window}) must be at most the model's ({model.context_length})",
         )
     for name in sorted(set(train.loggers) - {"tensorboard", "wandb"}):
         yield ("train.loggers",), f"train.loggers: {name!r} is unknown: use tensorboard, wandb or []"
@@ -953,6 +1061,12 @@ def _data_combinations(data: DataConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    if cfg.task != "pretrain" and cfg.pretrain != PretrainConfig():
+        yield (
+            ("pretrain.base", "pretrain.context_length"),
+            f"pretrain.base and pretrain.context_length: only for gptjax pretrain, this is task={cfg.task}; "
+            f"a fine-tuning starts from finetune.base",
+        )
     if cfg.task == "pretrain":
         before, here = flat(Config()), flat(cfg)
         changed = [

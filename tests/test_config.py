@@ -1,13 +1,26 @@
 """Layers, types, provenance, errors of the configuration; none of it needs jax."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import config
-from gptjax.config import Config, ModelConfig, diff, from_dict, from_yaml, load_config, resolve, to_yaml, validate
+from gptjax.config import (
+    Config,
+    ModelConfig,
+    TrainConfig,
+    diff,
+    from_dict,
+    from_yaml,
+    load_config,
+    resolve,
+    to_yaml,
+    validate,
+)
 from gptjax.types import UserError
 
 
@@ -296,9 +309,76 @@ def test_the_impossible_is_refused(overrides, words):
 
 
 def test_notebook_configs_are_checked_by_the_same_rules():
-    cfg = dataclasses.replace(Config(), model=dataclasses.replace(ModelConfig(), n_head=7))
-    with pytest.raises(UserError, match="n_head can be"):
+    cfg = dataclasses.replace(Config(), train=TrainConfig(batch_size=7, accumulation=2))
+    with pytest.raises(UserError, match="accumulation .* must divide"):
         validate(cfg)
+    with pytest.raises(UserError, match="n_head can be"):
+        dataclasses.replace(ModelConfig(), n_head=7)
+
+
+BY_HAND = [
+    (dict(arch="lama"), "model.arch: expected gpt2, llama or modern, got 'lama'"),
+    (dict(n_head=5, d_model=32), "must be divisible by model.n_head"),
+    (dict(n_layer="2"), "model.n_layer: expected a whole number, got '2'"),
+    (dict(n_layer=True), "model.n_layer: expected a whole number, got True"),
+    (dict(n_layer=2.0), "model.n_layer: expected a whole number, got 2.0"),
+    (dict(n_layer=0), r"model.n_layer \(0\) must be at least 1"),
+    (dict(d_model=None), "model.d_model: expected a whole number, got None"),
+    (dict(dropout=1.0), "model.dropout"),
+    (dict(norm="batch"), "model.norm: expected layernorm or rmsnorm, or null, got 'batch'"),
+    (dict(tie_embeddings=1), "model.tie_embeddings: expected true or false"),
+    (dict(n_head=4, n_kv_head=3, d_model=32), "must be divisible by model.n_kv_head"),
+    (dict(arch="llama", n_head=4, d_model=36), "must be even"),
+    (dict(window_pattern="X"), "must be made of S"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), BY_HAND, ids=[str(values) for values, _ in BY_HAND])
+def test_a_model_config_made_by_hand_is_checked(values, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig(**values)
+
+
+def test_what_is_traced_is_not_checked():
+    import jax
+    import jax.numpy as jnp
+
+    rates = jax.vmap(lambda rate: ModelConfig(dropout=rate).dropout * 2)(jnp.array([0.1, 0.2]))
+    assert rates.tolist() == pytest.approx([0.2, 0.4])
+
+
+def test_replace_derives_anew_what_was_derived():
+    small = ModelConfig(n_layer=1, n_head=2, d_model=32)
+    assert (small.d_ff, small.n_kv_head) == (128, 2)
+    wide = dataclasses.replace(small, d_model=64, n_head=4)
+    assert wide == ModelConfig(n_layer=1, n_head=4, d_model=64) and (wide.d_ff, wide.n_kv_head) == (256, 4)
+    for arch in ("llama", "modern", "gpt2"):  # again and again
+        wide = dataclasses.replace(wide, arch=arch)
+        assert wide == ModelConfig(arch=arch, n_layer=1, n_head=4, d_model=64)
+    assert hash(wide) == hash(ModelConfig(n_layer=1, n_head=4, d_model=64))
+
+
+def test_replace_keeps_what_was_given_even_where_it_is_what_would_be_derived():
+    explicit = ModelConfig(n_layer=1, n_head=2, d_model=32, d_ff=128, tie_embeddings=True)
+    other = dataclasses.replace(explicit, d_model=64, arch="llama")
+    assert other.d_ff == 128 and other.tie_embeddings and other.norm == "rmsnorm"
+    grouped = dataclasses.replace(ModelConfig(n_head=4, d_model=32), n_head=8, n_kv_head=4)  # 4 was derived before
+    assert grouped.n_kv_head == 4
+    biased = dataclasses.replace(ModelConfig(), arch="llama", qkv_bias=True)  # as gpt2 had it
+    assert biased.qkv_bias and not biased.bias
+    assert dataclasses.replace(explicit, d_ff=None, d_model=64).d_ff == 256
+    written = from_yaml(to_yaml(Config(model=biased))).model
+    assert copy.deepcopy(biased) == pickle.loads(pickle.dumps(biased)) == written == biased
+    kept = dataclasses.replace(pickle.loads(pickle.dumps(biased)), arch="gpt2")
+    assert kept == dataclasses.replace(ModelConfig(), qkv_bias=True)
+
+
+def test_a_config_is_found_by_name_and_not_by_value():
+    for wrong in ({"optim": {"lr": 1e-3}}, 3, Config()):
+        with pytest.raises(UserError, match="expected a preset's name"):
+            load_config(wrong)
+    with pytest.raises(UserError, match="from_dict"):
+        load_config("tiny-gpt2", {"optim.lr": 1e-3})
 
 
 # ---------------------------------------------------------------- out and back

@@ -114,6 +114,10 @@ def with_shape(cfg: Config) -> Config:
     Raises:
         UserError: there is no such base; the number of words is not known before the tokenizer is trained.
     """
+    if cfg.pretrain.base is not None:
+        from gptjax.training.loop import from_base
+
+        return from_base(cfg)[0]
     if cfg.model.vocab_size:
         return cfg
     if cfg.task != "pretrain":

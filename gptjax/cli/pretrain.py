@@ -31,34 +31,37 @@ def report(cfg: Config) -> list[str]:
     Raises:
         UserError: what the run would refuse.
     """
-    from gptjax import data
-    from gptjax.training.loop import refuse
+    from gptjax.training.loop import refuse, refuse_missing
 
-    if refuse(cfg, data.refuse_missing):
+    if refuse(cfg, refuse_missing):
         return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
     return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
 
 
 def plan(cfg: Config) -> list[str]:
     """The data, the model's size, the steps, the memory."""
+    from gptjax.training.loop import from_base
     from gptjax.training.memory import memory_bytes
 
-    data, problem = _prepared(cfg)
+    cfg, base = from_base(cfg)
+    data, problem = _prepared(cfg, base)
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
-    tokens = cfg.train.batch_size * cfg.model.context_length
+    tokens, lines = cfg.train.batch_size * cfg.window, []
+    if base:
+        lines.append(f"base               {base.where}: {base.kind}, context {cfg.model.context_length:,}")
     if data:
-        lines = [
+        lines += [
             f"data               {len(data.train):,} tokens to train, {len(data.val):,} to validate",
             f"tokenizer          {data.tokenizer.name}, {data.tokenizer.vocab_size:,} words",
         ]
     else:
-        lines = [f"data               not looked at: {problem}"]
+        lines += [f"data               not looked at: {problem}"]
     if vocab_size:
         n_params = options.count_params(dataclasses.replace(cfg.model, vocab_size=vocab_size))
         lines.append(f"parameters         {n_params:,}")
     else:
         lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")
-    lines.append(f"tokens per step    {tokens:,} ({cfg.train.batch_size} windows of {cfg.model.context_length})")
+    lines.append(f"tokens per step    {tokens:,} ({cfg.train.batch_size} windows of {cfg.window})")
     lines.append(f"steps              {_steps(cfg, data, tokens)}")
     if vocab_size:
         memory = memory_bytes(cfg, n_params, vocab_size)
@@ -67,7 +70,7 @@ def plan(cfg: Config) -> list[str]:
     return lines
 
 
-def _prepared(cfg: Config) -> tuple[Any, str]:
+def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
     """The token files, or why they are not made for a dry run: it downloads nothing."""
     from gptjax import assets, data
 
@@ -76,7 +79,7 @@ def _prepared(cfg: Config) -> tuple[Any, str]:
             return None, f"{source} would be downloaded"
         if source in assets.ASSETS and not assets.status(source).cached:
             return None, f"{source} is not in the cache yet; `gptjax data prepare` fetches it"
-    return data.prepare(cfg, log=options.note), ""
+    return data.prepare(cfg, base and base.tokenizer(), log=options.note), ""
 
 
 def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:

@@ -95,7 +95,7 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     ids = tokenizer.encode(prompt, allowed_special="all")
     if getattr(tokenizer, "add_bos", False):
         ids = [tokenizer.bos_id, *ids]
-    if not ids and tokenizer.eot_id is not None:
+    if not ids and tokenizer.eot_id is not None:  # where texts do not begin with a token of their own
         ids = [tokenizer.eot_id]
     if not ids:
         raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")

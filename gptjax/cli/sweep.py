@@ -45,16 +45,15 @@ def run(args: list[str]) -> int:
 
 def _refuse(cfg: Config, folder: Path) -> None:
     """Raises UserError for a folder that is not free, and for data or a base that is not there, all at once."""
-    from gptjax import data
     from gptjax.finetuning import base
-    from gptjax.training import run_dir
+    from gptjax.training import loop, run_dir
 
     problems = []
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder)
-    problems += complaints(data.refuse_missing if cfg.task == "pretrain" else base.refuse_missing, cfg)
+    problems += complaints(loop.refuse_missing if cfg.task == "pretrain" else base.refuse_missing, cfg)
     Problems(problems).raise_if_any()
 
 

@@ -21,6 +21,9 @@ from gptjax.types import Batch, UserError
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
+FEW = 256  # places whose permutation is a table
+GOLDEN = 0x9E3779B97F4A7C15
+ORDER_OF_WINDOWS = "2"  # raised when a seed gives other batches than before: a checkpoint of before is refused
 AHEAD = 512  # places of windows that are computed together: the cost lies in the calls, not in the numbers
 ORDER, OFFSET, POSITION, TOKEN = range(4)  # what a random number is for
 
@@ -38,7 +41,7 @@ class Loader:
     """Training batches of one store.
 
     order=shuffle     every window once an epoch, in a new order. With stride=None the windows do not
-                      overlap and each epoch cuts at another random offset in [0, context_length).
+                      overlap and each epoch cuts at another random offset, so that every token is a target.
     order=sequential  from the first window to the last, then again.
     stride=n          windows start every n tokens; the last short batch of an epoch is dropped.
     weights, temperature   with several sources: a fixed interleaving of them (`mixture.assign`), each with
@@ -177,11 +180,11 @@ def eval_batches(
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
     """Windows at `starts` [B] as a batch. Past the end of the store the last token is repeated.
 
-    tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E]
+    tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E], which begin with E
     targets      8 9 E 3 4 5
-    weights      1 1 1 0 1 1     no prediction of another document
-    segment_ids  1 1 1 1 2 2
-    positions    0 1 2 3 0 1     never more than the place in the window
+    weights      1 1 1 1 1 1     0 at the end of a document where the next begins with a token of its own
+    segment_ids  1 1 1 2 2 2
+    positions    0 1 2 0 1 2     never more than the place in the window
     """
     t = context_length
     at = starts[:, None] + np.arange(t + 1)
@@ -198,10 +201,12 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
     weights = np.ones((len(starts), t), np.float32)
     crossing = np.flatnonzero(first != last)
     if len(crossing):
-        document = np.searchsorted(documents, at[crossing], "right")
-        segment_ids[crossing] = document[:, :-1] - document[:, :1] + 1
-        weights[crossing] = document[:, :-1] == document[:, 1:]
-        begun = documents[document[:, :-1] - 1] - starts[crossing, None]
+        document = np.searchsorted(documents, at[crossing], "right") - 1
+        now, following = document[:, :-1], document[:, 1:]
+        now = np.where((now != following) & store.begins_before(following), following, now)
+        segment_ids[crossing] = now - now[:, :1] + 1
+        weights[crossing] = now == following
+        begun = documents[now] - store.begins_before(now) - starts[crossing, None]
         positions[crossing] = ramp - np.maximum(begun, 0)
     return batch._replace(weights=weights, segment_ids=segment_ids, positions=positions)
 
@@ -226,13 +231,20 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where each index in [0, n) goes under the permutation of `key`: int64, same shape. Holds no table.
+    """Where each index in [0, n) goes under the permutation of `key`: int64, same shape.
 
-    A Feistel network on the digits (a, b) of a number in mixed radix: each half is shifted by a hash of the
-    other, which can be undone whatever the hash is. The square is at most sqrt(n) larger than n, and a
-    number that lands outside is sent through again until it comes back in (cycle walking).
-    Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
+    Few places (n <= 256) are sorted by random numbers of their own (splitmix64 from the key), so that every
+    permutation is equally likely. More need no table: a Feistel network on the digits (a, b) of a number in mixed
+    radix, where each half is shifted by a hash of the other, which can be undone whatever the hash is. The square is
+    at most sqrt(n) larger than n, and a number that lands outside is sent through again until it comes back in (cycle
+    walking).
+    Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
+    if n <= FEW:
+        keys, row = np.unique(key, return_inverse=True)
+        steps = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+        return np.argsort(_mix(_mix(keys)[:, None] + steps), axis=1)[row.reshape(index.shape), index]
     a = isqrt(n - 1) + 1
     out = _feistel(index.astype(np.uint64), np.uint64(a), np.uint64(-(-n // a)), key)
     while (outside := out >= n).any():
@@ -259,7 +271,7 @@ def _mix_int(x: int) -> int:
     return int(_mix(np.asarray([x & MASK_64], np.uint64))[0])
 
 
-_ROUND_KEYS = [np.uint64(_mix_int((i + 1) * 0x9E3779B97F4A7C15)) for i in range(2 * ROUNDS)]
+_ROUND_KEYS = [np.uint64(_mix_int((i + 1) * GOLDEN)) for i in range(2 * ROUNDS)]
 
 
 def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
@@ -271,7 +283,7 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
     n_windows = max(1, (n - t) // t)  # one less than fit, so that every offset leaves room for all
-    return Lane(begin, n_windows, t, min(t, n - n_windows * t))
+    return Lane(begin, n_windows, t, n - n_windows * t)
 
 
 def _too_short(n: int, context_length: int, k: int, mixed: bool) -> str:

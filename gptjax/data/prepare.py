@@ -28,11 +28,12 @@ class Prepared(NamedTuple):
 
 def prepare(
     cfg: Config,
+    tokenizer: Any = None,
     *,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
-    """Tokens of `cfg.data` under `cfg.tokenizer`, from the cache when nothing changed.
+    """Tokens of `cfg.data` under `tokenizer`, or that of `cfg.tokenizer`, from the cache when nothing changed.
 
     The cache key covers the content of every source, the split and the tokenizer; not the seed, because
     nothing here depends on it. chars is fitted on all text (a character of the held-out part must have an
@@ -47,13 +48,15 @@ def prepare(
     refuse_missing(cfg)
     found = documents(cfg.data)
     held = documents(cfg.data, cfg.data.val_source) if cfg.data.val_source else None
-    loaded = None if cfg.tokenizer.name in tokenizers.TRAINED else tokenizers.build(cfg.tokenizer, lambda: iter(()))
+    loaded = tokenizer
+    if loaded is None and cfg.tokenizer.name not in tokenizers.TRAINED:
+        loaded = tokenizers.build(cfg.tokenizer, lambda: iter(()))
     key = _key(cfg, found, held, loaded)
 
     def make(folder: Path) -> dict:
         log(f"reading {', '.join(source.name for source in found.sources)}")
         train, val, how = _parts(cfg, found, held)
-        _refuse_empty(how, cfg.model.context_length)
+        _refuse_empty(how, cfg.window)
         tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
         tokenizer.save(folder / "tokenizer.json")
         log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
@@ -74,8 +77,8 @@ def prepare(
     tokenizer = loaded or tokenizers.load(str(folder / "tokenizer.json"))
     ready = Prepared(
         tokenizer,
-        token_store.open_split(folder, "train", manifest),
-        token_store.open_split(folder, "val", manifest),
+        token_store.open_split(folder, "train", manifest, tokenizer),
+        token_store.open_split(folder, "val", manifest, tokenizer),
         dict(manifest, folder=str(folder)),
     )
     check(ready, cfg)
@@ -86,11 +89,11 @@ def refuse_missing(cfg: Config) -> None:
     """A cheap look before the text is read; nothing is fetched.
 
     Raises:
-        UserError: sources and a tokenizer that are not there, all at once.
+        UserError: sources and a tokenizer that are not there, all at once; pretrain.base brings its own.
     """
     problems = [problem for name in (*cfg.data.source, *cfg.data.val_source) if (problem := missing(name))]
     name = cfg.tokenizer.name
-    if name not in (*tokenizers.TRAINED, *tokenizers.READY, *assets.ASSETS):
+    if cfg.pretrain.base is None and name not in (*tokenizers.TRAINED, *tokenizers.READY, *assets.ASSETS):
         try:
             tokenizers.load(name)
         except UserError as error:
@@ -105,11 +108,11 @@ def check(ready: Prepared, cfg: Config) -> None:
     Raises:
         UserError: all that does not fit, at once.
     """
-    needed, problems = cfg.model.context_length + 1, []
+    needed, problems = cfg.window + 1, []
     if len(ready.train) < needed:
         problems.append(
             f"data.source={','.join(cfg.data.source)}: {len(ready.train)} training tokens found, at least {needed} "
-            f"needed for one window of model.context_length={cfg.model.context_length}: give more text or lower it"
+            f"needed for one window of model.context_length={cfg.window}: give more text or lower it"
         )
     if len(ready.val) < 2:
         problems.append(
@@ -193,7 +196,8 @@ def _encode(
 
     def write(name: str, part: Part) -> dict:
         texts = [
-            ((document.text, ended) for document, ended in part.source(k)) for k in range(len(part.documents.sources))
+            ((document.text, begins, ends) for document, begins, ends in part.source(k))
+            for k in range(len(part.documents.sources))
         ]
         return token_store.write(folder, name, texts, tokenizer, advance)
 

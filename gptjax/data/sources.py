@@ -402,22 +402,24 @@ class Part:
     held_out: bool = False
 
     def __iter__(self) -> Iterator[Document]:
-        return (document for k in range(len(self.documents.sources)) for document, _ in self.source(k))
+        return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
 
-    def source(self, k: int) -> Iterator[tuple[Document, bool]]:
-        """(document, whether an end-of-text id belongs after it) of source k.
+    def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
+        """(document, whether its text begins here, whether it ends here) of source k.
 
-        It does where a document really ends and the corpus has several: not where a tail was cut off, and
-        not after a corpus that is one running text, whose single end could never be learnt.
+        A tail that was cut off does not begin, what it was cut from does not end. A corpus that is one running text
+        does neither: its single beginning and end could never be learnt.
         """
         for i, document in enumerate(self.documents.sources[k]):
-            text, ends = document.text, self.n_documents > 1
+            text, begins = document.text, self.n_documents > 1
+            ends = begins
             if self.cuts is not None:
                 cut = self.cuts[k][i]
+                begins &= not (self.held_out and cut)
                 ends &= self.held_out or cut == len(text)
                 text = text[cut:] if self.held_out else text[:cut]
             if text:
-                yield document._replace(text=text), bool(ends)
+                yield document._replace(text=text), bool(begins), bool(ends)
 
 
 def split(found: Documents, cfg: DataConfig) -> tuple[Part, Part, list[dict]]:

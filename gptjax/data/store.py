@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import tokenizers
 from gptjax.files import umask
 from gptjax.types import UserError
 
-VERSION = 1
+VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
 
 
@@ -37,6 +38,8 @@ class TokenStore:
     doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
     source_starts  [n_sources + 1] int64, source k holds tokens[source_starts[k] : source_starts[k + 1]]
     n_bytes        UTF-8 bytes of the text, for bits per byte
+    begin_id       the token that a document begins with: the first of its own, or shared with the document before it,
+                   which ends with the same. None: documents begin with their text
     """
 
     tokens: np.ndarray
@@ -44,6 +47,7 @@ class TokenStore:
     source_starts: np.ndarray
     n_bytes: int
     fingerprint: str
+    begin_id: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -52,15 +56,34 @@ class TokenStore:
     def n_sources(self) -> int:
         return len(self.source_starts) - 1
 
+    def begins_before(self, documents: np.ndarray) -> np.ndarray:
+        """Whether each of `documents` (indices, int64) begins with the last token of the one before it: bool."""
+        if self.begin_id is None:
+            return np.zeros(documents.shape, bool)
+        first = self.doc_starts[documents]
+        before = self.tokens[np.maximum(first, 1) - 1]
+        return (first > 0) & (before == self.begin_id) & (self.tokens[first] != self.begin_id)
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens of the text, with those that end a document and without those that only begin one."""
+        return len(self) - int(
+            (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
+        )
+
     @staticmethod
-    def from_ids(ids, doc_starts=(0,), source_starts=None, n_bytes: int = 0) -> TokenStore:
-        """A store in memory, for notebooks and tests."""
+    def from_ids(ids, doc_starts=(0,), source_starts=None, n_bytes: int = 0, begin_id: int | None = None) -> TokenStore:
+        """A store in memory, for notebooks and tests. Where all documents end with the same token and `begin_id` is
+        not given, they begin with it too, as they do on disk."""
         ids = np.asarray(ids)
         tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
         starts = np.asarray(doc_starts, np.int64)
         sources = np.asarray([0, len(ids)] if source_starts is None else source_starts, np.int64)
         digest = hashlib.sha256(tokens.tobytes() + starts.tobytes() + sources.tobytes()).hexdigest()
-        return TokenStore(tokens, starts, sources, n_bytes, digest)
+        if begin_id is None and len(starts) > 1:
+            last = tokens[np.append(starts[1:], len(tokens)) - 1]
+            begin_id = int(last[0]) if (last == last[0]).all() else None
+        return TokenStore(tokens, starts, sources, n_bytes, digest, begin_id)
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -71,29 +94,36 @@ def dtype_for(vocab_size: int) -> np.dtype:
 def write(
     folder: Path,
     split: str,
-    sources: Iterable[Iterable[tuple[str, bool]]],
+    sources: Iterable[Iterable[tuple[str, bool, bool]]],
     tokenizer: Any,
     progress: Callable[[int], None],
 ) -> dict:
-    """Encode texts into `split`.bin and `split`.starts.npy; returns the split's part of the manifest.
+    """Encode texts into `split`.bin and `split`.starts.npy.
 
-    `sources` gives the (text, ended) of each document; an end-of-text id follows those that ended, where the
-    tokenizer has one. Text that looks like a special
-    token is plain text here: a corpus cannot end its own document. Documents without text are left out.
+    `sources` gives the (text, begins, ends) of each document. An end-of-text id follows those that end, where the
+    tokenizer has one, and the first token of those that begin is `begin_id`: the end-of-text id of the document before
+    where one stands there. Text that looks like a special token is plain text here: a corpus cannot end its own
+    document. Documents without text are left out.
+
+    Returns:
+        The split's part of the manifest.
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
-    starts, source_starts = array("q"), [0]
-    end = np.asarray([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype)
+    starts, source_starts, shared = array("q"), [0], False
+    begin_id, end_id = tokenizers.begin_id(tokenizer), tokenizer.eot_id
     n_tokens = n_bytes = n_characters = 0
     with open(folder / f"{split}.bin", "wb") as out:
         for texts in sources:
-            for text, ended in texts:
+            for text, begins, ends in texts:
                 if not text:
                     continue
                 ids = tokenizer.encode_array(text, disallowed_special=()).astype(dtype, copy=False)
                 if not len(ids):
                     continue
-                ids = np.concatenate([ids, end]) if ended else ids
+                before = [begin_id] if begins and not shared and begin_id is not None else []
+                after = [end_id] if ends and end_id is not None else []
+                shared = after == [begin_id]
+                ids = np.concatenate([before, ids, after], dtype=dtype, casting="unsafe")
                 data = ids.tobytes()
                 out.write(data)
                 digest.update(data)
@@ -117,7 +147,7 @@ def write(
     }
 
 
-def open_split(folder: Path, split: str, manifest: dict) -> TokenStore:
+def open_split(folder: Path, split: str, manifest: dict, tokenizer: Any) -> TokenStore:
     part = manifest[split]
     path, dtype = folder / f"{split}.bin", np.dtype(part["dtype"])
     # The plain array over the map: indexing np.memmap itself costs several microseconds a call.
@@ -128,6 +158,7 @@ def open_split(folder: Path, split: str, manifest: dict) -> TokenStore:
         np.asarray(part["source_starts"], np.int64),
         part["bytes"],
         hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest(),
+        tokenizers.begin_id(tokenizer),
     )
 
 

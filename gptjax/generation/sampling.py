@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from gptjax.config import SampleConfig
 
+_ROUNDING = 1e-6  # five tokens of 0.02 each reach 0.1, whatever their float32 sum is
+
 Filter = Callable[..., jax.Array]
 Sampler = Callable[..., jax.Array]
 
@@ -59,7 +61,7 @@ def top_p(p: float) -> Filter:
         ordered = jnp.sort(logits, axis=-1)[..., ::-1]
         reached = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
         before = jnp.pad(reached[..., :-1], [(0, 0)] * (reached.ndim - 1) + [(1, 0)])  # of the likelier ones alone
-        count = jnp.maximum((before < p).sum(-1, keepdims=True), 1)
+        count = jnp.maximum((before < p - _ROUNDING).sum(-1, keepdims=True), 1)
         last = jnp.take_along_axis(ordered, count - 1, -1)
         tied = logits == last
         room = count - (logits > last).sum(-1, keepdims=True)

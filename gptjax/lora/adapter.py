@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig
@@ -30,22 +31,45 @@ Adapter = dict[str, Any]
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
     """{path: leaf} of the weights that `cfg.targets` names, in the tree's order.
 
+    A pattern may name layers: blocks/3/attn/q/kernel, blocks/[0-3]/*/kernel. The stack's other layers then have pairs
+    that are zero, which stay zero: neither factor has a gradient while the other is zero.
+
     Raises:
-        UserError: a part of the pattern that matches no matrix, or DoRA on an embedding.
+        UserError: a part of the pattern that matches no matrix; DoRA on an embedding or on some layers only.
     """
     matrices = {
         path: leaf
         for path, leaf in tree.flatten_nodes(params).items()
         if path.split("/")[-1] in ("kernel", "embedding")
     }
-    if unused := tree.idle(cfg.targets, matrices):
+    single = [name for path, leaf in matrices.items() for name in _layer_paths(path, leaf)]
+    if unused := tree.idle(cfg.targets, [*matrices, *single]):
         raise UserError(
-            f"lora.targets: {', '.join(map(repr, unused))} matches no weight; there are {', '.join(matrices)}"
+            f"lora.targets: {', '.join(map(repr, unused))} matches no weight; there are {', '.join(matrices)}, and of "
+            "a layer blocks/0/.., blocks/1/.. and so on"
         )
-    chosen = {path: leaf for path, leaf in matrices.items() if tree.matches(cfg.targets, path)}
+    chosen = {path: leaf for path, leaf in matrices.items() if _layers(path, leaf, cfg).any()}
+    if cfg.dora and not all(_layers(path, leaf, cfg).all() for path, leaf in chosen.items()):
+        raise UserError(f"lora.targets={cfg.targets}: DoRA's lengths are of all layers of a stack; name no layer")
     if cfg.dora and (tables := [path for path in chosen if path.endswith("/embedding")]):
         raise UserError(f"lora.targets: DoRA is for kernels, not for {', '.join(tables)}; narrow the pattern")
     return chosen
+
+
+def _layer_paths(path: str, leaf: Any) -> list[str]:
+    """blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..]; [] of a weight that is no stack of layers."""
+    group, _, rest = path.partition("/")
+    shape = jax.eval_shape(dense, leaf).shape
+    return [f"{group}/{n}/{rest}" for n in range(shape[0])] if group == "blocks" and len(shape) > 2 else []
+
+
+def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
+    """Which layers of a stack, or whether a single weight, `cfg.targets` names: bool [L] or []."""
+    names = _layer_paths(path, leaf)
+    whole = tree.matches(cfg.targets, path)
+    if not names:
+        return np.array(whole)
+    return np.array([whole or tree.matches(cfg.targets, name) for name in names])
 
 
 def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
@@ -61,6 +85,7 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
         *lead, d_in, d_out = jax.eval_shape(dense, leaf).shape
         bound = d_in**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, d_in, cfg.rank), jnp.float32, -bound, bound)
+        a = a * _layers(path, leaf, cfg)[..., None, None]
         adapter[path] = {"a": a, "b": jnp.zeros((*lead, cfg.rank, d_out))}
         if cfg.dora:
             adapter[path]["m"] = column_norms(_leaf(leaf, adapter[path], cfg, None))
@@ -84,7 +109,8 @@ def split(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
     for path, leaf in targets(params, cfg).items():
         w = dense(leaf).astype(jnp.float32)
         a, b = factors(w, cfg.rank)
-        share = cfg.scale**-0.5
+        share = cfg.scale**-0.5 * _layers(path, leaf, cfg)[..., None, None]
+        a, b = a * (share > 0), b * (share > 0)
         adapter[path] = {"a": a * share, "b": b * share}
         rest[path] = (w - a @ b).astype(getattr(leaf, "dtype", w.dtype))
         if cfg.dora:

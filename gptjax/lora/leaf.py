@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.ops.dropout import dropout
-from gptjax.ops.linear import dense, matmul, matmul_transposed, take
+from gptjax.ops.linear import dense, factors, matmul, matmul_transposed, take
 
 
 @struct.dataclass
@@ -65,6 +65,17 @@ def _(leaf: LoraWeight) -> jax.Array:
     """The matrix itself, float32; stacks too."""
     w = dense(leaf.w).astype(jnp.float32) + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
     return w if leaf.m is None else w * (leaf.m / column_norms(leaf))
+
+
+@factors.register
+def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """With dropout x goes through `a` apart: [x, dropout(x) a] times [w, scale b] below each other."""
+    if leaf.rate is None or leaf.key is None:
+        return x, dense(leaf)
+    low = matmul(leaf.a, dropout(x, leaf.rate, leaf.key), str(x.dtype))
+    kernel = jnp.concatenate([dense(leaf.w).astype(jnp.float32), leaf.scale * leaf.b])
+    kernel = kernel if leaf.m is None else kernel * (leaf.m / column_norms(leaf))
+    return jnp.concatenate([x, low], -1), kernel
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:

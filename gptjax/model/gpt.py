@@ -17,7 +17,7 @@ from gptjax.model.activations import Patches
 from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
-from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed
+from gptjax.ops.linear import Turned, dense, factors, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
 from gptjax.types import Params, UserError
 
@@ -96,9 +96,12 @@ def _is_local(tokens: Any) -> bool:
     return getattr(tokens, "is_fully_addressable", True)
 
 
-def head_kernel(params: Params, cfg: ModelConfig) -> Any:
-    """[D, V]: the head's own matrix, or the token embedding turned."""
-    return dense(params["wte"]["embedding"]).T if cfg.tie_embeddings else dense(params["lm_head"]["kernel"])
+def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """[.., D] -> hidden' [.., D'] and kernel' [D', V], whose product is the logits: D' is D, and more where the head
+    has an adapter with dropout. An adapter of a tied table has no dropout (peft: none in embeddings)."""
+    if cfg.tie_embeddings:
+        return hidden, dense(params["wte"]["embedding"]).T
+    return factors(params["lm_head"]["kernel"], hidden)
 
 
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:

@@ -52,6 +52,13 @@ def dense(w: Any) -> jax.Array:
     return w
 
 
+@singledispatch
+def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x', w') [.., in'] and [in', out], plain arrays whose product is that of `x` and the leaf: for a product that is
+    taken in pieces, such as the head's in the loss."""
+    return x, dense(w)
+
+
 @struct.dataclass
 class Turned:
     """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows."""

@@ -76,7 +76,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 def width(cfg: Config) -> int:
     """Tokens of a row."""
-    return cfg.model.context_length if cfg.task == "pretrain" else base.longest_row(cfg, cfg.model)
+    return cfg.window if cfg.task == "pretrain" else base.longest_row(cfg, cfg.model)
 
 
 def _batch(cfg: Config, rows: int, T: int) -> Any:

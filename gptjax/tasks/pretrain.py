@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gptjax.config import ModelConfig
-from gptjax.model.gpt import backbone, head_kernel, init_params
+from gptjax.model.gpt import backbone, head_factors, init_params
 from gptjax.ops.dropout import off
 from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
 from gptjax.tasks.base import Task
@@ -28,7 +28,7 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
             dropout_key=None if off(cfg.dropout) else key,
         )  # fmt: skip
-        head: Any = head_kernel(params, cfg)
+        hidden, head = head_factors(params, hidden, cfg)
         mean = linear_cross_entropy(
             hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype, chunk=chunk
         )
@@ -40,4 +40,5 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
 def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
     """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
-    return linear_log_probs(hidden, head_kernel(params, cfg), batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)
+    hidden, head = head_factors(params, hidden, cfg)
+    return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)

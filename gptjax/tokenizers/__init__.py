@@ -26,6 +26,7 @@ from gptjax.tokenizers.base import (
     SETTINGS,
     VERSION,
     Tokenizer,
+    begin_id,
     parse_json,
     read_text,
     refuse,
@@ -33,7 +34,7 @@ from gptjax.tokenizers.base import (
 )
 from gptjax.types import UserError
 
-__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "build", "extend", "load", "loads", "train"]
+__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "train"]
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")

@@ -372,6 +372,12 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
+def begin_id(tokenizer: Tokenizer) -> int | None:
+    """The token that a text begins with in training, and what an empty prompt stands for: the beginning-of-text token
+    of tokenizers that write one, else the end-of-text token of the document before (GPT-2). None: there is neither."""
+    return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
+
+
 def end_of_document(tokenizer: Base) -> int | None:
     """The id that stands between documents: by its name, else the one that ends what the model says."""
     named = [tokenizer.special_tokens[name] for name in END_OF_DOCUMENT if name in tokenizer.special_tokens]

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax import config
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, ModelConfig, TokenizerConfig
 from gptjax.files import read_json
+from gptjax.tokenizers import begin_id
 from gptjax.training import loggers
 from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
-from gptjax.training.run_dir import BITWISE, RunDir, environment
+from gptjax.training.run_dir import BITWISE, RunDir, environment, longer
 from gptjax.types import Params, UserError, complaints
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
+BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
 EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
 FIRST_EVAL_TOKENS = 16_384  # about so many before the first step: no text is better known than another yet
 PLOT_EVERY_S = 20.0
@@ -56,19 +58,57 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
         Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
     """
 
-    from gptjax import data
-
-    return run_job(cfg, prepare, log, data.refuse_missing)
+    return run_job(cfg, prepare, log, refuse_missing)
 
 
 def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
     """The job of a pretraining, and the config with what only the data could tell."""
     from gptjax import data
 
+    cfg, base = from_base(cfg)
     with progress.phase("preparing the data"):
-        ready = data.prepare(cfg, log=progress.say)
+        ready = data.prepare(cfg, base and base.tokenizer(), log=progress.say)
     cfg = _resolve(cfg, ready)
-    return cfg, _pretraining(cfg, ready)
+    return cfg, _pretraining(cfg, ready, base)
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the text is read; nothing is fetched.
+
+    Raises:
+        UserError: sources, a tokenizer and a base that are not there, all at once.
+    """
+    from gptjax import assets, data
+
+    problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
+    if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
+        problems += complaints(from_base, cfg)
+    if problems:
+        raise UserError.all(problems)
+
+
+def from_base(cfg: Config) -> tuple[Config, Any]:
+    """The config with the model, tokenizer and window of `pretrain.base`, and that model before any tensor is read;
+    (cfg, None) without a base.
+
+    Raises:
+        UserError: no such model, a classifier, or a window longer than its context.
+    """
+    if cfg.pretrain.base is None:
+        return cfg, None
+    from gptjax import weights
+
+    base = weights.open_model(cfg.pretrain.base)
+    if base.cfg.n_classes:
+        raise UserError(f"pretrain.base={cfg.pretrain.base} is a classifier: name the model that it was made from")
+    model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
+    window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
+    cfg = dataclasses.replace(
+        cfg, model=model, tokenizer=TokenizerConfig(name=cfg.pretrain.base),
+        pretrain=dataclasses.replace(cfg.pretrain, context_length=window),
+    )  # fmt: skip
+    config.validate(cfg)
+    return cfg, base
 
 
 def run_job(
@@ -120,7 +160,7 @@ def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
 
     run = RunDir(cfg.run_dir or "runs/default")
     taken = complaints(run.check, cfg)
-    if not taken and (run.final / "result.json").exists():
+    if not taken and _result(run, cfg) is not None:
         return True
     settings, alone = cfg.train, cfg.distributed.coordinator is None or jax.distributed.is_initialized()
     rows = settings.batch_size // settings.accumulation
@@ -143,7 +183,7 @@ def _resolve(cfg: Config, ready: Any) -> Config:
     model, settings = cfg.model, cfg.train
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
-    steps = settings.steps(len(ready.train), settings.batch_size * model.context_length)
+    steps = settings.steps(len(ready.train), settings.batch_size * cfg.window)
     settings = dataclasses.replace(settings, max_steps=steps)
     cfg = dataclasses.replace(cfg, model=model, train=settings)
     config.validate(cfg)
@@ -152,19 +192,31 @@ def _resolve(cfg: Config, ready: Any) -> Config:
 
 def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResult | None:
     """The result of a run that ended; None if there is something left to do."""
-    file = run.final / "result.json"
-    if not file.exists():
+    if (result := _result(run, cfg)) is None:
         return None
     from gptjax import tokenizers, weights
 
-    result = read_json(file)
-    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
-        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
-    cfg = run.stored()
+    cfg = stored = run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
+    if stored.optim.schedule == "constant":
+        say("  to make it longer: train.max_steps=N")
+    else:
+        say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
     return TrainResult(run.path, params, cfg, tokenizers.load(run.final), result["step"], result["val/loss"])
+
+
+def _result(run: RunDir, cfg: Config) -> dict[str, Any] | None:
+    """What final/ says of the run, where it has all the steps that `cfg` asks for."""
+    file = run.final / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
+        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
+    stored = run.stored()
+    return None if longer(stored, cfg) or result["step"] < stored.train.max_steps else result
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0) -> int:
@@ -658,9 +710,10 @@ class _Trainer:
 # ---------------------------------------------------------------- pretraining
 
 
-def _pretraining(cfg: Config, ready: Any) -> Job:
+def _pretraining(cfg: Config, ready: Any, base: Any) -> Job:
     """The job of `train`: whatever can be wrong is said here."""
     from gptjax import data, weights
+    from gptjax.data.loader import ORDER_OF_WINDOWS
     from gptjax.model.gpt import abstract_params
     from gptjax.optim import make_optimizer
     from gptjax.tasks import pretrain
@@ -668,7 +721,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
     model, settings, val = cfg.model, cfg.train, ready.val
     prompt = _prompt(cfg, ready.tokenizer)
     loader = data.Loader(
-        ready.train, cfg.data, batch_size=settings.batch_size, context_length=model.context_length,
+        ready.train, cfg.data, batch_size=settings.batch_size, context_length=cfg.window,
         seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
     )  # fmt: skip
     task = pretrain.task(model)
@@ -677,13 +730,14 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         return pretrain.task(cfg.model).loss, just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)
 
     loss, combine, optimizer = rules(cfg)
-    tokens_per_step = settings.batch_size * model.context_length
+    start = base and base.params("float32", None)
+    tokens_per_step = settings.batch_size * cfg.window
 
     def eval_batches(first: bool) -> Iterator[Any]:
-        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // model.context_length)
-        sizes = dict(context_length=model.context_length, batch_size=rows)
+        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
+        sizes = dict(context_length=cfg.window, batch_size=rows)
         batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
-        most = max(1, FIRST_EVAL_TOKENS // (rows * model.context_length)) if first else None
+        most = max(1, FIRST_EVAL_TOKENS // (rows * cfg.window)) if first else None
         return itertools.islice(batches, most)
 
     def where(step: int) -> str:
@@ -691,7 +745,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         return f"windows of that batch start at tokens {starts} ... of the training text"
 
     def more_of_loss(loss: float) -> dict[str, float]:
-        bits = {"bits_per_byte": loss / math.log(2) * len(val) / val.n_bytes} if val.n_bytes else {}
+        bits = {"bits_per_byte": loss / math.log(2) * val.n_targets / val.n_bytes} if val.n_bytes else {}
         return {"perplexity": _exp(loss), **bits}
 
     def write(folder: Path, params: Params, frozen: None, files: dict[str, str]) -> None:
@@ -704,6 +758,7 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
             f"{len(val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids",
             f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "
             f"context {model.context_length}: {n_params:,} parameters, {model.dtype}",
+            *([f"base    {cfg.pretrain.base}, windows of {cfg.window} tokens"] if base else []),
             f"train   {cfg.optim.name}, lr {cfg.optim.lr:g}, {settings.max_steps:,} steps of {tokens_per_step:,} "
             f"tokens = {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs",
         ]
@@ -719,13 +774,16 @@ def _pretraining(cfg: Config, ready: Any) -> Job:
         combine=combine,
         optimizer=optimizer,
         rules=rules,
-        init=lambda key, start: task.init(key),
+        init=(lambda key, start: start) if base else (lambda key, start: task.init(key)),
+        start=start,
         tokens_per_step=tokens_per_step,
-        flops_per_token=flops_per_token(model, abstract_params(model)),
+        flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),
         identity={
             "tokenizer": ready.tokenizer.fingerprint,
+            "order of windows": ORDER_OF_WINDOWS,
             "training data": ready.train.fingerprint,
             "validation data": val.fingerprint,
+            **({"base": weights.fingerprint(start)} if base else {}),
         },
         source=f"data.source={','.join(cfg.data.source)} or tokenizer.name={cfg.tokenizer.name}",
         describe=describe,
@@ -760,8 +818,8 @@ def _prompt(cfg: Config, tokenizer: Any) -> list[int]:
         ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
     except UserError as error:
         raise UserError(f"sample.prompt: {error}") from error
-    if not ids and tokenizer.eot_id is not None:
-        ids = [tokenizer.eot_id]
+    if not ids and (begin := begin_id(tokenizer)) is not None:
+        ids = [begin]
     if not ids:
         raise UserError(f"sample.prompt is empty and {tokenizer.name} has no start token: give at least one character")
     return list(ids)

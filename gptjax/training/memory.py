@@ -15,7 +15,7 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
                  remat=offload nothing, beside one whole block
     """
     model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
-    whole = 12 * model.d_model + 4 * model.d_ff + 1.25 * model.n_head * model.context_length
+    whole = 12 * model.d_model + 4 * model.d_ff + 1.25 * model.n_head * cfg.window
     kept = {"none": whole, "dots": 6 * model.d_model + 2 * model.d_ff, "full": model.d_model, "offload": 0}[model.remat]
     a_token = model.n_layer * kept + 4 * model.d_model + (whole if model.remat != "none" else 0)
     matrices = max(0, n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model)
@@ -23,5 +23,5 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
     return {
         "weights, gradients and updates": 12 * n_params,
         "optimizer": 4 * moments,
-        "activations": round((2 if model.dtype == "bfloat16" else 4) * rows * model.context_length * a_token),
+        "activations": round((2 if model.dtype == "bfloat16" else 4) * rows * cfg.window * a_token),
     }

@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows: the lock's age alone decides
     fcntl = None  # type: ignore[assignment]
 
+OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # what a fine-tuning says of the model it ended with
 LOCK_STALE_S = 180  # a trainer touches its lock at least every 10 s
 
 # What a resumed run may change: it decides when something is written, not what is learned.
@@ -77,8 +78,11 @@ class RunDir:
         if not self.config.exists():
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
         stored = self.stored()
-        changed = config.diff(stored, _filled(cfg, stored))
-        changed = [line for line in changed if not may_change(line.partition(":")[0])]
+        if changed := changes(stored, cfg):
+            why = [f"  {why}"] if longer(stored, cfg) and (why := self._ended(stored)) else []
+            changed += why
+        elif longer(stored, cfg) and (why := self._ended(stored)):
+            changed = [f"train.max_steps: {stored.train.max_steps} -> more", why]
         if changed:
             raise UserError.all(
                 [
@@ -87,6 +91,19 @@ class RunDir:
                     "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
                 ]
             )
+
+    def _ended(self, stored: Config) -> str:
+        """Why the run's learning rates do not allow more steps than it was planned for; "" where they do."""
+        optim, steps = stored.optim, stored.train.max_steps
+        saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
+        flat = steps - max(1, round(optim.decay_fraction * steps))
+        if optim.schedule == "constant" or (optim.schedule == "wsd" and saved <= flat):
+            return ""
+        begun = f" and step {saved} is past step {flat}, where they begin to fall" if optim.schedule == "wsd" else ""
+        return (
+            f"optim.schedule={optim.schedule}: its learning rates were planned for {steps} steps{begun}; "
+            f"to train the model further: gptjax pretrain pretrain.base={self.path} run_dir=FOLDER"
+        )
 
     def stored(self) -> Config:
         """The run's config.yaml.
@@ -148,9 +165,15 @@ class RunDir:
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml (once) and environment.json."""
-        if not self.config.exists():
+        """Write config.yaml and environment.json. A run that is made longer loses what was said of its end."""
+        stored = self.stored() if self.config.exists() else None
+        if stored is None:
             write_text(self.config, config.to_yaml(cfg))
+        elif cfg.train.max_steps > stored.train.max_steps:
+            for name in OF_THE_END:
+                (self.path / name).unlink(missing_ok=True)
+            settings = dataclasses.replace(stored.train, max_steps=cfg.train.max_steps, epochs=cfg.train.epochs)
+            write_text(self.config, config.to_yaml(dataclasses.replace(stored, train=settings)))
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int) -> None:
@@ -241,17 +264,40 @@ def _row(line: str) -> dict[str, Any] | None:
     return None
 
 
+def changes(stored: Config, cfg: Config) -> list[str]:
+    """["optim.lr: 0.001 -> 0.0003", ..]: settings of a run that may not change and do. More steps may be asked for."""
+    cfg = _filled(cfg, stored)
+    if longer(stored, cfg):
+        cfg = dataclasses.replace(
+            cfg, train=dataclasses.replace(cfg.train, max_steps=stored.train.max_steps, epochs=stored.train.epochs)
+        )
+    return [line for line in config.diff(stored, cfg) if not may_change(line.partition(":")[0])]
+
+
+def longer(stored: Config, cfg: Config) -> bool:
+    """Whether `cfg` asks for more steps, or epochs, than the run was planned for."""
+    before, now = stored.train, cfg.train
+    if before.epochs is None or now.epochs is None:
+        return before.epochs is now.epochs is None and now.max_steps > before.max_steps
+    return now.epochs > before.epochs
+
+
 def _filled(cfg: Config, stored: Config) -> Config:
     """`cfg` with what is only known after the data was read taken from the stored one; checked again later."""
     model, train = cfg.model, cfg.train
-    if cfg.task != "pretrain":  # the base's model, which a command does not name
+    pretrain, tokenizer = cfg.pretrain, cfg.tokenizer
+    if cfg.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
         own = {name: getattr(model, name) for name in config.COMPUTED}
         model = dataclasses.replace(stored.model, **own)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
+    if pretrain.base is not None:
+        tokenizer = stored.tokenizer
+        if pretrain.context_length is None:
+            pretrain = dataclasses.replace(pretrain, context_length=stored.pretrain.context_length)
     if train.epochs is not None and train.epochs == stored.train.epochs:
         train = dataclasses.replace(train, max_steps=stored.train.max_steps)
-    return dataclasses.replace(cfg, model=model, train=train)
+    return dataclasses.replace(cfg, model=model, train=train, pretrain=pretrain, tokenizer=tokenizer)
 
 
 def may_change(key: str) -> bool:

@@ -7,7 +7,6 @@ final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/ker
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gptjax import config, tree
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, flat
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
 from gptjax.weights import safetensors
@@ -73,7 +72,7 @@ def save(
         if add is not None:
             add(partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
-        model = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        model = json.loads(json.dumps(flat(cfg)))
         body = {
             "format": FORMAT,
             "version": VERSION,

@@ -220,7 +220,7 @@ def test_a_finetuning_alike(here, base, capsys):
 def test_a_finished_run_is_said_to_be_finished(here, capsys):
     Path("run/final").mkdir(parents=True)
     Path("run/config.yaml").write_text(config.to_yaml(config.load_config(*TINY, "run_dir=run")))
-    Path("run/final/result.json").write_text("{}")
+    Path("run/final/result.json").write_text('{"step": 2, "val/loss": 1.0}')
     Path("a.txt").unlink()  # a run would not need it
     assert main(["pretrain", *TINY, "run_dir=run", "--dry-run"]) == 0
     assert "is finished" in capsys.readouterr().out

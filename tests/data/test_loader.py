@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -6,6 +7,7 @@ import pytest
 
 from gptjax.config import DataConfig
 from gptjax.data import Loader, TokenStore, eval_batches, permute
+from gptjax.data.loader import gather
 from gptjax.types import UserError
 
 
@@ -44,6 +46,24 @@ def test_permute_is_a_permutation_of_its_own_for_each_key(n):
         assert sorted(order.tolist()) == index.tolist()
     if n > 10:
         assert not np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[1], orders[2])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_every_permutation_of_few_is_equally_likely(n):
+    """Chi-square over all n! permutations: mean n! - 1, variance twice that; within four standard deviations."""
+    keys = 400 * math.factorial(n)
+    orders = permute(np.tile(np.arange(n), keys), n, np.repeat(np.arange(keys, dtype=np.uint64), n)).reshape(keys, n)
+    counts = np.unique(orders, axis=0, return_counts=True)[1]
+    free = math.factorial(n) - 1
+    assert len(counts) == free + 1
+    assert abs(((counts - 400) ** 2 / 400).sum() - free) < 4 * (2 * free) ** 0.5
+
+
+@pytest.mark.parametrize("n", [25, 33, 40, 41, 47])
+def test_every_token_of_the_text_is_a_target_in_some_epoch(n):
+    load = loader(TokenStore.from_ids(np.arange(n)), batch_size=1)
+    starts = load.starts(0, 300 * load.n_windows)
+    assert set(starts.tolist()) == set(range(n - 8))
 
 
 def test_permute_looks_random():
@@ -115,7 +135,7 @@ def test_shuffled_epochs_hold_every_window_once():
         starts = epoch_starts(load, epoch)
         offset = starts.min()
         assert sorted(starts) == list(range(offset, offset + 8 * load.n_windows, 8))
-        assert offset < 8 and starts.max() + 9 <= 997
+        assert offset < 997 - 8 * load.n_windows and starts.max() + 9 <= 997
         offsets.append(int(offset))
         orders.append((starts - offset).tolist())
     assert len(set(offsets)) > 2 and all(a != b for a, b in pairwise(orders))
@@ -157,9 +177,37 @@ def test_documents_by_hand():
     batch = loader(store, order="sequential", batch_size=1, context_length=6).batch(0)
     assert batch.tokens.tolist() == [[7, 8, 9, 0, 0, 3]]
     assert batch.targets.tolist() == [[8, 9, 0, 0, 3, 4]]
-    assert batch.weights.tolist() == [[1, 1, 1, 0, 0, 1]]
-    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 3]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1, 0, 1, 1]]  # the second document is nothing but a token to begin with
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 3, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
+
+
+def test_documents_begin_with_the_token_that_ends_the_one_before():
+    store = TokenStore.from_ids([7, 8, 9, 1, 3, 4, 1, 5, 1], doc_starts=[0, 4, 7])
+    assert store.begin_id == 1
+    batch = loader(store, order="sequential", batch_size=1, context_length=8).batch(0)
+    assert batch.tokens.tolist() == [[7, 8, 9, 1, 3, 4, 1, 5]]
+    assert batch.weights.tolist() == [[1] * 8]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    live = Counter()
+    for batch in eval_batches(store, context_length=4, batch_size=3):
+        live.update(batch.targets[batch.weights > 0].tolist())
+    assert live == Counter([8, 9, 1, 3, 4, 1, 5, 1])  # all but the first token of the first document
+    for start in range(9 - 4):  # a window that begins anywhere
+        batch = gather(store, np.array([start]), 4, True)
+        assert (batch.weights == 1).all() and batch.segment_ids[0, 0] == 1 and batch.positions[0, 0] == 0
+
+
+def test_a_beginning_of_its_own_is_no_end_of_the_document_before():
+    #  E a b (cut) | E c E | d E: the first does not end, the second begins, the third shares
+    store = TokenStore.from_ids([1, 7, 8, 1, 9, 1, 6, 1], doc_starts=[0, 3, 6], begin_id=1)
+    batch = loader(store, order="sequential", batch_size=1, context_length=7).batch(0)
+    assert batch.tokens.tolist() == [[1, 7, 8, 1, 9, 1, 6]]
+    assert batch.weights.tolist() == [[1, 1, 0, 1, 1, 1, 1]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 3, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert store.n_targets == 6
 
 
 def test_documents_by_definition():

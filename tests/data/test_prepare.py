@@ -61,14 +61,45 @@ def test_documents_end_where_they_end(tmp_path, folder):
     eot = ready.tokenizer.eot_id
     for store in (ready.train, ready.val):
         ends = np.flatnonzero(store.tokens == eot)
-        assert (ends[:-1] + 1 == store.doc_starts[1:]).all() and ends[-1] == len(store) - 1
+        assert ends[0] == store.doc_starts[0] == 0 and ends[-1] == len(store) - 1
+        assert (ends[1:-1] + 1 == store.doc_starts[1:]).all()
     names = ready.manifest["split"][0]["held_out"]
     held = [(folder / name).read_text() for name in names]
-    bounds = [*ready.val.doc_starts, len(ready.val)]
+    bounds = [1, *ready.val.doc_starts[1:], len(ready.val)]
     found = [ready.tokenizer.decode(ready.val.tokens[a : b - 1]) for a, b in pairwise(bounds)]
     assert found == held
     assert ready.manifest["train"]["documents"] + ready.manifest["val"]["documents"] == 12
     assert ready.val.n_bytes == sum(len(t.encode()) for t in held)
+
+
+def test_every_token_of_the_documents_is_a_target_and_an_empty_prompt_begins_one(tmp_path, folder):
+    ready = data.prepare(config(tmp_path, folder, tokenizer="bpe"))
+    begin = tokenizers.begin_id(ready.tokenizer)
+    batches = list(data.eval_batches(ready.val, context_length=8, batch_size=4))
+    assert sum(b.weights.sum() for b in batches) == len(ready.val) - 1 == ready.val.n_targets
+    begun = [(b.tokens == begin) & (b.weights > 0) for b in batches]
+    assert sum(int(b.sum()) for b in begun) == len(ready.val.doc_starts)
+    firsts = {int(t) for b, here in zip(batches, begun, strict=True) for t in b.targets[here]}
+    assert firsts == {int(ready.val.tokens[1])}  # each begins with "Document"
+
+
+def test_tails_of_files_do_not_begin_and_heads_do_not_end(tmp_path, folder):
+    ready = data.prepare(config(tmp_path, folder, tokenizer="bpe", split="tail"))
+    eot, train, val = ready.tokenizer.eot_id, ready.train, ready.val
+    assert (train.tokens[train.doc_starts] == eot).all() and (train.tokens == eot).sum() == 12
+    assert (val.tokens[val.doc_starts] != eot).all() and (val.tokens == eot).sum() == 12
+
+
+def test_texts_begin_with_a_token_of_their_own_where_the_tokenizer_says_so(tmp_path, folder):
+    own = tokenizers.load("bytes")
+    own = tokenizers.extend(own, ["<s>"])
+    own = own.replace(bos_id=own.special_tokens["<s>"], add_bos=True)
+    own.save(tmp_path / "tokenizer.json")
+    ready = data.prepare(config(tmp_path, folder, tokenizer=str(tmp_path / "tokenizer.json")))
+    train, (begin, end) = ready.train, (own.bos_id, own.eot_id)
+    assert (train.tokens[train.doc_starts] == begin).all() and (train.tokens == begin).sum() == len(train.doc_starts)
+    batch = data.loader.gather(train, train.doc_starts[1:3] - 2, 4, True)
+    assert batch.tokens[:, 1].tolist() == [end] * 2 and batch.weights.tolist() == [[1, 0, 1, 1]] * 2
 
 
 def test_one_running_text_has_no_end(tmp_path, text):

@@ -11,6 +11,7 @@ import pytest
 import gptjax
 from gptjax import UserError, lora, tree
 from gptjax.config import LoraConfig, ModelConfig
+from gptjax.ops.loss import cross_entropy
 from gptjax.ops.quant import quantize
 from gptjax.tasks import pretrain
 from gptjax.types import Batch
@@ -195,6 +196,72 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     adapter = moved(adapter)
     values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
     assert len(values) == 3
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
+    """The loss takes the head in pieces; with the same key it is the loss of `forward`, whose head drops its input."""
+    cfg = ModelConfig(arch="llama", vocab_size=37, context_length=16, n_layer=1, n_head=2, d_model=16, dtype=dtype)
+    params = gptjax.init_params(KEY, cfg)
+    lcfg = LoraConfig(rank=3, targets="lm_head/kernel", dropout=0.5, dora=dora)
+    adapter = moved(lora.init(KEY, params, lcfg))
+    ids = jax.random.randint(jax.random.key(1), (2, 11), 0, 37)
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+
+    def by_forward(params, batch, key):
+        return cross_entropy(gptjax.forward(params, batch.tokens, cfg), batch.targets), {}
+
+    pair = [lora.bind(loss, params, lcfg) for loss in (pretrain.task(cfg).loss, by_forward)]
+    values = set()
+    for key in (None, KEY, jax.random.key(9)):
+        (got, grad), (want, wanted) = (
+            jax.jit(jax.value_and_grad(lambda a, f=f, key=key: f(a, batch, key)[0].value()))(adapter) for f in pair
+        )
+        close = dict(rtol=1e-5, atol=1e-6) if dtype == "float32" else dict(rtol=3e-2, atol=3e-3)
+        np.testing.assert_allclose(got, want, **close)
+        jax.tree.map(lambda a, b, close=close: np.testing.assert_allclose(a, b, **close), grad, wanted)
+        values.add(round(float(got), 4))
+    assert len(values) == 3
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa", "olora"])
+def test_some_layers_only(init):
+    import optax
+
+    cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=4, n_head=2, d_model=16)
+    params = gptjax.init_params(KEY, cfg)
+    lcfg = LoraConfig(rank=2, init=init, targets="blocks/1/attn/q/kernel | blocks/[2-3]/mlp/*/kernel | lm_head/*")
+    rest, adapter = start(params, lcfg)
+    tx = optax.adamw(1e-2)
+    state = gptjax.TrainState.create(adapter, frozen=rest, tx=tx, key=KEY)
+    step = jax.jit(
+        gptjax.make_train_step(pretrain.task(cfg).loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg))
+    )
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+    merged = lora.merge(state.frozen, state.params, lcfg)
+    for path, leaf in tree.flatten(merged).items():
+        before = tree.flatten(params)[path]
+        moved = {
+            "blocks/attn/q/kernel": [1], "blocks/mlp/up/kernel": [2, 3], "blocks/mlp/gate/kernel": [2, 3],
+            "blocks/mlp/down/kernel": [2, 3],
+        }.get(path, [])  # fmt: skip
+        if path.startswith("blocks/"):
+            changed = np.flatnonzero([not np.array_equal(a, b) for a, b in zip(leaf, before, strict=True)]).tolist()
+            assert changed == moved, path
+        else:
+            assert np.array_equal(leaf, before) == (path != "lm_head/kernel"), path
+
+
+def test_layers_that_are_not_there_and_dora_on_some():
+    cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=2, n_head=2, d_model=16)
+    params = gptjax.init_params(KEY, cfg)
+    with pytest.raises(UserError, match=r"blocks/2/attn/q/kernel' matches no weight.*of a layer blocks/0/"):
+        lora.init(KEY, params, LoraConfig(targets="blocks/2/attn/q/kernel"))
+    with pytest.raises(UserError, match="name no layer"):
+        lora.init(KEY, params, LoraConfig(targets="blocks/1/*/kernel", dora=True))
+    lora.init(KEY, params, LoraConfig(targets="blocks/[01]/attn/q/kernel", dora=True))
 
 
 def test_parameter_counts_of_the_book():

@@ -19,10 +19,10 @@ import pytest
 
 import gptjax
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import to_yaml
+from gptjax.config import ModelConfig, load_config, to_yaml
 from gptjax.training import loggers, loop
 from gptjax.training.process import Stopped
-from gptjax.training.run_dir import read_metrics
+from gptjax.training.run_dir import RunDir, read_metrics
 from gptjax.types import UserError
 
 CLOCK = ("seconds", "tokens_per_s")
@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_trained_again(copy, make, whole):
 
 @pytest.mark.parametrize(
     "change",
-    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=80", "seed=1", "train.batch_size=8", "data.stride=8"],
+    ["model.d_model=32", "optim.lr=1e-3", "train.max_steps=20", "seed=1", "train.batch_size=8", "data.stride=8"],
 )
 def test_another_config_is_refused_with_the_difference(copy, make, change):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
@@ -151,6 +151,99 @@ def test_another_config_is_refused_with_the_difference(copy, make, change):
     text = str(error.value)
     assert change.partition("=")[0] + ":" in text and "another run_dir" in text and "nothing was overwritten" in text
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_a_finished_run_is_made_longer_where_its_rates_do_not_fall(copy, make, tmp_path, whole):
+    (copy / "test.json").write_text("{}")  # as a fine-tuning leaves it
+    longer = gptjax.train(make(copy, "train.max_steps=60"), log=quiet)
+    at_once = gptjax.train(make(tmp_path / "at once", "train.max_steps=60"), log=quiet)
+    assert longer.step == at_once.step == 60 and longer.val_loss == pytest.approx(at_once.val_loss, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), longer.params, at_once.params)
+    assert load_config(copy).train.max_steps == 60 and not (copy / "test.json").exists()
+    assert [row["step"] for row in read_metrics(copy) if "val/loss" in row] == [0, 20, 40, 60]
+    lines: list[str] = []
+    assert gptjax.train(make(copy, "train.max_steps=60"), log=lines.append).step == 60
+    assert "is finished: 60 steps" in lines[0] and "train.max_steps=N" in lines[2]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_run_whose_rates_fell_says_why_it_is_not_made_longer(make, tmp_path, schedule):
+    cfg = make(tmp_path / "run", f"optim.schedule={schedule}")
+    run = RunDir(cfg.run_dir)
+    run.path.mkdir()
+    run.begin(cfg, {})
+    (run.checkpoints / "40").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"schedule={schedule}: .* planned for 40 steps.*pretrain.base="):
+        run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
+    (run.checkpoints / "40").rename(run.checkpoints / "30")  # wsd: before step 32
+    if schedule == "wsd":
+        run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
+
+
+# ---------------------------------------------------------------- continued pretraining
+
+CONTINUED = (
+    "data.split=tail", "optim.lr=1e-3", "optim.schedule=constant", "train.batch_size=4", "train.max_steps=20",
+    "train.eval_every=10", "train.checkpoint_every=10", "train.log_every=5", "sample.max_new_tokens=8",
+)  # fmt: skip
+
+
+def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
+    """The base's shape and tokenizer, windows of another length; the first loss is the base's own."""
+    base, (other, window) = whole[0], (tmp_path / "other.txt", 8)
+    other.write_text("the same letters in another order: hgfedcba " * 60)
+    sources = (f"pretrain.base={base.run_dir}", f"data.source={other}", f"pretrain.context_length={window}")
+    cfg = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
+    result = gptjax.train(cfg, log=quiet)
+    assert result.cfg.model == dataclasses.replace(base.cfg.model, dropout=0.0) and result.cfg.window == window
+    assert result.tokenizer.fingerprint == base.tokenizer.fingerprint
+    rows = [row for row in read_metrics(result.run_dir) if "val/loss" in row]
+    store = gptjax.data.prepare(result.cfg, base.tokenizer).val
+    batches = list(gptjax.data.eval_batches(store, context_length=window, batch_size=4))
+    totals = [gptjax.tasks.pretrain.task(base.cfg.model).loss(base.params, batch, None)[0] for batch in batches]
+    first = sum(float(mean.total) for mean in totals) / sum(float(mean.weight) for mean in totals)
+    assert rows[0]["val/loss"] == pytest.approx(first, rel=1e-5) and rows[-1]["val/loss"] < first - 0.1
+    params, model = gptjax.load(result.run_dir)
+    assert model.context_length == 16 and gptjax.forward(params, jnp.zeros((1, 16), int), model).shape == (1, 16, 257)
+    lines: list[str] = []
+    again = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
+    assert gptjax.train(again, log=lines.append).step == 20 and "is finished" in lines[0]
+    assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # by its own config.yaml
+    with pytest.raises(UserError, match="must be at most the model's"):
+        gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
+
+
+def test_continued_pretraining_survives_a_stop(whole, tmp_path):
+    sources = (f"pretrain.base={whole[0].run_dir}", f"data.source={whole[0].cfg.data.source[0]}")
+
+    def run(name, *more):
+        return gptjax.train(load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / name}", *more), log=quiet)
+
+    once = run("once")
+    run("twice", "train.max_steps=10")
+    twice = run("twice")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once.params, twice.params)
+    shutil.rmtree(tmp_path / "once" / "final")
+    copied = tmp_path / "another"
+    gptjax.save(copied, jax.tree.map(lambda a: a * 1.01, whole[0].params), whole[0].cfg.model, whole[0].tokenizer)
+    with pytest.raises(UserError, match="another config"):
+        run("once", f"pretrain.base={copied}")
+
+
+def test_a_base_brings_its_model_and_tokenizer(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny-gpt2\ntrain:\n  max_steps: 5\n")
+    cfg = load_config(file, "pretrain.base=x", "model.dropout=0.1", "model.dtype=bfloat16")
+    assert cfg.model == ModelConfig(dropout=0.1, dtype="bfloat16") and cfg.tokenizer.name == "chars"
+    with pytest.raises(
+        UserError, match=r"brings its own model and tokenizer: leave out model.n_layer \(command line\)"
+    ):
+        load_config(file, "pretrain.base=x", "model.n_layer=3")
+    file.write_text("pretrain:\n  base: x\nmodel:\n  arch: llama\n")
+    with pytest.raises(UserError, match=r"leave out model.arch .*mine.yaml:4"):
+        load_config(file)
+    with pytest.raises(UserError, match=r"only for gptjax pretrain, this is task=classify"):
+        load_config("classify", "pretrain.base=x")
 
 
 def test_never_means_never(copy, make):
