@@ -61,9 +61,11 @@ def _dispatch(argv: list[str]) -> int:
         from gptjax.config_io import did_you_mean
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), VERBS)
-        raise UserError(f"no verb {name!r}{hint}\nverbs: {', '.join(VERBS)}; `gptjax --help` shows an example of each")
+        raise UserError(
+            f"no verb {name!r}{hint}\n  verbs: {', '.join(VERBS)}; `gptjax --help` shows an example of each"
+        )
     if any(arg in ("-h", "--help") for arg in args):
-        print(verb_help(name))
+        print(verb_help(name, [arg for arg in args if arg not in ("-h", "--help")]))
         return 0
     module = importlib.import_module(VERBS[name].module)
     return (module.run if hasattr(module, "run") else getattr(module, f"run_{name}"))(args)
@@ -95,22 +97,26 @@ def overview() -> str:
             "",
             *rows,
             "",
-            "`gptjax VERB --help` says more; `gptjax pretrain --help` lists every setting.",
-            "--dry-run shows what a run would do, --print-config where each value came from.",
+            "`gptjax VERB --help` says more and lists the settings; `gptjax finetune TASK --help` those of a task.",
+            "--dry-run shows what a run would do or refuse, --print-config every setting and where it came from.",
         ]
     )
 
 
-def verb_help(name: str) -> str:
+def verb_help(name: str, args: Sequence[str] = ()) -> str:
+    """What `gptjax NAME ARGS --help` prints: of `finetune classify` that task's examples and settings."""
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    more = getattr(module, "more_help", lambda: "")()
-    lines = [verb.usage, "", f"{verb.what[0].upper()}{verb.what[1:]}.", "", *(f"  {line}" for line in verb.examples)]
+    more = getattr(module, "more_help", lambda args: "")(list(args))
+    own = [line for line in verb.examples if args and line.startswith(f"gptjax {name} {args[0]} ")]
+    lines = [verb.usage, "", f"{verb.what[0].upper()}{verb.what[1:]}.", "", *(f"  {e}" for e in own or verb.examples)]
     return "\n".join(lines) + (f"\n\n{more}" if more else "")
 
 
 def _complain(message: str) -> int:
-    print(f"error: {message}" if "\n" not in message else f"errors:\n{message}", file=sys.stderr)
+    # lines that are indented belong to the one before: one complaint and its way out is one error
+    several = sum(not line.startswith(" ") for line in message.splitlines()) > 1
+    print(f"errors:\n{message}" if several else f"error: {message}", file=sys.stderr)
     return USER_ERROR
 
 

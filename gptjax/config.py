@@ -45,6 +45,11 @@ ARCHS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def setting(default: Any, text: str) -> Any:
+    """A field with its default and its line of `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and switches of one decoder. A switch left at None takes its value from `ARCHS[arch]`.
@@ -57,59 +62,102 @@ class ModelConfig:
     """
 
     _derived: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)  # names that were None
-    arch: Literal["gpt2", "llama", "modern"] = "gpt2"
-    vocab_size: int = 0  # 0: the tokenizer's
-    context_length: int = 1024
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: Optional[int] = None  # None: n_head
-    d_head: Optional[int] = None  # numbers a head; None: d_model // n_head
-    d_model: int = 768
-    d_ff: Optional[int] = None  # None: 4 * d_model
+    arch: Literal["gpt2", "llama", "modern"] = setting(
+        "gpt2", "Family of the model: sets every switch below that is null."
+    )
+    vocab_size: int = setting(0, "Rows of the token embedding. 0: the tokenizer's vocabulary size.")
+    context_length: int = setting(1024, "Longest sequence in tokens, in training and generation.")
+    n_layer: int = setting(12, "Number of transformer blocks.")
+    n_head: int = setting(12, "Number of query heads per layer.")
+    n_kv_head: Optional[int] = setting(
+        None, "Number of key and value heads (grouped-query attention); must divide n_head. null: n_head."
+    )
+    d_head: Optional[int] = setting(None, "Width of one head. null: d_model / n_head.")
+    d_model: int = setting(768, "Width of the residual stream.")
+    d_ff: Optional[int] = setting(None, "Hidden width of the feed-forward layer. null: 4 * d_model.")
     # switches
-    position: Optional[Literal["learned", "sinusoidal", "rope", "alibi"]] = None
-    rope_base: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    rope_factor: float = 1.0  # of the scaling: angles are divided by it, llama3: the slow ones only
-    rope_slow: float = 1.0  # llama3: turns in rope_original_context up to which an angle counts as slow
-    rope_fast: float = 4.0  # llama3: turns from which an angle stays as it is
-    rope_original_context: int = 8192  # llama3
-    rope_local_base: Optional[float] = None  # of the layers with a window; None: as all others
-    sliding_window: int = 0  # tokens that a layer with a window sees, itself included; 0: no window
-    window_pattern: str = "S"  # S a layer with a window, L one without; repeated over the layers
-    norm: Optional[Literal["layernorm", "rmsnorm"]] = None
-    norm_scale: Optional[bool] = None  # learned scale
-    norm_bias: Optional[bool] = None  # learned shift, layernorm only
-    norm_eps: Optional[float] = None
-    norm_position: Literal["pre", "post", "both"] = "pre"  # before attention and feed-forward, after them, or both
-    activation: Optional[Literal["gelu", "swiglu", "geglu", "relu2"]] = None
-    qkv_bias: Optional[bool] = None
-    bias: Optional[bool] = None  # every linear but q, k, v and the head
-    n_classes: int = 0  # of a head that classifies, beside the one for tokens; 0: none
-    cls_bias: bool = True  # of that head
-    tie_embeddings: Optional[bool] = None
-    qk_norm: Optional[bool] = None
-    qk_norm_over: Literal["head", "all"] = "head"  # one head's numbers, or all heads' together
-    qk_gain: Optional[float] = None  # q and k are multiplied by it after their norm
-    attention_scale: Optional[float] = None  # of q k^T; None: head_dim ** -0.5
-    embed_gain: float = 1.0  # the embedding is multiplied by it
-    embed_norm: Optional[bool] = None  # norm right after the embedding
-    logit_softcap: Optional[float] = None  # 0: off; else cap * tanh(logits / cap)
-    value_residual: Optional[bool] = None  # v = (1 - w) v + w v_of_first_layer, w learned a layer
-    residual_lambdas: Optional[bool] = None  # x = w x before each block, w learned
-    x0_lambdas: Optional[bool] = None  # x = x + w x_of_embedding before each block, w learned
-    smear: Optional[bool] = None  # x = x + w x_of_the_token_before after the embedding, w learned a channel
+    position: Optional[Literal["learned", "sinusoidal", "rope", "alibi"]] = setting(
+        None, "Position encoding. null: by arch."
+    )
+    rope_base: float = setting(10_000.0, "RoPE base frequency (theta).")
+    rope_scaling: Literal["none", "linear", "llama3"] = setting(
+        "none", "RoPE scaling for contexts longer than in pretraining."
+    )
+    rope_factor: float = setting(
+        1.0, "RoPE scaling: angles are divided by it; with llama3 only the low frequencies are."
+    )
+    rope_slow: float = setting(
+        1.0, "RoPE scaling llama3: angles with at most this many turns in rope_original_context are low frequencies."
+    )
+    rope_fast: float = setting(4.0, "RoPE scaling llama3: angles with at least this many turns are not scaled.")
+    rope_original_context: int = setting(8192, "RoPE scaling llama3: context length of the pretraining.")
+    rope_local_base: Optional[float] = setting(
+        None, "RoPE base frequency in layers with a sliding window. null: rope_base."
+    )
+    sliding_window: int = setting(
+        0, "Tokens that a layer with a sliding window attends to, its own included. 0: no window."
+    )
+    window_pattern: str = setting("S", "S: a layer with the sliding window, L: one without; repeated over the layers.")
+    norm: Optional[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation. null: by arch.")
+    norm_scale: Optional[bool] = setting(None, "Normalisation has a learned scale. null: by arch.")
+    norm_bias: Optional[bool] = setting(None, "LayerNorm has a learned bias. null: by arch.")
+    norm_eps: Optional[float] = setting(None, "Epsilon of the normalisation. null: by arch.")
+    norm_position: Literal["pre", "post", "both"] = setting(
+        "pre", "Normalise before attention and feed-forward, after them, or both."
+    )
+    activation: Optional[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
+        None, "Feed-forward activation. null: by arch."
+    )
+    qkv_bias: Optional[bool] = setting(None, "Bias in the q, k and v projections. null: by arch.")
+    bias: Optional[bool] = setting(None, "Bias in all other linear layers but the output head. null: by arch.")
+    n_classes: int = setting(0, "Classes of a classification head beside the language model's. 0: no such head.")
+    cls_bias: bool = setting(True, "Bias in the classification head.")
+    tie_embeddings: Optional[bool] = setting(
+        None, "The output head shares the token embedding's weights. null: by arch."
+    )
+    qk_norm: Optional[bool] = setting(None, "Normalise queries and keys (QK-norm). null: by arch.")
+    qk_norm_over: Literal["head", "all"] = setting(
+        "head", "QK-norm over each head by itself, or over all heads at once."
+    )
+    qk_gain: Optional[float] = setting(None, "Factor on queries and keys after QK-norm. null: by arch.")
+    attention_scale: Optional[float] = setting(None, "Factor on the attention logits q k^T. null: head width ** -0.5.")
+    embed_gain: float = setting(1.0, "Factor on the token embedding.")
+    embed_norm: Optional[bool] = setting(None, "Normalise the token embedding. null: by arch.")
+    logit_softcap: Optional[float] = setting(
+        None, "Output logits become cap * tanh(logits / cap). 0: off; null: by arch."
+    )
+    value_residual: Optional[bool] = setting(
+        None, "Mix each layer's values with the first layer's, with a learned weight. null: by arch."
+    )
+    residual_lambdas: Optional[bool] = setting(
+        None, "Learned factor on the residual stream before each block. null: by arch."
+    )
+    x0_lambdas: Optional[bool] = setting(
+        None, "Add the embedding before each block, with a learned factor. null: by arch."
+    )
+    smear: Optional[bool] = setting(
+        None, "Add the previous token's embedding, with a learned factor per channel. null: by arch."
+    )
     # initialisation
-    init: Literal["gpt2", "torch"] = "gpt2"
-    embed_std: float = 0.02  # token embedding under init=gpt2
-    zero_init_proj: Optional[bool] = None  # attention and feed-forward outputs start at 0
-    zero_init_head: Optional[bool] = None  # untied head starts at 0
-    dropout: float = 0.0
+    init: Literal["gpt2", "torch"] = setting("gpt2", "Initialisation of new weights, as GPT-2 or as PyTorch's layers.")
+    embed_std: float = setting(0.02, "Standard deviation of the token embedding at the start, under init=gpt2.")
+    zero_init_proj: Optional[bool] = setting(
+        None, "Output projections of attention and feed-forward start at zero. null: by arch."
+    )
+    zero_init_head: Optional[bool] = setting(None, "An untied output head starts at zero. null: by arch.")
+    dropout: float = setting(0.0, "Dropout rate during training.")
     # how it is computed, not what
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; params stay float32
-    remat: Literal["none", "dots", "full", "offload"] = "none"  # what the backward pass computes again; offload: all
-    # but each block's input, which waits in the host's memory
-    unroll: Optional[bool] = None  # blocks as one program; None: small models on CPU
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "Compute dtype of matrix multiplications; parameters stay float32."
+    )
+    remat: Literal["none", "dots", "full", "offload"] = setting(
+        "none",
+        "Rematerialisation (gradient checkpointing): what the backward pass computes again instead of keeping"
+        " it; offload keeps only each block's input, in the host's memory.",
+    )
+    unroll: Optional[bool] = setting(
+        None, "Compile the blocks as one unrolled program instead of a scan. null: only small models on a CPU."
+    )
 
     def __new__(cls, *args: Any, **given: Any) -> ModelConfig:
         self = object.__new__(cls)
@@ -158,71 +206,91 @@ COMPUTED = ("dropout", "dtype", "remat", "unroll", "init")  # of ModelConfig, wh
 class TokenizerConfig:
     """`name` is gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."""
 
-    name: str = "chars"
-    vocab_size: int = 1024  # for those that are trained: bpe, wordpiece, unigram
+    name: str = setting(
+        "chars", "gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."
+    )
+    vocab_size: int = setting(1024, "Vocabulary size of the tokenizers that are trained: bpe, wordpiece, unigram.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from, and in which order its windows are read."""
 
-    source: tuple[str, ...] = ("shakespeare",)  # asset, file, folder, or hf:org/name
-    text_field: str = "text"  # of .jsonl, .csv, .parquet and hf: rows
-    weights: tuple[float, ...] = ()  # one a source; empty: in proportion to its tokens
-    temperature: float = 1.0  # sources are drawn with p_i ~ w_i ** temperature
-    val_source: tuple[str, ...] = ()  # empty: held out of `source`
-    val_fraction: float = 0.1
-    split: Literal["auto", "document", "file", "tail"] = "auto"  # auto: document where there are 10 or more
-    order: Literal["shuffle", "sequential"] = "shuffle"
-    stride: Optional[int] = None  # None: context_length, with a random offset an epoch when shuffled
-    document_mask: bool = True  # no token sees another document
-    mask_tokens: int = 0  # 0-3 input tokens a window replaced at random, against memorisation
-    max_documents: Optional[int] = None
-    streaming: bool = False  # hf: only
-    cache_dir: Optional[str] = None  # None: the user's cache folder
+    source: tuple[str, ...] = setting(("shakespeare",), "Text to train on: assets, files, folders or hf:org/name.")
+    text_field: str = setting("text", "Field with the text in .jsonl, .csv, .parquet and hf: sources.")
+    weights: tuple[float, ...] = setting((), "Sampling weight of each source. []: in proportion to its tokens.")
+    temperature: float = setting(
+        1.0, "Exponent on the sampling weights: p_i ~ w_i ** temperature; below 1 it flattens them."
+    )
+    val_source: tuple[str, ...] = setting((), "Text to validate on. []: a part of source is held out.")
+    val_fraction: float = setting(0.1, "Fraction of source that is held out for validation.")
+    split: Literal["auto", "document", "file", "tail"] = setting(
+        "auto",
+        "What is held out: whole documents, whole files, or the tail of each; auto: documents where there are"
+        " 10 or more, else the tail.",
+    )
+    order: Literal["shuffle", "sequential"] = setting("shuffle", "Order of the training windows.")
+    stride: Optional[int] = setting(
+        None,
+        "Tokens from the start of one window to the next. null: context_length, shifted at random per epoch "
+        "when shuffled.",
+    )
+    document_mask: bool = setting(True, "No token attends to another document.")
+    mask_tokens: int = setting(0, "Replace 0 to 3 input tokens per window at random, against memorisation.")
+    max_documents: Optional[int] = setting(None, "Read at most this many documents. null: all.")
+    streaming: bool = setting(False, "Read hf: sources while training instead of downloading them first.")
+    cache_dir: Optional[str] = setting(None, "Folder for prepared token files. null: the user's cache folder.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, or Muon on the block matrices with AdamW on the rest. Rates are peaks of the schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    embed_lr: Optional[float] = None  # None: lr
-    head_lr: Optional[float] = None  # None: lr
-    vector_lr: Optional[float] = None  # norms, biases, lambdas; None: lr
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    initial_lr_ratio: float = 0.0  # where the warmup starts, as a part of the peak
-    min_lr_ratio: float = 0.0  # where the decay ends, as a part of the peak
-    decay_fraction: float = 0.2  # wsd: the last part of the steps that decays
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    decay: Literal["matrices", "all"] = "matrices"
-    clip_norm: float = 1.0  # 0: off
-    momentum: float = 0.95  # muon
-    offload: bool = False  # its state lies in the host's memory, and visits the devices for the update
+    name: Literal["adamw", "muon"] = setting(
+        "adamw", "Optimizer: AdamW, or Muon on the block matrices with AdamW on the rest."
+    )
+    lr: float = setting(1e-3, "Peak learning rate.")
+    embed_lr: Optional[float] = setting(None, "Peak learning rate of the embeddings. null: lr.")
+    head_lr: Optional[float] = setting(None, "Peak learning rate of the output head. null: lr.")
+    vector_lr: Optional[float] = setting(None, "Peak learning rate of norms, biases and learned factors. null: lr.")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = setting(
+        "cosine", "Learning rate schedule after the warmup."
+    )
+    warmup_steps: int = setting(0, "Steps of linear warmup.")
+    initial_lr_ratio: float = setting(0.0, "Learning rate at the start of the warmup, as a fraction of the peak.")
+    min_lr_ratio: float = setting(0.0, "Learning rate at the end of the decay, as a fraction of the peak.")
+    decay_fraction: float = setting(0.2, "Schedule wsd: last fraction of the steps, over which the rate decays.")
+    beta1: float = setting(0.9, "AdamW: decay of the first moment.")
+    beta2: float = setting(0.95, "AdamW: decay of the second moment.")
+    eps: float = setting(1e-8, "AdamW: added to the denominator.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay.")
+    decay: Literal["matrices", "all"] = setting("matrices", "Which parameters decay: matrices, or all.")
+    clip_norm: float = setting(1.0, "Clip the gradient's global norm to this. 0: off.")
+    momentum: float = setting(0.95, "Muon: momentum.")
+    offload: bool = setting(False, "Keep the optimizer's state in the host's memory between updates.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, how often, how much at once."""
 
-    max_steps: int = 1000
-    epochs: Optional[float] = None  # sets max_steps from the data
-    batch_size: int = 12  # windows a step, over all micro-batches
-    accumulation: int = 1  # micro-batches a step; must divide batch_size
-    steps_per_call: Optional[int] = None  # steps inside one compiled call; None: chosen by size
-    eval_every: int = 250
-    eval_train_batches: int = 0  # training batches whose loss without dropout is logged at each evaluation too
-    checkpoint_every: int = 250
-    log_every: int = 10
-    keep_checkpoints: int = 2
-    max_nonfinite: int = 5  # skipped steps in a row before the run stops
-    resume: Literal["auto", "never"] = "auto"
-    loggers: tuple[str, ...] = ()  # tensorboard, wandb
+    max_steps: int = setting(1000, "Optimizer steps of the run.")
+    epochs: Optional[float] = setting(None, "Passes over the training data; sets max_steps. null: max_steps as given.")
+    batch_size: int = setting(12, "Rows per step, over all micro-batches and devices.")
+    accumulation: int = setting(1, "Gradient accumulation: micro-batches per step; must divide batch_size.")
+    steps_per_call: Optional[int] = setting(None, "Steps in one compiled call. null: chosen by the model's size.")
+    eval_every: int = setting(250, "Steps between evaluations on the validation data.")
+    eval_train_batches: int = setting(
+        0, "Training batches whose loss without dropout is logged at each evaluation too."
+    )
+    checkpoint_every: int = setting(250, "Steps between checkpoints.")
+    log_every: int = setting(10, "Steps between lines in metrics.jsonl.")
+    keep_checkpoints: int = setting(2, "Newest checkpoints to keep, at least 2.")
+    max_nonfinite: int = setting(5, "Stop after this many steps in a row with a loss that is not finite.")
+    resume: Literal["auto", "never"] = setting(
+        "auto", "auto: go on where the run directory stands; never: refuse a directory that holds a run."
+    )
+    loggers: tuple[str, ...] = setting((), "Also log to these: tensorboard, wandb.")
 
     def steps(self, size: int, per_step: int) -> int:
         """max_steps, or what `epochs` over `size` tokens, texts or rows make of it, `per_step` at a time."""
@@ -233,56 +301,68 @@ class TrainConfig:
 class MeshConfig:
     """How the devices share the work; their product is the number of devices. mesh=auto: all of it over data."""
 
-    data: int = -1  # rows of a batch, with a copy of the weights each; -1: what the others leave
-    fsdp: int = 1  # rows of a batch, and the weights cut into as many parts
-    tensor: int = 1  # heads and the feed-forward layer
-    context: int = 1  # tokens of a row
+    data: int = setting(
+        -1, "Data-parallel size: shards the batch, replicates the parameters. -1: all remaining devices."
+    )
+    fsdp: int = setting(1, "FSDP size: shards the batch and the parameters.")
+    tensor: int = setting(1, "Tensor-parallel size: shards heads and the feed-forward layer.")
+    context: int = setting(1, "Context-parallel size: shards the tokens of a row.")
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
     """Several processes as one run; the same command on every host."""
 
-    coordinator: Optional[str] = None  # HOST:PORT of process 0; auto: as a TPU pod or Slurm says; None: one process
-    num_processes: Optional[int] = None
-    process_id: Optional[int] = None
-    timeout_s: int = 300  # to wait for the others at the start
-    heartbeat_s: int = 100  # after which a silent process counts as gone
+    coordinator: Optional[str] = setting(
+        None, "HOST:PORT of process 0; auto: as a TPU pod or Slurm says. null: a single process."
+    )
+    num_processes: Optional[int] = setting(None, "Number of processes.")
+    process_id: Optional[int] = setting(None, "Number of this process, from 0.")
+    timeout_s: int = setting(300, "Seconds to wait for the other processes at the start.")
+    heartbeat_s: int = setting(100, "Seconds after which a silent process counts as lost.")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """What `gptjax sample` writes, and the samples during training."""
 
-    prompt: str = "\n"
-    prompts: Optional[str] = None  # file of prompts: .jsonl with "prompt", or one a line
-    out: Optional[str] = None  # new .jsonl file for the continuations
-    batch_size: int = 8  # prompts at a time
-    max_new_tokens: int = 300
-    n: int = 1
-    temperature: float = 0.8  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0  # tokens at least so many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # on tokens that came before; 1: off
-    stop: tuple[str, ...] = ()  # texts before which a continuation ends
-    quantize: Literal["none", "int8", "nf4"] = "none"  # of the weights: less memory, on a CPU slower
-    cache_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of the keys and values that are kept
-    seed: int = 0
+    prompt: str = setting("\n", "Text to continue.")
+    prompts: Optional[str] = setting(
+        None, 'File of prompts: .jsonl with "prompt", or a text with one per line. null: prompt alone.'
+    )
+    out: Optional[str] = setting(None, "New .jsonl file for the continuations. null: print them.")
+    batch_size: int = setting(8, "Prompts per batch.")
+    max_new_tokens: int = setting(300, "Most tokens per continuation.")
+    n: int = setting(1, "Continuations per prompt.")
+    temperature: float = setting(0.8, "Sampling temperature. 0: greedy.")
+    top_k: int = setting(0, "Sample from the k most likely tokens. 0: off.")
+    top_p: float = setting(1.0, "Nucleus sampling: smallest set of tokens with this total probability. 1: off.")
+    min_p: float = setting(0.0, "Drop tokens less likely than min_p times the most likely one. 0: off.")
+    repetition_penalty: float = setting(1.0, "Penalty on tokens that came before. 1: off.")
+    stop: tuple[str, ...] = setting((), "Stop strings: a continuation ends before the first of them.")
+    quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the weights: less memory, slower on a CPU.")
+    cache_dtype: Literal["float32", "bfloat16", "int8"] = setting("float32", "Dtype of the KV cache.")
+    seed: int = setting(0, "Random seed of the sampling.")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter: which weights it is for, and its form."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = "alpha/r"  # of a b; alpha/sqrt(r): rsLoRA
-    targets: str = "blocks/*/kernel"  # patterns of paths, joined by |; blocks/3/*/kernel: of a layer
-    init: Literal["lora", "pissa", "olora"] = "lora"  # a random and b zero, or from the weights themselves
-    dora: bool = False  # columns with lengths of their own
-    dropout: float = 0.0  # of what goes into a; adapters of embedding tables have none, as in peft
-    lr_ratio: float = 1.0  # of b's learning rate to a's; LoRA+ takes 16
+    rank: int = setting(16, "Rank of the adapter.")
+    alpha: float = setting(32.0, "Numerator of the scale; see scaling.")
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
+        "alpha/r", "Scale of the low-rank product; alpha/sqrt(r) is rsLoRA."
+    )
+    targets: str = setting(
+        "blocks/*/kernel", "Weights with an adapter: path patterns, joined by |; blocks/3/*/kernel is one layer's."
+    )
+    init: Literal["lora", "pissa", "olora"] = setting(
+        "lora", "Start of the adapter: lora (a random, b zero), or from the weights themselves."
+    )
+    dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
+    dropout: float = setting(0.0, "Dropout on the adapter's input; adapters of embedding tables have none.")
+    lr_ratio: float = setting(1.0, "LoRA+: learning rate of b divided by that of a; the paper takes 16.")
 
     @property
     def scale(self) -> float:
@@ -294,79 +374,107 @@ class LoraConfig:
 class PretrainConfig:
     """Continued pretraining: what it starts from. The base brings its own model and tokenizer."""
 
-    base: Optional[str] = None  # run, model folder, .gguf file, asset or hf:org/name; None: new weights
-    context_length: Optional[int] = None  # tokens of a window; None: the model's, of a base at most 1024
+    base: Optional[str] = setting(
+        None, "Model to go on from: run, model folder, .gguf file, asset or hf:org/name. null: new weights."
+    )
+    context_length: Optional[int] = setting(
+        None, "Tokens per window. null: the model's context length, of a base at most 1024."
+    )
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What a fine-tuning starts from, and which of it moves."""
 
-    base: str = "smollm2-135m-instruct"  # run, model folder, .gguf file, asset or hf:org/name
-    trainable: str = "lora"  # an adapter; all; or patterns of paths, joined by |
-    quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen base under an adapter
-    seeds: int = 1  # runs with seed, seed + 1, ..; each in a folder of its own, and their mean
-    together: Optional[bool] = None  # adapters of all seeds in one program; None: not on a CPU, which gains nothing
+    base: str = setting(
+        "smollm2-135m-instruct", "Model to start from: run, model folder, .gguf file, asset or hf:org/name."
+    )
+    trainable: str = setting("lora", "What is trained: lora (an adapter), all, or path patterns joined by |.")
+    quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the frozen base under an adapter.")
+    seeds: int = setting(1, "Number of runs, with seed, seed + 1, ..; each in its own folder, and their mean.")
+    together: Optional[bool] = setting(
+        None, "Train all seeds in one vmapped program. null: on accelerators only; a CPU gains nothing."
+    )
 
 
 @dataclass(frozen=True)
 class ClassifyConfig:
     """Labelled texts, and how a text becomes one vector."""
 
-    source: Optional[str] = None  # .csv, .tsv, .jsonl, .json, .parquet or hf:org/name
-    text_field: Optional[str] = None  # None: guessed where only one fits
-    label_field: Optional[str] = None
-    labels: tuple[str, ...] = ()  # their order; empty: as they sort
-    balance: bool = False  # every class as often as the rarest
-    deduplicate: bool = True  # equal texts count once; false: they may stand in several splits
-    split: Literal["stratified", "grouped", "book"] = "stratified"  # book: its balanced spam split, by name
-    val_fraction: float = 0.1
-    test_fraction: float = 0.2
-    max_length: Optional[int] = None  # tokens of a text; None: the longest, within the context
-    packing: Literal["packed", "padded"] = "packed"  # several texts to a row, or one
-    pooling: Literal["last", "first", "mean"] = "last"  # last real token; padding cannot change it
-    bias: bool = True  # of the head; transformers' classifiers have none, so peft's format takes a head without
-    prompt: str = "{text}"  # what stands around a text, such as a question about it
+    source: Optional[str] = setting(None, "Labelled texts: .csv, .tsv, .jsonl, .json, .parquet or hf:org/name.")
+    text_field: Optional[str] = setting(None, "Column of the texts. null: guessed where only one fits.")
+    label_field: Optional[str] = setting(None, "Column of the labels. null: guessed where only one fits.")
+    labels: tuple[str, ...] = setting((), "Order of the classes. []: sorted.")
+    balance: bool = setting(False, "Take every class as often as the rarest.")
+    deduplicate: bool = setting(True, "Keep one of equal texts; otherwise they may stand in several splits.")
+    split: Literal["stratified", "grouped", "book"] = setting(
+        "stratified", "How texts are held out; book: the balanced spam split of the book, by name."
+    )
+    val_fraction: float = setting(0.1, "Fraction of the texts to validate on.")
+    test_fraction: float = setting(0.2, "Fraction of the texts to test on.")
+    max_length: Optional[int] = setting(
+        None, "Tokens per text; longer ones are cut. null: the longest text, within the context."
+    )
+    packing: Literal["packed", "padded"] = setting("packed", "packed: several texts per row; padded: one.")
+    pooling: Literal["last", "first", "mean"] = setting(
+        "last", "Which hidden state the head reads: the last real token's, the first's, or their mean."
+    )
+    bias: bool = setting(True, "Bias in the head; transformers and peft know classifiers without one only.")
+    prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
 
 
 @dataclass(frozen=True)
 class InstructConfig:
     """Conversations, and which of their tokens are learned."""
 
-    source: Optional[str] = None  # .json, .jsonl, .csv, .parquet or hf:org/name; None: small synthetic skills
-    style: Optional[Literal["chat", "alpaca", "phi3"]] = None  # None: the model's own chat template, else alpaca
-    loss_on: Literal["response", "all"] = "response"
-    packing: Literal["packed", "padded"] = "packed"  # several examples to a row, or one
-    context_length: int = 512  # tokens of a row; examples that do not fit are dropped and counted
-    val_fraction: float = 0.05  # the end of the source
-    test_fraction: float = 0.1  # before it
-    examples: int = 2000  # questions of the synthetic skills
-    compare: bool = True  # the base answers what was held out too
+    source: Optional[str] = setting(
+        None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
+    )
+    style: Optional[Literal["chat", "alpaca", "phi3"]] = setting(
+        None, "Prompt style. null: the model's own chat template, else alpaca."
+    )
+    loss_on: Literal["response", "all"] = setting(
+        "response", "Which tokens are learned: the responses, or prompts too."
+    )
+    packing: Literal["packed", "padded"] = setting("packed", "packed: several examples per row; padded: one.")
+    context_length: int = setting(512, "Tokens per row; examples that do not fit are dropped and counted.")
+    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.")
+    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.")
+    examples: int = setting(2000, "Number of questions of the synthetic skills.")
+    compare: bool = setting(True, "Let the base answer the test questions too.")
 
 
 @dataclass(frozen=True)
 class PreferConfig:
     """Pairs of answers, and the loss that tells them apart."""
 
-    source: Optional[str] = None  # .json, .jsonl, .csv, .parquet or hf:org/name; None: of the synthetic skills
-    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = "dpo"
-    beta: Optional[float] = None  # None: the loss's usual one, 0.1 (simpo: 2)
-    margin: float = 1.0  # simpo: by how much the chosen answer's reward shall be larger
-    style: Optional[Literal["chat", "alpaca", "phi3"]] = None  # None: the model's own chat template, else alpaca
-    packing: Literal["packed", "padded"] = "packed"  # several pairs to a row, or one
-    context_length: int = 512  # tokens of a row, which holds both sides of a pair
-    val_fraction: float = 0.05  # the end of the source
-    test_fraction: float = 0.1  # before it
-    examples: int = 1000  # of the synthetic skills
+    source: Optional[str] = setting(
+        None, "Pairs of answers: .json, .jsonl, .csv, .parquet or hf:org/name. null: of the synthetic skills."
+    )
+    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
+    beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).")
+    margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
+    style: Optional[Literal["chat", "alpaca", "phi3"]] = setting(
+        None, "Prompt style. null: the model's own chat template, else alpaca."
+    )
+    packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
+    context_length: int = setting(
+        512, "Tokens per row, which holds both answers of a pair; pairs that do not fit are dropped and counted."
+    )
+    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.")
+    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.")
+    examples: int = setting(1000, "Number of pairs of the synthetic skills.")
 
 
 @dataclass(frozen=True)
 class Config:
     """One run."""
 
-    run_dir: Optional[str] = None  # None: runs/NAME-OF-THE-PRESET
-    task: Literal["pretrain", "classify", "instruct", "prefer"] = "pretrain"
-    seed: int = 0
+    run_dir: Optional[str] = setting(None, "Folder of the run. null: runs/NAME-OF-THE-PRESET.")
+    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
+        "pretrain", "What is trained; the verb sets it."
+    )
+    seed: int = setting(0, "Random seed of initialisation, data order and dropout.")
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -406,7 +514,7 @@ def resolve(
     under: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
     """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
-    all others."""
+    all others. Of a command line, `config_uses.resolve` refuses more."""
     for given in (source, *overrides):
         if not isinstance(given, str | os.PathLike | None):
             raise UserError(
@@ -415,31 +523,42 @@ def resolve(
             )
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
-    layers = _file_leaves(source) if source is not None else []
-    if source is not None and (Path(source) / "config.yaml").is_file():  # a run, wherever it lies now
-        layers = [*layers, Leaf("run_dir", str(source), "the run's own folder")]
-    return _build([*under, *layers, *config_io.from_args(overrides), *leaves], _run_dir(source))
+    given = config_io.from_args(overrides, "load_config")
+    return build([*under, *file_layers(source), *given, *leaves], _run_dir(source))
+
+
+def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
+    """What a preset, a file or a run says, after those of its `base:`; of None nothing."""
+    if source is None:
+        return []
+    layers = _file_leaves(source)
+    if (Path(source) / "config.yaml").is_file():  # a run, wherever it lies now
+        layers.append(Leaf("run_dir", str(source), "the run's own folder"))
+    return layers
 
 
 def from_yaml(text: str, name: str = "yaml") -> Config:
     """What `to_yaml` wrote, or any YAML of the schema."""
-    return _build(config_io.from_yaml(text, name))[0]
+    return build(config_io.from_yaml(text, name))[0]
 
 
 def from_dict(values: dict[str, Any]) -> Config:
     """A nested dict of values, as strict as a file, or what `dataclasses.asdict` made of a config."""
-    return _build([leaf for leaf in config_io.from_mapping(values) if leaf.key != "model._derived"])[0]
+    return build([leaf for leaf in config_io.from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
-def to_yaml(cfg: Config, provenance: Optional[Provenance] = None) -> str:
-    """Every value, so that later defaults cannot change this run; with `# where` when the provenance is given."""
+def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
+    """Every value, so that later defaults cannot change this run; with `# where` when the provenance is given. `keys`:
+    of these settings alone."""
     lines, group = [], ""
-    for key, value in flat(cfg).items():
+    values = flat(cfg)
+    for key in values if keys is None else keys:
+        value = values[key]
         head, dot, leaf = key.rpartition(".")
         if dot and head != group:
             group = head
             lines.append(f"{head}:")
-        text = f"{'  ' if dot else ''}{leaf}: {_yaml_value(value)}"
+        text = f"{'  ' if dot else ''}{leaf}: {yaml_value(value)}"
         lines.append(f"{text:<44} # {provenance[key]}" if provenance else text)
     return "\n".join(lines) + "\n"
 
@@ -475,51 +594,20 @@ def _leaf_types(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def describe() -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
-    """(group, what it is, [(key, type, default, comment), ..]) for `--help`, from this file's source."""
-    comments = dict(_comments())
-    defaults = flat(Config())
+def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
+    """(group, what it is, [(key, type, help), ..]) for `--help`; the settings of the run itself are the group ""."""
+    groups = {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
     return [
-        (
-            group,
-            cls.__doc__.partition("\n")[0],
-            [
-                (
-                    key,
-                    type_name(hint),
-                    _shown_default(key, defaults[key]),
-                    comments.get((cls.__name__, key[len(prefix) :]), ""),
-                )
-                for key, hint in _leaf_types(cls, prefix)
-                if key.count(".") == (1 if group else 0)
-            ],
-        )
-        for group, prefix, cls in [("", "", Config), *((n, f"{n}.", c) for n, c in _groups().items())]
+        (group, cls.__doc__.partition("\n")[0], list(_described(cls, f"{group}." if group else "")))
+        for group, cls in [("", Config), *groups.items()]
     ]
 
 
-def _groups() -> dict[str, type]:
-    return {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
-
-
-def _shown_default(key: str, value: Any) -> str:
-    leaf = key.removeprefix("model.")
-    if leaf in ARCHS["gpt2"] and leaf != key:
-        return "null"  # by arch
-    return _yaml_value(None if key in ("model.n_kv_head", "model.d_ff") else value)
-
-
-def _comments() -> Iterator[tuple[tuple[str, str], str]]:
-    """((class, field), the comment on its line)."""
-    import ast
-
-    text = Path(__file__).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    for node in ast.parse(text).body:
-        for item in node.body if isinstance(node, ast.ClassDef) else []:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                tail = lines[item.end_lineno - 1][item.end_col_offset :].strip()
-                yield (node.name, item.target.id), tail.removeprefix("#").strip()
+def _described(cls: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if not is_dataclass(hints[item.name]) and not item.name.startswith("_"):
+            yield prefix + item.name, type_name(hints[item.name]), item.metadata.get("help", "")
 
 
 # ---------------------------------------------------------------- layers
@@ -553,19 +641,25 @@ def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), inside: tu
     path = config_file(source, near)
     if path.resolve() in inside:
         raise UserError(f"{path}: its `base:` leads back to itself")
-    leaves = config_io.from_yaml(config_io.read_text(path, "config"), _short(path))
+    leaves = config_io.from_yaml(config_io.read_text(path, "config"), short(path))
     if not leaves:
         raise UserError(f"{path}: the config is empty; `gptjax presets show shakespeare-char` prints one to start from")
     bases = [leaf for leaf in leaves if leaf.key == "base" and leaf.value]
     own = [leaf for leaf in leaves if leaf.key != "base"]
+    if path in presets().values():
+        own = [Leaf("task", path.parent.name, short(path)), *own]
     if not bases:
         return own
     if not isinstance(bases[0].value, str):
         raise UserError(f"{bases[0].where}: base: expected one preset or file, got {bases[0].value}")
+    try:
+        config_file(bases[0].value, path.parent)
+    except UserError as error:
+        raise UserError(f"{bases[0].where}: base: {error}") from error
     return [*_file_leaves(bases[0].value, path.parent, (*inside, path.resolve())), *own]
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
     """The path as seen from here, where that is shorter."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
@@ -575,9 +669,9 @@ def _run_dir(source: Optional[str | os.PathLike[str]]) -> str:
     return f"runs/{config_file(source).stem if source is not None else 'default'}"
 
 
-def _build(leaves: list[Leaf], run_dir: Optional[str] = None) -> tuple[Config, Provenance]:
-    """Type every leaf by itself, then build, then validate: all problems in one error."""
-    problems, bad = Problems(), set()
+def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[str] = ()) -> tuple[Config, Provenance]:
+    """Type every leaf by itself, then build, then validate: all problems in one error, after those that are known."""
+    problems, bad = Problems(problems), set()
     values: dict[str, Any] = {}
     where: Provenance = {}
     for key, value, place in leaves:
@@ -619,15 +713,15 @@ def _brought(key: str) -> bool:
 
 def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -> Iterator[str]:
     """Drops what an earlier layer said of a ruling setting, and names two that one command line sets at once."""
-    layers = list(dict.fromkeys(_layer(leaf.where) for leaf in leaves))
+    layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _of_the_base(layers, values, where)
     for key, ruling in RULED:
         if values.get(key) is None or values.get(ruling) is None:
             continue
-        first, second = layers.index(_layer(where[key])), layers.index(_layer(where[ruling]))
+        first, second = layers.index(layer(where[key])), layers.index(layer(where[ruling]))
         if first > second:
             del values[ruling], where[ruling]
-        elif first == second and (key, where[key]) == ("train.max_steps", "command line"):
+        elif first == second and key == "train.max_steps" and where[key] in ("command line", "load_config"):
             both = f"{key}={values[key]} and {ruling}={values[ruling]}"
             yield f"{where[key]}: {both}: the number of steps twice; give one of them"
 
@@ -637,12 +731,12 @@ def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -
     file that `to_yaml` wrote holds both."""
     if values.get("pretrain.base") is None:
         return
-    own = layers.index(_layer(where["pretrain.base"]))
-    written = [key for key in schema() if key in values and _layer(where[key]) == layers[own]]
+    own = layers.index(layer(where["pretrain.base"]))
+    written = [key for key in schema() if key in values and layer(where[key]) == layers[own]]
     whole = len(written) > len(schema()) // 2
     clashing = []
     for key in [key for key in values if _brought(key)]:
-        at = layers.index(_layer(where[key]))
+        at = layers.index(layer(where[key]))
         if at < own:
             del values[key], where[key]
         elif at > own or not whole:
@@ -652,7 +746,7 @@ def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -
         yield f"{base} brings its own model and tokenizer: leave out {', '.join(clashing)}"
 
 
-def _layer(where: str) -> str:
+def layer(where: str) -> str:
     """The file of "base.yaml:3"; the command line is a layer of its own."""
     return re.sub(r":\d+$", "", where)
 
@@ -751,11 +845,11 @@ def type_name(hint: Any) -> str:
     return name if kind is hint else f"{name}, or null"
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     import yaml
 
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_yaml_value, value))}]"
+        return f"[{', '.join(map(yaml_value, value))}]"
     style = '"' if isinstance(value, str) and not re.fullmatch(r"[\w./+@-]+", value, re.ASCII) else None
     text = yaml.safe_dump(value, default_style=style, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip()

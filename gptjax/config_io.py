@@ -77,6 +77,9 @@ NOT_HERE: dict[str, str] = {
 }  # fmt: skip
 
 
+EXAMPLE = "optim.lr=3e-4"
+
+
 class Leaf(NamedTuple):
     """One setting as it was written. `value` is text when it came from text, None for YAML's null."""
 
@@ -162,7 +165,7 @@ def _plain(node: Any, what: str, problems: Problems) -> Any:
     return None
 
 
-def from_args(args: Iterable[str], where: str = "command line") -> list[Leaf]:
+def from_args(args: Iterable[str], where: str = "command line", example: str = EXAMPLE) -> list[Leaf]:
     """`a.b=c`, `--a.b=c` and `--a.b c`, split at the first `=` only. Raises UserError for anything else."""
     leaves, problems, rest = [], Problems(), list(args)
     while rest:
@@ -174,7 +177,7 @@ def from_args(args: Iterable[str], where: str = "command line") -> list[Leaf]:
             value, equals = rest.pop(0), "="
         if not equals or not key.strip():
             shape = f"{arg} VALUE" if flag else "KEY=VALUE"
-            problems.append(f"{arg!r}: expected {shape}, such as optim.lr=3e-4")
+            problems.append(f"{arg!r}: expected {shape}, such as {example}")
             continue
         leaves.append(Leaf(key.strip(), value, where))
     problems.raise_if_any()
@@ -236,4 +239,4 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
     if not hint and near:
         hint = f"; did you mean {leaves[near[0]]}?"
-    return f"unknown key {key}{hint or '; `gptjax pretrain --help` lists them all'}"
+    return f"unknown key {key}{hint or '; `gptjax VERB --help` lists what a verb reads'}"

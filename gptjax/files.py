@@ -21,8 +21,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, indented by one."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """As `write_text`, indented by one; letters stay letters."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_text(path, text.encode("utf-8", "backslashreplace").decode() + "\n")  # half a character as JSON escapes it
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,13 +48,18 @@ def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
         UserError: something is there already, or its folder cannot be made.
     """
     path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{setting}={path} exists already: name a new file")
+    refuse_existing(path, setting)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}={path}: cannot make the folder {path.parent}: {error.strerror or error}") from error
     return path
+
+
+def refuse_existing(path: Path, setting: str = "out") -> None:
+    """Raises UserError if something is there already; makes nothing."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{setting}={path} exists already: name a new file")
 
 
 def umask() -> int:

@@ -21,6 +21,7 @@ from gptjax.types import UserError
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
 _MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it
 _MOST_TICKS = 12  # places on a logarithmic axis up to which each is named
+_LEAST_GAP = 0.07  # of its length, between two that are named
 
 
 class Html:
@@ -140,7 +141,7 @@ def curves(
     """Lines in one frame: name -> (x values, y values), for losses, schedules, functions."""
     if not lines:
         raise UserError("lines: expected at least one, {name: (x values, y values)}, got none")
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     figure, (axis,) = _figure(7, 4, 1, 1)
     for name, (at, values) in lines.items():
@@ -148,18 +149,36 @@ def curves(
     axis.set(xlabel=x, ylabel=y, title=title)
     if log_x:
         axis.set_xscale("log")
-        places = np.unique(np.concatenate([np.asarray(at, np.float64) for at, _ in lines.values()]))
-        if len(places) <= _MOST_TICKS:
-            axis.set_xticks(places, [f"{place:g}" for place in places])
-            axis.xaxis.set_minor_locator(NullLocator())
+        log_ticks(axis.xaxis, np.concatenate([np.asarray(at, np.float64) for at, _ in lines.values()]))
     if log_y:
         axis.set_yscale("log")
+        log_ticks(axis.yaxis)
     if not log_x and all(np.asarray(at).dtype.kind in "iu" for at, _ in lines.values()):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # between two steps there is none
     axis.grid(alpha=0.25)
     if len(lines) > 1:
         axis.legend(frameon=False)
     return Picture(figure)
+
+
+def log_ticks(axis: Any, places: Any = ()) -> None:
+    """Numbers as they are written, 0.003, on a logarithmic axis of matplotlib: at the `places`, where there are few, as
+    many as stand clear of each other; else at 1, 2 and 5, or at whatever is round where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.set_minor_locator(NullLocator())
+    places = np.unique(np.asarray(places, np.float64))
+    if 0 < len(places) <= _MOST_TICKS:
+        span, kept = np.log(places[-1] / places[0]), [places[0]]
+        for place in places[1:]:
+            if np.log(place / kept[-1]) >= _LEAST_GAP * span:
+                kept.append(place)
+        axis.set_ticks(kept, [f"{place:g}" for place in kept])
+        return
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    axis.set_major_locator(MaxNLocator(6) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:

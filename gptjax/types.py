@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Params = dict[str, Any]  # nested dict of arrays, paths such as "blocks/attn/q/kernel"
@@ -18,6 +19,15 @@ class UserError(ValueError):
     @classmethod
     def all(cls, problems: list[str]) -> UserError:
         return cls("\n".join(problems))
+
+
+def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
+    """What the check raises for a person, or nothing: for several checks whose problems are said at once."""
+    try:
+        check(*args)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 class Mean(NamedTuple):

@@ -46,7 +46,7 @@ def test_later_layers_win_and_every_value_says_where_it_is_from(tmp_path):
     assert (cfg.model.arch, cfg.model.n_layer, cfg.optim.lr, cfg.optim.beta2) == ("modern", 5, 0.01, 0.98)
     assert where["model.n_layer"].endswith("top.yaml:4")
     assert where["optim.lr"].endswith("base.yaml:4")
-    assert where["optim.beta2"] == "command line"
+    assert where["optim.beta2"] == "load_config"
     assert where["model.norm"] == "arch=modern" and cfg.model.norm == "rmsnorm"
     assert where["train.max_steps"] == "default"
     assert set(where) == set(config.schema())
@@ -161,7 +161,7 @@ BAD_TYPES = [
 @pytest.mark.parametrize(("override", "expected"), BAD_TYPES, ids=[text for text, _ in BAD_TYPES])
 def test_a_wrong_type_names_key_value_and_what_was_expected(override, expected):
     text = complaint("tiny-gpt2", override)
-    assert text.startswith(f"command line: {override.partition('=')[0]}: ") and expected in text
+    assert text.startswith(f"load_config: {override.partition('=')[0]}: ") and expected in text
     assert len(text.splitlines()) == 1
 
 
@@ -305,7 +305,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize(("overrides", "words"), IMPOSSIBLE, ids=[" ".join(o) for o, _ in IMPOSSIBLE])
 def test_the_impossible_is_refused(overrides, words):
     text = complaint("tiny-gpt2", *overrides)
-    assert words in text and "[" in text and "command line" in text
+    assert words in text and "[" in text and "load_config" in text
 
 
 def test_notebook_configs_are_checked_by_the_same_rules():
@@ -409,11 +409,15 @@ def test_diff_names_what_changed():
     assert diff(Config(), Config()) == []
 
 
-def test_help_knows_every_key_and_its_comment():
+def test_every_setting_has_a_sentence_of_help():
     rows = {row[0]: row for _, _, rows in config.describe() for row in rows}
     assert set(rows) == set(config.schema())
-    assert rows["train.accumulation"][3] == "micro-batches a step; must divide batch_size"
-    assert rows["optim.lr"][2] == "0.001"
+    short = [key for key, (_, _, text) in rows.items() if len(text) < 10 or not text.endswith(".")]
+    assert not short
+    assert rows["train.accumulation"][1:] == (
+        "a whole number",
+        "Gradient accumulation: micro-batches per step; must divide batch_size.",
+    )
 
 
 def test_a_later_layer_wins_over_what_rules_it(tmp_path):

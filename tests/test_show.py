@@ -80,3 +80,30 @@ def test_places_on_the_axis_are_named_where_they_are():
 def test_no_curve():
     with pytest.raises(UserError, match="expected at least one"):
         show.curves({})
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.7, 6.0), (0.03, 5.0), (1e-4, 1e3)])
+def test_a_logarithmic_axis_has_numbers_as_they_are_written(low, high):
+    picture = show.curves({"a": (range(2), [low, high])}, log_y=True)
+    picture.figure.canvas.draw()
+    (axis,) = picture.figure.axes
+    inside = [t.get_text() for t in axis.get_yticklabels(which="both") if low / 2 <= t.get_position()[1] <= high * 2]
+    assert len(inside) >= 3 and all(float(text) > 0 for text in inside)  # 0.5, and not 5 x 10^-1
+
+
+def test_the_rates_of_a_sweep_are_on_a_logarithmic_axis_and_their_labels_apart(tmp_path, monkeypatch):
+    from gptjax.training import plot
+
+    kept = []
+    monkeypatch.setattr(plot, "_save", lambda figure, path: kept.append(figure))
+    rates = [0.001, 0.00101, 0.00125, 0.0015, 0.002, 0.003, 0.004, 0.006]
+    rows = [{"optim.lr": rate, "val/loss": 1.0, "val/loss/high": 1.1} for rate in rates]
+    plot.draw_sweep(rows, rows, ["optim.lr"], {(r,): [np.ones(40)] for r in rates}, tmp_path / "x.png")
+    (figure,) = kept
+    left = figure.axes[0]
+    figure.canvas.draw()
+    assert left.get_xscale() == "log"
+    texts = left.get_xticklabels(which="both")
+    assert [t.get_text() for t in texts] == [f"{r:g}" for r in rates if r != 0.00101]
+    starts = [t.get_window_extent().x1 for t in texts]  # rotated, each ends below its place
+    assert np.diff(starts).min() > 10

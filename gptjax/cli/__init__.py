@@ -36,10 +36,14 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "classify": Verb(
-        "gptjax.cli.finetune",
-        "the class of a text, by a model that was tuned for it",
-        'gptjax classify RUN "TEXT" ["TEXT" ...]',
-        ('gptjax classify runs/classify "You have won a prize, call now"',),
+        "gptjax.cli.classify",
+        "the class of texts, by a model that was tuned for it",
+        'gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [out=FILE.csv]',
+        (
+            'gptjax classify runs/classify "You have won a prize, call now"',
+            "gptjax classify runs/classify tickets.csv text_field=body out=sorted.csv",
+            "gptjax classify runs/classify - < texts.txt",
+        ),
     ),
     "compare": Verb(
         "gptjax.cli.compare",

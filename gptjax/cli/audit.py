@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gptjax.cli.options import note
 from gptjax.config_io import did_you_mean
+from gptjax.files import new_file, write_json, write_text
 from gptjax.types import UserError
 
 USAGE = "expected: gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [out=NAME]"
@@ -22,12 +22,7 @@ def run(args: list[str]) -> int:
     if len(sources) != 1 or sources[0].startswith("-"):
         raise UserError(f"which run? {USAGE}")
     source = sources[0]
-    out = Path(given.pop("out", Path(source) / "audit")).expanduser()
-    pages = {kind: out.with_name(f"{out.name}.{kind}") for kind in ("html", "json")}
-    if there := [str(path) for path in pages.values() if path.exists()]:
-        raise UserError(f"{', '.join(there)} exists already: name another one with out=NAME")
-    if not out.parent.is_dir():
-        raise UserError(f"out={out}: there is no folder {out.parent}")
+    pages = _pages(source, given.pop("out", None))
     if ("train" in given) != ("held_out" in given):
         raise UserError("train=FILE and held_out=FILE go together: what was trained on, and what was not")
     from gptjax import weights
@@ -37,6 +32,8 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     canaries = audit.read_canaries(given.pop("canaries")) if "canaries" in given else ()
     model = weights.open_model(source)
+    for path in pages.values():
+        new_file(path)
     tokenizer = model.tokenizer()
     models, cfg, notes = audit.snapshots(source)
     if cfg is not None and cfg.task == "classify":
@@ -46,11 +43,26 @@ def run(args: list[str]) -> int:
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
     found = audit.audit(models, model.cfg, tokenizer, settings, say=note)
     found = {"run": str(source), "notes": notes, **found}
-    pages["json"].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    pages["html"].write_text(report.page(found), encoding="utf-8")
+    write_json(pages["json"], found)
+    write_text(pages["html"], report.page(found))
     print("\n".join([*notes, *report.lines(found)]))
     print(f"the report is {pages['html']}, its numbers are in {pages['json']}")
     return 0
+
+
+def _pages(source: str, out: str | None) -> dict[str, Path]:
+    """Where the report goes, which is free: beside the run's files, or `out`."""
+    if out is None and not Path(source).expanduser().is_dir():
+        from gptjax import weights
+
+        found = weights.open_model(source).where  # or there is no such model
+        raise UserError(f"{found} is no folder for a report: say where it goes, out=NAME")
+    path = Path(source if out is None else out).expanduser()
+    path = path / "audit" if out is None else path
+    pages = {kind: path.with_name(f"{path.name}.{kind}") for kind in ("html", "json")}
+    if there := [str(path) for path in pages.values() if path.exists()]:
+        raise UserError(f"{', '.join(there)} exists already: name another one with out=NAME")
+    return pages
 
 
 def settings_of(args: Any) -> dict[str, Any]:
@@ -127,7 +139,7 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     return weights.load(name), prompts
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return """Reads every checkpoint that the run has kept and its last model; writes RUN/audit.html and RUN/audit.json.
 
   canaries=FILE   lines {"prefix": .., "secret": ..}: does the model know the secret better than others of its kind?

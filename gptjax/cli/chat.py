@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import sys
+import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from gptjax.cli import options
 from gptjax.cli.sample import configure
+from gptjax.config import Config
 from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
 EVERY = 4  # tokens between two looks at the screen
+QUIET_S = 0.4  # without a token before the sign of life
+READS = tuple(
+    f"sample.{name}" for name in (
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "quantize",
+        "cache_dtype", "seed",
+    )
+)  # fmt: skip
 
 
 def run(args: list[str]) -> int:
-    parsed = options.parse(args, words=1)
+    parsed = options.parse(args, words=1, example="temperature=0 or system=TEXT")
     if not parsed.words:
         raise UserError("which model? expected: gptjax chat MODEL [system=TEXT] [temperature=X ...]")
     system = [leaf.value for leaf in parsed.leaves if leaf.key == "system"]
-    cfg, _ = configure(parsed.words[0], [leaf for leaf in parsed.leaves if leaf.key != "system"])
+    leaves = [leaf for leaf in parsed.leaves if leaf.key != "system"]
+    options.refuse_others(leaves, ("system", *READS), "chat", "sample.")
+    cfg, provenance = configure(parsed.words[0], leaves)
+    if options.show_only(parsed, cfg, provenance, lambda cfg: ["dry run: the model was not read"], READS):
+        return 0
     from gptjax.generation import for_decoding
     from gptjax.ops.quant import quantize
     from gptjax.training.process import use_compile_cache
@@ -35,6 +52,14 @@ def run(args: list[str]) -> int:
     params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0
+
+
+def more_help(args: list[str]) -> str:
+    settings = options.settings_help(Config(), READS, strip="sample")
+    return (
+        f"In the conversation: {HELP}.\n\nMODEL is as in `gptjax sample`. system=TEXT is the system prompt. Settings, "
+        f"with their defaults; those that a\nrun's config.yaml names start from there:\n\n{settings}"
+    )
 
 
 class Chat:
@@ -95,11 +120,15 @@ class Chat:
 def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None:
     """Questions from the terminal or a pipe, answers as they come, until the input ends."""
     if terminal:
+        with suppress(ImportError):
+            importlib.import_module("readline")  # from here on `input` edits its line and has a history
         options.note(HELP)
     while True:
         try:
             text = read("> " if terminal else "").strip()
         except EOFError:
+            if terminal:
+                print()
             return
         except KeyboardInterrupt:
             print()
@@ -109,8 +138,10 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
             return
         if command == "/new":
             chat.turns.clear()
+            options.note("(a new conversation)")
         elif command == "/system":
-            chat.system = rest or None
+            chat.system = rest.strip() or None
+            options.note(f"(system prompt: {chat.system})" if chat.system else "(no system prompt)")
         elif command.startswith("/"):
             options.note(HELP)
         elif text:
@@ -118,21 +149,104 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
 
 
 def _answer(chat: Chat, text: str) -> None:
+    wrap = Wrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     started = first = time.monotonic()
+    waiting = Waiting("reading" if chat.answered else "compiling")
     try:
-        for at, piece in enumerate(chat.ask(text)):
-            first = time.monotonic() if not at else first
-            print(piece, end="", flush=True)
+        with waiting:
+            for at, piece in enumerate(chat.ask(text)):
+                first = time.monotonic() if not at else first
+                waiting.end()
+                print(wrap.feed(piece) if wrap else piece, end="", flush=True)
+        print(wrap.rest() if wrap else "", flush=True)
     except UserError as error:
         options.note(f"error: {error}")
         return
     except KeyboardInterrupt:
-        print()
+        print(wrap.rest() if wrap else "")
         options.note("(stopped)")
         if chat.turns and chat.turns[-1]["role"] == "user":
             chat.turns.pop()
         return
-    print(flush=True)
-    seconds = max(time.monotonic() - first, 1e-9)
-    rate = max(chat.count - EVERY, 0) / seconds
-    options.note(f"[{chat.count} tokens, first after {first - started:.1f} s, then {rate:.0f} tok/s]")
+    options.note(_speed(chat.count, first - started, time.monotonic() - first))
+
+
+def _speed(count: int, wait_s: float, writing_s: float) -> str:
+    """The rate is of what came after the first look at the screen; of so little there is none."""
+    tokens = f"{count} token{'' if count == 1 else 's'}"
+    if count <= EVERY or writing_s <= 0:
+        return f"[{tokens} after {wait_s + writing_s:.1f} s]"
+    return f"[{tokens}, first after {wait_s:.1f} s, then {(count - EVERY) / writing_s:.0f} tok/s]"
+
+
+class Waiting:
+    """A sign of life on a terminal's stderr, `... compiling, 3 s`, until `end`; elsewhere nothing."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._done, self._shown = what, threading.Event(), False
+        self._thread = threading.Thread(target=self._show, daemon=True) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Waiting:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Take the line away; a second call does nothing."""
+        if self._thread and not self._done.is_set():
+            self._done.set()
+            self._thread.join()
+            if self._shown:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        started, wait_s = time.monotonic(), QUIET_S
+        while not self._done.wait(wait_s):
+            self._shown, wait_s = True, 1.0
+            line = f"... {self._what}, {time.monotonic() - started:.0f} s"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+
+
+class Wrap:
+    """Text that comes in pieces, broken between words where a line would be longer than `width` columns."""
+
+    def __init__(self, width: int) -> None:
+        self._width, self._column = max(width, 20), 0
+        self._blanks = self._word = ""
+
+    def feed(self, piece: str) -> str:
+        """What can be shown now: all but the last word, which may go on."""
+        out = ""
+        for char in piece:
+            if char == "\n":
+                out += self._place() + "\n"
+                self._column, self._blanks = 0, ""
+            elif char.isspace():
+                out += self._place()
+                self._blanks += char
+            else:
+                self._word += char
+                if columns(char) == 2 or columns(self._word) >= self._width:  # such scripts have no blanks
+                    out += self._place()
+        return out
+
+    def rest(self) -> str:
+        return self._place()
+
+    def _place(self) -> str:
+        if not self._word:
+            return ""
+        text, self._word, blanks, self._blanks = self._word, "", self._blanks, ""
+        if self._column and self._column + columns(blanks + text) > self._width:
+            self._column = columns(text)
+            return "\n" + text
+        self._column += columns(blanks + text)
+        return blanks + text
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows it."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

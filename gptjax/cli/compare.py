@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
-from gptjax.files import new_file
+from gptjax.config_io import did_you_mean
+from gptjax.files import new_file, write_text
 from gptjax.types import UserError
 
 COLUMNS = {
@@ -23,6 +24,9 @@ def run(args: list[str]) -> int:
     }
     sources = [arg for arg in args if "=" not in arg or arg.partition("=")[0] not in settings]
     out = Path(settings["out"]) if "out" in settings else None
+    for name, is_set, _ in (arg.partition("=") for arg in sources if not Path(arg).exists()):
+        if is_set:
+            raise UserError(f"unknown setting {name}{did_you_mean(name, SETTINGS)}; {USAGE}")
     if not sources or any(arg.startswith("-") for arg in sources):
         raise UserError(USAGE)
     if bool(settings.get("judge")) != bool(settings.get("judge_model")):
@@ -50,12 +54,12 @@ def run(args: list[str]) -> int:
         cells = ("" if key not in own else f"{own[key]:d}" if key == "n" else f"{own[key]:.3f}" for key in keys)
         print(f"{source:{width}}", *(f"{cell:>12}" for cell in cells))
     if out is not None:
-        out.write_text(side_by_side(sources, runs), encoding="utf-8")
+        write_text(out, side_by_side(sources, runs))
         print(f"side by side in {out}")
     return 0
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return (
         "RUN is the run directory of gptjax finetune instruct, or a .jsonl file of answers such as its\n"
         "responses-before.jsonl. likelier: how often the expected answer has a larger probability than in the first.\n"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from gptjax.cli import options
-from gptjax.cli.pretrain import DEFAULT, report
-from gptjax.config import Config
+from gptjax.cli.pretrain import DEFAULT, plan
+from gptjax.config import Config, load_config
 from gptjax.config_io import did_you_mean
-from gptjax.files import new_file
+from gptjax.files import new_file, write_json
 from gptjax.types import UserError
 
 ACTIONS = ("prepare", "inspect", "check")
@@ -23,8 +21,8 @@ def run(args: list[str]) -> int:
     if action == "check":
         return check(rest)
     parsed = options.parse(rest, words=1)
-    cfg, provenance = options.configure(parsed, DEFAULT)
-    if options.show_only(parsed, cfg, provenance, report):
+    cfg, provenance = options.configure(parsed, DEFAULT, f"data {action}", "pretrain")
+    if options.show_only(parsed, cfg, provenance, lambda cfg: [*plan(cfg), "dry run: no step was taken"]):
         return 0
     from gptjax import data
 
@@ -35,10 +33,11 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help() -> str:
-    return (
-        f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}.\n\n{options.settings_help(['tokenizer', 'data'])}"
-    )
+def more_help(args: list[str]) -> str:
+    if args[:1] == ["check"]:
+        return CHECK
+    settings = options.settings_help(load_config(DEFAULT), ("data.*", "tokenizer.*"))
+    return f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}. Settings, with its values:\n\n{settings}"
 
 
 def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
@@ -88,7 +87,7 @@ def check(args: list[str]) -> int:
     report = of.check(texts, threshold=threshold, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out, report)
         print(f"all of it in {out}")
     return 0
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from gptjax.config import Config, ModelConfig, Provenance, describe, resolve, to_yaml
-from gptjax.config_io import Leaf, did_you_mean, from_args
+from gptjax import config_uses
+from gptjax.config import Config, ModelConfig, Provenance, describe, flat, schema, to_yaml, yaml_value
+from gptjax.config_io import ALIASES, EXAMPLE, Leaf, Problems, did_you_mean, from_args
+from gptjax.config_uses import matches
 from gptjax.types import UserError
 
 SWITCHES = ("dry-run", "print-config")
@@ -22,8 +27,8 @@ class Args(NamedTuple):
     print_config: bool
 
 
-def parse(args: Sequence[str], words: int) -> Args:
-    """Up to `words` leading words, settings, and the two switches anywhere."""
+def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
+    """Up to `words` leading words, settings such as the `example`, and the two switches anywhere."""
     rest, switches = [], set()
     for arg in args:
         name = arg.removeprefix("--").replace("_", "-")
@@ -37,7 +42,7 @@ def parse(args: Sequence[str], words: int) -> Args:
     for arg in rest:
         if arg.startswith("--") and "=" not in arg and (hint := did_you_mean(arg, [f"--{name}" for name in SWITCHES])):
             raise UserError(f"unknown option {arg}{hint}")
-    return Args(leading, from_args(rest), "dry-run" in switches, "print-config" in switches)
+    return Args(leading, from_args(rest, example=example), "dry-run" in switches, "print-config" in switches)
 
 
 def _is_setting(arg: str) -> bool:
@@ -45,9 +50,38 @@ def _is_setting(arg: str) -> bool:
     return "=" in arg and not os.path.exists(arg)
 
 
-def configure(args: Args, default: str | None) -> tuple[Config, Provenance]:
-    """The configuration that a verb's arguments ask for."""
-    return resolve(args.words[0] if args.words else default, leaves=args.leaves)
+def keys_of(*patterns: str) -> list[str]:
+    """The settings that the patterns name, in the order of the schema."""
+    return [key for key in schema() if any(matches(pattern, key) for pattern in patterns)]
+
+
+def configure(
+    args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
+) -> tuple[Config, Provenance]:
+    """The configuration that a verb's arguments ask for; `task` and `also` as in `config_uses.resolve`."""
+    source = args.words[0] if args.words else default
+    return config_uses.resolve(source, args.leaves, verb=verb, task=task, also=also)
+
+
+def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
+    """Raises UserError for the settings of a command line that the verb does not read.
+
+    Args:
+        known: what it reads. prefix: a group whose settings are given without its name.
+    """
+    short = [key.removeprefix(prefix) for key in known]
+    problems = Problems()
+    for key, _, where in leaves:
+        if key in short or key in known:
+            continue
+        if key in schema():
+            problems.append(f"{where}: {key}: not a setting of gptjax {verb}, which reads {', '.join(short)}")
+        elif ALIASES.get(key) in known:
+            problems.append(f"{where}: unknown setting {key}; here it is called {ALIASES[key]}")
+        else:
+            hint = did_you_mean(key, short) or f"; gptjax {verb} reads {', '.join(short)}"
+            problems.append(f"{where}: unknown setting {key}{hint}")
+    problems.raise_if_any()
 
 
 def note(line: str) -> None:
@@ -55,26 +89,61 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def show_only(args: Args, cfg: Config, provenance: Provenance, report: Callable[[Config], list[str]]) -> bool:
-    """Print what --print-config or --dry-run asks for; True if the verb ends with that."""
-    if args.print_config or args.dry_run:
-        print(to_yaml(cfg, provenance), end="")
-    if args.dry_run:
-        print("\n" + "\n".join(report(cfg)))
-    return args.print_config or args.dry_run
+def show_only(
+    args: Args,
+    cfg: Config,
+    provenance: Provenance,
+    report: Callable[[Config], list[str]],
+    keys: Sequence[str] | None = None,
+) -> bool:
+    """Print what --print-config (all settings) or --dry-run (those that are not at their defaults, and a report) asks
+    for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task does."""
+    if not (args.print_config or args.dry_run):
+        return False
+    keys = config_uses.keys_of(cfg.task) if keys is None else keys
+    lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
+    shown = keys if args.print_config else _said(keys, cfg, provenance)
+    print(to_yaml(cfg, provenance, shown), end="")
+    if lines:
+        print("\n" + "\n".join(lines))
+    return True
 
 
-def settings_help(groups: Sequence[str] | None = None, strip: bool = False) -> str:
-    """Every key with its type, default and comment, read from the dataclasses."""
-    lines = []
-    for group, doc, rows in describe():
-        if groups is not None and group not in groups:
-            continue
-        lines += ["", f"{group}: {doc}" if group else "settings of the run"]
-        for key, kind, default, comment in rows:
-            name = key.rpartition(".")[2] if strip else key
-            lines.append(f"  {name + '=' + default:<34} {kind}{'. ' + comment if comment else ''}")
-    return "\n".join(lines).lstrip("\n").replace("None", "null")
+def _said(keys: Sequence[str], cfg: Config, provenance: Provenance) -> list[str]:
+    """Those that somebody gave and that are not at their defaults."""
+    values, defaults = flat(cfg), flat(Config())
+    given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]
+    return [key for key in given if values[key] != defaults[key] or provenance[key] == "command line"]
+
+
+def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: int | None = None) -> str:
+    """Every setting that `patterns` name, in their order, with its value in `cfg`, its type and its help; lines are as
+    wide as the terminal, or `width`. `strip`: a group's name that its settings are shown without."""
+    width = width or min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)
+    groups, values, lines = describe(), flat(cfg), []
+    wanted = [(group, doc, row) for pattern in patterns for group, doc, rows in groups for row in rows
+              if matches(pattern, row[0])]  # fmt: skip
+    last = None
+    for group, doc, (key, kind, text) in wanted:
+        if group != last:
+            lines += ["", f"{group}: {doc}".replace("None", "null") if group else "The run itself"]
+            last = group
+        name = key.removeprefix(f"{strip}.") if strip else key
+        lines.append(f"  {name}={yaml_value(values[key])}")
+        lines += textwrap.wrap(f"{text} [{kind}]", width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines).lstrip("\n")
+
+
+def values_help(args: Sequence[str], default: str, task: str) -> str:
+    """The settings of a task with the values that a command of these arguments has; where that cannot be made, those
+    of the `default` preset."""
+    parsed = Args([], [], False, False)
+    with suppress(UserError):
+        parsed = parse(args, words=1)
+        configure(parsed, default, config_uses.verb_of(task), task)
+    cfg = configure(parsed, default, config_uses.verb_of(task), task)[0]
+    source = parsed.words[0] if parsed.words else default
+    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, config_uses.USES[task])}"
 
 
 # ---------------------------------------------------------------- what a run would cost

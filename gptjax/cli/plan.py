@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax import config_uses
 from gptjax.cli import options
 from gptjax.config import Config
+from gptjax.files import new_file, refuse_existing, write_text
 from gptjax.types import UserError
 
 DEFAULT = "gpt2-124m"
@@ -26,9 +29,16 @@ class Wishes(NamedTuple):
 def run(args: list[str]) -> int:
     wishes, rest = wishes_of(args)
     parsed = options.parse(rest, words=1)
-    cfg, provenance = options.configure(parsed, DEFAULT)
-    if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {wishes.on}"]):
+    cfg, provenance = options.configure(parsed, DEFAULT, "plan", also=("model.*",))
+    for name in ("out", "png"):
+        if path := getattr(wishes, name):
+            refuse_existing(Path(path), name)
+    keys = config_uses.keys_of(cfg.task, also=("model.*",))
+    if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {wishes.on}"], keys):
         return 0
+    for name in ("out", "png"):
+        if path := getattr(wishes, name):
+            new_file(path, name)
     _quiet()
     from gptjax.planning import report, slices
     from gptjax.planning.plan import plan, search
@@ -135,11 +145,10 @@ def _quiet() -> None:
 
 def _write(path: str, found: list[Any]) -> None:
     text = ",\n".join(one.to_json() for one in found)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"[{text}]\n" if len(found) > 1 else f"{text}\n")
+    write_text(Path(path), f"[{text}]\n" if len(found) > 1 else f"{text}\n")
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return f"""Without a preset it is {DEFAULT}. The slice is a name or a topology (v5p:4x4x8): v5e-1 to v5e-256 and
 v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two a chip, as Google does.
 
@@ -153,6 +162,5 @@ v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count Tensor
 The step is the one that `gptjax pretrain` or, for a preset of theirs, `gptjax finetune classify | instruct | prefer`
 runs, for a base whose shape is known without its tensors, or the one that model.* describes where model.vocab_size is
 given. The TPU compiler compiles it: memory and traffic are the program's own, times are bounds at the chip's peak
-figures. It needs no TPU: pip install 'gptjax[tpu-plan]'. Every setting, with its default:
-
-{options.settings_help()}"""
+figures. It needs no TPU: pip install 'gptjax[tpu-plan]'. `gptjax pretrain --help` and `gptjax finetune TASK --help`
+list the settings."""

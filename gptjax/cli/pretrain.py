@@ -13,7 +13,7 @@ DEFAULT = "shakespeare-char"
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    cfg, provenance = options.configure(parsed, DEFAULT)
+    cfg, provenance = options.configure(parsed, DEFAULT, "pretrain", "pretrain")
     if options.show_only(parsed, cfg, provenance, report):
         return 0
     from gptjax.training.loop import train
@@ -21,20 +21,32 @@ def run(args: list[str]) -> int:
     return train(cfg).exit_code
 
 
-def more_help() -> str:
-    return f"Without a preset it is {DEFAULT}. Every setting, with its default:\n\n{options.settings_help()}"
+def more_help(args: list[str]) -> str:
+    return f"Without a preset it is {DEFAULT}.\n\n{options.values_help(args, DEFAULT, 'pretrain')}"
 
 
 def report(cfg: Config) -> list[str]:
-    """What a run would do and need, without a step of it."""
+    """What a run would do and need, without a step of it.
+
+    Raises:
+        UserError: what the run would refuse.
+    """
+    from gptjax.training.loop import refuse, refuse_missing
+
+    if refuse(cfg, refuse_missing):
+        return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
+    return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
+
+
+def plan(cfg: Config) -> list[str]:
+    """The data, the model's size, the steps, the memory."""
     from gptjax.training.loop import from_base
     from gptjax.training.memory import memory_bytes
 
     cfg, base = from_base(cfg)
     data, problem = _prepared(cfg, base)
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
-    tokens = cfg.train.batch_size * cfg.window
-    lines = [f"run directory      {cfg.run_dir}"]
+    tokens, lines = cfg.train.batch_size * cfg.window, []
     if base:
         lines.append(f"base               {base.where}: {base.kind}, context {cfg.model.context_length:,}")
     if data:
@@ -43,19 +55,19 @@ def report(cfg: Config) -> list[str]:
             f"tokenizer          {data.tokenizer.name}, {data.tokenizer.vocab_size:,} words",
         ]
     else:
-        lines.append(f"data               not looked at: {problem}")
+        lines += [f"data               not looked at: {problem}"]
     if vocab_size:
         n_params = options.count_params(dataclasses.replace(cfg.model, vocab_size=vocab_size))
         lines.append(f"parameters         {n_params:,}")
     else:
         lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")
-    lines.append(f"tokens a step      {tokens:,} ({cfg.train.batch_size} windows of {cfg.window})")
+    lines.append(f"tokens per step    {tokens:,} ({cfg.train.batch_size} windows of {cfg.window})")
     lines.append(f"steps              {_steps(cfg, data, tokens)}")
     if vocab_size:
         memory = memory_bytes(cfg, n_params, vocab_size)
         parts = ", ".join(f"{name} {options.human(size)}" for name, size in memory.items())
         lines.append(f"memory (estimate)  {options.human(sum(memory.values()))}: {parts}")
-    return [*lines, "dry run: no step was taken"]
+    return lines
 
 
 def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config import Config, Provenance, resolve, to_yaml
+from gptjax.config import Config, Provenance, resolve
 from gptjax.config_io import Leaf, from_yaml, read_text
-from gptjax.files import new_file
+from gptjax.files import new_file, refuse_existing
 from gptjax.types import UserError
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 
 
 def run(args: list[str]) -> int:
-    parsed = options.parse(args, words=1)
+    parsed = options.parse(args, words=2, example='--prompt "TEXT" or temperature=0')
     if not parsed.words:
         raise UserError(f"which model? {USAGE}")
-    source = parsed.words[0]
+    source, *stray = parsed.words
+    if stray:
+        raise UserError(f"{stray[0]!r}: a prompt is given as --prompt {shlex.quote(stray[0])}")
+    options.refuse_others(parsed.leaves, options.keys_of("sample.*"), "sample", "sample.")
     cfg, provenance = configure(source, parsed.leaves)
-    if parsed.print_config or parsed.dry_run:
-        print(_sample_part(to_yaml(cfg, provenance)), end="")
     if parsed.print_config and not parsed.dry_run:
+        options.show_only(parsed, cfg, provenance, lambda cfg: [], options.keys_of("sample.*"))
         return 0
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
@@ -32,22 +35,24 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     if cfg.sample.out and not parsed.dry_run:
         new_file(cfg.sample.out, "sample.out")
+    elif cfg.sample.out:
+        refuse_existing(Path(cfg.sample.out), "sample.out")
+    prompts = read_prompts(cfg)
     model = open_model(source)
     tokenizer = model.tokenizer()
-    prompts = read_prompts(cfg)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    if parsed.dry_run:
-        print(f"\nprompts            {len(ids)}, {sum(map(len, ids))} tokens\ndry run: nothing was written")
+    lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]
+    if options.show_only(parsed, cfg, provenance, lambda cfg: lines, options.keys_of("sample.*")):
         return 0
     write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids)
     return 0
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return (
         "MODEL is a run directory, a folder that `gptjax import` made, a Hugging Face folder, a .gguf file, or a name\n"
         "such as smollm2-135m-instruct. Settings, with their defaults; those that a run's config.yaml names start\n"
-        "from there:\n\n" + options.settings_help(["sample"], strip=True)
+        "from there:\n\n" + options.settings_help(Config(), ("sample.*",), strip="sample")
     )
 
 
@@ -101,10 +106,6 @@ def _under_sample(key: str) -> str:
     from gptjax.config import schema
 
     return f"sample.{key}" if f"sample.{key}" in schema() or "." not in key else key
-
-
-def _sample_part(text: str) -> str:
-    return text[text.index("sample:") :]
 
 
 def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[list[int]]) -> None:

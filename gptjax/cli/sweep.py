@@ -7,10 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from gptjax import config_uses
 from gptjax.cli import options
 from gptjax.config import Config, config_file, to_yaml
-from gptjax.config_io import Leaf
-from gptjax.types import UserError
+from gptjax.config_io import Leaf, Problems
+from gptjax.types import UserError, complaints
 
 DEFAULT = "tiny-gpt2"
 AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # where none is given
@@ -32,14 +33,28 @@ def run(args: list[str]) -> int:
     folder = Path(_run_dir(source, fixed))
     configs = [dataclasses.replace(cfg, run_dir=str(folder)) for cfg in configs]
     if parsed.print_config:
-        print(to_yaml(configs[0]), end="")
+        print(to_yaml(configs[0], keys=config_uses.keys_of(configs[0].task)), end="")
+    if parsed.print_config and not parsed.dry_run:
+        return 0
+    _refuse(configs[0], folder)
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
-    if parsed.print_config or parsed.dry_run:
         return 0
-    if (folder / "sweep.json").exists():
-        raise UserError(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     return _sweep(configs, axes, folder, at_once, [source, *_again(fixed)])
+
+
+def _refuse(cfg: Config, folder: Path) -> None:
+    """Raises UserError for a folder that is not free, and for data or a base that is not there, all at once."""
+    from gptjax.finetuning import base
+    from gptjax.training import loop, run_dir
+
+    problems = []
+    if (folder / "sweep.json").exists():
+        problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
+    else:
+        problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder)
+    problems += complaints(loop.refuse_missing if cfg.task == "pretrain" else base.refuse_missing, cfg)
+    Problems(problems).raise_if_any()
 
 
 def _again(fixed: list[Any]) -> list[str]:
@@ -114,7 +129,7 @@ def _run_dir(source: str, fixed: list[Leaf]) -> str:
     return given[-1] if given else f"runs/{config_file(source).stem}-sweep"
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return f"""Without a preset it is {DEFAULT}, on text that every Python has; without an axis {" ".join(AXES)}.
 An axis is a setting with a list of values or, for whole numbers, range(stop), range(start,stop) or
 range(start,stop,step); a shell wants quotes around it. All combinations are trained, pretraining or fine-tuning as the
@@ -127,4 +142,4 @@ preset says, each as it would be alone; the table has means and 95 % intervals o
   --dry-run     how many runs in how many programs
 
 It writes sweep.csv (a line a run), sweep.json (runs, table, programs) and sweep.png into run_dir, and no models: the
-printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune --help` list the settings."""
+printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune TASK --help` list the settings."""

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config import resolve
+from gptjax.config import Config, resolve
 from gptjax.config_io import did_you_mean
 from gptjax.types import UserError
 
+READS = ("tokenizer.*", "data.*")
 USAGE = {
     "train": "gptjax tokenizer train KIND data.source=my.txt [tokenizer.vocab_size=N] [out=tokenizer.json]",
     "encode": 'gptjax tokenizer encode NAME "TEXT"   (without TEXT: from standard input)',
@@ -26,12 +27,12 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help() -> str:
+def more_help(args: list[str]) -> str:
     return (
         "\n".join(USAGE.values())
         + "\n\nKIND is chars, words, bpe, wordpiece or unigram.\n"
         + "NAME is gpt2, bytes, a saved file or a run directory.\n\n"
-        + options.settings_help(["tokenizer", "data"])
+        + options.settings_help(Config(), READS)
     )
 
 
@@ -43,9 +44,9 @@ def _train(args: list[str]) -> None:
     kind = [f"tokenizer.name={parsed.words[0]}"] if parsed.words else []
     if not kind and all(leaf.key != "tokenizer.name" for leaf in leaves):
         raise UserError(f"which kind? {USAGE['train']}")
+    keys = options.keys_of(*READS)
+    options.refuse_others(leaves, keys, "tokenizer train")
     cfg, provenance = resolve(None, *kind, leaves=leaves)
-    if options.show_only(parsed, cfg, provenance, lambda _: [f"dry run: {out} is not written"]):
-        return
     path = Path(out) if Path(out).suffix == ".json" else Path(out) / "tokenizer.json"
     if path.exists():
         raise UserError(f"{path} is there already; choose another with out=FILE.json")
@@ -55,6 +56,8 @@ def _train(args: list[str]) -> None:
         known = ", ".join(tokenizers.TRAINED)
         hint = did_you_mean(cfg.tokenizer.name, tokenizers.TRAINED)
         raise UserError(f"cannot train a {cfg.tokenizer.name!r} tokenizer: expected {known}{hint}")
+    if options.show_only(parsed, cfg, provenance, lambda _: [f"dry run: {path} is not written"], keys):
+        return
     documents = data.documents(cfg.data)
     tokenizer = tokenizers.build(cfg.tokenizer, lambda: (document.text for document in documents))
     print(f"{tokenizer.save(path)}  {tokenizer.name}, {tokenizer.vocab_size:,} words")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.config_io import did_you_mean
+from gptjax.files import refuse_existing
 from gptjax.types import UserError
 
 FORMATS = ("hf", "gguf", "stablehlo")
@@ -41,6 +42,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
+    _refuse_taken(Path(target), form)
     from gptjax import weights
 
     model = weights.open_model(source)
@@ -57,6 +59,14 @@ def run_export(args: list[str]) -> int:
         path = weights.export_gguf(target, params, model.cfg, tokenizer, kind)
         print(f"{path}  (use it: llama-cli -m {path})")
     return 0
+
+
+def _refuse_taken(path: Path, form: str) -> None:
+    """Before the model is read. Raises UserError if something is there that would be overwritten."""
+    if form == "gguf" or (path.exists() and not path.is_dir()):
+        refuse_existing(path, "TARGET")
+    elif path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty: name a new folder")
 
 
 def _check_vocabulary(tokenizer, vocab_size: int) -> None:

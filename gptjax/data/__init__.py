@@ -7,7 +7,7 @@ for batch in data.eval_batches(ready.val, context_length=64, batch_size=12): ...
 """
 
 from gptjax.data.loader import Loader, eval_batches, permute
-from gptjax.data.prepare import Prepared, describe, prepare
+from gptjax.data.prepare import Prepared, describe, prepare, refuse_missing
 from gptjax.data.sources import Document, Documents, documents, split
 from gptjax.data.store import TokenStore
 from gptjax.data.windows import windows
@@ -23,6 +23,7 @@ __all__ = [
     "eval_batches",
     "permute",
     "prepare",
+    "refuse_missing",
     "split",
     "windows",
 ]

@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax import tokenizers
+from gptjax import assets, tokenizers
 from gptjax.config import Config
 from gptjax.data import store as token_store
-from gptjax.data.sources import Documents, Part, cache_root, documents, measure, split
+from gptjax.data.sources import Documents, Part, cache_root, documents, measure, missing, split
 from gptjax.data.store import TokenStore
 from gptjax.types import UserError
 
@@ -45,6 +45,7 @@ def prepare(
     Raises:
         UserError: unreadable or too little text, or more ids than model.vocab_size.
     """
+    refuse_missing(cfg)
     found = documents(cfg.data)
     held = documents(cfg.data, cfg.data.val_source) if cfg.data.val_source else None
     loaded = tokenizer
@@ -82,6 +83,23 @@ def prepare(
     )
     check(ready, cfg)
     return ready
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the text is read; nothing is fetched.
+
+    Raises:
+        UserError: sources and a tokenizer that are not there, all at once; pretrain.base brings its own.
+    """
+    problems = [problem for name in (*cfg.data.source, *cfg.data.val_source) if (problem := missing(name))]
+    name = cfg.tokenizer.name
+    if cfg.pretrain.base is None and name not in (*tokenizers.TRAINED, *tokenizers.READY, *assets.ASSETS):
+        try:
+            tokenizers.load(name)
+        except UserError as error:
+            problems.append(f"tokenizer.name={name}: {error}")
+    if problems:
+        raise UserError.all(list(dict.fromkeys(problems)))
 
 
 def check(ready: Prepared, cfg: Config) -> None:

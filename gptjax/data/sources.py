@@ -94,16 +94,22 @@ def _open(name: str, cfg: DataConfig) -> Source:
         return _open_hub(name, cfg)
     if name in assets.ASSETS:
         return _open_path(name, assets.fetch(name), cfg)
-    path = Path(name).expanduser()
-    if not path.exists():
-        near = difflib.get_close_matches(name, assets.ASSETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"data.source={name}: no such file, folder or asset.{hint} "
-            f"Assets: {', '.join(assets.ASSETS)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
-            "a folder, hf:org/name"
-        )
-    return _open_path(name, path, cfg)
+    if problem := missing(name):
+        raise UserError(problem)
+    return _open_path(name, Path(name).expanduser(), cfg)
+
+
+def missing(name: str) -> str:
+    """What to say of a source that is not there; nothing of one that is, or that would be fetched."""
+    if name.startswith("hf:") or name in assets.ASSETS or Path(name).expanduser().exists():
+        return ""
+    near = difflib.get_close_matches(name, assets.ASSETS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"data.source={name}: no such file, folder or asset.{hint} "
+        f"Assets: {', '.join(assets.ASSETS)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
+        "a folder, hf:org/name"
+    )
 
 
 def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:

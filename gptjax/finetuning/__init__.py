@@ -9,7 +9,23 @@ from gptjax.config import Config
 from gptjax.training.loop import TrainResult
 from gptjax.types import UserError
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "refuse"]
+
+
+def refuse(cfg: Config) -> bool:
+    """What `finetune` refuses before any data is read; whether the run is finished already.
+
+    Raises:
+        UserError: all that it finds, at once.
+    """
+    if cfg.finetune.seeds == 1:
+        from gptjax.finetuning.base import refuse_missing
+        from gptjax.training.loop import refuse as refuse_run
+
+        return refuse_run(cfg, refuse_missing)
+    from gptjax.finetuning.seeds import refuse as refuse_seeds
+
+    return refuse_seeds(cfg)
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResult:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from gptjax import lora, tree, weights
+from gptjax import assets, lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
 from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked
 from gptjax.ops.dropout import off
@@ -78,6 +78,26 @@ def thirds(settings: Any, seed: int, read: Callable[[str], list], made: Callable
     if not all(parts):
         raise UserError(f"{settings.source}: {n} records are too few for a part to test and one to validate on")
     return parts
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the data is read; nothing is fetched.
+
+    Raises:
+        UserError: a base or a file of data that is not there, both at once.
+    """
+    name, source, problems = cfg.finetune.base, getattr(cfg, cfg.task).source, []
+    if cfg.task == "classify" and not source:
+        problems.append("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
+    if source and not source.startswith("hf:") and not Path(source).expanduser().exists():
+        problems.append(f"{cfg.task}.source={source}: no such file")
+    if not name.startswith("hf:") and name not in assets.ASSETS:
+        try:
+            base_model(cfg)
+        except UserError as error:
+            problems.append(f"finetune.base={name}: {error}")
+    if problems:
+        raise UserError.all(problems)
 
 
 def base_model(cfg: Config) -> weights.Model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from gptjax.weights import native
 
 LABELS = "labels.json"  # beside the model: names of the classes, and how a text is pooled
 RESULTS = "test.json"
+AT_ONCE, WIDTH = 16, 64  # texts, and tokens whose multiples they are filled up to, in `load_classifier`
 ROW_TOKENS = 2048  # about so many are scored at once
 
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
-    result = run_job(cfg, prepare, log)
+    result = run_job(cfg, prepare, log, base.refuse_missing)
     return finish(result, log or print) if is_writer() else result
 
 
@@ -70,10 +71,10 @@ def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelC
 
 
 def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
-    with progress.phase("preparing the data"):
-        splits = _data(cfg)
     found = base.base_model(cfg)
     tokenizer = found.tokenizer()
+    with progress.phase("preparing the data"):
+        splits = _data(cfg)
     model = _model(cfg, found, splits)
     longest = base.longest_row(cfg, model)
     packed = cfg.classify.packing == "packed"
@@ -194,10 +195,32 @@ def read_labels(folder: Path) -> dict[str, Any]:
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:
     """The probability of each class for each text, by the model in a run directory."""
-    params, cfg = weights.load(folder)
-    about, tokenizer = read_labels(Path(folder)), weights.load_tokenizer(folder)
+    return load_classifier(folder)(texts)
+
+
+def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[str, float]]]:
+    """texts -> the probability of each class for each, by the model in a run directory; for many calls, which share
+    the programs of few shapes: `AT_ONCE` texts of a multiple of `WIDTH` tokens.
+
+    Raises:
+        UserError: the model is no classifier; the function, of a text without tokens.
+    """
+    about = read_labels(Path(folder))
+    (params, cfg), tokenizer = weights.load(folder), weights.load_tokenizer(folder)
     names = tuple(about["labels"])
-    data = labelled.Labelled(texts, np.zeros(len(texts), np.int32), names)
-    examples = labelled.encode(data, tokenizer, about["max_length"], about["prompt"])
-    found = probabilities(params, cfg, examples, about["pooling"])
-    return [dict(zip(names, map(float, row), strict=True)) for row in found]
+    run = jax.jit(lambda params, *xs: jax.nn.softmax(classify.class_logits(params, *xs, cfg, about["pooling"])[:, 0]))
+
+    def some(texts: Sequence[str]) -> np.ndarray:
+        data = labelled.Labelled(list(texts), np.zeros(len(texts), np.int32), names)
+        ids = labelled.encode(data, tokenizer, about["max_length"], about["prompt"]).ids
+        tokens = np.zeros((AT_ONCE, min(-(-max(map(len, ids)) // WIDTH) * WIDTH, cfg.context_length)), np.int32)
+        segment_ids = np.zeros_like(tokens)
+        for i, own in enumerate(ids):
+            tokens[i, : len(own)], segment_ids[i, : len(own)] = own, 1
+        return np.asarray(run(params, tokens, segment_ids))[: len(ids)]
+
+    def of(texts: Sequence[str]) -> list[dict[str, float]]:
+        parts = [some(texts[first : first + AT_ONCE]) for first in range(0, len(texts), AT_ONCE)]
+        return [dict(zip(names, map(float, row), strict=True)) for part in parts for row in part]
+
+    return of

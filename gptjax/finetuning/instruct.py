@@ -34,7 +34,7 @@ CHUNK = 256  # tokens whose logits are alive at once, where the head is not trai
 
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
-    result = run_job(cfg, prepare, log)
+    result = run_job(cfg, prepare, log, base.refuse_missing)
     return finish(result, log or print) if is_writer() else result
 
 
@@ -122,7 +122,7 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         f"data    {instruct.source or 'synthetic skills'}: {counts} conversations to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
         f"full; {encoded[0].dropped + encoded[1].dropped} conversations do not fit and are left out",
-        f"---- an example; what is learned is green ----\n{example}\n----",
+        f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
     return cfg, base.job(
         cfg,

@@ -30,7 +30,7 @@ RESULTS = "test.json"
 def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
     """Train, then `finish`."""
     held: list[Any] = []
-    result = run_job(cfg, lambda cfg, progress: prepare(cfg, progress, held), log)
+    result = run_job(cfg, lambda cfg, progress: prepare(cfg, progress, held), log, base.refuse_missing)
     return finish(result, log or print, held) if is_writer() else result
 
 

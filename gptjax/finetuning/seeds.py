@@ -17,10 +17,13 @@ import optax
 from gptjax import config, weights
 from gptjax.config import Config
 from gptjax.files import write_json
+from gptjax.finetuning import base
 from gptjax.finetuning.metrics import t_interval
 from gptjax.parallel.distributed import is_writer
+from gptjax.training import loop
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
+from gptjax.training.run_dir import RunDir, refuse_foreign, refuse_unwritable
 from gptjax.types import Mean, Metrics
 
 Prepare = Callable[[Config, Any], tuple[Config, Job]]
@@ -33,6 +36,7 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
         task: a module with `run`, `prepare` and `finish`.
     """
     folder = Path(cfg.run_dir or "runs/default")
+    refuse(cfg)
     seeds = _seeds(cfg)
     result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
     if not is_writer():
@@ -48,6 +52,22 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
         say(f"seeds   {name:20} {mean:.4f}, 95 % interval {low:.4f} to {high:.4f}")
     write_json(folder / "seeds.json", table)
     return result
+
+
+def refuse(cfg: Config) -> bool:
+    """What `several` refuses before any data is read; whether all of it is finished already.
+
+    Raises:
+        UserError: as `loop.refuse`; and a folder that holds something else than the runs of seeds.
+    """
+    folder = RunDir(cfg.run_dir or "runs/default")
+    if not folder.exists():
+        refuse_unwritable(folder.path)
+        refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
+    if together(cfg):
+        return loop.refuse(cfg, base.refuse_missing)
+    finished = [loop.refuse(_alone(cfg, seed), base.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
+    return all(finished)
 
 
 def together(cfg: Config) -> bool:
@@ -74,7 +94,8 @@ def _in_turn(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -
 
 
 def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
-    result = run_job(cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say)
+    prepare = lambda cfg, progress: stacked(cfg, task.prepare, progress)  # noqa: E731
+    result = run_job(cfg, prepare, say, base.refuse_missing)
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         settings = config.from_yaml((own / "final" / "config.yaml").read_text(encoding="utf-8"), str(own))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.planning.plan import GIB, Plan
+from gptjax.show import log_ticks
 from gptjax.training.progress import duration
 
 _FORMULA = {
@@ -115,6 +116,8 @@ def draw(found: Sequence[Plan], path: str | Path) -> None:
                 axis.plot(
                     intensity, min(peaks["tflops"], intensity * gbps / 1e3), "o", label=f"{label}, remat={one.remat}"
                 )
+        log_ticks(axis.xaxis)
+        log_ticks(axis.yaxis)
         axis.set_xlabel(f"FLOP a byte of {name}")
         axis.set_title(f"{name}: {gbps:g} GB/s a chip")
         if axis.get_legend_handles_labels()[0]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.show import log_ticks
+
 BLUE, ORANGE, RED = "#1f5fa8", "#d9822b", "#b3261e"
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; max-width: 980px; margin: 2em auto; padding: 0 1em }
@@ -78,6 +80,7 @@ def _outliers(report: dict[str, Any]) -> list[str]:
             axes.hist(found[name], bins, color=colour, alpha=0.6, label=label, density=True)
         axes.axvline(found["threshold"], color=RED, linewidth=1, linestyle="--", label="threshold")
         axes.set(xlabel="mean cosine of the gradient with its 5 nearest", ylabel="density", yscale="log")
+        log_ticks(axes.yaxis)
         axes.legend(frameon=False)
 
     rows = [(i + 1, f"{row['score']:.3f}", row["where"], row["text"]) for i, row in enumerate(found["rows"])]

@@ -16,8 +16,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import io
 import itertools
-import json
 import math
 import os
 import re
@@ -32,9 +32,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import config, config_io, tree
+from gptjax import config, config_io, config_uses, tree
 from gptjax.config import Config, DistributedConfig, MeshConfig
 from gptjax.config_io import Leaf
+from gptjax.files import write_json, write_text
 from gptjax.finetuning.metrics import t_interval
 from gptjax.finetuning.seeds import stack
 from gptjax.training import loop
@@ -91,7 +92,7 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
     Raises:
         UserError: all mistakes of all runs; an axis that cannot be swept.
     """
-    return combinations(source, *split_axes(config_io.from_args(overrides)))
+    return combinations(source, *split_axes(config_io.from_args(overrides, "grid")))
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
@@ -157,7 +158,7 @@ def combinations(
     for values in itertools.product(*axes.values()):
         own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
         try:
-            configs.append(config.resolve(source, leaves=[*fixed, *own])[0])
+            configs.append(config_uses.resolve(source, [*fixed, *own], verb="sweep")[0])
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     config_io.Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
@@ -650,17 +651,18 @@ def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
     """sweep.csv (a line a run), sweep.json (rows, table, programs, config of run 0) and sweep.png, in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in found.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(found.rows)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in found.rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    write_text(folder / "sweep.csv", out.getvalue())
     summary = table(found.rows, found.axes)
     draw(found, folder / "sweep.png")
     whole = {
         "axes": list(found.axes), "rows": found.rows, "table": summary, "programs": found.programs,
         "config": config.to_yaml(found.configs[0]),
     }  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "sweep.json", whole)
 
 
 def draw(found: Sweep, path: Path) -> None:

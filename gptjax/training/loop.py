@@ -24,7 +24,7 @@ from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment, longer
-from gptjax.types import Params, UserError
+from gptjax.types import Params, UserError, complaints
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
@@ -58,7 +58,7 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None) -> TrainResu
         Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
     """
 
-    return run_job(cfg, prepare, log)
+    return run_job(cfg, prepare, log, refuse_missing)
 
 
 def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
@@ -70,6 +70,21 @@ def prepare(cfg: Config, progress: Progress) -> tuple[Config, Job]:
         ready = data.prepare(cfg, base and base.tokenizer(), log=progress.say)
     cfg = _resolve(cfg, ready)
     return cfg, _pretraining(cfg, ready, base)
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the text is read; nothing is fetched.
+
+    Raises:
+        UserError: sources, a tokenizer and a base that are not there, all at once.
+    """
+    from gptjax import assets, data
+
+    problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
+    if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
+        problems += complaints(from_base, cfg)
+    if problems:
+        raise UserError.all(problems)
 
 
 def from_base(cfg: Config) -> tuple[Config, Any]:
@@ -97,10 +112,14 @@ def from_base(cfg: Config) -> tuple[Config, Any]:
 
 
 def run_job(
-    cfg: Config, prepare: Callable[[Config, Progress], tuple[Config, Job]], log: Callable[[str], None] | None = None
+    cfg: Config,
+    prepare: Callable[[Config, Progress], tuple[Config, Job]],
+    log: Callable[[str], None] | None = None,
+    missing: Callable[[Config], None] = lambda cfg: None,
 ) -> TrainResult:
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
-    before the run directory is made. It gives the config with what only the data could tell."""
+    before the run directory is made. It gives the config with what only the data could tell. `missing`: as in
+    `refuse`."""
     from gptjax.parallel import distributed, make_mesh
 
     config.validate(cfg)
@@ -108,8 +127,7 @@ def run_job(
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
-    run.check(cfg)
-    loggers.check(cfg.train.loggers)
+    refuse(cfg, missing)
     if (done := _finished(run, cfg, log or print)) is not None:
         return done
     distributed.barrier("looked at the run directory")
@@ -124,6 +142,36 @@ def run_job(
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
         with own as progress:
             return _Trainer(cfg, run, job, mesh, progress, signals).train()
+
+
+def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
+    """What can be refused before any data is read: it costs a second, and nothing is written.
+
+    Args:
+        missing: raises UserError for data, tokenizer or base that are not there.
+    Returns:
+        Whether the run is finished already, which needs nothing of these.
+    Raises:
+        UserError: all that it finds, at once.
+    """
+    import jax
+
+    from gptjax.parallel import make_mesh
+
+    run = RunDir(cfg.run_dir or "runs/default")
+    taken = complaints(run.check, cfg)
+    if not taken and _result(run, cfg) is not None:
+        return True
+    settings, alone = cfg.train, cfg.distributed.coordinator is None or jax.distributed.is_initialized()
+    rows = settings.batch_size // settings.accumulation
+    problems = [*complaints(missing, cfg), *complaints(loggers.check, settings.loggers)]
+    if alone:
+        problems += complaints(lambda: make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload))
+    if settings.epochs is None:
+        problems += complaints(steps_per_call, cfg, 0)
+    if problems := [*problems, *(taken or complaints(run.refuse_busy))]:
+        raise UserError.all(problems)
+    return False
 
 
 def _nothing(*_: Any) -> None:
@@ -144,18 +192,11 @@ def _resolve(cfg: Config, ready: Any) -> Config:
 
 def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResult | None:
     """The result of a run that ended; None if there is something left to do."""
-    file = run.final / "result.json"
-    if not file.exists():
+    if (result := _result(run, cfg)) is None:
         return None
     from gptjax import tokenizers, weights
 
-    result = read_json(file)
-    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
-        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
-    stored = run.stored()
-    if longer(stored, cfg) or result["step"] < stored.train.max_steps:
-        return None
-    cfg = stored
+    cfg = stored = run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
@@ -164,6 +205,18 @@ def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResu
     else:
         say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
     return TrainResult(run.path, params, cfg, tokenizers.load(run.final), result["step"], result["val/loss"])
+
+
+def _result(run: RunDir, cfg: Config) -> dict[str, Any] | None:
+    """What final/ says of the run, where it has all the steps that `cfg` asks for."""
+    file = run.final / "result.json"
+    if not file.exists():
+        return None
+    result = read_json(file)
+    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
+        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
+    stored = run.stored()
+    return None if longer(stored, cfg) or result["step"] < stored.train.max_steps else result
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.show import log_ticks
+
 MOST_LABELS, LONGEST_LABEL = 12, 60  # in a legend; more would leave no room for the curves
 MOST_NEIGHBOURS = 50  # of a point in the smoothed training loss, on each side
 
@@ -78,8 +80,11 @@ def draw_sweep(
         left.errorbar([*map(where, own)], means, halves, color=color, marker="o", capsize=3, label=label or None)
     if x_name:
         values = _values(rows, x_name)
-        if min(values) > 0 and max(values) >= 8 * min(values):
+        rate = x_name.endswith("lr") or max(values) >= 8 * min(values)
+        if min(values) > 0 and rate:
             left.set_xscale("log")
+            log_ticks(left.xaxis, values)
+            left.tick_params(axis="x", labelrotation=30 if len(left.get_xticks()) > 6 else 0)
     else:
         left.set_xticks([])
     left.set(xlabel=x_name, ylabel="validation loss", title="mean and 95 % interval over seeds, a dot a run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -51,13 +52,16 @@ class Progress:
     def say(self, line: str) -> None:
         """One line, on the screen and in log.txt."""
         self._spoke = time.monotonic()
-        self._write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        plain = without_colours(line)
+        self._write(f"{time.strftime('%H:%M:%S')} {plain}\n")
         if self._log:
-            self._log(line)
+            self._log(plain)
         elif self._bar:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            from rich.text import Text
+
+            self._bar.console.print(Text.from_ansi(line), soft_wrap=True)
         else:
-            print(line, flush=True)
+            print(line if self._rich else plain, flush=True)
 
     def status(self, step: int, total: int, line: str) -> None:
         """Where the training stands: the bar on a terminal, a line every few seconds elsewhere."""
@@ -92,6 +96,12 @@ class Progress:
             now = time.monotonic()
             if not self._bar and self._phase and now - self._spoke >= SILENCE_S:
                 self.say(f"... {self._phase}, {now - self._since:.0f} s")
+
+
+def without_colours(text: str) -> str:
+    """For a file or a pipe: what is green on a terminal stands between « and », other escape sequences go."""
+    text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
 
 def duration(seconds: float) -> str:

@@ -66,10 +66,9 @@ class RunDir:
         Raises:
             UserError: the directory holds another run, or `train.resume=never` and it holds any.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run_dir={self.path} is a file: choose another run_dir")
         if not self.exists():
-            self._refuse_foreign()
+            refuse_unwritable(self.path)
+            refuse_foreign(self.path)
             return
         if cfg.train.resume == "never":
             raise UserError(
@@ -106,20 +105,6 @@ class RunDir:
             f"to train the model further: gptjax pretrain pretrain.base={self.path} run_dir=FOLDER"
         )
 
-    def _refuse_foreign(self) -> None:
-        """Raises UserError if the directory holds anything but what a run leaves that was killed at its start."""
-        try:
-            names = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
-        except OSError as error:
-            raise UserError(f"run_dir={self.path} cannot be read: {error.strerror or error}") from error
-        names = [name for name in names if name != ".lock" and not re.fullmatch(r"\..+\.partial", name)]
-        if names:
-            listed = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
-            raise UserError(
-                f"run_dir={self.path} is not empty and holds no run of gptjax ({listed}): nothing was overwritten\n"
-                "  choose another run_dir=FOLDER"
-            )
-
     def stored(self) -> Config:
         """The run's config.yaml.
 
@@ -129,9 +114,10 @@ class RunDir:
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         except (OSError, ValueError) as error:  # a UserError is a ValueError
+            why = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml is not one that gptjax wrote, or is damaged; "
-                f"nothing was overwritten\n  choose another run_dir=FOLDER\n{error}"
+                f"nothing was overwritten\n  choose another run_dir=FOLDER\n{why}"
             ) from error
 
     @contextmanager
@@ -158,32 +144,20 @@ class RunDir:
                     lock.truncate()
 
     def _take(self, lock: Any) -> None:
-        held = False
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held = True
-            except OSError:
-                pass  # a file system without locks
-        try:
-            owner = json.loads(lock.read() or "{}")
-        except (ValueError, RecursionError):
-            owner = {}
-        owner = owner if isinstance(owner, dict) else {}
-        # The system drops our lock when we die; across machines only the lock's age tells.
-        elsewhere = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
-        if held or (elsewhere and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
-            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-            raise UserError(
-                f"{self.path} is in use: {who} trains there since {owner.get('since', '?')}\n"
-                "  wait for it, or choose another run_dir=FOLDER; "
-                f"a machine that is gone frees it after {LOCK_STALE_S} s"
-            )
+        _refuse_owner(self.path, lock)
         lock.seek(0)
         lock.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, lock)
         lock.flush()
+
+    def refuse_busy(self) -> None:
+        """What `locked` says of another trainer here, without a lock of our own; nothing is written.
+
+        Raises:
+            UserError: another one runs.
+        """
+        with suppress(FileNotFoundError, PermissionError), open(self.path / ".lock", encoding="utf-8") as lock:
+            _refuse_owner(self.path, lock)
 
     def touch(self) -> None:
         """Say that the owner of the lock lives."""
@@ -217,6 +191,58 @@ class RunDir:
 
     def rows(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises UserError if no folder can be made there: something on the way is a file, or not ours to write in."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir={path} is a file: choose another run_dir=FOLDER")
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
+    why = "is a file" if not there.is_dir() else "" if os.access(there, os.W_OK | os.X_OK) else "cannot be written to"
+    if why:
+        raise UserError(f"cannot write to run_dir={path}: {there} {why}; choose another run_dir=FOLDER")
+
+
+def refuse_foreign(path: Path, own: str = "") -> None:
+    """Raises UserError if the directory holds anything but what a run leaves that was killed at its start, and names
+    that match `own`."""
+    try:
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    except OSError as error:
+        raise UserError(f"run_dir={path} cannot be read: {error.strerror or error}") from error
+    ours = r"\.lock|\..+\.partial" + (f"|{own}" if own else "")
+    if names := [name for name in names if not re.fullmatch(ours, name)]:
+        listed = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+        raise UserError(
+            f"run_dir={path} is not empty and holds no run of gptjax ({listed}): nothing was overwritten\n"
+            "  choose another run_dir=FOLDER"
+        )
+
+
+def _refuse_owner(path: Path, lock: Any) -> None:
+    """Take the lock of this file, or raise UserError that names who has it."""
+    held = False
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = True
+        except OSError:
+            pass  # a file system without locks
+    try:
+        owner = json.loads(lock.read() or "{}")
+    except (ValueError, RecursionError):
+        owner = {}
+    owner = owner if isinstance(owner, dict) else {}
+    # The system drops our lock when we die; across machines only the lock's age tells.
+    elsewhere = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
+    if held or (elsewhere and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+        raise UserError(
+            f"{path} is in use: {who} trains there since {owner.get('since', '?')}\n"
+            "  wait for it, or choose another run_dir=FOLDER; "
+            f"a machine that is gone frees it after {LOCK_STALE_S} s"
+        )
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

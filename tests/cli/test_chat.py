@@ -2,13 +2,18 @@
 
 import dataclasses
 import io
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 import gptjax
 from gptjax.__main__ import main
-from gptjax.cli.chat import Chat, talk
+from gptjax.cli.chat import Chat, Wrap, columns, talk
 
 CFG = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=64, vocab_size=259)
 TEMPLATE = (
@@ -82,3 +87,63 @@ def test_the_verb(tokenizer, params, tmp_path, capsys, monkeypatch):
     gptjax.save(tmp_path / "n", params, CFG, gptjax.tokenizers.load("bytes"))
     assert main(["chat", str(tmp_path / "n")]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_commands_are_acknowledged_in_a_line(chat, capsys):
+    said(chat, "/system Be brief", "/system", "/new")
+    assert capsys.readouterr().err.splitlines() == [
+        "(system prompt: Be brief)",
+        "(no system prompt)",
+        "(a new conversation)",
+    ]
+
+
+def test_of_one_token_there_is_no_rate(chat, capsys):
+    one = Chat(chat.params, CFG, chat.tokenizer, dataclasses.replace(chat.settings, max_new_tokens=1), None)
+    said(one, "hi")
+    error = capsys.readouterr().err
+    assert "[1 token after " in error and "tok/s" not in error and "\x1b" not in error
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_lines_break_between_words(size):
+    text = "The quick brown fox, jumps\n\n    over the lazy dog. " + "x" * 25 + " 日本語" * 6
+    wrap = Wrap(20)
+    shown = "".join(wrap.feed(text[i : i + size]) for i in range(0, len(text), size)) + wrap.rest()
+    lines = shown.split("\n")
+    assert lines[:4] == ["The quick brown fox,", "jumps", "", "    over the lazy"]
+    assert max(map(columns, lines)) <= 25 and "".join(shown.split()) == "".join(text.split())
+
+
+def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, tmp_path):
+    pty = pytest.importorskip("pty")
+    pytest.importorskip("readline")
+    gptjax.save(tmp_path / "m", params, CFG, tokenizer)
+    up, left = b"\x1b[A", b"\x1b[D"
+    typed = [b"ac" + left + b"b\r", up + b"\r", b"/system Be brief\r", b"/quit\r"]
+    main_fd, child_fd = pty.openpty()
+    command = [sys.executable, "-m", "gptjax", "chat", str(tmp_path / "m"), "max_new_tokens=8", "temperature=2"]
+    env = dict(os.environ, PYTHONPATH=str(Path(gptjax.__file__).parents[1]), TERM="xterm", COLUMNS="40")
+    process = subprocess.Popen(command, stdin=child_fd, stdout=child_fd, stderr=child_fd, env=env)
+    os.close(child_fd)
+    seen = b""
+    try:
+        for prompts, line in enumerate(typed, 1):
+            while seen.count(b"> ") < prompts:  # readline writes the line after the prompt, so no answer holds one
+                assert select.select([main_fd], [], [], 60)[0], seen
+                seen += os.read(main_fd, 4096)
+            os.write(main_fd, line)
+        while select.select([main_fd], [], [], 60)[0]:
+            try:
+                seen += os.read(main_fd, 4096)
+            except OSError:  # Linux: the other side is closed
+                break
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main_fd)
+    text = seen.decode(errors="replace")
+    assert "^[[A" not in text and "^[[D" not in text
+    assert "> abc" in text, text  # the second line is the first again, with the b where the cursor was
+    assert "... compiling, " in text and "(system prompt: Be brief)" in text

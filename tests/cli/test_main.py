@@ -1,6 +1,7 @@
 """The command line's frame: help, versions, typos, exit codes, pipes."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,9 @@ import pytest
 
 from gptjax.__main__ import main
 from gptjax.cli import VERBS
+from gptjax.config import COMPUTED
+
+TUNED = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
 
 
 def test_help_lists_every_verb_with_an_example(capsys):
@@ -29,8 +33,33 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
 
     main(["pretrain", "--help"])
     out = capsys.readouterr().out
-    assert all(f"  {key}=" in out for key in schema())
-    assert "train.accumulation=1" in out and "micro-batches a step" in out
+    own = [key for key in schema() if key.startswith(TUNED)]
+    assert all((f"  {key}=" in out) != (key in own) for key in schema())
+    assert "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out  # what runs
+    assert "Gradient accumulation: micro-batches per step" in out
+    main(["pretrain", "tiny-gpt2", "optim.lr=0.5", "--help"])
+    out = capsys.readouterr().out
+    assert "model.arch=gpt2" in out and "optim.lr=0.5" in out
+
+
+@pytest.mark.parametrize("task", ["classify", "instruct", "prefer"])
+def test_finetune_help_is_of_its_task(task, capsys):
+    main(["finetune", task, "--help"])
+    out = capsys.readouterr().out
+    keys = re.findall(r"^  (\S+?)=", out, re.MULTILINE)
+    assert keys[0].startswith(f"{task}.") and f"  task={task}" in out
+    others = {"classify", "instruct", "prefer", "data", "tokenizer"} - {task}
+    assert not [key for key in keys if key.partition(".")[0] in others]
+    assert [key for key in keys if key.startswith("model.")] == [f"model.{name}" for name in COMPUTED]
+    assert "  train.epochs=" in out and "train.epochs=null" not in out  # the preset's
+    examples = re.findall(r"^  gptjax finetune (\w+)", out, re.MULTILINE)
+    assert set(examples) == {task}
+
+
+def test_classify_help_lists_what_it_needs(capsys):
+    main(["classify", "--help"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 30 and "text_field=COLUMN" in out and "optim" not in out
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("pretrian", "pretrain"), ("train", "pretrain"), ("generate", "sample")])

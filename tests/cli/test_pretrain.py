@@ -24,7 +24,7 @@ def test_print_config_is_the_config_with_its_origins(capsys):
 def test_dry_run_says_what_it_would_do_and_does_nothing(text, tmp_path, capsys):
     assert main(["pretrain", "tiny-gpt2", text, "tokenizer.name=chars", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    for words in ("parameters", "tokens a step      256 (8 windows of 32)", "epochs", "memory (estimate)", "no step"):
+    for words in ("parameters", "tokens per step    256 (8 windows of 32)", "epochs", "memory (estimate)", "no step"):
         assert words in out
     assert not (tmp_path / "runs").exists()
 

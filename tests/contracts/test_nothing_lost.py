@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    cfg = gptjax.ModelConfig(vocab_size=256, context_length=16, n_layer=1, n_head=2, d_model=8)
+    cfg = gptjax.ModelConfig(vocab_size=257, context_length=16, n_layer=1, n_head=2, d_model=8)
     params = gptjax.init_params(__import__("jax").random.key(0), cfg)
-    folder = weights.save(tmp_path_factory.mktemp("model") / "m", params, cfg, load_tokenizer("bytes"))
+    files = {"labels.json": json.dumps({"labels": ["a", "b"]})}
+    folder = weights.save(tmp_path_factory.mktemp("model") / "m", params, cfg, load_tokenizer("bytes"), files)
     return folder, params, cfg
 
 
@@ -51,7 +53,23 @@ VERBS = {
     "tokenizer": ["tokenizer", "train", "bpe", "data.source=TEXT", "tokenizer.vocab_size=300", "out=OUT/train.json"],
     "sample": ["sample", "MODEL", "--prompt", "a", "max_new_tokens=2", "out=OUT"],
     "data check": ["data", "check", "TEXT", "out=OUT"],
+    "seeds": ["finetune", "instruct", "finetune.base=MODEL", "finetune.seeds=2", "run_dir=OUT"],
+    "sweep": ["sweep", "tiny-gpt2", *TEXT, "seed=range(2)", "train.max_steps=2", "run_dir=OUT"],
+    "audit": ["audit", "MODEL", "train=TEXT", "held_out=TEXT", "out=OUT"],
+    "plan": ["plan", "tiny-gpt2", "model.vocab_size=257", "out=OUT"],
+    "plan png": ["plan", "tiny-gpt2", "model.vocab_size=257", "png=OUT"],
+    "presets cp": ["presets", "cp", "tiny-gpt2", "OUT"],
+    "classify file": ["classify", "MODEL", "a text", "out=OUT.csv"],
+    "compare": ["compare", "TEXT", "out=OUT"],
 }
+# what lies in the way of a verb that adds an ending, or a name of its own to a folder
+IN_THE_WAY = {
+    "audit": "OUT.json",
+    "presets cp": "OUT/tiny-gpt2.yaml",
+    "classify file": "OUT.csv",
+    "tokenizer": "OUT/train.json",
+}
+REFUSAL = r"exists already|is there already|is a file|is not empty|not empty|new folder|cannot make|Is a directory"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -59,11 +77,11 @@ VERBS = {
 def test_a_verb_refuses_what_is_in_its_way(verb, kind, foreign, model, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be\n" * 40)
-    out = foreign if kind == "folder" else foreign / "log.txt"
-    if verb == "tokenizer":
-        (foreign / "train.json").write_text("{}")
-        out = foreign
-    before = snapshot(foreign)
+    out = foreign if kind == "folder" or "OUT/" in IN_THE_WAY.get(verb, "") else foreign / "log.txt"
+    if verb in IN_THE_WAY:
+        there = Path(IN_THE_WAY[verb].replace("OUT", str(out)))
+        there.mkdir() if kind == "folder" else there.write_text("mine")
+    before, folders = snapshot(tmp_path), sorted(tmp_path.rglob("*"))
     words = {"TEXT": str(text), "MODEL": str(model[0]), "OUT": str(out)}
     args = []
     for arg in VERBS[verb]:
@@ -71,8 +89,27 @@ def test_a_verb_refuses_what_is_in_its_way(verb, kind, foreign, model, tmp_path,
             arg = arg.replace(word, value)
         args.append(arg)
     assert main(args) == 2
-    assert "Traceback" not in capsys.readouterr().err
-    assert snapshot(foreign) == before
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and re.search(REFUSAL, error), error
+    assert snapshot(tmp_path) == before and sorted(tmp_path.rglob("*")) == folders
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "stablehlo"])
+def test_an_export_is_refused_before_the_model_is_read(form, foreign, model, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "open_model", lambda source: pytest.fail("the model is read first"))
+    for target in (foreign, foreign / "log.txt"):
+        assert main(["export", form, str(model[0]), str(target)]) == 2
+        assert re.search(REFUSAL, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_cache_beside_foreign_files_leaves_them(kind, foreign, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 40)
+    before = snapshot(foreign)
+    place = foreign if kind == "folder" else foreign / "log.txt"
+    args = [f"data.source={tmp_path / 'text.txt'}", "tokenizer.name=bytes", f"data.cache_dir={place}"]
+    assert main(["data", "prepare", "tiny-gpt2", *args]) == (0 if kind == "folder" else 2)
+    assert before.items() <= snapshot(foreign).items()
 
 
 def test_save_refuses_what_it_did_not_write(foreign, model, tmp_path, monkeypatch):

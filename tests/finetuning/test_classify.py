@@ -136,7 +136,7 @@ def test_other_ways(folder, settings, capsys, tmp_path):
         (["finetune.base=absent"], "no such run"),
         (["classify.labels=[up, dwn]"], "unknown label 'down'"),
         (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave nothing to train on"),
-        (["task=pretrain"], "only for gptjax finetune, this is task=pretrain"),
+        (["task=pretrain"], "this is gptjax finetune classify; use gptjax pretrain"),
     ],
 )
 def test_mistakes(folder, settings, words, capsys, tmp_path):
