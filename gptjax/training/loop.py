@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from gptjax import config
 from gptjax.config import Config, ModelConfig
 from gptjax.files import read_json
-from gptjax.training import loggers
+from gptjax.training import loggers, run_dir
 from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
@@ -174,6 +174,39 @@ class _Counters:
     loss_weight: float = 0.0
     samples_bytes: int = 0  # length of samples.txt
     seconds: float = 0.0  # wall time of the run so far
+
+
+def _meta_config(meta: dict[str, Any]) -> Config:
+    """The settings of the run that wrote a checkpoint, after a look at all that this file put into its meta.
+
+    Raises:
+        Damaged: a part is missing, or of another type.
+    """
+    from gptjax.checkpoint import Damaged
+
+    for key, kind in (("identity", dict), ("counters", dict), ("environment", dict), ("config", str)):
+        if not isinstance(meta.get(key), kind):
+            raise Damaged(f"meta.json: expected {'text' if kind is str else 'an object'} at meta/{key}")
+    try:
+        _counters(meta["counters"])
+        return config.from_yaml(meta["config"], "its settings")
+    except (TypeError, ValueError, OverflowError) as error:  # a UserError is a ValueError
+        raise Damaged(f"meta.json: {error}") from error
+
+
+def _counters(values: dict[str, Any]) -> _Counters:
+    """What `_jsonable` made of them. Raises ValueError, TypeError or OverflowError where it did not."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(_Counters)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"unknown counters {', '.join(unknown)}")
+    read = {name: _number(value) for name, value in values.items()}
+    for name, value in read.items():
+        if type(value) not in (int, fields[name]) or float(value) == -math.inf:
+            raise ValueError(f"counter {name}: expected a number, got {value!r}")
+    counters = _Counters(**read)
+    if counters.samples_bytes < 0:
+        raise ValueError(f"counter samples_bytes: expected at least 0, got {counters.samples_bytes}")
+    return counters
 
 
 class _Trainer:
@@ -507,14 +540,23 @@ class _Trainer:
         self.saved = self.step
 
     def _accept(self, meta: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other data or another vocabulary."""
-        here = self.job.identity
+        """Refuse a checkpoint of other data, another vocabulary or other settings."""
+        stored, here = _meta_config(meta), self.job.identity
         bad = [name for name, value in here.items() if meta["identity"].get(name) != value]
         if bad:
             raise UserError(
                 f"{self.run.path} was trained with another {' and another '.join(bad)}: what is behind "
                 f"{self.job.source} has changed\n"
                 "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+            )
+        if changed := run_dir.changed(stored, self.cfg):
+            raise UserError.all(
+                [
+                    f"{self.run.checkpoints}: the newest checkpoint is of a run with other settings (there -> here):",
+                    *(f"  {line}" for line in changed),
+                    "  nothing was overwritten. Move that checkpoint back to its own run, or choose another "
+                    "run_dir=FOLDER",
+                ]
             )
 
     def _go_on(self, found: Any, abstract: Any) -> None:
@@ -526,8 +568,7 @@ class _Trainer:
         self.state = found.state
         if self.mesh is not None:
             self.state = place(found.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-        stored = {name: _number(value) for name, value in found.meta["counters"].items()}
-        self.counters = _Counters(**stored)
+        self.counters = _counters(found.meta["counters"])
         samples = self.run.path / "samples.txt"
         if self.writes:
             self.run.cut_metrics(self.step)

@@ -78,13 +78,11 @@ class RunDir:
         if not self.config.exists():
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
         stored = self.stored()
-        changed = config.diff(stored, _filled(cfg, stored))
-        changed = [line for line in changed if not may_change(line.partition(":")[0])]
-        if changed:
+        if differ := changed(stored, _filled(cfg, stored)):
             raise UserError.all(
                 [
                     f"{self.path} was made with another config (there -> here); nothing was overwritten:",
-                    *(f"  {line}" for line in changed),
+                    *(f"  {line}" for line in differ),
                     "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
                 ]
             )
@@ -231,6 +229,11 @@ def _filled(cfg: Config, stored: Config) -> Config:
 def may_change(key: str) -> bool:
     """Whether the key says when or where, not what is learned."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
+
+
+def changed(stored: Config, cfg: Config) -> list[str]:
+    """`config.diff` without what a resumed run may change."""
+    return [line for line in config.diff(stored, cfg) if not may_change(line.partition(":")[0])]
 
 
 def environment() -> dict[str, Any]:
