@@ -9,6 +9,7 @@ from typing import Any
 
 from gptjax.cli import options
 from gptjax.cli.sample import configure
+from gptjax.signals import catch_signals
 from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
@@ -102,6 +103,8 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
         except EOFError:
             return
         except KeyboardInterrupt:
+            with catch_signals() as signals:
+                signals.forget()
             print()
             return
         command, _, rest = text.partition(" ")
@@ -127,6 +130,8 @@ def _answer(chat: Chat, text: str) -> None:
         options.note(f"error: {error}")
         return
     except KeyboardInterrupt:
+        with catch_signals() as signals:
+            signals.forget()
         print()
         options.note("(stopped)")
         if chat.turns and chat.turns[-1]["role"] == "user":

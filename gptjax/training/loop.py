@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from gptjax import config
 from gptjax.config import Config, ModelConfig
 from gptjax.files import read_json
+from gptjax.signals import INTERRUPTED, Signals, Stopped, Terminated, catch_signals, signal_name
 from gptjax.training import loggers, run_dir
 from gptjax.training.job import Job, Rules, just_trained
-from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
+from gptjax.training.process import NON_FINITE, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment
 from gptjax.types import Params, UserError
@@ -74,10 +75,34 @@ def run_job(
 ) -> TrainResult:
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
     before the run directory is made. It gives the config with what only the data could tell."""
+    with catch_signals() as signals:
+        try:
+            result, where = _run(cfg, prepare, log, signals), "after the last step"
+        except (KeyboardInterrupt, Terminated):
+            signals.code = signals.code or INTERRUPTED
+            where = "before the first step: nothing to save"
+        except Exception:
+            if not signals.code or signals.polled:
+                raise
+            where = "before the first step: nothing to save"  # an import that is interrupted can be an ImportError
+        if signals.code:
+            why = f"{signal_name(signals.code)} {where}; the same command goes on from there"
+            (log or print)(why)
+            raise Stopped(signals.code, why)
+        return result
+
+
+def _run(
+    cfg: Config,
+    prepare: Callable[[Config, Progress], tuple[Config, Job]],
+    log: Callable[[str], None] | None,
+    signals: Signals,
+) -> TrainResult:
     from gptjax.parallel import distributed, make_mesh
 
     config.validate(cfg)
     distributed.start(cfg.distributed)
+    signals.raise_if_any()
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
@@ -90,13 +115,19 @@ def run_job(
     keep_buffers()
     with Progress(log=log, alive=run.touch if writes else _nothing) as progress:
         cfg, job = prepare(cfg, progress)
+    signals.raise_if_any()
     steps_per_call(cfg, 0)
     mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation, even_one=cfg.optim.offload)
-    with run.locked() if writes else nullcontext(), catch_signals() as signals, distributed.peers(say):
+    with run.locked() if writes else nullcontext(), distributed.peers(say):
         run.check(cfg)
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
         with own as progress:
-            return _Trainer(cfg, run, job, mesh, progress, signals).train()
+            trainer = _Trainer(cfg, run, job, mesh, progress, signals)
+            signals.raise_if_any()
+            signals.polled = True
+            result = trainer.train()
+            signals.polled = False
+            return result
 
 
 def _nothing(*_: Any) -> None:
@@ -586,7 +617,7 @@ class _Trainer:
     def _leave(self) -> None:
         """A signal: save, then end with its code."""
         code = self.signals.code
-        self.progress.say(f"{_signal_name(code)}: saving at step {self.step:,} ...")
+        self.progress.say(f"{signal_name(code)}: saving at step {self.step:,} ...")
         self._drain()
         if self.step > self.saved:
             self._save()
@@ -597,7 +628,7 @@ class _Trainer:
     def _leave_while_compiling(self) -> None:
         """XLA cannot be interrupted, and no step has been taken that is not on disk already."""
         code = self.signals.code
-        self.progress.say(f"{_signal_name(code)} while compiling: nothing to save, {self.saved:,} steps are on disk")
+        self.progress.say(f"{signal_name(code)} while compiling: nothing to save, {self.saved:,} steps are on disk")
         if "ipykernel" in sys.modules:
             raise Stopped(code, "stopped while compiling")
         sys.stdout.flush()
@@ -786,10 +817,6 @@ def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = Non
     if cfg.tie_embeddings and not cfg.n_classes:
         n += cfg.vocab_size * cfg.d_model
     return (6.0 - 2.0 * frozen) * n + 12.0 * cfg.n_layer * cfg.n_head * cfg.head_dim * (width or cfg.context_length)
-
-
-def _signal_name(code: int) -> str:
-    return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
 
 
 def _count(n: int, what: str) -> str:
