@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,20 +106,28 @@ def _run(
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
-    run.check(cfg)
-    loggers.check(cfg.train.loggers)
-    if (done := _finished(run, cfg, log or print)) is not None:
-        return done
-    distributed.barrier("looked at the run directory")
-    use_compile_cache()
-    keep_buffers()
-    with Progress(log=log, alive=run.touch if writes else _nothing) as progress:
-        cfg, job = prepare(cfg, progress)
-    signals.raise_if_any()
-    steps_per_call(cfg, 0)
-    mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation, even_one=cfg.optim.offload)
-    with run.locked() if writes else nullcontext(), distributed.peers(say):
-        run.check(cfg)
+    with distributed.peers(say), ExitStack() as stack:
+        distributed.agree_on_settings(cfg)
+        with distributed.together():
+            run.check(cfg)
+            loggers.check(cfg.train.loggers)
+            done = _finished(run, cfg, log or print)
+        distributed.agree_on({f"{run.path} is finished": done is not None}, "the run directories")
+        if done is not None:
+            return done
+        use_compile_cache()
+        keep_buffers()
+        with distributed.together(), Progress(log=log, alive=run.touch if writes else _nothing) as progress:
+            cfg, job = prepare(cfg, progress)
+            steps_per_call(cfg, 0)
+        distributed.agree_on(job.identity, "the data")
+        signals.raise_if_any()
+        rows = cfg.train.batch_size // cfg.train.accumulation
+        mesh = make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload)
+        with distributed.together():
+            if writes:
+                stack.enter_context(run.locked())
+            run.check(cfg)
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
         with own as progress:
             trainer = _Trainer(cfg, run, job, mesh, progress, signals)
