@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 from gptjax.cli import VERBS
+from gptjax.signals import HEARD, INTERRUPTED, catch_signals, signal_name
 from gptjax.types import UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 TRAINS = ("pretrain", "finetune", "sweep")
 
 
@@ -19,34 +21,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 done, 2 bad input or environment (the message is on stderr),
     3 training stopped on a loss that is not finite, 130 interrupted, 143 terminated; a bug raises.
     """
-    if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINS:
+    with catch_signals(program=argv is None) as signals:
+        try:
+            if argv is None:
+                _set_up_process()
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+            signals.raise_if_any()
+            return code
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or (signals.code and not signals.polled):
+                # or whatever came of it: an import that is interrupted can be an ImportError
+                code = signals.code or INTERRUPTED
+                print(f"ended by {signal_name(code)}", file=sys.stderr)
+                if argv is None:
+                    _leave(code)
+                return code
+            code = _explain(error)
+            if code is None:
+                raise
+            return code
+
+
+def _set_up_process() -> None:
+    if sys.argv[1:2] and sys.argv[1] in TRAINS:
         from gptjax.training.process import ask_for_huge_pages
 
         ask_for_huge_pages()
-    if argv is None:
-        for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark for it
-            with suppress(AttributeError):
-                stream.reconfigure(errors="replace")
-    try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
-    except UserError as error:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # which `ask_for_huge_pages` blocked
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark for it
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
+
+
+def _leave(code: int) -> None:
+    """End the process here: a way out through the interpreter can wait for other processes, and ends with SIGINT where
+    the KeyboardInterrupt passed through an extension that ran Python code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _explain(error: BaseException) -> int | None:
+    """The exit code, after a message on stderr; None of a bug."""
+    if isinstance(error, UserError):
         return _complain(str(error))
-    except SystemExit as stop:  # training that ended before its last step
-        return stop.code if isinstance(stop.code, int) else USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
+    if isinstance(error, SystemExit):  # training that ended before its last step
+        return error.code if isinstance(error.code, int) else USER_ERROR
+    if isinstance(error, BrokenPipeError):
         # `gptjax presets ls | head -1`: nobody reads on, which is no error; keep Python from flushing once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno is None:
-            raise
+    if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}")
+    return None
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -2,15 +2,15 @@
 
     checkpoints/
       250/  state/         the arrays, written by Orbax
-            meta.json      what the caller gave, shape, dtype and fingerprint of every leaf
+            meta.json      the step, what the caller gave, shape, dtype and fingerprint of every leaf
             manifest.json  size and sha256 of every file; written last
       500/
       corrupt-750/         found damaged, kept for you to look at
 
 Orbax does not notice flipped bits in array data, takes any folder with a number for a step, never falls back to
 an older one and deletes in place. So a step is built aside and appears by one rename; before it is used every
-file is compared with the manifest, and after reading every leaf with its fingerprint; and it is deleted by a
-rename first.
+file is compared with the manifest, the folder's number with the step in meta.json, and after reading every leaf
+with its fingerprint; and it is deleted by a rename first.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Checkpoints:
             _orbax_save(partial / STATE, leaves)
             marks = fingerprints(leaves)
             if writes:
-                _write_json(partial / META, {"meta": meta, "leaves": _describe(leaves, marks), "keys": impls})
+                described = {"step": step, "meta": meta, "leaves": _describe(leaves, marks), "keys": impls}
+                _write_json(partial / META, described)
                 _write_json(partial / MANIFEST, _manifest(partial))
                 _sync_tree(partial)
                 if target.exists() or target.is_symlink():
@@ -121,7 +122,8 @@ class Checkpoints:
 
         Args:
             abstract_state: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`.
-            accept: gets the meta of a whole step and raises what it does not like, before any array is read.
+            accept: gets the meta of a whole step and raises what it does not like, before any array is read; `Damaged`
+                has the step before it taken.
 
         Raises:
             UserError: there are steps but none is whole; or shapes or dtypes are not the expected ones.
@@ -196,13 +198,14 @@ class Checkpoints:
                     raise Damaged(f"{name} has {path.stat().st_size} bytes, expected {size}")
                 if _sha256(path) != digest:
                     raise Damaged(f"{name} does not match its sha256")
-            return json.loads((folder / META).read_bytes())
+            return _stored(json.loads((folder / META).read_bytes()), step)
         except FileNotFoundError as error:
             raise Damaged(f"{Path(error.filename).name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{type(error).__name__}: {error}") from error
 
     def _read(self, step: int, stored: dict, wanted: dict, impls: dict, abstract_state: Any) -> Any:
+        """The arrays of a step as `abstract_state`. Raises Damaged, also where a leaf named step is another number."""
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
         except Exception as error:
@@ -210,6 +213,8 @@ class Checkpoints:
         for name, value in fingerprints(leaves).items():
             if value != stored["leaves"][name]["fingerprint"]:
                 raise Damaged(f"{name} is not what was saved")
+        if (counted := leaves.get("step")) is not None and counted.ndim == 0 and int(counted) != step:
+            raise Damaged(f"it holds step {int(counted)}, but lies under the number {step}")
         for name, impl in impls.items():
             leaves[name] = jax.random.wrap_key_data(leaves[name], impl=impl)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
@@ -311,6 +316,39 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
                 shape = jax.eval_shape(data, leaf)
                 leaves[name] = shape.update(sharding=getattr(leaf, "sharding", None))
     return leaves, impls
+
+
+def _stored(body: Any, step: int) -> dict[str, Any]:
+    """meta.json, every part of it of the right type. Raises Damaged; one without a step is of an older release."""
+
+    def require(right: bool, what: str) -> None:
+        if not right:
+            raise Damaged(f"{META}: {what}")
+
+    require(isinstance(body, dict), "expected a JSON object")
+    for key in ("meta", "leaves", "keys"):
+        require(isinstance(body.get(key), dict), f"expected an object at {key}")
+    if "step" in body:
+        require(type(body["step"]) is int, "expected a whole number at step")
+        require(body["step"] == step, f"it is of step {body['step']}, but lies under the number {step}")
+    for name, leaf in body["leaves"].items():
+        require(isinstance(leaf, dict), f"leaves: expected an object at {name}")
+        shape, dtype = leaf.get("shape"), leaf.get("dtype")
+        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        require(whole, f"leaves: expected a list of sizes at {name}/shape")
+        require(isinstance(dtype, str) and dtype in _DTYPES, f"leaves: unknown dtype {dtype!r} at {name}")
+        require(type(leaf.get("fingerprint")) is int, f"leaves: expected a whole number at {name}/fingerprint")
+        parents = [name[:i] for i, letter in enumerate(name) if letter == "/"]
+        require(not any(parent in body["leaves"] for parent in parents), f"leaves: {name} lies inside another leaf")
+    for name, impl in body["keys"].items():
+        require(isinstance(impl, str), f"keys: expected a name at {name}")
+    return body
+
+
+_DTYPES = {
+    "bool", "int4", "int8", "int16", "int32", "int64", "uint4", "uint8", "uint16", "uint32", "uint64",
+    "bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2",
+}  # fmt: skip
 
 
 def _describe(leaves: dict[str, Any], marks: dict[str, int]) -> dict[str, dict[str, Any]]:

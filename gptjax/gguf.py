@@ -179,7 +179,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
     alignment = _alignment(metadata)
     start = cursor.at + -cursor.at % alignment
     problems = [line for entry in entries for line in _wrong(entry, start, alignment, size)]
-    tensors = {} if problems else _tensors(entries, start, problems)
+    tensors = {} if problems else _tensors(entries, start, alignment, size, problems)
     if problems:
         more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
         raise UserError.all([f"{len(problems)} bad tensors:", *(f"  {x}" for x in problems[:MAX_SHOWN] + more)])
@@ -337,19 +337,28 @@ def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str
         yield f"{name} {kind.name}{list(entry.shape)} ends at byte {end}, the file at {size}: is it cut short?"
 
 
-def _tensors(entries: list[_Entry], start: int, problems: list[str]) -> dict[str, Tensor]:
-    """The entries by name; those that get in each other's way are added to the problems."""
+def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, problems: list[str]) -> dict[str, Tensor]:
+    """The entries by name; those that do not lie one behind the other, up to the alignment and the end of the file,
+    are added to the problems: a type or dimension that was changed leaves a hole."""
     tensors: dict[str, Tensor] = {}
     for name, shape, type_id, offset in entries:
         kind = _BY_ID[type_id]
         if name in tensors:
             problems.append(f"{_quote(name)} comes twice")
         tensors[name] = Tensor(name, shape, kind.name, start + offset, _size_bytes(kind, shape))
-    end, before = 0, None
+    end, before = start, ""
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
         if tensor.offset < end:
             problems.append(f"{_quote(tensor.name)} overlaps {_quote(before)}")
+        elif tensor.offset - end >= alignment:
+            after = f"{_quote(before)}, which is {tensors[before].type}," if before else "the header"
+            problems.append(
+                f"{tensor.offset - end} bytes between {after} and {_quote(tensor.name)} belong to no tensor"
+            )
         end, before = tensor.offset + tensor.size_bytes, tensor.name
+    if before and size - end >= alignment:
+        kind = tensors[before].type
+        problems.append(f"{size - end} bytes after {_quote(before)}, which is {kind}, the last, belong to no tensor")
     return tensors
 
 

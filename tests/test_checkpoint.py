@@ -25,7 +25,7 @@ def make_state(scale: float = 1.0) -> TrainState:
         "flag": jnp.array([True, False]),
     }
     tx = optax.masked(optax.adamw(1e-3), {"blocks": True, "half": True, "flag": False})
-    return TrainState.create(params, tx=tx, key=jax.random.key(3))
+    return TrainState.create(params, tx=tx, key=jax.random.key(3)).replace(step=jnp.int32(scale))
 
 
 def same(a, b) -> bool:
@@ -147,6 +147,71 @@ def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two
         assert found.step == 1 or same(found.state, make_state(2.0))
         refused += found.step == 1
     assert refused > 0
+
+
+def sign(step: Path) -> None:
+    """A manifest that agrees with whatever lies there."""
+    checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
+
+
+def change_meta(step: Path, change) -> None:
+    body = json.loads((step / "meta.json").read_text())
+    change(body)
+    checkpoint._write_json(step / "meta.json", body)
+    sign(step)
+
+
+def test_a_step_under_another_number_is_not_taken(steps):
+    (steps / "2").rename(steps / "3")
+    shutil.copytree(steps / "1", steps / "2")
+    lines: list[str] = []
+    assert Checkpoints(steps, log=lines.append).restore(ABSTRACT).step == 1
+    assert "it is of step 2, but lies under the number 3" in lines[0] and "of step 1" in lines[1]
+
+
+def test_a_step_of_an_older_release_says_its_number_by_its_state(tmp_path):
+    checkpoints = Checkpoints(tmp_path, log=pytest.fail)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(float(step)).replace(step=jnp.int32(step)), {"n": step})
+        change_meta(tmp_path / str(step), lambda body: body.pop("step"))
+    assert checkpoints.restore(ABSTRACT).step == 2
+    (tmp_path / "2").rename(tmp_path / "7")
+    lines: list[str] = []
+    assert Checkpoints(tmp_path, log=lines.append).restore(ABSTRACT).step == 1
+    assert "it holds step 2, but lies under the number 7" in lines[0]
+
+
+def hostile(value):
+    """The same JSON with one part of it removed or of another type, each."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {name: part for name, part in value.items() if name != key}
+            yield from ({**value, key: other} for other in hostile(value[key]))
+    yield from (None, 5, "x", [1], {}, {"x": {}}, 10**400)
+
+
+def test_a_hostile_meta_under_a_good_manifest_is_damage_or_refused(steps):
+    body = json.loads((steps / "2" / "meta.json").read_text())
+    body["leaves"] = {name: body["leaves"][name] for name in ("key", "params/half")}
+    wanted, impls = checkpoint._plain(ABSTRACT)
+    damaged = 0
+    for other in hostile(body):
+        try:
+            stored = checkpoint._stored(other, 2)
+        except checkpoint.Damaged:
+            damaged += 1
+            continue
+        with pytest.raises(UserError, match="not there in the checkpoint"):
+            checkpoint._refuse_other_shapes(steps / "2", stored, wanted, impls)
+    assert damaged > 60
+
+
+@pytest.mark.parametrize("part", ["meta", "leaves", "keys", "step"])
+def test_the_step_before_a_hostile_one_is_taken(steps, part):
+    change_meta(steps / "2", lambda body: body.update({part: "x"}))
+    with pytest.raises(UserError, match=f"expected .* at {part}"):
+        Checkpoints(steps).read(2)
+    falls_back(steps)
 
 
 def test_a_numbered_folder_is_not_a_step(steps):

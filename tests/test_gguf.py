@@ -452,6 +452,12 @@ HOSTILE = {
     "data cut short": (build(tensors=[entry()], data=W[:15]), "is it cut short?"),
     "tensor twice": (build(tensors=[entry(), entry(offset=32)], data=W * 2), "'w' comes twice"),
     "tensors overlap": (build(tensors=[entry("a", (16,)), entry("b", offset=32)], data=W * 2), "'b' overlaps 'a'"),
+    "a hole": (
+        build(tensors=[entry("a", (16,), type_id=1), entry("b", offset=64)], data=W * 3),
+        "32 bytes between 'a', which is F16, and 'b' belong to no tensor",
+    ),
+    "a hole before the first": (build(tensors=[entry(offset=32)], data=W * 2), "between the header and 'w' belong to"),
+    "a tail": (build(tensors=[entry()], data=W * 2), "bytes after 'w', which is F32, the last, belong to no tensor"),
     "name not UTF-8": (build(tensors=[entry(b"\xfe")], data=W), "the name of tensor 0 is not UTF-8"),
     "name of a megabyte": (build(tensors=[entry("w" * (1 << 20), type_id=99)], data=W), "is unknown type 99"),
 }

@@ -15,6 +15,7 @@ from typing import Any
 from gptjax.cli import options
 from gptjax.cli.sample import configure
 from gptjax.config import Config
+from gptjax.signals import catch_signals
 from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
@@ -131,6 +132,8 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
                 print()
             return
         except KeyboardInterrupt:
+            with catch_signals() as signals:
+                signals.forget()
             print()
             return
         command, _, rest = text.partition(" ")
@@ -163,6 +166,8 @@ def _answer(chat: Chat, text: str) -> None:
         options.note(f"error: {error}")
         return
     except KeyboardInterrupt:
+        with catch_signals() as signals:
+            signals.forget()
         print(wrap.rest() if wrap else "")
         options.note("(stopped)")
         if chat.turns and chat.turns[-1]["role"] == "user":

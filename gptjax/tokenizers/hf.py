@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,7 +221,7 @@ def check(data: Any) -> dict[str, int]:
             problems.append(f"added_tokens: {token['content']!r:.60} has id {token['id']} here, another in the model")
     if data["model"].get("dropout"):
         problems.append("model.dropout: ids would change from call to call; set it to null")
-    problems += _id_problems(ids)
+    problems += [*_id_problems(ids), *_chain_problems(data)]
     refuse("hf", problems)
     return ids
 
@@ -257,6 +258,59 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
         missing = min(set(range(len(ids))) - used)
         problems.append(f"the {len(ids)} ids have gaps: id {outside[-1]} is there, {missing} is not")
     return problems
+
+
+MAX_STEPS, MAX_DEPTH = 32, 4  # of a chain of normalizers, pre-tokenizers, decoders or post-processors
+MAX_GROWTH = 1024  # characters of what such chains make of one
+CHAINS = {
+    "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
+    "post_processor": "processors",
+}  # fmt: skip
+GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
+
+
+def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
+    """Chains that are no chains of real tokenizers: 12 replacements of one letter by ten make a terabyte of it."""
+    growth = {}
+    for name, key in CHAINS.items():
+        steps, depth = _steps(data.get(name), key)
+        if len(steps) > MAX_STEPS or depth > MAX_DEPTH:
+            yield f"{name}: {len(steps)} steps, nested {depth} deep: at most {MAX_STEPS}, {MAX_DEPTH} deep, are read"
+        if (n := sum(_type(step) == "Precompiled" for step in steps)) > 1:
+            yield f"{name}: {n} precompiled tables, expected one"
+        growth[name] = math.prod(map(_growth, steps[:MAX_STEPS]))
+    for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        if (most := math.prod(growth[name] for name in names)) > MAX_GROWTH:
+            yield f"{' and '.join(names)}: {most:,} characters can come of one, at most {MAX_GROWTH:,} are allowed"
+
+
+def _steps(part: Any, key: str) -> tuple[list[Any], int]:
+    """(the steps of a chain, in any depth, and how deep they lie); more than MAX_STEPS are not counted."""
+    steps, level, depth = [], [part], 0
+    while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
+        below = []
+        for step in level:
+            inner = step.get(key) if isinstance(step, dict) else None
+            if isinstance(inner, list):
+                below += inner
+            elif step is not None:
+                steps.append(step)
+        level, depth = below, depth + 1
+    return steps, depth
+
+
+def _growth(step: Any) -> int:
+    """How many characters such a step can make of one."""
+    kind = _type(step)
+    if kind == "Prepend":
+        return 1 + len(str(step.get("prepend")))
+    if kind != "Replace":
+        return GROWTH.get(kind, 1) if isinstance(kind, str) else 1
+    content, pattern = str(step.get("content")), step.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1, -(-len(content) // len(literal)))
+    return 1 + len(content)  # a regular expression also matches between two characters
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:

@@ -11,17 +11,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import Config, ModelConfig, TokenizerConfig
 from gptjax.files import read_json
+from gptjax.signals import INTERRUPTED, Signals, Stopped, Terminated, catch_signals, signal_name
 from gptjax.tokenizers import begin_id
-from gptjax.training import loggers
+from gptjax.training import loggers, run_dir
 from gptjax.training.job import Job, Rules, just_trained
-from gptjax.training.process import NON_FINITE, Signals, Stopped, catch_signals, keep_buffers, use_compile_cache
+from gptjax.training.process import NON_FINITE, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment, longer
 from gptjax.types import Params, UserError, complaints
@@ -120,28 +121,67 @@ def run_job(
     """`train` for any job: `prepare` is called if there is something left to do, and refuses whatever can be wrong
     before the run directory is made. It gives the config with what only the data could tell. `missing`: as in
     `refuse`."""
+    with catch_signals() as signals:
+        try:
+            result, where = _run(cfg, prepare, log, missing, signals), "after the last step"
+        except (KeyboardInterrupt, Terminated):
+            signals.code = signals.code or INTERRUPTED
+            where = "before the first step: nothing to save"
+        except Exception:
+            if not signals.code or signals.polled:
+                raise
+            where = "before the first step: nothing to save"  # an import that is interrupted can be an ImportError
+        if signals.code:
+            why = f"{signal_name(signals.code)} {where}; the same command goes on from there"
+            (log or print)(why)
+            raise Stopped(signals.code, why)
+        return result
+
+
+def _run(
+    cfg: Config,
+    prepare: Callable[[Config, Progress], tuple[Config, Job]],
+    log: Callable[[str], None] | None,
+    missing: Callable[[Config], None],
+    signals: Signals,
+) -> TrainResult:
     from gptjax.parallel import distributed, make_mesh
 
     config.validate(cfg)
     distributed.start(cfg.distributed)
+    signals.raise_if_any()
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
     run = RunDir(cfg.run_dir or "runs/default")
-    refuse(cfg, missing)
-    if (done := _finished(run, cfg, log or print)) is not None:
-        return done
-    distributed.barrier("looked at the run directory")
-    use_compile_cache()
-    keep_buffers()
-    with Progress(log=log, alive=run.touch if writes else _nothing) as progress:
-        cfg, job = prepare(cfg, progress)
-    steps_per_call(cfg, 0)
-    mesh = make_mesh(cfg.mesh, rows=cfg.train.batch_size // cfg.train.accumulation, even_one=cfg.optim.offload)
-    with run.locked() if writes else nullcontext(), catch_signals() as signals, distributed.peers(say):
-        run.check(cfg)
+    with distributed.peers(say), ExitStack() as stack:
+        distributed.agree_on_settings(cfg)
+        with distributed.together():
+            refuse(cfg, missing)
+            done = _finished(run, cfg, log or print)
+        distributed.agree_on({f"{run.path} is finished": done is not None}, "the run directories")
+        if done is not None:
+            return done
+        use_compile_cache()
+        keep_buffers()
+        with distributed.together(), Progress(log=log, alive=run.touch if writes else _nothing) as progress:
+            cfg, job = prepare(cfg, progress)
+            steps_per_call(cfg, 0)
+        distributed.agree_on(job.identity, "the data")
+        signals.raise_if_any()
+        rows = cfg.train.batch_size // cfg.train.accumulation
+        mesh = make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload)
+        with distributed.together():
+            if writes:
+                stack.enter_context(run.locked())
+            run.check(cfg)
         own = Progress(lambda line: run.append("log.txt", line), log, run.touch) if writes else Progress(log=log)
         with own as progress:
-            return _Trainer(cfg, run, job, mesh, progress, signals).train()
+            trainer = _Trainer(cfg, run, job, mesh, progress, signals)
+            signals.raise_if_any()
+            signals.polled = True
+            result = trainer.train()
+            signals.polled = False
+            return result
 
 
 def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
@@ -261,6 +301,39 @@ class _Counters:
     loss_weight: float = 0.0
     samples_bytes: int = 0  # length of samples.txt
     seconds: float = 0.0  # wall time of the run so far
+
+
+def _meta_config(meta: dict[str, Any]) -> Config:
+    """The settings of the run that wrote a checkpoint, after a look at all that this file put into its meta.
+
+    Raises:
+        Damaged: a part is missing, or of another type.
+    """
+    from gptjax.checkpoint import Damaged
+
+    for key, kind in (("identity", dict), ("counters", dict), ("environment", dict), ("config", str)):
+        if not isinstance(meta.get(key), kind):
+            raise Damaged(f"meta.json: expected {'text' if kind is str else 'an object'} at meta/{key}")
+    try:
+        _counters(meta["counters"])
+        return config.from_yaml(meta["config"], "its settings")
+    except (TypeError, ValueError, OverflowError) as error:  # a UserError is a ValueError
+        raise Damaged(f"meta.json: {error}") from error
+
+
+def _counters(values: dict[str, Any]) -> _Counters:
+    """What `_jsonable` made of them. Raises ValueError, TypeError or OverflowError where it did not."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(_Counters)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"unknown counters {', '.join(unknown)}")
+    read = {name: _number(value) for name, value in values.items()}
+    for name, value in read.items():
+        if type(value) not in (int, fields[name]) or float(value) == -math.inf:
+            raise ValueError(f"counter {name}: expected a number, got {value!r}")
+    counters = _Counters(**read)
+    if counters.samples_bytes < 0:
+        raise ValueError(f"counter samples_bytes: expected at least 0, got {counters.samples_bytes}")
+    return counters
 
 
 class _Trainer:
@@ -594,14 +667,23 @@ class _Trainer:
         self.saved = self.step
 
     def _accept(self, meta: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other data or another vocabulary."""
-        here = self.job.identity
+        """Refuse a checkpoint of other data, another vocabulary or other settings."""
+        stored, here = _meta_config(meta), self.job.identity
         bad = [name for name, value in here.items() if meta["identity"].get(name) != value]
         if bad:
             raise UserError(
                 f"{self.run.path} was trained with another {' and another '.join(bad)}: what is behind "
                 f"{self.job.source} has changed\n"
                 "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+            )
+        if changed := run_dir.changes(stored, self.cfg):
+            raise UserError.all(
+                [
+                    f"{self.run.checkpoints}: the newest checkpoint is of a run with other settings (there -> here):",
+                    *(f"  {line}" for line in changed),
+                    "  nothing was overwritten. Move that checkpoint back to its own run, or choose another "
+                    "run_dir=FOLDER",
+                ]
             )
 
     def _go_on(self, found: Any, abstract: Any) -> None:
@@ -613,8 +695,7 @@ class _Trainer:
         self.state = found.state
         if self.mesh is not None:
             self.state = place(found.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-        stored = {name: _number(value) for name, value in found.meta["counters"].items()}
-        self.counters = _Counters(**stored)
+        self.counters = _counters(found.meta["counters"])
         samples = self.run.path / "samples.txt"
         if self.writes:
             self.run.cut_metrics(self.step)
@@ -632,7 +713,7 @@ class _Trainer:
     def _leave(self) -> None:
         """A signal: save, then end with its code."""
         code = self.signals.code
-        self.progress.say(f"{_signal_name(code)}: saving at step {self.step:,} ...")
+        self.progress.say(f"{signal_name(code)}: saving at step {self.step:,} ...")
         self._drain()
         if self.step > self.saved:
             self._save()
@@ -643,7 +724,7 @@ class _Trainer:
     def _leave_while_compiling(self) -> None:
         """XLA cannot be interrupted, and no step has been taken that is not on disk already."""
         code = self.signals.code
-        self.progress.say(f"{_signal_name(code)} while compiling: nothing to save, {self.saved:,} steps are on disk")
+        self.progress.say(f"{signal_name(code)} while compiling: nothing to save, {self.saved:,} steps are on disk")
         if "ipykernel" in sys.modules:
             raise Stopped(code, "stopped while compiling")
         sys.stdout.flush()
@@ -838,10 +919,6 @@ def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = Non
     if cfg.tie_embeddings and not cfg.n_classes:
         n += cfg.vocab_size * cfg.d_model
     return (6.0 - 2.0 * frozen) * n + 12.0 * cfg.n_layer * cfg.n_head * cfg.head_dim * (width or cfg.context_length)
-
-
-def _signal_name(code: int) -> str:
-    return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
 
 
 def _count(n: int, what: str) -> str:

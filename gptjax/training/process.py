@@ -1,4 +1,4 @@
-"""What a training process sets up around itself: compile cache, memory, signals."""
+"""What a training process sets up around itself: compile cache and memory; what it ends with."""
 
 from __future__ import annotations
 
@@ -6,31 +6,14 @@ import ctypes
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from gptjax import assets
+from gptjax.signals import HEARD
+from gptjax.signals import Stopped as Stopped
 
 NON_FINITE = 3  # exit code
 HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glibc.malloc.hugetlb"
-
-
-class Stopped(SystemExit):
-    """Training ended before its last step; `code` is the exit code and `str()` says why.
-
-    3: the loss is not finite. 130: Ctrl-C, saved. 143: SIGTERM, saved. A SystemExit, so that any program which
-    calls `train` ends with this code.
-    """
-
-    def __init__(self, code: int, why: str):
-        super().__init__(code)
-        self.why = why
-
-    def __str__(self) -> str:
-        return self.why
 
 
 def keep_buffers() -> bool:
@@ -58,6 +41,7 @@ def ask_for_huge_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # they wait until the new beginning can hear them
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -75,29 +59,3 @@ def use_compile_cache() -> None:
     except OSError:
         return  # slower starts, nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-class Signals:
-    """Which signal has come; `code` is then 128 + its number, the exit code of a run that it ended."""
-
-    code: int = 0
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.code:
-            os._exit(128 + number)  # the second one: now
-        self.code = 128 + number
-
-
-@contextmanager
-def catch_signals() -> Iterator[Signals]:
-    """SIGTERM and Ctrl-C set a flag that the loop looks at. Outside the main thread nothing is installed."""
-    signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.signal(number, signals.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

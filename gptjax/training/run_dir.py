@@ -78,16 +78,15 @@ class RunDir:
         if not self.config.exists():
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
         stored = self.stored()
-        if changed := changes(stored, cfg):
-            why = [f"  {why}"] if longer(stored, cfg) and (why := self._ended(stored)) else []
-            changed += why
+        if differ := changes(stored, cfg):
+            differ += [f"  {why}"] if longer(stored, cfg) and (why := self._ended(stored)) else []
         elif longer(stored, cfg) and (why := self._ended(stored)):
-            changed = [f"train.max_steps: {stored.train.max_steps} -> more", why]
-        if changed:
+            differ = [f"train.max_steps: {stored.train.max_steps} -> more", why]
+        if differ:
             raise UserError.all(
                 [
                     f"{self.path} was made with another config (there -> here); nothing was overwritten:",
-                    *(f"  {line}" for line in changed),
+                    *(f"  {line}" for line in differ),
                     "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
                 ]
             )

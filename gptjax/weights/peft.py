@@ -1,4 +1,5 @@
-"""Adapters in the folder format of the peft library: adapter_config.json and adapter_model.safetensors.
+"""Adapters in the folder format of the peft library: adapter_config.json and adapter_model.safetensors; those written
+here also have gptjax_sha256.json, a hash of each.
 
     blocks/attn/q/kernel  a [L, in, R], b [L, R, out]
         base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight [R, in], lora_B.weight [out, R]
@@ -25,13 +26,15 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig, ModelConfig
+from gptjax.files import read_json, write_json
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
-from gptjax.weights import families, safetensors
+from gptjax.weights import families, native, safetensors
 from gptjax.weights.door import new_folder
-from gptjax.weights.rules import Out, Rule, refuse
+from gptjax.weights.rules import Out, Rule, is_float, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HASHES = "gptjax_sha256.json"  # of both, which other tools do not read
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _HEAD = f"{_PREFIX}score.weight"  # of transformers' models for sequence classification
@@ -121,6 +124,7 @@ def export_peft(
     try:
         safetensors.write_file(folder / WEIGHTS, out, np.dtype(np.float32))
         (folder / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / HASHES, {name: native.sha256(folder / name) for name in (CONFIG, WEIGHTS)})
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
@@ -139,7 +143,7 @@ def load_peft(
 
     Raises:
         UserError: an attribute that changes the result and is not known here, tensors that are unknown, missing or
-            misshapen, or another base; all of them.
+            misshapen, or another base; all of them; or files that are not as gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -187,11 +191,28 @@ def load_peft(
     }
     if _HEAD in file.shapes():
         leaves["cls_head/kernel"] = jnp.asarray(np.asarray(file.array(_HEAD)).astype(np.float32).T)
+    _verify(folder)
     config = LoraConfig(
         rank=rank, alpha=lora.scale * rank**power, scaling=lora.scaling, dora=lora.dora, dropout=lora.dropout,
         targets=" | ".join(sorted(stacks)),
     )  # fmt: skip
     return tree.unflatten(leaves), config
+
+
+def _verify(folder: Path) -> None:
+    """Compare both files with the sha256 that `export_peft` wrote beside them, if it did; GPTJAX_VERIFY=0 does not.
+
+    Raises:
+        UserError: they are others.
+    """
+    if os.environ.get("GPTJAX_VERIFY") == "0" or not (folder / HASHES).is_file():
+        return
+    hashes = read_json(folder / HASHES)
+    if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != native.sha256(folder / name)]:
+        raise UserError(
+            f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged, or written anew\n"
+            f"  bring a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 loads it all the same"
+        )
 
 
 def fingerprint(params: Params) -> str:
@@ -324,6 +345,8 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
     sizes = _sizes(modules, cfg)
     for name, shape in file.shapes().items():
         if name == _HEAD:
+            if not is_float(np.asarray(file.array(name))):
+                problems.append(f"{name} holds no floating-point numbers")
             continue
         module, key = next(
             (
@@ -344,7 +367,10 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
         if tuple(shape) != expected:
             problems.append(f"{name} is {list(shape)}, expected {list(expected)}")
             continue
-        array = np.asarray(file.array(name)).astype(np.float32)
+        array = np.asarray(file.array(name))
+        if not is_float(array):
+            problems.append(f"{name} holds {array.dtype}, expected floating-point numbers")
+        array = array.astype(np.float32)
         if not np.isfinite(array).all():
             problems.append(f"{name} has numbers that are not finite")
         parts.setdefault(module, {})[key] = array

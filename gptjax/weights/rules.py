@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
@@ -155,7 +156,7 @@ def read(
         ignored: names that hold no parameters (masks, tables that the code computes).
 
     Raises:
-        UserError: missing, unknown or misshapen tensors, and numbers that are not finite; all of them.
+        UserError: missing, unknown or misshapen tensors, integers, and numbers that are not finite; all of them.
     """
     found = source.shapes()
     if cfg.n_layer > len(found) and any("{i}" in rule.theirs for rule in rules):
@@ -175,6 +176,9 @@ def read(
         for tensor, rule in by_leaf[path]:
             ours_here = out if tensor.layer is None else out[tensor.layer]
             for at, piece in _pieces(source, tensor.name, rule, found[tensor.name]):
+                if not is_float(piece):
+                    broken.append(f"{tensor.name} holds {piece.dtype}, expected floating-point numbers")
+                    break
                 ours_here[at] = piece
                 if not np.isfinite(piece.sum(dtype=np.float64)) and not np.isfinite(piece).all():
                     broken.append(f"{tensor.name} has numbers that are not finite")
@@ -182,6 +186,11 @@ def read(
         del out
     refuse(where, list(dict.fromkeys(broken)))
     return tree.unflatten(leaves)
+
+
+def is_float(array: np.ndarray) -> bool:
+    """Weights are: integers would be read as numbers in the millions, or belong to a quantised format."""
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:

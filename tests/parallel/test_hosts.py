@@ -19,8 +19,12 @@ HEARTBEAT_S = 10
 ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # as .ci/run does; four processes take half a minute on two cores
 
 
-def processes(folder, n, *more):
-    """n of them, or one where n is 1; each with one device of the CPU."""
+def processes(folder, n, *more, own_settings=None, command=None, only=None):
+    """n of them, or one where n is 1; each with one device of the CPU.
+
+    Args:
+        own_settings: {process: its own ones}. command: in the place of `host.py`. only: these processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,15 +34,17 @@ def processes(folder, n, *more):
         "sample.max_new_tokens=8", *more,
     ]  # fmt: skip
     found = []
-    for i in range(n):
+    for i in only or range(n):
         own = [
             f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={n}",
             f"distributed.process_id={i}", f"distributed.heartbeat_s={HEARTBEAT_S}", "distributed.timeout_s=60",
         ]  # fmt: skip
-        command = [sys.executable, str(HOST), str(folder / f"{i}.json"), *settings, *(own if n > 1 else [])]
+        own += [*more, *(own_settings or {}).get(i, [])]
+        words = command or [str(HOST), str(folder / f"{i}.json")]
+        command_line = [sys.executable, *words, *settings, *(own if n > 1 else [])]
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         with open(folder / f"{i}.log", "w") as log:
-            found.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
+            found.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env))
     return found
 
 
@@ -104,3 +110,58 @@ def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
     codes, logs = ended(tmp_path, processes(tmp_path, 2, "mesh.fsdp=2", *LONGER))
     assert codes == [0, 0] and "going on from step" in logs[0], logs[0][-2000:]
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+CLI = ("-m", "gptjax", "pretrain", "tiny-gpt2")
+
+
+@pytest.mark.parametrize(
+    ("differ", "said"),
+    [
+        (["optim.lr=1e-4", "run_dir=OTHER"], ["optim.lr: ", "run_dir: "]),
+        (["train.max_steps=10", "model.d_model=16"], ["train.max_steps: 12 in process 0; 10 in process 1", "model.d_"]),
+        (["data.text_field=x", "distributed.heartbeat_s=11"], ["data.text_field: 'text' in process 0; 'x' in process"]),
+    ],
+)
+def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, differ, said):
+    differ = [setting.replace("OTHER", str(tmp_path / "other")) for setting in differ]
+    codes, logs = ended(tmp_path, processes(tmp_path, 2, command=CLI, own_settings={1: differ}), 40)
+    assert codes == [2, 2], logs
+    for log in logs:
+        assert "the settings of the 2 processes of this run differ:" in log and "Traceback" not in log
+        assert all(text in log for text in said) and "heartbeat_s:" not in log
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_process_cannot_do_none_does(tmp_path):
+    """The second host cannot write where its tokens should go."""
+    (tmp_path / "file").write_text("")
+    own = {1: [f"data.cache_dir={tmp_path / 'file' / 'cache'}"]}
+    codes, logs = ended(tmp_path, processes(tmp_path, 2, command=CLI, own_settings=own), 40)
+    assert codes == [2, 2], logs
+    assert "process 1: " in logs[0] and all("Traceback" not in log for log in logs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    (running,) = processes(tmp_path, 2, "distributed.timeout_s=2", command=CLI, only=[1])
+    assert running.wait(40) == 2
+    log = (tmp_path / "1.log").read_text()
+    assert "the processes do not meet: process 1 did not reach process 0" in log and "Traceback" not in log
+    assert "SIGABRT" not in log
+
+
+def test_a_process_that_stands_still(tmp_path):
+    more = (*LONGER, "train.max_steps=100000", "distributed.heartbeat_s=5")
+    running = processes(tmp_path, 2, *more, command=CLI)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGSTOP)
+        assert running[0].wait(HEARTBEAT_S + 10) == RESTART
+    finally:
+        running[1].kill()
+        running[1].wait()
+    log = (tmp_path / "0.log").read_text(errors="replace")
+    assert "was silent for distributed.heartbeat_s" in log

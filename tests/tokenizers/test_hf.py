@@ -184,6 +184,51 @@ def test_everything_else_runs_in_tokenizers(change):
     same(tok, Tokenizer.from_str(json.dumps(data)), HARD[:40])
 
 
+def _replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+TEN = _replace({"String": "a"}, "a" * 10)
+NESTED = {"type": "Sequence", "normalizers": [TEN]}
+for _ in range(11):
+    NESTED = {"type": "Sequence", "normalizers": [TEN, NESTED]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("normalizer", NESTED, "nested"),
+        ("normalizer", {"type": "Sequence", "normalizers": [TEN] * 12}, "2,000,000,000,000 characters can come of one"),
+        ("normalizer", _replace({"Regex": ""}, "b" * 5000), "10,002 characters"),
+        ("normalizer", {"type": "Prepend", "prepend": "b" * 5000}, "10,002 characters"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}, "at most 32"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 12}, "4,096 characters"),
+        ("decoder", {"type": "Sequence", "decoders": [TEN] * 12}, "decoder: 1,000,000,000,000 characters"),
+    ],
+)
+def test_chains_that_blow_texts_up_are_refused(key, value, words):
+    data = json.loads(trained("gpt2")) | {key: value}
+    with pytest.raises(UserError) as error:
+        hf.from_hf(json.dumps(data))
+    assert words in str(error.value)
+
+
+def test_chains_of_real_tokenizers_are_read():
+    """Llama 2's, Gemma's, XLM-R's with a decoder of replacements."""
+    chains = {
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"}, _replace({"String": " "}, "\u2581"), {"type": "NFKC"},
+            _replace({"Regex": " {2,}"}, "\u2581"),
+        ]},
+        "decoder": {"type": "Sequence", "decoders": [
+            _replace({"String": "\u2581"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+    }  # fmt: skip
+    data = json.loads(trained("gpt2")) | chains
+    assert hf.from_hf(json.dumps(data)).kind == "hf"
+
+
 @pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel"])
 def test_other_models_run_in_tokenizers_too(kind):
     words = ["[UNK]", "low", "er", "##er", "the"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import gptjax
+from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, load_config, to_yaml
 from gptjax.training import loggers, loop
@@ -316,6 +317,51 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(copy, make, whole):
     assert any("going on from step 30 of 40" in line for line in lines)
     assert curve(copy) == curve(whole[0].run_dir)
     assert final_state(copy) == final_state(whole[0].run_dir)
+
+
+def change_meta(step: Path, change) -> None:
+    """As `change` has it, under a manifest that agrees."""
+    body = json.loads((step / "meta.json").read_text())
+    change(body["meta"])
+    checkpoint._write_json(step / "meta.json", body)
+    checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
+
+
+def test_a_step_under_another_number_costs_its_steps_only(copy, make, whole):
+    """Step 30 as 40, which would have been the end of the run."""
+    shutil.rmtree(copy / "final")
+    shutil.rmtree(copy / "checkpoints" / "40")
+    shutil.copytree(copy / "checkpoints" / "30", copy / "checkpoints" / "40")
+    lines: list[str] = []
+    gptjax.train(make(copy), log=lines.append)
+    assert any("checkpoints/40 is damaged" in line and "it is of step 30" in line for line in lines)
+    assert final_state(copy) == final_state(whole[0].run_dir)
+
+
+def test_a_step_of_another_run_is_refused_with_the_difference(copy, make):
+    shutil.rmtree(copy / "final")
+    change_meta(
+        copy / "checkpoints" / "40", lambda meta: meta.update(config=meta["config"].replace("seed: 0", "seed: 1", 1))
+    )
+    before = sorted(os.listdir(copy / "checkpoints"))
+    with pytest.raises(UserError, match=r"other settings.*\n  seed: 1 -> 0\n.*nothing was overwritten"):
+        gptjax.train(make(copy), log=quiet)
+    assert sorted(os.listdir(copy / "checkpoints")) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"identity": 5}, {"counters": {"odd": 1}}, {"counters": {"seconds": "x"}}, {"counters": {"samples_bytes": -1}},
+        {"counters": {"evaluated": []}}, {"counters": {"val_loss": 10**400}}, {"environment": None}, {"config": 5},
+        {"config": "optim: {lr: x}"},
+    ],
+)  # fmt: skip
+def test_a_hostile_meta_is_damage(other, whole):
+    meta = json.loads((whole[0].run_dir / "checkpoints" / "40" / "meta.json").read_text())["meta"]
+    loop._meta_config(meta)
+    with pytest.raises(checkpoint.Damaged, match="meta.json: "):
+        loop._meta_config({**meta, **other})
 
 
 def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> None:

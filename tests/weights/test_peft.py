@@ -11,7 +11,7 @@ import pytest
 import gptjax
 from gptjax import LoraConfig, UserError, lora
 from gptjax.weights import export_peft, load_peft, safetensors
-from gptjax.weights.peft import CONFIG, WEIGHTS, fingerprint
+from gptjax.weights.peft import CONFIG, HASHES, WEIGHTS, fingerprint
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,6 +80,34 @@ def test_a_config_that_means_something_else_is_refused(folder, tiny, change, wor
     with pytest.raises(UserError) as error:
         load_peft(folder, tiny("llama")[0])
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_bit_of_an_adapter_is_noticed(name, folder, tiny, monkeypatch):
+    cfg, _ = tiny("llama")
+    raw = (folder / name).read_bytes()
+    changed = (
+        raw.replace(b'"lora_alpha": ', b'"lora_alpha": 1')
+        if name == CONFIG
+        else raw[:-2] + bytes([raw[-2] ^ 1, raw[-1]])
+    )
+    assert changed != raw
+    (folder / name).write_bytes(changed)
+    with pytest.raises(UserError, match=f"{name}: not as gptjax wrote it"):
+        load_peft(folder, cfg)
+    with monkeypatch.context() as patch:
+        patch.setenv("GPTJAX_VERIFY", "0")
+        load_peft(folder, cfg)
+    (folder / HASHES).unlink()  # as another tool's folder
+    load_peft(folder, cfg)
+
+
+@pytest.mark.parametrize("label", [b'"I32"', b'"U32"'])
+def test_integers_are_no_weights(label, folder, tiny):
+    raw = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(raw.replace(b'"F32"', label, 1))
+    with pytest.raises(UserError, match=r"holds u?int32, expected floating-point numbers"):
+        load_peft(folder, tiny("llama")[0])
 
 
 def test_another_model_or_another_base(folder, tiny):

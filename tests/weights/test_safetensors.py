@@ -301,6 +301,22 @@ def test_malformed_configs(good, config, words):
         load(good.parent)
 
 
+@pytest.mark.parametrize(("label", "dtype"), [(b'"I32"', "int32"), (b'"U32"', "uint32")])
+def test_integers_are_no_weights(tmp_path, label, dtype):
+    """One letter of the header, and a weight would be read as a number of nine digits."""
+    import jax
+
+    import gptjax
+    from gptjax.weights import export_hf
+
+    cfg = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=11)
+    export_hf(tmp_path / "hf", gptjax.init_params(jax.random.key(0), cfg), cfg)
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', label, 1))
+    with pytest.raises(UserError, match=f"holds {dtype}, expected floating-point numbers"):
+        load(tmp_path / "hf")
+
+
 def test_numbers_that_are_not_finite_and_missing_tensors_are_named(tmp_path):
     import jax
 

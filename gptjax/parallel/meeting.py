@@ -1,0 +1,155 @@
+"""The processes of a run meet before JAX is told of them: JAX ends a process with SIGABRT where one does not come.
+
+Process 0 listens at the coordinator's address, the others say who they are; when all are there the address is free
+for JAX. One line of JSON each way:
+
+    {"process_id": 1, "num_processes": 2}      {"problem": ""}
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from gptjax.types import UserError
+
+POLL_S = 0.2  # a signal is heard so often
+LINE_BYTES = 4096
+
+
+def meet(address: str, num_processes: int, process_id: int, timeout_s: float) -> None:
+    """Returns when all processes are there.
+
+    Raises:
+        UserError: one of them does not come in time, two have the same id, or they expect different numbers of
+            processes; it is raised in all that are there.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"expected HOST:PORT with a port from 1 to 65535, got {address!r}")
+    if process_id == 0:
+        _receive(int(port), num_processes, time.monotonic() + timeout_s)
+    else:
+        _join(host.strip("[]"), int(port), num_processes, process_id, time.monotonic() + timeout_s + 5 * POLL_S)
+
+
+def _receive(port: int, num_processes: int, deadline: float) -> None:
+    here: dict[int, socket.socket] = {}
+    with _listen(port) as server:
+        problem = ""
+        while len(here) < num_processes - 1 and not problem:
+            here = {peer: line for peer, line in here.items() if not _is_closed(line)}
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(i) for i in range(1, num_processes) if i not in here)
+                problem = f"process {missing} of {num_processes} did not come in time"
+                break
+            with suppress(TimeoutError):
+                line, _ = server.accept()
+                line.settimeout(1.0)
+                problem = _admit(line, num_processes, here)
+        _answer(here.values(), problem)
+    if problem:
+        raise UserError(problem)
+
+
+def _admit(line: socket.socket, num_processes: int, here: dict[int, socket.socket]) -> str:
+    """Adds the process at the other end to those that are here; says what is wrong with it."""
+    said = _read(line)
+    peer = said.get("process_id")
+    if type(peer) is not int:  # a stranger
+        line.close()
+        return ""
+    problem = ""
+    if said.get("num_processes") != num_processes:
+        problem = f"process 0 expects {num_processes} processes, process {peer} {said.get('num_processes')}"
+    elif peer == 0 or (peer in here and not _is_closed(here[peer])):
+        problem = f"two processes have distributed.process_id={peer}"
+    if problem:
+        _answer([line], problem)
+    else:
+        here[peer] = line
+    return problem
+
+
+def _join(host: str, port: int, num_processes: int, process_id: int, deadline: float) -> None:
+    why = "nobody answered"
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, port), timeout=POLL_S * 10) as line:
+                line.sendall(_line({"process_id": process_id, "num_processes": num_processes}))
+                line.settimeout(POLL_S)
+                said = _read(line, deadline)
+        except OSError as error:
+            why = error.strerror or str(error)
+        else:
+            if said.get("problem"):
+                raise UserError(str(said["problem"]))
+            if "problem" in said:
+                return
+            why = "what answered is no process 0 of gptjax, or it has ended"
+        time.sleep(POLL_S)
+    raise UserError(f"process {process_id} did not reach process 0 at {host}:{port} in time: {why}")
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            server = socket.create_server(("", port))
+    except OSError as error:
+        raise UserError(f"process 0 cannot listen at port {port}: {error.strerror or error}") from error
+    server.settimeout(POLL_S)
+    return server
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
+    """The object of one line; {} where none comes."""
+    text = b""
+    while not text.endswith(b"\n") and len(text) < LINE_BYTES:
+        try:
+            part = line.recv(LINE_BYTES)
+        except TimeoutError:
+            if time.monotonic() < deadline:
+                continue
+            break
+        except OSError:
+            break
+        if not part:
+            break
+        text += part
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _answer(lines: Iterable[socket.socket], problem: str) -> None:
+    """To all; then the other end closes first, so that the port is free."""
+    lines = list(lines)
+    for line in lines:
+        with suppress(OSError):
+            line.sendall(_line({"problem": problem}))
+    for line in lines:
+        with suppress(OSError):
+            line.settimeout(1.0)
+            line.recv(1)
+        line.close()
+
+
+def _is_closed(line: socket.socket) -> bool:
+    try:
+        line.setblocking(False)
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
