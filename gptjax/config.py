@@ -423,6 +423,9 @@ class ClassifyConfig:
     prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
 
 
+PromptStyle = Literal["chat", "chatml", "alpaca", "phi3"]
+
+
 @dataclass(frozen=True)
 class InstructConfig:
     """Conversations, and which of their tokens are learned."""
@@ -430,8 +433,8 @@ class InstructConfig:
     source: Optional[str] = setting(
         None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
     )
-    style: Optional[Literal["chat", "alpaca", "phi3"]] = setting(
-        None, "Prompt style. null: the model's own chat template, else alpaca."
+    style: Optional[PromptStyle] = setting(
+        None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
     )
     loss_on: Literal["response", "all"] = setting(
         "response", "Which tokens are learned: the responses, or prompts too."
@@ -454,8 +457,8 @@ class PreferConfig:
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
     beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).")
     margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
-    style: Optional[Literal["chat", "alpaca", "phi3"]] = setting(
-        None, "Prompt style. null: the model's own chat template, else alpaca."
+    style: Optional[PromptStyle] = setting(
+        None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
     context_length: int = setting(

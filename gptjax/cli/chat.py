@@ -48,7 +48,10 @@ def run(args: list[str]) -> int:
     model = open_model(parsed.words[0])
     tokenizer = model.tokenizer()
     if not tokenizer.chat_template:
-        raise UserError(f"{model.where} has no chat template: it was not tuned for conversations; use gptjax sample")
+        raise UserError(
+            f"{model.where} has no chat template: it was not tuned for conversations; use gptjax sample, or tune it: "
+            "gptjax finetune instruct keeps the style with the model"
+        )
     options.note(f"{model.where}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
     params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
@@ -63,6 +66,16 @@ def more_help(args: list[str]) -> str:
     )
 
 
+def answer_ends(tokenizer: Any) -> list[int]:
+    """The ids that end what the model says, and the one that its template writes after an answer."""
+    from gptjax.tokenizers.chat import end_of_answer, whole_tokens
+    from gptjax.weights import stop_ids
+
+    end = end_of_answer(tokenizer)
+    ids = [*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]
+    return list(dict.fromkeys(ids))
+
+
 class Chat:
     """The conversation so far, and how the next answer is made."""
 
@@ -70,6 +83,7 @@ class Chat:
         self.params, self.cfg, self.tokenizer, self.settings = params, cfg, tokenizer, settings
         self.system, self.turns = system, []
         self.answered = 0
+        self.stop = answer_ends(tokenizer)
 
     def messages(self) -> list[dict[str, str]]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
@@ -79,7 +93,7 @@ class Chat:
         import jax
 
         from gptjax.generation import cut, from_config, pieces, stop_strings, stream
-        from gptjax.weights import stop_ids
+        from gptjax.tokenizers.chat import plain_text
 
         self.turns.append({"role": "user", "content": text})
         try:
@@ -89,13 +103,16 @@ class Chat:
             raise
         tokens: list[int] = []
         self.answered += 1
-        settings, decode = self.settings, self.tokenizer.decode
+        settings = self.settings
+
+        def decode(ids: list[int]) -> str:
+            return plain_text(self.tokenizer, ids)
 
         def new_tokens() -> Iterator[list[int]]:
             for new in stream(
                 self.params, ids, self.cfg, max_new_tokens=settings.max_new_tokens, every=EVERY,
                 key=jax.random.fold_in(jax.random.key(settings.seed), self.answered), sampler=from_config(settings),
-                stop=stop_ids(self.tokenizer), cache_dtype=settings.cache_dtype,
+                stop=self.stop, cache_dtype=settings.cache_dtype,
                 until=stop_strings(decode, settings.stop) if settings.stop else None,
             ):  # fmt: skip
                 tokens.extend(new)

@@ -12,7 +12,9 @@ although padding, or the user's turn, may hold the same id.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,26 +24,28 @@ from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 from gptjax.types import UserError
 
-STYLES = ("chat", "alpaca", "phi3")
+STYLES = ("chat", "chatml", "alpaca", "phi3")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # what ShareGPT calls them
 MAX_PROBLEMS = 20
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+ALPACA_INPUT = "\n\n### Input:\n"
 TOGETHER = 2048  # texts that one process renders: it takes 0.1 s to start, a text less than a millisecond
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 
-Style = Literal["chat", "alpaca", "phi3"]
+Style = Literal["chat", "chatml", "alpaca", "phi3"]
 
 
 class Conversation(NamedTuple):
     """[system,] user, assistant, user, assistant, ..: {"role": .., "content": ..}, from `where` in a source.
 
-    An Alpaca record's input, where it has one, is the user's "input" beside the "content". A record's "constraints" say
-    what can be checked of an answer.
+    An Alpaca record's input, where it has one, is the user's "input" beside the "content". An answer with "learn" False
+    is read and not learned. A record's "constraints" say what can be checked of an answer; tools are JSON schemas of
+    functions, for a chat template that writes them.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     where: str
     constraints: tuple[Any, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class Piece(NamedTuple):
@@ -60,21 +64,28 @@ class Encoded(NamedTuple):
 # --- records
 
 
-def read(source: str) -> list[Conversation]:
+def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     """The conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
-    Each record is one of `FORMATS`, whatever other keys it has.
+    Each record is one of `FORMATS`. Beside it are read: system (or system_prompt), history [[question, answer], ..],
+    tools, constraints; in a message weight 0 or 1, or train false or true: whether an answer is learned. Of a prompt
+    that is a list of messages no answer is learned. Keys of METADATA, and empty ones, are not read. Those of UNUSABLE
+    change what is asked or learned in a way that cannot be followed here: they are refused.
+
+    Args:
+        notes: gets a line about all other keys, which are not read either; None: it goes to stderr.
 
     Raises:
         UserError: no such file; records that are broken, of no known format or without a response: the first 20.
     """
-    return [talk for (talk,) in read_as(source, FORMATS)]
+    return [talk for (talk,) in read_as(source, FORMATS, notes)]
 
 
-def read_as(source: str, formats: Formats) -> list[tuple[Conversation, ...]]:
+def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> list[tuple[Conversation, ...]]:
     """The conversations of each record, as many as its format reads there. Errors as of `read`."""
     found: list[tuple[Conversation, ...]] = []
     problems: list[str] = []
+    unused: dict[str, list[str]] = {}
     unknown = False
     try:
         for where, record in records.read(source):
@@ -87,16 +98,11 @@ def read_as(source: str, formats: Formats) -> list[tuple[Conversation, ...]]:
                 what = "several formats at once" if fits else "no known format"
                 problems.append(f"{where}: the keys {_keys(record)} are {what}")
             else:
-                read = formats[fits[0]][1](record)
-                sides = read if isinstance(read, tuple) else (read,)
-                if wrong := dict.fromkeys(line for side in sides for line in _wrong(side)):
-                    problems += [f"{where}: {line}" for line in wrong]
-                else:
-                    more = record.get("constraints")
-                    more = tuple(more) if isinstance(more, list) else ()
-                    found.append(tuple(Conversation(tuple(m for _, m in side), where, more) for side in sides))
+                talks = _conversations(record, fits[0], formats[fits[0]][1], where, unused)
+                problems += [f"{where}: {line}" for line in talks if isinstance(line, str)]
+                found.append(talks)
             if len(problems) >= MAX_PROBLEMS:
-                problems.append("... there may be more")
+                problems[MAX_PROBLEMS:] = ["... there may be more"]
                 break
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error.strerror}") from error
@@ -105,12 +111,30 @@ def read_as(source: str, formats: Formats) -> list[tuple[Conversation, ...]]:
         raise UserError.all(problems + known * unknown)
     if not found:
         raise UserError(f"{source}: no records")
+    _tell(unused, len(found), notes)
     return found
+
+
+def _tell(unused: dict[str, list[str]], n: int, notes: list[str] | None) -> None:
+    """One line about the keys that were not read: {key: the places}."""
+    if not unused:
+        return
+    shown = [f"{key} ({len(places):,} of {n:,}, first {places[0]})" for key, places in list(unused.items())[:10]]
+    line = f"keys that are not read: {', '.join(shown)}" + ", .." * (len(unused) > 10)
+    if notes is None:
+        print(line, file=sys.stderr)
+    else:
+        notes.append(line)
 
 
 def _keys(record: dict) -> str:
     shown = [str(key) for key in list(record)[:10]]
-    return (", ".join(shown) or "(none)") + ", .." * (len(record) > 10)
+    return (", ".join(map(quoted, shown)) or "(none)") + ", .." * (len(record) > 10)
+
+
+def quoted(name: str) -> str:
+    """The name of a key or column as it is; in quotes where blanks would not be seen."""
+    return name if name.strip() == name and name.isprintable() and "," not in name and name else repr(name)
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
@@ -118,9 +142,164 @@ Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands
 
 Formats = dict[tuple[str, ...], tuple[str, Callable[[dict], Any]]]  # keys -> how it looks, its reader
 
+# Keys that say where a record comes from, not what is asked or answered: they are not read, without a word.
+_METADATA = """
+id idx index uid uuid guid conversation_id conv_id dialogue_id prompt_id question_id message_id parent_id source dataset
+origin subset split category categories topic subject domain task task_type task_name type tags tag keywords language
+lang license url title created created_at updated_at timestamp date time author model generator version meta metadata
+info hash md5 tokens num_tokens n_tokens token_count length difficulty quality score scores rating ratings score_chosen
+score_rejected chosen_score rejected_score chosen_rating rejected_rating chosen_model rejected_model
+"""
+METADATA = frozenset(_METADATA.split())
 
-def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns]:
-    def parse(record: dict) -> Turns:
+_MEDIA = "pictures and sound cannot be read"
+_TOOLS = "calls of tools cannot be learned (a list of tools can be given: tools)"
+_ASKED = "would be left out of what is asked: put it in the instruction, input or system"
+_THOUGHT = (
+    "would be left out of what is answered: put it in the content, as the chat template writes it, or take it out"
+)
+UNUSABLE: dict[str, str] = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("tool_calls", "tool_call_id", "tool_call", "function_call", "functions", "function"), _TOOLS),
+    **dict.fromkeys(("context", "query", "documents", "prefix", "suffix"), _ASKED),
+    **dict.fromkeys(("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "refusal"), _THOUGHT),
+    **dict.fromkeys(
+        ("label", "kto_tag"), "good and bad answers are learned from pairs: prompt, chosen, rejected (finetune prefer)"
+    ),
+    **dict.fromkeys(
+        ("weight", "sample_weight", "loss_weight", "train", "loss_mask"),
+        "records have no weight of their own: weight 0 in a message leaves its answer out",
+    ),
+    **dict.fromkeys(
+        ("chat_template", "chat_template_kwargs"), "one chat template is used for all: instruct.style, prefer.style"
+    ),
+}
+SYSTEM = ("system", "system_prompt")
+
+
+def _conversations(
+    record: dict, keys: tuple[str, ...], parse: Callable[[dict], Any], where: str, unused: dict[str, list[str]]
+) -> tuple[Conversation, ...] | list[str]:
+    """The conversations of a record of a format, or what is wrong with it. `unused` gets the keys that are not read."""
+    sides = parse(record)
+    sides = sides if isinstance(sides, tuple) else (sides,)
+    known = {*keys, *SYSTEM, "history", "tools", "constraints"} | ({"input"} if keys[0] == "instruction" else set())
+    problems, tools = _unread(record, known, where, unused), _tools(record.get("tools"))
+    if isinstance(tools, str):
+        problems.append(tools)
+    more = record.get("constraints")
+    more = tuple(more) if isinstance(more, list) else ()
+    talks = []
+    for side in sides:
+        turns = side if isinstance(side, str) else _with_start(side, record, keys[0] in ("instruction", "prompt"))
+        wrong = [turns] if isinstance(turns, str) else _wrong(turns) or _wrong_marks(turns)
+        for at, message in () if isinstance(turns, str) else turns:
+            wrong += [f"{at}: {line}" for line in _unread(message, TURN_KEYS, where, unused, "messages[].")]
+        problems += wrong
+        if not wrong:
+            talks.append(Conversation(_messages(turns), where, more, tuple(tools)))
+    return list(dict.fromkeys(problems)) if problems else tuple(talks)
+
+
+def _unread(
+    record: dict, read: Collection[str], where: str, unused: dict[str, list[str]], prefix: str = ""
+) -> list[str]:
+    """The keys beside `read` that must not be left out; the others that are left out go to `unused`."""
+    problems = []
+    for key, value in record.items():
+        if key in read or value in (None, "", [], {}):
+            continue
+        if key in UNUSABLE and (key != "label" or value in (0, 1)):
+            problems.append(f"{key}: {UNUSABLE[key]}")
+        elif key not in METADATA:
+            places = unused.setdefault(prefix + quoted(str(key)), [])
+            if not places or places[-1] != where:
+                places.append(where)
+    return problems
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | str:
+    """JSON schemas of functions, which may come as JSON text; or what is wrong with them."""
+    if value in (None, "", [], {}):
+        return []
+    if isinstance(value, str):
+        value = records.loads(value)
+    if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
+        return value
+    what = str(value) if isinstance(value, UserError) else f"found {sources.kind_of(value)}"
+    return f"tools: expected a list of JSON schemas of functions, {what}"
+
+
+def _with_start(turns: Turns, record: dict, plain: bool) -> Turns | str:
+    """The turns after what stands beside them: a system message and earlier questions with their answers."""
+    start: Turns = []
+    if history := record.get("history"):
+        if not plain:
+            return "history: it stands beside whole conversations: expected it beside a question and its answer"
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            return "history: expected a list of pairs [question, answer]"
+        for i, pair in enumerate(history):
+            roles = zip(("user", "assistant"), pair, strict=True)
+            start += [(f"history[{i}]", {"role": role, "content": text}) for role, text in roles]
+    given = [key for key in SYSTEM if record.get(key)]
+    if len(given) > 1:
+        return f"{' and '.join(given)}: expected one of them"
+    if given:
+        text = record[given[0]]
+        if turns and turns[0][1]["role"] == "system":
+            if turns[0][1]["content"] == text:
+                return start + turns
+            return f"{given[0]}: a system message stands inside the conversation too: expected one"
+        start.insert(0, (given[0], {"role": "system", "content": text}))
+    return start + turns
+
+
+TURN_KEYS = ("role", "content", "input", "weight", "train", "training")
+
+
+def _wrong_marks(turns: Turns) -> list[str]:
+    """What is wrong with the weight or train of messages, which say whether an answer is learned."""
+    problems = []
+    for at, message in turns:
+        for key, value in _marks(message).items():
+            if key == "weight" and (isinstance(value, bool) or value not in (0, 1)):
+                problems.append(f"{at}: weight: expected 0 or 1, found {value!r:.40}")
+            elif key != "weight" and not isinstance(value, bool):
+                problems.append(f"{at}: {key}: expected true or false, found {value!r:.40}")
+            elif message["role"] != "assistant" and value:
+                problems.append(f"{at}: {key}: only answers can be learned, and this is of role {message['role']}")
+    learned = [_learn(message) for _, message in turns if message["role"] == "assistant"]
+    return problems or ([] if any(learned) else ["no answer of it is to be learned"])
+
+
+def _marks(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: message[key] for key in ("weight", "train", "training") if message.get(key) is not None}
+
+
+def _learn(message: dict[str, Any]) -> bool:
+    return all(_marks(message).values())
+
+
+def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
+    """As a conversation has them, up to the last answer that is learned: what follows it has no effect."""
+    last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _learn(m))
+    made = []
+    for _, message in turns[: last + 1]:
+        skipped = message["role"] == "assistant" and not _learn(message)
+        kept = {key: message[key] for key in ("role", "content", "input") if key in message}
+        made.append(kept | ({"learn": False} if skipped else {}))
+    return tuple(made)
+
+
+def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns | str]:
+    """A question and its answer: two texts, or two lists of messages."""
+
+    def parse(record: dict) -> Turns | str:
+        if not extra and (isinstance(record[question], list) or isinstance(record[answer], list)):
+            asked, answered = turns(question)(record), turns(answer)(record)
+            if isinstance(asked, str) or isinstance(answered, str):
+                return asked if isinstance(asked, str) else answered
+            return [*_given(asked), *answered]
         user = {"role": "user", "content": record[question]}
         if extra and record.get(extra) not in ("", None):
             user["input"] = record[extra]
@@ -129,17 +308,37 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns
     return parse
 
 
-def turns(key: str, role: str, content: str) -> Callable[[dict], Turns | str]:
+def _given(asked: Turns) -> Turns:
+    """The messages of a prompt, whose answers are not learned."""
+    return [(at, m | {"weight": 0} if m["role"] == "assistant" else m) for at, m in asked]
+
+
+def turns(key: str) -> Callable[[dict], Turns | str]:
+    """The messages of a list: {"role": .., "content": ..}, or {"from": .., "value": ..}."""
+
     def parse(record: dict) -> Turns | str:
         found = record[key]
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
-            return f'{key}: expected a list such as [{{"{role}": .., "{content}": ..}}], found {sources.kind_of(found)}'
-        return [
-            (f"{key}[{i}]", {"role": _role(turn.get(role)), "content": turn.get(content)})
-            for i, turn in enumerate(found)
-        ]
+            return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {sources.kind_of(found)}'
+        made: Turns = []
+        for i, turn in enumerate(found):
+            names = [_one_of(turn, pair) for pair in (("role", "from"), ("content", "value"))]
+            if None in names:
+                return f"{key}[{i}]: expected role and content (or from and value), found {_keys(turn)}"
+            role, content = names
+            rest = {name: value for name, value in turn.items() if name not in names}
+            made.append((f"{key}[{i}]", {"role": _role(turn[role]), "content": turn[content]} | rest))
+        return made
 
     return parse
+
+
+def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
+    """The one of the two keys that is there; where both are, the one that is not null."""
+    there = [name for name in names if name in turn]
+    if len(there) == 2:
+        there = [name for name in there if turn[name] is not None] or there[:1]
+    return there[0] if len(there) == 1 else None
 
 
 def _role(name: Any) -> Any:
@@ -153,20 +352,21 @@ FORMATS: Formats = {
     ),
     ("conversations",): (
         '{"conversations": [{"from": "human", "value": ..}, {"from": "gpt", "value": ..}]}',
-        turns("conversations", "from", "value"),
+        turns("conversations"),
     ),
     ("messages",): (
         '{"messages": [{"role": "user", "content": ..}, {"role": "assistant", "content": ..}]}',
-        turns("messages", "role", "content"),
+        turns("messages"),
     ),
-    ("prompt", "completion"): ('{"prompt": .., "completion": ..}', _pair("prompt", "completion")),
+    ("prompt", "completion"): (
+        '{"prompt": .., "completion": ..}, both texts or both lists of messages',
+        _pair("prompt", "completion"),
+    ),
     ("prompt", "response"): ('{"prompt": .., "response": ..}', _pair("prompt", "response")),
 }
 
 
-def _wrong(turns: Turns | str) -> list[str]:
-    if isinstance(turns, str):
-        return [turns]
+def _wrong(turns: Turns) -> list[str]:
     problems = []
     for where, message in turns:
         if message["role"] not in ("system", "user", "assistant"):
@@ -201,22 +401,67 @@ def default_style(tokenizer: Tokenizer) -> Style:
     return "chat" if tokenizer.chat_template is not None else "alpaca"
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None = None) -> list[Piece]:
-    """The ids of a conversation, in pieces that are learned or not. The last is the last answer with its end.
-
-    The ids before a learned piece are just what the model is given when it is asked for that answer.
+def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
+    """The tokenizer with the chat template of a style, in which every answer ends with one of its eos_ids. A model
+    tuned in a style is saved with it: then `gptjax chat` and exports write and stop as the training did.
 
     Args:
         style: chat    the tokenizer's own template
+               chatml  "<|im_start|>user", "<|im_end|>", ..
                alpaca  preamble (or the system message), "### Instruction:", "### Input:", "### Response:"
-               phi3    "<|user|>", "<|assistant|>"
+               phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
                None    chat where the tokenizer has a template, else alpaca
-            In alpaca and phi3 the tokenizer's end-of-text follows every answer.
+            Markers that the vocabulary has no token for are plain text. The tokenizer's end-of-text follows every
+            answer, unless the template writes a token there: <|im_end|>, <|end|>, or what its own template has.
 
     Raises:
-        UserError: a special token inside a message, which could end a turn; no chat template, or one whose text of
-            some turns is not the beginning of its text of more turns; no end-of-text.
-    Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)", phi3 its exercise 7.1.
+        UserError: no such style; no chat template; nothing that could end an answer.
+    Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3 is that of
+        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book is without <|end|>).
+    """
+    style = style or default_style(tokenizer)
+    if style not in STYLES:
+        near = difflib.get_close_matches(style, STYLES, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"no prompt style {style!r}{hint} (known: {', '.join(STYLES)})")
+    if style != "chat":
+        begin = chat.BEGIN if tokenizer.add_bos and tokenizer.bos_id is not None else ""
+        ends = [i for i in (tokenizer.eot_id, *tokenizer.eos_ids) if i is not None]
+        tokenizer = tokenizer.replace(chat_template=begin + chat.BUILTIN[style], eos_ids=tuple(dict.fromkeys(ends)))
+    elif tokenizer.chat_template is None:
+        raise UserError(
+            f"style chat: {tokenizer.name} has no chat template; choose instruct.style=chatml (prefer.style=chatml), "
+            "alpaca or phi3"
+        )
+    try:
+        return chat.with_end(tokenizer)
+    except UserError as error:
+        raise UserError(f"style {style}: {error}") from None
+
+
+def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
+    """Lines for a log: how conversations are written, and where an answer ends. `tokenizer` as it came."""
+    named = "the model's own chat template" if style in (None, "chat") else style
+    if style is None and tokenizer.chat_template is None:
+        named = "alpaca, as the model has no chat template"
+    made = styled(tokenizer, style)
+    lines = [f"style   {named}; an answer ends with {chat.end_of_answer(made)}"]
+    if made.chat_template.startswith(chat.END):
+        lines.append("        (end-of-text, appended and learned: the template itself writes no token after an answer)")
+    return lines
+
+
+def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None = None) -> list[Piece]:
+    """The ids of a conversation, in pieces that are learned or not. The last is the last answer with its end.
+
+    The ids before an answer are just what the model is given when it is asked for that answer.
+
+    Args:
+        style: as for `styled`.
+
+    Raises:
+        UserError: as for `styled`; a special token inside a message, which could end a turn; a template whose text of
+            some turns is not the beginning of its text of more turns, or that knows of no tools where there are some.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -225,23 +470,10 @@ def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: Style | None = None
 ) -> list[list[Piece]]:
     """`render` of each, many templates in one process."""
-    style = style or default_style(tokenizer)
-    if style not in STYLES:
-        near = difflib.get_close_matches(style, STYLES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"no prompt style {style!r}{hint} (known: {', '.join(STYLES)})")
-    _refuse(problem for talk in conversations if (problem := _special(talk, tokenizer)))
-    if style == "chat":
-        if tokenizer.chat_template is None:
-            raise UserError(f"style chat: {tokenizer.name} has no chat template; choose alpaca or phi3")
-        return [[_piece(*part, tokenizer) for part in parts] for parts in _chat(conversations, tokenizer)]
-    if tokenizer.eot_id is None:
-        raise UserError(
-            f"style {style} ends an answer with end-of-text, and the {tokenizer.name} tokenizer has none: "
-            "give it a chat template, or use another tokenizer"
-        )
-    parts = {"alpaca": _alpaca, "phi3": _phi3}[style]
-    return [_with_ends([_piece(*part, tokenizer) for part in parts(talk)], tokenizer) for talk in conversations]
+    tokenizer = styled(tokenizer, style)
+    end = chat.end_of_answer(tokenizer)
+    _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, end)))
+    return [[_piece(*part, tokenizer) for part in parts] for parts in _chat(conversations, tokenizer, end)]
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -250,81 +482,55 @@ def _refuse(problems: Iterable[str]) -> None:
         raise UserError.all(problems[:MAX_PROBLEMS] + more)
 
 
-def _special(talk: Conversation, tokenizer: Tokenizer) -> str | None:
+def _unfit(talk: Conversation, tokenizer: Tokenizer, end: str | None) -> str | None:
     text = "\0".join(message["content"] + "\0" + message.get("input", "") for message in talk.messages)
-    if found := found_in(text, tokenizer.special_tokens):
+    text = "\0".join([text, *chat.strings(talk.tools)])
+    if found := found_in(text, {*tokenizer.special_tokens, *([end] if end else [])}):
         return f"{talk.where}: a message contains the special token {', '.join(sorted(found))}: take it out"
+    if talk.tools and not re.search(r"\btools\b", tokenizer.chat_template):
+        return f"{talk.where}: tools: the chat template of {tokenizer.name} does not write them: take them out"
     return None
 
 
 def _piece(text: str, learn: bool, tokenizer: Tokenizer) -> Piece:
-    return Piece(tokenizer.encode(text, allowed_special="all"), learn)  # the messages hold none: see _special
+    return Piece(tokenizer.encode(text, allowed_special="all"), learn)  # the messages hold none: see _unfit
 
 
-def _with_ends(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
-    """As `gptjax sample` begins a text, and with the end of every answer."""
-    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    pieces = [Piece([*ids, tokenizer.eot_id], True) if learn else Piece(ids, False) for ids, learn in pieces]
-    return [Piece(begin + pieces[0].ids, False), *pieces[1:]]
+def _content(message: dict[str, Any], alpaca: bool) -> str:
+    return (ALPACA_INPUT if alpaca else "\n").join(message[key] for key in ("content", "input") if key in message)
 
 
-def _alpaca(talk: Conversation) -> list[tuple[str, bool]]:
-    parts, before = [], PREAMBLE
-    for message in talk.messages:
-        if message["role"] == "system":
-            before = message["content"]
-        elif message["role"] == "user":
-            given = f"\n\n### Input:\n{message['input']}" if "input" in message else ""
-            before += f"\n\n### Instruction:\n{message['content']}{given}\n\n### Response:\n"
-        else:
-            parts += [(before, False), (message["content"], True)]
-            before = ""
-    return parts
-
-
-def _phi3(talk: Conversation) -> list[tuple[str, bool]]:
-    parts, before = [], ""
-    for message in talk.messages:
-        if message["role"] == "assistant":
-            parts += [(before + "<|assistant|>\n", False), (message["content"], True)]
-            before = "\n"
-        else:
-            before += f"<|{message['role']}|>\n{_content(message)}\n"
-    return parts
-
-
-def _content(message: dict[str, str]) -> str:
-    return "\n".join(message[key] for key in ("content", "input") if key in message)
-
-
-# --- the model's own template
+# --- the template
 
 
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, str]]
     begin: bool  # the text ends where the assistant begins to speak
+    tools: list[dict[str, Any]] | None = None
 
 
-def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[list[tuple[str, bool]]]:
-    """Each answer is what the template adds between the text that asks for it and the text that holds it.
+def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[tuple[str, bool]]]:
+    """Each answer is what the template adds between the text that asks for it and the text that holds it, as far as
+    its end.
 
     asks   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     holds  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     learn                                                         Hello!<|im_end|>
     """
-    jobs = []
+    jobs, alpaca = [], tokenizer.chat_template.endswith(chat.BUILTIN["alpaca"])
     for talk in conversations:
-        messages = [{"role": message["role"], "content": _content(message)} for message in talk.messages]
+        messages = [{"role": message["role"], "content": _content(message, alpaca)} for message in talk.messages]
+        tools = list(talk.tools) or None
         for i in _answers(talk):
-            jobs += [_Job(talk.where, messages[:i], True), _Job(talk.where, messages[: i + 1], False)]
+            jobs += [_Job(talk.where, messages[:i], True, tools), _Job(talk.where, messages[: i + 1], False, tools)]
     texts = iter(_render_all(tokenizer, jobs))
     found: list[list[tuple[str, bool]]] = []
     problems: list[str] = []
     for talk in conversations:
-        turns = [(next(texts), next(texts)) for _ in _answers(talk)]
+        turns = [(next(texts), next(texts), talk.messages[i].get("learn", True)) for i in _answers(talk)]
         try:
-            found.append(_spans(turns, tokenizer))
+            found.append(_spans(turns, tokenizer, end))
         except UserError as error:
             problems.append(f"{talk.where}: {error}")
     _refuse(problems)
@@ -335,10 +541,11 @@ def _answers(talk: Conversation) -> list[int]:
     return [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
 
 
-def _spans(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
+    """(text, learn) in turn of what asks and what is answered, from (asks, holds, learn) of each answer."""
     parts: list[tuple[str, bool]] = []
-    before, at = "", 0
-    for asks, holds in turns:
+    before = ""
+    for asks, holds, learn in turns:
         if not asks.startswith(before) or not holds.startswith(asks) or holds == asks:
             shorter, longer = (asks, holds) if asks.startswith(before) else (before, asks)
             raise UserError(
@@ -346,25 +553,28 @@ def _spans(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[str
                 f"no place of its own: {shorter[-60:]!r} is not how {longer[-60:]!r} goes on; choose style alpaca or "
                 "phi3, or other data (one turn each, without thinking)"
             )
-        answer = holds[len(asks) :]
-        if answer.rstrip().endswith(tuple(tokenizer.special_tokens)):
-            answer = answer.rstrip()  # the model has stopped there: what follows belongs to the next turn
-        parts += [(asks[at:], False), (answer, True)]
-        before, at = holds, len(asks) + len(answer)
+        answer, ended, _ = holds[len(asks) :].partition(end)
+        if not ended:
+            raise UserError(
+                f"the chat template of {tokenizer.name} writes no {end} after the answer {answer[-60:]!r}: choose "
+                "style alpaca or phi3, or other data"
+            )
+        parts += [(asks[len(before) :], False), (answer + end, learn)]
+        before = asks + answer + end  # the model has stopped there: what follows belongs to the next turn
     return parts
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """`chat.apply` of each job, many in one process; of halves where that fails, down to the jobs that are wrong."""
     problems: dict[str, None] = {}
+    alone = chat.is_builtin(tokenizer.chat_template)  # needs no process
 
     def halves(jobs: list[_Job]) -> list[str]:
         if len(problems) >= MAX_PROBLEMS:
             return []
         try:
-            if len(jobs) == 1:
-                job = jobs[0]
-                return [chat.apply(tokenizer, job.messages, add_generation_prompt=job.begin, **_limits(jobs))]
+            if alone or len(jobs) == 1:
+                return [_apply(tokenizer, job) for job in jobs]
             return _render_together(tokenizer, jobs)
         except UserError as error:
             if len(jobs) == 1:
@@ -378,16 +588,22 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     return texts
 
 
+def _apply(tokenizer: Tokenizer, job: _Job) -> str:
+    return chat.apply(tokenizer, job.messages, add_generation_prompt=job.begin, tools=job.tools, **_limits([job]))
+
+
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
     """Of time and length: a template adds a little to each message, however long a conversation is."""
     said = sum(len(message["content"]) for job in jobs for message in job.messages)
+    said += sum(len(text) + 64 for job in jobs for text in chat.strings(job.tools))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * said}
 
 
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """By a template around the tokenizer's own, which goes through the jobs (they come as `tools`): JSON lines."""
     around = (
-        "{% for job_ in tools %}{% set messages, add_generation_prompt, tools = job_.messages, job_.begin, none %}"
+        "{% for job_ in tools %}"
+        "{% set messages, add_generation_prompt, tools = job_.messages, job_.begin, job_.tools %}"
         "{% set text %}\n" + tokenizer.chat_template.removesuffix("\n") + "{{ '' }}{% endset %}"
         "{{ text | tojson }}{{ '\\n' }}{% endfor %}"
     )
@@ -408,6 +624,7 @@ def encode(
     style: Style | None = None,
     context_length: int,
     loss_on: Literal["response", "all"] = "response",
+    because: str = "",
 ) -> Encoded:
     """Every conversation as one example, without those that are too long.
 
@@ -418,14 +635,22 @@ def encode(
         weights   0  0  0  1  1  1     loss_on="all": 1 everywhere
 
     Args:
-        style: as for `render`.
+        style: as for `styled`.
         loss_on: the answers with their ends, or every token.
+        because: where the context_length comes from, for the error where nothing fits.
 
     Raises:
         UserError: as for `render`, for up to 20 conversations; no example fits.
     """
     if loss_on not in ("response", "all"):
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")
+    if loss_on == "all":
+        _refuse(
+            f"{talk.where}: loss_on=all learns every token, and an answer there is not to be learned: "
+            "take its weight or train out, or say loss_on=response"
+            for talk in conversations
+            if not all(message.get("learn", True) for message in talk.messages)
+        )
     rows, weights, shortest = [], [], None
     for pieces in render_all(conversations, tokenizer, style):
         ids = [i for piece in pieces for i in piece.ids]
@@ -437,7 +662,7 @@ def encode(
         weights.append(np.array(learn, np.float32))
     if not rows:
         needs = f"the shortest needs {shortest}" if conversations else "there is none"
-        raise UserError(f"no conversation fits a context of {context_length} tokens: {needs}")
+        raise UserError(f"no conversation fits a context of {context_length} tokens{because}: {needs}")
     return Encoded(rows, weights, len(conversations) - len(rows))
 
 

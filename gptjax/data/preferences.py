@@ -66,26 +66,61 @@ class PairBatch(NamedTuple):
 
 
 def _sides(prompt: str, extra: str = "") -> Any:
-    """Answers that are texts, after a question."""
+    """Answers to a question. Both are texts, or both lists of messages: the answer alone, or the prompt before it."""
 
     def parse(record: dict) -> tuple:
-        user = {"role": "user", "content": record[prompt]}
-        if extra and record.get(extra) not in ("", None):
-            user["input"] = record[extra]
-        if isinstance(record["chosen"], list) or isinstance(record["rejected"], list):
-            return _talks(record)
-        return tuple([(prompt, user), (side, {"role": "assistant", "content": record[side]})] for side in SIDES)
+        if any(isinstance(record[side], list) for side in SIDES):
+            return tuple(_after(prompt, record, side) for side in SIDES)
+        if isinstance(record[prompt], list):
+            asked: Any = instructions.turns(prompt)(record)
+            if isinstance(asked, str):
+                return (asked,)
+        else:
+            user = {"role": "user", "content": record[prompt]}
+            if extra and record.get(extra) not in ("", None):
+                user["input"] = record[extra]
+            asked = [(prompt, user)]
+        return tuple([*asked, (side, {"role": "assistant", "content": record[side]})] for side in SIDES)
 
     return parse
 
 
+def _after(prompt: str, record: dict, side: str) -> Any:
+    """The messages of a side with those of the prompt before them, which may stand there already."""
+    answered = instructions.turns(side)(record)
+    if isinstance(answered, str) or not answered:
+        return answered
+    as_text = not isinstance(record[prompt], list)
+    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else instructions.turns(prompt)(record)
+    if isinstance(asked, str):
+        return asked
+    said = [_said(message) for _, message in answered]
+    if said[: len(asked)] == [_said(message) for _, message in asked]:
+        return answered
+    if said[0][0] == "assistant":
+        return [*asked, *answered]
+    if as_text and ("user", record[prompt]) in said:  # of several turns, the one that is asked last
+        return answered
+    return (
+        f"{side}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; found "
+        f"role {said[0][0]!r:.40} with other content first"
+    )
+
+
+def _said(message: dict[str, Any]) -> tuple[Any, Any]:
+    return message["role"], message["content"]
+
+
 def _talks(record: dict) -> tuple:
     """Whole conversations."""
-    return tuple(instructions.turns(side, "role", "content")(record) for side in SIDES)
+    return tuple(instructions.turns(side)(record) for side in SIDES)
 
 
 FORMATS: Formats = {
-    ("prompt", *SIDES): ('{"prompt": .., "chosen": .., "rejected": ..}', _sides("prompt")),
+    ("prompt", *SIDES): (
+        '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
+        _sides("prompt"),
+    ),
     ("instruction", *SIDES): (
         '{"instruction": .., "input": .. (optional), "chosen": .., "rejected": ..}',
         _sides("instruction", "input"),
@@ -94,18 +129,22 @@ FORMATS: Formats = {
 }
 
 
-def read(source: str) -> list[Pair]:
+def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+
+    Args:
+        notes: as of `instructions.read`, which says what is read beside the keys of `FORMATS`.
 
     Raises:
         UserError: as of `instructions.read`; pairs with two questions, or the same answer twice: the first 20.
     """
-    pairs = [Pair(*sides) for sides in instructions.read_as(source, FORMATS)]
+    pairs = [Pair(*sides) for sides in instructions.read_as(source, FORMATS, notes)]
     problems = []
     for chosen, rejected in pairs:
-        if chosen.messages[:-1] != rejected.messages[:-1]:
+        ours, theirs = ([*map(_said, side.messages)] for side in (chosen, rejected))
+        if ours[:-1] != theirs[:-1]:
             problems.append(f"{chosen.where}: chosen and rejected answer different questions")
-        elif chosen.messages[-1] == rejected.messages[-1]:
+        elif ours[-1] == theirs[-1]:
             problems.append(f"{chosen.where}: chosen and rejected are the same answer")
     if problems:
         raise UserError.all(problems[: instructions.MAX_PROBLEMS])
@@ -131,10 +170,18 @@ def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
 
 
 def encode(
-    pairs: Sequence[Pair], tokenizer: Tokenizer, *, style: Style | None = None, context_length: int
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    *,
+    style: Style | None = None,
+    context_length: int,
+    because: str = "",
 ) -> EncodedPairs:
     """Both sides of every pair, without those pairs that are too long for a row of both; what is learned is the last
     answer with its end, whatever was answered before.
+
+    Args:
+        because: where the context_length comes from, for the error where nothing fits.
 
     Raises:
         UserError: as of `instructions.render`; no pair fits.
@@ -142,13 +189,14 @@ def encode(
     texts = [getattr(pair, side) for pair in pairs for side in SIDES]
     both = instructions.encode(texts, tokenizer, style=style, context_length=1 << 30)
     examples = list(zip(both.rows, map(_last, both.weights), strict=True))
-    sides = [
-        pair
-        for pair in zip(examples[::2], examples[1::2], strict=True)
-        if sum(len(ids) - 1 for ids, _ in pair) <= context_length
-    ]
+    whole = list(zip(examples[::2], examples[1::2], strict=True))
+    lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in whole]
+    sides = [pair for pair, length in zip(whole, lengths, strict=True) if length <= context_length]
     if not sides:
-        raise UserError(f"no pair fits a context of {context_length} tokens: both of its sides stand in one row")
+        needs = f"and the shortest needs {min(lengths)}" if lengths else "and there is none"
+        raise UserError(
+            f"no pair fits a context of {context_length} tokens{because}: both of its sides stand in one row, {needs}"
+        )
     return EncodedPairs(sides, len(pairs) - len(sides))
 
 

@@ -14,6 +14,7 @@ import optax
 
 from gptjax import assets, lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
+from gptjax.data import instructions
 from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
@@ -57,12 +58,19 @@ class Thirds(NamedTuple):
     test: list[Any]
 
 
-def thirds(settings: Any, seed: int, read: Callable[[str], list], made: Callable[..., list]) -> Thirds:
+def thirds(
+    settings: Any,
+    seed: int,
+    read: Callable[[str, list[str] | None], list],
+    made: Callable[..., list],
+    notes: list[str] | None = None,
+) -> Thirds:
     """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
     skills: test and validation ask about words and numbers that training never shows.
 
     Args:
         settings: with source, examples, val_fraction, test_fraction. made: (n, seed, held_out) -> records.
+        notes: as of `instructions.read`.
     """
     if settings.source is None:
         n = settings.examples
@@ -70,7 +78,7 @@ def thirds(settings: Any, seed: int, read: Callable[[str], list], made: Callable
         held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
         unseen = made(sum(held), seed, held_out=True)
         return Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
-    found = read(settings.source)
+    found = read(settings.source, notes)
     n = len(found)
     test = int(n * settings.test_fraction)
     train = int(n * (1 - settings.test_fraction - settings.val_fraction) + 1e-9)
@@ -105,6 +113,12 @@ def base_model(cfg: Config) -> weights.Model:
     return weights.open_model(cfg.finetune.base)
 
 
+def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, list[str]]:
+    """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
+    tokenizer = base.tokenizer()
+    return instructions.styled(tokenizer, style), instructions.describe_style(tokenizer, style)
+
+
 def model_config(cfg: Config, base: ModelConfig, **changes: Any) -> ModelConfig:
     """The base's, computed as the config says."""
     return dataclasses.replace(base, **{name: getattr(cfg.model, name) for name in COMPUTED}, **changes)
@@ -132,6 +146,14 @@ def longest_row(cfg: Config, model: ModelConfig) -> int:
     settings = getattr(cfg, cfg.task)
     most = settings.max_length if cfg.task == "classify" else settings.context_length
     return min(most or model.context_length, model.context_length)
+
+
+def why_so_long(cfg: Config, model: ModelConfig) -> str:
+    """Where the number of `longest_row` comes from, for an error."""
+    asked = getattr(cfg, cfg.task).context_length
+    if asked > model.context_length:
+        return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {asked})"
+    return f" ({cfg.task}.context_length)"
 
 
 def split_heads(params: Params) -> tuple[Params, Params]:

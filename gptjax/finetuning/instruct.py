@@ -42,14 +42,14 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
     """Answer what was held out: responses.jsonl, and the share of exact answers."""
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
-        test, (params, _) = conversations(result.cfg).test, weights.load(folder / "final")  # of plain arrays
+        test, (params, _) = conversations(result.cfg, []).test, weights.load(folder / "final")  # of plain arrays
         with Progress(log=say) as progress:
-            rows = _answer(folder / RESPONSES, params, result, test, progress)
+            rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             found = scores(rows)
             if result.cfg.instruct.compare:
                 del params
                 base_params = base.base_model(result.cfg).params("float32", None)
-                before = _answer(folder / BEFORE, base_params, result, test, progress)
+                before = _answer(folder / BEFORE, base_params, result, test, progress, "the base")
                 found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
         write_json(folder / RESULTS, found)
     found = read_json(folder / RESULTS)
@@ -59,8 +59,10 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
     return result
 
 
-def _answer(file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Any) -> list[dict]:
-    rows = answers(params, result.cfg, result.tokenizer, talks, progress)
+def _answer(
+    file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Any, who: str
+) -> list[dict]:
+    rows = answers(params, result.cfg, result.tokenizer, talks, progress, who)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
@@ -82,8 +84,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conversations(cfg: Config) -> base.Thirds:
-    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, _skills)
+def conversations(cfg: Config, notes: list[str] | None = None) -> base.Thirds:
+    """To train, validate and test on. notes: as of `instructions.read`."""
+    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return parts
@@ -96,17 +99,20 @@ def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
 
 def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     found = base.base_model(cfg)
-    tokenizer, instruct = found.tokenizer(), cfg.instruct
+    instruct = cfg.instruct
     model = base.model_config(cfg, found.cfg)
-    width = base.longest_row(cfg, model)
+    width, notes = base.longest_row(cfg, model), list[str]()
     with progress.phase("preparing the data"):
-        talks = conversations(cfg)
+        tokenizer, about_style = base.styled(found, instruct.style)
+        talks = conversations(cfg, notes)
         encoded = [
-            instructions.encode(part, tokenizer, style=instruct.style, context_length=width, loss_on=instruct.loss_on)
+            instructions.encode(
+                part, tokenizer, context_length=width, loss_on=instruct.loss_on, because=base.why_so_long(cfg, model)
+            )
             for part in (talks.train, talks.val)
         ]
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
-        example = instructions.show(instructions.render(talks.train[0], tokenizer, instruct.style), tokenizer)
+        example = instructions.show(instructions.render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
     steps = cfg.train.steps(len(train.tokens), size)
     cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
@@ -122,6 +128,8 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         f"data    {instruct.source or 'synthetic skills'}: {counts} conversations to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
         f"full; {encoded[0].dropped + encoded[1].dropped} conversations do not fit and are left out",
+        *(f"        {note}" for note in notes),
+        *about_style,
         f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
     return cfg, base.job(
@@ -145,17 +153,21 @@ def loss(cfg: Config) -> Callable:
 
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
-    talks, found = conversations(cfg), base.base_model(cfg)
+    notes: list[str] = []
+    talks, found = conversations(cfg, notes), base.base_model(cfg)
     model = base.model_config(cfg, found.cfg)
     width = base.longest_row(cfg, model)
+    tokenizer, about_style = base.styled(found, cfg.instruct.style)
     encoded = instructions.encode(
-        talks.train, found.tokenizer(), style=cfg.instruct.style, loss_on=cfg.instruct.loss_on,
-        context_length=width,
+        talks.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
+        because=base.why_so_long(cfg, model),
     )  # fmt: skip
     n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)
     counts = " + ".join(f"{len(part):,}" for part in talks)
     return [
         f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit",
+        *(f"                   {note}" for note in notes),
+        *(f"{line[:8]:19}{line[8:]}" for line in about_style),
         base.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n_rows, cfg.train.batch_size):,} of {cfg.train.batch_size} rows, "
         f"{n_rows:,} rows an epoch",
@@ -163,25 +175,41 @@ def plan(cfg: Config) -> list[str]:
 
 
 def answers(
-    params: Any, cfg: Config, tokenizer: Any, talks: Sequence[Conversation], progress: Any = None
+    params: Any, cfg: Config, tokenizer: Any, talks: Sequence[Conversation], progress: Any = None, who: str = ""
 ) -> list[dict[str, Any]]:
     """The model's greedy answer to each conversation's last question, beside the one expected and its loss.
 
+    Args:
+        who: whose answers they are, for the sign of life.
+
     Returns:
         One a conversation: where, prompt, expected, answer; nats, -log p of the expected answer with its end, and
-        tokens, their number; constraints, where the record has them.
+        tokens, their number; where the record has them, system, history (the messages before the question) and
+        constraints.
     """
+    tokenizer = instructions.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), []
-    rendered = instructions.render_all(talks, tokenizer, cfg.instruct.style)
+    rendered = instructions.render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: pretrain.token_log_probs(params, batch, cfg.model))
-    size = cfg.sample.batch_size
+    size, longest = cfg.sample.batch_size, [0]
+
+    def count(tokens: list[int]) -> bool:
+        """As `until`, which the loop asks about the tokens of each row from time to time: they are only counted."""
+        longest[0] = max(longest[0], len(tokens))
+        return False
+
+    def doing() -> str:
+        batch = f"the next {min(size, len(talks) - len(rows))} have {longest[0]} of {cfg.sample.max_new_tokens} tokens"
+        return f"answering{', ' * bool(who)}{who}: {len(rows)} of {len(talks)} done, {batch}"
+
     for first in range(0, len(talks), size):
         some = rendered[first : first + size]
         prompts = [[i for piece in talk[:-1] for i in piece.ids] for talk in some]
-        with progress.phase(f"answering, {len(rows)} of {len(talks)}") if progress else nullcontext():
+        longest[0] = 0
+        with progress.phase(doing) if progress else nullcontext():
             new = generate(
                 decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
-                stop=sorted({talk[-1].ids[-1] for talk in some}),
+                stop=weights.stop_ids(tokenizer), until=count if progress else None,
             )  # fmt: skip
             batch = _to_score(prompts, [talk[-1].ids for talk in some], size)
             nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))
@@ -202,7 +230,13 @@ def _to_score(prompts: list[list[int]], expected: list[list[int]], size: int) ->
 
 
 def _row(talk: Conversation, answer: str) -> dict[str, Any]:
-    question, expected = talk.messages[-2], talk.messages[-1]["content"]
-    asked = "\n".join(filter(None, (question["content"], question.get("input"))))
-    row = {"where": talk.where, "prompt": asked, "expected": expected, "answer": answer}
-    return row | ({"constraints": list(talk.constraints)} if talk.constraints else {})
+    *before, question, expected = talk.messages
+    row = {"where": talk.where, "prompt": _said(question), "expected": expected["content"], "answer": answer}
+    system = [message["content"] for message in before if message["role"] == "system"]
+    history = [{"role": m["role"], "content": _said(m)} for m in before if m["role"] != "system"]
+    more = {"system": "".join(system), "history": history, "constraints": list(talk.constraints)}
+    return row | {key: value for key, value in more.items() if value}
+
+
+def _said(message: dict[str, Any]) -> str:
+    return "\n".join(filter(None, (message["content"], message.get("input"))))

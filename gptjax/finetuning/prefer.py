@@ -58,8 +58,9 @@ def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | No
     return result
 
 
-def pairs(cfg: Config) -> base.Thirds:
-    return base.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills)
+def pairs(cfg: Config, notes: list[str] | None = None) -> base.Thirds:
+    """To train, validate and test on. notes: as of `instructions.read`."""
+    return base.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
 def loss(cfg: Config) -> Callable:
@@ -68,19 +69,19 @@ def loss(cfg: Config) -> Callable:
 
 def _rows(cfg: Config, part: list[Any], tokenizer: Any, model: ModelConfig) -> tuple[PairRows, int]:
     """The rows of a part, and how many pairs did not fit."""
-    settings = cfg.prefer
     width = base.longest_row(cfg, model)
-    encoded = preferences.encode(part, tokenizer, style=settings.style, context_length=width)
-    packed = settings.packing == "packed"
+    encoded = preferences.encode(part, tokenizer, context_length=width, because=base.why_so_long(cfg, model))
+    packed = cfg.prefer.packing == "packed"
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
 
 
 def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[Config, Job]:
     found = base.base_model(cfg)
-    tokenizer, size = found.tokenizer(), cfg.train.batch_size
+    size, notes = cfg.train.batch_size, list[str]()
     model = base.model_config(cfg, found.cfg)
     with progress.phase("preparing the data"):
-        parts_of_data = pairs(cfg)
+        tokenizer, about_style = base.styled(found, cfg.prefer.style)
+        parts_of_data = pairs(cfg, notes)
         rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
     train, val, test = rows
     steps = cfg.train.steps(len(train.tokens), size)
@@ -107,6 +108,8 @@ def prepare(cfg: Config, progress: Any, held: list[Any] | None = None) -> tuple[
         f"data    {cfg.prefer.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
         f"full; {sum(dropped)} pairs do not fit and are left out",
+        *(f"        {note}" for note in notes),
+        *about_style,
     ]
     return cfg, base.job(
         cfg,
@@ -135,13 +138,17 @@ def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int)
 
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
-    parts, found = pairs(cfg), base.base_model(cfg)
+    notes: list[str] = []
+    parts, found = pairs(cfg, notes), base.base_model(cfg)
     model = base.model_config(cfg, found.cfg)
-    rows, dropped = _rows(cfg, parts.train, found.tokenizer(), model)
+    tokenizer, about_style = base.styled(found, cfg.prefer.style)
+    rows, dropped = _rows(cfg, parts.train, tokenizer, model)
     n, size = len(rows.tokens), cfg.train.batch_size
     counts = " + ".join(f"{len(part):,}" for part in parts)
     return [
         f"data               {counts} pairs to train, validate and test on; {dropped} do not fit",
+        *(f"                   {note}" for note in notes),
+        *(f"{line[:8]:19}{line[8:]}" for line in about_style),
         base.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
     ]

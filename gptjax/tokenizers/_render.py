@@ -9,6 +9,7 @@ process sets for itself, at the latest when its parent kills it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -27,12 +28,17 @@ def render(template: str, context: dict[str, Any], max_chars: int) -> str:
         Exception: whatever Jinja or the template raises; ValueError for more than max_chars.
     """
     pieces, size = [], 0
-    for piece in _environment().from_string(template).generate(**context):
+    for piece in _compiled(template).generate(**context):
         size += len(piece)
         if size > max_chars:
             raise ValueError(f"more than {max_chars:,} characters come out")
         pieces.append(piece)
     return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
 
 
 def _environment() -> Any:

@@ -342,6 +342,13 @@ def found_in(text: str, names: Iterable[str]) -> set[str]:
     return set(_alternatives(names).findall(text)) if names else set()
 
 
+def first_of(text: str, names: Iterable[str]) -> str | None:
+    """The first of the names that stands in the text; None if none does."""
+    names = frozenset(names)
+    match = _alternatives(names).search(text) if names else None
+    return match and match[0]
+
+
 def read_text(path: Path) -> str:
     """The text of a tokenizer's file, UTF-8 and not too large."""
     size = path.stat().st_size

@@ -8,15 +8,20 @@ A template is a small Jinja program that comes with the model, so it is not trus
 of its own with little time and memory, in about 0.1 s. Those of BUILTIN are rendered here, without that wait. What a
 user says is not trusted either: `encode_chat` refuses a message that contains a special token, which could otherwise
 end the user's turn and begin another.
+
+    end_of_answer(tok)           "<|im_end|>": the token that the template writes after every answer
+    with_end(tok)                the same tokenizer, whose template ends every answer and whose eos_ids say how
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.tokenizers import _render
-from gptjax.tokenizers.base import Tokenizer, found_in
+from gptjax.tokenizers.base import Tokenizer, first_of, found_in
 from gptjax.types import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -68,6 +73,21 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
+BEGIN = "{{ bos_token }}"  # before a template of BUILTIN, for a model whose texts begin with that token
+
+# Before a template that writes no token after an answer: every answer ends with end-of-text. A call of a tool does not.
+END = (
+    "{% set with_ends = namespace(messages=[]) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' and not message['tool_calls'] %}"
+    "{% set with_ends.messages = with_ends.messages"
+    " + [{'role': 'assistant', 'content': message['content'] + eos_token}] %}"
+    "{% else %}{% set with_ends.messages = with_ends.messages + [message] %}{% endif %}"
+    "{% endfor %}"
+    "{% set messages = with_ends.messages %}\n"
+)
+_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"  # to find in what a template writes
+
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
     """The conversation as text, by the template that is given, else by the tokenizer's own.
@@ -81,10 +101,101 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
         raise UserError(
             f"{tokenizer.name} has no chat template: choose one of {', '.join(BUILTIN)}, the one it is trained with"
         )
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    return render(template, messages, **_roles(tokenizer), **options)
+
+
+def _roles(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template knows as bos_token and eos_token; "" where there is none."""
+    names = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
-    tokens = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(eos, "")}
-    return render(template, messages, **tokens, **options)
+    return {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(eos, "")}
+
+
+def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens whose name is one id wherever it stands: special tokens and added ones."""
+    return {**tokenizer.added_tokens, **tokenizer.special_tokens}
+
+
+def is_builtin(template: str) -> bool:
+    """Whether gptjax wrote the template, which is then rendered in this process."""
+    return template.removeprefix(END).removeprefix(BEGIN) in BUILTIN.values()
+
+
+# --- where an answer ends
+
+
+def end_of_answer(tokenizer: Tokenizer) -> str | None:
+    """The token that the tokenizer's chat template writes after every answer, the last one and earlier ones; None if
+    it writes none.
+
+        ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
+        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": the last is of a finished text
+        ..ASSISTANT: Hello!                                              None
+    """
+    if tokenizer.chat_template is None:
+        return None
+    roles = _roles(tokenizer)
+    if tokenizer.chat_template.startswith(END):
+        return roles["eos_token"] or None
+    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), *roles.values())
+
+
+@functools.lru_cache(maxsize=16)
+def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_token: str) -> str | None:
+    def first_token(messages: list[Message], begin: bool) -> str | None:
+        roles = {"bos_token": bos_token, "eos_token": eos_token}
+        text = render(template, messages, add_generation_prompt=begin, **roles)
+        _, _, after = text.partition(_ANSWER)
+        return first_of(after.partition(_NEXT)[0], tokens)
+
+    asked, answer, more = (
+        {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
+    )
+    for system in ([], [{"role": "system", "content": "system"}]):  # some templates ask for one
+        try:
+            last = first_token([*system, asked, answer], False)
+        except UserError:
+            continue
+        try:
+            return last if first_token([*system, asked, answer, more], True) == last else None
+        except UserError:  # a template of one turn
+            return last
+    return None
+
+
+def with_end(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, with a chat template that ends every answer with a token, which is one of its eos_ids: the first,
+    unless the template means another one by eos_token. A template that ends none gets END: end-of-text follows.
+
+    Raises:
+        UserError: the template ends no answer, and there is no end-of-text.
+    """
+    end = end_of_answer(tokenizer)
+    if end is None:
+        end = _roles(tokenizer)["eos_token"]
+        if not end:
+            raise UserError(
+                f"nothing can end an answer: the chat template writes no token after it, and the {tokenizer.name} "
+                "tokenizer has no end-of-text; take a model with tokenizer.name=bytes, bpe or gpt2"
+            )
+        tokenizer = tokenizer.replace(chat_template=END + tokenizer.chat_template)
+    i, ids = whole_tokens(tokenizer)[end], tokenizer.eos_ids
+    if re.search(r"\beos_token\b", tokenizer.chat_template) and ids:
+        return tokenizer if i in ids else tokenizer.replace(eos_ids=(*ids, i))
+    return tokenizer.replace(eos_ids=(i, *(other for other in ids if other != i)))
+
+
+def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of an answer without special tokens, so that `encode_chat` takes it again."""
+    special = set(tokenizer.special_tokens.values())
+    text = tokenizer.decode([i for i in ids if i not in special])
+    while found := found_in(text, tokenizer.special_tokens):  # spelled by other tokens
+        for name in found:
+            text = text.replace(name, "")
+    return text
+
+
+# --- text and ids
 
 
 def encode_chat(
@@ -110,7 +221,7 @@ def encode_chat(
             f"{where} contains the special token {', '.join(sorted(found))}: take it out, "
             "or say allow_special_in_content=True if it may act as one"
             for where, part in parts.items()
-            if (found := found_in("\0".join(_strings(part)), tokenizer.special_tokens))
+            if (found := found_in("\0".join(strings(part)), tokenizer.special_tokens))
         ]
         if problems:
             raise UserError.all(problems)
@@ -144,7 +255,7 @@ def render(
     context |= {"add_generation_prompt": add_generation_prompt}
     context |= {"bos_token": bos_token} if bos_token else {}  # else undefined, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
-    if template in BUILTIN.values():
+    if is_builtin(template):
         try:
             return _render.render(template, context, max_chars)
         except ValueError as error:
@@ -189,13 +300,13 @@ def _check(template: Any, messages: Any, tools: Any) -> None:
         raise UserError.all(problems)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """All texts inside a JSON value, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Progress:
         alive: Callable[[], None] = lambda: None,
     ):
         self._write, self._log, self._alive = write, log, alive
-        self._phase, self._since, self._spoke, self._told = "", time.monotonic(), time.monotonic(), 0.0
+        self._phase: str | Callable[[], str] = ""
+        self._since, self._spoke, self._told = time.monotonic(), time.monotonic(), 0.0
         self._bar: Any = None
         self._task: Any = None
         self._rich = log is None and sys.stdout.isatty()
@@ -72,8 +73,8 @@ class Progress:
             self.say(line)
 
     @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
-        """What is going on, for the sign of life."""
+    def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
+        """What is going on, for the sign of life; a function says it anew each time."""
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield
@@ -95,7 +96,8 @@ class Progress:
             self._alive()
             now = time.monotonic()
             if not self._bar and self._phase and now - self._spoke >= SILENCE_S:
-                self.say(f"... {self._phase}, {now - self._since:.0f} s")
+                what = self._phase() if callable(self._phase) else self._phase
+                self.say(f"... {what}, {now - self._since:.0f} s")
 
 
 def without_colours(text: str) -> str:

@@ -113,6 +113,88 @@ def test_several_turns(tmp_path):
     assert read(put(tmp_path, ".parquet", [{"conversations": turns}]))[0].messages == TWO.messages
 
 
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def one(tmp_path, record, notes=None):
+    [found] = read(put(tmp_path, ".jsonl", [record]), notes)
+    return found
+
+
+ASKED, SAID = [message("user", "a")], [message("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": ASKED, "completion": SAID}, [*ASKED, *SAID]),
+        ({"prompt": ASKED, "response": SAID}, [*ASKED, *SAID]),
+        ({"conversations": [*ASKED, *SAID]}, [*ASKED, *SAID]),
+        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [*ASKED, *SAID]),
+        ({"messages": [*ASKED, *SAID], "system": "S"}, [message("system", "S"), *ASKED, *SAID]),
+        ({"prompt": "a", "completion": "b", "system_prompt": "S"}, [message("system", "S"), *ASKED, *SAID]),
+        (
+            {"instruction": "c", "input": "", "output": "d", "system": "S", "history": [["a", "b"]]},
+            [message("system", "S"), *ASKED, *SAID, message("user", "c"), message("assistant", "d")],
+        ),
+        (
+            {"messages": [*ASKED, message("assistant", "BAD", weight=0), *ASKED, message("assistant", "b", weight=1)]},
+            [*ASKED, message("assistant", "BAD", learn=False), *ASKED, *SAID],
+        ),
+        (
+            {"messages": [message("user", "a", train=False), *SAID, *ASKED, message("assistant", "BAD", train=False)]},
+            [*ASKED, *SAID],
+        ),
+        (
+            {"prompt": [*ASKED, *SAID, *ASKED], "completion": SAID},
+            [*ASKED, message("assistant", "b", learn=False), *ASKED, *SAID],
+        ),
+    ],
+)
+def test_what_stands_beside_a_conversation_belongs_to_it(tmp_path, record, messages):
+    assert list(one(tmp_path, record).messages) == messages
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path, chatty):
+    talk = one(tmp_path, {"messages": [*ASKED, message("assistant", "BAD", weight=0), *ASKED, *SAID]})
+    assert text(render(talk, chatty), chatty, True) == "b<|im_end|>" and "BAD" in text(render(talk, chatty), chatty)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: loss_on=all learns every token"):
+        encode([talk], chatty, context_length=999, loss_on="all")
+
+
+def test_tools_go_into_a_template_that_writes_them(tmp_path, chatty):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    knows = chatty.replace(chat_template="{{ tools | tojson if tools }}" + chat.BUILTIN["chatml"])
+    for given in (tools, json.dumps(tools)):
+        talk = one(tmp_path, {"messages": [*ASKED, *SAID], "tools": given})
+        assert list(talk.tools) == tools
+        for many in ([talk], [talk, ONE]):
+            pieces, *_ = instructions.render_all(many, knows)
+            assert text(pieces, knows).startswith(json.dumps(tools) + "<|im_start|>user")
+        with pytest.raises(UserError, match=r"rows.jsonl:1: tools: the chat template .* does not write them"):
+            render(talk, chatty)
+
+
+def test_keys_that_are_not_read_are_named_once(tmp_path, capsys):
+    row = {
+        "messages": [message("user", "a", name="Ann"), *SAID],
+        "id": 3,
+        "source": "web",
+        "text": "a b",
+        "empty": None,
+    }
+    path = put(tmp_path, ".jsonl", [row, {"messages": [*ASKED, *SAID]}, row | {" odd ": 1}])
+    notes = []
+    read(path, notes)
+    assert notes == [
+        f"keys that are not read: text (2 of 3, first {path}:1), messages[].name (2 of 3, first {path}:1), "
+        f"' odd ' (1 of 3, first {path}:5)"
+    ]
+    read(path)
+    assert notes[0] in capsys.readouterr().err
+
+
 def test_hub(monkeypatch):
     import datasets
 
@@ -149,7 +231,7 @@ BAD = {
     "turns": (".jsonl", '{"messages": "hi"}', "messages: expected a list such as .*found a string"),
     "no turns": (".jsonl", '{"messages": []}', "found no turn"),
     "role": (".jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', r"messages\[0\]: expected system, .*'tool'"),
-    "no role": (".jsonl", '{"conversations": [{"value": "x"}]}', r"conversations\[0\]: expected system, .*None"),
+    "no role": (".jsonl", '{"conversations": [{"value": "x"}]}', r"\[0\]: expected role and content .*found value"),
     "last": (".jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "a last response, found user"),
     "not an array": (".json", '{"prompt": "a"}', r"rows\.json: expected an array of records, found an object"),
     "not JSON": (".json", GOOD + GOOD, r"rows\.json: not whole JSON.*line 2.*\.jsonl"),
@@ -160,6 +242,38 @@ BAD = {
     "column twice": (".csv", "prompt,prompt\n", "column 'prompt' appears twice"),
     "header only": (".csv", "prompt,response\n", "no records"),
     "parquet": (".parquet", "PAR1", "not a readable parquet file"),
+    "label": (".jsonl", '{"prompt": "a", "completion": "b", "label": false}', ":1: label: .* from pairs"),
+    "picture": (".jsonl", GOOD[:-2] + ', "images": ["x.png"]}', ":1: images: pictures and sound"),
+    "part of the question": (".jsonl", GOOD[:-2] + ', "context": "x"}', ":1: context: would be left out"),
+    "call": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [{}]}]}',
+        r"messages\[1\]: tool_calls: calls of tools",
+    ),
+    "weight": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}]}',
+        r"messages\[1\]: weight: expected 0 or 1, found 0.5",
+    ),
+    "user's weight": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "x", "train": true}, {"role": "assistant", "content": "y"}]}',
+        r"messages\[0\]: train: only answers can be learned, and this is of role user",
+    ),
+    "nothing to learn": (
+        ".jsonl",
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}',
+        "no answer of it is to be learned",
+    ),
+    "one list": (".jsonl", '{"prompt": [], "completion": "b"}', "completion: expected a list .*found a string"),
+    "history": (".jsonl", GOOD[:-2] + ', "history": [["a"]]}', r"history: expected a list of pairs"),
+    "history of turns": (".jsonl", '{"messages": [], "history": [["a", "b"]]}', "history: it stands beside whole"),
+    "two systems": (
+        ".jsonl",
+        '{"messages": [{"role": "system", "content": "x"}], "system": "y"}',
+        "system: a system message stands inside",
+    ),
+    "tools": (".jsonl", GOOD[:-2] + ', "tools": "[1]"}', "tools: expected a list of JSON schemas"),
     "text": (".txt", "x", r"a \.json, \.jsonl, \.parquet, \.csv file or hf:"),
 }
 
@@ -214,23 +328,30 @@ def test_alpaca_has_the_book_s_tokens(gpt2):
 
 
 def test_phi3(tok):
-    assert text(render(ONE, tok, "phi3"), tok) == ("<|user|>\nWhere is Paris?\n<|assistant|>\nIn France.<|endoftext|>")
+    """The model's own text; a vocabulary without <|end|> has it as plain text, and end-of-text ends an answer."""
+    asked = "<|user|>\nWhere is Paris?<|end|>\n<|assistant|>\n"
+    assert text(render(ONE, tok, "phi3"), tok) == asked + "In France.<|endoftext|>"
     assert text(render(TWO, tok, "phi3"), tok) == (
-        "<|system|>\nBe brief.\n<|user|>\nOù ?\n<|assistant|>\nLà.<|endoftext|>\n"
-        "<|user|>\nAnd now?\n<|assistant|>\nHere.<|endoftext|>"
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nOù ?<|end|>\n<|assistant|>\nLà.<|endoftext|><|end|>\n"
+        "<|user|>\nAnd now?<|end|>\n<|assistant|>\nHere.<|endoftext|>"
     )
+    phi3 = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
+    assert text(render(TWO, phi3, "phi3"), phi3, True) == "Là.<|end|>Here.<|end|>"
+    own = phi3.replace(chat_template=chat.BUILTIN["phi3"], eos_ids=(phi3.eot_id,))
+    assert render(TWO, own) == render(TWO, phi3, "phi3")
 
 
 def test_markers_that_are_special_tokens_are_their_ids(tok):
-    made = tokenizers.extend(tok, ["<|user|>", "<|assistant|>"])
-    assert render(ONE, made, "phi3")[0].ids == [257, *b"\nWhere is Paris?\n", 258, *b"\n"]
+    made = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
+    assert render(ONE, made, "phi3")[0].ids == [257, *b"\nWhere is Paris?", 259, *b"\n", 258, *b"\n"]
 
 
 def test_a_text_begins_as_the_model_s_texts_do(tok):
-    made = tok.replace(bos_id=7, add_bos=True)
-    for style in ("alpaca", "phi3"):
+    tok = tokenizers.extend(tok, ["<s>"])
+    made = tok.replace(bos_id=257, add_bos=True)
+    for style in ("alpaca", "phi3", "chatml"):
         plain, begun = render(ONE, tok, style), render(ONE, made, style)
-        assert begun[0].ids == [7, *plain[0].ids] and begun[1:] == plain[1:]
+        assert begun[0].ids == [257, *plain[0].ids] and begun[1:] == plain[1:]
 
 
 def test_the_model_s_own_template_is_the_default(chatty):
@@ -242,7 +363,7 @@ def test_the_model_s_own_template_is_the_default(chatty):
 @pytest.mark.parametrize("style", instructions.STYLES)
 def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
     pieces = render(TWO, chatty, style)
-    end = "<|im_end|>" if style == "chat" else "<|endoftext|>"
+    end = "<|im_end|>" if style in ("chat", "chatml") else "<|endoftext|>"
     assert [piece.learn for piece in pieces] == [False, True, False, True]
     assert text(pieces, chatty, True) == f"Là.{end}Here.{end}"
 
@@ -259,17 +380,23 @@ def test_an_answer_is_asked_for_by_just_the_ids_before_it(chatty, template):
     assert tok.decode(ids) == chat.apply(tok, messages, add_generation_prompt=False).rstrip()
 
 
-def test_a_template_without_an_end_token_is_learned_as_it_is(tok):
+def test_a_template_without_an_end_token_gets_end_of_text(tok):
     plain = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     made = tok.replace(chat_template=plain)
-    assert text(render(TWO, made), made, True) == "Là.\nHere.\n"
+    assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
+    assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
+    assert "appended and learned" in instructions.describe_style(made, None)[1]
+    kept = instructions.styled(made)
+    assert kept.eos_ids == (256,) and instructions.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
+    chars = tokenizers.train("chars", [text(render(TWO, made), made)])
+    with pytest.raises(UserError, match="style chat: nothing can end an answer: .* no end-of-text"):
+        render(TWO, chars.replace(chat_template=plain))
 
 
 REWRITES = {
-    "end of all": chat.BUILTIN["phi3"],
     "last turn": "{% for m in messages %}{{ '*' if loop.last }}{{ m.content }}{% endfor %}",
     "says nothing": "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}",
     "thinks": "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if add_generation_prompt }}",
@@ -294,10 +421,10 @@ def test_a_special_token_in_a_message_is_refused(chatty, tok):
 def test_styles_that_cannot_be(tok):
     with pytest.raises(UserError, match="no prompt style 'alpacca', did you mean 'alpaca'"):
         render(ONE, tok, "alpacca")
-    with pytest.raises(UserError, match="no chat template; choose alpaca or phi3"):
+    with pytest.raises(UserError, match="no chat template; choose instruct.style=chatml"):
         render(ONE, tok, "chat")
-    chars = tokenizers.train("chars", [instructions.PREAMBLE])
-    with pytest.raises(UserError, match="has none: give it a chat template"):
+    chars = tokenizers.train("chars", ["any text"])
+    with pytest.raises(UserError, match="style alpaca: nothing can end an answer"):
         render(ONE, chars)
 
 
@@ -354,6 +481,7 @@ def test_a_long_conversation_is_dropped_not_refused(chatty):
 
 
 def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
+    instructions.styled(chatty)  # which asks where an answer ends, once
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
@@ -380,11 +508,11 @@ def test_encode_keeps_what_fits_to_the_last_id(tok):
 
 @pytest.mark.parametrize("style", instructions.STYLES)
 def test_the_last_id_is_learned_although_padding_uses_it(chatty, style):
-    tok = chatty.replace(pad_id=chatty.eot_id if style != "chat" else END)
+    tok = chatty.replace(pad_id=END if style in ("chat", "chatml") else chatty.eot_id)
     for row, weight in zip(*encode([ONE, TWO], tok, style=style, context_length=999)[:2], strict=True):
         assert row[-1] == tok.pad_id and weight[-1] == 1
     # the user's turn ends with the same token, which is not learned
-    assert style != "chat" or weight[row == END].tolist() == [0, 0, 1, 0, 1]
+    assert style not in ("chat", "chatml") or weight[row == END].tolist() == [0, 0, 1, 0, 1]
 
 
 def test_weights_are_one_on_the_answers_or_everywhere(chatty):
@@ -398,7 +526,7 @@ def test_weights_are_one_on_the_answers_or_everywhere(chatty):
 
 def test_show(chatty):
     assert show(render(ONE, chatty, "phi3"), chatty) == (
-        "<|user|>\nWhere is Paris?\n<|assistant|>\n\x1b[32mIn France.<|endoftext|>\x1b[0m"
+        "<|user|>\nWhere is Paris?<|end|>\n<|assistant|>\n\x1b[32mIn France.<|endoftext|>\x1b[0m"
     )
     shown = show(render(talk("\x1b[2J日本", "a\r\x00"), chatty, "phi3"), chatty)
     assert "\\x1b[2J日本" in shown and "a\\r\\x00<|" in shown and shown.count("\x1b") == 2

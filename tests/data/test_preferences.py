@@ -25,13 +25,17 @@ RECORDS = {
     "prompt": {"prompt": "Hi?", "chosen": "yes", "rejected": "no", "score": 3},
     "alpaca": {"instruction": "Hi?", "input": "", "output": "x", "chosen": "yes", "rejected": "no"},
     "messages": {"chosen": talk("Hi?", "yes"), "rejected": talk("Hi?", "no")},
+    "lists": {"prompt": talk("Hi?"), "chosen": talk("Hi?", "yes")[1:], "rejected": talk("Hi?", "no")[1:]},
+    "prompt and lists": {"prompt": "Hi?", "chosen": talk("Hi?", "yes")[1:], "rejected": talk("Hi?", "no")[1:]},
+    "list and texts": {"prompt": talk("Hi?"), "chosen": "yes", "rejected": "no"},
+    "lists again": {"prompt": talk("Hi?"), "chosen": talk("Hi?", "yes"), "rejected": talk("Hi?", "no")},
     "both": {"prompt": "Hi?", "chosen": talk("Hi?", "yes"), "rejected": talk("Hi?", "no")},
 }
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats(tmp_path, name):
-    (pair,) = preferences.read(saved(tmp_path, [RECORDS[name]]))
+    (pair,) = preferences.read(saved(tmp_path, [RECORDS[name]]), [])
     assert [side.messages[-1]["content"] for side in pair] == ["yes", "no"]
     assert pair.chosen.messages[:-1] == ({"role": "user", "content": "Hi?"},)
 
@@ -44,6 +48,12 @@ def test_formats(tmp_path, name):
         ({"prompt": "Hi?", "chosen": "yes", "rejected": "yes"}, "the same answer"),
         ({"chosen": talk("a", "b"), "rejected": talk("c", "d")}, "different questions"),
         ({"chosen": talk("a", "b"), "rejected": "d"}, "rejected: expected a list"),
+        (
+            {"prompt": "x", "chosen": talk("a", "b"), "rejected": talk("a", "c")},
+            "chosen: expected messages that begin with those of prompt, or the answer of role assistant alone",
+        ),
+        ({"prompt": [{"a": 1}], "chosen": "b", "rejected": "d"}, r"prompt\[0\]: expected role and content"),
+        ({"prompt": "Hi?", "chosen": "b", "rejected": "d", "images": ["x.png"]}, "images: pictures"),
         ({"prompt": 3, "chosen": "b", "rejected": "d"}, "must be text"),
     ],
 )
@@ -84,9 +94,9 @@ def test_rows_hold_both_sides_of_every_pair(width, packed):
 
 
 def test_pairs_that_do_not_fit_are_counted():
-    some = encoded(60)
+    some = encoded(100)
     assert some.dropped == 2 and len(some.sides) == 2
-    with pytest.raises(UserError, match="no pair fits"):
+    with pytest.raises(UserError, match="no pair fits a context of 8 tokens: .* the shortest needs 70"):
         encoded(8)
 
 
@@ -106,3 +116,8 @@ def test_pairs_of_skills():
         assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-1] != rejected.messages[-1]
     asked = {pair.chosen.messages[0]["content"] for pair in preferences.of_skills(60, seed=0, held_out=True)}
     assert not asked & {pair.chosen.messages[0]["content"] for pair in pairs}
+
+
+def test_a_system_message_beside_a_pair_stands_before_both(tmp_path):
+    (pair,) = preferences.read(saved(tmp_path, [RECORDS["prompt"] | {"system": "Be brief."}]))
+    assert [side.messages[0] for side in pair] == [{"role": "system", "content": "Be brief."}] * 2

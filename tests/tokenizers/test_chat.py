@@ -280,3 +280,73 @@ def test_a_render_takes_little_time():
     for _ in range(5):
         chat.render(SMOLLM2, USER)
     assert (time.monotonic() - start) / 5 < 10  # 0.1 s on a machine at rest
+
+
+# --- where an answer ends
+
+ENDS = {  # a template, and the token that it writes after every answer
+    "chatml": (chat.BUILTIN["chatml"], "<|im_end|>"),
+    "alpaca": (chat.BUILTIN["alpaca"], "<|endoftext|>"),
+    "phi3: another token ends a finished text": (chat.BUILTIN["phi3"], "<|end|>"),
+    "llama3": (chat.BUILTIN["llama3"], "<|eot_id|>"),
+    "blanks before it": ("{% for m in messages %}[{{ m.content }} </s>\n{% endfor %}", "</s>"),
+    "one turn": ("{{ raise_exception('one turn') if messages|length > 2 }}{{ messages[-1].content }}</s>", "</s>"),
+    "asks for a system message": (
+        "{{ raise_exception('no system') if messages[0].role != 'system' }}"
+        "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+        "</s>",
+    ),
+    "none": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+    "the next turn begins with one": ("{% for m in messages %}<|user|>{{ m.content }}\n{% endfor %}", None),
+    "after the last alone": (
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}{{ eos_token if not add_generation_prompt }}",
+        None,
+    ),
+}
+NAMES = ["<|im_end|>", "<|end|>", "<|eot_id|>", "</s>", "<|user|>"]
+
+
+@pytest.fixture(scope="module")
+def many():
+    made = tokenizers.extend(tokenizers.load("bytes"), NAMES)
+    return made.replace(eos_ids=(256,))
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_an_answer_is_what_the_template_writes_there(many, name):
+    template, end = ENDS[name]
+    made = many.replace(chat_template=template)
+    assert chat.end_of_answer(made) == end
+    ended = chat.with_end(made)
+    assert chat.whole_tokens(ended)[chat.end_of_answer(ended)] in ended.eos_ids
+    assert chat.with_end(ended) == ended
+    assert (ended.chat_template == template) == (end is not None)
+
+
+def test_a_template_that_ends_no_answer_gets_end_of_text(many):
+    made = chat.with_end(
+        many.replace(chat_template="{% for m in messages %}\n  {{ m.role }}: {{ m.content }}\n{% endfor %}")
+    )
+    talk = [*USER, {"role": "assistant", "content": "In France."}, *USER]
+    assert chat.apply(made, talk) == chat.apply(
+        many,
+        [*USER, {"role": "assistant", "content": "In France.<|endoftext|>"}, *USER],
+        made.chat_template[len(chat.END) :],
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    assert "endoftext" not in chat.apply(made, [*USER, call])
+
+
+def test_the_end_is_the_first_of_the_ids_unless_the_template_names_another_one(many):
+    ids = many.special_tokens
+    chatml = chat.with_end(many.replace(chat_template=chat.BUILTIN["chatml"]))
+    assert chatml.eos_ids == (ids["<|im_end|>"], 256)
+    phi3 = chat.with_end(many.replace(chat_template=chat.BUILTIN["phi3"]))
+    assert phi3.eos_ids == (256, ids["<|end|>"])
+
+
+def test_an_answer_without_special_tokens_can_be_encoded_again(tok):
+    ids = [*b"<|im", 257, *b"_end|>Yes.", 258, *b"<|endoftext|>"]
+    text = chat.plain_text(tok, ids)
+    assert text == "Yes."
+    chat.encode_chat(tok, [*USER, {"role": "assistant", "content": text}])
