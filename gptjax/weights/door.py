@@ -116,7 +116,7 @@ def _native(path: Path) -> Model:
 
 def _hugging_face(folder: Path, source: Any) -> Model:
     where = str(folder / CONFIG)
-    family, cfg = families.from_hf(_json(folder / CONFIG), where)
+    family, cfg, said = families.from_hf(_json(folder / CONFIG), where)
     rules = family.rules
     if family.name == "gpt2" and not any(name.startswith("transformer.") for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix("transformer.")) for rule in rules]
@@ -127,10 +127,11 @@ def _hugging_face(folder: Path, source: Any) -> Model:
             cfg, tied = dataclasses.replace(cfg, tie_embeddings=False), set()
 
     def params(dtype: Any, shardings: Any) -> Params:
-        return read(
-            source, rules, cfg, str(folder), dtype=dtype, shardings=shardings,
-            ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
-        )  # fmt: skip
+        with families.explained(said, where):
+            return read(
+                source, rules, cfg, str(folder), dtype=dtype, shardings=shardings,
+                ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
+            )  # fmt: skip
 
     return Model(str(folder), family.name, cfg, params, lambda: tokenizers.load(folder))
 

@@ -6,8 +6,11 @@ of a config.json is used, known to change nothing here, or refused by name.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gptjax import config
@@ -36,20 +39,60 @@ _NEUTRAL = {
 }  # fmt: skip
 _REQUIRED = object()
 
+# What transformers' config classes take where a config.json has no such attribute; None is computed from the others.
+_SIZES = dict(
+    vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
+)  # fmt: skip
+_QWEN = _SIZES | dict(
+    vocab_size=151_936, intermediate_size=22_016, num_key_value_heads=32, max_position_embeddings=32_768,
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28,
+)  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": dict(
+        vocab_size=50_257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None,
+        layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+    ),
+    "llama": _SIZES | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False, head_dim=None),
+    "mistral": _SIZES | dict(
+        intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096,
+        head_dim=None,
+    ),
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | dict(head_dim=128),
+    "gemma3_text": _SIZES | dict(
+        vocab_size=262_208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072, tie_word_embeddings=True,
+        query_pre_attn_scalar=256, sliding_window=4096, final_logit_softcapping=None,
+    ),
+    "olmo2": _SIZES | dict(vocab_size=50_304, max_position_embeddings=2048, rms_norm_eps=1e-5),
+}  # fmt: skip
+
 
 class Attributes:
-    """A config.json that is taken apart: what is left at the end was not understood."""
+    """A config.json that is taken apart: what is left at the end was not understood.
 
-    def __init__(self, values: dict[str, Any], neutral: Collection[str] = _NEUTRAL) -> None:
-        self.left = {key: value for key, value in values.items() if key not in neutral}
+    Args:
+        defaults: what an attribute is that is not there.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, Any],
+        neutral: Collection[str] = _NEUTRAL,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.left = {key: value for key, value in values.items() if key not in neutral or key in defaults}
+        self.defaults = defaults
+        self.used: dict[str, Any] = {}
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of an attribute; null counts as not being there."""
-        value = self.left.pop(name, None)
+        """The value of an attribute; null, and one that neither file nor `defaults` have, stand for `default`."""
+        value = self.used[name] = self.left.pop(name, self.defaults.get(name))
         if value is None:
             if default is _REQUIRED:
-                self.problems.append(f"{name} is missing")
+                self.problems.append(f"{name} is missing or null")
                 return kind()
             return default
         good = isinstance(value, kind) or (kind is float and isinstance(value, int))
@@ -66,6 +109,11 @@ class Attributes:
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
+
+    def said(self) -> str:
+        """`hidden_size=16, ..`: the sizes and switches that decide which tensors there are."""
+        listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
+        return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 
     def end(self, where: str) -> None:
         self.problems += [f"{name}={value!r:.60} is unknown to this kind of model" for name, value in self.left.items()]
@@ -97,7 +145,7 @@ def _sizes(a: Attributes) -> dict[str, Any]:
         d_head=a.take("head_dim", int, None),
         d_model=a.take("hidden_size", int),
         d_ff=a.take("intermediate_size", int),
-        norm_eps=a.take("rms_norm_eps", float, 1e-6),
+        norm_eps=a.take("rms_norm_eps", float),
     )
 
 
@@ -117,25 +165,27 @@ def _hf_sizes(cfg: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _rope(a: Attributes, default_base: float) -> dict[str, Any]:
-    """transformers 5 writes one `rope_parameters`, earlier releases `rope_theta` and `rope_scaling`."""
-    rope = a.take("rope_parameters", dict, None)
-    if rope is None:
-        rope = dict(a.take("rope_scaling", dict, {}))
-        rope["rope_theta"] = a.take("rope_theta", float, default_base)
-    else:
-        a.left.pop("rope_theta", None)
-        a.left.pop("rope_scaling", None)
+def _rope(a: Attributes, context: int, default_base: float = 10_000.0) -> dict[str, Any]:
+    """transformers 5 writes one `rope_parameters`; of earlier releases' `rope_theta` and `rope_scaling` it prefers the
+    latter."""
+    scaling, rope = a.take("rope_scaling", dict, None), a.take("rope_parameters", dict, None)
+    name = "rope_scaling" if scaling else "rope_parameters"
+    rope = {"rope_theta": _theta(a, "rope_theta", default_base)} | (scaling or rope or {})
     a.must("rope_interleaved", False)
-    return _rope_fields(a, rope, default_base)
+    a.must("partial_rotary_factor", 1, 1.0)
+    return _rope_fields(a, rope, context, name)
 
 
-def _rope_fields(a: Attributes, rope: dict[str, Any], default_base: float) -> dict[str, Any]:
+def _theta(a: Attributes, name: str, default: float) -> float:
+    return a.take(name, float) if name in a.left else default
+
+
+def _rope_fields(a: Attributes, rope: dict[str, Any], context: int, name: str) -> dict[str, Any]:
     inner = Attributes(rope)
     kind = inner.take("rope_type", str, None) or inner.take("type", str, "default")
     inner.left.pop("type", None)
     inner.must("partial_rotary_factor", 1, 1.0)
-    fields = dict(rope_base=inner.take("rope_theta", float, default_base))
+    fields = dict(rope_base=inner.take("rope_theta", float))
     if kind == "linear":
         fields |= dict(rope_scaling="linear", rope_factor=inner.take("factor", float))
     elif kind == "llama3":
@@ -144,13 +194,13 @@ def _rope_fields(a: Attributes, rope: dict[str, Any], default_base: float) -> di
             rope_factor=inner.take("factor", float),
             rope_slow=inner.take("low_freq_factor", float),
             rope_fast=inner.take("high_freq_factor", float),
-            rope_original_context=inner.take("original_max_position_embeddings", int),
+            rope_original_context=inner.take("original_max_position_embeddings", int, context),
         )
     elif kind != "default":
-        a.problems.append(f"rope_type={kind!r} is not supported here: only default, linear and llama3")
+        a.problems.append(f"{name}: rope_type={kind!r:.60} is not supported here: only default, linear and llama3")
         return fields
-    a.problems += [f"rope: {line}" for line in inner.problems]
-    a.problems += [f"rope: {name}={value!r:.60} is unknown to rope_type={kind}" for name, value in inner.left.items()]
+    a.problems += [f"{name}: {line}" for line in inner.problems]
+    a.problems += [f"{name}: {key}={value!r:.60} is unknown to rope_type={kind}" for key, value in inner.left.items()]
     return fields
 
 
@@ -167,16 +217,30 @@ def _hf_rope(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _layer_types(a: Attributes, n_layer: int, default: str) -> str:
-    """The window pattern, one letter a layer, shortened to what repeats."""
+    """The window pattern: `default`, or that of layer_types, one letter a layer, shortened to what repeats."""
     types = a.take("layer_types", list, None)
     if types is None:
         return default
     letters = {"full_attention": "L", "sliding_attention": "S"}
     if len(types) != n_layer or not all(isinstance(t, str) and t in letters for t in types):
-        a.problems.append(f"layer_types: expected {n_layer} of {', '.join(letters)}, got {types!r:.60}")
+        a.problems.append(
+            f"layer_types: expected num_hidden_layers={n_layer} of {', '.join(letters)}, got {types!r:.60}"
+        )
         return default
-    marks = "".join(letters[t] for t in types)
-    return next(marks[:n] for n in range(1, n_layer + 1) if (marks[:n] * n_layer)[:n_layer] == marks)
+    return _shortened("".join(letters[t] for t in types))
+
+
+def _shortened(marks: str) -> str:
+    n_layer = len(marks)
+    return next((marks[:n] for n in range(1, n_layer + 1) if (marks[:n] * n_layer)[:n_layer] == marks), "L")
+
+
+def _window(a: Attributes) -> int:
+    """sliding_window; 0 where it is null."""
+    window = a.take("sliding_window", int, None)
+    if window is not None and window < 1:
+        a.problems.append(f"sliding_window: expected 1 or more tokens, or null, got {window}")
+    return window or 0
 
 
 def _hf_layer_types(cfg: ModelConfig) -> list[str]:
@@ -227,8 +291,8 @@ def _gpt2(a: Attributes) -> dict[str, Any]:
         n_head=a.take("n_head", int),
         d_model=d_model,
         d_ff=a.take("n_inner", int, 4 * d_model),
-        norm_eps=a.take("layer_norm_epsilon", float, 1e-5),
-        tie_embeddings=a.take("tie_word_embeddings", bool, True),
+        norm_eps=a.take("layer_norm_epsilon", float),
+        tie_embeddings=a.take("tie_word_embeddings", bool),
     )
 
 
@@ -290,17 +354,20 @@ OPENAI_RULES = _gpt2_rules("model/", _TENSORFLOW_NAMES, boxed, [], ("w", "b"))
 # ---------------------------------------------------------------- Llama and its relatives
 
 
+def _llama_like(a: Attributes) -> dict[str, Any]:
+    """What the families after GPT-2 share."""
+    fields = _sizes(a)
+    return fields | dict(tie_embeddings=a.take("tie_word_embeddings", bool))
+
+
 def _llama(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "silu")
     a.must("pretraining_tp", 1)
-    bias = a.take("attention_bias", bool, False)
-    if a.take("mlp_bias", bool, False) != bias:
+    bias = a.take("attention_bias", bool)
+    if a.take("mlp_bias", bool) != bias:
         a.problems.append("attention_bias and mlp_bias differ: that is not supported here, only both or neither")
-    return (
-        _sizes(a)
-        | _rope(a, 10_000.0)
-        | dict(tie_embeddings=a.take("tie_word_embeddings", bool, False), qkv_bias=bias, bias=bias)
-    )
+    fields = _llama_like(a)
+    return fields | _rope(a, fields["context_length"]) | dict(qkv_bias=bias, bias=bias)
 
 
 def _llama_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -311,9 +378,8 @@ def _llama_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 def _mistral(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "silu")
-    window = a.take("sliding_window", int, 0)
-    fields = _sizes(a) | _rope(a, 10_000.0)
-    return fields | dict(tie_embeddings=a.take("tie_word_embeddings", bool, False), sliding_window=window)
+    fields = _llama_like(a)
+    return fields | _rope(a, fields["context_length"]) | dict(sliding_window=_window(a))
 
 
 def _mistral_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -324,17 +390,18 @@ def _mistral_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _qwen(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "silu")
     a.must("use_mrope", False)
-    fields = _sizes(a) | _rope(a, 10_000.0)
-    said = a.left.get("layer_types") is not None
-    size, used = a.take("sliding_window", int, 0), a.take("use_sliding_window", bool, False)
-    pattern = _layer_types(a, fields["n_layer"], "L")
-    if used and not said and size:
-        a.problems.append("use_sliding_window without layer_types: save it again with a recent transformers")
-    return fields | dict(
-        sliding_window=size if used and "S" in pattern else 0,
-        window_pattern=pattern,
-        tie_embeddings=a.take("tie_word_embeddings", bool, False),
-    )
+    fields = _llama_like(a)
+    n_layer, window, used = fields["n_layer"], _window(a), a.take("use_sliding_window", bool)
+    full = a.take("max_window_layers", int)  # so many layers, from the first, see everything
+    size = window if used else 0
+    marks = "".join("S" if size and i >= full else "L" for i in range(min(n_layer, MAX_LAYERS)))
+    pattern = _layer_types(a, n_layer, _shortened(marks))
+    if "S" in pattern and not size:
+        a.problems.append(
+            f"layer_types has sliding_attention, use_sliding_window={used} and sliding_window={window} give no window"
+        )
+    window_fields = dict(sliding_window=size if "S" in pattern else 0, window_pattern=pattern)
+    return fields | _rope(a, fields["context_length"]) | window_fields
 
 
 def _qwen_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -352,7 +419,7 @@ def _qwen2(a: Attributes) -> dict[str, Any]:
 def _qwen3(a: Attributes) -> dict[str, Any]:
     a.must("attention_bias", False)
     fields = _qwen(a)
-    return fields | dict(qk_norm=True, d_head=fields["d_head"] or 128)
+    return fields | dict(qk_norm=True)
 
 
 def _gemma3(a: Attributes) -> dict[str, Any]:
@@ -361,40 +428,54 @@ def _gemma3(a: Attributes) -> dict[str, Any]:
     a.must("attention_bias", False)
     a.must("use_bidirectional_attention", False)
     a.left.pop("attn_logit_softcapping", None)  # transformers' Gemma 3 does not apply it either
-    window = a.take("sliding_window", int, 4096)
+    window = _window(a)
     # every n-th layer sees everything; layer_types, where it stands, says it of each layer
-    every = a.take("sliding_window_pattern", int, 6)
+    every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
     a.left.pop("_sliding_window_pattern", None)  # transformers writes it and does not read it
     if not 1 <= every <= 1000:
         a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
         every = 6
-    fields = _sizes(a)
-    rope = a.left.pop("rope_parameters", None)
-    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
-        local = rope.get("sliding_attention") or {}
-        if local.get("rope_type", "default") != "default":
-            a.problems.append("rope_parameters.sliding_attention: only rope_type default is supported here")
-        local_base = float(local.get("rope_theta", 10_000.0))
-        fields |= _rope_fields(a, rope["full_attention"], 1_000_000.0)
-        for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
-            a.left.pop(name, None)
-    else:
-        local_base = a.take("rope_local_base_freq", float, 10_000.0)
-        fields |= _rope(a, 1_000_000.0)
-    D = fields["d_model"]
-    return fields | dict(
-        d_head=fields["d_head"] or 256,
-        tie_embeddings=a.take("tie_word_embeddings", bool, True),
-        activation="geglu",
-        norm_position="both",
-        qk_norm=True,
-        rope_local_base=local_base,
-        sliding_window=window,
-        window_pattern=_layer_types(a, fields["n_layer"], "S" * (every - 1) + "L"),
-        attention_scale=float(a.take("query_pre_attn_scalar", float, 256.0) or math.nan) ** -0.5,
-        logit_softcap=a.take("final_logit_softcapping", float, 0.0),
-        embed_gain=math.sqrt(max(D, 0)),
+    fields = _llama_like(a)
+    pattern = _layer_types(a, fields["n_layer"], "S" * (every - 1) + "L")
+    if "S" in pattern and not window:
+        a.problems.append("sliding_window is null, but layers with sliding_attention need one")
+    softcap = a.take("final_logit_softcapping", float, None)
+    if softcap is not None and softcap <= 0:
+        a.problems.append(f"final_logit_softcapping: expected a positive number or null, got {softcap}")
+    scalar = a.take("query_pre_attn_scalar", int)
+    if scalar <= 0:
+        a.problems.append(f"query_pre_attn_scalar: expected a positive number, got {scalar}")
+    return (
+        fields
+        | _gemma3_rope(a, fields["context_length"])
+        | dict(
+            activation="geglu",
+            norm_position="both",
+            qk_norm=True,
+            sliding_window=window,
+            window_pattern=pattern,
+            attention_scale=max(scalar, 1e-30) ** -0.5,
+            logit_softcap=softcap or 0.0,
+            embed_gain=math.sqrt(max(fields["d_model"], 0)),
+        )
     )
+
+
+def _gemma3_rope(a: Attributes, context: int) -> dict[str, Any]:
+    """`rope_parameters` by kind of layer; `rope_scaling` adds to those of the full layers, whichever form there is."""
+    rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
+    full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
+    if rope or not isinstance(full, dict) or not isinstance(local, dict):
+        a.problems.append("rope_parameters: expected objects for full_attention and sliding_attention only")
+        full, local = {}, {}
+    a.must("partial_rotary_factor", 1, 1.0)
+    full = {"rope_theta": _theta(a, "rope_theta", 1_000_000.0)} | full | scaling
+    local = {"rope_theta": _theta(a, "rope_local_base_freq", 10_000.0)} | local
+    name = "rope_scaling" if scaling else "rope_parameters"
+    windows = _rope_fields(a, local, context, "rope_parameters: sliding_attention")
+    if windows.get("rope_scaling"):
+        a.problems.append("rope_parameters: sliding_attention: only rope_type=default is supported here")
+    return _rope_fields(a, full, context, name) | dict(rope_local_base=windows["rope_base"])
 
 
 def _gemma3_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -419,13 +500,8 @@ def _whole(x: float) -> float | int:
 def _olmo2(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "silu")
     a.must("attention_bias", False)
-    fields = _sizes(a) | _rope(a, 10_000.0)
-    return fields | dict(
-        tie_embeddings=a.take("tie_word_embeddings", bool, False),
-        norm_position="post",
-        qk_norm=True,
-        qk_norm_over="all",
-    )
+    fields = _llama_like(a)
+    return fields | _rope(a, fields["context_length"]) | dict(norm_position="post", qk_norm=True, qk_norm_over="all")
 
 
 def _olmo2_hf(cfg: ModelConfig) -> dict[str, Any]:
@@ -467,8 +543,8 @@ FAMILIES: dict[str, Family] = {
 # ---------------------------------------------------------------- doors
 
 
-def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
-    """The family and the ModelConfig of a config.json.
+def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig, str]:
+    """The family and the ModelConfig of a config.json, and what it says of sizes, for `explained`.
 
     Raises:
         UserError: a model type that is not known, or attributes that cannot be followed; all of them.
@@ -486,14 +562,25 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig]:
         raise UserError(
             f"{where}: architectures={named!r:.60}, expected [{family.architecture!r}]: a model with an LM head"
         )
-    attributes = Attributes(values)
+    attributes = Attributes(values, defaults=DEFAULTS[family.name])
     for name, off in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
         attributes.must(name, off)
     fields = family.to_config(attributes)
     attributes.end(where)
-    return family, model_config(fields, where)
+    with explained(attributes.said(), where):
+        return family, model_config(fields, where), attributes.said()
 
 
+@contextmanager
+def explained(said: str, where: str) -> Iterator[None]:
+    """Adds to an error what the config.json said, in its own words."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}\n  {where} says {said}") from error
+
+
+MAX_LAYERS = 1 << 12  # whose kinds are looked at
 MAX_SIZE = 1 << 24  # of anything in a model that comes from elsewhere; the longest contexts are 10 million
 
 
@@ -568,7 +655,7 @@ def family_of(cfg: ModelConfig) -> Family:
 
 
 def _round_trip(family: Family, cfg: ModelConfig) -> ModelConfig | None:
-    attributes = Attributes(family.to_hf(cfg))
+    attributes = Attributes(family.to_hf(cfg), defaults=DEFAULTS[family.name])
     fields = family.to_config(attributes)
     if attributes.problems:
         return None
