@@ -433,7 +433,7 @@ class InstructConfig:
     source: Optional[str] = setting(
         None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
     )
-    style: Optional[PromptStyle] = setting(
+    style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
         None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
     )
     loss_on: Literal["response", "all"] = setting(
@@ -457,7 +457,7 @@ class PreferConfig:
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
     beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).")
     margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
-    style: Optional[PromptStyle] = setting(
+    style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
         None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
