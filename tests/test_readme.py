@@ -46,6 +46,8 @@ def arguments(command: str) -> list[str]:
     writes = ("max_new_tokens=8",)
     small = {"pretrain": TINY, "data": TINY, "sweep": TINY, "finetune": few, "sample": writes}.get(verb, ())
     given = {arg.partition("=")[0] for arg in rest} & {"data.source"}  # my.txt, or python-docs, which needs no network
+    if any(arg.startswith("pretrain.base=") for arg in rest):  # which brings its model
+        small = [setting for setting in small if not setting.startswith("model.")]
     return [verb, *rest, *(setting for setting in small if setting.partition("=")[0] not in given)]
 
 
@@ -122,4 +124,4 @@ def test_every_name_of_the_package_is_there():
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) <= 470
+    assert len(README.splitlines()) <= 490
