@@ -120,8 +120,9 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
         raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
     from gptjax import weights
     from gptjax.config_io import read_text
+    from gptjax.files import one_line_end
 
-    prompts = [line for line in read_text(Path(file), "prompts").replace("\r\n", "\n").split("\n") if line.strip()]
+    prompts = [line for line in one_line_end(read_text(Path(file), "prompts")).split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{file}: no prompts in it")
     return weights.load(name), prompts

@@ -128,13 +128,7 @@ def _tell(unused: dict[str, list[str]], n: int, notes: list[str] | None) -> None
 
 
 def _keys(record: dict) -> str:
-    shown = [str(key) for key in list(record)[:10]]
-    return (", ".join(map(quoted, shown)) or "(none)") + ", .." * (len(record) > 10)
-
-
-def quoted(name: str) -> str:
-    """The name of a key or column as it is; in quotes where blanks would not be seen."""
-    return name if name.strip() == name and name.isprintable() and "," not in name and name else repr(name)
+    return (sources.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
@@ -212,7 +206,7 @@ def _unread(
         if key in UNUSABLE and (key != "label" or value in (0, 1)):
             problems.append(f"{key}: {UNUSABLE[key]}")
         elif key not in METADATA:
-            places = unused.setdefault(prefix + quoted(str(key)), [])
+            places = unused.setdefault(prefix + sources.quoted(key), [])
             if not places or places[-1] != where:
                 places.append(where)
     return problems
@@ -447,7 +441,7 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
     made = styled(tokenizer, style)
     lines = [f"style   {named}; an answer ends with {chat.end_of_answer(made)}"]
     if made.chat_template.startswith(chat.END):
-        lines.append("        (end-of-text, appended and learned: the template itself writes no token after an answer)")
+        lines.append("        (end-of-text is appended there, learned and kept: the template itself writes no token)")
     return lines
 
 

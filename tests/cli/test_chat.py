@@ -82,3 +82,14 @@ def test_the_verb(tokenizer, params, tmp_path, capsys, monkeypatch):
     gptjax.save(tmp_path / "n", params, CFG, gptjax.tokenizers.load("bytes"))
     assert main(["chat", str(tmp_path / "n")]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_special_tokens(params, tokenizer, capsys):
+    """Of a model that does not say that its template's end is an end; what else is special is not shown either."""
+    settings = gptjax.SampleConfig(max_new_tokens=30, temperature=5.0, seed=3)
+    made = tokenizer.replace(eos_ids=(256,))
+    chatting = Chat(params, CFG, made, settings, None)
+    assert chatting.stop == [256, 258]
+    said(chatting, *["hi"] * 6)
+    assert not any("<|" in turn["content"] for turn in chatting.turns)
+    assert "error" not in capsys.readouterr().err

@@ -388,7 +388,7 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
     made = tok.replace(chat_template=plain)
     assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
     assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
-    assert "appended and learned" in instructions.describe_style(made, None)[1]
+    assert "end-of-text is appended" in instructions.describe_style(made, None)[1]
     kept = instructions.styled(made)
     assert kept.eos_ids == (256,) and instructions.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
     chars = tokenizers.train("chars", [text(render(TWO, made), made)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax import assets, gguf, tokenizers
-from gptjax.tokenizers import bpe, hf
+from gptjax.tokenizers import bpe, chat, hf
 from gptjax.tokenizers.gguf import PRE, from_metadata, to_metadata
 from gptjax.types import UserError
 
@@ -293,6 +293,14 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["tokens"]
 
+    def chat(self, messages: list) -> str:
+        """The text that its own Jinja makes of a conversation, with the template that the file holds."""
+        request = urllib.request.Request(
+            self.server.listening_address + "/apply-template", json.dumps({"messages": messages}).encode()
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["prompt"]
+
 
 def agrees(tokenizer, path, texts) -> None:
     theirs = LlamaCpp(path)
@@ -368,3 +376,22 @@ def test_smollm2(smollm2):
 
 def test_smollm2_in_llama_cpp(smollm2):
     agrees(tokenizers.load(smollm2), smollm2, TEXTS + _more_texts(150))
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chatml", "phi3"])
+def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
+    """Markers that the vocabulary lacks are plain text, and end-of-text follows every answer; also in a file whose name
+    is that of a model from which llama.cpp expects more."""
+    pytest.importorskip("xllamacpp")
+    import jax
+
+    import gptjax
+    from gptjax.data.instructions import styled
+
+    cfg = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=32, d_ff=32, context_length=64, vocab_size=257)
+    tokenizer = styled(tokenizers.load("bytes"), style)
+    path = gptjax.weights.export_gguf(
+        tmp_path / f"{style}.gguf", gptjax.init_params(jax.random.key(0), cfg), cfg, tokenizer
+    )
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc", strict=True)]
+    assert LlamaCpp(path).chat(talk) == chat.apply(tokenizer, talk)
