@@ -143,7 +143,8 @@ def test_a_tuned_model_and_what_follows_it_write_and_stop_as_it_learned(
 ):
     rows = bases / "rows.jsonl"
     lengths = ["context_length=384", "val_fraction=0.2", "test_fraction=0.2", f"source={rows}"]
-    for task, of in (("instruct", bases / base), ("prefer", tmp_path / "instruct")):
+    after = [("prefer", tmp_path / "instruct")] if base == "plain" else []
+    for task, of in (("instruct", bases / base), *after):
         given = [f"instruct.style={style}"] if style and task == "instruct" else []
         settings = (
             [f"{task}.{setting}" for setting in lengths] + given + ["instruct.compare=false"] * (task == "instruct")
