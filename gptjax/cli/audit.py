@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptjax.cli.options import note
+from gptjax.cli.options import is_setting, note
 from gptjax.config_io import did_you_mean
 from gptjax.types import UserError
 
@@ -17,8 +17,8 @@ LISTS = ("prefixes", "strides")
 
 
 def run(args: list[str]) -> int:
-    sources = [arg for arg in args if "=" not in arg]
-    given = settings_of(arg for arg in args if "=" in arg)
+    sources = [arg for arg in args if not is_setting(arg)]
+    given = settings_of(arg for arg in args if is_setting(arg))
     if len(sources) != 1 or sources[0].startswith("-"):
         raise UserError(f"which run? {USAGE}")
     source = sources[0]
