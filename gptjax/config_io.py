@@ -6,10 +6,12 @@ Nothing here knows the schema: a leaf's text is typed later, by the field it is 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax.files import other_encoding
 from gptjax.types import UserError
 
 # What peers (nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl, the book) call the same thing.
@@ -99,7 +101,10 @@ class Problems(list[str]):
 def read_text(path: Path, what: str = "file") -> str:
     """The file's text. Raises UserError: missing, a folder, unreadable, not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        if other := other_encoding(data):
+            raise UserError(f"{path}: {other}")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text, byte {error.start} is not; is this the right {what}?") from None
     except OSError as error:
@@ -194,11 +199,12 @@ def from_mapping(values: dict[str, Any], where: str = "dict", prefix: str = "") 
 
 
 def split_list(text: str) -> list[str]:
-    """`[a, "b c"]` or `(a, b)` -> its parts as text; anything else -> one part. Raises ValueError when not closed."""
+    """`[a, "b c"]` or `(a, b)` -> its parts as text; anything else -> one part, and so the name of a file that is
+    there, whatever it looks like. Raises ValueError when not closed."""
     import yaml
 
     stripped = text.strip()
-    if not stripped.startswith(("[", "(")):
+    if not stripped.startswith(("[", "(")) or os.path.exists(text):
         return [text]
     if stripped[0] == "(" and stripped[-1] == ")":
         stripped = f"[{stripped[1:-1]}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}; delete it")
     return value
+
+
+MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
+
+def other_encoding(start: bytes) -> str | None:
+    """What to say of a file with this beginning, if its byte order mark says that it is not UTF-8."""
+    for mark, name in MARKS.items():
+        if start.startswith(mark):
+            return (
+                f"expected UTF-8, found {name} by its byte order mark {mark.hex(' ').upper()}: convert the file with "
+                f"iconv -f {name.lower()} -t utf-8 FILE > NEW"
+            )
+    return None
+
+
+def one_line_end(text: str) -> str:
+    """The text with \\n for the line ends of Windows and of old Macs (a carriage return, and no line feed anywhere)."""
+    return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:

@@ -258,6 +258,8 @@ def test_yaml_that_is_not_text(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"seed: \xff\xfe")
     assert "UTF-8" in complaint(path)
+    path.write_bytes("seed: 1\n".encode("utf-16"))
+    assert "UTF-16 by its byte order mark FF FE" in complaint(path)
     assert "no such config file" in complaint(tmp_path / "absent.yaml")
     assert "did you mean tiny-gpt2?" in complaint("tiny-gpt3")
 

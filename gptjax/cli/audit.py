@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gptjax.cli.options import note
+from gptjax.cli.options import is_setting, note
 from gptjax.config_io import did_you_mean
 from gptjax.files import new_file, write_json, write_text
 from gptjax.types import UserError
@@ -17,8 +17,8 @@ LISTS = ("prefixes", "strides")
 
 
 def run(args: list[str]) -> int:
-    sources = [arg for arg in args if "=" not in arg]
-    given = settings_of(arg for arg in args if "=" in arg)
+    sources = [arg for arg in args if not is_setting(arg)]
+    given = settings_of(arg for arg in args if is_setting(arg))
     if len(sources) != 1 or sources[0].startswith("-"):
         raise UserError(f"which run? {USAGE}")
     source = sources[0]
@@ -132,8 +132,9 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
         raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
     from gptjax import weights
     from gptjax.config_io import read_text
+    from gptjax.files import one_line_end
 
-    prompts = [line for line in read_text(Path(file), "prompts").replace("\r\n", "\n").split("\n") if line.strip()]
+    prompts = [line for line in one_line_end(read_text(Path(file), "prompts")).split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{file}: no prompts in it")
     return weights.load(name), prompts

@@ -113,7 +113,7 @@ class Chat:
                 self.params, ids, self.cfg, max_new_tokens=settings.max_new_tokens, every=EVERY,
                 key=jax.random.fold_in(jax.random.key(settings.seed), self.answered), sampler=from_config(settings),
                 stop=self.stop, cache_dtype=settings.cache_dtype,
-                until=stop_strings(decode, settings.stop) if settings.stop else None,
+                until=stop_strings(self.tokenizer.decode, settings.stop) if settings.stop else None,
             ):  # fmt: skip
                 tokens.extend(new)
                 yield new

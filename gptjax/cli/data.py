@@ -63,8 +63,8 @@ def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
 
 def check(args: list[str]) -> int:
     """Repetitions, secrets and outliers of files, each file a part of one data set: findings are no errors."""
-    given = dict(arg.split("=", 1) for arg in args if "=" in arg)
-    files = [arg for arg in args if "=" not in arg]
+    given = dict(arg.split("=", 1) for arg in args if options.is_setting(arg))
+    files = [arg for arg in args if not options.is_setting(arg)]
     known = ("field", "threshold", "near", "model", "out")
     if unknown := [key for key in given if key not in known]:
         raise UserError(f"data check: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")

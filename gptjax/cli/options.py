@@ -37,7 +37,7 @@ def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
         else:
             rest.append(arg)
     leading: list[str] = []
-    while rest and not rest[0].startswith("--") and len(leading) < words and not _is_setting(rest[0]):
+    while rest and not rest[0].startswith("--") and len(leading) < words and not is_setting(rest[0]):
         leading.append(rest.pop(0))
     for arg in rest:
         if arg.startswith("--") and "=" not in arg and (hint := did_you_mean(arg, [f"--{name}" for name in SWITCHES])):
@@ -45,7 +45,7 @@ def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
     return Args(leading, from_args(rest, example=example), "dry-run" in switches, "print-config" in switches)
 
 
-def _is_setting(arg: str) -> bool:
+def is_setting(arg: str) -> bool:
     """`a.b=c`, and not a file whose name has a `=`."""
     return "=" in arg and not os.path.exists(arg)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from gptjax.cli import options
 from gptjax.config import Config, Provenance, resolve
 from gptjax.config_io import Leaf, from_yaml, read_text
-from gptjax.files import new_file, refuse_existing
+from gptjax.files import new_file, one_line_end, refuse_existing
 from gptjax.types import UserError
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
@@ -69,7 +69,7 @@ def read_prompts(cfg: Config) -> list[str]:
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
-    lines = [line for line in read_text(path, "prompts").replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = [line for line in one_line_end(read_text(path, "prompts")).split("\n") if line.strip()]
     if path.suffix != ".jsonl":
         return lines
     prompts, problems = [], []

@@ -41,7 +41,7 @@ def records_of(file: str, field: str | None = None) -> Texts:
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
         elif field is not None and field not in row:
-            problems.append(f"{where}: no field {field!r}; there are {', '.join(map(str, row))}")
+            problems.append(f"{where}: no field {field!r}; there are {sources.names(row)}")
         elif text := "\n".join(_strings(row if field is None else row[field])).strip():
             found.append((where, text))
         if len(problems) >= MAX_PROBLEMS:

@@ -67,10 +67,11 @@ class Encoded(NamedTuple):
 def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     """The conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
-    Each record is one of `FORMATS`. Beside it are read: system (or system_prompt), history [[question, answer], ..],
-    tools, constraints; in a message weight 0 or 1, or train false or true: whether an answer is learned. Of a prompt
-    that is a list of messages no answer is learned. Keys of METADATA, and empty ones, are not read. Those of UNUSABLE
-    change what is asked or learned in a way that cannot be followed here: they are refused.
+    Each record is one of `FORMATS`. Beside it are read: system (system_prompt, system_message), tools, constraints, and
+    history, [[question, answer], ..]; in a message weight 0 or 1, or train (training, loss) false or true: whether an
+    answer is learned. Of a prompt that is a list of messages no answer is learned. Keys of METADATA, and empty ones,
+    are not read. Those of UNUSABLE change what is asked or learned in a way that cannot be followed here: they are
+    refused.
 
     Args:
         notes: gets a line about all other keys, which are not read either; None: it goes to stderr.
@@ -96,7 +97,8 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
             elif len(fits) != 1:
                 unknown = True
                 what = "several formats at once" if fits else "no known format"
-                problems.append(f"{where}: the keys {_keys(record)} are {what}")
+                why = "".join(f"; {key}: {UNUSABLE[key]}" for key in record if key in UNUSABLE)
+                problems.append(f"{where}: the keys {_keys(record)} are {what}{why}")
             else:
                 talks = _conversations(record, fits[0], formats[fits[0]][1], where, unused)
                 problems += [f"{where}: {line}" for line in talks if isinstance(line, str)]
@@ -128,13 +130,7 @@ def _tell(unused: dict[str, list[str]], n: int, notes: list[str] | None) -> None
 
 
 def _keys(record: dict) -> str:
-    shown = [str(key) for key in list(record)[:10]]
-    return (", ".join(map(quoted, shown)) or "(none)") + ", .." * (len(record) > 10)
-
-
-def quoted(name: str) -> str:
-    """The name of a key or column as it is; in quotes where blanks would not be seen."""
-    return name if name.strip() == name and name.isprintable() and "," not in name and name else repr(name)
+    return (sources.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
@@ -167,14 +163,18 @@ UNUSABLE: dict[str, str] = {
         ("label", "kto_tag"), "good and bad answers are learned from pairs: prompt, chosen, rejected (finetune prefer)"
     ),
     **dict.fromkeys(
-        ("weight", "sample_weight", "loss_weight", "train", "loss_mask"),
-        "records have no weight of their own: weight 0 in a message leaves its answer out",
+        ("weight", "train", "training", "loss", "sample_weight", "loss_weight", "loss_mask", "mask", "masked"),
+        "what is learned is said in a message: its answer is left out by weight 0",
+    ),
+    **dict.fromkeys(
+        ("train_detail", "training_detail"),
+        "an answer is learned whole, or left out by train false",
     ),
     **dict.fromkeys(
         ("chat_template", "chat_template_kwargs"), "one chat template is used for all: instruct.style, prefer.style"
     ),
 }
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def _conversations(
@@ -212,7 +212,7 @@ def _unread(
         if key in UNUSABLE and (key != "label" or value in (0, 1)):
             problems.append(f"{key}: {UNUSABLE[key]}")
         elif key not in METADATA:
-            places = unused.setdefault(prefix + quoted(str(key)), [])
+            places = unused.setdefault(prefix + sources.quoted(key), [])
             if not places or places[-1] != where:
                 places.append(where)
     return problems
@@ -254,7 +254,8 @@ def _with_start(turns: Turns, record: dict, plain: bool) -> Turns | str:
     return start + turns
 
 
-TURN_KEYS = ("role", "content", "input", "weight", "train", "training")
+MARKS = ("weight", "train", "training", "loss")  # of OpenAI, axolotl, ms-swift
+TURN_KEYS = ("role", "content", "input", *MARKS)
 
 
 def _wrong_marks(turns: Turns) -> list[str]:
@@ -273,7 +274,7 @@ def _wrong_marks(turns: Turns) -> list[str]:
 
 
 def _marks(message: dict[str, Any]) -> dict[str, Any]:
-    return {key: message[key] for key in ("weight", "train", "training") if message.get(key) is not None}
+    return {key: message[key] for key in MARKS if message.get(key) is not None}
 
 
 def _learn(message: dict[str, Any]) -> bool:
@@ -447,7 +448,7 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
     made = styled(tokenizer, style)
     lines = [f"style   {named}; an answer ends with {chat.end_of_answer(made)}"]
     if made.chat_template.startswith(chat.END):
-        lines.append("        (end-of-text, appended and learned: the template itself writes no token after an answer)")
+        lines.append("        (end-of-text is appended there, learned and kept: the template itself writes no token)")
     return lines
 
 
@@ -553,12 +554,7 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
                 f"no place of its own: {shorter[-60:]!r} is not how {longer[-60:]!r} goes on; choose style alpaca or "
                 "phi3, or other data (one turn each, without thinking)"
             )
-        answer, ended, _ = holds[len(asks) :].partition(end)
-        if not ended:
-            raise UserError(
-                f"the chat template of {tokenizer.name} writes no {end} after the answer {answer[-60:]!r}: choose "
-                "style alpaca or phi3, or other data"
-            )
+        answer, _, _ = holds[len(asks) :].partition(end)  # some templates leave the end of the last answer out
         parts += [(asks[len(before) :], False), (answer + end, learn)]
         before = asks + answer + end  # the model has stopped there: what follows belongs to the next turn
     return parts

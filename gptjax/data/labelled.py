@@ -109,7 +109,7 @@ def read(
         text = text or _column(row, TEXT, "text", "classify.text_field", source)
         label = label or _column(row, LABEL, "label", "classify.label_field", source)
         if missing := [name for name in (text, label) if name not in row]:
-            raise UserError(f"{where}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(str, row))}")
+            raise UserError(f"{where}: no column {', '.join(map(repr, missing))}; there are {sources.names(row)}")
         wrong = _wrong(row[text], row[label], labels)
         problems += [f"{where}: {line}" for line in wrong]
         if not wrong:
@@ -129,8 +129,8 @@ def read(
 def _column(row: dict[str, Any], known: Sequence[str], what: str, setting: str, source: str) -> str:
     fits = [name for name in row if str(name).strip().lower() in known]
     if len(fits) != 1:
-        several = "several could be" if fits else "none is called like"
-        raise UserError(f"{source}: {several} the {what}, of columns {', '.join(map(str, row))}: say {setting}=NAME")
+        several = "several columns could be" if fits else f"no column has a usual name ({', '.join(known[:3])}, ..) of"
+        raise UserError(f"{source}: {several} the {what}; the columns are {sources.names(row)}: say {setting}=NAME")
     return fits[0]
 
 
@@ -168,7 +168,7 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, dict | UserErr
             if titled:
                 continue
         same = len(row) == len(header)
-        problem = UserError(f"{len(row)} columns, expected {len(header)} ({', '.join(header)})")
+        problem = UserError(f"{len(row)} columns, expected {len(header)} ({sources.names(header)})")
         yield f"{source}:{number}", dict(zip(header, row, strict=True)) if same else problem
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.config import DataConfig
+from gptjax.files import one_line_end, other_encoding
 from gptjax.types import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
@@ -160,11 +161,13 @@ def _hash_file(path: Path) -> str:
 def _read_text(path: Path, name: str, field: str) -> Iterator[Document]:
     with open(path, "rb") as file:
         text = _decode(file.read(), path)
-    yield Document(name, text.replace("\r\n", "\n"), name)
+    yield Document(name, one_line_end(text), name)
 
 
 def _decode(data: bytes, path: Path, at: int = 0) -> str:
     """UTF-8 without a byte order mark; `at` is where `data` begins in the file."""
+    if at == 0 and (other := other_encoding(data)):
+        raise UserError(f"{path}: {other}")
     if (nul := data.find(b"\0")) >= 0:
         raise UserError(f"{path}: a NUL byte at byte {at + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
     try:
@@ -173,16 +176,21 @@ def _decode(data: bytes, path: Path, at: int = 0) -> str:
         at += error.start + (len(BOM) if at == 0 and data.startswith(BOM) else 0)
         raise UserError(
             f"{path}: invalid UTF-8 at byte {at} (0x{error.object[error.start]:02x}, {error.reason}): "
-            "convert the file, for example with iconv -f latin1 -t utf-8"
+            "convert the file from the encoding it has, for example with iconv -f windows-1252 -t utf-8 FILE > NEW"
         ) from error
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028)."""
+    """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028), or at the carriage
+    returns of a file of an old Mac, which has no line feed."""
     at = 0
     with open(path, "rb") as file:
         for line in file:
-            yield _decode(line, path, at)
+            text = _decode(line, path, at)
+            if at == 0 and not text.endswith("\n") and "\r" in text:
+                yield from (f"{part}\n" for part in one_line_end(text).removesuffix("\n").split("\n"))
+            else:
+                yield text
             at += len(line)
 
 
@@ -232,7 +240,17 @@ def _field(row: dict, field: str, where: str) -> str:
 
 
 def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    return f"{where}: no field {field!r}; fields: {', '.join(map(str, fields))}. Choose one with data.text_field=NAME"
+    return f"{where}: no field {field!r}; fields: {names(fields)}. Choose one with data.text_field=NAME"
+
+
+def names(keys: Iterable[object]) -> str:
+    """Keys or columns in a row, each in quotes where its blanks, or a comma, would mislead."""
+    return ", ".join(map(quoted, keys))
+
+
+def quoted(key: object) -> str:
+    name = str(key)
+    return name if name and name.strip() == name and name.isprintable() and "," not in name else repr(name)
 
 
 def kind_of(value: object) -> str:

@@ -13,7 +13,7 @@ from gptjax.data import records
 from gptjax.finetuning.metrics import interval
 from gptjax.types import UserError
 
-Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps constraints
+Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps system, history, constraints
 MAX_PROBLEMS = 20
 
 
@@ -77,6 +77,7 @@ def read(path: str) -> list[Row]:
             problems.append(f"{where}: no text {', '.join(lacking)}")
         else:
             problems += check_constraints(row.get("constraints", []), where) + _check_loss(row, where)
+            problems += _check_before(row, where)
             rows.append(row)
     if problems:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -93,6 +94,16 @@ def _check_loss(row: Row, where: str) -> list[str]:
     good = type(nats) in (int, float) and 0 <= nats < math.inf and type(tokens) is int and tokens > 0
     wrong = f"{where}: expected nats of at least 0 and a whole number of tokens, got {nats!r:.30} and {tokens!r:.30}"
     return [] if good else [wrong]
+
+
+def _check_before(row: Row, where: str) -> list[str]:
+    """What stands before the question: older files have neither."""
+    turns = row.get("history", [])
+    texts = isinstance(turns, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
+    )
+    problems = [] if texts else [f"{where}: history: expected a list of objects with role and content"]
+    return problems + ([] if isinstance(row.get("system", ""), str) else [f"{where}: system: expected a text"])
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:

@@ -169,15 +169,27 @@ def score(result: TrainResult, splits: labelled.Splits) -> dict[str, Any]:
 
 def summary(scores: dict[str, Any]) -> list[str]:
     low, high = scores["accuracy_interval"]
-    width = max(map(len, scores["labels"]))
     return [
         f"test    {scores['n']} texts: accuracy {scores['accuracy']:.2%} (95 % interval {low:.1%}-{high:.1%}), "
         f"F1 {scores['macro_f1']:.3f}, calibration error {scores['calibration_error']:.3f}",
         f"        naive Bayes {scores['naive_bayes']:.2%}, always the commonest class {scores['majority']:.2%}",
-        *(
-            f"        {name:>{width}}  " + " ".join(f"{n:5d}" for n in row)
-            for name, row in zip(scores["labels"], scores["confusion"], strict=True)
-        ),
+        *(f"        {line}" for line in _table(scores["labels"], scores["confusion"])),
+    ]
+
+
+def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
+    """A confusion table: a class a row, what its texts were taken for in columns.
+
+    true \\ predicted    ham   spam
+                  ham    812      3
+                 spam      5    110
+    """
+    corner = "true \\ predicted"
+    digits = max(5, *(len(str(n)) for row in confusion for n in row))
+    first, widths = max(map(len, [corner, *labels])), [max(digits, len(label)) for label in labels]
+    return [
+        f"{name:>{first}}  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for name, row in [(corner, labels), *zip(labels, confusion, strict=True)]
     ]
 
 

@@ -83,8 +83,8 @@ def _check(url: str, key: str) -> None:
 
 
 def _score(row: dict[str, Any], url: str, model: str, key: str) -> int | None:
-    parts = (("request", "prompt"), ("model_answer", "expected"), ("candidate", "answer"))
-    asked = "\n".join(f"<{tag}>\n{row[name]}\n</{tag}>" for tag, name in parts)
+    parts = (("request", question(row)), ("model_answer", row["expected"]), ("candidate", row["answer"]))
+    asked = "\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in parts)
     messages = [{"role": "system", "content": TASK}, {"role": "user", "content": asked}]
     for _ in range(TRIES):
         reply = _ask(url, {"model": model, "messages": messages, "temperature": 0}, key)
@@ -92,6 +92,15 @@ def _score(row: dict[str, Any], url: str, model: str, key: str) -> int | None:
             return score
         messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": AGAIN}]
     return None
+
+
+def question(row: dict[str, Any]) -> str:
+    """The question, after the system message and the turns before it, where there are any."""
+    before = [("system", row["system"])] if row.get("system") else []
+    before += [(turn["role"], turn["content"]) for turn in row.get("history", [])]
+    if not before:
+        return row["prompt"]
+    return "\n\n".join(f"{role}: {text}" for role, text in [*before, ("user", row["prompt"])])
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

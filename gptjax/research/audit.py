@@ -29,7 +29,9 @@ import numpy as np
 from gptjax import config, lora, tree, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
+from gptjax.config_io import read_text
 from gptjax.data.store import TokenStore
+from gptjax.files import one_line_end
 from gptjax.model.gpt import forward
 from gptjax.research.influence import gradient_features, in_chunks, unit
 from gptjax.tasks import pretrain
@@ -768,10 +770,7 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
         UserError: lines that are neither; all of them.
     """
     found, problems = [], []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"canaries={path}: {getattr(error, 'strerror', None) or error}") from error
+    lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
-from gptjax.files import umask
+from gptjax.files import other_encoding, umask
 from gptjax.types import UserError
 
 FILE = "tokenizer.json"
@@ -354,8 +354,11 @@ def read_text(path: Path) -> str:
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, more than a tokenizer file can have ({MAX_FILE_BYTES:,})")
+    data = path.read_bytes()
+    if other := other_encoding(data):
+        raise UserError(f"{path}: {other}")
     try:
-        return path.read_bytes().decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
 

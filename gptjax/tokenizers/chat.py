@@ -125,8 +125,8 @@ def is_builtin(template: str) -> bool:
 
 
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
-    """The token that the tokenizer's chat template writes after every answer, the last one and earlier ones; None if
-    it writes none.
+    """The token that the tokenizer's chat template writes after every answer, the last one (where it may be left out)
+    and earlier ones; None if it writes none.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
         ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": the last is of a finished text
@@ -142,24 +142,29 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_token: str) -> str | None:
-    def first_token(messages: list[Message], begin: bool) -> str | None:
-        roles = {"bos_token": bos_token, "eos_token": eos_token}
-        text = render(template, messages, add_generation_prompt=begin, **roles)
-        _, _, after = text.partition(_ANSWER)
-        return first_of(after.partition(_NEXT)[0], tokens)
-
     asked, answer, more = (
         {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
     )
+
+    def write(messages: list[Message], begin: bool) -> str:
+        return render(template, messages, add_generation_prompt=begin, bos_token=bos_token, eos_token=eos_token)
+
+    def first_after(text: str) -> str | None:
+        return first_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
+
     for system in ([], [{"role": "system", "content": "system"}]):  # some templates ask for one
         try:
-            last = first_token([*system, asked, answer], False)
+            last = first_after(write([*system, asked, answer], False))
         except UserError:
             continue
         try:
-            return last if first_token([*system, asked, answer, more], True) == last else None
+            text = write([*system, asked, answer, more], True)
         except UserError:  # a template of one turn
             return last
+        earlier, before = first_after(text), text.partition(_QUESTION)[0]
+        if last is None and earlier and not before.rstrip().endswith(earlier):
+            return earlier  # which it leaves out after the last answer; if it begins a question, it ends nothing
+        return last if earlier == last else None
     return None
 
 

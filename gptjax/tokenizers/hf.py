@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.files import one_line_end
 from gptjax.tokenizers.base import (
     Base,
     Special,
@@ -458,7 +459,7 @@ def _template(template: Any) -> str | None:
 def _gpt2_files(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
     """vocab.json and merges.txt as the tokenizer.json they stand for."""
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    lines = read_text(folder / "merges.txt").splitlines()
+    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # a merge may hold what splitlines cuts at
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     special = ({"<|endoftext|>"} | _roles(named)[1]) & {*vocab, *added}
     tokens = {name: i for name, i in (vocab | added).items() if name in special or name in added}

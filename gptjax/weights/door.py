@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,7 +259,7 @@ def export_gguf(
             "none: train with tokenizer.name=bpe or gpt2"
         )
     metadata = llama_cpp.to_metadata(cfg, name) | vocabulary.to_metadata(tokenizer)
-    metadata["general.name"] = path.stem
+    metadata["general.name"] = _name_for_llama_cpp(path.stem, metadata["tokenizer.ggml.tokens"])
     block = 32 if type == "Q8_0" else 1
     tensors = [
         (t.name, t.shape, type if len(t.shape) > 1 and t.shape[-1] % block == 0 else "F32", t.array)
@@ -270,6 +271,13 @@ def export_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     gguf.write(path, metadata, tensors)
     return path
+
+
+def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
+    """llama.cpp looks up tokens of Phi-3 in every model of that name, and loads none that lacks them."""
+    if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
+        return name
+    return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)
 
 
 def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from gptjax.files import umask
+from gptjax.files import other_encoding, umask
 from gptjax.types import UserError
 from gptjax.weights.rules import Out, Shape, Stored, refuse
 
@@ -147,10 +147,12 @@ def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
             raise UserError(f"{where}: {name!r:.80} stands twice in the {what}")
         return found
 
+    if other := other_encoding(text):
+        raise UserError(f"{where}: {other}")
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
     try:
-        body = json.loads(text.decode(), object_pairs_hook=once)
+        body = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:

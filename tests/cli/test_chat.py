@@ -147,3 +147,14 @@ def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, t
     assert "^[[A" not in text and "^[[D" not in text
     assert "> abc" in text, text  # the second line is the first again, with the b where the cursor was
     assert "... compiling, " in text and "(system prompt: Be brief)" in text
+
+
+def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_special_tokens(params, tokenizer, capsys):
+    """Of a model that does not say that its template's end is an end; what else is special is not shown either."""
+    settings = gptjax.SampleConfig(max_new_tokens=30, temperature=5.0, seed=3)
+    made = tokenizer.replace(eos_ids=(256,))
+    chatting = Chat(params, CFG, made, settings, None)
+    assert chatting.stop == [256, 258]
+    said(chatting, *["hi"] * 6)
+    assert not any("<|" in turn["content"] for turn in chatting.turns)
+    assert "error" not in capsys.readouterr().err

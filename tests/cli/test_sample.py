@@ -5,6 +5,7 @@ import pytest
 
 import gptjax
 from gptjax.__main__ import main
+from gptjax.cli import sample
 
 MODEL = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=257)
 
@@ -96,3 +97,14 @@ def test_dry_run(run, capsys):
 def test_mistakes(run, args, words, capsys):
     assert main(["sample", *(str(run) if arg == "RUN" else arg for arg in args)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_prompts_of_any_line_end(tmp_path):
+    file = tmp_path / "p.txt"
+    cfg = gptjax.load_config(None, f"sample.prompts={file}")
+    for content in (b"one\ntwo\n", b"one\r\ntwo\r\n", b"one\rtwo\r", b"\xef\xbb\xbfone\ntwo"):
+        file.write_bytes(content)
+        assert sample.read_prompts(cfg) == ["one", "two"]
+    file.write_bytes("one\n".encode("utf-16"))
+    with pytest.raises(gptjax.UserError, match="UTF-16 by its byte order mark FF FE"):
+        sample.read_prompts(cfg)

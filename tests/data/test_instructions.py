@@ -143,6 +143,17 @@ ASKED, SAID = [message("user", "a")], [message("assistant", "b")]
             [*ASKED, message("assistant", "BAD", learn=False), *ASKED, *SAID],
         ),
         (
+            {
+                "messages": [
+                    *ASKED,
+                    message("assistant", "BAD", loss=False),
+                    *ASKED,
+                    message("assistant", "b", loss=True),
+                ]
+            },
+            [*ASKED, message("assistant", "BAD", learn=False), *ASKED, *SAID],
+        ),
+        (
             {"messages": [message("user", "a", train=False), *SAID, *ASKED, message("assistant", "BAD", train=False)]},
             [*ASKED, *SAID],
         ),
@@ -242,6 +253,11 @@ BAD = {
     "column twice": (".csv", "prompt,prompt\n", "column 'prompt' appears twice"),
     "header only": (".csv", "prompt,response\n", "no records"),
     "parquet": (".parquet", "PAR1", "not a readable parquet file"),
+    "unpaired": (
+        ".jsonl",
+        '{"prompt": "a", "answer": "b", "kto_tag": true}',
+        "are no known format; kto_tag: .* from pairs",
+    ),
     "label": (".jsonl", '{"prompt": "a", "completion": "b", "label": false}', ":1: label: .* from pairs"),
     "picture": (".jsonl", GOOD[:-2] + ', "images": ["x.png"]}', ":1: images: pictures and sound"),
     "part of the question": (".jsonl", GOOD[:-2] + ', "context": "x"}', ":1: context: would be left out"),
@@ -380,6 +396,12 @@ def test_an_answer_is_asked_for_by_just_the_ids_before_it(chatty, template):
     assert tok.decode(ids) == chat.apply(tok, messages, add_generation_prompt=False).rstrip()
 
 
+def test_an_end_that_a_template_leaves_out_after_the_last_answer_is_learned_there_too(chatty):
+    every = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '<|im_end|>' if not loop.last }}{% endfor %}"
+    made = chatty.replace(chat_template=every + "{{ '<|im_end|>assistant: ' if add_generation_prompt }}")
+    assert text(render(TWO, made), made, True) == "Là.<|im_end|>Here.<|im_end|>"
+
+
 def test_a_template_without_an_end_token_gets_end_of_text(tok):
     plain = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -388,7 +410,7 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
     made = tok.replace(chat_template=plain)
     assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
     assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
-    assert "appended and learned" in instructions.describe_style(made, None)[1]
+    assert "end-of-text is appended" in instructions.describe_style(made, None)[1]
     kept = instructions.styled(made)
     assert kept.eos_ids == (256,) and instructions.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
     chars = tokenizers.train("chars", [text(render(TWO, made), made)])

@@ -50,8 +50,9 @@ def test_numbers_are_labels_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "options", "words"),
     [
-        ("a.csv", "a,b\n1,2\n", {}, "none is called like the text, of columns a, b: say classify.text_field=NAME"),
-        ("a.csv", "text,body,label\nx,y,z\n", {}, "several could be the text"),
+        ("a.csv", "a,b\n1,2\n", {}, "usual name (text, sentence, content, ..) of the text; the columns are a, b: say"),
+        ("a.csv", "text,body,label\nx,y,z\n", {}, "several columns could be the text"),
+        ("a.csv", " Text (raw) ,b\n1,2\n", {}, "the columns are ' Text (raw) ', b: say classify.text_field=NAME"),
         ("a.csv", "text,label\nx,y\n", {"text": "txt"}, "no column 'txt'; there are text, label"),
         ("a.csv", "text,label\nx,y\nz,y\n", {}, "2 texts of 1 class (y); two are needed"),
         ("a.csv", "text,label\nx,b\ny,spma\n", {"labels": ("b", "spam")}, "unknown label 'spma': known are b, spam"),

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig
+from gptjax.config import DataConfig, load_config
 from gptjax.data import documents, split
 from gptjax.data.sources import Document, Documents, Source, hold_out
 from gptjax.types import UserError
@@ -65,6 +65,23 @@ def test_csv_guesses_nothing(tmp_path):
     assert texts(put(tmp_path, "long.csv", "text\n" + "x" * 200_000 + "\n")) == ["x" * 200_000]
 
 
+def test_the_line_ends_of_an_old_mac(tmp_path):
+    """A carriage return alone, in a file without a line feed; beside one it is a character like any other."""
+    assert texts(put(tmp_path, "a.txt", b"one\rtwo\r")) == ["one\ntwo\n"]
+    assert texts(put(tmp_path, "b.txt", b"10%\r20%\n")) == ["10%\r20%\n"]
+    assert texts(put(tmp_path, "a.csv", b"text,x\rhello,1\ryou,2\r")) == ["hello", "you"]
+    assert texts(put(tmp_path, "a.jsonl", b'{"text": "a"}\r{"text": "b"}')) == ["a", "b"]
+    assert texts(put(tmp_path, "b.jsonl", '{"text": "a\u2028b"}\n'.encode())) == ["a\u2028b"]
+
+
+def test_a_file_whose_name_looks_like_a_list_is_a_file(tmp_path, monkeypatch):
+    put(tmp_path, "[x].txt", b"hello")
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(None, "data.source=[x].txt")
+    assert cfg.data.source == ("[x].txt",) and [d.text for d in documents(cfg.data)] == ["hello"]
+    assert load_config(None, "data.source=[x.txt, y.txt]").data.source == ("x.txt", "y.txt")
+
+
 def test_parquet(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -98,6 +115,13 @@ def test_asset_by_name(tmp_path, monkeypatch):
 BAD_FILES = {
     "latin1": ("a.txt", b"caf\xe9 au lait", r"a\.txt: invalid UTF-8 at byte 3 \(0xe9.*iconv"),
     "latin1 after a mark": ("a.txt", b"\xef\xbb\xbfa\xff", "invalid UTF-8 at byte 4"),
+    "utf-16 by its mark": (
+        "a.txt",
+        "中文".encode("utf-16"),
+        r"UTF-16 by its byte order mark FF FE: .* iconv -f utf-16 -t",
+    ),
+    "utf-16, the other way": ("a.csv", b"\xfe\xff" + "中文".encode("utf-16-be"), "UTF-16 by its byte order mark FE FF"),
+    "utf-32": ("a.jsonl", "中文".encode("utf-32"), "UTF-32 by its byte order mark FF FE 00 00"),
     "utf-16": ("a.txt", "hello".encode("utf-16-le"), "NUL byte at byte 1.*UTF-16"),
     "broken line": ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2:\d+: not a complete JSON object"),
     "cut short": ("a.jsonl", '{"text": "a"}\n{"text": "b', r"a\.jsonl:2"),
@@ -110,6 +134,7 @@ BAD_FILES = {
     "deep": ("a.jsonl", '{"text": ' + "[" * 200_000, "a.jsonl:1: nested too deeply"),
     "surrogate": ("a.jsonl", '{"text": "a\\ud800"}', "lone surrogate at character 1"),
     "invalid bytes in a row": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "invalid UTF-8 at byte 24"),
+    "blanks in columns": ("a.csv", " text ,a\nx,y\n", "no field 'text'; fields: ' text ', a"),
     "no column": ("a.csv", "label,body\nham,x\n", r"a\.csv:1: no field 'text'; fields: label, body"),
     "column twice": ("a.csv", "text,text\na,b\n", r"a\.csv:1: column 'text' appears twice"),
     "short row": ("a.csv", "label,text\nham,x\nspam\n", r"a\.csv:3:2: 1 columns, and the header has 2"),

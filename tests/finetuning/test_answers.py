@@ -97,7 +97,8 @@ def test_compare(tmp_path, capsys):
 @pytest.mark.parametrize(
     "more",
     [
-        {"constraints": 3}, {"constraints": None}, {"constraints": [{"kind": ["json"], "value": True}]},
+        {"history": "x"}, {"history": [{"role": "user"}]}, {"system": 3}, {"constraints": 3},
+        {"constraints": None}, {"constraints": [{"kind": ["json"], "value": True}]},
         {"nats": "1", "tokens": 1}, {"nats": 1.0}, {"tokens": 1}, {"nats": 1.0, "tokens": 0},
         {"nats": 1.0, "tokens": True}, {"nats": -1.0, "tokens": 1},
     ],

@@ -10,7 +10,7 @@ import pytest
 import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
-from gptjax.finetuning import metrics
+from gptjax.finetuning import classify, metrics
 from gptjax.finetuning.classify import classify_texts
 from gptjax.training.run_dir import read_metrics
 
@@ -150,6 +150,16 @@ def test_dry_run(folder, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "84 + 12 + 24 texts" in out and "trained" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_confusion_table_says_which_way_it_is_read():
+    scores = {"n": 9, "accuracy": 1, "accuracy_interval": [0, 1], "macro_f1": 1, "calibration_error": 0}
+    scores |= {"naive_bayes": 1, "majority": 1, "labels": ["ham", "unwanted"], "confusion": [[812, 3], [5, 110]]}
+    assert classify.summary(scores)[2:] == [
+        "        true \\ predicted    ham unwanted",
+        "                     ham    812        3",
+        "                unwanted      5      110",
+    ]
 
 
 def test_measures():

@@ -1,5 +1,8 @@
 """`gptjax finetune instruct` from conversations to answers, on a tiny base."""
 
+import contextlib
+import dataclasses
+import io
 import json
 
 import jax
@@ -9,6 +12,7 @@ import gptjax
 from gptjax import config
 from gptjax.__main__ import main
 from gptjax.finetuning import instruct
+from gptjax.tokenizers import chat
 from gptjax.training.run_dir import read_metrics
 
 BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=4, d_model=64, d_ff=96, context_length=96, vocab_size=257)
@@ -103,3 +107,107 @@ def test_the_skills_hold_out_what_they_ask_about():
 
 def _questions(talk):
     return len(talk.messages) // 2
+
+
+CHATML = chat.BUILTIN["chatml"]
+SHORT = [
+    "finetune.trainable=all", "train.epochs=null", "train.max_steps=1", "train.eval_every=1",
+    "train.checkpoint_every=1", "train.batch_size=2", "optim.warmup_steps=0", "optim.lr=1e-3",
+    "sample.max_new_tokens=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A model without a template; one whose template ends an answer with a token that none of its eos_ids is."""
+    folder = tmp_path_factory.mktemp("bases")
+    plain = gptjax.tokenizers.load("bytes")
+    chatty = gptjax.tokenizers.extend(plain, ["<|im_start|>", "<|im_end|>"])
+    chatty = chatty.replace(chat_template="{{ '' }}" + CHATML, eos_ids=(256,))
+    for name, tokenizer in (("plain", plain), ("chatty", chatty)):
+        cfg = gptjax.ModelConfig(
+            arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=16, context_length=384, vocab_size=tokenizer.vocab_size
+        )
+        gptjax.save(folder / name, gptjax.init_params(jax.random.key(0), cfg), cfg, tokenizer)
+    rows = [{"prompt": f"say {x}", "completion": x, "chosen": x, "rejected": "no", "other": 1} for x in "abcdefgh"]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "style", "end", "eos"),
+    [("plain", "alpaca", "<|endoftext|>", [256]), ("chatty", None, "<|im_end|>", [258, 256])],
+)
+def test_a_tuned_model_and_what_follows_it_write_and_stop_as_it_learned(
+    bases, base, style, end, eos, tmp_path, capsys, monkeypatch
+):
+    rows = bases / "rows.jsonl"
+    lengths = ["context_length=384", "val_fraction=0.2", "test_fraction=0.2", f"source={rows}"]
+    after = [("prefer", tmp_path / "instruct")] if base == "plain" else []
+    for task, of in (("instruct", bases / base), *after):
+        given = [f"instruct.style={style}"] if style and task == "instruct" else []
+        settings = (
+            [f"{task}.{setting}" for setting in lengths] + given + ["instruct.compare=false"] * (task == "instruct")
+        )
+        run_dir = tmp_path / task
+        assert main(["finetune", task, f"finetune.base={of}", f"run_dir={run_dir}", *SHORT, *settings]) == 0
+        out = capsys.readouterr().out
+        assert f"an answer ends with {end}" in out and "other (8 of 8, first" in out
+        for saved in ("final", "best"):
+            tokenizer = gptjax.tokenizers.load(run_dir / saved)
+            assert chat.end_of_answer(tokenizer) == end and list(tokenizer.eos_ids) == eos
+        monkeypatch.setattr("sys.stdin", io.StringIO("say a\nsay b\n"))
+        assert main(["chat", str(run_dir), "max_new_tokens=2"]) == 0
+        assert capsys.readouterr().err.count("tokens, first after") == 2
+        params, cfg = gptjax.load(run_dir)
+        gptjax.weights.export_hf(run_dir / "hf", params, cfg, tokenizer)
+        said = json.loads((run_dir / "hf" / "generation_config.json").read_text())["eos_token_id"]
+        assert said == (eos if len(eos) > 1 else eos[0])
+        assert json.loads((run_dir / "hf" / "tokenizer_config.json").read_text())["eos_token"] == end
+        path = gptjax.weights.export_gguf(run_dir / "m.gguf", params, cfg, tokenizer)
+        assert list(gptjax.tokenizers.load(path).eos_ids) == eos
+
+
+def test_the_test_stops_where_training_ended_an_answer(bases):
+    """Also where the template ends none: end-of-text does then, not the last token of an answer."""
+    params, model = gptjax.load(bases / "plain")
+    template = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}{{ 'a' if add_generation_prompt }}"
+    tokenizer = gptjax.tokenizers.load(bases / "plain").replace(chat_template=template)
+    asked = []
+
+    def generate(params, prompts, cfg, *, stop, **more):
+        asked.append(stop)
+        return [[*b"no"]] * len(prompts)
+
+    cfg = dataclasses.replace(config.load_config(None, "task=instruct"), model=model)
+    talk = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"},
+        {"role": "user", "content": "now?"}, {"role": "assistant", "content": "x"},
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instruct, "generate", generate)
+        [row] = instruct.answers(params, cfg, tokenizer, [instruct.Conversation(tuple(talk), "here")])
+    assert asked == [[256]] and row["tokens"] == 2
+    assert row["system"] == "s" and row["history"] == talk[1:3] and row["prompt"] == "now?"
+
+
+def test_a_sign_of_life_says_whose_answers_and_how_many(bases):
+    params, model = gptjax.load(bases / "plain")
+    talks = [
+        instruct.Conversation(({"role": "user", "content": c}, {"role": "assistant", "content": c}), c) for c in "abc"
+    ]
+    said = []
+
+    class Progress:
+        @contextlib.contextmanager
+        def phase(self, what):
+            said.append(what())
+            yield
+            said.append(what())
+
+    cfg = config.load_config(None, "task=instruct", "sample.batch_size=2", "sample.max_new_tokens=9")
+    cfg = dataclasses.replace(cfg, model=model)
+    instruct.answers(params, cfg, gptjax.tokenizers.load("bytes"), talks, Progress(), "the base")
+    assert said[0] == "answering, the base: 0 of 3 done, the next 2 have 0 of 9 tokens"
+    assert said[1] == "answering, the base: 0 of 3 done, the next 2 have 9 of 9 tokens"
+    assert said[2] == "answering, the base: 2 of 3 done, the next 1 have 0 of 9 tokens"

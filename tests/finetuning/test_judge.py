@@ -9,7 +9,7 @@ import pytest
 from gptjax import UserError
 from gptjax.__main__ import main
 from gptjax.finetuning import judge as module
-from gptjax.finetuning.judge import judge, number
+from gptjax.finetuning.judge import judge, number, question
 
 ROW = {"where": "a:1", "prompt": "Add 1 and 1.", "expected": "2", "answer": "two"}
 KEY = "sk-never-printed"
@@ -71,6 +71,15 @@ def test_what_is_asked(server):
     assert all(ROW[name] in body["messages"][-1]["content"] for name in ("prompt", "expected", "answer"))
     judge([ROW], server.url, "m", key="", log=print)
     assert server.asked[-1][1] is None
+
+
+def test_the_judge_sees_what_stood_before_the_question():
+    assert question(ROW) == "Add 1 and 1."
+    before = {
+        "system": "Be brief.",
+        "history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    }
+    assert question(ROW | before) == "system: Be brief.\n\nuser: Hi\n\nassistant: Ho\n\nuser: Add 1 and 1."
 
 
 def test_a_reply_without_a_number_is_asked_again(server):

@@ -296,6 +296,10 @@ ENDS = {  # a template, and the token that it writes after every answer
         "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
         "</s>",
     ),
+    "left out after the last": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if not loop.last }}{% endfor %}",
+        "</s>",
+    ),
     "none": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
     "the next turn begins with one": ("{% for m in messages %}<|user|>{{ m.content }}\n{% endfor %}", None),
     "after the last alone": (

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import random
+import subprocess
+import sys
 import urllib.request
 
 import numpy as np
 import pytest
 
 from gptjax import assets, gguf, tokenizers
-from gptjax.tokenizers import bpe, hf
+from gptjax.tokenizers import bpe, chat, hf
 from gptjax.tokenizers.gguf import PRE, from_metadata, to_metadata
 from gptjax.types import UserError
 
@@ -368,3 +370,36 @@ def test_smollm2(smollm2):
 
 def test_smollm2_in_llama_cpp(smollm2):
     agrees(tokenizers.load(smollm2), smollm2, TEXTS + _more_texts(150))
+
+
+# In a process of its own: where JAX has worked for long, the server's end waits for ever (xllamacpp 2026.10).
+CHAT = """
+import os, sys, urllib.request, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup = sys.argv[1], 64, False
+server = xllamacpp.Server(params)
+request = urllib.request.Request(server.listening_address + "/apply-template", sys.argv[2].encode())
+print("\\n" + urllib.request.urlopen(request, timeout=30).read().decode(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chatml", "phi3"])
+def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
+    """Markers that the vocabulary lacks are plain text, and end-of-text follows every answer; also in a file whose name
+    is that of a model from which llama.cpp expects more."""
+    pytest.importorskip("xllamacpp")
+    import jax
+
+    import gptjax
+    from gptjax.data.instructions import styled
+
+    cfg = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=32, d_ff=32, context_length=64, vocab_size=257)
+    tokenizer = styled(tokenizers.load("bytes"), style)
+    path = gptjax.weights.export_gguf(
+        tmp_path / f"{style}.gguf", gptjax.init_params(jax.random.key(0), cfg), cfg, tokenizer
+    )
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc", strict=True)]
+    command = [sys.executable, "-c", CHAT, path, json.dumps({"messages": talk})]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert json.loads(done.stdout.splitlines()[-1])["prompt"] == chat.apply(tokenizer, talk), done.stderr.decode()

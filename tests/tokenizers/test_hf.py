@@ -324,6 +324,19 @@ def test_gpt2_files_without_a_tokenizer_json(tmp_path, gpt2):
         assert tok.encode(text, allowed_special="all") == gpt2.encode(text, allowed_special="all")
 
 
+def test_merges_are_cut_at_line_feeds_alone(tmp_path):
+    """Not at U+2028 or U+0085, which may stand in a piece; the file of an editor that writes UTF-16 is named."""
+    pieces = ["a", "\u2028", "\x85", "a\u2028", "a\u2028\x85"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = "#version: 0.2\r\na \u2028\r\na\u2028 \x85\r\n"
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (tmp_path / "merges.txt").write_bytes(merges.encode())
+    assert hf._gpt2_files(tmp_path, {})["model"]["merges"] == [["a", "\u2028"], ["a\u2028", "\x85"]]
+    (tmp_path / "vocab.json").write_bytes(json.dumps(vocab).encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-16 by its byte order mark FF FE"):
+        tokenizers.load(tmp_path)
+
+
 def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0b")
     with pytest.raises(UserError, match="save_pretrained"):

@@ -8,7 +8,7 @@ import pytest
 import gptjax
 from gptjax import assets, gguf, tokenizers, weights
 from gptjax.types import UserError
-from gptjax.weights import llama_cpp
+from gptjax.weights import door, llama_cpp
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -142,3 +142,12 @@ def test_arrays_where_numbers_belong(changed, places):
         if key.startswith("llama.") and key != "llama.vocab_size":  # the table's rows say that
             with pytest.raises(UserError, match=key.removeprefix("llama.")):
                 gptjax.load(changed(**{key: [1, 2]}))
+
+
+def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
+    """It looks for <s> and </s> in every model called phi3, and does not load one without them."""
+    params, cfg, tokenizer = model
+    weights.export_gguf(tmp_path / "My-Phi-3-chat.gguf", params, cfg, tokenizer)
+    assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
+    assert door._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
+    assert door._name_for_llama_cpp("other", []) == "other"
