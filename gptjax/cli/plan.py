@@ -63,6 +63,8 @@ def run(args: list[str]) -> int:
         _write(wishes.out, found)
     if wishes.png and best.roofline is not None:
         report.draw(found, wishes.png)
+    elif wishes.png:
+        options.note(f"png={wishes.png} is not written: there is no roofline of this program")
     return 0
 
 

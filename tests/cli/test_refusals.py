@@ -213,7 +213,7 @@ def test_a_finetuning_alike(here, base, capsys):
         error = says(capsys, *verb, *more)
         assert "holds no run of gptjax" in error
         if len(more) != 2 and "finetune.seeds=2" not in more:
-            assert "classify.source=absent.csv: no such file" in error and "finetune.base=absent: absent: no" in error
+            assert "classify.source=absent.csv: no such file" in error and "finetune.base: absent: no" in error
     assert "classify.source is missing" in says(capsys, "finetune", "classify", "--dry-run", f"finetune.base={base}")
 
 

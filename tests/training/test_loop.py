@@ -235,9 +235,7 @@ def test_a_base_brings_its_model_and_tokenizer(tmp_path):
     file.write_text("base: tiny-gpt2\ntrain:\n  max_steps: 5\n")
     cfg = load_config(file, "pretrain.base=x", "model.dropout=0.1", "model.dtype=bfloat16")
     assert cfg.model == ModelConfig(dropout=0.1, dtype="bfloat16") and cfg.tokenizer.name == "chars"
-    with pytest.raises(
-        UserError, match=r"brings its own model and tokenizer: leave out model.n_layer \(command line\)"
-    ):
+    with pytest.raises(UserError, match=r"brings its own model and tokenizer: leave out model.n_layer \(load_config\)"):
         load_config(file, "pretrain.base=x", "model.n_layer=3")
     file.write_text("pretrain:\n  base: x\nmodel:\n  arch: llama\n")
     with pytest.raises(UserError, match=r"leave out model.arch .*mine.yaml:4"):
