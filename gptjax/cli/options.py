@@ -100,7 +100,7 @@ def show_only(
     for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task does."""
     if not (args.print_config or args.dry_run):
         return False
-    keys = config_uses.keys_of(cfg.task) if keys is None else keys
+    keys = config_uses.keys_of(cfg) if keys is None else keys
     lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
     shown = keys if args.print_config else _said(keys, cfg, provenance)
     print(to_yaml(cfg, provenance, shown), end="")
