@@ -31,9 +31,10 @@ def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
     return any(matches(pattern, key) for pattern in (*USES[task], *also))
 
 
-def keys_of(task: str, also: Sequence[str] = ()) -> list[str]:
-    """The settings that the task reads, in the order of the schema."""
-    return [key for key in config.schema() if reads(task, key, also)]
+def keys_of(cfg: Config, also: Sequence[str] = ()) -> list[str]:
+    """The settings that a run of `cfg` reads, in the order of the schema."""
+    adapter = cfg.task == "pretrain" or cfg.finetune.trainable == "lora"
+    return [key for key in config.schema() if reads(cfg.task, key, also) and (adapter or not matches("lora.*", key))]
 
 
 def matches(pattern: str, key: str) -> bool:
@@ -65,7 +66,8 @@ def resolve(
     wanted = _task(source, layers, leaves, verb, task)
     under = [Leaf("task", wanted, f"gptjax {verb}")]
     run_dir = None if source is None else f"runs/{config.config_file(source).stem}"
-    unread = _unread([*_own(layers), *leaves], wanted, verb, also)
+    own = [*_own(layers), *leaves]
+    unread = [*_unread(own, wanted, verb, also), *_without_adapter(own, [*layers, *leaves], wanted)]
     return config.build([*under, *layers, *leaves], run_dir or "runs/default", unread)
 
 
@@ -100,6 +102,23 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
     return [
         f"{where}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {why}"
         for (where, why), keys in reasons.items()
+    ]
+
+
+def _without_adapter(own: list[Leaf], every: list[Leaf], task: str) -> list[str]:
+    """The user's lora.* beside or after a finetune.trainable that trains no adapter; what a later layer rules is none
+    of them."""
+    trainable = next((leaf for leaf in reversed(every) if leaf.key == "finetune.trainable"), None)
+    if task == "pretrain" or trainable is None or trainable.value == "lora":
+        return []
+    names = list(dict.fromkeys(config.layer(leaf.where) for leaf in every))
+    first = names.index(config.layer(trainable.where))
+    return [
+        f"{leaf.where}: {leaf.key}: finetune.trainable={trainable.value} has no adapter"
+        for leaf in own
+        if matches("lora.*", leaf.key)
+        and leaf.key in config.schema()
+        and names.index(config.layer(leaf.where)) >= first
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.cli.options import note
-from gptjax.config_io import did_you_mean
+from gptjax.config_io import did_you_mean, read_text
 from gptjax.config_io import from_yaml as leaves_of
 from gptjax.files import new_file, refuse_existing
 from gptjax.types import UserError
@@ -124,7 +124,7 @@ def _trained_on(folder: Path) -> str | None:
     """The column of the texts that the run's config.yaml names."""
     for file in (folder / "config.yaml", folder.parent / "config.yaml"):
         if file.is_file():
-            values = {leaf.key: leaf.value for leaf in leaves_of(file.read_text(encoding="utf-8"), str(file))}
+            values = {leaf.key: leaf.value for leaf in leaves_of(read_text(file, "config"), str(file))}
             return values.get("classify.text_field")
     return None
 

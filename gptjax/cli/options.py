@@ -8,7 +8,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from gptjax import config_uses
@@ -100,7 +99,7 @@ def show_only(
     for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task does."""
     if not (args.print_config or args.dry_run):
         return False
-    keys = config_uses.keys_of(cfg.task) if keys is None else keys
+    keys = config_uses.keys_of(cfg) if keys is None else keys
     lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
     shown = keys if args.print_config else _said(keys, cfg, provenance)
     print(to_yaml(cfg, provenance, shown), end="")
@@ -120,13 +119,13 @@ def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: 
     """Every setting that `patterns` name, in their order, with its value in `cfg`, its type and its help; lines are as
     wide as the terminal, or `width`. `strip`: a group's name that its settings are shown without."""
     width = width or min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)
-    groups, values, lines = describe(), flat(cfg), []
-    wanted = [(group, doc, row) for pattern in patterns for group, doc, rows in groups for row in rows
-              if matches(pattern, row[0])]  # fmt: skip
-    last = None
-    for group, doc, (key, kind, text) in wanted:
+    titles = {group: f"{group}: {doc}".replace("None", "null") for group, doc, _ in describe()} | {"": "The run itself"}
+    rows = {row[0]: row for _, _, rows in describe() for row in rows}
+    values, lines, last = flat(cfg), [], None
+    for key, kind, text in (rows[key] for pattern in patterns for key in rows if matches(pattern, key)):
+        group = key.rpartition(".")[0]
         if group != last:
-            lines += ["", f"{group}: {doc}".replace("None", "null") if group else "The run itself"]
+            lines += ["", titles[group]]
             last = group
         name = key.removeprefix(f"{strip}.") if strip else key
         lines.append(f"  {name}={yaml_value(values[key])}")
@@ -137,11 +136,13 @@ def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: 
 def values_help(args: Sequence[str], default: str, task: str) -> str:
     """The settings of a task with the values that a command of these arguments has; where that cannot be made, those
     of the `default` preset."""
-    parsed = Args([], [], False, False)
-    with suppress(UserError):
+    verb = config_uses.verb_of(task)
+    try:
         parsed = parse(args, words=1)
-        configure(parsed, default, config_uses.verb_of(task), task)
-    cfg = configure(parsed, default, config_uses.verb_of(task), task)[0]
+        cfg, _ = configure(parsed, default, verb, task)
+    except UserError:
+        parsed = Args([], [], False, False)
+        cfg, _ = configure(parsed, default, verb, task)
     source = parsed.words[0] if parsed.words else default
     return f"Settings, with the values of {source}:\n\n{settings_help(cfg, config_uses.USES[task])}"
 

@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
     for name in ("out", "png"):
         if path := getattr(wishes, name):
             refuse_existing(Path(path), name)
-    keys = config_uses.keys_of(cfg.task, also=("model.*",))
+    keys = config_uses.keys_of(cfg, also=("model.*",))
     if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {wishes.on}"], keys):
         return 0
     for name in ("out", "png"):
@@ -63,6 +63,8 @@ def run(args: list[str]) -> int:
         _write(wishes.out, found)
     if wishes.png and best.roofline is not None:
         report.draw(found, wishes.png)
+    elif wishes.png:
+        options.note(f"png={wishes.png} is not written: there is no roofline of this program")
     return 0
 
 

@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
     folder = Path(_run_dir(source, fixed))
     configs = [dataclasses.replace(cfg, run_dir=str(folder)) for cfg in configs]
     if parsed.print_config:
-        print(to_yaml(configs[0], keys=config_uses.keys_of(configs[0].task)), end="")
+        print(to_yaml(configs[0], keys=config_uses.keys_of(configs[0])), end="")
     if parsed.print_config and not parsed.dry_run:
         return 0
     _refuse(configs[0], folder)

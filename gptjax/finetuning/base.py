@@ -21,7 +21,7 @@ from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
 from gptjax.training.job import Job, Rules
 from gptjax.training.loop import flops_per_token
-from gptjax.types import Params, UserError
+from gptjax.types import Params, UserError, complaints
 from gptjax.weights import families
 
 HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
@@ -100,10 +100,7 @@ def refuse_missing(cfg: Config) -> None:
     if source and not source.startswith("hf:") and not Path(source).expanduser().exists():
         problems.append(f"{cfg.task}.source={source}: no such file")
     if not name.startswith("hf:") and name not in assets.ASSETS:
-        try:
-            base_model(cfg)
-        except UserError as error:
-            problems.append(f"finetune.base={name}: {error}")
+        problems += [f"finetune.base: {problem}" for problem in complaints(base_model, cfg)]
     if problems:
         raise UserError.all(problems)
 

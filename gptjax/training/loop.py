@@ -83,7 +83,7 @@ def refuse_missing(cfg: Config) -> None:
 
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
     if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
-        problems += complaints(from_base, cfg)
+        problems += [f"pretrain.base: {problem}" for problem in complaints(from_base, cfg)]
     if problems:
         raise UserError.all(problems)
 

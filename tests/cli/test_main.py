@@ -40,6 +40,8 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
     main(["pretrain", "tiny-gpt2", "optim.lr=0.5", "--help"])
     out = capsys.readouterr().out
     assert "model.arch=gpt2" in out and "optim.lr=0.5" in out
+    assert main(["pretrain", "absent", "--help"]) == 0
+    assert "the values of shakespeare-char" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["classify", "instruct", "prefer"])

@@ -137,6 +137,22 @@ def test_print_config_is_of_what_the_task_reads_and_comes_back(here, base, capsy
     assert main(["finetune", "classify", "mine.yaml", "--print-config"]) == 0
 
 
+def test_settings_of_an_adapter_that_is_none(here, capsys):
+    words = "finetune.trainable=all has no adapter"
+    Path("rank.yaml").write_text("lora:\n  rank: 4\n")
+    Path("all.yaml").write_text("finetune:\n  trainable: all\n")
+    verb = ["finetune", "classify"]
+    assert "lora.rank: " + words in says(capsys, *verb, "finetune.trainable=all", "lora.rank=4")
+    assert words in says(capsys, *verb, "all.yaml", "lora.rank=4")
+    assert "ln_f/* has no adapter" in says(capsys, *verb, "book-spam", "lora.rank=4")
+    assert main([*verb, "rank.yaml", "finetune.trainable=all", "--print-config"]) == 0  # the later layer rules
+    out = capsys.readouterr().out
+    assert "lora:" not in out
+    Path("mine.yaml").write_text(out)
+    assert main([*verb, "mine.yaml", "--print-config"]) == 0
+    assert main([*verb, "all.yaml", "finetune.trainable=lora", "lora.rank=4", "--print-config"]) == 0
+
+
 def test_the_config_of_a_run_holds_everything_and_is_read(here):
     cfg = config.load_config("tiny-gpt2", "data.source=a.txt")
     Path("run").mkdir()
@@ -213,7 +229,7 @@ def test_a_finetuning_alike(here, base, capsys):
         error = says(capsys, *verb, *more)
         assert "holds no run of gptjax" in error
         if len(more) != 2 and "finetune.seeds=2" not in more:
-            assert "classify.source=absent.csv: no such file" in error and "finetune.base=absent: absent: no" in error
+            assert "classify.source=absent.csv: no such file" in error and "finetune.base: absent: no" in error
     assert "classify.source is missing" in says(capsys, "finetune", "classify", "--dry-run", f"finetune.base={base}")
 
 

@@ -30,11 +30,12 @@ def folder(tmp_path_factory):
 
 
 def run(folder, name, *more):
+    adapter = [] if any(setting.startswith("finetune.trainable") for setting in more) else ["lora.rank=4"]
     return main(
         [
             "finetune", "classify", f"classify.source={folder / 'data.tsv'}", f"finetune.base={folder / 'base'}",
             f"run_dir={folder / name}", "train.epochs=null", "train.max_steps=30", "train.eval_every=15",
-            "train.checkpoint_every=15", "optim.lr=1e-2", "optim.warmup_steps=2", "lora.rank=4", *more,
+            "train.checkpoint_every=15", "optim.lr=1e-2", "optim.warmup_steps=2", *adapter, *more,
         ]
     )  # fmt: skip
 

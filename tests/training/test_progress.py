@@ -24,3 +24,10 @@ def test_phases_end(monkeypatch):
             shown.say("inside")
         assert shown._phase == ""
     assert len(written) == 1 and written[0].endswith(" inside\n")
+
+
+def test_escape_sequences_are_for_terminals(capsys):
+    kept: list[str] = []
+    Progress(kept.append).say("learned: \x1b[32mIn\nFrance\x1b[0m, \x1b[1mbold")
+    assert capsys.readouterr().out == "learned: «In\nFrance», bold\n"
+    assert kept[0].endswith(" learned: «In\nFrance», bold\n")
