@@ -18,6 +18,7 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type
 
 from gptjax import config_io
 from gptjax.config_io import Leaf, Problems
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 # What each `arch` switches on. A switch that is given explicitly wins over this table.
@@ -488,6 +489,7 @@ def presets() -> dict[str, Path]:
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
     """The file of a preset's name, a YAML path, or a run directory. Raises UserError with the nearest name."""
     text, path = str(source), near / source
+    user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
         return path / "config.yaml"
     if path.is_file():
@@ -774,7 +776,7 @@ def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str
 
 def _combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     model, data, optim, train = cfg.model, cfg.data, cfg.optim, cfg.train
-    if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
+    if min(model.d_model, model.n_head, model.n_kv_head) >= 1:
         if model.d_model % model.n_head and not model.d_head:
             yield (
                 ("model.d_model", "model.n_head"),

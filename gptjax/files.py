@@ -40,13 +40,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
+    """A path as a person writes it, ~ being the home.
+
+    Raises:
+        UserError: no file system takes that name (too long, a NUL), or it cannot be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"{setting}={name}" if setting else str(name)
+        raise UserError(
+            f"{where!s:.200}: not a path that can be used: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    return path
+
+
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
     """The path, after its folder was made. Called before the work whose result goes there.
 
     Raises:
         UserError: something is there already, or its folder cannot be made.
     """
-    path = Path(path)
+    path = user_path(path, setting)
     if path.exists() or path.is_symlink():
         raise UserError(f"{setting}={path} exists already: name a new file")
     try:

@@ -21,7 +21,7 @@ LEVEL = {
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
-    ("gguf", "types"), ("files", "types"), ("assets", "files"),
+    ("gguf", "types"), ("files", "types"), ("assets", "files"), ("config", "files"),
     ("training", "generation"),  # samples during training
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip

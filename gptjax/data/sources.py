@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,10 +31,12 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.config import DataConfig
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
+MAX_FILES = 1_000_000  # of a folder
 BOM = b"\xef\xbb\xbf"
 
 
@@ -94,7 +97,7 @@ def _open(name: str, cfg: DataConfig) -> Source:
         return _open_hub(name, cfg)
     if name in assets.ASSETS:
         return _open_path(name, assets.fetch(name), cfg)
-    path = Path(name).expanduser()
+    path = user_path(name, "data.source")
     if not path.exists():
         near = difflib.get_close_matches(name, assets.ASSETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -120,12 +123,26 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    found = [(p.relative_to(folder), p) for p in folder.rglob("*") if p.is_file()]
-    visible = sorted((r.as_posix(), p) for r, p in found if not any(part.startswith(".") for part in r.parts))
+    if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(f"data.source={name}: {folder} holds everything there is: name the folder or file of the text")
+    visible = sorted((path.relative_to(folder).as_posix(), path) for path in _visible(name, folder))
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
+
+
+def _visible(name: str, folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below it, without what begins with a dot."""
+    count = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        count += len(names)
+        if count > MAX_FILES:
+            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
+        for each in names:
+            if not each.startswith(".") and (path := Path(parent, each)).is_file():
+                yield path
 
 
 def _hash_file(path: Path) -> str:
@@ -191,8 +208,8 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
 def unique(pairs: list) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"duplicate key {next(key for key in keys if keys[key] > 1)!r:.80}")
     return row
 
 
@@ -214,7 +231,9 @@ def _field(row: dict, field: str, where: str) -> str:
 
 
 def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    return f"{where}: no field {field!r}; fields: {', '.join(map(str, fields))}. Choose one with data.text_field=NAME"
+    names = [str(name)[:80] for name in fields]
+    listed = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+    return f"{where}: no field {field!r}; fields: {listed}. Choose one with data.text_field=NAME"
 
 
 def kind_of(value: object) -> str:
@@ -303,10 +322,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     data.streaming=true downloads no more than the first data.max_documents rows. They are kept as .jsonl in
     the cache folder, so a rerun reads the same text and needs no network.
     """
-    repo, _, split = name.removeprefix("hf:").partition("@")
-    repo, _, config = repo.partition(":")
-    if not repo:
-        raise UserError(f"data.source={name}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
+    repo, config, split = hub_name(name)
     if cfg.streaming:
         path = _keep_rows(name, partial(_hub_rows, name, repo, config, split, cfg), cfg)
         read = partial(_read_jsonl, path, repo, "text")
@@ -316,6 +332,22 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     fingerprint = hashlib.sha256(f"{name}\0{cfg.text_field}\0{mark}".encode()).hexdigest()
     read = partial(_documents, dataset, name, repo, cfg.text_field)
     return Source(name, ((repo, read),), fingerprint, cfg.max_documents)
+
+
+def hub_name(name: str) -> tuple[str, str, str]:
+    """(org/name, config, split) of hf:org/name[:config][@split]; the last two may be empty.
+
+    Raises:
+        UserError: it has another form, or a folder here has that name, which `datasets` would read instead.
+    """
+    repo, _, split = name.removeprefix("hf:").partition("@")
+    repo, _, config = repo.partition(":")
+    plain = r"[A-Za-z0-9][\w.-]{0,95}"
+    if not re.fullmatch(f"{plain}/{plain}", repo, re.ASCII) or ".." in repo:
+        raise UserError(f"{name:.200}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
+    if Path(repo).exists():
+        raise UserError(f"{name}: {repo} is a folder or file here: give its path without hf:, or start elsewhere")
+    return repo, config, split
 
 
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig):

@@ -27,7 +27,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import Config
-from gptjax.files import write_text
+from gptjax.files import user_path, write_text
 from gptjax.types import UserError
 
 try:
@@ -65,6 +65,7 @@ class RunDir:
         Raises:
             UserError: the directory holds another run, or `train.resume=never` and it holds any.
         """
+        user_path(self.path, "run_dir")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir")
         if not self.exists():
