@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptjax.types import UserError
+
+T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,6 +40,30 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}\n  delete it to have it made again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}; delete it")
+    return value
+
+
+def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
+    """What `make` makes of a JSON object that gptjax wrote.
+
+    Raises:
+        UserError: the file is damaged: `read_json` refuses it, or a part is missing or another than `make` needs.
+    """
+    value = read_json(path)
+    try:
+        return make(value)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}\n  delete it to have it made again"
+        ) from error
+
+
+def number(value: Any) -> int | float:
+    """The value. Raises TypeError if it is no number; a bool is none."""
+    if type(value) not in (int, float):
+        raise TypeError(f"expected a number, got {str(value)[:80]!r}")
     return value
 
 
