@@ -299,7 +299,7 @@ def _stamp_holds(asset: Asset, path: Path) -> bool:
     """Large files are hashed once; then size and time of change stand for the content."""
     if asset.size_bytes <= SMALL_BYTES:
         return False
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         return _stamp(path).read_text() == _stamp_text(asset, path)
     return False
 

@@ -205,7 +205,8 @@ class Checkpoints:
             raise Damaged(f"{type(error).__name__}: {error}") from error
 
     def _read(self, step: int, stored: dict, wanted: dict, impls: dict, abstract_state: Any) -> Any:
-        """The arrays of a step as `abstract_state`. Raises Damaged, also where a leaf named step is another number."""
+        """The arrays of a step as `abstract_state`. Raises Damaged, also where the meta of an older release does not
+        name the step and the leaf of that name is another number."""
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
         except Exception as error:
@@ -213,7 +214,8 @@ class Checkpoints:
         for name, value in fingerprints(leaves).items():
             if value != stored["leaves"][name]["fingerprint"]:
                 raise Damaged(f"{name} is not what was saved")
-        if (counted := leaves.get("step")) is not None and counted.ndim == 0 and int(counted) != step:
+        counted = leaves.get("step") if "step" not in stored else None
+        if counted is not None and counted.ndim == 0 and int(counted) != step:
             raise Damaged(f"it holds step {int(counted)}, but lies under the number {step}")
         for name, impl in impls.items():
             leaves[name] = jax.random.wrap_key_data(leaves[name], impl=impl)
@@ -407,9 +409,10 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Orbax logs several lines a checkpoint; when it fails, what it had begun complains from other threads, too."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: (
         None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
     )
@@ -420,7 +423,8 @@ def _quiet() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = hook
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _drop_unfinished(error: BaseException | None) -> None:

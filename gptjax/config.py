@@ -20,6 +20,7 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type
 
 from gptjax import config_io
 from gptjax.config_io import Leaf, Problems
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 # What each `arch` switches on. A switch that is given explicitly wins over this table.
@@ -626,6 +627,7 @@ def presets() -> dict[str, Path]:
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
     """The file of a preset's name, a YAML path, or a run directory. Raises UserError with the nearest name."""
     text, path = str(source), near / source
+    user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
         return path / "config.yaml"
     if path.is_file():
@@ -781,7 +783,7 @@ def _typed(key: str, value: Any) -> Any:
     """The value as the field's type. Text is converted, a lone value is a list of one. Raises ValueError."""
     hint = schema()[key]
     kind = _inner(hint)
-    written = value if isinstance(value, str) else repr(value)
+    written = value if isinstance(value, str) else _shown(value)
     if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none", "~")):
         if kind is not hint:
             return None
@@ -800,7 +802,16 @@ def _typed(key: str, value: Any) -> Any:
     try:
         return tuple(_scalar(get_args(kind)[0], item) for item in value) if listed else _scalar(kind, value)
     except (ValueError, OverflowError):
-        raise ValueError(f"expected {type_name(hint)}, got {written!r}") from None
+        raise ValueError(f"expected {type_name(hint)}, got {written!r:.200}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of a number with thousands of digits their count."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, a list inside itself
+        return "something very large"
+    return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
 
 def _scalar(kind: Any, value: Any) -> Any:
@@ -928,8 +939,9 @@ def _ranges(values: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
                 high = min(high, 2**32 - 1)
             above = number >= low if with_low else number > low
             below = number <= high if with_high else number < high
-            if not (math.isfinite(number) and above and below):
-                yield (key,), f"{key} ({number}) must be {_range_name(low, high, with_low, with_high)}"
+            finite = isinstance(number, int) or math.isfinite(number)  # a large int is no float
+            if not (finite and above and below):
+                yield (key,), f"{key} ({_shown(number)}) must be {_range_name(low, high, with_low, with_high)}"
 
 
 def _range_name(low: float, high: float, with_low: bool, with_high: bool) -> str:
@@ -953,7 +965,7 @@ def _wrong_types(model: ModelConfig) -> Iterator[str]:
 
 
 def _model_combinations(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    if min(model.d_model, model.n_head, model.n_kv_head or 1) >= 1:
+    if min(model.d_model, model.n_head, model.n_kv_head) >= 1:
         if model.d_model % model.n_head and not model.d_head:
             yield (
                 ("model.d_model", "model.n_head"),
@@ -1100,5 +1112,5 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _divisors(number: int, most: Optional[int] = None) -> str:
-    found = [n for n in range(1, min(number, most or number) + 1) if number % n == 0]
+    found = [n for n in range(1, min(number, most or 1024) + 1) if number % n == 0]
     return ", ".join(map(str, found))

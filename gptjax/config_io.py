@@ -6,6 +6,7 @@ Nothing here knows the schema: a leaf's text is typed later, by the field it is 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -111,13 +112,29 @@ def read_text(path: Path, what: str = "file") -> str:
         raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
 
 
+MAX_YAML, MAX_VALUES, MAX_DEPTH = 1 << 18, 20_000, 16  # characters; values after aliases; levels of mappings and lists
+MAX_KEYS, MAX_KEY = 500, 200  # names, their characters
+
+
 def from_yaml(text: str, name: str) -> list[Leaf]:
-    """Every scalar and list of a YAML mapping, with `name:line`. Raises UserError at YAML mistakes and double keys."""
+    """Every scalar and list of a YAML mapping, with `name:line`. Raises UserError at YAML mistakes, double keys, and
+    what is no config by its size or nesting."""
     import yaml
 
+    if len(text) > MAX_YAML:
+        raise UserError(f"{name}: {len(text):,} characters, more than a config can have ({MAX_YAML:,})")
+    problems = Problems()
     try:
+        if not _is_flat(text, MAX_DEPTH):
+            raise UserError(f"{name}: more than {MAX_DEPTH} levels, too many for a config")
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{name}:{root.start_mark.line + 1}: expected `key: value` lines, got a {root.id}")
+        _refuse_large(root, name)
+        leaves = list(itertools.islice(_walk(loader, root, "", name, problems), MAX_KEYS + 1))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(f"{name}:{line}: a control character; is this a text file?") from None
@@ -125,14 +142,42 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         at = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise UserError(f"{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{name}:{root.start_mark.line + 1}: expected `key: value` lines, got a {root.id}")
-    problems = Problems()
-    leaves = list(_walk(loader, root, "", name, problems))
+    if len(leaves) > MAX_KEYS:
+        raise UserError(f"{name}: more than {MAX_KEYS} settings; is this a config?")
     problems.raise_if_any()
     return leaves
+
+
+def _is_flat(text: str, levels: int) -> bool:
+    """Whether mappings and lists stand in at most so many levels; looked at before anything recursive is done."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > levels:
+            return False
+    return True
+
+
+def _refuse_large(root: Any, name: str) -> None:
+    """Raises UserError where a few aliases stand for many values, or one leads back to itself."""
+    import yaml
+
+    sizes: dict[int, int] = {}  # by node, with what its aliases stand for; 0 while it is counted
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            inner: Iterable[Any] = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = itertools.chain.from_iterable(inner) if isinstance(node, yaml.MappingNode) else inner
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        elif not sizes[id(node)]:
+            raise UserError(f"{name}:{node.start_mark.line + 1}: an alias that stands inside what it stands for")
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        raise UserError(f"{name}: its aliases stand for {size(root):,} values, a config has {MAX_VALUES:,} at most")
 
 
 def _walk(loader: Any, node: Any, prefix: str, name: str, problems: Problems) -> Iterator[Leaf]:
@@ -142,8 +187,8 @@ def _walk(loader: Any, node: Any, prefix: str, name: str, problems: Problems) ->
     seen: dict[str, int] = {}
     for key_node, value in node.value:
         line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            problems.append(f"{name}:{line}: expected a name before the colon")
+        if not isinstance(key_node, yaml.ScalarNode) or len(key_node.value) > MAX_KEY:
+            problems.append(f"{name}:{line}: expected a name before the colon, of at most {MAX_KEY} characters")
             continue
         key = prefix + key_node.value
         if key in seen:
@@ -191,6 +236,8 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
 
 def from_mapping(values: dict[str, Any], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
     """Every leaf of a nested dict of Python values."""
+    if prefix.count(".") > MAX_DEPTH:
+        raise UserError(f"{where}: {prefix[:80]}..: more than {MAX_DEPTH} levels, too many for a config")
     for key, value in values.items():
         if isinstance(value, dict):
             yield from from_mapping(value, where, f"{prefix}{key}.")
@@ -206,10 +253,12 @@ def split_list(text: str) -> list[str]:
     stripped = text.strip()
     if not stripped.startswith(("[", "(")) or os.path.exists(text):
         return [text]
+    if len(stripped) > MAX_YAML:
+        raise ValueError(f"a list of {len(stripped):,} characters, at most {MAX_YAML:,} are read")
     if stripped[0] == "(" and stripped[-1] == ")":
         stripped = f"[{stripped[1:-1]}]"
     try:
-        items = yaml.load(stripped, Loader=yaml.BaseLoader)
+        items = yaml.load(stripped, Loader=yaml.BaseLoader) if _is_flat(stripped, 1) else None
     except yaml.YAMLError:
         raise ValueError("a list that is not closed") from None
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptjax.types import UserError
+
+T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,13 +67,54 @@ def one_line_end(text: str) -> str:
     return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
+def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
+    """What `make` makes of a JSON object that gptjax wrote.
+
+    Raises:
+        UserError: the file is damaged: `read_json` refuses it, or a part is missing or another than `make` needs.
+    """
+    value = read_json(path)
+    try:
+        return make(value)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}\n  delete it to have it made again"
+        ) from error
+
+
+def number(value: Any) -> int | float:
+    """The value. Raises TypeError if it is no number; a bool is none."""
+    if type(value) not in (int, float):
+        raise TypeError(f"expected a number, got {str(value)[:80]!r}")
+    return value
+
+
+def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
+    """A path as a person writes it, ~ being the home.
+
+    Raises:
+        UserError: no file system takes that name (too long, a NUL), or it cannot be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"{setting}={name}" if setting else str(name)
+        raise UserError(
+            f"{where!s:.200}: not a path that can be used: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    return path
+
+
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
     """The path, after its folder was made. Called before the work whose result goes there.
 
     Raises:
         UserError: something is there already, or its folder cannot be made.
     """
-    path = Path(path)
+    path = user_path(path, setting)
     refuse_existing(path, setting)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -252,6 +253,83 @@ def test_a_value_that_failed_brings_no_follow_up_complaints():
 )
 def test_bad_yaml(tmp_path, text, words):
     assert words in complaint(write(tmp_path, "x.yaml", text))
+
+
+LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "its aliases stand for"),
+        (MERGES, "its aliases stand for"),
+        ("a: &a {b: *a}\n", "an alias that stands inside"),
+        ("a: &a [*a]\n", "an alias that stands inside"),
+        ("".join(" " * i + "a:\n" for i in range(600)), "more than 16 levels"),
+        ("".join(" " * i + "a:\n" for i in range(40)), "more than 16 levels"),
+        ("data: {source: " + "[" * 2000, "more than 16 levels"),
+        ("data: {source: " + "[" * 20 + "]" * 20 + "}", "more than 16 levels"),
+        ("{" * 2000, "more than 16 levels"),
+        ("<<: 5\n", "not valid YAML: expected a mapping"),
+        ("<<: [5]\n", "not valid YAML: expected a mapping"),
+        ("".join(f"key{i}: 1\n" for i in range(800)), "more than 500 settings"),
+        ("a" * 1000 + ": 1\n", "expected a name before the colon"),
+        ("seed: " + "1" * (1 << 18), "more than a config can have"),
+        ("train: {batch_size: " + "9" * 400 + "}", "train.batch_size (9"),
+        ("train: {batch_size: " + "9" * 9000 + "}", "expected a whole number"),
+        ("optim: {lr: " + "9" * 400 + "}", "optim.lr"),
+    ],
+    ids=range(17),
+)
+def test_hostile_yaml_is_one_error_within_a_second(tmp_path, text, words):
+    path = write(tmp_path, "x.yaml", text)
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert time.process_time() - start < 1.0
+    assert words in str(error.value) and len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.source=" + "[" * 50_000, "data.source=" + "(" * 50_000, "data.source=[" + "a," * 200_000 + "]",
+        "train.batch_size=" + "9" * 400, "train.batch_size=" + "9" * 5000, "optim.lr=" + "9" * 400,
+        "train.batch_size=-" + "9" * 400, "data.weights=[" + "9" * 400 + "]", "seed=1e99",
+        "model.n_layer=" + "\u0664" * 400,
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_hostile_settings_are_one_error_within_a_second(setting):
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        load_config("tiny-gpt2", setting)
+    assert time.process_time() - start < 1.0
+    assert len(str(error.value)) < 2000
+
+
+def test_large_numbers_have_a_short_list_of_divisors():
+    start = time.process_time()
+    text = complaint("tiny-gpt2", "model.n_head=2147483646", "model.n_kv_head=4", "train.batch_size=2147483647",
+                     "train.accumulation=2")  # fmt: skip
+    assert time.process_time() - start < 1.0 and "must be divisible" in text and "must divide" in text
+
+
+def test_a_merge_and_an_alias_are_read(tmp_path):
+    text = "optim: &o {lr: 1e-2}\nmodel: {n_layer: &n 3, n_head: *n, d_model: 12}\n"
+    cfg = load_config(write(tmp_path, "x.yaml", text))
+    assert (cfg.optim.lr, cfg.model.n_layer, cfg.model.n_head) == (1e-2, 3, 3)
+
+
+def test_deep_dicts():
+    deep: dict = {"n_layer": 1}
+    for _ in range(900):
+        deep = {"model": deep}
+    with pytest.raises(UserError, match="more than 16 levels"):
+        from_dict(deep)
 
 
 def test_yaml_that_is_not_text(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data import labelled, records, sources
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 MAX_PROBLEMS, EXCERPT, PERMUTATIONS, WORDS = 20, 60, 128, 3
@@ -54,7 +55,7 @@ def records_of(file: str, field: str | None = None) -> Texts:
 
 
 def _rows(file: str) -> Iterator[tuple[str, Any]]:
-    path = Path(file).expanduser()
+    path = user_path(file)
     if path.suffix.lower() == ".tsv":
         return labelled.tsv(file)
     if path.suffix.lower() != ".txt":

@@ -12,12 +12,12 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gptjax.data import loader, packing, records, sources
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 MAX_PROBLEMS = 20
@@ -150,7 +150,7 @@ def _name(label: str | int) -> str:
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, dict | UserError]]:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.is_file():
         raise UserError(f"{source}: no such file")
     csv.field_size_limit(max(csv.field_size_limit(), sources.MAX_FIELD_CHARACTERS))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptjax.data import sources
+from gptjax.files import user_path
 from gptjax.types import UserError
 
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
@@ -23,7 +25,7 @@ def read(source: str) -> Iterator[tuple[str, dict | UserError]]:
     """
     if source.startswith("hf:"):
         return _hub(source)
-    path = Path(source).expanduser()
+    path = user_path(source)
     reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".csv": _csv}.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{source}: expected a {', '.join(KINDS)} file or hf:org/name")
@@ -86,7 +88,7 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, dict | UserError]]:
             continue
         if not header:
             header = row
-            if twice := sorted({column for column in row if row.count(column) > 1}):
+            if twice := sorted(column for column, count in Counter(row).items() if count > 1):
                 raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
         elif len(row) != len(header):
             yield where, UserError(f"{len(row)} columns, and the header has {len(header)}")
@@ -110,8 +112,7 @@ def _parquet(path: Path, source: str) -> Iterator[tuple[str, dict | UserError]]:
 
 
 def _hub(source: str) -> Iterator[tuple[str, dict | UserError]]:
-    repo, _, split = source.removeprefix("hf:").partition("@")
-    repo, _, config = repo.partition(":")
+    repo, config, split = sources.hub_name(source)
     try:
         import datasets
 

@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +31,12 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.config import DataConfig
-from gptjax.files import one_line_end, other_encoding
+from gptjax.files import one_line_end, other_encoding, user_path
 from gptjax.types import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
+MAX_FILES = 1_000_000  # of a folder
 BOM = b"\xef\xbb\xbf"
 
 
@@ -97,12 +99,12 @@ def _open(name: str, cfg: DataConfig) -> Source:
         return _open_path(name, assets.fetch(name), cfg)
     if problem := missing(name):
         raise UserError(problem)
-    return _open_path(name, Path(name).expanduser(), cfg)
+    return _open_path(name, user_path(name, "data.source"), cfg)
 
 
 def missing(name: str) -> str:
     """What to say of a source that is not there; nothing of one that is, or that would be fetched."""
-    if name.startswith("hf:") or name in assets.ASSETS or Path(name).expanduser().exists():
+    if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
     near = difflib.get_close_matches(name, assets.ASSETS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -135,16 +137,26 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
     """Its text files, else its tables; what runs of gptjax wrote below it is no text of the user's."""
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: name text files or their folder")
-    ours = {
-        path.parent for kind in ("model.json", "metrics.jsonl") for path in folder.rglob(kind) if _is_ours(path.parent)
-    }
-    found = [(p.relative_to(folder), p) for p in folder.rglob("*") if p.is_file()]
-    found = [(r, p) for r, p in found if ours.isdisjoint(p.parents)]
-    visible = sorted((r.as_posix(), p) for r, p in found if not any(part.startswith(".") for part in r.parts))
+    if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(f"data.source={name}: {folder} holds everything there is: name the folder or file of the text")
+    visible = sorted((path.relative_to(folder).as_posix(), path) for path in _visible(name, folder))
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
+
+
+def _visible(name: str, folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below it, without what begins with a dot."""
+    count = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".") and not _is_ours(Path(parent, each))]
+        count += len(names)
+        if count > MAX_FILES:
+            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
+        for each in names:
+            if not each.startswith(".") and (path := Path(parent, each)).is_file():
+                yield path
 
 
 def _hash_file(path: Path) -> str:
@@ -217,8 +229,8 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
 def unique(pairs: list) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"duplicate key {next(key for key in keys if keys[key] > 1)!r:.80}")
     return row
 
 
@@ -245,11 +257,13 @@ def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
 
 def names(keys: Iterable[object]) -> str:
     """Keys or columns in a row, each in quotes where its blanks, or a comma, would mislead."""
-    return ", ".join(map(quoted, keys))
+    keys = list(keys)
+    more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
+    return ", ".join(map(quoted, keys[:20])) + more
 
 
 def quoted(key: object) -> str:
-    name = str(key)
+    name = str(key)[:80]
     return name if name and name.strip() == name and name.isprintable() and "," not in name else repr(name)
 
 
@@ -339,10 +353,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     data.streaming=true downloads no more than the first data.max_documents rows. They are kept as .jsonl in
     the cache folder, so a rerun reads the same text and needs no network.
     """
-    repo, _, split = name.removeprefix("hf:").partition("@")
-    repo, _, config = repo.partition(":")
-    if not repo:
-        raise UserError(f"data.source={name}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
+    repo, config, split = hub_name(name)
     if cfg.streaming:
         path = _keep_rows(name, partial(_hub_rows, name, repo, config, split, cfg), cfg)
         read = partial(_read_jsonl, path, repo, "text")
@@ -352,6 +363,22 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     fingerprint = hashlib.sha256(f"{name}\0{cfg.text_field}\0{mark}".encode()).hexdigest()
     read = partial(_documents, dataset, name, repo, cfg.text_field)
     return Source(name, ((repo, read),), fingerprint, cfg.max_documents)
+
+
+def hub_name(name: str) -> tuple[str, str, str]:
+    """(org/name, config, split) of hf:org/name[:config][@split]; the last two may be empty.
+
+    Raises:
+        UserError: it has another form, or a folder here has that name, which `datasets` would read instead.
+    """
+    repo, _, split = name.removeprefix("hf:").partition("@")
+    repo, _, config = repo.partition(":")
+    plain = r"[A-Za-z0-9][\w.-]{0,95}"
+    if not re.fullmatch(f"{plain}/{plain}", repo, re.ASCII) or ".." in repo:
+        raise UserError(f"{name:.200}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
+    if Path(repo).exists():
+        raise UserError(f"{name}: {repo} is a folder or file here: give its path without hf:, or start elsewhere")
+    return repo, config, split
 
 
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig):

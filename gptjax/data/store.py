@@ -184,7 +184,7 @@ def verify(folder: Path) -> tuple[dict | None, str]:
         for name, sha256 in _files(manifest):
             if _sha256(folder / name) != sha256:
                 return None, f"{name} does not match its sha256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
     return manifest, ""
 

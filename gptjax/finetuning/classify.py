@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from gptjax import weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
-from gptjax.files import read_json, write_json
+from gptjax.files import use_json, write_json
 from gptjax.finetuning import base, metrics
 from gptjax.model.gpt import init_params
 from gptjax.parallel.distributed import is_writer
@@ -40,12 +40,12 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
     """Score the test texts: accuracy with its interval, F1, confusion, calibration, beside baselines."""
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
-        scores = score(result, _data(result.cfg))
-        write_json(file, scores)
         from gptjax.training.plot import draw_confusion
 
+        scores = score(result, _data(result.cfg))
         draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
-    for line in summary(read_json(file)):
+        write_json(file, scores)  # last: with it the scoring is done
+    for line in use_json(file, summary):
         say(line)
     return result
 
@@ -202,7 +202,17 @@ def read_labels(folder: Path) -> dict[str, Any]:
     file = native.find(folder) / LABELS
     if not file.is_file():
         raise UserError(f"{folder} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
-    return read_json(file)
+    return use_json(file, _labels)
+
+
+def _labels(about: dict[str, Any]) -> dict[str, Any]:
+    names, length, prompt = about["labels"], about["max_length"], about["prompt"]
+    whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not whole or about["pooling"] not in get_args(classify.Pooling):
+        raise ValueError("expected labels, a list of texts, and a pooling")
+    if type(length) is not int or length < 1 or not isinstance(prompt, str):
+        raise ValueError("expected max_length, a whole number, and prompt, a text")
+    return about
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ from gptjax import weights
 from gptjax.config import Config
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation
-from gptjax.files import read_json, write_json, write_text
+from gptjax.files import use_json, write_json, write_text
 from gptjax.finetuning import base
 from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.generation import for_decoding, generate
@@ -52,8 +52,7 @@ def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
                 before = _answer(folder / BEFORE, base_params, result, test, progress, "the base")
                 found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
         write_json(folder / RESULTS, found)
-    found = read_json(folder / RESULTS)
-    for line in summary(found):
+    for line in use_json(folder / RESULTS, summary):
         say(line)
     say(f"        answers in {folder / RESPONSES}")
     return result

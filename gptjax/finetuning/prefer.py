@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
 from gptjax.data.preferences import PairRows
-from gptjax.files import read_json, write_json
+from gptjax.files import use_json, write_json
 from gptjax.finetuning import base
 from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import prefer
@@ -50,12 +50,15 @@ def finish(result: TrainResult, say: Callable[[str], None], held: list[Any] | No
         mean, metrics = evaluate(jax.jit(loss(result.cfg)), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
         write_json(file, scores)
-    scores = read_json(file)
-    say(
+    say(use_json(file, summary))
+    return result
+
+
+def summary(scores: dict[str, Any]) -> str:
+    return (
         f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
         f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
     )
-    return result
 
 
 def pairs(cfg: Config, notes: list[str] | None = None) -> base.Thirds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import config, weights
+from gptjax import config, config_io, weights
 from gptjax.config import Config
-from gptjax.files import write_json
+from gptjax.files import number, use_json, write_json
 from gptjax.finetuning import base
 from gptjax.finetuning.metrics import t_interval
 from gptjax.parallel.distributed import is_writer
@@ -41,11 +40,11 @@ def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
     result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
     if not is_writer():
         return result
-    scores = [json.loads((folder / f"seed-{seed}" / "test.json").read_text(encoding="utf-8")) for seed in seeds]
+    files = [folder / f"seed-{seed}" / "test.json" for seed in seeds]
+    scores = [use_json(files[0], _numbers)]
+    scores += [use_json(file, lambda found: {name: number(found[name]) for name in scores[0]}) for file in files[1:]]
     table = {}
-    for name, value in scores[0].items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
+    for name in scores[0]:
         values = [score[name] for score in scores]
         mean, low, high = t_interval(values)
         table[name] = {"mean": mean, "interval": [low, high], "values": values}
@@ -68,6 +67,13 @@ def refuse(cfg: Config) -> bool:
         return loop.refuse(cfg, base.refuse_missing)
     finished = [loop.refuse(_alone(cfg, seed), base.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
     return all(finished)
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in scores.items() if type(value) in (int, float)}
+    if not found:
+        raise ValueError("expected numbers, there are none")
+    return found
 
 
 def together(cfg: Config) -> bool:
@@ -98,7 +104,8 @@ def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], N
     result = run_job(cfg, prepare, say, base.refuse_missing)
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
-        settings = config.from_yaml((own / "final" / "config.yaml").read_text(encoding="utf-8"), str(own))
+        file = own / "final" / "config.yaml"
+        settings = config.from_yaml(config_io.read_text(file, "config"), str(file))
         params, _ = weights.load(own / "final")
         result = task.finish(result._replace(run_dir=own, params=params, cfg=settings), say)
     return result

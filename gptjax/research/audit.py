@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, lora, tree, weights
+from gptjax import config, config_io, lora, tree, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import read_text
 from gptjax.data.store import TokenStore
-from gptjax.files import one_line_end
+from gptjax.files import one_line_end, use_json
 from gptjax.model.gpt import forward
 from gptjax.research.influence import gradient_features, in_chunks, unit
 from gptjax.tasks import pretrain
+from gptjax.training.loop import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Batch, Params, UserError
 
@@ -513,10 +514,10 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     run = RunDir(run_dir)
     if not run.config.is_file():
         return [Snapshot("model", lambda: weights.load(run_dir)[0])], None, []
-    cfg = config.from_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+    cfg = config.from_yaml(config_io.read_text(run.config, "config"), str(run.config))
     found, notes, last = [], [], None
     if (run.final / "result.json").is_file():
-        last = json.loads((run.final / "result.json").read_text(encoding="utf-8"))["step"]
+        last, _ = use_json(run.final / "result.json", result_of)
     kept = Checkpoints(run.checkpoints)
     why = _unreadable(cfg)
     for step in kept.steps():
@@ -545,7 +546,9 @@ def _unreadable(cfg: Config) -> str | None:
 
 def _whole(kept: Checkpoints, step: int, cfg: Config) -> Params:
     """The trained params of a checkpoint; those of an adapter with its base."""
-    params = kept.read(step)["params"]
+    params = kept.read(step).get("params")
+    if not isinstance(params, dict):
+        raise UserError(f"{kept.folder / str(step)} holds no parameters")
     if "adapter" not in params:
         return params
     base = weights.load(cfg.finetune.base)[0]

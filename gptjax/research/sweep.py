@@ -54,6 +54,7 @@ TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")  # of those tha
 WHOLE = ("optim.warmup_steps", "lora.rank")  # int32; the others are float32
 MOST_STEPS_PER_CALL = 25
 MOST_COMPLAINTS = 20
+MOST_RUNS = 10_000
 LAST_PART = 0.1  # of the steps, over which the final training loss is averaged
 
 Numbers = dict[str, Any]  # "optim.lr" -> [N]
@@ -127,7 +128,10 @@ def _values(leaf: Leaf) -> list[str] | None:
     """The values of an axis as text; None of a setting with one. Raises ValueError."""
     text = leaf.value.strip() if isinstance(leaf.value, str) else ""
     if found := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
-        return list(map(str, range(*map(int, found[1].split(",")))))
+        values = range(*map(int, found[1].split(",")))
+        if values[MOST_RUNS:]:
+            raise ValueError(f"more than {MOST_RUNS:,} values")
+        return list(map(str, values))
     if text.startswith("range("):
         raise ValueError("expected range(stop), range(start,stop) or range(start,stop,step) of whole numbers")
     if not text.startswith(("[", "(")):
@@ -155,6 +159,8 @@ def combinations(
 ) -> list[Config]:
     """A config for each combination, each looked at as `load_config` does."""
     configs, problems = [], {}
+    if (n := math.prod(map(len, axes.values()))) > MOST_RUNS:
+        raise UserError(f"{n:,} runs: a sweep has at most {MOST_RUNS:,}; give fewer values, or several sweeps")
     for values in itertools.product(*axes.values()):
         own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
         try:

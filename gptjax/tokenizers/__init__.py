@@ -20,6 +20,7 @@ from typing import Any
 
 from gptjax import assets
 from gptjax.config import TokenizerConfig
+from gptjax.files import user_path
 from gptjax.tokenizers.base import (
     FILE,
     FORMAT,
@@ -59,6 +60,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
         return _module("bpe").gpt2()
     if name_or_path == "bytes":
         return _module("chars").Bytes()
+    user_path(name_or_path)
     path = assets.model_file(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         from gptjax import gguf

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import Config, ModelConfig, TokenizerConfig
-from gptjax.files import read_json
+from gptjax.files import number, use_json
 from gptjax.signals import INTERRUPTED, Signals, Stopped, Terminated, catch_signals, signal_name
 from gptjax.tokenizers import begin_id
 from gptjax.training import loggers, run_dir
@@ -236,27 +236,34 @@ def _finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResu
         return None
     from gptjax import tokenizers, weights
 
+    step, loss = result
     cfg = stored = run.stored()
     params, _ = weights.load(run.final)
-    say(f"{run.path} is finished: {result['step']:,} steps, validation loss {result['val/loss']:.4f}. Nothing to do.")
+    say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
     if stored.optim.schedule == "constant":
         say("  to make it longer: train.max_steps=N")
     else:
         say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
-    return TrainResult(run.path, params, cfg, tokenizers.load(run.final), result["step"], result["val/loss"])
+    return TrainResult(run.path, params, cfg, tokenizers.load(run.final), step, loss)
 
 
-def _result(run: RunDir, cfg: Config) -> dict[str, Any] | None:
-    """What final/ says of the run, where it has all the steps that `cfg` asks for."""
+def result_of(result: dict[str, Any]) -> tuple[int, float]:
+    """(step, validation loss) of a result.json. Raises TypeError, ValueError or LookupError where it is damaged."""
+    step, loss = number(result["step"]), float(number(result["val/loss"]))
+    if type(step) is not int or step < 0:
+        raise ValueError(f"expected a whole number at step, got {step}")
+    return step, loss
+
+
+def _result(run: RunDir, cfg: Config) -> tuple[int, float] | None:
+    """What final/ says of the run, where it has all the steps that `cfg` asks for: (step, validation loss)."""
     file = run.final / "result.json"
     if not file.exists():
         return None
-    result = read_json(file)
-    if missing := [key for key in ("step", "val/loss") if not isinstance(result.get(key), int | float)]:
-        raise UserError(f"{file} is damaged: expected a number at {' and '.join(missing)}")
+    step, loss = use_json(file, result_of)
     stored = run.stored()
-    return None if longer(stored, cfg) or result["step"] < stored.train.max_steps else result
+    return None if longer(stored, cfg) or step < stored.train.max_steps else (step, loss)
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0) -> int:
@@ -372,7 +379,7 @@ class _Trainer:
             with progress.phase("compiling the initialisation"):
                 self.state = parallel.init_on(fresh, mesh, job.start, donate=(0,), offload=cfg.optim.offload)
             if self.writes:
-                run.cut_metrics(-1)
+                run.cut_metrics(-1, progress.say)
                 (run.path / "samples.txt").unlink(missing_ok=True)
         self.state = self.state.replace(frozen=parallel.place_params(job.frozen, mesh))
         self.job = job = job._replace(start=None, frozen=None)  # the steps give the memory to their results
@@ -698,7 +705,7 @@ class _Trainer:
         self.counters = _counters(found.meta["counters"])
         samples = self.run.path / "samples.txt"
         if self.writes:
-            self.run.cut_metrics(self.step)
+            self.run.cut_metrics(self.step, self.progress.say)
         if self.writes and samples.exists() and samples.stat().st_size > self.counters.samples_bytes:
             os.truncate(samples, self.counters.samples_bytes)
         self.progress.say(f"going on from step {self.step:,} of {self.cfg.train.max_steps:,}")

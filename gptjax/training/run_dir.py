@@ -18,7 +18,8 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,7 +28,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import Config
-from gptjax.files import write_text
+from gptjax.files import user_path, write_text
 from gptjax.types import UserError
 
 try:
@@ -66,6 +67,7 @@ class RunDir:
         Raises:
             UserError: the directory holds another run, or `train.resume=never` and it holds any.
         """
+        user_path(self.path, "run_dir")
         if not self.exists():
             refuse_unwritable(self.path)
             refuse_foreign(self.path)
@@ -175,14 +177,16 @@ class RunDir:
             write_text(self.config, config.to_yaml(dataclasses.replace(stored, train=settings)))
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, and one that was cut off while it was written."""
+    def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
+        """Drop the lines after `step`, one that was cut off while it was written, and, with a warning, damaged ones."""
         if not self.metrics.exists():
             return
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= step]
-        if kept != lines:
-            write_text(self.metrics, "".join(kept))
+        lines, damaged = _lines(self.metrics)
+        if damaged:
+            say(f"WARNING: {_dropped(self.metrics, damaged)}")
+        kept = b"".join(line for line, row in lines if row["step"] <= step)
+        if kept != self.metrics.read_bytes():
+            write_text(self.metrics, kept.decode())
 
     def append(self, name: str, text: str) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
@@ -245,20 +249,31 @@ def _refuse_owner(path: Path, lock: Any) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is cut off is left out."""
+    """The lines of metrics.jsonl; one that is cut off is left out, and, with a Python warning, damaged ones."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return [row for line in file if (row := _row(line)) is not None]
+    lines, damaged = _lines(path)
+    if damaged:
+        warnings.warn(_dropped(path, damaged), stacklevel=2)
+    return [row for _, row in lines]
 
 
-def _row(line: str) -> dict[str, Any] | None:
-    if not line.endswith("\n"):
-        return None
+def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
+    """([(line, what it says)], how many are damaged); the last is none while it lacks its end."""
+    *whole, _ = path.read_bytes().split(b"\n")
+    rows = [(line + b"\n", row) for line in whole if (row := _row(line)) is not None]
+    return rows, len(whole) - len(rows)
+
+
+def _dropped(path: Path, damaged: int) -> str:
+    return f"{path}: {damaged} damaged {'line was' if damaged == 1 else 'lines were'} left out"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError, RecursionError):
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = json.loads(line.decode())
+        if isinstance(row, dict) and type(row.get("step")) is int:
             return row
     return None
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from gptjax import assets, gguf, tokenizers
 from gptjax.config import ModelConfig
+from gptjax.files import user_path
 from gptjax.model.gpt import forward
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
@@ -72,6 +73,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 def open_model(source: str | os.PathLike[str]) -> Model:
     """What `load` would read, before any tensor is read."""
     name = str(source)
+    if not name.startswith("hf:"):
+        user_path(name)
+    elif not re.fullmatch(r"hf:[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name, re.ASCII):
+        raise UserError(f"{name:.200}: expected hf:org/name")
     path = _from_hub(name.removeprefix("hf:")) if name.startswith("hf:") else assets.model_file(source)
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(path)

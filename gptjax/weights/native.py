@@ -21,6 +21,7 @@ import numpy as np
 
 from gptjax import config, tree
 from gptjax.config import ModelConfig, flat
+from gptjax.files import user_path
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
 from gptjax.weights import safetensors
@@ -55,6 +56,7 @@ def save(
             cannot be written.
     """
     folder = Path(folder)
+    user_path(folder)
     _refuse_foreign(folder)
     leaves = tree.flatten_nodes(params)
     if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
@@ -181,7 +183,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
 
 def find(path: str | os.PathLike[str]) -> Path:
     """The folder with model.json: `path` itself, its final/ or its best/."""
-    path = Path(path)
+    path = user_path(path)
     for folder in (path, path / "final", path / "best"):
         if (folder / MODEL).is_file():
             return folder
@@ -201,9 +203,12 @@ def read_model(path: Path) -> ModelConfig:
     if body.get("version") != VERSION:
         raise UserError(f"{path}: version {body.get('version')!r}; this release reads version {VERSION}")
     try:
-        return config.from_dict({"model": body["model"]}).model
+        cfg = config.from_dict({"model": body["model"]}).model
     except UserError as error:
         raise UserError(f"{path}:\n{error}") from error
+    if cfg.vocab_size < 1:
+        raise UserError(f"{path}: model.vocab_size ({cfg.vocab_size}) must be at least 1")
+    return cfg
 
 
 def _sync(path: Path) -> None:

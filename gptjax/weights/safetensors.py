@@ -117,8 +117,8 @@ def open_file(path: str | os.PathLike[str]) -> File:
                 )
             file.seek(8)
             text = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     header = parse_json(text, str(path), "header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ import pytest
 import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
+from gptjax.data import records, sources
+from gptjax.files import new_file
 from gptjax.tokenizers import load as load_tokenizer
+from gptjax.training.run_dir import RunDir
 from gptjax.types import UserError
 
 
@@ -183,3 +188,99 @@ def test_files_have_the_mode_that_the_umask_leaves(model, tmp_path):
         os.umask(mask)
     assert {path.stat().st_mode & 0o077 for path in folder.iterdir()} == {0}
     assert np.all([path.stat().st_mode & 0o600 == 0o600 for path in folder.iterdir()])
+
+
+# ---------------------------------------------------------------- names and small files that nobody can use
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gptjax.load(LONG), "File name too long"),
+        (lambda: load_tokenizer(f"{LONG}/x"), "File name too long"),
+        (lambda: gptjax.load_config(f"{LONG}.yaml"), "File name too long"),
+        (lambda: list(sources.documents(gptjax.DataConfig(source=(f"{LONG}.txt",)))), "data.source=n"),
+        (lambda: list(sources.documents(gptjax.DataConfig(source=("~no-such-user/x.txt",)))), "home directory"),
+        (lambda: list(records.read(f"{LONG}.jsonl")), "File name too long"),
+        (lambda: RunDir(LONG).check(gptjax.load_config("tiny-gpt2")), "run_dir=n"),
+        (lambda: weights.save(LONG, {}, gptjax.ModelConfig()), "File name too long"),
+        (lambda: new_file(LONG), "out=n"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_error(call, words):
+    with pytest.raises(UserError) as error:
+        call()
+    assert words in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("source", ["/", "~", "."])
+def test_a_folder_of_everything_is_refused_at_once(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    start = time.process_time()
+    with pytest.raises(UserError, match="holds everything"):
+        list(sources.documents(gptjax.DataConfig(source=(source,))))
+    assert time.process_time() - start < 1.0
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("x")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden.txt").write_text("x")
+    monkeypatch.setattr(sources, "MAX_FILES", 4)
+    assert len(list(sources.documents(gptjax.DataConfig(source=(str(tmp_path),))))) == 4
+    monkeypatch.setattr(sources, "MAX_FILES", 3)
+    with pytest.raises(UserError, match="more than 3 files"):
+        sources.documents(gptjax.DataConfig(source=(str(tmp_path),)))
+
+
+@pytest.mark.parametrize(
+    "name", ["hf:..", "hf:/etc", "hf:../x/y", "hf:~/x", "hf:a", "hf:", "hf:a/b/c", "hf:a/..", "hf:.a/b"]
+)
+def test_names_on_the_hub_have_their_form(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for read in (lambda: sources.documents(gptjax.DataConfig(source=(name,))), lambda: list(records.read(name))):
+        with pytest.raises(UserError, match="expected hf:org/name"):
+            read()
+    if name != "hf:a":  # "gpt2" is a model's name
+        with pytest.raises(UserError, match="expected hf:org/name"):
+            gptjax.load(name)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a folder or file here"):
+        sources.hub_name("hf:org/name:config@train")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".csv", ",".join(f"c{i}" for i in range(30_000)) + "\n"),
+        (".csv", ",".join(["text", *(f"c{i // 2}" for i in range(60_000))]) + "\n"),
+        (".jsonl", "{" + ", ".join(f'"k{i}": 1' for i in range(30_000)) + ', "k29999": 1}\n'),
+    ],
+)
+def test_thirty_thousand_columns_are_one_error_within_a_second(suffix, text, tmp_path):
+    path = tmp_path / f"wide{suffix}"
+    path.write_text(text)
+    for read in (
+        lambda: list(sources.documents(gptjax.DataConfig(source=(str(path),)))),
+        lambda: list(records.read(str(path))),
+    ):
+        start = time.process_time()
+        try:
+            read()
+        except UserError as error:
+            assert len(str(error)) < 2000
+        assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "n_kv_head", "n_head", "d_model", "n_layer", "context_length"])
+def test_a_model_of_nothing_is_refused(key, model, tmp_path):
+    body = json.loads((model[0] / "model.json").read_text())
+    body["model"][key] = 0
+    (tmp_path / "model.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match=rf"model.{key} \(0\) must be at least 1"):
+        weights.load(tmp_path)

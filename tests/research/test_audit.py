@@ -311,3 +311,15 @@ def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
         (tmp_path / "run/config.yaml").write_text(to_yaml(odd), encoding="utf-8")
         _, _, notes = audit.snapshots(tmp_path / "run")
         assert len(notes) == 1 and why in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.yaml", b"\xff\xfe"), ("final/result.json", b"{}"), ("final/result.json", b"[")]
+)
+def test_a_damaged_run_is_one_error(name, content, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny-gpt2")))
+    (tmp_path / "final" / "result.json").write_text('{"step": 5, "val/loss": 1.0}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name.rpartition("/")[2]):
+        audit.snapshots(tmp_path)

@@ -247,3 +247,15 @@ def test_files(found, tmp_path):
     whole = json.loads((tmp_path / "sweep.json").read_text())
     assert whole["rows"] == found.rows and whole["programs"][0]["runs"] == 4
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["seed=range(1000000000000)"], "more than 10,000 values"),
+        (["seed=range(1000)", "optim.lr=[1e-3,2e-3]", "optim.weight_decay=[0,1,2,3,4,5]"], "12,000 runs"),
+    ],
+)
+def test_a_sweep_of_too_many_runs_is_refused_at_once(settings, words):
+    with pytest.raises(UserError, match=words):
+        sweep.grid("tiny-gpt2", *settings)

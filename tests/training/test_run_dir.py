@@ -51,8 +51,23 @@ def test_metrics_after_the_step_and_a_torn_line_are_dropped(tmp_path):
     whole = "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in (5, 10, 15))
     run.metrics.write_text(whole + '{"step": 10, "val/lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10, 15]
-    run.cut_metrics(10)
+    run.cut_metrics(10, pytest.fail)
     assert run.metrics.read_text() == whole[: whole.index('{"step": 15')]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x00" * 20, b'{"step": 10, "tr\xff": 1}', b'{"step": true}', b"[" * 5000, b'{"st', b"", b"[10]"]
+)
+def test_damaged_lines_of_the_metrics_are_counted_wherever_they_are_read(damage, tmp_path):
+    run = RunDir(tmp_path)
+    good = [json.dumps({"step": step}).encode() for step in (5, 10, 15)]
+    run.metrics.write_bytes(b"\n".join([good[0], damage, good[1], damage, good[2], b'{"step": 20']))
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: 2 damaged lines were left out"):
+        assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10, 15]
+    lines: list[str] = []
+    run.cut_metrics(10, lines.append)
+    assert lines == [f"WARNING: {run.metrics}: 2 damaged lines were left out"]
+    assert [row["step"] for row in run.rows()] == [5, 10]
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "val/loss": 4.0}], [{"step": 1, "train/loss": None}]])

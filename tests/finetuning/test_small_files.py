@@ -1,0 +1,58 @@
+"""The small files of a run, damaged: one error that names the file, never a traceback, never an odd figure."""
+
+import json
+
+import pytest
+
+from gptjax.files import use_json, write_json
+from gptjax.finetuning import classify, instruct, prefer, seeds
+from gptjax.training.loop import result_of
+from gptjax.types import UserError
+
+SCORES = {"n": 4, "exact": 0.5, "normalised": 0.5, "token_f1": 0.5, "nats_per_token": 1.0}
+FILES = {
+    "classify": (classify.summary, {
+        "n": 4, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "macro_f1": 0.5, "calibration_error": 0.1,
+        "naive_bayes": 0.5, "majority": 0.5, "labels": ["a", "b"], "confusion": [[1, 1], [1, 1]],
+    }),
+    "labels": (classify._labels, {"labels": ["a"], "pooling": "last", "max_length": 8, "prompt": "{text}"}),
+    "instruct": (instruct.summary, SCORES),
+    "prefer": (prefer.summary, {"pairs": 4, "accuracy": 0.5, "margin": 0.1, "loss": 0.7}),
+    "seeds": (seeds._numbers, {"accuracy": 0.5}),
+    "result": (result_of, {"step": 40, "val/loss": 1.5}),
+}  # fmt: skip
+ODD = ("x", None, [], {}, [[1]])
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_part_that_is_missing_or_odd_is_damage(kind, tmp_path):
+    make, body = FILES[kind]
+    path = tmp_path / "file.json"
+    write_json(path, body)
+    use_json(path, make)
+    for key in body:
+        for other in ({}, *({key: value} for value in ODD)):
+            changed = {name: value for name, value in body.items() if name != key} | other
+            write_json(path, changed)
+            try:
+                use_json(path, make)
+            except UserError as error:
+                assert f"{path} is damaged" in str(error) and "delete it" in str(error)
+            else:  # a count that is only shown, a text for a text
+                assert other and (key in ("n", "pairs") or other[key] == "x"), (key, other)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", "[" * 100_000, '{"step": true, "val/loss": 1}'])
+def test_a_file_that_is_none_is_damage(text, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="result.json is damaged"):
+        use_json(path, result_of)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "40", True])
+def test_a_finished_run_has_a_whole_number_of_steps(step, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"step": step, "val/loss": 1.0}))
+    with pytest.raises(UserError, match="result.json is damaged"):
+        use_json(path, result_of)
