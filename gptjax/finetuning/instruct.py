@@ -181,7 +181,7 @@ def answers(
         with progress.phase(f"answering, {len(rows)} of {len(talks)}") if progress else nullcontext():
             new = generate(
                 decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
-                stop=sorted({talk[-1].ids[-1] for talk in some}),
+                stop=sorted({talk[-1].ids[-1] for talk in some}), vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
             batch = _to_score(prompts, [talk[-1].ids for talk in some], size)
             nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))

@@ -82,3 +82,12 @@ def test_the_verb(tokenizer, params, tmp_path, capsys, monkeypatch):
     gptjax.save(tmp_path / "n", params, CFG, gptjax.tokenizers.load("bytes"))
     assert main(["chat", str(tmp_path / "n")]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(tokenizer):
+    wide = dataclasses.replace(CFG, vocab_size=4096)
+    params = jax.tree.map(lambda a: 20 * a, gptjax.init_params(jax.random.key(0), wide))
+    settings = gptjax.SampleConfig(max_new_tokens=20, temperature=2.0)
+    chat = Chat(params, wide, tokenizer, settings, None)
+    "".join(chat.ask("hello"))
+    assert chat.count > 0

@@ -93,3 +93,14 @@ def test_dry_run(run, capsys):
 def test_mistakes(run, args, words, capsys):
     assert main(["sample", *(str(run) if arg == "RUN" else arg for arg in args)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(tmp_path, capsys):
+    """257 tokens, 4,096 rows: without care nearly every drawn id would have no text."""
+    import dataclasses
+
+    wide = dataclasses.replace(MODEL, vocab_size=4096)
+    params = gptjax.init_params(jax.random.key(0), wide)
+    gptjax.save(tmp_path / "m", params, wide, gptjax.tokenizers.load("bytes"))
+    assert main(["sample", str(tmp_path / "m"), "prompt=a", "n=4", "temperature=1.5", "max_new_tokens=20"]) == 0
+    assert "80 tokens" in capsys.readouterr().err
