@@ -45,7 +45,7 @@ def speculate(
 
     Args:
         ahead: how many tokens the draft proposes at a time.
-        vocab_size: as in `generate`; where it is given, the two models may have more rows than that, each its own number.
+        vocab_size: as in `generate`; where it is given, each model may have more rows than that.
 
     Raises:
         UserError: vocabularies differ, or prompt, new tokens and `ahead` do not fit in one of the contexts.

@@ -222,7 +222,7 @@ def grow_vocabulary(
 ) -> tuple[Params, ModelConfig]:
     """Parameters and config with more tokens: each new one starts as the mean of the old, and their logits stay.
 
-    A model may have more rows than its tokenizer has tokens (Qwen2.5: 151,936 and 151,665). New tokens take those first.
+    A model may have more rows than its tokenizer has tokens (Qwen2.5: 151,936 and 151,665): new tokens take those.
 
     Args:
         params: plain arrays. vocab_size: of the tokenizer that has grown (`tokenizers.extend`).

@@ -361,8 +361,8 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
             continue
         if module not in sizes:
             problems.append(
-                f"{name}: {module} is the token embedding itself in this model (tie_word_embeddings): a tied head has no "
-                f"adapter of its own here; train one without {module}"
+                f"{name}: {module} is the token embedding itself in this model (tie_word_embeddings): a tied head has "
+                f"no adapter of its own here; train one without {module}"
             )
             continue
         d_in, d_out = sizes[module]
