@@ -112,7 +112,7 @@ class Chat:
             for new in stream(
                 self.params, ids, self.cfg, max_new_tokens=settings.max_new_tokens, every=EVERY,
                 key=jax.random.fold_in(jax.random.key(settings.seed), self.answered), sampler=from_config(settings),
-                stop=self.stop, cache_dtype=settings.cache_dtype,
+                stop=self.stop, vocab_size=self.tokenizer.vocab_size, cache_dtype=settings.cache_dtype,
                 until=stop_strings(self.tokenizer.decode, settings.stop) if settings.stop else None,
             ):  # fmt: skip
                 tokens.extend(new)

@@ -125,7 +125,8 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
         done = complete(
             params, batch, model, max_new_tokens=settings.max_new_tokens, sampler=from_config(settings),
             key=jax.random.fold_in(jax.random.key(settings.seed), first), stop=stop_ids(tokenizer), n=settings.n,
-            until=until, logprobs=0 if settings.out else None, cache_dtype=settings.cache_dtype,
+            until=until, vocab_size=tokenizer.vocab_size, logprobs=0 if settings.out else None,
+            cache_dtype=settings.cache_dtype,
         )  # fmt: skip
         count += sum(len(c.tokens) for c in done)
         for at, completion in enumerate(done):

@@ -20,11 +20,11 @@ def run_import(args: list[str]) -> int:
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
     from gptjax import weights
-    from gptjax.weights.door import new_folder
+    from gptjax.weights.door import check_vocabulary, new_folder
 
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
-    _check_vocabulary(tokenizer, model.cfg.vocab_size)
+    check_vocabulary(tokenizer, model.cfg)
     new_folder(Path(words[1]))
     options.note(f"reading {model.where} ({model.kind})")
     weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer)
@@ -67,13 +67,6 @@ def _refuse_taken(path: Path, form: str) -> None:
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: name a new folder")
-
-
-def _check_vocabulary(tokenizer, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {vocab_size} rows: they do not belong together"
-        )
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:

@@ -209,6 +209,7 @@ def answers(
             new = generate(
                 decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
                 stop=weights.stop_ids(tokenizer), until=count if progress else None,
+                vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
             batch = _to_score(prompts, [talk[-1].ids for talk in some], size)
             nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))

@@ -59,6 +59,7 @@ def generate(
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
     until: Until | None = None,
+    vocab_size: int | None = None,
     cache_dtype: Any = jnp.float32,
     patches: Patches | None = None,
 ) -> list[list[int]]:
@@ -69,6 +70,8 @@ def generate(
         sampler: (logits [B, V], key) -> tokens [B].
         until: (a row's new tokens) -> whether they are enough, asked on the host every 8 tokens; the row ends with the
             token that made it true. `stop_strings` makes one.
+        vocab_size: of the tokenizer; the model's further rows, which belong to no token, are never drawn. None: all may
+            be.
         cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept.
         patches: as `extend` takes them, at the prompt and at every new token, so whatever their number.
 
@@ -80,7 +83,7 @@ def generate(
     """
     done = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
-        until=until, cache_dtype=cache_dtype, patches=patches,
+        until=until, vocab_size=vocab_size, cache_dtype=cache_dtype, patches=patches,
     )  # fmt: skip
     return [completion.tokens for completion in done]
 
@@ -95,6 +98,7 @@ def complete(
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
     until: Until | None = None,
+    vocab_size: int | None = None,
     n: int = 1,
     logprobs: int | None = None,
     cache_dtype: Any = jnp.float32,
@@ -109,7 +113,8 @@ def complete(
     if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
-    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype, patches)
+    drawable = drawable_ids(vocab_size, cfg)
+    run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches)
     drawn = 0
     while drawn < max_new_tokens and not run.over.all():
         drawn = max_new_tokens if until is None else min(drawn + _WATCH, max_new_tokens)
@@ -129,6 +134,7 @@ def stream(
     sampler: Sampler = greedy,
     stop: Sequence[int] = (),
     until: Until | None = None,
+    vocab_size: int | None = None,
     every: int = 1,
     cache_dtype: Any = jnp.float32,
     patches: Patches | None = None,
@@ -136,7 +142,8 @@ def stream(
     """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
     if max_new_tokens < 1:
         return
-    run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, cache_dtype, patches)
+    drawable = drawable_ids(vocab_size, cfg)
+    run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, drawable, cache_dtype, patches)
     given = 0
     while True:
         run.advance(min(given + every, max_new_tokens))
@@ -164,6 +171,15 @@ def bucket(size: int) -> int:
 def stop_array(stop: Sequence[int]) -> jax.Array:
     """Filled up with ids that no token has, so that there are few different shapes."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
+
+
+def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
+    """How many ids may be drawn: the tokenizer's, which are the first of the model's rows."""
+    if vocab_size is None:
+        return cfg.vocab_size
+    if vocab_size < 1:
+        raise UserError(f"vocab_size={vocab_size}: expected the number of tokens of the model's tokenizer, at least 1")
+    return min(vocab_size, cfg.vocab_size)
 
 
 def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
@@ -199,7 +215,7 @@ class _State(NamedTuple):
     i: jax.Array  # int32: tokens drawn
     done: jax.Array  # [B] bool: a stop token came
     cache: Cache
-    seen: jax.Array | None  # [B, V] bool: tokens so far, for samplers that look at them
+    seen: jax.Array | None  # [B, drawable] bool: tokens so far, for samplers that look at them
     logprobs: jax.Array | None  # [B, N] float32
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
 
@@ -213,6 +229,7 @@ class _Settings(NamedTuple):
     room: int  # N, for new tokens
     n: int
     logprobs: int | None
+    drawable: int  # the first so many rows of the vocabulary are tokens
     cache_dtype: str
 
     @property
@@ -224,13 +241,15 @@ class _Settings(NamedTuple):
 class _Run:
     """One call's state between compiled stretches."""
 
-    def __init__(self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, cache_dtype, patches):
+    def __init__(
+        self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches
+    ):
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         room = bucket(max_new_tokens)
         width = 1 << (tokens.shape[1] + room - 1).bit_length()  # few sizes: the loop is what compiles longest
-        top = None if logprobs is None else min(logprobs, cfg.vocab_size)
-        self.settings = _Settings(cfg, sampler, width, room, n, top, jnp.dtype(cache_dtype).name)
+        top = None if logprobs is None else min(logprobs, drawable)
+        self.settings = _Settings(cfg, sampler, width, room, n, top, drawable, jnp.dtype(cache_dtype).name)
         both = for_decoding(params, cfg)
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG else stacked
@@ -296,7 +315,9 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings, patches: Pla
     seen = None
     if getattr(settings.sampler, "history", False):
         real = jnp.arange(prompt.shape[1]) < lengths[:, None]
-        seen = jnp.zeros((B, cfg.vocab_size), jnp.int32).at[jnp.arange(B)[:, None], prompt].max(real) > 0
+        seen = (
+            jnp.zeros((B, settings.drawable), jnp.int32).at[jnp.arange(B)[:, None], prompt].max(real, mode="drop") > 0
+        )
     logged = settings.logprobs is not None
     state = _State(
         tokens=jnp.pad(prompt, ((0, 0), (0, settings.width - prompt.shape[1]))),
@@ -363,7 +384,8 @@ def _draw(state: _State, logits: jax.Array, key, stop, settings: _Settings) -> _
     """The sampler's token for each row, put behind its others."""
     rows = jnp.arange(len(logits))
     look = (state.seen,) if state.seen is not None else ()
-    token = settings.sampler(logits, jax.random.fold_in(key, state.i), *look).astype(jnp.int32)
+    allowed = logits[:, : settings.drawable]
+    token = settings.sampler(allowed, jax.random.fold_in(key, state.i), *look).astype(jnp.int32)
     done = state.done | (token[:, None] == stop).any(-1)
     state = state._replace(
         tokens=state.tokens.at[rows, jnp.where(done, state.tokens.shape[1], state.end)].set(token, mode="drop"),
@@ -375,7 +397,7 @@ def _draw(state: _State, logits: jax.Array, key, stop, settings: _Settings) -> _
         state = state._replace(seen=state.seen.at[rows, token].set(True))
     if state.logprobs is not None:
         logp = jax.nn.log_softmax(logits)
-        values, ids = jax.lax.top_k(logp, settings.logprobs)
+        values, ids = jax.lax.top_k(logp[:, : settings.drawable], settings.logprobs)
         state = state._replace(
             logprobs=state.logprobs.at[:, state.i - 1].set(logp[rows, token]),
             top=(state.top[0].at[:, state.i - 1].set(ids), state.top[1].at[:, state.i - 1].set(values)),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.generation.decode import bucket, read_prompts, right_padded, stop_array
+from gptjax.generation.decode import bucket, drawable_ids, read_prompts, right_padded, stop_array
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend, for_decoding
 from gptjax.types import Params, UserError
@@ -35,6 +35,7 @@ def speculate(
     max_new_tokens: int,
     ahead: int = 4,
     stop: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> Speculation:
     """Greedy decoding of (params, cfg) by the help of (draft, draft_cfg): the same tokens as `generate`, sooner where
     the draft often guesses right, since reading a few tokens costs little more than reading one.
@@ -44,14 +45,17 @@ def speculate(
 
     Args:
         ahead: how many tokens the draft proposes at a time.
+        vocab_size: as in `generate`; where it is given, each model may have more rows than that.
 
     Raises:
         UserError: vocabularies differ, or prompt, new tokens and `ahead` do not fit in one of the contexts.
     """
-    if cfg.vocab_size != draft_cfg.vocab_size:
+    if vocab_size is None and cfg.vocab_size != draft_cfg.vocab_size:
         raise UserError(
-            f"the draft has {draft_cfg.vocab_size} tokens, the model {cfg.vocab_size}: they must be the same"
+            f"the draft has {draft_cfg.vocab_size} tokens, the model {cfg.vocab_size}: they must be the same; "
+            "where only their rows for no token differ, give vocab_size=tokenizer.vocab_size"
         )
+    drawable = drawable_ids(vocab_size, min(cfg, draft_cfg, key=lambda c: c.vocab_size))
     if max_new_tokens < 1 or len(prompts) == 0:
         return Speculation([[] for _ in prompts], 0, 0.0)
     tokens, lengths = right_padded(prompts, min(cfg, draft_cfg, key=lambda c: c.context_length))
@@ -68,7 +72,7 @@ def speculate(
         _speculate(
             for_decoding(params, cfg), for_decoding(draft, draft_cfg), tokens, jnp.array(lengths),
             stop_array(stop), jnp.int32(max_new_tokens), cfg, draft_cfg, slots,
-            room, ahead,
+            room, ahead, drawable,
         )
     )  # fmt: skip
     rows = []
@@ -88,14 +92,14 @@ class _State(NamedTuple):
     accepted: jax.Array
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
-def _speculate(params, draft, prompt, lengths, stop, limit, cfg, draft_cfg, slots, room, ahead):
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10, 11))
+def _speculate(params, draft, prompt, lengths, stop, limit, cfg, draft_cfg, slots, room, ahead, drawable):
     B = len(prompt)
     rows = jnp.arange(B)
 
     logits, cache = read_prompts(params, prompt, cfg, init_cache(cfg, B, slots), lengths)
     _, draft_cache = read_prompts(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots), lengths)
-    first = logits.argmax(-1).astype(jnp.int32)
+    first = logits[:, :drawable].argmax(-1).astype(jnp.int32)
     tokens = jnp.pad(prompt, ((0, 0), (0, room))).at[rows, lengths].set(first)
     done = (first[:, None] == stop).any(-1)
 
@@ -105,13 +109,13 @@ def _speculate(params, draft, prompt, lengths, stop, limit, cfg, draft_cfg, slot
         def propose(carry, _):
             token, cache = carry
             logits, cache = extend(draft, token, draft_cfg, cache)
-            return (logits[:, -1:].argmax(-1).astype(jnp.int32), cache), token[:, 0]
+            return (logits[:, -1:, :drawable].argmax(-1).astype(jnp.int32), cache), token[:, 0]
 
         # one step more than proposals: the draft reads its own last one too
         (_, draft_cache), read = jax.lax.scan(propose, (token, s.draft), None, length=ahead + 1)
         proposed = read.T  # [B, ahead + 1]: the token before, then the proposals
         logits, cache = extend(params, proposed, cfg, s.cache)
-        chosen = logits.argmax(-1).astype(jnp.int32)  # what follows each of them
+        chosen = logits[..., :drawable].argmax(-1).astype(jnp.int32)  # what follows each of them
         right = jnp.cumprod(chosen[:, :-1] == proposed[:, 1:], 1).sum(1)
         going = ~s.done & (s.end - lengths < limit)
         taken = jnp.where(going, right + 1, 0)

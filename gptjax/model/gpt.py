@@ -226,27 +226,39 @@ def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Ar
     return hidden, cache.replace(length=length, empty=False), seen
 
 
-def grow_vocabulary(params: Params, cfg: ModelConfig, vocab_size: int) -> tuple[Params, ModelConfig]:
+def grow_vocabulary(
+    params: Params, cfg: ModelConfig, vocab_size: int, *, used: int | None = None
+) -> tuple[Params, ModelConfig]:
     """Parameters and config with more tokens: each new one starts as the mean of the old, and their logits stay.
+
+    A model may have more rows than its tokenizer has tokens (Qwen2.5: 151,936 and 151,665): new tokens take those.
 
     Args:
         params: plain arrays. vocab_size: of the tokenizer that has grown (`tokenizers.extend`).
+        used: of the tokenizer before it grew: the rows from there on start anew. None: rows that are there stay as they
+            are.
 
     Raises:
-        UserError: `vocab_size` is less than the model's.
+        UserError: `vocab_size` is less than `used`, or `used` more than the model has.
     """
-    more = vocab_size - cfg.vocab_size
-    if more < 0:
-        raise UserError(f"vocab_size={vocab_size}: the model has {cfg.vocab_size} tokens already, and none is dropped")
+    used = min(cfg.vocab_size, vocab_size) if used is None else used
+    if not 1 <= used <= min(cfg.vocab_size, vocab_size):
+        raise UserError(
+            f"vocab_size={vocab_size}, used={used}: the model has {cfg.vocab_size} rows; expected 1 or more tokens "
+            "before, no more than there are rows, and no fewer after"
+        )
+    rows = max(vocab_size, cfg.vocab_size)
 
     def grown(w: jax.Array, axis: int) -> jax.Array:
-        new = jnp.repeat(w.mean(axis, keepdims=True, dtype=jnp.float32).astype(w.dtype), more, axis)
-        return jnp.concatenate([w, new], axis)
+        old = jax.lax.slice_in_dim(w, 0, used, axis=axis)
+        new = jnp.repeat(old.mean(axis, keepdims=True, dtype=jnp.float32).astype(w.dtype), vocab_size - used, axis)
+        spare = jax.lax.slice_in_dim(w, min(vocab_size, cfg.vocab_size), None, axis=axis)
+        return jnp.concatenate([old, new, spare], axis)
 
     params = params | {"wte": {"embedding": grown(params["wte"]["embedding"], 0)}}
     if not cfg.tie_embeddings:
         params |= {"lm_head": {"kernel": grown(params["lm_head"]["kernel"], 1)}}
-    return params, dataclasses.replace(cfg, vocab_size=vocab_size)
+    return params, dataclasses.replace(cfg, vocab_size=rows)
 
 
 def layers_apart(params: Params, cfg: ModelConfig) -> Params:

@@ -710,7 +710,10 @@ def _drift(base: Any, tuned: Any, prompts: Sequence[str], encode: Callable, toke
     found = drift(base, tuned, rows_of([(own[:1], own[1:]) for own in ids]))
     key = jax.random.key(0)
     said = [
-        [tokenizer.decode(new) for new in generate(params, ids, cfg, max_new_tokens=24, key=key)]
+        [
+            tokenizer.decode(new)
+            for new in generate(params, ids, cfg, max_new_tokens=24, key=key, vocab_size=tokenizer.vocab_size)
+        ]
         for params, cfg in (base, tuned)
     ]
     each = [

@@ -64,6 +64,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Any:
         UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
     """
     _check_types(metadata)
+    metadata = _without_padding(metadata)
     tokens, types = _tokens(metadata)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -115,6 +116,43 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         )
     refuse("gguf", problems)
     return tokens, [NORMAL] * len(tokens) if types is None else types
+
+
+_PADDING = "[PAD{i}]"  # what llama.cpp's converters call a row of the model that belongs to no token
+_PER_TOKEN = ("tokens", "token_type", "scores")
+
+
+def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The vocabulary as far as it has tokens: the unused ones at its end, called after their ids, are only rows."""
+    lists = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
+    tokens, types, _ = lists
+    flat = all(isinstance(kept, list) or (isinstance(kept, np.ndarray) and kept.ndim == 1) for kept in lists[:2])
+    n = len(tokens) if flat else 0
+    if not flat or any(np.shape(kept)[:1] != (n,) for kept in lists[1:] if kept is not None):
+        return dict(metadata)  # what is wrong with it is said where it is read
+    while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
+        n -= 1
+    cut = {f"tokenizer.ggml.{key}": kept[:n] for key, kept in zip(_PER_TOKEN, lists, strict=True) if kept is not None}
+    return {**metadata, **cut}
+
+
+def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The metadata of `to_metadata` with an unused token for each further row of the model: llama.cpp wants as many
+    tokens as there are rows.
+
+    Raises:
+        UserError: a token is called so already.
+    """
+    tokens = metadata["tokenizer.ggml.tokens"]
+    more = [_PADDING.format(i=i) for i in range(len(tokens), rows)]
+    if twice := sorted(set(more) & set(tokens))[:3]:
+        raise UserError(f"{twice} are tokens already: a row of the model that belongs to none cannot be called so too")
+    types = np.append(metadata["tokenizer.ggml.token_type"], np.full(len(more), UNUSED, np.int32))
+    out = {**metadata, "tokenizer.ggml.tokens": [*tokens, *more], "tokenizer.ggml.token_type": types}
+    if (scores := metadata.get("tokenizer.ggml.scores")) is not None:
+        lowest = np.full(len(more), scores.min() - 1, np.float32)
+        out["tokenizer.ggml.scores"] = np.append(scores, lowest)
+    return out
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:

@@ -143,7 +143,7 @@ def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = No
         data = _object(file)
     elif data is None:
         file = folder / "vocab.json"
-        data = _gpt2_files(folder, {**names, **config})
+        data = _slow_files(folder, {**names, **config}, generation.get("model_type"))
     try:
         return from_data(data, config, names, generation)
     except UserError as error:
@@ -456,18 +456,58 @@ def _template(template: Any) -> str | None:
     return template
 
 
-def _gpt2_files(folder: Path, named: Mapping[str, Any]) -> dict[str, Any]:
-    """vocab.json and merges.txt as the tokenizer.json they stand for."""
+_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> scheme, and whether NFC
+_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # of a model_type
+
+
+def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
+    """vocab.json and merges.txt as the tokenizer.json they stand for: the class that reads them cuts the words.
+
+    Without tokenizer_class the model's own counts, and without a model GPT-2's, whose files they first were.
+    """
+    kind = named.get("tokenizer_class")
+    kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
+    if str(kind).removesuffix("Fast") not in _SLOW:
+        why = f"tokenizer_class={kind!r:.60}" if kind else f"no tokenizer_class, and model_type={model_type!r:.60}"
+        raise UserError(
+            f"{folder}: {why}: vocab.json and merges.txt are read here as {' or '.join(_SLOW)} does; save it with a "
+            f"tokenizer.json: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    if named.get("add_prefix_space"):
+        raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
+    scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
     lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # a merge may hold what splitlines cuts at
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
+    added |= {name: token["id"] for name, token in listed.items()}
     special = ({"<|endoftext|>"} | _roles(named)[1]) & {*vocab, *added}
     tokens = {name: i for name, i in (vocab | added).items() if name in special or name in added}
     return {
-        "added_tokens": [added_token(name, i, name in special) for name, i in tokens.items()],
-        **byte_level_parts("gpt2", False),
+        "added_tokens": [
+            added_token(name, i, name in special) | (listed.get(name, {}) if name not in special else {})
+            for name, i in tokens.items()
+        ],
+        **byte_level_parts(scheme, nfc),
         "model": bpe_model(vocab, merges, False),
     }
+
+
+def _listed_tokens(decoder: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """added_tokens_decoder of a tokenizer_config.json, {"151643": {"content": "<|endoftext|>", ..}, ..}, by content."""
+    if decoder is None:
+        return {}
+    flags = (*FLAGS, "content")
+    entries = decoder.items() if isinstance(decoder, dict) else [("", None)]
+    tokens = [
+        {"id": int(i)} | {key: value for key, value in token.items() if key in flags}
+        if i.isdecimal() and len(i) < 10 and isinstance(token, dict)
+        else {}
+        for i, token in entries
+    ]
+    if not all(map(_is_added, tokens)):
+        raise UserError(f"{folder}: added_tokens_decoder: expected ids with objects of content and special")
+    return {token["content"]: token for token in tokens}
 
 
 def _object(path: Path) -> dict[str, Any]:

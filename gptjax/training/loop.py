@@ -893,9 +893,10 @@ def sampling(cfg: Config, tokenizer: Any, prompts: list[list[int]]) -> Callable[
         new = generate(
             params, prompts, cfg.model, max_new_tokens=settings.max_new_tokens, key=jax.random.key(settings.seed),
             sampler=from_config(settings), stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+            vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
         texts = zip(prompts, new, strict=True)
-        return [tokenizer.decode([i for i in prompt + ids if i < tokenizer.vocab_size]) for prompt, ids in texts]
+        return [tokenizer.decode(prompt + ids) for prompt, ids in texts]
 
     return sample
 

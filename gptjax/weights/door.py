@@ -100,7 +100,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
-    patterns += ["vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"]
+    patterns += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # many kinds: no network, no such name, no access
@@ -226,6 +226,7 @@ def export_hf(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, 
     if tokenizer is not None:
         from gptjax.tokenizers import hf
 
+        check_vocabulary(tokenizer, cfg)
         texts = hf.to_hf(tokenizer)
         stops = stop_ids(tokenizer)
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
@@ -250,20 +251,23 @@ def export_gguf(
         type: F32, F16, BF16 or Q8_0, of the matrices; vectors stay F32.
 
     Raises:
-        UserError: no architecture of llama.cpp holds this model, or its vocabulary cannot be written.
+        UserError: no architecture of llama.cpp holds this model, or its vocabulary cannot be written; the tokenizer has
+            more ids than the model rows.
     """
     from gptjax.tokenizers import gguf as vocabulary
 
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already: name a new file")
+    check_vocabulary(tokenizer, cfg)
     name = llama_cpp.family_of(cfg)
     if not stop_ids(tokenizer):
         raise UserError(
             f"a GGUF vocabulary has an end token, and llama.cpp takes id 11 where none is named; {tokenizer.name} has "
             "none: train with tokenizer.name=bpe or gpt2"
         )
-    metadata = llama_cpp.to_metadata(cfg, name) | vocabulary.to_metadata(tokenizer)
+    words = vocabulary.padded(vocabulary.to_metadata(tokenizer), cfg.vocab_size)
+    metadata = llama_cpp.to_metadata(cfg, name) | words
     metadata["general.name"] = _name_for_llama_cpp(path.stem, metadata["tokenizer.ggml.tokens"])
     block = 32 if type == "Q8_0" else 1
     tensors = [
@@ -308,6 +312,15 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
     native.save(folder, params, cfg, tokenizer)
     (folder / "forward.stablehlo").write_bytes(program)
     return folder
+
+
+def check_vocabulary(tokenizer: Any, cfg: ModelConfig) -> None:
+    """Raises UserError if the tokenizer has ids that the model has no row for."""
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {cfg.vocab_size} rows: they do not belong "
+            "together, or gptjax.grow_vocabulary was forgotten"
+        )
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

@@ -326,16 +326,37 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
         a.problems.append(f"r={rank}, lora_alpha={alpha}: expected a rank of at least 1 and a finite alpha")
     for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         for key, value in table.items():
-            if not re.fullmatch(r"[\w.]+", key) or isinstance(value, bool) or not isinstance(value, int | float):
-                a.problems.append(f"{name}: {key!r:.60}: {value!r:.60}: expected the name of a module and a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                a.problems.append(f"{name}: {key!r:.60}: {value!r:.60}: expected a finite number")
+            if not _is_simple(key):
+                a.problems.append(
+                    f"{name}: {key!r:.60}: expected the name of a module, or a regular expression of at most 200 "
+                    "characters, with at most four repetitions and none of a group"
+                )
     a.end(where)
 
     def pattern(table: dict[str, Any], default: Any) -> Any:
-        return lambda module: next((v for key, v in table.items() if f".{module}".endswith(f".{key}")), default)
+        """The value of the first pattern that matches a module's name, or its end from some dot on, as in peft."""
+
+        def value(module: str) -> Any:
+            ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
+            return next((v for key, v in table.items() if any(re.fullmatch(key, end) for end in ends)), default)
+
+        return value
 
     scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
     lora = LoraConfig(rank=rank, alpha=alpha, scaling=scaling, dora=dora, dropout=dropout)
     return lora, pattern(ranks, rank), pattern(alphas, alpha)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether it is a regular expression that takes no long time: adapters come from anywhere."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    plain = re.sub(r"\\.|\[[^]]*\]", "_", pattern)
+    return len(pattern) <= 200 and len(re.findall(r"[*+{]", plain)) <= 4 and not re.search(r"\)[*+?{]", plain)
 
 
 def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
@@ -361,6 +382,12 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
         if module not in modules:
             problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
             continue
+        if module not in sizes:
+            problems.append(
+                f"{name}: {module} is the token embedding itself in this model (tie_word_embeddings): a tied head has "
+                f"no adapter of its own here; train one without {module}"
+            )
+            continue
         d_in, d_out = sizes[module]
         rank = shape[{"a": 0, "b": -1}[key]] if key != "m" and len(shape) == 2 else 0
         expected = {"a": (rank, d_in), "b": (d_out, rank), "m": (d_out,)}[key]
@@ -381,12 +408,13 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
 
 
 def _sizes(modules: dict[str, _Module], cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every matrix of theirs."""
+    """(in, out) of every matrix of theirs that the model has; a tied head is none."""
     ours = tree.flatten(abstract_params(cfg))
     sizes = {}
     for name, module in modules.items():
         shapes = [ours[rule.ours].shape for rule in module.rules if rule.ours in ours]
-        sizes[name] = (shapes[0][-2], sum(shape[-1] for shape in shapes)) if shapes else (0, 0)
+        if shapes:
+            sizes[name] = (shapes[0][-2], sum(shape[-1] for shape in shapes))
     return sizes
 
 

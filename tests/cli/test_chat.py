@@ -158,3 +158,12 @@ def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_specia
     said(chatting, *["hi"] * 6)
     assert not any("<|" in turn["content"] for turn in chatting.turns)
     assert "error" not in capsys.readouterr().err
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(tokenizer):
+    wide = dataclasses.replace(CFG, vocab_size=4096)
+    params = jax.tree.map(lambda a: 20 * a, gptjax.init_params(jax.random.key(0), wide))
+    settings = gptjax.SampleConfig(max_new_tokens=20, temperature=2.0)
+    chat = Chat(params, wide, tokenizer, settings, None)
+    "".join(chat.ask("hello"))
+    assert chat.count > 0

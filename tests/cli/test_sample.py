@@ -108,3 +108,14 @@ def test_prompts_of_any_line_end(tmp_path):
     file.write_bytes("one\n".encode("utf-16"))
     with pytest.raises(gptjax.UserError, match="UTF-16 by its byte order mark FF FE"):
         sample.read_prompts(cfg)
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(tmp_path, capsys):
+    """257 tokens, 4,096 rows: without care nearly every drawn id would have no text."""
+    import dataclasses
+
+    wide = dataclasses.replace(MODEL, vocab_size=4096)
+    params = gptjax.init_params(jax.random.key(0), wide)
+    gptjax.save(tmp_path / "m", params, wide, gptjax.tokenizers.load("bytes"))
+    assert main(["sample", str(tmp_path / "m"), "prompt=a", "n=4", "temperature=1.5", "max_new_tokens=20"]) == 0
+    assert "80 tokens" in capsys.readouterr().err

@@ -197,3 +197,19 @@ def test_other_lengths_find_the_compiled_programs(tiny):
 
 def test_buckets():
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]
+
+
+@pytest.mark.parametrize("sampler", [greedy, chain(temperature(3.0)), chain(repetition_penalty(1.5), temperature(3.0))])
+def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):
+    """A tokenizer of 5 tokens and a model of 17 rows; log-probabilities stay those of all rows."""
+    cfg, params = model
+    settings = dict(max_new_tokens=24, key=KEY, sampler=sampler, vocab_size=5)
+    done = complete(params, PROMPTS, cfg, n=2, logprobs=8, **settings)
+    assert max(max(row.tokens) for row in done) < 5
+    assert all(len(top) == 5 and max(i for i, _ in top) < 5 for row in done for top in row.top)
+    assert all(sum(np.exp([p for _, p in top])) < 0.999 for row in done for top in row.top)
+    assert [t for some in stream(params, PROMPTS[0], cfg, **settings) for t in some] == generate(
+        params, PROMPTS[:1], cfg, **settings
+    )[0]
+    with pytest.raises(UserError, match="vocab_size=0"):
+        generate(params, PROMPTS, cfg, max_new_tokens=1, key=KEY, vocab_size=0)

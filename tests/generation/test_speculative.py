@@ -39,6 +39,16 @@ def test_a_smaller_draft_and_a_stop(model, expected, tiny):
     assert out.tokens == cut and 0 <= out.accepted < 1
 
 
+def test_rows_that_belong_to_no_token(tiny):
+    """The model has 17 rows, the draft 20; the tokenizer 6 tokens."""
+    cfg, params = tiny("gpt2", context_length=64)
+    draft_cfg, draft = tiny("gpt2", n_layer=1, context_length=64, vocab_size=20)
+    prompts = [[3, 1, 4], [1, 5]]
+    expected = generate(params, prompts, cfg, max_new_tokens=20, key=jax.random.key(0), vocab_size=6)
+    assert max(map(max, expected)) < 6
+    assert speculate(params, draft, prompts, cfg, draft_cfg, max_new_tokens=20, vocab_size=6).tokens == expected
+
+
 def test_what_cannot_be(model, tiny):
     cfg, params = model
     other_cfg, other = tiny("gpt2", vocab_size=18)

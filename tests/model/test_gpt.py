@@ -235,8 +235,26 @@ def test_new_tokens_leave_old_logits_bit_identical(tiny, arch):
     np.testing.assert_array_equal(new[..., :17], old)
     assert new[..., 17:].max() <= old.max()
     np.testing.assert_allclose(bigger["wte"]["embedding"][19], params["wte"]["embedding"].mean(0), rtol=1e-6)
-    with pytest.raises(UserError, match="17 tokens already"):
-        grow_vocabulary(params, cfg, 16)
+    same, unchanged = grow_vocabulary(params, cfg, 16)  # the rows are there already
+    assert unchanged == cfg and jax.tree.all(jax.tree.map(np.array_equal, same, params))
+    for wrong in (dict(vocab_size=20, used=18), dict(vocab_size=15, used=16), dict(vocab_size=0)):
+        with pytest.raises(UserError, match="the model has 17 rows"):
+            grow_vocabulary(params, cfg, **wrong)
+
+
+@pytest.mark.parametrize(("arch", "vocab_size"), [("gpt2", 14), ("llama", 17), ("modern", 20)])
+def test_new_tokens_take_the_spare_rows_first(tiny, arch, vocab_size):
+    """A model of 17 rows whose tokenizer had 12 tokens."""
+    cfg, params = tiny(arch)
+    bigger, larger = grow_vocabulary(params, cfg, vocab_size, used=12)
+    assert larger.vocab_size == max(17, vocab_size)
+    before, after = params["wte"]["embedding"], bigger["wte"]["embedding"]
+    np.testing.assert_array_equal(after[:12], before[:12])
+    np.testing.assert_allclose(after[12:vocab_size], np.tile(before[:12].mean(0), (vocab_size - 12, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(after[vocab_size:], before[vocab_size:])
+    tokens = np.arange(12)[None]
+    old, new = forward(params, tokens, cfg), forward(bigger, tokens, larger)
+    np.testing.assert_allclose(new[..., :12], old[..., :12], atol=1e-5)
 
 
 def test_new_tokens_of_a_large_vocabulary():

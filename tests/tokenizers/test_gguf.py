@@ -14,6 +14,7 @@ import pytest
 
 from gptjax import assets, gguf, tokenizers
 from gptjax.tokenizers import bpe, chat, hf
+from gptjax.tokenizers import gguf as gguf_tokenizer
 from gptjax.tokenizers.gguf import PRE, from_metadata, to_metadata
 from gptjax.types import UserError
 
@@ -403,3 +404,33 @@ def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
     command = [sys.executable, "-c", CHAT, path, json.dumps({"messages": talk})]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert json.loads(done.stdout.splitlines()[-1])["prompt"] == chat.apply(tokenizer, talk), done.stderr.decode()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_a_model_with_more_rows_than_tokens(kind, tiny, tmp_path):
+    """llama.cpp loads it and gives the same ids; read back, the tokenizer ends where its tokens do."""
+    from gptjax.weights import export_gguf, load
+
+    tok, path = OUT[kind](), tmp_path / "model.gguf"
+    tok = tok.replace(eos_ids=(2,)) if kind == "sentencepiece" else tok
+    cfg, params = tiny("llama", vocab_size=tok.vocab_size + 9, context_length=64)
+    export_gguf(path, params, cfg, tok)
+    assert load(path)[1].vocab_size == cfg.vocab_size
+    back = tokenizers.load(path)
+    assert back.vocab_size == tok.vocab_size and not any("[PAD" in name for name in back.special_tokens)
+    for text in TEXTS[:5]:
+        assert back.encode(text) == tok.encode(text)
+    smaller_cfg, smaller = tiny("llama", vocab_size=tok.vocab_size - 1, context_length=64)
+    with pytest.raises(UserError, match=f"the tokenizer has {tok.vocab_size} ids, the model {tok.vocab_size - 1} rows"):
+        export_gguf(tmp_path / "small.gguf", smaller, smaller_cfg, tok)
+    agrees(tok, path, TEXTS)
+
+
+def test_only_unused_tokens_called_after_their_ids_are_padding():
+    tok = tokenizers.extend(learned(), ["<|endoftext|>", "[PAD7]"])
+    assert (
+        from_metadata(gguf_tokenizer.padded(to_metadata(tok), tok.vocab_size + 3)).special_tokens == tok.special_tokens
+    )
+    clash = tokenizers.extend(learned(), ["<|endoftext|>", f"[PAD{tok.vocab_size}]"])
+    with pytest.raises(UserError, match="are tokens already"):
+        gguf_tokenizer.padded(to_metadata(clash), tok.vocab_size + 3)

@@ -593,3 +593,72 @@ def test_ten_thousand_changed_files_load_or_are_refused(capfd):
         slowest = max(slowest, time.process_time() - start)
     assert 1000 < loaded < 9000 and slowest < 2
     capfd.readouterr()  # where `tokenizers` gives up it says so
+
+
+def qwen_folder(folder, added_file: bool, **config):
+    """As Qwen's own slow tokenizer saves it: vocab.json, merges.txt, and the special tokens elsewhere."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(hf.PATTERNS["qwen2"]), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["low lower lowest caf\u00e9 caf\u00e9 it's IT'S 12345 \n\n x = [1, 2]"] * 9,
+        trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False),
+    )
+    folder.mkdir()
+    made.model.save(str(folder))
+    n, names = made.get_vocab_size(), ["<|endoftext|>", "<|im_end|>", "<tool_call>"]
+    body = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    body |= {"unk_token": None, "bos_token": None}
+    if added_file:
+        (folder / "added_tokens.json").write_text(json.dumps({name: n + i for i, name in enumerate(names)}))
+    else:
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+        body["added_tokens_decoder"] = {
+            str(n + i): {"content": name, "special": i < 2} | flags for i, name in enumerate(names)
+        }
+    (folder / "tokenizer_config.json").write_text(json.dumps(body | config))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("added_file", [True, False])
+def test_the_slow_files_of_qwen(added_file, tmp_path):
+    """Qwen's pattern, NFC, and tokens that stand in tokenizer_config.json alone."""
+    folder = qwen_folder(tmp_path / "q", added_file)
+    tok = tokenizers.load(folder)
+    assert tok.scheme == "qwen2" and tok.nfc
+    assert tok.encode("e\u0301") == tok.encode("\u00e9") and len(tok.encode("12345")) == 5
+    end, call = tok.vocab_size - 2, tok.vocab_size - 1
+    assert tok.eos_ids == (end,) and tok.encode("a<tool_call>")[-1] == call
+    transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (
+        "e\u0301 caf\u0065\u0301",
+        "12345 lower",
+        "it's IT'S\n\n  x",
+        " low\t\r\n",
+        "a<tool_call>b<|im_end|>c",
+    ):
+        assert tok.encode(text, allowed_special="all") == theirs.encode(text, add_special_tokens=False), text
+
+
+def test_other_slow_files_are_refused_by_their_class(tmp_path):
+    folder = qwen_folder(tmp_path / "q", False, tokenizer_class="RobertaTokenizer")
+    with pytest.raises(UserError, match="tokenizer_class='RobertaTokenizer'"):
+        tokenizers.load(folder)
+    prefix = qwen_folder(tmp_path / "p", False, add_prefix_space=True)
+    with pytest.raises(UserError, match="add_prefix_space"):
+        tokenizers.load(prefix)
+    unnamed = qwen_folder(tmp_path / "u", False, tokenizer_class=None)
+    (unnamed / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    assert tokenizers.load(unnamed).scheme == "qwen2"
+    (unnamed / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    with pytest.raises(UserError, match="no tokenizer_class, and model_type='roberta'"):
+        tokenizers.load(unnamed)
+    wrong = qwen_folder(tmp_path / "w", False, added_tokens_decoder={"x": {"content": "<a>"}})
+    with pytest.raises(UserError, match="added_tokens_decoder"):
+        tokenizers.load(wrong)

@@ -156,6 +156,14 @@ THEIRS = {
         "Llama", SIZES,
         dict(target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 3}),
     ),
+    "llama layers to transform": ("Llama", SIZES, dict(target_modules=["q_proj"], layers_to_transform=[1])),
+    "llama patterns that are expressions": (
+        "Llama", SIZES,
+        dict(
+            target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1\..*": 2},
+            alpha_pattern={r".*\.v_proj": 3, r"layers\.[01]\.self_attn\.q_proj": 5},
+        ),
+    ),
     "llama one layer": ("Llama", SIZES, dict(target_modules=["model.layers.1.self_attn.o_proj"])),
 }  # fmt: skip
 
@@ -264,3 +272,21 @@ def test_a_classifier_with_its_head(kind, tmp_path):
     np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
     with pytest.raises(UserError, match=r"classify.bias=false"):
         export_peft(tmp_path / "biased", adapter, lcfg, cfg, head=head | {"bias": jnp.ones(3)})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_tied_head_is_refused_as_such(tmp_path):
+    peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
+    _, model = base_model("gpt2", tmp_path / "base")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    made.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="lm_head is the token embedding itself in this model"):
+        load_peft(tmp_path / "adapter", gptjax.load(tmp_path / "base")[1])
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(.*)*x", ".*.*.*.*.*x", "[", "(q_proj", "x" * 201, "(a|a?)+"])
+def test_patterns_that_would_take_long_are_refused(folder, tiny, pattern):
+    body = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(body | dict(alpha_pattern={pattern: 3})))
+    with pytest.raises(UserError, match="alpha_pattern: .*expected the name of a module, or a regular expression"):
+        load_peft(folder, tiny("llama")[0])
