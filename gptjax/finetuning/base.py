@@ -312,7 +312,7 @@ def job(
     def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
         weights.save(
             folder, plain(trained, frozen), model, tokenizer, texts | (files or {}),
-            add=lambda partial: export(partial / "adapter", trained, frozen),
+            add=lambda partial: export(partial / "adapter", trained, frozen), twin=folder.with_name("best"),
         )  # fmt: skip
 
     return Job(

@@ -837,7 +837,7 @@ def _pretraining(cfg: Config, ready: Any, base: Any) -> Job:
         return {"perplexity": _exp(loss), **bits}
 
     def write(folder: Path, params: Params, frozen: None, files: dict[str, str]) -> None:
-        weights.save(folder, params, model, ready.tokenizer, files)
+        weights.save(folder, params, model, ready.tokenizer, files, twin=folder.with_name("best"))
 
     def describe(n_params: int) -> list[str]:
         tokens = settings.max_steps * tokens_per_step

@@ -42,6 +42,7 @@ def save(
     tokenizer: Any = None,
     files: Mapping[str, str] = MappingProxyType({}),
     add: Callable[[Path], None] | None = None,
+    twin: Path | None = None,
 ) -> Path:
     """Write params, config and tokenizer as a folder that needs nothing else; one that `save` wrote is replaced.
 
@@ -50,6 +51,8 @@ def save(
     Args:
         files: more text files, by name.
         add: called with the folder before it appears, to write more into it.
+        twin: a folder of `save`; where it holds the same weights, byte for byte, the disk keeps them once (a hard link,
+            where the file system has them).
 
     Raises:
         UserError: a leaf that is no plain array, the folder holds anything that `save` did not write there, or it
@@ -74,11 +77,14 @@ def save(
         if add is not None:
             add(partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
+        hashes = {path.relative_to(partial).as_posix(): sha256(path) for path in written}
+        if twin is not None:
+            _share(partial / safetensors.WEIGHTS, hashes[safetensors.WEIGHTS], twin / safetensors.WEIGHTS)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
             "format": FORMAT,
             "version": VERSION,
-            "files": {path.relative_to(partial).as_posix(): sha256(path) for path in written},
+            "files": hashes,
             "model_sha256": _sha256_of(model),
             "model": model,
         }
@@ -90,6 +96,18 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _share(file: Path, digest: str, twin: Path) -> None:
+    """The file becomes another name of `twin`, if that has the same bytes. Both are replaced whole, never changed."""
+    try:
+        if twin.stat().st_size != file.stat().st_size or sha256(twin) != digest:
+            return
+        link = file.with_name(f".{file.name}.link")
+        os.link(twin, link)
+        os.replace(link, file)
+    except OSError:  # there is no twin, or the file system has no hard links
+        return
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -284,3 +285,24 @@ def test_a_model_of_nothing_is_refused(key, model, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=rf"model.{key} \(0\) must be at least 1"):
         weights.load(tmp_path)
+
+
+def test_the_same_weights_of_best_and_final_lie_on_the_disk_once(tmp_path):
+    cfg = gptjax.ModelConfig(vocab_size=17, context_length=8, n_layer=1, n_head=2, d_model=8)
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    best, final = tmp_path / "best", tmp_path / "final"
+    gptjax.save(best, params, cfg)
+    weights.save(final, params, cfg, twin=best)
+    file = "model.safetensors"
+    assert (best / file).samefile(final / file)
+    other = jax.tree.map(lambda a: a + 1, params)
+    weights.save(final, other, cfg, twin=best)  # replaced, not written into
+    assert not (best / file).samefile(final / file)
+    for folder, tree in ((best, params), (final, other)):
+        jax.tree.map(np.testing.assert_array_equal, gptjax.load(folder)[0], tree)
+    damaged = bytearray((best / file).read_bytes())
+    damaged[-1] ^= 1
+    (best / file).write_bytes(damaged)
+    weights.save(final, params, cfg, twin=best)
+    assert not (best / file).samefile(final / file)
+    gptjax.load(final)
