@@ -701,13 +701,33 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     finally:
         _CHECKED_LATER.reset(later)
     provenance = _provenance(cfg, values, where)
+    if not problems:
+        problems += _without_effect(cfg, where)
     problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
     return cfg, provenance
 
 
 # (a, b): b rules a or belongs to it, so b of an earlier layer goes back to its default where a later one says a
-RULED = (("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"))
+RULED = (
+    ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
+    ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),
+)  # fmt: skip
+# (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Any], ...] = (
+    (("lora.",), "finetune.trainable", lambda value: value != "lora"),
+    (("optim.momentum",), "optim.name", lambda value: value != "muon"),
+    (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
+    (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),
+    (("optim.initial_lr_ratio",), "optim.warmup_steps", lambda value: value == 0),
+    (("prefer.margin",), "prefer.loss", lambda value: value != "simpo"),
+    (("sample.top_k", "sample.top_p", "sample.min_p"), "sample.temperature", lambda value: value == 0),
+    (("model.rope_",), "model.position", lambda value: value != "rope"),
+    (("model.window_pattern",), "model.sliding_window", lambda value: value == 0),
+    (("model.embed_std",), "model.init", lambda value: value == "torch"),
+    (("model.qk_gain",), "model.qk_norm", lambda value: not value),
+    (("data.split", "data.val_fraction"), "data.val_source", bool),
+)
 
 
 def _brought(key: str) -> bool:
@@ -729,6 +749,19 @@ def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -
         elif first == second and key == "train.max_steps" and where[key] in ("command line", "load_config"):
             both = f"{key}={values[key]} and {ruling}={values[ruling]}"
             yield f"{where[key]}: {both}: the number of steps twice; give one of them"
+
+
+def _without_effect(cfg: Config, where: Provenance) -> Iterator[str]:
+    """Settings of the command line that another one leaves without effect."""
+    values = flat(cfg)
+    for keys, ruling, rules in WITHOUT_EFFECT:
+        asked = [key for key in where if key.startswith(keys) and where[key] in ("command line", "load_config")]
+        if asked and rules(values[ruling]):
+            value = values[ruling] if values[ruling] is not None else "null"
+            yield (
+                f"{where[asked[0]]}: {', '.join(asked)} would have no effect: {ruling}={value} "
+                f"({where.get(ruling, 'default')})"
+            )
 
 
 def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -> Iterator[str]:

@@ -388,6 +388,57 @@ def test_the_impossible_is_refused(overrides, words):
     assert words in text and "[" in text and "load_config" in text
 
 
+RULING = [  # (what a file says, what a later layer says, what holds then)
+    ("train: {epochs: 2}", ["train.max_steps=7"], {"train.max_steps": 7, "train.epochs": None}),
+    ("train: {max_steps: 7}", ["train.epochs=2"], {"train.max_steps": 7, "train.epochs": 2.0}),  # epochs rule
+    ("data: {split: document}", ["data.source=a.txt"], {"data.split": "auto", "data.source": ("a.txt",)}),
+    ("data: {val_source: b.txt}", ["data.source=a.txt"], {"data.val_source": (), "data.source": ("a.txt",)}),
+    ("data: {val_source: b.txt}", ["data.split=tail"], {"data.val_source": (), "data.split": "tail"}),
+    ("data: {val_source: b.txt}", ["data.val_fraction=0.2"], {"data.val_source": (), "data.val_fraction": 0.2}),
+    ("data: {val_source: b.txt, source: a.txt}", ["seed=1"], {"data.val_source": ("b.txt",)}),
+    ("model: {n_layer: 3}", ["pretrain.base=x"], {"model.n_layer": 12, "pretrain.base": "x"}),
+    ("tokenizer: {name: gpt2}", ["pretrain.base=x"], {"tokenizer.name": "chars"}),
+]
+
+
+@pytest.mark.parametrize(("file", "later", "holds"), RULING, ids=[f"{file} {later[0]}" for file, later, _ in RULING])
+def test_what_a_later_layer_says_wins_over_what_would_rule_it(tmp_path, file, later, holds):
+    values = config.flat(load_config(write(tmp_path, "mine.yaml", file + "\n"), *later))
+    assert {key: values[key] for key in holds} == holds
+    pairs = {(a, b) for a, b in config.RULED}
+    assert {pair[0] for pair in pairs} <= {"train.max_steps", "data.source", "data.split", "data.val_fraction"}
+
+
+NO_EFFECT = [
+    ("finetune.trainable=all", "lora.rank=4"),
+    ("optim.name=adamw", "optim.momentum=0.9"),
+    ("optim.schedule=cosine", "optim.decay_fraction=0.1"),
+    ("optim.schedule=constant", "optim.min_lr_ratio=0.1"),
+    ("optim.warmup_steps=0", "optim.initial_lr_ratio=0.1"),
+    ("prefer.loss=dpo", "prefer.margin=0.5"),
+    ("sample.temperature=0", "sample.top_k=5"),
+    ("sample.temperature=0", "sample.top_p=0.9"),
+    ("sample.temperature=0", "sample.min_p=0.1"),
+    ("model.position=learned", "model.rope_base=5000"),
+    ("model.sliding_window=0", "model.window_pattern=SL"),
+    ("model.init=torch", "model.embed_std=0.1"),
+    ("model.qk_norm=false", "model.qk_gain=2"),
+    ("data.val_source=b.txt", "data.val_fraction=0.2"),
+]
+
+
+@pytest.mark.parametrize(("rules", "asked"), NO_EFFECT, ids=[" ".join(pair) for pair in NO_EFFECT])
+def test_a_setting_without_effect_is_refused_where_it_is_asked_for(rules, asked):
+    task = {"lora": ["task=classify"], "prefer": ["task=prefer"]}.get(asked.partition(".")[0], [])
+    text = complaint(None, *task, rules, asked)
+    assert f"{asked.partition('=')[0]} would have no effect: {rules.partition('=')[0]}=" in text
+
+
+def test_every_rule_of_settings_without_effect_has_its_case():
+    tried = {rules.partition("=")[0] for rules, _ in NO_EFFECT}
+    assert {ruling for _, ruling, _ in config.WITHOUT_EFFECT} == tried
+
+
 def test_notebook_configs_are_checked_by_the_same_rules():
     cfg = dataclasses.replace(Config(), train=TrainConfig(batch_size=7, accumulation=2))
     with pytest.raises(UserError, match="accumulation .* must divide"):
