@@ -304,9 +304,7 @@ class InstructConfig:
     """Conversations, and which of their tokens are learned."""
 
     source: Optional[str] = None  # .json, .jsonl, .csv, .parquet or hf:org/name; None: small synthetic skills
-    style: Optional[PromptStyle] = (
-        None  # chat: the model's own template; others are given to it. None: chat, else alpaca
-    )
+    style: Optional[PromptStyle] = None  # chat: the model's own template; others replace it. None: chat, else alpaca
     loss_on: Literal["response", "all"] = "response"
     packing: Literal["packed", "padded"] = "packed"  # several examples to a row, or one
     context_length: int = 512  # tokens of a row; examples that do not fit are dropped and counted
@@ -324,9 +322,7 @@ class PreferConfig:
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = "dpo"
     beta: Optional[float] = None  # None: the loss's usual one, 0.1 (simpo: 2)
     margin: float = 1.0  # simpo: by how much the chosen answer's reward shall be larger
-    style: Optional[PromptStyle] = (
-        None  # chat: the model's own template; others are given to it. None: chat, else alpaca
-    )
+    style: Optional[PromptStyle] = None  # chat: the model's own template; others replace it. None: chat, else alpaca
     packing: Literal["packed", "padded"] = "packed"  # several pairs to a row, or one
     context_length: int = 512  # tokens of a row, which holds both sides of a pair
     val_fraction: float = 0.05  # the end of the source
