@@ -424,9 +424,6 @@ class ClassifyConfig:
     prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
 
 
-PromptStyle = Literal["chat", "chatml", "alpaca", "phi3"]
-
-
 @dataclass(frozen=True)
 class InstructConfig:
     """Conversations, and which of their tokens are learned."""
@@ -435,7 +432,7 @@ class InstructConfig:
         None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
     )
     style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
-        None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
+        None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     loss_on: Literal["response", "all"] = setting(
         "response", "Which tokens are learned: the responses, or prompts too."
@@ -459,7 +456,7 @@ class PreferConfig:
     beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).")
     margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
     style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
-        None, "Prompt style. chat: the model's own template; the others are given to it. null: chat, else alpaca."
+        None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
     context_length: int = setting(

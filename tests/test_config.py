@@ -579,3 +579,8 @@ def test_the_rough_account_of_memory_knows_every_remat():
     for remat in get_args(get_type_hints(config.ModelConfig)["remat"]):
         cfg = config.load_config("tiny-gpt2", f"model.remat={remat}", "model.vocab_size=257")
         assert memory_bytes(cfg, 1000, 257)["activations"] > 0
+
+
+def test_the_styles_are_explained_in_the_help():
+    comments = {key: comment for _, _, rows in config.describe() for key, _, _, comment in rows}
+    assert all("None: chat, else alpaca" in comments[f"{task}.style"] for task in ("instruct", "prefer"))
