@@ -22,9 +22,9 @@ from gptjax.tasks import classify
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
 from gptjax.types import Params, UserError
-from gptjax.weights import native
+from gptjax.weights import read_labels
+from gptjax.weights.door import LABELS
 
-LABELS = "labels.json"  # beside the model: names of the classes, and how a text is pooled
 RESULTS = "test.json"
 ROW_TOKENS = 2048  # about so many are scored at once
 
@@ -178,18 +178,6 @@ def summary(scores: dict[str, Any]) -> list[str]:
             for name, row in zip(scores["labels"], scores["confusion"], strict=True)
         ),
     ]
-
-
-def read_labels(folder: Path) -> dict[str, Any]:
-    """What a classifier's folder says of its classes.
-
-    Raises:
-        UserError: the model is none.
-    """
-    file = native.find(folder) / LABELS
-    if not file.is_file():
-        raise UserError(f"{folder} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
-    return read_json(file)
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:
