@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -120,12 +120,30 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    found = [(p.relative_to(folder), p) for p in folder.rglob("*") if p.is_file()]
-    visible = sorted((r.as_posix(), p) for r, p in found if not any(part.startswith(".") for part in r.parts))
+    visible = sorted((path.relative_to(folder).as_posix(), path) for path in _visible(folder, name))
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
+
+
+def _visible(folder: Path, name: str, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files at any depth, through links too; hidden ones are left out.
+
+    Raises:
+        UserError: a link that leads nowhere, or back to a folder that it stands in.
+    """
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and (not path.exists() or path.resolve() in above):
+            where = "nowhere" if not path.exists() else "back to a folder that it stands in"
+            raise UserError(f"data.source={name}: {path} is a link that leads {where}: mend it or take it out")
+        if path.is_dir():
+            yield from _visible(path, name, above)
+        elif path.is_file():
+            yield path
 
 
 def _hash_file(path: Path) -> str:
@@ -268,7 +286,7 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
             if field not in schema.names:
                 raise UserError(_no_field(str(path), field, schema.names))
             kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if not _is_text(kind):
                 raise UserError(f"{path}: column {field!r} must be text, found {kind}")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
@@ -279,6 +297,15 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
                     yield Document(f"{name}:{number}", text, name)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of arrow is text, of whichever layout; one of few different values is kept as a dictionary."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), getattr(pa, "string_view", pa.string)())
 
 
 def first_line(error: BaseException) -> str:
