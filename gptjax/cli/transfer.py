@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from gptjax.cli import options
@@ -20,14 +21,17 @@ def run_import(args: list[str]) -> int:
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
     from gptjax import weights
-    from gptjax.weights.door import check_vocabulary, new_folder
+    from gptjax.weights.door import LABELS, check_vocabulary, new_folder
 
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
     check_vocabulary(tokenizer, model.cfg)
     new_folder(Path(words[1]))
     options.note(f"reading {model.where} ({model.kind})")
-    weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer)
+    files = {}
+    if model.cfg.n_classes:
+        files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
+    weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer, files)
     print(f"{words[1]}  (use it: gptjax sample {words[1]} --prompt TEXT)")
     return 0
 
@@ -50,8 +54,12 @@ def run_export(args: list[str]) -> int:
     options.note(f"reading {model.where} ({model.kind})")
     params = model.params("float32", None)
     if form == "hf":
-        path = weights.export_hf(target, params, model.cfg, tokenizer)
-        print(f"{path}  (use it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}))")
+        labels = weights.read_labels(source) if model.cfg.n_classes else None
+        path = weights.export_hf(target, params, model.cfg, tokenizer, labels)
+        auto = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
+        print(f"{path}  (use it: transformers.{auto}.from_pretrained({str(path)!r}))")
+        if labels and labels["prompt"] != "{text}":
+            options.note(f"texts stand in a prompt, which transformers does not put there: {labels['prompt']!r}")
     elif form == "stablehlo":
         path = weights.export_stablehlo(target, params, model.cfg, tokenizer)
         print(f"{path}  (use it: jax.export.deserialize of {path / 'forward.stablehlo'}, then .call(params, tokens))")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,16 +147,30 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _visible(name: str, folder: Path) -> Iterator[Path]:
-    """The files in a folder and those below it, without what begins with a dot."""
-    count = 0
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".") and not _is_ours(Path(parent, each))]
-        count += len(names)
-        if count > MAX_FILES:
+    """The files at any depth, through links too, without hidden ones and what runs of gptjax wrote.
+
+    Raises:
+        UserError: too many files; a link that leads nowhere, or back to a folder that it stands in.
+    """
+    for count, path in enumerate(_walk(name, folder, ())):
+        if count >= MAX_FILES:
             raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
-        for each in names:
-            if not each.startswith(".") and (path := Path(parent, each)).is_file():
-                yield path
+        yield path
+
+
+def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and (not path.exists() or path.resolve() in above):
+            where = "nowhere" if not path.exists() else "back to a folder that it stands in"
+            raise UserError(f"data.source={name}: {path} is a link that leads {where}: mend it or take it out")
+        if path.is_dir():
+            if not _is_ours(path):
+                yield from _walk(name, path, above)
+        elif path.is_file():
+            yield path
 
 
 def _hash_file(path: Path) -> str:
@@ -318,7 +332,7 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
             if field not in schema.names:
                 raise UserError(_no_field(str(path), field, schema.names))
             kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            if not _is_text(kind):
                 raise UserError(f"{path}: column {field!r} must be text, found {kind}")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
@@ -329,6 +343,15 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
                     yield Document(f"{name}:{number}", text, name)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column of arrow is text, of whichever layout; one of few different values is kept as a dictionary."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), getattr(pa, "string_view", pa.string)())
 
 
 def first_line(error: BaseException) -> str:

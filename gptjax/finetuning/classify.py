@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ from gptjax.tasks import classify
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
 from gptjax.types import Params, UserError
-from gptjax.weights import native
+from gptjax.weights import read_labels
+from gptjax.weights.door import LABELS
 
-LABELS = "labels.json"  # beside the model: names of the classes, and how a text is pooled
 RESULTS = "test.json"
 AT_ONCE, WIDTH = 16, 64  # texts, and tokens whose multiples they are filled up to, in `load_classifier`
 ROW_TOKENS = 2048  # about so many are scored at once
@@ -191,28 +191,6 @@ def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
         f"{name:>{first}}  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
         for name, row in [(corner, labels), *zip(labels, confusion, strict=True)]
     ]
-
-
-def read_labels(folder: Path) -> dict[str, Any]:
-    """What a classifier's folder says of its classes.
-
-    Raises:
-        UserError: the model is none.
-    """
-    file = native.find(folder) / LABELS
-    if not file.is_file():
-        raise UserError(f"{folder} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
-    return use_json(file, _labels)
-
-
-def _labels(about: dict[str, Any]) -> dict[str, Any]:
-    names, length, prompt = about["labels"], about["max_length"], about["prompt"]
-    whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    if not whole or about["pooling"] not in get_args(classify.Pooling):
-        raise ValueError("expected labels, a list of texts, and a pooling")
-    if type(length) is not int or length < 1 or not isinstance(prompt, str):
-        raise ValueError("expected max_length, a whole number, and prompt, a text")
-    return about
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:

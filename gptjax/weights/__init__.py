@@ -8,6 +8,7 @@ from gptjax.weights.door import (
     load,
     load_tokenizer,
     open_model,
+    read_labels,
     stop_ids,
 )
 from gptjax.weights.native import save
@@ -15,5 +16,5 @@ from gptjax.weights.peft import export_peft, fingerprint, load_peft
 
 __all__ = [
     "Model", "export_gguf", "export_hf", "export_peft", "export_stablehlo", "fingerprint", "load", "load_peft",
-    "load_tokenizer", "open_model", "save", "stop_ids",
+    "load_tokenizer", "open_model", "read_labels", "save", "stop_ids",
 ]  # fmt: skip

@@ -23,13 +23,14 @@ import numpy as np
 
 from gptjax import assets, gguf, tokenizers
 from gptjax.config import ModelConfig
-from gptjax.files import user_path
+from gptjax.files import use_json, user_path
 from gptjax.model.gpt import forward
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
 from gptjax.weights.rules import read, write
 
 CONFIG = "config.json"
+LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -123,7 +124,7 @@ def _native(path: Path) -> Model:
 def _hugging_face(folder: Path, source: Any) -> Model:
     where = str(folder / CONFIG)
     family, cfg, said = families.from_hf(_json(folder / CONFIG), where)
-    rules = family.rules
+    rules = [*family.rules, families.SCORE]
     if family.name == "gpt2" and not any(name.startswith("transformer.") for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix("transformer.")) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
@@ -207,18 +208,66 @@ def _gguf(path: Path) -> Model:
     )  # fmt: skip
 
 
+def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a classifier's folder says of its classes: labels, pooling, max_length, prompt.
+
+    One of Hugging Face has the names in its config.json, and reads the last token; the rest is what gptjax added to it,
+    or the whole context and the text alone.
+
+    Raises:
+        UserError: the model is none.
+    """
+    path = Path(source)
+    if (path / CONFIG).is_file() and not (path / native.MODEL).is_file():
+        model = open_model(path)
+        if not model.cfg.n_classes:
+            raise UserError(f"{path} is no classifier: its config.json names another architecture")
+        names = families.class_names(_json(path / CONFIG), str(path / CONFIG))
+        usual = {"labels": names, "pooling": "last", "max_length": model.cfg.context_length, "prompt": "{text}"}
+        return use_json(path / LABELS, _labels) if (path / LABELS).is_file() else usual
+    file = native.find(path) / LABELS
+    if not file.is_file():
+        raise UserError(f"{path} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
+    return use_json(file, _labels)
+
+
+def _labels(about: dict[str, Any]) -> dict[str, Any]:
+    names, length, prompt = about["labels"], about["max_length"], about["prompt"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("expected labels, a list of texts")
+    if about["pooling"] not in ("last", "first", "mean") or type(length) is not int or length < 1:
+        raise ValueError("expected a pooling, last, first or mean, and max_length, a whole number")
+    if not isinstance(prompt, str):
+        raise ValueError("expected prompt, a text")
+    return about
+
+
 # ---------------------------------------------------------------- out
 
 
-def export_hf(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:
+def export_hf(
+    folder: str | os.PathLike[str],
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Any = None,
+    labels: dict[str, Any] | None = None,
+) -> Path:
     """A folder that transformers loads: config.json, model.safetensors and, where one is given, the tokenizer.
+
+    Args:
+        labels: of a classifier, as `read_labels` gives it; the model becomes one ForSequenceClassification.
 
     Raises:
         UserError: no model type of Hugging Face holds this model or its tokenizer, or the folder is not empty.
     """
     folder = Path(folder)
-    family = families.family_of(cfg)
+    family = families.family_of(dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     values = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(cfg)}
+    rules = [*family.rules]
+    if cfg.n_classes:
+        params, rules = _class_params(params), [*family.rules, families.SCORE]
+        tokenizer, more = _class_values(cfg, tokenizer, labels)
+        values |= more | {"architectures": [family.classifier]}
     dtype = jax.tree.leaves(params)[0].dtype
     values["dtype"] = dtype.name
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -230,16 +279,53 @@ def export_hf(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, 
         texts = hf.to_hf(tokenizer)
         stops = stop_ids(tokenizer)
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    if cfg.n_classes and labels is not None:
+        texts[LABELS] = json.dumps(labels, indent=1) + "\n"
     texts[CONFIG] = json.dumps(values | ends, indent=2) + "\n"
     texts["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
     new_folder(folder)
     try:
-        safetensors.save(folder, write(params, family.rules, cfg), dtype)
+        safetensors.save(folder, write(params, rules, cfg), dtype)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
+
+
+def _class_params(params: Params) -> Params:
+    """As transformers' classifiers have them: no LM head, and no bias in the other."""
+    if np.asarray(params["cls_head"].get("bias", 0)).any():
+        raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
+    body = {name: node for name, node in params.items() if name != "lm_head"}
+    return body | {"cls_head": {"kernel": params["cls_head"]["kernel"]}}
+
+
+def _class_values(cfg: ModelConfig, tokenizer: Any, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer with a token that fills rows, and the attributes of a classifier.
+
+    transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.
+    """
+    if labels is not None and labels["pooling"] != "last":
+        raise UserError(
+            f"transformers' classifiers read the last token of a text, this model has classify.pooling="
+            f"{labels['pooling']}: train it with classify.pooling=last to export it"
+        )
+    names = labels["labels"] if labels is not None else [f"LABEL_{i}" for i in range(cfg.n_classes)]
+    if len(names) != cfg.n_classes or len(set(names)) != cfg.n_classes:
+        raise UserError(f"labels: expected {cfg.n_classes} different names, got {names!r:.60}")
+    pad = None
+    if tokenizer is not None:
+        stops = stop_ids(tokenizer)
+        spare = tokenizer.vocab_size if cfg.vocab_size > tokenizer.vocab_size else None
+        pad = next((i for i in (tokenizer.pad_id, *stops, spare) if i is not None), None)
+        named = {*tokenizer.special_tokens.values(), *tokenizer.added_tokens.values()}
+        tokenizer = tokenizer.replace(pad_id=pad) if pad in named else tokenizer
+    table = {str(i): name for i, name in enumerate(names)}
+    return tokenizer, {
+        "id2label": table, "label2id": {name: int(i) for i, name in table.items()},
+        "pad_token_id": pad,
+    }  # fmt: skip
 
 
 def export_gguf(

@@ -129,6 +129,12 @@ class Family(NamedTuple):
     fills: frozenset[str] = frozenset()  # switches that may be off here although the family has them on
     ignored: tuple[str, ...] = ()  # endings of tensors without parameters
 
+    @property
+    def classifier(self) -> str:
+        """transformers' class of the same body with a head `score` that tells texts apart."""
+        body = self.architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+        return f"{body}{'Text' * self.name.endswith('_text')}ForSequenceClassification"
+
 
 # ---------------------------------------------------------------- shared parts
 
@@ -517,6 +523,8 @@ _SANDWICH = dict(
 _POST = dict(ln_1_post="post_attention_layernorm", ln_2_post="post_feedforward_layernorm")
 _ROTARY = (".rotary_emb.inv_freq",)
 
+SCORE = Rule("cls_head/kernel", "score.weight", turned)  # of transformers' classifiers, whichever the family
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -558,14 +566,17 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig, st
     if family is None:
         raise UserError(f"{where}: model_type={kind!r:.60} is unknown; known are {', '.join(FAMILIES)}")
     named = values.get("architectures")
-    if named not in (None, [], [family.architecture]):
+    if named not in (None, [], [family.architecture], [family.classifier]):
         raise UserError(
-            f"{where}: architectures={named!r:.60}, expected [{family.architecture!r}]: a model with an LM head"
+            f"{where}: architectures={named!r:.60}, expected [{family.architecture!r}], a model with an LM head, or "
+            f"[{family.classifier!r}]"
         )
     attributes = Attributes(values, defaults=DEFAULTS[family.name])
     for name, off in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
         attributes.must(name, off)
     fields = family.to_config(attributes)
+    if named == [family.classifier]:  # which has no LM head, so that none is looked for
+        fields |= dict(n_classes=len(class_names(values, where)), cls_bias=False, tie_embeddings=True)
     attributes.end(where)
     with explained(attributes.said(), where):
         return family, model_config(fields, where), attributes.said()
@@ -580,6 +591,27 @@ def explained(said: str, where: str) -> Iterator[None]:
         raise UserError(f"{error}\n  {where} says {said}") from error
 
 
+def class_names(values: dict[str, Any], where: str) -> list[str]:
+    """The classes of a config.json with id2label, in their order; without it transformers calls them LABEL_0, .."""
+    n = values.get("num_labels")
+    table = values.get("id2label")
+    if table is None and (n is None or (type(n) is int and 1 <= n <= MAX_CLASSES)):
+        table = {str(i): f"LABEL_{i}" for i in range(2 if n is None else n)}
+    ids = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
+    if (
+        not ids
+        or len(ids) > MAX_CLASSES
+        or sorted(table) != sorted(ids)
+        or not all(isinstance(name, str) for name in table.values())
+    ):
+        raise UserError(
+            f"{where}: id2label={table!r:.60}, num_labels={n!r:.60}: expected the names of up to {MAX_CLASSES} "
+            "classes, numbered from 0"
+        )
+    return [table[i] for i in ids]
+
+
+MAX_CLASSES = 1 << 16
 MAX_LAYERS = 1 << 12  # whose kinds are looked at
 MAX_SIZE = 1 << 24  # of anything in a model that comes from elsewhere; the longest contexts are 10 million
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, load_config
-from gptjax.data import documents, split
+from gptjax.data import documents, records, split
 from gptjax.data.sources import Document, Documents, Source, hold_out
 from gptjax.types import UserError
 
@@ -336,3 +336,41 @@ def test_a_run_is_no_text(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     (source,) = documents(DataConfig(source=(str(tmp_path),))).sources
     assert [document.text for document in source] == ["mine"]
+
+
+def test_a_folder_is_read_through_its_links(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "b.txt").write_text("two")
+    (tmp_path / "one.txt").write_text("one")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").symlink_to(tmp_path / "one.txt")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / ".hidden").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    for source in (folder, tmp_path / "link"):
+        assert [(d.name, d.text) for d in read(source)] == [("a.txt", "one"), ("linked/deep/b.txt", "two")]
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"gone.txt is a link that leads nowhere"):
+        texts(folder)
+    (folder / "gone.txt").unlink()
+    (tmp_path / "elsewhere" / "round").symlink_to(folder, target_is_directory=True)
+    with pytest.raises(UserError, match=r"round is a link that leads back"):
+        texts(folder)
+
+
+@pytest.mark.parametrize("layout", ["dictionary", "string_view", "large_string", "dictionary of large"])
+def test_text_columns_of_every_layout(layout, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"string_view": pa.string_view(), "large_string": pa.large_string()}
+    kinds |= {"dictionary": pa.dictionary(pa.int32(), pa.string())}
+    kinds |= {"dictionary of large": pa.dictionary(pa.int16(), pa.large_string())}
+    table = pa.table({"text": pa.array(["ab", "cd", "ab"], kinds[layout])})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert texts(tmp_path / "x.parquet") == ["ab", "cd", "ab"]
+    assert [row for _, row in records.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]
+    pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match="must be text, found int64"):
+        texts(tmp_path / "y.parquet")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 import gptjax
@@ -151,3 +152,21 @@ def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
     assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
     assert door._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
     assert door._name_for_llama_cpp("other", []) == "other"
+
+
+def test_folders_and_files_behind_links(tiny, tmp_path):
+    """As the cache of the hub keeps them: every file a link to a blob without an ending."""
+    cfg, params = tiny("llama", vocab_size=257)
+    gptjax.weights.export_hf(tmp_path / "hf", params, cfg, gptjax.tokenizers.load("bytes"))
+    gptjax.save(tmp_path / "run" / "kept", params, cfg, gptjax.tokenizers.load("bytes"))
+    (tmp_path / "run" / "final").symlink_to(tmp_path / "run" / "kept", target_is_directory=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for i, file in enumerate(sorted((tmp_path / "hf").iterdir())):
+        file.rename(tmp_path / "blobs" / str(i))
+        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / str(i))
+    (tmp_path / "link").symlink_to(tmp_path / "snapshot", target_is_directory=True)
+    for source in ("snapshot", "link", "run"):
+        again, _ = gptjax.load(tmp_path / source)
+        assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+        assert gptjax.weights.load_tokenizer(tmp_path / source).encode("abc") == [97, 98, 99]
