@@ -1,6 +1,7 @@
 """The draft may guess well or badly: the tokens are the large model's own."""
 
 import jax
+import numpy as np
 import pytest
 
 from gptjax.generation import generate, speculate
@@ -47,6 +48,17 @@ def test_rows_that_belong_to_no_token(tiny):
     expected = generate(params, prompts, cfg, max_new_tokens=20, key=jax.random.key(0), vocab_size=6)
     assert max(map(max, expected)) < 6
     assert speculate(params, draft, prompts, cfg, draft_cfg, max_new_tokens=20, vocab_size=6).tokens == expected
+
+
+def test_a_draft_with_a_smaller_context_than_the_bucket_of_the_prompt(tiny):
+    """49 tokens are padded to 64 where the context allows; the draft's does not, and all that is asked fits in it."""
+    cfg, params = tiny("llama", vocab_size=37, context_length=64)
+    draft_cfg, draft = tiny("llama", vocab_size=37, context_length=60, n_layer=1)
+    prompt = [i % 37 for i in range(49)]
+    wanted = generate(params, [prompt], cfg, max_new_tokens=5, key=jax.random.key(0))
+    assert speculate(params, draft, [prompt], cfg, draft_cfg, max_new_tokens=5, ahead=3).tokens == wanted
+    for none in ([], np.zeros((0, 3), int)):
+        assert speculate(params, draft, none, cfg, draft_cfg, max_new_tokens=5).tokens == []
 
 
 def test_what_cannot_be(model, tiny):

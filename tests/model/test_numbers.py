@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 import gptjax
+from gptjax import lora
+from gptjax.config import LoraConfig
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import extend, forward, init_params
+from gptjax.model.gpt import extend, for_decoding, forward, init_params
 from gptjax.ops.device import compiling_for
+from gptjax.ops.quant import quantize
 from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, Mean, UserError
@@ -175,3 +178,30 @@ def test_top_p_reaches_p_in_exact_numbers():
 def test_a_mesh_is_made_of_a_mesh_config():
     with pytest.raises(UserError, match="expected a MeshConfig"):
         gptjax.parallel.make_mesh({"data": 1})
+
+
+def adapted(params, **settings):
+    cfg = LoraConfig(rank=2, targets="lm_head/*" if "lm_head" in params else "wte/*", **settings)
+    adapter = jax.tree.map(lambda a: a + 0.1, lora.init(jax.random.key(1), params, cfg))
+    return lora.attach(params, adapter, cfg)
+
+
+HEADS = {
+    "int8": lambda params, cfg: quantize(params, (("wte/*", "int8"), ("*", "none"))),
+    "int8 apart": lambda params, cfg: quantize(params, (("lm_head/*", "int8"), ("*", "none"))),
+    "nf4 apart": lambda params, cfg: quantize(params, (("lm_head/*", "nf4"), ("*", "none"))),
+    "lora": lambda params, cfg: adapted(params),
+    "lora apart": lambda params, cfg: adapted(params),
+    "dora apart": lambda params, cfg: adapted(params, dora=True),
+    "decoding": for_decoding,
+    "decoding apart": for_decoding,
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_logits_of_every_kind_of_head_are_not_rounded(kind):
+    cfg = config("llama", dtype="bfloat16", tie_embeddings="apart" not in kind)
+    params = HEADS[kind](init_params(jax.random.key(0), cfg), cfg)
+    logits = np.asarray(jax.jit(lambda params, tokens: forward(params, tokens, cfg))(params, jnp.arange(8)[None]))
+    assert logits.dtype == np.float32
+    assert (logits.astype(jnp.bfloat16).astype(np.float32) == logits).mean() < 0.1
