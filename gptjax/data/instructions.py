@@ -53,6 +53,14 @@ class Piece(NamedTuple):
     learn: bool
 
 
+class Unused(NamedTuple):
+    """A key that is not read: the first and the last record that has it, and how many have."""
+
+    first: str
+    count: int
+    last: str
+
+
 class Encoded(NamedTuple):
     """Examples as ids [n] int32, and how much each counts as a target [n] float32 (the first id never is one)."""
 
@@ -86,7 +94,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
     """The conversations of each record, as many as its format reads there. Errors as of `read`."""
     found: list[tuple[Conversation, ...]] = []
     problems: list[str] = []
-    unused: dict[str, list[str]] = {}
+    unused: dict[str, Unused] = {}
     unknown = False
     try:
         for where, record in records.read(source):
@@ -117,11 +125,11 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
     return found
 
 
-def _tell(unused: dict[str, list[str]], n: int, notes: list[str] | None) -> None:
-    """One line about the keys that were not read: {key: the places}."""
+def _tell(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
+    """One line about the keys that were not read, of n records."""
     if not unused:
         return
-    shown = [f"{key} ({len(places):,} of {n:,}, first {places[0]})" for key, places in list(unused.items())[:10]]
+    shown = [f"{key} ({some.count:,} of {n:,}, first {some.first})" for key, some in list(unused.items())[:10]]
     line = f"keys that are not read: {', '.join(shown)}" + ", .." * (len(unused) > 10)
     if notes is None:
         print(line, file=sys.stderr)
@@ -178,7 +186,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def _conversations(
-    record: dict, keys: tuple[str, ...], parse: Callable[[dict], Any], where: str, unused: dict[str, list[str]]
+    record: dict, keys: tuple[str, ...], parse: Callable[[dict], Any], where: str, unused: dict[str, Unused]
 ) -> tuple[Conversation, ...] | list[str]:
     """The conversations of a record of a format, or what is wrong with it. `unused` gets the keys that are not read."""
     sides = parse(record)
@@ -201,9 +209,7 @@ def _conversations(
     return list(dict.fromkeys(problems)) if problems else tuple(talks)
 
 
-def _unread(
-    record: dict, read: Collection[str], where: str, unused: dict[str, list[str]], prefix: str = ""
-) -> list[str]:
+def _unread(record: dict, read: Collection[str], where: str, unused: dict[str, Unused], prefix: str = "") -> list[str]:
     """The keys beside `read` that must not be left out; the others that are left out go to `unused`."""
     problems = []
     for key, value in record.items():
@@ -212,9 +218,9 @@ def _unread(
         if key in UNUSABLE and (key != "label" or value in (0, 1)):
             problems.append(f"{key}: {UNUSABLE[key]}")
         elif key not in METADATA:
-            places = unused.setdefault(prefix + sources.quoted(key), [])
-            if not places or places[-1] != where:
-                places.append(where)
+            name = prefix + sources.quoted(key)
+            before = unused.get(name, Unused(where, 0, ""))
+            unused[name] = Unused(before.first, before.count + (before.last != where), where)
     return problems
 
 

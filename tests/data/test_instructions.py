@@ -357,6 +357,19 @@ def test_phi3(tok):
     assert render(TWO, own) == render(TWO, phi3, "phi3")
 
 
+@pytest.mark.parametrize("style", instructions.STYLES)
+def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
+    """Asked by its template alone, also for an input."""
+    kept = instructions.styled(chatty, style)
+    given = {"role": "user", "content": "Spell it.", "input": "freind"}
+    for some in (ONE, TWO, Conversation((given, {"role": "assistant", "content": "friend"}), "")):
+        assert render(some, kept) == render(some, chatty, style)
+    pieces, messages = render(TWO, kept), [dict(m) for m in TWO.messages]
+    assert pieces[0].ids == chat.encode_chat(kept, messages[:2])
+    assert [i for piece in pieces[:3] for i in piece.ids] == chat.encode_chat(kept, messages[:4])
+    assert pieces[1].ids[-1] in kept.eos_ids
+
+
 def test_markers_that_are_special_tokens_are_their_ids(tok):
     made = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
     assert render(ONE, made, "phi3")[0].ids == [257, *b"\nWhere is Paris?", 259, *b"\n", 258, *b"\n"]
