@@ -168,7 +168,7 @@ def plan(*arguments):
     command = [sys.executable, "-m", "gptjax", "plan", *arguments, "out=plan.json"]
     print("gptjax", *command[3:-1])
     if not can_plan:
-        print("  set INSTALL_LIBTPU above, or run it where libtpu is: pip install 'gptjax[tpu-plan]'")
+        print("  set INSTALL_LIBTPU above, or run it where libtpu is: pip install -e '.[tpu-plan]' in the checkout")
         return None
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=plain)

@@ -386,7 +386,7 @@ if importlib.util.find_spec("dp_accounting"):
     spent = influence.epsilon(noise=NOISE, rate=rate, steps=DP_STEPS, delta=1e-4)
     print(f"epsilon {spent:.2f} at delta 1e-4")
 else:
-    print("the accountant is not installed: pip install 'gptjax[privacy]'")
+    print("the accountant is not installed: pip install -e '.[privacy]' in the checkout")
 print(f"held out: {held_out(private_params):.3f} nats a byte with privacy, {held_out(open_params):.3f} without")
 at = np.arange(DP_STEPS) + 1
 show.curves({"with privacy": (at, private_losses), "without": (at, open_losses)}, x="step", y="loss of the batch")

@@ -101,9 +101,13 @@ VERBS: dict[str, Verb] = {
     ),
     "export": Verb(
         "gptjax.cli.transfer",
-        "write a model for transformers, llama.cpp or as one program",
-        "gptjax export hf|gguf|stablehlo MODEL TARGET [type=F32|F16|BF16|Q8_0]",
-        ("gptjax export hf runs/mine mine-hf", "gptjax export gguf runs/mine mine.gguf type=Q8_0"),
+        "write a model for transformers, llama.cpp or as one program, or an adapter for peft",
+        "gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=F32|F16|BF16|Q8_0]",
+        (
+            "gptjax export hf runs/mine mine-hf",
+            "gptjax export gguf runs/mine mine.gguf type=Q8_0",
+            "gptjax export peft runs/instruct my-adapter",
+        ),
     ),
     "import": Verb(
         "gptjax.cli.transfer",

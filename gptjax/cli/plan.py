@@ -164,5 +164,5 @@ v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count Tensor
 The step is the one that `gptjax pretrain` or, for a preset of theirs, `gptjax finetune classify | instruct | prefer`
 runs, for a base whose shape is known without its tensors, or the one that model.* describes where model.vocab_size is
 given. The TPU compiler compiles it: memory and traffic are the program's own, times are bounds at the chip's peak
-figures. It needs no TPU: pip install 'gptjax[tpu-plan]'. `gptjax pretrain --help` and `gptjax finetune TASK --help`
-list the settings."""
+figures. It needs no TPU: pip install -e '.[tpu-plan]' in the checkout. `gptjax pretrain --help` and
+`gptjax finetune TASK --help` list the settings."""

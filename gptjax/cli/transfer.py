@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config_io import did_you_mean
+from gptjax.config_io import did_you_mean, from_yaml, read_text
 from gptjax.files import refuse_existing
 from gptjax.types import UserError
 
-FORMATS = ("hf", "gguf", "stablehlo")
+FORMATS = ("hf", "gguf", "peft", "stablehlo")
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,16 +39,19 @@ def run_import(args: list[str]) -> int:
 
 
 def run_export(args: list[str]) -> int:
-    """hf|gguf MODEL TARGET [type=..]"""
+    """hf|gguf|peft|stablehlo MODEL TARGET [type=..]"""
     words, kind = _take(args, "type", TYPES, "F32")
     if len(words) != 3:
         raise UserError(
-            "expected: gptjax export hf|stablehlo MODEL DIR, or gptjax export gguf MODEL FILE.gguf [type=Q8_0]"
+            "expected: gptjax export hf|stablehlo MODEL DIR, gptjax export gguf MODEL FILE.gguf [type=Q8_0], or "
+            "gptjax export peft RUN DIR"
         )
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
     _refuse_taken(Path(target), form)
+    if form == "peft":
+        return _export_adapter(source, Path(target))
     from gptjax import weights
 
     model = weights.open_model(source)
@@ -75,6 +80,56 @@ def _refuse_taken(path: Path, form: str) -> None:
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
         raise UserError(f"{path} is not empty: name a new folder")
+
+
+def _export_adapter(source: str, target: Path) -> int:
+    """The adapter that a fine-tuned run keeps beside its merged model."""
+    from gptjax import weights
+    from gptjax.weights import native, peft
+    from gptjax.weights.door import new_folder
+
+    run = native.find(source)
+    folder = run / "adapter"
+    if not (folder / peft.CONFIG).is_file():
+        raise UserError(f"{source} has no adapter by itself: {_why_none(Path(source))}")
+    native.verify(run)
+    body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
+    params, cfg = weights.load(run)
+    weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))  # as a whole, or not at all
+    new_folder(target)
+    try:
+        for name in (peft.CONFIG, peft.WEIGHTS):
+            shutil.copyfile(folder / name, target / name)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    base, auto = body.get("base_model_name_or_path"), "CausalLM"
+    if "cls_head" in params:
+        auto = "SequenceClassification"
+        if body.get("modules_to_save") is None:
+            options.note("the head stays here: it has a bias, which peft's format cannot hold (classify.bias=false)")
+    if base and not (Path(base) / "config.json").is_file():
+        options.note(f"its base for transformers: gptjax export hf {base} BASE")
+        base = "BASE"
+    print(
+        f"{target}  (use it: peft.PeftModel.from_pretrained(transformers.AutoModelFor{auto}.from_pretrained({base!r}), "
+        f"{str(target)!r}))"
+    )
+    return 0
+
+
+def _why_none(run: Path) -> str:
+    file = run / "config.yaml"
+    stored = from_yaml(read_text(file, "config"), str(file)) if file.is_file() else []
+    said = {leaf.key: leaf.value for leaf in stored}
+    trained = said.get("finetune.trainable", "lora")
+    if not file.is_file() or said.get("task", "pretrain") not in ("classify", "instruct", "prefer"):
+        return "only fine-tuning makes one; for the whole model: gptjax export hf"
+    if trained != "lora":
+        return f"it was tuned with finetune.trainable={trained}; for the whole model: gptjax export hf"
+    return (
+        "peft's format cannot hold it (DoRA that starts as PiSSA or OLoRA, an adapter of the embedding, or a model of "
+        "no family of Hugging Face); for the whole model: gptjax export hf"
+    )
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:

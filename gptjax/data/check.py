@@ -113,7 +113,9 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
-        raise UserError("near duplicates need datasketch: pip install 'gptjax[check]', or near=false") from error
+        raise UserError(
+            "near duplicates need datasketch: pip install -e '.[check]' in the checkout, or near=false"
+        ) from error
     index, seen, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}, []
     distinct = {(file.file, plain(text)): where for file in texts for where, text in reversed(file.found)}
     for (_, text), where in distinct.items():

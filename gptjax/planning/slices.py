@@ -70,7 +70,9 @@ def devices_of(on: Slice) -> Sequence[Any]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise UserError("plan needs the TPU compiler, which needs no TPU: pip install 'gptjax[tpu-plan]'") from error
+        raise UserError(
+            "plan needs the TPU compiler, which needs no TPU: pip install -e '.[tpu-plan]' in the checkout"
+        ) from error
     from jax.experimental import topologies
 
     one = {"chips_per_host_bounds": [1, 1, 1]} if on.n_chips == 1 else {}

@@ -370,5 +370,5 @@ def _accounting() -> Any:
     try:
         import dp_accounting
     except ImportError as error:
-        raise UserError("the accountant needs dp-accounting: pip install 'gptjax[privacy]'") from error
+        raise UserError("the accountant needs dp-accounting: pip install -e '.[privacy]' in the checkout") from error
     return dp_accounting

@@ -81,7 +81,7 @@ def _module(module: str, name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"train.loggers={name} needs {module}, which is not installed: pip install {module} "
-            "(or pip install 'gptjax[track]')"
+            "(or pip install -e '.[track]' in the checkout)"
         ) from error
 
 

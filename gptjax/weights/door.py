@@ -92,9 +92,28 @@ def open_model(source: str | os.PathLike[str]) -> Model:
             raise UserError(f"{path}: expected {CONFIG} beside it, which says what the tensors are")
         return _hugging_face(path.parent, safetensors.open_file(path))
     if path.is_file():
-        raise UserError(safetensors.refuse_pickle(path))
+        raise UserError(_no_model(path))
     known = [name for name, asset in assets.ASSETS.items() if asset.file.endswith(".gguf")]
     raise UserError(f"{name}: no such run, folder, .safetensors or .gguf file; named models are {', '.join(known)}")
+
+
+def _no_model(path: Path) -> str:
+    """What a file is that holds no model: pickled weights, text, or neither."""
+    expected = "expected a run or model folder, a .gguf or .safetensors file, hf:org/name, or the name of an asset"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1 << 12)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    if start.startswith(b"GGUF"):
+        return f"{path} is a GGUF file: name it .gguf"
+    if path.suffix.lower() in safetensors.PICKLED or start.startswith((b"\x80", b"PK\x03\x04")):
+        return safetensors.refuse_pickle(path)
+    if path.name in (CONFIG, native.MODEL):
+        return f"{path} is the description of a model: name its folder, {path.parent}"
+    if b"\0" in start or "\ufffd" in start.decode("utf-8", "replace")[:-3]:
+        return f"{path} is no kind of model that is known here: {expected}"
+    return f"{path} is a text file: {expected}; to train on a text: gptjax pretrain data.source={path}"
 
 
 def _from_hub(name: str) -> Path:
@@ -387,7 +406,7 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
-        raise UserError("stablehlo needs flatbuffers: pip install 'gptjax[export]'") from error
+        raise UserError("stablehlo needs flatbuffers: pip install -e '.[export]' in the checkout") from error
     folder = Path(folder)
     (rows,) = jax.export.symbolic_shape("b")
     tokens = jax.ShapeDtypeStruct((rows, cfg.context_length), jnp.int32)

@@ -41,7 +41,7 @@ MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".msgpack", ".h5")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".msgpack", ".h5")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file: name it .gguf",
     b"<": "a page of a web site", b"\x93NUMPY": "a numpy file", b"version http": "a Git LFS pointer",
@@ -246,7 +246,7 @@ def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
 def _nothing_here(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder"
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         return refuse_pickle(folder / pickled[0])
     return f"{folder}: expected {WEIGHTS} or {INDEX}, found neither"

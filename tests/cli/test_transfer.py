@@ -79,7 +79,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(run, tmp_path, capsys):
         (["import", "RUN"], "expected: gptjax import"),
         (["import", "RUN", "x", "dtype=int4"], "dtype=int4: expected float32"),
         (["import", "absent", "x"], "absent: no such run"),
-        (["export", "onnx", "RUN", "x"], "export onnx: expected hf, gguf, stablehlo"),
+        (["export", "onnx", "RUN", "x"], "export onnx: expected hf, gguf, peft, stablehlo"),
         (["export", "gguf", "RUN", "x", "type=Q2"], "type=Q2: expected F32"),
         (["export", "gguf", "RUN", "x", "kind=Q2"], "unknown setting kind=Q2"),
         (["chat"], "which model?"),

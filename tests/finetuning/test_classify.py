@@ -171,3 +171,26 @@ def test_measures():
     assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
     low, high = metrics.interval(285, 300)  # 95 %: Wilson's interval by hand
     assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
+
+
+def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):
+    assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "peft.PeftModel.from_pretrained" in said.out and "AutoModelForSequenceClassification" in said.out
+    assert "classify.bias=false" in said.err and f"gptjax export hf {folder / 'base'}" in said.err
+    base, cfg = gptjax.load(folder / "base")
+    ours, settings = weights.load_peft(tmp_path / "out", cfg, base=base)
+    kept, _ = weights.load_peft(finished / "final" / "adapter", cfg)
+    assert settings.rank == 4 and jax.tree.all(jax.tree.map(np.array_equal, ours, kept))
+    assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 2  # nothing is overwritten
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["export", "peft", str(folder / "base"), str(tmp_path / "none")]) == 2
+    assert "only fine-tuning makes one" in capsys.readouterr().err
+    whole = tmp_path / "whole"
+    shutil.copytree(finished, whole, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    config = (whole / "config.yaml").read_text()
+    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    assert "peft's format cannot hold it" in capsys.readouterr().err
+    (whole / "config.yaml").write_text(config.replace("trainable: lora", "trainable: all"))
+    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    assert "finetune.trainable=all" in capsys.readouterr().err

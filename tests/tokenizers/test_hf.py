@@ -331,7 +331,7 @@ def test_merges_are_cut_at_line_feeds_alone(tmp_path):
     merges = "#version: 0.2\r\na \u2028\r\na\u2028 \x85\r\n"
     (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (tmp_path / "merges.txt").write_bytes(merges.encode())
-    assert hf._gpt2_files(tmp_path, {})["model"]["merges"] == [["a", "\u2028"], ["a\u2028", "\x85"]]
+    assert hf._slow_files(tmp_path, {}, "gpt2")["model"]["merges"] == [["a", "\u2028"], ["a\u2028", "\x85"]]
     (tmp_path / "vocab.json").write_bytes(json.dumps(vocab).encode("utf-16"))
     with pytest.raises(UserError, match="UTF-16 by its byte order mark FF FE"):
         tokenizers.load(tmp_path)

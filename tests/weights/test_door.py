@@ -170,3 +170,23 @@ def test_folders_and_files_behind_links(tiny, tmp_path):
         again, _ = gptjax.load(tmp_path / source)
         assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
         assert gptjax.weights.load_tokenizer(tmp_path / source).encode("abc") == [97, 98, 99]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("my.txt", "Once upon a time, na\u00efve.\n".encode() * 300, "is a text file: expected a run or model folder"),
+        ("my.txt", b"gptjax", "gptjax pretrain data.source="),
+        ("model", b"GGUF\3\0\0\0", "is a GGUF file: name it .gguf"),
+        ("model.pt", b"PK\3\4....", "reading a pickled one can run any code"),
+        ("model.bin", b"anything", "reading a pickled one can run any code"),
+        ("weights", b"\x80\x04..", "reading a pickled one can run any code"),
+        ("config.json", b"{}", "is the description of a model: name its folder"),
+        ("photo.png", b"\x89PNG\r\n\0\0\xff\xfe" * 9, "no kind of model that is known here: expected a run"),
+    ],
+)
+def test_a_file_that_is_no_model_is_called_what_it_is(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        weights.open_model(tmp_path / name)
+    assert words in str(error.value) and ("pickle" in str(error.value)) == ("pickle" in words)
