@@ -8,6 +8,7 @@ from typing import Any
 
 from gptjax.cli.options import note
 from gptjax.config_io import did_you_mean
+from gptjax.files import write_text
 from gptjax.types import UserError
 
 USAGE = "expected: gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [out=NAME]"
@@ -46,8 +47,8 @@ def run(args: list[str]) -> int:
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
     found = audit.audit(models, model.cfg, tokenizer, settings, say=note)
     found = {"run": str(source), "notes": notes, **found}
-    pages["json"].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    pages["html"].write_text(report.page(found), encoding="utf-8")
+    write_text(pages["json"], json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(pages["html"], report.page(found))
     print("\n".join([*notes, *report.lines(found)]))
     print(f"the report is {pages['html']}, its numbers are in {pages['json']}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
-from gptjax.files import new_file
+from gptjax.files import new_file, write_text
 from gptjax.types import UserError
 
 COLUMNS = {
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
         cells = ("" if key not in own else f"{own[key]:d}" if key == "n" else f"{own[key]:.3f}" for key in keys)
         print(f"{source:{width}}", *(f"{cell:>12}" for cell in cells))
     if out is not None:
-        out.write_text(side_by_side(sources, runs), encoding="utf-8")
+        write_text(out, side_by_side(sources, runs))
         print(f"side by side in {out}")
     return 0
 

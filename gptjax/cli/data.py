@@ -8,7 +8,7 @@ from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, report
 from gptjax.config import Config
 from gptjax.config_io import did_you_mean
-from gptjax.files import new_file
+from gptjax.files import new_file, write_text
 from gptjax.types import UserError
 
 ACTIONS = ("prepare", "inspect", "check")
@@ -88,7 +88,7 @@ def check(args: list[str]) -> int:
     report = of.check(texts, threshold=threshold, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print(f"all of it in {out}")
     return 0
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import io
 import itertools
-import json
 import math
 import os
 import re
@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import config, config_io, tree
 from gptjax.config import Config, DistributedConfig, MeshConfig
 from gptjax.config_io import Leaf
+from gptjax.files import write_json, write_text
 from gptjax.finetuning.metrics import t_interval
 from gptjax.finetuning.seeds import stack
 from gptjax.training import loop
@@ -656,17 +657,18 @@ def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
     """sweep.csv (a line a run), sweep.json (rows, table, programs, config of run 0) and sweep.png, in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in found.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(found.rows)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(dict.fromkeys(key for row in found.rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    write_text(folder / "sweep.csv", lines.getvalue())
     summary = table(found.rows, found.axes)
     draw(found, folder / "sweep.png")
     whole = {
         "axes": list(found.axes), "rows": found.rows, "table": summary, "programs": found.programs,
         "config": config.to_yaml(found.configs[0]),
     }  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "sweep.json", whole)  # last: with it the sweep is done
 
 
 def draw(found: Sweep, path: Path) -> None:

@@ -15,7 +15,7 @@ import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
 from gptjax.data import records, sources
-from gptjax.files import new_file
+from gptjax.files import new_file, write_text
 from gptjax.tokenizers import load as load_tokenizer
 from gptjax.training.run_dir import RunDir
 from gptjax.types import UserError
@@ -247,3 +247,15 @@ def test_a_model_of_nothing_is_refused(key, model, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match=rf"model.{key} \(0\) must be at least 1"):
         weights.load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.json", "new")
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
