@@ -668,7 +668,7 @@ def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
         "axes": list(found.axes), "rows": found.rows, "table": summary, "programs": found.programs,
         "config": config.to_yaml(found.configs[0]),
     }  # fmt: skip
-    write_json(folder / "sweep.json", whole)
+    write_json(folder / "sweep.json", whole)  # last: with it the sweep is done
 
 
 def draw(found: Sweep, path: Path) -> None:

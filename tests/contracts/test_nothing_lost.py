@@ -17,7 +17,7 @@ import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
 from gptjax.data import records, sources
-from gptjax.files import new_file
+from gptjax.files import new_file, write_text
 from gptjax.tokenizers import load as load_tokenizer
 from gptjax.training.run_dir import RunDir
 from gptjax.types import UserError
@@ -306,3 +306,15 @@ def test_the_same_weights_of_best_and_final_lie_on_the_disk_once(tmp_path):
     weights.save(final, params, cfg, twin=best)
     assert not (best / file).samefile(final / file)
     gptjax.load(final)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(tmp_path / "a.json", "new")
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"

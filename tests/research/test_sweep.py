@@ -259,3 +259,21 @@ def test_files(found, tmp_path):
 def test_a_sweep_of_too_many_runs_is_refused_at_once(settings, words):
     with pytest.raises(UserError, match=words):
         sweep.grid("tiny-gpt2", *settings)
+
+
+def test_a_sweep_that_is_killed_while_it_writes_is_no_sweep(tmp_path, monkeypatch):
+    """Its json comes last and whole, so the same command can be started again."""
+    replace = os.replace
+
+    def die(source, target):
+        if str(target).endswith("sweep.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(sweep, "draw", lambda *args: None)
+    monkeypatch.setattr(os, "replace", die)
+    cfg = gptjax.load_config("tiny-gpt2")
+    row = {"run": 0, "train/loss": 1.0, "stopped": False}
+    with pytest.raises(KeyboardInterrupt):
+        sweep.write(sweep.Sweep([cfg], (), [row], [], [], []), tmp_path)
+    assert (tmp_path / "sweep.csv").exists() and not (tmp_path / "sweep.json").exists()

@@ -1,0 +1,144 @@
+"""SIGKILL at every kind of moment, then the same command again: prefer, several seeds and sweeps end as if nothing had
+been. GPTJAX_KILLS=1 runs it, as .ci/run does: a start takes some seconds."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import gptjax
+from gptjax.training.run_dir import read_metrics
+
+pytestmark = pytest.mark.skipif(not os.environ.get("GPTJAX_KILLS"), reason="minutes: GPTJAX_KILLS=1 runs it")
+CLOCK = ("seconds", "tokens_per_s")
+BASE = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=24, context_length=64, vocab_size=257)
+
+# Every file of a run appears by a rename: it dies before (odd) or after (even) the one that is counted down to.
+PROGRAM = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+def deadly(move):
+    def moved(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+        result = move(*args, **kwargs)
+        left -= 1
+        if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return moved
+os.rename, os.replace = deadly(os.rename), deadly(os.replace)
+from gptjax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills")
+    gptjax.save(folder / "base", gptjax.init_params(jax.random.key(0), BASE), BASE, gptjax.tokenizers.load("bytes"))
+    rows = [{"prompt": f"say {x}", "chosen": x * 2, "rejected": "no"} for x in "abcdefgh"] * 5
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [(label, label * n) for label in ("up", "DOWN") for n in range(1, 31)]
+    (folder / "texts.tsv").write_text("".join(f"{label}\t{text}\n" for label, text in texts))
+    (folder / "text.txt").write_text("to be or not to be, that is the question\n" * 100)
+    return folder
+
+
+def command(folder: Path, kind: str, run_dir: Path) -> list[str]:
+    steps = ["train.max_steps=8", "train.eval_every=4", "train.checkpoint_every=4", "train.batch_size=4"]
+    tuned = [
+        f"finetune.base={folder / 'base'}", f"run_dir={run_dir}", "optim.warmup_steps=0", "train.epochs=null", *steps,
+        "optim.lr=1e-2", "optim.eps=1e-4", "lora.rank=2",
+    ]  # fmt: skip
+    return {
+        "prefer": [
+            "finetune", "prefer", "prefer.style=phi3", f"prefer.source={folder / 'pairs.jsonl'}",
+            "prefer.context_length=64", *tuned,
+        ],
+        "seeds": ["finetune", "classify", f"classify.source={folder / 'texts.tsv'}", "finetune.seeds=2", *tuned],
+        "together": [
+            "finetune", "classify", f"classify.source={folder / 'texts.tsv'}", "finetune.seeds=2",
+            "finetune.together=true", *tuned,
+        ],
+        "sweep": [
+            "sweep", "tiny-gpt2", f"data.source={folder / 'text.txt'}", "tokenizer.name=bytes", f"run_dir={run_dir}",
+            "model.d_model=16", "model.n_layer=1", "model.context_length=16", "optim.lr=[1e-3,3e-3]", "seed=range(2)",
+            *steps,
+        ],
+    }[kind]  # fmt: skip
+
+
+def start(folder: Path, kind: str, run_dir: Path, left: int) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-c", PROGRAM, str(left), *command(folder, kind, run_dir)]
+    env = {**os.environ, "GPTJAX_CACHE": str(folder / "cache")}
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=env)
+
+
+def result(run_dir: Path) -> dict:
+    """What a run leaves, without what the clock and the names of folders say."""
+    models = {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in run_dir.rglob("*.safetensors")
+        if "checkpoints" not in path.parts
+    }
+    rows = {
+        str(path.relative_to(run_dir)): [
+            {name: value for name, value in row.items() if name not in CLOCK} for row in read_metrics(path.parent)
+        ]
+        for path in run_dir.rglob("metrics.jsonl")
+    }
+    names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    whole = run_dir / "sweep.json"
+    table = json.loads(whole.read_text())["rows"] if whole.exists() else []
+    return {"models": models, "rows": rows, "names": {n for n in names if "checkpoints/" not in n}, "table": table}
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    """oracle(kind) -> (the folder of a run that nobody killed, what it left)."""
+    done: dict = {}
+
+    def make(kind):
+        if kind not in done:
+            run_dir = folder / f"{kind}-whole"
+            ended = start(folder, kind, run_dir, 10**9)
+            assert ended.returncode == 0, ended.stderr
+            done[kind] = run_dir, result(run_dir)
+        return done[kind]
+
+    return make
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("kind", "kills", "most"), [("prefer", 8, 16), ("seeds", 10, 16), ("together", 8, 16), ("sweep", 4, 4)]
+)
+def test_sigkill_is_invisible(kind, kills, most, folder, oracle, tmp_path):
+    whole, expected = oracle(kind)
+    run_dir, draw, killed = tmp_path / whole.name, random.Random(kills), 0
+    while killed < kills:
+        ended = start(folder, kind, run_dir, draw.randint(1, most))
+        if ended.returncode == 0:
+            break  # it had come to its end
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        killed += 1
+    ended = start(folder, kind, run_dir, 10**9)
+    held = kind == "sweep" and ended.returncode == 2 and "holds a sweep already" in ended.stderr
+    assert killed and (ended.returncode == 0 or held), ended.stderr
+    assert "Traceback" not in ended.stderr and "damaged" not in ended.stdout
+    assert result(run_dir) == expected
+    for name in ("test.json", "seeds.json"):
+        for path in whole.rglob(name):
+            mine = json.loads((run_dir / path.relative_to(whole)).read_text())
+            assert numbers(mine) == pytest.approx(numbers(json.loads(path.read_text())), abs=1e-4)
+
+
+def numbers(scores: dict) -> dict:
+    return {name: value for name, value in scores.items() if isinstance(value, int | float)}
