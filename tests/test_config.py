@@ -582,10 +582,5 @@ def test_the_rough_account_of_memory_knows_every_remat():
 
 
 def test_the_styles_are_explained_in_the_help():
-<<<<<<< HEAD
-    comments = {key: comment for _, _, rows in config.describe() for key, _, comment in rows}
-    assert all("null: chat, else alpaca" in comments[f"{task}.style"] for task in ("instruct", "prefer"))
-=======
     texts = {key: text for _, _, rows in config.describe() for key, _, text in rows}
     assert all("null: chat, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))
->>>>>>> cli

@@ -31,11 +31,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def model(tmp_path_factory):
     cfg = gptjax.ModelConfig(vocab_size=257, context_length=16, n_layer=1, n_head=2, d_model=8)
     params = gptjax.init_params(__import__("jax").random.key(0), cfg)
-<<<<<<< HEAD
     files = {"labels.json": json.dumps({"labels": ["a", "b"], "pooling": "last", "max_length": 8, "prompt": "{text}"})}
-=======
-    files = {"labels.json": json.dumps({"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"})}
->>>>>>> cli
     folder = weights.save(tmp_path_factory.mktemp("model") / "m", params, cfg, load_tokenizer("bytes"), files)
     return folder, params, cfg
 
