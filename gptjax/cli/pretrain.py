@@ -8,12 +8,13 @@ from typing import Any
 from gptjax.cli import options
 from gptjax.config import Config
 
-DEFAULT = "shakespeare-char"
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # the preset where none is named, and with pretrain.base
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    cfg, provenance = options.configure(parsed, DEFAULT, "pretrain", "pretrain")
+    default = FROM_BASE if any(leaf.key == "pretrain.base" for leaf in parsed.leaves) else DEFAULT
+    cfg, provenance = options.configure(parsed, default, "pretrain", "pretrain")
     if options.show_only(parsed, cfg, provenance, report):
         return 0
     from gptjax.training.loop import train
@@ -22,7 +23,7 @@ def run(args: list[str]) -> int:
 
 
 def more_help(args: list[str]) -> str:
-    return f"Without a preset it is {DEFAULT}.\n\n{options.values_help(args, DEFAULT, 'pretrain')}"
+    return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{options.values_help(args, DEFAULT, 'pretrain')}"
 
 
 def report(cfg: Config) -> list[str]:
