@@ -480,7 +480,7 @@ def render_all(
     tokenizer = styled(tokenizer, style)
     end = chat.end_of_answer(tokenizer)
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, end)))
-    return [[_piece(*part, tokenizer) for part in parts] for parts in _chat(conversations, tokenizer, end)]
+    return [_pieces(parts, tokenizer) for parts in _chat(conversations, tokenizer, end)]
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -499,8 +499,27 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, end: str | None) -> str | N
     return None
 
 
-def _piece(text: str, learn: bool, tokenizer: Tokenizer) -> Piece:
-    return Piece(tokenizer.encode(text, allowed_special="all"), learn)  # the messages hold none: see _unfit
+def _pieces(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[Piece]:
+    """The ids of each part after those before it. SentencePiece writes the beginning of a text, and what follows some
+    special tokens, in another way than the same text in the middle: such a part is cut from a longer text, where that
+    leaves the ids before it as they are.
+
+        <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if " Hello" came alone
+    """
+    pieces: list[Piece] = []
+    text, ids = "", list[int]()
+    in_context = getattr(tokenizer, "kind", "") == "hf"  # to all others it is the same
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, allowed_special="all")  # the messages hold none: see _unfit
+
+    for part, learn in parts:
+        text += part
+        whole = encode(text) if in_context else []
+        new = whole[len(ids) :] if in_context and whole[: len(ids)] == ids else encode(part)
+        ids += new
+        pieces.append(Piece(new, learn))
+    return pieces
 
 
 def _content(message: dict[str, Any], alpaca: bool) -> str:

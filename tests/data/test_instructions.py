@@ -357,6 +357,37 @@ def test_phi3(tok):
     assert render(TWO, own) == render(TWO, phi3, "phi3")
 
 
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """With a blank before every text: Llama 2's kind."""
+    from gptjax.tokenizers.gguf import from_metadata
+
+    letters = "abcdefghijklmnopqrstuvwxyz<>|_[]/#:\n"
+    pieces = ["▁l", "lo", "▁lo", "low", "▁low", "▁", *letters]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    made = {"model": "llama", "tokens": tokens, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    made["token_type"] = np.array([2, 3, 3] + [6] * 256 + [1] * len(pieces), np.int32)
+    made["scores"] = np.array([0] * 259 + [-i for i in range(len(pieces))], np.float32)
+    return from_metadata({f"tokenizer.ggml.{key}": value for key, value in made.items()})
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("style", instructions.STYLES)
+def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, style):
+    kept = instructions.styled(sentencepiece.replace(chat_template=LLAMA2), style)
+    several, ids = talk("low", "low", "lo", "low"), []
+    for i, piece in enumerate(render(several, kept)):
+        if piece.learn:
+            assert ids == chat.encode_chat(kept, [dict(m) for m in several.messages[:i]])
+        ids += piece.ids
+    assert ids[-1] in kept.eos_ids
+
+
 @pytest.mark.parametrize("style", instructions.STYLES)
 def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
     """Asked by its template alone, also for an input."""
