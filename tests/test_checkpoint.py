@@ -1,6 +1,7 @@
 """A checkpoint is right or refused: no damage goes unnoticed, and none costs more than one step."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -339,6 +340,15 @@ def test_a_full_disk_is_one_clear_error_and_harms_nothing(steps):
     assert Checkpoints(steps).newest() == (2, {"n": 2})
     checkpoints.save(3, make_state(3.0), {})
     assert Checkpoints(steps).restore(ABSTRACT).step == 3
+
+
+def test_what_orbax_had_begun_complains_to_nobody(caplog):
+    levels = [logging.getLogger(name).level for name in ("absl", "asyncio")]
+    with pytest.raises(OSError), checkpoint._quiet():
+        logging.getLogger("asyncio").error("Future exception was never retrieved")
+        raise OSError("full")
+    assert not caplog.records
+    assert [logging.getLogger(name).level for name in ("absl", "asyncio")] == levels
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

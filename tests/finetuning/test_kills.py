@@ -130,6 +130,7 @@ def test_sigkill_is_invisible(kind, kills, most, folder, oracle, tmp_path):
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         killed += 1
     ended = start(folder, kind, run_dir, 10**9)
+    print(f"{kind}: {killed} kills")
     held = kind == "sweep" and ended.returncode == 2 and "holds a sweep already" in ended.stderr
     assert killed and (ended.returncode == 0 or held), ended.stderr
     assert "Traceback" not in ended.stderr and "damaged" not in ended.stdout
