@@ -23,7 +23,8 @@ def run(args: list[str]) -> int:
 
 
 def more_help(args: list[str]) -> str:
-    return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{options.values_help(args, DEFAULT, 'pretrain')}"
+    values = options.values_help(args, DEFAULT, "pretrain")
+    return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{values}"
 
 
 def report(cfg: Config) -> list[str]:
