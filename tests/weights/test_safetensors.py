@@ -288,11 +288,7 @@ SIZES = '"n_layer": 1, "n_head": 1, "n_positions": 4, "vocab_size": 3}'
         ("[" * 100_000, "not JSON"),
         ('{"model_type": "bert"}', "model_type='bert' is unknown; known are gpt2, llama"),
         ('{"model_type": "llama", "auto_map": {"AutoModel": "x.py"}}', "auto_map"),
-<<<<<<< HEAD
         ('{"model_type": "gpt2"}', r"(?s)12 layers are announced.*says n_embd=768"),  # GPT2Config's defaults
-=======
-        ('{"model_type": "gpt2"}', "n_embd=768, vocab_size=50257"),
->>>>>>> foreign
         ('{"model_type": "gpt2", "n_embd": -8, ' + SIZES, "d_model"),
         ('{"model_type": "gpt2", "n_embd": NaN, "n_layer": "1"}', "n_embd: expected int, got nan"),
         ('{"model_type": "gpt2", "n_embd": 1099511627776, ' + SIZES, "d_model"),
