@@ -420,7 +420,7 @@ class ClassifyConfig:
     pooling: Literal["last", "first", "mean"] = setting(
         "last", "Which hidden state the head reads: the last real token's, the first's, or their mean."
     )
-    bias: bool = setting(True, "Bias in the head; transformers and peft know classifiers without one only.")
+    bias: bool = setting(False, "Bias in the head, as in the book; transformers and peft know heads without one only.")
     prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
 
 
@@ -712,7 +712,6 @@ RULED = (
 )  # fmt: skip
 # (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Any], ...] = (
-    (("lora.",), "finetune.trainable", lambda value: value != "lora"),
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
     (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),

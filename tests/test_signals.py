@@ -53,9 +53,9 @@ def test_a_signal_while_the_data_are_prepared(number, send, tmp_path, monkeypatc
     text.write_text("to be or not to be\n" * 40)
     prepare = gptjax.data.prepare
 
-    def and_signal(cfg, log):
+    def and_signal(cfg, *tokenizer, log):
         send(number)
-        return prepare(cfg, log=log)
+        return prepare(cfg, *tokenizer, log=log)
 
     monkeypatch.setattr(gptjax.data, "prepare", and_signal)
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))

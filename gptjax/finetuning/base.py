@@ -198,7 +198,7 @@ def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tup
 
 
 def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str) -> Parts:
-    settings, start, body = cfg.lora, None, dataclasses.replace(model, n_classes=0)
+    settings, start, body = cfg.lora, None, dataclasses.replace(model, n_classes=0, cls_bias=True)
     if settings.init != "lora":
         params, adapter = lora.split(params, settings)
         start = jax.tree.map(lambda a: a.copy(), adapter)

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, name, *more):
+    more = more if any(setting.startswith("classify.bias") for setting in more) else ("classify.bias=true", *more)
     adapter = [] if any(setting.startswith("finetune.trainable") for setting in more) else ["lora.rank=4"]
     return main(
         [
@@ -171,6 +172,16 @@ def test_measures():
     assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
     low, high = metrics.interval(285, 300)  # 95 %: Wilson's interval by hand
     assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
+
+
+def test_a_classifier_as_it_is_made_by_default_leaves_and_comes_back(folder, tmp_path, capsys):
+    assert run(folder, "default", "classify.bias=false", "train.max_steps=5", "optim.warmup_steps=0") == 0
+    assert main(["export", "hf", str(folder / "default"), str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
+    here, there = classify_texts(folder / "default", ["ABCABC"]), classify_texts(tmp_path / "hf", ["ABCABC"])
+    assert here[0] == pytest.approx(there[0], abs=1e-5)
+    assert main(["export", "peft", str(folder / "default"), str(tmp_path / "peft")]) == 0
+    assert "bias" not in capsys.readouterr().err
 
 
 def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):

@@ -158,7 +158,7 @@ def test_a_tuned_model_and_what_follows_it_write_and_stop_as_it_learned(
             assert chat.end_of_answer(tokenizer) == end and list(tokenizer.eos_ids) == eos
         monkeypatch.setattr("sys.stdin", io.StringIO("say a\nsay b\n"))
         assert main(["chat", str(run_dir), "max_new_tokens=2"]) == 0
-        assert capsys.readouterr().err.count("tokens, first after") == 2
+        assert capsys.readouterr().err.count("[2 tokens after") == 2
         params, cfg = gptjax.load(run_dir)
         gptjax.weights.export_hf(run_dir / "hf", params, cfg, tokenizer)
         said = json.loads((run_dir / "hf" / "generation_config.json").read_text())["eos_token_id"]

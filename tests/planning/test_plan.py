@@ -144,7 +144,7 @@ def test_a_fine_tuning_has_the_shape_of_its_base(tmp_path):
 
 def test_without_the_tpu_compiler(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"gptjax\[tpu-plan\]"):
+    with pytest.raises(UserError, match=r"\.\[tpu-plan\]"):
         slices.devices_of(slices.slice_of("v5e-1"))
 
 

@@ -27,6 +27,7 @@ class Letters:
     """Characters as ids 1 to 37; 0 ends a text."""
 
     eot_id = 0
+    vocab_size = 38
 
     def encode(self, text):
         return [1 + LETTERS.index(c) for c in text]

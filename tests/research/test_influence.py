@@ -252,7 +252,7 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"gptjax\[privacy\]"):
+    with pytest.raises(UserError, match=r"\.\[privacy\]"):
         influence.epsilon(noise=1.0, rate=0.1, steps=1, delta=1e-5)
 
 
