@@ -87,8 +87,8 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, dict | UserError]]:
         if not row:
             continue
         if not header:
-            header = row
-            if twice := sorted(column for column, count in Counter(row).items() if count > 1):
+            header = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]  # they may be several
+            if twice := sorted(column for column, count in Counter(header).items() if count > 1):
                 raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
         elif len(row) != len(header):
             yield where, UserError(f"{len(row)} columns, and the header has {len(header)}")

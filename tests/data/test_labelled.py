@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.data import labelled
+from gptjax.data import labelled, records
 from gptjax.types import UserError
 
 TOK = tokenizers.load("bytes")
@@ -166,3 +166,17 @@ def test_baselines():
     )
     assert labelled.naive_bayes(data, data, TOK) == 1.0
     assert labelled.majority(data, data.take([1, 3])) == 0.0
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    """As in Kaggle's spam.csv; columns of one name may not."""
+    file = tmp_path / "spam.csv"
+    file.write_text("v1,v2,,,\nham,hello there,,,\nspam,win now,,,\n")
+    found = labelled.read(str(file), text="v2", label="v1")
+    assert found.texts == ["hello there", "win now"] and found.names == ("ham", "spam")
+    assert next(records.read(str(file)))[1] == {
+        "v1": "ham", "v2": "hello there", "column 3": "", "column 4": "", "column 5": "",
+    }  # fmt: skip
+    file.write_text("v1,v1\nham,hello\n")
+    with pytest.raises(UserError, match="'v1' appears twice"):
+        labelled.read(str(file), text="v2", label="v1")
