@@ -134,8 +134,8 @@ plt.show()
 # %% [markdown]
 # ## Documents
 # A window may hold the end of one document and the beginning of another. `segment_ids` say which token belongs to
-# which, and everything follows from them: no token sees another document, positions begin again, and the last token of
-# a document has no target.
+# which, and everything follows from them: no token sees another document, and positions begin again. The token that ends
+# a document is the last target there, and as an input the first of the next: so a model learns how documents begin.
 
 # %%
 ids = np.array([7, 8, 9, 0, 3, 4, 5, 0, 6, 2, 0])  # 0 ends a document
@@ -143,9 +143,9 @@ store = data.TokenStore.from_ids(ids, doc_starts=(0, 4, 8))
 row = gather(store, np.array([0]), 10, True)
 for name, leaf in row._asdict().items():
     print(f"{name:12} {leaf[0]}")
-assert row.segment_ids[0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3]
-assert row.positions[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-assert row.weights[0].tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 1, 1]
+assert row.segment_ids[0].tolist() == [1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+assert row.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
+assert row.weights[0].tolist() == [1] * 10
 s = row.segment_ids[0]
 sees = (s[:, None] == s[None, :]) & np.tri(10, dtype=bool)
 labels = [str(i) for i in row.tokens[0]]
