@@ -67,7 +67,8 @@ def _end_when_jax_aborts(failed: str) -> None:
     the exit code that says so, below the stack that JAX prints.
 
     The handler must be one of C: Python's wait for the main thread, and abort() does not. JAX's own callback for this
-    ends in std::bad_cast (jaxlib 0.10.2). A SIGABRT of a thread of Python's is a bug, and stays one.
+    ends in std::bad_cast (jaxlib 0.10.2). A SIGABRT of a thread of Python's is a bug, and stays one. jaxlib 0.7
+    leaves by _exit(1) instead: there the exit code of a process whose peer was silent is 1, below JAX's own words.
     """
     global _handler
     if os.name == "nt":

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from gptjax.parallel.distributed import RESTART
@@ -159,9 +160,10 @@ def test_a_process_that_stands_still(tmp_path):
         while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         running[1].send_signal(signal.SIGSTOP)
-        assert running[0].wait(HEARTBEAT_S + 10) == RESTART
+        old = jax.__version_info__ < (0, 8)  # jaxlib 0.7 leaves by _exit(1), which nobody hears
+        assert running[0].wait(HEARTBEAT_S + 10) == (1 if old else RESTART)
     finally:
         running[1].kill()
         running[1].wait()
     log = (tmp_path / "0.log").read_text(errors="replace")
-    assert "was silent for distributed.heartbeat_s" in log
+    assert ("tasks are unhealthy" if old else "was silent for distributed.heartbeat_s") in log
