@@ -52,7 +52,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder)
+        own = r"sweep\.(csv|png)" if (folder / ".sweep.partial").exists() else ""
+        problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, own)
     problems += complaints(loop.refuse_missing if cfg.task == "pretrain" else base.refuse_missing, cfg)
     Problems(problems).raise_if_any()
 

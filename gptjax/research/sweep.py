@@ -653,10 +653,14 @@ def _with_half(line: dict[str, Any], key: str) -> str:
     return f"{mean:.4f}" if high is None else f"{mean:.4f} +- {high - mean:.4f}"
 
 
+WRITING = ".sweep.partial"  # while it is there, sweep.csv and sweep.png are those of a sweep that was killed
+
+
 def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
     """sweep.csv (a line a run), sweep.json (rows, table, programs, config of run 0) and sweep.png, in `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / WRITING).touch()
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in found.rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -669,6 +673,7 @@ def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
         "config": config.to_yaml(found.configs[0]),
     }  # fmt: skip
     write_json(folder / "sweep.json", whole)  # last: with it the sweep is done
+    (folder / WRITING).unlink(missing_ok=True)
 
 
 def draw(found: Sweep, path: Path) -> None:

@@ -17,7 +17,7 @@ from gptjax.training.run_dir import read_metrics
 
 pytestmark = pytest.mark.skipif(not os.environ.get("GPTJAX_KILLS"), reason="minutes: GPTJAX_KILLS=1 runs it")
 CLOCK = ("seconds", "tokens_per_s")
-BASE = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=24, context_length=64, vocab_size=257)
+BASE = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=24, context_length=128, vocab_size=257)
 
 # Every file of a run appears by a rename: it dies before (odd) or after (even) the one that is counted down to.
 PROGRAM = """
@@ -60,7 +60,7 @@ def command(folder: Path, kind: str, run_dir: Path) -> list[str]:
     return {
         "prefer": [
             "finetune", "prefer", "prefer.style=phi3", f"prefer.source={folder / 'pairs.jsonl'}",
-            "prefer.context_length=64", *tuned,
+            "prefer.context_length=128", *tuned,
         ],
         "seeds": ["finetune", "classify", f"classify.source={folder / 'texts.tsv'}", "finetune.seeds=2", *tuned],
         "together": [
