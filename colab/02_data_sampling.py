@@ -134,8 +134,8 @@ plt.show()
 # %% [markdown]
 # ## Documents
 # A window may hold the end of one document and the beginning of another. `segment_ids` say which token belongs to
-# which, and everything follows from them: no token sees another document, and positions begin again. The token that ends
-# a document is the last target there, and as an input the first of the next: so a model learns how documents begin.
+# which, and everything follows from them: no token sees another document, and positions begin again. The token that
+# ends a document is the last target there, and as an input the first of the next: a model learns how documents begin.
 
 # %%
 ids = np.array([7, 8, 9, 0, 3, 4, 5, 0, 6, 2, 0])  # 0 ends a document
