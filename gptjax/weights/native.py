@@ -78,7 +78,7 @@ def save(
             add(partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         hashes = {path.relative_to(partial).as_posix(): sha256(path) for path in written}
-        if twin is not None:
+        if twin not in (None, folder):  # best/ is no twin of itself: its old weights need not be read
             _share(partial / safetensors.WEIGHTS, hashes[safetensors.WEIGHTS], twin / safetensors.WEIGHTS)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
