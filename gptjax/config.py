@@ -392,6 +392,11 @@ class FinetuneConfig:
     )
     trainable: str = setting("lora", "What is trained: lora (an adapter), all, or path patterns joined by |.")
     quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the frozen base under an adapter.")
+    save_merged: Optional[bool] = setting(
+        None,
+        "Save whole weights with the adapter merged into them; false: the adapter alone, read with its base again. "
+        "null: whole, except where the base is an asset or hf:org/name, which do not change.",
+    )
     seeds: int = setting(1, "Number of runs, with seed, seed + 1, ..; each in its own folder, and their mean.")
     together: Optional[bool] = setting(
         None, "Train all seeds in one vmapped program. null: on accelerators only; a CPU gains nothing."
@@ -1125,6 +1130,12 @@ def _task_combinations(cfg: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("finetune.quantize", "finetune.trainable"),
             f"finetune.quantize={cfg.finetune.quantize} needs finetune.trainable=lora: quantised weights do not move",
+        )
+    if cfg.finetune.save_merged is False and (cfg.finetune.trainable != "lora" or cfg.lora.init != "lora"):
+        yield (
+            ("finetune.save_merged", "finetune.trainable", "lora.init"),
+            "finetune.save_merged=false needs finetune.trainable=lora and lora.init=lora, got "
+            f"{cfg.finetune.trainable} and {cfg.lora.init}: these change weights of the base too",
         )
     if cfg.finetune.together and cfg.finetune.trainable != "lora":
         yield (

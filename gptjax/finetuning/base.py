@@ -208,14 +208,12 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
 
     def combine_as(settings: LoraConfig) -> Callable[[Any, Any], Params]:
         def combine(trained: Any, frozen: Params) -> Params:
-            both = lora.attach(frozen, trained["adapter"], settings)
-            return both | {name: trained[name] for name in heads}
+            return lora.attach(frozen, _flat(trained), settings)
 
         return combine
 
     def plain(trained: Any, frozen: Params) -> Params:
-        merged = dequantize(lora.merge(frozen, trained["adapter"], settings))
-        return merged | {name: trained[name] for name in heads}
+        return dequantize(lora.merge(frozen, _flat(trained), settings))
 
     def export(folder: Path, trained: Any, frozen: Params) -> None:
         adapter, config = trained["adapter"], settings
@@ -231,6 +229,24 @@ def _adapted(cfg: Config, params: Params, heads: Params, model: ModelConfig, key
         {"adapter": adapter, **heads}, params, combine_as(settings), plain,
         export if _for_peft(settings, body) else _nothing, combine_as,
     )  # fmt: skip
+
+
+def _flat(trained: Any) -> Params:
+    """The adapter with the heads beside it, as `lora.attach` takes both."""
+    heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
+    return trained["adapter"] | heads
+
+
+def _base_to_name(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
+    """What `weights.save` writes where the adapter is kept alone; None where the merged weights are."""
+    name, asked = cfg.finetune.base, cfg.finetune.save_merged
+    if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or asked:
+        return None
+    shared = name.startswith("hf:") or (name in assets.ASSETS and not Path(name).exists())
+    if not shared and asked is None:
+        return None
+    source = name if shared else str(Path(name).expanduser().absolute())
+    return weights.native.Base(source, fingerprint, cfg.finetune.quantize, dataclasses.asdict(cfg.lora))._asdict()
 
 
 def _for_peft(settings: LoraConfig, model: ModelConfig) -> bool:
@@ -309,10 +325,12 @@ def job(
     def batches(step: int, k: int) -> Any:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *(batch(step + i) for i in range(k)))
 
+    base = _base_to_name(cfg, parts.fingerprint)
+
     def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
         weights.save(
-            folder, plain(trained, frozen), model, tokenizer, texts | (files or {}),
-            add=lambda partial: export(partial / "adapter", trained, frozen), twin=folder.with_name("best"),
+            folder, plain(trained, frozen) if base is None else _flat(trained), model, tokenizer, texts | (files or {}),
+            add=lambda partial: export(partial / "adapter", trained, frozen), twin=folder.with_name("best"), base=base,
         )  # fmt: skip
 
     return Job(

@@ -11,8 +11,8 @@ from gptjax.weights.door import (
     read_labels,
     stop_ids,
 )
-from gptjax.weights.native import save
-from gptjax.weights.peft import export_peft, fingerprint, load_peft
+from gptjax.weights.native import fingerprint, save
+from gptjax.weights.peft import export_peft, load_peft
 
 __all__ = [
     "Model", "export_gguf", "export_hf", "export_peft", "export_stablehlo", "fingerprint", "load", "load_peft",

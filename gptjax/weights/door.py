@@ -21,13 +21,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import assets, gguf, tokenizers
+from gptjax import assets, gguf, lora, tokenizers, tree
 from gptjax.config import ModelConfig
 from gptjax.files import use_json, user_path
-from gptjax.model.gpt import forward
+from gptjax.model.gpt import abstract_params, forward
+from gptjax.ops.quant import dequantize, quantize
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
-from gptjax.weights.rules import read, write
+from gptjax.weights.rules import places_of, read, refuse, write
 
 CONFIG = "config.json"
 LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
@@ -133,11 +134,50 @@ def _from_hub(name: str) -> Path:
 
 def _native(path: Path) -> Model:
     folder = native.find(path)
-    return Model(
-        str(folder), "gptjax", native.read_model(folder / native.MODEL),
-        lambda dtype, shardings: native.load(folder, dtype=dtype, shardings=shardings)[0],
-        lambda: tokenizers.load(folder),
-    )  # fmt: skip
+    cfg, base = native.read_model(folder / native.MODEL), native.read_base(folder)
+
+    def params(dtype: Any, shardings: Any) -> Params:
+        if base is None:
+            return native.load(folder, dtype=dtype, shardings=shardings)[0]
+        return _adapted(folder, cfg, base, dtype, shardings)
+
+    return Model(str(folder), "gptjax", cfg, params, lambda: tokenizers.load(folder))
+
+
+def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shardings: Any) -> Params:
+    """The parameters of a model that is kept as an adapter, merged in float32 in the host's memory.
+
+    Raises:
+        UserError: the base cannot be read or has other weights by now, or the adapter does not fit it.
+    """
+    trained = native.load_adapter(folder)
+    try:
+        model = open_model(base.source)
+        params = model.params("float32", _in_host_memory())
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds an adapter for {base.source}, which cannot be read:\n{error}\n"
+            f"  bring it back, or write its new place at base/source in {folder / native.MODEL}"
+        ) from error
+    if native.fingerprint(params) != base.fingerprint:
+        raise UserError(
+            f"{folder} holds an adapter for {base.source}, which has other weights than those it was trained on"
+        )
+    leaves = tree.flatten(dequantize(lora.merge(quantize(params, base.quantize), trained, base.lora)))
+    wanted = tree.flatten(abstract_params(cfg))
+    refuse(str(folder), [f"{path} is missing" for path in wanted.keys() - leaves.keys()])
+    places = places_of(shardings, wanted)
+    return tree.unflatten(
+        {path: jax.device_put(np.asarray(leaves[path], jnp.dtype(dtype)), places[path]) for path in wanted}
+    )
+
+
+def _in_host_memory() -> jax.sharding.Sharding | None:
+    """The CPU's; None where jax was told to have no CPU (JAX_PLATFORMS=cuda)."""
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return None
 
 
 def _hugging_face(folder: Path, source: Any) -> Model:

@@ -3,6 +3,9 @@
 final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
         model.json          the ModelConfig
         tokenizer.json      the tokenizer
+
+In the place of model.safetensors there may be adapter.safetensors, a LoRA adapter and the parameters that stand beside
+it (a classifier's head); model.json then says on which base.
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config, tree
-from gptjax.config import ModelConfig, flat
-from gptjax.files import user_path
+from gptjax.config import LoraConfig, ModelConfig, flat
+from gptjax.files import use_json, user_path
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
 from gptjax.weights import safetensors
 from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
-WEIGHTS, MODEL = "model.safetensors", "model.json"
+WEIGHTS, ADAPTER, MODEL = "model.safetensors", "adapter.safetensors", "model.json"
 _UNLISTED = (  # what a model of version 0.1.0 may hold, whose model.json does not list its files
     WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
@@ -43,6 +48,7 @@ def save(
     files: Mapping[str, str] = MappingProxyType({}),
     add: Callable[[Path], None] | None = None,
     twin: Path | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write params, config and tokenizer as a folder that needs nothing else; one that `save` wrote is replaced.
 
@@ -53,6 +59,7 @@ def save(
         add: called with the folder before it appears, to write more into it.
         twin: a folder of `save`; where it holds the same weights, byte for byte, the disk keeps them once (a hard link,
             where the file system has them).
+        base: `params` are an adapter and heads for this `Base`, as a dict: they are kept alone.
 
     Raises:
         UserError: a leaf that is no plain array, the folder holds anything that `save` did not write there, or it
@@ -70,6 +77,8 @@ def save(
         partial.mkdir(parents=True)
         out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
         safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
+        weights = WEIGHTS if base is None else ADAPTER
+        os.rename(partial / safetensors.WEIGHTS, partial / weights)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
         for name, text in files.items():
@@ -79,7 +88,7 @@ def save(
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         hashes = {path.relative_to(partial).as_posix(): sha256(path) for path in written}
         if twin not in (None, folder):  # best/ is no twin of itself: its old weights need not be read
-            _share(partial / safetensors.WEIGHTS, hashes[safetensors.WEIGHTS], twin / safetensors.WEIGHTS)
+            _share(partial / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
             "format": FORMAT,
@@ -88,6 +97,8 @@ def save(
             "model_sha256": _sha256_of(model),
             "model": model,
         }
+        if base is not None:
+            body |= {"base": dict(base), "base_sha256": _base_sha256(base)}
         (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         for path in (*written, partial / MODEL):
             _sync(path)
@@ -151,6 +162,8 @@ def verify(folder: Path) -> None:
     wrong = [name for name, digest in files.items() if (folder / name).is_file() and sha256(folder / name) != digest]
     if body.get("model_sha256") not in (None, _sha256_of(body.get("model"))):
         wrong.append(f"{MODEL} (the settings of the model)")
+    if isinstance(body.get("base"), dict) and body.get("base_sha256") != _base_sha256(body["base"]):
+        wrong.append(f"{MODEL} (the settings of the adapter)")
     if wrong:
         raise UserError(
             f"{folder}: {', '.join(wrong)}: not as gptjax.save wrote it (sha256 differs): damaged or exchanged\n"
@@ -165,6 +178,11 @@ def sha256(path: Path) -> str:
 
 def _sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _base_sha256(base: Mapping[str, Any]) -> str:
+    """Without its place: a base that was moved is found again by editing it."""
+    return _sha256_of({key: value for key, value in base.items() if key != "source"})
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -193,6 +211,8 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
+    if read_base(folder) is not None:
+        raise UserError(f"{folder} holds an adapter and names its base: gptjax.load reads both")
     rules = [Rule(path, path) for path in tree.flatten(abstract_params(cfg))]
     source = safetensors.open_file(folder / WEIGHTS)
     verify(folder)
@@ -227,6 +247,52 @@ def read_model(path: Path) -> ModelConfig:
     if cfg.vocab_size < 1:
         raise UserError(f"{path}: model.vocab_size ({cfg.vocab_size}) must be at least 1")
     return cfg
+
+
+def fingerprint(params: Params) -> str:
+    """A hash of every leaf's name, shape and 1,024 of its numbers, rounded to bfloat16: the same however it is kept."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(tree.flatten(params).items()):
+        sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
+        sample = np.asarray(jax.device_get(sample)).astype(jnp.bfloat16)
+        digest.update(f"{path} {leaf.shape}".encode() + sample.tobytes())
+    return digest.hexdigest()
+
+
+class Base(NamedTuple):
+    """What an adapter was trained on: the model at `source`, whose parameters have this `weights.fingerprint`, with
+    matrices quantised as `quantize` says; and the config of the adapter."""
+
+    source: str
+    fingerprint: str
+    quantize: str
+    lora: LoraConfig
+
+
+def read_base(folder: Path) -> Base | None:
+    """The base of a model that is kept as an adapter; None of one whose weights are all there."""
+    return use_json(folder / MODEL, _base)
+
+
+def _base(body: dict[str, Any]) -> Base | None:
+    if "base" not in body:
+        return None
+    base = body["base"]
+    cfg = config.from_dict({"task": "instruct", "finetune": {"quantize": base["quantize"]}, "lora": base["lora"]})
+    if not isinstance(base["source"], str) or not isinstance(base["fingerprint"], str):
+        raise TypeError("expected texts at base/source and base/fingerprint")
+    return Base(base["source"], base["fingerprint"], cfg.finetune.quantize, cfg.lora)
+
+
+def load_adapter(folder: Path) -> Params:
+    """The adapter and heads that `save` got with a base, as float32 arrays.
+
+    Raises:
+        UserError: not there, or damaged.
+    """
+    source = safetensors.open_file(folder / ADAPTER)
+    verify(folder)
+    return tree.unflatten({name: source.array(name).astype(np.float32, copy=False) for name in source.shapes()})
 
 
 def _sync(path: Path) -> None:

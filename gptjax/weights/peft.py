@@ -11,7 +11,6 @@ Source: peft's tuners/lora (names, shapes, which attributes change the result), 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
 from gptjax.weights import families, native, safetensors
 from gptjax.weights.door import new_folder
+from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, is_float, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -213,16 +213,6 @@ def _verify(folder: Path) -> None:
             f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged, or written anew\n"
             f"  bring a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 loads it all the same"
         )
-
-
-def fingerprint(params: Params) -> str:
-    """A hash of every leaf's name, shape and 1,024 of its numbers, rounded to bfloat16: the same however it is kept."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(tree.flatten(params).items()):
-        sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
-        sample = np.asarray(jax.device_get(sample)).astype(jnp.bfloat16)
-        digest.update(f"{path} {leaf.shape}".encode() + sample.tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- their modules

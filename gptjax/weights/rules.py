@@ -169,7 +169,7 @@ def read(
         for rule in tensor.rules:
             if rule.ours in by_leaf:
                 by_leaf[rule.ours].append((tensor, rule))
-    places = _places(shardings, ours)
+    places = places_of(shardings, ours)
     leaves, broken = {}, []
     for path, leaf in ours.items():
         out = _aligned(leaf.shape, dtype)
@@ -232,7 +232,7 @@ def refuse(where: str, problems: list[str]) -> None:
         raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
 
 
-def _places(shardings: Any, ours: dict[str, Any]) -> dict[str, Any]:
+def places_of(shardings: Any, ours: dict[str, Any]) -> dict[str, Any]:
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)
