@@ -70,6 +70,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_and_python_block_runs(folder, capsys):
     for command in commands():
         if command not in LEFT_OUT:

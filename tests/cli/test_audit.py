@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
         yield here
 
 
+@pytest.mark.slow
 def test_a_run(folder, capsys):
     args = ["audit", "run", "canaries=canaries.jsonl", "prompts=prompts.txt", "base=run", "rows=24", "suffix=4",
             "prefixes=4", "of=blocks/mlp/*"]  # fmt: skip

@@ -99,6 +99,7 @@ def test_the_lock_of_another_machine(script, monkeypatch, host, age_s, waits):
     assert slept == [1.0] * waits
 
 
+@pytest.mark.slow
 def test_it_outlives_its_terminal_and_goes_on_after_its_machine(tmp_path):
     """Hung up, without a reader, killed after a checkpoint; started again it ends where it would have ended."""
     (tmp_path / "my.txt").write_text("The more I give to thee, the more I have, for both are infinite.\n" * 90)

@@ -103,6 +103,7 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
         assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_several_seeds(folder, capsys):
     assert run(folder, "seeds", "finetune.seeds=2", "train.max_steps=15") == 0
     assert "95 % interval" in capsys.readouterr().out

@@ -27,7 +27,10 @@ def model(tiny):
     return tiny("llama")
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["the same batch", "a batch for each"])
+@pytest.mark.parametrize(
+    "apart",
+    [pytest.param(False, id="the same batch", marks=pytest.mark.slow), pytest.param(True, id="a batch for each")],
+)
 def test_one_program_is_a_loop(model, apart):
     """Against the same functions by hand: a rate in the optimizer, a scale in the config, a rank of that shape."""
     cfg, params = model

@@ -47,7 +47,9 @@ def run(folder, kind, name, together, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["classify", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("instruct", "prefer"))]
+)
 def test_one_program_is_one_after_the_other(folder, kind, capsys):
     assert run(folder, kind, f"{kind}-one", "true") == 0
     assert "2 adapters in one program" in capsys.readouterr().out
@@ -65,6 +67,7 @@ def test_one_program_is_one_after_the_other(folder, kind, capsys):
     assert all(len(row["values"]) == 2 for row in table.values())
 
 
+@pytest.mark.slow
 def test_it_goes_on(folder, capsys):
     """From the checkpoint in the middle, to the bit; and again there is nothing to do."""
     assert run(folder, "classify", "whole", "true") == 0

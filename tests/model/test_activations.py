@@ -234,6 +234,7 @@ def test_gradients_with_respect_to_an_activation(tiny, remat):
     assert not blocked["blocks"]["mlp"]["up"]["kernel"][0].any() and blocked["blocks"]["mlp"]["up"]["kernel"][1].any()
 
 
+@pytest.mark.slow
 def test_adapters_and_quantised_leaves(tiny):
     cfg, params = tiny("llama")
     lcfg = gptjax.LoraConfig(rank=4, targets="blocks/*/kernel | wte/* | lm_head/*")

@@ -66,6 +66,7 @@ def losses(folder):
     return [row["train/loss"] for row in read_metrics(folder / "run") if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "n", [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="GPTJAX_ALL_MESHES=1 runs it"))]
 )
@@ -96,6 +97,7 @@ def _half(starts, step):
 LONGER = ("train.max_steps=100", "train.eval_every=100", "train.checkpoint_every=20", "optim.schedule=constant")
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
     """Started again, they go on from the last checkpoint, to the losses of a run that was never stopped."""
     (tmp_path / "whole").mkdir()
@@ -134,6 +136,7 @@ def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, dif
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_do_none_does(tmp_path):
     """The second host cannot write where its tokens should go."""
     (tmp_path / "file").write_text("")
@@ -152,6 +155,7 @@ def test_a_process_that_does_not_come(tmp_path):
     assert "SIGABRT" not in log
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still(tmp_path):
     more = (*LONGER, "train.max_steps=100000", "distributed.heartbeat_s=5")
     running = processes(tmp_path, 2, *more, command=CLI)

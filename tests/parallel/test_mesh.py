@@ -39,7 +39,7 @@ def on_eight(*args):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", [pytest.param("pretrain", marks=pytest.mark.slow), "lora", "classify", "instruct"])
 def test_every_mesh_gives_the_losses_of_one_device(kind):
     found = on_eight(kind, *([] if ALL else SOME[kind]))
     assert len(found) == (20 if ALL else len(SOME[kind]))
@@ -50,16 +50,19 @@ def test_accumulation_and_sharding_commute():
     assert on_eight("accumulated") < 1e-5
 
 
+@pytest.mark.slow
 def test_pmap_step_is_jit():
     assert max(on_eight("pmapped").values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_anywhere():
     """8 -> 4 -> 2 -> 1 -> 8 devices."""
     found = on_eight("checkpointed")
     assert found["same"] == [True] * 4 and found["loss"] < 1e-5
 
 
+@pytest.mark.slow
 def test_generation_on_a_mesh_gives_the_same_tokens():
     assert on_eight("generated") is True
 

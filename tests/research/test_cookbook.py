@@ -43,6 +43,7 @@ def printed(start, code):
     return out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", RECIPES, ids=[section.splitlines()[0] for section in RECIPES])
 def test_recipe(start, section):
     """Decimals may differ by one in their last place, everything else by nothing."""

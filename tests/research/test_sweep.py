@@ -108,6 +108,7 @@ def test_it_is_what_train_does(found):
         np.testing.assert_allclose(tree.flatten(found.state(1).params)[path], leaf, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_runs(found):
     """A chunk of two runs, one on each; they never speak to each other."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"

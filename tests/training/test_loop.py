@@ -402,6 +402,7 @@ def start(config: Path, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
     more = ["train.max_steps=600", "train.eval_every=200", "train.checkpoint_every=40"]
     gptjax.train(make(tmp_path / "oracle", *more), log=quiet)
@@ -544,6 +545,7 @@ def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_p
     assert not {"run", "other", "third"} & set(os.listdir(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="there a CPU has one kind of memory")
 def test_an_optimizer_in_the_hosts_memory(make, tmp_path, monkeypatch, whole):
     """The same run, also when it goes on from a checkpoint."""
