@@ -19,7 +19,7 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
 from gptjax.ops.ids import check_ids, is_local
-from gptjax.ops.linear import Turned, dense, factors, matmul, matmul_transposed
+from gptjax.ops.linear import Turned, aligned_columns, dense, factors, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
 from gptjax.types import Params, UserError
 
@@ -98,10 +98,14 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     """[.., D] -> [.., V] float32, softcapped where cfg says so: the float32 sum of the product, never rounded."""
     if cfg.dtype != "float32":
         hidden = hidden.astype(jnp.float32)  # a product is given in its input's dtype; its operands are cfg.dtype
-    if cfg.tie_embeddings:
-        logits = matmul_transposed(params["wte"]["embedding"], hidden, cfg.dtype)
+    head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
+    if isinstance(head, jax.Array) and device.platform() == "gpu" and device.mesh() is None:
+        kernel = aligned_columns(head.T if cfg.tie_embeddings else head)
+        logits = matmul(kernel, hidden, cfg.dtype)[..., : cfg.vocab_size]
+    elif cfg.tie_embeddings:
+        logits = matmul_transposed(head, hidden, cfg.dtype)
     else:
-        logits = matmul(params["lm_head"]["kernel"], hidden, cfg.dtype)
+        logits = matmul(head, hidden, cfg.dtype)
     return softcap(logits.astype(jnp.float32), cfg.logit_softcap)
 
 

@@ -205,3 +205,15 @@ def test_logits_of_every_kind_of_head_are_not_rounded(kind):
     logits = np.asarray(jax.jit(lambda params, tokens: forward(params, tokens, cfg))(params, jnp.arange(8)[None]))
     assert logits.dtype == np.float32
     assert (logits.astype(jnp.bfloat16).astype(np.float32) == logits).mean() < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_a_gpu_are_those_of_the_vocabulary(tied):
+    cfg = config("llama", tie_embeddings=tied)
+    params, ids = init_params(jax.random.key(0), cfg), jnp.arange(16)[None]
+    want = forward(params, ids, cfg)
+    with compiling_for("gpu"):
+        got = forward(params, ids, cfg)
+        lowered = jax.make_jaxpr(lambda p: forward(p, ids, cfg))(params)
+    assert got.shape == want.shape == (1, 16, 64) and "pad" in str(lowered)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.ops import loss
+from gptjax.ops.device import compiling_for
 from gptjax.ops.loss import cross_entropy, linear_cross_entropy, linear_log_probs, softcap
 
 RNG = np.random.default_rng(0)
@@ -107,3 +109,44 @@ def test_log_probs_of_every_token(cap, chunk):
         for fn in (whole, in_chunks)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)
+
+
+def columns_of_products(jaxpr):
+    """How many columns each product's second operand has, in the whole program."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found.append(max(eqn.invars[1].aval.shape))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found += columns_of_products(inner)
+    return found
+
+
+@pytest.mark.parametrize(("cap", "chunk", "dtype"), [(0.0, None, "float32"), (2.0, 5, "float32"), (2.0, 5, "bfloat16")])
+def test_a_gpu_multiplies_aligned_columns_and_sees_no_more_tokens(cap, chunk, dtype):
+    options = dict(dtype=dtype, chunk=chunk)
+
+    def both(h, w):
+        mean = linear_cross_entropy(h, w, TARGETS, WEIGHTS, cap=cap, **options)
+        return mean.total + (linear_log_probs(h, w, TARGETS, cap=cap, **options) * WEIGHTS).sum(), mean.total
+
+    run = lambda h, w: jax.value_and_grad(both, (0, 1), has_aux=True)(h, w)  # noqa: E731
+    want = run(HIDDEN, HEAD)
+    with compiling_for("gpu"):
+        got = run(HIDDEN, HEAD)
+        programs = jax.make_jaxpr(run)(HIDDEN, HEAD)
+    assert 128 in columns_of_products(programs.jaxpr) and V not in columns_of_products(programs.jaxpr)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=0.05, atol=0.05)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want)
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(None, 256), (4, 256), (16, 512), (80, 2560), (141, 4096)])
+def test_chunks_of_a_gpu_are_sized_by_its_memory(memory, expected, monkeypatch):
+    stats = None if memory is None else {"bytes_limit": memory * 2**30}
+    monkeypatch.setattr(jax, "local_devices", lambda: [type("Device", (), {"memory_stats": lambda self: stats})()])
+    with compiling_for("gpu"):
+        assert loss._chunk_bytes() == expected * 2**20
+    assert loss._chunk_bytes() == 256 * 2**20
