@@ -157,7 +157,9 @@ class ModelConfig:
         " it; offload keeps only each block's input, in the host's memory.",
     )
     unroll: Optional[bool] = setting(
-        None, "Compile the blocks as one unrolled program instead of a scan. null: only small models on a CPU."
+        None,
+        "Compile the blocks as one unrolled program instead of a scan. null: small models on a CPU; on a GPU up to 12 "
+        "blocks at a time.",
     )
 
     def __new__(cls, *args: Any, **given: Any) -> ModelConfig:

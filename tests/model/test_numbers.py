@@ -14,6 +14,7 @@ from gptjax import lora
 from gptjax.config import LoraConfig
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import extend, for_decoding, forward, init_params
+from gptjax.model.layers import layers_per_iteration
 from gptjax.ops.device import compiling_for
 from gptjax.ops.quant import quantize
 from gptjax.tasks import pretrain
@@ -217,3 +218,16 @@ def test_logits_of_a_gpu_are_those_of_the_vocabulary(tied):
         lowered = jax.make_jaxpr(lambda p: forward(p, ids, cfg))(params)
     assert got.shape == want.shape == (1, 16, 64) and "pad" in str(lowered)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "n_layer", "unroll", "expected"),
+    [
+        ("gpu", 12, None, 12), ("gpu", 36, None, 12), ("gpu", 30, None, 10), ("gpu", 13, None, 1),
+        ("gpu", 12, False, 1), ("tpu", 12, None, 1), ("tpu", 12, True, 12), ("cpu", 2, None, 2), ("cpu", 12, None, 1),
+    ],
+)  # fmt: skip
+def test_how_many_layers_are_unrolled(platform, n_layer, unroll, expected):
+    cfg = gptjax.ModelConfig(vocab_size=64, n_layer=n_layer, unroll=unroll)
+    with compiling_for(platform):
+        assert layers_per_iteration(cfg) == expected
