@@ -10,6 +10,7 @@ from flax import struct
 
 from gptjax.ops.dropout import dropout
 from gptjax.ops.linear import dense, factors, matmul, matmul_transposed, take
+from gptjax.ops.scale import scaled
 
 
 @struct.dataclass
@@ -45,8 +46,7 @@ def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     add = leaf.scale.astype(y.dtype) * matmul(leaf.b, matmul(leaf.a, low, dtype), dtype)
     if leaf.m is None:
         return y + add
-    ratio = (leaf.m / column_norms(leaf))[0].astype(y.dtype)
-    return ratio * (y + add)
+    return scaled(y + add, (leaf.m / column_norms(leaf))[0])
 
 
 @matmul_transposed.register
@@ -96,8 +96,12 @@ def _squared_columns(w: jax.Array) -> jax.Array:
 
 
 def _rows_apart(leaf: LoraWeight, x: jax.Array) -> jax.Array:
-    """Row i of the batch through adapter i."""
+    """Row i of the batch through adapter i; summed in float32."""
     B = leaf.a.shape[0]
-    low = jnp.einsum("BTD,BDR->BTR", x.reshape(B, -1, x.shape[-1]), leaf.a.astype(x.dtype))
-    add = jnp.einsum("BTR,BRD->BTD", low, leaf.b.astype(x.dtype)) * leaf.scale[:, None, None].astype(x.dtype)
+    low = _batched(x.reshape(B, -1, x.shape[-1]), leaf.a)
+    add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
     return add.reshape(*x.shape[:-1], add.shape[-1])
+
+
+def _batched(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)

@@ -123,7 +123,10 @@ def _laid(w: jax.Array, sides: Sides) -> jax.Array:
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
     """x @ kernel + bias; kernel [in, out], bias [out]."""
     y = matmul(kernel, x, dtype)
-    return y if bias is None else y + bias.astype(y.dtype)
+    if bias is None:
+        return y
+    # in float32, or the gradient of the bias, a sum over all tokens, would be summed in bfloat16
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
