@@ -219,4 +219,4 @@ def _turn(x: jax.Array) -> jax.Array:
 
 
 def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> jax.Array:
-    return x if keep is None else jnp.where(keep, x / (1 - rate), 0)
+    return x if keep is None else jnp.where(keep, (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype), 0)

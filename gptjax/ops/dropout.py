@@ -17,4 +17,5 @@ def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax
     """Each number is zeroed with probability `rate`, the rest grow by 1 / (1 - rate); no key, no change."""
     if key is None or off(rate):
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0).astype(x.dtype)
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # 1 - rate is not rounded to bfloat16
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)
