@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh, platform
 from gptjax.ops.ids import check_ids
-from gptjax.ops.linear import aligned_columns, weight_gradient
+from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
@@ -103,11 +103,12 @@ def linear_log_probs(
 
     def every(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
-        low = _row_major(aligned_columns(head.astype(dtype)))
+        kernel = _row_major(aligned_columns(head))
 
         @jax.checkpoint
         def log_probs(part):
-            logits = _logits(part[0].astype(dtype), low, cap, head.shape[1])
+            raw = matmul(kernel, part[0].astype(jnp.float32), dtype)  # whose backward products are in `dtype` too
+            logits = _logits(raw, cap, head.shape[1])
             return jnp.take_along_axis(logits, part[1][:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
 
         return _over_chunks(log_probs, parts).reshape(-1)[: targets.size].reshape(targets.shape)
@@ -147,14 +148,14 @@ def _total(hidden, targets, weights, head, cap, dtype):
     return _over_chunks(chunk, (hidden, targets, weights)).sum()
 
 
-def _logits(h, head, cap, n):
-    """h [M, D], head [D, n or more] -> [M, n or more] float32; what is beyond n is no token and has no probability."""
-    logits = softcap(jnp.dot(h, head, preferred_element_type=jnp.float32), cap)
-    return logits if head.shape[1] == n else jnp.where(jnp.arange(head.shape[1]) < n, logits, _NO_TOKEN)
+def _logits(raw, cap, n):
+    """raw [M, n or more] float32; what is beyond n is no token and has no probability."""
+    logits, columns = softcap(raw, cap), raw.shape[1]
+    return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 
 
 def _chunk_logits(h, head, cap, dtype, targets, weights, n):
-    logits = _logits(h.astype(dtype), head, cap, n)
+    logits = _logits(jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32), cap, n)
     shifted = logits - logits.max(-1, keepdims=True)
     exp = jnp.exp(shifted)
     norm = exp.sum(-1, keepdims=True)
