@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gptjax.config import ModelConfig
+from gptjax.ops.device import activation_dtype
 
 _ROWS = 16  # up to here every row is written by itself, in place; beyond, all by one scatter
 
@@ -20,7 +21,7 @@ class Cache:
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
     scales  None, or of int8: what the keys and the values are multiplied by, [L, B, K, S, 1] float32 each
     length  [B] int32, how many tokens each row has read; setting it back forgets the last ones
-    x       [B, S, D] the embeddings that `smear` looks back at; None without cfg.smear
+    x       [B, S, D] the embeddings that `smear` looks back at, in their dtype; None without cfg.smear
     empty   whether nothing was ever read: known when tracing, so that a prompt need not look into the cache
     """
 
@@ -94,6 +95,6 @@ def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: A
         v=jnp.zeros(shape, dtype),
         scales=scales,
         length=jnp.zeros(batch, jnp.int32),
-        x=jnp.zeros((batch, slots, cfg.d_model)) if cfg.smear else None,
+        x=jnp.zeros((batch, slots, cfg.d_model), activation_dtype(cfg.dtype)) if cfg.smear else None,
         empty=True,
     )

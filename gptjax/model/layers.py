@@ -20,8 +20,10 @@ from gptjax.ops.dropout import dropout
 from gptjax.ops.fused import SAVED
 from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
+from gptjax.ops.scale import scaled
 
 BLOCK_INPUT = "block"  # the name of what flows into a block, for remat policies
+PRODUCT = "product"  # the name of what a product with a weight gives, in the activations' dtype
 _GPU_LAYERS = 12  # at most so many are unrolled
 TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
 
@@ -79,7 +81,7 @@ class Linear(nn.Module):
         if device.mesh() is not None and isinstance(kernel, jax.Array):
             into_block = self.name not in ("o", "down")
             kernel = Gathered(kernel, (None, device.TENSOR) if into_block else (device.TENSOR, None))
-        return linear(x, kernel, bias, self.cfg.dtype)
+        return checkpoint_name(linear(x, kernel, bias, self.cfg.dtype), PRODUCT)
 
 
 class Norm(nn.Module):
@@ -119,9 +121,9 @@ class Attention(nn.Module):
             q, k = position.rope(q, table), position.rope(k, table)
         v0 = s.v0
         if cfg.value_residual:
-            mix = _read(self, "value_mix", nn.initializers.constant(0.5), ()).astype(v.dtype)
+            mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
             v0 = jnp.where(s.layer == 0, v, v0)
-            v = (1 - mix) * v + mix * v0
+            v = scaled(v, 1 - mix) + scaled(v0, mix)
         q, k, v = at("attn/q", q), at("attn/k", k), at("attn/v", v)
         cache, offset = s.cache, 0
         k, v = (a.astype(q.dtype).transpose(0, 2, 1, 3) for a in (k, v))
@@ -193,10 +195,9 @@ class Block(nn.Module):
         at = Reader(self.taps, patches, ctx.patches, s.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(s.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
-            # cast: a float32 scalar would make x float32
-            x = x * _read(self, "residual_lambda", nn.initializers.ones, ()).astype(x.dtype)
+            x = scaled(x, _read(self, "residual_lambda", nn.initializers.ones, ()))
         if cfg.x0_lambdas:
-            x = x + s.x0 * _read(self, "x0_lambda", nn.initializers.zeros, ()).astype(x.dtype)
+            x = x + scaled(s.x0, _read(self, "x0_lambda", nn.initializers.zeros, ()))
         keys = (
             (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
         )
@@ -217,10 +218,8 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-    ),
+    # by name: jax's own policies for products would save their float32 sums
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT], offload_src="device",
@@ -267,8 +266,8 @@ class GPT(nn.Module):
             if cache is not None:
                 before = None if cache.empty else cache.before()
                 cache = cache.remember(x)
-            weight = _read(self, "smear", nn.initializers.zeros, (cfg.d_model,)).astype(x.dtype)
-            x = x + weight * position.previous(x, before, segment_ids)
+            weight = _read(self, "smear", nn.initializers.zeros, (cfg.d_model,))
+            x = x + scaled(position.previous(x, before, segment_ids), weight)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x = at("embed", dropout(x, cfg.dropout, keys[0]))
 
@@ -368,9 +367,4 @@ class Embed(nn.Module):
         cfg = self.cfg
         std = 1.0 if cfg.init == "torch" else cfg.embed_std if self.std is None else self.std
         table = _read(self, "embedding", normal(std), (self.rows or cfg.vocab_size, cfg.d_model))
-        return take(table, ids).astype(activation_dtype(cfg))
-
-
-def activation_dtype(cfg: ModelConfig) -> Any:
-    """What flows between the products. CPUs keep float32: they have no bfloat16 arithmetic outside products."""
-    return jnp.float32 if device.platform() == "cpu" else jnp.dtype(cfg.dtype)
+        return take(table, ids).astype(device.activation_dtype(cfg.dtype))

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
@@ -34,6 +35,12 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def activation_dtype(dtype: str) -> Any:
+    """What flows between the products of a model that computes in `dtype`. CPUs keep float32: they have no bfloat16
+    arithmetic outside products."""
+    return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
 
 
 def mesh() -> Any:
