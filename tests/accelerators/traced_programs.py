@@ -1,0 +1,430 @@
+"""Programs of gptjax as they are traced for an accelerator: functions, and the shapes of their arguments.
+
+Nothing is allocated and nothing runs: every argument is a `jax.ShapeDtypeStruct`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import LoraConfig, lora
+from gptjax.config import ARCHS, Config, ModelConfig
+from gptjax.data.labelled import LabelledBatch
+from gptjax.data.preferences import PairBatch
+from gptjax.finetuning import base as finetuning
+from gptjax.generation import decode, sampling, speculative
+from gptjax.model import activations, gpt
+from gptjax.model.cache import init_cache
+from gptjax.ops import device
+from gptjax.ops.quant import quantize
+from gptjax.optim import make_optimizer
+from gptjax.planning import program as planning
+from gptjax.tasks import classify, prefer, pretrain
+from gptjax.training.step import make_train_step
+from gptjax.types import Batch
+
+# Rows of a batch. 11 divides no axis of any parameter, so an array holds activations if and only if 11 divides its
+# size: `traced_dtypes` tells the two apart by this.
+ROWS = 11
+LOWERING = {"gpu": "cuda", "tpu": "tpu"}  # gptjax's name of a platform: jax's
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+LORA = LoraConfig(rank=8, targets="*/kernel", dropout=0.1)
+DORA = LoraConfig(rank=8, dora=True)
+TABLES = LoraConfig(rank=8, targets="*/embedding")
+SAMPLER = sampling.chain(
+    sampling.repetition_penalty(1.2), sampling.temperature(0.8), sampling.top_k(20), sampling.top_p(0.9),
+    sampling.min_p(0.05),
+)  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """How the model is used: with documents (`segment_ids`) or without, T tokens in each of B rows."""
+
+    documents: bool = True
+    length: int = 128
+    rows: int = ROWS
+
+
+class Program(NamedTuple):
+    """A function and its arguments.
+
+    fn                  gives a dict; `traced_dtypes` reads the entries logits, loss, gradient, params, saved,
+                        activations and cache
+    wide_products       how many products of activations are meant to have a float32 operand in a bfloat16 model
+    scattered           how many sums by scattering are meant to be bfloat16
+    unchecked           "loops" or "saved": what is not checked, for a reason that the program names
+    """
+
+    fn: Callable[..., dict[str, Any]]
+    args: tuple
+    wide_products: int = 0
+    scattered: int = 0
+    unchecked: tuple[str, ...] = ()
+
+
+def ids(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@functools.cache
+def parameters(cfg: ModelConfig) -> Any:
+    params = gpt.abstract_params(cfg)
+    assert all(math.prod(leaf.shape) % ROWS for leaf in jax.tree.leaves(params)), "11 divides the size of a parameter"
+    return params
+
+
+def eager(jitted: Callable) -> Callable:
+    """The function inside of `jax.jit`, which would find its trace for another platform again: a trace is kept by the
+    arguments, and `compiling_for` is none of them."""
+    return jitted.__wrapped__
+
+
+def _batch(setting: Setting) -> Batch:
+    tokens = ids(setting.rows, setting.length)
+    return Batch(tokens, tokens, floats(*tokens.shape), tokens if setting.documents else None)
+
+
+def _gradient(loss: Callable, trained: Any, *rest: Any) -> dict[str, Any]:
+    """`loss` (trained, *rest) -> (Mean, metrics), its gradient, and what the forward pass saved for it: the leaves of
+    what `jax.vjp` returns."""
+
+    def total(trained: Any) -> Any:
+        mean, metrics = loss(trained, *rest)
+        return mean.total, (mean.weight, metrics)
+
+    value, backward, metrics = jax.vjp(total, trained, has_aux=True)
+    saved = [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
+    return {"loss": value, "gradient": backward(jnp.ones_like(value))[0], "saved": saved, "metrics": metrics}
+
+
+# ---------------------------------------------------------------- uses of a model: (cfg, setting) -> Program
+
+
+def init(cfg: ModelConfig, setting: Setting) -> Program:
+    rolled = dataclasses.replace(cfg, unroll=False)
+    return Program(lambda key: {"params": eager(gpt._init)(key, rolled)}, (KEY,))
+
+
+def forward(cfg: ModelConfig, setting: Setting) -> Program:
+    def fn(params, batch):
+        return {"logits": gpt.forward(params, batch.tokens, cfg, segment_ids=batch.segment_ids)}
+
+    return Program(fn, (parameters(cfg), _batch(setting)))
+
+
+def gradient(cfg: ModelConfig, setting: Setting, arrange: Callable = lambda params, cfg: params) -> Program:
+    """Of the pretraining loss."""
+    loss = pretrain.task(cfg).loss
+    params = jax.eval_shape(lambda params: arrange(params, cfg), parameters(cfg))
+    return Program(functools.partial(_gradient, loss), (params, _batch(setting), KEY))
+
+
+def cached_step(cfg: ModelConfig, setting: Setting, cache_dtype: str | None = None) -> Program:
+    """A prompt is read into an empty cache, then one token."""
+    rows, T = setting.rows, setting.length // 2
+
+    def fn(params, prompt, lengths, token):
+        cache = init_cache(cfg, rows, setting.length, cache_dtype or cfg.dtype)
+        first, cache = gpt.extend(params, prompt, cfg, cache, lengths=lengths)
+        logits, cache = gpt.extend(gpt.for_decoding(params, cfg), token, cfg, cache)
+        return {"logits": (first, logits), "cache": cache}
+
+    return Program(fn, (parameters(cfg), ids(rows, T), ids(rows), ids(rows, 1)))
+
+
+def generate(cfg: ModelConfig, setting: Setting) -> Program:
+    """The whole loop with every filter, two samples of each prompt; the cache has fewer slots than tokens come, so that
+    a full context is read again in it."""
+    room = 2 * cfg.context_length
+    prompt = min(32, cfg.context_length)
+    settings = decode._Settings(cfg, SAMPLER, prompt + room, room, 2, 3, cfg.vocab_size - 1, cfg.dtype)
+
+    def fn(params, prompt, lengths, key, stop):
+        quick = gpt.for_decoding(params, cfg)
+        state = eager(decode._start)(params, prompt, lengths, key, stop, settings, {})
+        state = eager(decode._advance)(params, quick, state, key, stop, jnp.int32(room), settings, {})
+        return state._asdict()
+
+    return Program(fn, (parameters(cfg), ids(setting.rows, prompt), ids(setting.rows), KEY, ids(8)))
+
+
+def speculate(cfg: ModelConfig, setting: Setting) -> Program:
+    """With itself as the draft. Its caches are float32, which is no setting."""
+    rows, T, room = setting.rows, setting.length // 4, setting.length // 2
+
+    def fn(params, prompt, lengths, stop):
+        out = eager(speculative._speculate)(
+            params, params, prompt, lengths, stop, jnp.int32(8), cfg, cfg, T + room, room, 4, cfg.vocab_size - 1
+        )
+        return {"tokens": out}
+
+    return Program(fn, (parameters(cfg), ids(rows, T), ids(rows), ids(8)), unchecked=("loops",))
+
+
+def adapter(cfg: ModelConfig, setting: Setting, settings: LoraConfig = LORA, **allowed: Any) -> Program:
+    """LoRA: the gradient of the adapter, and the merged weights."""
+    loss = lora.with_dropout(pretrain.task(cfg).loss)
+
+    def fn(adapter, params, batch, key):
+        out = _gradient(lambda adapter, *rest: loss(lora.attach(params, adapter, settings), *rest), adapter, batch, key)
+        return {**out, "params": lora.merge(params, adapter, settings)}
+
+    params = parameters(cfg)
+    trained = jax.eval_shape(lambda key, params: lora.init(key, params, settings), KEY, params)
+    return Program(fn, (trained, params, _batch(setting), KEY), **allowed)
+
+
+def adapter_of_tables(cfg: ModelConfig, setting: Setting) -> Program:
+    """An adapter of an embedding is looked up in float32, as the table is: per table one product forward and two
+    backward, and the rows of `a` are saved for them. A tied head has the sum of both, which is a plain product."""
+    tables = 2 if cfg.position == "learned" else 1
+    return adapter(cfg, setting, TABLES, wide_products=3 * tables, unchecked=("saved",))
+
+
+def adapters_by_row(cfg: ModelConfig, setting: Setting) -> Program:
+    """Every row through an adapter of its own: as many adapters as rows, and 11 divides their sizes too."""
+    settings = LoraConfig(rank=8)
+
+    def fn(adapters, params, tokens, rows, scales):
+        own = lora.attach(params, lora.rows(adapters, rows), settings, scales=scales)
+        return {"logits": gpt.forward(own, tokens, cfg)}
+
+    params = parameters(cfg)
+    one = jax.eval_shape(lambda key, params: lora.init(key, params, settings), KEY, params)
+    rows, T = setting.rows, setting.length
+    return Program(fn, ([one, one], params, ids(rows, T), ids(rows), floats(rows)), unchecked=("loops",))
+
+
+def quantized(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
+    """A quantised base: the gradient of an adapter over two kernels of it, and one token read into its cache."""
+    settings, loss = (
+        LoraConfig(rank=8, targets="blocks/attn/q/kernel | blocks/mlp/down/kernel"),
+        pretrain.task(cfg).loss,
+    )
+
+    def fn(adapter, base, batch, key, token):
+        out = _gradient(lambda adapter, *rest: loss(lora.attach(base, adapter, settings), *rest), adapter, batch, key)
+        cache = init_cache(cfg, setting.rows, setting.length, cfg.dtype).replace(empty=False)
+        logits, cache = gpt.extend(base, token, cfg, cache)
+        return {**out, "logits": logits, "cache": cache}
+
+    base = jax.eval_shape(lambda params: quantize(params, kind), parameters(cfg))
+    trained = jax.eval_shape(lambda key, base: lora.init(key, base, settings), KEY, base)
+    return Program(fn, (trained, base, _batch(setting), KEY, ids(setting.rows, 1)))
+
+
+def classifier(cfg: ModelConfig, setting: Setting, pooling: str = "last") -> Program:
+    """The head's product is float32 (one vector per text), forward and twice backward; so is a mean over tokens, once.
+    The gradient of the token that is picked is scattered: no two texts pick the same."""
+    cfg = dataclasses.replace(cfg, n_classes=3)
+    tokens, labels = ids(setting.rows, setting.length), ids(setting.rows, 2)
+    batch = LabelledBatch(tokens, tokens, labels, floats(*labels.shape))
+    loss = classify.task(cfg, pooling).loss
+    args = (parameters(cfg), batch, KEY)
+    return Program(functools.partial(_gradient, loss), args, 5 if pooling == "mean" else 3, int(pooling != "mean"))
+
+
+def preference(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
+    """Log-probabilities are summed over an answer by a float32 product, forward and backward."""
+    tokens, pairs = ids(setting.rows, setting.length), 2
+    weights, present, reference = (
+        floats(*shape) for shape in (tokens.shape, (setting.rows, pairs), (setting.rows, pairs, 2))
+    )
+    batch = PairBatch(tokens, tokens, weights, tokens, present, reference)
+    loss = prefer.task(cfg, kind).loss
+    return Program(functools.partial(_gradient, loss), (parameters(cfg), batch, KEY), 2)
+
+
+def tapped(cfg: ModelConfig, setting: Setting) -> Program:
+    """Every activation is read, of a row and of a cached step."""
+    names = activations.names(cfg)
+
+    def fn(params, batch):
+        logits, seen = gpt.tapped(params, batch.tokens, cfg, names, segment_ids=batch.segment_ids)
+        cache = init_cache(cfg, setting.rows, setting.length, cfg.dtype)
+        cached, cache, also = gpt.extend_tapped(params, batch.tokens, cfg, cache, names)
+        return {"logits": (logits, cached), "activations": (seen, also), "cache": cache}
+
+    return Program(fn, (parameters(cfg), _batch(setting)))
+
+
+def patched(cfg: ModelConfig, setting: Setting) -> Program:
+    """Every activation is replaced."""
+
+    def fn(params, batch, factors, direction):
+        return {"logits": _patched_logits(cfg, params, batch, factors, direction)}
+
+    return Program(fn, (parameters(cfg), _batch(setting), *_patches(cfg)))
+
+
+def gradient_of_patches(cfg: ModelConfig, setting: Setting) -> Program:
+    """The logits are differentiated for what replaces the activations. Patches compute in their own dtype, float32
+    here, and keep what they read in it; so do the four products with replaced probabilities, which no kernel makes."""
+
+    def fn(params, batch, *patches):
+        out, backward = jax.vjp(functools.partial(_patched_logits, cfg, params, batch), *patches)
+        return {"logits": out, "gradient": backward(out)}
+
+    args = (parameters(cfg), _batch(setting), *_patches(cfg))
+    return Program(fn, args, wide_products=4, unchecked=("loops",))
+
+
+def _patches(cfg: ModelConfig) -> tuple[Any, Any]:
+    factors = {name: floats(cfg.n_layer) if "*" in name else floats() for name in activations.names(cfg)}
+    return factors, floats(cfg.d_model)
+
+
+def _patched_logits(cfg: ModelConfig, params: Any, batch: Batch, factors: Any, direction: Any) -> jax.Array:
+    patches = {name: activations.scale(factor) for name, factor in factors.items()}
+    patches[f"blocks/{cfg.n_layer - 1}/resid"] = activations.add(direction)
+    return gpt.forward(params, batch.tokens, cfg, segment_ids=batch.segment_ids, patches=patches)
+
+
+def traced_dropout(cfg: ModelConfig, setting: Setting) -> Program:
+    """The rate is an argument, as in a sweep over it."""
+
+    def fn(params, batch, key, rate):
+        loss = pretrain.task(dataclasses.replace(cfg, dropout=rate)).loss
+        return _gradient(loss, params, batch, key)
+
+    return Program(fn, (parameters(cfg), _batch(setting), KEY, floats()))
+
+
+USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
+    "init": init,
+    "forward": forward,
+    "gradient": gradient,
+    "cached step": cached_step,
+    "generate": generate,
+    "lora": adapter,
+    "dora": functools.partial(adapter, settings=DORA),
+    "int8": functools.partial(quantized, kind="int8"),
+    "nf4": functools.partial(quantized, kind="nf4"),
+    "classify": classifier,
+    "dpo": functools.partial(preference, kind="dpo"),
+    "taps": tapped,
+    "patches": patched,
+}
+MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
+    "layers apart": functools.partial(gradient, arrange=gpt.layers_apart),
+    "traced dropout": traced_dropout,
+    "gradient of patches": gradient_of_patches,
+    "lora of tables": adapter_of_tables,
+    "cached step, int8 cache": functools.partial(cached_step, cache_dtype="int8"),
+    "speculate": speculate,
+    "adapters by row": adapters_by_row,
+    "classify, mean": functools.partial(classifier, pooling="mean"),
+    **{kind: functools.partial(preference, kind=kind) for kind in prefer.LOSSES if kind != "dpo"},
+}
+
+
+# ---------------------------------------------------------------- a preset
+
+
+def train_step(cfg: Config) -> Program:
+    """The step that `gptjax pretrain` or `gptjax finetune` runs, optimizer included; cfg.model is the base's."""
+    rows, T = ROWS * cfg.train.accumulation, planning.width(cfg)
+    if cfg.task == "pretrain":
+        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), pretrain.task(cfg.model).loss
+    else:
+        tx = finetuning.optimizer(cfg)
+        loss = finetuning.with_dropout(cfg, planning.KINDS[cfg.task].loss(cfg))
+    create, combine = planning._state(cfg, tx)
+    step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
+    state = jax.eval_shape(create, KEY)
+
+    def fn(state, batch):
+        state, metrics = step(state, batch)
+        return {"params": state.params, "loss": metrics["loss"], "state": state}
+
+    mean = cfg.classify.pooling == "mean"
+    wide = {"pretrain": 0, "instruct": 0, "prefer": 2, "classify": 5 if mean else 3}
+    scattered = int(cfg.task == "classify" and not mean)
+    return Program(fn, (state, planning._batch(cfg, rows, T)), wide[cfg.task], scattered)
+
+
+# ---------------------------------------------------------------- switches
+
+SIZES = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=64, vocab_size=96, context_length=256)
+EVERYWHERE = ("arch", "dtype")  # what every list of programs goes through anyway
+
+# Other values of fields that are no flags and no choices.
+VALUES: dict[str, tuple[Any, ...]] = dict(
+    vocab_size=(130,), context_length=(200,), n_layer=(3,), n_head=(8,), n_kv_head=(1, 4), d_head=(32,), d_model=(96,),
+    d_ff=(160,), rope_base=(500_000.0,), rope_factor=(8.0,), rope_slow=(2.0,), rope_fast=(8.0,),
+    rope_original_context=(64,), rope_local_base=(1000.0,), sliding_window=(40,), window_pattern=("SL",),
+    norm_eps=(1e-3,), n_classes=(3,), qk_gain=(1.2,), attention_scale=(0.1,), embed_gain=(8.0,), logit_softcap=(15.0,),
+    embed_std=(1.0,), dropout=(0.1,),
+)  # fmt: skip
+
+# What a switch needs to do something.
+_LLAMA3 = dict(position="rope", rope_scaling="llama3", rope_factor=8.0)
+COMPANIONS: dict[str, dict[str, Any]] = dict(
+    rope_base=dict(position="rope"), rope_scaling=dict(position="rope", rope_factor=8.0),
+    rope_factor=dict(position="rope", rope_scaling="linear"), rope_slow=_LLAMA3, rope_fast=_LLAMA3,
+    rope_original_context=_LLAMA3, rope_local_base=dict(position="rope", sliding_window=40, window_pattern="SL"),
+    window_pattern=dict(sliding_window=40), qk_norm_over=dict(qk_norm=True), qk_gain=dict(qk_norm=True),
+    cls_bias=dict(n_classes=3), zero_init_head=dict(tie_embeddings=False),
+)  # fmt: skip
+
+
+def model(arch: str = "gpt2", **switches: Any) -> ModelConfig:
+    return ModelConfig(**{"arch": arch, **SIZES, **switches})
+
+
+def other_values(name: str, base: ModelConfig, values: dict[str, tuple[Any, ...]] = VALUES) -> tuple[Any, ...]:
+    """Of a field of ModelConfig: the other side of a flag, the other choices, or what `values` says.
+
+    Raises:
+        KeyError: a number or a text that `values` does not have.
+    """
+    hint, now = get_type_hints(ModelConfig)[name], getattr(base, name)
+    optional = get_args(hint) if get_origin(hint) is Union else (hint,)
+    kind = next(part for part in optional if part is not type(None))
+    choices = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else values[name]
+    return tuple(value for value in choices if value != now)
+
+
+def switches(base: ModelConfig) -> dict[str, ModelConfig]:
+    """{"name=value": config}, every field of ModelConfig by itself, with its companions."""
+    found = {}
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in ("_derived", *EVERYWHERE):
+            companions = COMPANIONS.get(field.name, {})
+            for value in other_values(field.name, dataclasses.replace(base, **companions)):
+                found[f"{field.name}={value}"] = dataclasses.replace(base, **{**companions, field.name: value})
+    return found
+
+
+def switch_cases() -> list[tuple[str, str, str, tuple[str, ...]]]:
+    """("arch switch", platform, dtype, uses): all switches on a gpt2, and those that a `modern` model has otherwise. In
+    bfloat16 every use; in float32, which promotes nothing, those that differ most."""
+    names = [f"gpt2 {name}" for name in switches(model("gpt2"))]
+    flags = {f"{name}={not on}" for name, on in ARCHS["modern"].items() if isinstance(on, bool)}
+    names += [f"modern {name}" for name in switches(model("modern")) if name in flags]
+    uses = {"bfloat16": tuple(USES), "float32": ("gradient", "cached step", "generate")}
+    return [(name, platform, dtype, uses[dtype]) for name in names for platform in LOWERING for dtype in uses]
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def trace(program: Program, platform: str) -> Any:
+    with device.compiling_for(platform):
+        return jax.jit(lambda *args: program.fn(*args)).trace(*program.args)
+
+
+def lower(traced: Any, platform: str) -> Any:
+    with device.compiling_for(platform):
+        return traced.lower(lowering_platforms=(LOWERING[platform],))
