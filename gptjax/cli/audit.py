@@ -32,9 +32,9 @@ def run(args: list[str]) -> int:
     use_compile_cache()
     canaries = audit.read_canaries(given.pop("canaries")) if "canaries" in given else ()
     model = weights.open_model(source)
+    tokenizer = model.tokenizer()
     for path in pages.values():
         new_file(path)
-    tokenizer = model.tokenizer()
     models, cfg, notes = audit.snapshots(source)
     if cfg is not None and cfg.task == "classify":
         raise UserError(f"{source} tells texts apart and writes none; for its data see gptjax.research.influence")

@@ -23,11 +23,10 @@ def run_import(args: list[str]) -> int:
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
     from gptjax import weights
-    from gptjax.weights.door import LABELS, check_vocabulary, new_folder
+    from gptjax.weights.door import LABELS, new_folder
 
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
-    check_vocabulary(tokenizer, model.cfg)
     new_folder(Path(words[1]))
     options.note(f"reading {model.where} ({model.kind})")
     files = {}

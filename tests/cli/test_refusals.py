@@ -1,11 +1,13 @@
 """What nothing would read is refused, from whatever layer it came; a dry run refuses what the run would."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import gptjax
@@ -258,6 +260,35 @@ def test_one_error_with_its_way_out_is_one(args, here, capsys):
 def test_a_base_that_is_not_there_names_the_file(here, capsys):
     Path("mine.yaml").write_text("seed: 1\nbase: nothing\n")
     assert "mine.yaml:2: base: no preset or file 'nothing'" in says(capsys, "pretrain", "mine.yaml")
+
+
+# ---------------------------------------------------------------- a tokenizer of another model
+
+
+FEW = "the tokenizer has 257 ids, the model 256 rows"
+VERBS = (
+    "sample MODEL", "sample MODEL --dry-run", "chat MODEL", "classify MODEL text", "audit MODEL",
+    "data check a.txt model=MODEL", "import MODEL out", "export hf MODEL out", "export gguf MODEL out.gguf",
+    "export stablehlo MODEL out", "pretrain pretrain.base=MODEL data.source=a.txt",
+    "pretrain pretrain.base=MODEL data.source=a.txt --dry-run", "finetune classify finetune.base=MODEL",
+    "finetune classify finetune.base=MODEL --dry-run", "finetune instruct finetune.base=MODEL --dry-run",
+    "finetune prefer finetune.base=MODEL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
+    """It is refused before a tensor is read: there are none."""
+    cfg = dataclasses.replace(BASE, vocab_size=256, n_classes=2 * verb.startswith("classify"))
+    labels = {"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"}
+    gptjax.save("m", {"ln_f": {"scale": np.ones(1)}}, cfg, files={"labels.json": json.dumps(labels)})
+    Path("m/model.safetensors").unlink()
+    gptjax.tokenizers.load("bytes").replace(chat_template="{{ messages }}").save("m")
+    before = sorted(here.rglob("*"))
+    words = verb.replace("MODEL", "m").split()
+    error = says(capsys, *words, *["classify.source=rows.jsonl"] * ("classify" in words[1:2]))
+    assert FEW in error and "m: " in error and "grow_vocabulary" in error
+    assert [path for path in sorted(here.rglob("*")) if "xla" not in path.parts and path.name != "cache"] == before
 
 
 def test_a_notebook_is_no_command_line():
