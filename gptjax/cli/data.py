@@ -73,8 +73,10 @@ def check(args: list[str]) -> int:
     threshold, model = _threshold(given), None
     if "model" in given:
         from gptjax import weights
+        from gptjax.model.gpt import refuse_classifier
 
         model = weights.open_model(given["model"])
+        refuse_classifier(model.cfg, f"model={given['model']}", "name the model that it was made from")
         tokenizer = model.tokenizer()
     out = new_file(given["out"]) if "out" in given else None
     from gptjax.data import check as of

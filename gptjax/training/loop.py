@@ -77,11 +77,13 @@ def refuse_missing(cfg: Config) -> None:
     """A cheap look before the text is read; nothing is fetched.
 
     Raises:
-        UserError: sources, a tokenizer and a base that are not there, all at once.
+        UserError: sources, a tokenizer and a base that are not there, or a model with classes, all at once.
     """
     from gptjax import assets, data
 
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
+    if cfg.model.n_classes:
+        problems.append(f"model.n_classes={cfg.model.n_classes}: expected 0; gptjax finetune classify adds the classes")
     if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
         problems += [f"pretrain.base: {problem}" for problem in complaints(from_base, cfg)]
     if problems:
@@ -98,10 +100,10 @@ def from_base(cfg: Config) -> tuple[Config, Any]:
     if cfg.pretrain.base is None:
         return cfg, None
     from gptjax import weights
+    from gptjax.model.gpt import refuse_classifier
 
     base = weights.open_model(cfg.pretrain.base)
-    if base.cfg.n_classes:
-        raise UserError(f"pretrain.base={cfg.pretrain.base} is a classifier: name the model that it was made from")
+    refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was made from")
     model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
     window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
     cfg = dataclasses.replace(

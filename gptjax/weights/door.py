@@ -24,7 +24,7 @@ import numpy as np
 from gptjax import assets, gguf, tokenizers
 from gptjax.config import ModelConfig
 from gptjax.files import use_json, user_path
-from gptjax.model.gpt import forward
+from gptjax.model.gpt import forward, refuse_classifier
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
 from gptjax.weights.native import check_vocabulary
@@ -424,9 +424,10 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
         logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
 
     Raises:
-        UserError: flatbuffers is not installed, the tokenizer has more ids than the model rows, or the folder is not
-            empty.
+        UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
+            rows, or the folder is not empty.
     """
+    refuse_classifier(cfg, way_out="export_hf keeps its classes")
     if tokenizer is not None:
         check_vocabulary(tokenizer, cfg)
     try:

@@ -291,6 +291,54 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
     assert [path for path in sorted(here.rglob("*")) if "xla" not in path.parts and path.name != "cache"] == before
 
 
+# ---------------------------------------------------------------- a classifier where a model that writes is needed
+
+
+CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model that it was made from"
+WRITING = {
+    "sample MODEL": CLASSIFY, "sample MODEL --dry-run": CLASSIFY, "chat MODEL": CLASSIFY, "audit MODEL": CLASSIFY,
+    "audit base train=a.txt held_out=a.txt prompts=a.txt base=MODEL": NAME, "data check a.txt model=MODEL": NAME,
+    "export gguf MODEL out.gguf": "gptjax export hf MODEL DIR", "export stablehlo MODEL out": "gptjax classify MODEL",
+    "pretrain pretrain.base=MODEL data.source=a.txt": NAME, "finetune instruct finetune.base=MODEL": NAME,
+    "finetune prefer finetune.base=MODEL --dry-run": NAME, "sweep instruct finetune.base=MODEL --dry-run": NAME,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """A run's, with an LM head beside its classes, and the same in the form of Hugging Face, which has none."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    cfg = dataclasses.replace(BASE, n_classes=2, cls_bias=False)
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    tokenizer = gptjax.tokenizers.load("bytes").replace(chat_template="{{ messages }}")
+    about = {"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"}
+    gptjax.save(folder / "run", params, cfg, tokenizer, {"labels.json": json.dumps(about)})
+    gptjax.weights.export_hf(folder / "hf", params, cfg, tokenizer, about)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["run", "hf"])
+@pytest.mark.parametrize("verb", WRITING)
+def test_a_classifier_does_not_write(verb, form, here, base, classifiers, capsys):
+    model = str(classifiers / form)
+    error = says(capsys, *(word.replace("MODEL", model) if word != "base" else str(base) for word in verb.split()))
+    assert f"{model} is a classifier of 2 classes, which does not write: " in error
+    assert WRITING[verb].replace("MODEL", model) in error
+    assert not [path for path in here.iterdir() if path.name.startswith(("runs", "out"))]
+
+
+@pytest.mark.parametrize("form", ["run", "hf"])
+def test_a_classifier_is_imported_and_is_a_base_of_another(form, here, classifiers, capsys):
+    assert main(["import", str(classifiers / form), "own"]) == 0
+    assert 'gptjax classify own "TEXT"' in capsys.readouterr().out
+    assert main(["finetune", "classify", "finetune.base=own", "classify.source=rows.jsonl", "--dry-run"]) == 0
+
+
+def test_pretraining_has_no_classes(here, capsys):
+    error = says(capsys, "pretrain", *TINY, "model.n_classes=2", "run_dir=run")
+    assert "model.n_classes=2: expected 0" in error and "gptjax finetune classify" in error
+
+
 def test_a_notebook_is_no_command_line():
     with pytest.raises(gptjax.types.UserError, match="^load_config: unknown key optim.lrr"):
         gptjax.load_config("tiny-gpt2", "optim.lrr=3")
