@@ -230,6 +230,20 @@ def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Ar
     return hidden, cache.replace(length=length, empty=False), seen
 
 
+def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> None:
+    """Raises UserError for a model with a classification head, where one that writes is needed: an LM head beside it
+    was not trained with the body, and a classifier of Hugging Face has none.
+
+    Args:
+        source: how the user named the model. way_out: what to do instead.
+    """
+    if cfg.n_classes:
+        raise UserError(
+            f"{source or 'the model'} is a classifier of {cfg.n_classes} classes, which does not write: "
+            + (way_out or f'gptjax classify {source or "RUN"} "TEXT" tells the class of a text')
+        )
+
+
 def grow_vocabulary(
     params: Params, cfg: ModelConfig, vocab_size: int, *, used: int | None = None
 ) -> tuple[Params, ModelConfig]:
