@@ -80,7 +80,7 @@ def save(
         out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
         safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
         weights = WEIGHTS if base is None else ADAPTER
-        os.rename(partial / safetensors.WEIGHTS, partial / weights)
+        os.replace(partial / safetensors.WEIGHTS, partial / weights)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
         for name, text in files.items():
