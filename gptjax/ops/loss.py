@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh
 from gptjax.ops.ids import check_ids
 from gptjax.ops.linear import weight_gradient
+from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
@@ -126,7 +127,7 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
     return tuple(x.reshape(chunks, chunk, *x.shape[1:]) for x in arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
     """hidden [C, M, D], targets and weights [C, M] -> the weighted sum of losses."""
     head = _row_major(head.astype(dtype))
