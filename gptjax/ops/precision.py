@@ -48,6 +48,18 @@ def with_matmul_precision(fn: Callable) -> Callable:
     return inside
 
 
+def exact(fn: Callable) -> Callable:
+    """`fn` with float32 products on every device: for weights that are computed once and kept, and for sums that are
+    written as products."""
+
+    @functools.wraps(fn)
+    def inside(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **options)
+
+    return inside
+
+
 def stated(dtype: Any) -> bool:
     """Whether products of this dtype must be more exact than the device's default: kernels that know no precision (in
     their backward pass, or at all) cannot compute them."""

@@ -18,8 +18,9 @@ from gptjax.model.cache import init_cache
 from gptjax.ops.attention import attention
 from gptjax.ops.device import AXES, compiling_for
 from gptjax.ops.quant import quantize
+from gptjax.research import curvature, influence
 from gptjax.tasks import classify, prefer, pretrain
-from gptjax.types import Batch
+from gptjax.types import Batch, Mean
 
 T = 128  # two blocks of queries, and whole lanes for splash
 RNG = np.random.default_rng(0)
@@ -235,3 +236,35 @@ def test_a_cpu_computes_the_same_under_each(build):
     cfg, params = build()
     each = [jax.jit(whole(dataclasses.replace(cfg, precision=p), params)[0])(params) for p in ("default", "highest")]
     jax.tree.map(np.testing.assert_array_equal, *each)
+
+
+def merging(cfg, params):
+    settings = LoraConfig(rank=4, dora=True)
+    return lambda p, a: lora.merge(p, a, settings), (params, lora.init(KEY, params, settings))
+
+
+def splitting(cfg, params):
+    return lambda p: lora.split(p, LoraConfig(rank=4, init="pissa", dora=True)), (params,)
+
+
+def eigenvalues(cfg, params):
+    return lambda w: curvature.eigenvalues(lambda w: (w**3).sum(), w, KEY, n=1, steps=3), (jnp.ones(5),)
+
+
+def soup(cfg, params):
+    return curvature.mix, (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params), jnp.ones(2) / 2)
+
+
+def clipping(cfg, params):
+    def loss(w, batch, key):
+        return Mean((w * batch).sum(), jnp.float32(1)), {}
+
+    return lambda w, rows: influence.clipped_sum(loss, w, rows, clip=1.0), (jnp.ones(5), jnp.ones((4, 5)))
+
+
+@pytest.mark.parametrize("use", [merging, splitting, eigenvalues, soup, clipping])
+def test_what_is_kept_and_what_must_add_up_is_float32_on_every_device(build, use):
+    fn, args = use(*build())
+    with jax.default_matmul_precision(None):
+        each = [p for p, _ in dots(jax.make_jaxpr(fn)(*args).jaxpr)]
+    assert set(each) == {(Precision.HIGHEST,) * 2}
