@@ -13,7 +13,7 @@ from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
-from gptjax.ops.precision import custom_vjp, stated
+from gptjax.ops.precision import custom_vjp, kernels_keep_it
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
 _BLOCK = 64  # the smallest query block worth its own product
@@ -79,7 +79,7 @@ def heads_attention(
     """`attention` with k and v as a cache keeps them, [B, K, S, H].
 
     On a TPU by the splash kernel and on a GPU by cuDNN's where they can do what is asked (`ops.fused`), else by XLA;
-    so are float32 products of a stated precision, which the kernels' backward passes do not know.
+    so are float32 products of a stated precision (`precision.kernels_keep_it`).
 
     Args:
         offset: the place of the first query among the keys; [B] where the rows differ.
@@ -93,7 +93,7 @@ def heads_attention(
     square = S == T and isinstance(offset, int) and offset == 0
     q = q * (H**-0.5 if scale is None else scale)
     plain = not alibi and (dropout_key is None or off(dropout)) and isinstance(window, int)
-    if square and plain and platform() != "cpu" and not stated(q.dtype):
+    if square and plain and platform() != "cpu" and kernels_keep_it(q.dtype):
         from gptjax.ops import fused
 
         if platform() == "tpu" and fused.splash_fits(T):

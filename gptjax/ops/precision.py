@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.ops.device import platform
+
 
 @contextmanager
 def matmul_precision(cfg: Any) -> Iterator[None]:
@@ -60,10 +62,13 @@ def exact(fn: Callable) -> Callable:
     return inside
 
 
-def stated(dtype: Any) -> bool:
-    """Whether products of this dtype must be more exact than the device's default: kernels that know no precision (in
-    their backward pass, or at all) cannot compute them."""
-    return jax.config.jax_default_matmul_precision not in (None, "default") and jnp.dtype(dtype) == jnp.float32
+def kernels_keep_it(dtype: Any) -> bool:
+    """Whether attention kernels compute products of this dtype as JAX's setting says. Their backward functions do not
+    know it, so not float32 of a stated one; on a TPU none of a stated one, which Mosaic does not compile for bfloat16.
+    """
+    if jax.config.jax_default_matmul_precision in (None, "default"):
+        return True
+    return platform() != "tpu" and jnp.dtype(dtype) != jnp.float32
 
 
 class custom_vjp:

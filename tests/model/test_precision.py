@@ -17,6 +17,7 @@ from gptjax.generation import for_decoding
 from gptjax.model.cache import init_cache
 from gptjax.ops.attention import attention
 from gptjax.ops.device import AXES, compiling_for
+from gptjax.ops.precision import kernels_keep_it
 from gptjax.ops.quant import quantize
 from gptjax.research import curvature, influence
 from gptjax.tasks import classify, prefer, pretrain
@@ -220,15 +221,18 @@ def test_default_is_jaxs_own_setting(build):
         assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
 
 
-@pytest.mark.parametrize(("precision", "dtype", "kernel"), [
-    ("default", "float32", True), ("highest", "bfloat16", True), ("high", "float32", False),
-    ("highest", "float32", False),
+@pytest.mark.parametrize(("precision", "dtype", "on_tpu", "on_gpu"), [
+    (None, "float32", True, True), ("default", "float32", True, True), (None, "bfloat16", True, True),
+    ("high", "float32", False, False), ("highest", "float32", False, False), ("highest", "bfloat16", False, True),
 ])  # fmt: skip
-def test_a_kernel_that_knows_no_precision_computes_no_float32_of_a_stated_one(precision, dtype, kernel):
+def test_kernels_that_know_no_precision_are_not_used_for_a_stated_one(precision, dtype, on_tpu, on_gpu):
+    """Splash in float32 does not compile under high, and in bfloat16 under none, that JAX itself was given."""
     q = jnp.ones((1, T, 2, 64), dtype)
-    with compiling_for("tpu"), jax.default_matmul_precision(precision):
-        text = str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))
-    assert ("pallas_call" in text) == kernel
+    with jax.default_matmul_precision(precision):
+        with compiling_for("tpu"):
+            assert ("pallas_call" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))) == on_tpu
+        with compiling_for("gpu"):
+            assert kernels_keep_it(dtype) == on_gpu
 
 
 @pytest.mark.cpu
