@@ -151,6 +151,12 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "Compute dtype of matrix multiplications; parameters stay float32."
     )
+    precision: Literal["default", "high", "highest"] = setting(
+        "default",
+        "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass on a"
+        " TPU (2 to 3 digits); high: TF32, three passes; highest: float32. A CPU always computes float32, and bfloat16"
+        " is the same under all three.",
+    )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
         "Rematerialisation (gradient checkpointing): what the backward pass computes again instead of keeping"
@@ -202,7 +208,8 @@ class ModelConfig:
 
 
 _CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # with all other settings at once
-COMPUTED = ("dropout", "dtype", "remat", "unroll", "init")  # of ModelConfig, what a fine-tuning may say of its base
+# of ModelConfig, what a fine-tuning may say of its base
+COMPUTED = ("dropout", "dtype", "precision", "remat", "unroll", "init")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ ALIASES: dict[str, str] = {
     "weight_tying": "model.tie_embeddings", "rope_theta": "model.rope_base", "act": "model.activation",
     "hidden_act": "model.activation", "activation_function": "model.activation", "pos": "model.position",
     "layer_norm_eps": "model.norm_eps", "rms_norm_eps": "model.norm_eps", "layer_norm_epsilon": "model.norm_eps",
-    "softcap": "model.logit_softcap", "precision": "model.dtype", "bf16": "model.dtype", "torch_dtype": "model.dtype",
+    "softcap": "model.logit_softcap", "bf16": "model.dtype", "torch_dtype": "model.dtype",
     "gradient_checkpointing": "model.remat", "padded_vocab_size": "model.vocab_size",
     "out_dir": "run_dir", "output_dir": "run_dir", "save_dir": "run_dir", "name": "run_dir", "run_name": "run_dir",
     "random_seed": "seed", "dataset": "data.source", "data": "data.source", "datasets": "data.source",
@@ -75,6 +75,7 @@ NOT_HERE: dict[str, str] = {
         "JAX takes the best device it finds; JAX_PLATFORMS=cpu in front forces one",
     ),
     "compile": "every step is compiled",
+    "precision": "model.dtype=bfloat16 multiplies in bfloat16; model.precision says how exactly float32 is multiplied",
     "eval_iters": "validation always reads the whole validation set",
     "eval_iter": "validation always reads the whole validation set",
 }  # fmt: skip

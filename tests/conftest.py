@@ -1,10 +1,15 @@
 """Fixtures that need a named asset. They skip, with the reason, only where it is neither cached nor reachable.
 
 Almost all of the suite's time is XLA compiling tiny programs, so the compiler is told to take less care with them.
+
+On a GPU or a TPU float32 products are computed in float32 (jax_default_matmul_precision=highest, unless the environment
+says otherwise), by kernels that give the same bits each time; tests marked `cpu` are skipped there. On a CPU nothing is
+set: its float32 is float32, and the programs are those that users run.
 """
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import os
 import sys
@@ -15,7 +20,28 @@ import pytest
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # XLA dies of a flag it lacks
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # three times faster to compile
+
+
+def on_an_accelerator() -> bool:
+    """By signs that need no driver: asking JAX would start it before its settings are made."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] != "cpu"
+    return any(glob.glob(files) for files in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*"))
+
+
+if on_an_accelerator():
+    FLAGS += " --xla_gpu_deterministic_ops=true"  # or sums by atomic additions differ from run to run
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the card
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cpu"):
+        import jax
+
+        if (backend := jax.default_backend()) != "cpu":
+            pytest.skip(f"only a CPU can show this, and JAX runs on {backend}")
 
 
 @pytest.fixture(autouse=True, scope="module")

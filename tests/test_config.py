@@ -199,6 +199,7 @@ UNKNOWN = [
     ("lora_alpha=8", "lora.alpha"),
     ("use_peft=true", "finetune.trainable=all"),
     ("device=cpu", "JAX_PLATFORMS"),
+    ("precision=bf16", "model.dtype=bfloat16"),
     ("vocab_size=1", "tokenizer.vocab_size or model.vocab_size"),
     ("optim=1", "group of settings"),
     ("qqq=1", "--help"),

@@ -26,18 +26,20 @@ def run(args: list[str]) -> int:
     if ("train" in given) != ("held_out" in given):
         raise UserError("train=FILE and held_out=FILE go together: what was trained on, and what was not")
     from gptjax import weights
+    from gptjax.model.gpt import refuse_classifier
     from gptjax.research import audit, report
     from gptjax.training.process import use_compile_cache
 
     use_compile_cache()
     canaries = audit.read_canaries(given.pop("canaries")) if "canaries" in given else ()
     model = weights.open_model(source)
+    refuse_classifier(
+        model.cfg, source, f'use gptjax classify {source} "TEXT", or for its data gptjax.research.influence'
+    )
+    tokenizer = model.tokenizer()
     for path in pages.values():
         new_file(path)
-    tokenizer = model.tokenizer()
     models, cfg, notes = audit.snapshots(source)
-    if cfg is not None and cfg.task == "classify":
-        raise UserError(f"{source} tells texts apart and writes none; for its data see gptjax.research.influence")
     train, held_out = _texts(given, cfg, tokenizer)
     base, prompts = _base(given, cfg)
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
@@ -133,11 +135,14 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     from gptjax import weights
     from gptjax.config_io import read_text
     from gptjax.files import one_line_end
+    from gptjax.model.gpt import refuse_classifier
 
     prompts = [line for line in one_line_end(read_text(Path(file), "prompts")).split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{file}: no prompts in it")
-    return weights.load(name), prompts
+    base = weights.open_model(name)
+    refuse_classifier(base.cfg, f"base={name}", "name the model that it was made from")
+    return (base.params("float32", None), base.cfg), prompts
 
 
 def more_help(args: list[str]) -> str:

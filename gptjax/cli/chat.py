@@ -40,12 +40,14 @@ def run(args: list[str]) -> int:
     if options.show_only(parsed, cfg, provenance, lambda cfg: ["dry run: the model was not read"], READS):
         return 0
     from gptjax.generation import for_decoding
+    from gptjax.model.gpt import refuse_classifier
     from gptjax.ops.quant import quantize
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
 
     use_compile_cache()
     model = open_model(parsed.words[0])
+    refuse_classifier(model.cfg, parsed.words[0])
     tokenizer = model.tokenizer()
     if not tokenizer.chat_template:
         raise UserError(

@@ -70,20 +70,25 @@ def check(args: list[str]) -> int:
         raise UserError(f"data check: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
     if not files:
         raise UserError(f"expected: {CHECK}")
-    threshold = _threshold(given)
+    threshold, model = _threshold(given), None
+    if "model" in given:
+        from gptjax import weights
+        from gptjax.model.gpt import refuse_classifier
+
+        model = weights.open_model(given["model"])
+        refuse_classifier(model.cfg, f"model={given['model']}", "name the model that it was made from")
+        tokenizer = model.tokenizer()
     out = new_file(given["out"]) if "out" in given else None
     from gptjax.data import check as of
 
     options.note("reading")
     texts = [of.records_of(file, given.get("field")) for file in dict.fromkeys(files)]
     losses = None
-    if "model" in given:
-        from gptjax import weights
+    if model is not None:
         from gptjax.finetuning.score import losses as score
 
-        model = weights.open_model(given["model"])
         every = [text for file in texts for _, text in file.found]
-        losses = score(model.params("float32", None), model.cfg, model.tokenizer(), every, options.note)
+        losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)
     report = of.check(texts, threshold=threshold, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:

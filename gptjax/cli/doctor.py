@@ -10,8 +10,10 @@ import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from gptjax import assets
+from gptjax.cli import cuda
 from gptjax.cli.options import human
 from gptjax.types import UserError
 
@@ -19,18 +21,19 @@ PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
     "tokenizers", "safetensors",
 )  # fmt: skip
+OF_ACCELERATORS = ("libtpu", *cuda.PACKAGES)  # printed only where they are
 
 
 def run(args: list[str]) -> int:
     if args:
         raise UserError(f"doctor takes no arguments, got {' '.join(args)}")
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in (*PACKAGES, *cuda.PACKAGES)}
     print(f"python             {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, found in versions.items():
-        if found or name != "libtpu":
+        if found or name not in OF_ACCELERATORS:
             print(f"{name:<18} {found or 'not installed'}")
     problems = version_problems(versions)
-    problems += _devices()
+    problems += _devices(versions)
     _assets()
     problems += _folders()
     if problems:
@@ -100,16 +103,68 @@ def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: 
     return [f"this machine has a TPU and jax runs on {backend}; {way_out}"]
 
 
-def _devices() -> list[str]:
+def precision_line(backend: str, capability: float, setting: str | None) -> str:
+    """What a float32 product (model.dtype=float32, model.precision=default) is on this kind of device.
+
+    Args:
+        capability: of a GPU; 0: unknown. setting: JAX's own, jax_default_matmul_precision.
+    """
+    if setting not in (None, "default"):
+        return f"float32 products: {setting}, as JAX's jax_default_matmul_precision says"
+    exact = "model.precision=highest for float32"
+    if backend == "tpu":
+        return f"float32 products take one bfloat16 pass (relative errors near 4e-3); {exact}"
+    if backend == "gpu" and not 0 < capability < cuda.AMPERE:
+        return f"float32 products run in TF32 where the GPU has it (relative errors of 3e-4 to 1e-3); {exact}"
+    return "float32 products are float32"
+
+
+def attention_line(backend: str) -> str:
+    """Which attention a run on this device takes, in bfloat16 at the sizes of GPT-2."""
+    import jax
+
+    from gptjax.ops import fused
+
+    q = jax.ShapeDtypeStruct((1, 1024, 12, 64), "bfloat16")
+    if backend == "tpu":
+        return "the splash kernel, of rows of a multiple of 128 tokens" if fused.splash_fits(1024) else "XLA's"
+    if backend == "gpu" and fused.cudnn_fits(q):
+        return "cuDNN's flash attention in bfloat16, XLA's in float32"
+    return (
+        f"XLA's, which keeps all scores in memory: cuDNN's flash attention begins at compute capability {cuda.AMPERE}"
+    )
+
+
+def _accelerator(backend: str, device: Any, cards: list[cuda.Card]) -> None:
+    """What a run on the default device gets."""
+    capability = cuda.number(getattr(device, "compute_capability", 0))
+    if backend == "gpu":
+        for line in cuda.lines(cards or [cuda.Card(device.device_kind, capability, "")]):
+            print(f"gpu                {line}")
+        if line := cuda.bfloat16_line(capability):
+            print(f"bfloat16           {line}")
+    if backend == "tpu" or capability:
+        print(f"attention          {attention_line(backend)}")
+    import jax
+
+    print(f"precision          {precision_line(backend, capability, jax.config.jax_default_matmul_precision)}")
+
+
+def _devices(versions: dict[str, str]) -> list[str]:
+    cards = cuda.cards()
+    problems = cuda.plugin_problems(versions, cards)
     try:
         import jax
 
         devices, backend = jax.devices(), jax.default_backend()
     except (ImportError, RuntimeError) as error:
-        return [f"jax does not start: {error}"]
+        return [*problems, f"jax does not start: {error}"]
     kinds = {device.device_kind for device in devices}
     print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
-    return backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
+    if backend != "cpu":
+        _accelerator(backend, devices[0], cards)
+    problems += backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
+    return problems or cuda.backend_problem(backend, bool(cards) or cuda.gpu_here(), versions, cards)
 
 
 def _assets() -> None:

@@ -29,6 +29,7 @@ def run(args: list[str]) -> int:
     if parsed.print_config and not parsed.dry_run:
         options.show_only(parsed, cfg, provenance, lambda cfg: [], options.keys_of("sample.*"))
         return 0
+    from gptjax.model.gpt import refuse_classifier
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
 
@@ -39,6 +40,7 @@ def run(args: list[str]) -> int:
         refuse_existing(Path(cfg.sample.out), "sample.out")
     prompts = read_prompts(cfg)
     model = open_model(source)
+    refuse_classifier(model.cfg, source)
     tokenizer = model.tokenizer()
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]

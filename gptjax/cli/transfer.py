@@ -23,18 +23,18 @@ def run_import(args: list[str]) -> int:
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
     from gptjax import weights
-    from gptjax.weights.door import LABELS, check_vocabulary, new_folder
+    from gptjax.weights.door import LABELS, new_folder
 
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
-    check_vocabulary(tokenizer, model.cfg)
     new_folder(Path(words[1]))
     options.note(f"reading {model.where} ({model.kind})")
     files = {}
     if model.cfg.n_classes:
         files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
     weights.save(words[1], model.params(dtype, None), model.cfg, tokenizer, files)
-    print(f"{words[1]}  (use it: gptjax sample {words[1]} --prompt TEXT)")
+    use = f'classify {words[1]} "TEXT"' if model.cfg.n_classes else f"sample {words[1]} --prompt TEXT"
+    print(f"{words[1]}  (use it: gptjax {use})")
     return 0
 
 
@@ -53,8 +53,11 @@ def run_export(args: list[str]) -> int:
     if form == "peft":
         return _export_adapter(source, Path(target))
     from gptjax import weights
+    from gptjax.model.gpt import refuse_classifier
 
     model = weights.open_model(source)
+    if form != "hf":
+        refuse_classifier(model.cfg, source, f"use gptjax classify {source}, or gptjax export hf {source} DIR")
     tokenizer = model.tokenizer()
     options.note(f"reading {model.where} ({model.kind})")
     params = model.params("float32", None)

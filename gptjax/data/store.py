@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +29,9 @@ from gptjax.types import UserError
 
 VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
+PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")  # as `build` calls them; others may be somebody's own
+FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
+FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,13 +205,15 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
     Several processes may do this at once: each fills a folder of its own, the first rename wins.
 
     Raises:
-        UserError: the folder cannot be written (no space, no permission).
+        UserError: the folder cannot be written (no space, no permission), or a damaged one holds what `build` did not
+            write.
     """
     folder = root / key
     if folder.exists():
         manifest, wrong = verify(folder)
         if manifest:
             return folder, manifest
+        _refuse_foreign(folder, wrong)
         log(f"cached tokens in {folder} are damaged ({wrong}): building them again")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -246,10 +252,21 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 
 
+def _refuse_foreign(folder: Path, wrong: str) -> None:
+    """Raises UserError if something is there that `build` did not write: the folder is about to be replaced."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")] if folder.is_dir() else [folder.name]
+    if foreign := sorted({*names} - FILES):
+        listed = ", ".join(foreign[:3]) + (", .." if len(foreign) > 3 else "")
+        raise UserError(
+            f"cached tokens in {folder} are damaged ({wrong}), and it holds what gptjax did not write ({listed}): "
+            "nothing was overwritten; move that elsewhere, or choose another data.cache_dir=FOLDER"
+        )
+
+
 def _remove_stale(root: Path) -> None:
     for path in root.glob(".partial-*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > STALE_S:
+            if PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_S:
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ import optax
 from gptjax import assets, lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
 from gptjax.data import instructions
-from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked
+from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked, refuse_classifier
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
@@ -106,8 +106,15 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def base_model(cfg: Config) -> weights.Model:
-    """The base of a fine-tuning, before any tensor is read."""
-    return weights.open_model(cfg.finetune.base)
+    """The base of a fine-tuning, before any tensor is read.
+
+    Raises:
+        UserError: no such model, or a classifier whose answers would be trained.
+    """
+    found = weights.open_model(cfg.finetune.base)
+    if cfg.task != "classify":
+        refuse_classifier(found.cfg, cfg.finetune.base, "name the model that it was made from")
+    return found
 
 
 def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, list[str]]:

@@ -127,6 +127,7 @@ def loss(cfg: Config) -> Callable:
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     splits, found = _data(cfg), base.base_model(cfg)
+    found.tokenizer()  # refused here if it does not fit the model
     texts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
     epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
@@ -206,7 +207,8 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
         UserError: the model is no classifier; the function, of a text without tokens.
     """
     about = read_labels(Path(folder))
-    (params, cfg), tokenizer = weights.load(folder), weights.load_tokenizer(folder)
+    model = weights.open_model(folder)
+    tokenizer, params, cfg = model.tokenizer(), model.params("float32", None), model.cfg
     names = tuple(about["labels"])
     run = jax.jit(lambda params, *xs: jax.nn.softmax(classify.class_logits(params, *xs, cfg, about["pooling"])[:, 0]))
 

@@ -27,7 +27,7 @@ from gptjax.generation.sampling import Sampler, greedy
 from gptjax.generation.text import Until
 from gptjax.model.activations import Patches, Placed, place
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits
+from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_classifier
 from gptjax.types import Params, UserError
 
 _WATCH = 8  # tokens between two questions to `until`
@@ -79,7 +79,7 @@ def generate(
         The new tokens of each prompt, without the stop token.
 
     Raises:
-        UserError: an empty prompt, or an id outside the vocabulary.
+        UserError: an empty prompt, an id outside the vocabulary, or a model that is a classifier.
     """
     done = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
@@ -183,6 +183,7 @@ def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
 
 
 def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
+    refuse_classifier(cfg)
     if isinstance(prompts, str) or hasattr(prompts, "dtype") or any(isinstance(p, str | int) for p in prompts):
         raise UserError(
             f"prompts: expected lists of token ids, one per prompt, got {type(prompts).__name__}: "

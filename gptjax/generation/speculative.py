@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.generation.decode import bucket, drawable_ids, read_prompts, right_padded, stop_array
 from gptjax.model.cache import Cache, init_cache
-from gptjax.model.gpt import extend, for_decoding
+from gptjax.model.gpt import extend, for_decoding, refuse_classifier
 from gptjax.types import Params, UserError
 
 
@@ -48,8 +48,11 @@ def speculate(
         vocab_size: as in `generate`; where it is given, each model may have more rows than that.
 
     Raises:
-        UserError: vocabularies differ, or prompt, new tokens and `ahead` do not fit in one of the contexts.
+        UserError: vocabularies differ, one of the models is a classifier, or prompt, new tokens and `ahead` do not fit
+            in one of the contexts.
     """
+    refuse_classifier(draft_cfg, "the draft", "name the model that it was made from")
+    refuse_classifier(cfg)
     if vocab_size is None and cfg.vocab_size != draft_cfg.vocab_size:
         raise UserError(
             f"the draft has {draft_cfg.vocab_size} tokens, the model {cfg.vocab_size}: they must be the same; "

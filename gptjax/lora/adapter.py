@@ -23,6 +23,7 @@ from gptjax.config import LoraConfig
 from gptjax.lora.leaf import LoraWeight, column_norms
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
+from gptjax.ops.precision import exact
 from gptjax.types import Params, UserError
 
 Adapter = dict[str, Any]
@@ -92,6 +93,7 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     return _nest(adapter)
 
 
+@exact
 def split(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
     """The weights as a frozen rest and an adapter that holds their largest part; together they are what they were.
 
@@ -186,7 +188,7 @@ def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arra
     return jax.tree.map(plain, attach(params, adapter, cfg, scales=scales), is_leaf=_is_leaf)
 
 
-_dense = jax.jit(dense)
+_dense = jax.jit(exact(dense))
 
 
 def _is_leaf(node: Any) -> bool:

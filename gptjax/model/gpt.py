@@ -21,6 +21,7 @@ from gptjax.ops import device
 from gptjax.ops.ids import check_ids, is_local
 from gptjax.ops.linear import Turned, aligned_columns, dense, factors, matmul, matmul_transposed
 from gptjax.ops.loss import softcap
+from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Params, UserError
 
 
@@ -45,6 +46,7 @@ def abstract_params(cfg: ModelConfig) -> Params:
     return jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
 
 
+@with_matmul_precision
 def backbone(
     params: Params,
     tokens: jax.Array,
@@ -86,6 +88,7 @@ def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
     check_ids("tokens", tokens, cfg.vocab_size)
 
 
+@with_matmul_precision
 def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """[.., D] -> hidden' [.., D'] and kernel' [D', V], whose product is the logits: D' is D, and more where the head
     has an adapter with dropout. An adapter of a tied table has no dropout (peft: none in embeddings)."""
@@ -94,6 +97,7 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
     return factors(params["lm_head"]["kernel"], hidden)
 
 
+@with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
     """[.., D] -> [.., V] float32, softcapped where cfg says so: the float32 sum of the product, never rounded."""
     if cfg.dtype != "float32":
@@ -122,6 +126,7 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
 
 
+@with_matmul_precision
 def tapped(
     params: Params,
     tokens: jax.Array,
@@ -221,6 +226,7 @@ def extend_backbone(
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
 
+@with_matmul_precision
 def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
     T = tokens.shape[1]
     positions = cache.length[:, None] + jnp.arange(T)
@@ -228,6 +234,20 @@ def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Ar
     hidden, cache, seen = GPT(cfg, paths).apply({"params": params}, tokens, positions, None, None, cache, placed)
     length = cache.length + (T if lengths is None else lengths)
     return hidden, cache.replace(length=length, empty=False), seen
+
+
+def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> None:
+    """Raises UserError for a model with a classification head, where one that writes is needed: an LM head beside it
+    was not trained with the body, and a classifier of Hugging Face has none.
+
+    Args:
+        source: how the user named the model. way_out: what to do instead.
+    """
+    if cfg.n_classes:
+        raise UserError(
+            f"{source or 'the model'} is a classifier of {cfg.n_classes} classes, which does not write: "
+            + (way_out or f'gptjax classify {source or "RUN"} "TEXT" tells the class of a text')
+        )
 
 
 def grow_vocabulary(

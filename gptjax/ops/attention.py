@@ -13,6 +13,7 @@ from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
+from gptjax.ops.precision import custom_vjp, kernels_keep_it
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
 _BLOCK = 64  # the smallest query block worth its own product
@@ -77,7 +78,8 @@ def heads_attention(
 ) -> jax.Array:
     """`attention` with k and v as a cache keeps them, [B, K, S, H].
 
-    On a TPU by the splash kernel and on a GPU by cuDNN's where they can do what is asked (`ops.fused`), else by XLA.
+    On a TPU by the splash kernel and on a GPU by cuDNN's where they can do what is asked (`ops.fused`), else by XLA;
+    so are float32 products of a stated precision (`precision.kernels_keep_it`).
 
     Args:
         offset: the place of the first query among the keys; [B] where the rows differ.
@@ -91,7 +93,7 @@ def heads_attention(
     square = S == T and isinstance(offset, int) and offset == 0
     q = q * (H**-0.5 if scale is None else scale)
     plain = not alibi and (dropout_key is None or off(dropout)) and isinstance(window, int)
-    if square and plain and platform() != "cpu":
+    if square and plain and platform() != "cpu" and kernels_keep_it(q.dtype):
         from gptjax.ops import fused
 
         if platform() == "tpu" and fused.splash_fits(T):
@@ -172,7 +174,7 @@ def _bias(
     return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance if alibi else bias
 
 
-@jax.custom_vjp
+@custom_vjp
 def _attend(q, k, v, bias, keep, dropout):
     """q [B, K, G, T, H], k and v [B, K, S, H], bias and keep (bool or None) over [B, K, G, T, S], dropout []: the
     last three without a gradient."""

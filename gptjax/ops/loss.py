@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh, platform
 from gptjax.ops.ids import check_ids
 from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
+from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
@@ -136,7 +137,7 @@ def _chunk_bytes() -> int:
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
     """hidden [C, M, D], targets and weights [C, M] -> the weighted sum of losses."""
     low = _row_major(aligned_columns(head.astype(dtype)))

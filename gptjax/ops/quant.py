@@ -27,6 +27,7 @@ from flax import struct
 from gptjax import tree
 from gptjax.ops.device import platform
 from gptjax.ops.linear import dense, matmul, matmul_transposed, take
+from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params, UserError
 
 _KERNELS = "blocks/*/kernel | lm_head/kernel"
@@ -153,7 +154,7 @@ def _(leaf: Int8 | NF4, x: jax.Array, dtype: str = "float32") -> jax.Array:
 _BACK = {matmul: matmul_transposed, matmul_transposed: matmul}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+@partial(custom_vjp, nondiff_argnums=(0, 3))
 def _frozen(product, leaf, x, dtype):
     # tied to x, or XLA makes the floats of all layers once before a decoding loop, and keeps them
     leaf, _ = jax.lax.optimization_barrier((leaf, x))

@@ -13,6 +13,7 @@ All of them are pure functions of trees: of an adapter with `lora.bind(loss, par
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params, UserError
 
 Scalar = Callable[[Any], jax.Array]  # params -> [] float32
+
+_dot = partial(jnp.dot, precision="highest")  # on every device: a rounded basis is not orthogonal
 
 
 def at(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
@@ -80,7 +83,7 @@ def eigenvalues(
     values, small = jnp.linalg.eigh(jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1))
     order = {"largest": -values, "smallest": values, "magnitude": -jnp.abs(values)}[which]
     chosen = jnp.argsort(order)[:n]
-    vectors = small[:, chosen].T @ basis
+    vectors = _dot(small[:, chosen].T, basis)
     return Eigen(values[chosen], jnp.abs(betas[-1] * small[-1, chosen]), jax.vmap(unravel)(vectors))
 
 
@@ -97,7 +100,7 @@ def lanczos(
 
     def orthogonal(v: jax.Array, basis: jax.Array) -> jax.Array:
         for _ in range(2):
-            v = v - basis.T @ (basis @ v)
+            v = v - _dot(basis.T, _dot(basis, v))
         return v
 
     def unit(v: jax.Array) -> jax.Array:
@@ -107,7 +110,7 @@ def lanczos(
         v, basis, scale = carry
         basis = basis.at[i].set(v)
         w = product(v)
-        alpha, scale = v @ w, jnp.maximum(scale, jnp.linalg.norm(w))
+        alpha, scale = _dot(v, w), jnp.maximum(scale, jnp.linalg.norm(w))
         w = orthogonal(w, basis)
         beta = jnp.linalg.norm(w)
         closed = beta <= 1e-6 * scale
@@ -147,7 +150,7 @@ def mix(stacked: Any, weights: jax.Array) -> Any:
 
     Of adapters this is the mean of a and of b, not of what they add: for that `lora.average`, or mix merged params.
     """
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1), stacked)
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:

@@ -241,8 +241,12 @@ def clipped_sum(
         found = example_gradients(loss, params, part, frozen=frozen, combine=combine, key=own)
         lengths = jax.vmap(optax.tree.norm)(found)
         share = jnp.minimum(1.0, clip / jnp.maximum(lengths, 1e-12))
-        add = jax.tree.map(lambda t, g: t + jnp.einsum("b,b...->...", share.astype(g.dtype), g), total, found)
-        return add, lengths
+
+        def clipped(g: jax.Array) -> jax.Array:
+            # not in TF32 or bfloat16: a rounded row could be longer than `clip`, the privacy less than promised
+            return jnp.einsum("b,b...->...", share.astype(g.dtype), g, precision="highest")
+
+        return jax.tree.map(lambda t, g: t + clipped(g), total, found), lengths
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), batch)
     total, lengths = jax.lax.scan(some, jax.tree.map(jnp.zeros_like, params), (parts, jnp.arange(n // size)))

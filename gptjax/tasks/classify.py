@@ -12,6 +12,7 @@ from gptjax.model.gpt import backbone, init_params
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.loss import cross_entropy
+from gptjax.ops.precision import with_matmul_precision
 from gptjax.tasks.base import Task
 from gptjax.types import Mean, Metrics, Params
 
@@ -34,6 +35,7 @@ def task(cfg: ModelConfig, pooling: Pooling = "last") -> Task:
     return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
 
 
+@with_matmul_precision
 def class_logits(
     params: Params,
     tokens: jax.Array,
@@ -54,7 +56,7 @@ def class_logits(
     belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
     if pooling == "mean":
         share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
-        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32))
+        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
     else:
         last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)
         place = last if pooling == "last" else belongs.argmax(-1)

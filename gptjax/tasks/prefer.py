@@ -90,7 +90,7 @@ def log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | Non
     n = 2 * batch.present.shape[1]
     belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
     counts = jnp.where(belongs, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, every)
+    sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
     return tuple(x.reshape(-1, n // 2, 2) for x in (sums, counts.sum(-1)))
 
 

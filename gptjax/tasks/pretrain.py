@@ -10,6 +10,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import backbone, head_factors, init_params
 from gptjax.ops.dropout import off
 from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
+from gptjax.ops.precision import matmul_precision, with_matmul_precision
 from gptjax.tasks.base import Task
 from gptjax.types import Batch, Mean, Metrics, Params
 
@@ -22,6 +23,7 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
             is trained, whose gradient every chunk adds to.
     """
 
+    @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
         hidden = backbone(
@@ -37,6 +39,7 @@ def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
     return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
 
 
+@with_matmul_precision
 def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
     """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)

@@ -32,6 +32,7 @@ import numpy as np
 
 from gptjax.files import one_line_end
 from gptjax.tokenizers.base import (
+    SETTINGS,
     Base,
     Special,
     end_of_document,
@@ -121,6 +122,13 @@ class HF(Base):
             reader.encode_special_tokens = True
             self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # a large one takes 200 MB
         return self._readers[names]
+
+
+def without_last(tokenizer: HF) -> HF:
+    """The same tokenizer without its last token, an added one."""
+    tokens = [token for token in tokenizer._data["added_tokens"] if token["id"] != tokenizer.vocab_size - 1]
+    settings = {name: getattr(tokenizer, name) for name in SETTINGS}
+    return HF(tokenizer._data | {"added_tokens": tokens}).replace(**settings)
 
 
 # --- in

@@ -23,6 +23,7 @@ class Job(NamedTuple):
     part              (step, k, rows) -> `batches` of those rows alone; None: made whole, then cut
     where             step -> where its data lies, for a message
     eval_batches      first -> the whole validation set; a part of it is enough where `first`
+    first_eval_share  how large that part is, of the whole
     loss              (params, batch, key) -> (Mean, metrics)
     init              (key, start) -> what is trained; `start` comes as an argument, so that it is no constant
     frozen            what the loss reads and the optimizer never sees
@@ -61,3 +62,4 @@ class Job(NamedTuple):
     part: Callable[[int, int, slice], Any] | None = None
     lead: int = 0
     rules: Callable[[Any], Rules] | None = None
+    first_eval_share: float = 1.0

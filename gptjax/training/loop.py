@@ -77,11 +77,13 @@ def refuse_missing(cfg: Config) -> None:
     """A cheap look before the text is read; nothing is fetched.
 
     Raises:
-        UserError: sources, a tokenizer and a base that are not there, all at once.
+        UserError: sources, a tokenizer and a base that are not there, or a model with classes, all at once.
     """
     from gptjax import assets, data
 
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
+    if cfg.model.n_classes:
+        problems.append(f"model.n_classes={cfg.model.n_classes}: expected 0; gptjax finetune classify adds the classes")
     if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
         problems += [f"pretrain.base: {problem}" for problem in complaints(from_base, cfg)]
     if problems:
@@ -98,10 +100,10 @@ def from_base(cfg: Config) -> tuple[Config, Any]:
     if cfg.pretrain.base is None:
         return cfg, None
     from gptjax import weights
+    from gptjax.model.gpt import refuse_classifier
 
     base = weights.open_model(cfg.pretrain.base)
-    if base.cfg.n_classes:
-        raise UserError(f"pretrain.base={cfg.pretrain.base} is a classifier: name the model that it was made from")
+    refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was made from")
     model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
     window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
     cfg = dataclasses.replace(
@@ -399,7 +401,8 @@ class _Trainer:
         self.compiled = False
         self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last line of metrics; last reading
         self.rate = 0.0  # tokens a second, of the last line
-        self.eval_s = 0.0
+        self.eval_s = self.sample_s = 0.0  # what a whole evaluation takes, as far as it is known; compiling left out
+        self.asked: list[float] = []  # when each batch of the last evaluation was asked for, and when it ended
         self.plotted = 0.0
 
     # ------------------------------------------------------------ the loop
@@ -581,8 +584,9 @@ class _Trainer:
 
     def _eta(self, step: int) -> float:
         settings = self.cfg.train
-        evals = math.ceil((settings.max_steps - step) / settings.eval_every)
-        return (settings.max_steps - step) * self.job.tokens_per_step / self.rate + evals * self.eval_s
+        steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
+        evals = math.ceil(steps / settings.eval_every) + now
+        return steps * self.job.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.started, 3)
@@ -593,13 +597,16 @@ class _Trainer:
         """Loss on the whole validation set (before the first step: on a part), the best model, a sample, the plot."""
         from gptjax.training.step import evaluate
 
-        start = time.monotonic()
+        compiles = not self.asked  # in the first evaluation of the process, the first batch
         with self.progress.phase("evaluating"):
             batches = self._polled(self.job.eval_batches(self.step == 0))
             mean, metrics = evaluate(self.eval_loss, self._both, batches)
+        ended, times = self.asked[-1], self.asked[compiles:]
         loss, counters = float(mean.value()), self.counters
         more = {name: value.value() for name, value in metrics.items()}
-        self.eval_s = time.monotonic() - start
+        share = self.job.first_eval_share if self.step == 0 else 1.0
+        a_batch_s = (ended - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        self.eval_s = a_batch_s * (len(self.asked) - 1) / share
         row = {
             "step": self.step,
             "val/loss": _finite(loss),
@@ -616,23 +623,30 @@ class _Trainer:
         text = f"{where}: validation loss {loss:.4f}"
         for name, value in {**self.job.more_of_loss(loss), **more}.items():
             text += f", {name} {value:.2f}" if name == "perplexity" else f", {value:.4f} {name.replace('_', ' ')}"
-        self.progress.say(f"{text} ({self.eval_s:.1f} s)")
+        self.progress.say(f"{text} ({ended - self.asked[0]:.1f} s)")
         counters.evaluated, counters.val_loss = self.step, loss
         if self.step == 0:
             return
         if loss < counters.best_loss:
             counters.best_loss, counters.best_step = loss, self.step
             self._write_model(self.run.best)
+        sampled_from = time.monotonic()
+        self.eval_s += sampled_from - ended
         if self.job.sample:
+            compiles = not hasattr(self, "last_sample")
             with self.progress.phase("sampling"):
                 self._sample()
+            self.sample_s = 0.0 if compiles else time.monotonic() - sampled_from
         self._plot()
-        self.eval_s = time.monotonic() - start
 
     def _polled(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, which `evaluate` asks for when it has the loss of the one before: `self.asked` says when."""
+        self.asked = []
         for batch in batches:
             self._poll()
+            self.asked.append(time.monotonic())
             yield self._placed(batch)
+        self.asked.append(time.monotonic())
 
     def _sample(self) -> None:
         import jax
@@ -821,12 +835,14 @@ def _pretraining(cfg: Config, ready: Any, base: Any) -> Job:
     start = base and base.params("float32", None)
     tokens_per_step = settings.batch_size * cfg.window
 
+    rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
+    n_batches = -(-(len(val) - 1) // (rows * cfg.window))
+    first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))  # one compiles, another is timed
+
     def eval_batches(first: bool) -> Iterator[Any]:
-        rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
         sizes = dict(context_length=cfg.window, batch_size=rows)
         batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
-        most = max(1, FIRST_EVAL_TOKENS // (rows * cfg.window)) if first else None
-        return itertools.islice(batches, most)
+        return itertools.islice(batches, first_batches if first else None)
 
     def where(step: int) -> str:
         starts = ", ".join(map(str, loader.starts(step)[:4]))
@@ -858,6 +874,7 @@ def _pretraining(cfg: Config, ready: Any, base: Any) -> Job:
         part=loader.batches,
         where=where,
         eval_batches=eval_batches,
+        first_eval_share=first_batches / n_batches,
         loss=loss,
         combine=combine,
         optimizer=optimizer,

@@ -24,13 +24,15 @@ import numpy as np
 from gptjax import assets, gguf, lora, tokenizers, tree
 from gptjax.config import ModelConfig
 from gptjax.files import use_json, user_path
-from gptjax.model.gpt import abstract_params, forward
+from gptjax.model.gpt import abstract_params, forward, refuse_classifier
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.types import Params, UserError
 from gptjax.weights import families, llama_cpp, native, safetensors
+from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import places_of, read, refuse, write
 
 CONFIG = "config.json"
+IMAGE = "<image_soft_token>"
 LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -43,7 +45,13 @@ class Model(NamedTuple):
     kind: str  # "gptjax", or the name of the family it was read as
     cfg: ModelConfig
     params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
-    tokenizer: Callable[[], Any]
+    read_tokenizer: Callable[[], Any]
+
+    def tokenizer(self) -> Any:
+        """Raises UserError if there is none, or it has ids that the model has no row for."""
+        tokenizer = self.read_tokenizer()
+        check_vocabulary(tokenizer, self.cfg, self.where)
+        return tokenizer
 
 
 def load(
@@ -68,7 +76,11 @@ def load(
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer that came with the model `load` reads there."""
+    """The tokenizer that came with the model `load` reads there.
+
+    Raises:
+        UserError: there is none, or it has ids that the model has no row for; `tokenizers.load` takes any.
+    """
     return open_model(source).tokenizer()
 
 
@@ -199,7 +211,18 @@ def _hugging_face(folder: Path, source: Any) -> Model:
                 ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
             )  # fmt: skip
 
-    return Model(str(folder), family.name, cfg, params, lambda: tokenizers.load(folder))
+    return Model(str(folder), family.name, cfg, params, lambda: _fitting(tokenizers.load(folder), cfg))
+
+
+def _fitting(tokenizer: Any, cfg: ModelConfig) -> Any:
+    """Without the placeholder of images, where the model has rows for all tokens before it and none for it: the text
+    models of Gemma 3 and their tokenizer are published so. Its text is plain text then."""
+    from gptjax.tokenizers.hf import HF, without_last
+
+    last = {**tokenizer.special_tokens, **tokenizer.added_tokens}.get(IMAGE)
+    if isinstance(tokenizer, HF) and last == cfg.vocab_size == tokenizer.vocab_size - 1:
+        return without_last(tokenizer)
+    return tokenizer
 
 
 def _openai(folder: Path) -> Model:
@@ -441,8 +464,12 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
         logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
 
     Raises:
-        UserError: flatbuffers is not installed, or the folder is not empty.
+        UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
+            rows, or the folder is not empty.
     """
+    refuse_classifier(cfg, way_out="export_hf keeps its classes")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, cfg)
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
@@ -457,15 +484,6 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
     native.save(folder, params, cfg, tokenizer)
     (folder / "forward.stablehlo").write_bytes(program)
     return folder
-
-
-def check_vocabulary(tokenizer: Any, cfg: ModelConfig) -> None:
-    """Raises UserError if the tokenizer has ids that the model has no row for."""
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {cfg.vocab_size} rows: they do not belong "
-            "together, or gptjax.grow_vocabulary was forgotten"
-        )
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

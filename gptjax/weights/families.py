@@ -630,8 +630,8 @@ def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 # how a model starts, trains and is computed: no file format holds it, and none needs to
 _NOT_STORED = {
-    "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "remat", "unroll",
-    "sliding_window", "window_pattern", "d_head",
+    "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
+    "unroll", "sliding_window", "window_pattern", "d_head",
 }  # fmt: skip
 
 

@@ -62,11 +62,13 @@ def save(
         base: `params` are an adapter and heads for this `Base`, as a dict: they are kept alone.
 
     Raises:
-        UserError: a leaf that is no plain array, the folder holds anything that `save` did not write there, or it
-            cannot be written.
+        UserError: a leaf that is no plain array, the tokenizer has more ids than the model rows, the folder holds
+            anything that `save` did not write there, or it cannot be written.
     """
     folder = Path(folder)
     user_path(folder)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, cfg)
     _refuse_foreign(folder)
     leaves = tree.flatten_nodes(params)
     if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
@@ -78,7 +80,7 @@ def save(
         out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
         safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
         weights = WEIGHTS if base is None else ADAPTER
-        os.rename(partial / safetensors.WEIGHTS, partial / weights)
+        os.replace(partial / safetensors.WEIGHTS, partial / weights)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer.json")
         for name, text in files.items():
@@ -107,6 +109,15 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
     return folder
+
+
+def check_vocabulary(tokenizer: Any, cfg: ModelConfig, where: str = "") -> None:
+    """Raises UserError if the tokenizer has ids that the model has no row for. `where` begins the message."""
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"{where}{': ' * bool(where)}the tokenizer has {tokenizer.vocab_size} ids, the model {cfg.vocab_size} "
+            "rows: they do not belong together, or gptjax.grow_vocabulary was forgotten"
+        )
 
 
 def _share(file: Path, digest: str, twin: Path) -> None:

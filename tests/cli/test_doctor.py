@@ -13,6 +13,7 @@ def test_it_prints_versions_devices_assets_and_the_cache(tmp_path, monkeypatch, 
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.cpu
 def test_a_tpu_that_is_not_used_is_said_loudly(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "tpu_here", lambda: True)
     assert main(["doctor"]) == 2

@@ -1,11 +1,13 @@
 """What nothing would read is refused, from whatever layer it came; a dry run refuses what the run would."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import gptjax
@@ -258,6 +260,83 @@ def test_one_error_with_its_way_out_is_one(args, here, capsys):
 def test_a_base_that_is_not_there_names_the_file(here, capsys):
     Path("mine.yaml").write_text("seed: 1\nbase: nothing\n")
     assert "mine.yaml:2: base: no preset or file 'nothing'" in says(capsys, "pretrain", "mine.yaml")
+
+
+# ---------------------------------------------------------------- a tokenizer of another model
+
+
+FEW = "the tokenizer has 257 ids, the model 256 rows"
+VERBS = (
+    "sample MODEL", "sample MODEL --dry-run", "chat MODEL", "classify MODEL text", "audit MODEL",
+    "data check a.txt model=MODEL", "import MODEL out", "export hf MODEL out", "export gguf MODEL out.gguf",
+    "export stablehlo MODEL out", "pretrain pretrain.base=MODEL data.source=a.txt",
+    "pretrain pretrain.base=MODEL data.source=a.txt --dry-run", "finetune classify finetune.base=MODEL",
+    "finetune classify finetune.base=MODEL --dry-run", "finetune instruct finetune.base=MODEL --dry-run",
+    "finetune prefer finetune.base=MODEL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
+    """It is refused before a tensor is read: there are none."""
+    cfg = dataclasses.replace(BASE, vocab_size=256, n_classes=2 * verb.startswith("classify"))
+    labels = {"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"}
+    gptjax.save("m", {"ln_f": {"scale": np.ones(1)}}, cfg, files={"labels.json": json.dumps(labels)})
+    Path("m/model.safetensors").unlink()
+    gptjax.tokenizers.load("bytes").replace(chat_template="{{ messages }}").save("m")
+    before = sorted(here.rglob("*"))
+    words = verb.replace("MODEL", "m").split()
+    error = says(capsys, *words, *["classify.source=rows.jsonl"] * ("classify" in words[1:2]))
+    assert FEW in error and "m: " in error and "grow_vocabulary" in error
+    assert [path for path in sorted(here.rglob("*")) if "xla" not in path.parts and path.name != "cache"] == before
+
+
+# ---------------------------------------------------------------- a classifier where a model that writes is needed
+
+
+CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model that it was made from"
+WRITING = {
+    "sample MODEL": CLASSIFY, "sample MODEL --dry-run": CLASSIFY, "chat MODEL": CLASSIFY, "audit MODEL": CLASSIFY,
+    "audit base train=a.txt held_out=a.txt prompts=a.txt base=MODEL": NAME, "data check a.txt model=MODEL": NAME,
+    "export gguf MODEL out.gguf": "gptjax export hf MODEL DIR", "export stablehlo MODEL out": "gptjax classify MODEL",
+    "pretrain pretrain.base=MODEL data.source=a.txt": NAME, "finetune instruct finetune.base=MODEL": NAME,
+    "finetune prefer finetune.base=MODEL --dry-run": NAME, "sweep instruct finetune.base=MODEL --dry-run": NAME,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory):
+    """A run's, with an LM head beside its classes, and the same in the form of Hugging Face, which has none."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    cfg = dataclasses.replace(BASE, n_classes=2, cls_bias=False)
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    tokenizer = gptjax.tokenizers.load("bytes").replace(chat_template="{{ messages }}")
+    about = {"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"}
+    gptjax.save(folder / "run", params, cfg, tokenizer, {"labels.json": json.dumps(about)})
+    gptjax.weights.export_hf(folder / "hf", params, cfg, tokenizer, about)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["run", "hf"])
+@pytest.mark.parametrize("verb", WRITING)
+def test_a_classifier_does_not_write(verb, form, here, base, classifiers, capsys):
+    model = str(classifiers / form)
+    error = says(capsys, *(word.replace("MODEL", model) if word != "base" else str(base) for word in verb.split()))
+    assert f"{model} is a classifier of 2 classes, which does not write: " in error
+    assert WRITING[verb].replace("MODEL", model) in error
+    assert not [path for path in here.iterdir() if path.name.startswith(("runs", "out"))]
+
+
+@pytest.mark.parametrize("form", ["run", "hf"])
+def test_a_classifier_is_imported_and_is_a_base_of_another(form, here, classifiers, capsys):
+    assert main(["import", str(classifiers / form), "own"]) == 0
+    assert 'gptjax classify own "TEXT"' in capsys.readouterr().out
+    assert main(["finetune", "classify", "finetune.base=own", "classify.source=rows.jsonl", "--dry-run"]) == 0
+
+
+def test_pretraining_has_no_classes(here, capsys):
+    error = says(capsys, "pretrain", *TINY, "model.n_classes=2", "run_dir=run")
+    assert "model.n_classes=2: expected 0" in error and "gptjax finetune classify" in error
 
 
 def test_a_notebook_is_no_command_line():

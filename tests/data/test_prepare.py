@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -206,12 +207,37 @@ def test_damage_is_noticed_and_repaired(tmp_path, text, name, damage):
 
 def test_killed_writer_leaves_nothing_that_counts(tmp_path, text):
     root = tmp_path / "cache" / "tokens"
-    old, young = root / ".partial-old", root / ".partial-young"
-    old.mkdir(parents=True)
-    young.mkdir()
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    old = [root / name for name in (".partial-0123456789ab-a_b2c3d4", ".partial-damaged-abcdefgh", ".partial-download")]
+    young = root / ".partial-0123456789ab-abcdefgh"
+    for folder in (*old, young):
+        folder.mkdir(parents=True)
+    for folder in old:
+        os.utime(folder, (time.time() - 2 * 24 * 3600,) * 2)
     ready = data.prepare(config(tmp_path, text))
-    assert stores(tmp_path) == [".partial-young", ready.manifest["key"]]
+    assert stores(tmp_path) == [young.name, ".partial-download", ready.manifest["key"]]  # which is not ours
+
+
+def test_what_somebody_put_into_the_cache_stays(tmp_path, text):
+    """Beside the tokens in any case; among them until a damaged folder would have to be replaced."""
+    cfg, notes = config(tmp_path, text), tmp_path / "cache" / "tokens" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    folder = notes.parent / data.prepare(cfg).manifest["key"]
+    own = folder / "sub" / "mine.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    data.prepare(cfg)
+    (folder / "train.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"train\.bin does not match.* did not write \(sub, sub/mine\.txt\).*cache_dir"):
+        data.prepare(cfg)
+    assert own.read_text() == notes.read_text() == "mine" and (folder / "train.bin").read_bytes() == b"x"
+    shutil.rmtree(own.parent)
+    data.prepare(cfg)
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    with pytest.raises(UserError, match="nothing was overwritten"):
+        data.prepare(cfg)
+    assert folder.read_text() == "a file"
 
 
 def test_several_processes_at_once(tmp_path, folder):

@@ -47,9 +47,8 @@ def run(folder, kind, name, together, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind", ["classify", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("instruct", "prefer"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_program_is_one_after_the_other(folder, kind, capsys):
     assert run(folder, kind, f"{kind}-one", "true") == 0
     assert "2 adapters in one program" in capsys.readouterr().out

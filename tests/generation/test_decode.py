@@ -1,5 +1,7 @@
 """The compiled loop against a plain one that reads everything again for every token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +215,11 @@ def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):
     )[0]
     with pytest.raises(UserError, match="vocab_size=0"):
         generate(params, PROMPTS, cfg, max_new_tokens=1, key=KEY, vocab_size=0)
+
+
+def test_a_classifier_does_not_write(gpt2_model):
+    cfg, params = gpt2_model
+    classes = dataclasses.replace(cfg, n_classes=2)
+    for write in (generate, complete, lambda p, prompts, *rest, **more: list(stream(p, prompts[0], *rest, **more))):
+        with pytest.raises(UserError, match=r"classifier of 2 classes, which does not write: gptjax classify RUN"):
+            write(params, [[1, 2]], classes, max_new_tokens=2, key=jax.random.key(0))

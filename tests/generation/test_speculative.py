@@ -1,5 +1,7 @@
 """The draft may guess well or badly: the tokens are the large model's own."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -69,3 +71,7 @@ def test_what_cannot_be(model, tiny):
     with pytest.raises(UserError, match=r"make 72 tokens, the smaller context has 64"):
         speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=60)
     assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=0).tokens == [[], [], []]
+    classes = dataclasses.replace(cfg, n_classes=2)
+    for pair, who in (((classes, cfg), "the model is a classifier"), ((cfg, classes), "the draft is a classifier")):
+        with pytest.raises(UserError, match=who):
+            speculate(params, params, PROMPTS, *pair, max_new_tokens=5)

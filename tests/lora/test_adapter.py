@@ -58,13 +58,11 @@ def run(params, cfg):
 
 
 def test_at_the_start_nothing_changes(member):
-    """To the bit, where the weights stay as they are; DoRA divides lengths, and a split adds what it took."""
+    """Where the weights stay as they are, what is added is zero, and only another fusion could round otherwise; DoRA
+    divides lengths, and a split adds what it took."""
     cfg, params, lcfg, base, adapter = member
     got, want = run(lora.attach(base, adapter, lcfg), cfg), run(params, cfg)
-    if lcfg.dora or lcfg.init != "lora":
-        np.testing.assert_allclose(got, want, atol=2e-5)
-    else:
-        np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got, want, atol=2e-5 if lcfg.dora or lcfg.init != "lora" else 1e-5)
 
 
 def test_attached_is_merged(member):
@@ -192,7 +190,9 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     adapter = lora.init(KEY, params, lcfg)
     loss = jax.jit(lora.bind(pretrain.task(cfg).loss, params, lcfg))
     plain = loss(adapter, BATCH, None)[0].total
-    assert loss(adapter, BATCH, KEY)[0].total == plain  # b is zero, and the base sees all of x
+    assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(
+        float(plain), rel=1e-6
+    )  # b is zero, the base sees all of x
     adapter = moved(adapter)
     values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
     assert len(values) == 3

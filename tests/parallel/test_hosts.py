@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,11 +21,12 @@ HEARTBEAT_S = 10
 ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # as .ci/run does; four processes take half a minute on two cores
 
 
-def processes(folder, n, *more, own_settings=None, command=None, only=None):
+def processes(folder, n, *more, own_settings=None, command=None, only=None, cwd=None):
     """n of them, or one where n is 1; each with one device of the CPU.
 
     Args:
         own_settings: {process: its own ones}. command: in the place of `host.py`. only: these processes.
+        cwd: the working directory of process {}, in `folder`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +47,8 @@ def processes(folder, n, *more, own_settings=None, command=None, only=None):
         command_line = [sys.executable, *words, *settings, *(own if n > 1 else [])]
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         with open(folder / f"{i}.log", "w") as log:
-            found.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env))
+            here = folder / cwd.format(i) if cwd else None
+            found.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=here))
     return found
 
 
@@ -133,6 +136,22 @@ def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, dif
     for log in logs:
         assert "the settings of the 2 processes of this run differ:" in log and "Traceback" not in log
         assert all(text in log for text in said) and "heartbeat_s:" not in log
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_other_data_all_end_with_the_difference(tmp_path):
+    """The same settings, and another text under the same name on the second host."""
+    for i in range(2):
+        (tmp_path / f"host-{i}").mkdir()
+        (tmp_path / f"host-{i}" / "my.txt").write_text(f"To be, or not to be, {i}.\n" * 200)
+    more = ("data.source=my.txt", "data.cache_dir=cache", f"run_dir={tmp_path / 'run'}")
+    running = processes(tmp_path, 2, *more, command=CLI, cwd="host-{}")
+    codes, logs = ended(tmp_path, running, 60)
+    assert codes == [2, 2], logs
+    for log in logs:
+        assert "the data of the 2 processes of this run differ:" in log and "Traceback" not in log
+        assert re.search("  training data: '[0-9a-f]{64}' in process 0; '[0-9a-f]{64}' in process 1", log), log
+        assert "  validation data: " in log and "tokenizer: " not in log and "compiling" not in log
     assert not (tmp_path / "run").exists()
 
 

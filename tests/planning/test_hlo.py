@@ -127,6 +127,7 @@ def test_a_product_of_batches_written_as_windows_that_touch_in_parts():
     assert hlo._convolution_flops(rest, (8, 4, 5), (8, 5, 6), (8, 4, 6)) == 2 * 8 * 4 * 5 * 6
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layers", [1, 7])
 def test_a_real_program(layers):
     """A scan over layers here, on the CPU: forward one product a layer, backward two."""

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ import gptjax
 from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, load_config, to_yaml
-from gptjax.training import loggers, loop
+from gptjax.training import loggers, loop, progress
 from gptjax.training.process import Stopped
 from gptjax.training.run_dir import RunDir, read_metrics
 from gptjax.types import UserError
@@ -95,6 +97,49 @@ def test_metrics(whole):
     row = rows[-2]
     assert {"step", "train/loss", "lr", "grad_norm", "skipped", "tokens", "tokens_per_s", "seconds"} <= set(row)
     assert row["tokens"] == row["step"] * 4 * 16
+
+
+def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make, tmp_path, monkeypatch):
+    """By a clock of the test: a step takes 1 ms, a batch of an evaluation 10 s, sampling 100 s, and the first of each
+    1,000 s more, as it compiles.
+
+    11 batches, 2 of them before the first step; 40 steps, evaluations at 10, 20, 30 and 40.
+    """
+    now, evaluations, samples = [0.0], [], []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "EVAL_TOKENS", 256)
+    monkeypatch.setattr(loop, "FIRST_EVAL_TOKENS", 512)
+
+    def prepare(cfg, shown):
+        cfg, job = loop.prepare(cfg, shown)
+
+        def batches(step, k):
+            now[0] += k / 1000
+            return job.batches(step, k)
+
+        def eval_batches(first):
+            evaluations.append(0)
+            for batch in job.eval_batches(first):
+                yield batch
+                now[0] += 1010 if len(evaluations) == 1 and not evaluations[0] else 10
+                evaluations[-1] += 1
+
+        def sample(params):
+            samples.append(0)
+            now[0] += 1100 if len(samples) == 1 else 100
+            return ["text"]
+
+        return cfg, job._replace(batches=batches, part=None, eval_batches=eval_batches, sample=sample)
+
+    lines = []
+    loop.run_job(make(tmp_path / "run", "train.eval_every=10", "data.val_fraction=0.35"), prepare, lines.append)
+    n = 11
+    assert evaluations == [2, n, n, n, n]
+    left = {int(m[1]): m[2] for line in lines if (m := re.match(r"step (\d+)/40 .*ETA ([\d:]+)", line))}
+    known = {10: 0, 15: 0, 20: 0, 25: 100, 30: 100, 35: 100, 40: 100}  # of sampling: the first time it compiles
+    want = {step: (4 - (step - 1) // 10) * (10 * n + s) for step, s in known.items()}
+    assert left == {step: progress.duration(seconds) for step, seconds in want.items()}
 
 
 def test_validation_loss_is_that_of_every_token_once(whole):

@@ -1,6 +1,8 @@
 """One door for every place a model can lie in: its tokenizer comes with it."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import gptjax
 from gptjax import assets, gguf, tokenizers, weights
+from gptjax.tokenizers import hf
 from gptjax.types import UserError
 from gptjax.weights import door, llama_cpp
 
@@ -190,3 +193,43 @@ def test_a_file_that_is_no_model_is_called_what_it_is(name, content, words, tmp_
     with pytest.raises(UserError) as error:
         weights.open_model(tmp_path / name)
     assert words in str(error.value) and ("pickle" in str(error.value)) == ("pickle" in words)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(model, places, tmp_path):
+    params, cfg, tokenizer = model
+    more = tokenizers.extend(tokenizer, ["<|more|>"])
+    words = f"the tokenizer has {cfg.vocab_size + 1} ids, the model {cfg.vocab_size} rows"
+    for write in (gptjax.save, weights.export_hf, weights.export_gguf, weights.export_stablehlo):
+        with pytest.raises(UserError, match=words):
+            write(tmp_path / "m.gguf", params, cfg, more)
+        assert not (tmp_path / "m.gguf").exists()
+    shutil.copytree(places / "hf", tmp_path / "hf")
+    for name, text in hf.to_hf(more).items():
+        (tmp_path / "hf" / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        weights.load_tokenizer(tmp_path / "hf")
+    assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1  # for `grow_vocabulary`
+
+
+def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
+    """As the text models are published: the tokenizer is that of the others. Elsewhere such a token is refused."""
+    data = json.loads(hf.to_hf(tokenizers.train("bpe", [TEXT] * 8, 280))["tokenizer.json"])
+    data["model"]["byte_fallback"] = True  # runs in `tokenizers`, as Gemma's does
+    plain = hf.from_hf(json.dumps(data))
+    rows = plain.vocab_size
+    cfg = dataclasses.replace(GEMMA, vocab_size=rows, tie_embeddings=True)
+    params = gptjax.init_params(jax.random.key(0), cfg)
+    for name, fits in ((door.IMAGE, True), ("<more>", False)):
+        folder = weights.export_hf(tmp_path / name, params, cfg, plain)
+        data["added_tokens"].append(hf.added_token(name, rows, True))
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        data["added_tokens"].pop()
+        if not fits:
+            with pytest.raises(UserError, match=f"has {rows + 1} ids, the model {rows} rows"):
+                weights.load_tokenizer(folder)
+            continue
+        found = weights.load_tokenizer(folder)
+        assert found.kind == "hf" and found == tokenizers.loads(plain.dumps()).replace(eos_ids=found.eos_ids)
+        assert max(found.encode(f"To be {name}")) < rows and found.decode(found.encode(name)) == name
+        gptjax.save(tmp_path / "own", params, cfg, found)
+        assert weights.load_tokenizer(tmp_path / "own") == found

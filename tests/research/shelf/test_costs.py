@@ -115,6 +115,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_formula_is_what_xla_counts(name):
     """The products to the last one; XLA's own total, which has norms, softmax and activations too, within 3 %."""
@@ -128,6 +129,7 @@ def test_the_formula_is_what_xla_counts(name):
     assert flops.total < compiled.cost_analysis()["flops"] < 1.03 * flops.total
 
 
+@pytest.mark.cpu
 def test_the_formula_at_the_size_of_gpt2():
     """124 M parameters, 1,024 tokens, not compiled: what is no product is less than 0.5 %."""
     cfg, tokens = ModelConfig(vocab_size=50257, unroll=True), jax.ShapeDtypeStruct((1, 1024), jnp.int32)

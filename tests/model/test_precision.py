@@ -1,0 +1,274 @@
+"""`model.precision` reaches every product, forward and backward, whenever JAX traces it."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.lax import Precision
+from jax.sharding import AxisType
+
+import gptjax
+from gptjax import lora
+from gptjax.config import LoraConfig
+from gptjax.generation import for_decoding
+from gptjax.model.cache import init_cache
+from gptjax.ops.attention import attention
+from gptjax.ops.device import AXES, compiling_for
+from gptjax.ops.precision import kernels_keep_it
+from gptjax.ops.quant import quantize
+from gptjax.research import curvature, influence
+from gptjax.tasks import classify, prefer, pretrain
+from gptjax.types import Batch, Mean
+
+T = 128  # two blocks of queries, and whole lanes for splash
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 17, (2, T)).astype(np.int32)
+SEGMENTS = np.repeat([[1, 2]], T // 2, axis=1).repeat(2, 0).astype(np.int32)
+BATCH = Batch(TOKENS, TOKENS, segment_ids=SEGMENTS)
+KEY = jax.random.key(0)
+
+
+class Labelled:
+    tokens, segment_ids = TOKENS, SEGMENTS
+    labels, weights = np.zeros((2, 2), np.int32), np.ones((2, 2), np.float32)
+
+
+class Pairs:
+    tokens, targets, segment_ids, weights = TOKENS, TOKENS, SEGMENTS, np.ones((2, T), np.float32)
+    present, reference = np.ones((2, 1), np.float32), np.zeros((2, 1, 2), np.float32)
+
+
+def gradient(task, params, batch=BATCH, key=None):
+    return jax.value_and_grad(lambda p: task.loss(p, batch, key)[0].total), (params,)
+
+
+def whole(cfg, params):
+    return gradient(pretrain.task(cfg, chunk=64), params)
+
+
+def one_chunk(cfg, params):
+    return gradient(pretrain.task(cfg), params)
+
+
+def late(cfg, params):
+    """Differentiated after it was traced: `jit` inside of `grad`."""
+    loss = jax.jit(lambda p: pretrain.task(cfg).loss(p, BATCH, None)[0].total)
+    return jax.grad(loss), (params,)
+
+
+def adapter(base=lambda params: params, **settings):
+    def build(cfg, params):
+        settings_ = LoraConfig(rank=4, targets="blocks/*/kernel | wte/* | lm_head/*", **settings)
+        if settings_.dora or settings_.dropout:
+            settings_ = dataclasses.replace(settings_, targets="blocks/*/kernel | lm_head/*")
+        pair = lora.init(KEY, params, settings_)
+        loss = lora.bind(pretrain.task(cfg).loss, base(params), settings_)
+        return jax.grad(lambda a: loss(a, BATCH, KEY)[0].total), (pair,)
+
+    return build
+
+
+def adapters_of_rows(cfg, params):
+    settings = LoraConfig(rank=4)
+    pair = lora.init(KEY, params, settings)
+    return jax.grad(lambda a: gptjax.forward(lora.attach(params, a, settings), TOKENS, cfg).sum()), (
+        lora.rows([pair, pair], [0, 1]),
+    )
+
+
+def quantised(kind):
+    def build(cfg, params):
+        return jax.grad(lambda x: gptjax.forward(small, TOKENS, cfg, patches={"embed": x}).sum()), (
+            jnp.ones((2, T, cfg.d_model)),
+        )
+
+    small = None
+
+    def made(cfg, params):
+        nonlocal small
+        small = quantize(params, kind)
+        return build(cfg, params)
+
+    return made
+
+
+def preferences(cfg, params):
+    return gradient(prefer.task(cfg), params, Pairs)
+
+
+def classes(pooling):
+    return lambda cfg, params: gradient(classify.task(cfg, pooling), params, Labelled)
+
+
+def prompt(cfg, params):
+    return lambda p: gptjax.extend(p, TOKENS, cfg, init_cache(cfg, 2, 2 * T)), (params,)
+
+
+def step(cfg, params):
+    cache = dataclasses.replace(init_cache(cfg, 2, 2 * T), empty=False)
+    return lambda p: gptjax.extend(p, TOKENS[:, :1], cfg, cache), (for_decoding(params, cfg),)
+
+
+def weights_patched(cfg, params):
+    patches = {"blocks/*/attn/weights": lambda x: 2 * x}
+    return jax.grad(lambda p: gptjax.forward(p, TOKENS, cfg, patches=patches).sum()), (params,)
+
+
+USES = {
+    "forward": lambda cfg, params: (lambda p: gptjax.forward(p, TOKENS, cfg), (params,)),
+    "tapped": lambda cfg, params: (lambda p: gptjax.tapped(p, TOKENS, cfg, "*/attn/weights"), (params,)),
+    "gradient": whole, "one chunk of logits": one_chunk, "gradient of a jitted loss": late,
+    "lora": adapter(), "lora with dropout": adapter(dropout=0.1), "dora": adapter(dora=True),
+    "lora on int8": adapter(lambda params: quantize(params, "int8")), "adapters of rows": adapters_of_rows,
+    "int8": quantised("int8"), "nf4": quantised("nf4"), "preferences": preferences,
+    "classes": classes("last"), "classes, mean": classes("mean"), "prompt": prompt, "step": step,
+    "weights patched": weights_patched,
+}  # fmt: skip
+
+
+def dots(jaxpr):
+    """(precision, dtype) of every product, in the jaxprs inside too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.params["precision"], eqn.invars[0].aval.dtype
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                yield from dots(getattr(inner, "jaxpr", inner))
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def found(use, cfg, params):
+    fn, args = USES[use](cfg, params)
+    return list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+@pytest.fixture(scope="module")
+def build(tiny):
+    def build(**switches):
+        return tiny("llama", context_length=2 * T, d_head=16, **switches)
+
+    return build
+
+
+CASES = [(use, precision) for use in USES for precision in ("default", "highest")]
+CASES += [(use, "high") for use in ("forward", "gradient of a jitted loss", "dora", "int8", "step")]
+
+
+@pytest.mark.parametrize(("use", "precision"), CASES)
+def test_every_product_has_the_precision_that_was_asked_for(build, use, precision):
+    """But sums that are written as products, which are exact under each: of log-probabilities, and the mean of a text's
+    hidden states."""
+    cfg, params = build(precision=precision, n_classes=2)
+    with jax.default_matmul_precision(None):  # whatever the suite runs with
+        each = {p for p, _ in found(use, cfg, params)}
+    asked = None if precision == "default" else (Precision(precision),) * 2
+    sums = {(Precision.HIGHEST,) * 2} if use in ("preferences", "classes, mean") else set()
+    assert each == {asked} | sums
+
+
+WAYS = [
+    dict(remat="full"), dict(remat="dots"), dict(unroll=True), dict(tie_embeddings=True), dict(sliding_window=8),
+    dict(position="alibi"), dict(arch="modern"), dict(dropout=0.1),
+]  # fmt: skip
+
+
+ELSEWHERE = [(way, platform) for way in (WAYS[0], WAYS[6]) for platform in ("gpu", "tpu")]
+
+
+@pytest.mark.parametrize(("way", "platform"), [*((way, "cpu") for way in WAYS), *ELSEWHERE], ids=str)
+def test_however_the_blocks_are_computed(tiny, way, platform):
+    switches = {"arch": "llama", "context_length": 2 * T, "d_head": 16, "precision": "highest", **way}
+    cfg, params = tiny(**switches)
+    with compiling_for(platform), jax.default_matmul_precision(None):
+        fn, args = gradient(pretrain.task(cfg), params, key=KEY if cfg.dropout else None)
+        each = list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
+    assert {p for p, _ in each} == {(Precision.HIGHEST,) * 2}
+    assert len(each) >= 3 * (7 + 2)  # of each product the forward and both backward ones
+
+
+def test_under_a_mesh(build):
+    cfg, params = build(precision="high")
+    mesh = jax.make_mesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    with jax.set_mesh(mesh), jax.default_matmul_precision(None):
+        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
+
+
+@pytest.mark.parametrize(("use", "platform"), [
+    ("gradient", "cpu"), ("gradient", "gpu"), ("gradient", "tpu"), ("lora", "gpu"), ("nf4", "tpu"),
+])  # fmt: skip
+def test_bfloat16_is_the_same_program(build, use, platform):
+    programs = []
+    for precision in ("default", "highest"):
+        cfg, params = build(precision=precision, dtype="bfloat16")
+        fn, args = USES[use](cfg, params)
+        with compiling_for(platform):
+            programs.append(re.sub(r"0x\w+", "", str(jax.make_jaxpr(fn)(*args))))
+    assert programs[0] == programs[1] and "dot_general" in programs[0]
+
+
+def test_default_is_jaxs_own_setting(build):
+    cfg, params = build()
+    with jax.default_matmul_precision("highest"):
+        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGHEST,) * 2}
+    cfg, params = build(precision="high")
+    with jax.default_matmul_precision("highest"):
+        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
+
+
+@pytest.mark.parametrize(("precision", "dtype", "on_tpu", "on_gpu"), [
+    (None, "float32", True, True), ("default", "float32", True, True), (None, "bfloat16", True, True),
+    ("high", "float32", False, False), ("highest", "float32", False, False), ("highest", "bfloat16", False, True),
+])  # fmt: skip
+def test_kernels_that_know_no_precision_are_not_used_for_a_stated_one(precision, dtype, on_tpu, on_gpu):
+    """Splash in float32 does not compile under high, and in bfloat16 under none, that JAX itself was given."""
+    q = jnp.ones((1, T, 2, 64), dtype)
+    with jax.default_matmul_precision(precision):
+        with compiling_for("tpu"):
+            assert ("pallas_call" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))) == on_tpu
+        with compiling_for("gpu"):
+            assert kernels_keep_it(dtype) == on_gpu
+
+
+@pytest.mark.cpu
+def test_a_cpu_computes_the_same_under_each(build):
+    cfg, params = build()
+    each = [jax.jit(whole(dataclasses.replace(cfg, precision=p), params)[0])(params) for p in ("default", "highest")]
+    jax.tree.map(np.testing.assert_array_equal, *each)
+
+
+def merging(cfg, params):
+    settings = LoraConfig(rank=4, dora=True)
+    return lambda p, a: lora.merge(p, a, settings), (params, lora.init(KEY, params, settings))
+
+
+def splitting(cfg, params):
+    return lambda p: lora.split(p, LoraConfig(rank=4, init="pissa", dora=True)), (params,)
+
+
+def eigenvalues(cfg, params):
+    return lambda w: curvature.eigenvalues(lambda w: (w**3).sum(), w, KEY, n=1, steps=3), (jnp.ones(5),)
+
+
+def soup(cfg, params):
+    return curvature.mix, (jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params), jnp.ones(2) / 2)
+
+
+def clipping(cfg, params):
+    def loss(w, batch, key):
+        return Mean((w * batch).sum(), jnp.float32(1)), {}
+
+    return lambda w, rows: influence.clipped_sum(loss, w, rows, clip=1.0), (jnp.ones(5), jnp.ones((4, 5)))
+
+
+@pytest.mark.parametrize("use", [merging, splitting, eigenvalues, soup, clipping])
+def test_what_is_kept_and_what_must_add_up_is_float32_on_every_device(build, use):
+    fn, args = use(*build())
+    with jax.default_matmul_precision(None):
+        each = [p for p, _ in dots(jax.make_jaxpr(fn)(*args).jaxpr)]
+    assert set(each) == {(Precision.HIGHEST,) * 2}
