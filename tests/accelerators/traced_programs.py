@@ -378,6 +378,9 @@ COMPANIONS: dict[str, dict[str, Any]] = dict(
     cls_bias=dict(n_classes=3), zero_init_head=dict(tie_embeddings=False),
 )  # fmt: skip
 
+# Numbers that a program has as constants, with any value: `constants` changes all at once.
+CONSTANTS = ("rope_base", "rope_slow", "rope_fast", "rope_original_context", "norm_eps", "embed_std")
+
 
 def model(arch: str = "gpt2", **switches: Any) -> ModelConfig:
     return ModelConfig(**{"arch": arch, **SIZES, **switches})
@@ -405,6 +408,11 @@ def switches(base: ModelConfig) -> dict[str, ModelConfig]:
             for value in other_values(field.name, dataclasses.replace(base, **companions)):
                 found[f"{field.name}={value}"] = dataclasses.replace(base, **{**companions, field.name: value})
     return found
+
+
+def constants(base: ModelConfig) -> ModelConfig:
+    changed = {name: other_values(name, base)[0] for name in CONSTANTS}
+    return dataclasses.replace(base, **_LLAMA3, **changed)
 
 
 def switch_cases() -> list[tuple[str, str, str, tuple[str, ...]]]:
