@@ -137,7 +137,8 @@ def complaints(traced: Any, cfg: ModelConfig, program: Any, *, rows: int, tokens
     found = _outputs(out)
     if cfg.dtype == "float32":
         wrong = (eqn for eqn in equations(jaxpr) if any(is_float(v.aval, jnp.bfloat16) for v in eqn.outvars))
-        return found + [f"bfloat16 in a float32 model: {shown(eqn)}" for eqn in wrong]
+        found += [f"bfloat16 in a float32 model: {shown(eqn)}" for eqn in wrong]
+        return found + _imprecise(jaxpr, cfg, rows)
     limits = Limits(rows, cfg.n_layer, rows * tokens * cfg.n_head, _allowed(jaxpr, out, cfg))
     found += _activations(out)
     found += [] if "saved" in program.unchecked else _saved(out, limits)
@@ -197,6 +198,17 @@ def _loops(jaxpr: Any, limits: Limits) -> list[str]:
         where = str(eqn.source_info.name_stack)
         found += [f"a scan of {eqn.params['length']} carries or stacks {aval} in {where!r}" for aval in wrong]
     return found
+
+
+def _imprecise(jaxpr: Any, cfg: ModelConfig, rows: int) -> list[str]:
+    """Products of a float32 model have its `precision`, where it states one."""
+    if cfg.precision == "default":
+        return []
+    stated = getattr(jax.lax.Precision, cfg.precision.upper())
+    products = [eqn for eqn in equations(jaxpr) if _is_product(eqn)]
+    of = [eqn for eqn in products if any(of_activations(var.aval, rows) for var in eqn.invars)]
+    wrong = [eqn for eqn in of if eqn.params["precision"] not in (stated, (stated, stated))]
+    return [f"a product is not of precision {cfg.precision}: {shown(eqn)}" for eqn in wrong]
 
 
 def _of_scores(aval: Any, limits: Limits) -> bool:

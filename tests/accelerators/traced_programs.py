@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
@@ -34,6 +36,9 @@ from gptjax.types import Batch
 # size: `traced_dtypes` tells the two apart by this.
 ROWS = 11
 LOWERING = {"gpu": "cuda", "tpu": "tpu"}  # gptjax's name of a platform: jax's
+HINTS = get_type_hints(ModelConfig)
+BOTH = list(itertools.product(LOWERING, get_args(HINTS["dtype"])))  # (platform, dtype)
+ALL = bool(os.environ.get("GPTJAX_ALL_TRACES"))
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 LORA = LoraConfig(rank=8, targets="*/kernel", dropout=0.1)
 DORA = LoraConfig(rank=8, dora=True)
@@ -378,6 +383,9 @@ COMPANIONS: dict[str, dict[str, Any]] = dict(
     cls_bias=dict(n_classes=3), zero_init_head=dict(tie_embeddings=False),
 )  # fmt: skip
 
+# Numbers that a program has as constants, with any value: `constants` changes all at once.
+CONSTANTS = ("rope_base", "rope_slow", "rope_fast", "rope_original_context", "norm_eps", "embed_std")
+
 
 def model(arch: str = "gpt2", **switches: Any) -> ModelConfig:
     return ModelConfig(**{"arch": arch, **SIZES, **switches})
@@ -389,7 +397,7 @@ def other_values(name: str, base: ModelConfig, values: dict[str, tuple[Any, ...]
     Raises:
         KeyError: a number or a text that `values` does not have.
     """
-    hint, now = get_type_hints(ModelConfig)[name], getattr(base, name)
+    hint, now = HINTS[name], getattr(base, name)
     optional = get_args(hint) if get_origin(hint) is Union else (hint,)
     kind = next(part for part in optional if part is not type(None))
     choices = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else values[name]
@@ -407,14 +415,33 @@ def switches(base: ModelConfig) -> dict[str, ModelConfig]:
     return found
 
 
+def constants(base: ModelConfig) -> ModelConfig:
+    changed = {name: other_values(name, base)[0] for name in CONSTANTS}
+    return dataclasses.replace(base, **_LLAMA3, **changed)
+
+
+def uses_of(subject: int, platform: str, dtype: str, uses: Iterable[str], core: Iterable[str]) -> tuple[str, ...]:
+    """Of the uses of the n-th subject, those that the slow run traces on a platform in a dtype: `core` on both
+    platforms in both dtypes; the others in bfloat16, on one of the platforms in turn. Float32 promotes nothing, and the
+    platforms differ in attention alone. GPTJAX_ALL_TRACES=1: all on both in both."""
+    turn = list(LOWERING).index(platform)
+    return tuple(
+        use
+        for i, use in enumerate(uses)
+        if ALL or use in core or (dtype == "bfloat16" and (subject + i) % len(LOWERING) == turn)
+    )
+
+
 def switch_cases() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """("arch switch", platform, dtype, uses): all switches on a gpt2, and those that a `modern` model has otherwise. In
-    bfloat16 every use; in float32, which promotes nothing, those that differ most."""
+    """("arch switch", platform, dtype, uses): all switches on a gpt2, and those that a `modern` model has otherwise."""
     names = [f"gpt2 {name}" for name in switches(model("gpt2"))]
     flags = {f"{name}={not on}" for name, on in ARCHS["modern"].items() if isinstance(on, bool)}
     names += [f"modern {name}" for name in switches(model("modern")) if name in flags]
-    uses = {"bfloat16": tuple(USES), "float32": ("gradient", "cached step", "generate")}
-    return [(name, platform, dtype, uses[dtype]) for name in names for platform in LOWERING for dtype in uses]
+    return [
+        (name, platform, dtype, uses_of(n, platform, dtype, USES, ("gradient", "cached step")))
+        for n, name in enumerate(names)
+        for platform, dtype in BOTH
+    ]
 
 
 # ---------------------------------------------------------------- tracing
