@@ -18,18 +18,34 @@ from jax.sharding import AxisType, PartitionSpec
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
 ROWS = (DATA, FSDP)  # what the rows of a batch are divided by
 
-_target: ContextVar[str | None] = ContextVar("target", default=None)
+_target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=None)
 
 
 def platform() -> str:
     """cpu, gpu or tpu: of this process, or what `compiling_for` says."""
-    return _target.get() or jax.default_backend()
+    target = _target.get()
+    return target[0] if target else jax.default_backend()
+
+
+def capability() -> float:
+    """The compute capability of the NVIDIA GPU that is compiled for: 7.5 is a T4, 8.0 an A100, 9.0 an H100. 0 for any
+    other device."""
+    if target := _target.get():
+        return target[1] if target[0] == "gpu" else 0.0
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+    except ValueError:  # an AMD GPU: gfx90a
+        return 0.0
 
 
 @contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Programs traced inside are for another kind of device than this process has."""
-    token = _target.set(platform)
+def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
+    """Programs traced inside are for another kind of device than this process has.
+
+    Args:
+        capability: of the GPU, if it is one.
+    """
+    token = _target.set((platform, capability))
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ def test_splash_equals_xla(case):
 @pytest.mark.parametrize("window", [0, 70])
 def test_what_cudnn_is_asked_for_equals_xla(window):
     args = qkv()
-    ours = value_and_gradients(scaled(lambda q, k, v: fused._causal(q, k, v, window, "xla")), args)
+    ours = value_and_gradients(scaled(lambda q, k, v: fused.cudnn(q, k, v, window=window, by="xla")), args)
     expected = value_and_gradients(lambda q, k, v: heads_attention(q, k, v, window=window), args)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
