@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -40,16 +40,30 @@ def capability() -> float:
 
 @contextmanager
 def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
-    """Programs traced inside are for another kind of device than this process has.
+    """Programs traced and lowered inside are for another kind of device than this process has.
 
     Args:
-        capability: of the GPU, if it is one.
+        capability: the compute capability, if it is a GPU.
     """
     token = _target.set((platform, capability))
     try:
-        yield
+        with _gpu_named_to_jax(capability) if platform == "gpu" else nullcontext():
+            yield
     finally:
         _target.reset(token)
+
+
+def _gpu_named_to_jax(capability: float) -> Any:
+    """From jax 0.11 on Pallas asks the mesh for a GPU where the process has none."""
+    if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
+        return nullcontext()
+    kinds = {7.5: "Tesla T4", 8.0: "NVIDIA A100", 8.6: "NVIDIA A10", 8.9: "NVIDIA L4", 9.0: "NVIDIA H100"}
+    kind = kinds.get(capability, "NVIDIA B200")
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty:
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu))
+    return jax.sharding.use_abstract_mesh(here.update(abstract_device=gpu))
 
 
 def mesh() -> Any:
