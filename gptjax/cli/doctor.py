@@ -109,7 +109,21 @@ def _devices() -> list[str]:
         return [f"jax does not start: {error}"]
     kinds = {device.device_kind for device in devices}
     print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
+    if backend == "gpu":
+        from gptjax.ops import device, fused
+
+        print(f"attention          {gpu_attention(device.capability(), fused.cudnn_version())}")
     return backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
+
+
+def gpu_attention(capability: float, cudnn: int) -> str:
+    """Which kernels a run takes (`ops.fused.kernel_for`)."""
+    if capability < 8:
+        return (
+            f"XLA, scores of T x T in memory: the fused kernels need compute capability 8.0 (Ampere), not {capability}"
+        )
+    own = "Pallas kernels of gptjax"
+    return f"cuDNN; with documents or float32 {own}" if cudnn else f"{own} (jax finds no cuDNN)"
 
 
 def _assets() -> None:

@@ -418,7 +418,7 @@ def _inside(places: jax.Array, n: int) -> jax.Array | None:
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    return (jnp.arange(width) < H)[None, :] if H < width else None
+    return (jnp.arange(width) < H)[None, :] if width > H else None
 
 
 def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:

@@ -23,15 +23,15 @@ def kernel_for(
     q: jax.Array, *, segment_ids: jax.Array | None = None, window: int | jax.Array = 0
 ) -> Callable[..., jax.Array] | None:
     """Which of `splash`, `cudnn` and `flash` runs causal attention of q [B, T, N, H] over T keys on the device that is
-    compiled for; None: XLA does.
+    compiled for; None: XLA does. The first that fits:
 
-    device      documents   window    float32   head size   kernel
-    TPU         yes         static    yes       any         splash, where T is a multiple of 128 per device
-    Ampere on   no          static    no        8..128      cudnn (to 256 on Hopper)
-    Ampere on   yes         traced    yes       8..256      flash
-    older GPU                                               None
+    device       kernel   documents   traced window   dtypes         head sizes                `context` > 1
+    TPU          splash   yes         no              all            all                       yes
+    Ampere on    cudnn    no          no              16-bit         to 128, to 256 on Hopper  no
+    Ampere on    flash    yes         yes             16-bit, 32     to 256                    yes
+    older GPU    None
 
-    All of them run under a mesh; with tokens divided over `context` cudnn leaves them to flash.
+    GPUs: head sizes that are multiples of 8. TPUs: multiples of 128 tokens per device.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -76,7 +76,7 @@ def cudnn_version() -> int:
 
 def flash_fits(q: jax.Array) -> bool:
     """Whether `ops.flash` takes these: floats of 16 or 32 bits, heads of up to 256 channels, an Ampere GPU or a later
-    one, and a jax that still has Pallas' Triton backend."""
+    one, and a jax that has Pallas' Triton backend (jax 0.12 says that it will go)."""
     return (
         capability() >= AMPERE
         and q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -170,10 +170,17 @@ def _flash(q, k, v, q_ids, k_ids, offset, extra, **options):
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: None = None, window: int = 0, by: str = "cudnn"
 ) -> jax.Array:
-    """Causal attention of single documents on an NVIDIA GPU; shapes as in `splash`. by="xla": on a CPU, for tests."""
+    """Causal attention on an NVIDIA GPU, without documents; shapes as in `splash`.
+
+    Args:
+        by: "xla" for tests: what cuDNN is asked for, on a CPU.
+    """
+    here = mesh()
+    if segment_ids is not None or (here is not None and here.shape[CONTEXT] > 1):
+        raise ValueError("cudnn: rows without documents, whole on each device; flash takes the others")
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     attend = partial(_cudnn, window=window if 0 < window < q.shape[1] else 0, implementation=by)
-    return _by_device(attend, q, k, v, segment_ids, heads_at=2)
+    return _by_device(attend, q, k, v, None, heads_at=2)
 
 
 def _cudnn(q, k, v, q_ids, k_ids, offset, extra, *, window, implementation):
