@@ -120,19 +120,22 @@ def precision_line(backend: str, capability: float, setting: str | None) -> str:
 
 
 def attention_line(backend: str) -> str:
-    """Which attention a run on this device takes, in bfloat16 at the sizes of GPT-2."""
-    import jax
+    """Which attention a run on this device takes."""
+    from gptjax.ops import device, fused
 
-    from gptjax.ops import fused
-
-    q = jax.ShapeDtypeStruct((1, 1024, 12, 64), "bfloat16")
     if backend == "tpu":
         return "the splash kernel, of rows of a multiple of 128 tokens" if fused.splash_fits(1024) else "XLA's"
-    if backend == "gpu" and fused.cudnn_fits(q):
-        return "cuDNN's flash attention in bfloat16, XLA's in float32"
-    return (
-        f"XLA's, which keeps all scores in memory: cuDNN's flash attention begins at compute capability {cuda.AMPERE}"
-    )
+    return gpu_attention(device.capability(), fused.cudnn_version())
+
+
+def gpu_attention(capability: float, cudnn: int) -> str:
+    """Which kernels a run on a GPU takes (`ops.fused.kernel_for`)."""
+    if capability < cuda.AMPERE:
+        return (
+            f"XLA, scores of T x T in memory: the fused kernels need compute capability 8.0 (Ampere), not {capability}"
+        )
+    own = "Pallas kernels of gptjax"
+    return f"cuDNN; with documents or float32 {own}" if cudnn else f"{own} (jax finds no cuDNN)"
 
 
 def _accelerator(backend: str, device: Any, cards: list[cuda.Card]) -> None:

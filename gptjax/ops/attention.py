@@ -13,7 +13,7 @@ from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
-from gptjax.ops.precision import custom_vjp, kernels_keep_it
+from gptjax.ops.precision import custom_vjp
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
 _BLOCK = 64  # the smallest query block worth its own product
@@ -78,8 +78,8 @@ def heads_attention(
 ) -> jax.Array:
     """`attention` with k and v as a cache keeps them, [B, K, S, H].
 
-    On a TPU by the splash kernel and on a GPU by cuDNN's where they can do what is asked (`ops.fused`), else by XLA;
-    so are float32 products of a stated precision (`precision.kernels_keep_it`).
+    On a TPU by the splash kernel, on a GPU by cuDNN's or our own, where they can do what is asked (`fused.kernel_for`),
+    else by XLA.
 
     Args:
         offset: the place of the first query among the keys; [B] where the rows differ.
@@ -92,14 +92,11 @@ def heads_attention(
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
     q = q * (H**-0.5 if scale is None else scale)
-    plain = not alibi and (dropout_key is None or off(dropout)) and isinstance(window, int)
-    if square and plain and platform() != "cpu" and kernels_keep_it(q.dtype):
+    if square and not alibi and (dropout_key is None or off(dropout)) and platform() != "cpu":
         from gptjax.ops import fused
 
-        if platform() == "tpu" and fused.splash_fits(T):
-            return fused.splash(q, k, v, segment_ids=segment_ids, window=window)
-        if platform() == "gpu" and segment_ids is None and fused.cudnn_fits(q):
-            return fused.cudnn(q, k, v, window=window)
+        if (kernel := fused.kernel_for(q, segment_ids=segment_ids, window=window)) is not None:
+            return kernel(q, k, v, segment_ids=segment_ids, window=window)
     blocks = 2 if square and T % 2 == 0 and T // 2 >= _BLOCK else 1
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

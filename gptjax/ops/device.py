@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,20 +19,37 @@ from jax.sharding import AxisType, PartitionSpec
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
 ROWS = (DATA, FSDP)  # what the rows of a batch are divided by
 
-_target: ContextVar[str | None] = ContextVar("target", default=None)
+_target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=None)
 
 
 def platform() -> str:
     """cpu, gpu or tpu: of this process, or what `compiling_for` says."""
-    return _target.get() or jax.default_backend()
+    target = _target.get()
+    return target[0] if target else jax.default_backend()
+
+
+def capability() -> float:
+    """The compute capability of the NVIDIA GPU that is compiled for: 7.5 is a T4, 8.0 an A100, 9.0 an H100. 0 for any
+    other device."""
+    if target := _target.get():
+        return target[1] if target[0] == "gpu" else 0.0
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+    except ValueError:  # an AMD GPU: gfx90a
+        return 0.0
 
 
 @contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Programs traced inside are for another kind of device than this process has."""
-    token = _target.set(platform)
+def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
+    """Programs traced and lowered inside are for another kind of device than this process has.
+
+    Args:
+        capability: the compute capability, if it is a GPU.
+    """
+    token = _target.set((platform, capability))
     try:
-        yield
+        with _gpu_named_to_jax(capability) if platform == "gpu" else nullcontext():
+            yield
     finally:
         _target.reset(token)
 
@@ -41,6 +58,19 @@ def activation_dtype(dtype: str) -> Any:
     """What flows between the products of a model that computes in `dtype`. CPUs keep float32: they have no bfloat16
     arithmetic outside products."""
     return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
+
+
+def _gpu_named_to_jax(capability: float) -> Any:
+    """From jax 0.11 on Pallas asks the mesh for a GPU where the process has none."""
+    if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
+        return nullcontext()
+    kinds = {7.5: "Tesla T4", 8.0: "NVIDIA A100", 8.6: "NVIDIA A10", 8.9: "NVIDIA L4", 9.0: "NVIDIA H100"}
+    kind = kinds.get(capability, "NVIDIA B200")
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty:
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu))
+    return jax.sharding.use_abstract_mesh(here.update(abstract_device=gpu))
 
 
 def mesh() -> Any:

@@ -19,9 +19,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-from gptjax.ops.device import platform
 
 
 @contextmanager
@@ -62,13 +59,10 @@ def exact(fn: Callable) -> Callable:
     return inside
 
 
-def kernels_keep_it(dtype: Any) -> bool:
-    """Whether attention kernels compute products of this dtype as JAX's setting says. Their backward functions do not
-    know it, so not float32 of a stated one; on a TPU none of a stated one, which Mosaic does not compile for bfloat16.
-    """
-    if jax.config.jax_default_matmul_precision in (None, "default"):
-        return True
-    return platform() != "tpu" and jnp.dtype(dtype) != jnp.float32
+def splash_keeps_it() -> bool:
+    """Whether JAX's setting leaves the products of splash alone. Under a stated precision Mosaic does not compile it in
+    bfloat16, and in float32 its backward functions do not know of the setting."""
+    return jax.config.jax_default_matmul_precision in (None, "default")
 
 
 class custom_vjp:

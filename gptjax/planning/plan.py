@@ -183,11 +183,12 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 def kernel_flops(
     kernels: dict[str, float], model: ModelConfig, rows: int, T: int, shape: tuple[int, int, int, int]
 ) -> float:
-    """Of splash on one chip: the tiles that are not skipped, counted as whole."""
-    block = next((size for size in (512, 256, 128) if T % size == 0), T)
+    """Of splash on one chip: the tiles that are not skipped, counted as whole. Where tokens are divided, on the chip
+    that has the last ones: they see the most keys."""
+    block = next((size for size in (512, 256, 128) if T // shape[3] % size == 0), T // shape[3])
     n, window = T // block, model.windows[0]
     reach = n if not window else min(n, -(-(window - 1) // block) + 1)
-    tiles = sum(min(i + 1, reach) for i in range(n))
+    tiles = sum(min(i + 1, reach) for i in range(n - n // shape[3], n))
     heads = model.n_head / shape[2] * max(1, rows / (shape[0] * shape[1]))
     a_product = 2.0 * heads * tiles * block**2 * model.head_dim
     return sum(

@@ -64,14 +64,14 @@ def on_gpu(monkeypatch, cards, capability, kind):
         (
             [H200], "9.0", "NVIDIA H200",
             ["gpu                NVIDIA H200, compute capability 9.0, driver 575.57.08", "jax-cuda12-plugin  0.10.2",
-             "attention          cuDNN's flash attention in bfloat16", "float32 products run in TF32",
+             "attention          Pallas kernels of gptjax (jax finds no cuDNN)", "float32 products run in TF32",
              "model.precision=highest"],
             ["no units for it"],
         ),
         (
             [T4, T4], "7.5", "Tesla T4",
             ["2 x Tesla T4", "bfloat16           no units for it at compute capability 7.5",
-             "attention          XLA's, which keeps all scores in memory", "float32 products are float32"],
+             "attention          XLA, scores of T x T in memory", "float32 products are float32"],
             ["TF32"],
         ),
         ([], "8.0", "NVIDIA A100", ["NVIDIA A100, compute capability 8.0, driver unknown"], ["no units for it"]),

@@ -34,6 +34,15 @@ def test_versions_that_do_not_fit(versions, words):
     assert not problems if words is None else words in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "words"),
+    [(7.5, 91100, "XLA, scores of T x T"), (8.0, 91100, "cuDNN; with documents"), (9.0, 0, "finds no cuDNN")],
+)
+def test_what_attends_on_a_gpu_is_said(capability, cudnn, words):
+    line = doctor.gpu_attention(capability, cudnn)
+    assert words in line and (str(capability) in line) == (capability < 8)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "file" / "cache"))

@@ -46,7 +46,7 @@ def test_logits_keep_the_float32_sum(tied):
     cfg = config("llama", dtype="bfloat16", tie_embeddings=tied, unroll=False)
     params = init_params(jax.random.key(0), cfg)
     ids = jnp.arange(16)[None]
-    with compiling_for("gpu"):
+    with compiling_for("gpu", capability=7.5):  # whose attention is XLA's, which runs here
         logits = np.asarray(jax.jit(lambda p: forward(p, ids, cfg))(params))
     rounded = logits.astype(jnp.bfloat16).astype(np.float32)
     assert (logits != rounded).mean() > 0.9

@@ -1,9 +1,13 @@
 """The kernels of other devices against the attention that XLA runs here."""
 
+import contextlib
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.ops import device, fused
 from gptjax.ops.attention import heads_attention
@@ -51,7 +55,7 @@ def test_splash_equals_xla(case):
 @pytest.mark.parametrize("window", [0, 70])
 def test_what_cudnn_is_asked_for_equals_xla(window):
     args = qkv()
-    ours = value_and_gradients(scaled(lambda q, k, v: fused._causal(q, k, v, window, "xla")), args)
+    ours = value_and_gradients(scaled(lambda q, k, v: fused.cudnn(q, k, v, window=window, by="xla")), args)
     expected = value_and_gradients(lambda q, k, v: heads_attention(q, k, v, window=window), args)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -78,7 +82,116 @@ def test_who_attends_on_a_tpu(options, expected, monkeypatch):
     assert not (odd == 7).all()
 
 
-def test_a_mesh_that_divides_tokens_leaves_them_to_xla():
+def described(*shape):
+    """A mesh of devices that are not here."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh(shape, device.AXES, axis_types=(AxisType.Auto,) * 4))
+
+
+NO_CUDNN = {"cudnn": 0}
+FLOAT32 = {"dtype": "float32"}
+DIVIDED = {"mesh": (1, 2, 1, 4)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "shape", "expected"),
+    [
+        (8.0, {}, {}, "cudnn"),
+        (8.0, {}, {"T": 1000}, "cudnn"),
+        (8.0, {"window": 32}, {}, "cudnn"),
+        (8.0, {}, {"dtype": "float16"}, "cudnn"),
+        (8.0, {}, {"mesh": (2, 2, 2, 1)}, "cudnn"),
+        (8.0, {}, DIVIDED, "flash"),
+        (8.0, {}, NO_CUDNN, "flash"),
+        (8.0, {}, FLOAT32, "flash"),
+        (8.0, {}, {"H": 256}, "flash"),
+        (9.0, {}, {"H": 256}, "flash"),  # a Hopper that is not here: jax would refuse
+        (8.0, {}, {"H": 288}, None),
+        (8.0, {}, {"H": 60}, None),
+        (8.0, {"segment_ids": SEGMENTS}, {}, "flash"),
+        (12.0, {"segment_ids": SEGMENTS}, {"T": 1000}, "flash"),
+        (8.0, {"segment_ids": SEGMENTS, "window": 32}, {"mesh": (2, 2, 2, 1)}, "flash"),
+        (8.0, {"window": np.int32(32)}, {}, "flash"),  # as of layers that differ, in a loop
+        (7.5, {}, {}, None),
+        (7.0, {"segment_ids": SEGMENTS}, {}, None),
+        (0.0, {}, {}, None),
+    ],
+)
+def test_who_attends_on_a_gpu(capability, options, shape, expected, monkeypatch):
+    setting = {"T": 1024, "H": 64, "dtype": "bfloat16", "cudnn": 91100, "mesh": None, **shape}
+    monkeypatch.setattr(fused, "cudnn_version", lambda: setting["cudnn"])
+    q = jax.ShapeDtypeStruct((8, setting["T"], 4, setting["H"]), setting["dtype"])
+    where = described(*setting["mesh"]) if setting["mesh"] else contextlib.nullcontext()
+    with where, device.compiling_for("gpu", capability=capability):
+        found = fused.kernel_for(q, **options)
+    assert (found and found.__name__) == expected
+
+
+def test_on_a_hopper_cudnn_takes_heads_of_256(monkeypatch):
+    monkeypatch.setattr(fused, "cudnn_version", lambda: 90500)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    q = jax.ShapeDtypeStruct((8, 1024, 4, 256), "bfloat16")
+    for capability, expected in ((8.9, "flash"), (9.0, "cudnn"), (10.0, "flash")):
+        with device.compiling_for("gpu", capability=capability):
+            assert fused.kernel_for(q).__name__ == expected
+
+
+def test_what_a_gpu_leaves_to_xla(monkeypatch):
+    """Biases, dropout, and queries that stand elsewhere than their keys."""
+    monkeypatch.setattr(fused, "flash", lambda q, *_, **__: jnp.full_like(q, 7))
+    q, k, v = map(jnp.asarray, qkv())
+    with device.compiling_for("gpu"):
+        assert (heads_attention(q, k, v, segment_ids=SEGMENTS) == 7).all()
+        for options in (
+            {"alibi": True},
+            {"offset": np.array([0, 0])},
+            {"dropout": 0.1, "dropout_key": jax.random.key(0)},
+        ):
+            assert not (heads_attention(q, k, v, **options) == 7).all()
+        assert not (heads_attention(q[:, -1:], k, v, offset=255) == 7).all()
+
+
+def test_capability():
+    assert device.capability() == 0
+    with device.compiling_for("gpu"):
+        assert device.capability() == 8.0
+    with device.compiling_for("tpu"):
+        assert device.capability() == 0
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("9.0", 9.0), ("12.1", 12.1), ("gfx90a", 0.0), (None, 0.0)])
+def test_capability_of_a_gpu_that_is_here(kind, expected, monkeypatch):
+    here = SimpleNamespace(**{} if kind is None else {"compute_capability": kind})
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    assert device.capability() == expected
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2, 1)])
+def test_cudnn_is_lowered_for_cuda(mesh, monkeypatch):
+    """jax asks the library for its version and the device for its capability; here it is told. Under a mesh too nothing
+    is left for a later pass to divide."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(library, "check_compute_capability", lambda wanted: float(wanted) <= 8.0)
+    monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda wanted: False)
+    monkeypatch.setattr(fused, "cudnn_version", lambda: 91100)
+    q, kv = (jax.ShapeDtypeStruct(size, "bfloat16") for size in ((8, 1000, 4, 64), (8, 2, 1000, 64)))
+    where = described(*mesh) if mesh else contextlib.nullcontext()
+    with where, device.compiling_for("gpu"):
+        total = lambda q, k, v: heads_attention(q, k, v, window=128).astype(jnp.float32).sum()  # noqa: E731
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, kv, kv)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "CustomSPMDPartitioning" not in text
+    assert ("tensor<2x1000x2x64xbf16>" in text) == (mesh is not None)  # 8 rows by 4, 4 heads by 2
+
+
+def test_cudnn_takes_whole_rows_of_one_document():
+    with pytest.raises(ValueError, match="flash takes the others"):
+        fused.cudnn(*qkv(), segment_ids=SEGMENTS)
+    with described(1, 1, 1, 8), pytest.raises(ValueError, match="flash takes the others"):
+        fused.cudnn(*qkv())
+
+
+def test_splash_under_a_mesh_of_one():
     devices = np.asarray(jax.devices()[:1])
     with jax.set_mesh(mesh_of((1, 1, 1, 1), devices)):
         assert fused.splash_fits(256)
@@ -87,3 +200,9 @@ def test_a_mesh_that_divides_tokens_leaves_them_to_xla():
     expected = value_and_gradients(heads_attention, qkv())
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_where_tokens_are_divided_each_device_has_whole_lanes():
+    with described(1, 1, 2, 4):
+        assert fused.splash_fits(512) and fused.splash_fits(2560)
+        assert not fused.splash_fits(256) and not fused.splash_fits(768)

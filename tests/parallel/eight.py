@@ -16,6 +16,9 @@ import gptjax
 from gptjax import LoraConfig, lora, parallel, tree
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.labelled import LabelledBatch
+from gptjax.ops import fused
+from gptjax.ops.attention import heads_attention
+from gptjax.ops.flash import Tile, Tiles
 from gptjax.optim import make_optimizer
 from gptjax.parallel.mesh import mesh_of
 from gptjax.tasks import classify, pretrain
@@ -167,7 +170,40 @@ def generated() -> bool:
     return parallel.on_mesh(gptjax.generate, here)(cut, prompts, CFG, **options) == alone
 
 
-OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generated)}
+def attention() -> dict[str, float]:
+    """The attention kernels, by interpreters of them, against XLA's on one device: output and gradients."""
+    small = Tiles(*[Tile(32, 32)] * 3)
+    runs = {
+        "splash 1,1,2,4": (fused.splash, 512, {"interpret": True}),
+        "splash 2,1,1,2": (fused.splash, 256, {"interpret": True, "window": 100}),
+        "flash 2,1,2,2": (fused.flash, 76, {"interpret": True, "tiles": small, "window": np.int32(50)}),
+        "flash 1,2,4,1": (fused.flash, 50, {"interpret": True, "tiles": small}),
+        "cudnn 2,1,4,1": (fused.cudnn, 50, {"by": "xla", "window": 20}),
+    }
+
+    def both(fn: Callable, args: tuple, where: Any = None) -> list:
+        def total(args: tuple) -> tuple:
+            out = fn(*args)
+            return jax.numpy.sin(out).sum(), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True), out_shardings=where)(args)
+        return [np.asarray(x) for x in (out, *gradients)]
+
+    found = {}
+    for name, (kernel, length, options) in runs.items():
+        here = mesh(tuple(map(int, name.split()[1].split(","))))
+        args = tuple(RNG.normal(size=s).astype(np.float32) for s in ((2, length, 4, 16), *[(2, 2, length, 16)] * 2))
+        ids = None if kernel is fused.cudnn else np.sort(RNG.integers(0, 4, (2, length)))
+        seen = {"segment_ids": ids, "window": options.get("window", 0)}
+        want = both(lambda *args, seen=seen: heads_attention(*args, **seen), args)
+        with jax.set_mesh(here):
+            whole = jax.NamedSharding(here, jax.P())
+            got = both(lambda q, k, v, f=kernel, o={**seen, **options}: f(q / 4, k, v, **o), args, whole)
+        found[name] = max(float(np.abs(a - b).max()) for a, b in zip(want, got, strict=True))
+    return found
+
+
+OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generated, attention)}
 
 
 def main() -> None:

@@ -50,6 +50,12 @@ def test_accumulation_and_sharding_commute():
     assert on_eight("accumulated") < 1e-5
 
 
+def test_attention_kernels_divide_rows_heads_and_tokens():
+    """splash and flash gather keys and values where tokens are divided; cuDNN's place is taken by XLA."""
+    found = on_eight("attention")
+    assert len(found) == 5 and max(found.values()) < 1e-4, found
+
+
 @pytest.mark.slow
 def test_pmap_step_is_jit():
     assert max(on_eight("pmapped").values()) < 1e-5

@@ -87,6 +87,7 @@ def test_kernels_count_the_tiles_they_do_not_skip():
     whole = plan.kernel_flops(one, model, 8, 1024, (1, 1, 1, 1))
     assert whole == 2 * 2 * 8 * model.n_head * model.head_dim * tiles * 512**2
     assert plan.kernel_flops(one, model, 8, 1024, (2, 2, 2, 1)) == whole / 8
+    assert plan.kernel_flops(one, model, 8, 1024, (1, 1, 1, 2)) == whole * 2 / 3  # the second half's two
     window = dataclasses.replace(model, sliding_window=128, context_length=2048)
     assert plan.kernel_flops(one, window, 1, 2048, (1, 1, 1, 1)) == 4 * model.n_head * model.head_dim * 7 * 512**2
 
@@ -146,6 +147,17 @@ def test_without_the_tpu_compiler(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     with pytest.raises(UserError, match=r"\.\[tpu-plan\]"):
         slices.devices_of(slices.slice_of("v5e-1"))
+
+
+@pytest.mark.slow
+def test_a_train_step_compiles_where_tokens_are_divided():
+    """Long rows do not fall to scores of T x T: splash runs on each chip, over keys and values that it gathers."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
+    text, cfg = [], load_config(CFG, "model.context_length=2048", "mesh.context=4", "mesh.fsdp=1")
+    found = plan.plan(cfg, "v5e-4", keep_text=text.append)
+    for part in ("fwd", "dq", "dkv"):
+        assert sum(times for name, times in found.kernels.items() if f"_{part}_" in name) == cfg.model.n_layer
+    assert "2048,2048]" not in text[0] and "all-to-all" not in found.collectives
 
 
 @pytest.mark.parametrize("on", ["v5e-1", "v5e-4"])

@@ -1,0 +1,443 @@
+"""Flash attention for NVIDIA GPUs from Ampere on: Pallas kernels that Triton compiles.
+
+Causal, with documents, sliding windows that may differ by layer (traced), grouped heads and rows of any length. Scores
+are computed tile by tile and never stored; tiles in which no query sees a key are skipped.
+
+Source: arXiv:2205.14135; the backward pass in two kernels as in arXiv:2307.08691, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+_MASKED = -1e30  # not -inf: a tile in which a query sees nothing gives finite sums, which a later tile multiplies by 0
+_LOG2E = math.log2(math.e)  # scores are kept in base 2: exp2 is one instruction
+
+
+class Tile(NamedTuple):
+    """The queries x keys that one program works on at a time, and how Triton compiles its loop over tiles."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    d_q: Tile
+    d_kv: Tile
+
+
+# By (columns of a tile, bytes per element). Triton compiles them for compute capability 8.0 to 10.0 without spilling
+# registers in a loop, within the 99 KiB of shared memory of 8.6 and 8.9. Their speed was not measured.
+_TILES = {
+    (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
+    (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
+    (256, 2): Tiles(Tile(64, 32, 8), Tile(32, 32), Tile(32, 32, 8)),
+    (64, 4): Tiles(Tile(64, 64), Tile(64, 32), Tile(64, 32)),
+    (128, 4): Tiles(Tile(64, 32, 8), Tile(32, 32), Tile(32, 32)),
+    (256, 4): Tiles(Tile(32, 16), Tile(16, 16), Tile(16, 16)),
+}
+MAX_HEAD_DIM = 256
+
+
+def default_tiles(head_dim: int, dtype: Any) -> Tiles:
+    return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
+
+
+class _Static(NamedTuple):
+    tiles: Tiles
+    windowed: bool
+    precision: str | None
+    saved_as: str
+    interpret: bool
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    offset: int | jax.Array = 0,
+    window: int | jax.Array = 0,
+    tiles: Tiles | None = None,
+    saved_as: str = "attention",
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k^T + mask) v, each query over the keys up to its own place.
+
+    Args:
+        q: [B, T, N, H], scaled already.
+        k, v: [B, S, K, H]; query head n reads key head n // (N // K).
+        segment_ids: [B, T] of the queries and [B, S] of the keys; a query sees the keys of its own document only.
+        offset: the place of the first query among the keys; offset + T <= S.
+        window: how many keys a query sees, its own included; 0: all.
+        tiles: None: by head size and dtype.
+        saved_as: `checkpoint_name` of the two arrays that the backward pass reads besides q, k and v.
+        interpret: run the kernels on a CPU, for tests.
+
+    Returns:
+        [B, T, N, H] in q's dtype; scores, softmax and sums are float32.
+    """
+    T, S = q.shape[1], k.shape[1]
+    q_ids, k_ids = (None, None) if segment_ids is None else (x.astype(jnp.int32) for x in segment_ids)
+    windowed = not isinstance(window, int) or 0 < window < S
+    window = jnp.where(jnp.asarray(window) > 0, window, S)
+    span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
+    precision = jax.config.jax_default_matmul_precision  # read here: the backward pass is traced outside its context
+    tiles = _fit(tiles or default_tiles(q.shape[-1], q.dtype), T, S)
+    return _attention(q, k, v, q_ids, k_ids, span, _Static(tiles, windowed, precision, saved_as, interpret))
+
+
+def _fit(tiles: Tiles, T: int, S: int) -> Tiles:
+    """No tile longer than the row; at least 16, the side of the tensor cores."""
+
+    def at_most(size: int, n: int) -> int:
+        return min(size, max(16, pl.next_power_of_2(n)))
+
+    return Tiles(*(tile._replace(queries=at_most(tile.queries, T), keys=at_most(tile.keys, S)) for tile in tiles))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, q_ids, k_ids, span, static):
+    return _forward(q, k, v, q_ids, k_ids, span, static)[0]
+
+
+def _attention_forward(q, k, v, q_ids, k_ids, span, static):
+    out, lse = (checkpoint_name(x, static.saved_as) for x in _forward(q, k, v, q_ids, k_ids, span, static))
+    return out, (q, k, v, q_ids, k_ids, span, out, lse)
+
+
+def _attention_backward(static, residual, d_out):
+    """d_scores = p (d_p - sum_s p d_p); the sum is d_out . out (arXiv:2205.14135, appendix B)."""
+    *inputs, out, lse = residual
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
+    return *_backward(*inputs, d_out, lse, delta, static), None, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(q, k, v, q_ids, k_ids, span, static):
+    """The output, and log2 of each query's sum of exponentials, [B, N, T] float32."""
+    sizes, tile = _Sizes.of(q, k), static.tiles.forward
+    ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed)
+    at = _by_query(sizes, tile, len(ranges))
+    lse = jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.T), jnp.float32)
+    inputs = [ranges, span, q_ids, k_ids, q, k, v]
+    specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv]
+    return _call(_forward_kernel, sizes, tile, static, at, inputs, specs, [q, lse], [at.q, at.stat])
+
+
+def _backward(q, k, v, q_ids, k_ids, span, d_out, lse, delta, static):
+    sizes = _Sizes.of(q, k)
+    inputs = [span, q_ids, k_ids, q, k, v, d_out, lse, delta]
+
+    def run(kernel, tile, layout, over, results):
+        ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed, over=over)
+        at = layout(sizes, tile, len(ranges))
+        specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv, at.q, at.stat, at.stat]
+        out_specs = [at.q if x is q else at.kv for x in results]
+        return _call(kernel, sizes, tile, static, at, [ranges, *inputs], specs, results, out_specs)
+
+    return (
+        *run(_d_q_kernel, static.tiles.d_q, _by_query, "keys", [q]),
+        *run(_d_kv_kernel, static.tiles.d_kv, _by_key, "queries", [k, v]),
+    )
+
+
+def _call(kernel, sizes, tile, static, at, inputs, in_specs, results, out_specs):
+    present = [x is not None for x in inputs]
+
+    def named(*refs):  # a row without documents has no refs for them
+        refs = iter(refs)
+        kernel(*(next(refs) if there else None for there in present), *refs, sizes=sizes, tile=tile, static=static)
+
+    named.__name__ = kernel.__name__.strip("_")
+    return pl.pallas_call(
+        named,
+        grid=at.programs,
+        in_specs=[spec for spec, there in zip(in_specs, present, strict=True) if there],
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=static.interpret,
+        name="flash_" + named.__name__.removesuffix("_kernel"),
+    )(*(x for x in inputs if x is not None))
+
+
+# --- which tiles, and how arrays lie in them ---
+
+
+class _Sizes(NamedTuple):
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array) -> _Sizes:
+        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile: a power of two, those beyond H are zeros."""
+        return max(16, pl.next_power_of_2(self.H))
+
+    @property
+    def group(self) -> int:
+        return self.N // self.K
+
+    def padded(self, tile: Tile) -> tuple[int, int]:
+        return pl.cdiv(self.T, tile.queries) * tile.queries, pl.cdiv(self.S, tile.keys) * tile.keys
+
+
+class _Layout(NamedTuple):
+    """What one program sees of each array."""
+
+    programs: tuple[int, int, int]
+    ranges: pl.BlockSpec
+    span: pl.BlockSpec
+    q_ids: pl.BlockSpec
+    k_ids: pl.BlockSpec
+    q: pl.BlockSpec
+    kv: pl.BlockSpec
+    stat: pl.BlockSpec  # [B, N, T]
+
+
+def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
+    """A program for each tile of queries and head; all keys. The last tile, which sees most keys, starts first."""
+    n, (_, S) = pl.cdiv(sizes.T, tile.queries), sizes.padded(tile)
+
+    def row(b):
+        return b if n_ranges > 1 else 0
+
+    return _Layout(
+        (n, sizes.N, sizes.B),
+        pl.BlockSpec((None, None, 4), lambda i, h, b: (row(b), n - 1 - i, 0)),
+        pl.BlockSpec((2,), lambda i, h, b: (0,)),
+        pl.BlockSpec((None, tile.queries), lambda i, h, b: (b, n - 1 - i)),
+        pl.BlockSpec((None, S), lambda i, h, b: (b, 0)),
+        pl.BlockSpec((None, tile.queries, None, sizes.width), lambda i, h, b: (b, n - 1 - i, h, 0)),
+        pl.BlockSpec((None, S, None, sizes.width), lambda i, h, b: (b, 0, jax.lax.div(h, sizes.group), 0)),
+        pl.BlockSpec((None, None, tile.queries), lambda i, h, b: (b, h, n - 1 - i)),
+    )
+
+
+def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
+    """A program for each tile of keys and key head; all queries of the heads that read it."""
+    n, (T, _) = pl.cdiv(sizes.S, tile.keys), sizes.padded(tile)
+
+    def row(b):
+        return b if n_ranges > 1 else 0
+
+    return _Layout(
+        (n, sizes.K, sizes.B),
+        pl.BlockSpec((None, None, 4), lambda j, h, b: (row(b), j, 0)),
+        pl.BlockSpec((2,), lambda j, h, b: (0,)),
+        pl.BlockSpec((None, T), lambda j, h, b: (b, 0)),
+        pl.BlockSpec((None, tile.keys), lambda j, h, b: (b, j)),
+        pl.BlockSpec((None, T, sizes.group, sizes.width), lambda j, h, b: (b, 0, h, 0)),
+        pl.BlockSpec((None, tile.keys, None, sizes.width), lambda j, h, b: (b, j, h, 0)),
+        pl.BlockSpec((None, sizes.group, T), lambda j, h, b: (b, h, 0)),
+    )
+
+
+def _ranges(sizes, tile, span, q_ids, k_ids, windowed, over="keys") -> jax.Array:
+    """[1 or B, n, 4] int32: for each tile of queries the keys' tiles begin..end in which something is seen, and of them
+    whole..rest in which everything is, as (begin, whole, rest, end). `over="queries"`: for each tile of keys.
+
+    Documents are compared by the smallest and largest id of a tile: exact where ids rise along a row, as packing gives
+    them, and never too narrow where they do not.
+    """
+    q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
+    q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
+    nearest = (span[0] + q_first)[:, None] - (k_first + tile.keys - 1)
+    farthest = q_last[:, None] - k_first
+    seen, whole = (farthest >= 0)[None], (nearest >= 0)[None]
+    if windowed:
+        seen, whole = seen & (nearest < span[1]), whole & (farthest < span[1])
+    if q_ids is not None:
+        (q_low, q_high), (k_low, k_high) = _extremes(q_ids, tile.queries), _extremes(k_ids, tile.keys)
+        q_low, q_high = q_low[:, :, None], q_high[:, :, None]
+        k_low, k_high = k_low[:, None], k_high[:, None]
+        seen = seen & (q_low <= k_high) & (k_low <= q_high)
+        whole = whole & (q_low == k_high) & (q_high == k_low)
+    if over == "queries":
+        seen, whole = seen.swapaxes(1, 2), whole.swapaxes(1, 2)
+    n = seen.shape[-1]
+    index = jnp.arange(n)
+    end = jnp.where(seen, index + 1, 0).max(-1)
+    begin = jnp.minimum(jnp.where(seen, index, n).min(-1), end)
+    first = jnp.minimum(jnp.where(whole, index, n).min(-1), end)
+    rest = jnp.minimum(jnp.where(~whole & (index > first[..., None]), index, n).min(-1), end)
+    return jnp.stack([begin, first, rest, end], -1).astype(jnp.int32)
+
+
+def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The smallest and largest id of each tile, [B, n]."""
+    tiles = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge").reshape(ids.shape[0], -1, size)
+    return tiles.min(-1), tiles.max(-1)
+
+
+# --- kernels ---
+
+
+def _forward_kernel(ranges, span, q_ids, k_ids, q, k, v, out, lse, *, sizes, tile, static):
+    first = (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.queries
+    rows, mask = first + jnp.arange(tile.queries), _Mask(span, static.windowed)
+    in_row = _inside(rows, sizes.T)
+    q_tile = _load(q, in_row, sizes.H)
+    q_id = None if q_ids is None else _load(q_ids, in_row)[:, None]
+
+    def step(_, j, carry, masked):
+        acc, top, total = carry
+        at = pl.ds(j * tile.keys, tile.keys)
+        keys = j * tile.keys + jnp.arange(tile.keys)
+        in_keys = _inside(keys, sizes.S)
+        k_tile, v_tile = (_load(x.at[at, :], in_keys, sizes.H) for x in (k, v))
+        scores = _dot(q_tile, k_tile, 1, 1, static) * _LOG2E
+        if masked:
+            k_id = None if k_ids is None else _load(k_ids.at[at], in_keys)[None, :]
+            scores = jnp.where(mask(rows[:, None], keys[None, :], q_id, k_id), scores, _MASKED)
+        new_top = jnp.maximum(top, scores.max(1))
+        p, scale = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
+        acc = acc * scale[:, None] + _dot(p.astype(v_tile.dtype), v_tile, 1, 0, static)
+        return acc, new_top, total * scale + p.sum(1)
+
+    nothing = jnp.zeros((tile.queries, sizes.width), jnp.float32)
+    lowest = jnp.full((tile.queries,), _MASKED, jnp.float32)
+    acc, top, total = _loop(ranges, step, (nothing, lowest, jnp.zeros_like(lowest)))
+    _store(out, acc / total[:, None], in_row, sizes.H)
+    _store(lse, top + jnp.log2(total), in_row)
+
+
+def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, sizes, tile, static):
+    first = (pl.num_programs(0) - 1 - pl.program_id(0)) * tile.queries
+    rows, mask = first + jnp.arange(tile.queries), _Mask(span, static.windowed)
+    in_row = _inside(rows, sizes.T)
+    q_tile, d_out_tile = (_load(x, in_row, sizes.H) for x in (q, d_out))
+    lse_tile, delta_tile = (_load(x, in_row)[:, None] for x in (lse, delta))
+    q_id = None if q_ids is None else _load(q_ids, in_row)[:, None]
+
+    def step(_, j, acc, masked):
+        at = pl.ds(j * tile.keys, tile.keys)
+        keys = j * tile.keys + jnp.arange(tile.keys)
+        in_keys = _inside(keys, sizes.S)
+        k_tile, v_tile = (_load(x.at[at, :], in_keys, sizes.H) for x in (k, v))
+        p = jnp.exp2(_dot(q_tile, k_tile, 1, 1, static) * _LOG2E - lse_tile)
+        if masked:
+            k_id = None if k_ids is None else _load(k_ids.at[at], in_keys)[None, :]
+            p = jnp.where(mask(rows[:, None], keys[None, :], q_id, k_id), p, 0.0)
+        d_scores = p * (_dot(d_out_tile, v_tile, 1, 1, static) - delta_tile)
+        return acc + _dot(d_scores.astype(k_tile.dtype), k_tile, 1, 0, static)
+
+    acc = _loop(ranges, step, jnp.zeros((tile.queries, sizes.width), jnp.float32))
+    _store(d_q, acc, in_row, sizes.H)
+
+
+def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
+    """Scores stand as [keys, queries] here, so that no product turns what another one gave."""
+    keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
+    mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)
+    k_tile, v_tile = (_load(x, in_keys, sizes.H) for x in (k, v))
+    k_id = None if k_ids is None else _load(k_ids, in_keys)[:, None]
+
+    def step(head, i, carry, masked):
+        d_k_acc, d_v_acc = carry
+        at = pl.ds(i * tile.queries, tile.queries)
+        rows = i * tile.queries + jnp.arange(tile.queries)
+        in_row = _inside(rows, sizes.T)
+        q_tile, d_out_tile = (_load(x.at[at, head, :], in_row, sizes.H) for x in (q, d_out))
+        lse_tile, delta_tile = (_load(x.at[head, at], in_row)[None, :] for x in (lse, delta))
+        p = jnp.exp2(_dot(k_tile, q_tile, 1, 1, static) * _LOG2E - lse_tile)
+        if masked:
+            q_id = None if q_ids is None else _load(q_ids.at[at], in_row)[None, :]
+            p = jnp.where(mask(rows[None, :], keys[:, None], q_id, k_id), p, 0.0)
+        d_v_acc += _dot(p.astype(d_out_tile.dtype), d_out_tile, 1, 0, static)
+        d_scores = p * (_dot(v_tile, d_out_tile, 1, 1, static) - delta_tile)
+        return d_k_acc + _dot(d_scores.astype(q_tile.dtype), q_tile, 1, 0, static), d_v_acc
+
+    nothing = jnp.zeros((tile.keys, sizes.width), jnp.float32)
+    d_k_acc, d_v_acc = _loop(ranges, step, (nothing, nothing), repeats=sizes.group)
+    _store(d_k, d_k_acc, in_keys, sizes.H)
+    _store(d_v, d_v_acc, in_keys, sizes.H)
+
+
+class _Mask:
+    """Which keys a query sees; places and ids broadcast against each other."""
+
+    def __init__(self, span: Any, windowed: bool):
+        self.offset, self.window = span[0], span[1] if windowed else None
+
+    def __call__(self, row: jax.Array, key: jax.Array, q_id: jax.Array | None, k_id: jax.Array | None) -> jax.Array:
+        distance = row + self.offset - key
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+        return seen if q_id is None else seen & (q_id == k_id)
+
+
+def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
+    """`step(repeat, tile, carry, masked)` over the tiles that `_ranges` names, first those at the edges of the mask."""
+    begin, whole, rest, end = (ranges[i] for i in range(4))
+    n_whole, n_before = rest - whole, whole - begin
+    n_edge = n_before + end - rest
+
+    def at_edge(index, carry):
+        repeat, i = _divide(index, n_edge, repeats)
+        return step(repeat, begin + i + jnp.where(i < n_before, 0, n_whole), carry, True)
+
+    def within(index, carry):
+        repeat, i = _divide(index, n_whole, repeats)
+        return step(repeat, whole + i, carry, False)
+
+    return jax.lax.fori_loop(0, repeats * n_whole, within, jax.lax.fori_loop(0, repeats * n_edge, at_edge, carry))
+
+
+def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, jax.Array]:
+    return (jnp.int32(0), index) if repeats == 1 else (jax.lax.div(index, n), jax.lax.rem(index, n))
+
+
+def _inside(places: jax.Array, n: int) -> jax.Array | None:
+    """Which of a tile's places are of the row; None where tiles divide it."""
+    return places < n if n % places.shape[0] else None
+
+
+def _columns(width: int, H: int) -> jax.Array | None:
+    return (jnp.arange(width) < H)[None, :] if width > H else None
+
+
+def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
+    rows = None if rows is None else rows[:, None]
+    return columns if rows is None else rows if columns is None else rows & columns
+
+
+def _load(ref: Any, rows: jax.Array | None, H: int | None = None) -> jax.Array:
+    """A tile [n] or [n, width], with zeros beyond the row's end and beyond H columns."""
+    mask = rows if H is None else _both(rows, _columns(ref.shape[-1], H))
+    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
+
+
+def _store(ref: Any, x: jax.Array, rows: jax.Array | None, H: int | None = None) -> None:
+    triton.store(ref, x.astype(ref.dtype), mask=rows if H is None else _both(rows, _columns(ref.shape[-1], H)))
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, static: _Static) -> jax.Array:
+    """Over the named axes, summed in float32."""
+    return jax.lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), precision=static.precision, preferred_element_type=jnp.float32
+    )
