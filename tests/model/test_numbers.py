@@ -213,7 +213,7 @@ def test_logits_of_a_gpu_are_those_of_the_vocabulary(tied):
     cfg = config("llama", tie_embeddings=tied)
     params, ids = init_params(jax.random.key(0), cfg), jnp.arange(16)[None]
     want = forward(params, ids, cfg)
-    with compiling_for("gpu"):
+    with compiling_for("gpu", capability=7.5):  # whose attention a CPU can run
         got = forward(params, ids, cfg)
         lowered = jax.make_jaxpr(lambda p: forward(p, ids, cfg))(params)
     assert got.shape == want.shape == (1, 16, 64) and "pad" in str(lowered)
