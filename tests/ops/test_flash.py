@@ -17,7 +17,6 @@ from gptjax.tasks import pretrain
 from gptjax.types import Batch
 
 SMALL = Tiles(Tile(32, 16), Tile(16, 32), Tile(32, 32))
-pallas_says_it_will_go = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 
 def documents(kind, B, T, rng):
@@ -178,7 +177,6 @@ def shapes(T=1024, N=4, K=2, H=64, B=8, dtype="bfloat16"):
     return q, kv, kv, jax.ShapeDtypeStruct((B, T), jnp.int32)
 
 
-@pallas_says_it_will_go
 @pytest.mark.parametrize("T", [1024, 1000])
 @pytest.mark.parametrize("mesh", [None, (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
 def test_documents_reach_the_kernel(T, mesh):
@@ -188,7 +186,6 @@ def test_documents_reach_the_kernel(T, mesh):
         assert kernels(gradient(), *shapes(T), capability=7.5) == (0, True)
 
 
-@pallas_says_it_will_go
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
@@ -206,7 +203,6 @@ def test_what_is_lowered(options, shape):
     assert kernels(gradient(**options), *shapes(**shape))[0] == 3
 
 
-@pallas_says_it_will_go
 def test_layers_with_windows_of_their_own_reach_the_kernel():
     """The window is read from an array by the layer's number, in one loop over the layers."""
     cfg = gptjax.ModelConfig(
@@ -222,7 +218,6 @@ def test_layers_with_windows_of_their_own_reach_the_kernel():
     assert found >= 3 and not square
 
 
-@pallas_says_it_will_go
 def test_seeds_side_by_side_are_lowered():
     q, k, v, ids = shapes(T=1000)
     q, k, v = (jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, v))
