@@ -351,7 +351,13 @@ class SampleConfig:
     repetition_penalty: float = setting(1.0, "Penalty on tokens that came before. 1: off.")
     stop: tuple[str, ...] = setting((), "Stop strings: a continuation ends before the first of them.")
     quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the weights: less memory, slower on a CPU.")
-    cache_dtype: Literal["float32", "bfloat16", "int8"] = setting("float32", "Dtype of the KV cache.")
+    cache_dtype: Optional[Literal["float32", "bfloat16", "int8"]] = setting(
+        None, "Dtype of the KV cache. null: float32 on a CPU, model.dtype elsewhere."
+    )
+    draft: Optional[str] = setting(
+        None, "Speculative decoding: a smaller model that proposes tokens, or ngram: the text so far does. null: off."
+    )
+    ahead: int = setting(4, "Tokens proposed at a time, with a draft.")
     seed: int = setting(0, "Random seed of the sampling.")
 
 
@@ -737,6 +743,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Any], ...] = (
     (("model.embed_std",), "model.init", lambda value: value == "torch"),
     (("model.qk_gain",), "model.qk_norm", lambda value: not value),
     (("data.split", "data.val_fraction"), "data.val_source", bool),
+    (("sample.ahead",), "sample.draft", lambda value: value is None),
 )
 
 
@@ -936,10 +943,9 @@ _RANGE: dict[str, tuple[float, float, bool, bool]] = {
             "tokenizer.vocab_size", "data.stride", "data.max_documents", "train.max_steps", "train.batch_size",
             "train.accumulation", "train.steps_per_call", "train.eval_every", "train.checkpoint_every",
             "train.log_every", "train.max_nonfinite", "sample.max_new_tokens", "sample.n", "sample.batch_size",
-            "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length", "instruct.examples",
-            "prefer.context_length", "prefer.examples",
-            "pretrain.context_length", "distributed.num_processes", "distributed.timeout_s",
-            "distributed.heartbeat_s",
+            "sample.ahead", "lora.rank", "finetune.seeds", "classify.max_length", "instruct.context_length",
+            "instruct.examples", "prefer.context_length", "prefer.examples", "pretrain.context_length",
+            "distributed.num_processes", "distributed.timeout_s", "distributed.heartbeat_s",
         ),
         (1, 2**31 - 1, True, True),
     ),

@@ -9,6 +9,7 @@ set: its float32 is float32, and the programs are those that users run.
 
 from __future__ import annotations
 
+import collections
 import glob
 import importlib.metadata
 import os
@@ -34,6 +35,18 @@ if on_an_accelerator():
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the card
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `first_cases(n)` every case but the first n is slow."""
+    seen = collections.Counter()
+    for item in items:
+        if marker := item.get_closest_marker("first_cases"):
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item):

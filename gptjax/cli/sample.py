@@ -12,7 +12,7 @@ from gptjax.cli import options
 from gptjax.config import Config, Provenance, resolve
 from gptjax.config_io import Leaf, from_yaml, read_text
 from gptjax.files import new_file, one_line_end, refuse_existing
-from gptjax.types import UserError
+from gptjax.types import UserError, complaints
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 
@@ -43,10 +43,11 @@ def run(args: list[str]) -> int:
     refuse_classifier(model.cfg, source)
     tokenizer = model.tokenizer()
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    draft = open_draft(cfg, model.cfg, tokenizer) if cfg.sample.draft else None
     lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]
     if options.show_only(parsed, cfg, provenance, lambda cfg: lines, options.keys_of("sample.*")):
         return 0
-    write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids)
+    write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids, draft)
     return 0
 
 
@@ -110,26 +111,61 @@ def _under_sample(key: str) -> str:
     return f"sample.{key}" if f"sample.{key}" in schema() or "." not in key else key
 
 
-def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[list[int]]) -> None:
+def open_draft(cfg: Config, model, tokenizer):
+    """The model that proposes tokens, before any tensor is read; None where the text so far does.
+
+    Raises:
+        UserError: no such model, one of another vocabulary, or settings that speculation does not have.
+    """
+    from gptjax.generation import from_config
+    from gptjax.generation.sampling import probabilities
+    from gptjax.model.gpt import refuse_classifier
+    from gptjax.weights import open_model
+
+    problems = complaints(lambda: probabilities(from_config(cfg.sample)))
+    if cfg.sample.draft == "ngram":
+        found = None
+    else:
+        found = open_model(cfg.sample.draft)
+        refuse_classifier(found.cfg, "the draft", "name the model that it was made from")
+        if found.tokenizer().fingerprint != tokenizer.fingerprint:
+            problems.append(f"sample.draft={cfg.sample.draft}: expected the model's tokenizer, got another")
+    if problems:
+        raise UserError.all(problems)
+    return found
+
+
+def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[list[int]], draft=None) -> None:
     """`cfg.sample.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
     import jax
 
-    from gptjax.generation import complete, cut, for_decoding, from_config, stop_strings
+    from gptjax.generation import complete, cut, for_decoding, from_config, speculate, stop_strings
     from gptjax.ops.quant import quantize
     from gptjax.weights import stop_ids
 
     settings = cfg.sample
     params = for_decoding(quantize(params, settings.quantize), model)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
-    start, count = time.monotonic(), 0
+    draft_params = for_decoding(draft.params("float32", None), draft.cfg) if draft else None
+    start, count, rounds, accepted = time.monotonic(), 0, 0, 0.0
     for first in range(0, len(ids), settings.batch_size):
         batch = ids[first : first + settings.batch_size]
-        done = complete(
-            params, batch, model, max_new_tokens=settings.max_new_tokens, sampler=from_config(settings),
-            key=jax.random.fold_in(jax.random.key(settings.seed), first), stop=stop_ids(tokenizer), n=settings.n,
-            until=until, vocab_size=tokenizer.vocab_size, logprobs=0 if settings.out else None,
+        common = dict(
+            max_new_tokens=settings.max_new_tokens, sampler=from_config(settings), stop=stop_ids(tokenizer),
+            key=jax.random.fold_in(jax.random.key(settings.seed), first), vocab_size=tokenizer.vocab_size,
             cache_dtype=settings.cache_dtype,
         )  # fmt: skip
+        if settings.draft:
+            batch = [prompt for prompt in batch for _ in range(settings.n)]
+            out = speculate(
+                params, draft_params, batch, model, draft and draft.cfg, ahead=settings.ahead, **common
+            )  # fmt: skip
+            rounds, accepted = rounds + out.rounds, accepted + out.accepted * out.rounds
+            done = [_completion(new, until, settings.max_new_tokens) for new in out.tokens]
+        else:
+            done = complete(
+                params, batch, model, n=settings.n, until=until, logprobs=0 if settings.out else None, **common
+            )  # fmt: skip
         count += sum(len(c.tokens) for c in done)
         for at, completion in enumerate(done):
             row = first + at // settings.n
@@ -142,7 +178,17 @@ def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[l
                     print("-" * 40)
                 print(_text(tokenizer, ids[row], completion.tokens, settings.stop), flush=True)
     seconds = time.monotonic() - start
-    print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    stood = f"; {accepted / rounds:.0%} of the proposed tokens stood" if rounds else ""
+    print(f"{count} tokens in {seconds:.1f} s, compilation included{stood}", file=sys.stderr)
+
+
+def _completion(new: list[int], until, room: int):
+    """Of tokens that were not watched as they came: up to the first ones of which `until` is true."""
+    from gptjax.generation import Completion
+
+    sizes = range(1, len(new) + 1) if until else ()
+    enough = next((size for size in sizes if until(new[:size])), None)
+    return Completion(new[:enough], [], [], "length" if enough is None and len(new) == room else "stop")
 
 
 def _text(tokenizer, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> str:

@@ -28,9 +28,11 @@ from gptjax.generation.text import Until
 from gptjax.model.activations import Patches, Placed, place
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_classifier
+from gptjax.ops import device
 from gptjax.types import Params, UserError
 
 _WATCH = 8  # tokens between two questions to `until`
+_COPIED_BYTES = 2**30  # of parameters that an accelerator lays out anew at each call; of larger ones the caller decides
 _LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
 
 
@@ -60,7 +62,7 @@ def generate(
     stop: Sequence[int] = (),
     until: Until | None = None,
     vocab_size: int | None = None,
-    cache_dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
     patches: Patches | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
@@ -72,7 +74,8 @@ def generate(
             token that made it true. `stop_strings` makes one.
         vocab_size: of the tokenizer; the model's further rows, which belong to no token, are never drawn. None: all may
             be.
-        cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept.
+        cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept; None: as they are computed, see
+            `init_cache`.
         patches: as `extend` takes them, at the prompt and at every new token, so whatever their number.
 
     Returns:
@@ -101,7 +104,7 @@ def complete(
     vocab_size: int | None = None,
     n: int = 1,
     logprobs: int | None = None,
-    cache_dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
     """`generate` with all there is to know about each continuation.
@@ -136,7 +139,7 @@ def stream(
     until: Until | None = None,
     vocab_size: int | None = None,
     every: int = 1,
-    cache_dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
@@ -231,7 +234,7 @@ class _Settings(NamedTuple):
     n: int
     logprobs: int | None
     drawable: int  # the first so many rows of the vocabulary are tokens
-    cache_dtype: str
+    cache_dtype: str | None
 
     @property
     def slots(self) -> int:
@@ -250,10 +253,13 @@ class _Run:
         room = bucket(max_new_tokens)
         width = 1 << (tokens.shape[1] + room - 1).bit_length()  # few sizes: the loop is what compiles longest
         top = None if logprobs is None else min(logprobs, drawable)
-        self.settings = _Settings(cfg, sampler, width, room, n, top, drawable, jnp.dtype(cache_dtype).name)
-        both = for_decoding(params, cfg)
+        self.settings = _Settings(
+            cfg, sampler, width, room, n, top, drawable, cache_dtype and jnp.dtype(cache_dtype).name
+        )
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= _COPIED_BYTES
+        both = for_decoding(params, cfg) if small or device.platform() == "cpu" else params
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
-        self.params = both if tokens.shape[1] >= _LONG else stacked
+        self.params = both if tokens.shape[1] >= _LONG or "blocks" not in both else stacked
         self.quick, self.key, self.patches = both, key, place(patches, cfg)
         self.stop = stop_array(stop)
         self.over = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import SampleConfig
+from gptjax.types import UserError
 
 _ROUNDING = 1e-6  # five tokens of 0.02 each reach 0.1, whatever their float32 sum is
 
@@ -102,7 +103,33 @@ def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
         return pick(logits, key)
 
     sample.history = any(getattr(change, "history", False) for change in filters)
+    sample.filters, sample.pick = filters, pick
     return sample
+
+
+def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
+    """logits [.., V] -> the probability with which `sampler` draws each token, float32.
+
+    Raises:
+        UserError: a sampler that is not `greedy`, `draw` or a `chain` of filters before one of them, or one that looks
+            at earlier tokens.
+    """
+    if sampler is greedy:
+        return lambda logits: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
+    if sampler is draw:
+        return lambda logits: jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    if not hasattr(sampler, "filters"):
+        raise UserError("sampler: its probabilities are not known; expected greedy, draw or chain(..)")
+    if sampler.history:
+        raise UserError("sampler: expected one that draws from the logits alone, got one with a repetition penalty")
+    last = probabilities(sampler.pick)
+
+    def of(logits: jax.Array) -> jax.Array:
+        for change in sampler.filters:
+            logits = change(logits)
+        return last(logits)
+
+    return of
 
 
 def from_config(cfg: SampleConfig) -> Sampler:

@@ -80,14 +80,15 @@ def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(a / scale).astype(jnp.int8), scale
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: Any = jnp.float32) -> Cache:
+def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: Any = None) -> Cache:
     """An empty cache of `length` slots (the context length if not given) for `batch` rows.
 
     Args:
-        dtype: float32, bfloat16, or int8: a quarter of float32's memory, each head's numbers rounded to 1/127 of
+        dtype: float32, bfloat16, or int8; None: the one that keys and values have, which is `cfg.dtype`, and on a CPU
+            float32. int8 is a quarter of float32's memory, each head's numbers rounded to 1/127 of
             their largest.
     """
-    slots = length or cfg.context_length
+    slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype
     shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
     scales = tuple(jnp.zeros((*shape[:-1], 1)) for _ in "kv") if jnp.dtype(dtype) == jnp.int8 else None
     return Cache(

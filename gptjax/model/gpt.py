@@ -19,7 +19,7 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
 from gptjax.ops.ids import check_ids, is_local
-from gptjax.ops.linear import Turned, aligned_columns, dense, factors, matmul, matmul_transposed
+from gptjax.ops.linear import Turned, aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side
 from gptjax.ops.loss import softcap
 from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Params, UserError
@@ -303,23 +303,77 @@ def layers_stacked(params: Params, cfg: ModelConfig) -> Params:
 
 
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
-    """The parameters, and beside the stack a second copy as a CPU reads it fastest for one token: layers apart, kernels
-    turned. The doors take this form too, and use that copy.
+    """The parameters as they are read fastest for one token. The doors take this form too; it is not for saving.
 
-    Reading a layer out of its stack costs as much as the product with it. Elsewhere than on a CPU there is no copy.
+    Layers apart, since reading a layer out of its stack costs as much as the product with it; q, k and v in one matrix
+    `qkv`, gate and up in `up_gate`, where they are of one kind. On a CPU with their kernels turned and beside the
+    stack, which reads a long prompt faster.
+
+    On a GPU they take the place of the stack (keep only one of the two where memory is short), matrices are in
+    cfg.dtype, which is what they are multiplied in, and the head's columns are padded to a multiple of 128. On a TPU
+    and over several devices the parameters stay as they came.
     """
-    if device.platform() != "cpu" or "blocks_0" in params:
+    if device.platform() == "tpu" or "blocks_0" in params or _is_divided(params):
         return params
-    layers = {
-        f"blocks_{i}": jax.tree_util.tree_map_with_path(lambda path, leaf: _layer(path, leaf, i), params["blocks"])  # noqa: B023
-        for i in range(cfg.n_layer)
-    }
-    return params | layers
+    turned = device.platform() == "cpu"
+    if not turned:
+        params = _in_low_precision(params, cfg)
+    if not turned and cfg.n_layer > _MOST_APART:
+        return params | {"blocks": _joined(params["blocks"])}
+    layers = {f"blocks_{i}": _decoding_layer(params["blocks"], i, turned) for i in range(cfg.n_layer)}
+    return {name: node for name, node in params.items() if turned or name != "blocks"} | layers
 
 
-def _layer(path: tuple, leaf: jax.Array, i: int) -> Any:
-    plain = getattr(path[-1], "key", None) == "kernel" and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return Turned(_turned_layer(leaf, i)) if plain else leaf[i]
+def _is_divided(params: Params) -> bool:
+    """Over several devices."""
+    known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
+    return device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
 
 
-_turned_layer = jax.jit(lambda leaf, i: leaf[i].T)
+def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
+    """Matrices in cfg.dtype, and the head with aligned columns. The logits are the same: products take their operands
+    in that dtype."""
+
+    def low(path: tuple, leaf: Any) -> Any:
+        top, last = (getattr(key, "key", None) for key in (path[0], path[-1]))
+        if last not in ("kernel", "embedding") or not jnp.issubdtype(leaf.dtype, jnp.floating) or top == "cls_head":
+            return leaf
+        leaf = leaf.astype(cfg.dtype)
+        if top == "wte" and cfg.tie_embeddings:
+            return aligned_columns(leaf.T).T
+        return aligned_columns(leaf) if top == "lm_head" else leaf
+
+    return jax.tree_util.tree_map_with_path(low, params)
+
+
+_MOST_APART = 48  # layers; every one is compiled by itself
+_BESIDE = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
+
+
+@partial(jax.jit, static_argnums=2)
+def _decoding_layer(stack: Params, i: jax.Array, turned: bool) -> Params:
+    layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
+    if not turned:
+        return layer
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: Turned(leaf.T) if _is_kernel(path) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        layer,
+    )
+
+
+def _is_kernel(path: tuple) -> bool:
+    return getattr(path[-1], "key", None) == "kernel"
+
+
+def _joined(blocks: Params) -> Params:
+    """A layer's tree, or a stack of them, with the matrices that read the same input side by side."""
+    out = dict(blocks)
+    for module, (name, parts) in _BESIDE.items():
+        node = blocks[module]
+        if any(part not in node or node[part].keys() != node[parts[0]].keys() for part in parts):
+            continue
+        leaves = {key: [node[part][key] for part in parts] for key in node[parts[0]]}
+        one = {key: side_by_side(*of) for key, of in leaves.items()}
+        if all(leaf is not None for leaf in one.values()):
+            out[module] = {key: leaf for key, leaf in node.items() if key not in parts} | {name: one}
+    return out

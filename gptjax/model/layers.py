@@ -106,9 +106,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
         window = jnp.array(cfg.windows)[s.layer] if len(set(cfg.windows)) > 1 else cfg.windows[0]
-        q = Linear(cfg, cfg.n_head * H, cfg.qkv_bias, name="q")(x)
-        k = Linear(cfg, K * H, cfg.qkv_bias, name="k")(x)
-        v = Linear(cfg, K * H, cfg.qkv_bias, name="v")(x).reshape(B, T, K, H)
+        sizes = {"q": cfg.n_head * H, "k": K * H, "v": K * H}
+        if self.has_variable("params", "qkv"):
+            qkv = Linear(cfg, sum(sizes.values()), cfg.qkv_bias, name="qkv")(x)
+            q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
+        else:
+            q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
+        v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
             q, k = self._qk_norm(q, k)
         q, k = q.reshape(B, T, cfg.n_head, H), k.reshape(B, T, K, H)
@@ -175,11 +179,13 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, key: jax.Array | None, at: Reader) -> jax.Array:
         cfg = self.cfg
-        h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
-        if cfg.gated:
-            h = h * _ACTIVATIONS[cfg.activation](Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x))
+        act = _ACTIVATIONS[cfg.activation]
+        if self.has_variable("params", "up_gate"):
+            h, gate = jnp.split(Linear(cfg, 2 * cfg.d_ff, cfg.bias, name="up_gate")(x), 2, axis=-1)
+            h = h * act(gate)
         else:
-            h = _ACTIVATIONS[cfg.activation](h)
+            h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
+            h = h * act(Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x)) if cfg.gated else act(h)
         h = at("mlp/hidden", h)
         h = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="down")(h)
         return dropout(h, cfg.dropout, key)

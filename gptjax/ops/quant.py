@@ -15,6 +15,7 @@ A leaf is frozen: gradients flow to x alone, and the backward pass makes the flo
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,7 +27,7 @@ from flax import struct
 
 from gptjax import tree
 from gptjax.ops.device import platform
-from gptjax.ops.linear import dense, matmul, matmul_transposed, take
+from gptjax.ops.linear import dense, matmul, matmul_transposed, side_by_side, take
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params, UserError
 
@@ -62,7 +63,7 @@ class NF4:
     codes   [.., in/2, out] uint8      of a block's 64 rows the first 32 in the low four bits, the others in the high
     absmax  [.., in/64, out] int8      times scale plus offset: the largest magnitude of 64 numbers of one column
     scale   [.., in/64, out/256] f32   of 256 neighbouring absmaxes
-    offset  [.., 1, 1] f32             their mean over the matrix
+    offset  [.., 1, 1] f32             their mean over the matrix; [.., 1, out] of matrices that were joined
 
     QLoRA runs its blocks along the flattened matrix; along `in` and `out` they let both axes be sharded. Where 64 or
     256 do not divide an axis, the largest number below that does takes their place; the shapes tell which.
@@ -136,6 +137,30 @@ def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> Any:
     return jnp.where(codes & half, _level(codes, levels[half:]), _level(codes, levels[:half]))
 
 
+@side_by_side.register
+def _(leaf: Int8, *others: Any) -> Any:
+    if any(not isinstance(other, Int8) for other in others):
+        return None
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), leaf, *others)
+
+
+@side_by_side.register
+def _(leaf: NF4, *others: Any) -> Any:
+    leaves = (leaf, *others)
+    if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
+        return None
+    groups = [part.absmax.shape[-1] // part.scale.shape[-1] for part in leaves]
+    group = math.gcd(*groups)  # what they can all have: a scale of a larger one is repeated
+    return NF4(
+        codes=jnp.concatenate([part.codes for part in leaves], -1),
+        absmax=jnp.concatenate([part.absmax for part in leaves], -1),
+        scale=jnp.concatenate([jnp.repeat(a.scale, n // group, -1) for a, n in zip(leaves, groups, strict=True)], -1),
+        offset=jnp.concatenate(
+            [jnp.broadcast_to(a.offset, (*a.offset.shape[:-1], a.absmax.shape[-1])) for a in leaves], -1
+        ),
+    )
+
+
 @take.register
 def _(leaf: Int8, ids: jax.Array) -> jax.Array:
     return take(leaf.values, ids) * take(leaf.scale, ids)
@@ -159,6 +184,8 @@ def _frozen(product, leaf, x, dtype):
     # tied to x, or XLA makes the floats of all layers once before a decoding loop, and keeps them
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
+        if product is matmul and platform() == "gpu" and x.size == x.shape[-1]:
+            return _nf4_row(leaf, x)
         return product(dense(leaf).astype(x.dtype), x, dtype)
     scale = leaf.scale if product is matmul else leaf.scale.T
     if scale.shape[0] == 1:
@@ -180,10 +207,24 @@ _frozen.defvjp(_forward, _backward)
 def _integers(product, values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """x with a matrix of int8, which bfloat16 holds exactly."""
     values = values.astype(x.dtype)
-    if x.size == x.shape[-1] and platform() == "cpu":  # one row: twice as fast without a float matrix
-        y = (values * x.reshape(-1, 1)).sum(0) if product is matmul else (values * x.reshape(-1)).sum(1)
-        return y.reshape(*x.shape[:-1], -1)
+    if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
+        # one row: a sum that reads the integers, where a product might read a float matrix that was made of them
+        values, row = values.astype(jnp.float32), x.reshape(-1).astype(jnp.float32)
+        y = (values * row[:, None]).sum(0) if product is matmul else (values * row).sum(1)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
     return product(values, x, dtype)
+
+
+def _nf4_row(leaf: NF4, x: jax.Array) -> jax.Array:
+    """One row x [.., 1, in] times the matrix, as one sum over the codes, which reads nothing but them: a product would
+    read floats that another kernel made of them."""
+    blocks, d_out = leaf.absmax.shape
+    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
+    absmax = absmax.reshape(leaf.absmax.shape) + leaf.offset
+    codes = leaf.codes.reshape(blocks, -1, d_out)
+    low, high = jnp.split(x.astype(jnp.float32).reshape(blocks, -1), 2, 1)
+    y = _level(codes & 15) * low[..., None] + _level(codes >> 4) * high[..., None]
+    return (y * absmax[:, None]).sum((0, 1)).astype(x.dtype).reshape(*x.shape[:-1], d_out)
 
 
 def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -> Params:

@@ -140,7 +140,7 @@ def cached_step(cfg: ModelConfig, setting: Setting, cache_dtype: str | None = No
     rows, T = setting.rows, setting.length // 2
 
     def fn(params, prompt, lengths, token):
-        cache = init_cache(cfg, rows, setting.length, cache_dtype or cfg.dtype)
+        cache = init_cache(cfg, rows, setting.length, cache_dtype)
         first, cache = gpt.extend(params, prompt, cfg, cache, lengths=lengths)
         logits, cache = gpt.extend(gpt.for_decoding(params, cfg), token, cfg, cache)
         return {"logits": (first, logits), "cache": cache}
@@ -165,16 +165,15 @@ def generate(cfg: ModelConfig, setting: Setting) -> Program:
 
 
 def speculate(cfg: ModelConfig, setting: Setting) -> Program:
-    """With itself as the draft. Its caches are float32, which is no setting."""
+    """With itself as the draft."""
     rows, T, room = setting.rows, setting.length // 4, setting.length // 2
+    settings = speculative._Settings(cfg, cfg, sampling.draw, T + room, room, 4, 3, cfg.vocab_size - 1, None)
 
-    def fn(params, prompt, lengths, stop):
-        out = eager(speculative._speculate)(
-            params, params, prompt, lengths, stop, jnp.int32(8), cfg, cfg, T + room, room, 4, cfg.vocab_size - 1
-        )
+    def fn(params, prompt, lengths, key, stop):
+        out = eager(speculative._speculate)(params, params, prompt, lengths, stop, jnp.int32(8), key, settings)
         return {"tokens": out}
 
-    return Program(fn, (parameters(cfg), ids(rows, T), ids(rows), ids(8)), unchecked=("loops",))
+    return Program(fn, (parameters(cfg), ids(rows, T), ids(rows), KEY, ids(8)))
 
 
 def adapter(cfg: ModelConfig, setting: Setting, settings: LoraConfig = LORA, **allowed: Any) -> Program:

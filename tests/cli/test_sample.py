@@ -1,5 +1,7 @@
 """`gptjax sample` on a model that was never trained: what it reads, takes and prints."""
 
+import json
+
 import jax
 import pytest
 
@@ -54,9 +56,28 @@ def test_in_few_bits(run, settings, capsys):
     assert "5 tokens" in capsys.readouterr().err
 
 
-def test_a_stop_string_ends_text_and_is_left_out(run, tmp_path, capsys):
-    import json
+@pytest.mark.parametrize("draft", ["ngram", "itself"])
+def test_a_draft_changes_no_greedy_token(run, tmp_path, capsys, draft):
+    rows = {}
+    for name, settings in {"alone": [], "drafted": [f"draft={run if draft == 'itself' else draft}", "ahead=3"]}.items():
+        out = tmp_path / f"{name}.jsonl"
+        options = ["prompt=abab", "temperature=0", "max_new_tokens=8", "n=2", f"out={out}", *settings]
+        assert main(["sample", str(run), *options]) == 0
+        rows[name] = [{**json.loads(line), "logprobs": None} for line in out.read_text().splitlines()]
+    assert rows["alone"] == rows["drafted"] and len(rows["alone"]) == 2
+    assert "% of the proposed tokens stood" in capsys.readouterr().err
 
+
+def test_a_draft_that_cannot_be(run, tmp_path, capsys):
+    assert main(["sample", str(run), "prompt=a", "draft=ngram", "repetition_penalty=1.2"]) == 2
+    assert "a repetition penalty" in capsys.readouterr().err
+    assert main(["sample", str(run), "prompt=a", "draft=no/such"]) == 2
+    assert "no/such" in capsys.readouterr().err
+    assert main(["sample", str(run), "prompt=a", "ahead=2"]) == 2
+    assert "sample.ahead would have no effect: sample.draft=null" in capsys.readouterr().err
+
+
+def test_a_stop_string_ends_text_and_is_left_out(run, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     options = ["prompt=a", "temperature=5", "max_new_tokens=12", "seed=3"]
     assert main(["sample", str(run), *options, f"out={out}"]) == 0

@@ -3,10 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.generation import generate, speculate
+from gptjax import forward
+from gptjax.generation import chain, draw, generate, greedy, repetition_penalty, speculate, temperature, top_k
+from gptjax.generation.sampling import probabilities
+from gptjax.generation.speculative import repeated
 from gptjax.types import UserError
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
@@ -31,6 +35,60 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
     assert out.tokens == expected
     if noise == 0:  # all proposals stand: five tokens a round after the first token
         assert out.rounds == 4 and out.accepted == 1
+
+
+@pytest.mark.parametrize("ngram", [1, 3])
+def test_proposals_from_the_row_itself_change_no_token(model, expected, ngram):
+    cfg, params = model
+    prompts = [prompt * 3 for prompt in PROMPTS]
+    want = generate(params, prompts, cfg, max_new_tokens=20, key=jax.random.key(0))
+    out = speculate(params, None, prompts, cfg, max_new_tokens=20, ngram=ngram)
+    assert out.tokens == want and 0 < out.accepted <= 1 and out.rounds < 19
+
+
+def test_what_was_said_before_is_proposed():
+    rows = np.array(
+        [
+            [1, 2, 3, 9, 1, 2, 3, 0, 0, 0],  # after 1 2 3 came 9 1 2
+            [5, 6, 7, 5, 6, 7, 5, 0, 0, 0],  # with a period of three, begun anew where it ends
+            [4, 2, 8, 1, 2, 0, 0, 0, 0, 0],  # only the last token agrees
+            [1, 2, 3, 4, 0, 0, 0, 0, 0, 0],  # nothing does
+            [3, 3, 3, 3, 0, 0, 0, 0, 0, 0],
+        ]
+    )
+    out = repeated(jnp.asarray(rows), jnp.array([7, 7, 5, 4, 4]), ahead=4, ngram=3)
+    assert out.tolist() == [[9, 1, 2, 3], [6, 7, 5, 6], [8, 1, 2, 8], [4, 4, 4, 4], [3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("sampler", [chain(temperature(1.5), top_k(6)), draw], ids=["filtered", "draw"])
+@pytest.mark.parametrize("drafted", ["a draft", "the row"])
+def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):
+    """4,000 rows: how often each continuation of three tokens came, beside its exact probability (chi-square, 5
+    standard deviations). Where all stand, where none does, and where the draft gives a token no probability."""
+    cfg, params = tiny("gpt2", context_length=32, vocab_size=9)
+    params = jax.tree.map(lambda a: 0.6 * a, params)
+    draft = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    prompt, n, V = [3, 1, 4, 1, 3], 4000, cfg.vocab_size
+    ways = [(a, b, c) for a in range(V) for b in range(V) for c in range(V)]
+    logits = forward(params, jnp.array([[*prompt, *way] for way in ways]), cfg)
+    p = np.asarray(probabilities(sampler)(logits)[:, len(prompt) - 1 : -1], np.float64)
+    exact = np.prod([p[np.arange(len(ways)), i, [way[i] for way in ways]] for i in range(3)], 0)
+    assert abs(exact.sum() - 1) < 1e-5
+    model = (draft, cfg) if drafted == "a draft" else (None, None)
+    out = speculate(
+        params, model[0], [prompt] * n, cfg, model[1], max_new_tokens=3, ahead=2, sampler=sampler, key=jax.random.key(5)
+    )
+    assert 0.02 < out.accepted < 0.98
+    counts = np.zeros(len(ways))
+    np.add.at(counts, [(a * V + b) * V + c for a, b, c in out.tokens], 1)
+    assert counts[exact == 0].sum() == 0
+    often = exact * n >= 5
+    observed = np.append(counts[often], counts[~often].sum())
+    expected = np.append(exact[often], exact[~often].sum()) * n
+    keep = expected > 0
+    freedom = keep.sum() - 1
+    chi2 = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
+    assert freedom > 20 and abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)
 
 
 def test_a_smaller_draft_and_a_stop(model, expected, tiny):
@@ -68,6 +126,20 @@ def test_what_cannot_be(model, tiny):
     other_cfg, other = tiny("gpt2", vocab_size=18)
     with pytest.raises(UserError, match="the draft has 18 tokens, the model 17"):
         speculate(params, other, PROMPTS, cfg, other_cfg, max_new_tokens=5)
+    with pytest.raises(UserError, match=r"make 65 tokens, the context has 64"):
+        speculate(params, None, [[1] * 40], cfg, max_new_tokens=20)
+    with pytest.raises(UserError, match="draft_cfg: expected the draft's ModelConfig"):
+        speculate(params, params, PROMPTS, cfg, max_new_tokens=5)
+    with pytest.raises(UserError, match=r"expected a jax.random.key, got None"):
+        speculate(params, None, PROMPTS, cfg, max_new_tokens=5, sampler=draw)
+    for sampler, why in (
+        (chain(repetition_penalty(1.2), pick=greedy), "a repetition penalty"),
+        (lambda logits, key: logits.argmax(-1), "its probabilities are not known"),
+    ):
+        with pytest.raises(UserError, match=why):
+            speculate(params, None, PROMPTS, cfg, max_new_tokens=5, sampler=sampler, key=jax.random.key(0))
+    with pytest.raises(UserError, match="ahead=0, ngram=3: expected at least 1"):
+        speculate(params, None, PROMPTS, cfg, max_new_tokens=5, ahead=0)
     with pytest.raises(UserError, match=r"make 72 tokens, the smaller context has 64"):
         speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=60)
     assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=0).tokens == [[], [], []]
