@@ -71,6 +71,7 @@ def check_uses(
 # ---------------------------------------------------------------- the plain run
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(("arch", "platform"), list(zip(ARCHS, itertools.cycle(LOWERING))))
 def test_every_use_of_an_architecture(arch, platform):
     check_uses(programs.model(arch, dtype="bfloat16"), USES, platform, lowered=("gradient", "cached step"))

@@ -47,6 +47,7 @@ def test_a_run(folder, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_model_that_was_saved(folder):
     """The last step, from its checkpoint, is the model in final/."""
     import jax

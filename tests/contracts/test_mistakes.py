@@ -179,6 +179,7 @@ def test_a_prompt_outside_the_vocabulary(trained, capsys):
     assert "€" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk(here):
     """Files may not grow beyond 20 kB in a process of its own: what a full disk looks like to a program."""
     import subprocess

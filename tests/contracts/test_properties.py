@@ -65,6 +65,7 @@ def results(request, tiny):
     return jax.tree.map(np.asarray, run(params))
 
 
+@pytest.mark.first_cases(2)
 def test_no_gradient_from_the_future(results):
     """Exactly zero above the diagonal, and something on and below it."""
     seen = np.tril(np.ones((T, T), bool))
@@ -103,6 +104,7 @@ WAYS = {"plain": {}, "unrolled": {"unroll": True}, "dots": {"remat": "dots"}, "f
 WAYS |= {"offload": {"remat": "offload"}}
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_how_it_is_computed_changes_nothing(gradients, way):
     """Unrolled or not, recomputed or kept, with the same dropout."""

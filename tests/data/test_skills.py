@@ -145,6 +145,7 @@ def test_several_questions_a_conversation():
     assert {len(talk.messages) for talk in found} == {2, 4, 6, 8} and found[0].where.startswith(alone[0].where)
 
 
+@pytest.mark.slow
 def test_more_questions_than_there_are():
     assert len(skills(6_000, 0, held_out=True)) == 6_000
 

@@ -39,6 +39,7 @@ def taken_apart(model, way):
     return base.parts(configured(*WAYS[way]), *base.split_heads(params), cfg, KEY, 16)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_put_together_it_is_the_same_model(model, way):
     cfg, params = model

@@ -91,6 +91,7 @@ def test_again_it_is_finished(finished, folder, capsys):
     assert "lora.alpha: 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
     """From the checkpoint in the middle, with the base read again: the same weights to the bit."""
     shutil.copytree(finished, folder / "again")
@@ -113,6 +114,7 @@ def test_several_seeds(folder, capsys):
     assert table["accuracy"]["values"] == [row["accuracy"] for row in each] and low <= each[0]["accuracy"] <= high
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -175,6 +177,7 @@ def test_measures():
     assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_classifier_as_it_is_made_by_default_leaves_and_comes_back(folder, tmp_path, capsys):
     assert run(folder, "default", "classify.bias=false", "train.max_steps=5", "optim.warmup_steps=0") == 0
     assert main(["export", "hf", str(folder / "default"), str(tmp_path / "hf")]) == 0
@@ -185,6 +188,7 @@ def test_a_classifier_as_it_is_made_by_default_leaves_and_comes_back(folder, tmp
     assert "bias" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):
     assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 0
     said = capsys.readouterr()

@@ -61,6 +61,7 @@ def test_it_learns_answers_and_writes_them(folder, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -134,6 +135,7 @@ def bases(tmp_path_factory):
     return folder
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     ("base", "style", "end", "eos"),
     [("plain", "alpaca", "<|endoftext|>", [256]), ("chatty", None, "<|im_end|>", [258, 256])],

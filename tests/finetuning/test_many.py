@@ -27,6 +27,7 @@ def model(tiny):
     return tiny("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "apart",
     [pytest.param(False, id="the same batch", marks=pytest.mark.slow), pytest.param(True, id="a batch for each")],

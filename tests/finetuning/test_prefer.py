@@ -35,6 +35,7 @@ def run(folder, name, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_it_learns_to_prefer(folder, capsys, loss):
     assert run(folder, loss, f"prefer.loss={loss}") == 0

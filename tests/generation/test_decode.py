@@ -46,12 +46,14 @@ def model(request, tiny):
     return tiny(arch, position=position, context_length=CONTEXT)
 
 
+@pytest.mark.first_cases(2)
 def test_ragged_rows_are_what_each_is_alone(model):
     cfg, params = model
     together = generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY)
     assert together == [plain_loop(cfg, params, prompt, NEW) for prompt in PROMPTS]
 
 
+@pytest.mark.first_cases(1)
 def test_past_the_context_it_goes_on_from_the_last_half(model):
     """Twice over; and a prompt longer than the context counts by its end."""
     cfg, params = model
@@ -127,6 +129,7 @@ def test_every_row_meets_the_end_of_its_context_by_itself(gpt2_model):
     assert rows == [plain_loop(cfg, params, prompt, 20) for prompt in prompts]
 
 
+@pytest.mark.first_cases(1)
 def test_a_stream_gives_what_generate_gives(model):
     cfg, params = model
     whole = generate(params, [PROMPTS[0]], cfg, max_new_tokens=17, key=KEY)[0]
@@ -201,6 +204,7 @@ def test_buckets():
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("sampler", [greedy, chain(temperature(3.0)), chain(repetition_penalty(1.5), temperature(3.0))])
 def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):
     """A tokenizer of 5 tokens and a model of 17 rows; log-probabilities stay those of all rows."""

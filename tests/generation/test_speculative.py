@@ -27,6 +27,7 @@ def expected(model):
     return generate(params, PROMPTS, cfg, max_new_tokens=20, key=jax.random.key(0))
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("noise", [0.0, 0.05, 3.0])
 def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
     cfg, params = model
@@ -60,6 +61,7 @@ def test_what_was_said_before_is_proposed():
     assert out.tolist() == [[9, 1, 2, 3], [6, 7, 5, 6], [8, 1, 2, 8], [4, 4, 4, 4], [3, 3, 3, 3]]
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("sampler", [chain(temperature(1.5), top_k(6)), draw], ids=["filtered", "draw"])
 @pytest.mark.parametrize("drafted", ["a draft", "the row"])
 def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):

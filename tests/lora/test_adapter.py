@@ -57,6 +57,7 @@ def run(params, cfg):
     return np.asarray(jax.jit(lambda p: gptjax.forward(p, BATCH.tokens, cfg))(params))
 
 
+@pytest.mark.first_cases(3)
 def test_at_the_start_nothing_changes(member):
     """Where the weights stay as they are, what is added is zero, and only another fusion could round otherwise; DoRA
     divides lengths, and a split adds what it took."""
@@ -65,6 +66,7 @@ def test_at_the_start_nothing_changes(member):
     np.testing.assert_allclose(got, want, atol=2e-5 if lcfg.dora or lcfg.init != "lora" else 1e-5)
 
 
+@pytest.mark.first_cases(3)
 def test_attached_is_merged(member):
     cfg, _, lcfg, base, adapter = member
     adapter = moved(adapter)
@@ -75,6 +77,7 @@ def test_attached_is_merged(member):
     assert np.abs(want - run(base, cfg)).max() > 0.1
 
 
+@pytest.mark.first_cases(2)
 def test_gradients_are_those_of_the_merged_matrices(member):
     """With DoRA's lengths held constant on both sides."""
     cfg, _, lcfg, base, adapter = member
@@ -118,6 +121,7 @@ def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
     assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # the check can fail
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_vmap_over_adapters_is_a_loop(model, name):
     cfg, params = model
@@ -134,6 +138,7 @@ def test_vmap_over_adapters_is_a_loop(model, name):
         np.testing.assert_allclose(row, logits(adapter, scale), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_through_adapters_of_their_own(model):
     cfg, params = model
     lcfg = MEMBERS["lora"]
@@ -154,6 +159,7 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
         lora.rows([lora.init(KEY, params, MEMBERS["dora"])], [0])
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_on_quantized_weights(tiny, name, kind):
@@ -198,6 +204,7 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     assert len(values) == 3
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
@@ -225,6 +232,7 @@ def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
     assert len(values) == 3
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("init", ["lora", "pissa", "olora"])
 def test_some_layers_only(init):
     import optax
@@ -315,6 +323,7 @@ def test_a_split_is_unsplit(model, kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 def test_a_masked_rank_stays_masked(model):
     import optax
 

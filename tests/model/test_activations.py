@@ -64,6 +64,7 @@ def test_without_patches_it_is_the_same_program(tiny, switches):
     assert plain == text(lambda p: tapped(p, TOKENS, cfg, ())[0], params)
 
 
+@pytest.mark.first_cases(2)
 @MODELS
 def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
     """Shapes as documented; stacks are the single layers; the stream is the sum of what is added to it; stacked
@@ -154,6 +155,7 @@ def test_a_patched_model_by_hand(tiny):
         np.testing.assert_allclose(got, expected, **CLOSE)
 
 
+@pytest.mark.first_cases(2)
 @MODELS
 def test_cached_is_uncached(tiny, switches):
     """Patched, in pieces: as a prompt, then token by token from the layout for decoding; activations too."""
@@ -218,6 +220,7 @@ def test_patches_are_data(tiny):
     np.testing.assert_allclose(jax.vmap(one, (None, 0))(params, tokens)[2], one(params, tokens[2]), **CLOSE)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_gradients_with_respect_to_an_activation(tiny, remat):
     """Of what is added to the embedding: the gradient of the position table. Through a replaced activation: none."""
@@ -264,6 +267,7 @@ def test_adapters_and_quantised_leaves(tiny):
         np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-3 * float(jnp.abs(y).max()))
 
 
+@pytest.mark.slow
 def test_order_and_dropout(tiny):
     """Several at one place go in the order given, a single layer's after the stack's; documents and dropout as ever."""
     cfg, params = tiny("gpt2", dropout=0.5)

@@ -51,6 +51,7 @@ SWITCHES = {
 }  # fmt: skip
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
 def test_padding_on_the_right_is_never_seen(tiny, switches):
     """A short row beside a long one reads what it reads alone, in two calls as in one; layers stacked or apart."""

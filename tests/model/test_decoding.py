@@ -42,6 +42,7 @@ def in_steps(params, cfg, tokens=TOKENS):
     return logits
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SWITCHES)
 def test_it_reads_as_before(tiny, name, kind):

@@ -199,6 +199,7 @@ HEADS = {
 }
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("kind", HEADS)
 def test_logits_of_every_kind_of_head_are_not_rounded(kind):
     cfg = config("llama", dtype="bfloat16", tie_embeddings="apart" not in kind)

@@ -159,6 +159,7 @@ CASES = [(use, precision) for use in USES for precision in ("default", "highest"
 CASES += [(use, "high") for use in ("forward", "gradient of a jitted loss", "dora", "int8", "step")]
 
 
+@pytest.mark.first_cases(12)
 @pytest.mark.parametrize(("use", "precision"), CASES)
 def test_every_product_has_the_precision_that_was_asked_for(build, use, precision):
     """But sums that are written as products, which are exact under each: of log-probabilities, and the mean of a text's
@@ -198,6 +199,7 @@ def test_under_a_mesh(build):
         assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(("use", "platform"), [
     ("gradient", "cpu"), ("gradient", "gpu"), ("gradient", "tpu"), ("lora", "gpu"), ("nf4", "tpu"),
 ])  # fmt: skip

@@ -52,6 +52,7 @@ def worst(T=100, B=2, N=4, K=2, H=64, kind="packed", window=0, dtype="float32", 
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(
     "case",
     [

@@ -125,6 +125,7 @@ def columns_of_products(jaxpr):
     return found
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(("cap", "chunk", "dtype"), [(0.0, None, "float32"), (2.0, 5, "float32"), (2.0, 5, "bfloat16")])
 def test_a_gpu_multiplies_aligned_columns_and_sees_no_more_tokens(cap, chunk, dtype):
     options = dict(dtype=dtype, chunk=chunk)

@@ -91,6 +91,7 @@ def test_rows_of_a_table():
     np.testing.assert_array_equal(take(leaf, jnp.array([[3, 99]])), dense(leaf)[jnp.array([[3, 9]])])
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("spec", [*(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:2]), *SPECS[2:]])
 def test_model_with_quantized_leaves_is_the_model_of_their_values(params, spec):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, CFG.vocab_size)

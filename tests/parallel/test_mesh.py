@@ -38,6 +38,7 @@ def on_eight(*args):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", [pytest.param("pretrain", marks=pytest.mark.slow), "lora", "classify", "instruct"])
 def test_every_mesh_gives_the_losses_of_one_device(kind):
@@ -46,10 +47,12 @@ def test_every_mesh_gives_the_losses_of_one_device(kind):
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.slow
 def test_accumulation_and_sharding_commute():
     assert on_eight("accumulated") < 1e-5
 
 
+@pytest.mark.slow
 def test_attention_kernels_divide_rows_heads_and_tokens():
     """splash and flash gather keys and values where tokens are divided; cuDNN's place is taken by XLA."""
     found = on_eight("attention")

@@ -78,6 +78,7 @@ def test_pieces_cover_documents_and_never_two():
         audit.pieces(TokenStore.from_ids([1]), 2)
 
 
+@pytest.mark.slow
 def test_said_greedily_is_what_decoding_says(trained):
     cfg, _, _, params, (train, _) = trained
     starts, ends = audit.pieces(train, 32)

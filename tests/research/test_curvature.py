@@ -30,6 +30,7 @@ def model():
     return loss, params, np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v))))(flat), np.float64)
 
 
+@pytest.mark.first_cases(1)
 def test_the_product_is_the_hessian_s(model):
     """And that is the derivative of the gradient: by central differences, in no custom rule's words."""
     loss, params, whole = model
@@ -43,6 +44,7 @@ def test_the_product_is_the_hessian_s(model):
     np.testing.assert_allclose(found, differences, atol=5e-3 * np.abs(whole @ v).max())
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 def test_eigenvalues_are_those_of_the_whole_hessian(model, which):
     loss, params, whole = model

@@ -95,11 +95,13 @@ def found():
     return sweep.sweep(configs, at_once=3)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("i", range(3))
 def test_every_run_is_the_run_by_itself(found, i):
     assert_as_alone(found, i, load(*GROUPS, *RUNS[i]), loop.prepare)
 
 
+@pytest.mark.slow
 def test_it_is_what_train_does(found):
     """The command's whole way, with its own validation."""
     result = gptjax.train(load(*GROUPS, *RUNS[1], "run_dir=alone"), log=lambda line: None)
@@ -145,6 +147,7 @@ ADAPTERS = (
 )
 
 
+@pytest.mark.slow
 def test_adapters_of_several_ranks(folder):
     """Scale by their own rank, start as a smaller adapter starts, validated on their own seed's split."""
     tuned = partial(

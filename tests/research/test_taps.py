@@ -23,6 +23,7 @@ def at_end(params, cfg, tokens, patches):
     return METRIC(forward(params, tokens, cfg, patches=patches)[:, -1])
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("site, axes", [("resid", (1,)), ("attn/v", (1, 2)), ("attn/weights", (2, 1))])
 def test_the_grid_is_a_loop(tiny, site, axes):
     """All cells, whatever goes side by side; the last layer's last position restores the clean run."""
@@ -98,6 +99,7 @@ def test_attention_maps(tiny):
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steering_while_generating(tiny):
     """Greedy tokens of the steered model: those of its forward pass; the same programs at every strength."""
     cfg, params = tiny("llama")

@@ -84,6 +84,7 @@ def by_formula(kind, now, before, length, beta, margin=1.0):
     return -np.log(sigmoid(beta * (now / length) @ [1, -1] - margin))
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_their_formulas(model, before, kind):
     cfg, params = model
@@ -94,6 +95,7 @@ def test_losses_are_their_formulas(model, before, kind):
     assert mean.weight == metrics["accuracy"].weight == 3
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", [dict(width=24, filler=5), dict(width=24, packed=True, filler=3)], ids=str)
 def test_neither_padding_nor_packing_changes_anything(model, before, kind, other):
@@ -135,6 +137,7 @@ def test_dpo_begins_at_ln_2_with_no_margin(model):
     assert metrics["margin"].value() == metrics["accuracy"].value() == 0
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_down_makes_the_chosen_answers_likelier_than_the_others(model, before, kind):
     cfg, params = model

@@ -199,6 +199,7 @@ def test_another_config_is_refused_with_the_difference(copy, make, change):
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer_where_its_rates_do_not_fall(copy, make, tmp_path, whole):
     (copy / "test.json").write_text("{}")  # as a fine-tuning leaves it
     longer = gptjax.train(make(copy, "train.max_steps=60"), log=quiet)
@@ -259,6 +260,7 @@ def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
         gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
 
 
+@pytest.mark.slow
 def test_continued_pretraining_survives_a_stop(whole, tmp_path):
     sources = (f"pretrain.base={whole[0].run_dir}", f"data.source={whole[0].cfg.data.source[0]}")
 
@@ -419,6 +421,7 @@ def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> Non
     monkeypatch.setattr(loggers.JsonLines, "log", log_and_kill)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     ("number", "code", "at", "key"),
     [
@@ -554,6 +557,7 @@ def test_steps_per_call(make, tmp_path):
         loop.steps_per_call(one, 1000)
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_are_steps_one_by_one(make, tmp_path, whole):
     result = gptjax.train(make(tmp_path / "run", "train.steps_per_call=1"), log=quiet)
     assert result.val_loss == pytest.approx(whole[0].val_loss, rel=1e-5)

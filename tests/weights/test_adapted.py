@@ -46,6 +46,7 @@ def run(folder):
     return tune(folder, "alone", "finetune.save_merged=false")
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "more",
     [[], ["lora.dora=true", "classify.bias=true"], ["finetune.quantize=int8"], ["lora.targets=blocks/1/attn/*/kernel"]],

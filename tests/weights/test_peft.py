@@ -35,6 +35,7 @@ def run(params, cfg, tokens=TOKENS):
     return np.asarray(jax.jit(lambda p: gptjax.forward(p, tokens, cfg))(params))
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_there_and_back(tiny, arch, form, tmp_path):

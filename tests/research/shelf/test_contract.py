@@ -34,6 +34,7 @@ def case(name):
     return member, cfg, member.init(jax.random.key(1), cfg), x
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_cached_equals_uncached(name):
     """However the text is cut: in one, a piece and single tokens, pieces that fill a window and more."""
@@ -57,6 +58,7 @@ def test_cached_equals_uncached(name):
         np.testing.assert_allclose(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
     member, cfg, params, x = case(name)
@@ -78,6 +80,7 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_an_adapter_fits_and_starts_as_nothing(name):
     member, cfg, params, x = case(name)
@@ -93,6 +96,7 @@ def test_an_adapter_fits_and_starts_as_nothing(name):
     assert np.abs(run(moved) - plain).max() > 0.01
 
 
+@pytest.mark.slow
 def test_rows_of_different_lengths_by_vmap():
     member, cfg, params, x = case("grouped-query")
     rows, lengths = x[:, None], (2, 6)  # [B, 1, T, D]
