@@ -112,6 +112,8 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
+        if device.platform() == "tpu":  # or the float32 sums, not yet rounded, are what is laid out by heads
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
             q, k = self._qk_norm(q, k)
