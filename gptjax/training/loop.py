@@ -408,11 +408,17 @@ class _Trainer:
     # ------------------------------------------------------------ the loop
 
     def train(self) -> TrainResult:
+        import jax
+
         try:
             with self.progress.phase("training"):
                 self._until_done()
         except _Interrupt:
             self._leave()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise self._too_large(error) from error
         finally:
             for logger in self.loggers:
                 logger.close()
@@ -512,6 +518,33 @@ class _Trainer:
         self.state, metrics = result[0]
         self.progress.say(f"compiled, first {_count(self.k, 'step')} done in {time.monotonic() - start:.1f} s")
         return metrics
+
+    def _too_large(self, error: Exception) -> UserError:
+        """A step did not fit into the device's memory: what would."""
+        import jax
+
+        from gptjax import tree
+        from gptjax.training.memory import GIB, what_fits
+
+        settings, device = self.cfg.train, jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+        rows = settings.batch_size // settings.accumulation
+        width = self.job.tokens_per_step // settings.batch_size
+        cut = dict(self.mesh.shape) if self.mesh is not None else {}
+        weights = sum(leaf.nbytes for leaf in tree.flatten(self.state.params).values())
+        lasting = sum(leaf.nbytes for leaf in jax.tree.leaves((self.state.opt_state, self.state.frozen)))
+        lines = what_fits(
+            self.cfg, width, rows_a_device=max(1, rows // (cut.get("data", 1) * cut.get("fsdp", 1))),
+            lasting_bytes=(3 * weights + lasting) // cut.get("fsdp", 1), limit=limit,
+        )  # fmt: skip
+        size = f" of {limit / GIB:.1f} GiB" if limit else ""
+        kept = f"the checkpoint of step {self.saved:,} is kept" if self.saved else "nothing was trained yet"
+        return UserError(
+            f"out of memory: {_count(rows, 'row')} of {width} tokens at a time did not fit into the "
+            f"{device.device_kind}{size} ({str(error).splitlines()[0]})\n"
+            f"  {kept}; by estimate one of these fits, in another run_dir:\n"
+            + "\n".join(f"    {line}" for line in lines or ["a smaller model, or more devices (mesh.fsdp)"])
+        )
 
     # ------------------------------------------------------------ metrics
 
