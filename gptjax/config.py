@@ -287,7 +287,7 @@ class TrainConfig:
     max_steps: int = setting(1000, "Optimizer steps of the run.")
     epochs: Optional[float] = setting(None, "Passes over the training data; sets max_steps. null: max_steps as given.")
     batch_size: int = setting(
-        12, "Rows per step, over all micro-batches and devices. auto: as many as fit the memory, by estimate."
+        12, "Rows per step, over all micro-batches and devices. auto, on a command line: as many as fit by estimate."
     )
     accumulation: int = setting(1, "Gradient accumulation: micro-batches per step; must divide batch_size.")
     steps_per_call: Optional[int] = setting(None, "Steps in one compiled call. null: chosen by the model's size.")
@@ -698,13 +698,7 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     problems, bad = Problems(problems), set()
     values: dict[str, Any] = {}
     where: Provenance = {}
-    auto = False  # train.batch_size
     for key, value, place in leaves:
-        if key == "train.batch_size":
-            auto = value == "auto"
-            if auto:
-                where[key] = place
-                continue
         if key == "mesh" and value == "auto":
             key, value = "mesh.data", -1
         if key not in schema():
@@ -717,8 +711,6 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
         except ValueError as error:
             bad.add(key)
             problems.append(f"{place}: {key}: {error}")
-    if auto:
-        values["train.batch_size"] = max(1, values.get("train.accumulation", 1))  # until it is known
     problems += _later_wins(leaves, values, where)
     if run_dir and values.get("run_dir") is None:
         values["run_dir"], where["run_dir"] = run_dir, "name of the config"
@@ -732,10 +724,6 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
         problems += _without_effect(cfg, where)
     problems += [text for keys, text in _complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
-    if auto:
-        from gptjax.training.memory import fitted
-
-        cfg = fitted(cfg)
     return cfg, provenance
 
 

@@ -424,6 +424,7 @@ NO_EFFECT = [
     ("model.init=torch", "model.embed_std=0.1"),
     ("model.qk_norm=false", "model.qk_gain=2"),
     ("data.val_source=b.txt", "data.val_fraction=0.2"),
+    ("sample.draft=null", "sample.ahead=2"),
 ]
 
 

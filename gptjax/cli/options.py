@@ -8,10 +8,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptjax import config_uses
-from gptjax.config import Config, ModelConfig, Provenance, describe, flat, schema, to_yaml, yaml_value
+from gptjax.config import Config, ModelConfig, Provenance, describe, file_layers, flat, schema, to_yaml, yaml_value
 from gptjax.config_io import ALIASES, EXAMPLE, Leaf, Problems, did_you_mean, from_args
 from gptjax.config_uses import matches
 from gptjax.types import UserError
@@ -59,7 +59,29 @@ def configure(
 ) -> tuple[Config, Provenance]:
     """The configuration that a verb's arguments ask for; `task` and `also` as in `config_uses.resolve`."""
     source = args.words[0] if args.words else default
-    return config_uses.resolve(source, args.leaves, verb=verb, task=task, also=also)
+    leaves = args.leaves
+    if verb.startswith(("pretrain", "finetune")) and any(_is_auto(leaf) for leaf in leaves):
+        leaves = _with_rows(source, leaves, verb, task, also)
+    return config_uses.resolve(source, leaves, verb=verb, task=task, also=also)
+
+
+def _is_auto(leaf: Leaf) -> bool:
+    return leaf.key == "train.batch_size" and leaf.value == "auto"
+
+
+def _with_rows(source: Any, leaves: list[Leaf], verb: str, task: str | None, also: Sequence[str]) -> list[Leaf]:
+    """With train.batch_size=auto as the rows that fit the devices, and the model.remat that it takes."""
+    from gptjax.planning.fit import fitted
+
+    every = [*file_layers(source), *leaves]
+    parts = next((leaf.value for leaf in reversed(every) if leaf.key == "train.accumulation"), 1)
+    one_row_each = [leaf._replace(value=parts) if _is_auto(leaf) else leaf for leaf in leaves]
+    before, _ = config_uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
+    cfg = fitted(before)
+    out = [leaf._replace(value=cfg.train.batch_size) if _is_auto(leaf) else leaf for leaf in leaves]
+    if cfg.model.remat != before.model.remat:
+        out.append(Leaf("model.remat", cfg.model.remat, "train.batch_size=auto"))
+    return out
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:

@@ -528,37 +528,6 @@ def test_what_fits_is_the_least_change():
     assert not any("remat" in line for line in what_fits(full, 1024, rows_a_device=16))
 
 
-def test_as_many_rows_as_fit(monkeypatch):
-    """The more memory the more rows, up to 524,288 tokens; where few fit, activations are computed again."""
-    from gptjax.training import memory
-
-    got = []
-    for gib in (4, 8, 16, 80, 1000):
-        monkeypatch.setattr(memory, "device_bytes", lambda gib=gib: gib * 2**30)
-        cfg = load_config("gpt2-124m", "train.batch_size=auto", "train.accumulation=1")
-        got.append((cfg.train.batch_size, cfg.model.remat))
-        act = memory.activation_bytes(cfg.model, cfg.train.batch_size, 1024)
-        assert act + 16 * 124e6 < gib * 2**30
-    rows = [n for n, _ in got]
-    assert rows == sorted(rows) and rows[-1] == 512 and got[-1][1] == "none" and got[0][1] != "none"
-    monkeypatch.setattr(memory, "device_bytes", lambda: 2**30)
-    with pytest.raises(UserError, match="train.batch_size=auto: not one row of 1024 tokens .* fits 1.0 GiB"):
-        load_config("gpt2-124m", "train.batch_size=auto")
-    with pytest.raises(UserError, match="several processes share a run"):
-        load_config("gpt2-124m", "train.batch_size=auto", "distributed.coordinator=auto")
-    assert load_config("tiny-gpt2", "train.batch_size=auto", "train.batch_size=4").train.batch_size == 4
-
-
-def test_a_run_with_auto_rows_is_a_run_with_that_number(make, tmp_path, monkeypatch):
-    from gptjax.training import memory
-
-    monkeypatch.setattr(memory, "_AUTO_TOKENS", 256)
-    cfg = make(tmp_path / "run", "train.batch_size=auto")
-    assert cfg.train.batch_size * cfg.window == 256
-    gptjax.train(cfg, log=quiet)
-    assert f"batch_size: {cfg.train.batch_size}" in (tmp_path / "run" / "config.yaml").read_text()
-
-
 def poison(monkeypatch, steps: range) -> None:
     """The loss of these steps is NaN: a token of their batch is marked, and the loss looks for the mark."""
     from gptjax.data import Loader
