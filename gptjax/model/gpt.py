@@ -309,8 +309,8 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     `qkv`, gate and up in `up_gate`, where they are of one kind. On a CPU with their kernels turned and beside the
     stack, which reads a long prompt faster.
 
-    On a GPU they take the place of the stack (keep only one of the two where memory is short), matrices are in
-    cfg.dtype, which is what they are multiplied in, and the head's columns are padded to a multiple of 128. On a TPU
+    On a GPU they take the place of the stack (keep only one of the two where memory is short), matrices are in bfloat16
+    where cfg.dtype is, as which they are multiplied, and the head's columns are padded to a multiple of 128. On a TPU
     and over several devices the parameters stay as they came.
     """
     if device.platform() == "tpu" or "blocks_0" in params or _is_divided(params):
@@ -331,14 +331,14 @@ def _is_divided(params: Params) -> bool:
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
-    """Matrices in cfg.dtype, and the head with aligned columns. The logits are the same: products take their operands
-    in that dtype."""
+    """Matrices in bfloat16 where cfg.dtype is, and the head with aligned columns. The logits are the same: products take
+    their operands in that dtype."""
 
     def low(path: tuple, leaf: Any) -> Any:
         top, last = (getattr(key, "key", None) for key in (path[0], path[-1]))
         if last not in ("kernel", "embedding") or not jnp.issubdtype(leaf.dtype, jnp.floating) or top == "cls_head":
             return leaf
-        leaf = leaf.astype(cfg.dtype)
+        leaf = leaf.astype(cfg.dtype) if cfg.dtype == "bfloat16" else leaf
         if top == "wte" and cfg.tie_embeddings:
             return aligned_columns(leaf.T).T
         return aligned_columns(leaf) if top == "lm_head" else leaf
