@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import tree
 from gptjax.config import ModelConfig
 from gptjax.model import activations
 from gptjax.model.activations import Patches
@@ -19,7 +20,7 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
 from gptjax.ops.ids import check_ids, is_local
-from gptjax.ops.linear import Turned, aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side
+from gptjax.ops.linear import aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side, turned
 from gptjax.ops.loss import softcap
 from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Params, UserError
@@ -306,8 +307,8 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """The parameters as they are read fastest for one token. The doors take this form too; it is not for saving.
 
     Layers apart, since reading a layer out of its stack costs as much as the product with it; q, k and v in one matrix
-    `qkv`, gate and up in `up_gate`, where they are of one kind. On a CPU with their kernels turned and beside the
-    stack, which reads a long prompt faster.
+    `qkv`, gate and up in `up_gate`, where they are of one kind; the numbers of one column of a kernel together. On a
+    CPU beside the stack, which reads a long prompt faster.
 
     On a GPU they take the place of the stack (keep only one of the two where memory is short), matrices are in bfloat16
     where cfg.dtype is, as which they are multiplied, and the head's columns are padded to a multiple of 128. On a TPU
@@ -315,13 +316,13 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """
     if device.platform() == "tpu" or "blocks_0" in params or _is_divided(params):
         return params
-    turned = device.platform() == "cpu"
-    if not turned:
+    beside = device.platform() == "cpu"
+    if not beside:
         params = _in_low_precision(params, cfg)
-    if not turned and cfg.n_layer > _MOST_APART:
+    if not beside and cfg.n_layer > _MOST_APART:
         return params | {"blocks": _joined(params["blocks"])}
-    layers = {f"blocks_{i}": _decoding_layer(params["blocks"], i, turned) for i in range(cfg.n_layer)}
-    return {name: node for name, node in params.items() if turned or name != "blocks"} | layers
+    layers = {f"blocks_{i}": _decoding_layer(params["blocks"], i, device.platform()) for i in range(cfg.n_layer)}
+    return {name: node for name, node in params.items() if beside or name != "blocks"} | layers
 
 
 def _is_divided(params: Params) -> bool:
@@ -331,8 +332,8 @@ def _is_divided(params: Params) -> bool:
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
-    """Matrices in bfloat16 where cfg.dtype is, and the head with aligned columns. The logits are the same: products take
-    their operands in that dtype."""
+    """Matrices in bfloat16 where cfg.dtype is, and the head with aligned columns. The logits are the same: products
+    take their operands in that dtype."""
 
     def low(path: tuple, leaf: Any) -> Any:
         top, last = (getattr(key, "key", None) for key in (path[0], path[-1]))
@@ -351,18 +352,12 @@ _BESIDE = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
 
 
 @partial(jax.jit, static_argnums=2)
-def _decoding_layer(stack: Params, i: jax.Array, turned: bool) -> Params:
+def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
+    """`platform` is what the layout depends on: a program for each."""
     layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
-    if not turned:
-        return layer
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: Turned(leaf.T) if _is_kernel(path) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-        layer,
-    )
-
-
-def _is_kernel(path: tuple) -> bool:
-    return getattr(path[-1], "key", None) == "kernel"
+    return tree.unflatten({
+        path: turned(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
+    })  # fmt: skip
 
 
 def _joined(blocks: Params) -> Params:

@@ -61,6 +61,12 @@ def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @singledispatch
+def turned(w: Any) -> Any:
+    """The leaf of a kernel [in, out] whose numbers of one column lie together; or the leaf as it is."""
+    return Turned(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
+
+
+@singledispatch
 def side_by_side(w: Any, *others: Any) -> Any:
     """Matrices [.., in, out] with the same `in` as one leaf [.., in, sum of out], whose product is theirs one beside
     the other; None where there is no such leaf."""
@@ -77,9 +83,10 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Turned:
-    """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows."""
+    """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows, and a GPU for one, where sums
+    over what lies together take one pass and others are written out in float32 first."""
 
-    w: jax.Array
+    w: Any
 
 
 @matmul.register

@@ -27,7 +27,7 @@ from flax import struct
 
 from gptjax import tree
 from gptjax.ops.device import platform
-from gptjax.ops.linear import dense, matmul, matmul_transposed, side_by_side, take
+from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed, side_by_side, take, turned
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params, UserError
 
@@ -122,11 +122,16 @@ def _(leaf: Int8) -> jax.Array:
 @dense.register
 def _(leaf: NF4) -> jax.Array:
     *lead, half, d_out = leaf.codes.shape
-    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
-    absmax = absmax.reshape(leaf.absmax.shape) + leaf.offset
+    absmax = _absmax(leaf)
     codes = leaf.codes.reshape(*absmax.shape[:-1], -1, d_out)
     codes = jnp.concatenate([codes & 15, codes >> 4], -2)
     return (_level(codes) * absmax[..., None, :]).reshape(*lead, 2 * half, d_out)
+
+
+def _absmax(leaf: NF4) -> jax.Array:
+    """[.., in/64, out] float32."""
+    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
+    return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
 def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> Any:
@@ -161,6 +166,49 @@ def _(leaf: NF4, *others: Any) -> Any:
     )
 
 
+@turned.register
+def _(leaf: Int8) -> Any:
+    return Turned(Int8(leaf.values.T, leaf.scale.T)) if platform() == "gpu" else leaf
+
+
+@struct.dataclass
+class NF4Columns:
+    """An `NF4` kernel with the numbers of one column together, for one row at a time.
+
+    codes   [out, in/64, 32] uint8    of a block's 64 numbers the first 32 in the low four bits, the others in the high
+    absmax  [out, in/64] float32
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+
+
+@turned.register
+def _(leaf: NF4) -> Any:
+    if platform() != "gpu":
+        return leaf
+    blocks, d_out = leaf.absmax.shape
+    return NF4Columns(leaf.codes.reshape(blocks, -1, d_out).transpose(2, 0, 1), _absmax(leaf).T)
+
+
+@dense.register
+def _(leaf: NF4Columns) -> jax.Array:
+    both = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # [out, in/64, 2, 32]
+    return (_level(both) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
+
+
+@matmul.register
+def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
+    leaf, _ = jax.lax.optimization_barrier((leaf, x))  # as in `_frozen`
+    if x.size != x.shape[-1]:
+        return matmul(dense(leaf).astype(x.dtype), x, dtype)
+    low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
+    levels = jnp.array(LEVELS)  # looked up: of all those selects XLA would make a kernel of its own
+    low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
+    y = low_levels * low + high_levels * high
+    return (y * leaf.absmax[..., None]).sum((1, 2)).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
 @take.register
 def _(leaf: Int8, ids: jax.Array) -> jax.Array:
     return take(leaf.values, ids) * take(leaf.scale, ids)
@@ -184,8 +232,6 @@ def _frozen(product, leaf, x, dtype):
     # tied to x, or XLA makes the floats of all layers once before a decoding loop, and keeps them
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
-        if product is matmul and platform() == "gpu" and x.size == x.shape[-1]:
-            return _nf4_row(leaf, x)
         return product(dense(leaf).astype(x.dtype), x, dtype)
     scale = leaf.scale if product is matmul else leaf.scale.T
     if scale.shape[0] == 1:
@@ -213,18 +259,6 @@ def _integers(product, values: jax.Array, x: jax.Array, dtype: str) -> jax.Array
         y = (values * row[:, None]).sum(0) if product is matmul else (values * row).sum(1)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
     return product(values, x, dtype)
-
-
-def _nf4_row(leaf: NF4, x: jax.Array) -> jax.Array:
-    """One row x [.., 1, in] times the matrix, as one sum over the codes, which reads nothing but them: a product would
-    read floats that another kernel made of them."""
-    blocks, d_out = leaf.absmax.shape
-    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
-    absmax = absmax.reshape(leaf.absmax.shape) + leaf.offset
-    codes = leaf.codes.reshape(blocks, -1, d_out)
-    low, high = jnp.split(x.astype(jnp.float32).reshape(blocks, -1), 2, 1)
-    y = _level(codes & 15) * low[..., None] + _level(codes >> 4) * high[..., None]
-    return (y * absmax[:, None]).sum((0, 1)).astype(x.dtype).reshape(*x.shape[:-1], d_out)
 
 
 def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -> Params:

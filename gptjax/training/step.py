@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from gptjax.ops.device import platform
 from gptjax.types import Mean, Metrics, UserError
 
 Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
@@ -120,9 +121,13 @@ def make_train_step(
             updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
             return optax.apply_updates(params, updates), opt_state
 
-        params, opt_state = jax.lax.cond(
-            good, update, lambda operands: operands[-2:], (grads, scale, norm, state.params, state.opt_state)
-        )
+        operands = (grads, scale, norm, state.params, state.opt_state)
+        if platform() == "gpu":  # where a branch copies all of the state in and out, and the host waits for `good`
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), update(operands), operands[-2:]
+            )
+        else:
+            params, opt_state = jax.lax.cond(good, update, lambda operands: operands[-2:], operands)
         bad = 1 - good.astype(jnp.int32)
         state = state.replace(
             step=state.step + 1,

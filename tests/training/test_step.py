@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.ops.device import compiling_for
 from gptjax.training.step import TrainState, evaluate, make_multi_step, make_train_step
 from gptjax.types import Mean
 
@@ -51,9 +52,16 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.fixture(scope="module")
-def step():
-    return jax.jit(make_train_step(loss, TX))
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def step(request):
+    """As it is compiled for each: a bad step is a branch that is not taken, or a choice of every number."""
+    compiled = jax.jit(make_train_step(loss, TX))
+
+    def call(*args):
+        with compiling_for(request.param):
+            return compiled(*args)
+
+    return call
 
 
 def test_the_gradient_is_that_of_the_weighted_mean():
