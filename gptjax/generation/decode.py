@@ -32,7 +32,7 @@ from gptjax.ops import device
 from gptjax.types import Params, UserError
 
 _WATCH = 8  # tokens between two questions to `until`
-_COPIED_BYTES = 2**30  # of parameters that an accelerator lays out anew at each call; of larger ones the caller decides
+_COPIED_BYTES = 2**30  # of parameters that a GPU lays out anew at each call, however full it is
 _LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
 
 
@@ -256,8 +256,7 @@ class _Run:
         self.settings = _Settings(
             cfg, sampler, width, room, n, top, drawable, cache_dtype and jnp.dtype(cache_dtype).name
         )
-        small = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= _COPIED_BYTES
-        both = for_decoding(params, cfg) if small or device.platform() == "cpu" else params
+        both = for_decoding(params, cfg) if _has_room(params) else params
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG or "blocks" not in both else stacked
         self.quick, self.key, self.patches = both, key, place(patches, cfg)
@@ -307,6 +306,15 @@ class _Run:
             finish = "stop" if s.done[row] else "length"
             out.append(Completion(s.tokens[row, first:end].tolist(), logprobs, top, finish))
         return out
+
+
+def _has_room(params: Params) -> bool:
+    """Whether what `for_decoding` makes of them fits beside them."""
+    if device.platform() != "gpu":
+        return True
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) <= max(_COPIED_BYTES, 0.7 * free)
 
 
 @partial(jax.jit, static_argnums=5)
