@@ -144,7 +144,7 @@ def test_a_gpu_multiplies_aligned_columns_and_sees_no_more_tokens(cap, chunk, dt
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want)
 
 
-@pytest.mark.parametrize(("memory", "expected"), [(None, 256), (4, 256), (16, 512), (80, 2560), (141, 4096)])
+@pytest.mark.parametrize(("memory", "expected"), [(None, 256), (4, 256), (16, 512), (80, 1024), (141, 1024)])
 def test_chunks_of_a_gpu_are_sized_by_its_memory(memory, expected, monkeypatch):
     stats = None if memory is None else {"bytes_limit": memory * 2**30}
     monkeypatch.setattr(jax, "local_devices", lambda: [type("Device", (), {"memory_stats": lambda self: stats})()])
