@@ -286,3 +286,23 @@ def test_it_compiles_for_a_tpu(use):
         compiled = traced.lower().compile()
     assert compiled.memory_analysis().temp_size_in_bytes > 0
     assert ("tpu_custom_call" in compiled.as_text()) == (use != "generate")  # splash, where a whole row is read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", ["gradient", "lora", "generate", "int8", "nf4"])
+def test_it_compiles_for_a_gpu(use):
+    """The real compiler, with the kernels' own, for one H100."""
+    pytest.importorskip("jax_cuda12_plugin", reason="the GPU compiler is not installed (gptjax[cuda])")
+    import described
+
+    try:
+        described.card()
+    except NotImplementedError:
+        pytest.skip("jax lets the CUDA plugin go where it finds no card: JAX_PLATFORMS=cpu keeps it")
+    cfg = programs.model("llama", dtype="bfloat16", d_model=256, vocab_size=512)
+    program = USES[use](cfg, Setting())
+    traced = programs.trace(program._replace(args=described.placed(program.args)), "gpu")
+    with device.compiling_for("gpu"):
+        compiled = traced.lower().compile()
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
+    assert ("__gpu$xla.gpu.triton" in compiled.as_text()) == (use != "generate")  # flash, where a whole row is read
