@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from gptjax.ops.device import compiling_for
+from gptjax.optim import offloaded
 from gptjax.training.step import TrainState, evaluate, make_multi_step, make_train_step
 from gptjax.types import Mean
 
@@ -166,3 +168,17 @@ def test_evaluation_counts_every_token_once():
     assert total.value() == pytest.approx(float(whole.value()), rel=1e-6)
     means = [float(loss(PARAMS, part, None)[0].value()) for part in parts]
     assert abs(np.mean(means) - total.value()) > 1e-3
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="a CPU has one kind of memory there")
+def test_moments_in_the_memory_of_the_host_are_left_to_a_branch():
+    """In a GPU's program, where a choice of every number would compute on the host."""
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    tx = offloaded(TX)
+    state = fresh(tx)
+    moments = jax.tree.map(lambda leaf: jax.device_put(leaf, host) if leaf.ndim else leaf, state.opt_state)
+    with compiling_for("gpu"):
+        programs = str(jax.make_jaxpr(make_train_step(quiet, tx))(state.replace(opt_state=moments), batch()))
+        here = str(jax.make_jaxpr(make_train_step(quiet, TX))(fresh(), batch()))
+    assert "cond[" in programs and "cond[" not in here
