@@ -1,8 +1,8 @@
 """Every preset, architecture and use, traced and lowered for a GPU and a TPU that are not there.
 
 Nothing runs and nothing is allocated. What is read from a trace of a bfloat16 model stands in `traced_dtypes`. The
-plain run traces every architecture in every use, and every switch in one, and lowers some of it; `pytest -m slow` goes
-through the whole matrix, of which `test_switches.py` has the switches.
+plain run traces every architecture in every use, and every switch in one, and lowers some of it; `pytest -m slow` takes
+every seventh case of the matrix, of which `test_switches.py` has the switches, and with GPTJAX_ALL_TRACES=1 all of it.
 """
 
 from __future__ import annotations
