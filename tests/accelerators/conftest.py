@@ -10,11 +10,21 @@ HERE = Path(__file__).parent
 MATRIX = ("test_a_switch[", "test_all_uses[", "test_documents_windows_and_heads[", "test_presets[")
 EVERY = 7  # no divisor of the number of platforms and dtypes: every one of them comes, with other cases
 
+# found by the first run of them all, and still to be repaired
+KNOWN = {
+    "test_documents_windows_and_heads[gpt2-one document per row-gpu-bfloat16]": "the position table's gradient is "
+    "summed over rows in bfloat16",
+    "test_presets[gpt2-774m-gpu-bfloat16]": "a float32 array of 40 x rows x tokens is stacked by the scan",
+}
+
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == HERE and item.name in KNOWN:
+            item.add_marker(pytest.mark.xfail(reason=KNOWN[item.name]))
     if os.environ.get("GPTJAX_ALL_TRACES"):
         return
     matrix = [
