@@ -20,7 +20,7 @@ from gptjax.model.cache import Cache
 from gptjax.model.layers import GPT
 from gptjax.ops import device
 from gptjax.ops.ids import check_ids, is_local
-from gptjax.ops.linear import aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side, turned
+from gptjax.ops.linear import aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side, transposed
 from gptjax.ops.loss import softcap
 from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Params, UserError
@@ -356,7 +356,7 @@ def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
     """`platform` is what the layout depends on: a program for each."""
     layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
     return tree.unflatten({
-        path: turned(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
+        path: transposed(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
     })  # fmt: skip
 
 

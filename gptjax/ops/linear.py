@@ -61,9 +61,9 @@ def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @singledispatch
-def turned(w: Any) -> Any:
-    """The leaf of a kernel [in, out] whose numbers of one column lie together; or the leaf as it is."""
-    return Turned(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
+def transposed(w: Any) -> Any:
+    """The leaf of a kernel [in, out] stored as [out, in], each column contiguous; or the leaf as it is."""
+    return Transposed(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
 @singledispatch
@@ -82,7 +82,7 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class Turned:
+class Transposed:
     """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows, and a GPU for one, where sums
     over what lies together take one pass and others are written out in float32 first."""
 
@@ -90,12 +90,12 @@ class Turned:
 
 
 @matmul.register
-def _(leaf: Turned, x: jax.Array, dtype: str = "float32") -> jax.Array:
+def _(leaf: Transposed, x: jax.Array, dtype: str = "float32") -> jax.Array:
     return matmul_transposed(leaf.w, x, dtype)
 
 
 @dense.register
-def _(leaf: Turned) -> jax.Array:
+def _(leaf: Transposed) -> jax.Array:
     return leaf.w.T
 
 

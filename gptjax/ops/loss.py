@@ -15,10 +15,9 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
 _CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
-_GPU_CHUNK_BYTES = (
-    2**30
-)  # at most, on a GPU with 32 GiB or more; GPT-2 124M's step on an H100 (tests/bench/gpu_program.py)
-# reads and writes 64.8 GB and takes 7.6 GiB with it; 63.9 GB and 8.7 GiB with twice as much
+# At most, on a GPU with 32 GiB or more. GPT-2 124M's step compiled for an H100 (tests/bench/gpu_program.py) reads and
+# writes 64.8 GB and takes 7.6 GiB with it; 63.9 GB and 8.7 GiB with twice as much.
+_GPU_CHUNK_BYTES = 2**30
 _NO_TOKEN = -1e15  # a logit whose square, in a softcap's gradient, is finite
 
 

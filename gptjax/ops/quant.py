@@ -27,7 +27,7 @@ from flax import struct
 
 from gptjax import tree
 from gptjax.ops.device import platform
-from gptjax.ops.linear import Turned, dense, matmul, matmul_transposed, side_by_side, take, turned
+from gptjax.ops.linear import Transposed, dense, matmul, matmul_transposed, side_by_side, take, transposed
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params, UserError
 
@@ -166,9 +166,9 @@ def _(leaf: NF4, *others: Any) -> Any:
     )
 
 
-@turned.register
+@transposed.register
 def _(leaf: Int8) -> Any:
-    return Turned(Int8(leaf.values.T, leaf.scale.T)) if platform() == "gpu" else leaf
+    return Transposed(Int8(leaf.values.T, leaf.scale.T)) if platform() == "gpu" else leaf
 
 
 @struct.dataclass
@@ -183,7 +183,7 @@ class NF4Columns:
     absmax: jax.Array
 
 
-@turned.register
+@transposed.register
 def _(leaf: NF4) -> Any:
     if platform() != "gpu":
         return leaf

@@ -14,7 +14,7 @@ from gptjax.finetuning.base import longest_row
 from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
 from gptjax.training.loop import from_base
-from gptjax.training.memory import GIB, MARGIN, activation_bytes
+from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, activation_bytes
 from gptjax.types import UserError
 
 _MOST_TOKENS = 2**19  # a step: a batch of GPT-3's size
@@ -53,7 +53,7 @@ def fitted(cfg: Config) -> Config:
             rows //= 2
         return rows
 
-    kinds = {"none": ("none", "dots", "full"), "dots": ("dots", "full")}.get(model.remat, (model.remat,))
+    kinds = (model.remat, *SMALLER_REMAT.get(model.remat, ()))
     found = {remat: rows_that_fit(remat) for remat in kinds}
     remat = next((kind for kind in kinds if found[kind] >= min(_FEW_ROWS, most)), max(kinds, key=found.get))
     if not found[remat]:

@@ -7,6 +7,7 @@ import dataclasses
 from gptjax.config import Config, ModelConfig
 
 GIB = 2**30
+SMALLER_REMAT = {"none": ("dots", "full"), "dots": ("full",)}  # those that keep fewer activations, the most first
 _LESS = 0.75  # of the activations: a change that saves less is not worth a try
 MARGIN = 0.85  # of the device's memory that an estimate may fill
 
@@ -63,8 +64,7 @@ def what_fits(cfg: Config, width: int, *, rows_a_device: int, lasting_bytes: int
         accumulation, size = cfg.train.accumulation * n, cfg.train.batch_size // n
         out.append(f"train.accumulation={accumulation}: the same batch in parts of {rows // n} rows, as many steps")
         out.append(f"train.batch_size={size}: fewer rows a step")
-    harder = {"none": ("dots", "full"), "dots": ("full",)}.get(cfg.model.remat, ())
-    for remat in harder:
+    for remat in SMALLER_REMAT.get(cfg.model.remat, ()):
         if fits(bytes_of(rows_a_device, remat)):
             out.append(f"model.remat={remat}: activations are computed again in the backward pass")
             break

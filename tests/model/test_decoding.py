@@ -11,7 +11,7 @@ from gptjax.generation import for_decoding, generate
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import extend, forward
 from gptjax.ops.device import compiling_for
-from gptjax.ops.linear import dense, matmul, side_by_side, turned
+from gptjax.ops.linear import dense, matmul, side_by_side, transposed
 from gptjax.ops.quant import int8, nf4
 
 TOKENS = np.random.default_rng(0).integers(0, 17, (1, 9))
@@ -113,7 +113,7 @@ def test_one_row_on_a_gpu_reads_no_float_matrix(make, dtype):
     leaf, x = make(jax.random.normal(jax.random.key(0), (128, 48))), jax.random.normal(jax.random.key(1), (1, 1, 128))
     with compiling_for("gpu"):
         x, want = x.astype(dtype), x.astype(dtype).astype(jnp.float32) @ dense(leaf)
-        leaf = turned(leaf)
+        leaf = transposed(leaf)
         got = matmul(leaf, x, dtype)
         text = str(jax.make_jaxpr(lambda leaf, x: matmul(leaf, x, dtype))(leaf, x))
         many = str(jax.make_jaxpr(lambda leaf, x: matmul(leaf, x, dtype))(leaf, jnp.repeat(x, 2, 1)))
