@@ -264,7 +264,9 @@ class GPT(nn.Module):
         if cfg.embed_gain != 1:
             x = x * cfg.embed_gain
         if cfg.position == "learned":
-            x = x + Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
+            wpe = Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
+            # in float32, or the table's gradient, a sum over rows, would be summed in bfloat16
+            x = (x.astype(jnp.float32) + wpe.astype(jnp.float32)).astype(x.dtype)
         elif cfg.position == "sinusoidal":
             x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
         if cfg.embed_norm:

@@ -7,7 +7,7 @@ import dataclasses
 from gptjax.config import Config, ModelConfig
 
 GIB = 2**30
-SMALLER_REMAT = {"none": ("dots", "full"), "dots": ("full",)}  # those that keep fewer activations, the most first
+SMALLER_REMAT = {"none": ("dots", "full"), "dots": ("full",)}  # policies that keep fewer activations
 _LESS = 0.75  # of the activations: a change that saves less is not worth a try
 MARGIN = 0.85  # of the device's memory that an estimate may fill
 
