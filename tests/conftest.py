@@ -39,7 +39,7 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `first_cases(n)` every case but the first n is slow."""
+    """Of a test marked `first_cases(n)` every case but the first n is slow, and marked `further_case`."""
     seen = collections.Counter()
     for item in items:
         if marker := item.get_closest_marker("first_cases"):
@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items):
             seen[test] += 1
             if seen[test] > marker.args[0]:
                 item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.further_case)
 
 
 def pytest_runtest_setup(item):

@@ -139,7 +139,7 @@ def complaints(traced: Any, cfg: ModelConfig, program: Any, *, rows: int, tokens
         wrong = (eqn for eqn in equations(jaxpr) if any(is_float(v.aval, jnp.bfloat16) for v in eqn.outvars))
         found += [f"bfloat16 in a float32 model: {shown(eqn)}" for eqn in wrong]
         return found + _imprecise(jaxpr, cfg, rows)
-    limits = Limits(rows, cfg.n_layer, rows * tokens * cfg.n_head, _allowed(jaxpr, out, cfg))
+    limits = Limits(rows, cfg.n_layer, rows * tokens * cfg.n_head, _allowed(jaxpr, out, cfg, rows))
     found += _activations(out)
     found += [] if "saved" in program.unchecked else _saved(out, limits)
     found += [] if "loops" in program.unchecked else _loops(jaxpr, limits)
@@ -148,13 +148,15 @@ def complaints(traced: Any, cfg: ModelConfig, program: Any, *, rows: int, tokens
     return found + _logits(jaxpr, out, rows)
 
 
-def _allowed(jaxpr: Any, out: dict[str, Any], cfg: ModelConfig) -> frozenset[tuple[int, ...]]:
-    """Shapes that may be float32: attention's probabilities where they are asked for, and rope's tables [.., H/2], of
-    which there are two for all layers, or four."""
+def _allowed(jaxpr: Any, out: dict[str, Any], cfg: ModelConfig, rows: int) -> frozenset[tuple[int, ...]]:
+    """Shapes that may be float32: attention's probabilities where they are asked for, rope's tables [.., H/2], of
+    which there are two for all layers, or four, and the batch's loss weights in micro-batches."""
     probabilities = {leaf.shape for path, leaf in _named(out, "activations") if WEIGHTS in path}
     angles = [v.aval for eqn in equations(jaxpr) if eqn.primitive.name == "sin" for v in eqn.outvars]
     tables = {(*a.shape[:-1], cfg.head_dim // 2) for a in angles if a.shape}
-    return frozenset(probabilities | tables | {(2, *shape) for shape in tables})
+    batch = [v.aval.shape for v in jaxpr.invars if of_activations(v.aval, rows) and is_float(v.aval, jnp.float32)]
+    micro = {(n // rows, rows, *rest) for n, *rest in batch if n % rows == 0}
+    return frozenset(probabilities | tables | micro | {(2, *shape) for shape in tables})
 
 
 def _named(out: dict[str, Any], name: str) -> list[tuple[str, Any]]:

@@ -61,6 +61,7 @@ def test_a_checkpoint_is_the_model_that_was_saved(folder):
     jax.tree.map(np.testing.assert_array_equal, read, final)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -160,6 +160,7 @@ def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_specia
     assert "error" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_tokenizer_are_not_drawn(tokenizer):
     wide = dataclasses.replace(CFG, vocab_size=4096)
     params = jax.tree.map(lambda a: 20 * a, gptjax.init_params(jax.random.key(0), wide))

@@ -50,12 +50,14 @@ def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
     assert "-----" in capsys.readouterr().out
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("settings", [["quantize=int8", "cache_dtype=int8"], ["cache_dtype=bfloat16"]])
 def test_in_few_bits(run, settings, capsys):
     assert main(["sample", str(run), "prompt=a", *settings]) == 0
     assert "5 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("draft", ["ngram", "itself"])
 def test_a_draft_changes_no_greedy_token(run, tmp_path, capsys, draft):
     rows = {}

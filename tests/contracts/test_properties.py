@@ -73,11 +73,13 @@ def test_no_gradient_from_the_future(results):
     assert (results["sensitivity"][seen] > 1e-6).all()
 
 
+@pytest.mark.first_cases(4)
 def test_cached_equals_uncached(results):
     np.testing.assert_allclose(results["cached"], results["whole"], rtol=1e-4, atol=1e-4)
     assert (results["cached"].argmax(-1) == results["whole"].argmax(-1)).all()
 
 
+@pytest.mark.first_cases(4)
 def test_packed_equals_separate(results):
     separate = np.concatenate([results["whole"][:SPLIT], results["second document"]])
     np.testing.assert_allclose(results["packed"], separate, rtol=1e-4, atol=1e-4)
@@ -104,6 +106,7 @@ WAYS = {"plain": {}, "unrolled": {"unroll": True}, "dots": {"remat": "dots"}, "f
 WAYS |= {"offload": {"remat": "offload"}}
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_how_it_is_computed_changes_nothing(gradients, way):

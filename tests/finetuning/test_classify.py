@@ -114,6 +114,7 @@ def test_several_seeds(folder, capsys):
     assert table["accuracy"]["values"] == [row["accuracy"] for row in each] and low <= each[0]["accuracy"] <= high
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "settings",

@@ -61,6 +61,7 @@ def test_it_learns_answers_and_writes_them(folder, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "settings",
@@ -135,6 +136,7 @@ def bases(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     ("base", "style", "end", "eos"),

@@ -46,7 +46,7 @@ def model(request, tiny):
     return tiny(arch, position=position, context_length=CONTEXT)
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 def test_ragged_rows_are_what_each_is_alone(model):
     cfg, params = model
     together = generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY)
@@ -204,7 +204,7 @@ def test_buckets():
     assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 49, 65, 97, 1000)] == [16, 16, 24, 24, 32, 48, 64, 96, 128, 1024]
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("sampler", [greedy, chain(temperature(3.0)), chain(repetition_penalty(1.5), temperature(3.0))])
 def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):
     """A tokenizer of 5 tokens and a model of 17 rows; log-probabilities stay those of all rows."""

@@ -38,6 +38,7 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
         assert out.rounds == 4 and out.accepted == 1
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("ngram", [1, 3])
 def test_proposals_from_the_row_itself_change_no_token(model, expected, ngram):
     cfg, params = model
@@ -61,7 +62,7 @@ def test_what_was_said_before_is_proposed():
     assert out.tolist() == [[9, 1, 2, 3], [6, 7, 5, 6], [8, 1, 2, 8], [4, 4, 4, 4], [3, 3, 3, 3]]
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("sampler", [chain(temperature(1.5), top_k(6)), draw], ids=["filtered", "draw"])
 @pytest.mark.parametrize("drafted", ["a draft", "the row"])
 def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):
@@ -93,6 +94,7 @@ def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):
     assert freedom > 20 and abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.first_cases(1)
 def test_a_smaller_draft_and_a_stop(model, expected, tiny):
     cfg, params = model
     draft_cfg, draft = tiny("gpt2", n_layer=1, context_length=48)
@@ -102,6 +104,7 @@ def test_a_smaller_draft_and_a_stop(model, expected, tiny):
     assert out.tokens == cut and 0 <= out.accepted < 1
 
 
+@pytest.mark.slow
 def test_rows_that_belong_to_no_token(tiny):
     """The model has 17 rows, the draft 20; the tokenizer 6 tokens."""
     cfg, params = tiny("gpt2", context_length=64)
@@ -112,6 +115,7 @@ def test_rows_that_belong_to_no_token(tiny):
     assert speculate(params, draft, prompts, cfg, draft_cfg, max_new_tokens=20, vocab_size=6).tokens == expected
 
 
+@pytest.mark.slow
 def test_a_draft_with_a_smaller_context_than_the_bucket_of_the_prompt(tiny):
     """49 tokens are padded to 64 where the context allows; the draft's does not, and all that is asked fits in it."""
     cfg, params = tiny("llama", vocab_size=37, context_length=64)

@@ -56,6 +56,7 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string(model, rows):
         assert string not in cut(decode(got[0].tokens), [string])
 
 
+@pytest.mark.slow
 def test_ragged_rows_are_what_each_is_alone(model):
     cfg, params = model
     options = dict(
@@ -79,6 +80,7 @@ def test_all_rows_done_is_the_end(model, rows):
     assert asked == [1, 1, 1]
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("placed", [False, True], ids=["anywhere", "on a mesh"])
 def test_several_samples_and_no_new_programs(model, placed):
     cfg, params = model

@@ -77,7 +77,7 @@ def test_attached_is_merged(member):
     assert np.abs(want - run(base, cfg)).max() > 0.1
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 def test_gradients_are_those_of_the_merged_matrices(member):
     """With DoRA's lengths held constant on both sides."""
     cfg, _, lcfg, base, adapter = member
@@ -232,6 +232,7 @@ def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
     assert len(values) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("init", ["lora", "pissa", "olora"])
 def test_some_layers_only(init):

@@ -64,7 +64,7 @@ def test_without_patches_it_is_the_same_program(tiny, switches):
     assert plain == text(lambda p: tapped(p, TOKENS, cfg, ())[0], params)
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @MODELS
 def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
     """Shapes as documented; stacks are the single layers; the stream is the sum of what is added to it; stacked
@@ -155,7 +155,7 @@ def test_a_patched_model_by_hand(tiny):
         np.testing.assert_allclose(got, expected, **CLOSE)
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @MODELS
 def test_cached_is_uncached(tiny, switches):
     """Patched, in pieces: as a prompt, then token by token from the layout for decoding; activations too."""

@@ -42,7 +42,7 @@ def in_steps(params, cfg, tokens=TOKENS):
     return logits
 
 
-@pytest.mark.first_cases(3)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SWITCHES)
 def test_it_reads_as_before(tiny, name, kind):
@@ -57,6 +57,7 @@ def test_it_reads_as_before(tiny, name, kind):
     np.testing.assert_allclose(in_steps(for_decoding(params, cfg), cfg), want, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("tied", [True, False])
 def test_low_matrices_give_the_same_logits(tiny, tied):
     """Products take their operands in bfloat16 whatever the parameters are kept in."""
@@ -93,6 +94,7 @@ def test_a_tpu_and_a_mesh_get_what_there_is(tiny):
         assert for_decoding(params, cfg) is params
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize("make", [int8, nf4])
 @pytest.mark.parametrize("widths", [(64, 32, 32), (48, 16, 16), (192, 64, 64)])
 def test_quantised_matrices_side_by_side(make, widths):

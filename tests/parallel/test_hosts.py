@@ -121,6 +121,7 @@ def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
 CLI = ("-m", "gptjax", "pretrain", "tiny-gpt2")
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     ("differ", "said"),
     [
@@ -139,6 +140,7 @@ def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, dif
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_other_data_all_end_with_the_difference(tmp_path):
     """The same settings, and another text under the same name on the second host."""
     for i in range(2):

@@ -56,6 +56,7 @@ def test_a_run_has_the_number(monkeypatch, tmp_path, capsys):
     command = [
         "pretrain", "tiny-gpt2", "train.batch_size=auto", f"run_dir={tmp_path / 'run'}", "train.max_steps=2",
         f"data.source={tmp_path / 'text.txt'}", "tokenizer.name=bytes", "model.context_length=32", "data.split=tail",
+        "model.n_layer=1", "model.d_model=16", "model.n_head=2",
     ]  # fmt: skip
     assert main([*command, "--dry-run"]) == 0
     assert "512 (16 windows of 32)" in capsys.readouterr().out

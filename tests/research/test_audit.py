@@ -91,6 +91,7 @@ def test_said_greedily_is_what_decoding_says(trained):
     assert exact.any()
 
 
+@pytest.mark.slow
 def test_scores_of_rows_are_those_of_the_task(trained):
     cfg, _, _, params, (train, _) = trained
     batch = audit.rows(train, *audit.pieces(train, 32), 32)

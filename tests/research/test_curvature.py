@@ -61,6 +61,7 @@ def test_eigenvalues_are_those_of_the_whole_hessian(model, which):
         np.testing.assert_allclose(whole @ v, values[n] * v, atol=2e-3 * scale)
 
 
+@pytest.mark.slow
 def test_few_steps_say_how_far_off_they_are(model):
     loss, params, whole = model
     every = np.linalg.eigvalsh(whole)

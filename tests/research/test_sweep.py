@@ -95,6 +95,7 @@ def found():
     return sweep.sweep(configs, at_once=3)
 
 
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("i", range(3))
 def test_every_run_is_the_run_by_itself(found, i):

@@ -78,6 +78,7 @@ def test_head_ablation(tiny):
         np.testing.assert_allclose(mean[1, head], without(params, means[1], head), **CLOSE)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_the_logit_lens_ends_at_the_logits(tiny, arch):
     cfg, params = tiny(arch)

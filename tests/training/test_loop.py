@@ -99,6 +99,7 @@ def test_metrics(whole):
     assert row["tokens"] == row["step"] * 4 * 16
 
 
+@pytest.mark.slow
 def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make, tmp_path, monkeypatch):
     """By a clock of the test: a step takes 1 ms, a batch of an evaluation 10 s, sampling 100 s, and the first of each
     1,000 s more, as it compiles.

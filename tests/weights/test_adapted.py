@@ -68,6 +68,7 @@ def test_it_is_what_the_merged_copy_is(folder, more):
             np.testing.assert_allclose(leaves[path], leaf, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_dtype_and_place_are_the_callers(run):
     device = jax.devices()[-1]
     whole, cfg = weights.load(run)
