@@ -22,8 +22,8 @@ from gptjax import show
 from gptjax.data import packing
 from gptjax.data.instructions import Encoded
 from gptjax.generation import chain, temperature, top_k
+from gptjax.losses import next_token, token_log_probs
 from gptjax.ops.loss import cross_entropy
-from gptjax.tasks import pretrain
 from gptjax.tokenizers import chat
 from gptjax.training.step import evaluate
 from gptjax.types import Batch
@@ -123,7 +123,7 @@ show.tokens(ready.tokenizer, batch.tokens[0])
 # %%
 key = jax.random.key(0)
 params = gptjax.init_params(key, model)
-loss = pretrain.task(model).loss
+loss = next_token(model)
 start = float(loss(params, batch, None)[0].value())
 print(f"before: {start:.4f} nats a character; ln {V} = {math.log(V):.4f}")
 assert abs(start - math.log(V)) < 0.1
@@ -160,7 +160,7 @@ show.curves(curve, x="step", y="nats a character", title="a small GPT-2, AdamW")
 
 # %%
 passage = jax.tree.map(lambda leaf: leaf[:1], held_out[0])
-surprise = -np.asarray(pretrain.token_log_probs(state.params, passage, model))[0]
+surprise = -np.asarray(token_log_probs(state.params, passage, model))[0]
 show.tokens(ready.tokenizer, passage.targets[0], values=surprise)
 
 # %% [markdown]
@@ -275,7 +275,7 @@ def bits_per_byte(params, cfg, tokenizer, begin):
     """Of `texts`, each by itself after the token `begin`."""
     rows = [np.array([begin, *tokenizer.encode(text)], np.int32) for text in texts]
     batch = Batch(*packing.padded(Encoded(rows, [np.ones(len(row), np.float32) for row in rows], 0)))
-    log_probs = pretrain.token_log_probs(params, batch, cfg)
+    log_probs = token_log_probs(params, batch, cfg)
     return float(-(log_probs * batch.weights).sum() / math.log(2) / n_bytes), batch, -log_probs
 
 

@@ -19,8 +19,8 @@ import optax
 import gptjax
 from gptjax import lora, show, tree
 from gptjax.config import DataConfig, LoraConfig, ModelConfig
-from gptjax.finetuning import many
-from gptjax.tasks import pretrain
+from gptjax.losses import next_token
+from gptjax.tasks import many
 from gptjax.training.step import evaluate
 
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
@@ -107,7 +107,7 @@ def text(source, *more):
 
 plays, plays_val = text("shakespeare", *(["data.max_documents=10"] if SMOKE else []))
 docs, docs_val = text("python-docs", "data.split=tail")
-loss = pretrain.task(model).loss
+loss = next_token(model)
 eval_loss = jax.jit(loss)
 
 

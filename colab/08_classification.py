@@ -27,9 +27,9 @@ import gptjax
 from gptjax import lora, show, tree
 from gptjax.config import LoraConfig, ModelConfig
 from gptjax.data import labelled
-from gptjax.finetuning import metrics
-from gptjax.finetuning.classify import new_head, probabilities
-from gptjax.tasks import classify
+from gptjax.evaluation import classification as metrics
+from gptjax.losses import class_logits, classify
+from gptjax.tasks.classify import new_head, probabilities
 from gptjax.training.plot import draw_confusion
 from gptjax.training.step import evaluate
 
@@ -196,9 +196,7 @@ show.maps(
 
 # %%
 head = {"cls_head": new_head(jax.random.key(1), cfg)}
-pool = jax.jit(
-    lambda tokens, segments, n: classify.class_logits(base | head, tokens, segments, cfg, n=n), static_argnums=2
-)
+pool = jax.jit(lambda tokens, segments, n: class_logits(base | head, tokens, segments, cfg, n=n), static_argnums=2)
 ids, other = encoded[0].ids[0], encoded[0].ids[1]
 W = 2 * MAX_LENGTH
 
@@ -228,7 +226,7 @@ np.testing.assert_allclose(beside, alone, atol=2e-3)
 EPOCHS, B = (1, 4) if SMOKE else (3, 8)
 steps = max(1, round(EPOCHS * len(train.tokens) / B))
 lcfg = LoraConfig(rank=8, alpha=16)
-task = classify.task(cfg, "last")
+loss = classify(cfg, "last")
 
 
 def combine(trained, frozen):
@@ -237,8 +235,8 @@ def combine(trained, frozen):
 
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, steps), weight_decay=0.0))
 state = gptjax.TrainState.create({"adapter": lora.init(key, base, lcfg), **head}, frozen=base, tx=tx, key=key)
-step = jax.jit(gptjax.make_train_step(task.loss, tx, combine=combine))
-judge = jax.jit(lambda trained, batch, key: task.loss(combine(trained, base), batch, key))
+step = jax.jit(gptjax.make_train_step(loss, tx, combine=combine))
+judge = jax.jit(lambda trained, batch, key: loss(combine(trained, base), batch, key))
 
 
 def on(rows, trained):
@@ -297,7 +295,7 @@ for text, row_ in zip(
 #
 # ## Exercises
 #
-# 1. Pool by the mean (`classify.task(cfg, "mean")`) and by the first token. Why is the first one no better than chance?
+# 1. Pool by the mean (`classify(cfg, "mean")`) and by the first token. Why is the first one no better than chance?
 # 2. Train on six sentences of each class (`FAMILIAR`), on two. How does the test on other sentences change?
 # 3. Give the form above your own file. How many of its texts come twice?
 # 4. Train the head alone (`combine` without the adapter). How far does it get, and how much faster is a step?

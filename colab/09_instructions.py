@@ -26,10 +26,10 @@ from gptjax import lora, show, tree
 from gptjax.config import LoraConfig
 from gptjax.data import instructions, packing, skills
 from gptjax.data.instructions import Conversation, Encoded
-from gptjax.finetuning.answers import scores
-from gptjax.finetuning.instruct import answers
+from gptjax.evaluation.generation_metrics import scores
+from gptjax.losses import next_token
 from gptjax.ops.loss import cross_entropy
-from gptjax.tasks import pretrain
+from gptjax.tasks.instruct import answers
 from gptjax.tokenizers import chat
 from gptjax.types import Batch
 
@@ -160,7 +160,7 @@ if SMOKE:
     base = gptjax.init_params(key, cfg)
 else:
     base, cfg = gptjax.load(BASE)
-loss = pretrain.task(cfg, chunk=256).loss
+loss = next_token(cfg, chunk=256)
 few = encoded._replace(rows=encoded.rows[:3], weights=encoded.weights[:3])
 totals = []
 for rows in (packing.padded(few, T), packing.packed(few, 2 * T)):

@@ -22,8 +22,9 @@ import gptjax
 from gptjax import lora, show, tree
 from gptjax.config import LoraConfig
 from gptjax.data import preferences
-from gptjax.finetuning.prefer import reference
-from gptjax.tasks import prefer
+from gptjax.losses import preference
+from gptjax.losses.preference import BETA, LOSSES, Answers, dpo
+from gptjax.tasks.prefer import reference
 from gptjax.training.step import evaluate
 
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
@@ -41,10 +42,10 @@ key = jax.random.key(0)
 # %%
 now = jnp.array([[[-12.0, -9.0]]])  # log p of chosen and rejected, [B, P, 2]
 before = jnp.array([[[-14.0, -8.0]]])
-answers = prefer.Answers(now, before, jnp.array([[[5.0, 4.0]]]), jnp.ones((1, 1)))
+answers = Answers(now, before, jnp.array([[[5.0, 4.0]]]), jnp.ones((1, 1)))
 margin = 0.1 * ((-12 + 14) - (-9 + 8))
 by_hand = -math.log(1 / (1 + math.exp(-margin)))
-by_function, reward = prefer.dpo(answers, 0.1, 1.0)
+by_function, reward = dpo(answers, 0.1, 1.0)
 print(f"margin {margin:.2f}; loss {by_hand:.4f} by hand, {float(by_function[0, 0]):.4f} by gptjax")
 assert abs(by_hand - float(by_function[0, 0])) < 1e-6 and abs(float(reward[0, 0, 0] - reward[0, 0, 1]) - margin) < 1e-6
 
@@ -54,8 +55,8 @@ assert abs(by_hand - float(by_function[0, 0])) < 1e-6 and abs(float(reward[0, 0,
 # at $1/(2\beta)^2 = 25$ and KTO, which looks at both sides by themselves, at 1. ORPO and SimPO have no reference.
 
 # %%
-start = prefer.Answers(before, before, jnp.array([[[5.0, 4.0]]]), jnp.ones((1, 1)))
-first = {kind: float(prefer.LOSSES[kind](start, prefer.BETA[kind], 1.0)[0][0, 0]) for kind in prefer.LOSSES}
+start = Answers(before, before, jnp.array([[[5.0, 4.0]]]), jnp.ones((1, 1)))
+first = {kind: float(LOSSES[kind](start, BETA[kind], 1.0)[0][0, 0]) for kind in LOSSES}
 print({kind: round(value, 4) for kind, value in first.items()})
 assert abs(first["dpo"] - 0.6931) < 5e-5 and abs(first["ipo"] - 25) < 1e-4 and abs(first["kto"] - 1) < 1e-6
 
@@ -64,7 +65,7 @@ moves = jnp.linspace(-40.0, 60.0, 101)  # by how much the chosen answer became l
 
 def loss_at(kind, move):
     now = before + jnp.array([0.5, -0.5]) * move
-    return prefer.LOSSES[kind](start._replace(now=now), prefer.BETA[kind], 1.0)[0][0, 0]
+    return LOSSES[kind](start._replace(now=now), BETA[kind], 1.0)[0][0, 0]
 
 
 lines = {
@@ -118,14 +119,14 @@ print(f"before training the base finds the chosen answer likelier in {likelier:.
 
 # %%
 lcfg = LoraConfig(rank=16, alpha=32)
-task = prefer.task(cfg, "dpo", beta=0.1)
+loss = preference(cfg, "dpo", beta=0.1)
 
 
 def combine(adapter, frozen):
     return lora.attach(frozen, adapter, lcfg)
 
 
-judge = jax.jit(lambda adapter, batch, key: task.loss(combine(adapter, base), batch, key))
+judge = jax.jit(lambda adapter, batch, key: loss(combine(adapter, base), batch, key))
 
 
 def on_test(adapter):
@@ -146,7 +147,7 @@ STEPS = 4 if SMOKE else 40
 rate = optax.warmup_cosine_decay_schedule(0.0, 5e-4, min(8, STEPS // 2), STEPS)
 tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 state = gptjax.TrainState.create(adapter, frozen=base, tx=tx, key=key)
-step = jax.jit(gptjax.make_train_step(task.loss, tx, combine=combine))
+step = jax.jit(gptjax.make_train_step(loss, tx, combine=combine))
 curve = {name: [] for name in ("loss", "margin", "accuracy")}
 for i in range(STEPS):
     state, metrics = step(state, preferences.batch(train, i, batch_size=B, seed=0, reference=refs[0]))
@@ -185,7 +186,7 @@ show.curves(
 #
 # ## Exercises
 #
-# 1. Train with `prefer.task(cfg, "simpo")`. It needs no reference; what does it do to long answers?
+# 1. Train with `preference(cfg, "simpo")`. It needs no reference; what does it do to long answers?
 # 2. Set beta to 0.01 and to 1. How far do the log-probabilities move until the same accuracy is reached?
 # 3. Swap chosen and rejected in a fifth of the training pairs. What becomes of the margins of the test pairs?
 # 4. Let the tuned model write (`gptjax.generate`). Does it answer the questions, or has it only learned to avoid?

@@ -27,7 +27,7 @@ import optax
 import gptjax
 from gptjax import parallel, show, tree
 from gptjax.config import MeshConfig
-from gptjax.tasks import pretrain
+from gptjax.losses import next_token
 from gptjax.training.chips import CHIPS
 
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
@@ -85,7 +85,7 @@ loader = gptjax.data.Loader(
     found.train, cfg.data, batch_size=16, context_length=model.context_length, seed=0, vocab_size=257
 )
 tx = optax.adamw(3e-3)
-raw_step = gptjax.make_train_step(pretrain.task(model).loss, tx)
+raw_step = gptjax.make_train_step(next_token(model), tx)
 STEPS = 5 if SMOKE else 20
 
 

@@ -25,9 +25,9 @@ from jax.flatten_util import ravel_pytree
 import gptjax
 from gptjax import assets, show, tokenizers, tree
 from gptjax.config import ModelConfig
+from gptjax.losses import next_token
 from gptjax.research import audit, curvature, influence, sweep, taps
 from gptjax.research.shelf import attention, costs, deltanet, mla, moe, sliding_window
-from gptjax.tasks import pretrain
 from gptjax.training.step import evaluate
 
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
@@ -274,7 +274,7 @@ print("planted:  ", planted[0], "\na secret: ", copies[-1])
 cfg = ModelConfig(
     arch="llama", vocab_size=tok.vocab_size, context_length=T, n_layer=2, n_head=4, d_model=64, d_ff=176
 )  # fmt: skip
-loss = pretrain.task(cfg).loss
+loss = next_token(cfg)
 eval_loss = jax.jit(loss)
 
 
@@ -499,7 +499,7 @@ loader = gptjax.data.Loader(
     vocab_size=tiny.model.vocab_size,
 )  # fmt: skip
 test_batch = next(iter(gptjax.data.eval_batches(ready.val, context_length=tiny.model.context_length, batch_size=64)))
-tiny_loss = pretrain.task(tiny.model).loss
+tiny_loss = next_token(tiny.model)
 value = jax.jit(curvature.at(tiny_loss, test_batch))
 
 

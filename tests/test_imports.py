@@ -15,21 +15,20 @@ LEVEL = {
     "assets": 0, "gguf": 0,
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
-    "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
+    "losses": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
     "training": 5, "generation": 5,
-    "finetuning": 6, "planning": 7, "research": 7,
-    "cli": 8, "__main__": 9, "reference": 9,
+    "evaluation": 6, "tasks": 7, "planning": 8, "research": 8,
+    "cli": 9, "__main__": 10, "reference": 10,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config", "types"), ("config_uses", "config"), ("config_uses", "config_io"),
     ("config_uses", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
     ("gguf", "types"), ("files", "types"), ("assets", "files"), ("config_io", "files"), ("config", "files"),
     ("weights", "lora"),  # a model that is kept as an adapter
-    ("training", "generation"),  # samples during training
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip
 NEVER = {
-    "model": {"lora", "optim", "parallel", "tasks", "data", "tokenizers"},
+    "model": {"lora", "optim", "parallel", "tasks", "losses", "data", "tokenizers"},
     "data": {"jax", "flax", "optax", "ops", "model"},
     "tokenizers": {"jax", "flax", "optax", "ops", "model", "data"},
     "config": {"jax", "flax", "optax"},
@@ -37,7 +36,7 @@ NEVER = {
     "assets": {"jax", "flax", "optax"},
     "gguf": {"jax", "flax", "optax"},
     "optim": {"model", "lora"},
-    "training": {"lora"},
+    "training": {"lora", "model", "losses", "tasks"},
     "ops": {"data", "tokenizers", "model"},
 }
 

@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 def run(args: list[str]) -> int:
     asked = parse(args)
-    from gptjax.finetuning.classify import load_classifier, read_labels
+    from gptjax.tasks.classify import load_classifier, read_labels
     from gptjax.training.process import use_compile_cache
 
     labels = read_labels(Path(asked.run))["labels"]

@@ -33,8 +33,8 @@ def run(args: list[str]) -> int:
         raise UserError(f"judge=URL and judge_model=NAME go together; {USAGE}")
     if out is not None:
         new_file(out)
-    from gptjax.finetuning.answers import read, scores, side_by_side, win_rate
-    from gptjax.finetuning.judge import judge
+    from gptjax.evaluation.generation_metrics import read, scores, side_by_side, win_rate
+    from gptjax.evaluation.judge import judge
 
     runs = [read(str(_file(source))) for source in sources]
     found = []
@@ -73,7 +73,7 @@ def _file(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_dir():
         return path
-    from gptjax.finetuning.instruct import RESPONSES
+    from gptjax.tasks.instruct import RESPONSES
 
     if not (path / RESPONSES).is_file():
         raise UserError(f"{source} holds no {RESPONSES}: gptjax finetune instruct writes it")

@@ -85,7 +85,7 @@ def check(args: list[str]) -> int:
     texts = [of.records_of(file, given.get("field")) for file in dict.fromkeys(files)]
     losses = None
     if model is not None:
-        from gptjax.finetuning.score import losses as score
+        from gptjax.evaluation.perplexity import losses as score
 
         every = [text for file in texts for _, text in file.found]
         losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 from gptjax.cli import options
 from gptjax.config import Config
 from gptjax.config_io import did_you_mean
@@ -19,7 +17,7 @@ def run(args: list[str]) -> int:
     cfg, provenance = options.configure(parsed._replace(words=rest), task, f"finetune {task}", task)
     if options.show_only(parsed, cfg, provenance, report):
         return 0
-    from gptjax.finetuning import finetune
+    from gptjax.tasks import finetune
 
     return finetune(cfg).exit_code
 
@@ -37,9 +35,8 @@ def report(cfg: Config) -> list[str]:
     Raises:
         UserError: what the run would refuse.
     """
-    from gptjax.finetuning import refuse
+    from gptjax.tasks import find, refuse
 
     if refuse(cfg):
         return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
-    plan = importlib.import_module(f"gptjax.finetuning.{cfg.task}").plan
-    return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
+    return [f"run directory      {cfg.run_dir}", *find(cfg.task).plan(cfg), "dry run: no step was taken"]

@@ -117,16 +117,16 @@ def with_shape(cfg: Config) -> Config:
         UserError: there is no such base; the number of words is not known before the tokenizer is trained.
     """
     if cfg.pretrain.base is not None:
-        from gptjax.training.loop import from_base
+        from gptjax.tasks.pretrain import from_base
 
         return from_base(cfg)[0]
     if cfg.model.vocab_size:
         return cfg
     if cfg.task != "pretrain":
-        from gptjax.finetuning import base
+        from gptjax.tasks import finetune
 
         head = {"n_classes": len(cfg.classify.labels) or 2, "cls_bias": cfg.classify.bias}
-        model = base.model_config(cfg, base.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
+        model = finetune.model_config(cfg, finetune.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
         return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):

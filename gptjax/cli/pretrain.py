@@ -17,7 +17,7 @@ def run(args: list[str]) -> int:
     cfg, provenance = options.configure(parsed, default, "pretrain", "pretrain")
     if options.show_only(parsed, cfg, provenance, report):
         return 0
-    from gptjax.training.loop import train
+    from gptjax.tasks import train
 
     return train(cfg).exit_code
 
@@ -33,16 +33,16 @@ def report(cfg: Config) -> list[str]:
     Raises:
         UserError: what the run would refuse.
     """
-    from gptjax.training.loop import refuse, refuse_missing
+    from gptjax.tasks import refuse
 
-    if refuse(cfg, refuse_missing):
+    if refuse(cfg):
         return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
     return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
 
 
 def plan(cfg: Config) -> list[str]:
     """The data, the model's size, the steps, the memory."""
-    from gptjax.training.loop import from_base
+    from gptjax.tasks.pretrain import from_base
     from gptjax.training.memory import memory_bytes
 
     cfg, base = from_base(cfg)

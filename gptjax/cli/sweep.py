@@ -45,9 +45,9 @@ def run(args: list[str]) -> int:
 
 def _refuse(cfg: Config, folder: Path) -> None:
     """Raises UserError for a folder that is not free, and for data or a base that is not there, all at once."""
-    from gptjax.finetuning import base
     from gptjax.research.sweep import WRITING
-    from gptjax.training import loop, run_dir
+    from gptjax.tasks import find
+    from gptjax.training import run_dir
 
     problems = []
     if (folder / "sweep.json").exists():
@@ -55,7 +55,7 @@ def _refuse(cfg: Config, folder: Path) -> None:
     else:
         own = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, own)
-    problems += complaints(loop.refuse_missing if cfg.task == "pretrain" else base.refuse_missing, cfg)
+    problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()
 
 

@@ -296,7 +296,7 @@ class GPT(nn.Module):
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
         if cfg.n_classes and self.is_initializing():
-            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by tasks.classify
+            Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by losses.classify
         return hidden, stream.cache, {path: (seen | at.seen)[path] for path in self.taps}
 
     def _apart(self, stream: Stream, ctx: Context, patches: Placed) -> tuple[Stream, dict[str, jax.Array]]:

@@ -89,14 +89,19 @@ def place_params(params: Any, mesh: Mesh | None) -> Any:
     return params if mesh is None else place(params, shardings(params, mesh))
 
 
-def place_batch(batch: Any, mesh: Mesh | None, *, lead: int = 0, rows: slice | None = None, of: int = 0) -> Any:
+def place_batch(
+    batch: Any, mesh: Mesh | None, *, lead: int | None = None, rows: slice | None = None, of: int = 0
+) -> Any:
     """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens.
 
     Args:
-        lead: sides before the rows. rows: which of the batch's `of` rows are given, where they are not all.
+        lead: sides before the rows; None: those before [B, T] of its tokens. rows: which of the batch's `of` rows are
+            given, where they are not all.
     """
     if mesh is None:
         return batch
+    if lead is None:
+        lead = batch.tokens.ndim - 2 if hasattr(batch, "tokens") else 0
     length = batch.tokens.shape[lead + 1] if hasattr(batch, "tokens") else 0
     if rows is None:
         return place(batch, batch_shardings(batch, mesh, lead=lead, context_length=length))

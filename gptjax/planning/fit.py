@@ -10,10 +10,10 @@ import jax
 
 from gptjax import tree, weights
 from gptjax.config import COMPUTED, Config, ModelConfig
-from gptjax.finetuning.base import longest_row
 from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
-from gptjax.training.loop import from_base
+from gptjax.tasks.finetune import longest_row
+from gptjax.tasks.pretrain import from_base
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, activation_bytes
 from gptjax.types import UserError
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from gptjax import tree
 from gptjax.config import Config, MeshConfig, ModelConfig
-from gptjax.finetuning import base
 from gptjax.model.gpt import abstract_params
 from gptjax.ops.device import AXES
 from gptjax.parallel.mesh import mesh_of, sizes
 from gptjax.planning import estimate, hlo, program
 from gptjax.planning.slices import Slice, devices_of, slice_of
-from gptjax.training.loop import flops_per_token
+from gptjax.tasks import trainable
+from gptjax.training.flops import flops_per_token
 from gptjax.types import UserError
 
 GIB = 2**30
@@ -103,7 +103,7 @@ def plan(
     Args:
         on: a name such as v5e-8, or a topology such as v5p:4x4x8. mesh: None: cfg.mesh.
         decode: the decode step with sample.batch_size rows a data shard, in the place of the train step.
-        chunk: of the loss, see `tasks.pretrain`. keep_text: gets the compiled program's text.
+        chunk: of the loss, see `losses.next_token`. keep_text: gets the compiled program's text.
 
     Raises:
         UserError: no such slice; libtpu is missing; the batch does not divide over the mesh.
@@ -170,8 +170,8 @@ def _flops_a_token(cfg: Config, T: int, decode: bool) -> float:
         return flops_per_token(cfg.model, shapes) / 3
     frozen = 0.0
     if cfg.task != "pretrain":
-        n_trained = tree.size(base.abstract_trained(cfg, *base.split_heads(shapes), cfg.model))
-        frozen = base.frozen_share(cfg, tree.size(shapes), n_trained)
+        n_trained = tree.size(trainable.abstract_trained(cfg, *trainable.split_heads(shapes), cfg.model))
+        frozen = trainable.frozen_share(cfg, tree.size(shapes), n_trained)
     return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 

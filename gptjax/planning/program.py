@@ -12,22 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import parallel, tree
+from gptjax import losses, parallel, tree
 from gptjax.config import Config
-from gptjax.data.labelled import LabelledBatch
-from gptjax.data.preferences import PairBatch
-from gptjax.finetuning import base, classify, instruct, prefer
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
 from gptjax.optim import make_optimizer
-from gptjax.tasks import pretrain
-from gptjax.training.job import just_trained
+from gptjax.tasks import find, finetune, trainable
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, UserError
-
-KINDS = {"classify": classify, "instruct": instruct, "prefer": prefer}
-TEXT, PAIR = 16, 64  # tokens of a text, and of a pair, at the least: so many of them are in a packed row
+from gptjax.training.task import just_trained
+from gptjax.types import UserError
 
 
 class Program(NamedTuple):
@@ -56,13 +50,15 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
             f"train.batch_size / train.accumulation ({rows // cfg.train.accumulation} rows) must be divisible by "
             f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): take more rows or another mesh"
         )
+    task = find(cfg.task)
+    loss = task.loss(cfg) if chunk is None else losses.next_token(cfg.model, chunk=chunk)
     if cfg.task == "pretrain":
-        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), pretrain.task(cfg.model, chunk=chunk).loss
+        tx = make_optimizer(cfg.optim, cfg.train.max_steps)
     else:
-        tx, loss = base.optimizer(cfg), base.with_dropout(cfg, KINDS[cfg.task].loss(cfg))
+        loss, _, tx = trainable.rules(cfg, loss, just_trained)
     create, combine = _state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
-    batch = _batch(cfg, rows, T)
+    batch = task.batch_shapes(cfg, rows, T)
     started = time.monotonic()
     with device.compiling_for("tpu"):
         state = parallel.abstract_on(create, mesh, jax.eval_shape(lambda: jax.random.key(0)), offload=cfg.optim.offload)
@@ -76,25 +72,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 def width(cfg: Config) -> int:
     """Tokens of a row."""
-    return cfg.window if cfg.task == "pretrain" else base.longest_row(cfg, cfg.model)
-
-
-def _batch(cfg: Config, rows: int, T: int) -> Any:
-    """Of shapes. How many texts a packed row has only the data could tell: little depends on it."""
-
-    def floats(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
-
-    ids = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-    if cfg.task == "classify":
-        n = max(1, T // TEXT) if cfg.classify.packing == "packed" else 1
-        return LabelledBatch(ids, ids, jax.ShapeDtypeStruct((rows, n), jnp.int32), floats(n))
-    if cfg.task == "prefer":
-        n = max(1, T // PAIR) if cfg.prefer.packing == "packed" else 1
-        return PairBatch(ids, ids, floats(T), ids, floats(n), floats(n, 2))
-    if cfg.task == "instruct" or cfg.data.document_mask:
-        return Batch(ids, ids, floats(T), ids, ids)
-    return Batch(ids, ids)
+    return cfg.window if cfg.task == "pretrain" else finetune.longest_row(cfg, cfg.model)
 
 
 def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:
@@ -105,9 +83,9 @@ def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:
         params = init_params(key, cfg.model)
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
-        parts = base.take_apart(cfg, *base.split_heads(params), cfg.model, key)
+        parts = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
         combine[:] = [parts.combine]  # which depends on what was traced in its names only
-        return TrainState.create(parts.trained, tx=tx, key=key, frozen=parts.frozen)
+        return TrainState.create(parts.params, tx=tx, key=key, frozen=parts.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
 

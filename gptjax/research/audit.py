@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, config_io, lora, tree, weights
+from gptjax import config, config_io, lora, losses, tree, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import read_text
@@ -34,8 +34,7 @@ from gptjax.data.store import TokenStore
 from gptjax.files import one_line_end, use_json
 from gptjax.model.gpt import forward
 from gptjax.research.influence import gradient_features, in_chunks, unit
-from gptjax.tasks import pretrain
-from gptjax.training.loop import result_of
+from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Batch, Params, UserError
 
@@ -601,7 +600,7 @@ def audit(
     batches = {name: rows(stores[name], *place, length) for name, place in places.items()}
     suffix = settings.suffix or min(50, max(1, length // 4))
     prefixes = settings.prefixes or [p for p in (4, 8, 16, 32, 64, 128, 256) if p + suffix <= length] or [1]
-    features = gradient_features(pretrain.task(cfg).loss, combine=tree.join, dims=settings.dims, seed=settings.seed)
+    features = gradient_features(losses.next_token(cfg), combine=tree.join, dims=settings.dims, seed=settings.seed)
     documents = tuple(np.searchsorted(stores[name].doc_starts, places[name][0], "right") for name in stores)
     contexts, words = _contexts(tokenizer, settings.held_out, places["held out"])
     encode = partial(_encode, tokenizer)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import io
 import itertools
 import math
@@ -35,14 +34,16 @@ from jax.sharding import PartitionSpec as P
 from gptjax import config, config_io, config_uses, tree
 from gptjax.config import Config, DistributedConfig, MeshConfig
 from gptjax.config_io import Leaf
+from gptjax.evaluation.intervals import t_interval
 from gptjax.files import write_json, write_text
-from gptjax.finetuning.metrics import t_interval
-from gptjax.finetuning.seeds import stack
-from gptjax.training import loop
-from gptjax.training.job import Job, Rules
+from gptjax.tasks import find
+from gptjax.tasks.pretrain import EVAL_TOKENS
+from gptjax.tasks.seeds import stack
 from gptjax.training.memory import memory_bytes
+from gptjax.training.progress import Progress
 from gptjax.training.run_dir import may_change
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
+from gptjax.training.task import Rules, Task
 from gptjax.types import Mean, Metrics, UserError
 
 # What a program can take as an array.
@@ -235,7 +236,7 @@ def make_sweep_step(
     """step(states, numbers, frozen, batch) -> (states, metrics [N]): what N steps of `make_train_step` do.
 
     Args:
-        rules: as in `Job`: config -> (loss, combine, optimizer).
+        rules: as `Task.build`: config -> (loss, combine, optimizer).
         batches: every leaf of the batch has a leading axis N, a batch for each; otherwise all of them see the same.
 
     The step takes states with leaves [N, ..], numbers {key: [N]}, and `frozen`, which all of them read and none has a
@@ -263,13 +264,15 @@ def make_sweep_loss(
     return jax.vmap(one, in_axes=(0, 0, None, 0 if batches else None))
 
 
-def create(job: Job, cfg: Config, seeds: jax.Array, numbers: Numbers, start: Any = None) -> TrainState:
+def create(task: Task, cfg: Config, seeds: jax.Array, numbers: Numbers, start: Any = None) -> TrainState:
     """Fresh states with leaves [N, ..], each as the loop makes it. `start`: leaves [N, ..], or None."""
+
+    init, _ = task.initial()
 
     def one(seed: jax.Array, own: Numbers, start: Any) -> TrainState:
         init_key, key = jax.random.split(jax.random.key(seed))
-        tx = job.rules(with_numbers(cfg, own))[2]
-        return TrainState.create(job.init(init_key, start), tx=tx, key=key)
+        tx = task.build(with_numbers(cfg, own)).optimizer
+        return TrainState.create(init(init_key, start), tx=tx, key=key)
 
     return jax.jit(jax.vmap(one))(seeds, numbers, start)
 
@@ -280,7 +283,7 @@ def create(job: Job, cfg: Config, seeds: jax.Array, numbers: Numbers, start: Any
 def bytes_a_run(cfg: Config, n_trained: int, width: int) -> int:
     """Of one run: `memory_bytes` of a step over rows of `width` tokens (20 bytes a trained number, and activations),
     and the logits of a micro-batch or, if that is more, of a batch to validate on, twice, at most 256 MiB each."""
-    tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, loop.EVAL_TOKENS)
+    tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_numbers(cfg, {"model.context_length": width})
     logits = min(4 * tokens * cfg.model.vocab_size, 2**28)
     return sum(memory_bytes(sized, n_trained, cfg.model.vocab_size).values()) + 2 * logits
@@ -334,7 +337,7 @@ def sweep(
     _check(configs)
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once={at_once}: expected at least 1")
-    progress = progress or loop.Progress(log=lambda line: None)
+    progress = progress or Progress(log=lambda line: None)
     done = _Done(list(configs), tuple(axes or axes_of(configs)))
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
@@ -357,10 +360,10 @@ class _Done:
 
 
 class _Prepared(NamedTuple):
-    """Of the runs of one program: a job for each config but for its traced numbers, and who has which."""
+    """Of the runs of one program: a task for each config but for its traced numbers, and who has which."""
 
-    jobs: list[Job]
-    job_of: dict[int, int]  # run -> jobs
+    tasks: list[Task]
+    task_of: dict[int, int]  # run -> tasks
     configs: dict[int, Config]  # run -> resolved
     frozen: Any
     most_rank: int
@@ -369,28 +372,24 @@ class _Prepared(NamedTuple):
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Any) -> _Prepared:
     """Data, base and starts. A start depends on the seed and on an adapter's rank, the data on the seed."""
     first = configs[runs[0]]
-    prepare = loop.prepare if first.task == "pretrain" else _finetuning(first.task)
+    prepare = find(first.task).prepare
     keys = [key for key in traceable(first) if key != "lora.rank"]
     ready: dict[tuple[int, int], tuple[int, Config]] = {}
-    jobs: list[Job] = []
-    job_of, resolved, frozen = {}, {}, None
+    tasks: list[Task] = []
+    task_of, resolved, frozen = {}, {}, None
     for i in runs:
         cfg = configs[i]
         own = cfg.seed, cfg.lora.rank
         if own not in ready:
-            found, job = prepare(with_numbers(first, {"seed": own[0], "lora.rank": own[1]}), progress)
-            frozen = frozen if jobs else job.frozen
-            ready[own] = len(jobs), found
-            jobs.append(job._replace(frozen=None))  # one base is enough
-        job_of[i], found = ready[own]
+            found, task, _ = prepare(with_numbers(first, {"seed": own[0], "lora.rank": own[1]}), progress)
+            frozen = frozen if tasks else task.frozen
+            ready[own] = len(tasks), found
+            tasks.append(task._replace(frozen=None))  # one base is enough
+        task_of[i], found = ready[own]
         values = config.flat(cfg)
         resolved[i] = with_numbers(found, {key: values[key] for key in keys} | {"run_dir": cfg.run_dir})
         config.validate(resolved[i])
-    return _Prepared(jobs, job_of, resolved, frozen, max(configs[i].lora.rank for i in runs))
-
-
-def _finetuning(task: str) -> Callable[[Config, Any], tuple[Config, Job]]:
-    return importlib.import_module(f"gptjax.finetuning.{task}").prepare
+    return _Prepared(tasks, task_of, resolved, frozen, max(configs[i].lora.rank for i in runs))
 
 
 def _same_steps(prepared: _Prepared, runs: Sequence[int]) -> list[tuple[int, ...]]:
@@ -412,12 +411,13 @@ def _train(
 ) -> None:
     """One program: compiled once, run for each chunk of its runs."""
     began = time.perf_counter()
-    cfg, job = prepared.configs[runs[0]], prepared.jobs[prepared.job_of[runs[0]]]
+    cfg, task = prepared.configs[runs[0]], prepared.tasks[prepared.task_of[runs[0]]]
     every = [config.flat(prepared.configs[i]) for i in runs]
     keys = [key for key in traceable(cfg) if any(own[key] != every[0][key] for own in every)]
-    trained = jax.eval_shape(lambda: job.init(jax.random.key(0), job.start))
+    init, start = task.initial()
+    trained = jax.eval_shape(lambda: init(jax.random.key(0), start))
     n_trained, shared = tree.size(trained), _size_bytes(prepared.frozen)
-    one_run, free = bytes_a_run(cfg, n_trained, job.batch(0).tokens.shape[-1]), free_bytes()
+    one_run, free = bytes_a_run(cfg, n_trained, task.batches(0, 1, None).tokens.shape[-1]), free_bytes()
     devices = jax.local_devices()
     fit = max(1, (free - shared) // one_run) * len(devices)
     parts = chunks(runs, min(at_once or fit, len(runs)))
@@ -429,7 +429,7 @@ def _train(
     )
     mesh = Mesh(np.array(devices), ("runs",)) if len(devices) > 1 and size % len(devices) == 0 else None
     k = next(k for k in range(min(MOST_STEPS_PER_CALL, steps), 0, -1) if steps % k == 0)
-    program = _Program(job, cfg, mesh, k, validate, apart=len({prepared.configs[i].seed for i in runs}) > 1)
+    program = _Program(task, cfg, mesh, k, validate, apart=len({prepared.configs[i].seed for i in runs}) > 1)
     states = []
     for c, part in enumerate(parts):
         state, losses, in_a_row, scores = program.run(prepared, part, keys, progress, (c, len(parts), number))
@@ -473,11 +473,11 @@ class _Program:
     k: steps a call. validate: at the end. apart: the runs differ in their seeds, and so in their batches.
     """
 
-    def __init__(self, job: Job, cfg: Config, mesh: Mesh | None, k: int, validate: bool, apart: bool):
+    def __init__(self, task: Task, cfg: Config, mesh: Mesh | None, k: int, validate: bool, apart: bool):
         self.validate, self.steps_s = validate, 0.0
-        self.job, self.cfg, self.mesh, self.k, self.apart = job, cfg, mesh, k, apart
+        self.task, self.cfg, self.mesh, self.k, self.apart = task, cfg, mesh, k, apart
         self.eval_apart = apart and cfg.task != "pretrain"  # the held-out text is the same for every seed
-        step = make_sweep_step(job.rules, cfg, batches=apart)
+        step = make_sweep_step(task.build, cfg, batches=apart)
 
         def steps(states: TrainState, numbers: Numbers, frozen: Any, batches: Any) -> Any:
             """`batches` [K, N, ..] or [K, ..] -> metrics [K, N]."""
@@ -486,7 +486,7 @@ class _Program:
         runs, same = P("runs"), P()
         of_batch = P(None, "runs") if apart else same
         self.steps = self._over_devices(steps, (runs, runs, same, of_batch), (runs, P(None, "runs")), (0,))
-        loss = make_sweep_loss(job.rules, cfg, batches=self.eval_apart)
+        loss = make_sweep_loss(task.build, cfg, batches=self.eval_apart)
         self.loss = self._over_devices(loss, (runs, runs, same, runs if self.eval_apart else same), runs)
         self.compiled: Any = None
         self.compile_s = 0.0
@@ -503,23 +503,24 @@ class _Program:
         """States, losses [steps, N], steps in a row that were not finite [steps, N], and what validation says."""
         cfg, (chunk, n_chunks, number) = self.cfg, place
         own = [prepared.configs[i] for i in part]
-        by_seed = {prepared.configs[i].seed: prepared.jobs[prepared.job_of[i]] for i in part}  # whatever the rank
-        jobs = [by_seed[c.seed] for c in own] if self.apart else [self.job]
+        by_seed = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in part}  # whatever the rank
+        tasks = [by_seed[c.seed] for c in own] if self.apart else [self.task]
         numbers = _numbers(own, keys)
         with progress.phase("compiling the initialisation"):
-            start = _starts([prepared.jobs[prepared.job_of[i]].start for i in part], prepared.most_rank)
-            states = create(self.job, cfg, jnp.array([c.seed for c in own], jnp.uint32), numbers, start)
+            starts = [prepared.tasks[prepared.task_of[i]].initial()[1] for i in part]
+            start = _starts(starts, prepared.most_rank)
+            states = create(self.task, cfg, jnp.array([c.seed for c in own], jnp.uint32), numbers, start)
         frozen = prepared.frozen
         if self.mesh is not None:
             states, numbers = jax.device_put((states, numbers), NamedSharding(self.mesh, P("runs")))
             frozen = jax.device_put(frozen, NamedSharding(self.mesh, P()))
         losses, in_a_row, before = [], [], None
         total = n_chunks * cfg.train.max_steps
-        self._compiled(progress, (states, numbers, frozen, self._batches(jobs, 0)))
+        self._compiled(progress, (states, numbers, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
         with progress.phase(f"training {len(part)} runs"):
             for step in range(0, cfg.train.max_steps, self.k):
-                args = states, numbers, frozen, self._batches(jobs, step)
+                args = states, numbers, frozen, self._batches(tasks, step)
                 states, metrics = self.compiled(*args)
                 if before is not None:
                     _keep(before, losses, in_a_row)
@@ -533,7 +534,7 @@ class _Program:
         scores: list[dict[str, float]] = [{} for _ in part]
         if self.validate:
             with progress.phase("validating"):
-                scores = self._validate(states.params, numbers, frozen, jobs)
+                scores = self._validate(states.params, numbers, frozen, tasks)
         return states, np.concatenate(losses), np.concatenate(in_a_row), scores
 
     def _compiled(self, progress: Any, args: tuple) -> None:
@@ -546,17 +547,17 @@ class _Program:
             if found is not None:
                 self.compiled_bytes = found.argument_size_in_bytes + found.temp_size_in_bytes
 
-    def _batches(self, jobs: Sequence[Job], step: int) -> Any:
+    def _batches(self, tasks: Sequence[Task], step: int) -> Any:
         """[K, N, ..], each seed's made once; [K, ..] of a single seed."""
         if not self.apart:
-            return jobs[0].batches(step, self.k)
-        made = {id(job): job.batches(step, self.k) for job in jobs}
-        return jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), stack([made[id(job)] for job in jobs]))
+            return tasks[0].batches(step, self.k, None)
+        made = {id(task): task.batches(step, self.k, None) for task in tasks}
+        return jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), stack([made[id(task)] for task in tasks]))
 
-    def _validate(self, params: Any, numbers: Numbers, frozen: Any, jobs: Sequence[Job]) -> list[dict[str, float]]:
+    def _validate(self, params: Any, numbers: Numbers, frozen: Any, tasks: Sequence[Task]) -> list[dict[str, float]]:
         """Sums over all batches on the host in float64, as `evaluate` makes them."""
         sums: dict[str, list[np.ndarray]] = {}
-        for batches in _eval_batches(jobs) if self.eval_apart else self.job.eval_batches(False):
+        for batches in _eval_batches(tasks) if self.eval_apart else self.task.validation.batches(False):
             mean, metrics = self.loss(params, numbers, frozen, batches)
             for name, part in {"loss": mean, **metrics}.items():
                 if isinstance(part, Mean):
@@ -566,7 +567,7 @@ class _Program:
         scores = []
         for n in range(len(found["loss"])):
             own = {name: float(values[n]) for name, values in found.items()}
-            more = self.job.more_of_loss(own["loss"]) if math.isfinite(own["loss"]) else {}
+            more = self.task.validation.more(own["loss"]) if math.isfinite(own["loss"]) else {}
             scores.append({f"val/{name}": float(value) for name, value in {**own, **more}.items()})
         return scores
 
@@ -576,9 +577,9 @@ def _keep(metrics: tuple[jax.Array, jax.Array], losses: list[np.ndarray], in_a_r
     in_a_row.append(np.asarray(metrics[1]))
 
 
-def _eval_batches(jobs: Sequence[Job]) -> Iterator[Any]:
+def _eval_batches(tasks: Sequence[Task]) -> Iterator[Any]:
     """[N, ..] each; a validation set that is shorter than another's ends in batches of nothing."""
-    for group in itertools.zip_longest(*(job.eval_batches(False) for job in jobs)):
+    for group in itertools.zip_longest(*(task.validation.batches(False) for task in tasks)):
         blank = jax.tree.map(np.zeros_like, next(some for some in group if some is not None))
         yield stack([blank if some is None else some for some in group])
 

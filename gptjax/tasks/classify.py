@@ -1,65 +1,241 @@
-"""Classification: one vector of a text, a linear head on it, cross-entropy over classes."""
+"""Fine-tuning a language model to tell texts apart: data, head, run, and what the test texts say of it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from gptjax.config import ModelConfig
-from gptjax.model.gpt import backbone, init_params
-from gptjax.ops.dropout import off
-from gptjax.ops.linear import linear
-from gptjax.ops.loss import cross_entropy
-from gptjax.ops.precision import with_matmul_precision
-from gptjax.tasks.base import Task
-from gptjax.types import Mean, Metrics, Params
+from gptjax import losses, weights
+from gptjax.config import Config, ModelConfig
+from gptjax.data import labelled, loader
+from gptjax.data.labelled import LabelledBatch
+from gptjax.evaluation import classification
+from gptjax.files import use_json, write_json
+from gptjax.losses.classify import Pooling
+from gptjax.model.gpt import init_params
+from gptjax.tasks import finetune, trainable
+from gptjax.tasks.finetune import refuse_missing
+from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.task import Loss, Ready
+from gptjax.types import Params, UserError
+from gptjax.weights import read_labels
+from gptjax.weights.door import LABELS
 
-Pooling = Literal["last", "first", "mean"]
+RESULTS = "test.json"
+__all__ = [
+    "classify_texts", "evaluate", "load_classifier", "loss", "new_head", "plan", "prepare", "probabilities",
+    "refuse_missing",
+]  # fmt: skip
+AT_ONCE, WIDTH = 16, 64  # texts, and tokens whose multiples they are filled up to, in `load_classifier`
+TEXT = 16  # tokens of a text, at the least: so many of them are in a packed row
+ROW_TOKENS = 2048  # about so many are scored at once
 
 
-def task(cfg: ModelConfig, pooling: Pooling = "last") -> Task:
-    """`cfg.n_classes` classes; a batch has rows of one or several texts, each a segment: tokens and segment_ids [B, T]
-    int32, text k being segment k + 1; labels [B, K] int32, and weights [B, K] float32, 0 where there is no text k.
-
-    The loss is in nats, summed over texts; its metrics hold `accuracy`.
-    """
-
-    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
-        logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
-        right = (logits.argmax(-1) == batch.labels) * batch.weights
-        return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
-
-    return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
-
-
-@with_matmul_precision
-def class_logits(
-    params: Params,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    cfg: ModelConfig,
-    pooling: Pooling = "last",
-    *,
-    n: int = 1,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """[B, n, n_classes] float32 of the texts that are segments 1 to n, from `params["cls_head"]`. None sees another, or
-    padding, which is segment 0.
+def evaluate(result: TrainResult, splits: labelled.Splits | None, say: Callable[[str], None]) -> None:
+    """Score the test texts: accuracy with its interval, F1, confusion, calibration, beside baselines; test.json.
 
     Args:
-        pooling: the hidden state of a text's last token, of its first, or the mean over it.
+        splits: of the data; None: read again.
     """
-    hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
-    belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
-    if pooling == "mean":
-        share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
-        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
-    else:
-        last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)
-        place = last if pooling == "last" else belongs.argmax(-1)
-        pooled = jnp.take_along_axis(hidden, place[..., None], 1)
-    head = params["cls_head"]
-    return linear(pooled.astype(jnp.float32), head["kernel"], head.get("bias"))
+    file = Path(result.run_dir) / RESULTS
+    if not file.exists():
+        from gptjax.training.plot import draw_confusion
+
+        scores = score(result, splits or _data(result.cfg))
+        draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
+        write_json(file, scores)  # last: with it the scoring is done
+    for line in use_json(file, summary):
+        say(line)
+
+
+def _data(cfg: Config) -> labelled.Splits:
+    settings = cfg.classify
+    if not settings.source:
+        raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
+    quoted = settings.split == "book"  # as pandas reads it
+    data = labelled.read(
+        settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
+    )
+    if settings.balance and settings.split != "book":  # which balances by itself
+        data = labelled.balanced(data, cfg.seed)
+    fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
+    return labelled.split(
+        data, how=settings.split, fractions=fractions, seed=cfg.seed, deduplicate=settings.deduplicate
+    )
+
+
+def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelConfig:
+    return finetune.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
+
+
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    found = finetune.base_model(cfg)
+    tokenizer = found.tokenizer()
+    with progress.phase("preparing the data"):
+        splits = _data(cfg)
+    model = _model(cfg, found, splits)
+    longest = finetune.longest_row(cfg, model)
+    packed = cfg.classify.packing == "packed"
+    encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
+    train, val = (labelled.rows(part, packed) for part in encoded)
+    steps = cfg.train.steps(len(train.tokens), cfg.train.batch_size)
+    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
+    with progress.phase("loading the base"):
+        params = found.params("float32", None)
+    key, size = jax.random.key(cfg.seed), cfg.train.batch_size
+    heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
+    width = train.tokens.shape[1]
+
+    def where(step: int) -> str:
+        row = train.texts[loader.epoch_rows(step, size, len(train.tokens), cfg.seed)[0]]
+        return f"the batch holds texts such as {splits.train.texts[row[0]]!r:.80}"
+
+    counts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
+    names = ", ".join(splits.train.names)
+    lines = [
+        f"data    {cfg.classify.source}: {counts} texts to train, validate and test on; classes {names}",
+        f"        {len(train.tokens):,} rows of {width} tokens, {(train.segment_ids > 0).mean():.0%} full",
+    ]
+    if splits.leaked:
+        lines.append(f"        {splits.leaked} of the texts to validate and test on are training texts too")
+    if cut := sum(part.cut for part in encoded):
+        lines.append(f"        {cut} texts are cut at {longest} tokens")
+    names, settings = list(splits.train.names), cfg.classify
+    about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
+    fingerprint = weights.fingerprint(params)
+    task = finetune.make_task(
+        cfg,
+        trainable.partition(cfg, params, heads, model, jax.random.fold_in(key, 2), fingerprint),
+        model=model,
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        loss=loss,
+        batch=lambda step: labelled.batch(train, step, batch_size=size, seed=cfg.seed),
+        where=where,
+        eval_batches=lambda: labelled.eval_batches(val, size),
+        width=width,
+        data=loader.fingerprint(*train, *val),
+        lines=lines,
+        files={LABELS: json.dumps(about, indent=1) + "\n"},
+    )
+    return Ready(cfg, task, splits)
+
+
+def loss(cfg: Config) -> Loss:
+    return losses.classify(cfg.model, cfg.classify.pooling)
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
+    """Of a batch; how many texts a packed row has only the data could tell: little depends on it."""
+    n = max(1, width // TEXT) if cfg.classify.packing == "packed" else 1
+    tokens, labels = (jax.ShapeDtypeStruct((rows, m), np.int32) for m in (width, n))
+    return LabelledBatch(tokens, tokens, labels, jax.ShapeDtypeStruct((rows, n), np.float32))
+
+
+def plan(cfg: Config) -> list[str]:
+    """What a run would do, for --dry-run."""
+    splits, found = _data(cfg), finetune.base_model(cfg)
+    found.tokenizer()  # refused here if it does not fit the model
+    texts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
+    epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
+    return [
+        f"data               {texts} texts to train, validate and test on; classes {', '.join(splits.train.names)}",
+        finetune.plan(cfg, found, _model(cfg, found, splits)),
+        f"training           {epochs}, {cfg.train.batch_size} rows at a time",
+    ]
+
+
+def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
+    """{"kernel" [D, n_classes], and "bias" [n_classes] where it has one}, as the config's init says."""
+    small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
+    return init_params(key, small)["cls_head"]
+
+
+def probabilities(params: Params, cfg: ModelConfig, examples: labelled.Examples, pooling: Pooling) -> np.ndarray:
+    """[n, n_classes] float32, of each text."""
+    rows = labelled.rows(examples)
+    n = rows.texts.shape[1]
+    run = jax.jit(lambda params, *xs: jax.nn.softmax(losses.class_logits(params, *xs, cfg, pooling, n=n)))
+    size = min(len(rows.tokens), max(1, ROW_TOKENS // rows.tokens.shape[1]))
+    found = [run(params, batch.tokens, batch.segment_ids) for batch in labelled.eval_batches(rows, size)]
+    which = rows.texts[rows.texts >= 0]
+    return np.concatenate(found)[: len(rows.texts)][rows.texts >= 0][np.argsort(which)]
+
+
+def score(result: TrainResult, splits: labelled.Splits) -> dict[str, Any]:
+    """`classification.report` of the test texts, with baselines that know the training texts only."""
+    about, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
+    test = labelled.encode(splits.test, result.tokenizer, about["max_length"], about["prompt"])
+    found = probabilities(result.params, cfg, test, about["pooling"])
+    scores = classification.report(found, test.labels, tuple(about["labels"]))
+    scores["majority"] = labelled.majority(splits.train, splits.test)
+    scores["naive_bayes"] = labelled.naive_bayes(splits.train, splits.test, result.tokenizer)
+    scores["leaked"] = splits.leaked
+    return scores
+
+
+def summary(scores: dict[str, Any]) -> list[str]:
+    low, high = scores["accuracy_interval"]
+    return [
+        f"test    {scores['n']} texts: accuracy {scores['accuracy']:.2%} (95 % interval {low:.1%}-{high:.1%}), "
+        f"F1 {scores['macro_f1']:.3f}, calibration error {scores['calibration_error']:.3f}",
+        f"        naive Bayes {scores['naive_bayes']:.2%}, always the commonest class {scores['majority']:.2%}",
+        *(f"        {line}" for line in _table(scores["labels"], scores["confusion"])),
+    ]
+
+
+def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
+    """A confusion table: a class a row, what its texts were taken for in columns.
+
+    true \\ predicted    ham   spam
+                  ham    812      3
+                 spam      5    110
+    """
+    corner = "true \\ predicted"
+    digits = max(5, *(len(str(n)) for row in confusion for n in row))
+    first, widths = max(map(len, [corner, *labels])), [max(digits, len(label)) for label in labels]
+    return [
+        f"{name:>{first}}  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for name, row in [(corner, labels), *zip(labels, confusion, strict=True)]
+    ]
+
+
+def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:
+    """The probability of each class for each text, by the model in a run directory."""
+    return load_classifier(folder)(texts)
+
+
+def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[str, float]]]:
+    """texts -> the probability of each class for each, by the model in a run directory; for many calls, which share
+    the programs of few shapes: `AT_ONCE` texts of a multiple of `WIDTH` tokens.
+
+    Raises:
+        UserError: the model is no classifier; the function, of a text without tokens.
+    """
+    about = read_labels(Path(folder))
+    model = weights.open_model(folder)
+    tokenizer, params, cfg = model.tokenizer(), model.params("float32", None), model.cfg
+    names = tuple(about["labels"])
+    run = jax.jit(lambda params, *xs: jax.nn.softmax(losses.class_logits(params, *xs, cfg, about["pooling"])[:, 0]))
+
+    def some(texts: Sequence[str]) -> np.ndarray:
+        data = labelled.Labelled(list(texts), np.zeros(len(texts), np.int32), names)
+        ids = labelled.encode(data, tokenizer, about["max_length"], about["prompt"]).ids
+        tokens = np.zeros((AT_ONCE, min(-(-max(map(len, ids)) // WIDTH) * WIDTH, cfg.context_length)), np.int32)
+        segment_ids = np.zeros_like(tokens)
+        for i, own in enumerate(ids):
+            tokens[i, : len(own)], segment_ids[i, : len(own)] = own, 1
+        return np.asarray(run(params, tokens, segment_ids))[: len(ids)]
+
+    def of(texts: Sequence[str]) -> list[dict[str, float]]:
+        parts = [some(texts[first : first + AT_ONCE]) for first in range(0, len(texts), AT_ONCE)]
+        return [dict(zip(names, map(float, row), strict=True)) for part in parts for row in part]
+
+    return of

@@ -1,112 +1,169 @@
-"""Preferences: of two answers to a question the chosen one shall become the likelier. Five losses, the same tree."""
+"""Fine-tuning on preferences: pairs, their log-probabilities before training, run, and what held-out pairs say."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from gptjax.config import ModelConfig
-from gptjax.model.gpt import init_params
-from gptjax.ops.dropout import off
-from gptjax.tasks.base import Task
-from gptjax.tasks.pretrain import token_log_probs
-from gptjax.types import Mean, Metrics, Params
+from gptjax import losses, weights
+from gptjax.config import Config, ModelConfig
+from gptjax.data import loader, preferences
+from gptjax.data.preferences import PairBatch, PairRows
+from gptjax.files import use_json, write_json
+from gptjax.losses.preference import NEEDS_REFERENCE
+from gptjax.tasks import finetune, trainable
+from gptjax.tasks.finetune import refuse_missing
+from gptjax.tokenizers import Tokenizer
+from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.step import evaluate as evaluated
+from gptjax.training.task import Loss, Ready
+from gptjax.types import Params
 
-Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
-BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual ones
-NEEDS_REFERENCE = ("dpo", "ipo", "kto")
-
-
-class Answers(NamedTuple):
-    """What a loss is given, each [B, P, 2] float32 for chosen and rejected but for `present` [B, P]: 1 where a pair is.
-
-    now, before    log-probabilities, summed over an answer's tokens with its end; `before` training
-    length         their number
-    """
-
-    now: jax.Array
-    before: jax.Array
-    length: jax.Array
-    present: jax.Array
+__all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
+PAIR = 64  # tokens of a pair, at the least: so many of them are in a packed row
+RESULTS = "test.json"
 
 
-Two = tuple[jax.Array, jax.Array]  # of a loss: the loss [B, P], and rewards [B, P, 2]
+class HeldOut(NamedTuple):
+    """The pairs to test on, and their log-probabilities before training, where the loss needs them."""
+
+    rows: PairRows
+    before: np.ndarray | None
 
 
-def dpo(x: Answers, beta: float, margin: float) -> Two:
-    """-log sigmoid of the difference in reward, beta log(p / p_before). Source: arXiv:2305.18290, eq. 7."""
-    reward = beta * (x.now - x.before)
-    return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1]), reward
-
-
-def ipo(x: Answers, beta: float, margin: float) -> Two:
-    """The difference of log-ratios shall be 1 / (2 beta). Source: arXiv:2310.12036, eq. 17; a token, as TRL has it."""
-    ratio = (x.now - x.before) / x.length
-    return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta)), beta * ratio
-
-
-def orpo(x: Answers, beta: float, margin: float) -> Two:
-    """Loss of the chosen answer a token, less beta log sigmoid of the log odds ratio. Source: arXiv:2403.07691."""
-    mean = jnp.minimum(x.now / x.length, -1e-6)
-    odds = mean - jnp.log(-jnp.expm1(mean))
-    return -mean[..., 0] - beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1]), beta * mean
-
-
-def kto(x: Answers, beta: float, margin: float) -> Two:
-    """Each side by itself against how far the policy has moved. Source: arXiv:2402.01306, eq. 8.
-
-    That distance is taken as the mean log-ratio of the other side in the batch, at least 0 (as TRL's kto_pair), not of
-    mismatched questions and answers: the one loss here that depends on which pairs make up a batch.
-    """
-    ratio = x.now - x.before
-    mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
-    moved = jax.lax.stop_gradient(jnp.maximum(mean, 0))
-    chosen = 1 - jax.nn.sigmoid(beta * (ratio[..., 0] - moved[1]))
-    rejected = 1 - jax.nn.sigmoid(beta * (moved[0] - ratio[..., 1]))
-    return chosen + rejected, beta * ratio
-
-
-def simpo(x: Answers, beta: float, margin: float) -> Two:
-    """-log sigmoid of the difference in log-probability per token beyond a margin. Source: arXiv:2405.14734, eq. 6."""
-    reward = beta * x.now / x.length
-    return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1] - margin), reward
-
-
-LOSSES: dict[str, Callable] = {"dpo": dpo, "ipo": ipo, "orpo": orpo, "kto": kto, "simpo": simpo}
-
-
-def log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> Two:
-    """(summed log-probabilities of the answers with their ends, number of tokens), each [B, P, 2] float32.
-
-    Of the params without their adapter these are the reference: no second model is needed.
+def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
+    """Score the held-out pairs: loss, how often the chosen answer has the larger reward, by how much; test.json.
 
     Args:
-        batch: tokens, targets, weights, segment_ids [B, T], side s of pair p being segment 2 p + 1 + s; present [B, P].
+        held_out: None: made again, of the base before training.
     """
-    every = token_log_probs(params, batch, cfg, key)
-    n = 2 * batch.present.shape[1]
-    belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
-    counts = jnp.where(belongs, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
-    return tuple(x.reshape(-1, n // 2, 2) for x in (sums, counts.sum(-1)))
+    file = Path(result.run_dir) / RESULTS
+    if not file.exists():
+        if held_out is None:
+            with Progress(log=lambda line: None) as silent:
+                held_out = prepare(result.cfg, silent).held_out
+        batches = preferences.eval_batches(held_out.rows, result.cfg.train.batch_size, held_out.before)
+        mean, metrics = evaluated(jax.jit(loss(result.cfg)), result.params, batches)
+        scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
+        write_json(file, scores)
+    say(use_json(file, summary))
 
 
-def task(cfg: ModelConfig, kind: Kind = "dpo", *, beta: float | None = None, margin: float = 1.0) -> Task:
-    """One of `LOSSES`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
+def summary(scores: dict[str, Any]) -> str:
+    return (
+        f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
+        f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
+    )
 
-    Its metrics: `margin`, reward of chosen less that of rejected, and `accuracy`, how often that is above 0.
-    """
-    beta = BETA[kind] if beta is None else beta
 
-    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        now, length = log_probs(params, batch, cfg, None if off(cfg.dropout) else key)
-        present = batch.present
-        losses, reward = LOSSES[kind](Answers(now, batch.reference, jnp.maximum(length, 1), present), beta, margin)
-        gap, n = reward[..., 0] - reward[..., 1], present.sum()
-        metrics = {"margin": Mean((gap * present).sum(), n), "accuracy": Mean(((gap > 0) * present).sum(), n)}
-        return Mean((losses * present).sum(), n), metrics
+def pairs(cfg: Config, notes: list[str] | None = None) -> finetune.Thirds:
+    """To train, validate and test on. notes: as of `instructions.read`."""
+    return finetune.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
-    return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
+
+def loss(cfg: Config) -> Loss:
+    return losses.preference(cfg.model, cfg.prefer.loss, beta=cfg.prefer.beta, margin=cfg.prefer.margin)
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
+    """Of a batch; how many pairs a packed row has only the data could tell: little depends on it."""
+    n = max(1, width // PAIR) if cfg.prefer.packing == "packed" else 1
+    ids, *floats = (
+        jax.ShapeDtypeStruct((rows, *shape), dtype)
+        for shape, dtype in (((width,), np.int32), ((width,), np.float32), ((n,), np.float32), ((n, 2), np.float32))
+    )
+    return PairBatch(ids, ids, floats[0], ids, *floats[1:])
+
+
+def _rows(cfg: Config, part: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
+    """The rows of a part, and how many pairs did not fit."""
+    width = finetune.longest_row(cfg, model)
+    encoded = preferences.encode(part, tokenizer, context_length=width, because=finetune.why_so_long(cfg, model))
+    packed = cfg.prefer.packing == "packed"
+    return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
+
+
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    found = finetune.base_model(cfg)
+    size, notes = cfg.train.batch_size, list[str]()
+    model = finetune.model_config(cfg, found.cfg)
+    with progress.phase("preparing the data"):
+        tokenizer, about_style = finetune.styled(found, cfg.prefer.style)
+        parts_of_data = pairs(cfg, notes)
+        rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
+    train, val, test = rows
+    steps = cfg.train.steps(len(train.tokens), size)
+    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
+    with progress.phase("loading the base"):
+        params = found.params("float32", None)
+    fingerprint = weights.fingerprint(params)
+    parts = trainable.partition(cfg, params, {}, model, jax.random.key(cfg.seed), fingerprint)
+    before: list[Any] = [None] * 3
+    if cfg.prefer.loss in NEEDS_REFERENCE:
+        with progress.phase("scoring the pairs before training"):
+            start = parts.combine(parts.params, parts.frozen)
+            before = [reference(start, part, model, size) for part in rows]
+
+    def batch(step: int) -> PairBatch:
+        return preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0])
+
+    def where(step: int) -> str:
+        return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
+
+    counts = " + ".join(f"{len(part):,}" for part in parts_of_data)
+    lines = [
+        f"data    {cfg.prefer.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
+        f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
+        f"full; {sum(dropped)} pairs do not fit and are left out",
+        *(f"        {note}" for note in notes),
+        *about_style,
+    ]
+    task = finetune.make_task(
+        cfg,
+        parts,
+        model=model,
+        fingerprint=fingerprint,
+        tokenizer=tokenizer,
+        loss=loss,
+        batch=batch,
+        where=where,
+        eval_batches=lambda: preferences.eval_batches(val, size, before[1]),
+        width=train.tokens.shape[1],
+        data=loader.fingerprint(*train, *val),
+        lines=lines,
+    )
+    return Ready(cfg, task, HeldOut(test, before[2]))
+
+
+def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:
+    """[pairs, 2] float32: log-probabilities of the chosen and the rejected answer of each pair."""
+    scored = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
+    found = [scored(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
+    here = rows.pairs >= 0
+    out = np.zeros((int(here.sum()), 2), np.float32)
+    out[rows.pairs[here]] = np.concatenate(found)[: len(rows.pairs)][here]
+    return out
+
+
+def plan(cfg: Config) -> list[str]:
+    """What a run would do, for --dry-run."""
+    notes: list[str] = []
+    parts, found = pairs(cfg, notes), finetune.base_model(cfg)
+    model = finetune.model_config(cfg, found.cfg)
+    tokenizer, about_style = finetune.styled(found, cfg.prefer.style)
+    rows, dropped = _rows(cfg, parts.train, tokenizer, model)
+    n, size = len(rows.tokens), cfg.train.batch_size
+    counts = " + ".join(f"{len(part):,}" for part in parts)
+    return [
+        f"data               {counts} pairs to train, validate and test on; {dropped} do not fit",
+        *(f"                   {note}" for note in notes),
+        *(f"{line[:8]:19}{line[8:]}" for line in about_style),
+        finetune.plan(cfg, found, model),
+        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
+    ]

@@ -1,47 +1,199 @@
-"""Pretraining: predict the next token."""
+"""Pretraining: text, windows of it, and a model that learns to predict the next token."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from gptjax.config import ModelConfig
-from gptjax.model.gpt import backbone, head_factors, init_params
-from gptjax.ops.dropout import off
-from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
-from gptjax.ops.precision import matmul_precision, with_matmul_precision
-from gptjax.tasks.base import Task
-from gptjax.types import Batch, Mean, Metrics, Params
+from gptjax import assets, config, data, losses, weights
+from gptjax.config import Config, TokenizerConfig
+from gptjax.data.loader import ORDER_OF_WINDOWS
+from gptjax.generation import from_config, generate
+from gptjax.model.gpt import abstract_params, init_params, refuse_classifier
+from gptjax.optim import make_optimizer
+from gptjax.tokenizers import Tokenizer, begin_id
+from gptjax.training.flops import flops_per_token
+from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained
+from gptjax.types import Batch, Params, UserError, complaints
+
+BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
+EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
+FIRST_EVAL_TOKENS = 16_384  # about so many before the first step: no text is better known than another yet
 
 
-def task(cfg: ModelConfig, *, chunk: int | None = None) -> Task:
-    """Next-token prediction for `cfg`; batches are `gptjax.types.Batch`.
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    """Reads the text, or finds it tokenised already."""
+    cfg, base = from_base(cfg)
+    with progress.phase("preparing the data"):
+        ready = data.prepare(cfg, base.tokenizer() if base else None, log=progress.say)
+    cfg = _resolve(cfg, ready)
+    return Ready(cfg, _task(cfg, ready, base))
 
-    Args:
-        chunk: tokens whose logits are alive at once; None: as many as 256 MiB hold. Few cost time only where the head
-            is trained, whose gradient every chunk adds to.
+
+def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
+    """Nothing: the validation loss is the score of a pretraining."""
+
+
+def loss(cfg: Config) -> Loss:
+    return losses.next_token(cfg.model)
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
+    ids, counts = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
+    return Batch(ids, ids, counts, ids, ids) if cfg.data.document_mask else Batch(ids, ids)
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the text is read; nothing is fetched.
+
+    Raises:
+        UserError: sources, a tokenizer and a base that are not there, or a model with classes, all at once.
     """
+    problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
+    if cfg.model.n_classes:
+        problems.append(f"model.n_classes={cfg.model.n_classes}: expected 0; gptjax finetune classify adds the classes")
+    if base is not None and not base.startswith("hf:") and base not in assets.ASSETS:
+        problems += [f"pretrain.base: {problem}" for problem in complaints(from_base, cfg)]
+    if problems:
+        raise UserError.all(problems)
 
-    @matmul_precision(cfg)
-    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
-        hidden = backbone(
-            params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
-            dropout_key=None if off(cfg.dropout) else key,
+
+def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
+    """The config with the model, tokenizer and window of `pretrain.base`, and that model before any tensor is read;
+    (cfg, None) without a base.
+
+    Raises:
+        UserError: no such model, a classifier, or a window longer than its context.
+    """
+    if cfg.pretrain.base is None:
+        return cfg, None
+    base = weights.open_model(cfg.pretrain.base)
+    refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was made from")
+    model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
+    window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
+    cfg = dataclasses.replace(
+        cfg, model=model, tokenizer=TokenizerConfig(name=cfg.pretrain.base),
+        pretrain=dataclasses.replace(cfg.pretrain, context_length=window),
+    )  # fmt: skip
+    config.validate(cfg)
+    return cfg, base
+
+
+def _resolve(cfg: Config, ready: data.Prepared) -> Config:
+    """vocab_size from the tokenizer, max_steps from epochs."""
+    model, settings = cfg.model, cfg.train
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
+    steps = settings.steps(len(ready.train), settings.batch_size * cfg.window)
+    settings = dataclasses.replace(settings, max_steps=steps)
+    cfg = dataclasses.replace(cfg, model=model, train=settings)
+    config.validate(cfg)
+    return cfg
+
+
+def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
+    """Whatever can be wrong is said here."""
+    model, settings, val = cfg.model, cfg.train, ready.val
+    prompt = _prompt(cfg, ready.tokenizer)
+    loader = data.Loader(
+        ready.train, cfg.data, batch_size=settings.batch_size, context_length=cfg.window,
+        seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
+    )  # fmt: skip
+    start = base.params("float32", None) if base else None
+    tokens_per_step = settings.batch_size * cfg.window
+
+    rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
+    n_batches = -(-(len(val) - 1) // (rows * cfg.window))
+    first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))  # one compiles, another is timed
+
+    def eval_batches(first: bool) -> Iterator[Any]:
+        sizes = dict(context_length=cfg.window, batch_size=rows)
+        batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
+        return itertools.islice(batches, first_batches if first else None)
+
+    def where(step: int) -> str:
+        starts = ", ".join(map(str, loader.starts(step)[:4]))
+        return f"windows of that batch start at tokens {starts} ... of the training text"
+
+    def more_of_loss(loss: float) -> dict[str, float]:
+        bits = {"bits_per_byte": loss / math.log(2) * val.n_targets / val.n_bytes} if val.n_bytes else {}
+        return {"perplexity": _exp(loss), **bits}
+
+    def write(folder: Path, params: Params, frozen: Any, files: dict[str, str]) -> None:
+        weights.save(folder, params, model, ready.tokenizer, files, twin=folder.with_name("best"))
+
+    def describe(n_params: int) -> list[str]:
+        tokens = settings.max_steps * tokens_per_step
+        return [
+            f"data    {', '.join(cfg.data.source)}: {len(ready.train):,} tokens to train on, "
+            f"{len(val):,} held out; tokenizer {ready.tokenizer.name}, {ready.tokenizer.vocab_size:,} ids",
+            f"model   {model.arch}, {model.n_layer} layers, {model.n_head} heads, d_model {model.d_model}, "
+            f"context {model.context_length}: {n_params:,} parameters, {model.dtype}",
+            *([f"base    {cfg.pretrain.base}, windows of {cfg.window} tokens"] if base else []),
+            f"train   {cfg.optim.name}, lr {cfg.optim.lr:g}, {settings.max_steps:,} steps of {tokens_per_step:,} "
+            f"tokens = {tokens:,} tokens, {tokens / max(len(ready.train), 1):.2f} epochs",
+        ]
+
+    text, vocabulary = f"data.source={','.join(cfg.data.source)}", f"tokenizer.name={cfg.tokenizer.name}"
+    return Task(
+        tokenizer=ready.tokenizer,
+        batches=lambda step, k, rows: loader.batches(step, k, rows or slice(None)),
+        where=where,
+        validation=Validation(eval_batches, first_batches / n_batches, more_of_loss),
+        build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
+        start=start if base else lambda key: init_params(key, model),
+        frozen=None,
+        flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),
+        identity={
+            "tokenizer": (ready.tokenizer.fingerprint, vocabulary),
+            "order of windows": (ORDER_OF_WINDOWS, text),
+            "training data": (ready.train.fingerprint, text),
+            "validation data": (val.fingerprint, text),
+            **({"base": (weights.fingerprint(start), f"pretrain.base={cfg.pretrain.base}")} if base else {}),
+        },
+        describe=describe,
+        write=write,
+        sample=sampling(cfg, ready.tokenizer, [prompt] * cfg.sample.n),
+    )
+
+
+def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
+    """params -> the texts of the prompts with what the model adds, as `cfg.sample` says."""
+    settings = cfg.sample
+
+    def sample(params: Params) -> list[str]:
+        new = generate(
+            params, prompts, cfg.model, max_new_tokens=settings.max_new_tokens, key=jax.random.key(settings.seed),
+            sampler=from_config(settings), stop=() if tokenizer.eot_id is None else (tokenizer.eot_id,),
+            vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
-        hidden, head = head_factors(params, hidden, cfg)
-        mean = linear_cross_entropy(
-            hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype, chunk=chunk
-        )
-        return mean, {}
+        texts = zip(prompts, new, strict=True)
+        return [tokenizer.decode(prompt + ids) for prompt, ids in texts]
 
-    return Task(prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss)
+    return sample
 
 
-@with_matmul_precision
-def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
-    """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
-    hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
-    hidden, head = head_factors(params, hidden, cfg)
-    return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)
+def _prompt(cfg: Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids of sample.prompt, looked at before anything is trained."""
+    try:
+        ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
+    except UserError as error:
+        raise UserError(f"sample.prompt: {error}") from error
+    if not ids and (begin := begin_id(tokenizer)) is not None:
+        ids = [begin]
+    if not ids:
+        raise UserError(f"sample.prompt is empty and {tokenizer.name} has no start token: give at least one character")
+    return list(ids)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

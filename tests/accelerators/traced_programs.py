@@ -20,16 +20,18 @@ from gptjax import LoraConfig, lora
 from gptjax.config import ARCHS, Config, ModelConfig
 from gptjax.data.labelled import LabelledBatch
 from gptjax.data.preferences import PairBatch
-from gptjax.finetuning import base as finetuning
 from gptjax.generation import decode, sampling, speculative
+from gptjax.losses import classify, next_token, preference
+from gptjax.losses.preference import LOSSES
 from gptjax.model import activations, gpt
 from gptjax.model.cache import init_cache
 from gptjax.ops import device
 from gptjax.ops.quant import quantize
 from gptjax.optim import make_optimizer
 from gptjax.planning import program as planning
-from gptjax.tasks import classify, prefer, pretrain
+from gptjax.tasks import find, trainable
 from gptjax.training.step import make_train_step
+from gptjax.training.task import just_trained
 from gptjax.types import Batch
 
 # Rows of a batch. 11 divides no axis of any parameter, so an array holds activations if and only if 11 divides its
@@ -130,7 +132,7 @@ def forward(cfg: ModelConfig, setting: Setting) -> Program:
 
 def gradient(cfg: ModelConfig, setting: Setting, arrange: Callable = lambda params, cfg: params) -> Program:
     """Of the pretraining loss."""
-    loss = pretrain.task(cfg).loss
+    loss = next_token(cfg)
     params = jax.eval_shape(lambda params: arrange(params, cfg), parameters(cfg))
     return Program(functools.partial(_gradient, loss), (params, _batch(setting), KEY))
 
@@ -178,7 +180,7 @@ def speculate(cfg: ModelConfig, setting: Setting) -> Program:
 
 def adapter(cfg: ModelConfig, setting: Setting, settings: LoraConfig = LORA, **allowed: Any) -> Program:
     """LoRA: the gradient of the adapter, and the merged weights."""
-    loss = lora.with_dropout(pretrain.task(cfg).loss)
+    loss = lora.with_dropout(next_token(cfg))
 
     def fn(adapter, params, batch, key):
         out = _gradient(lambda adapter, *rest: loss(lora.attach(params, adapter, settings), *rest), adapter, batch, key)
@@ -214,7 +216,7 @@ def quantized(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
     """A quantised base: the gradient of an adapter over two kernels of it, and one token read into its cache."""
     settings, loss = (
         LoraConfig(rank=8, targets="blocks/attn/q/kernel | blocks/mlp/down/kernel"),
-        pretrain.task(cfg).loss,
+        next_token(cfg),
     )
 
     def fn(adapter, base, batch, key, token):
@@ -234,19 +236,19 @@ def classifier(cfg: ModelConfig, setting: Setting, pooling: str = "last") -> Pro
     cfg = dataclasses.replace(cfg, n_classes=3)
     tokens, labels = ids(setting.rows, setting.length), ids(setting.rows, 2)
     batch = LabelledBatch(tokens, tokens, labels, floats(*labels.shape))
-    loss = classify.task(cfg, pooling).loss
+    loss = classify(cfg, pooling)
     args = (parameters(cfg), batch, KEY)
     return Program(functools.partial(_gradient, loss), args, 5 if pooling == "mean" else 3, int(pooling != "mean"))
 
 
-def preference(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
+def preferences(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
     """Log-probabilities are summed over an answer by a float32 product, forward and backward."""
     tokens, pairs = ids(setting.rows, setting.length), 2
     weights, present, reference = (
         floats(*shape) for shape in (tokens.shape, (setting.rows, pairs), (setting.rows, pairs, 2))
     )
     batch = PairBatch(tokens, tokens, weights, tokens, present, reference)
-    loss = prefer.task(cfg, kind).loss
+    loss = preference(cfg, kind)
     return Program(functools.partial(_gradient, loss), (parameters(cfg), batch, KEY), 2)
 
 
@@ -299,7 +301,7 @@ def traced_dropout(cfg: ModelConfig, setting: Setting) -> Program:
     """The rate is an argument, as in a sweep over it."""
 
     def fn(params, batch, key, rate):
-        loss = pretrain.task(dataclasses.replace(cfg, dropout=rate)).loss
+        loss = next_token(dataclasses.replace(cfg, dropout=rate))
         return _gradient(loss, params, batch, key)
 
     return Program(fn, (parameters(cfg), _batch(setting), KEY, floats()))
@@ -316,7 +318,7 @@ USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "int8": functools.partial(quantized, kind="int8"),
     "nf4": functools.partial(quantized, kind="nf4"),
     "classify": classifier,
-    "dpo": functools.partial(preference, kind="dpo"),
+    "dpo": functools.partial(preferences, kind="dpo"),
     "taps": tapped,
     "patches": patched,
 }
@@ -329,7 +331,7 @@ MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "speculate": speculate,
     "adapters by row": adapters_by_row,
     "classify, mean": functools.partial(classifier, pooling="mean"),
-    **{kind: functools.partial(preference, kind=kind) for kind in prefer.LOSSES if kind != "dpo"},
+    **{kind: functools.partial(preferences, kind=kind) for kind in LOSSES if kind != "dpo"},
 }
 
 
@@ -340,10 +342,9 @@ def train_step(cfg: Config) -> Program:
     """The step that `gptjax pretrain` or `gptjax finetune` runs, optimizer included; cfg.model is the base's."""
     rows, T = ROWS * cfg.train.accumulation, planning.width(cfg)
     if cfg.task == "pretrain":
-        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), pretrain.task(cfg.model).loss
+        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), next_token(cfg.model)
     else:
-        tx = finetuning.optimizer(cfg)
-        loss = finetuning.with_dropout(cfg, planning.KINDS[cfg.task].loss(cfg))
+        loss, _, tx = trainable.rules(cfg, find(cfg.task).loss(cfg), just_trained)
     create, combine = planning._state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
     state = jax.eval_shape(create, KEY)

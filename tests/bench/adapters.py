@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 import gptjax
-from gptjax.finetuning.many import Many, create, make_many_step
+from gptjax.losses import next_token
 from gptjax.optim import make_optimizer
-from gptjax.tasks import pretrain
+from gptjax.tasks.many import Many, create, make_many_step
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.types import Batch
 
@@ -35,7 +35,7 @@ def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int)
         n_layer=layers, n_head=max(1, width // 64), d_model=width, vocab_size=vocab, context_length=length
     )
     params = gptjax.init_params(jax.random.key(0), cfg)
-    settings, loss = gptjax.LoraConfig(rank=8), pretrain.task(cfg).loss
+    settings, loss = gptjax.LoraConfig(rank=8), next_token(cfg)
     tx = make_optimizer(gptjax.OptimConfig(lr=1e-3), 1000)
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:])

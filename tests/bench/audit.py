@@ -26,10 +26,10 @@ import gptjax
 from gptjax import assets
 from gptjax.data.loader import Loader
 from gptjax.data.store import TokenStore
+from gptjax.losses import next_token
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
 from gptjax.research import audit, report
-from gptjax.tasks import pretrain
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.weights import load_tokenizer
@@ -141,7 +141,7 @@ def wolf(folder, clean, train, held, words):
     store = audit.store_of(held, tokenizer)
     batch = audit.rows(store, *audit.pieces(store, CONTEXT), CONTEXT)
     scored = audit.score(params, cfg, batch)
-    features = audit.gradient_features(pretrain.task(cfg).loss)(params, batch)
+    features = audit.gradient_features(next_token(cfg))(params, batch)
     flagged, p, q = [], [], []
     for seed in range(40):
         order = np.random.default_rng(seed).permutation(len(batch.tokens))
@@ -205,7 +205,7 @@ def loader(folder, out, seeds):
         per_epoch = Loader(store, as_many, batch_size=size, context_length=length, seed=0, vocab_size=257)
         steps = int(epochs * per_epoch.steps_per_epoch) // 10 * 10
         tx = make_optimizer(gptjax.OptimConfig(lr=3e-3, warmup_steps=20), steps)
-        loss = pretrain.task(cfg).loss
+        loss = next_token(cfg)
         call = jax.jit(make_multi_step(make_train_step(loss, tx)))
         state = TrainState.create(init_params(jax.random.key(0), cfg), tx=tx, key=jax.random.key(0))
         for step in range(0, steps, 10):

@@ -66,7 +66,7 @@ def gptjax_call(kind: str, size: dict):
 
     import gptjax
     from gptjax import LoraConfig, lora
-    from gptjax.tasks import pretrain
+    from gptjax.losses import next_token
     from gptjax.training.process import keep_buffers
     from gptjax.types import Batch
 
@@ -77,7 +77,7 @@ def gptjax_call(kind: str, size: dict):
     params = jax.jit(lambda key: gptjax.init_params(key, cfg))(key)
     if kind == "qlora":
         params = gptjax.quantize(params, "nf4")
-    loss, tx = pretrain.task(cfg, chunk=None if kind == "full" else 128).loss, optax.adamw(1e-4)
+    loss, tx = next_token(cfg, chunk=None if kind == "full" else 128), optax.adamw(1e-4)
     if kind == "full":
         state = gptjax.TrainState.create(params, tx=tx, key=key)
         step = gptjax.make_train_step(loss, tx)
@@ -105,7 +105,7 @@ def packing(source: str, rounds: int) -> None:
     from gptjax import LoraConfig, lora, weights
     from gptjax.data import instructions
     from gptjax.data import packing as rows_of
-    from gptjax.tasks import pretrain
+    from gptjax.losses import next_token
 
     base = weights.open_model("smollm2-135m-instruct")
     params, cfg, settings = base.params("float32", None), base.cfg, LoraConfig(rank=RANK)
@@ -116,7 +116,7 @@ def packing(source: str, rounds: int) -> None:
     tx = optax.adamw(1e-4)
     adapter = lora.init(jax.random.key(0), params, settings)
     step = gptjax.make_train_step(
-        pretrain.task(cfg, chunk=256).loss, tx, combine=lambda a, base: lora.attach(base, a, settings)
+        next_token(cfg, chunk=256), tx, combine=lambda a, base: lora.attach(base, a, settings)
     )
     step = jax.jit(step)
     state = gptjax.TrainState.create(adapter, frozen=params, tx=tx, key=jax.random.key(1))

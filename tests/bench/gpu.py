@@ -191,16 +191,19 @@ def _trainer(cfg, segment_ids=None, lr: float = 1e-3):
     import jax
 
     from gptjax.config import OptimConfig
+    from gptjax.losses import next_token
+    from gptjax.model.gpt import init_params
     from gptjax.optim import make_optimizer
-    from gptjax.tasks import pretrain
     from gptjax.training.process import keep_buffers
     from gptjax.training.step import TrainState, make_train_step
     from gptjax.types import Batch
 
     keep_buffers()
-    task, tx = pretrain.task(cfg), make_optimizer(OptimConfig(lr=lr, beta2=0.99, schedule="constant"), 1000)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0)), tx=tx, key=jax.random.key(1))
-    step = jax.jit(make_train_step(task.loss, tx), donate_argnums=0)
+    loss, tx = next_token(cfg), make_optimizer(OptimConfig(lr=lr, beta2=0.99, schedule="constant"), 1000)
+    state = TrainState.create(
+        jax.jit(init_params, static_argnums=1)(jax.random.key(0), cfg), tx=tx, key=jax.random.key(1)
+    )
+    step = jax.jit(make_train_step(loss, tx), donate_argnums=0)
 
     def call(data: np.ndarray) -> float:
         nonlocal state
@@ -215,7 +218,7 @@ def gptjax_train(size: str, with_documents: bool) -> dict[str, float]:
 
     from gptjax.model.gpt import abstract_params
     from gptjax.training.chips import peak_flops
-    from gptjax.training.loop import flops_per_token
+    from gptjax.training.flops import flops_per_token
 
     cfg, B = _gpt2(size)
     step, data = _trainer(cfg, documents(B) if with_documents else None), windows(B, V)
@@ -244,8 +247,8 @@ def gptjax_lora() -> dict[str, float]:
 
     import gptjax
     from gptjax import LoraConfig, lora
-    from gptjax.finetuning.instruct import CHUNK
-    from gptjax.tasks import pretrain
+    from gptjax.losses import next_token
+    from gptjax.tasks.instruct import CHUNK
     from gptjax.types import Batch
 
     shape = dict(vocab_size=49152 if V > 1000 else V, context_length=T, tie_embeddings=True, **SMOLLM)
@@ -256,7 +259,7 @@ def gptjax_lora() -> dict[str, float]:
     state = gptjax.TrainState.create(lora.init(key, params, settings), frozen=params, tx=tx, key=key)
     chunk = CHUNK if jax.default_backend() == "cpu" else None
     step = gptjax.make_train_step(
-        pretrain.task(cfg, chunk=chunk).loss, tx, combine=lambda a, base: lora.attach(base, a, settings)
+        next_token(cfg, chunk=chunk), tx, combine=lambda a, base: lora.attach(base, a, settings)
     )
     step, data, ids = jax.jit(step, donate_argnums=0), windows(8, V), documents(8)
 

@@ -31,18 +31,18 @@ def train(documents: bool) -> Any:
     from described import placed
 
     from gptjax.config import load_config
+    from gptjax.losses import next_token
     from gptjax.model.gpt import init_params
     from gptjax.ops import loss
     from gptjax.ops.device import compiling_for
     from gptjax.optim import make_optimizer
-    from gptjax.tasks import pretrain
     from gptjax.training.step import TrainState, make_train_step
     from gptjax.types import Batch
 
     loss._chunk_bytes = lambda: CHUNK_BYTES
     cfg = load_config("gpt2-124m", "model.vocab_size=50257")
     tx = make_optimizer(cfg.optim, 1000)
-    step = make_train_step(pretrain.task(cfg.model).loss, tx)
+    step = make_train_step(next_token(cfg.model), tx)
     with compiling_for("gpu", capability=9.0):
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(lambda key: TrainState.create(init_params(key, cfg.model), tx=tx, key=key), key)

@@ -19,10 +19,10 @@ import gptjax
 from gptjax import tokenizers
 from gptjax.config import TokenizerConfig
 from gptjax.data import labelled
+from gptjax.losses import class_logits, classify
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
 from gptjax.research import influence
-from gptjax.tasks import classify
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_train_step
 
@@ -61,7 +61,7 @@ def main():
         arch="llama", vocab_size=tokenizer.vocab_size, context_length=WIDTH, n_layer=2, n_head=4, n_kv_head=4,
         d_model=64, d_ff=128, n_classes=2,
     )  # fmt: skip
-    loss = classify.task(cfg).loss
+    loss = classify(cfg)
     steps = args.epochs * len(splits.train.texts) // BATCH
     whole, small = (influence.gradient_features(loss, dims=dims) for dims in (None, args.dims))
     rows = labelled.Rows(train.tokens, train.segment_ids, np.zeros_like(train.labels), train.labels)
@@ -75,7 +75,7 @@ def main():
             state, metrics = step(state, labelled.batch(rows, i, batch_size=BATCH, seed=seed))
             if (i + 1) % (steps // 4) == 0:
                 kept.append(state.params)
-        logits = jax.jit(lambda params: classify.class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
+        logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
         accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
         trained = time.monotonic() - start
         start = time.monotonic()
@@ -125,7 +125,7 @@ def private(loss, cfg, train, test, epochs):
         chosen, here = influence.drawn(n, rate=rate, step=i, seed=0)
         batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], train)
         state, _ = step(state, batch._replace(weights=batch.weights * here[:, None]))
-    logits = jax.jit(lambda params: classify.class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
+    logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
     accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
     print(
         f"DP-SGD: {steps} steps of {size} texts drawn of {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "

@@ -50,8 +50,9 @@ def torch_run(ids: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
 def gptjax_run(source: str) -> tuple[float, float, float]:
     import jax
 
+    from gptjax.losses import next_token
+    from gptjax.model.gpt import init_params
     from gptjax.optim import make_optimizer
-    from gptjax.tasks import pretrain
     from gptjax.training.process import keep_buffers
     from gptjax.training.step import TrainState, evaluate, make_multi_step, make_train_step
 
@@ -59,14 +60,16 @@ def gptjax_run(source: str) -> tuple[float, float, float]:
     cfg = load_config("tiny-shakespeare-250", f"data.source={source}")
     ready = data.prepare(cfg)
     model = dataclasses.replace(cfg.model, vocab_size=ready.tokenizer.vocab_size)
-    task, tx, k = pretrain.task(model), make_optimizer(cfg.optim, cfg.train.max_steps), 10
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0)), tx=tx, key=jax.random.key(1))
+    loss, tx, k = next_token(model), make_optimizer(cfg.optim, cfg.train.max_steps), 10
+    state = TrainState.create(
+        jax.jit(init_params, static_argnums=1)(jax.random.key(0), model), tx=tx, key=jax.random.key(1)
+    )
     loader = data.Loader(
         ready.train, cfg.data, batch_size=cfg.train.batch_size, context_length=model.context_length, seed=0,
         vocab_size=model.vocab_size,
     )  # fmt: skip
     started = time.perf_counter()
-    call = jax.jit(make_multi_step(make_train_step(task.loss, tx)), donate_argnums=0)
+    call = jax.jit(make_multi_step(make_train_step(loss, tx)), donate_argnums=0)
     call = call.lower(state, loader.batches(0, k)).compile()
     compiled = time.perf_counter()
     for step in range(0, cfg.train.max_steps, k):
@@ -74,7 +77,7 @@ def gptjax_run(source: str) -> tuple[float, float, float]:
     jax.block_until_ready(metrics)
     ended = time.perf_counter()
     batches = data.eval_batches(ready.val, context_length=model.context_length, batch_size=64)
-    return ended - compiled, compiled - started, float(evaluate(jax.jit(task.loss), state.params, batches)[0].value())
+    return ended - compiled, compiled - started, float(evaluate(jax.jit(loss), state.params, batches)[0].value())
 
 
 def main() -> None:

@@ -26,17 +26,17 @@ def one(name: str) -> dict[str, float]:
     import jax.numpy as jnp
 
     from gptjax.config import load_config
+    from gptjax.losses import next_token
+    from gptjax.model.gpt import init_params
     from gptjax.optim import make_optimizer
-    from gptjax.tasks import pretrain
     from gptjax.training.step import TrainState, make_train_step
     from gptjax.types import Batch
 
     *shape, rows = SIZES[name]
     cfg = load_config("gpt2-124m", *shape, "model.dtype=float32")
     tx = make_optimizer(cfg.optim, 100)
-    task = pretrain.task(cfg.model)
-    step = jax.jit(make_train_step(task.loss, tx), donate_argnums=0)
-    create = jax.jit(lambda key: TrainState.create(task.init(key), tx=tx, key=key))
+    step = jax.jit(make_train_step(next_token(cfg.model), tx), donate_argnums=0)
+    create = jax.jit(lambda key: TrainState.create(init_params(key, cfg.model), tx=tx, key=key))
     ids = jnp.zeros((rows, cfg.model.context_length), jnp.int32)
     key = jax.random.key(0)
     compiled = step.lower(jax.eval_shape(create, key), Batch(ids, ids)).compile()

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 
 from gptjax.research import sweep
-from gptjax.training import loop
+from gptjax.tasks import pretrain
+from gptjax.training.compile import steps_per_call
 from gptjax.training.process import ask_for_huge_pages, keep_buffers
+from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 
 SIZES = {  # beside tiny-gpt2: 2 layers, 2 heads, width 32, rows of 32 tokens, 8 a step: 36 k parameters
@@ -35,20 +37,19 @@ def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.
     seen, losses = set(), []
     for cfg in configs:
         began = time.perf_counter()
-        with loop.Progress(log=lambda line: None) as progress:
-            cfg, job = loop.prepare(cfg, progress)
+        with Progress(log=lambda line: None) as progress:
+            cfg, task, _ = pretrain.prepare(cfg, progress)
+        loss, _, tx = task.build(cfg)
         init_key, key = jax.random.split(jax.random.key(cfg.seed))
-        state = jax.jit(lambda a, b, job=job: TrainState.create(job.init(a, None), tx=job.optimizer, key=b))(
-            init_key, key
-        )
+        state = jax.jit(lambda a, b, task=task, tx=tx: TrainState.create(task.start(a), tx=tx, key=b))(init_key, key)
         jax.block_until_ready(state)
         ready = time.perf_counter()
-        step = jax.jit(make_multi_step(make_train_step(job.loss, job.optimizer)), donate_argnums=0)
-        compiled = step.lower(state, job.batches(0, k)).compile()
+        step = jax.jit(make_multi_step(make_train_step(loss, tx)), donate_argnums=0)
+        compiled = step.lower(state, task.batches(0, k, None)).compile()
         done = time.perf_counter()
         own = []
         for i in range(0, cfg.train.max_steps, k):
-            state, metrics = compiled(state, job.batches(i, k))
+            state, metrics = compiled(state, task.batches(i, k, None))
             own.append(metrics["loss"])
         jax.block_until_ready(state)
         seconds["steps"] += time.perf_counter() - done
@@ -79,7 +80,7 @@ def main() -> None:
         together = time.perf_counter() - began
         (program,) = found.programs
         a = {"whole": together, "compile": program["compile_s"], "steps": program["steps_s"]}
-        k = loop.steps_per_call(configs[0], 0)
+        k = steps_per_call(configs[0], 0)
         b, losses = one_after_another(configs, k)
         whole = b["rest"] + b["compile"] + b["steps"]
         once = b["rest"] + b["compile once"] + b["steps"]

@@ -129,8 +129,9 @@ def gptjax_steps(shape: tuple, dtype: str):
     import jax
 
     from gptjax.config import ModelConfig, OptimConfig
+    from gptjax.losses import next_token
+    from gptjax.model.gpt import init_params
     from gptjax.optim import make_optimizer
-    from gptjax.tasks import pretrain
     from gptjax.training.process import keep_buffers
     from gptjax.training.step import TrainState, make_multi_step, make_train_step
     from gptjax.types import Batch
@@ -141,10 +142,12 @@ def gptjax_steps(shape: tuple, dtype: str):
         vocab_size=V, context_length=T, n_layer=L, n_head=N, d_model=D, qkv_bias=False, bias=False, norm_bias=False,
         dtype=dtype,
     )  # fmt: skip
-    task = pretrain.task(cfg)
+    loss = next_token(cfg)
     tx = make_optimizer(OptimConfig(beta2=0.99), 1000)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(0)), tx=tx, key=jax.random.key(1))
-    steps = jax.jit(make_multi_step(make_train_step(task.loss, tx)), donate_argnums=0)
+    state = TrainState.create(
+        jax.jit(init_params, static_argnums=1)(jax.random.key(0), cfg), tx=tx, key=jax.random.key(1)
+    )
+    steps = jax.jit(make_multi_step(make_train_step(loss, tx)), donate_argnums=0)
     rng = np.random.default_rng(0)
 
     def call():

@@ -10,7 +10,7 @@ import pytest
 import gptjax
 from gptjax import config
 from gptjax.__main__ import main
-from gptjax.finetuning.classify import classify_texts, load_classifier
+from gptjax.tasks.classify import classify_texts, load_classifier
 
 CFG = gptjax.ModelConfig(
     arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=16, context_length=128, vocab_size=257, n_classes=2

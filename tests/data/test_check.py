@@ -104,7 +104,7 @@ def model(tmp_path):
 
 
 def test_losses_are_those_of_each_text_alone(model):
-    from gptjax.finetuning.score import losses
+    from gptjax.evaluation.perplexity import losses
 
     params, cfg = gptjax.load(model)
     tok = gptjax.tokenizers.load("bytes")

@@ -11,9 +11,9 @@ import pytest
 import gptjax
 from gptjax import UserError, lora, tree
 from gptjax.config import LoraConfig, ModelConfig
+from gptjax.losses import next_token
 from gptjax.ops.loss import cross_entropy
 from gptjax.ops.quant import quantize
-from gptjax.tasks import pretrain
 from gptjax.types import Batch
 
 ALL = "blocks/*/kernel | wte/* | lm_head/*"
@@ -81,7 +81,7 @@ def test_attached_is_merged(member):
 def test_gradients_are_those_of_the_merged_matrices(member):
     """With DoRA's lengths held constant on both sides."""
     cfg, _, lcfg, base, adapter = member
-    loss = pretrain.task(cfg).loss
+    loss = next_token(cfg)
     adapter = moved(adapter)
 
     def through_matrices(adapter):
@@ -116,7 +116,7 @@ def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
         text = jax.jit(jax.grad(fn)).lower(x).compiler_ir("hlo").as_hlo_text()
         return [line for line in text.splitlines() if re.search(rf"= f32(?:{'|'.join(shapes)})\S* dot\(", line)]
 
-    loss = pretrain.task(cfg).loss
+    loss = next_token(cfg)
     assert not products(lambda a: lora.bind(loss, params, lcfg)(a, BATCH)[0].total, adapter)
     assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # the check can fail
 
@@ -168,7 +168,7 @@ def test_on_quantized_weights(tiny, name, kind):
     adapter = moved(lora.init(KEY, small, lcfg))
     got, want = run(lora.attach(small, adapter, lcfg), cfg), run(lora.merge(small, adapter, lcfg), cfg)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
-    grads = jax.jit(jax.grad(lambda a: lora.bind(pretrain.task(cfg).loss, small, lcfg)(a, BATCH)[0].total))(adapter)
+    grads = jax.jit(jax.grad(lambda a: lora.bind(next_token(cfg), small, lcfg)(a, BATCH)[0].total))(adapter)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
@@ -180,7 +180,7 @@ def test_training_touches_the_adapter_only(model):
     tx = optax.adam(1e-2)
     state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
     before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
-    loss = lora.with_dropout(pretrain.task(cfg).loss)
+    loss = lora.with_dropout(next_token(cfg))
     step = jax.jit(gptjax.make_train_step(loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
     losses = []
     for _ in range(8):
@@ -194,7 +194,7 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     cfg, params = model
     lcfg = LoraConfig(rank=4, dropout=0.5)
     adapter = lora.init(KEY, params, lcfg)
-    loss = jax.jit(lora.bind(pretrain.task(cfg).loss, params, lcfg))
+    loss = jax.jit(lora.bind(next_token(cfg), params, lcfg))
     plain = loss(adapter, BATCH, None)[0].total
     assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(
         float(plain), rel=1e-6
@@ -219,7 +219,7 @@ def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
     def by_forward(params, batch, key):
         return cross_entropy(gptjax.forward(params, batch.tokens, cfg), batch.targets), {}
 
-    pair = [lora.bind(loss, params, lcfg) for loss in (pretrain.task(cfg).loss, by_forward)]
+    pair = [lora.bind(loss, params, lcfg) for loss in (next_token(cfg), by_forward)]
     values = set()
     for key in (None, KEY, jax.random.key(9)):
         (got, grad), (want, wanted) = (
@@ -244,9 +244,7 @@ def test_some_layers_only(init):
     rest, adapter = start(params, lcfg)
     tx = optax.adamw(1e-2)
     state = gptjax.TrainState.create(adapter, frozen=rest, tx=tx, key=KEY)
-    step = jax.jit(
-        gptjax.make_train_step(pretrain.task(cfg).loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg))
-    )
+    step = jax.jit(gptjax.make_train_step(next_token(cfg), tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
     for _ in range(3):
         state, _ = step(state, BATCH)
     merged = lora.merge(state.frozen, state.params, lcfg)
@@ -330,7 +328,7 @@ def test_a_masked_rank_stays_masked(model):
 
     cfg, params = model
     lcfg = LoraConfig(rank=6)
-    loss = lora.bind(pretrain.task(cfg).loss, params, lcfg)
+    loss = lora.bind(next_token(cfg), params, lcfg)
     narrow = lora.init(KEY, params, dataclasses.replace(lcfg, rank=6))
     narrow = lora.masked(narrow, 2)
     tx = optax.adam(1e-2)

@@ -12,12 +12,12 @@ import pytest
 import gptjax
 from gptjax import lora
 from gptjax.config import LoraConfig
+from gptjax.losses import next_token, token_log_probs
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import extend, for_decoding, forward, init_params
 from gptjax.model.layers import layers_per_iteration
 from gptjax.ops.device import compiling_for
 from gptjax.ops.quant import quantize
-from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, Mean, UserError
 
@@ -32,7 +32,7 @@ def test_every_arch_is_traced_in_bfloat16(arch, platform):
     cfg = config(arch, dtype="bfloat16")
     params = gptjax.abstract_params(cfg)
     ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    loss = pretrain.task(cfg).loss
+    loss = next_token(cfg)
     with compiling_for(platform):
         logits = jax.eval_shape(lambda p, x: forward(p, x, cfg), params, ids)
         step, _ = jax.eval_shape(lambda p, x: extend(p, x, cfg, init_cache(cfg, 2, 16, jnp.bfloat16)), params, ids)
@@ -105,7 +105,7 @@ def test_top_p_keeps_the_smallest_set():
 
 
 def test_flops_count_heads_times_their_size():
-    from gptjax.training.loop import flops_per_token
+    from gptjax.training.flops import flops_per_token
 
     cfg, wide = config("llama", d_head=8), config("llama", d_head=32)
     attention = [
@@ -147,7 +147,7 @@ def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known
     cfg = gptjax.ModelConfig(vocab_size=64, context_length=16, n_layer=1, n_head=2, d_model=16)
     params = gptjax.init_params(jax.random.key(0), cfg)
     tokens = jnp.zeros((1, 4), jnp.int32)
-    loss = gptjax.tasks.pretrain.task(cfg).loss
+    loss = next_token(cfg)
     for bad in (99, -1):
         batch = Batch(tokens, tokens.at[0, 2].set(bad))
         with pytest.raises(UserError, match=r"targets: from .* expected 0 to 63"):
@@ -158,7 +158,7 @@ def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known
         with pytest.raises(UserError, match=r"tokens: from .* expected 0 to 63"):
             extend(params, tokens.at[0, 2].set(bad), cfg, init_cache(cfg, 1, 8))
     with pytest.raises(UserError, match="targets: .* has 64 of them"):
-        gptjax.tasks.pretrain.token_log_probs(params, Batch(tokens, tokens + 64), cfg)
+        token_log_probs(params, Batch(tokens, tokens + 64), cfg)
     cache = init_cache(cfg, 1, 32)
     _, cache = extend(params, jnp.zeros((1, 12), jnp.int32), cfg, cache)
     with pytest.raises(UserError, match="24 with those in the cache, .* 32 slots, the position table 16"):

@@ -14,12 +14,12 @@ import gptjax
 from gptjax import lora
 from gptjax.config import LoraConfig
 from gptjax.generation import for_decoding
+from gptjax.losses import classify, next_token, preference
 from gptjax.model.cache import init_cache
 from gptjax.ops.attention import attention
 from gptjax.ops.device import AXES, compiling_for
 from gptjax.ops.quant import quantize
 from gptjax.research import curvature, influence
-from gptjax.tasks import classify, prefer, pretrain
 from gptjax.types import Batch, Mean
 
 T = 128  # two blocks of queries, and whole lanes for splash
@@ -40,21 +40,21 @@ class Pairs:
     present, reference = np.ones((2, 1), np.float32), np.zeros((2, 1, 2), np.float32)
 
 
-def gradient(task, params, batch=BATCH, key=None):
-    return jax.value_and_grad(lambda p: task.loss(p, batch, key)[0].total), (params,)
+def gradient(loss, params, batch=BATCH, key=None):
+    return jax.value_and_grad(lambda p: loss(p, batch, key)[0].total), (params,)
 
 
 def whole(cfg, params):
-    return gradient(pretrain.task(cfg, chunk=64), params)
+    return gradient(next_token(cfg, chunk=64), params)
 
 
 def one_chunk(cfg, params):
-    return gradient(pretrain.task(cfg), params)
+    return gradient(next_token(cfg), params)
 
 
 def late(cfg, params):
     """Differentiated after it was traced: `jit` inside of `grad`."""
-    loss = jax.jit(lambda p: pretrain.task(cfg).loss(p, BATCH, None)[0].total)
+    loss = jax.jit(lambda p: next_token(cfg)(p, BATCH, None)[0].total)
     return jax.grad(loss), (params,)
 
 
@@ -64,7 +64,7 @@ def adapter(base=lambda params: params, **settings):
         if settings_.dora or settings_.dropout:
             settings_ = dataclasses.replace(settings_, targets="blocks/*/kernel | lm_head/*")
         pair = lora.init(KEY, params, settings_)
-        loss = lora.bind(pretrain.task(cfg).loss, base(params), settings_)
+        loss = lora.bind(next_token(cfg), base(params), settings_)
         return jax.grad(lambda a: loss(a, BATCH, KEY)[0].total), (pair,)
 
     return build
@@ -95,11 +95,11 @@ def quantised(kind):
 
 
 def preferences(cfg, params):
-    return gradient(prefer.task(cfg), params, Pairs)
+    return gradient(preference(cfg), params, Pairs)
 
 
 def classes(pooling):
-    return lambda cfg, params: gradient(classify.task(cfg, pooling), params, Labelled)
+    return lambda cfg, params: gradient(classify(cfg, pooling), params, Labelled)
 
 
 def prompt(cfg, params):
@@ -186,7 +186,7 @@ def test_however_the_blocks_are_computed(tiny, way, platform):
     switches = {"arch": "llama", "context_length": 2 * T, "d_head": 16, "precision": "highest", **way}
     cfg, params = tiny(**switches)
     with compiling_for(platform), jax.default_matmul_precision(None):
-        fn, args = gradient(pretrain.task(cfg), params, key=KEY if cfg.dropout else None)
+        fn, args = gradient(next_token(cfg), params, key=KEY if cfg.dropout else None)
         each = list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
     assert {p for p, _ in each} == {(Precision.HIGHEST,) * 2}
     assert len(each) >= 3 * (7 + 2)  # of each product the forward and both backward ones

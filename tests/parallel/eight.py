@@ -16,12 +16,12 @@ import gptjax
 from gptjax import LoraConfig, lora, parallel, tree
 from gptjax.checkpoint import Checkpoints
 from gptjax.data.labelled import LabelledBatch
+from gptjax.losses import classify, next_token
 from gptjax.ops import fused
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.flash import Tile, Tiles
 from gptjax.optim import make_optimizer
 from gptjax.parallel.mesh import mesh_of
-from gptjax.tasks import classify, pretrain
 from gptjax.types import Batch
 
 STEPS, B, T, V = 20, 8, 32, 64
@@ -83,10 +83,10 @@ WITH_HEAD = gptjax.ModelConfig(
     arch="gpt2", n_layer=2, n_head=4, d_model=32, context_length=T, vocab_size=V, n_classes=2
 )
 CASES = {
-    "pretrain": lambda: Case(pretrain.task(CFG).loss, [Batch(t[:, :-1], t[:, 1:]) for t in tokens()]),
-    "lora": lambda: Case(pretrain.task(CFG).loss, packed(lambda: np.ones((B, T), np.float32)), adapter=True),
-    "classify": lambda: Case(classify.task(WITH_HEAD).loss, labelled(), WITH_HEAD),
-    "instruct": lambda: Case(pretrain.task(CFG).loss, packed(lambda: (RNG.random((B, T)) < 0.4).astype(np.float32))),
+    "pretrain": lambda: Case(next_token(CFG), [Batch(t[:, :-1], t[:, 1:]) for t in tokens()]),
+    "lora": lambda: Case(next_token(CFG), packed(lambda: np.ones((B, T), np.float32)), adapter=True),
+    "classify": lambda: Case(classify(WITH_HEAD), labelled(), WITH_HEAD),
+    "instruct": lambda: Case(next_token(CFG), packed(lambda: (RNG.random((B, T)) < 0.4).astype(np.float32))),
 }
 
 

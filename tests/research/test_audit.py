@@ -14,8 +14,8 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import load_config, to_yaml
 from gptjax.data.store import TokenStore
 from gptjax.generation import generate
+from gptjax.losses import next_token
 from gptjax.research import audit, report
-from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, UserError
 
@@ -53,7 +53,7 @@ def trained(tiny):
     stores = [audit.store_of(some, Letters()) for some in (train, held)]
     batch = audit.rows(stores[0], *audit.pieces(stores[0], 32), 32)
     tx = optax.adam(8e-3)
-    step = jax.jit(make_train_step(pretrain.task(cfg).loss, tx))
+    step = jax.jit(make_train_step(next_token(cfg), tx))
     state = TrainState.create(params, tx=tx, key=jax.random.key(0))
     early = None
     for i in range(250):
@@ -96,7 +96,7 @@ def test_scores_of_rows_are_those_of_the_task(trained):
     cfg, _, _, params, (train, _) = trained
     batch = audit.rows(train, *audit.pieces(train, 32), 32)
     scored = audit.score(params, cfg, batch)
-    mean, _ = pretrain.task(cfg).loss(params, batch, None)
+    mean, _ = next_token(cfg)(params, batch, None)
     assert -(scored.log_probs * batch.weights).sum() == pytest.approx(float(mean.total), rel=1e-4)
 
 

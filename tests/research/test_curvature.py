@@ -8,8 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gptjax
+from gptjax.losses import next_token
 from gptjax.research import curvature
-from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, Mean, UserError
 
@@ -25,7 +25,7 @@ def model():
     shapes = jax.eval_shape(lambda: gptjax.init_params(jax.random.key(0), CFG))
     params = jax.tree.map(lambda x: jnp.float32(0.5 * rng.normal(size=x.shape)), shapes)
     tokens = rng.integers(0, 5, (3, 5)).astype(np.int32)
-    loss = curvature.at(pretrain.task(CFG).loss, Batch(tokens[:, :-1], tokens[:, 1:]))
+    loss = curvature.at(next_token(CFG), Batch(tokens[:, :-1], tokens[:, 1:]))
     flat, unravel = ravel_pytree(params)
     return loss, params, np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v))))(flat), np.float64)
 

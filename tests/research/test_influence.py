@@ -11,8 +11,8 @@ import pytest
 
 from gptjax import lora, tree
 from gptjax.config import LoraConfig
+from gptjax.losses import next_token
 from gptjax.research import influence
-from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, Mean, UserError
 
@@ -40,7 +40,7 @@ def model(tiny):
 
 def test_gradients_of_a_model_equal_a_loop(model):
     cfg, params, batch = model
-    loss = pretrain.task(cfg).loss
+    loss = next_token(cfg)
     found = influence.gradient_features(loss, dims=None, chunk=2)(params, batch)
 
     @jax.jit
@@ -62,7 +62,7 @@ def test_gradients_of_an_adapter_leave_the_base_out(model):
     settings = LoraConfig(rank=2, targets="blocks/attn/q/kernel")
     adapter = lora.init(jax.random.key(0), params, settings)
     features = influence.gradient_features(
-        pretrain.task(cfg).loss, combine=lambda a, base: lora.attach(base, a, settings), dims=None
+        next_token(cfg), combine=lambda a, base: lora.attach(base, a, settings), dims=None
     )
     assert features(adapter, batch, params).shape == (5, tree.size(adapter))
 
@@ -187,9 +187,8 @@ def test_of_an_adapter_only_what_is_trained_is_clipped(model):
     def combine(a, base):
         return lora.attach(base, a, settings)
 
-    task = pretrain.task(cfg)
     clip = 1e-3
-    loss = influence.private(task.loss, clip=clip, noise=0.0, batch_size=5, combine=combine)
+    loss = influence.private(next_token(cfg), clip=clip, noise=0.0, batch_size=5, combine=combine)
     state = TrainState.create(adapter, tx=tx, key=jax.random.key(0), frozen=params)
     after, metrics = jax.jit(make_train_step(loss, tx, combine=influence.both))(state, batch)
     assert 0 < float(metrics["grad_norm"]) <= clip + 1e-7

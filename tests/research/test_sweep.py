@@ -14,9 +14,9 @@ import pytest
 
 import gptjax
 from gptjax import tree
-from gptjax.finetuning import classify
 from gptjax.research import sweep
-from gptjax.training import loop
+from gptjax.tasks import classify, pretrain
+from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, evaluate, make_train_step
 from gptjax.types import UserError
 
@@ -59,17 +59,18 @@ def folder(tmp_path_factory):
 
 def alone(cfg, prepare):
     """Losses, the last state and the validation of the run by itself: the loop's own job and step."""
-    with loop.Progress(log=lambda line: None) as progress:
-        cfg, job = prepare(cfg, progress)
+    with Progress(log=lambda line: None) as progress:
+        cfg, task, _ = prepare(cfg, progress)
     init_key, key = jax.random.split(jax.random.key(cfg.seed))
-    state = TrainState.create(job.init(init_key, job.start), tx=job.optimizer, key=key, frozen=job.frozen)
-    step = jax.jit(make_train_step(job.loss, job.optimizer, combine=job.combine))
+    (own_loss, combine, tx), (init, start) = task.build(cfg), task.initial()
+    state = TrainState.create(init(init_key, start), tx=tx, key=key, frozen=task.frozen)
+    step = jax.jit(make_train_step(own_loss, tx, combine=combine))
     losses = []
     for i in range(cfg.train.max_steps):
-        state, metrics = step(state, job.batch(i))
+        state, metrics = step(state, jax.tree.map(lambda leaf: leaf[0], task.batches(i, 1, None)))
         losses.append(float(metrics["loss"]))
-    loss = jax.jit(lambda params, batch, key: job.loss(job.combine(params, job.frozen), batch, key))
-    return losses, state, evaluate(loss, state.params, job.eval_batches(False))
+    loss = jax.jit(lambda params, batch, key: own_loss(combine(params, task.frozen), batch, key))
+    return losses, state, evaluate(loss, state.params, task.validation.batches(False))
 
 
 def assert_as_alone(found, i, cfg, prepare):
@@ -99,7 +100,7 @@ def found():
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("i", range(3))
 def test_every_run_is_the_run_by_itself(found, i):
-    assert_as_alone(found, i, load(*GROUPS, *RUNS[i]), loop.prepare)
+    assert_as_alone(found, i, load(*GROUPS, *RUNS[i]), pretrain.prepare)
 
 
 @pytest.mark.slow

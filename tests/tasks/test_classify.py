@@ -1,95 +1,213 @@
-"""The loss of a classifier: what it reads of a text, and what cannot change it."""
+"""`gptjax finetune classify` from a file to a model that classifies, on a tiny base; and the measures."""
+
+import json
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from gptjax.finetuning import classify, metrics
 
-from gptjax import tree
-from gptjax.data.labelled import LabelledBatch
-from gptjax.model.gpt import abstract_params, backbone
-from gptjax.tasks import classify
+import gptjax
+from gptjax import weights
+from gptjax.__main__ import main
+from gptjax.tasks.classify import classify_texts
+from gptjax.training.run_dir import read_metrics
 
-POOLINGS = ("last", "first", "mean")
-
-
-LENGTHS = (5, 9, 1)
-
-
-def batch(T=12, filler=0):
-    """Three texts, one a row."""
-    tokens = np.random.default_rng(0).integers(0, 17, (3, 12)).astype(np.int32)
-    real = np.arange(12) < np.array(LENGTHS)[:, None]
-    tokens = np.pad(np.where(real, tokens, filler), ((0, 0), (0, T - 12)), constant_values=filler)
-    segment_ids = np.pad(real.astype(np.int32), ((0, 0), (0, T - 12)))
-    return LabelledBatch(tokens, segment_ids, np.array([[0], [2], [1]]), np.ones((3, 1), np.float32))
-
-
-def packed():
-    """The same texts in one row and a half, the second before the first; and a place that holds none."""
-    one = batch().tokens
-    tokens, segment_ids = np.full((2, 15), 3, np.int32), np.zeros((2, 15), np.int32)
-    for row, start, i, k in ((0, 0, 1, 1), (0, 9, 0, 2), (1, 4, 2, 1)):
-        tokens[row, start : start + LENGTHS[i]] = one[i, : LENGTHS[i]]
-        segment_ids[row, start : start + LENGTHS[i]] = k
-    return LabelledBatch(tokens, segment_ids, np.array([[2, 0], [1, 0]]), np.array([[1, 1], [1, 0]], np.float32))
+BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=2, d_model=32, d_ff=48, context_length=32, vocab_size=257)
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return tiny("llama", n_classes=3)
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify")
+    params = gptjax.init_params(jax.random.key(0), BASE)
+    gptjax.save(folder / "base", params, BASE, gptjax.tokenizers.load("bytes"))
+    rng = np.random.default_rng(0)
+    rows = [("up", "".join(rng.choice(list("ABCDEF"), 6))) for _ in range(60)]
+    rows += [("down", "".join(rng.choice(list("abcdef"), 6))) for _ in range(60)]
+    (folder / "data.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    return folder
 
 
-def test_the_head_is_in_the_tree(model):
-    cfg, params = model
-    assert {p: a.shape for p, a in tree.flatten(params).items() if p.startswith("cls_head")} == {
-        "cls_head/bias": (3,), "cls_head/kernel": (32, 3),
-    }  # fmt: skip
-    assert "cls_head" not in abstract_params(cfg.__class__(vocab_size=17))
+def run(folder, name, *more):
+    more = more if any(setting.startswith("classify.bias") for setting in more) else ("classify.bias=true", *more)
+    adapter = [] if any(setting.startswith("finetune.trainable") for setting in more) else ["lora.rank=4"]
+    return main(
+        [
+            "finetune", "classify", f"classify.source={folder / 'data.tsv'}", f"finetune.base={folder / 'base'}",
+            f"run_dir={folder / name}", "train.epochs=null", "train.max_steps=30", "train.eval_every=15",
+            "train.checkpoint_every=15", "optim.lr=1e-2", "optim.warmup_steps=2", *adapter, *more,
+        ]
+    )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def finished(folder):
+    assert run(folder, "lora") == 0
+    return folder / "lora"
+
+
+def test_the_run_directory_holds_all_of_it(finished):
+    scores = json.loads((finished / "test.json").read_text())
+    assert scores["accuracy"] >= 0.9 and scores["n"] == 24
+    assert set(scores) >= {"naive_bayes", "majority", "macro_f1", "calibration_error", "confusion", "leaked"}
+    assert (finished / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    last = [row for row in read_metrics(finished) if "val/accuracy" in row][-1]
+    assert last["val/accuracy"] >= 0.9 and "val/perplexity" not in last
+    assert json.loads((finished / "final" / "labels.json").read_text())["labels"] == ["down", "up"]
+
+
+def test_the_head_is_saved_and_read_again(finished):
+    params, cfg = gptjax.load(finished)
+    assert cfg.n_classes == 2 and params["cls_head"]["kernel"].shape == (32, 2)
+    up, down = classify_texts(finished, ["ABCABC", "fedfed"])
+    assert up["up"] > 0.5 > down["up"]
+    assert sum(up.values()) == pytest.approx(1)
+
+
+def test_the_adapter_by_itself(finished, folder):
+    """In peft's format, for the base it was trained on; with the base it is the body of the merged model."""
+    base, cfg = gptjax.load(folder / "base")
+    adapter, settings = weights.load_peft(finished / "final" / "adapter", cfg, base=base)
+    merged, whole = gptjax.lora.merge(base, adapter, settings), gptjax.load(finished)[0]
+    whole.pop("cls_head")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, whole)
+
+
+def test_the_verb_that_uses_it(finished, folder, capsys):
+    assert main(["classify", str(finished), "ABCABC", "fedfed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("up ") and lines[1].startswith("down ")
+    assert main(["classify", str(folder / "base"), "x"]) == 2
+    assert "is no classifier" in capsys.readouterr().err
+    assert main(["classify", str(finished)]) == 2
+
+
+def test_again_it_is_finished(finished, folder, capsys):
+    assert run(folder, "lora") == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and "accuracy" in out
+    assert run(folder, "lora", "lora.alpha=3") == 2
+    assert "lora.alpha: 3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
+    """From the checkpoint in the middle, with the base read again: the same weights to the bit."""
+    shutil.copytree(finished, folder / "again")
+    for name in ("final", "checkpoints/30"):
+        shutil.rmtree(folder / "again" / name)
+    (folder / "again" / "test.json").unlink()
+    assert run(folder, "again") == 0
+    assert "going on from step 15" in capsys.readouterr().out
+    for name in ("final/model.safetensors", "final/adapter/adapter_model.safetensors", "test.json"):
+        assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_several_seeds(folder, capsys):
+    assert run(folder, "seeds", "finetune.seeds=2", "train.max_steps=15") == 0
+    assert "95 % interval" in capsys.readouterr().out
+    table = json.loads((folder / "seeds" / "seeds.json").read_text())
+    each = [json.loads((folder / "seeds" / f"seed-{k}" / "test.json").read_text()) for k in (0, 1)]
+    low, high = table["accuracy"]["interval"]
+    assert table["accuracy"]["values"] == [row["accuracy"] for row in each] and low <= each[0]["accuracy"] <= high
+
+
+@pytest.mark.slow
 @pytest.mark.first_cases(1)
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_by_hand(model, pooling):
-    cfg, params = model
-    one, row = batch(), packed()
-    got = classify.class_logits(params, one.tokens, one.segment_ids, cfg, pooling)[:, 0]
-    for i, n in enumerate(LENGTHS):
-        hidden = backbone(params, one.tokens[i : i + 1, :n], cfg)[0]
-        pooled = {"last": hidden[-1], "first": hidden[0], "mean": hidden.mean(0)}[pooling]
-        want = pooled @ params["cls_head"]["kernel"] + params["cls_head"]["bias"]
-        np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-4)
-    together = classify.class_logits(params, row.tokens, row.segment_ids, cfg, pooling, n=2)
-    np.testing.assert_allclose(together[[0, 0, 1], [1, 0, 0]], got, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["finetune.trainable=all", "optim.lr=3e-3"],
+        ["finetune.trainable=blocks/1/** | ln_f/**"],
+        ["finetune.quantize=nf4", "lora.dora=true"],
+        ["lora.init=pissa", "classify.pooling=mean"],
+        ["lora.dropout=0.1", "lora.lr_ratio=4", "classify.split=grouped", "classify.deduplicate=false"],
+    ],
+    ids=["full", "last layer", "qdora", "pissa", "dropout"],
+)
+def test_other_ways(folder, settings, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", "train.max_steps=4", "train.eval_every=4", *settings) == 0
+    assert "naive Bayes" in capsys.readouterr().out
+    assert gptjax.load(tmp_path / "run")[1].n_classes == 2
 
 
-@pytest.mark.first_cases(1)
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("other", [batch(16, filler=7), packed()], ids=["padding", "packing"])
-def test_neither_padding_nor_packing_changes_anything(model, pooling, other):
-    """Loss and gradients; whatever stands in the padding, and however much of it there is."""
-    cfg, params = model
-    loss = classify.task(cfg, pooling).loss
-    one, two = (
-        jax.jit(jax.value_and_grad(lambda p, batch=batch: loss(p, batch, None)[0].total))(params)
-        for batch in (batch(), other)
-    )
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one[1], two[1])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["lora.targets=blocks/attn/w/*"], "matches no weight; there are"),
+        (["finetune.trainable=blocks/9/*"], "finetune.trainable: 'blocks_9/*' matches no parameter"),
+        (["finetune.trainable=all", "finetune.quantize=int8"], "quantised weights do not move"),
+        (["finetune.base=absent"], "no such run"),
+        (["classify.labels=[up, dwn]"], "unknown label 'down'"),
+        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave nothing to train on"),
+        (["task=pretrain"], "this is gptjax finetune classify; use gptjax pretrain"),
+    ],
+)
+def test_mistakes(folder, settings, words, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", *settings) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_parts_of_a_batch_add_up(model):
-    cfg, params = model
-    loss = jax.jit(lambda batch: classify.task(cfg).loss(params, batch, None))
-    whole, metrics = loss(batch())
-    parts = [loss(LabelledBatch(*(leaf[i : i + 1] for leaf in batch()))) for i in range(3)]
-    np.testing.assert_allclose(sum(mean.total for mean, _ in parts), whole.total, rtol=1e-5)
-    assert sum(m["accuracy"].total for _, m in parts) == metrics["accuracy"].total
-    assert whole.weight == metrics["accuracy"].weight == 3
+def test_dry_run(folder, capsys, tmp_path):
+    assert run(folder, tmp_path / "run", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "84 + 12 + 24 texts" in out and "trained" in out
+    assert not (tmp_path / "run").exists()
 
 
-def test_untrained_loss_is_near_that_of_chance(model):
-    cfg, params = model
-    params = params | {"cls_head": jax.tree.map(jnp.zeros_like, params["cls_head"])}
-    mean, _ = classify.task(cfg).loss(params, packed(), None)
-    np.testing.assert_allclose(mean.value(), np.log(3), rtol=1e-6)
+def test_the_confusion_table_says_which_way_it_is_read():
+    scores = {"n": 9, "accuracy": 1, "accuracy_interval": [0, 1], "macro_f1": 1, "calibration_error": 0}
+    scores |= {"naive_bayes": 1, "majority": 1, "labels": ["ham", "unwanted"], "confusion": [[812, 3], [5, 110]]}
+    assert classify.summary(scores)[2:] == [
+        "        true \\ predicted    ham unwanted",
+        "                     ham    812        3",
+        "                unwanted      5      110",
+    ]
+
+
+def test_measures():
+    labels, p = np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
+    scores = metrics.report(p, labels, ("a", "b"))
+    assert scores["confusion"] == [[1, 1], [0, 2]] and scores["accuracy"] == 0.75
+    assert scores["f1"] == pytest.approx({"a": 2 / 3, "b": 0.8})
+    assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
+    low, high = metrics.interval(285, 300)  # 95 %: Wilson's interval by hand
+    assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_classifier_as_it_is_made_by_default_leaves_and_comes_back(folder, tmp_path, capsys):
+    assert run(folder, "default", "classify.bias=false", "train.max_steps=5", "optim.warmup_steps=0") == 0
+    assert main(["export", "hf", str(folder / "default"), str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
+    here, there = classify_texts(folder / "default", ["ABCABC"]), classify_texts(tmp_path / "hf", ["ABCABC"])
+    assert here[0] == pytest.approx(there[0], abs=1e-5)
+    assert main(["export", "peft", str(folder / "default"), str(tmp_path / "peft")]) == 0
+    assert "bias" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):
+    assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "peft.PeftModel.from_pretrained" in said.out and "AutoModelForSequenceClassification" in said.out
+    assert "classify.bias=false" in said.err and f"gptjax export hf {folder / 'base'}" in said.err
+    base, cfg = gptjax.load(folder / "base")
+    ours, settings = weights.load_peft(tmp_path / "out", cfg, base=base)
+    kept, _ = weights.load_peft(finished / "final" / "adapter", cfg)
+    assert settings.rank == 4 and jax.tree.all(jax.tree.map(np.array_equal, ours, kept))
+    assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 2  # nothing is overwritten
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["export", "peft", str(folder / "base"), str(tmp_path / "none")]) == 2
+    assert "only fine-tuning makes one" in capsys.readouterr().err
+    whole = tmp_path / "whole"
+    shutil.copytree(finished, whole, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    config = (whole / "config.yaml").read_text()
+    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    assert "peft's format cannot hold it" in capsys.readouterr().err
+    (whole / "config.yaml").write_text(config.replace("trainable: lora", "trainable: all"))
+    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    assert "finetune.trainable=all" in capsys.readouterr().err

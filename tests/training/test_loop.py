@@ -23,9 +23,12 @@ import gptjax
 from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, load_config, to_yaml
-from gptjax.training import loggers, loop, progress
+from gptjax.losses import next_token
+from gptjax.tasks import pretrain
+from gptjax.training import compile, evaluate, loggers, loop, meter, progress, resume, run
 from gptjax.training.process import Stopped
 from gptjax.training.run_dir import RunDir, read_metrics
+from gptjax.training.task import Ready
 from gptjax.types import UserError
 
 CLOCK = ("seconds", "tokens_per_s")
@@ -107,21 +110,22 @@ def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make
     11 batches, 2 of them before the first step; 40 steps, evaluations at 10, 20, 30 and 40.
     """
     now, evaluations, samples = [0.0], [], []
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (compile, evaluate, meter, resume, run):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    monkeypatch.setattr(loop, "EVAL_TOKENS", 256)
-    monkeypatch.setattr(loop, "FIRST_EVAL_TOKENS", 512)
+    monkeypatch.setattr(pretrain, "EVAL_TOKENS", 256)
+    monkeypatch.setattr(pretrain, "FIRST_EVAL_TOKENS", 512)
 
     def prepare(cfg, shown):
-        cfg, job = loop.prepare(cfg, shown)
+        cfg, task, _ = pretrain.prepare(cfg, shown)
 
-        def batches(step, k):
+        def batches(step, k, rows):
             now[0] += k / 1000
-            return job.batches(step, k)
+            return task.batches(step, k, rows)
 
         def eval_batches(first):
             evaluations.append(0)
-            for batch in job.eval_batches(first):
+            for batch in task.validation.batches(first):
                 yield batch
                 now[0] += 1010 if len(evaluations) == 1 and not evaluations[0] else 10
                 evaluations[-1] += 1
@@ -131,10 +135,11 @@ def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make
             now[0] += 1100 if len(samples) == 1 else 100
             return ["text"]
 
-        return cfg, job._replace(batches=batches, part=None, eval_batches=eval_batches, sample=sample)
+        validation = task.validation._replace(batches=eval_batches)
+        return Ready(cfg, task._replace(batches=batches, validation=validation, sample=sample))
 
     lines = []
-    loop.run_job(make(tmp_path / "run", "train.eval_every=10", "data.val_fraction=0.35"), prepare, lines.append)
+    loop.run_task(make(tmp_path / "run", "train.eval_every=10", "data.val_fraction=0.35"), prepare, lines.append)
     n = 11
     assert evaluations == [2, n, n, n, n]
     left = {int(m[1]): m[2] for line in lines if (m := re.match(r"step (\d+)/40 .*ETA ([\d:]+)", line))}
@@ -248,7 +253,7 @@ def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
     rows = [row for row in read_metrics(result.run_dir) if "val/loss" in row]
     store = gptjax.data.prepare(result.cfg, base.tokenizer).val
     batches = list(gptjax.data.eval_batches(store, context_length=window, batch_size=4))
-    totals = [gptjax.tasks.pretrain.task(base.cfg.model).loss(base.params, batch, None)[0] for batch in batches]
+    totals = [next_token(base.cfg.model)(base.params, batch, None)[0] for batch in batches]
     first = sum(float(mean.total) for mean in totals) / sum(float(mean.weight) for mean in totals)
     assert rows[0]["val/loss"] == pytest.approx(first, rel=1e-5) and rows[-1]["val/loss"] < first - 0.1
     params, model = gptjax.load(result.run_dir)
@@ -405,9 +410,9 @@ def test_a_step_of_another_run_is_refused_with_the_difference(copy, make):
 )  # fmt: skip
 def test_a_hostile_meta_is_damage(other, whole):
     meta = json.loads((whole[0].run_dir / "checkpoints" / "40" / "meta.json").read_text())["meta"]
-    loop._meta_config(meta)
+    resume.meta_config(meta)
     with pytest.raises(checkpoint.Damaged, match="meta.json: "):
-        loop._meta_config({**meta, **other})
+        resume.meta_config({**meta, **other})
 
 
 def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> None:
@@ -503,10 +508,10 @@ def test_a_second_trainer_is_refused_and_sigterm_ends_with_143(make, tmp_path):
 
 
 def test_out_of_memory_ends_with_what_would_fit(make, tmp_path, monkeypatch):
-    def call(self, batch):
+    def call(run, call, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
 
-    monkeypatch.setattr(loop._Trainer, "_compile", call)
+    monkeypatch.setattr(loop, "first_call", call)
     cfg = make(tmp_path / "run", "train.batch_size=8")
     with pytest.raises(UserError) as raised:
         gptjax.train(cfg, log=quiet)
@@ -577,12 +582,12 @@ def test_five_in_a_row_stop_with_code_3_and_the_last_good_state(make, tmp_path, 
 
 def test_steps_per_call(make, tmp_path):
     cfg = make(tmp_path)
-    assert loop.steps_per_call(cfg, 1000) == 5
-    assert loop.steps_per_call(cfg, 30_000_000) == 1
-    assert loop.steps_per_call(cfg, 1000, start=8) == 1
+    assert compile.steps_per_call(cfg, 1000) == 5
+    assert compile.steps_per_call(cfg, 30_000_000) == 1
+    assert compile.steps_per_call(cfg, 1000, start=8) == 1
     one = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps_per_call=4))
     with pytest.raises(UserError, match=r"must divide .*checkpoint_every \(10\).*log_every \(5\): use one of 1, 5"):
-        loop.steps_per_call(one, 1000)
+        compile.steps_per_call(one, 1000)
 
 
 @pytest.mark.slow
@@ -595,7 +600,7 @@ def test_epochs_set_the_steps(make, tmp_path, whole):
     cfg = make(tmp_path / "run")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=0.5))
     ready = gptjax.data.prepare(cfg)
-    resolved = loop._resolve(cfg, ready)
+    resolved = pretrain._resolve(cfg, ready)
     assert resolved.train.max_steps == round(0.5 * len(ready.train) / 64)
     assert resolved.model.vocab_size == 257
 

@@ -217,7 +217,7 @@ def test_an_adapter_that_peft_made(name, tmp_path):
 def test_peft_loads_what_was_trained_here(name, form, tmp_path):
     import optax
 
-    from gptjax.tasks import pretrain
+    from gptjax.losses import next_token
     from gptjax.types import Batch
 
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
@@ -225,9 +225,7 @@ def test_peft_loads_what_was_trained_here(name, form, tmp_path):
     params, cfg = gptjax.load(tmp_path / "base")
     lcfg, tx = FORMS[form], optax.adam(3e-2)
     state = gptjax.TrainState.create(lora.init(KEY, params, lcfg), frozen=params, tx=tx, key=KEY)
-    step = jax.jit(
-        gptjax.make_train_step(pretrain.task(cfg).loss, tx, combine=lambda a, base: lora.attach(base, a, lcfg))
-    )
+    step = jax.jit(gptjax.make_train_step(next_token(cfg), tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
     for _ in range(3):
         state, _ = step(state, Batch(TOKENS[:, :-1], TOKENS[:, 1:]))
     export_peft(tmp_path / "adapter", state.params, lcfg, cfg, base=params)
@@ -244,7 +242,7 @@ def test_a_classifier_with_its_head(kind, tmp_path):
     torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
     transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
-    from gptjax.tasks.classify import class_logits
+    from gptjax.losses import class_logits
 
     values = (GPT2 if kind == "GPT2" else SIZES) | dict(pad_token_id=0, num_labels=3)
     config = getattr(transformers, f"{kind}Config")(**values)

@@ -12,50 +12,48 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import weights
+from gptjax import losses, weights
 from gptjax.config import Config
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation
+from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.files import use_json, write_json, write_text
-from gptjax.finetuning import base
-from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.generation import for_decoding, generate
-from gptjax.parallel.distributed import is_writer
-from gptjax.tasks import pretrain
-from gptjax.training.job import Job
-from gptjax.training.loop import TrainResult, run_job
+from gptjax.tasks import finetune, trainable
+from gptjax.tasks.finetune import refuse_missing
 from gptjax.training.progress import Progress
+from gptjax.training.run import TrainResult
+from gptjax.training.task import Loss, Ready
 from gptjax.types import Batch, UserError
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
+__all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
 TURNS = 8  # of a synthetic conversation to train on, at most
 CHUNK = 256  # tokens whose logits are alive at once, where the head is not trained
 
 
-def run(cfg: Config, log: Callable[[str], None] | None = None) -> TrainResult:
-    """Train, then `finish`."""
-    result = run_job(cfg, prepare, log, base.refuse_missing)
-    return finish(result, log or print) if is_writer() else result
+def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
+    """Answer what was held out: responses.jsonl, and the share of exact answers, test.json.
 
-
-def finish(result: TrainResult, say: Callable[[str], None]) -> TrainResult:
-    """Answer what was held out: responses.jsonl, and the share of exact answers."""
+    Args:
+        talks: that were held out; None: read again.
+    """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
-        test, (params, _) = conversations(result.cfg, []).test, weights.load(folder / "final")  # of plain arrays
+        test = talks or conversations(result.cfg, []).test
+        params, _ = weights.load(folder / "final")  # of plain arrays
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             found = scores(rows)
             if result.cfg.instruct.compare:
                 del params
-                base_params = base.base_model(result.cfg).params("float32", None)
+                base_params = finetune.base_model(result.cfg).params("float32", None)
                 before = _answer(folder / BEFORE, base_params, result, test, progress, "the base")
                 found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
         write_json(folder / RESULTS, found)
     for line in use_json(folder / RESULTS, summary):
         say(line)
     say(f"        answers in {folder / RESPONSES}")
-    return result
 
 
 def _answer(
@@ -83,9 +81,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conversations(cfg: Config, notes: list[str] | None = None) -> base.Thirds:
+def conversations(cfg: Config, notes: list[str] | None = None) -> finetune.Thirds:
     """To train, validate and test on. notes: as of `instructions.read`."""
-    parts = base.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
+    parts = finetune.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return parts
@@ -96,17 +94,21 @@ def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     return skills.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
-def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
-    found = base.base_model(cfg)
+def prepare(cfg: Config, progress: Progress) -> Ready:
+    found = finetune.base_model(cfg)
     instruct = cfg.instruct
-    model = base.model_config(cfg, found.cfg)
-    width, notes = base.longest_row(cfg, model), list[str]()
+    model = finetune.model_config(cfg, found.cfg)
+    width, notes = finetune.longest_row(cfg, model), list[str]()
     with progress.phase("preparing the data"):
-        tokenizer, about_style = base.styled(found, instruct.style)
+        tokenizer, about_style = finetune.styled(found, instruct.style)
         talks = conversations(cfg, notes)
         encoded = [
             instructions.encode(
-                part, tokenizer, context_length=width, loss_on=instruct.loss_on, because=base.why_so_long(cfg, model)
+                part,
+                tokenizer,
+                context_length=width,
+                loss_on=instruct.loss_on,
+                because=finetune.why_so_long(cfg, model),
             )
             for part in (talks.train, talks.val)
         ]
@@ -117,7 +119,8 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
     cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
     with progress.phase("loading the base"):
         params = found.params("float32", None)
-    parts = base.parts(cfg, params, {}, model, jax.random.key(cfg.seed), train.tokens.shape[1])
+    fingerprint = weights.fingerprint(params)
+    parts = trainable.partition(cfg, params, {}, model, jax.random.key(cfg.seed), fingerprint)
 
     def batch(step: int) -> Batch:
         return packing.batch(train, step, batch_size=size, seed=cfg.seed)
@@ -131,35 +134,42 @@ def prepare(cfg: Config, progress: Any) -> tuple[Config, Job]:
         *about_style,
         f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
-    return cfg, base.job(
+    task = finetune.make_task(
         cfg,
         parts,
         model=model,
+        fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
         batch=batch,
         where=lambda step: f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}",
-        eval_batches=lambda first: packing.eval_batches(val, size),
-        tokens_per_step=size * train.tokens.shape[1],
+        eval_batches=lambda: packing.eval_batches(val, size),
+        width=train.tokens.shape[1],
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
+    return Ready(cfg, task, talks.test)
 
 
-def loss(cfg: Config) -> Callable:
-    return pretrain.task(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None).loss
+def loss(cfg: Config) -> Loss:
+    return losses.next_token(cfg.model, chunk=CHUNK if cfg.finetune.trainable == "lora" else None)
+
+
+def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
+    ids, counts = (jax.ShapeDtypeStruct((rows, width), dtype) for dtype in (np.int32, np.float32))
+    return Batch(ids, ids, counts, ids, ids)
 
 
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     notes: list[str] = []
-    talks, found = conversations(cfg, notes), base.base_model(cfg)
-    model = base.model_config(cfg, found.cfg)
-    width = base.longest_row(cfg, model)
-    tokenizer, about_style = base.styled(found, cfg.instruct.style)
+    talks, found = conversations(cfg, notes), finetune.base_model(cfg)
+    model = finetune.model_config(cfg, found.cfg)
+    width = finetune.longest_row(cfg, model)
+    tokenizer, about_style = finetune.styled(found, cfg.instruct.style)
     encoded = instructions.encode(
         talks.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
-        because=base.why_so_long(cfg, model),
+        because=finetune.why_so_long(cfg, model),
     )  # fmt: skip
     n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)
     counts = " + ".join(f"{len(part):,}" for part in talks)
@@ -167,7 +177,7 @@ def plan(cfg: Config) -> list[str]:
         f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit",
         *(f"                   {note}" for note in notes),
         *(f"{line[:8]:19}{line[8:]}" for line in about_style),
-        base.plan(cfg, found, model),
+        finetune.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n_rows, cfg.train.batch_size):,} of {cfg.train.batch_size} rows, "
         f"{n_rows:,} rows an epoch",
     ]
@@ -189,7 +199,7 @@ def answers(
     tokenizer = instructions.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), []
     rendered = instructions.render_all(talks, tokenizer)
-    log_probs = jax.jit(lambda params, batch: pretrain.token_log_probs(params, batch, cfg.model))
+    log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import gptjax
 from gptjax import config
 from gptjax.__main__ import main
-from gptjax.finetuning import instruct
+from gptjax.tasks import instruct
 from gptjax.tokenizers import chat
 from gptjax.training.run_dir import read_metrics
 

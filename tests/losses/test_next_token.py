@@ -1,14 +1,13 @@
 """Next-token prediction: the loss of the task is the model's logits against the targets."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from gptjax.losses import next_token
 from gptjax.model.gpt import forward
 from gptjax.ops.loss import cross_entropy
-from gptjax.tasks import pretrain
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Batch
 
@@ -33,7 +32,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(tiny, arch):
     @jax.jit
     def both(params):
         logits = forward(params, data.tokens, cfg, segment_ids=data.segment_ids, positions=data.positions)
-        return pretrain.task(cfg).loss(params, data, None)[0], cross_entropy(logits, data.targets, data.weights)
+        return next_token(cfg)(params, data, None)[0], cross_entropy(logits, data.targets, data.weights)
 
     ours, expected = both(params)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
@@ -43,28 +42,22 @@ def test_loss_is_the_cross_entropy_of_the_logits(tiny, arch):
 def test_plain_batches_need_tokens_and_targets_only(tiny):
     cfg, params = tiny("gpt2")
     data = batch()
-    mean, _ = pretrain.task(cfg).loss(params, Batch(data.tokens, data.targets), None)
+    mean, _ = next_token(cfg)(params, Batch(data.tokens, data.targets), None)
     assert float(mean.weight) == data.tokens.size and np.isfinite(mean.total)
-
-
-def test_init_is_the_models(tiny):
-    cfg, params = tiny("llama")
-    abstract = jax.eval_shape(pretrain.task(cfg).init, jax.random.key(0))
-    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, params)
 
 
 def test_a_key_drops_out_and_none_does_not(tiny):
     cfg, params = tiny("gpt2", dropout=0.5)
-    loss = jax.jit(lambda key: pretrain.task(cfg).loss(params, batch(), key)[0].total)
+    loss = jax.jit(lambda key: next_token(cfg)(params, batch(), key)[0].total)
     dropped = float(loss(jax.random.key(0)))
     assert dropped == float(loss(jax.random.key(0))) != float(loss(jax.random.key(1)))
-    still = pretrain.task(tiny("gpt2")[0]).loss(params, batch(), None)[0].total
+    still = next_token(tiny("gpt2")[0])(params, batch(), None)[0].total
     assert float(loss(None)) == pytest.approx(float(still), rel=1e-5)
 
 
 def steps_of(tiny, tx, **how):
     cfg, params = tiny("gpt2", n_layer=1)
-    step = make_train_step(pretrain.task(cfg).loss, tx, **how)
+    step = make_train_step(next_token(cfg), tx, **how)
     return step, TrainState.create(params, tx=tx, key=jax.random.key(0))
 
 

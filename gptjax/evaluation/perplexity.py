@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.data import packing
 from gptjax.data.instructions import Encoded
-from gptjax.tasks.pretrain import token_log_probs
+from gptjax.losses import token_log_probs
 from gptjax.types import Params
 
 WIDTH, ROWS = 512, 4

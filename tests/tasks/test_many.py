@@ -6,9 +6,9 @@ import pytest
 
 import gptjax
 from gptjax import lora, tree
-from gptjax.finetuning.many import Many, create, make_many_step
+from gptjax.losses import next_token
 from gptjax.optim import make_optimizer
-from gptjax.tasks import pretrain
+from gptjax.tasks.many import Many, create, make_many_step
 from gptjax.types import Batch
 
 LORA = gptjax.LoraConfig(rank=4, dropout=0.1)
@@ -35,7 +35,7 @@ def model(tiny):
 def test_one_program_is_a_loop(model, apart):
     """Against the same functions by hand: a rate in the optimizer, a scale in the config, a rank of that shape."""
     cfg, params = model
-    tx, loss = make_optimizer(gptjax.OptimConfig(lr=1e-2, eps=EPS), STEPS), pretrain.task(cfg).loss
+    tx, loss = make_optimizer(gptjax.OptimConfig(lr=1e-2, eps=EPS), STEPS), next_token(cfg)
     many = Many.of(**MANY)
     states = create(params, many, LORA, tx)
     step = jax.jit(make_many_step(loss, tx, LORA, batches=apart))
@@ -67,7 +67,7 @@ def test_the_base_is_not_copied(model):
     tx = make_optimizer(gptjax.OptimConfig(), STEPS)
     states = create(params, Many.of(**MANY), LORA, tx)
     assert states.frozen is None
-    step = make_many_step(pretrain.task(cfg).loss, tx, LORA)
+    step = make_many_step(next_token(cfg), tx, LORA)
     text = jax.jit(step).lower(states, Many.of(**MANY), params, batch(0)).as_text()
     shape = "x".join(map(str, params["wte"]["embedding"].shape))
     assert f"tensor<{shape}xf32>" in text and f"tensor<{N}x{shape}xf32>" not in text

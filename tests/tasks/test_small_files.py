@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from gptjax.finetuning import classify, instruct, prefer, seeds
 
 from gptjax.files import use_json, write_json
-from gptjax.finetuning import classify, instruct, prefer, seeds
-from gptjax.training.loop import result_of
+from gptjax.training.resume import result_of
 from gptjax.types import UserError
 from gptjax.weights import door
 

@@ -5,11 +5,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from gptjax.finetuning import judge as module
 
 from gptjax import UserError
 from gptjax.__main__ import main
-from gptjax.finetuning import judge as module
-from gptjax.finetuning.judge import judge, number, question
+from gptjax.evaluation.judge import judge, number, question
 
 ROW = {"where": "a:1", "prompt": "Add 1 and 1.", "expected": "2", "answer": "two"}
 KEY = "sk-never-printed"

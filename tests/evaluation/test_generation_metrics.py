@@ -6,7 +6,7 @@ import pytest
 
 from gptjax import UserError
 from gptjax.__main__ import main
-from gptjax.finetuning.answers import check_constraints, held, read, scores, side_by_side, token_f1, win_rate
+from gptjax.evaluation.generation_metrics import check_constraints, held, read, scores, side_by_side, token_f1, win_rate
 
 
 def rows(*answers, nats=1.0):

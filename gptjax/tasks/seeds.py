@@ -13,31 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import config, config_io, weights
+from gptjax import config, config_io, tasks, weights
 from gptjax.config import Config
+from gptjax.evaluation.intervals import t_interval
 from gptjax.files import number, use_json, write_json
-from gptjax.finetuning import base
-from gptjax.finetuning.metrics import t_interval
 from gptjax.parallel.distributed import is_writer
-from gptjax.training import loop
-from gptjax.training.job import Job
-from gptjax.training.loop import TrainResult, run_job
+from gptjax.tasks import finetune
+from gptjax.training import resume
+from gptjax.training.loop import run_task
+from gptjax.training.progress import Progress
+from gptjax.training.run import Hook, TrainResult
 from gptjax.training.run_dir import RunDir, refuse_foreign, refuse_unwritable
+from gptjax.training.task import Ready, Rules, Task, Validation
 from gptjax.types import Mean, Metrics
 
-Prepare = Callable[[Config, Any], tuple[Config, Job]]
+Prepare = Callable[[Config, Progress], Ready]
 
 
-def several(cfg: Config, task: Any, say: Callable[[str], None]) -> TrainResult:
-    """A folder for each seed, then seeds.json: of every score of the test part the mean and a 95 % t interval.
-
-    Args:
-        task: a module with `run`, `prepare` and `finish`.
-    """
+def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
+    """A folder for each seed, then seeds.json: of every score of the test part the mean and a 95 % t interval."""
     folder = Path(cfg.run_dir or "runs/default")
     refuse(cfg)
     seeds = _seeds(cfg)
-    result = _in_one_program(cfg, task, folder, say) if together(cfg) else _in_turn(cfg, task, folder, say)
+    result = _in_one_program(cfg, folder, say, hooks) if together(cfg) else _in_turn(cfg, say, hooks)
     if not is_writer():
         return result
     files = [folder / f"seed-{seed}" / "test.json" for seed in seeds]
@@ -57,15 +55,15 @@ def refuse(cfg: Config) -> bool:
     """What `several` refuses before any data is read; whether all of it is finished already.
 
     Raises:
-        UserError: as `loop.refuse`; and a folder that holds something else than the runs of seeds.
+        UserError: as `resume.refuse`; and a folder that holds something else than the runs of seeds.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
         refuse_unwritable(folder.path)
         refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
     if together(cfg):
-        return loop.refuse(cfg, base.refuse_missing)
-    finished = [loop.refuse(_alone(cfg, seed), base.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
+        return resume.refuse(cfg, finetune.refuse_missing)
+    finished = [resume.refuse(_alone(cfg, seed), finetune.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
     return all(finished)
 
 
@@ -93,49 +91,53 @@ def _alone(cfg: Config, seed: int) -> Config:
     return dataclasses.replace(cfg, seed=seed, run_dir=run_dir, finetune=once)
 
 
-def _in_turn(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
+def _in_turn(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
     for seed in _seeds(cfg):
-        result = task.run(_alone(cfg, seed), say)
+        result = tasks.run(_alone(cfg, seed), say, hooks)
     return result
 
 
-def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], None]) -> TrainResult:
-    prepare = lambda cfg, progress: stacked(cfg, task.prepare, progress)  # noqa: E731
-    result = run_job(cfg, prepare, say, base.refuse_missing)
+def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
+    task = tasks.find(cfg.task)
+
+    def prepare(cfg: Config, progress: Progress) -> Ready:
+        return stacked(cfg, task.prepare, progress)
+
+    result, _ = run_task(cfg, prepare, say, finetune.refuse_missing, hooks)
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"
         settings = config.from_yaml(config_io.read_text(file, "config"), str(file))
         params, _ = weights.load(own / "final")
-        result = task.finish(result._replace(run_dir=own, params=params, cfg=settings), say)
+        result = result._replace(run_dir=own, params=params, cfg=settings)
+        task.evaluate(result, None, say)
     return result
 
 
-def stacked(cfg: Config, prepare: Prepare, progress: Any) -> tuple[Config, Job]:
-    """The jobs of all seeds as one, whose trained leaves and batches have a leading axis of them; the base has none.
+def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
+    """The tasks of all seeds as one, whose trained leaves and batches have a leading axis of them; the base has none.
 
     Each adapter has its own start, data order and split, gradient, clipping and optimizer state, as it has alone; only
     a step that is not finite for one is skipped by all. All take as many steps as the first.
     """
-    jobs, configs = [], []
+    every: list[Task] = []
+    configs: list[Config] = []
     for seed in _seeds(cfg):
-        own, job = prepare(_alone(cfg, seed), progress)
-        jobs.append(job._replace(frozen=None) if jobs else job)  # one base is enough
+        own, task, _ = prepare(_alone(cfg, seed), progress)
+        every.append(task._replace(frozen=None) if every else task)  # one base is enough
         configs.append(own)
-    first, n = jobs[0], len(jobs)
-    steps = configs[0].train
-    configs = [dataclasses.replace(own, train=steps) for own in configs]
+    first, n = every[0], len(every)
+    configs = [dataclasses.replace(own, train=configs[0].train) for own in configs]
 
-    # not of `jobs`, whose trees training replaces
-    losses = first.loss, first.combine
-    batch_of, eval_of, write_of = zip(*((job.batch, job.eval_batches, job.write) for job in jobs), strict=True)
-    n_tokens, describe_one = first.tokens_per_step, first.describe
+    # not of `every`, whose trees training replaces
+    batches_of, validations, write_of = zip(*((one.batches, one.validation, one.write) for one in every), strict=True)
+    build, describe_one = first.build, first.describe
 
-    def batch(step: int) -> Any:
-        return stack([one(step) for one in batch_of])
+    def batches(step: int, k: int, rows: slice | None) -> Any:
+        return jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), stack([one(step, k, rows) for one in batches_of]))
 
     def eval_batches(early: bool) -> Iterator[Any]:
-        for group in itertools.zip_longest(*(one(early) for one in eval_of)):
+        for group in itertools.zip_longest(*(one.batches(early) for one in validations)):
             blank = jax.tree.map(np.zeros_like, next(some for some in group if some is not None))
             yield stack([blank if some is None else some for some in group])
 
@@ -148,21 +150,23 @@ def stacked(cfg: Config, prepare: Prepare, progress: Any) -> tuple[Config, Job]:
             one(i, Path(own.run_dir) / folder.name)
         one(0, folder)  # last, as the run's own: with it the run is complete
 
-    return dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune), first._replace(
-        batch=batch,
-        batches=lambda step, k: jax.tree.map(lambda *xs: np.stack(xs), *(batch(step + i) for i in range(k))),
-        eval_batches=eval_batches,
-        loss=_loss_of_all(*losses),
-        combine=lambda trained, frozen: (trained, frozen),
-        optimizer=_each(first.optimizer, n),
-        tokens_per_step=n * n_tokens,
-        identity={name: " ".join(job.identity[name] for job in jobs) for name in first.identity},
+    def build_all(cfg: Config) -> Rules:
+        loss, combine, optimizer = build(cfg)
+        return Rules(_loss_of_all(loss, combine), lambda trained, frozen: (trained, frozen), _each(optimizer, n))
+
+    def identity(name: str) -> tuple[str, str]:
+        return " ".join(task.identity[name][0] for task in every), first.identity[name][1]
+
+    shared = dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune)
+    return Ready(shared, first._replace(
+        batches=batches,
+        validation=Validation(eval_batches),
+        build=build_all,
+        start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.start for task in every)),
+        identity={name: identity(name) for name in first.identity},
         describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
         write=write,
-        lead=1,
-        rules=None,
-        start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(job.start for job in jobs)),
-    )
+    ))  # fmt: skip
 
 
 def stack(batches: Sequence[Any]) -> Any:

@@ -1,0 +1,65 @@
+"""Classification: one vector of a text, a linear head on it, cross-entropy over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import backbone
+from gptjax.ops.dropout import off
+from gptjax.ops.linear import linear
+from gptjax.ops.loss import cross_entropy
+from gptjax.ops.precision import with_matmul_precision
+from gptjax.types import Mean, Metrics, Params
+
+Pooling = Literal["last", "first", "mean"]
+
+
+def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
+    """`cfg.n_classes` classes; a batch has rows of one or several texts, each a segment: tokens and segment_ids [B, T]
+    int32, text k being segment k + 1; labels [B, K] int32, and weights [B, K] float32, 0 where there is no text k.
+
+    The loss is in nats, summed over texts; its metrics hold `accuracy`.
+    """
+
+    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
+        logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
+        right = (logits.argmax(-1) == batch.labels) * batch.weights
+        return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
+
+    return loss
+
+
+@with_matmul_precision
+def class_logits(
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    cfg: ModelConfig,
+    pooling: Pooling = "last",
+    *,
+    n: int = 1,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """[B, n, n_classes] float32 of the texts that are segments 1 to n, from `params["cls_head"]`. None sees another, or
+    padding, which is segment 0.
+
+    Args:
+        pooling: the hidden state of a text's last token, of its first, or the mean over it.
+    """
+    hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
+    belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
+    if pooling == "mean":
+        share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
+    else:
+        last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)
+        place = last if pooling == "last" else belongs.argmax(-1)
+        pooled = jnp.take_along_axis(hidden, place[..., None], 1)
+    head = params["cls_head"]
+    return linear(pooled.astype(jnp.float32), head["kernel"], head.get("bias"))

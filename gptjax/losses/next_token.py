@@ -1,0 +1,47 @@
+"""Cross-entropy of the next token: pretraining and instruction tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import backbone, head_factors
+from gptjax.ops.dropout import off
+from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
+from gptjax.ops.precision import matmul_precision, with_matmul_precision
+from gptjax.types import Batch, Mean, Metrics, Params
+
+
+def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:
+    """The loss of next-token prediction; batches are `gptjax.types.Batch`.
+
+    Args:
+        chunk: tokens whose logits are alive at once; None: as many as 256 MiB hold. Few cost time only where the head
+            is trained, whose gradient every chunk adds to.
+    """
+
+    @matmul_precision(cfg)
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
+        hidden = backbone(
+            params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
+            dropout_key=None if off(cfg.dropout) else key,
+        )  # fmt: skip
+        hidden, head = head_factors(params, hidden, cfg)
+        mean = linear_cross_entropy(
+            hidden, head, batch.targets, batch.weights, cap=cfg.logit_softcap, dtype=cfg.dtype, chunk=chunk
+        )
+        return mean, {}
+
+    return loss
+
+
+@with_matmul_precision
+def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
+    """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
+    hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
+    hidden, head = head_factors(params, hidden, cfg)
+    return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)

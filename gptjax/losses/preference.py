@@ -1,0 +1,112 @@
+"""Preferences: of two answers to a question the chosen one shall become the likelier. Five losses, the same tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.losses.next_token import token_log_probs
+from gptjax.ops.dropout import off
+from gptjax.types import Mean, Metrics, Params
+
+Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
+BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual ones
+NEEDS_REFERENCE = ("dpo", "ipo", "kto")
+
+
+class Answers(NamedTuple):
+    """What a loss is given, each [B, P, 2] float32 for chosen and rejected but for `present` [B, P]: 1 where a pair is.
+
+    now, before    log-probabilities, summed over an answer's tokens with its end; `before` training
+    length         their number
+    """
+
+    now: jax.Array
+    before: jax.Array
+    length: jax.Array
+    present: jax.Array
+
+
+Two = tuple[jax.Array, jax.Array]  # of a loss: the loss [B, P], and rewards [B, P, 2]
+
+
+def dpo(x: Answers, beta: float, margin: float) -> Two:
+    """-log sigmoid of the difference in reward, beta log(p / p_before). Source: arXiv:2305.18290, eq. 7."""
+    reward = beta * (x.now - x.before)
+    return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1]), reward
+
+
+def ipo(x: Answers, beta: float, margin: float) -> Two:
+    """The difference of log-ratios shall be 1 / (2 beta). Source: arXiv:2310.12036, eq. 17; a token, as TRL has it."""
+    ratio = (x.now - x.before) / x.length
+    return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta)), beta * ratio
+
+
+def orpo(x: Answers, beta: float, margin: float) -> Two:
+    """Loss of the chosen answer a token, less beta log sigmoid of the log odds ratio. Source: arXiv:2403.07691."""
+    mean = jnp.minimum(x.now / x.length, -1e-6)
+    odds = mean - jnp.log(-jnp.expm1(mean))
+    return -mean[..., 0] - beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1]), beta * mean
+
+
+def kto(x: Answers, beta: float, margin: float) -> Two:
+    """Each side by itself against how far the policy has moved. Source: arXiv:2402.01306, eq. 8.
+
+    That distance is taken as the mean log-ratio of the other side in the batch, at least 0 (as TRL's kto_pair), not of
+    mismatched questions and answers: the one loss here that depends on which pairs make up a batch.
+    """
+    ratio = x.now - x.before
+    mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
+    moved = jax.lax.stop_gradient(jnp.maximum(mean, 0))
+    chosen = 1 - jax.nn.sigmoid(beta * (ratio[..., 0] - moved[1]))
+    rejected = 1 - jax.nn.sigmoid(beta * (moved[0] - ratio[..., 1]))
+    return chosen + rejected, beta * ratio
+
+
+def simpo(x: Answers, beta: float, margin: float) -> Two:
+    """-log sigmoid of the difference in log-probability per token beyond a margin. Source: arXiv:2405.14734, eq. 6."""
+    reward = beta * x.now / x.length
+    return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1] - margin), reward
+
+
+LOSSES: dict[str, Callable] = {"dpo": dpo, "ipo": ipo, "orpo": orpo, "kto": kto, "simpo": simpo}
+
+
+def answer_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> Two:
+    """(summed log-probabilities of the answers with their ends, number of tokens), each [B, P, 2] float32.
+
+    Of the params without their adapter these are the reference: no second model is needed.
+
+    Args:
+        batch: tokens, targets, weights, segment_ids [B, T], side s of pair p being segment 2 p + 1 + s; present [B, P].
+    """
+    every = token_log_probs(params, batch, cfg, key)
+    n = 2 * batch.present.shape[1]
+    belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
+    counts = jnp.where(belongs, batch.weights[:, None], 0.0)
+    sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
+    return tuple(x.reshape(-1, n // 2, 2) for x in (sums, counts.sum(-1)))
+
+
+def preference(
+    cfg: ModelConfig, kind: Kind = "dpo", *, beta: float | None = None, margin: float = 1.0
+) -> Callable[..., tuple[Mean, Metrics]]:
+    """One of `LOSSES`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
+
+    Its metrics: `margin`, reward of chosen less that of rejected, and `accuracy`, how often that is above 0.
+    """
+    beta = BETA[kind] if beta is None else beta
+
+    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        now, length = answer_log_probs(params, batch, cfg, None if off(cfg.dropout) else key)
+        present = batch.present
+        losses, reward = LOSSES[kind](Answers(now, batch.reference, jnp.maximum(length, 1), present), beta, margin)
+        gap, n = reward[..., 0] - reward[..., 1], present.sum()
+        metrics = {"margin": Mean((gap * present).sum(), n), "accuracy": Mean(((gap > 0) * present).sum(), n)}
+        return Mean((losses * present).sum(), n), metrics
+
+    return loss

@@ -1,0 +1,206 @@
+"""What every fine-tuning shares: the base, how its data is divided, and the task made of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax import assets, tree, weights
+from gptjax.config import COMPUTED, Config, ModelConfig
+from gptjax.data import instructions
+from gptjax.model.gpt import abstract_params, refuse_classifier
+from gptjax.tasks import trainable
+from gptjax.tasks.trainable import Trainable
+from gptjax.tokenizers import Tokenizer
+from gptjax.training.flops import flops_per_token
+from gptjax.training.task import Loss, Task, Validation
+from gptjax.types import UserError, complaints
+
+HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
+
+
+class Thirds(NamedTuple):
+    """Records to train, validate and test on."""
+
+    train: list[Any]
+    val: list[Any]
+    test: list[Any]
+
+
+def thirds(
+    settings: Any,
+    seed: int,
+    read: Callable[[str, list[str] | None], list],
+    made: Callable[..., list],
+    notes: list[str] | None = None,
+) -> Thirds:
+    """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
+    skills: test and validation ask about words and numbers that training never shows.
+
+    Args:
+        settings: with source, examples, val_fraction, test_fraction. made: (n, seed, held_out) -> records.
+        notes: as of `instructions.read`.
+    """
+    if settings.source is None:
+        n = settings.examples
+        shares = settings.val_fraction, settings.test_fraction
+        held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
+        unseen = made(sum(held), seed, held_out=True)
+        return Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
+    found = read(settings.source, notes)
+    n = len(found)
+    test = int(n * settings.test_fraction)
+    train = int(n * (1 - settings.test_fraction - settings.val_fraction) + 1e-9)
+    parts = Thirds(found[:train], found[train + test :], found[train : train + test])
+    if not all(parts):
+        raise UserError(f"{settings.source}: {n} records are too few for a part to test and one to validate on")
+    return parts
+
+
+def refuse_missing(cfg: Config) -> None:
+    """A cheap look before the data is read; nothing is fetched.
+
+    Raises:
+        UserError: a base or a file of data that is not there, both at once.
+    """
+    name, source, problems = cfg.finetune.base, getattr(cfg, cfg.task).source, []
+    if cfg.task == "classify" and not source:
+        problems.append("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
+    if source and not source.startswith("hf:") and not Path(source).expanduser().exists():
+        problems.append(f"{cfg.task}.source={source}: no such file")
+    if not name.startswith("hf:") and name not in assets.ASSETS:
+        problems += [f"finetune.base: {problem}" for problem in complaints(base_model, cfg)]
+    if problems:
+        raise UserError.all(problems)
+
+
+def base_model(cfg: Config) -> weights.Model:
+    """The base of a fine-tuning, before any tensor is read.
+
+    Raises:
+        UserError: no such model, or a classifier whose answers would be trained.
+    """
+    found = weights.open_model(cfg.finetune.base)
+    if cfg.task != "classify":
+        refuse_classifier(found.cfg, cfg.finetune.base, "name the model that it was made from")
+    return found
+
+
+def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, list[str]]:
+    """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
+    tokenizer = base.tokenizer()
+    return instructions.styled(tokenizer, style), instructions.describe_style(tokenizer, style)
+
+
+def model_config(cfg: Config, base: ModelConfig, **changes: Any) -> ModelConfig:
+    """The base's, computed as the config says."""
+    return dataclasses.replace(base, **{name: getattr(cfg.model, name) for name in COMPUTED}, **changes)
+
+
+def longest_row(cfg: Config, model: ModelConfig) -> int:
+    """The most tokens that a row of the task can have."""
+    settings = getattr(cfg, cfg.task)
+    most = settings.max_length if cfg.task == "classify" else settings.context_length
+    return min(most or model.context_length, model.context_length)
+
+
+def why_so_long(cfg: Config, model: ModelConfig) -> str:
+    """Where the number of `longest_row` comes from, for an error."""
+    asked = getattr(cfg, cfg.task).context_length
+    if asked > model.context_length:
+        return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {asked})"
+    return f" ({cfg.task}.context_length)"
+
+
+def make_task(
+    cfg: Config,
+    parts: Trainable,
+    *,
+    model: ModelConfig,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    loss: Callable[[Config], Loss],
+    batch: Callable[[int], Any],
+    where: Callable[[int], str],
+    eval_batches: Callable[[], Iterable[Any]],
+    width: int,
+    data: str,
+    lines: Sequence[str],
+    files: dict[str, str] | None = None,
+) -> Task:
+    """The task of a fine-tuning, from what only its kind knows.
+
+    Args:
+        fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it. batch: step -> its
+            batch. width: tokens of a row. data: hash of what is trained and validated on. lines: about the data, for
+            the start. files: beside the model.
+    """
+    shapes = abstract_params(model)
+    n_params, base_shapes = tree.size(shapes), trainable.split_heads(shapes)[0]
+    share = trainable.frozen_share(cfg, n_params, tree.size(parts.params))
+    base, source = _base_to_name(cfg, fingerprint), getattr(cfg, cfg.task).source
+    # not `parts`, which would keep the weights that training replaces
+    combine, merge, export = parts.combine, parts.merge, parts.export
+
+    def batches(step: int, k: int, rows: slice | None) -> Any:
+        some = [batch(step + i) for i in range(k)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
+
+    def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
+        weights.save(
+            folder, merge(trained, frozen) if base is None else trainable.with_heads(trained), model, tokenizer,
+            texts | (files or {}), add=lambda partial: export(partial / "adapter", trained, frozen),
+            twin=folder.with_name("best"), base=base,
+        )  # fmt: skip
+
+    return Task(
+        tokenizer=tokenizer,
+        batches=batches,
+        where=where,
+        validation=Validation(lambda first: eval_batches()),
+        build=lambda cfg: trainable.rules(cfg, loss(cfg), combine),
+        start=parts.params,
+        frozen=parts.frozen,
+        flops_per_token=flops_per_token(model, base_shapes, width=width, frozen=share),
+        identity={
+            "base": (fingerprint, f"finetune.base={cfg.finetune.base}"), "data": (data, f"{cfg.task}.source={source}"),
+        },
+        describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
+        write=write,
+    )  # fmt: skip
+
+
+def _base_to_name(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
+    """What `weights.save` writes where the adapter is kept alone; None where the merged weights are."""
+    name, asked = cfg.finetune.base, cfg.finetune.save_merged
+    if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or asked:
+        return None
+    shared = name.startswith("hf:") or (name in assets.ASSETS and not Path(name).exists())
+    if not shared and asked is None:
+        return None
+    source = name if shared else str(Path(name).expanduser().absolute())
+    return weights.native.Base(source, fingerprint, cfg.finetune.quantize, dataclasses.asdict(cfg.lora))._asdict()
+
+
+def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:
+    """A line on the base and what of it would be trained, from shapes."""
+    shapes = abstract_params(model)
+    n, n_trained = tree.size(shapes), tree.size(trainable.abstract_trained(cfg, *trainable.split_heads(shapes), model))
+    return f"base               {found.where}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
+
+
+def _describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:
+    share = f"{n_trained:,} trained ({n_trained / n_params:.2%})"
+    lines = [f"model   {cfg.finetune.base}: {n_params:,} parameters, {share}"]
+    if cfg.finetune.trainable == "lora":
+        lines.append(
+            f"lora    rank {cfg.lora.rank}, scale {cfg.lora.scale:g} ({cfg.lora.scaling}, alpha {cfg.lora.alpha:g}), "
+            f"{cfg.lora.targets}"
+        )
+    rate = f"lr {cfg.optim.lr:g}, {cfg.train.max_steps:,} steps of {cfg.train.batch_size} rows"
+    return [*lines, f"train   {cfg.optim.name}, {rate}"]

@@ -1,0 +1,117 @@
+"""The compiled step: how many steps a call has, the first call, and what to do where it does not fit."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from gptjax import parallel, tree
+from gptjax.config import Config
+from gptjax.signals import Stopped, signal_name
+from gptjax.training.memory import GIB, what_fits
+from gptjax.training.run import Run
+from gptjax.training.step import make_multi_step, make_train_step
+from gptjax.types import UserError
+
+SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
+MOST_STEPS_PER_CALL = 10
+
+
+def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
+    """How many steps go into one compiled call; evaluations, checkpoints, hooks and the end fall between calls.
+
+    None in the config: the largest number up to 10 that divides them all, 1 for models above 20 M parameters.
+
+    Raises:
+        UserError: the given number does not divide them.
+    """
+    settings = cfg.train
+    names = ("eval_every", "checkpoint_every", "log_every")
+    every = {f"train.{name}": getattr(settings, name) for name in names}
+    every |= {f"hooks[{i}]": n for i, n in enumerate(hooks)}
+    every = {name: n for name, n in every.items() if n < settings.max_steps} | {"train.max_steps": settings.max_steps}
+    if settings.steps_per_call is not None:
+        k = settings.steps_per_call
+        bad = [f"{name} ({n})" for name, n in every.items() if n % k]
+        if bad:
+            common = math.gcd(*every.values())
+            fits = ", ".join(str(n) for n in range(1, min(common, 100) + 1) if common % n == 0)
+            raise UserError(f"train.steps_per_call ({k}) must divide {', '.join(bad)}: use one of {fits}")
+        return k
+    if n_params > SMALL_MODEL:
+        return 1
+    common = math.gcd(start, *every.values())
+    return max(k for k in range(1, MOST_STEPS_PER_CALL + 1) if common % k == 0)
+
+
+def make_call(run: Run) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """(state, batch of run.k steps) -> (state, metrics), jitted and not compiled yet."""
+    loss, combine, optimizer = run.rules
+    one = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
+    return parallel.jit_step(one if run.k == 1 else make_multi_step(one), run.mesh, run.state)
+
+
+def first_call(run: Run, call: Callable, batch: Any) -> Any:
+    """The first call compiles, in a thread: a signal must not wait for XLA. Its metrics."""
+    start, result = time.monotonic(), []
+    run.progress.say("compiling the training step ...")
+
+    def first() -> None:
+        try:
+            result.append(jax.block_until_ready(call(run.state, batch)))
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=first, daemon=True, name="gptjax-compile")
+    with run.progress.phase("compiling the training step"):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            if run.signals.code and thread.is_alive():
+                _leave(run)
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    run.state, metrics = result[0]
+    steps = f"{run.k} step{'' if run.k == 1 else 's'}"
+    run.progress.say(f"compiled, first {steps} done in {time.monotonic() - start:.1f} s")
+    return metrics
+
+
+def _leave(run: Run) -> None:
+    """XLA cannot be interrupted, and no step has been taken that is not on disk already."""
+    code = run.signals.code
+    run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
+    if "ipykernel" in sys.modules:
+        raise Stopped(code, "stopped while compiling")
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def too_large(run: Run, error: Exception) -> UserError:
+    """A step did not fit into the device's memory: what would."""
+    settings, device = run.cfg.train, jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    rows = settings.batch_size // settings.accumulation
+    width = run.tokens_per_step // settings.batch_size
+    cut = dict(run.mesh.shape) if run.mesh is not None else {}
+    weights = sum(leaf.nbytes for leaf in tree.flatten(run.state.params).values())
+    lasting = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state.opt_state, run.state.frozen)))
+    lines = what_fits(
+        run.cfg, width, rows_a_device=max(1, rows // (cut.get("data", 1) * cut.get("fsdp", 1))),
+        lasting_bytes=(3 * weights + lasting) // cut.get("fsdp", 1), limit=limit,
+    )  # fmt: skip
+    size = f" of {limit / GIB:.1f} GiB" if limit else ""
+    kept = f"the checkpoint of step {run.saved:,} is kept" if run.saved else "nothing was trained yet"
+    return UserError(
+        f"out of memory: {rows} row{'' if rows == 1 else 's'} of {width} tokens at a time did not fit into the "
+        f"{device.device_kind}{size} ({str(error).splitlines()[0]})\n"
+        f"  {kept}; by estimate one of these fits, in another run_dir:\n"
+        + "\n".join(f"    {line}" for line in lines or ["a smaller model, or more devices (mesh.fsdp)"])
+    )

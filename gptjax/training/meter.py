@@ -1,0 +1,150 @@
+"""What is measured of a run: losses, rates, the time left; one row of metrics at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.optim import make_schedule
+from gptjax.signals import Stopped
+from gptjax.training import loggers
+from gptjax.training.process import NON_FINITE
+from gptjax.training.progress import duration, peak_flops
+from gptjax.training.run import Run
+from gptjax.types import UserError
+
+
+class Meter:
+    """Reads the metrics of a call when the next has been started, and logs what is due.
+
+    Args:
+        run: whose state is there already.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        steps, device = run.cfg.train.max_steps, jax.devices()[0]
+        self.lr = (
+            np.asarray(jax.jit(jax.vmap(make_schedule(run.cfg.optim, steps)))(np.arange(steps))) * run.cfg.optim.lr
+        )
+        self.peak = peak_flops(device.platform, device.device_kind)
+        names = run.cfg.train.loggers if run.writes else ()
+        self.file = loggers.JsonLines(run.dir.metrics) if run.writes else None
+        self.loggers = [self.file] * run.writes + [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in names]
+        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; last reading
+        self.rate = 0.0  # tokens a second, of the last row
+        self.eval_s = self.sample_s = 0.0  # of a whole evaluation, as far as it is known; compiling left out
+        self.pending: tuple[int, Any] | None = None
+        self.compiled = False
+
+    def start(self) -> None:
+        """A call is about to start; the clock of an idle device starts with it."""
+        if self.pending is None:
+            self.mark = time.monotonic()
+
+    def put(self, end: int, metrics: Any) -> None:
+        """A call that ends at step `end` was started: read the one before, while it runs."""
+        before, self.pending = self.pending, (end, metrics)
+        if before:
+            self._read(*before)
+
+    def drain(self) -> None:
+        """Wait for the last call, and read it."""
+        before, self.pending = self.pending, None
+        if before:
+            self._read(*before)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Raises UserError where the disk is full."""
+        try:
+            for logger in self.loggers:
+                logger.log(row)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.run.dir.path}: {error.strerror}; free some space and start again"
+            ) from error
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+    def _read(self, end: int, metrics: Any) -> None:
+        run, settings, counters = self.run, self.run.cfg.train, self.run.counters
+        values = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        if self.compiled:
+            self.busy_s += now - self.mark
+            self.busy_tokens += run.k * run.tokens_per_step
+        self.mark = now
+        for i in range(run.k):
+            step = end - run.k + 1 + i
+            loss, weight = float(values["loss"][i]), float(values["weight"][i])
+            if math.isfinite(loss):
+                counters.loss_total += loss * weight
+                counters.loss_weight += weight
+            if values["skipped_in_a_row"][i] >= settings.max_nonfinite:
+                stop_non_finite(run, step, int(values["skipped_in_a_row"][i]))
+            if step % settings.log_every == 0 or step == settings.max_steps:
+                self._log_step(step, {name: value[i] for name, value in values.items()})
+
+    def _log_step(self, step: int, values: dict[str, Any]) -> None:
+        run, counters = self.run, self.run.counters
+        loss = counters.loss_total / counters.loss_weight if counters.loss_weight else None
+        counters.loss_total = counters.loss_weight = 0.0
+        self.rate = self.busy_tokens / self.busy_s if self.busy_s else self.rate
+        self.busy_s, self.busy_tokens = 0.0, 0
+        row: dict[str, Any] = {
+            "step": step,
+            "train/loss": loss,
+            "lr": float(self.lr[step - 1]),
+            "grad_norm": finite(values["grad_norm"]),
+            "skipped": int(values["skipped"]),
+            "tokens": step * run.tokens_per_step,
+            "tokens_per_s": round(self.rate, 1) or None,
+            "seconds": run.seconds(),
+        }
+        if self.peak and self.rate:
+            row["mfu"] = self.rate * run.task.flops_per_token / self.peak
+        self.log(row)
+        run.progress.status(step, run.cfg.train.max_steps, self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
+        parts = [
+            f"step {step:,}/{total:,} {step / total:4.0%}",
+            f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
+            f"val {val_loss:.4f}" if math.isfinite(val_loss) else "",
+            f"lr {row['lr']:.2e}",
+            f"grad {row['grad_norm']:.2f}" if row["grad_norm"] is not None else "grad not finite",
+            f"{self.rate:,.0f} tok/s" if self.rate else "",
+            f"MFU {row['mfu']:.1%}" if "mfu" in row else "",
+            f"{row['skipped']} skipped" if row["skipped"] else "",
+            f"ETA {duration(self._eta(step))}" if self.rate else "",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _eta(self, step: int) -> float:
+        settings = self.run.cfg.train
+        steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
+        evals = math.ceil(steps / settings.eval_every) + now
+        return steps * self.run.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
+
+
+def stop_non_finite(run: Run, step: int, in_a_row: int) -> None:
+    last = f"checkpoint of step {run.saved:,}" if run.saved else "no checkpoint yet"
+    why = (
+        f"stopped at step {step:,}: loss or gradient was not finite {in_a_row} time{'' if in_a_row == 1 else 's'} in a "
+        f"row (train.max_nonfinite). Those steps changed nothing; kept: {last}.\n"
+        f"  {run.task.where(step - 1)}\n"
+        "  try a lower optim.lr, more optim.warmup_steps, or optim.clip_norm=1"
+    )
+    run.progress.say(why)
+    raise Stopped(NON_FINITE, why)
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None

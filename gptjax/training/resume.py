@@ -1,0 +1,236 @@
+"""Where a run stands: whether it is finished, what it may go on from, what goes into a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax import config, parallel, tokenizers, tree, weights
+from gptjax.checkpoint import Checkpoints, Damaged, Restored
+from gptjax.config import Config
+from gptjax.files import number, use_json
+from gptjax.parallel import distributed, make_mesh, place
+from gptjax.signals import Signals
+from gptjax.training import loggers
+from gptjax.training.compile import steps_per_call
+from gptjax.training.meter import Meter
+from gptjax.training.progress import Progress
+from gptjax.training.run import Counters, Run, TrainResult
+from gptjax.training.run_dir import BITWISE, RunDir, changes, environment, longer
+from gptjax.training.step import TrainState
+from gptjax.training.task import Ready, Task
+from gptjax.types import UserError, complaints
+from gptjax.weights.native import recover_folder
+
+# ---------------------------------------------------------------- before the run
+
+
+def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
+    """What can be refused before any data is read: it costs a second, and nothing is written.
+
+    Args:
+        missing: raises UserError for data, tokenizer or base that are not there.
+    Returns:
+        Whether the run is finished already, which needs nothing of these.
+    Raises:
+        UserError: all that it finds, at once.
+    """
+    run = RunDir(cfg.run_dir or "runs/default")
+    taken = complaints(run.check, cfg)
+    if not taken and _result(run, cfg) is not None:
+        return True
+    settings, alone = cfg.train, cfg.distributed.coordinator is None or jax.distributed.is_initialized()
+    rows = settings.batch_size // settings.accumulation
+    problems = [*complaints(missing, cfg), *complaints(loggers.check, settings.loggers)]
+    if alone:
+        problems += complaints(lambda: make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload))
+    if settings.epochs is None:
+        problems += complaints(steps_per_call, cfg, 0)
+    if problems := [*problems, *(taken or complaints(run.refuse_busy))]:
+        raise UserError.all(problems)
+    return False
+
+
+def finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResult | None:
+    """The result of a run that ended; None if there is something left to do."""
+    if (result := _result(run, cfg)) is None:
+        return None
+    step, loss = result
+    cfg = run.stored()
+    params, _ = weights.load(run.final)
+    say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
+    say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
+    if cfg.optim.schedule == "constant":
+        say("  to make it longer: train.max_steps=N")
+    else:
+        say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
+    return TrainResult(run.path, params, cfg, tokenizers.load(run.final), step, loss)
+
+
+def result_of(result: dict[str, Any]) -> tuple[int, float]:
+    """(step, validation loss) of a result.json. Raises TypeError, ValueError or LookupError where it is damaged."""
+    step, loss = number(result["step"]), float(number(result["val/loss"]))
+    if type(step) is not int or step < 0:
+        raise ValueError(f"expected a whole number at step, got {step}")
+    return step, loss
+
+
+def _result(run: RunDir, cfg: Config) -> tuple[int, float] | None:
+    """What final/ says of the run, where it has all the steps that `cfg` asks for: (step, validation loss)."""
+    file = run.final / "result.json"
+    if not file.exists():
+        return None
+    step, loss = use_json(file, result_of)
+    stored = run.stored()
+    return None if longer(stored, cfg) or step < stored.train.max_steps else (step, loss)
+
+
+# ---------------------------------------------------------------- the run, and its checkpoints
+
+
+def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, signals: Signals) -> Run:
+    """The run with its state: fresh, or of the newest checkpoint."""
+    cfg, task, _ = ready
+    rules, (init, start) = task.build(cfg), task.initial()
+
+    def fresh(start: Any) -> TrainState:
+        init_key, key = jax.random.split(jax.random.key(cfg.seed))
+        return TrainState.create(init(init_key, start), tx=rules.optimizer, key=key)
+
+    abstract = parallel.abstract_on(fresh, mesh, start, offload=cfg.optim.offload)
+    run = Run(
+        cfg, task._replace(start=None, frozen=None), rules, dir, mesh, progress, signals,
+        Checkpoints(dir.checkpoints, cfg.train.keep_checkpoints, progress.say), environment(), distributed.is_writer(),
+        abstract, tree.size(abstract.params), task.batches(0, 1, None).tokens.size,
+    )  # fmt: skip
+    progress.say(f"run     {dir.path}, seed {cfg.seed}, {run.environment['device']}")
+    if mesh is not None:
+        progress.say("mesh    " + " x ".join(f"{name} {n}" for name, n in mesh.shape.items()) + " devices")
+    for line in task.describe(run.n_params):
+        progress.say(line)
+    found = run.checkpoints.restore(abstract, lambda meta: accept(dir, cfg, task, meta))
+    if run.writes:
+        dir.begin(cfg, run.environment)
+        recover_folder(dir.best)
+    if found:
+        go_on(run, found, abstract)
+    else:
+        with progress.phase("compiling the initialisation"):
+            run.state = parallel.init_on(fresh, mesh, start, donate=(0,), offload=cfg.optim.offload)
+        if run.writes:
+            dir.cut_metrics(-1, progress.say)
+            (dir.path / "samples.txt").unlink(missing_ok=True)
+    run.state = run.state.replace(frozen=parallel.place_params(task.frozen, mesh))
+    run.began = time.monotonic() - run.counters.seconds
+    return run
+
+
+def checkpointer(meter: Meter) -> Callable[[Run], None]:
+    """The hook that saves the state, with what a resumed run is held against."""
+
+    def save(run: Run) -> None:
+        if run.saved == run.step:
+            return
+        with run.progress.phase("saving a checkpoint"):
+            meter.drain()
+            if meter.file:
+                meter.file.sync()
+            run.counters.seconds = run.seconds()
+            meta = {
+                "identity": hashes(run.task),
+                "counters": {name: _jsonable(value) for name, value in dataclasses.asdict(run.counters).items()},
+                "environment": run.environment,
+                "config": config.to_yaml(run.cfg),
+            }
+            run.checkpoints.save(run.step, run.state.replace(frozen=None), meta)
+        run.saved = run.step
+
+    return save
+
+
+def hashes(task: Task) -> dict[str, str]:
+    """Of what a checkpoint belongs to, by name."""
+    return {name: digest for name, (digest, _) in task.identity.items()}
+
+
+def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint of other data, another vocabulary or other settings."""
+    stored = meta_config(meta)
+    if bad := [name for name, (digest, _) in task.identity.items() if meta["identity"].get(name) != digest]:
+        settings = dict.fromkeys(task.identity[name][1] for name in bad)
+        raise UserError(
+            f"{dir.path} was trained with another {' and another '.join(bad)}: what is behind "
+            f"{' or '.join(settings)} has changed\n"
+            "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+        )
+    if changed := changes(stored, cfg):
+        raise UserError.all(
+            [
+                f"{dir.checkpoints}: the newest checkpoint is of a run with other settings (there -> here):",
+                *(f"  {line}" for line in changed),
+                "  nothing was overwritten. Move that checkpoint back to its own run, or choose another run_dir=FOLDER",
+            ]
+        )
+
+
+def meta_config(meta: dict[str, Any]) -> Config:
+    """The settings of the run that wrote a checkpoint, after a look at all that `checkpointer` put into its meta.
+
+    Raises:
+        Damaged: a part is missing, or of another type.
+    """
+    for key, kind in (("identity", dict), ("counters", dict), ("environment", dict), ("config", str)):
+        if not isinstance(meta.get(key), kind):
+            raise Damaged(f"meta.json: expected {'text' if kind is str else 'an object'} at meta/{key}")
+    try:
+        _counters(meta["counters"])
+        return config.from_yaml(meta["config"], "its settings")
+    except (TypeError, ValueError, OverflowError) as error:  # a UserError is a ValueError
+        raise Damaged(f"meta.json: {error}") from error
+
+
+def go_on(run: Run, found: Restored, abstract: Any) -> None:
+    """From a checkpoint: its state and counters, and no line of metrics or samples that came after it."""
+    run.step = run.saved = found.step
+    run.state = found.state
+    if run.mesh is not None:
+        run.state = place(found.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    run.counters = _counters(found.meta["counters"])
+    samples = run.dir.path / "samples.txt"
+    if run.writes:
+        run.dir.cut_metrics(run.step, run.progress.say)
+    if run.writes and samples.exists() and samples.stat().st_size > run.counters.samples_bytes:
+        os.truncate(samples, run.counters.samples_bytes)
+    run.progress.say(f"going on from step {run.step:,} of {run.cfg.train.max_steps:,}")
+    before = found.meta["environment"]
+    if changed := [name for name in BITWISE if before.get(name) != run.environment[name]]:
+        run.progress.say(
+            f"WARNING: {', '.join(changed)} changed since the checkpoint (environment.json): the run goes on, but "
+            "not bitwise as if it had never stopped"
+        )
+
+
+def _counters(values: dict[str, Any]) -> Counters:
+    """What `_jsonable` made of them. Raises ValueError, TypeError or OverflowError where it did not."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"unknown counters {', '.join(unknown)}")
+    read = {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
+    for name, value in read.items():
+        if type(value) not in (int, fields[name]) or float(value) == -math.inf:
+            raise ValueError(f"counter {name}: expected a number, got {value!r}")
+    counters = Counters(**read)
+    if counters.samples_bytes < 0:
+        raise ValueError(f"counter samples_bytes: expected at least 0, got {counters.samples_bytes}")
+    return counters
+
+
+def _jsonable(value: Any) -> Any:
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
