@@ -82,6 +82,7 @@ ONE_BY_ONE = {k: cfg for k, cfg in programs.switches(SMALL).items() if k.split("
 ONE_BY_ONE["constants"] = programs.constants(SMALL)
 
 
+@pytest.mark.first_cases(20)
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_a_switch(name):
     """In the gradient, for a TPU; those that are constants in it together. A length of 100 leaves attention to XLA."""

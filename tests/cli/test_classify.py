@@ -46,6 +46,7 @@ def test_many_calls_are_one(run):
         assert row == pytest.approx(same, abs=1e-5)
 
 
+@pytest.mark.first_cases(5)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 @pytest.mark.parametrize("out", ["csv", "tsv", "jsonl"])
 def test_a_file_keeps_its_columns(run, kind, out, here, capsys):

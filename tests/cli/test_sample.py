@@ -79,6 +79,7 @@ def test_a_draft_that_cannot_be(run, tmp_path, capsys):
     assert "sample.ahead would have no effect: sample.draft=null" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_text_and_is_left_out(run, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     options = ["prompt=a", "temperature=5", "max_new_tokens=12", "seed=3"]

@@ -132,6 +132,7 @@ def trained(half_way, here):
     return here
 
 
+@pytest.mark.first_cases(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

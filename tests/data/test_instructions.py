@@ -511,6 +511,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize("name", STRANGE)
 def test_many_texts_in_one_process_are_those_of_one_each(tok, name):
     """Jinja's handling of spaces and line ends, and what a template sets, are as if it ran by itself."""

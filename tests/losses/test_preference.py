@@ -108,6 +108,7 @@ def test_neither_padding_nor_packing_changes_anything(model, before, kind, other
         np.testing.assert_allclose(tree.flatten(two[1])[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kto"])
 def test_parts_of_a_batch_add_up(model, before, kind):
     cfg, params = model

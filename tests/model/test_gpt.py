@@ -96,7 +96,7 @@ def base(tiny):
     }
 
 
-@pytest.mark.first_cases(6)
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize(("arch", "switch"), SWITCHES, ids=lambda x: x if isinstance(x, str) else str(x)[1:-1])
 def test_each_switch_alone_works_and_does_something(tiny, base, arch, switch):
     n_layer = 2 if "value_residual" in switch else 1
@@ -158,6 +158,7 @@ def first_loss(cfg):
     return float(jax.jit(loss)(jax.random.key(0)))
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     ("changes", "excess"),
     [

@@ -181,6 +181,7 @@ WAYS = [
 ELSEWHERE = [(way, platform) for way in (WAYS[0], WAYS[6]) for platform in ("gpu", "tpu")]
 
 
+@pytest.mark.first_cases(6)
 @pytest.mark.parametrize(("way", "platform"), [*((way, "cpu") for way in WAYS), *ELSEWHERE], ids=str)
 def test_however_the_blocks_are_computed(tiny, way, platform):
     switches = {"arch": "llama", "context_length": 2 * T, "d_head": 16, "precision": "highest", **way}
@@ -232,6 +233,7 @@ def test_splash_is_not_used_under_a_stated_precision(precision, dtype, on_tpu):
         assert ("pallas_call" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))) == on_tpu
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 def test_a_cpu_computes_the_same_under_each(build):
     cfg, params = build()

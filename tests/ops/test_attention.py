@@ -39,6 +39,7 @@ CASES = {
 }
 
 
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_full_square(case):
     T, S, options = CASES[case]

@@ -52,7 +52,7 @@ def worst(T=100, B=2, N=4, K=2, H=64, kind="packed", window=0, dtype="float32", 
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
     "case",
     [
@@ -179,6 +179,7 @@ def shapes(T=1024, N=4, K=2, H=64, B=8, dtype="bfloat16"):
     return q, kv, kv, jax.ShapeDtypeStruct((B, T), jnp.int32)
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize("T", [1024, 1000])
 @pytest.mark.parametrize("mesh", [None, (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
 def test_documents_reach_the_kernel(T, mesh):
@@ -188,6 +189,7 @@ def test_documents_reach_the_kernel(T, mesh):
         assert kernels(gradient(), *shapes(T), capability=7.5) == (0, True)
 
 
+@pytest.mark.first_cases(4)
 @pytest.mark.parametrize(
     ("options", "shape"),
     [

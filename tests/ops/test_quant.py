@@ -69,6 +69,7 @@ def test_zeros_stay_zero_and_stacks_are_their_parts(make):
         np.testing.assert_allclose(stacked[i], dense(make(w[i])), rtol=1e-6)
 
 
+@pytest.mark.first_cases(6)
 @pytest.mark.parametrize("rows", [(1,), (2, 5)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leaf", [int8(normal(64, 48)), int8(normal(64, 48), axis=-1), nf4(normal(64, 48))])
@@ -115,6 +116,7 @@ def test_a_word_means_the_kernels_and_the_rest_is_untouched(params):
     assert jax.tree.structure(dequantize(small)) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_gradients_reach_other_leaves_through_quantized_ones(params):
     tokens = jnp.arange(16)[None]
     small = quantize(params, "nf4")

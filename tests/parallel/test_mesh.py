@@ -83,6 +83,7 @@ def described(*shape):
     return jax.sharding.AbstractMesh(shape, AXES)
 
 
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rules_cover_params_adapters_and_optimizers(arch):
     cfg = gptjax.ModelConfig(

@@ -249,6 +249,7 @@ def whole(trained):
     return audit.audit(models, cfg, Letters(), settings)
 
 
+@pytest.mark.slow
 def test_all_of_it(whole, trained):
     assert json.loads(json.dumps(whole)) == whole
     alarms = {(row["check"], row["alarm"]) for row in whole["checks"]}

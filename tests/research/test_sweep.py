@@ -126,6 +126,7 @@ def test_two_devices_share_the_runs(found):
     np.testing.assert_allclose(there["losses"], found.losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_is_said_to(found):
     """And its neighbours in the program did not notice: they are as alone above."""
     row = found.rows[3]

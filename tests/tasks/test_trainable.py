@@ -39,7 +39,7 @@ def taken_apart(model, way):
     return trainable.partition(configured(*WAYS[way]), *trainable.split_heads(params), cfg, KEY)
 
 
-@pytest.mark.first_cases(2)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_put_together_it_is_the_same_model(model, way):
     cfg, params = model

@@ -241,6 +241,7 @@ CONTINUED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
     """The base's shape and tokenizer, windows of another length; the first loss is the base's own."""
     base, (other, window) = whole[0], (tmp_path / "other.txt", 8)
@@ -548,14 +549,14 @@ def poison(monkeypatch, steps: range) -> None:
 
         return make_train_step(bad_loss, tx, **kwargs)
 
-    def bad_batches(self, step, k):
-        batch = batches(self, step, k)
+    def bad_batches(self, step, k, rows=slice(None)):
+        batch = batches(self, step, k, rows)
         tokens = batch.tokens.copy()
         for i in range(k):
             tokens[i, 0, 0] = -1 if step + i in steps else tokens[i, 0, 0]
         return batch._replace(tokens=tokens)
 
-    monkeypatch.setattr(module, "make_train_step", make_bad_step)
+    monkeypatch.setattr(compile, "make_train_step", make_bad_step)
     monkeypatch.setattr(Loader, "batches", bad_batches)
 
 

@@ -81,6 +81,7 @@ def test_dtype_and_place_are_the_callers(run):
         np.testing.assert_array_equal(leaf, tree.flatten(by_tree)[path])
 
 
+@pytest.mark.slow
 def test_every_verb_reads_it(folder, run):
     assert main(["classify", str(run), "AAAAA1"]) == 0
     assert main(["export", "hf", str(run), str(folder / "hf")]) == 0

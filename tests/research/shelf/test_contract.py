@@ -80,7 +80,7 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
-@pytest.mark.first_cases(3)
+@pytest.mark.first_cases(1)
 @pytest.mark.parametrize("name", SHELF)
 def test_an_adapter_fits_and_starts_as_nothing(name):
     member, cfg, params, x = case(name)
