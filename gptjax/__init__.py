@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from gptjax import _moved
+
 # name -> where it lives; "" for a module
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
@@ -57,6 +59,7 @@ _HOMES: dict[str, str] = {
 }
 
 __all__ = list(_HOMES)
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:
