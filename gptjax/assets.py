@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -32,8 +31,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import umask
-from gptjax.types import UserError
 
 CONNECT_TIMEOUT_S = 5  # the canonical address: most of the time it answers at once or not at all
 SMALL_BYTES = 32 << 20  # up to here a cached asset is hashed in full each time it is used
@@ -319,8 +318,7 @@ def _stamp_text(asset: Asset, path: Path) -> str:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        near = difflib.get_close_matches(name, ASSETS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ASSETS, ", did you mean {!r}?")
         raise UserError(f"no asset is called {name!r}{hint} (known: {', '.join(ASSETS)})")
     return ASSETS[name]
 

@@ -18,7 +18,6 @@ Source: docs/gguf.md of ggml (format), ggml-quants.c of ggml (block layouts); va
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import math
 import os
@@ -30,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
 ALIGNMENT = 32  # unless general.alignment says another
@@ -78,8 +77,7 @@ class File:
             UserError: there is no such tensor, or the file is not any more what was read.
         """
         if name not in self.tensors:
-            near = difflib.get_close_matches(name, self.tensors, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, self.tensors, ", did you mean {!r}?")
             raise UserError(f"{self.path}: no tensor is called {_quote(name)}{hint}")
         tensor = self.tensors[name]
         try:

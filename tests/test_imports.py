@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 
 # a part may import parts of a lower number
 LEVEL = {
-    "_moved": 0, "types": 0, "signals": 0, "files": 0, "tree": 0, "config_io": 0, "config": 0, "config_uses": 0,
+    "_moved": -1, "errors": -1,
+    "types": 0, "signals": 0, "files": 0, "tree": 0, "config_io": 0, "config": 0, "config_uses": 0,
     "assets": 0, "gguf": 0,
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,

@@ -13,7 +13,6 @@ gave, so the same corpus has the same names, and the same held-out part, on ever
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import os
@@ -31,8 +30,8 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.config import DataConfig
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import one_line_end, other_encoding, user_path
-from gptjax.types import UserError
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
@@ -106,8 +105,7 @@ def missing(name: str) -> str:
     """What to say of a source that is not there; nothing of one that is, or that would be fetched."""
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
-    near = difflib.get_close_matches(name, assets.ASSETS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, assets.ASSETS, " Did you mean {!r}?")
     return (
         f"data.source={name}: no such file, folder or asset.{hint} "
         f"Assets: {', '.join(assets.ASSETS)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
