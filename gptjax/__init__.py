@@ -43,7 +43,7 @@ _HOMES: dict[str, str] = {
     "plan": "gptjax.planning.plan",
     "quantize": "gptjax.ops.quant",
     "dequantize": "gptjax.ops.quant",
-    "UserError": "gptjax.types",
+    "UserError": "gptjax.errors",
     "LoraConfig": "gptjax.config",
     "MeshConfig": "gptjax.config",
     "lora": "",

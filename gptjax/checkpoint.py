@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"

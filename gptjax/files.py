@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 from gptjax import assets
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 CONTENT = b"to be or not to be\n"
 PLAYS = {"hamlet.txt": b"HAMLET:\nTo be\n", "lear.txt": b"LEAR:\nNothing\n"}

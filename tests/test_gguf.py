@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax import gguf
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 N = 10_000  # mutations of a valid file
 READ_ONLY = [name for name, kind in gguf.TYPES.items() if kind.encode is None]

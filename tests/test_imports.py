@@ -22,9 +22,8 @@ LEVEL = {
     "cli": 8, "__main__": 9, "reference": 9,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
-    ("config", "config_io"), ("config", "types"), ("config_uses", "config"), ("config_uses", "config_io"),
-    ("config_uses", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
-    ("gguf", "types"), ("files", "types"), ("assets", "files"), ("config_io", "files"), ("config", "files"),
+    ("config", "config_io"), ("config_uses", "config"), ("config_uses", "config_io"),
+    ("assets", "files"), ("config_io", "files"), ("config", "files"),
     ("weights", "lora"),  # a model that is kept as an adapter
     ("training", "generation"),  # samples during training
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks

@@ -6,9 +6,8 @@ import importlib
 
 from gptjax.cli import options
 from gptjax.config import Config
-from gptjax.config_io import did_you_mean
 from gptjax.config_uses import TUNINGS
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
 
 
 def run(args: list[str]) -> int:

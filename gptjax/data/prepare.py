@@ -14,7 +14,7 @@ from gptjax.config import Config
 from gptjax.data import store as token_store
 from gptjax.data.sources import Documents, Part, cache_root, documents, measure, missing, split
 from gptjax.data.store import TokenStore
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 class Prepared(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data import sources
+from gptjax.errors import UserError
 from gptjax.files import user_path
-from gptjax.types import UserError
 
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.files import umask
-from gptjax.types import UserError
 
 VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.training.loop import TrainResult
-from gptjax.types import UserError
 
 __all__ = ["finetune", "refuse"]
 

@@ -15,13 +15,14 @@ import optax
 from gptjax import assets, lora, tree, weights
 from gptjax.config import COMPUTED, Config, LoraConfig, ModelConfig
 from gptjax.data import instructions
+from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, layers_apart, layers_stacked, refuse_classifier
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
 from gptjax.training.job import Job, Rules
 from gptjax.training.loop import flops_per_token
-from gptjax.types import Params, UserError, complaints
+from gptjax.types import Params
 from gptjax.weights import families
 
 HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one

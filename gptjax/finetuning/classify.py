@@ -14,6 +14,7 @@ import numpy as np
 from gptjax import weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
+from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
 from gptjax.finetuning import base, metrics
 from gptjax.model.gpt import init_params
@@ -21,7 +22,7 @@ from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import classify
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 from gptjax.weights import read_labels
 from gptjax.weights.door import LABELS
 

@@ -16,6 +16,7 @@ from gptjax import weights
 from gptjax.config import Config
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation
+from gptjax.errors import UserError
 from gptjax.files import use_json, write_json, write_text
 from gptjax.finetuning import base
 from gptjax.finetuning.answers import MAX_PROBLEMS, check_constraints, scores, win_rate
@@ -25,7 +26,7 @@ from gptjax.tasks import pretrain
 from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
 from gptjax.training.progress import Progress
-from gptjax.types import Batch, UserError
+from gptjax.types import Batch
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 TURNS = 8  # of a synthetic conversation to train on, at most

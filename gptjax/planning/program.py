@@ -16,6 +16,7 @@ from gptjax import parallel, tree
 from gptjax.config import Config
 from gptjax.data.labelled import LabelledBatch
 from gptjax.data.preferences import PairBatch
+from gptjax.errors import UserError
 from gptjax.finetuning import base, classify, instruct, prefer
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
@@ -24,7 +25,7 @@ from gptjax.optim import make_optimizer
 from gptjax.tasks import pretrain
 from gptjax.training.job import just_trained
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, UserError
+from gptjax.types import Batch
 
 KINDS = {"classify": classify, "instruct": instruct, "prefer": prefer}
 TEXT, PAIR = 16, 64  # tokens of a text, and of a pair, at the least: so many of them are in a packed row

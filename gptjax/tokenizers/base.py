@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.files import other_encoding, umask
-from gptjax.types import UserError
 
 FILE = "tokenizer.json"
 FORMAT = "gptjax-tokenizer"

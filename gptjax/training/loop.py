@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import Config, ModelConfig, TokenizerConfig
+from gptjax.errors import UserError, complaints
 from gptjax.files import number, use_json
 from gptjax.signals import INTERRUPTED, Signals, Stopped, Terminated, catch_signals, signal_name
 from gptjax.tokenizers import begin_id
@@ -25,7 +26,7 @@ from gptjax.training.job import Job, Rules, just_trained
 from gptjax.training.process import NON_FINITE, keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration, peak_flops
 from gptjax.training.run_dir import BITWISE, RunDir, environment, longer
-from gptjax.types import Params, UserError, complaints
+from gptjax.types import Params
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10

@@ -23,10 +23,11 @@ import numpy as np
 
 from gptjax import assets, gguf, lora, tokenizers, tree
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.files import use_json, user_path
 from gptjax.model.gpt import abstract_params, forward, refuse_classifier
 from gptjax.ops.quant import dequantize, quantize
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 from gptjax.weights import families, llama_cpp, native, safetensors
 from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import places_of, read, refuse, write

@@ -26,9 +26,10 @@ import numpy as np
 
 from gptjax import config, tree
 from gptjax.config import LoraConfig, ModelConfig, flat
+from gptjax.errors import UserError
 from gptjax.files import use_json, user_path
 from gptjax.model.gpt import abstract_params
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 from gptjax.weights import safetensors
 from gptjax.weights.rules import Out, Rule, read
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.gpt import abstract_params
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 Shape = tuple[int, ...]
 _SHOWN = 20  # problems that one error lists

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.files import other_encoding, umask
-from gptjax.types import UserError
 from gptjax.weights.rules import Out, Shape, Stored, refuse
 
 DTYPES: dict[str, Any] = {

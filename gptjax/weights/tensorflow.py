@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 from gptjax.weights.rules import Shape, Stored, refuse
 
 DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number

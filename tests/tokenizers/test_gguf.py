@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from gptjax import assets, gguf, tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import bpe, chat, hf
 from gptjax.tokenizers import gguf as gguf_tokenizer
 from gptjax.tokenizers.gguf import PRE, from_metadata, to_metadata
-from gptjax.types import UserError
 
 KEY = "tokenizer.ggml."
 TEXTS = [

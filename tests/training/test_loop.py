@@ -23,10 +23,10 @@ import gptjax
 from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, load_config, to_yaml
+from gptjax.errors import UserError
 from gptjax.training import loggers, loop, progress
 from gptjax.training.process import Stopped
 from gptjax.training.run_dir import RunDir, read_metrics
-from gptjax.types import UserError
 
 CLOCK = ("seconds", "tokens_per_s")
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 from gptjax.weights import load, safetensors
 from gptjax.weights.rules import Out
 

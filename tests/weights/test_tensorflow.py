@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 from gptjax.weights import tensorflow
 
 N = 10_000  # mutations of a valid index
