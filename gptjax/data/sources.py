@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import numpy as np
 from gptjax import assets
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.files import one_line_end, other_encoding, user_path
+from gptjax.files import one_line_end, other_encoding, replacing, sha256, user_path
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
@@ -173,8 +172,7 @@ def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _hash_file(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -437,15 +435,9 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as out:
-            try:
-                for document in rows():
-                    out.write(json.dumps({"text": document.text}) + "\n")
-                out.close()
-                os.replace(out.name, path)
-            except BaseException:
-                os.unlink(out.name)
-                raise
+        with replacing(path) as out:
+            for document in rows():
+                out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot keep the rows of {name} in {path.parent}: {error.strerror or error}") from error
     return path

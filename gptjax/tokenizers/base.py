@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.files import other_encoding, umask
+from gptjax.files import other_encoding, write_text
 
 FILE = "tokenizer.json"
 FORMAT = "gptjax-tokenizer"
@@ -232,11 +231,7 @@ class Base:
         path = Path(path)
         path = path if path.suffix == ".json" else path / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
-            out.write(self.dumps())
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
+        write_text(path, self.dumps())
         return path
 
     @functools.cached_property

@@ -14,19 +14,17 @@ import math
 import os
 import re
 import struct
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.files import other_encoding, umask
+from gptjax.files import other_encoding, replacing, write_text
 from gptjax.weights.rules import Out, Shape, Stored, refuse
 
 DTYPES: dict[str, Any] = {
@@ -289,7 +287,7 @@ def save(
     total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    _whole(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode() + b"\n"))
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
@@ -302,13 +300,10 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def write(file: BinaryIO) -> None:
+    with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             file.write(_bytes(tensor, dtype))
-
-    _whole(path, write)
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
@@ -316,18 +311,3 @@ def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")
     return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
-
-
-def _whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """The file appears by one rename, complete or not at all."""
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(part)
