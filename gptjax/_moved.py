@@ -14,6 +14,9 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, str] = {  # old path: new path
+    "gptjax.gguf": "gptjax.formats.gguf",
+    "gptjax.weights.safetensors": "gptjax.formats.safetensors",
+    "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }
 
 

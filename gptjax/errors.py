@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+MAX_SHOWN = 20  # problems that `refuse` lists
+MAX_LINE = 300  # characters of one of them: names come out of files
+
 
 class UserError(ValueError):
     """Bad input from a person: the command line prints it without a traceback and exits with code 2.
@@ -24,6 +27,15 @@ class Problems(list[str]):
     def raise_if_any(self) -> None:
         if self:
             raise UserError.all(self)
+
+
+def refuse(where: str, problems: list[str]) -> None:
+    """Raises one UserError for all the problems, in order; the first MAX_SHOWN are spelled out."""
+    if problems:
+        shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
+        if len(problems) > MAX_SHOWN:
+            shown.append(f"... and {len(problems) - MAX_SHOWN} more")
+        raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:

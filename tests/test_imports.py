@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 LEVEL = {
     "_moved": -1, "errors": -1,
     "types": 0, "signals": 0, "files": 0, "tree": 0, "config_io": 0, "config": 0, "config_uses": 0,
-    "assets": 0, "gguf": 0,
+    "assets": 0, "formats": 0,
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "tasks": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
@@ -23,7 +23,7 @@ LEVEL = {
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("config", "config_io"), ("config_uses", "config"), ("config_uses", "config_io"),
-    ("assets", "files"), ("config_io", "files"), ("config", "files"),
+    ("assets", "files"), ("config_io", "files"), ("config", "files"), ("formats", "files"),
     ("weights", "lora"),  # a model that is kept as an adapter
     ("training", "generation"),  # samples during training
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
@@ -35,7 +35,7 @@ NEVER = {
     "config": {"jax", "flax", "optax"},
     "config_io": {"jax", "flax", "optax"},
     "assets": {"jax", "flax", "optax"},
-    "gguf": {"jax", "flax", "optax"},
+    "formats": {"jax", "flax", "optax"},
     "optim": {"model", "lora"},
     "training": {"lora"},
     "ops": {"data", "tokenizers", "model"},

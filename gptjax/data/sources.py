@@ -31,6 +31,7 @@ from gptjax import assets
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import one_line_end, other_encoding, replacing, sha256, user_path
+from gptjax.formats import json as strict_json
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
@@ -222,9 +223,7 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
-        except RecursionError as error:
-            raise UserError(f"{where}: nested too deeply") from error
+            row = strict_json.loads(line, constants=False)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}:{error.colno}: not a complete JSON object ({error.msg}): each line must hold one"
@@ -234,18 +233,6 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: each line must be a JSON object, found {kind_of(row)}")
         yield Document(f"{name}:{number}", _field(row, field, where), name)
-
-
-def unique(pairs: list) -> dict:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise ValueError(f"duplicate key {next(key for key in keys if keys[key] > 1)!r:.80}")
-    return row
-
-
-def no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _field(row: dict, field: str, where: str) -> str:

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gptjax.errors import UserError
-from gptjax.files import other_encoding, replacing, write_text
-from gptjax.weights.rules import Out, Shape, Stored, refuse
+from gptjax.errors import UserError, refuse
+from gptjax.files import replacing, write_text
+from gptjax.formats.json import parse_json
+from gptjax.formats.tensors import Out, Shape, Stored
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -34,7 +34,6 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = MAX_INDEX = 32 << 20  # the format allows 100 MB; 50,000 tensors take 5
-MAX_VALUES = 500_000  # in either: they cost up to 600 bytes of memory each; a tensor has 8 in a header
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,31 +132,6 @@ def _looks_like(head: bytes) -> str:
         if head.startswith(magic) and head[8:9] != b"{":  # the length of a header can begin like any of them
             return f"not a safetensors file but {what}"
     return "not a whole safetensors file"
-
-
-def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice, of at most MAX_VALUES values."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise UserError(f"{where}: {name!r:.80} stands twice in the {what}")
-        return found
-
-    if other := other_encoding(text):
-        raise UserError(f"{where}: {other}")
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
-    try:
-        body = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: the {what} is not JSON ({str(error)[:100]})") from error
-    if not isinstance(body, dict):
-        raise UserError(f"{where}: the {what} must be a JSON object, got {type(body).__name__}")
-    return body
 
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
