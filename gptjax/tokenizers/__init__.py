@@ -62,7 +62,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     user_path(name_or_path)
     path = assets.model_file(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
-        from gptjax import gguf
+        from gptjax.formats import gguf
 
         return _module("gguf").from_metadata(gguf.read(path).metadata)
     candidates = [path / "final" / FILE, path / FILE] if path.is_dir() else [path]

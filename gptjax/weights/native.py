@@ -28,9 +28,9 @@ from gptjax import config, tree
 from gptjax.config import LoraConfig, ModelConfig, flat
 from gptjax.errors import UserError
 from gptjax.files import json_sha256, sha256, sync, use_json, user_path
+from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
-from gptjax.weights import safetensors
 from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1

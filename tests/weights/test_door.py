@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import assets, gguf, tokenizers, weights
+from gptjax import assets, tokenizers, weights
 from gptjax.errors import UserError
+from gptjax.formats import gguf
 from gptjax.tokenizers import hf
 from gptjax.weights import door, llama_cpp
 

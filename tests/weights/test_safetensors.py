@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gptjax.errors import UserError
-from gptjax.weights import load, safetensors
+from gptjax.formats import safetensors
+from gptjax.weights import load
 from gptjax.weights.rules import Out
 
 N = 10_000  # mutations of a valid file
