@@ -55,6 +55,7 @@ _HOMES: dict[str, str] = {
     "tokenizers": "",
     "assets": "",
     "data": "",
+    "types": "",
     "presets": "gptjax.config",
 }
 
