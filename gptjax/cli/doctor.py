@@ -19,7 +19,7 @@ from gptjax.errors import UserError
 
 PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
-    "tokenizers", "safetensors",
+    "tokenizers",
 )  # fmt: skip
 OF_ACCELERATORS = ("libtpu", *cuda.PACKAGES)  # printed only where they are
 
