@@ -49,8 +49,9 @@ def forgotten():
 )
 def test_every_form_of_import_gives_the_same_module_and_names_the_new_path(gone, statement, new):
     seen = {}
-    with pytest.warns(DeprecationWarning, match=rf"gptjax\.\S+ is now {new};") as warned:
+    with pytest.warns(DeprecationWarning, match=r"^gptjax\.\S+ is now gptjax\.") as warned:
         exec(statement, seen)
+    assert f" is now {new};" in str(warned[-1].message)
     assert seen["got"] is importlib.import_module(new) and seen["got"].__spec__.name == new
     assert warned[0].filename == "<string>"  # the line that imports is named
 
@@ -74,7 +75,7 @@ def test_names_are_imported_from_an_old_path(gone):
     from gptjax.files import write_text
 
     seen = {}
-    with pytest.warns(DeprecationWarning, match=r"gptjax.gone.deep is now gptjax.files"):
+    with pytest.warns(DeprecationWarning, match=r"^gptjax\.gone\S* is now gptjax\."):
         exec("from gptjax.gone.deep import write_text", seen)
     assert seen["write_text"] is write_text
     with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="nothing"):
@@ -103,8 +104,9 @@ def test_a_script_is_told_in_its_own_line(tmp_path):
 def test_a_row_of_the_table_leads_from_where_nothing_stands_to_a_module(old, new):
     path = ROOT / old.replace(".", "/")
     assert not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()
-    with forgotten(), pytest.warns(DeprecationWarning, match=f"{old} is now {new};"):
+    with forgotten(), pytest.warns(DeprecationWarning, match=" is now ") as warned:
         imported = importlib.import_module(old)
+    assert f"{old} is now {new};" in str(warned[-1].message)
     assert imported is importlib.import_module(new) or imported.__path__ == []
 
 
