@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_a_run_that_was_killed_while_it_wrote_a_file_can_start_again(tmp_path):
     code = (
         "import os, pathlib\nfrom gptjax.files import replacing\nwith replacing(pathlib.Path('loss.png')): os._exit(9)"
     )
-    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env).returncode == 9
     assert len(os.listdir(tmp_path)) == 1
     refuse_foreign(tmp_path)
