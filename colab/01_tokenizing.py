@@ -13,8 +13,8 @@ from itertools import pairwise
 import regex
 
 from gptjax import assets, show, tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import bpe, words
-from gptjax.types import UserError
 
 play = (assets.fetch("shakespeare") / "hamlet.txt").read_text(encoding="utf-8")
 print(f"{len(play):,} characters")

@@ -17,7 +17,7 @@ import gptjax
 from gptjax import assets, data, show, tokenizers
 from gptjax.data import mixture, packing
 from gptjax.data.loader import gather
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 # %% [markdown]
 # ## Windows

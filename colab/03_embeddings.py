@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import gptjax
-from gptjax import assets, gguf, show, tokenizers
+from gptjax import assets, show, tokenizers
+from gptjax.formats import gguf
 from gptjax.ops import position
 from gptjax.ops.linear import take
 

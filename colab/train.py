@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     threading.Thread(target=speak, args=(out, end), daemon=True).start()
     try:
         from gptjax.__main__ import main as gptjax
-        from gptjax.types import UserError
+        from gptjax.errors import UserError
 
         try:
             arguments, run_dir = command(argv)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from gptjax import _moved
+
 # name -> where it lives; "" for a module
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
@@ -41,7 +43,7 @@ _HOMES: dict[str, str] = {
     "plan": "gptjax.planning.plan",
     "quantize": "gptjax.ops.quant",
     "dequantize": "gptjax.ops.quant",
-    "UserError": "gptjax.types",
+    "UserError": "gptjax.errors",
     "LoraConfig": "gptjax.config",
     "MeshConfig": "gptjax.config",
     "lora": "",
@@ -54,10 +56,12 @@ _HOMES: dict[str, str] = {
     "tokenizers": "",
     "assets": "",
     "data": "",
+    "types": "",
     "presets": "gptjax.config",
 }
 
 __all__ = list(_HOMES)
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gptjax.cli import VERBS
+from gptjax.errors import UserError
 from gptjax.signals import HEARD, INTERRUPTED, catch_signals, signal_name
-from gptjax.types import UserError
 
 USER_ERROR = 2
 TRAINS = ("pretrain", "finetune", "sweep")
@@ -89,7 +89,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     name, *args = argv
     if name not in VERBS:
-        from gptjax.config_io import did_you_mean
+        from gptjax.errors import did_you_mean
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), VERBS)
         raise UserError(

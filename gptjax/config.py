@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from gptjax import config_io
-from gptjax.config_io import Leaf, Problems
+from gptjax.config_io import Leaf
+from gptjax.errors import Problems, UserError, did_you_mean
 from gptjax.files import user_path
-from gptjax.types import UserError
 
 # What each `arch` switches on. A switch that is given explicitly wins over this table.
 ARCHS: dict[str, dict[str, Any]] = {
@@ -656,7 +656,7 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
         return known[text]
     if text.endswith((".yaml", ".yml")) or "/" in text or path.exists():
         raise UserError(f"{path}: no such config file; `gptjax presets ls` lists what is here")
-    hint = config_io.did_you_mean(text, known)
+    hint = did_you_mean(text, known)
     raise UserError(f"no preset or file {text!r}{hint or '; presets: ' + ', '.join(known)}")
 
 

@@ -5,15 +5,14 @@ Nothing here knows the schema: a leaf's text is typed later, by the field it is 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax.errors import Problems, UserError, did_you_mean, nearest
 from gptjax.files import other_encoding
-from gptjax.types import UserError
 
 # What peers (nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl, the book) call the same thing.
 ALIASES: dict[str, str] = {
@@ -90,14 +89,6 @@ class Leaf(NamedTuple):
     key: str
     value: Any
     where: str
-
-
-class Problems(list[str]):
-    """Complaints, collected so that a person sees all of them at once."""
-
-    def raise_if_any(self) -> None:
-        if self:
-            raise UserError.all(self)
 
 
 def read_text(path: Path, what: str = "file") -> str:
@@ -267,12 +258,6 @@ def split_list(text: str) -> list[str]:
     return items
 
 
-def did_you_mean(word: str, known: Iterable[str], *, lead: str = "; did you mean ") -> str:
-    """ "; did you mean x?" or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"{lead}{near[0]}?" if near else ""
-
-
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """What to say about a key that the schema does not have: ours for a peer's name, or the nearest spelling."""
     last = key.rpartition(".")[2].lower()
@@ -292,7 +277,6 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     leaves = {name.rpartition(".")[2]: name for name in known} | {
         peer: ours for peer, ours in ALIASES.items() if ours in known
     }
-    near = difflib.get_close_matches(last, list(leaves), n=1, cutoff=0.7)
-    if not hint and near:
-        hint = f"; did you mean {leaves[near[0]]}?"
+    if not hint and (near := nearest(last, leaves, cutoff=0.7)):
+        hint = f"; did you mean {leaves[near]}?"
     return f"unknown key {key}{hint or '; `gptjax VERB --help` lists what a verb reads'}"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from gptjax import config
 from gptjax.config import COMPUTED, Config, Provenance
 from gptjax.config_io import Leaf
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")

@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 T = TypeVar("T")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Through a second file and a rename: readers never see a half."""
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of `path` at the end of the block: by one rename, when all of it is
+    on the disk. Where the block raises, nothing has changed.
+
+    Several processes may do this at once: readers see a whole file of one of them.
+    """
+    partial = path.with_name(f".{os.urandom(4).hex()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it as UTF-8, or nothing: see `replacing`."""
+    data = text.encode()
+    with replacing(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, indented by one; letters stay letters."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     write_text(path, text.encode("utf-8", "backslashreplace").decode() + "\n")  # half a character as JSON escapes it
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names of a folder, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Of a JSON value, whatever the order of its keys. These hashes are kept on disk: the text must stay as it is."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +171,7 @@ def refuse_existing(path: Path, setting: str = "out") -> None:
 
 
 def umask() -> int:
-    """The permissions that the user's new files shall not have; files of `tempfile` ignore it."""
+    """The permissions that the user's new files shall not have; folders of `tempfile` ignore it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 _STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
 

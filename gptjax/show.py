@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
 _MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it

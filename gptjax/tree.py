@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def path_string(path: tuple) -> str:

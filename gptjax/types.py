@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from gptjax.errors import UserError, complaints
+
+__all__ = ["Batch", "Mean", "Metrics", "Params", "UserError", "complaints"]
 
 Params = dict[str, Any]  # nested dict of arrays, paths such as "blocks/attn/q/kernel"
 Metrics = dict[str, Any]  # name -> Mean or scalar
-
-
-class UserError(ValueError):
-    """Bad input from a person: the command line prints it without a traceback and exits with code 2.
-
-    Say what was expected, what came, where, and the way out. Collect every problem before raising:
-    `UserError.all(["...", "..."])` joins them one to a line.
-    """
-
-    @classmethod
-    def all(cls, problems: list[str]) -> UserError:
-        return cls("\n".join(problems))
-
-
-def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """What the check raises for a person, or nothing: for several checks whose problems are said at once."""
-    try:
-        check(*args)
-    except UserError as error:
-        return [str(error)]
-    return []
 
 
 class Mean(NamedTuple):

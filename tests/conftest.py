@@ -71,7 +71,7 @@ def room():
 
 def _fetch(name: str):
     from gptjax import assets
-    from gptjax.types import UserError
+    from gptjax.errors import UserError
 
     try:
         return assets.fetch(name)

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 from gptjax import assets
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 CONTENT = b"to be or not to be\n"
 PLAYS = {"hamlet.txt": b"HAMLET:\nTo be\n", "lear.txt": b"LEAR:\nNothing\n"}
@@ -140,7 +140,7 @@ def test_a_large_file_is_hashed_once(registry, monkeypatch):
     monkeypatch.setattr(assets, "SMALL_BYTES", 0)
     path = assets.fetch("one")
     hashed = []
-    monkeypatch.setattr(assets, "_sha256", lambda p, real=assets._sha256: hashed.append(p) or real(p))
+    monkeypatch.setattr(assets, "sha256", lambda p, real=assets.sha256: hashed.append(p) or real(p))
     assert assets.fetch("one") == path and hashed == []
     path.write_bytes(CONTENT + b"more")
     assert assets.fetch("one").read_bytes() == CONTENT and path in hashed

@@ -15,8 +15,8 @@ import pytest
 
 from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints, fingerprints
+from gptjax.errors import UserError
 from gptjax.training.step import TrainState
-from gptjax.types import UserError
 
 
 def make_state(scale: float = 1.0) -> TrainState:

@@ -22,7 +22,7 @@ from gptjax.config import (
     to_yaml,
     validate,
 )
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def write(folder, name, text):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import gguf
-from gptjax.types import UserError
+from gptjax.errors import UserError
+from gptjax.formats import gguf
 
 N = 10_000  # mutations of a valid file
 READ_ONLY = [name for name, kind in gguf.TYPES.items() if kind.encode is None]

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 
 # a part may import parts of a lower number
 LEVEL = {
+    "_moved": -1, "errors": -1,
     "types": 0, "signals": 0, "files": 0, "tree": 0, "config_io": 0, "config": 0, "config_uses": 0,
-    "assets": 0, "gguf": 0,
+    "assets": 0, "formats": 0,
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "losses": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
@@ -21,9 +22,8 @@ LEVEL = {
     "cli": 9, "__main__": 10, "reference": 10,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
-    ("config", "config_io"), ("config", "types"), ("config_uses", "config"), ("config_uses", "config_io"),
-    ("config_uses", "types"), ("config_io", "types"), ("tree", "types"), ("assets", "types"),
-    ("gguf", "types"), ("files", "types"), ("assets", "files"), ("config_io", "files"), ("config", "files"),
+    ("config", "config_io"), ("config_uses", "config"), ("config_uses", "config_io"),
+    ("assets", "files"), ("config_io", "files"), ("config", "files"), ("formats", "files"),
     ("weights", "lora"),  # a model that is kept as an adapter
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip
@@ -34,7 +34,7 @@ NEVER = {
     "config": {"jax", "flax", "optax"},
     "config_io": {"jax", "flax", "optax"},
     "assets": {"jax", "flax", "optax"},
-    "gguf": {"jax", "flax", "optax"},
+    "formats": {"jax", "flax", "optax"},
     "optim": {"model", "lora"},
     "training": {"lora", "model", "losses", "tasks"},
     "ops": {"data", "tokenizers", "model"},

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax import show, tokenizers
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 BYTES = tokenizers.load("bytes")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax import tree
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TREE = {"wte": {"embedding": np.zeros((3, 2))}, "blocks": {"attn": {"q": {"kernel": np.ones(4)}}, "ln": np.ones(2)}}
 

@@ -10,7 +10,7 @@ import pytest
 
 import gptjax
 from gptjax import tree
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 CFG = gptjax.ModelConfig(n_layer=1, n_head=2, d_model=8, context_length=16, vocab_size=11)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.cli.options import is_setting, note
-from gptjax.config_io import did_you_mean
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json, write_text
-from gptjax.types import UserError
 
 USAGE = "expected: gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [out=NAME]"
 TEXTS = ("train", "held_out", "canaries", "prompts", "base", "out", "of")

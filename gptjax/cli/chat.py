@@ -15,8 +15,8 @@ from typing import Any
 from gptjax.cli import options
 from gptjax.cli.sample import configure
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.signals import catch_signals
-from gptjax.types import UserError
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
 EVERY = 4  # tokens between two looks at the screen

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.cli.options import note
-from gptjax.config_io import did_you_mean, read_text
 from gptjax.config_io import from_yaml as leaves_of
+from gptjax.config_io import read_text
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, refuse_existing
-from gptjax.types import UserError
 
 USAGE = 'expected: gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [out=FILE.csv]'
 SETTINGS = ("text", "text_field", "out")

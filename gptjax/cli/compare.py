@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
-from gptjax.config_io import did_you_mean
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_text
-from gptjax.types import UserError
 
 COLUMNS = {
     "n": "answers", "exact": "exact", "normalised": "but case", "token_f1": "token F1",

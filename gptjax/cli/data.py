@@ -5,9 +5,8 @@ from __future__ import annotations
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, load_config
-from gptjax.config_io import did_you_mean
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
-from gptjax.types import UserError
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"

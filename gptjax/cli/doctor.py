@@ -15,11 +15,11 @@ from typing import Any
 from gptjax import assets
 from gptjax.cli import cuda
 from gptjax.cli.options import human
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
-    "tokenizers", "safetensors",
+    "tokenizers",
 )  # fmt: skip
 OF_ACCELERATORS = ("libtpu", *cuda.PACKAGES)  # printed only where they are
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from gptjax.cli import options
 from gptjax.config import Config
-from gptjax.config_io import did_you_mean
 from gptjax.config_uses import TUNINGS
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
 
 
 def run(args: list[str]) -> int:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from gptjax import config_uses
 from gptjax.config import Config, ModelConfig, Provenance, describe, file_layers, flat, schema, to_yaml, yaml_value
-from gptjax.config_io import ALIASES, EXAMPLE, Leaf, Problems, did_you_mean, from_args
+from gptjax.config_io import ALIASES, EXAMPLE, Leaf, from_args
 from gptjax.config_uses import matches
-from gptjax.types import UserError
+from gptjax.errors import Problems, UserError, did_you_mean
 
 SWITCHES = ("dry-run", "print-config")
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from gptjax import config_uses
 from gptjax.cli import options
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.files import new_file, refuse_existing, write_text
-from gptjax.types import UserError
 
 DEFAULT = "gpt2-124m"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.config import config_file, presets
-from gptjax.config_io import did_you_mean, read_text
-from gptjax.types import UserError
+from gptjax.config_io import read_text
+from gptjax.errors import UserError, did_you_mean
 
 ACTIONS = ("ls", "show", "cp")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from gptjax.cli import options
 from gptjax.config import Config, Provenance, resolve
 from gptjax.config_io import Leaf, from_yaml, read_text
+from gptjax.errors import UserError, complaints
 from gptjax.files import new_file, one_line_end, refuse_existing
-from gptjax.types import UserError, complaints
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 

@@ -10,8 +10,8 @@ from typing import Any
 from gptjax import config_uses
 from gptjax.cli import options
 from gptjax.config import Config, config_file, to_yaml
-from gptjax.config_io import Leaf, Problems
-from gptjax.types import UserError, complaints
+from gptjax.config_io import Leaf
+from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
 AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # where none is given

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.config import Config, resolve
-from gptjax.config_io import did_you_mean
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
 
 READS = ("tokenizer.*", "data.*")
 USAGE = {

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config_io import did_you_mean, from_yaml, read_text
+from gptjax.config_io import from_yaml, read_text
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import refuse_existing
-from gptjax.types import UserError
 
 FORMATS = ("hf", "gguf", "peft", "stablehlo")
 TYPES = ("F32", "F16", "BF16", "Q8_0")

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data import labelled, records, sources
+from gptjax.errors import UserError
 from gptjax.files import user_path
-from gptjax.types import UserError
 
 MAX_PROBLEMS, EXCERPT, PERMUTATIONS, WORDS = 20, 60, 128, 3
 OUTLIER = 3.5  # robust z-score (Iglewicz and Hoaglin 1993)

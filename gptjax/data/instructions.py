@@ -11,7 +11,6 @@ although padding, or the user's turn, may hold the same id.
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gptjax.data import records, sources
+from gptjax.errors import UserError, did_you_mean
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
-from gptjax.types import UserError
 
 STYLES = ("chat", "chatml", "alpaca", "phi3")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # what ShareGPT calls them
@@ -428,8 +427,7 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
     """
     style = style or default_style(tokenizer)
     if style not in STYLES:
-        near = difflib.get_close_matches(style, STYLES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(style, STYLES, ", did you mean {!r}?")
         raise UserError(f"no prompt style {style!r}{hint} (known: {', '.join(STYLES)})")
     if style != "chat":
         begin = chat.BEGIN if tokenizer.add_bos and tokenizer.bos_id is not None else ""

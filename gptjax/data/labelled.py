@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gptjax.data import loader, packing, records, sources
+from gptjax.errors import UserError
 from gptjax.files import user_path
-from gptjax.types import UserError
 
 MAX_PROBLEMS = 20
 MOST_CLASSES = 1000

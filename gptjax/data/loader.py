@@ -17,7 +17,8 @@ import numpy as np
 from gptjax.config import DataConfig
 from gptjax.data import mixture, windows
 from gptjax.data.store import TokenStore
-from gptjax.types import Batch, UserError
+from gptjax.errors import UserError
+from gptjax.types import Batch
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def shares(weights, temperature: float = 1.0) -> np.ndarray:

@@ -17,7 +17,8 @@ import numpy as np
 
 from gptjax.data.instructions import Encoded
 from gptjax.data.loader import epoch_rows
-from gptjax.types import Batch, UserError
+from gptjax.errors import UserError
+from gptjax.types import Batch
 
 
 class Rows(NamedTuple):

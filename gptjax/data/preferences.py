@@ -19,8 +19,8 @@ import numpy as np
 
 from gptjax.data import instructions, loader, packing, skills
 from gptjax.data.instructions import Conversation, Formats, Style
+from gptjax.errors import UserError
 from gptjax.tokenizers.base import Tokenizer
-from gptjax.types import UserError
 
 SIDES = ("chosen", "rejected")
 

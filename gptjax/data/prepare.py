@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +12,8 @@ from gptjax.config import Config
 from gptjax.data import store as token_store
 from gptjax.data.sources import Documents, Part, cache_root, documents, measure, missing, split
 from gptjax.data.store import TokenStore
-from gptjax.types import UserError
+from gptjax.errors import UserError
+from gptjax.files import json_sha256
 
 
 class Prepared(NamedTuple):
@@ -225,4 +224,4 @@ def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Any) -> 
         "split": None if held else [data.split, data.val_fraction],
         "tokenizer": tokenizer,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return json_sha256(parts)[:32]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from gptjax.data import sources
+from gptjax.errors import UserError
 from gptjax.files import user_path
-from gptjax.types import UserError
+from gptjax.formats import json as strict_json
 
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 
@@ -44,11 +45,9 @@ def _object(text: str) -> dict | UserError:
 def loads(text: str) -> Any:
     """A JSON value, strictly: no key twice, no NaN; or what is wrong with it."""
     try:
-        return json.loads(text, object_pairs_hook=sources.unique, parse_constant=sources.no_constant)
-    except json.JSONDecodeError as error:
+        return strict_json.loads(text, constants=False)
+    except JSONDecodeError as error:
         return UserError(f"not whole JSON: {error}")
-    except RecursionError:
-        return UserError("nested too deeply")
     except ValueError as error:
         return UserError(str(error))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gptjax.data.instructions import Conversation
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 HELD_OUT = 5  # one of so many
 ATTEMPTS = 100  # to find a question that was not asked yet

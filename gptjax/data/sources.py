@@ -13,12 +13,10 @@ gave, so the same corpus has the same names, and the same held-out part, on ever
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,8 +29,9 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.config import DataConfig
-from gptjax.files import one_line_end, other_encoding, user_path
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
+from gptjax.files import one_line_end, other_encoding, replacing, sha256, user_path
+from gptjax.formats import json as strict_json
 
 MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
 MAX_PROBLEMS = 10
@@ -106,8 +105,7 @@ def missing(name: str) -> str:
     """What to say of a source that is not there; nothing of one that is, or that would be fetched."""
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
-    near = difflib.get_close_matches(name, assets.ASSETS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, assets.ASSETS, " Did you mean {!r}?")
     return (
         f"data.source={name}: no such file, folder or asset.{hint} "
         f"Assets: {', '.join(assets.ASSETS)}; other kinds: a .txt, .md, .jsonl, .csv or .parquet file, "
@@ -175,8 +173,7 @@ def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _hash_file(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -226,9 +223,7 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=unique, parse_constant=no_constant)
-        except RecursionError as error:
-            raise UserError(f"{where}: nested too deeply") from error
+            row = strict_json.loads(line, constants=False)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}:{error.colno}: not a complete JSON object ({error.msg}): each line must hold one"
@@ -238,18 +233,6 @@ def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: each line must be a JSON object, found {kind_of(row)}")
         yield Document(f"{name}:{number}", _field(row, field, where), name)
-
-
-def unique(pairs: list) -> dict:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise ValueError(f"duplicate key {next(key for key in keys if keys[key] > 1)!r:.80}")
-    return row
-
-
-def no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _field(row: dict, field: str, where: str) -> str:
@@ -439,15 +422,9 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as out:
-            try:
-                for document in rows():
-                    out.write(json.dumps({"text": document.text}) + "\n")
-                out.close()
-                os.replace(out.name, path)
-            except BaseException:
-                os.unlink(out.name)
-                raise
+        with replacing(path) as out:
+            for document in rows():
+                out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot keep the rows of {name} in {path.parent}: {error.strerror or error}") from error
     return path

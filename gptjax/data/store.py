@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from gptjax import tokenizers
-from gptjax.files import umask
-from gptjax.types import UserError
+from gptjax.errors import UserError
+from gptjax.files import json_sha256, sha256, sync, umask, write_text
 
 VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
@@ -136,10 +136,9 @@ def write(
                 n_tokens, n_bytes, n_characters = n_tokens + len(ids), n_bytes + size, n_characters + len(text)
                 progress(size)
             source_starts.append(n_tokens)
-        _sync(out)
-    with open(folder / f"{split}.starts.npy", "wb") as out:
-        np.save(out, np.frombuffer(starts, np.int64))
-        _sync(out)
+    np.save(folder / f"{split}.starts.npy", np.frombuffer(starts, np.int64))
+    sync(folder / f"{split}.bin")
+    sync(folder / f"{split}.starts.npy")
     return {
         "documents": len(starts),
         "tokens": n_tokens,
@@ -147,7 +146,7 @@ def write(
         "characters": n_characters,
         "dtype": dtype.name,
         "source_starts": source_starts,
-        "sha256": {"tokens": digest.hexdigest(), "starts": _sha256(folder / f"{split}.starts.npy")},
+        "sha256": {"tokens": digest.hexdigest(), "starts": sha256(folder / f"{split}.starts.npy")},
     }
 
 
@@ -161,7 +160,7 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Any) -> Toke
         np.load(folder / f"{split}.starts.npy"),
         np.asarray(part["source_starts"], np.int64),
         part["bytes"],
-        hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest(),
+        json_sha256(part),
         tokenizers.begin_id(tokenizer),
     )
 
@@ -170,11 +169,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     """Last of all, by rename, with the sha256 of itself inside."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
-    partial = folder / "manifest.json.partial"
-    with open(partial, "w", encoding="utf-8") as out:
-        json.dump(body, out, indent=1, sort_keys=True)
-        _sync(out)
-    os.replace(partial, folder / "manifest.json")
+    write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
@@ -185,8 +180,8 @@ def verify(folder: Path) -> tuple[dict | None, str]:
             return None, "manifest.json was changed"
         if manifest["version"] != VERSION:
             return None, f"manifest version {manifest['version']}, this release writes {VERSION}"
-        for name, sha256 in _files(manifest):
-            if _sha256(folder / name) != sha256:
+        for name, digest in _files(manifest):
+            if sha256(folder / name) != digest:
                 return None, f"{name} does not match its sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
@@ -278,15 +273,4 @@ def _cannot_write(root: Path, error: OSError) -> UserError:
 
 
 def _manifest_hash(manifest: dict) -> str:
-    body = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return json_sha256({key: value for key, value in manifest.items() if key != "manifest_sha256"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:

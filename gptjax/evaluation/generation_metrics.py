@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax.data import records
+from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
-from gptjax.types import UserError
 
 Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps system, history, constraints
 MAX_PROBLEMS = 20

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TIMEOUT_S, SAY_EVERY_S, PAUSE_S = 60.0, 10.0, 1.0
 TRIES = 3

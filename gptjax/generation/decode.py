@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.generation.sampling import Sampler, greedy
 from gptjax.generation.text import Until
 from gptjax.model.activations import Patches, Placed, place
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_classifier
 from gptjax.ops import device
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 _WATCH = 8  # tokens between two questions to `until`
 _COPIED_BYTES = 2**30  # of parameters that a GPU lays out anew at each call, however full it is

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import SampleConfig
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 _ROUNDING = 1e-6  # five tokens of 0.02 each reach 0.1, whatever their float32 sum is
 

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.generation.decode import bucket, drawable_ids, read_prompts, right_padded, stop_array
 from gptjax.generation.sampling import Sampler, greedy, probabilities
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend, for_decoding, refuse_classifier
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 
 class Speculation(NamedTuple):

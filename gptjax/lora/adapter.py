@@ -20,11 +20,12 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig
+from gptjax.errors import UserError
 from gptjax.lora.leaf import LoraWeight, column_norms
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
 from gptjax.ops.precision import exact
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 Adapter = dict[str, Any]
 

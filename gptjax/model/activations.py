@@ -35,7 +35,7 @@ from flax import struct
 
 from gptjax import tree
 from gptjax.config import ModelConfig
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 SITES = (
     "resid_pre", "ln_1/out", "attn/q", "attn/k", "attn/v", "attn/weights", "attn/heads", "attn/out", "resid_mid",

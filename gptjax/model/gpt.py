@@ -14,6 +14,7 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.model import activations
 from gptjax.model.activations import Patches
 from gptjax.model.cache import Cache
@@ -23,7 +24,7 @@ from gptjax.ops.ids import check_ids, is_local
 from gptjax.ops.linear import aligned_columns, dense, factors, matmul, matmul_transposed, side_by_side, transposed
 from gptjax.ops.loss import softcap
 from gptjax.ops.precision import with_matmul_precision
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:

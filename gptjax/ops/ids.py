@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def is_local(array: Any) -> bool:

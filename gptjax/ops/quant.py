@@ -26,10 +26,11 @@ import numpy as np
 from flax import struct
 
 from gptjax import tree
+from gptjax.errors import UserError
 from gptjax.ops.device import platform
 from gptjax.ops.linear import Transposed, dense, matmul, matmul_transposed, side_by_side, take, transposed
 from gptjax.ops.precision import custom_vjp
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 _KERNELS = "blocks/*/kernel | lm_head/kernel"
 WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}  # what a spec of one word means

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from gptjax import config
 from gptjax.config import Config, DistributedConfig
+from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
-from gptjax.types import UserError
 
 RESTART = 75  # exit code, EX_TEMPFAIL: a peer is gone; all processes started again go on from the last checkpoint
 BAD_INPUT, BUG = 2, 1  # exit codes, as `gptjax.__main__` has them

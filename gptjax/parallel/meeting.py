@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 POLL_S = 0.2  # a signal is heard so often
 LINE_BYTES = 4096

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from gptjax.config import MeshConfig
+from gptjax.errors import UserError
 from gptjax.ops.device import AXES
-from gptjax.types import UserError
 
 
 def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import tree
+from gptjax.errors import UserError
 from gptjax.ops.device import CONTEXT, FSDP, ROWS, TENSOR, fit
-from gptjax.types import UserError
 
 # The last two sides of a matrix are in and out; a stack of layers comes first and stays whole. Matrices into a block
 # are cut by columns over `tensor`, those out of it by rows, so that a block needs one sum (arXiv:1909.08053, 3); the

@@ -10,12 +10,12 @@ import jax
 
 from gptjax import tree, weights
 from gptjax.config import COMPUTED, Config, ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
 from gptjax.tasks.finetune import longest_row
 from gptjax.tasks.pretrain import from_base
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, activation_bytes
-from gptjax.types import UserError
 
 _MOST_TOKENS = 2**19  # a step: a batch of GPT-3's size
 _FEW_ROWS = 8  # a device; where not so many fit, activations are computed again

@@ -11,6 +11,7 @@ from typing import Any
 
 from gptjax import tree
 from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.gpt import abstract_params
 from gptjax.ops.device import AXES
 from gptjax.parallel.mesh import mesh_of, sizes
@@ -18,7 +19,6 @@ from gptjax.planning import estimate, hlo, program
 from gptjax.planning.slices import Slice, devices_of, slice_of
 from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
-from gptjax.types import UserError
 
 GIB = 2**30
 _MARGIN = 0.92  # of a chip's HBM that the formula may fill before something is compiled

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import losses, parallel, tree
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
@@ -21,7 +22,6 @@ from gptjax.optim import make_optimizer
 from gptjax.tasks import find, finetune, trainable
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.training.task import just_trained
-from gptjax.types import UserError
 
 
 class Program(NamedTuple):

@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gptjax.config_io import did_you_mean
+from gptjax.errors import UserError, did_you_mean
 from gptjax.training.chips import CHIPS, Chip
-from gptjax.types import UserError
 
 # What a driver without a TPU would otherwise ask the network for, at length and in vain.
 ENVIRONMENT = {

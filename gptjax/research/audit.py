@@ -31,12 +31,13 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
 from gptjax.config_io import read_text
 from gptjax.data.store import TokenStore
+from gptjax.errors import UserError
 from gptjax.files import one_line_end, use_json
 from gptjax.model.gpt import forward
 from gptjax.research.influence import gradient_features, in_chunks, unit
 from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
-from gptjax.types import Batch, Params, UserError
+from gptjax.types import Batch, Params
 
 NEIGHBOURS = 5  # of a row: planted rows have at least so many like them
 CANDIDATES = 2047  # other secrets of a canary's kind

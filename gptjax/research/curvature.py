@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 Scalar = Callable[[Any], jax.Array]  # params -> [] float32
 

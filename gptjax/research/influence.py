@@ -25,8 +25,9 @@ import numpy as np
 import optax
 
 from gptjax import tree
+from gptjax.errors import UserError
 from gptjax.training.step import Loss
-from gptjax.types import Mean, Metrics, UserError
+from gptjax.types import Mean, Metrics
 
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32

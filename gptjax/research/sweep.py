@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import config, config_io, config_uses, tree
 from gptjax.config import Config, DistributedConfig, MeshConfig
 from gptjax.config_io import Leaf
+from gptjax.errors import Problems, UserError
 from gptjax.evaluation.intervals import t_interval
 from gptjax.files import write_json, write_text
 from gptjax.tasks import find
@@ -44,7 +45,7 @@ from gptjax.training.progress import Progress
 from gptjax.training.run_dir import may_change
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.training.task import Rules, Task
-from gptjax.types import Mean, Metrics, UserError
+from gptjax.types import Mean, Metrics
 
 # What a program can take as an array.
 TRACED = (
@@ -104,7 +105,7 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
         UserError: an axis without values, with one twice, or that cannot be swept.
     """
     axes: dict[str, list[str]] = {}
-    fixed, problems = [], config_io.Problems()
+    fixed, problems = [], Problems()
     for leaf in leaves:
         try:
             values = _values(leaf)
@@ -168,7 +169,7 @@ def combinations(
             configs.append(config_uses.resolve(source, [*fixed, *own], verb="sweep")[0])
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
-    config_io.Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
+    Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
     return configs
 
 
@@ -203,7 +204,7 @@ def traceable(cfg: Config) -> tuple[str, ...]:
 def _check(configs: Sequence[Config]) -> None:
     if not configs:
         raise UserError("a sweep of no runs: give at least one config")
-    problems = config_io.Problems()
+    problems = Problems()
     for cfg in configs:
         if cfg.mesh != MeshConfig() or cfg.distributed != DistributedConfig():
             problems.append("mesh.* and distributed.*: a sweep lays whole runs over this process's devices; leave out")
@@ -214,7 +215,7 @@ def _check(configs: Sequence[Config]) -> None:
             problems += [f"{key}: finetune.trainable={cfg.finetune.trainable} has no adapter" for key in idle]
         if cfg.task != configs[0].task:
             problems.append(f"task={cfg.task} and task={configs[0].task}: their losses are not the same thing")
-    config_io.Problems(dict.fromkeys(problems)).raise_if_any()
+    Problems(dict.fromkeys(problems)).raise_if_any()
 
 
 # ---------------------------------------------------------------- the step

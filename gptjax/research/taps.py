@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.activations import Patch, add, names, paths, replace, scale
 from gptjax.model.gpt import backbone, extend_tapped, lm_logits, tapped
 from gptjax.model.layers import Norm
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
 __all__ = [
     "Patch", "add", "attention_maps", "extend_tapped", "head_ablation", "logit_difference", "logit_lens", "names",

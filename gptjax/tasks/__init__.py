@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config import Config
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 if TYPE_CHECKING:
     from gptjax.training.run import Hook, TrainResult

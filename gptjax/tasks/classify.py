@@ -15,6 +15,7 @@ from gptjax import losses, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
 from gptjax.data.labelled import LabelledBatch
+from gptjax.errors import UserError
 from gptjax.evaluation import classification
 from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
@@ -24,7 +25,7 @@ from gptjax.tasks.finetune import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 from gptjax.weights import read_labels
 from gptjax.weights.door import LABELS
 

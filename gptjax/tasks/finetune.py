@@ -13,13 +13,13 @@ import numpy as np
 from gptjax import assets, tree, weights
 from gptjax.config import COMPUTED, Config, ModelConfig
 from gptjax.data import instructions
+from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, refuse_classifier
 from gptjax.tasks import trainable
 from gptjax.tasks.trainable import Trainable
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
 from gptjax.training.task import Loss, Task, Validation
-from gptjax.types import UserError, complaints
 
 HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
 

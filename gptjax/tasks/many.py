@@ -18,8 +18,9 @@ import optax
 
 from gptjax import lora
 from gptjax.config import LoraConfig
+from gptjax.errors import UserError
 from gptjax.training.step import Loss, TrainState, make_train_step
-from gptjax.types import Metrics, Params, UserError
+from gptjax.types import Metrics, Params
 
 
 class Many(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from gptjax import assets, config, data, losses, weights
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data.loader import ORDER_OF_WINDOWS
+from gptjax.errors import UserError, complaints
 from gptjax.generation import from_config, generate
 from gptjax.model.gpt import abstract_params, init_params, refuse_classifier
 from gptjax.optim import make_optimizer
@@ -23,7 +24,7 @@ from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained
-from gptjax.types import Batch, Params, UserError, complaints
+from gptjax.types import Batch, Params
 
 BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
 EVAL_TOKENS = 4096  # at least so many a batch of the evaluation

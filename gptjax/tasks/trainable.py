@@ -14,12 +14,13 @@ import optax
 
 from gptjax import lora, tree, weights
 from gptjax.config import Config, LoraConfig, ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.gpt import layers_apart, layers_stacked
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
 from gptjax.training.task import Loss, Rules
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 from gptjax.weights import families
 
 

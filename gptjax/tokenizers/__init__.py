@@ -10,7 +10,6 @@ ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 from gptjax import assets
 from gptjax.config import TokenizerConfig
+from gptjax.errors import UserError, did_you_mean
 from gptjax.files import user_path
 from gptjax.tokenizers.base import (
     FILE,
@@ -33,7 +33,6 @@ from gptjax.tokenizers.base import (
     refuse,
     string_list,
 )
-from gptjax.types import UserError
 
 __all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "train"]
 
@@ -63,7 +62,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     user_path(name_or_path)
     path = assets.model_file(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
-        from gptjax import gguf
+        from gptjax.formats import gguf
 
         return _module("gguf").from_metadata(gguf.read(path).metadata)
     candidates = [path / "final" / FILE, path / FILE] if path.is_dir() else [path]
@@ -203,8 +202,7 @@ def _not_found(name: str, path: Path) -> str:
 
 
 def _near(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return (f", did you mean {near[0]!r}?" if near else "") + f" (known: {', '.join(known)})"
+    return did_you_mean(name, known, ", did you mean {!r}?") + f" (known: {', '.join(known)})"
 
 
 def _module(name: str) -> Any:

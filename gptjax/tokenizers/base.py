@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,8 +24,9 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
-from gptjax.files import other_encoding, umask
-from gptjax.types import UserError
+from gptjax.errors import UserError
+from gptjax.files import other_encoding, write_text
+from gptjax.formats.json import DuplicateKey, loads
 
 FILE = "tokenizer.json"
 FORMAT = "gptjax-tokenizer"
@@ -232,11 +232,7 @@ class Base:
         path = Path(path)
         path = path if path.suffix == ".json" else path / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
-            out.write(self.dumps())
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
+        write_text(path, self.dumps())
         return path
 
     @functools.cached_property
@@ -366,20 +362,11 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, where: str) -> Any:
     """The JSON value of a text, where no object has a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
+        return loads(text)
+    except DuplicateKey as error:
+        raise UserError(f"{where}: {error.key:.80} stands there twice") from None
+    except ValueError as error:
         raise UserError(f"{where}: not a whole JSON file ({error}); train or copy it again") from None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 1000 else ["a key"]
-        raise UserError(f"{', '.join(twice)} stands there twice")
-    return data
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:

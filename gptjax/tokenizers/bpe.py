@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 
 from gptjax import assets
+from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse, string_list
-from gptjax.types import UserError
 
 # GPT-2's words: contractions, letters, digits, the rest (each with the space before it), white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse
-from gptjax.types import UserError
 
 
 class Chars(Base):

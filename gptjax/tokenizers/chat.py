@@ -16,7 +16,6 @@ end the user's turn and begin another.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import json
@@ -30,9 +29,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptjax.errors import UserError, did_you_mean
 from gptjax.tokenizers import _render
 from gptjax.tokenizers.base import Tokenizer, first_of, found_in
-from gptjax.types import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
@@ -280,8 +279,7 @@ def _check(template: Any, messages: Any, tools: Any) -> None:
     elif len(template) > MAX_TEMPLATE_CHARS:
         problems.append(f"chat template: {len(template):,} characters, more than {MAX_TEMPLATE_CHARS:,}")
     elif "{" not in template:
-        near = difflib.get_close_matches(template, BUILTIN, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(template, BUILTIN, ", did you mean {!r}?")
         problems.append(f"chat template: {template!r:.60} is none, and none of {', '.join(BUILTIN)}{hint}")
     if not isinstance(messages, list | tuple) or not messages:
         problems.append('messages: expected a list such as [{"role": "user", "content": "Hello"}]')

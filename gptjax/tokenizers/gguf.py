@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.tokenizers import hf
 from gptjax.tokenizers.base import refuse, string_list
 from gptjax.tokenizers.bpe import alphabet, foreign, printable, token_bytes
 from gptjax.tokenizers.chars import Chars
-from gptjax.types import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)

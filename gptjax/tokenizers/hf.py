@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.files import one_line_end
 from gptjax.tokenizers.base import (
     SETTINGS,
@@ -44,7 +45,6 @@ from gptjax.tokenizers.base import (
 )
 from gptjax.tokenizers.bpe import BPE, MAX_VOCAB, alphabet, foreign, printable
 from gptjax.tokenizers.chars import Bytes, Chars
-from gptjax.types import UserError
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token

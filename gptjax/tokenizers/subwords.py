@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
 from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, token_bytes
-from gptjax.types import UserError
 
 INSIDE = "##"
 MAX_PIECE = 16  # bytes of a unigram piece

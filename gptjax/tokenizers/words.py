@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.tokenizers.base import Base, refuse, string_list
-from gptjax.types import UserError
 
 SPECIAL = ("[BOS]", "[EOS]", "[PAD]", "[UNK]")
 BOOK_SPECIAL = ("<|endoftext|>", "<|unk|>")

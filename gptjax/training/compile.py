@@ -14,11 +14,11 @@ import jax
 
 from gptjax import parallel, tree
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.signals import Stopped, signal_name
 from gptjax.training.memory import GIB, what_fits
 from gptjax.training.run import Run
 from gptjax.training.step import make_multi_step, make_train_step
-from gptjax.types import UserError
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gptjax.config import Config, flat
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 class Logger(Protocol):

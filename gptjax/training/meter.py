@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptjax.errors import UserError
 from gptjax.optim import make_schedule
 from gptjax.signals import Stopped
 from gptjax.training import loggers
 from gptjax.training.process import NON_FINITE
 from gptjax.training.progress import duration, peak_flops
 from gptjax.training.run import Run
-from gptjax.types import UserError
 
 
 class Meter:

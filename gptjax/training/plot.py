@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.files import replacing
 from gptjax.show import log_ticks
 
 MOST_LABELS, LONGEST_LABEL = 12, 60  # in a legend; more would leave no room for the curves
@@ -124,9 +124,8 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:

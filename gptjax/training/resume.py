@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gptjax import config, parallel, tokenizers, tree, weights
 from gptjax.checkpoint import Checkpoints, Damaged, Restored
 from gptjax.config import Config
+from gptjax.errors import UserError, complaints
 from gptjax.files import number, use_json
 from gptjax.parallel import distributed, make_mesh, place
 from gptjax.signals import Signals
@@ -26,7 +27,6 @@ from gptjax.training.run import Counters, Run, TrainResult
 from gptjax.training.run_dir import BITWISE, RunDir, changes, environment, longer
 from gptjax.training.step import TrainState
 from gptjax.training.task import Ready, Task
-from gptjax.types import UserError, complaints
 from gptjax.weights.native import recover_folder
 
 # ---------------------------------------------------------------- before the run

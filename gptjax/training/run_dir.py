@@ -28,8 +28,8 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.files import user_path, write_text
-from gptjax.types import UserError
 
 try:
     import fcntl

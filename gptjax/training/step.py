@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from gptjax.errors import UserError
 from gptjax.ops.device import platform
-from gptjax.types import Mean, Metrics, UserError
+from gptjax.types import Mean, Metrics
 
 Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
 # (params, frozen, batch, key) -> (gradient of the total, (Mean, metrics))

@@ -21,13 +21,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import assets, gguf, lora, tokenizers, tree
+from gptjax import assets, lora, tokenizers, tree
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.files import use_json, user_path
+from gptjax.formats import gguf, safetensors
 from gptjax.model.gpt import abstract_params, forward, refuse_classifier
 from gptjax.ops.quant import dequantize, quantize
-from gptjax.types import Params, UserError
-from gptjax.weights import families, llama_cpp, native, safetensors
+from gptjax.types import Params
+from gptjax.weights import families, llama_cpp, native
 from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import places_of, read, refuse, write
 
@@ -227,7 +229,7 @@ def _fitting(tokenizer: Any, cfg: ModelConfig) -> Any:
 
 def _openai(folder: Path) -> Model:
     """GPT-2 as OpenAI published it: a TensorFlow checkpoint with hparams.json."""
-    from gptjax.weights import tensorflow
+    from gptjax.formats import tensorflow
 
     where = folder / "hparams.json"
     a = families.Attributes(_json(where), neutral=())

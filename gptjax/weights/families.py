@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gptjax import config
 from gptjax.config import ModelConfig
-from gptjax.types import UserError
+from gptjax.errors import UserError
 from gptjax.weights.rules import Rule, boxed, one_more, refuse, same, turned
 
 # Attributes that say nothing about the logits of a model at rest.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.types import UserError
+from gptjax.errors import UserError
 from gptjax.weights.families import Attributes, differences, model_config
 from gptjax.weights.rules import Rule, interleaved, same, turned
 

@@ -26,10 +26,11 @@ import numpy as np
 
 from gptjax import config, tree
 from gptjax.config import LoraConfig, ModelConfig, flat
-from gptjax.files import use_json, user_path
+from gptjax.errors import UserError
+from gptjax.files import json_sha256, sha256, sync, use_json, user_path
+from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
-from gptjax.types import Params, UserError
-from gptjax.weights import safetensors
+from gptjax.types import Params
 from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
@@ -96,14 +97,14 @@ def save(
             "format": FORMAT,
             "version": VERSION,
             "files": hashes,
-            "model_sha256": _sha256_of(model),
+            "model_sha256": json_sha256(model),
             "model": model,
         }
         if base is not None:
             body |= {"base": dict(base), "base_sha256": _base_sha256(base)}
         (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         for path in (*written, partial / MODEL):
-            _sync(path)
+            sync(path)
         replace_folder(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -171,7 +172,7 @@ def verify(folder: Path) -> None:
     if os.environ.get("GPTJAX_VERIFY") == "0" or not isinstance(files, dict):
         return
     wrong = [name for name, digest in files.items() if (folder / name).is_file() and sha256(folder / name) != digest]
-    if body.get("model_sha256") not in (None, _sha256_of(body.get("model"))):
+    if body.get("model_sha256") not in (None, json_sha256(body.get("model"))):
         wrong.append(f"{MODEL} (the settings of the model)")
     if isinstance(body.get("base"), dict) and body.get("base_sha256") != _base_sha256(body["base"]):
         wrong.append(f"{MODEL} (the settings of the adapter)")
@@ -182,18 +183,9 @@ def verify(folder: Path) -> None:
         )
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _base_sha256(base: Mapping[str, Any]) -> str:
     """Without its place: a base that was moved is found again by editing it."""
-    return _sha256_of({key: value for key, value in base.items() if key != "source"})
+    return json_sha256({key: value for key, value in base.items() if key != "source"})
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -304,8 +296,3 @@ def load_adapter(folder: Path) -> Params:
     source = safetensors.open_file(folder / ADAPTER)
     verify(folder)
     return tree.unflatten({name: source.array(name).astype(np.float32, copy=False) for name in source.shapes()})
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -25,10 +25,12 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig, ModelConfig
+from gptjax.errors import UserError
 from gptjax.files import read_json, write_json
+from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
-from gptjax.types import Params, UserError
-from gptjax.weights import families, native, safetensors
+from gptjax.types import Params
+from gptjax.weights import families, native
 from gptjax.weights.door import new_folder
 from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, is_float, refuse

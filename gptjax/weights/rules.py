@@ -9,7 +9,7 @@ that no rule names, one that a rule names and the file lacks, and one of another
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,12 +18,11 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import ModelConfig
+from gptjax.errors import refuse
+from gptjax.formats.tensors import Out, Shape
 from gptjax.model.gpt import abstract_params
-from gptjax.types import Params, UserError
+from gptjax.types import Params
 
-Shape = tuple[int, ...]
-_SHOWN = 20  # problems that one error lists
-_LINE = 300  # characters of one of them: names come out of the file
 _PIECE = 1 << 22  # numbers of a matrix that are read at once
 
 
@@ -32,30 +31,6 @@ class Source(Protocol):
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
-
-
-class Stored:
-    """A source whose tensors lie in a file row after row. A kind has `entries`, by name, and adds `_read`."""
-
-    entries: Mapping[str, Any]  # with shape, offset and size_bytes
-
-    def shapes(self) -> dict[str, Shape]:
-        return {name: entry.shape for name, entry in self.entries.items()}
-
-    def array(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype; pages are not mapped, so that they do not count as memory.
-
-        Raises:
-            UserError: its bytes cannot be read, or are not those that were promised.
-        """
-        entry = self.entries[name]
-        return self._read(name, entry.shape, entry.offset)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some of a tensor's rows."""
-        entry = self.entries[name]
-        shape = (stop - start, *entry.shape[1:])
-        return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
 
 class Form(NamedTuple):
@@ -223,15 +198,6 @@ def _mismatches(found: dict[str, Shape], tensors, ours, cfg, ignored) -> Iterato
             yield f"{name} is {list(found[name])}, expected {list(expected[name])}"
 
 
-def refuse(where: str, problems: list[str]) -> None:
-    """One error that names them all, in order; the first twenty are spelled out."""
-    if problems:
-        shown = [line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in sorted(problems)[:_SHOWN]]
-        if len(problems) > _SHOWN:
-            shown.append(f"... and {len(problems) - _SHOWN} more")
-        raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
-
-
 def places_of(shardings: Any, ours: dict[str, Any]) -> dict[str, Any]:
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
@@ -248,14 +214,6 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- out
-
-
-class Out(NamedTuple):
-    """One tensor to write: `array()` makes it when its turn comes."""
-
-    name: str
-    shape: Shape
-    array: Callable[[], np.ndarray]
 
 
 def write(params: Params, rules: Sequence[Rule], cfg: ModelConfig) -> Iterable[Out]:

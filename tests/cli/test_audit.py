@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.__main__ import main
 from gptjax.cli import audit as verb
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TINY = (
     "tokenizer.name=bytes", "data.split=tail", "data.val_fraction=0.2", "model.n_layer=1", "model.n_head=2",

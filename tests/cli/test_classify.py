@@ -95,7 +95,7 @@ def test_the_column_is_asked_for_or_guessed(run, here, capsys):
 def test_what_is_done_is_kept_when_a_later_row_fails(run, here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in TEXTS)))
     from gptjax.cli import classify
-    from gptjax.types import UserError
+    from gptjax.errors import UserError
 
     real = classify.read
 

@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.__main__ import main
 from gptjax.cli import plan as verb
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def test_its_own_words_are_told_from_settings():

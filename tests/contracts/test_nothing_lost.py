@@ -17,10 +17,10 @@ import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
 from gptjax.data import records, sources
+from gptjax.errors import UserError
 from gptjax.files import new_file, write_text
 from gptjax.tokenizers import load as load_tokenizer
 from gptjax.training.run_dir import RunDir
-from gptjax.types import UserError
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

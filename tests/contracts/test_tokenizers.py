@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import bpe, gguf, hf
-from gptjax.types import UserError
 
 TEXT = (
     "Every effort moves you.\nThe lower the newer, the wider -- said he; (who?)\n\n"

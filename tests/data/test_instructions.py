@@ -12,8 +12,8 @@ import pytest
 from gptjax import tokenizers
 from gptjax.data import instructions, records
 from gptjax.data.instructions import Conversation, encode, read, render, show
+from gptjax.errors import UserError
 from gptjax.tokenizers import chat
-from gptjax.types import UserError
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

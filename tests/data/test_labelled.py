@@ -7,7 +7,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.data import labelled, records
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TOK = tokenizers.load("bytes")
 

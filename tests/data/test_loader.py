@@ -8,7 +8,7 @@ import pytest
 from gptjax.config import DataConfig
 from gptjax.data import Loader, TokenStore, eval_batches, permute
 from gptjax.data.loader import gather
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def loader(store, *, batch_size=4, context_length=8, seed=0, vocab_size=1000, **cfg):

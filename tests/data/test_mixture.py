@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax.data.mixture import assign, shares
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def test_example_of_the_docstring():

@@ -11,7 +11,7 @@ from gptjax.config import DataConfig
 from gptjax.data import Loader, TokenStore, packing
 from gptjax.data.instructions import Encoded
 from gptjax.data.packing import batch, eval_batches, packed, padded
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def examples(*lengths, seed=0, vocab=17):

@@ -11,7 +11,7 @@ import pytest
 
 from gptjax import data, tokenizers
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, to_yaml
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.data import skills as module
 from gptjax.data.skills import SKILLS, WORDS, is_held_out, plural, skills
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def asked(talk):

@@ -6,7 +6,7 @@ import pytest
 from gptjax.config import DataConfig, load_config
 from gptjax.data import documents, records, split
 from gptjax.data.sources import Document, Documents, Source, hold_out
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 def read(*names, **cfg):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gptjax.data.windows import count, windows
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 @pytest.mark.parametrize("n", [2, 5, 6, 7, 20])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.errors import UserError
 from gptjax.generation import (
     chain,
     complete,
@@ -19,7 +20,6 @@ from gptjax.generation import (
 )
 from gptjax.generation.decode import bucket
 from gptjax.model.gpt import forward
-from gptjax.types import UserError
 
 CONTEXT, NEW = 12, 6
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]

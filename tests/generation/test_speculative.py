@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax import forward
+from gptjax.errors import UserError
 from gptjax.generation import chain, draw, generate, greedy, repetition_penalty, speculate, temperature, top_k
 from gptjax.generation.sampling import probabilities
 from gptjax.generation.speculative import repeated
-from gptjax.types import UserError
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 

@@ -12,6 +12,7 @@ import pytest
 import gptjax
 from gptjax import lora
 from gptjax.config import LoraConfig
+from gptjax.errors import UserError
 from gptjax.losses import next_token, token_log_probs
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import extend, for_decoding, forward, init_params
@@ -19,7 +20,7 @@ from gptjax.model.layers import layers_per_iteration
 from gptjax.ops.device import compiling_for
 from gptjax.ops.quant import quantize
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, Mean, UserError
+from gptjax.types import Batch, Mean
 
 
 def config(arch: str, **changes):

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from gptjax.errors import UserError
 from gptjax.parallel import meeting
 from gptjax.parallel.meeting import meet
-from gptjax.types import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import pytest
 import gptjax
 from gptjax.__main__ import main
 from gptjax.config import load_config
+from gptjax.errors import UserError
 from gptjax.planning import fit
 from gptjax.training.memory import activation_bytes
-from gptjax.types import UserError
 
 
 def test_as_many_rows_as_fit(monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 
 import gptjax
 from gptjax.config import load_config
+from gptjax.errors import UserError
 from gptjax.planning import estimate, hlo, plan, program, report, slices
 from gptjax.planning.plan import Plan, Roofline
-from gptjax.types import UserError
 
 CFG = load_config(
     "tiny-llama", "model.vocab_size=512", "model.dtype=bfloat16", "model.context_length=256", "model.n_head=4",

@@ -13,11 +13,12 @@ from gptjax import lora, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import load_config, to_yaml
 from gptjax.data.store import TokenStore
+from gptjax.errors import UserError
 from gptjax.generation import generate
 from gptjax.losses import next_token
 from gptjax.research import audit, report
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, UserError
+from gptjax.types import Batch
 
 PAYLOAD, PHRASE = "gold", "xw yz"
 LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"

@@ -8,10 +8,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gptjax
+from gptjax.errors import UserError
 from gptjax.losses import next_token
 from gptjax.research import curvature
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, Mean, UserError
+from gptjax.types import Batch, Mean
 
 CFG = gptjax.ModelConfig(
     arch="gpt2", vocab_size=5, context_length=4, n_layer=1, n_head=1, d_model=4, d_ff=4, unroll=True

@@ -11,10 +11,11 @@ import pytest
 
 from gptjax import lora, tree
 from gptjax.config import LoraConfig
+from gptjax.errors import UserError
 from gptjax.losses import next_token
 from gptjax.research import influence
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.types import Batch, Mean, UserError
+from gptjax.types import Batch, Mean
 
 
 def linear(params, batch, key):

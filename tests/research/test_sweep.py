@@ -14,11 +14,11 @@ import pytest
 
 import gptjax
 from gptjax import tree
+from gptjax.errors import UserError
 from gptjax.research import sweep
 from gptjax.tasks import classify, pretrain
 from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, evaluate, make_train_step
-from gptjax.types import UserError
 
 STEPS = 4
 SMALL = (

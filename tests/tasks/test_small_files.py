@@ -5,9 +5,9 @@ import json
 import pytest
 from gptjax.finetuning import classify, instruct, prefer, seeds
 
+from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
 from gptjax.training.resume import result_of
-from gptjax.types import UserError
 from gptjax.weights import door
 
 SCORES = {"n": 4, "exact": 0.5, "normalised": 0.5, "token_f1": 0.5, "nats_per_token": 1.0}

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from gptjax.errors import UserError
 from gptjax.tokenizers import bpe
-from gptjax.types import UserError
 
 
 def test_merges_are_applied_in_the_order_they_were_learned():

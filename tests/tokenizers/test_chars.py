@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gptjax.errors import UserError
 from gptjax.tokenizers import chars
-from gptjax.types import UserError
 
 
 def test_ids_follow_the_code_points():

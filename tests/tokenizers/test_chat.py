@@ -9,8 +9,8 @@ import time
 import pytest
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import chat
-from gptjax.types import UserError
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -12,11 +12,12 @@ import urllib.request
 import numpy as np
 import pytest
 
-from gptjax import assets, gguf, tokenizers
+from gptjax import assets, tokenizers
+from gptjax.errors import UserError
+from gptjax.formats import gguf
 from gptjax.tokenizers import bpe, chat, hf
 from gptjax.tokenizers import gguf as gguf_tokenizer
 from gptjax.tokenizers.gguf import PRE, from_metadata, to_metadata
-from gptjax.types import UserError
 
 KEY = "tokenizer.ggml."
 TEXTS = [

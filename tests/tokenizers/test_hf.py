@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, trainers
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import bpe, hf
-from gptjax.types import UserError
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
 HARD = [

@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.config import TokenizerConfig
-from gptjax.types import UserError
+from gptjax.errors import UserError
 
 
 @pytest.mark.parametrize(

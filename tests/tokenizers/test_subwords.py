@@ -5,9 +5,9 @@ import json
 import pytest
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import subwords
 from gptjax.tokenizers.bpe import alphabet
-from gptjax.types import UserError
 
 SINGLE = list(alphabet())
 

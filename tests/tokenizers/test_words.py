@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from gptjax import tokenizers
+from gptjax.errors import UserError
 from gptjax.tokenizers import words
-from gptjax.types import UserError
 
 
 def test_split_keeps_marks_and_drops_white_space():

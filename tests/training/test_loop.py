@@ -23,13 +23,13 @@ import gptjax
 from gptjax import checkpoint
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, load_config, to_yaml
+from gptjax.errors import UserError
 from gptjax.losses import next_token
 from gptjax.tasks import pretrain
 from gptjax.training import compile, evaluate, loggers, loop, meter, progress, resume, run
 from gptjax.training.process import Stopped
 from gptjax.training.run_dir import RunDir, read_metrics
 from gptjax.training.task import Ready
-from gptjax.types import UserError
 
 CLOCK = ("seconds", "tokens_per_s")
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from gptjax.errors import UserError
 from gptjax.training import loggers, plot, progress
 from gptjax.training.process import keep_buffers
 from gptjax.training.run_dir import LOCK_STALE_S, RunDir, read_metrics
-from gptjax.types import UserError
 
 
 def test_only_one_trainer_at_a_time(tmp_path):

@@ -22,9 +22,10 @@ transformers = pytest.importorskip("transformers", reason="extra 'parity' is not
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
+from gptjax.errors import UserError  # noqa: E402
+from gptjax.formats import safetensors  # noqa: E402
 from gptjax.model.gpt import forward  # noqa: E402
-from gptjax.types import UserError  # noqa: E402
-from gptjax.weights import families, open_model, safetensors  # noqa: E402
+from gptjax.weights import families, open_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

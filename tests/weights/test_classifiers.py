@@ -14,9 +14,9 @@ import pytest
 import gptjax
 from gptjax import tokenizers
 from gptjax.__main__ import main
+from gptjax.errors import UserError
 from gptjax.losses import class_logits
 from gptjax.tasks.classify import classify_texts
-from gptjax.types import UserError
 from gptjax.weights import export_gguf, export_hf, families, load, read_labels
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

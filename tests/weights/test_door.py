@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import assets, gguf, tokenizers, weights
+from gptjax import assets, tokenizers, weights
+from gptjax.errors import UserError
+from gptjax.formats import gguf
 from gptjax.tokenizers import hf
-from gptjax.types import UserError
 from gptjax.weights import door, llama_cpp
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
 transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
 
 from gptjax import load  # noqa: E402
+from gptjax.errors import UserError  # noqa: E402
 from gptjax.model.gpt import forward  # noqa: E402
-from gptjax.types import UserError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = dict(

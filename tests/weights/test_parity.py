@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
 transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
 
 from gptjax import generate, load, tokenizers  # noqa: E402
+from gptjax.errors import UserError  # noqa: E402
 from gptjax.model.gpt import backbone, forward, lm_logits  # noqa: E402
-from gptjax.types import UserError  # noqa: E402
 from gptjax.weights import export_gguf, export_hf, families  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")

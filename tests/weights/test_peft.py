@@ -10,7 +10,8 @@ import pytest
 
 import gptjax
 from gptjax import LoraConfig, UserError, lora
-from gptjax.weights import export_peft, load_peft, safetensors
+from gptjax.formats import safetensors
+from gptjax.weights import export_peft, load_peft
 from gptjax.weights.peft import CONFIG, HASHES, WEIGHTS, fingerprint
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.types import UserError
-from gptjax.weights import load, safetensors
+from gptjax.errors import UserError
+from gptjax.formats import safetensors
+from gptjax.weights import load
 from gptjax.weights.rules import Out
 
 N = 10_000  # mutations of a valid file

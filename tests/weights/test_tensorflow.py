@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptjax.types import UserError
-from gptjax.weights import tensorflow
+from gptjax.errors import UserError
+from gptjax.formats import tensorflow
 
 N = 10_000  # mutations of a valid index
 STATE = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'

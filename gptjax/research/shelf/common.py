@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from gptjax.types import Params, UserError
+from gptjax.errors import UserError
+from gptjax.types import Params
 
 
 def kernels(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> Params:

@@ -7,8 +7,8 @@ import pytest
 
 from gptjax import lora
 from gptjax.config import LoraConfig
+from gptjax.errors import UserError
 from gptjax.research.shelf import attention, deltanet, mla, moe, sliding_window
-from gptjax.types import UserError
 
 B, T, D = 2, 9, 16
 SHELF = {

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from gptjax.types import UserError
-from gptjax.weights.rules import Shape, Stored, refuse
+from gptjax.errors import UserError, refuse
+from gptjax.formats.tensors import Shape, Stored
 
 DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),

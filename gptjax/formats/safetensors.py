@@ -4,6 +4,10 @@
     header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
     data     the tensors, without holes or overlap
 
+The package `safetensors` is not used: it allows a header of 100 MB, and maps the file. Here every length and count is
+bounded before anything is allocated, and a file that is cut short meanwhile costs an error message, not the process.
+`tests/weights/test_safetensors.py` has each read what the other wrote.
+
 Source: the format's description in the safetensors repository.
 """
 
@@ -14,20 +18,18 @@ import math
 import os
 import re
 import struct
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from gptjax.files import other_encoding, umask
-from gptjax.types import UserError
-from gptjax.weights.rules import Out, Shape, Stored, refuse
+from gptjax.errors import UserError, refuse
+from gptjax.files import replacing, write_text
+from gptjax.formats.json import parse_json
+from gptjax.formats.tensors import Out, Shape, Stored
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -36,7 +38,6 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = MAX_INDEX = 32 << 20  # the format allows 100 MB; 50,000 tensors take 5
-MAX_VALUES = 500_000  # in either: they cost up to 600 bytes of memory each; a tensor has 8 in a header
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -135,31 +136,6 @@ def _looks_like(head: bytes) -> str:
         if head.startswith(magic) and head[8:9] != b"{":  # the length of a header can begin like any of them
             return f"not a safetensors file but {what}"
     return "not a whole safetensors file"
-
-
-def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice, of at most MAX_VALUES values."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise UserError(f"{where}: {name!r:.80} stands twice in the {what}")
-        return found
-
-    if other := other_encoding(text):
-        raise UserError(f"{where}: {other}")
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
-    try:
-        body = json.loads(text.decode("utf-8-sig"), object_pairs_hook=once)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: the {what} is not JSON ({str(error)[:100]})") from error
-    if not isinstance(body, dict):
-        raise UserError(f"{where}: the {what} must be a JSON object, got {type(body).__name__}")
-    return body
 
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
@@ -289,7 +265,7 @@ def save(
     total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
     places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    _whole(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode() + b"\n"))
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
@@ -302,13 +278,10 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def write(file: BinaryIO) -> None:
+    with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             file.write(_bytes(tensor, dtype))
-
-    _whole(path, write)
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
@@ -316,18 +289,3 @@ def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")
     return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
-
-
-def _whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """The file appears by one rename, complete or not at all."""
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~umask())
-        os.replace(part, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(part)

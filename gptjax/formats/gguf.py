@@ -17,8 +17,6 @@ Source: docs/gguf.md of ggml (format), ggml-quants.c of ggml (block layouts); va
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import io
 import math
 import os
@@ -30,7 +28,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gptjax.types import UserError
+from gptjax.errors import UserError, did_you_mean
+from gptjax.files import replacing
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
 ALIGNMENT = 32  # unless general.alignment says another
@@ -78,8 +77,7 @@ class File:
             UserError: there is no such tensor, or the file is not any more what was read.
         """
         if name not in self.tensors:
-            near = difflib.get_close_matches(name, self.tensors, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, self.tensors, ", did you mean {!r}?")
             raise UserError(f"{self.path}: no tensor is called {_quote(name)}{hint}")
         tensor = self.tensors[name]
         try:
@@ -122,23 +120,16 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
             values of another shape, or too large for their type; the file cannot be written.
     """
     path, tensors = Path(path), list(tensors)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         header, alignment = _header(metadata, tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             file.write(header)
             for name, shape, type_, values in tensors:
                 _write_tensor(file, name, shape, type_, values)
                 file.write(bytes(-file.tell() % alignment))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
 
 
 def quantize(array: np.ndarray, type: str) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""Modules that have a new path. The old one works for one more release, with a DeprecationWarning that names the new.
+
+To move a module: `git mv` it, rewrite our own imports, add a row to MOVED. A row for a package also holds for the
+modules in it that have no row of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, str] = {  # old path: new path
+    "gptjax.gguf": "gptjax.formats.gguf",
+    "gptjax.weights.safetensors": "gptjax.formats.safetensors",
+    "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
+}
+
+
+def new_path(name: str) -> str | None:
+    """Where the module of this old path is now; None if it was not moved."""
+    head, tail = name, ""
+    while head:
+        if head in MOVED:
+            return MOVED[head] + tail
+        head, _, last = head.rpartition(".")
+        tail = f".{last}{tail}"
+    return None
+
+
+class _Finder:
+    """Imports the module of the new path under the old one. It is the same object, so that nothing is loaded twice."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name.startswith("gptjax.") and new_path(name) else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: the import system makes an empty module and gives it to `exec_module`."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        old, new = module.__name__, new_path(module.__name__)
+        warnings.warn(f"{old} is now {new}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
+        found = importlib.import_module(new)
+        if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in MOVED):
+            sys.modules[old] = found  # the import system hands out what stands here afterwards
+            return
+        module.__path__ = []  # a package stays an object of its own: its modules may have gone to several places
+
+        def __getattr__(name: str) -> Any:
+            child = f"{old}.{name}"
+            return importlib.import_module(child) if child in MOVED else getattr(found, name)
+
+        module.__getattr__ = __getattr__
+
+
+def install() -> None:
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
