@@ -89,7 +89,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     name, *args = argv
     if name not in VERBS:
-        from gptjax.config_io import did_you_mean
+        from gptjax.config.aliases import did_you_mean
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), VERBS)
         raise UserError(

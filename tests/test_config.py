@@ -212,7 +212,7 @@ def test_an_unknown_key_names_ours(override, ours):
 
 
 def test_every_alias_leads_to_a_key():
-    from gptjax.config_io import ALIASES
+    from gptjax.config.aliases import ALIASES
 
     assert set(ALIASES.values()) <= set(config.schema())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.cli.options import is_setting, note
-from gptjax.config_io import did_you_mean
+from gptjax.config.aliases import did_you_mean
 from gptjax.files import new_file, write_json, write_text
 from gptjax.types import UserError
 
@@ -133,7 +133,7 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     if name is None:
         raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
     from gptjax import weights
-    from gptjax.config_io import read_text
+    from gptjax.config.leaves import read_text
     from gptjax.files import one_line_end
     from gptjax.model.gpt import refuse_classifier
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.cli.options import note
-from gptjax.config_io import did_you_mean, read_text
-from gptjax.config_io import from_yaml as leaves_of
+from gptjax.config.aliases import did_you_mean
+from gptjax.config.leaves import from_yaml as leaves_of
+from gptjax.config.leaves import read_text
 from gptjax.files import new_file, refuse_existing
 from gptjax.types import UserError
 

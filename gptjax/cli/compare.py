@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.cli.options import note
-from gptjax.config_io import did_you_mean
+from gptjax.config.aliases import did_you_mean
 from gptjax.files import new_file, write_text
 from gptjax.types import UserError
 

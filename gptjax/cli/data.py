@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, load_config
-from gptjax.config_io import did_you_mean
+from gptjax.config.aliases import did_you_mean
 from gptjax.files import new_file, write_json
 from gptjax.types import UserError
 

@@ -6,8 +6,8 @@ import importlib
 
 from gptjax.cli import options
 from gptjax.config import Config
-from gptjax.config_io import did_you_mean
-from gptjax.config_uses import TUNINGS
+from gptjax.config.aliases import did_you_mean
+from gptjax.config.uses import TUNINGS
 from gptjax.types import UserError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.config import config_file, presets
-from gptjax.config_io import did_you_mean, read_text
+from gptjax.config.aliases import did_you_mean
+from gptjax.config.leaves import read_text
 from gptjax.types import UserError
 
 ACTIONS = ("ls", "show", "cp")

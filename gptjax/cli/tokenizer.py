@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.config import Config, resolve
-from gptjax.config_io import did_you_mean
+from gptjax.config.aliases import did_you_mean
 from gptjax.types import UserError
 
 READS = ("tokenizer.*", "data.*")

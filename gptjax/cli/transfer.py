@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config_io import did_you_mean, from_yaml, read_text
+from gptjax.config.aliases import did_you_mean
+from gptjax.config.leaves import from_yaml, read_text
 from gptjax.files import refuse_existing
 from gptjax.types import UserError
 

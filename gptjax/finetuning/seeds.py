@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import config, config_io, weights
+from gptjax import config, weights
 from gptjax.config import Config
+from gptjax.config.leaves import read_text
 from gptjax.files import number, use_json, write_json
 from gptjax.finetuning import base
 from gptjax.finetuning.metrics import t_interval
@@ -105,7 +106,7 @@ def _in_one_program(cfg: Config, task: Any, folder: Path, say: Callable[[str], N
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"
-        settings = config.from_yaml(config_io.read_text(file, "config"), str(file))
+        settings = config.from_yaml(read_text(file, "config"), str(file))
         params, _ = weights.load(own / "final")
         result = task.finish(result._replace(run_dir=own, params=params, cfg=settings), say)
     return result

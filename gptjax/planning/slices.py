@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from gptjax.config_io import did_you_mean
+from gptjax.config.aliases import did_you_mean
 from gptjax.training.chips import CHIPS, Chip
 from gptjax.types import UserError
 

@@ -32,9 +32,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import config, config_io, config_uses, tree
-from gptjax.config import Config, DistributedConfig, MeshConfig
-from gptjax.config_io import Leaf
+from gptjax import config, tree
+from gptjax.config import Config, DistributedConfig, MeshConfig, uses
+from gptjax.config.leaves import Leaf, Problems, from_args, split_list
 from gptjax.files import write_json, write_text
 from gptjax.finetuning.metrics import t_interval
 from gptjax.finetuning.seeds import stack
@@ -93,7 +93,7 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
     Raises:
         UserError: all mistakes of all runs; an axis that cannot be swept.
     """
-    return combinations(source, *split_axes(config_io.from_args(overrides, "grid")))
+    return combinations(source, *split_axes(from_args(overrides, "grid")))
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
@@ -103,7 +103,7 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
         UserError: an axis without values, with one twice, or that cannot be swept.
     """
     axes: dict[str, list[str]] = {}
-    fixed, problems = [], config_io.Problems()
+    fixed, problems = [], Problems()
     for leaf in leaves:
         try:
             values = _values(leaf)
@@ -140,7 +140,7 @@ def _values(leaf: Leaf) -> list[str] | None:
         if re.match(r"[\[(]\s*[\[(]", text):
             raise ValueError("takes a list itself and cannot be swept: sweep once for each")
         return None
-    return config_io.split_list(text)
+    return split_list(text)
 
 
 def _unfit(key: str) -> str:
@@ -164,10 +164,10 @@ def combinations(
     for values in itertools.product(*axes.values()):
         own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
         try:
-            configs.append(config_uses.resolve(source, [*fixed, *own], verb="sweep")[0])
+            configs.append(uses.resolve(source, [*fixed, *own], verb="sweep")[0])
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
-    config_io.Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
+    Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
     return configs
 
 
@@ -202,7 +202,7 @@ def traceable(cfg: Config) -> tuple[str, ...]:
 def _check(configs: Sequence[Config]) -> None:
     if not configs:
         raise UserError("a sweep of no runs: give at least one config")
-    problems = config_io.Problems()
+    problems = Problems()
     for cfg in configs:
         if cfg.mesh != MeshConfig() or cfg.distributed != DistributedConfig():
             problems.append("mesh.* and distributed.*: a sweep lays whole runs over this process's devices; leave out")
@@ -213,7 +213,7 @@ def _check(configs: Sequence[Config]) -> None:
             problems += [f"{key}: finetune.trainable={cfg.finetune.trainable} has no adapter" for key in idle]
         if cfg.task != configs[0].task:
             problems.append(f"task={cfg.task} and task={configs[0].task}: their losses are not the same thing")
-    config_io.Problems(dict.fromkeys(problems)).raise_if_any()
+    Problems(dict.fromkeys(problems)).raise_if_any()
 
 
 # ---------------------------------------------------------------- the step
