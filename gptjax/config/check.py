@@ -19,8 +19,8 @@ from gptjax.config.schema import (
     ModelConfig,
     PretrainConfig,
     flat,
+    leaf_fields,
     schema,
-    settings,
     type_name,
     without_null,
 )
@@ -55,7 +55,7 @@ def _broken(rules: Iterable[Rule], cfg: Any) -> Iterator[Complaint]:
 
 def _ranges(values: dict[str, Any]) -> Iterator[Complaint]:
     for key, value in values.items():
-        setting = settings()[key].metadata
+        setting = leaf_fields()[key].metadata
         items = value if isinstance(value, tuple) else (value,)
         for number in items:
             if isinstance(number, bool) or not isinstance(number, int | float):

@@ -578,15 +578,15 @@ def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache
-def settings() -> dict[str, Field]:
+def leaf_fields() -> dict[str, Field]:
     """{"optim.lr": its field, ..}"""
-    return dict(_leaf_fields(Config, ""))
+    return dict(_walk(Config, ""))
 
 
-def _leaf_fields(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
+def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
     for item in fields(cls):
         if is_dataclass(item.type):
-            yield from _leaf_fields(item.type, f"{prefix}{item.name}.")
+            yield from _walk(item.type, f"{prefix}{item.name}.")
         elif not item.name.startswith("_"):
             yield prefix + item.name, item
 
@@ -594,14 +594,14 @@ def _leaf_fields(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
 @functools.cache
 def schema() -> dict[str, Any]:
     """{"optim.lr": float, ..}: the type of every leaf."""
-    return {key: item.type for key, item in settings().items()}
+    return {key: item.type for key, item in leaf_fields().items()}
 
 
 def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
     """(group, what it is, [(key, type, help), ..]) for `--help`; the settings of the run itself are the group ""."""
     groups = {"": Config} | {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
     rows: dict[str, list[tuple[str, str, str]]] = {group: [] for group in groups}
-    for key, item in settings().items():
+    for key, item in leaf_fields().items():
         rows[key.rpartition(".")[0]].append((key, type_name(item.type), item.metadata["help"]))
     return [(group, cls.__doc__.partition("\n")[0], rows[group]) for group, cls in groups.items()]
 
