@@ -14,6 +14,15 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, str] = {  # old path: new path
+    "gptjax.config_io": "gptjax.config.leaves",
+    "gptjax.config_uses": "gptjax.config.uses",
+    "gptjax.finetuning": "gptjax.tasks",
+    "gptjax.finetuning.answers": "gptjax.evaluation.generation_metrics",
+    "gptjax.finetuning.base": "gptjax.tasks.trainable",
+    "gptjax.finetuning.judge": "gptjax.evaluation.judge",
+    "gptjax.finetuning.metrics": "gptjax.evaluation.classification",
+    "gptjax.finetuning.score": "gptjax.evaluation.perplexity",
+    "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",

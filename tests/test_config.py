@@ -14,6 +14,7 @@ from gptjax.config import (
     Config,
     ModelConfig,
     TrainConfig,
+    check,
     diff,
     from_dict,
     from_yaml,
@@ -22,6 +23,7 @@ from gptjax.config import (
     to_yaml,
     validate,
 )
+from gptjax.config.schema import NOT_NEGATIVE, leaf_fields
 from gptjax.errors import UserError
 
 
@@ -212,7 +214,7 @@ def test_an_unknown_key_names_ours(override, ours):
 
 
 def test_every_alias_leads_to_a_key():
-    from gptjax.config_io import ALIASES
+    from gptjax.config.aliases import ALIASES
 
     assert set(ALIASES.values()) <= set(config.schema())
 
@@ -438,6 +440,13 @@ def test_a_setting_without_effect_is_refused_where_it_is_asked_for(rules, asked)
 def test_every_rule_of_settings_without_effect_has_its_case():
     tried = {rules.partition("=")[0] for rules, _ in NO_EFFECT}
     assert {ruling for _, ruling, _ in config.WITHOUT_EFFECT} == tried
+
+
+def test_every_rule_and_range_is_about_settings_that_are_there():
+    named = [keys for keys, _, _ in (*check.MODEL_RULES, *check.RULES) if not callable(keys)]
+    assert {key for keys in named for key in keys} <= set(config.schema())
+    bounded = [key for key, item in leaf_fields().items() if item.metadata["range"] != NOT_NEGATIVE]
+    assert len(bounded) > 60 and all("number" in config.type_name(config.schema()[key]) for key in bounded)
 
 
 def test_notebook_configs_are_checked_by_the_same_rules():

@@ -12,8 +12,7 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 # a part may import parts of a lower number
 LEVEL = {
     "_moved": -1, "errors": -1,
-    "types": 0, "signals": 0, "files": 0, "tree": 0, "config_io": 0, "config": 0, "config_uses": 0,
-    "assets": 0, "formats": 0,
+    "types": 0, "signals": 0, "files": 0, "tree": 0, "config": 0, "assets": 0, "formats": 0,
     "show": 1, "ops": 1, "tokenizers": 1, "data": 2,
     "model": 3,
     "losses": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
@@ -22,8 +21,7 @@ LEVEL = {
     "cli": 9, "__main__": 10, "reference": 10,
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
-    ("config", "config_io"), ("config_uses", "config"), ("config_uses", "config_io"),
-    ("assets", "files"), ("config_io", "files"), ("config", "files"), ("formats", "files"),
+    ("assets", "files"), ("config", "files"), ("formats", "files"),
     ("weights", "lora"),  # a model that is kept as an adapter
     ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
 }  # fmt: skip
@@ -32,7 +30,6 @@ NEVER = {
     "data": {"jax", "flax", "optax", "ops", "model"},
     "tokenizers": {"jax", "flax", "optax", "ops", "model", "data"},
     "config": {"jax", "flax", "optax"},
-    "config_io": {"jax", "flax", "optax"},
     "assets": {"jax", "flax", "optax"},
     "formats": {"jax", "flax", "optax"},
     "optim": {"model", "lora"},
@@ -74,6 +71,27 @@ def test_imports_point_one_way(path):
             assert lower or (here, part) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
 
 
+CONFIG = ("aliases", "leaves", "schema", "check", "load", "uses")  # each may import those before it
+
+
+def test_the_parts_of_config_point_one_way():
+    """While they are loaded: a ModelConfig that is made calls the checks."""
+    files = {path.stem: path for path in (ROOT / "config").glob("*.py")}
+    assert set(files) == {*CONFIG, "__init__"}
+    for i, name in enumerate(CONFIG):
+        loading = ast.parse(files[name].read_text(encoding="utf-8")).body
+        found = {node.module for node in loading if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in found if f"{module}.".startswith("gptjax.config.")}
+        assert ours <= {f"gptjax.config.{earlier}" for earlier in CONFIG[:i]}, name
+
+
+def test_every_name_of_config_is_found_in_the_package():
+    from gptjax import config
+
+    assert callable(config.schema)  # which has the name of its module
+    assert all(getattr(config, name) is not None for name in config.__all__)
+
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
@@ -85,6 +103,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         "import gptjax",
         "import gptjax.config; gptjax.load_config('tiny-gpt2')",
+        "import gptjax.config.uses",
         "import gptjax.data, gptjax.tokenizers, gptjax.assets",
         "from gptjax.__main__ import main; main(['pretrain', 'tiny-gpt2', '--print-config'])",
     ],

@@ -132,7 +132,7 @@ def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
     if name is None:
         raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
     from gptjax import weights
-    from gptjax.config_io import read_text
+    from gptjax.config.leaves import read_text
     from gptjax.files import one_line_end
     from gptjax.model.gpt import refuse_classifier
 

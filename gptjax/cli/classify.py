@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.cli.options import note
-from gptjax.config_io import from_yaml as leaves_of
-from gptjax.config_io import read_text
+from gptjax.config.leaves import from_yaml as leaves_of
+from gptjax.config.leaves import read_text
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, refuse_existing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gptjax.cli import options
 from gptjax.config import Config
-from gptjax.config_uses import TUNINGS
+from gptjax.config.uses import TUNINGS
 from gptjax.errors import UserError, did_you_mean
 
 

@@ -10,10 +10,21 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gptjax import config_uses
-from gptjax.config import Config, ModelConfig, Provenance, describe, file_layers, flat, schema, to_yaml, yaml_value
-from gptjax.config_io import ALIASES, EXAMPLE, Leaf, from_args
-from gptjax.config_uses import matches
+from gptjax.config import (
+    Config,
+    ModelConfig,
+    Provenance,
+    describe,
+    file_layers,
+    flat,
+    schema,
+    to_yaml,
+    uses,
+    yaml_value,
+)
+from gptjax.config.aliases import ALIASES
+from gptjax.config.leaves import EXAMPLE, Leaf, from_args
+from gptjax.config.uses import matches
 from gptjax.errors import Problems, UserError, did_you_mean
 
 SWITCHES = ("dry-run", "print-config")
@@ -57,12 +68,12 @@ def keys_of(*patterns: str) -> list[str]:
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """The configuration that a verb's arguments ask for; `task` and `also` as in `config_uses.resolve`."""
+    """The configuration that a verb's arguments ask for; `task` and `also` as in `uses.resolve`."""
     source = args.words[0] if args.words else default
     leaves = args.leaves
     if verb.startswith(("pretrain", "finetune")) and any(_is_auto(leaf) for leaf in leaves):
         leaves = _with_rows(source, leaves, verb, task, also)
-    return config_uses.resolve(source, leaves, verb=verb, task=task, also=also)
+    return uses.resolve(source, leaves, verb=verb, task=task, also=also)
 
 
 def _is_auto(leaf: Leaf) -> bool:
@@ -76,7 +87,7 @@ def _with_rows(source: Any, leaves: list[Leaf], verb: str, task: str | None, als
     every = [*file_layers(source), *leaves]
     parts = next((leaf.value for leaf in reversed(every) if leaf.key == "train.accumulation"), 1)
     one_row_each = [leaf._replace(value=parts) if _is_auto(leaf) else leaf for leaf in leaves]
-    before, _ = config_uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
+    before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
     cfg = fitted(before)
     out = [leaf._replace(value=cfg.train.batch_size) if _is_auto(leaf) else leaf for leaf in leaves]
     if cfg.model.remat != before.model.remat:
@@ -121,7 +132,7 @@ def show_only(
     for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task does."""
     if not (args.print_config or args.dry_run):
         return False
-    keys = config_uses.keys_of(cfg) if keys is None else keys
+    keys = uses.keys_of(cfg) if keys is None else keys
     lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
     shown = keys if args.print_config else _said(keys, cfg, provenance)
     print(to_yaml(cfg, provenance, shown), end="")
@@ -158,7 +169,7 @@ def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: 
 def values_help(args: Sequence[str], default: str, task: str) -> str:
     """The settings of a task with the values that a command of these arguments has; where that cannot be made, those
     of the `default` preset."""
-    verb = config_uses.verb_of(task)
+    verb = uses.verb_of(task)
     try:
         parsed = parse(args, words=1)
         cfg, _ = configure(parsed, default, verb, task)
@@ -166,7 +177,7 @@ def values_help(args: Sequence[str], default: str, task: str) -> str:
         parsed = Args([], [], False, False)
         cfg, _ = configure(parsed, default, verb, task)
     source = parsed.words[0] if parsed.words else default
-    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, config_uses.USES[task])}"
+    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, uses.USES[task])}"
 
 
 # ---------------------------------------------------------------- what a run would cost

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax import config_uses
 from gptjax.cli import options
-from gptjax.config import Config
+from gptjax.config import Config, uses
 from gptjax.errors import UserError
 from gptjax.files import new_file, refuse_existing, write_text
 
@@ -33,7 +32,7 @@ def run(args: list[str]) -> int:
     for name in ("out", "png"):
         if path := getattr(wishes, name):
             refuse_existing(Path(path), name)
-    keys = config_uses.keys_of(cfg, also=("model.*",))
+    keys = uses.keys_of(cfg, also=("model.*",))
     if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {wishes.on}"], keys):
         return 0
     for name in ("out", "png"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptjax.config import config_file, presets
-from gptjax.config_io import read_text
+from gptjax.config.leaves import read_text
 from gptjax.errors import UserError, did_you_mean
 
 ACTIONS = ("ls", "show", "cp")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gptjax.cli import options
 from gptjax.config import Config, Provenance, resolve
-from gptjax.config_io import Leaf, from_yaml, read_text
+from gptjax.config.leaves import Leaf, from_yaml, read_text
 from gptjax.errors import UserError, complaints
 from gptjax.files import new_file, one_line_end, refuse_existing
 

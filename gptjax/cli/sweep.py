@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gptjax import config_uses
 from gptjax.cli import options
-from gptjax.config import Config, config_file, to_yaml
-from gptjax.config_io import Leaf
+from gptjax.config import Config, config_file, to_yaml, uses
+from gptjax.config.leaves import Leaf
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
@@ -33,7 +32,7 @@ def run(args: list[str]) -> int:
     folder = Path(_run_dir(source, fixed))
     configs = [dataclasses.replace(cfg, run_dir=str(folder)) for cfg in configs]
     if parsed.print_config:
-        print(to_yaml(configs[0], keys=config_uses.keys_of(configs[0])), end="")
+        print(to_yaml(configs[0], keys=uses.keys_of(configs[0])), end="")
     if parsed.print_config and not parsed.dry_run:
         return 0
     _refuse(configs[0], folder)

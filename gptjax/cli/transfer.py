@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from gptjax.cli import options
-from gptjax.config_io import from_yaml, read_text
+from gptjax.config.leaves import from_yaml, read_text
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import refuse_existing
 

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config, config_io, lora, losses, tree, weights
+from gptjax import config, lora, losses, tree, weights
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
-from gptjax.config_io import read_text
+from gptjax.config.leaves import read_text
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import one_line_end, use_json
@@ -514,7 +514,7 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     run = RunDir(run_dir)
     if not run.config.is_file():
         return [Snapshot("model", lambda: weights.load(run_dir)[0])], None, []
-    cfg = config.from_yaml(config_io.read_text(run.config, "config"), str(run.config))
+    cfg = config.from_yaml(read_text(run.config, "config"), str(run.config))
     found, notes, last = [], [], None
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)

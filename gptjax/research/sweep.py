@@ -31,9 +31,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import config, config_io, config_uses, tree
-from gptjax.config import Config, DistributedConfig, MeshConfig
-from gptjax.config_io import Leaf
+from gptjax import config, tree
+from gptjax.config import Config, DistributedConfig, MeshConfig, uses
+from gptjax.config.leaves import Leaf, from_args, split_list
 from gptjax.errors import Problems, UserError
 from gptjax.evaluation.intervals import t_interval
 from gptjax.files import write_json, write_text
@@ -95,7 +95,7 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
     Raises:
         UserError: all mistakes of all runs; an axis that cannot be swept.
     """
-    return combinations(source, *split_axes(config_io.from_args(overrides, "grid")))
+    return combinations(source, *split_axes(from_args(overrides, "grid")))
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
@@ -142,7 +142,7 @@ def _values(leaf: Leaf) -> list[str] | None:
         if re.match(r"[\[(]\s*[\[(]", text):
             raise ValueError("takes a list itself and cannot be swept: sweep once for each")
         return None
-    return config_io.split_list(text)
+    return split_list(text)
 
 
 def _unfit(key: str) -> str:
@@ -166,7 +166,7 @@ def combinations(
     for values in itertools.product(*axes.values()):
         own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
         try:
-            configs.append(config_uses.resolve(source, [*fixed, *own], verb="sweep")[0])
+            configs.append(uses.resolve(source, [*fixed, *own], verb="sweep")[0])
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import config, config_io, tasks, weights
+from gptjax import config, tasks, weights
 from gptjax.config import Config
+from gptjax.config.leaves import read_text
 from gptjax.evaluation.intervals import t_interval
 from gptjax.files import number, use_json, write_json
 from gptjax.parallel.distributed import is_writer
@@ -107,7 +108,7 @@ def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"
-        settings = config.from_yaml(config_io.read_text(file, "config"), str(file))
+        settings = config.from_yaml(read_text(file, "config"), str(file))
         params, _ = weights.load(own / "final")
         result = result._replace(run_dir=own, params=params, cfg=settings)
         task.evaluate(result, None, say)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from gptjax import config
-from gptjax.config import COMPUTED, Config, Provenance
-from gptjax.config_io import Leaf
+from gptjax.config.leaves import Leaf, Provenance
+from gptjax.config.load import build, config_file, file_layers, layer, presets, short
+from gptjax.config.schema import COMPUTED, Config, schema
 from gptjax.errors import UserError
 
 TUNINGS = ("classify", "instruct", "prefer")
@@ -33,8 +33,12 @@ def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
 
 def keys_of(cfg: Config, also: Sequence[str] = ()) -> list[str]:
     """The settings that a run of `cfg` reads, in the order of the schema."""
-    adapter = cfg.task == "pretrain" or cfg.finetune.trainable == "lora"
-    return [key for key in config.schema() if reads(cfg.task, key, also) and (adapter or not matches("lora.*", key))]
+    adapter = _reads_lora(cfg.task, cfg.finetune.trainable)
+    return [key for key in schema() if reads(cfg.task, key, also) and (adapter or not matches("lora.*", key))]
+
+
+def _reads_lora(task: str, trainable: object) -> bool:
+    return task == "pretrain" or trainable == "lora"
 
 
 def matches(pattern: str, key: str) -> bool:
@@ -53,22 +57,22 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """`config.resolve` for a verb of the command line.
+    """`load.resolve` for a verb of the command line.
 
     Args:
         task: what the verb is for; None: any, as the preset says. also: patterns of what the verb reads beside it.
 
     Raises:
         UserError: a preset of another task; settings that the task does not read, in the user's own files or on the
-            command line, at their defaults too; and what `config.resolve` refuses. All of the latter two at once.
+            command line, at their defaults too; and what `load.resolve` refuses. All of the latter two at once.
     """
-    layers, leaves = config.file_layers(source), list(leaves)
+    layers, leaves = file_layers(source), list(leaves)
     wanted = _task(source, layers, leaves, verb, task)
     under = [Leaf("task", wanted, f"gptjax {verb}")]
-    run_dir = None if source is None else f"runs/{config.config_file(source).stem}"
+    run_dir = None if source is None else f"runs/{config_file(source).stem}"
     own = [*_own(layers), *leaves]
     unread = [*_unread(own, wanted, verb, also), *_without_adapter(own, [*layers, *leaves], wanted)]
-    return config.build([*under, *layers, *leaves], run_dir or "runs/default", unread)
+    return build([*under, *layers, *leaves], run_dir or "runs/default", unread)
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
@@ -86,18 +90,18 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 def _own(layers: list[Leaf]) -> list[Leaf]:
     """What the user wrote: neither a preset of the house nor a config.yaml, which holds the settings of all tasks."""
-    house = {config.short(path) for path in config.presets().values()}
+    house = {short(path) for path in presets().values()}
     groups: dict[str, set[str]] = {}
     for leaf in layers:
-        groups.setdefault(config.layer(leaf.where), set()).add(leaf.key.partition(".")[0])
+        groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
     whole = {name for name, found in groups.items() if found.issuperset(TUNINGS)}
-    return [leaf for leaf in layers if config.layer(leaf.where) not in house | whole]
+    return [leaf for leaf in layers if layer(leaf.where) not in house | whole]
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for leaf in leaves:
-        if leaf.key in config.schema() and not reads(task, leaf.key, also):
+        if leaf.key in schema() and not reads(task, leaf.key, also):
             reasons.setdefault((leaf.where, _reason(task, leaf.key.partition(".")[0])), []).append(leaf.key)
     return [
         f"{where}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {why}"
@@ -109,16 +113,14 @@ def _without_adapter(own: list[Leaf], every: list[Leaf], task: str) -> list[str]
     """The user's lora.* beside or after a finetune.trainable that trains no adapter; what a later layer rules is none
     of them."""
     trainable = next((leaf for leaf in reversed(every) if leaf.key == "finetune.trainable"), None)
-    if task == "pretrain" or trainable is None or trainable.value == "lora":
+    if trainable is None or _reads_lora(task, trainable.value):
         return []
-    names = list(dict.fromkeys(config.layer(leaf.where) for leaf in every))
-    first = names.index(config.layer(trainable.where))
+    names = list(dict.fromkeys(layer(leaf.where) for leaf in every))
+    first = names.index(layer(trainable.where))
     return [
         f"{leaf.where}: {leaf.key}: finetune.trainable={trainable.value} has no adapter"
         for leaf in own
-        if matches("lora.*", leaf.key)
-        and leaf.key in config.schema()
-        and names.index(config.layer(leaf.where)) >= first
+        if matches("lora.*", leaf.key) and leaf.key in schema() and names.index(layer(leaf.where)) >= first
     ]
 
 

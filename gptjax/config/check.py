@@ -1,0 +1,275 @@
+"""What must hold: the range of each setting, the combinations, and settings that another one leaves without effect.
+
+A complaint is (keys concerned, text), so that the loader can add where each of them was set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from typing import Any, Literal, Optional, get_args, get_origin
+
+from gptjax.config.leaves import Provenance
+from gptjax.config.schema import (
+    Config,
+    DistributedConfig,
+    ModelConfig,
+    PretrainConfig,
+    flat,
+    leaf_fields,
+    schema,
+    type_name,
+    without_null,
+)
+from gptjax.errors import Problems
+
+Complaint = tuple[tuple[str, ...], str]
+Keys, Text = tuple[str, ...] | Callable[[Any], tuple[str, ...]], str | Callable[[Any], str]
+Rule = tuple[Keys, Callable[[Any], Any], Text]  # keys concerned, whether a config breaks it, what to say then
+
+
+def validate(cfg: Config) -> None:
+    """Raises UserError with every value or combination that cannot work."""
+    Problems(text for _, text in complaints(cfg, {})).raise_if_any()
+
+
+def validate_model(model: ModelConfig) -> None:
+    """`validate` for a model alone."""
+    Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
+
+
+def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
+    """(keys concerned, what is wrong with where it was said)."""
+    for keys, text in (*_ranges(flat(cfg)), *_broken(MODEL_RULES, cfg.model), *_broken(RULES, cfg)):
+        places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
+        yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
+
+
+def _broken(rules: Iterable[Rule], cfg: Any) -> Iterator[Complaint]:
+    for keys, broken, text in rules:
+        if broken(cfg):
+            yield keys(cfg) if callable(keys) else keys, text(cfg) if callable(text) else text
+
+
+def _ranges(values: dict[str, Any]) -> Iterator[Complaint]:
+    for key, value in values.items():
+        setting = leaf_fields()[key].metadata
+        items = value if isinstance(value, tuple) else (value,)
+        for number in items:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            limits = setting["range"]
+            if isinstance(number, int):  # a large int is no float
+                limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
+            if number not in limits or number == math.inf:
+                yield (key,), f"{key} ({shown(number)}) must be {limits}"
+        if choices := setting["choices"]:
+            for name in sorted({*items} - {*choices}):
+                yield (key,), f"{key}: {name!r} is unknown: use {', '.join(choices)} or []"
+
+
+def validate_types(model: ModelConfig) -> None:
+    """Raises UserError for wrong types in a config made by hand; what is traced has no value yet."""
+    problems = Problems()
+    for key, hint in schema().items():
+        if not key.startswith("model."):
+            continue
+        value, kind = getattr(model, key.removeprefix("model.")), without_null(hint)
+        if hasattr(value, "aval") or (value is None and kind is not hint):
+            continue
+        number = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+        fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, number)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            problems.append(f"{key}: expected {type_name(hint)}, got {value!r:.80}")
+    problems.raise_if_any()
+
+
+def shown(value: Any) -> str:
+    """A value for a message; of a number with thousands of digits their count."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, a list inside itself
+        return "something very large"
+    return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
+
+
+# ---------------------------------------------------------------- the conditions of several rules
+
+
+def _divisors(number: int, most: Optional[int] = None) -> str:
+    found = [n for n in range(1, min(number, most or 1024) + 1) if number % n == 0]
+    return ", ".join(map(str, found))
+
+
+def _has_heads(model: ModelConfig) -> bool:
+    return min(model.d_model, model.n_head, model.n_kv_head) >= 1
+
+
+def _is_split(model: ModelConfig) -> bool:
+    """Whether the heads share d_model evenly, or have a width of their own."""
+    return bool(model.d_head) or model.d_model % model.n_head == 0
+
+
+def _is_manual(several: DistributedConfig) -> bool:
+    return several.coordinator not in (None, "auto")
+
+
+def _is_complete(several: DistributedConfig) -> bool:
+    return None not in (several.num_processes, several.process_id) and ":" in several.coordinator
+
+
+def _axes(cfg: Config, size: int) -> tuple[str, ...]:
+    """The mesh axes of that size."""
+    return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
+
+
+def _local(cfg: Config) -> list[str]:
+    return [source for source in (*cfg.data.source, *cfg.data.val_source) if not source.startswith("hf:")]
+
+
+def _of_finetuning(cfg: Config) -> tuple[str, ...]:
+    """The settings of a fine-tuning that are not at their defaults."""
+    before, here = flat(Config()), flat(cfg)
+    groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
+    return tuple(key for key in here if key.startswith(groups) and here[key] != before[key])
+
+
+# ---------------------------------------------------------------- the rules
+
+MODEL_RULES: tuple[Rule, ...] = (
+    (("model.d_model", "model.n_head"),
+     lambda m: _has_heads(m) and not _is_split(m),
+     lambda m: f"model.d_model ({m.d_model}) must be divisible by model.n_head ({m.n_head}): "
+     f"n_head can be {_divisors(m.d_model, 64)}"),
+    (("model.d_model", "model.n_head", "model.d_head", "model.position"),
+     lambda m: _has_heads(m) and _is_split(m) and m.position == "rope" and m.head_dim % 2,
+     lambda m: f"model.position=rope turns pairs: d_head, or d_model / n_head ({m.head_dim}), must be even"),
+    (("model.n_head", "model.n_kv_head"),
+     lambda m: _has_heads(m) and m.n_head % m.n_kv_head,
+     lambda m: f"model.n_head ({m.n_head}) must be divisible by model.n_kv_head ({m.n_kv_head}): "
+     f"use one of {_divisors(m.n_head)}"),
+    (("model.window_pattern",),
+     lambda m: not m.window_pattern or m.window_pattern.strip("SL"),
+     lambda m: f"model.window_pattern ({m.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL"),
+    (("model.rope_fast", "model.rope_slow"),
+     lambda m: m.rope_fast <= m.rope_slow,
+     lambda m: f"model.rope_fast ({m.rope_fast}) must be above model.rope_slow ({m.rope_slow})"),
+    (("model.position", "model.d_model"),
+     lambda m: m.position == "sinusoidal" and m.d_model % 2,
+     lambda m: f"model.position=sinusoidal needs an even model.d_model, got {m.d_model}"),
+)  # fmt: skip
+
+RULES: tuple[Rule, ...] = (
+    (("sample.stop",),
+     lambda c: "" in c.sample.stop,
+     "sample.stop holds an empty text, which would end everything at once: leave it out"),
+    (("train.batch_size", "train.accumulation"),
+     lambda c: min(c.train.batch_size, c.train.accumulation) >= 1 and c.train.batch_size % c.train.accumulation,
+     lambda c: f"train.accumulation ({c.train.accumulation}) must divide train.batch_size ({c.train.batch_size}): "
+     f"use one of {_divisors(c.train.batch_size)}"),
+    (("optim.warmup_steps", "train.max_steps"),
+     lambda c: c.train.epochs is None and c.optim.warmup_steps >= c.train.max_steps >= 1,
+     lambda c: f"optim.warmup_steps ({c.optim.warmup_steps}) must be below train.max_steps ({c.train.max_steps})"),
+    (("distributed.coordinator", "distributed.num_processes", "distributed.process_id"),
+     lambda c: _is_manual(c.distributed) and not _is_complete(c.distributed),
+     lambda c: f"distributed.coordinator={c.distributed.coordinator} must be HOST:PORT, and needs "
+     "distributed.num_processes=N and distributed.process_id=0 to N-1"),
+    (("distributed.process_id", "distributed.num_processes"),
+     lambda c: _is_manual(c.distributed) and _is_complete(c.distributed)
+     and c.distributed.process_id >= c.distributed.num_processes,
+     lambda c: f"distributed.process_id ({c.distributed.process_id}) must be below distributed.num_processes "
+     f"({c.distributed.num_processes})"),
+    (lambda c: _axes(c, 0),
+     lambda c: _axes(c, 0),
+     lambda c: f"{', '.join(_axes(c, 0))} must be at least 1, or -1 for what the others leave"),
+    (lambda c: _axes(c, -1),
+     lambda c: len(_axes(c, -1)) > 1,
+     lambda c: f"only one of {', '.join(_axes(c, -1))} can take what the others leave (-1)"),
+    (("mesh.context", "model.context_length"),
+     lambda c: c.window >= 1 and c.mesh.context > 1 and c.window % c.mesh.context,
+     lambda c: f"mesh.context ({c.mesh.context}) must divide model.context_length ({c.window})"),
+    (("pretrain.context_length", "model.context_length"),
+     lambda c: c.window > c.model.context_length >= 1 and (c.model.vocab_size or not c.pretrain.base),
+     lambda c: f"pretrain.context_length ({c.window}) must be at most the model's ({c.model.context_length})"),
+    (("data.source",),
+     lambda c: not c.data.source or not all(c.data.source),
+     "data.source is empty: name an asset, a file, a folder, or hf:org/name"),
+    (("data.weights", "data.source"),
+     lambda c: c.data.weights and len(c.data.weights) != len(c.data.source),
+     lambda c: f"data.weights has {len(c.data.weights)} numbers for {len(c.data.source)} sources: "
+     "give one a source, or [] for their own sizes"),
+    (("data.weights",),
+     lambda c: c.data.weights and not sum(c.data.weights) > 0,
+     lambda c: f"data.weights ({list(c.data.weights)}) must not all be 0"),
+    (("data.streaming", "data.source"),
+     lambda c: c.data.streaming and _local(c),
+     lambda c: f"data.streaming reads hf: sources only, not {', '.join(_local(c))}"),
+    (("pretrain.base", "pretrain.context_length"),
+     lambda c: c.task != "pretrain" and c.pretrain != PretrainConfig(),
+     lambda c: f"pretrain.base and pretrain.context_length: only for gptjax pretrain, this is task={c.task}; "
+     "a fine-tuning starts from finetune.base"),
+    (_of_finetuning,
+     lambda c: c.task == "pretrain" and _of_finetuning(c),
+     lambda c: f"{', '.join(_of_finetuning(c))}: only for gptjax finetune, this is task=pretrain"),
+    (("finetune.quantize", "finetune.trainable"),
+     lambda c: c.task != "pretrain" and c.finetune.quantize != "none" and c.finetune.trainable != "lora",
+     lambda c: f"finetune.quantize={c.finetune.quantize} needs finetune.trainable=lora: "
+     "quantised weights do not move"),
+    (("finetune.save_merged", "finetune.trainable", "lora.init"),
+     lambda c: c.task != "pretrain" and c.finetune.save_merged is False
+     and (c.finetune.trainable, c.lora.init) != ("lora", "lora"),
+     lambda c: "finetune.save_merged=false needs finetune.trainable=lora and lora.init=lora, got "
+     f"{c.finetune.trainable} and {c.lora.init}: these change weights of the base too"),
+    (("finetune.together", "finetune.trainable"),
+     lambda c: c.task != "pretrain" and c.finetune.together and c.finetune.trainable != "lora",
+     "finetune.together=true needs finetune.trainable=lora: adapters share one base, other weights do not"),
+    *(
+        (
+            (f"{name}.val_fraction", f"{name}.test_fraction"),
+            lambda c, n=name: c.task != "pretrain" and getattr(c, n).val_fraction + getattr(c, n).test_fraction >= 1,
+            lambda c, n=name: f"{n}.val_fraction ({getattr(c, n).val_fraction}) and {n}.test_fraction "
+            f"({getattr(c, n).test_fraction}) leave nothing to train on",
+        )
+        for name in ("classify", "instruct", "prefer")
+    ),
+    (("data.mask_tokens", "model.context_length"),
+     lambda c: c.data.mask_tokens and c.data.mask_tokens >= c.model.context_length >= 1,
+     lambda c: f"data.mask_tokens ({c.data.mask_tokens}) must be below model.context_length "
+     f"({c.model.context_length})"),
+    *(
+        ((key,), lambda c, value=attrgetter(key): value(c) == "", f"{key} is empty")
+        for key in ("run_dir", "tokenizer.name", "data.text_field", "data.cache_dir")
+    ),
+)  # fmt: skip
+
+# (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any]], ...] = (
+    (("optim.momentum",), "optim.name", lambda value: value != "muon"),
+    (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
+    (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),
+    (("optim.initial_lr_ratio",), "optim.warmup_steps", lambda value: value == 0),
+    (("prefer.margin",), "prefer.loss", lambda value: value != "simpo"),
+    (("sample.top_k", "sample.top_p", "sample.min_p"), "sample.temperature", lambda value: value == 0),
+    (("model.rope_",), "model.position", lambda value: value != "rope"),
+    (("model.window_pattern",), "model.sliding_window", lambda value: value == 0),
+    (("model.embed_std",), "model.init", lambda value: value == "torch"),
+    (("model.qk_gain",), "model.qk_norm", lambda value: not value),
+    (("data.split", "data.val_fraction"), "data.val_source", bool),
+    (("sample.ahead",), "sample.draft", lambda value: value is None),
+)
+
+
+def without_effect(cfg: Config, where: Provenance) -> Iterator[str]:
+    """Settings of the command line that another one leaves without effect."""
+    values = flat(cfg)
+    for keys, ruling, rules in WITHOUT_EFFECT:
+        asked = [key for key in where if key.startswith(keys) and where[key] in ("command line", "load_config")]
+        if asked and rules(values[ruling]):
+            value = values[ruling] if values[ruling] is not None else "null"
+            yield (
+                f"{where[asked[0]]}: {', '.join(asked)} would have no effect: {ruling}={value} "
+                f"({where.get(ruling, 'default')})"
+            )
