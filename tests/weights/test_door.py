@@ -1,7 +1,9 @@
 """One door for every place a model can lie in: its tokenizer comes with it."""
 
 import dataclasses
+import importlib
 import json
+import pkgutil
 import shutil
 
 import jax
@@ -12,7 +14,7 @@ import gptjax
 from gptjax import assets, gguf, tokenizers, weights
 from gptjax.tokenizers import hf
 from gptjax.types import UserError
-from gptjax.weights import door, llama_cpp
+from gptjax.weights import door, families, llama_cpp
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -99,6 +101,12 @@ def test_windows_as_gemma_has_them(change, lacks):
     with pytest.raises(UserError) as error:
         llama_cpp.family_of(cfg)
     assert lacks in str(error.value)
+
+
+def test_every_file_of_a_family_is_registered():
+    names = [f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)]
+    found = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
+    assert {family.name: family for family in found} == families.FAMILIES
 
 
 def test_the_scale_that_llama_cpp_gives_to_62_layers_of_gemma():
