@@ -23,7 +23,7 @@ from gptjax.training.job import Job
 from gptjax.training.loop import TrainResult, run_job
 from gptjax.types import Params, UserError
 from gptjax.weights import read_labels
-from gptjax.weights.door import LABELS
+from gptjax.weights.load import LABELS
 
 RESULTS = "test.json"
 AT_ONCE, WIDTH = 16, 64  # texts, and tokens whose multiples they are filled up to, in `load_classifier`

@@ -29,7 +29,7 @@ from gptjax.files import read_json, write_json
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params, UserError
 from gptjax.weights import families, native, safetensors
-from gptjax.weights.door import new_folder
+from gptjax.weights.export import new_folder
 from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, is_float, refuse
 

@@ -1,4 +1,4 @@
-"""One door for every place a model can lie in: its tokenizer comes with it."""
+"""`load` reads every place a model can lie in, and its tokenizer comes with it."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,8 @@ import gptjax
 from gptjax import assets, gguf, tokenizers, weights
 from gptjax.tokenizers import hf
 from gptjax.types import UserError
-from gptjax.weights import door, families, llama_cpp
+from gptjax.weights import export, families, llama_cpp
+from gptjax.weights.load import IMAGE
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -161,8 +162,8 @@ def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
     params, cfg, tokenizer = model
     weights.export_gguf(tmp_path / "My-Phi-3-chat.gguf", params, cfg, tokenizer)
     assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
-    assert door._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
-    assert door._name_for_llama_cpp("other", []) == "other"
+    assert export._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
+    assert export._name_for_llama_cpp("other", []) == "other"
 
 
 def test_folders_and_files_behind_links(tiny, tmp_path):
@@ -227,7 +228,7 @@ def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
     rows = plain.vocab_size
     cfg = dataclasses.replace(GEMMA, vocab_size=rows, tie_embeddings=True)
     params = gptjax.init_params(jax.random.key(0), cfg)
-    for name, fits in ((door.IMAGE, True), ("<more>", False)):
+    for name, fits in ((IMAGE, True), ("<more>", False)):
         folder = weights.export_hf(tmp_path / name, params, cfg, plain)
         data["added_tokens"].append(hf.added_token(name, rows, True))
         (folder / "tokenizer.json").write_text(json.dumps(data))
