@@ -1,4 +1,4 @@
-"""What every member of the shelf promises, one table."""
+"""What every architecture promises, one table."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from gptjax import lora
 from gptjax.config import LoraConfig
-from gptjax.research.shelf import attention, deltanet, mla, moe, sliding_window
+from gptjax.research.architectures import attention, deltanet, mla, moe, sliding_window
 from gptjax.types import UserError
 
 B, T, D = 2, 9, 16
