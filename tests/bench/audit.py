@@ -29,6 +29,7 @@ from gptjax.data.store import TokenStore
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
 from gptjax.research import audit, report
+from gptjax.research.influence import gradient_features
 from gptjax.tasks import pretrain
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
@@ -141,7 +142,7 @@ def wolf(folder, clean, train, held, words):
     store = audit.store_of(held, tokenizer)
     batch = audit.rows(store, *audit.pieces(store, CONTEXT), CONTEXT)
     scored = audit.score(params, cfg, batch)
-    features = audit.gradient_features(pretrain.task(cfg).loss)(params, batch)
+    features = gradient_features(pretrain.task(cfg).loss)(params, batch)
     flagged, p, q = [], [], []
     for seed in range(40):
         order = np.random.default_rng(seed).permutation(len(batch.tokens))
