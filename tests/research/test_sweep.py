@@ -275,7 +275,7 @@ def test_a_sweep_that_is_killed_while_it_writes_is_no_sweep(tmp_path, monkeypatc
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(sweep, "draw", lambda *args: None)
+    monkeypatch.setattr(sweep.results, "draw", lambda *args: None)
     monkeypatch.setattr(os, "replace", die)
     cfg = gptjax.load_config("tiny-gpt2")
     row = {"run": 0, "train/loss": 1.0, "stopped": False}
