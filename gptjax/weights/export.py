@@ -42,9 +42,12 @@ def export_hf(
     folder = Path(folder)
     family = families.family_of(dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     values = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(cfg)}
-    rules = [*family.rules]
+    rules = family.rules
     if cfg.n_classes:
-        params, rules = _class_params(params), [*family.rules, families.SCORE]
+        refuse_bias(params["cls_head"])
+        params = {name: node for name, node in params.items() if name != "lm_head"}
+        params["cls_head"] = {"kernel": params["cls_head"]["kernel"]}
+        rules = [*family.rules, families.SCORE]
         tokenizer, more = _class_values(cfg, tokenizer, labels)
         values |= more | {"architectures": [family.classifier]}
     dtype = jax.tree.leaves(params)[0].dtype
@@ -72,12 +75,9 @@ def export_hf(
     return folder
 
 
-def _class_params(params: Params) -> Params:
-    """As transformers' classifiers have them: no LM head, and no bias in the other."""
-    if np.asarray(params["cls_head"].get("bias", 0)).any():
+def refuse_bias(head: Params) -> None:
+    if np.asarray(head.get("bias", 0)).any():
         raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
-    body = {name: node for name, node in params.items() if name != "lm_head"}
-    return body | {"cls_head": {"kernel": params["cls_head"]["kernel"]}}
 
 
 def _class_values(cfg: ModelConfig, tokenizer: Any, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:

@@ -103,7 +103,8 @@ def save(
             body |= {"base": dict(base), "base_sha256": _base_sha256(base)}
         (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
         for path in (*written, partial / MODEL):
-            _sync(path)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         replace_folder(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -304,8 +305,3 @@ def load_adapter(folder: Path) -> Params:
     source = safetensors.open_file(folder / ADAPTER)
     verify(folder)
     return tree.unflatten({name: source.array(name).astype(np.float32, copy=False) for name in source.shapes()})
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data.store import TokenStore
-from gptjax.research.audit.text import Scored, continuations, rows, score
+from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params, UserError
 
 FEWEST = 4  # documents that can be compared with others
@@ -55,14 +55,8 @@ def extraction(
             f"a prefix of {longest} and a suffix of {suffix} tokens need a context of {longest + suffix - 1}, and it "
             f"is {cfg.context_length}: lower them, all to at least 1"
         )
-    ends = np.append(store.doc_starts[1:], len(store))
-    places = [
-        np.arange(start + longest, end - suffix + 1, stride)
-        for start, end in zip(store.doc_starts, ends, strict=True)
-    ]  # fmt: skip
-    at = np.concatenate(places)
-    if len(at) > most:
-        at = np.sort(np.random.default_rng(seed).choice(at, most, replace=False))
+    places = [np.arange(start + longest, end - suffix + 1, stride) for start, end in document_spans(store)]
+    at = sample(np.concatenate(places), most, seed)
     found = []
     for prefix in prefixes:
         exact = np.zeros(0, bool)

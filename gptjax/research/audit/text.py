@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,20 +27,29 @@ def store_of(texts: Sequence[str], tokenizer: Any) -> TokenStore:
     return TokenStore.from_ids(np.concatenate([np.asarray(own, np.int64) for own in ids]), starts[:-1])
 
 
+def document_spans(store: TokenStore) -> Iterator[tuple[int, int]]:
+    """(start, end) of each."""
+    return zip(store.doc_starts, np.append(store.doc_starts[1:], len(store)), strict=True)
+
+
+def sample(values: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most so many of them, drawn at random, in their order."""
+    if len(values) <= most:
+        return values
+    return values[np.sort(np.random.default_rng(seed).choice(len(values), most, replace=False))]
+
+
 def pieces(store: TokenStore, length: int, *, most: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(start, end) [n] int64 of pieces of at most length + 1 tokens that cover every document and never two of them;
     `most` of them, drawn at random, in their order. A piece of one token is none."""
-    ends = np.append(store.doc_starts[1:], len(store))
     found = [
         (start, min(start + length + 1, end))
-        for first, end in zip(store.doc_starts, ends, strict=True)
+        for first, end in document_spans(store)
         for start in range(first, end - 1, length)
     ]
     if not found:
         raise UserError("no text with at least two tokens")
-    both = np.array(found, np.int64)
-    if most is not None and len(both) > most:
-        both = both[np.sort(np.random.default_rng(seed).choice(len(both), most, replace=False))]
+    both = sample(np.array(found, np.int64), len(found) if most is None else most, seed)
     return both[:, 0], both[:, 1]
 
 
