@@ -27,7 +27,7 @@ from gptjax import assets, show, tokenizers, tree
 from gptjax.config import ModelConfig
 from gptjax.losses import next_token
 from gptjax.research import audit, curvature, influence, sweep, taps
-from gptjax.research.shelf import attention, costs, deltanet, mla, moe, sliding_window
+from gptjax.research.architectures import attention, costs, deltanet, mla, moe, sliding_window
 from gptjax.training.step import evaluate
 
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # a small run that only shows that everything works
@@ -559,7 +559,7 @@ show.curves({name: (t, way) for name, way in ways.items()}, x="from one to the o
 # ## The shelf of architectures
 #
 # What a decoder must keep of the text it has read decides how long a text can be. Each of these is one file in
-# `gptjax.research.shelf`, four functions with the same arguments. Bytes in bfloat16, of the book's examples:
+# `gptjax.research.architectures`, four functions with the same arguments. Bytes in bfloat16, of the book's examples:
 
 # %%
 big = ModelConfig(arch="llama", d_model=4096, n_head=32, n_layer=32, context_length=32768)

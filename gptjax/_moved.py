@@ -22,8 +22,10 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.finetuning.judge": "gptjax.evaluation.judge",
     "gptjax.finetuning.metrics": "gptjax.evaluation.classification",
     "gptjax.finetuning.score": "gptjax.evaluation.perplexity",
+    "gptjax.research.shelf": "gptjax.research.architectures",
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
+    "gptjax.weights.door": "gptjax.weights.load",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }

@@ -138,6 +138,8 @@ def test_every_name_of_the_front_door_opens():
         _ = gptjax.nothing
 
 
-@pytest.mark.parametrize("name", ["tasks.pretrain", "research.shelf.mla", "research.taps", "MeshConfig", "lora.init"])
+@pytest.mark.parametrize(
+    "name", ["tasks.pretrain", "research.architectures.mla", "research.taps", "MeshConfig", "lora.init"]
+)
 def test_the_front_door_opens_in_a_fresh_process(name):
     subprocess.run([sys.executable, "-c", f"import gptjax; gptjax.{name}"], check=True, timeout=120)

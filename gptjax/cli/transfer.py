@@ -23,7 +23,8 @@ def run_import(args: list[str]) -> int:
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
     from gptjax import weights
-    from gptjax.weights.door import LABELS, new_folder
+    from gptjax.weights.export import new_folder
+    from gptjax.weights.load import LABELS
 
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
@@ -89,7 +90,7 @@ def _export_adapter(source: str, target: Path) -> int:
     """The adapter that a fine-tuned run keeps beside its merged model."""
     from gptjax import weights
     from gptjax.weights import native, peft
-    from gptjax.weights.door import new_folder
+    from gptjax.weights.export import new_folder
 
     run = native.find(source)
     folder = run / "adapter"

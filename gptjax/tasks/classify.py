@@ -27,7 +27,7 @@ from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
 from gptjax.types import Params
 from gptjax.weights import read_labels
-from gptjax.weights.door import LABELS
+from gptjax.weights.load import LABELS
 
 RESULTS = "test.json"
 __all__ = [

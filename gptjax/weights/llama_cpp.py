@@ -1,98 +1,25 @@
 """llama.cpp's names for the same families: GGUF metadata and tensors, both ways.
 
-Matrices are [out, in] there, GPT-2's too; Gemma's norms are stored as the scale itself; Llama's q and k have their
-rows interleaved, because llama.cpp turns neighbours where we turn halves. Source: llama.cpp's constants.py and
-convert_hf_to_gguf.py (names and orders), its llama-model.cpp (what is implied).
+What is one family's stands in its file in `families`. Source: llama.cpp's constants.py and convert_hf_to_gguf.py (names
+and orders), its llama-model.cpp (what is implied).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.weights.families import Attributes, differences, model_config
-from gptjax.weights.rules import Rule, interleaved, same, turned
+from gptjax.weights import families
+from gptjax.weights.families import Attributes, Gguf, differences, model_config
+from gptjax.weights.rules import Rule
 
-_B = "blk.{i}."
-_MLP = [
-    *(Rule(f"blocks/mlp/{x}/kernel", f"{_B}ffn_{x}.weight", turned) for x in ("gate", "up", "down")),
-    *(Rule(f"blocks/mlp/{x}/bias", f"{_B}ffn_{x}.bias") for x in ("gate", "up", "down")),
-]
-_TABLES = [Rule("wte/embedding", "token_embd.weight"), Rule("lm_head/kernel", "output.weight", turned)]
-_ENDS = [*_TABLES, Rule("ln_f/scale", "output_norm.weight")]
-_OUT = [
-    Rule("blocks/attn/o/kernel", f"{_B}attn_output.weight", turned),
-    Rule("blocks/attn/o/bias", f"{_B}attn_output.bias"),
-]
-_PRE = [Rule("blocks/ln_1/scale", f"{_B}attn_norm.weight"), Rule("blocks/ln_2/scale", f"{_B}ffn_norm.weight")]
-_POST = [
-    Rule("blocks/ln_1_post/scale", f"{_B}post_attention_norm.weight"),
-    Rule("blocks/ln_2_post/scale", f"{_B}post_ffw_norm.weight"),
-]
-_QK_NORMS = [Rule(f"blocks/attn/{x}_norm", f"{_B}attn_{x}_norm.weight") for x in "qk"]
-_QKV = [
-    *(Rule(f"blocks/attn/{x}/kernel", f"{_B}attn_{x}.weight", turned) for x in "qkv"),
-    *(Rule(f"blocks/attn/{x}/bias", f"{_B}attn_{x}.bias") for x in "qkv"),
-]
-
-
-def _gpt2_rules(cfg: ModelConfig) -> list[Rule]:
-    rules = [*_TABLES, Rule("wpe/embedding", "position_embd.weight")]
-    rules += [Rule("ln_f/scale", "output_norm.weight", fill=1.0), Rule("ln_f/bias", "output_norm.bias", fill=0.0)]
-    for k, x in enumerate("qkv"):
-        rules.append(Rule(f"blocks/attn/{x}/kernel", f"{_B}attn_qkv.weight", turned, (k, 3)))
-        rules.append(Rule(f"blocks/attn/{x}/bias", f"{_B}attn_qkv.bias", same, (k, 3), fill=0.0))
-    for ours, theirs in (("attn/o", "attn_output"), ("mlp/up", "ffn_up"), ("mlp/down", "ffn_down")):
-        rules.append(Rule(f"blocks/{ours}/kernel", f"{_B}{theirs}.weight", turned))
-        rules.append(Rule(f"blocks/{ours}/bias", f"{_B}{theirs}.bias", fill=0.0))
-    for ours, theirs in (("ln_1", "attn_norm"), ("ln_2", "ffn_norm")):
-        rules.append(Rule(f"blocks/{ours}/scale", f"{_B}{theirs}.weight", fill=1.0))
-        rules.append(Rule(f"blocks/{ours}/bias", f"{_B}{theirs}.bias", fill=0.0))
-    return rules
-
-
-def _llama_rules(cfg: ModelConfig) -> list[Rule]:
-    """Biases of q and k would have to be interleaved too: `family` refuses them."""
-    heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": turned}
-    qkv = [Rule(f"blocks/attn/{x}/kernel", f"{_B}attn_{x}.weight", form) for x, form in heads.items()]
-    return [*_ENDS, *qkv, *_OUT, *_MLP, *_PRE]
-
-
-class Family(NamedTuple):
-    """A `general.architecture`, the switches it implies, and which of them may be off here."""
-
-    implied: dict[str, Any]
-    rules: Any  # ModelConfig -> [Rule]
-    norm: str = "attention.layer_norm_rms_epsilon"
-    fills: frozenset[str] = frozenset()
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        dict(arch="gpt2"), _gpt2_rules, "attention.layer_norm_epsilon",
-        frozenset({"bias", "qkv_bias", "norm_bias", "norm_scale"}),
-    ),
-    "llama": Family(dict(arch="llama"), _llama_rules),
-    "qwen2": Family(dict(arch="llama", qkv_bias=True), lambda cfg: [*_ENDS, *_QKV, *_OUT, *_MLP, *_PRE]),
-    "qwen3": Family(dict(arch="llama", qk_norm=True), lambda cfg: [*_ENDS, *_QKV, *_OUT, *_MLP, *_PRE, *_QK_NORMS]),
-    "gemma3": Family(
-        dict(
-            arch="llama", qk_norm=True, norm_position="both", activation="geglu", window_pattern="SSSSSL",
-            rope_local_base=10_000.0,
-        ),
-        lambda cfg: [*_ENDS, *_QKV, *_OUT, *_MLP, *_PRE, *_POST, *_QK_NORMS],
-    ),
-    "olmo2": Family(
-        dict(arch="llama", qk_norm=True, qk_norm_over="all", norm_position="post"),
-        lambda cfg: [*_ENDS, *_QKV, *_OUT, *_MLP, *_POST, *_QK_NORMS],
-    ),
-}  # fmt: skip
+FAMILIES = {family.gguf.name: family for family in families.FAMILIES.values() if family.gguf}
 
 # Metadata of a model's own that changes nothing here, by the ending of its key
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
@@ -108,9 +35,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         shapes: of the file's tensors, for what the metadata leave out (vocabulary, tied head, rope factors).
     """
     name = metadata.get("general.architecture")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: general.architecture={name!r:.60} is unknown; known are {', '.join(FAMILIES)}")
+    gguf = FAMILIES[name].gguf
     own = {  # an array, which nothing here expects, as a short list: it can be compared
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -120,9 +47,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     D, n_head = a.take("embedding_length", int), a.take("attention.head_count", int)
     head_dim = a.take("attention.key_length", int, D // max(n_head, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, head_dim) != head_dim and name != "gpt2":
+        if own.get(key, head_dim) != head_dim and _rotates(gguf):
             a.problems.append(f"{key}={own[key]!r:.60}, expected the head's {head_dim}")
-    fields = family.implied | dict(
+    fields = gguf.implied | dict(
         vocab_size=shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 1,
         context_length=a.take("context_length", int),
         n_layer=a.take("block_count", int),
@@ -131,9 +58,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         d_head=head_dim,
         d_model=D,
         d_ff=a.take("feed_forward_length", int),
-        norm_eps=_rounded(a.take(family.norm, float, 1e-5)),
+        norm_eps=_rounded(a.take(gguf.norm, float, 1e-5)),
         tie_embeddings="output.weight" not in shapes,
-        rope_base=_rounded(a.take("rope.freq_base", float, 1_000_000.0 if name == "gemma3" else 10_000.0)),
+        rope_base=_rounded(a.take("rope.freq_base", float, gguf.rope_base)),
     )
     scaling = a.take("rope.scaling.type", str, "none")
     factor = a.take("rope.scaling.factor", float, 1.0)
@@ -141,18 +68,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         fields |= dict(rope_scaling="linear", rope_factor=factor)
     elif scaling != "none":
         a.problems.append(f"rope.scaling.type={scaling!r:.60} is not supported here: only none and linear")
-    window = a.take("attention.sliding_window", int, 0)
-    if name == "gemma3":
-        fields |= dict(
-            sliding_window=window,
-            embed_gain=math.sqrt(max(D, 0)),
-            logit_softcap=a.take("final_logit_softcapping", float, 0.0),
-        )
-        if fields["n_layer"] == 62:  # the 27B model's scale, which llama.cpp knows by its layers
-            fields["attention_scale"] = max(D // max(n_head, 1), 1) ** -0.5
-        a.must("attention.sliding_window_pattern", 6)
-        a.must("rope.freq_base_swa", family.implied["rope_local_base"])
-    elif window:
+    if gguf.to_config is not None:
+        fields |= gguf.to_config(a, fields)
+    elif window := a.take("attention.sliding_window", int, 0):
         a.problems.append(
             f"attention.sliding_window={window}: llama.cpp gives {name} models no window, only gemma3 ones; "
             "load the Hugging Face folder that the file was made from"
@@ -191,8 +109,13 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
 
 
-def rules(cfg: ModelConfig, name: str) -> list[Rule]:
-    return FAMILIES[name].rules(cfg)
+def rules(cfg: ModelConfig, name: str) -> Sequence[Rule]:
+    return FAMILIES[name].gguf.rules(cfg)
+
+
+def _rotates(gguf: Gguf) -> bool:
+    """Positions are rotations: GPT-2's are learned."""
+    return gguf.implied["arch"] != "gpt2"
 
 
 # ---------------------------------------------------------------- out
@@ -200,16 +123,16 @@ def rules(cfg: ModelConfig, name: str) -> list[Rule]:
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
     """The keys of `general.architecture` = name that describe the model, without tokenizer."""
-    family = FAMILIES[name]
+    gguf = FAMILIES[name].gguf
     own: dict[str, Any] = {
         "context_length": cfg.context_length,
         "embedding_length": cfg.d_model,
         "block_count": cfg.n_layer,
         "feed_forward_length": cfg.d_ff,
         "attention.head_count": cfg.n_head,
-        family.norm: float(cfg.norm_eps),
+        gguf.norm: float(cfg.norm_eps),
     }
-    if name != "gpt2":
+    if _rotates(gguf):
         own |= {
             "attention.head_count_kv": cfg.n_kv_head,
             "attention.key_length": cfg.head_dim,
@@ -220,11 +143,7 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
         }
     if cfg.rope_scaling == "linear":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(cfg.rope_factor)}
-    if name == "gemma3":
-        if cfg.sliding_window:
-            own["attention.sliding_window"] = cfg.sliding_window
-        if cfg.logit_softcap:
-            own["final_logit_softcapping"] = float(cfg.logit_softcap)
+    own |= gguf.to_metadata(cfg)
     return {"general.architecture": name, **{f"{name}.{key}": value for key, value in own.items()}}
 
 
@@ -250,7 +169,7 @@ def _round_trip(cfg: ModelConfig, name: str) -> ModelConfig:
         {} if cfg.tie_embeddings else {"output.weight": ()}
     )
     back = from_metadata(to_metadata(cfg, name), shapes, "this model")
-    if cfg.rope_scaling == "llama3" and name == "llama":
+    if cfg.rope_scaling == "llama3" and FAMILIES[name].gguf.rope_factors:
         scaling = ("rope_scaling", "rope_factor", "rope_slow", "rope_fast", "rope_original_context")
         back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
     return back

@@ -31,7 +31,7 @@ from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
 from gptjax.weights import families, native
-from gptjax.weights.door import new_folder
+from gptjax.weights.export import new_folder, refuse_bias
 from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, is_float, refuse
 
@@ -79,8 +79,8 @@ def export_peft(
         UserError: the adapter came from `lora.split` (export `lora.unsplit` of it), it has weights that peft or this
             model's family cannot hold, a head with a bias, or the folder is not empty.
     """
-    if head is not None and np.asarray(head.get("bias", 0)).any():
-        raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
+    if head is not None:
+        refuse_bias(head)
     if lora.init != "lora":
         raise UserError(
             f"an adapter of lora.init={lora.init} goes with other weights than the base's: "
@@ -96,7 +96,8 @@ def export_peft(
             continue
         pair = _joined(module, pairs)
         tensors |= {f"{_PREFIX}{module.name}.{_PARTS[key]}": array for key, array in pair.items()}
-        patterns[_suffix(module.name)] = pair["a"].shape[0]
+        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # what peft's target_modules calls it
+        patterns[inside_layer] = pair["a"].shape[0]
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
     alphas = {name: lora.scale * rank**power for name, rank in patterns.items()}
     rank, alpha = lora.rank, lora.scale * lora.rank**power
@@ -231,11 +232,6 @@ def _modules(cfg: ModelConfig) -> Iterator[_Module]:
             yield _Module(name.format(i=i), i, tuple(rules))
 
 
-def _suffix(module: str) -> str:
-    """What peft's target_modules calls it: the name inside its layer."""
-    return re.sub(r"^.*?\.\d+\.", "", module)
-
-
 def _joined(module: _Module, pairs: dict[str, _Pair]) -> _Pair:
     """a [R, in], b [out, R], m [out] of one matrix, from the pairs of its parts."""
     own = [
@@ -355,7 +351,12 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
     """{module: {"a" [R, in], "b" [out, R], "m" [out]}} and what is wrong with the names and shapes."""
     parts: dict[str, _Pair] = {}
     problems: list[str] = []
-    sizes = _sizes(modules, cfg)
+    ours = tree.flatten(abstract_params(cfg))
+    sizes = {  # (in, out) of every matrix of theirs that the model has; a tied head is none
+        name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
+        for name, module in modules.items()
+        if (shapes := [ours[rule.ours].shape for rule in module.rules if rule.ours in ours])
+    }
     for name, shape in file.shapes().items():
         if name == _HEAD:
             if not is_float(np.asarray(file.array(name))):
@@ -397,17 +398,6 @@ def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dic
         if {"a", "b"} <= pair.keys() and pair["a"].shape[0] != pair["b"].shape[1]:
             problems.append(f"{name}: lora_A has rank {pair['a'].shape[0]}, lora_B {pair['b'].shape[1]}")
     return parts, problems
-
-
-def _sizes(modules: dict[str, _Module], cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every matrix of theirs that the model has; a tied head is none."""
-    ours = tree.flatten(abstract_params(cfg))
-    sizes = {}
-    for name, module in modules.items():
-        shapes = [ours[rule.ours].shape for rule in module.rules if rule.ours in ours]
-        if shapes:
-            sizes[name] = (shapes[0][-2], sum(shape[-1] for shape in shapes))
-    return sizes
 
 
 def _number(x: float) -> float | int:

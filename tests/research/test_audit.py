@@ -17,6 +17,9 @@ from gptjax.errors import UserError
 from gptjax.generation import generate
 from gptjax.losses import next_token
 from gptjax.research import audit, report
+from gptjax.research.audit.canaries import _extrapolated
+from gptjax.research.audit.memorisation import _evidence
+from gptjax.research.audit.text import continuations
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch
 
@@ -86,7 +89,7 @@ def test_said_greedily_is_what_decoding_says(trained):
     ids = [train.tokens[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
     pairs = [(row[:6], row[6:12]) for row in ids]
     batch = audit.rows_of(pairs)
-    _, exact = audit._said(audit.score(params, cfg, batch), batch)
+    _, exact = continuations(audit.score(params, cfg, batch), batch)
     said = generate(params, [read for read, _ in pairs], cfg, max_new_tokens=6, key=jax.random.key(0))
     assert exact.tolist() == [new == wanted for new, (_, wanted) in zip(said, pairs, strict=True)]
     assert exact.any()
@@ -155,8 +158,8 @@ def test_exposure_by_enumeration():
     """Definition 5: log2 of the space less log2 of the rank; extrapolation is within a bit of it where both are."""
     losses = np.random.default_rng(0).normal(10, 2, 100_000)
     value = float(np.sort(losses)[24])  # rank 25
-    assert audit._extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
-    assert audit._extrapolated(-100.0, losses[::50]) > 500  # where a float would have ended
+    assert _extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
+    assert _extrapolated(-100.0, losses[::50]) > 500  # where a float would have ended
 
 
 def test_secrets_are_of_their_kind():
@@ -184,7 +187,7 @@ def test_auc_and_min_k_by_hand():
     assert audit.auc(np.array([3.0, 2.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
     scored = audit.Scored(np.float32([[-1, -2, -3, -4, -5, -9]]), np.zeros((1, 6), bool))
     batch = Batch(None, None, np.float32([[1, 1, 1, 1, 1, 0]]))
-    mean, lowest = audit._evidence(scored, batch, 0.4)
+    mean, lowest = _evidence(scored, batch, 0.4)
     assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)  # the two least likely of the five
 
 
@@ -250,7 +253,6 @@ def whole(trained):
     return audit.audit(models, cfg, Letters(), settings)
 
 
-@pytest.mark.slow
 def test_all_of_it(whole, trained):
     assert json.loads(json.dumps(whole)) == whole
     alarms = {(row["check"], row["alarm"]) for row in whole["checks"]}

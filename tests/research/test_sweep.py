@@ -126,7 +126,6 @@ def test_two_devices_share_the_runs(found):
     np.testing.assert_allclose(there["losses"], found.losses, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_run_that_explodes_is_said_to(found):
     """And its neighbours in the program did not notice: they are as alone above."""
     row = found.rows[3]
@@ -277,7 +276,7 @@ def test_a_sweep_that_is_killed_while_it_writes_is_no_sweep(tmp_path, monkeypatc
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(sweep, "draw", lambda *args: None)
+    monkeypatch.setattr(sweep.results, "draw", lambda *args: None)
     monkeypatch.setattr(os, "replace", die)
     cfg = gptjax.load_config("tiny-gpt2")
     row = {"run": 0, "train/loss": 1.0, "stopped": False}

@@ -8,7 +8,7 @@ from gptjax.finetuning import classify, instruct, prefer, seeds
 from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
 from gptjax.training.resume import result_of
-from gptjax.weights import door
+from gptjax.weights.load import _labels
 
 SCORES = {"n": 4, "exact": 0.5, "normalised": 0.5, "token_f1": 0.5, "nats_per_token": 1.0}
 FILES = {
@@ -16,7 +16,7 @@ FILES = {
         "n": 4, "accuracy": 0.5, "accuracy_interval": [0.1, 0.9], "macro_f1": 0.5, "calibration_error": 0.1,
         "naive_bayes": 0.5, "majority": 0.5, "labels": ["a", "b"], "confusion": [[1, 1], [1, 1]],
     }),
-    "labels": (door._labels, {"labels": ["a"], "pooling": "last", "max_length": 8, "prompt": "{text}"}),
+    "labels": (_labels, {"labels": ["a"], "pooling": "last", "max_length": 8, "prompt": "{text}"}),
     "instruct": (instruct.summary, SCORES),
     "prefer": (prefer.summary, {"pairs": 4, "accuracy": 0.5, "margin": 0.1, "loss": 0.7}),
     "seeds": (seeds._numbers, {"accuracy": 0.5}),

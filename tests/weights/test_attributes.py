@@ -26,6 +26,7 @@ from gptjax.errors import UserError  # noqa: E402
 from gptjax.formats import safetensors  # noqa: E402
 from gptjax.model.gpt import forward  # noqa: E402
 from gptjax.weights import families, open_model  # noqa: E402
+from gptjax.weights.families.attributes import NEUTRAL  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -103,7 +104,7 @@ IDS = np.random.default_rng(0).integers(3, 61, (2, 30))
 def attributes(config) -> list[str]:
     """Of the class and its parents, those that files of earlier releases have, and those that gptjax knows."""
     fields = {field.name for field in dataclasses.fields(type(config))} | set(config.to_dict())
-    return sorted(fields | set(config.attribute_map) | families._NEUTRAL | set(OTHERS) | SWITCHES | FRACTIONS)
+    return sorted(fields | set(config.attribute_map) | NEUTRAL | set(OTHERS) | SWITCHES | FRACTIONS)
 
 
 def others(name, default) -> list:
@@ -219,7 +220,7 @@ def test_every_attribute_gives_the_same_logits_or_is_refused_by_name(family, tmp
                 shown = f"{family}, {form} form: {name}={'(absent)' if value is NOT_THERE else value!r}"
                 if result not in ("equal", "refused"):
                     wrong.append(f"{shown}: {result}")
-                neutral = name in families._NEUTRAL - families.DEFAULTS[family].keys() - {"architectures", "model_type"}
+                neutral = name in NEUTRAL - families.FAMILIES[family].defaults.keys() - {"architectures", "model_type"}
                 if neutral and result == "refused":
                     neutral_but_refused.append(shown)
     shutil.rmtree(folder)
@@ -235,4 +236,5 @@ def test_every_attribute_gives_the_same_logits_or_is_refused_by_name(family, tmp
 def test_the_defaults_are_those_of_transformers():
     for family, (kind, _) in MODELS.items():
         fields = {f.name: f.default for f in dataclasses.fields(getattr(transformers, f"{kind}Config"))}
-        assert families.DEFAULTS[family] == {name: fields[name] for name in families.DEFAULTS[family]}, family
+        defaults = families.FAMILIES[family].defaults
+        assert defaults == {name: fields[name] for name in defaults}, family

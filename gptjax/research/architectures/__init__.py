@@ -27,8 +27,8 @@ __all__ = sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'gptjax.research.shelf' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return importlib.import_module(f"gptjax.research.shelf.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:

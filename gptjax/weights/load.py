@@ -1,4 +1,4 @@
-"""Any model that can be read, by its path or name, and what can be written.
+"""Any model that can be read, by its path or name.
 
 params, cfg = load("runs/default")              a run, or a folder that `gptjax import` made
 params, cfg = load("smollm2-135m-instruct")     a named asset
@@ -9,7 +9,6 @@ params, cfg = load("hf:openai-community/gpt2")  from the hub, where it answers
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,12 +24,12 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.files import use_json, user_path
 from gptjax.formats import gguf, safetensors
-from gptjax.model.gpt import abstract_params, forward, refuse_classifier
+from gptjax.model.gpt import abstract_params
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.types import Params
 from gptjax.weights import families, llama_cpp, native
 from gptjax.weights.native import check_vocabulary
-from gptjax.weights.rules import places_of, read, refuse, write
+from gptjax.weights.rules import places_of, read, refuse
 
 CONFIG = "config.json"
 IMAGE = "<image_soft_token>"
@@ -324,181 +322,3 @@ def _labels(about: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(prompt, str):
         raise ValueError("expected prompt, a text")
     return about
-
-
-# ---------------------------------------------------------------- out
-
-
-def export_hf(
-    folder: str | os.PathLike[str],
-    params: Params,
-    cfg: ModelConfig,
-    tokenizer: Any = None,
-    labels: dict[str, Any] | None = None,
-) -> Path:
-    """A folder that transformers loads: config.json, model.safetensors and, where one is given, the tokenizer.
-
-    Args:
-        labels: of a classifier, as `read_labels` gives it; the model becomes one ForSequenceClassification.
-
-    Raises:
-        UserError: no model type of Hugging Face holds this model or its tokenizer, or the folder is not empty.
-    """
-    folder = Path(folder)
-    family = families.family_of(dataclasses.replace(cfg, n_classes=0, cls_bias=True))
-    values = {"architectures": [family.architecture], "model_type": family.name, **family.to_hf(cfg)}
-    rules = [*family.rules]
-    if cfg.n_classes:
-        params, rules = _class_params(params), [*family.rules, families.SCORE]
-        tokenizer, more = _class_values(cfg, tokenizer, labels)
-        values |= more | {"architectures": [family.classifier]}
-    dtype = jax.tree.leaves(params)[0].dtype
-    values["dtype"] = dtype.name
-    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    texts: dict[str, str] = {}
-    if tokenizer is not None:
-        from gptjax.tokenizers import hf
-
-        check_vocabulary(tokenizer, cfg)
-        texts = hf.to_hf(tokenizer)
-        stops = stop_ids(tokenizer)
-        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
-    if cfg.n_classes and labels is not None:
-        texts[LABELS] = json.dumps(labels, indent=1) + "\n"
-    texts[CONFIG] = json.dumps(values | ends, indent=2) + "\n"
-    texts["generation_config.json"] = json.dumps(ends, indent=2) + "\n"
-    new_folder(folder)
-    try:
-        safetensors.save(folder, write(params, rules, cfg), dtype)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    return folder
-
-
-def _class_params(params: Params) -> Params:
-    """As transformers' classifiers have them: no LM head, and no bias in the other."""
-    if np.asarray(params["cls_head"].get("bias", 0)).any():
-        raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
-    body = {name: node for name, node in params.items() if name != "lm_head"}
-    return body | {"cls_head": {"kernel": params["cls_head"]["kernel"]}}
-
-
-def _class_values(cfg: ModelConfig, tokenizer: Any, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    """The tokenizer with a token that fills rows, and the attributes of a classifier.
-
-    transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.
-    """
-    if labels is not None and labels["pooling"] != "last":
-        raise UserError(
-            f"transformers' classifiers read the last token of a text, this model has classify.pooling="
-            f"{labels['pooling']}: train it with classify.pooling=last to export it"
-        )
-    names = labels["labels"] if labels is not None else [f"LABEL_{i}" for i in range(cfg.n_classes)]
-    if len(names) != cfg.n_classes or len(set(names)) != cfg.n_classes:
-        raise UserError(f"labels: expected {cfg.n_classes} different names, got {names!r:.60}")
-    pad = None
-    if tokenizer is not None:
-        stops = stop_ids(tokenizer)
-        spare = tokenizer.vocab_size if cfg.vocab_size > tokenizer.vocab_size else None
-        pad = next((i for i in (tokenizer.pad_id, *stops, spare) if i is not None), None)
-        named = {*tokenizer.special_tokens.values(), *tokenizer.added_tokens.values()}
-        tokenizer = tokenizer.replace(pad_id=pad) if pad in named else tokenizer
-    table = {str(i): name for i, name in enumerate(names)}
-    return tokenizer, {
-        "id2label": table, "label2id": {name: int(i) for i, name in table.items()},
-        "pad_token_id": pad,
-    }  # fmt: skip
-
-
-def export_gguf(
-    path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any, type: str = "F32"
-) -> Path:
-    """A file that llama.cpp loads, with the tokenizer and its chat template inside.
-
-    Args:
-        type: F32, F16, BF16 or Q8_0, of the matrices; vectors stay F32.
-
-    Raises:
-        UserError: no architecture of llama.cpp holds this model, or its vocabulary cannot be written; the tokenizer has
-            more ids than the model rows.
-    """
-    from gptjax.tokenizers import gguf as vocabulary
-
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already: name a new file")
-    check_vocabulary(tokenizer, cfg)
-    name = llama_cpp.family_of(cfg)
-    if not stop_ids(tokenizer):
-        raise UserError(
-            f"a GGUF vocabulary has an end token, and llama.cpp takes id 11 where none is named; {tokenizer.name} has "
-            "none: train with tokenizer.name=bpe or gpt2"
-        )
-    words = vocabulary.padded(vocabulary.to_metadata(tokenizer), cfg.vocab_size)
-    metadata = llama_cpp.to_metadata(cfg, name) | words
-    metadata["general.name"] = _name_for_llama_cpp(path.stem, metadata["tokenizer.ggml.tokens"])
-    block = 32 if type == "Q8_0" else 1
-    tensors = [
-        (t.name, t.shape, type if len(t.shape) > 1 and t.shape[-1] % block == 0 else "F32", t.array)
-        for t in write(params, llama_cpp.rules(cfg, name), cfg)
-    ]
-    if cfg.rope_scaling == "llama3":
-        factors = llama_cpp.rope_factors(cfg)
-        tensors.append(("rope_freqs.weight", factors.shape, "F32", lambda: factors))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    gguf.write(path, metadata, tensors)
-    return path
-
-
-def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """llama.cpp looks up tokens of Phi-3 in every model of that name, and loads none that lacks them."""
-    if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
-        return name
-    return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)
-
-
-def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:
-    """Our own folder, and in it `forward.stablehlo`: `forward` as one program for CPUs, NVIDIA GPUs and TPUs.
-
-        program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
-        logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
-
-    Raises:
-        UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
-            rows, or the folder is not empty.
-    """
-    refuse_classifier(cfg, way_out="export_hf keeps its classes")
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, cfg)
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise UserError("stablehlo needs flatbuffers: pip install -e '.[export]' in the checkout") from error
-    folder = Path(folder)
-    (rows,) = jax.export.symbolic_shape("b")
-    tokens = jax.ShapeDtypeStruct((rows, cfg.context_length), jnp.int32)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    run = jax.jit(lambda params, tokens: forward(params, tokens, cfg))
-    program = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(shapes, tokens).serialize()
-    new_folder(folder)
-    native.save(folder, params, cfg, tokenizer)
-    (folder / "forward.stablehlo").write_bytes(program)
-    return folder
-
-
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Where a continuation of this tokenizer's model ends."""
-    ids = list(getattr(tokenizer, "eos_ids", ()))
-    return ids or ([tokenizer.eot_id] if tokenizer.eot_id is not None else [])
-
-
-def new_folder(folder: Path) -> None:
-    """Made if it is not there; one with anything in it is left alone."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: name a new folder")
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, forward
 from gptjax.planning import hlo
-from gptjax.research.shelf import attention, costs, deltanet, mla, moe, sliding_window
+from gptjax.research.architectures import attention, costs, deltanet, mla, moe, sliding_window
 
 
 def gigabytes(n):

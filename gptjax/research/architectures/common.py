@@ -1,4 +1,4 @@
-"""What the shelf's files share: fresh matrices, and one way to say that sizes do not fit."""
+"""What these architectures share: fresh matrices, and one way to say that sizes do not fit."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.linear import linear
 from gptjax.ops.position import rope, rope_frequencies, rope_table
-from gptjax.research.shelf.common import kernels, require
+from gptjax.research.architectures.common import kernels, require
 from gptjax.types import Params
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gptjax.config import ModelConfig
-from gptjax.research.shelf import deltanet, mla, moe
+from gptjax.research.architectures import deltanet, mla, moe
 
 
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:

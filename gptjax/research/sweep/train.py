@@ -1,29 +1,13 @@
-"""Many runs in one compiled program. A sweep is a list of configs, each of which is a run by itself:
-
-configs = sweep.grid("tiny-gpt2", "optim.lr=[1e-3,3e-3,1e-2]", "seed=range(8)")     24 runs
-found   = sweep.sweep(configs)                          trained side by side, each as if it were alone
-found.rows                                              a dict a run: what differs, losses
-sweep.table(found.rows, found.axes)                     a dict a combination: mean and interval over seeds
-found.state(5).params                                   of one run
-
-Numbers (`TRACED`: rates, decay, warmup, clip, dropout, an adapter's scale and rank, the seed) are arrays with an entry
-a run, and the step of `make_train_step` is vmapped over them. Whatever else differs changes the program: runs are
-grouped, one program a group. What fits into memory goes at a time.
-"""
+"""Many runs in one compiled program: the step, what fits into memory, and the training."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import itertools
 import math
-import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,34 +16,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import config, tree
-from gptjax.config import Config, DistributedConfig, MeshConfig, uses
-from gptjax.config.leaves import Leaf, from_args, split_list
-from gptjax.errors import Problems, UserError
+from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.evaluation.intervals import t_interval
-from gptjax.files import write_json, write_text
+from gptjax.research.sweep.runs import Numbers, axes_of, check, programs, traceable, with_numbers
 from gptjax.tasks import find
 from gptjax.tasks.pretrain import EVAL_TOKENS
 from gptjax.tasks.seeds import stack
 from gptjax.training.memory import memory_bytes
 from gptjax.training.progress import Progress
-from gptjax.training.run_dir import may_change
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.training.task import Rules, Task
 from gptjax.types import Mean, Metrics
 
-# What a program can take as an array.
-TRACED = (
-    "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
-    "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
-)  # fmt: skip
-TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")  # of those that do not start from the weights
 WHOLE = ("optim.warmup_steps", "lora.rank")  # int32; the others are float32
 MOST_STEPS_PER_CALL = 25
-MOST_COMPLAINTS = 20
-MOST_RUNS = 10_000
 LAST_PART = 0.1  # of the steps, over which the final training loss is averaged
-
-Numbers = dict[str, Any]  # "optim.lr" -> [N]
 
 
 class Sweep(NamedTuple):
@@ -85,150 +57,7 @@ class Sweep(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[runs.index(run)], states)
 
 
-# ---------------------------------------------------------------- which runs
-
-
-def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
-    """Every combination of `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`, the last axis fastest; what has one value is
-    as in `load_config`.
-
-    Raises:
-        UserError: all mistakes of all runs; an axis that cannot be swept.
-    """
-    return combinations(source, *split_axes(from_args(overrides, "grid")))
-
-
-def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
-    """{key: values} of the settings that have several, and the others.
-
-    Raises:
-        UserError: an axis without values, with one twice, or that cannot be swept.
-    """
-    axes: dict[str, list[str]] = {}
-    fixed, problems = [], Problems()
-    for leaf in leaves:
-        try:
-            values = _values(leaf)
-        except ValueError as error:
-            problems.append(f"{leaf.key}={leaf.value}: {error}")
-            continue
-        if values is None:
-            fixed.append(leaf)
-            axes.pop(leaf.key, None)
-            continue
-        axes[leaf.key] = values
-        if not values:
-            problems.append(f"{leaf.key}={leaf.value}: no values; expected such as [1e-4,3e-4] or range(8)")
-        elif len(set(values)) < len(values):
-            problems.append(f"{leaf.key}={leaf.value}: a value stands there twice, and the runs would be the same")
-    problems += [text for key in axes if (text := _unfit(key))]
-    problems.raise_if_any()
-    return axes, fixed
-
-
-def _values(leaf: Leaf) -> list[str] | None:
-    """The values of an axis as text; None of a setting with one. Raises ValueError."""
-    text = leaf.value.strip() if isinstance(leaf.value, str) else ""
-    if found := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
-        values = range(*map(int, found[1].split(",")))
-        if values[MOST_RUNS:]:
-            raise ValueError(f"more than {MOST_RUNS:,} values")
-        return list(map(str, values))
-    if text.startswith("range("):
-        raise ValueError("expected range(stop), range(start,stop) or range(start,stop,step) of whole numbers")
-    if not text.startswith(("[", "(")):
-        return None
-    if get_origin(config.schema().get(leaf.key)) is tuple:
-        if re.match(r"[\[(]\s*[\[(]", text):
-            raise ValueError("takes a list itself and cannot be swept: sweep once for each")
-        return None
-    return split_list(text)
-
-
-def _unfit(key: str) -> str:
-    """Why nothing can be learned from sweeping this key; nothing where something can."""
-    if key.startswith("finetune.") and key.rpartition(".")[2] in ("seeds", "together"):
-        return f"{key} cannot be swept: seed=range(8) is what repeats a run"
-    if key == "task":
-        return "task cannot be swept: their losses are not the same thing; sweep once for each"
-    if may_change(key) or key == "train.steps_per_call":
-        return f"{key} cannot be swept: it says when or where a run is computed or written, not what it learns"
-    return ""
-
-
-def combinations(
-    source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
-) -> list[Config]:
-    """A config for each combination, each looked at as `load_config` does."""
-    configs, problems = [], {}
-    if (n := math.prod(map(len, axes.values()))) > MOST_RUNS:
-        raise UserError(f"{n:,} runs: a sweep has at most {MOST_RUNS:,}; give fewer values, or several sweeps")
-    for values in itertools.product(*axes.values()):
-        own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
-        try:
-            configs.append(uses.resolve(source, [*fixed, *own], verb="sweep")[0])
-        except UserError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-    Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
-    return configs
-
-
-def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The keys that differ between the configs, in the schema's order; where they lie does not count."""
-    every = [config.flat(cfg) for cfg in configs]
-    return tuple(key for key, value in every[0].items() if any(own[key] != value for own in every) and key != "run_dir")
-
-
-def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
-    """Which runs can share a program: those that differ in `TRACED` numbers and the seed only."""
-    groups: dict[Any, list[int]] = {}
-    for i, cfg in enumerate(configs):
-        groups.setdefault(_program_of(cfg), []).append(i)
-    return [tuple(group) for group in groups.values()]
-
-
-def _program_of(cfg: Config) -> tuple:
-    """The config without what may differ inside a program."""
-    values = config.flat(cfg) | {"run_dir": None, "seed": 0}
-    for key in traceable(cfg):
-        absent = values[key] is None or (key == "optim.clip_norm" and values[key] == 0)
-        values[key] = values[key] if absent else "an array"
-    return tuple(values.items())
-
-
-def traceable(cfg: Config) -> tuple[str, ...]:
-    adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
-    return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
-
-
-def _check(configs: Sequence[Config]) -> None:
-    if not configs:
-        raise UserError("a sweep of no runs: give at least one config")
-    problems = Problems()
-    for cfg in configs:
-        if cfg.mesh != MeshConfig() or cfg.distributed != DistributedConfig():
-            problems.append("mesh.* and distributed.*: a sweep lays whole runs over this process's devices; leave out")
-        if cfg.task != "pretrain" and cfg.finetune.seeds != 1:
-            problems.append(f"finetune.seeds={cfg.finetune.seeds}: in a sweep it is seed=range({cfg.finetune.seeds})")
-        if cfg.task != "pretrain" and cfg.finetune.trainable != "lora":
-            idle = [key for key in axes_of(configs) if key.startswith("lora.")]
-            problems += [f"{key}: finetune.trainable={cfg.finetune.trainable} has no adapter" for key in idle]
-        if cfg.task != configs[0].task:
-            problems.append(f"task={cfg.task} and task={configs[0].task}: their losses are not the same thing")
-    Problems(dict.fromkeys(problems)).raise_if_any()
-
-
 # ---------------------------------------------------------------- the step
-
-
-def with_numbers(cfg: Config, numbers: Numbers) -> Config:
-    """`cfg` with other values, which may be traced: nothing is looked at, and the result is not hashable then."""
-    groups: dict[str, dict[str, Any]] = {}
-    for key, value in numbers.items():
-        group, _, name = key.rpartition(".")
-        groups.setdefault(group, {})[name] = value
-    parts = {group: dataclasses.replace(getattr(cfg, group), **own) for group, own in groups.items() if group}
-    return dataclasses.replace(cfg, **groups.get("", {}), **parts)
 
 
 def make_sweep_step(
@@ -335,7 +164,7 @@ def sweep(
     Raises:
         UserError: configs that do not go together; bad data.
     """
-    _check(configs)
+    check(configs)
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
@@ -604,7 +433,7 @@ def _size_bytes(leaves: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- mean and interval
 
 
 def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
@@ -628,63 +457,3 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
         out.append(line)
     by = "val/loss" if "val/loss" in out[0] else "train/loss"
     return sorted(out, key=lambda line: (line[by] is None, line[by]))
-
-
-def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """`table` for people: mean +- half of the interval."""
-    names = [key for key in axes if key != "seed"]
-    measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
-    cells = [[*names, "n", *measures]]
-    for line in summary:
-        cells.append(
-            [*(_cell(line[key]) for key in names), str(line["n"]), *(_with_half(line, key) for key in measures)]
-        )
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    for row in cells:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _with_half(line: dict[str, Any], key: str) -> str:
-    mean, high = line[key], line[f"{key}/high"]
-    if mean is None:
-        return f"{line['stopped']} stopped" if line["stopped"] else "not finite"
-    return f"{mean:.4f}" if high is None else f"{mean:.4f} +- {high - mean:.4f}"
-
-
-WRITING = ".sweep.partial"  # while it is there, sweep.csv and sweep.png are those of a sweep that was killed
-
-
-def write(found: Sweep, folder: str | os.PathLike[str]) -> None:
-    """sweep.csv (a line a run), sweep.json (rows, table, programs, config of run 0) and sweep.png, in `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WRITING).touch()
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in found.rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found.rows)
-    write_text(folder / "sweep.csv", out.getvalue())
-    summary = table(found.rows, found.axes)
-    draw(found, folder / "sweep.png")
-    whole = {
-        "axes": list(found.axes), "rows": found.rows, "table": summary, "programs": found.programs,
-        "config": config.to_yaml(found.configs[0]),
-    }  # fmt: skip
-    write_json(folder / "sweep.json", whole)  # last: with it the sweep is done
-    (folder / WRITING).unlink(missing_ok=True)
-
-
-def draw(found: Sweep, path: Path) -> None:
-    """On the left the validation loss over the first axis with several numbers, a dot a run, mean and interval a line;
-    on the right the training losses, a curve a combination, the mean over its seeds."""
-    from gptjax.training.plot import draw_sweep
-
-    names = [key for key in found.axes if key != "seed"]
-    curves: dict[tuple, list[np.ndarray]] = {}
-    for row, losses in zip(found.rows, found.losses, strict=True):
-        curves.setdefault(tuple(row[key] for key in names), []).append(losses)
-    draw_sweep(found.rows, table(found.rows, found.axes), names, curves, path)

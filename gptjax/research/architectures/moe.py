@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.ops.linear import dense, linear
-from gptjax.research.shelf.common import kernels, require
+from gptjax.research.architectures.common import kernels, require
 from gptjax.types import Params
 
 

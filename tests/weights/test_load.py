@@ -1,7 +1,9 @@
-"""One door for every place a model can lie in: its tokenizer comes with it."""
+"""`load` reads every place a model can lie in, and its tokenizer comes with it."""
 
 import dataclasses
+import importlib
 import json
+import pkgutil
 import shutil
 
 import jax
@@ -13,7 +15,8 @@ from gptjax import assets, tokenizers, weights
 from gptjax.errors import UserError
 from gptjax.formats import gguf
 from gptjax.tokenizers import hf
-from gptjax.weights import door, llama_cpp
+from gptjax.weights import export, families, llama_cpp
+from gptjax.weights.load import IMAGE
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -102,6 +105,12 @@ def test_windows_as_gemma_has_them(change, lacks):
     assert lacks in str(error.value)
 
 
+def test_every_file_of_a_family_is_registered():
+    names = [f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)]
+    found = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
+    assert {family.name: family for family in found} == families.FAMILIES
+
+
 def test_the_scale_that_llama_cpp_gives_to_62_layers_of_gemma():
     metadata = llama_cpp.to_metadata(dataclasses.replace(GEMMA, n_layer=62, d_head=8), "gemma3")
     assert llama_cpp.from_metadata(metadata, {}, "m.gguf").attention_scale == 16**-0.5
@@ -154,8 +163,8 @@ def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
     params, cfg, tokenizer = model
     weights.export_gguf(tmp_path / "My-Phi-3-chat.gguf", params, cfg, tokenizer)
     assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
-    assert door._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
-    assert door._name_for_llama_cpp("other", []) == "other"
+    assert export._name_for_llama_cpp("phi3", ["</s>", "<unk>", "<s>", "<|endoftext|>"]) == "phi3"
+    assert export._name_for_llama_cpp("other", []) == "other"
 
 
 def test_folders_and_files_behind_links(tiny, tmp_path):
@@ -220,7 +229,7 @@ def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
     rows = plain.vocab_size
     cfg = dataclasses.replace(GEMMA, vocab_size=rows, tie_embeddings=True)
     params = gptjax.init_params(jax.random.key(0), cfg)
-    for name, fits in ((door.IMAGE, True), ("<more>", False)):
+    for name, fits in ((IMAGE, True), ("<more>", False)):
         folder = weights.export_hf(tmp_path / name, params, cfg, plain)
         data["added_tokens"].append(hf.added_token(name, rows, True))
         (folder / "tokenizer.json").write_text(json.dumps(data))

@@ -1,4 +1,4 @@
-"""What every member of the shelf promises, one table."""
+"""What every architecture promises, one table."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from gptjax import lora
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
-from gptjax.research.shelf import attention, deltanet, mla, moe, sliding_window
+from gptjax.research.architectures import attention, deltanet, mla, moe, sliding_window
 
 B, T, D = 2, 9, 16
 SHELF = {
@@ -80,7 +80,7 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
-@pytest.mark.first_cases(1)
+@pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_an_adapter_fits_and_starts_as_nothing(name):
     member, cfg, params, x = case(name)

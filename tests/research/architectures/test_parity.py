@@ -1,4 +1,4 @@
-"""The shelf against transformers' layers with the same numbers: experts, latent attention, the gated delta rule.
+"""The architectures against transformers' layers with the same weights: experts, latent attention, gated delta rule.
 
 Needs the extra `parity`; where it is not installed these tests are skipped by name.
 """
@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
 transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
 
-from gptjax.research.shelf import deltanet, mla, moe  # noqa: E402
+from gptjax.research.architectures import deltanet, mla, moe  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 B, T, D = 2, 7, 16

@@ -24,7 +24,7 @@ from gptjax.ops.attention import attention, heads_attention
 from gptjax.ops.linear import dense, linear
 from gptjax.ops.norm import rms_norm
 from gptjax.ops.position import rope, rope_frequencies, rope_table
-from gptjax.research.shelf.common import kernels, norm_scale, require
+from gptjax.research.architectures.common import kernels, norm_scale, require
 from gptjax.types import Params
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.ops.attention import heads_attention
-from gptjax.research.shelf import attention
-from gptjax.research.shelf.attention import Cache
-from gptjax.research.shelf.common import require
+from gptjax.research.architectures import attention
+from gptjax.research.architectures.attention import Cache
+from gptjax.research.architectures.common import require
 from gptjax.types import Params
 
 

@@ -1,11 +1,11 @@
-"""Each member of the shelf against its paper's equations, written out in loops over tokens and heads in float64."""
+"""Each architecture against its paper's equations, written out in loops over tokens and heads in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.research.shelf import attention, deltanet, mla, moe, sliding_window
+from gptjax.research.architectures import attention, deltanet, mla, moe, sliding_window
 
 B, T, D = 2, 7, 16
 

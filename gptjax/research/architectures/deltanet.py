@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gptjax.ops.linear import linear
 from gptjax.ops.norm import rms_norm
-from gptjax.research.shelf.common import kernels, norm_scale, require
+from gptjax.research.architectures.common import kernels, norm_scale, require
 from gptjax.types import Params
 
 

@@ -1,0 +1,22 @@
+"""llama.cpp's names of the tensors that most families share. Matrices are [out, in], GPT-2's too.
+
+Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (orders).
+"""
+
+from __future__ import annotations
+
+from gptjax.weights.families.family import biases, kernels, scales
+from gptjax.weights.rules import Rule, turned
+
+BLOCK = "blk.{i}."
+_QKV = {f"attn/{x}": f"attn_{x}" for x in "qkv"}
+_OUT = {"attn/o": "attn_output"}
+_MLP = {f"mlp/{x}": f"ffn_{x}" for x in ("gate", "up", "down")}
+TABLES = [Rule("wte/embedding", "token_embd.weight"), Rule("lm_head/kernel", "output.weight", turned)]
+ENDS = [*TABLES, Rule("ln_f/scale", "output_norm.weight")]
+QKV = [*kernels(BLOCK, _QKV), *biases(BLOCK, _QKV)]
+OUT = [*kernels(BLOCK, _OUT), *biases(BLOCK, _OUT)]
+MLP = [*kernels(BLOCK, _MLP), *biases(BLOCK, _MLP)]
+PRE = scales(BLOCK, {"ln_1": "attn_norm", "ln_2": "ffn_norm"})
+POST = scales(BLOCK, {"ln_1_post": "post_attention_norm", "ln_2_post": "post_ffw_norm"})
+QK_NORMS = [Rule(f"blocks/attn/{x}_norm", f"{BLOCK}attn_{x}_norm.weight") for x in "qk"]

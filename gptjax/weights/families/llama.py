@@ -1,0 +1,45 @@
+"""Llama (SmolLM2, TinyLlama, Llama 3.2): the names that most families share.
+
+llama.cpp rotates neighbouring channels where we rotate halves, so q and k have their rows interleaved there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptjax.config import ModelConfig
+from gptjax.weights.families import gguf, hf
+from gptjax.weights.families.attributes import Attributes
+from gptjax.weights.families.family import Family, Gguf
+from gptjax.weights.rules import Rule, interleaved, turned
+
+
+def _to_config(a: Attributes) -> dict[str, Any]:
+    a.must("hidden_act", "silu")
+    a.must("pretraining_tp", 1)
+    bias = a.take("attention_bias", bool)
+    if a.take("mlp_bias", bool) != bias:
+        a.problems.append("attention_bias and mlp_bias differ: that is not supported here, only both or neither")
+    fields = hf.sizes(a)
+    return fields | hf.rope(a, fields["context_length"]) | dict(qkv_bias=bias, bias=bias)
+
+
+def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    return hf.to_sizes(cfg) | dict(
+        hidden_act="silu", attention_bias=cfg.qkv_bias, mlp_bias=cfg.bias, rope_parameters=hf.to_rope(cfg)
+    )
+
+
+def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
+    """Biases of q and k would have to be interleaved too: `llama_cpp.family_of` refuses them."""
+    heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": turned}
+    qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
+    return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]
+
+
+FAMILY = Family(
+    "llama", "LlamaForCausalLM",
+    hf.SIZES | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False, head_dim=None),
+    _to_config, _to_hf, hf.LLAMA_RULES, Gguf("llama", dict(arch="llama"), _gguf_rules, rope_factors=True),
+    ignored=hf.ROTARY,
+)  # fmt: skip

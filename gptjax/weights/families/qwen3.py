@@ -1,0 +1,25 @@
+"""Qwen3: Qwen2 with norms of q and k in the place of the biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptjax.weights.families import gguf, hf, qwen2
+from gptjax.weights.families.attributes import Attributes
+from gptjax.weights.families.family import Family, Gguf
+from gptjax.weights.rules import same
+
+
+def _to_config(a: Attributes) -> dict[str, Any]:
+    a.must("attention_bias", False)
+    return qwen2.to_config(a) | dict(qk_norm=True)
+
+
+FAMILY = Family(
+    "qwen3", "Qwen3ForCausalLM", qwen2.DEFAULTS | dict(head_dim=128), _to_config, qwen2.to_hf,
+    [*hf.LLAMA_RULES, *hf.qk_norms(same)],
+    Gguf(
+        "qwen3", dict(arch="llama", qk_norm=True),
+        lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.QK_NORMS],
+    ),
+)  # fmt: skip
