@@ -21,6 +21,7 @@ from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
 from gptjax.model.gpt import init_params
 from gptjax.tasks import finetune, trainable
+from gptjax.tasks._old import old_name
 from gptjax.tasks.finetune import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -240,3 +241,8 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
         return [dict(zip(names, map(float, row), strict=True)) for part in parts for row in part]
 
     return of
+
+
+def __getattr__(name: str) -> Any:
+    """Names that `gptjax.losses` has now."""
+    return old_name(__name__, name, {"task": losses.classify, "class_logits": losses.class_logits})

@@ -17,6 +17,7 @@ from gptjax.data.preferences import PairBatch, PairRows
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
 from gptjax.tasks import finetune, trainable
+from gptjax.tasks._old import old_name
 from gptjax.tasks.finetune import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
@@ -167,3 +168,8 @@ def plan(cfg: Config) -> list[str]:
         finetune.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
     ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names that `gptjax.losses` has now."""
+    return old_name(__name__, name, {"task": losses.preference, "log_probs": losses.answer_log_probs})

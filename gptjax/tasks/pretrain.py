@@ -19,6 +19,7 @@ from gptjax.errors import UserError, complaints
 from gptjax.generation import from_config, generate
 from gptjax.model.gpt import abstract_params, init_params, refuse_classifier
 from gptjax.optim import make_optimizer
+from gptjax.tasks._old import old_name
 from gptjax.tokenizers import Tokenizer, begin_id
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
@@ -198,3 +199,8 @@ def _prompt(cfg: Config, tokenizer: Tokenizer) -> list[int]:
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def __getattr__(name: str) -> Any:
+    """Names that `gptjax.losses` has now."""
+    return old_name(__name__, name, {"task": losses.next_token, "token_log_probs": losses.token_log_probs})

@@ -1,0 +1,130 @@
+"""A task of one's own: predict whether a digit is even, by logistic regression on made-up pixels.
+
+Everything between the two lines is the whole task; it registers itself in `TASKS` under a name.
+"""
+
+import sys
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import tasks, tokenizers
+from gptjax.optim import make_optimizer
+from gptjax.training.run_dir import read_metrics
+from gptjax.training.task import Ready, Rules, Task, Validation, just_trained
+from gptjax.types import Mean
+from gptjax.weights.native import replace_folder
+
+# ---------------------------------------------------------------- the task
+
+WIDTH, WEIGHTS = 8, np.random.default_rng(0).normal(size=8).astype(np.float32)
+
+
+class Pixels(NamedTuple):
+    tokens: np.ndarray  # [B, WIDTH] float32: any leaf of this name counts what a step reads
+    labels: np.ndarray  # [B] int32
+
+
+def made(key, n):
+    pixels = np.random.default_rng(key).normal(size=(n, WIDTH)).astype(np.float32)
+    return Pixels(pixels, (pixels @ WEIGHTS > 0).astype(np.int32))
+
+
+def loss(cfg):
+    def of(params, batch, key):
+        logits = batch.tokens @ params["w"] + params["b"]
+        nats = -jax.nn.log_sigmoid(jnp.where(batch.labels == 1, logits, -logits))
+        right = (logits > 0) == (batch.labels == 1)
+        n = jnp.float32(len(batch.labels))
+        return Mean(nats.sum(), n), {"accuracy": Mean(right.sum(), n)}
+
+    return of
+
+
+def write(folder, trained, frozen, files):
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir()
+    np.savez(partial / "weights.npz", **trained)
+    for name, text in files.items():
+        (partial / name).write_text(text)
+    replace_folder(partial, folder)
+
+
+def prepare(cfg, progress):
+    def batches(step, k, rows):
+        some = [made([cfg.seed, step + i], cfg.train.batch_size) for i in range(k)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
+
+    return Ready(cfg, Task(
+        tokenizer=tokenizers.load("bytes"),
+        batches=batches,
+        where=lambda step: f"the pixels of step {step}",
+        validation=Validation(lambda first: [made([cfg.seed, 10**6], 256)]),
+        build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
+        start=lambda key: {"w": 0.01 * jax.random.normal(key, (WIDTH,)), "b": jnp.float32(0)},
+        frozen=None,
+        flops_per_token=6.0,
+        identity={"data": (str(cfg.seed), "seed")},
+        describe=lambda n: [f"model   logistic regression, {n} parameters"],
+        write=write,
+    ), held_out=made(1, 64))  # fmt: skip
+
+
+def evaluate(result, held_out, say):
+    _, metrics = loss(result.cfg)(result.params, held_out, None)
+    say(f"test    accuracy {metrics['accuracy'].value():.2f}")
+
+
+def refuse_missing(cfg):
+    pass
+
+
+# ---------------------------------------------------------------- what is asked of it
+
+
+@pytest.fixture
+def parity(monkeypatch):
+    module = ModuleType("parity_task")
+    module.__dict__.update(prepare=prepare, evaluate=evaluate, refuse_missing=refuse_missing, loss=loss)
+    monkeypatch.setitem(sys.modules, "parity_task", module)
+    monkeypatch.setitem(tasks.TASKS, "pretrain", "parity_task")
+
+
+def test_it_is_trained_resumed_and_scored_like_any_other(parity, tmp_path):
+    cfg = gptjax.load_config(
+        "tiny-gpt2", f"run_dir={tmp_path / 'run'}", "train.max_steps=40", "train.eval_every=20", "optim.lr=0.1",
+        "train.checkpoint_every=20", "train.batch_size=32", "optim.warmup_steps=0",
+    )  # fmt: skip
+    lines: list[str] = []
+    seen: list[int] = []
+    result = gptjax.train(cfg, log=lines.append, hooks=[(20, lambda run: seen.append(run.step))])
+    assert seen == [20, 40] and result.step == 40
+    assert result.val_loss < 0.3 and any(line.startswith("test    accuracy 0.9") or "1.00" in line for line in lines)
+    assert read_metrics(tmp_path / "run")[-1]["val/accuracy"] > 0.9
+    assert np.load(tmp_path / "run/final/weights.npz")["w"].shape == (WIDTH,)
+
+
+def test_a_task_has_few_parts():
+    assert len(Task._fields) <= 12
+
+
+@pytest.mark.parametrize(
+    ("name", "new"), [("pretrain", "next_token"), ("classify", "classify"), ("prefer", "preference")]
+)
+def test_old_names_warn_and_work(name, new):
+    module = tasks.find(name)
+    with pytest.warns(DeprecationWarning, match=rf"gptjax.tasks.{name}.task is now gptjax.losses.{new}"):
+        old = module.task
+    cfg = gptjax.ModelConfig(n_layer=1, n_head=1, d_model=8, vocab_size=5, context_length=4, n_classes=2)
+    made = old(cfg)
+    assert callable(made.loss) and made.prepare(3) == 3
+    assert jax.tree.structure(jax.eval_shape(made.init, jax.random.key(0))) == jax.tree.structure(
+        gptjax.abstract_params(cfg)
+    )
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = module.nothing
