@@ -6,7 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from gptjax.finetuning import classify, metrics
+from gptjax.evaluation import classification as metrics
+from gptjax.tasks import classify
 
 import gptjax
 from gptjax import weights
