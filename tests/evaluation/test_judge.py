@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from gptjax.finetuning import judge as module
+from gptjax.evaluation import judge as module
 
 from gptjax import UserError
 from gptjax.__main__ import main

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from gptjax.evaluation import classification as metrics
+from gptjax.evaluation.intervals import interval
 from gptjax.tasks import classify
 
 import gptjax
@@ -175,7 +176,7 @@ def test_measures():
     assert scores["confusion"] == [[1, 1], [0, 2]] and scores["accuracy"] == 0.75
     assert scores["f1"] == pytest.approx({"a": 2 / 3, "b": 0.8})
     assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
-    low, high = metrics.interval(285, 300)  # 95 %: Wilson's interval by hand
+    low, high = interval(285, 300)  # 95 %: Wilson's interval by hand
     assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
 
 

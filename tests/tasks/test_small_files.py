@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from gptjax.finetuning import classify, instruct, prefer, seeds
+from gptjax.tasks import classify, instruct, prefer, seeds
 
 from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
