@@ -122,10 +122,10 @@ def with_shape(cfg: Config) -> Config:
     if cfg.model.vocab_size:
         return cfg
     if cfg.task != "pretrain":
-        from gptjax.tasks import finetune
+        from gptjax.tasks import tuning
 
         head = {"n_classes": len(cfg.classify.labels) or 2, "cls_bias": cfg.classify.bias}
-        model = finetune.model_config(cfg, finetune.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
+        model = tuning.model_config(cfg, tuning.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
         return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):

@@ -13,8 +13,8 @@ from gptjax.config import COMPUTED, Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
-from gptjax.tasks.finetune import longest_row
 from gptjax.tasks.pretrain import from_base
+from gptjax.tasks.tuning import longest_row
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, activation_bytes
 
 _MOST_TOKENS = 2**19  # a step: a batch of GPT-3's size

@@ -19,7 +19,7 @@ from gptjax.model.cache import init_cache
 from gptjax.model.gpt import abstract_params, extend, init_params
 from gptjax.ops import device
 from gptjax.optim import make_optimizer
-from gptjax.tasks import find, finetune, trainable
+from gptjax.tasks import find, trainable, tuning
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.training.task import just_trained
 
@@ -72,7 +72,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 def width(cfg: Config) -> int:
     """Tokens of a row."""
-    return cfg.window if cfg.task == "pretrain" else finetune.longest_row(cfg, cfg.model)
+    return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
 def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:

@@ -20,9 +20,9 @@ from gptjax.evaluation import classification
 from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
 from gptjax.model.gpt import init_params
-from gptjax.tasks import finetune, trainable
+from gptjax.tasks import trainable, tuning
 from gptjax.tasks._old import old_name
-from gptjax.tasks.finetune import refuse_missing
+from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
@@ -74,16 +74,16 @@ def _data(cfg: Config) -> labelled.Splits:
 
 
 def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelConfig:
-    return finetune.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
+    return tuning.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    found = finetune.base_model(cfg)
+    found = tuning.base_model(cfg)
     tokenizer = found.tokenizer()
     with progress.phase("preparing the data"):
         splits = _data(cfg)
     model = _model(cfg, found, splits)
-    longest = finetune.longest_row(cfg, model)
+    longest = tuning.longest_row(cfg, model)
     packed = cfg.classify.packing == "packed"
     encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
     train, val = (labelled.rows(part, packed) for part in encoded)
@@ -112,7 +112,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     names, settings = list(splits.train.names), cfg.classify
     about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
     fingerprint = weights.fingerprint(params)
-    task = finetune.make_task(
+    task = tuning.make_task(
         cfg,
         trainable.partition(cfg, params, heads, model, jax.random.fold_in(key, 2), fingerprint),
         model=model,
@@ -143,13 +143,13 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
 
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
-    splits, found = _data(cfg), finetune.base_model(cfg)
+    splits, found = _data(cfg), tuning.base_model(cfg)
     found.tokenizer()  # refused here if it does not fit the model
     texts = " + ".join(f"{len(part.texts):,}" for part in splits[:3])
     epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
         f"data               {texts} texts to train, validate and test on; classes {', '.join(splits.train.names)}",
-        finetune.plan(cfg, found, _model(cfg, found, splits)),
+        tuning.plan(cfg, found, _model(cfg, found, splits)),
         f"training           {epochs}, {cfg.train.batch_size} rows at a time",
     ]
 

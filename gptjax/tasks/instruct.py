@@ -20,8 +20,8 @@ from gptjax.errors import UserError
 from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.files import use_json, write_json, write_text
 from gptjax.generation import for_decoding, generate
-from gptjax.tasks import finetune, trainable
-from gptjax.tasks.finetune import refuse_missing
+from gptjax.tasks import trainable, tuning
+from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
@@ -48,7 +48,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
             found = scores(rows)
             if result.cfg.instruct.compare:
                 del params
-                base_params = finetune.base_model(result.cfg).params("float32", None)
+                base_params = tuning.base_model(result.cfg).params("float32", None)
                 before = _answer(folder / BEFORE, base_params, result, test, progress, "the base")
                 found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
         write_json(folder / RESULTS, found)
@@ -82,9 +82,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conversations(cfg: Config, notes: list[str] | None = None) -> finetune.Thirds:
+def conversations(cfg: Config, notes: list[str] | None = None) -> tuning.Thirds:
     """To train, validate and test on. notes: as of `instructions.read`."""
-    parts = finetune.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
+    parts = tuning.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return parts
@@ -96,12 +96,12 @@ def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    found = finetune.base_model(cfg)
+    found = tuning.base_model(cfg)
     instruct = cfg.instruct
-    model = finetune.model_config(cfg, found.cfg)
-    width, notes = finetune.longest_row(cfg, model), list[str]()
+    model = tuning.model_config(cfg, found.cfg)
+    width, notes = tuning.longest_row(cfg, model), list[str]()
     with progress.phase("preparing the data"):
-        tokenizer, about_style = finetune.styled(found, instruct.style)
+        tokenizer, about_style = tuning.styled(found, instruct.style)
         talks = conversations(cfg, notes)
         encoded = [
             instructions.encode(
@@ -109,7 +109,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
                 tokenizer,
                 context_length=width,
                 loss_on=instruct.loss_on,
-                because=finetune.why_so_long(cfg, model),
+                because=tuning.why_so_long(cfg, model),
             )
             for part in (talks.train, talks.val)
         ]
@@ -135,7 +135,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         *about_style,
         f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
-    task = finetune.make_task(
+    task = tuning.make_task(
         cfg,
         parts,
         model=model,
@@ -164,13 +164,13 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     notes: list[str] = []
-    talks, found = conversations(cfg, notes), finetune.base_model(cfg)
-    model = finetune.model_config(cfg, found.cfg)
-    width = finetune.longest_row(cfg, model)
-    tokenizer, about_style = finetune.styled(found, cfg.instruct.style)
+    talks, found = conversations(cfg, notes), tuning.base_model(cfg)
+    model = tuning.model_config(cfg, found.cfg)
+    width = tuning.longest_row(cfg, model)
+    tokenizer, about_style = tuning.styled(found, cfg.instruct.style)
     encoded = instructions.encode(
         talks.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
-        because=finetune.why_so_long(cfg, model),
+        because=tuning.why_so_long(cfg, model),
     )  # fmt: skip
     n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)
     counts = " + ".join(f"{len(part):,}" for part in talks)
@@ -178,7 +178,7 @@ def plan(cfg: Config) -> list[str]:
         f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit",
         *(f"                   {note}" for note in notes),
         *(f"{line[:8]:19}{line[8:]}" for line in about_style),
-        finetune.plan(cfg, found, model),
+        tuning.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n_rows, cfg.train.batch_size):,} of {cfg.train.batch_size} rows, "
         f"{n_rows:,} rows an epoch",
     ]

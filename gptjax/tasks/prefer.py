@@ -16,9 +16,9 @@ from gptjax.data import loader, preferences
 from gptjax.data.preferences import PairBatch, PairRows
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
-from gptjax.tasks import finetune, trainable
+from gptjax.tasks import trainable, tuning
 from gptjax.tasks._old import old_name
-from gptjax.tasks.finetune import refuse_missing
+from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -63,9 +63,9 @@ def summary(scores: dict[str, Any]) -> str:
     )
 
 
-def pairs(cfg: Config, notes: list[str] | None = None) -> finetune.Thirds:
+def pairs(cfg: Config, notes: list[str] | None = None) -> tuning.Thirds:
     """To train, validate and test on. notes: as of `instructions.read`."""
-    return finetune.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
+    return tuning.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
 def loss(cfg: Config) -> Loss:
@@ -84,18 +84,18 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 def _rows(cfg: Config, part: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
     """The rows of a part, and how many pairs did not fit."""
-    width = finetune.longest_row(cfg, model)
-    encoded = preferences.encode(part, tokenizer, context_length=width, because=finetune.why_so_long(cfg, model))
+    width = tuning.longest_row(cfg, model)
+    encoded = preferences.encode(part, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
     packed = cfg.prefer.packing == "packed"
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    found = finetune.base_model(cfg)
+    found = tuning.base_model(cfg)
     size, notes = cfg.train.batch_size, list[str]()
-    model = finetune.model_config(cfg, found.cfg)
+    model = tuning.model_config(cfg, found.cfg)
     with progress.phase("preparing the data"):
-        tokenizer, about_style = finetune.styled(found, cfg.prefer.style)
+        tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
         parts_of_data = pairs(cfg, notes)
         rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
     train, val, test = rows
@@ -125,7 +125,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         *(f"        {note}" for note in notes),
         *about_style,
     ]
-    task = finetune.make_task(
+    task = tuning.make_task(
         cfg,
         parts,
         model=model,
@@ -155,9 +155,9 @@ def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int)
 def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     notes: list[str] = []
-    parts, found = pairs(cfg, notes), finetune.base_model(cfg)
-    model = finetune.model_config(cfg, found.cfg)
-    tokenizer, about_style = finetune.styled(found, cfg.prefer.style)
+    parts, found = pairs(cfg, notes), tuning.base_model(cfg)
+    model = tuning.model_config(cfg, found.cfg)
+    tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
     rows, dropped = _rows(cfg, parts.train, tokenizer, model)
     n, size = len(rows.tokens), cfg.train.batch_size
     counts = " + ".join(f"{len(part):,}" for part in parts)
@@ -165,7 +165,7 @@ def plan(cfg: Config) -> list[str]:
         f"data               {counts} pairs to train, validate and test on; {dropped} do not fit",
         *(f"                   {note}" for note in notes),
         *(f"{line[:8]:19}{line[8:]}" for line in about_style),
-        finetune.plan(cfg, found, model),
+        tuning.plan(cfg, found, model),
         f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
     ]
 

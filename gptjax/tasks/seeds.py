@@ -19,7 +19,7 @@ from gptjax.config.leaves import read_text
 from gptjax.evaluation.intervals import t_interval
 from gptjax.files import number, use_json, write_json
 from gptjax.parallel.distributed import is_writer
-from gptjax.tasks import finetune
+from gptjax.tasks import tuning
 from gptjax.training import resume
 from gptjax.training.loop import run_task
 from gptjax.training.progress import Progress
@@ -63,8 +63,8 @@ def refuse(cfg: Config) -> bool:
         refuse_unwritable(folder.path)
         refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
     if together(cfg):
-        return resume.refuse(cfg, finetune.refuse_missing)
-    finished = [resume.refuse(_alone(cfg, seed), finetune.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
+        return resume.refuse(cfg, tuning.refuse_missing)
+    finished = [resume.refuse(_alone(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
     return all(finished)
 
 
@@ -104,7 +104,7 @@ def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks
     def prepare(cfg: Config, progress: Progress) -> Ready:
         return stacked(cfg, task.prepare, progress)
 
-    result, _ = run_task(cfg, prepare, say, finetune.refuse_missing, hooks)
+    result, _ = run_task(cfg, prepare, say, tuning.refuse_missing, hooks)
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"

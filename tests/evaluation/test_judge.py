@@ -5,10 +5,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from gptjax.evaluation import judge as module
 
 from gptjax import UserError
 from gptjax.__main__ import main
+from gptjax.evaluation import judge as module
 from gptjax.evaluation.judge import judge, number, question
 
 ROW = {"where": "a:1", "prompt": "Add 1 and 1.", "expected": "2", "answer": "two"}

@@ -6,13 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from gptjax.evaluation import classification as metrics
-from gptjax.evaluation.intervals import interval
-from gptjax.tasks import classify
 
 import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
+from gptjax.evaluation import classification as metrics
+from gptjax.evaluation.intervals import interval
+from gptjax.tasks import classify
 from gptjax.tasks.classify import classify_texts
 from gptjax.training.run_dir import read_metrics
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from gptjax.tasks import classify, instruct, prefer, seeds
 
 from gptjax.errors import UserError
 from gptjax.files import use_json, write_json
+from gptjax.tasks import classify, instruct, prefer, seeds
 from gptjax.training.resume import result_of
 from gptjax.weights.load import _labels
 

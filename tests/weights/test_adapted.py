@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import gptjax
 from gptjax import tree, weights
 from gptjax.__main__ import main
-from gptjax.tasks.finetune import _base_to_name
+from gptjax.tasks.tuning import _base_to_name
 from gptjax.weights import native
 
 BASE = gptjax.ModelConfig(
