@@ -381,6 +381,7 @@ IMPOSSIBLE = [
     (("sample.top_p=0",), "sample.top_p"),
     (("sample.temperature=-1",), "sample.temperature"),
     (("seed=-1",), "seed"),
+    (("sample.top_k=4294967295",), "sample.top_k (4294967295)"),
     (("tokenizer.name=",), "tokenizer.name is empty"),
 ]
 

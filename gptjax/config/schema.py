@@ -56,7 +56,7 @@ class Range:
 
 
 MOST = 2**31 - 1
-NOT_NEGATIVE = Range()
+NOT_NEGATIVE = Range(high_open=True)
 POSITIVE = Range(low_open=True, high_open=True)
 COUNT = Range(1, MOST)
 SEED = Range(0, 2**32 - 1)
