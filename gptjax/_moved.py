@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 MOVED: dict[str, str] = {  # old path: new path
@@ -70,3 +71,22 @@ class _Finder:
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
+
+
+def old_name(module: str, name: str, moved: Mapping[str, Callable], init_params: Callable) -> Any:
+    """The function that `name` of `module` is now, with a DeprecationWarning; of `task` one that
+    gives prepare, init and loss, as it did."""
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = moved[name]
+    text = f"{module}.{name} is now gptjax.losses.{new.__name__}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    if name != "task":
+        return new
+
+    def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=new(cfg, *args, **options)
+        )
+
+    return task

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gptjax import losses, weights
+from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
 from gptjax.data import labelled, loader
 from gptjax.data.labelled import LabelledBatch
@@ -21,7 +22,6 @@ from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
 from gptjax.model.gpt import init_params
 from gptjax.tasks import trainable, tuning
-from gptjax.tasks._old import old_name
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -245,4 +245,4 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.classify, "class_logits": losses.class_logits})
+    return old_name(__name__, name, {"task": losses.classify, "class_logits": losses.class_logits}, init_params)

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from gptjax import losses, weights
+from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
 from gptjax.data.preferences import PairBatch, PairRows
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
+from gptjax.model.gpt import init_params
 from gptjax.tasks import trainable, tuning
-from gptjax.tasks._old import old_name
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
@@ -172,4 +173,4 @@ def plan(cfg: Config) -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.preference, "log_probs": losses.answer_log_probs})
+    return old_name(__name__, name, {"task": losses.preference, "log_probs": losses.answer_log_probs}, init_params)

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 from gptjax import assets, config, data, losses, weights
+from gptjax._moved import old_name
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data.loader import ORDER_OF_WINDOWS
 from gptjax.errors import UserError, complaints
 from gptjax.generation import from_config, generate
 from gptjax.model.gpt import abstract_params, init_params, refuse_classifier
 from gptjax.optim import make_optimizer
-from gptjax.tasks._old import old_name
 from gptjax.tokenizers import Tokenizer, begin_id
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
@@ -203,4 +203,4 @@ def _exp(loss: float) -> float:
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.next_token, "token_log_probs": losses.token_log_probs})
+    return old_name(__name__, name, {"task": losses.next_token, "token_log_probs": losses.token_log_probs}, init_params)
