@@ -26,7 +26,7 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.research.shelf": "gptjax.research.architectures",
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
-    "gptjax.weights.door": "gptjax.weights.load",
+    "gptjax.weights.door": "gptjax.weights",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }

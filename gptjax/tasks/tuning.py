@@ -51,7 +51,10 @@ def thirds(
         shares = settings.val_fraction, settings.test_fraction
         held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
         unseen = made(sum(held), seed, held_out=True)
-        return Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
+        parts = Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
+        if not all(parts):
+            raise UserError(f"examples={n} are too few for a part to test and one to validate on: give more")
+        return parts
     found = read(settings.source, notes)
     n = len(found)
     test = int(n * settings.test_fraction)
