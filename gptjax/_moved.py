@@ -63,7 +63,8 @@ class _Finder:
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
-            return importlib.import_module(child) if child in MOVED else getattr(found, name)
+            is_module = child in MOVED or isinstance(getattr(found, name), ModuleType)
+            return importlib.import_module(child) if is_module else getattr(found, name)
 
         module.__getattr__ = __getattr__
 
