@@ -64,7 +64,8 @@ def test_a_package_that_is_gone(gone):
     seen = {}
     with pytest.warns(DeprecationWarning, match=r"gptjax.gone is now gptjax.planning;"):
         exec("from gptjax import gone", seen)
-    assert seen["gone"].fit is fit
+    with pytest.warns(DeprecationWarning, match=r"gptjax.gone.fit is now gptjax.planning.fit;"):
+        assert seen["gone"].fit is fit
     with pytest.warns(DeprecationWarning, match=r"gptjax.gone.deep is now gptjax.files;"):
         assert seen["gone"].deep is files
     with pytest.raises(AttributeError, match=r"gptjax.planning.*nothing"):
