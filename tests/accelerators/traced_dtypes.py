@@ -203,13 +203,14 @@ def _loops(jaxpr: Any, limits: Limits) -> list[str]:
 
 
 def _imprecise(jaxpr: Any, cfg: ModelConfig, rows: int) -> list[str]:
-    """Products of a float32 model have its `precision`, where it states one."""
+    """Products of a float32 model have its `precision`, where it states one, or the highest, as sums have."""
     if cfg.precision == "default":
         return []
     stated = getattr(jax.lax.Precision, cfg.precision.upper())
     products = [eqn for eqn in equations(jaxpr) if _is_product(eqn)]
     of = [eqn for eqn in products if any(of_activations(var.aval, rows) for var in eqn.invars)]
-    wrong = [eqn for eqn in of if eqn.params["precision"] not in (stated, (stated, stated))]
+    enough = [pair for one in (stated, jax.lax.Precision.HIGHEST) for pair in (one, (one, one))]
+    wrong = [eqn for eqn in of if eqn.params["precision"] not in enough]
     return [f"a product is not of precision {cfg.precision}: {shown(eqn)}" for eqn in wrong]
 
 
