@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
 _MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it
@@ -50,7 +51,7 @@ class Picture:
         self.figure.savefig(path)
 
 
-def tokens(tokenizer: Any, ids: Iterable[int], values: Iterable[float] | None = None) -> Html:
+def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | None = None) -> Html:
     """A text cut into its tokens, each on a ground of its own colour; pointing at one shows its id.
 
     Args:

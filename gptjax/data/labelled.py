@@ -19,6 +19,7 @@ import numpy as np
 from gptjax.data import loader, packing, records, sources
 from gptjax.errors import UserError
 from gptjax.files import user_path
+from gptjax.tokenizers import Tokenizer
 
 MAX_PROBLEMS = 20
 MOST_CLASSES = 1000
@@ -287,7 +288,7 @@ def _book(data: Labelled) -> list[Labelled]:
 # ---------------------------------------------------------------- batches
 
 
-def encode(data: Labelled, tokenizer: Any, max_length: int, prompt: str = "{text}") -> Examples:
+def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = "{text}") -> Examples:
     """Every text as ids inside `prompt`; of what would be longer than `max_length` with it, the beginning of the text.
 
     A tokenizer whose texts begin with a token of their own (`add_bos`) puts it here too.
@@ -354,7 +355,7 @@ def majority(train: Labelled, test: Labelled) -> float:
     return float((test.labels == np.bincount(train.labels).argmax()).mean())
 
 
-def naive_bayes(train: Labelled, test: Labelled, tokenizer: Any) -> float:
+def naive_bayes(train: Labelled, test: Labelled, tokenizer: Tokenizer) -> float:
     """Accuracy on `test` of multinomial naive Bayes: counts of the tokens that stand in `train`, one added to each."""
     words = [Counter[int]() for _ in train.names]
     for text, k in zip(train.texts, train.labels, strict=True):

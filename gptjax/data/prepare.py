@@ -14,12 +14,13 @@ from gptjax.data.sources import Documents, Part, cache_root, documents, measure,
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import json_sha256
+from gptjax.tokenizers import Tokenizer
 
 
 class Prepared(NamedTuple):
     """What training needs of the data. `manifest["key"]` names this data: sources, split and tokenizer."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     train: TokenStore
     val: TokenStore
     manifest: dict
@@ -27,7 +28,7 @@ class Prepared(NamedTuple):
 
 def prepare(
     cfg: Config,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     *,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -184,7 +185,7 @@ def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:
 
 
 def _encode(
-    folder: Path, train: Part, val: Part, tokenizer: Any, total: int, progress: Callable[[int, int], None]
+    folder: Path, train: Part, val: Part, tokenizer: Tokenizer, total: int, progress: Callable[[int, int], None]
 ) -> dict:
     done = 0
 

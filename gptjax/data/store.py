@@ -19,13 +19,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gptjax import tokenizers
 from gptjax.errors import UserError
 from gptjax.files import json_sha256, sha256, sync, umask, write_text
+from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
@@ -99,7 +99,7 @@ def write(
     folder: Path,
     split: str,
     sources: Iterable[Iterable[tuple[str, bool, bool]]],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     progress: Callable[[int], None],
 ) -> dict:
     """Encode texts into `split`.bin and `split`.starts.npy.
@@ -150,7 +150,7 @@ def write(
     }
 
 
-def open_split(folder: Path, split: str, manifest: dict, tokenizer: Any) -> TokenStore:
+def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -> TokenStore:
     part = manifest[split]
     path, dtype = folder / f"{split}.bin", np.dtype(part["dtype"])
     # The plain array over the map: indexing np.memmap itself costs several microseconds a call.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +11,18 @@ from gptjax.config import ModelConfig
 from gptjax.data import packing
 from gptjax.data.instructions import Encoded
 from gptjax.losses import token_log_probs
+from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 
 WIDTH, ROWS = 512, 4
 
 
 def losses(
-    params: Params, cfg: ModelConfig, tokenizer: Any, texts: Sequence[str], say: Callable[[str], None] | None = None
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    say: Callable[[str], None] | None = None,
 ) -> np.ndarray:
     """[n] float32: nats a token of each text, of one longer than a row (512 tokens, or the model's context) of its
     beginning; nan of a text of one token."""

@@ -22,6 +22,7 @@ from gptjax.files import use_json, write_json, write_text
 from gptjax.generation import for_decoding, generate
 from gptjax.tasks import trainable, tuning
 from gptjax.tasks.tuning import refuse_missing
+from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
@@ -58,7 +59,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
 
 
 def _answer(
-    file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Any, who: str
+    file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
 ) -> list[dict]:
     rows = answers(params, result.cfg, result.tokenizer, talks, progress, who)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -185,7 +186,12 @@ def plan(cfg: Config) -> list[str]:
 
 
 def answers(
-    params: Any, cfg: Config, tokenizer: Any, talks: Sequence[Conversation], progress: Any = None, who: str = ""
+    params: Any,
+    cfg: Config,
+    tokenizer: Tokenizer,
+    talks: Sequence[Conversation],
+    progress: Progress | None = None,
+    who: str = "",
 ) -> list[dict[str, Any]]:
     """The model's greedy answer to each conversation's last question, beside the one expected and its loss.
 

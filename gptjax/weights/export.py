@@ -18,6 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.formats import gguf, safetensors
 from gptjax.model.gpt import forward, refuse_classifier
+from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights import families, llama_cpp, native
 from gptjax.weights.load import CONFIG, LABELS
@@ -29,7 +30,7 @@ def export_hf(
     folder: str | os.PathLike[str],
     params: Params,
     cfg: ModelConfig,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     labels: dict[str, Any] | None = None,
 ) -> Path:
     """A folder that transformers loads: config.json, model.safetensors and, where one is given, the tokenizer.
@@ -81,7 +82,7 @@ def refuse_bias(head: Params) -> None:
         raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
 
 
-def _class_values(cfg: ModelConfig, tokenizer: Any, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _class_values(cfg: ModelConfig, tokenizer: Tokenizer, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """The tokenizer with a token that fills rows, and the attributes of a classifier.
 
     transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.
@@ -109,7 +110,7 @@ def _class_values(cfg: ModelConfig, tokenizer: Any, labels: dict[str, Any] | Non
 
 
 def export_gguf(
-    path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any, type: str = "F32"
+    path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer, type: str = "F32"
 ) -> Path:
     """A file that llama.cpp loads, with the tokenizer and its chat template inside.
 
@@ -155,7 +156,9 @@ def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
     return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)
 
 
-def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Any = None) -> Path:
+def export_stablehlo(
+    folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer | None = None
+) -> Path:
     """Our own folder, and in it `forward.stablehlo`: `forward` as one program for CPUs, NVIDIA GPUs and TPUs.
 
         program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
@@ -184,7 +187,7 @@ def export_stablehlo(folder: str | os.PathLike[str], params: Params, cfg: ModelC
     return folder
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """Where a continuation of this tokenizer's model ends."""
     ids = list(getattr(tokenizer, "eos_ids", ()))
     return ids or ([tokenizer.eot_id] if tokenizer.eot_id is not None else [])

@@ -26,6 +26,7 @@ from gptjax.files import use_json, user_path
 from gptjax.formats import gguf, safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.ops.quant import dequantize, quantize
+from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights import families, llama_cpp, native
 from gptjax.weights.native import check_vocabulary
@@ -214,7 +215,7 @@ def _hugging_face(folder: Path, source: Any) -> Model:
     return Model(str(folder), family.name, cfg, params, lambda: _fitting(tokenizers.load(folder), cfg))
 
 
-def _fitting(tokenizer: Any, cfg: ModelConfig) -> Any:
+def _fitting(tokenizer: Tokenizer, cfg: ModelConfig) -> Any:
     """Without the placeholder of images, where the model has rows for all tokens before it and none for it: the text
     models of Gemma 3 and their tokenizer are published so. Its text is plain text then."""
     from gptjax.tokenizers.hf import HF, without_last

@@ -30,6 +30,7 @@ from gptjax.errors import UserError
 from gptjax.files import json_sha256, sha256, sync, use_json, user_path
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
+from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights.rules import Out, Rule, read
 
@@ -45,7 +46,7 @@ def save(
     folder: str | os.PathLike[str],
     params: Params,
     cfg: ModelConfig,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
     add: Callable[[Path], None] | None = None,
     twin: Path | None = None,
@@ -112,7 +113,7 @@ def save(
     return folder
 
 
-def check_vocabulary(tokenizer: Any, cfg: ModelConfig, where: str = "") -> None:
+def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, where: str = "") -> None:
     """Raises UserError if the tokenizer has ids that the model has no row for. `where` begins the message."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(

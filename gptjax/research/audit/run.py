@@ -25,6 +25,7 @@ from gptjax.research.audit.outliers import NEIGHBOURS, outlier_scores, tail
 from gptjax.research.audit.results import TEXTS, Canary, Comparison, Outliers, Report, Row, to_json
 from gptjax.research.audit.text import pieces, rows, rows_of, score
 from gptjax.research.influence import gradient_features, unit
+from gptjax.tokenizers import Tokenizer
 from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
@@ -120,7 +121,7 @@ class Settings:
 def audit(
     models: Sequence[Snapshot],
     cfg: ModelConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: Settings,
     *,
     say: Callable[[str], None] = lambda line: None,
@@ -187,7 +188,9 @@ def audit(
     )  # fmt: skip
 
 
-def _contexts(tokenizer: Any, store: TokenStore, places: tuple[np.ndarray, np.ndarray]) -> tuple[list[str], list[str]]:
+def _contexts(
+    tokenizer: Tokenizer, store: TokenStore, places: tuple[np.ndarray, np.ndarray]
+) -> tuple[list[str], list[str]]:
     """Beginnings of held-out pieces, cut after a word, and the different words there."""
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())
@@ -199,7 +202,7 @@ def _contexts(tokenizer: Any, store: TokenStore, places: tuple[np.ndarray, np.nd
 
 
 def _outliers(
-    train: np.ndarray, held: np.ndarray, settings: Settings, places: tuple[np.ndarray, np.ndarray], tokenizer: Any
+    train: np.ndarray, held: np.ndarray, settings: Settings, places: tuple[np.ndarray, np.ndarray], tokenizer: Tokenizer
 ) -> Outliers:
     if len(train) <= NEIGHBOURS:
         return Outliers(len(train), None, [], np.zeros(0), np.zeros(0))
@@ -216,7 +219,7 @@ def _outliers(
     return Outliers(len(train), tail(scores, reference, settings.alpha), listed, scores, reference)
 
 
-def _compare(base: Any, tuned: Any, prompts: Sequence[str], encode: Callable, tokenizer: Any) -> Comparison:
+def _compare(base: Any, tuned: Any, prompts: Sequence[str], encode: Callable, tokenizer: Tokenizer) -> Comparison:
     from gptjax.generation import generate
 
     ids = [encode(prompt)[: tuned[1].context_length + 1] for prompt in prompts]

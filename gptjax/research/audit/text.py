@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.model.gpt import forward
 from gptjax.research.influence import in_chunks
+from gptjax.tokenizers import Tokenizer
 from gptjax.types import Batch, Params
 
 CHUNK_BYTES = 128 * 2**20  # of logits alive at once
 
 
-def store_of(texts: Sequence[str], tokenizer: Any) -> TokenStore:
+def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
     """Texts as documents, each ended as the tokenizer ends them."""
     end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     ids = [[*tokenizer.encode(text), *end] for text in texts]

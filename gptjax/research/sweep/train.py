@@ -147,7 +147,7 @@ def sweep(
     axes: Sequence[str] | None = None,
     at_once: int | None = None,
     validate: bool = True,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Sweep:
     """Train all runs, and validate each on its whole validation set after its last step.
 
@@ -199,7 +199,7 @@ class _Prepared(NamedTuple):
     most_rank: int
 
 
-def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Any) -> _Prepared:
+def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
     """Data, base and starts. A start depends on the seed and on an adapter's rank, the data on the seed."""
     first = configs[runs[0]]
     prepare = find(first.task).prepare
@@ -237,7 +237,7 @@ def _numbers(configs: Sequence[Config], keys: Sequence[str]) -> Numbers:
 
 
 def _train(
-    prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, validate: bool, progress: Any
+    prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
     """One program: compiled once, run for each chunk of its runs."""
     began = time.perf_counter()
@@ -328,7 +328,12 @@ class _Program:
         return jax.jit(fn, donate_argnums=donate)
 
     def run(
-        self, prepared: _Prepared, part: tuple[int, ...], keys: Sequence[str], progress: Any, place: tuple[int, ...]
+        self,
+        prepared: _Prepared,
+        part: tuple[int, ...],
+        keys: Sequence[str],
+        progress: Progress,
+        place: tuple[int, ...],
     ) -> tuple[TrainState, np.ndarray, np.ndarray, list[dict[str, float]]]:
         """States, losses [steps, N], steps in a row that were not finite [steps, N], and what validation says."""
         cfg, (chunk, n_chunks, number) = self.cfg, place
@@ -367,7 +372,7 @@ class _Program:
                 scores = self._validate(states.params, numbers, frozen, tasks)
         return states, np.concatenate(losses), np.concatenate(in_a_row), scores
 
-    def _compiled(self, progress: Any, args: tuple) -> None:
+    def _compiled(self, progress: Progress, args: tuple) -> None:
         if self.compiled is None:
             with progress.phase("compiling the step of all runs"):
                 began = time.perf_counter()
