@@ -356,7 +356,7 @@ def train_step(cfg: Config) -> Program:
     mean = cfg.classify.pooling == "mean"
     wide = {"pretrain": 0, "instruct": 0, "prefer": 2, "classify": 5 if mean else 3}
     scattered = int(cfg.task == "classify" and not mean)
-    return Program(fn, (state, planning._batch(cfg, rows, T)), wide[cfg.task], scattered)
+    return Program(fn, (state, find(cfg.task).batch_shapes(cfg, rows, T)), wide[cfg.task], scattered)
 
 
 # ---------------------------------------------------------------- switches
