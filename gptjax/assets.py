@@ -245,7 +245,7 @@ def _write_file(path: Path, stream: io.BufferedIOBase, expected: str, deadline: 
     """Copies the stream to its place, if it has that sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with replacing(path) as out:
+    with replacing(path, shared=True) as out:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
             out.write(chunk)

@@ -17,15 +17,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write into, which takes the place of `path` at the end of the block: by one rename, when all of it is
     on the disk. Where the block raises, nothing has changed.
 
-    Several processes may do this at once: readers see a whole file of one of them.
+    Args:
+        shared: several processes may do this at once, as in a cache: each has a partial file of its own, and readers
+            see a whole file of one of them. Otherwise the partial file of a process that was killed is written anew.
     """
-    partial = path.with_name(f".{os.urandom(4).hex()}.partial")
+    partial = path.with_name(f".{os.urandom(4).hex() if shared else path.name}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -44,7 +44,7 @@ def test_it_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
 
 def test_several_writers_of_one_file_do_not_mix(tmp_path):
     path = tmp_path / "a"
-    with replacing(path) as first, replacing(path) as second:
+    with replacing(path, shared=True) as first, replacing(path) as second:
         first.write(b"1" * 9)
         second.write(b"2" * 5)
     assert path.read_bytes() == b"1" * 9 and os.listdir(tmp_path) == ["a"]

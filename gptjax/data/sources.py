@@ -422,7 +422,7 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as out:
+        with replacing(path, shared=True) as out:
             for document in rows():
                 out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
