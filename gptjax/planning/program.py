@@ -51,11 +51,10 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
             f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): take more rows or another mesh"
         )
     task = find(cfg.task)
-    loss = task.loss(cfg) if chunk is None else losses.next_token(cfg.model, chunk=chunk)
     if cfg.task == "pretrain":
-        tx = make_optimizer(cfg.optim, cfg.train.max_steps)
+        tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), losses.next_token(cfg.model, chunk=chunk)
     else:
-        loss, _, tx = trainable.rules(cfg, loss, just_trained)
+        tx, loss = trainable.optimizer(cfg), trainable.with_dropout(cfg, task.loss(cfg))
     create, combine = _state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
     batch = task.batch_shapes(cfg, rows, T)

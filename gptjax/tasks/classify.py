@@ -21,7 +21,7 @@ from gptjax.evaluation import classification
 from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
 from gptjax.model.gpt import init_params
-from gptjax.tasks import trainable, tuning
+from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -87,12 +87,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     packed = cfg.classify.packing == "packed"
     encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
     train, val = (labelled.rows(part, packed) for part in encoded)
-    steps = cfg.train.steps(len(train.tokens), cfg.train.batch_size)
-    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
-    with progress.phase("loading the base"):
-        params = found.params("float32", None)
+    cfg = tuning.resolved(cfg, model, len(train.tokens))
     key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
+    parts, fingerprint = tuning.load_base(cfg, found, heads, jax.random.fold_in(key, 2), progress)
     width = train.tokens.shape[1]
 
     def where(step: int) -> str:
@@ -111,10 +109,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines.append(f"        {cut} texts are cut at {longest} tokens")
     names, settings = list(splits.train.names), cfg.classify
     about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
-    fingerprint = weights.fingerprint(params)
     task = tuning.make_task(
         cfg,
-        trainable.partition(cfg, params, heads, model, jax.random.fold_in(key, 2), fingerprint),
+        parts,
         model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from gptjax.errors import UserError
 from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.files import use_json, write_json, write_text
 from gptjax.generation import for_decoding, generate
-from gptjax.tasks import trainable, tuning
+from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
@@ -117,12 +116,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
         example = instructions.show(instructions.render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
-    steps = cfg.train.steps(len(train.tokens), size)
-    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
-    with progress.phase("loading the base"):
-        params = found.params("float32", None)
-    fingerprint = weights.fingerprint(params)
-    parts = trainable.partition(cfg, params, {}, model, jax.random.key(cfg.seed), fingerprint)
+    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
 
     def batch(step: int) -> Batch:
         return packing.batch(train, step, batch_size=size, seed=cfg.seed)

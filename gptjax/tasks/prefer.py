@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import losses, weights
+from gptjax import losses
 from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
@@ -18,7 +17,7 @@ from gptjax.data.preferences import PairBatch, PairRows
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
 from gptjax.model.gpt import init_params
-from gptjax.tasks import trainable, tuning
+from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
@@ -100,12 +99,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         parts_of_data = pairs(cfg, notes)
         rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
     train, val, test = rows
-    steps = cfg.train.steps(len(train.tokens), size)
-    cfg = dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
-    with progress.phase("loading the base"):
-        params = found.params("float32", None)
-    fingerprint = weights.fingerprint(params)
-    parts = trainable.partition(cfg, params, {}, model, jax.random.key(cfg.seed), fingerprint)
+    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
     before: list[Any] = [None] * 3
     if cfg.prefer.loss in NEEDS_REFERENCE:
         with progress.phase("scoring the pairs before training"):

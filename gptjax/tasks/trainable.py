@@ -96,7 +96,7 @@ def with_dropout(cfg: Config, loss: Callable) -> Callable:
 
 
 def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Any:
-    """The shapes of `Parts.trained`, from shapes."""
+    """The shapes of `Trainable.params`, from shapes."""
     if cfg.finetune.trainable == "lora":
         settings = dataclasses.replace(cfg.lora, init="lora", dora=False)
         adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, settings))

@@ -19,7 +19,9 @@ from gptjax.tasks import trainable
 from gptjax.tasks.trainable import Trainable
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
+from gptjax.training.progress import Progress
 from gptjax.training.task import Loss, Task, Validation
+from gptjax.types import Params
 
 HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
 
@@ -118,6 +120,22 @@ def why_so_long(cfg: Config, model: ModelConfig) -> str:
     if asked > model.context_length:
         return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {asked})"
     return f" ({cfg.task}.context_length)"
+
+
+def resolved(cfg: Config, model: ModelConfig, n_rows: int) -> Config:
+    """The config with the model, and the steps that its epochs are over so many rows."""
+    steps = cfg.train.steps(n_rows, cfg.train.batch_size)
+    return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
+
+
+def load_base(
+    cfg: Config, found: weights.Model, heads: Params, key: jax.Array, progress: Progress
+) -> tuple[Trainable, str]:
+    """The base's weights, taken apart with the new heads by `trainable.partition`, and their fingerprint."""
+    with progress.phase("loading the base"):
+        params = found.params("float32", None)
+    fingerprint = weights.fingerprint(params)
+    return trainable.partition(cfg, params, heads, cfg.model, key, fingerprint), fingerprint
 
 
 def make_task(

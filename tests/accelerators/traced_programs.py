@@ -31,7 +31,6 @@ from gptjax.optim import make_optimizer
 from gptjax.planning import program as planning
 from gptjax.tasks import find, trainable
 from gptjax.training.step import make_train_step
-from gptjax.training.task import just_trained
 from gptjax.types import Batch
 
 # Rows of a batch. 11 divides no axis of any parameter, so an array holds activations if and only if 11 divides its
@@ -344,7 +343,7 @@ def train_step(cfg: Config) -> Program:
     if cfg.task == "pretrain":
         tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), next_token(cfg.model)
     else:
-        loss, _, tx = trainable.rules(cfg, find(cfg.task).loss(cfg), just_trained)
+        tx, loss = trainable.optimizer(cfg), trainable.with_dropout(cfg, find(cfg.task).loss(cfg))
     create, combine = planning._state(cfg, tx)
     step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
     state = jax.eval_shape(create, KEY)
