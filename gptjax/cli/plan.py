@@ -124,8 +124,10 @@ def with_shape(cfg: Config) -> Config:
     if cfg.task != "pretrain":
         from gptjax.tasks import tuning
 
-        head = {"n_classes": len(cfg.classify.labels) or 2, "cls_bias": cfg.classify.bias}
-        model = tuning.model_config(cfg, tuning.base_model(cfg).cfg, **(head if cfg.task == "classify" else {}))
+        model = tuning.base_model(cfg).cfg.computed_as(cfg.model)
+        if cfg.task == "classify":
+            n_classes = len(cfg.classify.labels) or 2
+            model = dataclasses.replace(model, n_classes=n_classes, cls_bias=cfg.classify.bias)
         return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):

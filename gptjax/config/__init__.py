@@ -30,8 +30,9 @@ from gptjax.config.load import (
 )
 from gptjax.config.schema import (
     ARCHS,
-    COMPUTED,
+    Architecture,
     ClassifyConfig,
+    Computation,
     Config,
     DataConfig,
     DistributedConfig,
@@ -53,9 +54,9 @@ from gptjax.config.schema import (
 )
 
 __all__ = [
-    "ARCHS", "COMPUTED", "RULED", "WITHOUT_EFFECT", "ClassifyConfig", "Config", "DataConfig", "DistributedConfig",
-    "FinetuneConfig", "InstructConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PreferConfig",
-    "PretrainConfig", "Provenance", "SampleConfig", "TokenizerConfig", "TrainConfig", "build", "config_file",
-    "describe", "diff", "file_layers", "flat", "from_dict", "from_yaml", "layer", "load_config", "presets",
-    "resolve", "schema", "short", "to_yaml", "type_name", "validate", "yaml_value",
+    "ARCHS", "RULED", "WITHOUT_EFFECT", "Architecture", "ClassifyConfig", "Computation", "Config", "DataConfig",
+    "DistributedConfig", "FinetuneConfig", "InstructConfig", "LoraConfig", "MeshConfig", "ModelConfig",
+    "OptimConfig", "PreferConfig", "PretrainConfig", "Provenance", "SampleConfig", "TokenizerConfig", "TrainConfig",
+    "build", "config_file", "describe", "diff", "file_layers", "flat", "from_dict", "from_yaml", "layer",
+    "load_config", "presets", "resolve", "schema", "short", "to_yaml", "type_name", "validate", "yaml_value",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from gptjax.config.aliases import unknown_key
 from gptjax.config.check import complaints, shown, without_effect
 from gptjax.config.leaves import Leaf, Provenance, from_args, from_mapping, read_text, split_list
 from gptjax.config.leaves import from_yaml as leaves_of
-from gptjax.config.schema import ARCHS, CHECKED_LATER, COMPUTED, Config, flat, schema, type_name, without_null
+from gptjax.config.schema import ARCHS, CHECKED_LATER, Computation, Config, flat, schema, type_name, without_null
 from gptjax.errors import Problems, UserError, did_you_mean
 from gptjax.files import user_path
 
@@ -214,7 +214,7 @@ def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -
     own = layers.index(layer(where["pretrain.base"]))
     written = [key for key in schema() if key in values and layer(where[key]) == layers[own]]
     whole = len(written) > len(schema()) // 2
-    computed, clashing = {f"model.{name}" for name in COMPUTED}, []
+    computed, clashing = {f"model.{item.name}" for item in fields(Computation)}, []
     for key in [key for key in values if key.startswith(("model.", "tokenizer.")) and key not in computed]:
         at = layers.index(layer(where[key]))
         if at < own:

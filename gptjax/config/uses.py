@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 from gptjax.config.leaves import Leaf, Provenance
 from gptjax.config.load import build, config_file, file_layers, layer, presets, short
-from gptjax.config.schema import COMPUTED, Config, schema
+from gptjax.config.schema import Computation, Config, schema
 from gptjax.errors import UserError
 
 TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
-_TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in COMPUTED))
+_COMPUTATION = [item.name for item in fields(Computation)]
+_TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
 # task -> patterns of settings, in the order of `--help`; sample.* is where `gptjax sample RUN` starts from
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
@@ -127,9 +129,8 @@ def _without_adapter(own: list[Leaf], every: list[Leaf], task: str) -> list[str]
 def _reason(task: str, group: str) -> str:
     if task == "pretrain":
         return f"only of gptjax finetune{f' {group}' if group in TUNINGS else ''}"
-    computed = ", ".join(COMPUTED)
     return {
-        "model": f"whose model is finetune.base (of model.* it reads {computed})",
+        "model": f"whose model is finetune.base (of model.* it reads {', '.join(_COMPUTATION)})",
         "tokenizer": "whose tokenizer is that of finetune.base",
         "data": f"whose data is {task}.source",
         "sample": "which writes no text",

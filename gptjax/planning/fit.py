@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from gptjax import tree, weights
-from gptjax.config import COMPUTED, Config, ModelConfig
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
@@ -74,7 +74,7 @@ def _shape(cfg: Config) -> tuple[ModelConfig, int]:
         model = cfg.model
         return model if model.vocab_size else dataclasses.replace(model, vocab_size=50_257), cfg.window
     found = weights.open_model(cfg.finetune.base).cfg
-    model = dataclasses.replace(found, **{name: getattr(cfg.model, name) for name in COMPUTED})
+    model = found.computed_as(cfg.model)
     return model, longest_row(cfg, model)
 
 

@@ -74,7 +74,8 @@ def _data(cfg: Config) -> labelled.Splits:
 
 
 def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelConfig:
-    return tuning.model_config(cfg, found.cfg, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
+    model = found.cfg.computed_as(cfg.model)
+    return dataclasses.replace(model, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:

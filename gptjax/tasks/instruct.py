@@ -98,7 +98,7 @@ def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
 def prepare(cfg: Config, progress: Progress) -> Ready:
     found = tuning.base_model(cfg)
     instruct = cfg.instruct
-    model = tuning.model_config(cfg, found.cfg)
+    model = found.cfg.computed_as(cfg.model)
     width, notes = tuning.longest_row(cfg, model), list[str]()
     with progress.phase("preparing the data"):
         tokenizer, about_style = tuning.styled(found, instruct.style)
@@ -161,7 +161,7 @@ def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     notes: list[str] = []
     talks, found = conversations(cfg, notes), tuning.base_model(cfg)
-    model = tuning.model_config(cfg, found.cfg)
+    model = found.cfg.computed_as(cfg.model)
     width = tuning.longest_row(cfg, model)
     tokenizer, about_style = tuning.styled(found, cfg.instruct.style)
     encoded = instructions.encode(

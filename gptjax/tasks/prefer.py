@@ -93,7 +93,7 @@ def _rows(cfg: Config, part: list[Any], tokenizer: Tokenizer, model: ModelConfig
 def prepare(cfg: Config, progress: Progress) -> Ready:
     found = tuning.base_model(cfg)
     size, notes = cfg.train.batch_size, list[str]()
-    model = tuning.model_config(cfg, found.cfg)
+    model = found.cfg.computed_as(cfg.model)
     with progress.phase("preparing the data"):
         tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
         parts_of_data = pairs(cfg, notes)
@@ -152,7 +152,7 @@ def plan(cfg: Config) -> list[str]:
     """What a run would do, for --dry-run."""
     notes: list[str] = []
     parts, found = pairs(cfg, notes), tuning.base_model(cfg)
-    model = tuning.model_config(cfg, found.cfg)
+    model = found.cfg.computed_as(cfg.model)
     tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
     rows, dropped = _rows(cfg, parts.train, tokenizer, model)
     n, size = len(rows.tokens), cfg.train.batch_size

@@ -80,7 +80,7 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
         return cfg, None
     base = weights.open_model(cfg.pretrain.base)
     refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was made from")
-    model = dataclasses.replace(base.cfg, **{name: getattr(cfg.model, name) for name in config.COMPUTED})
+    model = base.cfg.computed_as(cfg.model)
     window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
     cfg = dataclasses.replace(
         cfg, model=model, tokenizer=TokenizerConfig(name=cfg.pretrain.base),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gptjax import assets, tree, weights
-from gptjax.config import COMPUTED, Config, ModelConfig
+from gptjax.config import Config, ModelConfig
 from gptjax.data import instructions
 from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, refuse_classifier
@@ -100,11 +100,6 @@ def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, 
     """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
     tokenizer = base.tokenizer()
     return instructions.styled(tokenizer, style), instructions.describe_style(tokenizer, style)
-
-
-def model_config(cfg: Config, base: ModelConfig, **changes: Any) -> ModelConfig:
-    """The base's, computed as the config says."""
-    return dataclasses.replace(base, **{name: getattr(cfg.model, name) for name in COMPUTED}, **changes)
 
 
 def longest_row(cfg: Config, model: ModelConfig) -> int:

@@ -301,8 +301,7 @@ def _filled(cfg: Config, stored: Config) -> Config:
     model, train = cfg.model, cfg.train
     pretrain, tokenizer = cfg.pretrain, cfg.tokenizer
     if cfg.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
-        own = {name: getattr(model, name) for name in config.COMPUTED}
-        model = dataclasses.replace(stored.model, **own)
+        model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
     if pretrain.base is not None:

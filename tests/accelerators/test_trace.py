@@ -29,7 +29,6 @@ from gptjax.model import gpt, layers
 from gptjax.ops import attention, device, linear, norm
 from gptjax.ops.scale import scaled
 from gptjax.planning import program as planning
-from gptjax.tasks import tuning
 
 ALL_USES = USES | MORE_USES
 VARIANTS: dict[str, tuple[dict[str, Any], Setting]] = {
@@ -237,7 +236,7 @@ def preset(name: str, dtype: str) -> Config:
     model = dataclasses.replace(source.model, vocab_size=vocab_size)
     if cfg.task != "pretrain":
         classes = {"n_classes": 2, "cls_bias": cfg.classify.bias} if cfg.task == "classify" else {}
-        model = tuning.model_config(cfg, model, **classes)
+        model = dataclasses.replace(model.computed_as(cfg.model), **classes)
     return dataclasses.replace(cfg, model=dataclasses.replace(model, dtype=dtype))
 
 

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from gptjax.__main__ import main
 from gptjax.cli import VERBS
-from gptjax.config import COMPUTED
+from gptjax.config import Computation
 
 TUNED = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
 
@@ -52,7 +53,7 @@ def test_finetune_help_is_of_its_task(task, capsys):
     assert keys[0].startswith(f"{task}.") and f"  task={task}" in out
     others = {"classify", "instruct", "prefer", "data", "tokenizer"} - {task}
     assert not [key for key in keys if key.partition(".")[0] in others]
-    assert [key for key in keys if key.startswith("model.")] == [f"model.{name}" for name in COMPUTED]
+    assert [key for key in keys if key.startswith("model.")] == [f"model.{item.name}" for item in fields(Computation)]
     assert "  train.epochs=" in out and "train.epochs=null" not in out  # the preset's
     examples = re.findall(r"^  gptjax finetune (\w+)", out, re.MULTILINE)
     assert set(examples) == {task}
