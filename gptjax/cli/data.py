@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, load_config
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
+
+if TYPE_CHECKING:
+    from gptjax.data import Prepared
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
@@ -39,7 +44,7 @@ def more_help(args: list[str]) -> str:
     return f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}. Settings, with its values:\n\n{settings}"
 
 
-def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
+def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
     """The first tokens of the first window of the first step: input, target, and whether the target counts."""
     from gptjax.data import Loader
 
@@ -108,7 +113,7 @@ def _threshold(given: dict[str, str]) -> float | None:
     return threshold if given.get("near", "true") == "true" else None
 
 
-def _report(report: dict) -> list[str]:
+def _report(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['file']}: {row['records']:,} records, {row['characters']:,} characters, {row['bytes']:,} bytes, "
         f"sha256 {row['sha256'][:16]}..."

@@ -14,7 +14,8 @@ ACTIONS = ("ls", "show", "cp")
 def run(args: list[str]) -> int:
     action, *rest = args or ["ls"]
     if action == "ls" and not rest:
-        _ls()
+        for name in presets():
+            print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
     elif action == "show" and len(rest) == 1:
         print(_read(rest[0]), end="")
     elif action == "cp" and len(rest) == 2:
@@ -24,11 +25,6 @@ def run(args: list[str]) -> int:
     else:
         raise UserError("expected: gptjax presets ls | show PRESET | cp PRESET FILE.yaml")
     return 0
-
-
-def _ls() -> None:
-    for name in presets():
-        print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
 
 
 def _read(name: str) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gptjax.cli import options
 from gptjax.config import Config
+
+if TYPE_CHECKING:
+    from gptjax.data import Prepared
+    from gptjax.weights import Model
 
 DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # the preset where none is named, and with pretrain.base
 
@@ -72,7 +76,7 @@ def plan(cfg: Config) -> list[str]:
     return lines
 
 
-def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
+def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
     """The token files, or why they are not made for a dry run: it downloads nothing."""
     from gptjax import assets, data
 
@@ -84,7 +88,7 @@ def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
     return data.prepare(cfg, base and base.tokenizer(), log=options.note), ""
 
 
-def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:
+def _steps(cfg: Config, data: Prepared | None, tokens_a_step: int) -> str:
     if data is None:
         return f"{cfg.train.epochs:g} epochs" if cfg.train.epochs else f"{cfg.train.max_steps:,}"
     if cfg.train.epochs:

@@ -27,7 +27,8 @@ from gptjax.config.schema import (
 from gptjax.errors import Problems
 
 Complaint = tuple[tuple[str, ...], str]
-Keys, Text = tuple[str, ...] | Callable[[Any], tuple[str, ...]], str | Callable[[Any], str]
+Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+Text = str | Callable[[Any], str]
 Rule = tuple[Keys, Callable[[Any], Any], Text]  # keys concerned, whether a config breaks it, what to say then
 
 
@@ -48,7 +49,7 @@ def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
 
 
-def _broken(rules: Iterable[Rule], cfg: Any) -> Iterator[Complaint]:
+def _broken(rules: Iterable[Rule], cfg: Config | ModelConfig) -> Iterator[Complaint]:
     for keys, broken, text in rules:
         if broken(cfg):
             yield keys(cfg) if callable(keys) else keys, text(cfg) if callable(text) else text
@@ -118,7 +119,7 @@ def _is_manual(several: DistributedConfig) -> bool:
 
 
 def _is_complete(several: DistributedConfig) -> bool:
-    return None not in (several.num_processes, several.process_id) and ":" in several.coordinator
+    return None not in (several.num_processes, several.process_id) and ":" in (several.coordinator or "")
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
