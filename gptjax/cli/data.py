@@ -74,7 +74,15 @@ def check(args: list[str]) -> int:
         raise UserError(f"data check: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
     if not files:
         raise UserError(f"expected: {CHECK}")
-    threshold, model = _threshold(given), None
+    if (near := given.get("near", "true")) not in ("true", "false"):
+        raise UserError(f"near: expected true or false, got {near!r}")
+    try:
+        threshold = float(given.get("threshold", 0.8))
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold: expected a number above 0 and at most 1, got {given['threshold']!r}")
+    model = None
     if "model" in given:
         from gptjax import weights
         from gptjax.model.gpt import refuse_classifier
@@ -93,24 +101,12 @@ def check(args: list[str]) -> int:
 
         every = [text for file in texts for _, text in file.found]
         losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)
-    report = of.check(texts, threshold=threshold, losses=losses)
+    report = of.check(texts, threshold=threshold if near == "true" else None, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
         write_json(out, report)
         print(f"all of it in {out}")
     return 0
-
-
-def _threshold(given: dict[str, str]) -> float | None:
-    if given.get("near", "true") not in ("true", "false"):
-        raise UserError(f"near: expected true or false, got {given['near']!r}")
-    try:
-        threshold = float(given.get("threshold", 0.8))
-    except ValueError:
-        threshold = 0.0
-    if not 0 < threshold <= 1:
-        raise UserError(f"threshold: expected a number above 0 and at most 1, got {given['threshold']!r}")
-    return threshold if given.get("near", "true") == "true" else None
 
 
 def _report(report: dict[str, Any]) -> list[str]:

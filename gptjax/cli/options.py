@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 from gptjax.config import (
     Config,
-    ModelConfig,
     Provenance,
     describe,
     file_layers,
@@ -172,18 +170,22 @@ def values_help(args: Sequence[str], default: str, task: str) -> str:
 # ---------------------------------------------------------------- what a run would cost
 
 
+def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
+    """What a run would do and need, without a step of it: `plan`'s lines in their frame.
+
+    Raises:
+        UserError: what the run would refuse.
+    """
+    from gptjax.tasks import refuse
+
+    done = refuse(cfg)
+    first = f"run directory      {cfg.run_dir}{' is finished: a run would do nothing' if done else ''}"
+    return [first, *([] if done else plan(cfg)), "dry run: no step was taken"]
+
+
 def human(size_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024 or unit == "GiB":
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:,.1f} {unit}"
         size_bytes /= 1024
     raise AssertionError
-
-
-def count_params(model: ModelConfig) -> int:
-    """Of the abstract tree: no memory is taken."""
-    import jax
-
-    from gptjax.model.gpt import abstract_params
-
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))

@@ -19,7 +19,15 @@ def run(args: list[str]) -> int:
     elif action == "show" and len(rest) == 1:
         print(_read(rest[0]), end="")
     elif action == "cp" and len(rest) == 2:
-        _cp(*rest)
+        text, path = _read(rest[0]), Path(rest[1])
+        if path.is_dir():
+            path = path / f"{rest[0]}.yaml"
+        try:
+            with open(path, "x", encoding="utf-8") as out:
+                out.write(text)
+        except FileExistsError:
+            raise UserError(f"{path} is there already; give another name") from None
+        print(f"{path}  (run it: gptjax pretrain {path})")
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
     else:
@@ -29,15 +37,3 @@ def run(args: list[str]) -> int:
 
 def _read(name: str) -> str:
     return read_text(config_file(name), "config")
-
-
-def _cp(name: str, target: str) -> None:
-    text, path = _read(name), Path(target)
-    if path.is_dir():
-        path = path / f"{name}.yaml"
-    try:
-        with open(path, "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise UserError(f"{path} is there already; give another name") from None
-    print(f"{path}  (run it: gptjax pretrain {path})")

@@ -19,7 +19,7 @@ def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
     default = FROM_BASE if any(leaf.key == "pretrain.base" for leaf in parsed.leaves) else DEFAULT
     cfg, provenance = options.configure(parsed, default, "pretrain", "pretrain")
-    if options.show_only(parsed, cfg, provenance, report):
+    if options.show_only(parsed, cfg, provenance, lambda cfg: options.report(cfg, plan)):
         return 0
     from gptjax.tasks import train
 
@@ -31,21 +31,10 @@ def more_help(args: list[str]) -> str:
     return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{values}"
 
 
-def report(cfg: Config) -> list[str]:
-    """What a run would do and need, without a step of it.
-
-    Raises:
-        UserError: what the run would refuse.
-    """
-    from gptjax.tasks import refuse
-
-    if refuse(cfg):
-        return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
-    return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
-
-
 def plan(cfg: Config) -> list[str]:
     """The data, the model's size, the steps, the memory."""
+    from gptjax import tree
+    from gptjax.model.gpt import abstract_params
     from gptjax.tasks.pretrain import from_base
     from gptjax.training.memory import memory_bytes
 
@@ -63,7 +52,7 @@ def plan(cfg: Config) -> list[str]:
     else:
         lines += [f"data               not looked at: {problem}"]
     if vocab_size:
-        n_params = options.count_params(dataclasses.replace(cfg.model, vocab_size=vocab_size))
+        n_params = tree.size(abstract_params(dataclasses.replace(cfg.model, vocab_size=vocab_size)))
         lines.append(f"parameters         {n_params:,}")
     else:
         lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")

@@ -29,7 +29,7 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-Rule = tuple[Keys, Callable[[Any], Any], Text]  # keys concerned, whether a config breaks it, what to say then
+Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config breaks it, what to say then
 
 
 def validate(cfg: Config) -> None:
@@ -55,7 +55,7 @@ def _broken(rules: Iterable[Rule], cfg: Config | ModelConfig) -> Iterator[Compla
             yield keys(cfg) if callable(keys) else keys, text(cfg) if callable(text) else text
 
 
-def _ranges(values: dict[str, Any]) -> Iterator[Complaint]:
+def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
     for key, value in values.items():
         setting = leaf_fields()[key].metadata
         items = value if isinstance(value, tuple) else (value,)
@@ -88,7 +88,7 @@ def validate_types(model: ModelConfig) -> None:
     problems.raise_if_any()
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message; of a number with thousands of digits their count."""
     try:
         text = repr(value)
@@ -247,7 +247,7 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 # (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
-WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any]], ...] = (
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
     (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),

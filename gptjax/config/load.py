@@ -290,7 +290,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # by turns true and false
 
 
-def yaml_value(value: Any) -> str:
+def yaml_value(value: object) -> str:
     import yaml
 
     if isinstance(value, tuple):
