@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,7 +168,7 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
     return leaves
 
 
-def from_mapping(values: dict[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
+def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
     """Every leaf of a nested dict of Python values."""
     if prefix.count(".") > MAX_DEPTH:
         raise UserError(f"{where}: {prefix[:80]}..: more than {MAX_DEPTH} levels, too many for a config")
