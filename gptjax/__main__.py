@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if argv is None:
                     _leave(code)
                 return code
-            code = _explain(error)
-            if code is None:
+            explained = _explain(error)
+            if explained is None:
                 raise
-            return code
+            return explained
 
 
 def _set_up_process() -> None:
@@ -52,7 +52,7 @@ def _set_up_process() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # which `ask_for_huge_pages` blocked
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark for it
         with suppress(AttributeError):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIO need not have it
 
 
 def _leave(code: int) -> None:
@@ -85,7 +85,12 @@ def _dispatch(argv: list[str]) -> int:
         print(overview())
         return 0
     if argv[0] in ("-V", "--version", "version"):
-        print(f"gptjax {_version()}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"gptjax {version('gptjax')}")
+        except PackageNotFoundError:
+            print("gptjax used in place, not installed")
         return 0
     name, *args = argv
     if name not in VERBS:
@@ -107,15 +112,6 @@ PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
 }  # fmt: skip
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gptjax")
-    except PackageNotFoundError:
-        return "used in place, not installed"
 
 
 def overview() -> str:

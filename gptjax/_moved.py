@@ -1,7 +1,8 @@
 """Modules that have a new path. The old one works for one more release, with a DeprecationWarning that names the new.
 
 To move a module: `git mv` it, rewrite our own imports, add a row to MOVED. A row for a package also holds for the
-modules in it that have no row of their own.
+modules in it that have no row of their own. A name that left its module has a row in NAMES; a module that is still
+there calls `moved_name` in its `__getattr__`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }
+NAMES: dict[str, str] = {  # old path of a function or constant: new path
+    "gptjax.config_io.ALIASES": "gptjax.config.aliases.ALIASES",
+    "gptjax.config_io.did_you_mean": "gptjax.errors.did_you_mean",
+    "gptjax.config_io.unknown_key": "gptjax.config.aliases.unknown_key",
+    "gptjax.training.loop.train": "gptjax.tasks.train",
+}
 
 
 def new_path(name: str) -> str | None:
@@ -56,13 +63,15 @@ class _Finder:
         old, new = module.__name__, new_path(module.__name__)
         warnings.warn(f"{old} is now {new}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
-        if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in MOVED):
+        if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # the import system hands out what stands here afterwards
             return
-        module.__path__ = []  # a package stays an object of its own: its modules may have gone to several places
+        module.__path__ = []  # stays an object of its own: what was in it may have gone to several places
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
+            if child in NAMES:
+                return moved_name(old, name)
             is_module = child in MOVED or isinstance(getattr(found, name), ModuleType)
             return importlib.import_module(child) if is_module else getattr(found, name)
 
@@ -72,6 +81,17 @@ class _Finder:
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
+
+
+def moved_name(module: str, name: str) -> Any:
+    """What NAMES has for `name` of `module`, with a DeprecationWarning."""
+    old = f"{module}.{name}"
+    if old not in NAMES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = NAMES[old]
+    warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
+    home, _, name = new.rpartition(".")
+    return getattr(importlib.import_module(home), name)
 
 
 def old_name(module: str, name: str, moved: Mapping[str, Callable], init_params: Callable) -> Any:

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -128,11 +129,16 @@ def test_help_imports_nothing_heavy():
     assert not heavy & loaded_by("from gptjax.__main__ import main; main(['--help'])")
 
 
-def test_every_name_of_the_front_door_opens():
+def test_every_name_of_the_front_door_opens_and_every_name_behind_it():
     import gptjax
 
     for name in gptjax.__all__:
-        assert getattr(gptjax, name) is not None, name
+        opened = getattr(gptjax, name)
+        assert opened is not None, name
+        if isinstance(opened, ModuleType):
+            assert hasattr(opened, "__all__") or not hasattr(opened, "__path__"), f"{name} does not list its names"
+            for inner in getattr(opened, "__all__", ()):
+                assert getattr(opened, inner) is not None, f"{name}.{inner}"
     assert set(gptjax.__all__) <= set(dir(gptjax))
     with pytest.raises(AttributeError, match="it has load"):
         _ = gptjax.nothing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax._moved import MOVED, new_path
+from gptjax._moved import MOVED, NAMES, new_path
 
 ROOT = Path(__file__).parents[1]
 GONE = {"gptjax.gone": "gptjax.planning", "gptjax.gone.deep": "gptjax.files", "gptjax.old_files": "gptjax.files"}
@@ -109,6 +109,18 @@ def test_a_row_of_the_table_leads_from_where_nothing_stands_to_a_module(old, new
         imported = importlib.import_module(old)
     assert f"{old} is now {new};" in str(warned[-1].message)
     assert imported is importlib.import_module(new) or imported.__path__ == []
+
+
+@pytest.mark.parametrize(("old", "new"), NAMES.items(), ids=list(NAMES))
+def test_a_name_that_left_its_module_is_found_and_its_new_path_named(old, new):
+    (module, _, name), (home, _, new_name) = old.rpartition("."), new.rpartition(".")
+    seen = {}
+    with forgotten(), pytest.warns(DeprecationWarning) as warned:
+        exec(f"from {module} import {name} as got", seen)
+    assert f"{old} is now {new};" in str(warned[-1].message) and warned[-1].filename == "<string>"
+    assert seen["got"] is getattr(importlib.import_module(home), new_name)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = importlib.import_module("gptjax.training.loop").nothing
 
 
 OURS = [path for folder in ("gptjax", "tests", "colab") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.options import is_setting, note
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json, write_text
+
+if TYPE_CHECKING:
+    from gptjax.config import Config, ModelConfig
+    from gptjax.data import TokenStore
+    from gptjax.tokenizers import Tokenizer
+    from gptjax.types import Params
 
 USAGE = "expected: gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [out=NAME]"
 TEXTS = ("train", "held_out", "canaries", "prompts", "base", "out", "of")
@@ -66,7 +73,7 @@ def _pages(source: str, out: str | None) -> dict[str, Path]:
     return pages
 
 
-def settings_of(args: Any) -> dict[str, Any]:
+def settings_of(args: Iterable[str]) -> dict[str, Any]:
     """The verb's own settings.
 
     Raises:
@@ -90,7 +97,7 @@ def settings_of(args: Any) -> dict[str, Any]:
             what = {"alpha": "a number such as 0.01"}.get(name, "whole numbers such as 8,16" if name in LISTS else "")
             problems.append(f"{name}={value}: expected {what or 'a whole number'}")
             continue
-        if name in ("rows", "suffix", *LISTS) and _least(given[name]) < 1:
+        if name in ("rows", "suffix", *LISTS) and (min(given[name]) if name in LISTS else given[name]) < 1:
             problems.append(f"{name}={value}: expected 1 or more")
         if name == "alpha" and not 0 < given[name] < 1:
             problems.append(f"alpha={value}: expected a number between 0 and 1")
@@ -99,11 +106,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     return given
 
 
-def _least(value: int | list[int]) -> int:
-    return min(value) if isinstance(value, list) else value
-
-
-def _texts(given: dict[str, Any], cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
     """Stores of what was trained on and of what was not: those of the run, or the files that were named."""
     from gptjax import data
     from gptjax.data import check
@@ -120,7 +123,7 @@ def _texts(given: dict[str, Any], cfg: Any, tokenizer: Any) -> tuple[Any, Any]:
     return ready.train, ready.val
 
 
-def _base(given: dict[str, Any], cfg: Any) -> tuple[Any, list[str]]:
+def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, ModelConfig] | None, list[str]]:
     """The model before tuning, and what to ask both."""
     file, name = given.pop("prompts", None), given.pop("base", None)
     if file is None:

@@ -10,13 +10,17 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gptjax.cli import options
 from gptjax.cli.sample import configure
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.signals import catch_signals
+
+if TYPE_CHECKING:
+    from gptjax.tokenizers import Tokenizer
+    from gptjax.types import Params
 
 HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
 EVERY = 4  # tokens between two looks at the screen
@@ -68,7 +72,7 @@ def more_help(args: list[str]) -> str:
     )
 
 
-def answer_ends(tokenizer: Any) -> list[int]:
+def answer_ends(tokenizer: Tokenizer) -> list[int]:
     """The ids that end what the model says, and the one that its template writes after an answer."""
     from gptjax.tokenizers.chat import end_of_answer, whole_tokens
     from gptjax.weights import stop_ids
@@ -81,9 +85,12 @@ def answer_ends(tokenizer: Any) -> list[int]:
 class Chat:
     """The conversation so far, and how the next answer is made."""
 
-    def __init__(self, params: Any, cfg: Any, tokenizer: Any, settings: Any, system: str | None) -> None:
+    def __init__(
+        self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, settings: SampleConfig, system: str | None
+    ) -> None:
         self.params, self.cfg, self.tokenizer, self.settings = params, cfg, tokenizer, settings
-        self.system, self.turns = system, []
+        self.system = system
+        self.turns: list[dict[str, str]] = []
         self.answered = 0
         self.stop = answer_ends(tokenizer)
 
@@ -95,17 +102,20 @@ class Chat:
         import jax
 
         from gptjax.generation import cut, from_config, pieces, stop_strings, stream
-        from gptjax.tokenizers.chat import plain_text
+        from gptjax.tokenizers.chat import encode_chat, plain_text
 
+        settings = self.settings
+        room = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
         self.turns.append({"role": "user", "content": text})
-        try:
-            ids = self._prompt()
+        try:  # the oldest turns go where the conversation would not leave room for an answer
+            while len(ids := encode_chat(self.tokenizer, self.messages())) > room and len(self.turns) > 1:
+                del self.turns[:2]
+                options.note("(the context is full: the oldest turn is forgotten)")
         except UserError:
             self.turns.pop()
             raise
         tokens: list[int] = []
         self.answered += 1
-        settings = self.settings
 
         def decode(ids: list[int]) -> str:
             return plain_text(self.tokenizer, ids)
@@ -123,18 +133,6 @@ class Chat:
         yield from pieces(new_tokens(), decode, settings.stop)
         self.turns.append({"role": "assistant", "content": cut(decode(tokens), settings.stop)})
         self.count = len(tokens)
-
-    def _prompt(self) -> list[int]:
-        """The conversation as ids; the oldest turns go where it would not leave room for an answer."""
-        from gptjax.tokenizers.chat import encode_chat
-
-        room = self.cfg.context_length - min(self.settings.max_new_tokens, self.cfg.context_length // 2)
-        while True:
-            ids = encode_chat(self.tokenizer, self.messages())
-            if len(ids) <= room or len(self.turns) == 1:
-                return ids
-            del self.turns[:2]
-            options.note("(the context is full: the oldest turn is forgotten)")
 
 
 def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None:
@@ -192,15 +190,12 @@ def _answer(chat: Chat, text: str) -> None:
         if chat.turns and chat.turns[-1]["role"] == "user":
             chat.turns.pop()
         return
-    options.note(_speed(chat.count, first - started, time.monotonic() - first))
-
-
-def _speed(count: int, wait_s: float, writing_s: float) -> str:
-    """The rate is of what came after the first look at the screen; of so little there is none."""
-    tokens = f"{count} token{'' if count == 1 else 's'}"
-    if count <= EVERY or writing_s <= 0:
-        return f"[{tokens} after {wait_s + writing_s:.1f} s]"
-    return f"[{tokens}, first after {wait_s:.1f} s, then {(count - EVERY) / writing_s:.0f} tok/s]"
+    wait_s, writing_s, after = first - started, time.monotonic() - first, chat.count - EVERY
+    tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
+    if after <= 0 or writing_s <= 0:  # the rate is of what came after the first look at the screen
+        options.note(f"[{tokens} after {wait_s + writing_s:.1f} s]")
+    else:
+        options.note(f"[{tokens}, first after {wait_s:.1f} s, then {after / writing_s:.0f} tok/s]")
 
 
 class Waiting:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,12 @@ def run(args: list[str]) -> int:
     from gptjax.tasks.classify import load_classifier, read_labels
     from gptjax.training.process import use_compile_cache
 
-    labels = read_labels(Path(asked.run))["labels"]
-    fields = (asked.text_field, _trained_on(Path(asked.run)))
+    folder = Path(asked.run)
+    read_labels(folder)  # raises UserError where the model is no classifier
+    files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
+    leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
+    trained = {leaf.key: leaf.value for leaf in leaves}  # what the run's config.yaml says
+    fields = (asked.text_field, trained.get("classify.text_field"))
     if asked.out:
         refuse_existing(asked.out)
     columns = _look(asked.sources, fields)
@@ -53,7 +58,7 @@ def run(args: list[str]) -> int:
         new_file(asked.out)
     use_compile_cache()
     classify = load_classifier(asked.run)
-    write = _writer(asked.out, columns, labels) if asked.out else show
+    write = _writer(asked.out, columns) if asked.out else show
     count = 0
     rows = itertools.chain.from_iterable(read(kind, name, fields) for kind, name in asked.sources)
     for some in chunks(rows, AT_ONCE):
@@ -120,15 +125,6 @@ def _kind(arg: str) -> str:
     return "file" if is_file else "text"
 
 
-def _trained_on(folder: Path) -> str | None:
-    """The column of the texts that the run's config.yaml names."""
-    for file in (folder / "config.yaml", folder.parent / "config.yaml"):
-        if file.is_file():
-            values = {leaf.key: leaf.value for leaf in leaves_of(read_text(file, "config"), str(file))}
-            return values.get("classify.text_field")
-    return None
-
-
 def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterator[Row]:
     """The rows of one source.
 
@@ -174,8 +170,10 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
     from gptjax.data.labelled import TEXT
 
     asked, trained = fields
-    if asked or trained in row:
-        return asked or trained
+    if asked:
+        return asked
+    if trained is not None and trained in row:
+        return trained
     fits = [column for column in row if str(column).strip().lower() in TEXT]
     if len(fits) != 1:
         several = "several columns could be" if fits else "no column is called like"
@@ -227,13 +225,13 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 def show(rows: Sequence[Row], found: Sequence[dict[str, float]]) -> None:
     for (_, text, _), row in zip(rows, found, strict=True):
-        best = max(row, key=row.get)
+        best = max(row, key=row.__getitem__)
         others = ", ".join(f"{name} {p:.1%}" for name, p in row.items() if name != best)
         line = " ".join(text.split())
         print(f"{best} {row[best]:.1%} ({others})  {line if len(line) <= 60 else line[:57] + '...'}", flush=True)
 
 
-def _writer(out: Path, columns: Sequence[str], labels: Sequence[str]) -> Any:
+def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
     """(rows, found) -> None: what appends them to `out`, which is whole after every call."""
     names = ["label", "probability"]
     if set(names) & set(columns):
@@ -243,6 +241,7 @@ def _writer(out: Path, columns: Sequence[str], labels: Sequence[str]) -> Any:
         raise UserError(f"the rows have the columns {', '.join(taken)} already: rename them")
     table = out.suffix.lower() != ".jsonl"
     delimiter = "\t" if out.suffix.lower() == ".tsv" else ","
+    dumps = functools.partial(json.dumps, ensure_ascii=False, default=str)
     with open(out, "x", encoding="utf-8", newline="") as file:
         if table:
             csv.writer(file, delimiter=delimiter).writerow([*columns, *names])
@@ -251,15 +250,13 @@ def _writer(out: Path, columns: Sequence[str], labels: Sequence[str]) -> Any:
         with open(out, "a", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, delimiter=delimiter)
             for row, probabilities in zip(rows, found, strict=True):
-                best = max(probabilities, key=probabilities.get)
+                best = max(probabilities, key=probabilities.__getitem__)
                 own = dict(zip(names, (best, round(probabilities[best], 6)), strict=True))
                 if table:
-                    lines.writerow([*(_cell(row.columns.get(name)) for name in columns), *own.values()])
+                    values = [row.columns.get(name) for name in columns]
+                    cells = [dumps(value) if isinstance(value, dict | list) else value for value in values]
+                    lines.writerow([*cells, *own.values()])
                 else:
-                    file.write(json.dumps({**row.columns, **own}, ensure_ascii=False, default=str) + "\n")
+                    file.write(dumps({**row.columns, **own}) + "\n")
 
     return write
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gptjax.cli.options import note
 from gptjax.errors import UserError, did_you_mean
@@ -36,7 +37,7 @@ def run(args: list[str]) -> int:
     from gptjax.evaluation.judge import judge
 
     runs = [read(str(_file(source))) for source in sources]
-    found = []
+    found: list[dict[str, Any]] = []
     for i, rows in enumerate(runs):
         own = scores(rows)
         if i and "nats_per_token" in own and "nats_per_token" in found[0]:

@@ -93,7 +93,10 @@ def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: l
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):
-        way_out = f"its plugin is not installed: pip install 'jax[cuda{_best_cuda(cards)}]=={versions['jax']}'"
+        driver, capability = NEEDS["13"]  # the newest that every card and its driver take
+        new = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
+        best = "13" if cards and new else "12"
+        way_out = f"its plugin is not installed: pip install 'jax[cuda{best}]=={versions['jax']}'"
     elif os.environ.get("LD_LIBRARY_PATH"):
         way_out = "LD_LIBRARY_PATH may bring other CUDA libraries than jax's: unset it"
     else:
@@ -106,13 +109,6 @@ def bfloat16_line(capability: float) -> str:
     if not 0 < capability < AMPERE:
         return ""
     return f"no units for it at compute capability {capability}: model.dtype=float32 is as fast or faster"
-
-
-def _best_cuda(cards: list[Card]) -> str:
-    """The newest that every card and its driver take."""
-    driver, capability = NEEDS["13"]
-    new = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
-    return "13" if cards and new else "12"
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
 from gptjax.config import Config, load_config
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
+
+if TYPE_CHECKING:
+    from gptjax.data import Prepared
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
@@ -39,7 +44,7 @@ def more_help(args: list[str]) -> str:
     return f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}. Settings, with its values:\n\n{settings}"
 
 
-def first_window(prepared, cfg: Config, most: int = 24) -> list[str]:
+def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
     """The first tokens of the first window of the first step: input, target, and whether the target counts."""
     from gptjax.data import Loader
 
@@ -69,7 +74,15 @@ def check(args: list[str]) -> int:
         raise UserError(f"data check: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
     if not files:
         raise UserError(f"expected: {CHECK}")
-    threshold, model = _threshold(given), None
+    if (near := given.get("near", "true")) not in ("true", "false"):
+        raise UserError(f"near: expected true or false, got {near!r}")
+    try:
+        threshold = float(given.get("threshold", 0.8))
+    except ValueError:
+        threshold = 0.0
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold: expected a number above 0 and at most 1, got {given['threshold']!r}")
+    model = None
     if "model" in given:
         from gptjax import weights
         from gptjax.model.gpt import refuse_classifier
@@ -88,7 +101,7 @@ def check(args: list[str]) -> int:
 
         every = [text for file in texts for _, text in file.found]
         losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)
-    report = of.check(texts, threshold=threshold, losses=losses)
+    report = of.check(texts, threshold=threshold if near == "true" else None, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
         write_json(out, report)
@@ -96,19 +109,7 @@ def check(args: list[str]) -> int:
     return 0
 
 
-def _threshold(given: dict[str, str]) -> float | None:
-    if given.get("near", "true") not in ("true", "false"):
-        raise UserError(f"near: expected true or false, got {given['near']!r}")
-    try:
-        threshold = float(given.get("threshold", 0.8))
-    except ValueError:
-        threshold = 0.0
-    if not 0 < threshold <= 1:
-        raise UserError(f"threshold: expected a number above 0 and at most 1, got {given['threshold']!r}")
-    return threshold if given.get("near", "true") == "true" else None
-
-
-def _report(report: dict) -> list[str]:
+def _report(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['file']}: {row['records']:,} records, {row['characters']:,} characters, {row['bytes']:,} bytes, "
         f"sha256 {row['sha256'][:16]}..."

@@ -10,7 +10,6 @@ import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 from gptjax import assets
 from gptjax.cli import cuda
@@ -34,8 +33,16 @@ def run(args: list[str]) -> int:
             print(f"{name:<18} {found or 'not installed'}")
     problems = version_problems(versions)
     problems += _devices(versions)
-    _assets()
-    problems += _folders()
+    print("\nassets")
+    for name in assets.ASSETS:
+        asset = assets.status(name)
+        where = f"cached, {human(asset.size_bytes)}" if asset.cached else f"not here yet, {human(asset.size_bytes)}"
+        print(f"  {name:<24} {where:<26} {asset.licence:<32} {asset.what}")
+    cache = assets.cache_dir()
+    print(f"\ncache              {cache}")
+    parent = next(path for path in (cache, *cache.parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        problems.append(f"the cache folder {cache} cannot be written; set GPTJAX_CACHE to one that can")
     if problems:
         raise UserError.all(problems)
     print("all well")
@@ -138,21 +145,6 @@ def gpu_attention(capability: float, cudnn: int) -> str:
     return f"cuDNN; with documents or float32 {own}" if cudnn else f"{own} (jax finds no cuDNN)"
 
 
-def _accelerator(backend: str, device: Any, cards: list[cuda.Card]) -> None:
-    """What a run on the default device gets."""
-    capability = cuda.number(getattr(device, "compute_capability", 0))
-    if backend == "gpu":
-        for line in cuda.lines(cards or [cuda.Card(device.device_kind, capability, "")]):
-            print(f"gpu                {line}")
-        if line := cuda.bfloat16_line(capability):
-            print(f"bfloat16           {line}")
-    if backend == "tpu" or capability:
-        print(f"attention          {attention_line(backend)}")
-    import jax
-
-    print(f"precision          {precision_line(backend, capability, jax.config.jax_default_matmul_precision)}")
-
-
 def _devices(versions: dict[str, str]) -> list[str]:
     cards = cuda.cards()
     problems = cuda.plugin_problems(versions, cards)
@@ -164,25 +156,17 @@ def _devices(versions: dict[str, str]) -> list[str]:
         return [*problems, f"jax does not start: {error}"]
     kinds = {device.device_kind for device in devices}
     print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
-    if backend != "cpu":
-        _accelerator(backend, devices[0], cards)
+    if backend != "cpu":  # what a run on the default device gets
+        device = devices[0]
+        capability = cuda.number(getattr(device, "compute_capability", 0))
+        if backend == "gpu":
+            for line in cuda.lines(cards or [cuda.Card(device.device_kind, capability, "")]):
+                print(f"gpu                {line}")
+            if line := cuda.bfloat16_line(capability):
+                print(f"bfloat16           {line}")
+        if backend == "tpu" or capability:
+            print(f"attention          {attention_line(backend)}")
+        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made at run time
+        print(f"precision          {precision_line(backend, capability, setting)}")
     problems += backend_problem(backend, tpu_here(), _version("libtpu"), wanted_libtpu(), holders())
     return problems or cuda.backend_problem(backend, bool(cards) or cuda.gpu_here(), versions, cards)
-
-
-def _assets() -> None:
-    print("\nassets")
-    for name in assets.ASSETS:
-        found = assets.status(name)
-        where = f"cached, {human(found.size_bytes)}" if found.cached else f"not here yet, {human(found.size_bytes)}"
-        print(f"  {name:<24} {where:<26} {found.licence:<32} {found.what}")
-
-
-def _folders() -> list[str]:
-    """The cache must be writable; the folder of runs is the current one."""
-    cache = assets.cache_dir()
-    print(f"\ncache              {cache}")
-    parent = next(path for path in (cache, *cache.parents) if path.exists())
-    if parent.is_dir() and os.access(parent, os.W_OK):
-        return []
-    return [f"the cache folder {cache} cannot be written; set GPTJAX_CACHE to one that can"]

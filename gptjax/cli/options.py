@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptjax.config import (
     Config,
-    ModelConfig,
     Provenance,
     describe,
     file_layers,
@@ -68,31 +66,23 @@ def keys_of(*patterns: str) -> list[str]:
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """The configuration that a verb's arguments ask for; `task` and `also` as in `uses.resolve`."""
+    """The configuration that a verb's arguments ask for; `task` and `also` as in `uses.resolve`. train.batch_size=auto
+    becomes the rows that fit the devices, with the model.remat that they take."""
     source = args.words[0] if args.words else default
     leaves = args.leaves
-    if verb.startswith(("pretrain", "finetune")) and any(_is_auto(leaf) for leaf in leaves):
-        leaves = _with_rows(source, leaves, verb, task, also)
+    auto = [leaf for leaf in leaves if leaf.key == "train.batch_size" and leaf.value == "auto"]
+    if auto and verb.startswith(("pretrain", "finetune")):
+        from gptjax.planning.fit import fitted
+
+        every = [*file_layers(source), *leaves]
+        parts = next((leaf.value for leaf in reversed(every) if leaf.key == "train.accumulation"), 1)
+        one_row_each = [leaf._replace(value=parts) if leaf in auto else leaf for leaf in leaves]
+        before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
+        cfg = fitted(before)
+        leaves = [leaf._replace(value=cfg.train.batch_size) if leaf in auto else leaf for leaf in leaves]
+        if cfg.model.remat != before.model.remat:
+            leaves.append(Leaf("model.remat", cfg.model.remat, "train.batch_size=auto"))
     return uses.resolve(source, leaves, verb=verb, task=task, also=also)
-
-
-def _is_auto(leaf: Leaf) -> bool:
-    return leaf.key == "train.batch_size" and leaf.value == "auto"
-
-
-def _with_rows(source: Any, leaves: list[Leaf], verb: str, task: str | None, also: Sequence[str]) -> list[Leaf]:
-    """With train.batch_size=auto as the rows that fit the devices, and the model.remat that it takes."""
-    from gptjax.planning.fit import fitted
-
-    every = [*file_layers(source), *leaves]
-    parts = next((leaf.value for leaf in reversed(every) if leaf.key == "train.accumulation"), 1)
-    one_row_each = [leaf._replace(value=parts) if _is_auto(leaf) else leaf for leaf in leaves]
-    before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
-    cfg = fitted(before)
-    out = [leaf._replace(value=cfg.train.batch_size) if _is_auto(leaf) else leaf for leaf in leaves]
-    if cfg.model.remat != before.model.remat:
-        out.append(Leaf("model.remat", cfg.model.remat, "train.batch_size=auto"))
-    return out
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
@@ -128,24 +118,21 @@ def show_only(
     report: Callable[[Config], list[str]],
     keys: Sequence[str] | None = None,
 ) -> bool:
-    """Print what --print-config (all settings) or --dry-run (those that are not at their defaults, and a report) asks
-    for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task does."""
+    """Print what --print-config (all settings) or --dry-run (those that somebody gave and that are not at their
+    defaults, and a report) asks for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task
+    does."""
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
     lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
-    shown = keys if args.print_config else _said(keys, cfg, provenance)
-    print(to_yaml(cfg, provenance, shown), end="")
+    if not args.print_config:
+        values, defaults = flat(cfg), flat(Config())
+        given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]
+        keys = [key for key in given if values[key] != defaults[key] or provenance[key] == "command line"]
+    print(to_yaml(cfg, provenance, keys), end="")
     if lines:
         print("\n" + "\n".join(lines))
     return True
-
-
-def _said(keys: Sequence[str], cfg: Config, provenance: Provenance) -> list[str]:
-    """Those that somebody gave and that are not at their defaults."""
-    values, defaults = flat(cfg), flat(Config())
-    given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]
-    return [key for key in given if values[key] != defaults[key] or provenance[key] == "command line"]
 
 
 def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: int | None = None) -> str:
@@ -183,18 +170,22 @@ def values_help(args: Sequence[str], default: str, task: str) -> str:
 # ---------------------------------------------------------------- what a run would cost
 
 
+def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
+    """What a run would do and need, without a step of it: `plan`'s lines in their frame.
+
+    Raises:
+        UserError: what the run would refuse.
+    """
+    from gptjax.tasks import refuse
+
+    done = refuse(cfg)
+    first = f"run directory      {cfg.run_dir}{' is finished: a run would do nothing' if done else ''}"
+    return [first, *([] if done else plan(cfg)), "dry run: no step was taken"]
+
+
 def human(size_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024 or unit == "GiB":
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:,.1f} {unit}"
         size_bytes /= 1024
     raise AssertionError
-
-
-def count_params(model: ModelConfig) -> int:
-    """Of the abstract tree: no memory is taken."""
-    import jax
-
-    from gptjax.model.gpt import abstract_params
-
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))

@@ -38,8 +38,11 @@ def run(args: list[str]) -> int:
     for name in ("out", "png"):
         if path := getattr(wishes, name):
             new_file(path, name)
-    _quiet()
-    from gptjax.planning import report, slices
+    from gptjax.planning import slices
+
+    # before jax is imported: on this machine's processor, and without the driver's questions to a network
+    os.environ.update(slices.ENVIRONMENT)
+    from gptjax.planning import report
     from gptjax.planning.plan import plan, search
     from gptjax.training.progress import Progress
 
@@ -57,20 +60,16 @@ def run(args: list[str]) -> int:
     tokens = wishes.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=wishes.hours)))
     if wishes.search:
-        print(f"\nsettings           {settings_of(best)}")
+        mesh = " ".join(f"mesh.{name}={n}" for name, n in best.mesh.items())
+        print(f"\nsettings           {mesh} model.remat={best.remat} train.accumulation={best.accumulation}")
     if wishes.out:
-        _write(wishes.out, found)
+        text = ",\n".join(one.to_json() for one in found)
+        write_text(Path(wishes.out), f"[{text}]\n" if len(found) > 1 else f"{text}\n")
     if wishes.png and best.roofline is not None:
         report.draw(found, wishes.png)
     elif wishes.png:
         options.note(f"png={wishes.png} is not written: there is no roofline of this program")
     return 0
-
-
-def settings_of(best: Any) -> str:
-    """What to put behind `gptjax pretrain` for this plan."""
-    mesh = " ".join(f"mesh.{name}={n}" for name, n in best.mesh.items())
-    return f"{mesh} model.remat={best.remat} train.accumulation={best.accumulation}"
 
 
 def wishes_of(args: list[str]) -> tuple[Wishes, list[str]]:
@@ -137,18 +136,6 @@ def with_shape(cfg: Config) -> Config:
     else:
         raise UserError(f"model.vocab_size is 0, and tokenizer.name={cfg.tokenizer.name} does not say: name a number")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=words))
-
-
-def _quiet() -> None:
-    """Before jax is imported: on this machine's processor, and without the driver's questions to a network."""
-    from gptjax.planning.slices import ENVIRONMENT
-
-    os.environ.update(ENVIRONMENT)
-
-
-def _write(path: str, found: list[Any]) -> None:
-    text = ",\n".join(one.to_json() for one in found)
-    write_text(Path(path), f"[{text}]\n" if len(found) > 1 else f"{text}\n")
 
 
 def more_help(args: list[str]) -> str:

@@ -14,11 +14,20 @@ ACTIONS = ("ls", "show", "cp")
 def run(args: list[str]) -> int:
     action, *rest = args or ["ls"]
     if action == "ls" and not rest:
-        _ls()
+        for name in presets():
+            print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
     elif action == "show" and len(rest) == 1:
         print(_read(rest[0]), end="")
     elif action == "cp" and len(rest) == 2:
-        _cp(*rest)
+        text, path = _read(rest[0]), Path(rest[1])
+        if path.is_dir():
+            path = path / f"{rest[0]}.yaml"
+        try:
+            with open(path, "x", encoding="utf-8") as out:
+                out.write(text)
+        except FileExistsError:
+            raise UserError(f"{path} is there already; give another name") from None
+        print(f"{path}  (run it: gptjax pretrain {path})")
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
     else:
@@ -26,22 +35,5 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def _ls() -> None:
-    for name in presets():
-        print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
-
-
 def _read(name: str) -> str:
     return read_text(config_file(name), "config")
-
-
-def _cp(name: str, target: str) -> None:
-    text, path = _read(name), Path(target)
-    if path.is_dir():
-        path = path / f"{name}.yaml"
-    try:
-        with open(path, "x", encoding="utf-8") as out:
-            out.write(text)
-    except FileExistsError:
-        raise UserError(f"{path} is there already; give another name") from None
-    print(f"{path}  (run it: gptjax pretrain {path})")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gptjax.cli import options
 from gptjax.config import Config
+
+if TYPE_CHECKING:
+    from gptjax.data import Prepared
+    from gptjax.weights import Model
 
 DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # the preset where none is named, and with pretrain.base
 
@@ -15,7 +19,7 @@ def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
     default = FROM_BASE if any(leaf.key == "pretrain.base" for leaf in parsed.leaves) else DEFAULT
     cfg, provenance = options.configure(parsed, default, "pretrain", "pretrain")
-    if options.show_only(parsed, cfg, provenance, report):
+    if options.show_only(parsed, cfg, provenance, lambda cfg: options.report(cfg, plan)):
         return 0
     from gptjax.tasks import train
 
@@ -27,21 +31,10 @@ def more_help(args: list[str]) -> str:
     return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{values}"
 
 
-def report(cfg: Config) -> list[str]:
-    """What a run would do and need, without a step of it.
-
-    Raises:
-        UserError: what the run would refuse.
-    """
-    from gptjax.tasks import refuse
-
-    if refuse(cfg):
-        return [f"run directory      {cfg.run_dir} is finished: a run would do nothing", "dry run: no step was taken"]
-    return [f"run directory      {cfg.run_dir}", *plan(cfg), "dry run: no step was taken"]
-
-
 def plan(cfg: Config) -> list[str]:
     """The data, the model's size, the steps, the memory."""
+    from gptjax import tree
+    from gptjax.model.gpt import abstract_params
     from gptjax.tasks.pretrain import from_base
     from gptjax.training.memory import memory_bytes
 
@@ -59,7 +52,7 @@ def plan(cfg: Config) -> list[str]:
     else:
         lines += [f"data               not looked at: {problem}"]
     if vocab_size:
-        n_params = options.count_params(dataclasses.replace(cfg.model, vocab_size=vocab_size))
+        n_params = tree.size(abstract_params(dataclasses.replace(cfg.model, vocab_size=vocab_size)))
         lines.append(f"parameters         {n_params:,}")
     else:
         lines.append("parameters         unknown without the tokenizer's vocabulary (or model.vocab_size)")
@@ -72,7 +65,7 @@ def plan(cfg: Config) -> list[str]:
     return lines
 
 
-def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
+def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
     """The token files, or why they are not made for a dry run: it downloads nothing."""
     from gptjax import assets, data
 
@@ -84,7 +77,7 @@ def _prepared(cfg: Config, base: Any) -> tuple[Any, str]:
     return data.prepare(cfg, base and base.tokenizer(), log=options.note), ""
 
 
-def _steps(cfg: Config, data: Any, tokens_a_step: int) -> str:
+def _steps(cfg: Config, data: Prepared | None, tokens_a_step: int) -> str:
     if data is None:
         return f"{cfg.train.epochs:g} epochs" if cfg.train.epochs else f"{cfg.train.max_steps:,}"
     if cfg.train.epochs:

@@ -7,12 +7,20 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import options
-from gptjax.config import Config, Provenance, resolve
+from gptjax.config import Config, ModelConfig, Provenance, SampleConfig, resolve, schema
 from gptjax.config.leaves import Leaf, from_yaml, read_text
 from gptjax.errors import UserError, complaints
 from gptjax.files import new_file, one_line_end, refuse_existing
+
+if TYPE_CHECKING:
+    from gptjax.generation import Completion
+    from gptjax.generation.text import Until
+    from gptjax.tokenizers import Tokenizer
+    from gptjax.types import Params
+    from gptjax.weights import Model
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 
@@ -43,11 +51,11 @@ def run(args: list[str]) -> int:
     refuse_classifier(model.cfg, source)
     tokenizer = model.tokenizer()
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    draft = open_draft(cfg, model.cfg, tokenizer) if cfg.sample.draft else None
+    draft = open_draft(cfg.sample, tokenizer)
     lines = [f"prompts            {len(ids)}, {sum(map(len, ids))} tokens", "dry run: nothing was written"]
     if options.show_only(parsed, cfg, provenance, lambda cfg: lines, options.keys_of("sample.*")):
         return 0
-    write(model.params("float32", None), model.cfg, tokenizer, cfg, prompts, ids, draft)
+    write(model.params("float32", None), model.cfg, tokenizer, cfg.sample, prompts, ids, draft)
     return 0
 
 
@@ -64,7 +72,10 @@ def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
-    return resolve(leaves=[*stored, *(leaf._replace(key=_under_sample(leaf.key)) for leaf in leaves)])
+    for leaf in leaves:
+        key = f"sample.{leaf.key}"
+        stored.append(leaf._replace(key=key) if key in schema() or "." not in leaf.key else leaf)
+    return resolve(leaves=stored)
 
 
 def read_prompts(cfg: Config) -> list[str]:
@@ -93,10 +104,10 @@ def read_prompts(cfg: Config) -> list[str]:
     return prompts
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids; begun as the model's texts begin."""
     ids = tokenizer.encode(prompt, allowed_special="all")
-    if getattr(tokenizer, "add_bos", False):
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]
     if not ids and tokenizer.eot_id is not None:  # where texts do not begin with a token of their own
         ids = [tokenizer.eot_id]
@@ -105,103 +116,90 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return ids
 
 
-def _under_sample(key: str) -> str:
-    from gptjax.config import schema
-
-    return f"sample.{key}" if f"sample.{key}" in schema() or "." not in key else key
-
-
-def open_draft(cfg: Config, model, tokenizer):
-    """The model that proposes tokens, before any tensor is read; None where the text so far does.
+def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
+    """The model that proposes tokens, before any tensor is read; None without one, or where the text so far does.
 
     Raises:
         UserError: no such model, one of another vocabulary, or settings that speculation does not have.
     """
+    if not settings.draft:
+        return None
     from gptjax.generation import from_config
     from gptjax.generation.sampling import probabilities
     from gptjax.model.gpt import refuse_classifier
     from gptjax.weights import open_model
 
-    problems = complaints(lambda: probabilities(from_config(cfg.sample)))
-    if cfg.sample.draft == "ngram":
-        found = None
-    else:
-        found = open_model(cfg.sample.draft)
-        refuse_classifier(found.cfg, "the draft", "name the model that it was made from")
-        if found.tokenizer().fingerprint != tokenizer.fingerprint:
-            problems.append(f"sample.draft={cfg.sample.draft}: expected the model's tokenizer, got another")
+    problems = complaints(lambda: probabilities(from_config(settings)))
+    draft = open_model(settings.draft) if settings.draft != "ngram" else None
+    if draft:
+        refuse_classifier(draft.cfg, "the draft", "name the model that it was made from")
+        if draft.tokenizer().fingerprint != tokenizer.fingerprint:
+            problems.append(f"sample.draft={settings.draft}: expected the model's tokenizer, got another")
     if problems:
         raise UserError.all(problems)
-    return found
+    return draft
 
 
-def write(params, model, tokenizer, cfg: Config, prompts: list[str], ids: list[list[int]], draft=None) -> None:
-    """`cfg.sample.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
+def write(
+    params: Params,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    settings: SampleConfig,
+    prompts: list[str],
+    ids: list[list[int]],
+    draft: Model | None = None,
+) -> None:
+    """`settings.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
     import jax
 
     from gptjax.generation import complete, cut, for_decoding, from_config, speculate, stop_strings
     from gptjax.ops.quant import quantize
     from gptjax.weights import stop_ids
 
-    settings = cfg.sample
     params = for_decoding(quantize(params, settings.quantize), model)
     until = stop_strings(tokenizer.decode, settings.stop) if settings.stop else None
     draft_params = for_decoding(draft.params("float32", None), draft.cfg) if draft else None
     start, count, rounds, accepted = time.monotonic(), 0, 0, 0.0
     for first in range(0, len(ids), settings.batch_size):
         batch = ids[first : first + settings.batch_size]
-        common = dict(
+        common: dict[str, Any] = dict(
             max_new_tokens=settings.max_new_tokens, sampler=from_config(settings), stop=stop_ids(tokenizer),
             key=jax.random.fold_in(jax.random.key(settings.seed), first), vocab_size=tokenizer.vocab_size,
             cache_dtype=settings.cache_dtype,
         )  # fmt: skip
         if settings.draft:
             batch = [prompt for prompt in batch for _ in range(settings.n)]
-            out = speculate(
-                params, draft_params, batch, model, draft and draft.cfg, ahead=settings.ahead, **common
-            )  # fmt: skip
+            out = speculate(params, draft_params, batch, model, draft and draft.cfg, ahead=settings.ahead, **common)
             rounds, accepted = rounds + out.rounds, accepted + out.accepted * out.rounds
             done = [_completion(new, until, settings.max_new_tokens) for new in out.tokens]
         else:
-            done = complete(
-                params, batch, model, n=settings.n, until=until, logprobs=0 if settings.out else None, **common
-            )  # fmt: skip
+            logprobs = 0 if settings.out else None
+            done = complete(params, batch, model, n=settings.n, until=until, logprobs=logprobs, **common)
         count += sum(len(c.tokens) for c in done)
         for at, completion in enumerate(done):
-            row = first + at // settings.n
+            row, new = first + at // settings.n, tokenizer.decode(completion.tokens)
+            text = cut(new, settings.stop)
             if settings.out:
-                text = cut(tokenizer.decode(completion.tokens), settings.stop)
+                line = dict(
+                    prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
+                    logprobs=[round(value, 4) for value in completion.logprobs],
+                )  # fmt: skip
                 with open(settings.out, "a", encoding="utf-8") as file:  # what is done stays if a later row fails
-                    file.write(_line(prompts[row], completion, text))
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 if row or at:
                     print("-" * 40)
-                print(_text(tokenizer, ids[row], completion.tokens, settings.stop), flush=True)
+                # prompt and continuation may share a character; a stop string counts in the continuation only
+                whole = tokenizer.decode([*ids[row], *completion.tokens])
+                print(whole[: len(whole) - len(new) + len(text)], flush=True)
     seconds = time.monotonic() - start
     stood = f"; {accepted / rounds:.0%} of the proposed tokens stood" if rounds else ""
     print(f"{count} tokens in {seconds:.1f} s, compilation included{stood}", file=sys.stderr)
 
 
-def _completion(new: list[int], until, room: int):
+def _completion(new: list[int], until: Until | None, room: int) -> Completion:
     """Of tokens that were not watched as they came: up to the first ones of which `until` is true."""
     from gptjax.generation import Completion
 
-    sizes = range(1, len(new) + 1) if until else ()
-    enough = next((size for size in sizes if until(new[:size])), None)
+    enough = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)
     return Completion(new[:enough], [], [], "length" if enough is None and len(new) == room else "stop")
-
-
-def _text(tokenizer, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> str:
-    """Prompt and continuation, which may share a character; a stop string counts in the continuation only."""
-    from gptjax.generation import cut
-
-    whole, text = tokenizer.decode([*prompt, *new]), tokenizer.decode(new)
-    return whole[: len(whole) - len(text) + len(cut(text, stop))] if stop else whole
-
-
-def _line(prompt: str, completion, text: str) -> str:
-    row = dict(
-        prompt=prompt, text=text, finish=completion.finish, tokens=completion.tokens,
-        logprobs=[round(value, 4) for value in completion.logprobs],
-    )  # fmt: skip
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
 
 from gptjax.cli import options
 from gptjax.config import Config, config_file, to_yaml, uses
-from gptjax.config.leaves import Leaf
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
@@ -19,17 +17,21 @@ SHOWN = 20  # lines of the table
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    at_once, leaves = _at_once(parsed.leaves)
+    own = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]  # which is no setting
+    if own and not (own[-1].isdecimal() and int(own[-1]) >= 1):
+        raise UserError(f"at_once={own[-1]}: expected a whole number of runs, at least 1")
+    at_once = int(own[-1]) if own else None
     source = parsed.words[0] if parsed.words else DEFAULT
     from gptjax.research import sweep
 
-    axes, fixed = sweep.split_axes(leaves)
+    axes, fixed = sweep.split_axes(leaf for leaf in parsed.leaves if leaf.key != "at_once")
     if not axes:
         options.note(f"no axis was given, such as optim.lr=[1e-3,3e-3]: taking {' '.join(AXES)}")
         given, _ = sweep.split_axes(options.from_args(AXES))
         axes = {key: values for key, values in given.items() if key not in {leaf.key for leaf in fixed}}
     configs = sweep.combinations(source, axes, fixed)
-    folder = Path(_run_dir(source, fixed))
+    run_dirs = [leaf.value for leaf in fixed if leaf.key == "run_dir"]
+    folder = Path(run_dirs[-1] if run_dirs else f"runs/{config_file(source).stem}-sweep")
     configs = [dataclasses.replace(cfg, run_dir=str(folder)) for cfg in configs]
     if parsed.print_config:
         print(to_yaml(configs[0], keys=uses.keys_of(configs[0])), end="")
@@ -39,7 +41,9 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    return _sweep(configs, axes, folder, at_once, [source, *_again(fixed)])
+    # for the command that trains the best run: what is no axis, and it takes a folder of its own
+    again = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
+    return _sweep(configs, axes, folder, at_once, [source, *again])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
@@ -56,11 +60,6 @@ def _refuse(cfg: Config, folder: Path) -> None:
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, own)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()
-
-
-def _again(fixed: list[Any]) -> list[str]:
-    """The given settings that are no axis, as words; the best run takes a folder of its own."""
-    return [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
 
 
 def _sweep(
@@ -85,7 +84,7 @@ def _sweep(
     compiling = sum(one["compile_s"] for one in found.programs)
     print(f"\n{len(configs)} runs in {duration(seconds)}, {compiling:.1f} s of it compiling the steps")
     if summary[0]["val/loss"] is not None:
-        verb = "pretrain" if configs[0].task == "pretrain" else f"finetune {configs[0].task}"
+        verb = uses.verb_of(configs[0].task)
         best = [f"{key}={summary[0][key]}" for key in axes if key != "seed"]
         print(f"lowest validation loss: gptjax {verb} {shlex.join([*command, *best])}".rstrip())
     print(f"in {folder}: sweep.csv sweep.json sweep.png")
@@ -109,25 +108,12 @@ def report(configs: list[Config], axes: dict[str, list[str]], folder: Path) -> l
     return [*lines, f"  run directory {folder}", "dry run: no step was taken"]
 
 
-def _count(configs: list[Config], axes: dict[str, Any]) -> str:
+def _count(configs: list[Config], axes: dict[str, list[str]]) -> str:
     from gptjax.research import sweep
 
     n, programs = len(configs), len(sweep.programs(configs))
     shape = " x ".join(str(len(values)) for values in axes.values())
     return f"{n} runs ({shape}) in {programs} program{'' if programs == 1 else 's'}"
-
-
-def _at_once(leaves: list[Leaf]) -> tuple[int | None, list[Leaf]]:
-    """at_once=N, which is no setting, and the settings."""
-    own = [leaf.value for leaf in leaves if leaf.key == "at_once"]
-    if own and not (own[-1].isdecimal() and int(own[-1]) >= 1):
-        raise UserError(f"at_once={own[-1]}: expected a whole number of runs, at least 1")
-    return int(own[-1]) if own else None, [leaf for leaf in leaves if leaf.key != "at_once"]
-
-
-def _run_dir(source: str, fixed: list[Leaf]) -> str:
-    given = [leaf.value for leaf in fixed if leaf.key == "run_dir"]
-    return given[-1] if given else f"runs/{config_file(source).stem}-sweep"
 
 
 def more_help(args: list[str]) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptjax.cli import options
 from gptjax.config import Config, resolve
 from gptjax.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from gptjax.tokenizers import Tokenizer
 
 READS = ("tokenizer.*", "data.*")
 USAGE = {
@@ -82,8 +86,8 @@ def _inspect(args: list[str]) -> None:
             print(f"  {i:>7}  {tokenizer.decode([i])!r}")
 
 
-def _named(args: list[str], action: str):
-    """(tokenizer, text or None). The text is taken as it is: a `=` in it sets nothing."""
+def _named(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
+    """The tokenizer, and the text or None. The text is taken as it is: a `=` in it sets nothing."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

@@ -50,9 +50,13 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    _refuse_taken(Path(target), form)
+    path = Path(target)  # looked at before the model is read: nothing is overwritten
+    if form == "gguf" or (path.exists() and not path.is_dir()):
+        refuse_existing(path, "TARGET")
+    elif path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty: name a new folder")
     if form == "peft":
-        return _export_adapter(source, Path(target))
+        return _export_adapter(source, path)
     from gptjax import weights
     from gptjax.model.gpt import refuse_classifier
 
@@ -76,14 +80,6 @@ def run_export(args: list[str]) -> int:
         path = weights.export_gguf(target, params, model.cfg, tokenizer, kind)
         print(f"{path}  (use it: llama-cli -m {path})")
     return 0
-
-
-def _refuse_taken(path: Path, form: str) -> None:
-    """Before the model is read. Raises UserError if something is there that would be overwritten."""
-    if form == "gguf" or (path.exists() and not path.is_dir()):
-        refuse_existing(path, "TARGET")
-    elif path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty: name a new folder")
 
 
 def _export_adapter(source: str, target: Path) -> int:

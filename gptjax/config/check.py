@@ -27,8 +27,9 @@ from gptjax.config.schema import (
 from gptjax.errors import Problems
 
 Complaint = tuple[tuple[str, ...], str]
-Keys, Text = tuple[str, ...] | Callable[[Any], tuple[str, ...]], str | Callable[[Any], str]
-Rule = tuple[Keys, Callable[[Any], Any], Text]  # keys concerned, whether a config breaks it, what to say then
+Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+Text = str | Callable[[Any], str]
+Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config breaks it, what to say then
 
 
 def validate(cfg: Config) -> None:
@@ -48,13 +49,13 @@ def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
 
 
-def _broken(rules: Iterable[Rule], cfg: Any) -> Iterator[Complaint]:
+def _broken(rules: Iterable[Rule], cfg: Config | ModelConfig) -> Iterator[Complaint]:
     for keys, broken, text in rules:
         if broken(cfg):
             yield keys(cfg) if callable(keys) else keys, text(cfg) if callable(text) else text
 
 
-def _ranges(values: dict[str, Any]) -> Iterator[Complaint]:
+def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
     for key, value in values.items():
         setting = leaf_fields()[key].metadata
         items = value if isinstance(value, tuple) else (value,)
@@ -87,7 +88,7 @@ def validate_types(model: ModelConfig) -> None:
     problems.raise_if_any()
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message; of a number with thousands of digits their count."""
     try:
         text = repr(value)
@@ -118,7 +119,7 @@ def _is_manual(several: DistributedConfig) -> bool:
 
 
 def _is_complete(several: DistributedConfig) -> bool:
-    return None not in (several.num_processes, several.process_id) and ":" in several.coordinator
+    return None not in (several.num_processes, several.process_id) and ":" in (several.coordinator or "")
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
@@ -246,7 +247,7 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 # (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
-WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any]], ...] = (
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
     (("optim.min_lr_ratio",), "optim.schedule", lambda value: value == "constant"),

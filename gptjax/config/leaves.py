@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptjax.errors import Problems, UserError
 from gptjax.files import other_encoding
+
+if TYPE_CHECKING:
+    import yaml
 
 EXAMPLE = "optim.lr=3e-4"
 
@@ -61,7 +64,7 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"{name}:{root.start_mark.line + 1}: expected `key: value` lines, got a {root.id}")
+            raise UserError(f"{name}:{root.start_mark.line + 1}: expected `key: value` lines, got a {root.id}")  # type: ignore[attr-defined]
         _refuse_large(root, name)
         leaves = list(itertools.islice(_walk(loader, root, "", name, problems), MAX_KEYS + 1))
     except yaml.reader.ReaderError as error:
@@ -89,13 +92,13 @@ def _is_flat(text: str, levels: int) -> bool:
     return True
 
 
-def _refuse_large(root: Any, name: str) -> None:
+def _refuse_large(root: yaml.Node, name: str) -> None:
     """Raises UserError where a few aliases stand for many values, or one leads back to itself."""
     import yaml
 
     sizes: dict[int, int] = {}  # by node, with what its aliases stand for; 0 while it is counted
 
-    def size(node: Any) -> int:
+    def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
             sizes[id(node)] = 0
             inner: Iterable[Any] = node.value if isinstance(node, yaml.CollectionNode) else ()
@@ -109,7 +112,9 @@ def _refuse_large(root: Any, name: str) -> None:
         raise UserError(f"{name}: its aliases stand for {size(root):,} values, a config has {MAX_VALUES:,} at most")
 
 
-def _walk(loader: Any, node: Any, prefix: str, name: str, problems: Problems) -> Iterator[Leaf]:
+def _walk(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str, name: str, problems: Problems
+) -> Iterator[Leaf]:
     import yaml
 
     loader.flatten_mapping(node)
@@ -129,7 +134,7 @@ def _walk(loader: Any, node: Any, prefix: str, name: str, problems: Problems) ->
             yield Leaf(key, _plain(value, f"{name}:{line}: {key}", problems), f"{name}:{line}")
 
 
-def _plain(node: Any, what: str, problems: Problems) -> Any:
+def _plain(node: yaml.Node, what: str, problems: Problems) -> str | list[str] | None:
     """A scalar's own text (the schema types it: YAML reads 1e-3 as a string and `on` as a bool), a list, or None."""
     import yaml
 
@@ -163,7 +168,7 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
     return leaves
 
 
-def from_mapping(values: dict[str, Any], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
+def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
     """Every leaf of a nested dict of Python values."""
     if prefix.count(".") > MAX_DEPTH:
         raise UserError(f"{where}: {prefix[:80]}..: more than {MAX_DEPTH} levels, too many for a config")

@@ -38,11 +38,11 @@ def resolve(
 ) -> tuple[Config, Provenance]:
     """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
     all others. Of a command line, `uses.resolve` refuses more."""
-    for given in (source, *overrides):
-        if not isinstance(given, str | os.PathLike | None):
+    for arg in (source, *overrides):
+        if not isinstance(arg, str | os.PathLike | None):
             raise UserError(
                 f"load_config: expected a preset's name, a YAML file and texts such as 'optim.lr=3e-4', got "
-                f"{type(given).__name__}; a nested dict goes to gptjax.config.from_dict"
+                f"{type(arg).__name__}; a nested dict goes to gptjax.config.from_dict"
             )
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
@@ -234,7 +234,7 @@ def layer(where: str) -> str:
 def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
     given = {}
     for item in fields(cls):
-        if is_dataclass(item.type):
+        if isinstance(item.type, type) and is_dataclass(item.type):
             given[item.name] = _construct(item.type, values, f"{prefix}{item.name}.")
         elif prefix + item.name in values:
             given[item.name] = values[prefix + item.name]
@@ -263,7 +263,9 @@ def _typed(key: str, value: Any) -> Any:
     elif kind is str and isinstance(value, str):
         return value
     elif isinstance(value, str):
-        value = _whole(value.strip()) if kind is int else value.strip()
+        value = value.strip()
+        if kind is int and re.fullmatch(r"\d+(\.\d+)?e\d\d?", value) and float(value).is_integer():
+            value = int(float(value))  # 1e3 -> 1000: people write counts so
     try:
         return tuple(_scalar(get_args(kind)[0], item) for item in value) if listed else _scalar(kind, value)
     except (ValueError, OverflowError):
@@ -288,12 +290,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # by turns true and false
 
 
-def _whole(text: str) -> str:
-    """1e3 -> 1000: people write counts so."""
-    return str(int(float(text))) if re.fullmatch(r"\d+(\.\d+)?e\d\d?", text) and float(text).is_integer() else text
-
-
-def yaml_value(value: Any) -> str:
+def yaml_value(value: object) -> str:
     import yaml
 
     if isinstance(value, tuple):

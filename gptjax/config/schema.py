@@ -240,9 +240,8 @@ class ModelConfig(Computation, Architecture):
     def __post_init__(self) -> None:
         from gptjax.config import check
 
-        for name in set(self._derived).intersection(self._copied):
+        for name in set(self._derived).intersection(vars(self).pop("_copied")):
             object.__setattr__(self, name, None)
-        object.__delattr__(self, "_copied")
         if not CHECKED_LATER.get():
             check.validate_types(self)
         fill = dict(ARCHS.get(self.arch, {}), n_kv_head=self.n_head, d_ff=4 * self.d_model)
@@ -603,7 +602,7 @@ def leaf_fields() -> dict[str, Field]:
 
 def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
     for item in fields(cls):
-        if is_dataclass(item.type):
+        if isinstance(item.type, type) and is_dataclass(item.type):
             yield from _walk(item.type, f"{prefix}{item.name}.")
         elif not item.name.startswith("_"):
             yield prefix + item.name, item
@@ -621,7 +620,7 @@ def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
     rows: dict[str, list[tuple[str, str, str]]] = {group: [] for group in groups}
     for key, item in leaf_fields().items():
         rows[key.rpartition(".")[0]].append((key, type_name(item.type), item.metadata["help"]))
-    return [(group, cls.__doc__.partition("\n")[0], rows[group]) for group, cls in groups.items()]
+    return [(group, (cls.__doc__ or "").partition("\n")[0], rows[group]) for group, cls in groups.items()]
 
 
 def without_null(hint: Any) -> Any:

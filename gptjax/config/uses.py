@@ -72,7 +72,13 @@ def resolve(
     wanted = _task(source, layers, leaves, verb, task)
     under = [Leaf("task", wanted, f"gptjax {verb}")]
     run_dir = None if source is None else f"runs/{config_file(source).stem}"
-    own = [*_own(layers), *leaves]
+    # what the user wrote: neither a preset of the house nor a config.yaml, which holds the settings of all tasks
+    house = {short(path) for path in presets().values()}
+    groups: dict[str, set[str]] = {}
+    for leaf in layers:
+        groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
+    whole = {name for name, found in groups.items() if found.issuperset(TUNINGS)}
+    own = [*(leaf for leaf in layers if layer(leaf.where) not in house | whole), *leaves]
     unread = [*_unread(own, wanted, verb, also), *_without_adapter(own, [*layers, *leaves], wanted)]
     return build([*under, *layers, *leaves], run_dir or "runs/default", unread)
 
@@ -90,24 +96,24 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
     return wanted[0]
 
 
-def _own(layers: list[Leaf]) -> list[Leaf]:
-    """What the user wrote: neither a preset of the house nor a config.yaml, which holds the settings of all tasks."""
-    house = {short(path) for path in presets().values()}
-    groups: dict[str, set[str]] = {}
-    for leaf in layers:
-        groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
-    whole = {name for name, found in groups.items() if found.issuperset(TUNINGS)}
-    return [leaf for leaf in layers if layer(leaf.where) not in house | whole]
-
-
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    reasons: dict[tuple[str, str], list[str]] = {}
+    why = {
+        "model": f"whose model is finetune.base (of model.* it reads {', '.join(_COMPUTATION)})",
+        "tokenizer": "whose tokenizer is that of finetune.base",
+        "data": f"whose data is {task}.source",
+        "sample": "which writes no text",
+        "pretrain": "only of gptjax pretrain",
+    }
+    found: dict[tuple[str, str], list[str]] = {}
     for leaf in leaves:
         if leaf.key in schema() and not reads(task, leaf.key, also):
-            reasons.setdefault((leaf.where, _reason(task, leaf.key.partition(".")[0])), []).append(leaf.key)
+            group = leaf.key.partition(".")[0]
+            tuning = f"only of gptjax finetune{f' {group}' if group in TUNINGS else ''}"
+            reason = tuning if task == "pretrain" else why.get(group, f"only of gptjax finetune {group}")
+            found.setdefault((leaf.where, reason), []).append(leaf.key)
     return [
-        f"{where}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {why}"
-        for (where, why), keys in reasons.items()
+        f"{where}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {reason}"
+        for (where, reason), keys in found.items()
     ]
 
 
@@ -124,15 +130,3 @@ def _without_adapter(own: list[Leaf], every: list[Leaf], task: str) -> list[str]
         for leaf in own
         if matches("lora.*", leaf.key) and leaf.key in schema() and names.index(layer(leaf.where)) >= first
     ]
-
-
-def _reason(task: str, group: str) -> str:
-    if task == "pretrain":
-        return f"only of gptjax finetune{f' {group}' if group in TUNINGS else ''}"
-    return {
-        "model": f"whose model is finetune.base (of model.* it reads {', '.join(_COMPUTATION)})",
-        "tokenizer": "whose tokenizer is that of finetune.base",
-        "data": f"whose data is {task}.source",
-        "sample": "which writes no text",
-        "pretrain": "only of gptjax pretrain",
-    }.get(group, f"only of gptjax finetune {group}")

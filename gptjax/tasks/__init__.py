@@ -22,6 +22,8 @@ from gptjax.errors import UserError
 if TYPE_CHECKING:
     from gptjax.training.run import Hook, TrainResult
 
+__all__ = ["TASKS", "find", "finetune", "refuse", "run", "train"]
+
 TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer")}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from gptjax import config
+from gptjax._moved import moved_name
 from gptjax.config import Config
 from gptjax.parallel import distributed, make_mesh
 from gptjax.signals import INTERRUPTED, Signals, Stopped, Terminated, catch_signals, signal_name
@@ -174,3 +175,7 @@ def _finish(run: Run) -> TrainResult:
         say(f"---- sample ----\n{run.last_sample}\n----------------")
     say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
     return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)
