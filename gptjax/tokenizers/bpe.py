@@ -22,8 +22,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -32,47 +31,15 @@ import numpy as np
 from gptjax import assets
 from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse, string_list
+from gptjax.tokenizers.patterns import SCHEMES
 
-# GPT-2's words: contractions, letters, digits, the rest (each with the space before it), white space.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
 # tiktoken's regular expressions give up on a million blanks before a letter. The same ids come out when the text is
 # cut before the last blank, because a word takes at most that one with it.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to cut text into words.
-
-    pattern: the regular expression for tiktoken, possessive where that changes nothing.
-    cut: may a long run of blanks be cut before its last one? Asked with that blank and the character after it.
-    """
-
-    pattern: str
-    cut: Callable[[str, str], bool] = lambda last, after: True
-
-
-def _gpt4_like(digits: str) -> Scheme:
-    """Any one character goes with the letters after it, line ends with the marks or blanks before them."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|" + digits + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
-    )
-    return Scheme(pattern, lambda last, after: last not in "\r\n")
-
-
-SCHEMES: dict[str, Scheme] = {
-    "gpt2": Scheme(PATTERN),
-    "smollm": Scheme(  # each digit stands alone; blanks before one stay together
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
-        lambda last, after: not unicodedata.category(after).startswith("N"),
-    ),
-    "llama3": _gpt4_like(r"\p{N}{1,3}+"),
-    "qwen2": _gpt4_like(r"\p{N}"),
-}
 
 
 @functools.cache
@@ -167,7 +134,7 @@ class BPE(Base):
         Args:
             special: names whose ids follow the merges; with `tokens` their ids too.
             tokens: in GPT-2's alphabet; they fill the ids that `special` and `added` leave free.
-            scheme: how text is cut into words, a key of SCHEMES.
+            scheme: how text is cut into words, a key of `patterns.SCHEMES`.
             nfc: text is brought to Unicode's composed form first.
         """
         import tiktoken

@@ -34,7 +34,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.
 
 
 class Pre(NamedTuple):
-    """How a pre-tokenizer of llama.cpp is done here: a key of SCHEMES, and two flags that the file does not hold."""
+    """How a pre-tokenizer of llama.cpp is done here: a key of `patterns.SCHEMES`, and what the file does not say."""
 
     scheme: str
     nfc: bool = False  # the model's own tokenizer normalizes; llama.cpp does not
@@ -294,7 +294,7 @@ def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
 
 
 def _from_bpe(tokenizer: Any) -> Vocabulary:
-    pre = {"gpt2": "gpt-2", "llama3": "llama-bpe"}.get(tokenizer.scheme, tokenizer.scheme)
+    pre = next(name for name, known in PRE.items() if known.scheme == tokenizer.scheme)
     made = {merge.replace(" ", "") for merge in tokenizer.merges}
     whole = [token for token in map(printable, tokenizer.ranks) if len(token) > 1 and token not in made]
     if whole and not PRE[pre].ignore_merges:

@@ -45,18 +45,10 @@ from gptjax.tokenizers.base import (
 )
 from gptjax.tokenizers.bpe import BPE, MAX_VOCAB, alphabet, foreign, printable
 from gptjax.tokenizers.chars import Bytes, Chars
+from gptjax.tokenizers.patterns import SCHEMES
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
-
-_WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-PATTERNS = {  # scheme -> of a Split before ByteLevel
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": _LETTERS + r"\p{N}{1,3}" + _MARKS + _WORDS,
-    "qwen2": _LETTERS + r"\p{N}" + _MARKS + _WORDS,
-}
 
 
 class HF(Base):
@@ -386,7 +378,8 @@ def _scheme(data: dict[str, Any]) -> str | None:
         split = steps[0]
         found = split.get("pattern", {}).get("Regex") if isinstance(split.get("pattern"), dict) else None
         keeps_all = (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
-        return next((name for name, known in PATTERNS.items() if known == found), None) if keeps_all else None
+        names = (name for name, scheme in SCHEMES.items() if scheme.split == found)
+        return next(names, None) if keeps_all and found is not None else None
     return None
 
 
@@ -644,7 +637,7 @@ def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(scheme)}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": SCHEMES[scheme].split}, "behavior": "Isolated", "invert": False}
         digits = {"type": "Digits", "individual_digits": True}
         smollm = scheme == "smollm"
         steps = [digits, level] if smollm else [split, level | {"use_regex": False}]

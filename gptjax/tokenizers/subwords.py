@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,14 +24,12 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
 from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, token_bytes
+from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
 MAX_PIECE = 16  # bytes of a unigram piece
 CACHE_WORDS = 1 << 18
 LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
-
-# Letters, digits, the rest (each with the blank before it), white space. `#` stands alone: no word starts with `##`.
-_WORD = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")
 
 
 class _Pieces(Base):
@@ -55,7 +52,7 @@ class _Pieces(Base):
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         seen = self._seen
-        for word in _WORD.findall(text):
+        for word in SUBWORDS.findall(text):
             found = seen.get(word)
             if found is None:
                 if len(seen) >= CACHE_WORDS:
@@ -157,7 +154,7 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
-    words = (_printable(word) for text in texts for word in _WORD.findall(text))
+    words = (_printable(word) for text in texts for word in SUBWORDS.findall(text))
     return (_train_wordpiece if kind == "wordpiece" else _train_unigram)(words, vocab_size - 1)
 
 
