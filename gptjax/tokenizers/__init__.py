@@ -31,10 +31,14 @@ from gptjax.tokenizers.base import (
     parse_json,
     read_text,
     refuse,
+    stop_ids,
     string_list,
+    whole_tokens,
 )
 
-__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "train"]
+__all__ = [
+    "KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "stop_ids", "train",
+]  # fmt: skip
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
@@ -117,7 +121,7 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)
-    known = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    known = whole_tokens(tokenizer)
     problems += [f"{name!r:.60} is a token already, its id is {known[name]}" for name in names if name in known]
     refuse(tokenizer.kind, problems)
     data = json.loads(tokenizer.dumps())

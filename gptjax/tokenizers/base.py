@@ -44,10 +44,10 @@ SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "ch
 class Tokenizer(Protocol):
     """The promise that every kind keeps; `tests/contracts/test_tokenizers.py` is its long form."""
 
+    kind: ClassVar[str]  # a key of `tokenizers.KINDS`
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None  # stands between documents; None: this kind has no special tokens
     added_tokens: Mapping[str, int]
     bos_id: int | None  # `encode` never writes it
     eos_ids: tuple[int, ...]  # any of them ends what the model says
@@ -56,12 +56,19 @@ class Tokenizer(Protocol):
     chat_template: str | None  # Jinja, see chat.py
 
     @property
+    def eot_id(self) -> int | None: ...  # stands between documents; None: this kind has no special tokens
+    @property
+    def dtype(self) -> type[np.unsignedinteger]: ...
+    @property
     def fingerprint(self) -> str: ...
+    def replace(self, **settings: Any) -> Self: ...
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]: ...
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
+    def data(self) -> dict[str, Any]: ...
+    def dumps(self) -> str: ...
     def save(self, path: str | os.PathLike[str]) -> Path: ...
 
 
@@ -72,13 +79,18 @@ class Base:
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None
     added_tokens: Mapping[str, int] = MappingProxyType({})
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     add_bos: bool = False
     chat_template: str | None = None
+
+    @property
+    def eot_id(self) -> int | None:
+        """The id that stands between documents: by its name, else the one that ends what the model says."""
+        named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
+        return next(iter([*named, *self.eos_ids]), None)
 
     def replace(self, **settings: Any) -> Self:
         """The same tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
@@ -192,7 +204,7 @@ class Base:
             UserError: an id outside 0 .. vocab_size-1.
         """
         ids = self._checked(ids)
-        names = {i: name for name, i in {**self.special_tokens, **self.added_tokens}.items()}
+        names = {i: name for name, i in whole_tokens(self).items()}
         cuts = np.flatnonzero(np.isin(ids, list(names))) if names else np.zeros(0, int)
         text, start = "", 0
         for cut in cuts:
@@ -375,7 +387,11 @@ def begin_id(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
 
-def end_of_document(tokenizer: Base) -> int | None:
-    """The id that stands between documents: by its name, else the one that ends what the model says."""
-    named = [tokenizer.special_tokens[name] for name in END_OF_DOCUMENT if name in tokenizer.special_tokens]
-    return next(iter([*named, *tokenizer.eos_ids]), None)
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end what the model writes: its eos_ids, else the end-of-text token."""
+    return list(tokenizer.eos_ids) or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
+
+
+def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens whose name is one id wherever it stands: special tokens and added ones."""
+    return {**tokenizer.added_tokens, **tokenizer.special_tokens}

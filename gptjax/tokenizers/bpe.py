@@ -30,7 +30,7 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.errors import UserError
-from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse, string_list
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
 from gptjax.tokenizers.patterns import SCHEMES
 
 PATTERN = SCHEMES["gpt2"].pattern
@@ -156,10 +156,6 @@ class BPE(Base):
         self._tiktoken = tiktoken.Encoding(
             name, pat_str=SCHEMES[scheme].pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
-
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> BPE:

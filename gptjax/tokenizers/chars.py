@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
 
 
 class Chars(Base):
@@ -43,10 +43,6 @@ class Chars(Base):
         refuse("chars", problems)
         return cls(chars)
 
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)  # None until `extend` gives it one
-
     def data(self) -> dict[str, Any]:
         return {"chars": self.chars}
 
@@ -75,7 +71,6 @@ class Bytes(Base):
     kind = "bytes"
     name = "bytes"
     vocab_size = 257
-    eot_id = 256
 
     def __init__(self) -> None:
         self.special_tokens = {END_OF_TEXT: 256}

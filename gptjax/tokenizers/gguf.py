@@ -21,7 +21,7 @@ import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import hf
-from gptjax.tokenizers.base import refuse, string_list
+from gptjax.tokenizers.base import refuse, stop_ids, string_list, whole_tokens
 from gptjax.tokenizers.bpe import alphabet, foreign, printable, token_bytes
 from gptjax.tokenizers.chars import Chars
 
@@ -258,7 +258,7 @@ def to_metadata(tokenizer: Any) -> dict[str, Any]:
             "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
         )
     metadata, ordinary = make(tokenizer)
-    special = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    special = whole_tokens(tokenizer)
     if twice := sorted(ordinary.keys() & special.keys())[:3]:
         raise UserError(f"GGUF needs a different text for each token; these are pieces and special tokens: {twice}")
     ids = ordinary | special
@@ -269,9 +269,8 @@ def to_metadata(tokenizer: Any) -> dict[str, Any]:
         types[[i for token, i in ids.items() if _BYTE.fullmatch(token)]] = BYTE
     if (unknown := metadata.get("tokenizer.ggml.unknown_token_id")) is not None:
         types[unknown] = UNKNOWN
-    eos = tokenizer.eos_ids or (() if tokenizer.eot_id is None else (tokenizer.eot_id,))
-    roles = {"bos": tokenizer.bos_id, "eos": eos[0] if eos else None, "padding": tokenizer.pad_id}
-    roles["eot"] = eos[1] if len(eos) > 1 else None
+    eos, eot, *_ = *stop_ids(tokenizer), None, None
+    roles = {"bos": tokenizer.bos_id, "eos": eos, "eot": eot, "padding": tokenizer.pad_id}
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     return {
         **metadata,

@@ -36,12 +36,13 @@ from gptjax.tokenizers.base import (
     SETTINGS,
     Base,
     Special,
-    end_of_document,
     found_in,
     parse_json,
     read_text,
     refuse,
+    stop_ids,
     string_list,
+    whole_tokens,
 )
 from gptjax.tokenizers.bpe import BPE, MAX_VOCAB, alphabet, foreign, printable
 from gptjax.tokenizers.chars import Bytes, Chars
@@ -70,10 +71,6 @@ class HF(Base):
         moved = [name for name, i in ids.items() if self._runner.token_to_id(name) != i]
         problems = [f"added_tokens: {name!r:.60} gets another id than its {ids[name]}" for name in moved]
         refuse("hf", problems)
-
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> HF:
@@ -558,8 +555,8 @@ def to_hf(tokenizer: Any) -> dict[str, str]:
             f"a {tokenizer.kind} tokenizer has no exact tokenizer.json: Hugging Face cuts words by other rules; "
             "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
         )
-    names = {i: name for name, i in {**tokenizer.special_tokens, **tokenizer.added_tokens}.items()}
-    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
+    names = {i: name for name, i in whole_tokens(tokenizer).items()}
+    eos = next(iter(stop_ids(tokenizer)), None)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": eos, "pad_token": tokenizer.pad_id}
     roles = {role: names[i] for role, i in ids.items() if i in names}
     template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
@@ -602,11 +599,9 @@ MODELS = {
 
 def _with_low_ids(ordinary: dict[str, int], tokenizer: BPE) -> dict[str, int]:
     """With the special tokens whose ids are not the last ones: `tokenizers` numbers all others after the model's."""
-    names = {**tokenizer.special_tokens, **tokenizer.added_tokens}
     last = max(ordinary.values())
-    return dict(
-        sorted((ordinary | {name: i for name, i in names.items() if i < last}).items(), key=lambda item: item[1])
-    )
+    low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
+    return dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
 
 
 def _file(tokenizer: Base, parts: dict[str, Any]) -> dict[str, Any]:

@@ -35,13 +35,10 @@ LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
 class _Pieces(Base):
     """Words to pieces through `_cut`, with the words seen before kept; ids back through the bytes of each piece."""
 
-    eot_id: int
-
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
         self.vocab_size = len(pieces) + 1
-        self.eot_id = len(pieces)
-        self.special_tokens = {END_OF_TEXT: self.eot_id}
+        self.special_tokens = {END_OF_TEXT: len(pieces)}
         self._bytes = list(pieces)
         self._longest = max(map(len, pieces))
         self._seen: dict[str, list[int]] = {}
