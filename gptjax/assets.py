@@ -171,8 +171,12 @@ def _places(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]]
 def _from_cache(asset: Asset, path: Path) -> None:
     if not path.exists():
         raise UserError("not there")
-    if not asset.sha256 or _stamp_holds(asset, path):
+    if not asset.sha256:
         return
+    if asset.size_bytes > SMALL_BYTES:  # hashed once; then size and time of change stand for the content
+        with contextlib.suppress(OSError, ValueError):
+            if _stamp(path).read_text() == _stamp_text(asset, path):
+                return
     found = _sha256_of(path)
     if found != asset.sha256:
         raise UserError(f"sha256 {found}, expected {asset.sha256}")
@@ -280,15 +284,6 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
 
 def _stamp(path: Path) -> Path:
     return path.with_name(path.name + ".verified")
-
-
-def _stamp_holds(asset: Asset, path: Path) -> bool:
-    """Large files are hashed once; then size and time of change stand for the content."""
-    if asset.size_bytes <= SMALL_BYTES:
-        return False
-    with contextlib.suppress(OSError, ValueError):
-        return _stamp(path).read_text() == _stamp_text(asset, path)
-    return False
 
 
 def _write_stamp(asset: Asset, path: Path) -> None:

@@ -484,7 +484,7 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     """
     jobs = []
     for talk in conversations:
-        messages = [{"role": m["role"], "content": chat.with_input(m, tokenizer.chat_template)} for m in talk.messages]
+        messages = [{"role": m["role"], "content": chat.with_input(tokenizer, m)} for m in talk.messages]
         tools = list(talk.tools) or None
         for i in _answers(talk):
             jobs += [_Job(talk.where, messages[:i], True, tools), _Job(talk.where, messages[: i + 1], False, tools)]

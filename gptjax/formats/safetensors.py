@@ -113,11 +113,11 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                kinds = (f"not a safetensors file but {kind}" for magic, kind in _MAGIC.items() if head.startswith(magic))
-                whole = head[8:9] == b"{"  # the length of a header can begin like any of them
-                what = "not a whole safetensors file"
+                # the length of a header can begin like any of them
+                kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
+                what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
-                    f"{path}: {what if whole else next(kinds, what)} (header of {length:,} bytes in a file of {size:,}; "
+                    f"{path}: not {what} (header of {length:,} bytes in a file of {size:,}; "
                     f"at most {MAX_HEADER:,} are read)"
                 )
             file.seek(8)
@@ -282,6 +282,7 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
+    """By itself, so that no variable holds the array while the next one is made."""
     array = tensor.array()
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")

@@ -98,7 +98,25 @@ class Base:
         Raises:
             UserError: no such setting, an id outside the vocabulary, a template that is no text.
         """
-        problems = _wrong_settings(settings, self.vocab_size)
+
+        def is_id(value: Any) -> bool:
+            return type(value) is int and 0 <= value < self.vocab_size
+
+        has = ", ".join(SETTINGS)
+        problems = [f"no setting {name!r:.60} (has: {has})" for name in settings if name not in SETTINGS]
+        problems += [
+            f"{name}: expected an id in 0 .. {self.vocab_size - 1}, got {settings[name]!r:.60}"
+            for name in ("bos_id", "pad_id")
+            if settings.get(name) is not None and not is_id(settings[name])
+        ]
+        eos = settings.get("eos_ids", ())
+        if not isinstance(eos, list | tuple) or not all(map(is_id, eos)):
+            problems.append(f"eos_ids: expected a list of ids in 0 .. {self.vocab_size - 1}, got {eos!r:.60}")
+        if type(settings.get("add_bos", False)) is not bool:
+            problems.append(f"add_bos: expected true or false, got {settings['add_bos']!r:.60}")
+        template = settings.get("chat_template")
+        if template is not None and not (isinstance(template, str) and _is_utf8(template)):
+            problems.append(f"chat_template: expected a text, got {template!r:.60}")
         refuse(self.kind, problems)
         other = copy.copy(self)
         other.__dict__.pop("fingerprint", None)
@@ -175,12 +193,23 @@ class Base:
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """The special tokens that mean their id; refuses a text that holds a disallowed one."""
-        _check_text(text)
+        """The special tokens that mean their id; refuses a text that holds a disallowed one, or that is none."""
+        if not isinstance(text, str):
+            raise UserError(f"encode: expected text (str), got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"encode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not text; "
+                'read the file as UTF-8, or use text.encode("utf-8", "replace").decode()'
+            ) from None
         allowed = self._named(allowed, "allowed_special")
         refused = self._named(disallowed, "disallowed_special") - allowed
-        if refused and (found := _alternatives(frozenset(refused)).search(text)):
-            raise UserError(_refusal(found))
+        if refused and (match := _alternatives(frozenset(refused)).search(text)):
+            raise UserError(
+                f"encode: the text holds the special token {match[0]} at character {match.start()}; say what it means: "
+                f"allowed_special={{{match[0]!r}}} for its id, disallowed_special=() for plain text"
+            )
         return allowed
 
     def _named(self, names: Special, where: str) -> set[str]:
@@ -205,7 +234,7 @@ class Base:
         """
         ids = self._checked(ids)
         names = {i: name for name, i in whole_tokens(self).items()}
-        cuts = np.flatnonzero(np.isin(ids, list(names))) if names else np.zeros(0, int)
+        cuts = np.flatnonzero(np.isin(ids, list(names))).tolist() if names else []
         text, start = "", 0
         for cut in cuts:
             text += self._decode(ids[start:cut]) + names[int(ids[cut])]
@@ -262,50 +291,9 @@ class Base:
         return f"<{self.kind} tokenizer {self.name}: {self.vocab_size} ids>"
 
 
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"encode: expected text (str), got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"encode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not text; "
-            'read the file as UTF-8, or use text.encode("utf-8", "replace").decode()'
-        ) from None
-
-
 @functools.lru_cache(maxsize=64)
 def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))))
-
-
-def _refusal(found: re.Match[str]) -> str:
-    name = found[0]
-    return (
-        f"encode: the text holds the special token {name} at character {found.start()}; say what it means: "
-        f"allowed_special={{{name!r}}} for its id, disallowed_special=() for plain text"
-    )
-
-
-def _wrong_settings(settings: Mapping[str, Any], vocab_size: int) -> list[str]:
-    def is_id(value: Any) -> bool:
-        return type(value) is int and 0 <= value < vocab_size
-
-    problems = [f"no setting {name!r:.60} (has: {', '.join(SETTINGS)})" for name in settings if name not in SETTINGS]
-    problems += [
-        f"{name}: expected an id in 0 .. {vocab_size - 1}, got {settings[name]!r:.60}"
-        for name in ("bos_id", "pad_id")
-        if settings.get(name) is not None and not is_id(settings[name])
-    ]
-    eos = settings.get("eos_ids", ())
-    if not isinstance(eos, list | tuple) or not all(map(is_id, eos)):
-        problems.append(f"eos_ids: expected a list of ids in 0 .. {vocab_size - 1}, got {eos!r:.60}")
-    if type(settings.get("add_bos", False)) is not bool:
-        problems.append(f"add_bos: expected true or false, got {settings['add_bos']!r:.60}")
-    template = settings.get("chat_template")
-    if template is not None and not (isinstance(template, str) and _is_utf8(template)):
-        problems.append(f"chat_template: expected a text, got {template!r:.60}")
-    return problems
 
 
 def refuse(kind: str, problems: list[str]) -> None:
@@ -326,12 +314,10 @@ def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
         return []
     if len(set(value)) < len(value):
         seen: set[str] = set()
-        twice = [
-            f"{what}[{i}]: {item!r} stands there twice"
-            for i, item in enumerate(value)
-            if item in seen or seen.add(item)
-        ]
-        problems += twice
+        for i, item in enumerate(value):
+            if item in seen:
+                problems.append(f"{what}[{i}]: {item!r} stands there twice")
+            seen.add(item)
         return []
     return value
 

@@ -144,6 +144,7 @@ class BPE(Base):
             self.ranks = ranks(merges)
             self.special_tokens = {token: len(self.ranks) + i for i, token in enumerate(special)}
         else:
+            assert isinstance(special, Mapping)
             taken = {*special.values(), *added.values()}
             free = (i for i in range(len(tokens) + len(taken)) if i not in taken)
             self.ranks = {token_bytes(token): i for token, i in zip(tokens, free, strict=True)}
@@ -160,7 +161,7 @@ class BPE(Base):
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> BPE:
         problems: list[str] = []
-        scheme = "gpt2" if data.get("pattern") == PATTERN else data.get("pattern")
+        scheme: Any = "gpt2" if data.get("pattern") == PATTERN else data.get("pattern")
         if scheme not in list(SCHEMES):
             problems.append(f"pattern: expected GPT-2's or one of {', '.join(SCHEMES)}, got {scheme!r:.60}")
         if "tokens" not in data:
@@ -188,7 +189,7 @@ class BPE(Base):
         pattern = PATTERN if self.scheme == "gpt2" else self.scheme
         if self._tokens is None:
             return {"pattern": pattern, "merges": self._merges}
-        more = {"added_tokens": dict(self.added_tokens)} if self.added_tokens else {}
+        more: dict[str, Any] = {"added_tokens": dict(self.added_tokens)} if self.added_tokens else {}
         more |= {"nfc": True} if self.nfc else {}
         return {"pattern": pattern, **more, "tokens": self._tokens}
 
@@ -268,13 +269,9 @@ def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (EN
     )
     learner.train_from_iterator(texts, trainer)
     made, merges = set(alphabet()), []
-    for left, right in _merges_of(learner):
+    for merge in json.loads(learner.to_str())["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
         if left + right not in made:  # the same token can be learned from two pairs; its first line stands
             made.add(left + right)
             merges.append(f"{left} {right}")
     return BPE(merges, special=special)
-
-
-def _merges_of(learner: Any) -> list[tuple[str, str]]:
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]

@@ -33,7 +33,8 @@ class Chars(Base):
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Chars:
-        chars, problems = data.get("chars"), []
+        chars: Any = data.get("chars")
+        problems = []
         if not isinstance(chars, str) or not chars:
             problems.append(f"chars: expected the characters as one string, got {chars!r:.60}")
         elif len(set(chars)) < len(chars):

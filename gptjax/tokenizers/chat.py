@@ -102,14 +102,15 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
         raise UserError(
             f"{tokenizer.name} has no chat template: choose one of {', '.join(BUILTIN)}, the one it is trained with"
         )
-    return render(template, messages, **_roles(tokenizer), **options)
+    bos, eos = _roles(tokenizer)
+    return render(template, messages, bos_token=bos, eos_token=eos, **options)
 
 
-def _roles(tokenizer: Tokenizer) -> dict[str, str]:
+def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
     """What a template knows as bos_token and eos_token; "" where there is none."""
     names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = next(iter(stop_ids(tokenizer)), None)
-    return {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(eos, "")}
+    return names.get(tokenizer.bos_id, ""), names.get(eos, "")
 
 
 def is_builtin(template: str) -> bool:
@@ -130,10 +131,10 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """
     if tokenizer.chat_template is None:
         return None
-    roles = _roles(tokenizer)
+    bos, eos = _roles(tokenizer)
     if tokenizer.chat_template.startswith(END):
-        return roles["eos_token"] or None
-    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), *roles.values())
+        return eos or None
+    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), bos, eos)
 
 
 @functools.lru_cache(maxsize=16)
@@ -171,17 +172,19 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
     Raises:
         UserError: the template ends no answer, and there is no end-of-text.
     """
-    end = end_of_answer(tokenizer)
+    end, template = end_of_answer(tokenizer), tokenizer.chat_template
+    assert template is not None
     if end is None:
-        end = _roles(tokenizer)["eos_token"]
+        _, end = _roles(tokenizer)
         if not end:
             raise UserError(
                 f"nothing can end an answer: the chat template writes no token after it, and the {tokenizer.name} "
                 "tokenizer has no end-of-text; take a model with tokenizer.name=bytes, bpe or gpt2"
             )
-        tokenizer = tokenizer.replace(chat_template=END + tokenizer.chat_template)
+        template = END + template
+        tokenizer = tokenizer.replace(chat_template=template)
     i, ids = whole_tokens(tokenizer)[end], tokenizer.eos_ids
-    if re.search(r"\beos_token\b", tokenizer.chat_template) and ids:
+    if re.search(r"\beos_token\b", template) and ids:
         return tokenizer if i in ids else tokenizer.replace(eos_ids=(*ids, i))
     return tokenizer.replace(eos_ids=(i, *(other for other in ids if other != i)))
 
@@ -248,22 +251,22 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
     """Lines for a log: how conversations are written, and where an answer ends. `tokenizer` as it came."""
-    named = "the model's own chat template" if style in (None, "chat") else style
+    named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
     made = styled(tokenizer, style)
     lines = [f"style   {named}; an answer ends with {end_of_answer(made)}"]
-    if made.chat_template.startswith(END):
+    if (made.chat_template or "").startswith(END):
         lines.append("        (end-of-text is appended there, learned and kept: the template itself writes no token)")
     return lines
 
 
-def with_input(message: Message, template: str) -> str:
+def with_input(tokenizer: Tokenizer, message: Message) -> str:
     """The content of a message, and the "input" of an Alpaca record, where it has one, under the template's heading.
 
     {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
     """
-    between = "\n\n### Input:\n" if template.endswith(BUILTIN["alpaca"]) else "\n"
+    between = "\n\n### Input:\n" if (tokenizer.chat_template or "").endswith(BUILTIN["alpaca"]) else "\n"
     return between.join(message[key] for key in ("content", "input") if key in message)
 
 
@@ -323,7 +326,7 @@ def render(
         UserError: messages that are none; a template that is wrong, raises, or goes beyond a limit.
     """
     _check(template, messages, tools)
-    context = {"messages": list(messages), "tools": tools, "documents": None}
+    context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
     context |= {"bos_token": bos_token} if bos_token else {}  # else undefined, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
@@ -382,11 +385,13 @@ def strings(value: Any) -> Iterator[str]:
 
 def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """The answer of `_render.py`: {"text": ..} or {"error": ..}."""
-    folders = [str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("jinja2", "markupsafe")]
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
     kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=kept) as child:
+        assert child.stdin and child.stdout
         try:
             with _deadline(child, START_TIMEOUT_S):
                 with contextlib.suppress(BrokenPipeError):

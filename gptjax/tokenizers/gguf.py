@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import hf
-from gptjax.tokenizers.base import refuse, stop_ids, string_list, whole_tokens
-from gptjax.tokenizers.bpe import alphabet, foreign, printable, token_bytes
+from gptjax.tokenizers.base import Base, Tokenizer, refuse, stop_ids, string_list, whole_tokens
+from gptjax.tokenizers.bpe import BPE, alphabet, foreign, printable, token_bytes
 from gptjax.tokenizers.chars import Chars
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
@@ -57,7 +57,7 @@ PRE = {
 # --- in
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Any:
+def from_metadata(metadata: Mapping[str, Any]) -> Base:
     """The tokenizer that a GGUF file's metadata describe.
 
     Raises:
@@ -69,7 +69,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Any:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"tokenizer.ggml.model: expected gpt2 or llama, got {kind!r:.60}")
-    tokenizer = _chars(tokens, types) if kind == "gpt2" else None
+    tokenizer: Base | None = _chars(tokens, types) if kind == "gpt2" else None
     if tokenizer is None:
         parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
         added = [i for i in range(len(tokens)) if types[i] in (*SPECIAL, USER_DEFINED)]
@@ -124,7 +124,7 @@ _PER_TOKEN = ("tokens", "token_type", "scores")
 
 def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The vocabulary as far as it has tokens: the unused ones at its end, called after their ids, are only rows."""
-    lists = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
+    lists: list[Any] = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
     tokens, types, _ = lists
     flat = all(isinstance(kept, list) or (isinstance(kept, np.ndarray) and kept.ndim == 1) for kept in lists[:2])
     n = len(tokens) if flat else 0
@@ -201,6 +201,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     if scores is None and not problems:
         problems.append("tokenizer.ggml.scores is missing: it says which neighbours are joined first")
     refuse("gguf", problems)
+    assert scores is not None
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
     pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL}
@@ -243,7 +244,7 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 # --- out
 
 
-def to_metadata(tokenizer: Any) -> dict[str, Any]:
+def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """The keys of a GGUF file from which llama.cpp gives the same ids: lists of str, numpy arrays, int, bool, str.
 
     A model of characters has no token that ends a text, and llama.cpp then stops at id 11; see `extend`.
@@ -251,13 +252,12 @@ def to_metadata(tokenizer: Any) -> dict[str, Any]:
     Raises:
         UserError: a kind of vocabulary that llama.cpp has no place for.
     """
-    make = {"bpe": _from_bpe, "bytes": _from_bytes, "chars": _from_chars, "hf": _from_hf}.get(tokenizer.kind)
-    if make is None:
+    if tokenizer.kind not in MODELS:
         raise UserError(
             f"a {tokenizer.kind} tokenizer cannot go into a GGUF file: llama.cpp cuts words by other rules; "
             "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
         )
-    metadata, ordinary = make(tokenizer)
+    metadata, ordinary = MODELS[tokenizer.kind](tokenizer)
     special = whole_tokens(tokenizer)
     if twice := sorted(ordinary.keys() & special.keys())[:3]:
         raise UserError(f"GGUF needs a different text for each token; these are pieces and special tokens: {twice}")
@@ -292,7 +292,7 @@ def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ids
 
 
-def _from_bpe(tokenizer: Any) -> Vocabulary:
+def _from_bpe(tokenizer: BPE) -> Vocabulary:
     pre = next(name for name, known in PRE.items() if known.scheme == tokenizer.scheme)
     made = {merge.replace(" ", "") for merge in tokenizer.merges}
     whole = [token for token in map(printable, tokenizer.ranks) if len(token) > 1 and token not in made]
@@ -304,18 +304,14 @@ def _from_bpe(tokenizer: Any) -> Vocabulary:
     return _gpt2(pre, tokenizer.merges, {printable(token): i for token, i in tokenizer.ranks.items()})
 
 
-def _from_bytes(tokenizer: Any) -> Vocabulary:
-    return _gpt2("gpt-2", [], dict(alphabet()))
-
-
-def _from_chars(tokenizer: Any) -> Vocabulary:
+def _from_chars(tokenizer: Chars) -> Vocabulary:
     """A character of several bytes becomes a token of several letters of GPT-2's alphabet, and is joined from them."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
     merges = {f"{token[:at]} {token[at]}": None for token in ids for at in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
-def _from_hf(tokenizer: Any) -> Vocabulary:
+def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     """SentencePiece's BPE, where the order of the merges becomes a score for each token."""
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
@@ -335,11 +331,19 @@ def _from_hf(tokenizer: Any) -> Vocabulary:
     if not in_order or not set("".join(pieces)) <= set(pieces) or 2 in hf.piece_counts(ids, merges, pieces):
         raise refusal
     tokens = sorted(ids, key=ids.__getitem__)
-    names = {"model": "llama", "scores": np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)}
-    names |= {"pre": "default", "add_space_prefix": prefix}
+    scores = np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)
+    names: dict[str, Any] = {"model": "llama", "scores": scores, "pre": "default", "add_space_prefix": prefix}
     if model.get("unk_token") in ids:
         names["unknown_token_id"] = ids[model["unk_token"]]
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
+
+
+MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> what writes its vocabulary
+    "bpe": _from_bpe,
+    "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
+    "chars": _from_chars,
+    "hf": _from_hf,
+}
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
-from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, token_bytes
+from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
 from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
@@ -69,7 +69,9 @@ class WordPiece(_Pieces):
 
     def __init__(self, vocab: Sequence[str]) -> None:
         self.vocab = list(vocab)
-        super().__init__([_bytes_of(piece) for piece in self.vocab])
+        super().__init__(
+            [token_bytes(piece.removeprefix(INSIDE) if _is_inside(piece) else piece) for piece in self.vocab]
+        )
         self._first: dict[bytes, int] = {}
         self._inside: dict[bytes, int] = {}
         for i, piece in enumerate(self.vocab):
@@ -116,7 +118,7 @@ class Unigram(_Pieces):
     def from_data(cls, data: dict[str, Any]) -> Unigram:
         problems: list[str] = []
         pieces = string_list(data.get("pieces"), "pieces", problems)
-        scores = data.get("scores")
+        scores: Any = data.get("scores")
         problems += _foreign(pieces, "pieces") if pieces else []
         if not problems:
             problems += _lacking(pieces, list(alphabet()))
@@ -151,7 +153,7 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
-    words = (_printable(word) for text in texts for word in SUBWORDS.findall(text))
+    words = (printable(word.encode()) for text in texts for word in SUBWORDS.findall(text))
     return (_train_wordpiece if kind == "wordpiece" else _train_unigram)(words, vocab_size - 1)
 
 
@@ -187,19 +189,8 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     return Unigram(ranked, [scores[piece] for piece in ranked])
 
 
-def _printable(word: str) -> str:
-    return word.encode().decode("latin-1").translate(_TO_PRINTABLE)
-
-
-_TO_PRINTABLE = {byte: char for char, byte in alphabet().items()}
-
-
 def _is_inside(piece: str) -> bool:
     return piece.startswith(INSIDE) and len(piece) > len(INSIDE)
-
-
-def _bytes_of(piece: str) -> bytes:
-    return token_bytes(piece.removeprefix(INSIDE) if _is_inside(piece) else piece)
 
 
 def _foreign(pieces: list[str], what: str) -> list[str]:
