@@ -122,7 +122,11 @@ class Unigram(_Pieces):
         problems += _foreign(pieces, "pieces") if pieces else []
         if not problems:
             problems += _lacking(pieces, list(alphabet()))
-        if not isinstance(scores, list) or len(scores) != len(pieces) or not all(map(_is_log_probability, scores)):
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(pieces)
+            or not all(type(score) in (int, float) and -1e6 < score <= 0 for score in scores)
+        ):
             problems.append(f"scores: expected {len(pieces)} finite numbers up to 0, one a piece")
         refuse("unigram", problems)
         return cls(pieces, scores)
@@ -202,7 +206,3 @@ def _foreign(pieces: list[str], what: str) -> list[str]:
 def _lacking(pieces: list[str], needed: list[str]) -> list[str]:
     lacking = sorted(set(needed) - set(pieces))
     return [f"{len(lacking)} of the single bytes are missing, first {lacking[0]!r}"] if lacking else []
-
-
-def _is_log_probability(score: Any) -> bool:
-    return type(score) in (int, float) and -1e6 < score <= 0
