@@ -11,6 +11,8 @@ end the user's turn and begin another.
 
     end_of_answer(tok)           "<|im_end|>": the token that the template writes after every answer
     with_end(tok)                the same tokenizer, whose template ends every answer and whose eos_ids say how
+    answer_ends(tok)             the ids at which a chat stops
+    styled(tok, "alpaca")        the same tokenizer with the template of a style, as a model is tuned and saved with it
 """
 
 from __future__ import annotations

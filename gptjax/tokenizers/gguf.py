@@ -63,7 +63,15 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     Raises:
         UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
     """
-    _check_types(metadata)
+    kinds: dict[str, type] = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
+    kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
+    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in kinds.items()} | {"tokenizer.chat_template": str}
+    problems = [
+        f"{key}: expected {kind.__name__}, got {metadata[key]!r:.60}"
+        for key, kind in kinds.items()
+        if key in metadata and type(metadata[key]) is not kind
+    ]
+    refuse("gguf", problems)
     metadata = _without_padding(metadata)
     tokens, types = _tokens(metadata)
     kind = metadata.get("tokenizer.ggml.model")
@@ -88,18 +96,6 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
 
 
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # unless the file says otherwise
-
-
-def _check_types(metadata: Mapping[str, Any]) -> None:
-    kinds = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
-    kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
-    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in kinds.items()} | {"tokenizer.chat_template": str}
-    problems = [
-        f"{key}: expected {kind.__name__}, got {metadata[key]!r:.60}"
-        for key, kind in kinds.items()
-        if key in metadata and type(metadata[key]) is not kind
-    ]
-    refuse("gguf", problems)
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
