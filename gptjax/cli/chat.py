@@ -72,22 +72,14 @@ def more_help(args: list[str]) -> str:
     )
 
 
-def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end what the model says, and the one that its template writes after an answer."""
-    from gptjax.tokenizers.chat import end_of_answer, whole_tokens
-    from gptjax.weights import stop_ids
-
-    end = end_of_answer(tokenizer)
-    ids = [*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]
-    return list(dict.fromkeys(ids))
-
-
 class Chat:
     """The conversation so far, and how the next answer is made."""
 
     def __init__(
         self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, settings: SampleConfig, system: str | None
     ) -> None:
+        from gptjax.tokenizers.chat import answer_ends
+
         self.params, self.cfg, self.tokenizer, self.settings = params, cfg, tokenizer, settings
         self.system = system
         self.turns: list[dict[str, str]] = []

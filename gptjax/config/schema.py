@@ -507,6 +507,9 @@ class ClassifyConfig:
     prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
 
 
+ChatStyle = Literal["chat", "chatml", "alpaca", "phi3"]  # what they write stands in tokenizers/chat.py
+
+
 @dataclass(frozen=True)
 class InstructConfig:
     """Conversations, and which of their tokens are learned."""
@@ -514,7 +517,7 @@ class InstructConfig:
     source: Optional[str] = setting(
         None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
     )
-    style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
+    style: Optional[ChatStyle] = setting(
         None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     loss_on: Literal["response", "all"] = setting(
@@ -538,7 +541,7 @@ class PreferConfig:
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
     beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).", POSITIVE)
     margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
-    style: Optional[Literal["chat", "chatml", "alpaca", "phi3"]] = setting(
+    style: Optional[ChatStyle] = setting(
         None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")

@@ -19,18 +19,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gptjax.data import records, sources
-from gptjax.errors import UserError, did_you_mean
+from gptjax.errors import UserError
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
+from gptjax.tokenizers.chat import STYLES, Style, default_style, describe_style, styled  # noqa: F401  some for old callers
 
-STYLES = ("chat", "chatml", "alpaca", "phi3")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # what ShareGPT calls them
 MAX_PROBLEMS = 20
-ALPACA_INPUT = "\n\n### Input:\n"
 TOGETHER = 2048  # texts that one process renders: it takes 0.1 s to start, a text less than a millisecond
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
-
-Style = Literal["chat", "chatml", "alpaca", "phi3"]
 
 
 class Conversation(NamedTuple):
@@ -403,70 +400,17 @@ def _wrong_text(text: Any) -> str | None:
 # --- text
 
 
-def default_style(tokenizer: Tokenizer) -> Style:
-    return "chat" if tokenizer.chat_template is not None else "alpaca"
-
-
-def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """The tokenizer with the chat template of a style, in which every answer ends with one of its eos_ids. A model
-    tuned in a style is saved with it: then `gptjax chat` and exports write and stop as the training did.
-
-    Args:
-        style: chat    the tokenizer's own template
-               chatml  "<|im_start|>user", "<|im_end|>", ..
-               alpaca  preamble (or the system message), "### Instruction:", "### Input:", "### Response:"
-               phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
-               None    chat where the tokenizer has a template, else alpaca
-            Markers that the vocabulary has no token for are plain text. The tokenizer's end-of-text follows every
-            answer, unless the template writes a token there: <|im_end|>, <|end|>, or what its own template has.
-
-    Raises:
-        UserError: no such style; no chat template; nothing that could end an answer.
-    Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3 is that of
-        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book is without <|end|>).
-    """
-    style = style or default_style(tokenizer)
-    if style not in STYLES:
-        hint = did_you_mean(style, STYLES, ", did you mean {!r}?")
-        raise UserError(f"no prompt style {style!r}{hint} (known: {', '.join(STYLES)})")
-    if style != "chat":
-        begin = chat.BEGIN if tokenizer.add_bos and tokenizer.bos_id is not None else ""
-        ends = [i for i in (tokenizer.eot_id, *tokenizer.eos_ids) if i is not None]
-        tokenizer = tokenizer.replace(chat_template=begin + chat.BUILTIN[style], eos_ids=tuple(dict.fromkeys(ends)))
-    elif tokenizer.chat_template is None:
-        raise UserError(
-            f"style chat: {tokenizer.name} has no chat template; choose instruct.style=chatml (prefer.style=chatml), "
-            "alpaca or phi3"
-        )
-    try:
-        return chat.with_end(tokenizer)
-    except UserError as error:
-        raise UserError(f"style {style}: {error}") from None
-
-
-def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Lines for a log: how conversations are written, and where an answer ends. `tokenizer` as it came."""
-    named = "the model's own chat template" if style in (None, "chat") else style
-    if style is None and tokenizer.chat_template is None:
-        named = "alpaca, as the model has no chat template"
-    made = styled(tokenizer, style)
-    lines = [f"style   {named}; an answer ends with {chat.end_of_answer(made)}"]
-    if made.chat_template.startswith(chat.END):
-        lines.append("        (end-of-text is appended there, learned and kept: the template itself writes no token)")
-    return lines
-
-
 def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None = None) -> list[Piece]:
     """The ids of a conversation, in pieces that are learned or not. The last is the last answer with its end.
 
     The ids before an answer are just what the model is given when it is asked for that answer.
 
     Args:
-        style: as for `styled`.
+        style: as for `chat.styled`.
 
     Raises:
-        UserError: as for `styled`; a special token inside a message, which could end a turn; a template whose text of
-            some turns is not the beginning of its text of more turns, or that knows of no tools where there are some.
+        UserError: as for `chat.styled`; a special token inside a message, which could end a turn; a template whose text
+            of some turns is not how its text of more turns begins, or that knows of no tools where there are some.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -520,10 +464,6 @@ def _pieces(parts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[Piece]:
     return pieces
 
 
-def _content(message: dict[str, Any], alpaca: bool) -> str:
-    return (ALPACA_INPUT if alpaca else "\n").join(message[key] for key in ("content", "input") if key in message)
-
-
 # --- the template
 
 
@@ -542,9 +482,9 @@ def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str)
     holds  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     learn                                                         Hello!<|im_end|>
     """
-    jobs, alpaca = [], tokenizer.chat_template.endswith(chat.BUILTIN["alpaca"])
+    jobs = []
     for talk in conversations:
-        messages = [{"role": message["role"], "content": _content(message, alpaca)} for message in talk.messages]
+        messages = [{"role": m["role"], "content": chat.with_input(tokenizer, m)} for m in talk.messages]
         tools = list(talk.tools) or None
         for i in _answers(talk):
             jobs += [_Job(talk.where, messages[:i], True, tools), _Job(talk.where, messages[: i + 1], False, tools)]
@@ -654,7 +594,7 @@ def encode(
         weights   0  0  0  1  1  1     loss_on="all": 1 everywhere
 
     Args:
-        style: as for `styled`.
+        style: as for `chat.styled`.
         loss_on: the answers with their ends, or every token.
         because: where the context_length comes from, for the error where nothing fits.
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing
@@ -70,7 +71,7 @@ class File:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def array(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+    def array(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
         """One tensor, dequantised to float32 and cast to `dtype`. Takes the result's memory and 1 MB.
 
         Raises:
@@ -143,7 +144,7 @@ def quantize(array: np.ndarray, type: str) -> np.ndarray:
     return np.frombuffer(b"".join(_encode(array, kind)), np.uint8)
 
 
-def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
     """The values, `shape`, of a tensor's bytes; the reverse of `quantize`, for every type of TYPES."""
     kind, raw = _known(type), memoryview(raw).cast("B")
     _check_rows(kind, shape)
@@ -218,7 +219,7 @@ class _Cursor:
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {  # metadata types that are plain numbers
+_NUMBERS: dict[int, np.dtype[Any]] = {  # metadata types that are plain numbers
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
@@ -257,7 +258,9 @@ def _value(cursor: _Cursor, what: str) -> Any:
     if kind == _STRING:
         return cursor.text(what)
     if kind != _ARRAY:
-        return _plain(_numbers(cursor, kind, 1, what)[0])
+        number = _numbers(cursor, kind, 1, what)[0]
+        # the shortest decimal that names a float32: 1e-05 and not 9.99999974e-06
+        return float(str(number)) if number.dtype == np.float32 else number.item()
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
         return _numbers(cursor, kind, n, what)
@@ -278,11 +281,6 @@ def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
     if kind not in _NUMBERS:
         raise UserError(f"{what}: {'an array of arrays' if kind == _ARRAY else f'value type {kind}'} is not supported")
     return np.frombuffer(cursor.take(n * _NUMBERS[kind].itemsize, what), _NUMBERS[kind])
-
-
-def _plain(number: np.generic) -> bool | int | float:
-    """A Python scalar; a float32 becomes the shortest decimal that names it, 1e-05 and not 9.99999974e-06."""
-    return float(str(number)) if number.dtype == np.float32 else number.item()
 
 
 class _Entry(NamedTuple):
@@ -348,8 +346,9 @@ def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, probl
             )
         end, before = tensor.offset + tensor.size_bytes, tensor.name
     if before and size - end >= alignment:
-        kind = tensors[before].type
-        problems.append(f"{size - end} bytes after {_quote(before)}, which is {kind}, the last, belong to no tensor")
+        problems.append(
+            f"{size - end} bytes after {_quote(before)}, which is {tensors[before].type}, the last, belong to no tensor"
+        )
     return tensors
 
 
@@ -407,7 +406,7 @@ def _pack(value: Any, what: str) -> bytes:
     kind = _NUMBER_TYPES.get(numbers.dtype)
     if kind is None or numbers.ndim > 1:
         raise UserError(f"{what} is {numbers.dtype}{list(numbers.shape)}, which GGUF cannot hold")
-    head = struct.pack("<IIQ", _ARRAY, kind, len(numbers)) if numbers.ndim else struct.pack("<I", kind)
+    head = struct.pack("<IIQ", _ARRAY, kind, numbers.size) if numbers.ndim else struct.pack("<I", kind)
     return head + numbers.tobytes()
 
 
@@ -457,7 +456,7 @@ class _Type(NamedTuple):
     encode: Encode | None = None
 
 
-def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """`read(start, stop)` gives bytes of the tensor, always the next ones."""
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
@@ -478,6 +477,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
 
 
 def _encode(array: np.ndarray, kind: _Type) -> Iterator[bytes]:
+    assert kind.encode is not None  # `_writable` has passed it
     flat = array.reshape(-1)
     for start in range(0, flat.size, CHUNK):
         yield kind.encode(flat[start : start + CHUNK].astype(np.float32, copy=False).reshape(-1, kind.block)).tobytes()

@@ -25,9 +25,8 @@ def loads(text: str, constants: bool = True) -> Any:
     Raises:
         ValueError: JSONDecodeError, DuplicateKey, or one that says what else is wrong.
     """
-    refuse = {} if constants else {"parse_constant": _no_constant}
     try:
-        return json.loads(text, object_pairs_hook=_unique, **refuse)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=None if constants else _no_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -36,7 +35,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
-        raise DuplicateKey(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKey(key)
+            seen.add(key)
     return row
 
 

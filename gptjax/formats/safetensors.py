@@ -6,7 +6,7 @@
 
 The package `safetensors` is not used: it allows a header of 100 MB, and maps the file. Here every length and count is
 bounded before anything is allocated, and a file that is cut short meanwhile costs an error message, not the process.
-`tests/weights/test_safetensors.py` has each read what the other wrote.
+`tests/formats/test_safetensors.py` has each read what the other wrote.
 
 Source: the format's description in the safetensors repository.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gptjax.errors import UserError, refuse
 from gptjax.files import replacing, write_text
@@ -70,7 +71,7 @@ class File(Stored):
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)
-                read = file.readinto(out.reshape(-1).view(np.uint8))
+                read = file.readinto(out.reshape(-1).view(np.uint8).data)
         except OSError as error:
             raise UserError(f"{self.path}: {name} cannot be read: {error.strerror or error}") from error
         if read != out.nbytes:
@@ -112,8 +113,11 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
+                # the length of a header can begin like any of them
+                kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
+                what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
-                    f"{path}: {_looks_like(head)} (header of {length:,} bytes in a file of {size:,}; "
+                    f"{path}: not {what} (header of {length:,} bytes in a file of {size:,}; "
                     f"at most {MAX_HEADER:,} are read)"
                 )
             file.seek(8)
@@ -129,13 +133,6 @@ def open_file(path: str | os.PathLike[str]) -> File:
     refuse(str(path), problems)
     refuse(str(path), _gaps(entries, 8 + length, size))
     return File(path, entries, metadata)
-
-
-def _looks_like(head: bytes) -> str:
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic) and head[8:9] != b"{":  # the length of a header can begin like any of them
-            return f"not a safetensors file but {what}"
-    return "not a whole safetensors file"
 
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
@@ -242,7 +239,7 @@ def refuse_pickle(path: Path) -> str:
 def save(
     folder: str | os.PathLike[str],
     tensors: Iterable[Out],
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write tensors as `model.safetensors`, or as shards with an index, one tensor in memory at a time."""
@@ -285,6 +282,7 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
+    """By itself, so that no variable holds the array while the next one is made."""
     array = tensor.array()
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")

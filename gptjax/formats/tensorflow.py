@@ -46,7 +46,7 @@ _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ 
 class Entry:
     """Where a tensor lies."""
 
-    dtype: Any
+    dtype: np.dtype[Any]
     shape: Shape
     shard: Path
     offset: int
@@ -70,7 +70,7 @@ class Checkpoint(Stored):
                     raise UserError(f"{entry.shard}: {name} is damaged: its checksum differs. Get the file again")
                 self.checked.add(name)
                 file.seek(offset)
-                if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
+                if file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
                     raise UserError(f"{entry.shard}: {name} is cut off: the file was changed while it was read")
         except OSError as error:
             raise UserError(f"{entry.shard}: {name} cannot be read: {error.strerror or error}") from error
@@ -286,13 +286,13 @@ _CHUNK = 1 << 18  # bytes at once: what is made of them stays in the processor's
 _SHORT = 1000  # up to here byte by byte is quicker
 
 
-def crc32c(data: Any, crc: int = 0) -> int:
+def crc32c(data: bytes, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of bytes; with the one of the bytes before them, of both together."""
-    data = np.frombuffer(data, np.uint8)
-    whole = len(data) - len(data) % 4 if len(data) > _SHORT else 0
+    octets = np.frombuffer(data, np.uint8)
+    whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
     state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
     for start in range(0, whole, _CHUNK):
-        words = data[start : min(start + _CHUNK, whole)].view("<u4").astype(np.uint32)
+        words = octets[start : min(start + _CHUNK, whole)].view("<u4").astype(np.uint32)
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
@@ -301,7 +301,7 @@ def crc32c(data: Any, crc: int = 0) -> int:
             words = np.concatenate([words[:odd], joined])
             level += 1
         state = int(_apply(tables[0], words)[0])
-    for byte in data[whole:].tolist():
+    for byte in octets[whole:].tolist():
         state = (state >> 8) ^ table[(state ^ byte) & 255]
     return state ^ 0xFFFFFFFF
 
@@ -330,7 +330,7 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 def _tables() -> tuple[list[int], list[np.ndarray]]:
     """What one byte makes of a state of zeros, [256]; and A_0, A_1, .., each [4, 256]."""
     byte = np.arange(256, dtype=np.uint32)
-    crc = byte
+    crc: np.ndarray = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
     table = np.stack([crc, byte, byte << 8, byte << 16])  # one byte of zeros

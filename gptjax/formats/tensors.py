@@ -15,6 +15,9 @@ class Stored:
 
     entries: Mapping[str, Any]  # with shape, offset and size_bytes
 
+    def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
+        raise NotImplementedError
+
     def shapes(self) -> dict[str, Shape]:
         return {name: entry.shape for name, entry in self.entries.items()}
 

@@ -21,7 +21,7 @@ from gptjax.files import use_json, write_json, write_text
 from gptjax.generation import for_decoding, generate
 from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
-from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready
@@ -198,7 +198,7 @@ def answers(
         tokens, their number; where the record has them, system, history (the messages before the question) and
         constraints.
     """
-    tokenizer = instructions.styled(tokenizer, cfg.instruct.style)
+    tokenizer = chat.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), []
     rendered = instructions.render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))

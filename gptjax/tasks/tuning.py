@@ -12,12 +12,11 @@ import numpy as np
 
 from gptjax import assets, tree, weights
 from gptjax.config import Config, ModelConfig
-from gptjax.data import instructions
 from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, refuse_classifier
 from gptjax.tasks import trainable
 from gptjax.tasks.trainable import Trainable
-from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.task import Loss, Task, Validation
@@ -96,10 +95,10 @@ def base_model(cfg: Config) -> weights.Model:
     return found
 
 
-def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, list[str]]:
+def styled(base: weights.Model, style: chat.Style | None) -> tuple[Any, list[str]]:
     """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
     tokenizer = base.tokenizer()
-    return instructions.styled(tokenizer, style), instructions.describe_style(tokenizer, style)
+    return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
 
 def longest_row(cfg: Config, model: ModelConfig) -> int:

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gptjax import assets
@@ -31,10 +32,14 @@ from gptjax.tokenizers.base import (
     parse_json,
     read_text,
     refuse,
+    stop_ids,
     string_list,
+    whole_tokens,
 )
 
-__all__ = ["KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "train"]
+__all__ = [
+    "KINDS", "READY", "TRAINED", "Tokenizer", "begin_id", "build", "extend", "load", "loads", "stop_ids", "train",
+]  # fmt: skip
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
@@ -68,7 +73,10 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     candidates = [path / "final" / FILE, path / FILE] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():
-            return _load_file(candidate)
+            data = parse_json(read_text(candidate), str(candidate))
+            if _is_hf(data):
+                return _module("hf").from_folder(candidate.parent, data)
+            return _from_data(data, str(candidate))
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return _module("hf").from_folder(path)
     raise UserError(_not_found(str(name_or_path), path))
@@ -117,20 +125,13 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)
-    known = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    known = whole_tokens(tokenizer)
     problems += [f"{name!r:.60} is a token already, its id is {known[name]}" for name in names if name in known]
     refuse(tokenizer.kind, problems)
     data = json.loads(tokenizer.dumps())
     data["special_tokens"] |= {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
     data["vocab_size"] += len(names)
     return _from_data(data, "extend")
-
-
-def _load_file(path: Path) -> Tokenizer:
-    data = parse_json(read_text(path), str(path))
-    if _is_hf(data):
-        return _module("hf").from_folder(path.parent, data)
-    return _from_data(data, str(path))
 
 
 def _is_hf(data: Any) -> bool:
@@ -144,7 +145,14 @@ def _from_data(data: Any, where: str) -> Tokenizer:
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        _check_ids(data, tokenizer)
+        problems = []  # the header must say what the vocabulary gives: no gap, no id twice, none missing
+        if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
+            said = f"{data.get('vocab_size')!r:.40}"
+            problems.append(f"vocab_size: the header says {said}, the entries give {tokenizer.vocab_size}")
+        for name, i in data["special_tokens"].items():
+            if i != (expected := tokenizer.special_tokens.get(name)):
+                problems.append(f"special_tokens: {name!r:.60} has id {i}, expected {expected}")
+        refuse(tokenizer.kind, problems)
         return tokenizer.replace(**{name: data[name] for name in SETTINGS if name in data})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -166,20 +174,6 @@ def _check_header(data: Any) -> None:
     else:
         string_list(list(special), "special_tokens", problems)
     refuse("this", problems)
-
-
-def _check_ids(data: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """What the header says must be what the vocabulary gives: no gap, no id twice, none missing."""
-    problems = []
-    if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
-        problems.append(
-            f"vocab_size: the header says {data.get('vocab_size')!r:.40}, the entries give {tokenizer.vocab_size}"
-        )
-    for name, i in data["special_tokens"].items():
-        expected = tokenizer.special_tokens.get(name)
-        if i != expected:
-            problems.append(f"special_tokens: {name!r:.60} has id {i}, expected {expected}")
-    refuse(tokenizer.kind, problems)
 
 
 def _strings(texts: Iterable[str]) -> Iterable[str]:
@@ -205,5 +199,5 @@ def _near(name: str, known: tuple[str, ...]) -> str:
     return did_you_mean(name, known, ", did you mean {!r}?") + f" (known: {', '.join(known)})"
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"gptjax.tokenizers.{name}")

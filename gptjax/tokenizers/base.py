@@ -44,10 +44,10 @@ SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "ch
 class Tokenizer(Protocol):
     """The promise that every kind keeps; `tests/contracts/test_tokenizers.py` is its long form."""
 
+    kind: ClassVar[str]  # a key of `tokenizers.KINDS`
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None  # stands between documents; None: this kind has no special tokens
     added_tokens: Mapping[str, int]
     bos_id: int | None  # `encode` never writes it
     eos_ids: tuple[int, ...]  # any of them ends what the model says
@@ -56,12 +56,19 @@ class Tokenizer(Protocol):
     chat_template: str | None  # Jinja, see chat.py
 
     @property
+    def eot_id(self) -> int | None: ...  # stands between documents; None: this kind has no special tokens
+    @property
+    def dtype(self) -> type[np.unsignedinteger]: ...
+    @property
     def fingerprint(self) -> str: ...
+    def replace(self, **settings: Any) -> Self: ...
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]: ...
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
+    def data(self) -> dict[str, Any]: ...
+    def dumps(self) -> str: ...
     def save(self, path: str | os.PathLike[str]) -> Path: ...
 
 
@@ -72,7 +79,6 @@ class Base:
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
-    eot_id: int | None
     added_tokens: Mapping[str, int] = MappingProxyType({})
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -80,13 +86,37 @@ class Base:
     add_bos: bool = False
     chat_template: str | None = None
 
+    @property
+    def eot_id(self) -> int | None:
+        """The id that stands between documents: by its name, else the one that ends what the model says."""
+        named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
+        return next(iter([*named, *self.eos_ids]), None)
+
     def replace(self, **settings: Any) -> Self:
         """The same tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
 
         Raises:
             UserError: no such setting, an id outside the vocabulary, a template that is no text.
         """
-        problems = _wrong_settings(settings, self.vocab_size)
+
+        def is_id(value: Any) -> bool:
+            return type(value) is int and 0 <= value < self.vocab_size
+
+        has = ", ".join(SETTINGS)
+        problems = [f"no setting {name!r:.60} (has: {has})" for name in settings if name not in SETTINGS]
+        problems += [
+            f"{name}: expected an id in 0 .. {self.vocab_size - 1}, got {settings[name]!r:.60}"
+            for name in ("bos_id", "pad_id")
+            if settings.get(name) is not None and not is_id(settings[name])
+        ]
+        eos = settings.get("eos_ids", ())
+        if not isinstance(eos, list | tuple) or not all(map(is_id, eos)):
+            problems.append(f"eos_ids: expected a list of ids in 0 .. {self.vocab_size - 1}, got {eos!r:.60}")
+        if type(settings.get("add_bos", False)) is not bool:
+            problems.append(f"add_bos: expected true or false, got {settings['add_bos']!r:.60}")
+        template = settings.get("chat_template")
+        if template is not None and not (isinstance(template, str) and _is_utf8(template)):
+            problems.append(f"chat_template: expected a text, got {template!r:.60}")
         refuse(self.kind, problems)
         other = copy.copy(self)
         other.__dict__.pop("fingerprint", None)
@@ -163,12 +193,23 @@ class Base:
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """The special tokens that mean their id; refuses a text that holds a disallowed one."""
-        _check_text(text)
+        """The special tokens that mean their id; refuses a text that holds a disallowed one, or that is none."""
+        if not isinstance(text, str):
+            raise UserError(f"encode: expected text (str), got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"encode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not text; "
+                'read the file as UTF-8, or use text.encode("utf-8", "replace").decode()'
+            ) from None
         allowed = self._named(allowed, "allowed_special")
         refused = self._named(disallowed, "disallowed_special") - allowed
-        if refused and (found := _alternatives(frozenset(refused)).search(text)):
-            raise UserError(_refusal(found))
+        if refused and (match := _alternatives(frozenset(refused)).search(text)):
+            raise UserError(
+                f"encode: the text holds the special token {match[0]} at character {match.start()}; say what it means: "
+                f"allowed_special={{{match[0]!r}}} for its id, disallowed_special=() for plain text"
+            )
         return allowed
 
     def _named(self, names: Special, where: str) -> set[str]:
@@ -192,8 +233,8 @@ class Base:
             UserError: an id outside 0 .. vocab_size-1.
         """
         ids = self._checked(ids)
-        names = {i: name for name, i in {**self.special_tokens, **self.added_tokens}.items()}
-        cuts = np.flatnonzero(np.isin(ids, list(names))) if names else np.zeros(0, int)
+        names = {i: name for name, i in whole_tokens(self).items()}
+        cuts = np.flatnonzero(np.isin(ids, list(names))).tolist() if names else []
         text, start = "", 0
         for cut in cuts:
             text += self._decode(ids[start:cut]) + names[int(ids[cut])]
@@ -250,50 +291,9 @@ class Base:
         return f"<{self.kind} tokenizer {self.name}: {self.vocab_size} ids>"
 
 
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"encode: expected text (str), got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"encode: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), not text; "
-            'read the file as UTF-8, or use text.encode("utf-8", "replace").decode()'
-        ) from None
-
-
 @functools.lru_cache(maxsize=64)
 def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))))
-
-
-def _refusal(found: re.Match[str]) -> str:
-    name = found[0]
-    return (
-        f"encode: the text holds the special token {name} at character {found.start()}; say what it means: "
-        f"allowed_special={{{name!r}}} for its id, disallowed_special=() for plain text"
-    )
-
-
-def _wrong_settings(settings: Mapping[str, Any], vocab_size: int) -> list[str]:
-    def is_id(value: Any) -> bool:
-        return type(value) is int and 0 <= value < vocab_size
-
-    problems = [f"no setting {name!r:.60} (has: {', '.join(SETTINGS)})" for name in settings if name not in SETTINGS]
-    problems += [
-        f"{name}: expected an id in 0 .. {vocab_size - 1}, got {settings[name]!r:.60}"
-        for name in ("bos_id", "pad_id")
-        if settings.get(name) is not None and not is_id(settings[name])
-    ]
-    eos = settings.get("eos_ids", ())
-    if not isinstance(eos, list | tuple) or not all(map(is_id, eos)):
-        problems.append(f"eos_ids: expected a list of ids in 0 .. {vocab_size - 1}, got {eos!r:.60}")
-    if type(settings.get("add_bos", False)) is not bool:
-        problems.append(f"add_bos: expected true or false, got {settings['add_bos']!r:.60}")
-    template = settings.get("chat_template")
-    if template is not None and not (isinstance(template, str) and _is_utf8(template)):
-        problems.append(f"chat_template: expected a text, got {template!r:.60}")
-    return problems
 
 
 def refuse(kind: str, problems: list[str]) -> None:
@@ -314,12 +314,10 @@ def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
         return []
     if len(set(value)) < len(value):
         seen: set[str] = set()
-        twice = [
-            f"{what}[{i}]: {item!r} stands there twice"
-            for i, item in enumerate(value)
-            if item in seen or seen.add(item)
-        ]
-        problems += twice
+        for i, item in enumerate(value):
+            if item in seen:
+                problems.append(f"{what}[{i}]: {item!r} stands there twice")
+            seen.add(item)
         return []
     return value
 
@@ -375,7 +373,11 @@ def begin_id(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
 
-def end_of_document(tokenizer: Base) -> int | None:
-    """The id that stands between documents: by its name, else the one that ends what the model says."""
-    named = [tokenizer.special_tokens[name] for name in END_OF_DOCUMENT if name in tokenizer.special_tokens]
-    return next(iter([*named, *tokenizer.eos_ids]), None)
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end what the model writes: its eos_ids, else the end-of-text token."""
+    return list(tokenizer.eos_ids) or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
+
+
+def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The tokens whose name is one id wherever it stands: special tokens and added ones."""
+    return {**tokenizer.added_tokens, **tokenizer.special_tokens}

@@ -22,8 +22,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,48 +30,16 @@ import numpy as np
 
 from gptjax import assets
 from gptjax.errors import UserError
-from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse, string_list
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
+from gptjax.tokenizers.patterns import SCHEMES
 
-# GPT-2's words: contractions, letters, digits, the rest (each with the space before it), white space.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
 # tiktoken's regular expressions give up on a million blanks before a letter. The same ids come out when the text is
 # cut before the last blank, because a word takes at most that one with it.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to cut text into words.
-
-    pattern: the regular expression for tiktoken, possessive where that changes nothing.
-    cut: may a long run of blanks be cut before its last one? Asked with that blank and the character after it.
-    """
-
-    pattern: str
-    cut: Callable[[str, str], bool] = lambda last, after: True
-
-
-def _gpt4_like(digits: str) -> Scheme:
-    """Any one character goes with the letters after it, line ends with the marks or blanks before them."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|" + digits + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
-    )
-    return Scheme(pattern, lambda last, after: last not in "\r\n")
-
-
-SCHEMES: dict[str, Scheme] = {
-    "gpt2": Scheme(PATTERN),
-    "smollm": Scheme(  # each digit stands alone; blanks before one stay together
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
-        lambda last, after: not unicodedata.category(after).startswith("N"),
-    ),
-    "llama3": _gpt4_like(r"\p{N}{1,3}+"),
-    "qwen2": _gpt4_like(r"\p{N}"),
-}
 
 
 @functools.cache
@@ -167,7 +134,7 @@ class BPE(Base):
         Args:
             special: names whose ids follow the merges; with `tokens` their ids too.
             tokens: in GPT-2's alphabet; they fill the ids that `special` and `added` leave free.
-            scheme: how text is cut into words, a key of SCHEMES.
+            scheme: how text is cut into words, a key of `patterns.SCHEMES`.
             nfc: text is brought to Unicode's composed form first.
         """
         import tiktoken
@@ -177,6 +144,7 @@ class BPE(Base):
             self.ranks = ranks(merges)
             self.special_tokens = {token: len(self.ranks) + i for i, token in enumerate(special)}
         else:
+            assert isinstance(special, Mapping)
             taken = {*special.values(), *added.values()}
             free = (i for i in range(len(tokens) + len(taken)) if i not in taken)
             self.ranks = {token_bytes(token): i for token, i in zip(tokens, free, strict=True)}
@@ -190,14 +158,10 @@ class BPE(Base):
             name, pat_str=SCHEMES[scheme].pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
 
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)
-
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> BPE:
         problems: list[str] = []
-        scheme = "gpt2" if data.get("pattern") == PATTERN else data.get("pattern")
+        scheme: Any = "gpt2" if data.get("pattern") == PATTERN else data.get("pattern")
         if scheme not in list(SCHEMES):
             problems.append(f"pattern: expected GPT-2's or one of {', '.join(SCHEMES)}, got {scheme!r:.60}")
         if "tokens" not in data:
@@ -225,7 +189,7 @@ class BPE(Base):
         pattern = PATTERN if self.scheme == "gpt2" else self.scheme
         if self._tokens is None:
             return {"pattern": pattern, "merges": self._merges}
-        more = {"added_tokens": dict(self.added_tokens)} if self.added_tokens else {}
+        more: dict[str, Any] = {"added_tokens": dict(self.added_tokens)} if self.added_tokens else {}
         more |= {"nfc": True} if self.nfc else {}
         return {"pattern": pattern, **more, "tokens": self._tokens}
 
@@ -305,13 +269,9 @@ def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (EN
     )
     learner.train_from_iterator(texts, trainer)
     made, merges = set(alphabet()), []
-    for left, right in _merges_of(learner):
+    for merge in json.loads(learner.to_str())["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
         if left + right not in made:  # the same token can be learned from two pairs; its first line stands
             made.add(left + right)
             merges.append(f"{left} {right}")
     return BPE(merges, special=special)
-
-
-def _merges_of(learner: Any) -> list[tuple[str, str]]:
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.tokenizers.base import END_OF_TEXT, Base, end_of_document, refuse
+from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
 
 
 class Chars(Base):
@@ -33,7 +33,8 @@ class Chars(Base):
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Chars:
-        chars, problems = data.get("chars"), []
+        chars: Any = data.get("chars")
+        problems = []
         if not isinstance(chars, str) or not chars:
             problems.append(f"chars: expected the characters as one string, got {chars!r:.60}")
         elif len(set(chars)) < len(chars):
@@ -42,10 +43,6 @@ class Chars(Base):
             problems.append("chars: lone surrogates are not characters")
         refuse("chars", problems)
         return cls(chars)
-
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)  # None until `extend` gives it one
 
     def data(self) -> dict[str, Any]:
         return {"chars": self.chars}
@@ -75,7 +72,6 @@ class Bytes(Base):
     kind = "bytes"
     name = "bytes"
     vocab_size = 257
-    eot_id = 256
 
     def __init__(self) -> None:
         self.special_tokens = {END_OF_TEXT: 256}

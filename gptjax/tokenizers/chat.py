@@ -11,6 +11,8 @@ end the user's turn and begin another.
 
     end_of_answer(tok)           "<|im_end|>": the token that the template writes after every answer
     with_end(tok)                the same tokenizer, whose template ends every answer and whose eos_ids say how
+    answer_ends(tok)             the ids at which a chat stops
+    styled(tok, "alpaca")        the same tokenizer with the template of a style, as a model is tuned and saved with it
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from gptjax.config.schema import ChatStyle as Style
 from gptjax.errors import UserError, did_you_mean
 from gptjax.tokenizers import _render
-from gptjax.tokenizers.base import Tokenizer, first_of, found_in
+from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whole_tokens
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
 START_TIMEOUT_S = 20.0  # for the process to be there, which a busy machine may delay
 
 Message = dict[str, Any]
+STYLES: tuple[Style, ...] = get_args(Style)
 
 BUILTIN: dict[str, str] = {
     "chatml": (
@@ -100,19 +104,15 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
         raise UserError(
             f"{tokenizer.name} has no chat template: choose one of {', '.join(BUILTIN)}, the one it is trained with"
         )
-    return render(template, messages, **_roles(tokenizer), **options)
+    bos, eos = _roles(tokenizer)
+    return render(template, messages, bos_token=bos, eos_token=eos, **options)
 
 
-def _roles(tokenizer: Tokenizer) -> dict[str, str]:
+def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
     """What a template knows as bos_token and eos_token; "" where there is none."""
-    names = {i: name for name, i in whole_tokens(tokenizer).items()}
-    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
-    return {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(eos, "")}
-
-
-def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens whose name is one id wherever it stands: special tokens and added ones."""
-    return {**tokenizer.added_tokens, **tokenizer.special_tokens}
+    names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
+    eos = next(iter(stop_ids(tokenizer)), None)
+    return names.get(tokenizer.bos_id, ""), names.get(eos, "")
 
 
 def is_builtin(template: str) -> bool:
@@ -133,10 +133,10 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """
     if tokenizer.chat_template is None:
         return None
-    roles = _roles(tokenizer)
+    bos, eos = _roles(tokenizer)
     if tokenizer.chat_template.startswith(END):
-        return roles["eos_token"] or None
-    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), *roles.values())
+        return eos or None
+    return _end_of_answer(tokenizer.chat_template, frozenset(whole_tokens(tokenizer)), bos, eos)
 
 
 @functools.lru_cache(maxsize=16)
@@ -174,19 +174,27 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
     Raises:
         UserError: the template ends no answer, and there is no end-of-text.
     """
-    end = end_of_answer(tokenizer)
+    end, template = end_of_answer(tokenizer), tokenizer.chat_template
+    assert template is not None
     if end is None:
-        end = _roles(tokenizer)["eos_token"]
+        _, end = _roles(tokenizer)
         if not end:
             raise UserError(
                 f"nothing can end an answer: the chat template writes no token after it, and the {tokenizer.name} "
                 "tokenizer has no end-of-text; take a model with tokenizer.name=bytes, bpe or gpt2"
             )
-        tokenizer = tokenizer.replace(chat_template=END + tokenizer.chat_template)
+        template = END + template
+        tokenizer = tokenizer.replace(chat_template=template)
     i, ids = whole_tokens(tokenizer)[end], tokenizer.eos_ids
-    if re.search(r"\beos_token\b", tokenizer.chat_template) and ids:
+    if re.search(r"\beos_token\b", template) and ids:
         return tokenizer if i in ids else tokenizer.replace(eos_ids=(*ids, i))
     return tokenizer.replace(eos_ids=(i, *(other for other in ids if other != i)))
+
+
+def answer_ends(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end an answer in a chat: `stop_ids`, and the one that the chat template writes after an answer."""
+    end = end_of_answer(tokenizer)
+    return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -197,6 +205,71 @@ def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         for name in found:
             text = text.replace(name, "")
     return text
+
+
+# --- styles: the tokenizer's own template, or one of BUILTIN
+
+
+def default_style(tokenizer: Tokenizer) -> Style:
+    return "chat" if tokenizer.chat_template is not None else "alpaca"
+
+
+def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
+    """The tokenizer with the chat template of a style, in which every answer ends with one of its eos_ids. A model
+    tuned in a style is saved with it: then `gptjax chat` and exports write and stop as the training did.
+
+    Args:
+        style: chat    the tokenizer's own template
+               chatml  "<|im_start|>user", "<|im_end|>", ..
+               alpaca  preamble (or the system message), "### Instruction:", "### Input:", "### Response:"
+               phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
+               None    chat where the tokenizer has a template, else alpaca
+            Markers that the vocabulary has no token for are plain text. The tokenizer's end-of-text follows every
+            answer, unless the template writes a token there: <|im_end|>, <|end|>, or what its own template has.
+
+    Raises:
+        UserError: no such style; no chat template; nothing that could end an answer.
+    Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3 is that of
+        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book is without <|end|>).
+    """
+    style = style or default_style(tokenizer)
+    if style not in STYLES:
+        hint = did_you_mean(style, STYLES, ", did you mean {!r}?")
+        raise UserError(f"no prompt style {style!r}{hint} (known: {', '.join(STYLES)})")
+    if style != "chat":
+        begin = BEGIN if tokenizer.add_bos and tokenizer.bos_id is not None else ""
+        ends = [i for i in (tokenizer.eot_id, *tokenizer.eos_ids) if i is not None]
+        tokenizer = tokenizer.replace(chat_template=begin + BUILTIN[style], eos_ids=tuple(dict.fromkeys(ends)))
+    elif tokenizer.chat_template is None:
+        raise UserError(
+            f"style chat: {tokenizer.name} has no chat template; choose instruct.style=chatml (prefer.style=chatml), "
+            "alpaca or phi3"
+        )
+    try:
+        return with_end(tokenizer)
+    except UserError as error:
+        raise UserError(f"style {style}: {error}") from None
+
+
+def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
+    """Lines for a log: how conversations are written, and where an answer ends. `tokenizer` as it came."""
+    named: str | None = "the model's own chat template" if style in (None, "chat") else style
+    if style is None and tokenizer.chat_template is None:
+        named = "alpaca, as the model has no chat template"
+    made = styled(tokenizer, style)
+    lines = [f"style   {named}; an answer ends with {end_of_answer(made)}"]
+    if (made.chat_template or "").startswith(END):
+        lines.append("        (end-of-text is appended there, learned and kept: the template itself writes no token)")
+    return lines
+
+
+def with_input(tokenizer: Tokenizer, message: Message) -> str:
+    """The content of a message, and the "input" of an Alpaca record, where it has one, under the template's heading.
+
+    {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
+    """
+    between = "\n\n### Input:\n" if (tokenizer.chat_template or "").endswith(BUILTIN["alpaca"]) else "\n"
+    return between.join(message[key] for key in ("content", "input") if key in message)
 
 
 # --- text and ids
@@ -255,7 +328,7 @@ def render(
         UserError: messages that are none; a template that is wrong, raises, or goes beyond a limit.
     """
     _check(template, messages, tools)
-    context = {"messages": list(messages), "tools": tools, "documents": None}
+    context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
     context |= {"bos_token": bos_token} if bos_token else {}  # else undefined, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
@@ -314,11 +387,13 @@ def strings(value: Any) -> Iterator[str]:
 
 def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """The answer of `_render.py`: {"text": ..} or {"error": ..}."""
-    folders = [str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("jinja2", "markupsafe")]
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
     kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=kept) as child:
+        assert child.stdin and child.stdout
         try:
             with _deadline(child, START_TIMEOUT_S):
                 with contextlib.suppress(BrokenPipeError):

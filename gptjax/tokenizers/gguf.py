@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import hf
-from gptjax.tokenizers.base import refuse, string_list
-from gptjax.tokenizers.bpe import alphabet, foreign, printable, token_bytes
+from gptjax.tokenizers.base import Base, Tokenizer, refuse, stop_ids, string_list, whole_tokens
+from gptjax.tokenizers.bpe import BPE, alphabet, foreign, printable, token_bytes
 from gptjax.tokenizers.chars import Chars
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
@@ -34,7 +34,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.
 
 
 class Pre(NamedTuple):
-    """How a pre-tokenizer of llama.cpp is done here: a key of SCHEMES, and two flags that the file does not hold."""
+    """How a pre-tokenizer of llama.cpp is done here: a key of `patterns.SCHEMES`, and what the file does not say."""
 
     scheme: str
     nfc: bool = False  # the model's own tokenizer normalizes; llama.cpp does not
@@ -57,19 +57,27 @@ PRE = {
 # --- in
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Any:
+def from_metadata(metadata: Mapping[str, Any]) -> Base:
     """The tokenizer that a GGUF file's metadata describe.
 
     Raises:
         UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
     """
-    _check_types(metadata)
+    kinds: dict[str, type] = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
+    kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
+    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in kinds.items()} | {"tokenizer.chat_template": str}
+    problems = [
+        f"{key}: expected {kind.__name__}, got {metadata[key]!r:.60}"
+        for key, kind in kinds.items()
+        if key in metadata and type(metadata[key]) is not kind
+    ]
+    refuse("gguf", problems)
     metadata = _without_padding(metadata)
     tokens, types = _tokens(metadata)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"tokenizer.ggml.model: expected gpt2 or llama, got {kind!r:.60}")
-    tokenizer = _chars(tokens, types) if kind == "gpt2" else None
+    tokenizer: Base | None = _chars(tokens, types) if kind == "gpt2" else None
     if tokenizer is None:
         parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
         added = [i for i in range(len(tokens)) if types[i] in (*SPECIAL, USER_DEFINED)]
@@ -88,18 +96,6 @@ def from_metadata(metadata: Mapping[str, Any]) -> Any:
 
 
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # unless the file says otherwise
-
-
-def _check_types(metadata: Mapping[str, Any]) -> None:
-    kinds = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
-    kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
-    kinds = {f"tokenizer.ggml.{key}": kind for key, kind in kinds.items()} | {"tokenizer.chat_template": str}
-    problems = [
-        f"{key}: expected {kind.__name__}, got {metadata[key]!r:.60}"
-        for key, kind in kinds.items()
-        if key in metadata and type(metadata[key]) is not kind
-    ]
-    refuse("gguf", problems)
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -124,7 +120,7 @@ _PER_TOKEN = ("tokens", "token_type", "scores")
 
 def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The vocabulary as far as it has tokens: the unused ones at its end, called after their ids, are only rows."""
-    lists = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
+    lists: list[Any] = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
     tokens, types, _ = lists
     flat = all(isinstance(kept, list) or (isinstance(kept, np.ndarray) and kept.ndim == 1) for kept in lists[:2])
     n = len(tokens) if flat else 0
@@ -201,6 +197,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     if scores is None and not problems:
         problems.append("tokenizer.ggml.scores is missing: it says which neighbours are joined first")
     refuse("gguf", problems)
+    assert scores is not None
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
     pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == NORMAL}
@@ -243,7 +240,7 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 # --- out
 
 
-def to_metadata(tokenizer: Any) -> dict[str, Any]:
+def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """The keys of a GGUF file from which llama.cpp gives the same ids: lists of str, numpy arrays, int, bool, str.
 
     A model of characters has no token that ends a text, and llama.cpp then stops at id 11; see `extend`.
@@ -251,14 +248,13 @@ def to_metadata(tokenizer: Any) -> dict[str, Any]:
     Raises:
         UserError: a kind of vocabulary that llama.cpp has no place for.
     """
-    make = {"bpe": _from_bpe, "bytes": _from_bytes, "chars": _from_chars, "hf": _from_hf}.get(tokenizer.kind)
-    if make is None:
+    if tokenizer.kind not in MODELS:
         raise UserError(
             f"a {tokenizer.kind} tokenizer cannot go into a GGUF file: llama.cpp cuts words by other rules; "
             "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
         )
-    metadata, ordinary = make(tokenizer)
-    special = {**tokenizer.special_tokens, **tokenizer.added_tokens}
+    metadata, ordinary = MODELS[tokenizer.kind](tokenizer)
+    special = whole_tokens(tokenizer)
     if twice := sorted(ordinary.keys() & special.keys())[:3]:
         raise UserError(f"GGUF needs a different text for each token; these are pieces and special tokens: {twice}")
     ids = ordinary | special
@@ -269,9 +265,8 @@ def to_metadata(tokenizer: Any) -> dict[str, Any]:
         types[[i for token, i in ids.items() if _BYTE.fullmatch(token)]] = BYTE
     if (unknown := metadata.get("tokenizer.ggml.unknown_token_id")) is not None:
         types[unknown] = UNKNOWN
-    eos = tokenizer.eos_ids or (() if tokenizer.eot_id is None else (tokenizer.eot_id,))
-    roles = {"bos": tokenizer.bos_id, "eos": eos[0] if eos else None, "padding": tokenizer.pad_id}
-    roles["eot"] = eos[1] if len(eos) > 1 else None
+    eos, eot, *_ = *stop_ids(tokenizer), None, None
+    roles = {"bos": tokenizer.bos_id, "eos": eos, "eot": eot, "padding": tokenizer.pad_id}
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     return {
         **metadata,
@@ -293,8 +288,8 @@ def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ids
 
 
-def _from_bpe(tokenizer: Any) -> Vocabulary:
-    pre = {"gpt2": "gpt-2", "llama3": "llama-bpe"}.get(tokenizer.scheme, tokenizer.scheme)
+def _from_bpe(tokenizer: BPE) -> Vocabulary:
+    pre = next(name for name, known in PRE.items() if known.scheme == tokenizer.scheme)
     made = {merge.replace(" ", "") for merge in tokenizer.merges}
     whole = [token for token in map(printable, tokenizer.ranks) if len(token) > 1 and token not in made]
     if whole and not PRE[pre].ignore_merges:
@@ -305,18 +300,14 @@ def _from_bpe(tokenizer: Any) -> Vocabulary:
     return _gpt2(pre, tokenizer.merges, {printable(token): i for token, i in tokenizer.ranks.items()})
 
 
-def _from_bytes(tokenizer: Any) -> Vocabulary:
-    return _gpt2("gpt-2", [], dict(alphabet()))
-
-
-def _from_chars(tokenizer: Any) -> Vocabulary:
+def _from_chars(tokenizer: Chars) -> Vocabulary:
     """A character of several bytes becomes a token of several letters of GPT-2's alphabet, and is joined from them."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
     merges = {f"{token[:at]} {token[at]}": None for token in ids for at in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
-def _from_hf(tokenizer: Any) -> Vocabulary:
+def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     """SentencePiece's BPE, where the order of the merges becomes a score for each token."""
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
@@ -336,11 +327,19 @@ def _from_hf(tokenizer: Any) -> Vocabulary:
     if not in_order or not set("".join(pieces)) <= set(pieces) or 2 in hf.piece_counts(ids, merges, pieces):
         raise refusal
     tokens = sorted(ids, key=ids.__getitem__)
-    names = {"model": "llama", "scores": np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)}
-    names |= {"pre": "default", "add_space_prefix": prefix}
+    scores = np.array([-rank.get(t, len(rank)) for t in tokens], np.float32)
+    names: dict[str, Any] = {"model": "llama", "scores": scores, "pre": "default", "add_space_prefix": prefix}
     if model.get("unk_token") in ids:
         names["unknown_token_id"] = ids[model["unk_token"]]
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
+
+
+MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> what writes its vocabulary
+    "bpe": _from_bpe,
+    "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
+    "chars": _from_chars,
+    "hf": _from_hf,
+}
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:

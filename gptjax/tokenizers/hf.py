@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -36,27 +36,21 @@ from gptjax.tokenizers.base import (
     SETTINGS,
     Base,
     Special,
-    end_of_document,
+    Tokenizer,
     found_in,
     parse_json,
     read_text,
     refuse,
+    stop_ids,
     string_list,
+    whole_tokens,
 )
 from gptjax.tokenizers.bpe import BPE, MAX_VOCAB, alphabet, foreign, printable
 from gptjax.tokenizers.chars import Bytes, Chars
+from gptjax.tokenizers.patterns import SCHEMES
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
-
-_WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-PATTERNS = {  # scheme -> of a Split before ByteLevel
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": _LETTERS + r"\p{N}{1,3}" + _MARKS + _WORDS,
-    "qwen2": _LETTERS + r"\p{N}" + _MARKS + _WORDS,
-}
 
 
 class HF(Base):
@@ -78,10 +72,6 @@ class HF(Base):
         moved = [name for name, i in ids.items() if self._runner.token_to_id(name) != i]
         problems = [f"added_tokens: {name!r:.60} gets another id than its {ids[name]}" for name in moved]
         refuse("hf", problems)
-
-    @property
-    def eot_id(self) -> int | None:
-        return end_of_document(self)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> HF:
@@ -197,6 +187,9 @@ def from_data(
     refuse("hf", problems)
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     eos = generation_config.get("eos_token_id")
     eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []
     eos_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -206,7 +199,7 @@ def from_data(
         eos_ids=tuple(i for at, i in enumerate(eos_ids) if i not in eos_ids[:at]),
         pad_id=ids.get(roles.get("pad_token", "")),
         add_bos=bos_id is not None and _adds(data, config, bos_id),
-        chat_template=_template(config.get("chat_template")),
+        chat_template=template,
     )
 
 
@@ -295,7 +288,8 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 def _steps(part: Any, key: str) -> tuple[list[Any], int]:
     """(the steps of a chain, in any depth, and how deep they lie); more than MAX_STEPS are not counted."""
-    steps, level, depth = [], [part], 0
+    steps: list[Any] = []
+    level, depth = [part], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
         below = []
         for step in level:
@@ -349,11 +343,15 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
     """The file as a `BPE` if that gives the same ids for every text."""
-    scheme, model = _scheme(data), data["model"]
-    if scheme is None or not _plain_added(data):
+    scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
+    if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
-    special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
-    added = {token["content"]: token["id"] for token in data["added_tokens"] if not token["special"]}
+    late = {char for token in listed if token["normalized"] for char in token["content"]}
+    early = {char for token in listed if not token["normalized"] for char in token["content"]}
+    if late and (data.get("normalizer") is not None or late & early):
+        return None  # added tokens are not found by their text alone, in one pass over the raw text
+    special = {token["content"]: token["id"] for token in listed if token["special"]}
+    added = {token["content"]: token["id"] for token in listed if not token["special"]}
     tokens = [name for name in sorted(ids, key=ids.__getitem__) if name not in special and name not in added]
     whole = model.get("unk_token") is None or set(alphabet()) <= set(tokens)
     if not tokens or not whole or foreign(tokens, "") or not _same_in_tiktoken(model, ids, tokens):
@@ -363,7 +361,8 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 def _scheme(data: dict[str, Any]) -> str | None:
     """The key of SCHEMES, if normalizer, pre-tokenizer, decoder and model are of that known kind."""
-    model, before = data["model"], data.get("pre_tokenizer")
+    model = data["model"]
+    before: Any = data.get("pre_tokenizer")
     steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
     if (
         model.get("type", "BPE") != "BPE"
@@ -386,18 +385,9 @@ def _scheme(data: dict[str, Any]) -> str | None:
         split = steps[0]
         found = split.get("pattern", {}).get("Regex") if isinstance(split.get("pattern"), dict) else None
         keeps_all = (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
-        return next((name for name, known in PATTERNS.items() if known == found), None) if keeps_all else None
+        names = (name for name, scheme in SCHEMES.items() if scheme.split == found)
+        return next(names, None) if keeps_all and found is not None else None
     return None
-
-
-def _plain_added(data: dict[str, Any]) -> bool:
-    """Are all added tokens found by their text alone, in one pass over the raw text?"""
-    tokens = data["added_tokens"]
-    if any(token[flag] for token in tokens for flag in ("single_word", "lstrip", "rstrip")):
-        return False
-    late = {char for token in tokens if token["normalized"] for char in token["content"]}
-    early = {char for token in tokens if not token["normalized"] for char in token["content"]}
-    return not late or (data.get("normalizer") is None and not late & early)
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
@@ -445,7 +435,7 @@ def _adds(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
     name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)
-    last = data.get("post_processor")
+    last: Any = data.get("post_processor")
     steps = last.get("processors") if _type(last) == "Sequence" else [last]
     for step in steps if isinstance(steps, list) else []:
         single = step.get("single") if _type(step) == "TemplateProcessing" else None
@@ -454,14 +444,6 @@ def _adds(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
         if isinstance(token, dict) and name is not None and token.get("id") == name:
             return True
     return False
-
-
-def _template(template: Any) -> str | None:
-    """The chat template; of several, the one called default."""
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template
 
 
 _SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> scheme, and whether NFC
@@ -554,7 +536,7 @@ def rust(where: str) -> Iterator[None]:
 # --- out
 
 
-def to_hf(tokenizer: Any) -> dict[str, str]:
+def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
     """The files of a Hugging Face folder: transformers' AutoTokenizer reads them and gives the same ids.
 
     Raises:
@@ -565,8 +547,8 @@ def to_hf(tokenizer: Any) -> dict[str, str]:
             f"a {tokenizer.kind} tokenizer has no exact tokenizer.json: Hugging Face cuts words by other rules; "
             "train the model with tokenizer.name=bpe, gpt2, bytes or chars to export it"
         )
-    names = {i: name for name, i in {**tokenizer.special_tokens, **tokenizer.added_tokens}.items()}
-    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else tokenizer.eot_id
+    names = {i: name for name, i in whole_tokens(tokenizer).items()}
+    eos = next(iter(stop_ids(tokenizer)), None)
     ids = {"bos_token": tokenizer.bos_id, "eos_token": eos, "pad_token": tokenizer.pad_id}
     roles = {role: names[i] for role, i in ids.items() if i in names}
     template = {} if tokenizer.chat_template is None else {"chat_template": tokenizer.chat_template}
@@ -583,7 +565,11 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    model = bpe_model(_with_low_ids(ordinary, tokenizer), merges, whole)
+    # the model lists the special tokens too whose ids are not the last: `tokenizers` numbers all others after its own
+    last = max(ordinary.values())
+    low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
+    vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
+    model = bpe_model(vocab, merges, whole)
     return _file(tokenizer, byte_level_parts(tokenizer.scheme, tokenizer.nfc) | {"model": model})
 
 
@@ -599,7 +585,7 @@ def _from_chars(tokenizer: Chars) -> dict[str, Any]:
     return _file(tokenizer, parts | {"model": model})
 
 
-MODELS = {
+MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind -> what writes its tokenizer.json
     "bpe": _from_bpe,
     "bytes": _from_bytes,
     "chars": _from_chars,
@@ -607,36 +593,19 @@ MODELS = {
 }
 
 
-def _with_low_ids(ordinary: dict[str, int], tokenizer: BPE) -> dict[str, int]:
-    """With the special tokens whose ids are not the last ones: `tokenizers` numbers all others after the model's."""
-    names = {**tokenizer.special_tokens, **tokenizer.added_tokens}
-    last = max(ordinary.values())
-    return dict(
-        sorted((ordinary | {name: i for name, i in names.items() if i < last}).items(), key=lambda item: item[1])
-    )
-
-
 def _file(tokenizer: Base, parts: dict[str, Any]) -> dict[str, Any]:
     tokens = [added_token(name, i, True) for name, i in tokenizer.special_tokens.items()]
     tokens += [added_token(name, i, False) for name, i in tokenizer.added_tokens.items()]
-    start = {"version": "1.0", "truncation": None, "padding": None}
-    return (
-        start
-        | {"added_tokens": sorted(tokens, key=lambda token: token["id"])}
-        | parts
-        | {"post_processor": _begin(tokenizer)}
-    )
-
-
-def _begin(tokenizer: Base) -> dict[str, Any] | None:
-    """The step that writes the begin token before a text."""
-    if not tokenizer.add_bos or tokenizer.bos_id is None:
-        return None
-    name = tokenizer.decode([tokenizer.bos_id])
-    bos = {"SpecialToken": {"id": name, "type_id": 0}}
-    one, two = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))
-    special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
-    return {"type": "TemplateProcessing", "single": [bos, one], "pair": [bos, one, two], "special_tokens": special}
+    after = None
+    if tokenizer.add_bos and tokenizer.bos_id is not None:  # a step that writes the begin token before a text
+        name = tokenizer.decode([tokenizer.bos_id])
+        bos = {"SpecialToken": {"id": name, "type_id": 0}}
+        one, two = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))
+        special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
+        after = {"type": "TemplateProcessing", "single": [bos, one], "pair": [bos, one, two], "special_tokens": special}
+    start: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
+    start |= {"added_tokens": sorted(tokens, key=lambda token: token["id"])}
+    return start | parts | {"post_processor": after}
 
 
 def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
@@ -644,7 +613,7 @@ def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":
-        split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(scheme)}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": SCHEMES[scheme].split}, "behavior": "Isolated", "invert": False}
         digits = {"type": "Digits", "individual_digits": True}
         smollm = scheme == "smollm"
         steps = [digits, level] if smollm else [split, level | {"use_regex": False}]

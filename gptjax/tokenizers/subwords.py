@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,27 +23,22 @@ import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse, string_list
-from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, token_bytes
+from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
+from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
 MAX_PIECE = 16  # bytes of a unigram piece
 CACHE_WORDS = 1 << 18
 LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
 
-# Letters, digits, the rest (each with the blank before it), white space. `#` stands alone: no word starts with `##`.
-_WORD = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")
-
 
 class _Pieces(Base):
     """Words to pieces through `_cut`, with the words seen before kept; ids back through the bytes of each piece."""
 
-    eot_id: int
-
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
         self.vocab_size = len(pieces) + 1
-        self.eot_id = len(pieces)
-        self.special_tokens = {END_OF_TEXT: self.eot_id}
+        self.special_tokens = {END_OF_TEXT: len(pieces)}
         self._bytes = list(pieces)
         self._longest = max(map(len, pieces))
         self._seen: dict[str, list[int]] = {}
@@ -55,7 +49,7 @@ class _Pieces(Base):
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         seen = self._seen
-        for word in _WORD.findall(text):
+        for word in SUBWORDS.findall(text):
             found = seen.get(word)
             if found is None:
                 if len(seen) >= CACHE_WORDS:
@@ -75,7 +69,9 @@ class WordPiece(_Pieces):
 
     def __init__(self, vocab: Sequence[str]) -> None:
         self.vocab = list(vocab)
-        super().__init__([_bytes_of(piece) for piece in self.vocab])
+        super().__init__(
+            [token_bytes(piece.removeprefix(INSIDE) if _is_inside(piece) else piece) for piece in self.vocab]
+        )
         self._first: dict[bytes, int] = {}
         self._inside: dict[bytes, int] = {}
         for i, piece in enumerate(self.vocab):
@@ -122,11 +118,15 @@ class Unigram(_Pieces):
     def from_data(cls, data: dict[str, Any]) -> Unigram:
         problems: list[str] = []
         pieces = string_list(data.get("pieces"), "pieces", problems)
-        scores = data.get("scores")
+        scores: Any = data.get("scores")
         problems += _foreign(pieces, "pieces") if pieces else []
         if not problems:
             problems += _lacking(pieces, list(alphabet()))
-        if not isinstance(scores, list) or len(scores) != len(pieces) or not all(map(_is_log_probability, scores)):
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(pieces)
+            or not all(type(score) in (int, float) and -1e6 < score <= 0 for score in scores)
+        ):
             problems.append(f"scores: expected {len(pieces)} finite numbers up to 0, one a piece")
         refuse("unigram", problems)
         return cls(pieces, scores)
@@ -157,7 +157,7 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
-    words = (_printable(word) for text in texts for word in _WORD.findall(text))
+    words = (printable(word.encode()) for text in texts for word in SUBWORDS.findall(text))
     return (_train_wordpiece if kind == "wordpiece" else _train_unigram)(words, vocab_size - 1)
 
 
@@ -193,19 +193,8 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     return Unigram(ranked, [scores[piece] for piece in ranked])
 
 
-def _printable(word: str) -> str:
-    return word.encode().decode("latin-1").translate(_TO_PRINTABLE)
-
-
-_TO_PRINTABLE = {byte: char for char, byte in alphabet().items()}
-
-
 def _is_inside(piece: str) -> bool:
     return piece.startswith(INSIDE) and len(piece) > len(INSIDE)
-
-
-def _bytes_of(piece: str) -> bytes:
-    return token_bytes(piece.removeprefix(INSIDE) if _is_inside(piece) else piece)
 
 
 def _foreign(pieces: list[str], what: str) -> list[str]:
@@ -217,7 +206,3 @@ def _foreign(pieces: list[str], what: str) -> list[str]:
 def _lacking(pieces: list[str], needed: list[str]) -> list[str]:
     lacking = sorted(set(needed) - set(pieces))
     return [f"{len(lacking)} of the single bytes are missing, first {lacking[0]!r}"] if lacking else []
-
-
-def _is_log_probability(score: Any) -> bool:
-    return type(score) in (int, float) and -1e6 < score <= 0

@@ -43,10 +43,13 @@ class Words(Base):
         self.words = list(words)
         self.special_tokens = {token: len(self.words) + i for i, token in enumerate(special)}
         self.vocab_size = len(self.words) + len(self.special_tokens)
-        self.eot_id = self._first("<|endoftext|>", "[EOS]")
         self.unk_id = self._first("<|unk|>", "[UNK]")
         self._ids = {word: i for i, word in enumerate(self.words)}
         self._texts = np.array([*self.words, *special], dtype=object)
+
+    @property
+    def eot_id(self) -> int | None:
+        return self._first("<|endoftext|>", "[EOS]")
 
     def _first(self, *names: str) -> int | None:
         return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)

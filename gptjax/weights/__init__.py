@@ -1,6 +1,7 @@
 """Parameters in and out of files."""
 
-from gptjax.weights.export import export_gguf, export_hf, export_stablehlo, stop_ids
+from gptjax.tokenizers import stop_ids
+from gptjax.weights.export import export_gguf, export_hf, export_stablehlo
 from gptjax.weights.load import Model, load, load_tokenizer, open_model, read_labels
 from gptjax.weights.native import fingerprint, save
 from gptjax.weights.peft import export_peft, load_peft

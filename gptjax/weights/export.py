@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.formats import gguf, safetensors
 from gptjax.model.gpt import forward, refuse_classifier
-from gptjax.tokenizers import Tokenizer
+from gptjax.tokenizers import Tokenizer, stop_ids
 from gptjax.types import Params
 from gptjax.weights import families, llama_cpp, native
 from gptjax.weights.load import CONFIG, LABELS
@@ -185,12 +185,6 @@ def export_stablehlo(
     native.save(folder, params, cfg, tokenizer)
     (folder / "forward.stablehlo").write_bytes(program)
     return folder
-
-
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Where a continuation of this tokenizer's model ends."""
-    ids = list(getattr(tokenizer, "eos_ids", ()))
-    return ids or ([tokenizer.eot_id] if tokenizer.eot_id is not None else [])
 
 
 def new_folder(folder: Path) -> None:

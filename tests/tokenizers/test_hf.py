@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, trainers
 from gptjax import tokenizers
 from gptjax.errors import UserError
 from gptjax.tokenizers import bpe, hf
+from gptjax.tokenizers.patterns import SCHEMES
 
 END, TURN = "<|endoftext|>", "<|im_end|>"
 HARD = [
@@ -601,7 +602,7 @@ def qwen_folder(folder, added_file: bool, **config):
 
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(hf.PATTERNS["qwen2"]), "isolated")
+    split = pre_tokenizers.Split(Regex(SCHEMES["qwen2"].split), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
