@@ -6,7 +6,7 @@
 
 The package `safetensors` is not used: it allows a header of 100 MB, and maps the file. Here every length and count is
 bounded before anything is allocated, and a file that is cut short meanwhile costs an error message, not the process.
-`tests/weights/test_safetensors.py` has each read what the other wrote.
+`tests/formats/test_safetensors.py` has each read what the other wrote.
 
 Source: the format's description in the safetensors repository.
 """

@@ -21,7 +21,7 @@ import numpy as np
 from gptjax import tree
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
-from gptjax.lora.leaf import LoraWeight, column_norms
+from gptjax.lora.weight import LoraWeight, column_norms
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
 from gptjax.ops.precision import exact

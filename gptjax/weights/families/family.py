@@ -50,6 +50,8 @@ class Family(NamedTuple):
     gguf: Gguf | None = None
     fills: frozenset[str] = frozenset()  # switches that may be off here although the family has them on
     ignored: tuple[str, ...] = ()  # endings of tensors without parameters
+    prefix: str = ""  # of all tensors' names, in `rules`; a folder without it is read too
+    placeholder: str = ""  # a token that the tokenizer may have as its last, without a row in the model
 
     @property
     def classifier(self) -> str:

@@ -15,6 +15,7 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
 from gptjax.weights.rules import one_more
 
+IMAGE = "<image_soft_token>"
 _LOCAL_BASE = 10_000.0
 
 
@@ -135,4 +136,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
+    placeholder=IMAGE,  # the text models are published with the tokenizer of those that see images
 )  # fmt: skip

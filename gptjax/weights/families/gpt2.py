@@ -70,6 +70,7 @@ def _rules(
     return rules
 
 
+_PREFIX = "transformer."
 _HF_NAMES = {
     "wte": "wte.weight", "wpe": "wpe.weight", "block": "h.{i}.", "ln_1": "ln_1.", "ln_2": "ln_2.", "ln_f": "ln_f.",
     "qkv": "attn.c_attn.", "attn/o": "attn.c_proj.", "mlp/up": "mlp.c_fc.", "mlp/down": "mlp.c_proj.",
@@ -105,8 +106,8 @@ FAMILY = Family(
         vocab_size=50_257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None, layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,
     ),
-    _to_config, _to_hf, _rules("transformer.", _HF_NAMES, same, _HEAD, ("weight", "bias", "weight")),
+    _to_config, _to_hf, _rules(_PREFIX, _HF_NAMES, same, _HEAD, ("weight", "bias", "weight")),
     Gguf("gpt2", dict(arch="gpt2"), _gguf_rules, norm="attention.layer_norm_epsilon"),
     fills=frozenset({"bias", "qkv_bias", "norm_bias", "norm_scale"}),
-    ignored=(".attn.bias", ".attn.masked_bias"),
+    ignored=(".attn.bias", ".attn.masked_bias"), prefix=_PREFIX,
 )  # fmt: skip

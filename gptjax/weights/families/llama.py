@@ -31,7 +31,7 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Biases of q and k would have to be interleaved too: `llama_cpp.family_of` refuses them."""
+    """Biases of q and k would have to be interleaved too: `gptjax.weights.gguf.family_of` refuses them."""
     heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": turned}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]
