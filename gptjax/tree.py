@@ -107,5 +107,5 @@ def join(first: Any, second: Any) -> Any:
 
 
 def size(tree: Any) -> int:
-    """How many numbers the tree holds."""
+    """How many elements the tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -10,6 +10,7 @@ The model, the losses, the optimizer and checkpoints hold no LoRA code: they see
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -213,7 +214,7 @@ def with_dropout(loss: Callable) -> Callable:
             if not isinstance(leaf, LoraWeight) or leaf.rate is None:
                 return leaf
             own = jax.random.fold_in(key, zlib.crc32(tree.path_string(path).encode()))
-            return leaf.replace(key=jax.random.split(own, leaf.scale.shape))
+            return dataclasses.replace(leaf, key=jax.random.split(own, leaf.scale.shape))
 
         return loss(jax.tree_util.tree_map_with_path(seed, params, is_leaf=_is_leaf), batch, key)
 

@@ -83,7 +83,9 @@ def refuse_bias(head: Params) -> None:
         raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
 
 
-def _class_values(cfg: ModelConfig, tokenizer: Tokenizer, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _class_values(
+    cfg: ModelConfig, tokenizer: Tokenizer | None, labels: dict[str, Any] | None
+) -> tuple[Tokenizer | None, dict[str, Any]]:
     """The tokenizer with a token that fills rows, and the attributes of a classifier.
 
     transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.

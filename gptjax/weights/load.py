@@ -30,7 +30,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights import families, gguf, native
 from gptjax.weights.native import check_vocabulary
-from gptjax.weights.rules import places_of, read, refuse
+from gptjax.weights.rules import Source, places_of, read, refuse
 
 CONFIG = "config.json"
 LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
@@ -45,9 +45,9 @@ class Model(NamedTuple):
     kind: str  # "gptjax", or the name of the family it was read as
     cfg: ModelConfig
     params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
-    read_tokenizer: Callable[[], Any]
+    read_tokenizer: Callable[[], Tokenizer]
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """Raises UserError if there is none, or it has ids that the model has no row for."""
         tokenizer = self.read_tokenizer()
         check_vocabulary(tokenizer, self.cfg, self.where)
@@ -75,7 +75,7 @@ def load(
     return model.params(dtype, shardings), model.cfg
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that came with the model `load` reads there.
 
     Raises:
@@ -93,7 +93,13 @@ def open_model(source: str | os.PathLike[str]) -> Model:
         raise UserError(f"{name:.200}: expected hf:org/name")
     path = _from_hub(name.removeprefix("hf:")) if name.startswith("hf:") else assets.model_file(source)
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf(path)
+        tensors, kind, cfg = gguf.open_file(path)
+        rules = gguf.ARCHITECTURES[kind].rules(cfg)
+        return Model(
+            str(path), kind, cfg,
+            lambda dtype, shardings: read(tensors, rules, cfg, str(path), dtype=dtype, shardings=shardings),
+            lambda: tokenizers.load(path),
+        )  # fmt: skip
     if (path / "hparams.json").is_file():
         return _openai(path)
     if path.is_dir() and not (path / CONFIG).is_file():
@@ -164,8 +170,11 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     """
     trained = native.load_adapter(folder)
     try:
-        model = open_model(base.source)
-        params = model.params("float32", _in_host_memory())
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # jax was told to have no CPU (JAX_PLATFORMS=cuda)
+        host = None
+    try:
+        params = open_model(base.source).params("float32", host)
     except UserError as error:
         raise UserError(
             f"{folder} holds an adapter for {base.source}, which cannot be read:\n{error}\n"
@@ -184,15 +193,7 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     )
 
 
-def _in_host_memory() -> jax.sharding.Sharding | None:
-    """The CPU's; None where jax was told to have no CPU (JAX_PLATFORMS=cuda)."""
-    try:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return None
-
-
-def _hugging_face(folder: Path, source: Any) -> Model:
+def _hugging_face(folder: Path, source: Source) -> Model:
     where = str(folder / CONFIG)
     family, cfg, said = families.from_hf(_json(folder / CONFIG), where)
     rules = [*family.rules, families.SCORE]
@@ -250,16 +251,6 @@ def _json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than a config has ({MAX_CONFIG_BYTES:,})")
     return safetensors.parse_json(path.read_bytes(), str(path), "config")
-
-
-def _gguf(path: Path) -> Model:
-    source, name, cfg = gguf.open_file(path)
-    rules = gguf.ARCHITECTURES[name].rules(cfg)
-    return Model(
-        str(path), name, cfg,
-        lambda dtype, shardings: read(source, rules, cfg, str(path), dtype=dtype, shardings=shardings),
-        lambda: tokenizers.load(path),
-    )  # fmt: skip
 
 
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:

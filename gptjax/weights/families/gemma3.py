@@ -13,7 +13,7 @@ from gptjax.config import ModelConfig
 from gptjax.weights.families import gguf, hf
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import one_more
+from gptjax.weights.rules import plus_one
 
 IMAGE = "<image_soft_token>"
 _LOCAL_BASE = 10_000.0
@@ -123,9 +123,9 @@ FAMILY = Family(
     _to_config, _to_hf,
     [
         *hf.ENDS, *hf.MATRICES, *hf.norms(
-            one_more, ln_1="input_layernorm", ln_1_post="post_attention_layernorm", ln_2="pre_feedforward_layernorm",
+            plus_one, ln_1="input_layernorm", ln_1_post="post_attention_layernorm", ln_2="pre_feedforward_layernorm",
             ln_2_post="post_feedforward_layernorm",
-        ), *hf.qk_norms(one_more),
+        ), *hf.qk_norms(plus_one),
     ],
     Gguf(
         "gemma3",
