@@ -411,23 +411,19 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _drop_unfinished(error)
+        failure: BaseException | None = error
+        with warnings.catch_warnings():  # free the coroutines that its frames hold: nobody waited for them
+            warnings.simplefilter("ignore")
+            while failure:
+                traceback.clear_frames(failure.__traceback__)
+                failure = failure.__cause__ or failure.__context__
+            gc.collect()
+        time.sleep(0.2)  # for the callbacks of other threads
         raise
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _drop_unfinished(error: BaseException | None) -> None:
-    """Free the coroutines that the frames of a failure hold, without a warning that nobody waited for them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        while error:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
-        gc.collect()
-    time.sleep(0.2)  # for the callbacks of other threads
 
 
 DISK_WORDS = (  # in the errors that Orbax raises for a full disk, such as ValueError

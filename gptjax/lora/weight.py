@@ -15,7 +15,7 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """w + scale * a @ b, never formed; with `m`, its columns rescaled to those lengths (DoRA).
+    """w + scale * a @ b, never formed; with `m`, its columns rescaled to these magnitudes (DoRA).
 
     w      [.., in, out]  any leaf that `ops.linear` knows, a quantised one too
     a      [.., in, R]    float32; of rows with adapters of their own [.., B, in, R]
@@ -23,7 +23,7 @@ class LoraWeight:
     scale  [..]           float32; [.., B]
     m      [.., 1, out]   or None
     key    [..]           of the dropout, or None: none
-    rate   [..]           of that dropout, of what goes into `a`; None: none
+    rate   [..]           of the dropout on the input of `a`; None: none
 
     Only a, b and m have gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
     """
@@ -82,7 +82,7 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:
-    """Lengths of the columns of w + scale a b, [.., 1, out], without forming it; a constant to gradients.
+    """Norms of the columns of w + scale a b, [.., 1, out], without forming it; a constant to gradients.
 
     |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b), column by column. That gradients stop
     here is DoRA's own choice (arXiv:2402.09353, 4.3).

@@ -21,7 +21,7 @@ import numpy as np
 
 from gptjax import assets, lora, tokenizers, tree
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, refuse
 from gptjax.files import use_json, user_path
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
@@ -30,7 +30,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights import families, gguf, native
 from gptjax.weights.native import check_vocabulary
-from gptjax.weights.rules import Source, places_of, read, refuse
+from gptjax.weights.rules import Source, places_of, read
 
 CONFIG = "config.json"
 LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt

@@ -26,15 +26,15 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig, ModelConfig
-from gptjax.errors import UserError
-from gptjax.files import read_json, write_json
+from gptjax.errors import UserError, refuse
+from gptjax.files import read_json, sha256, write_json
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
-from gptjax.weights import families, native
+from gptjax.weights import families
 from gptjax.weights.export import new_folder, refuse_bias
 from gptjax.weights.native import fingerprint
-from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, refuse, tensors_of
+from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HASHES = "gptjax_sha256.json"  # of both, which other tools do not read
@@ -122,7 +122,7 @@ def export_peft(
     try:
         safetensors.write_file(folder / WEIGHTS, out, np.dtype(np.float32))
         (folder / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        write_json(folder / HASHES, {name: native.sha256(folder / name) for name in (CONFIG, WEIGHTS)})
+        write_json(folder / HASHES, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)})
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
@@ -206,7 +206,7 @@ def _verify(folder: Path) -> None:
     if os.environ.get("GPTJAX_VERIFY") == "0" or not (folder / HASHES).is_file():
         return
     hashes = read_json(folder / HASHES)
-    if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != native.sha256(folder / name)]:
+    if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != sha256(folder / name)]:
         raise UserError(
             f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged, or written anew\n"
             f"  bring a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 loads it all the same"
@@ -263,17 +263,14 @@ def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
 
 
 def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """[L, ..] of all layers, or the one matrix that is in none."""
+    """The pairs of all layers stacked, [L, ..]; a matrix outside the layers (key None) as it is."""
     if None in layers:
         return layers[None]
     rank = max(pair["a"].shape[-1] for pair in layers.values())
-    shapes = {key: array.shape for key, array in next(iter(layers.values())).items()}
-    out = {
-        key: np.zeros((n_layer, *shape[: -1 if key == "a" else 0], *((rank,) if key == "a" else shape)), np.float32)
-        for key, shape in shapes.items()
-        if key != "b"
-    }
-    out["b"] = np.zeros((n_layer, rank, shapes["b"][1]), np.float32)
+    first = next(iter(layers.values()))
+    d_in, d_out = first["a"].shape[0], first["b"].shape[1]
+    shapes = {"a": (n_layer, d_in, rank), "b": (n_layer, rank, d_out), "m": (n_layer, 1, d_out)}
+    out = {key: np.zeros(shapes[key], np.float32) for key in first}
     for i, pair in layers.items():
         r = pair["a"].shape[-1]
         out["a"][i, :, :r], out["b"][i, :r] = pair["a"], pair["b"]

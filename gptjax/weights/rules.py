@@ -135,23 +135,23 @@ def read(
     Raises:
         UserError: missing, unknown or misshapen tensors, integers, and values that are not finite; all of them.
     """
-    found = source.shapes()
-    if cfg.n_layer > len(found) and any("{i}" in rule.theirs for rule in rules):
-        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(found)} tensors"])
+    shapes = source.shapes()
+    if cfg.n_layer > len(shapes) and any("{i}" in rule.theirs for rule in rules):
+        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(shapes)} tensors"])
     ours = tree.flatten(abstract_params(cfg))
     tensors = tensors_of(rules, ours, cfg.n_layer)
     blanks = blank_shapes(cfg)
     expected = {tensor.name: _their_shape(tensor, ours, blanks) for tensor in tensors}
-    problems = [f"{name} is missing, expected shape {list(expected[name])}" for name in expected.keys() - found.keys()]
+    problems = [f"{name} is missing, expected shape {list(expected[name])}" for name in expected.keys() - shapes.keys()]
     problems += [
-        f"{name} {list(found[name])} is unknown to this kind of model"
-        for name in found.keys() - expected.keys()
+        f"{name} {list(shapes[name])} is unknown to this kind of model"
+        for name in shapes.keys() - expected.keys()
         if not ignored(name)
     ]
     problems += [
-        f"{name} is {list(found[name])}, expected {list(expected[name])}"
-        for name in expected.keys() & found.keys()
-        if tuple(found[name]) != expected[name]
+        f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
+        for name in expected.keys() & shapes.keys()
+        if tuple(shapes[name]) != expected[name]
     ]
     refuse(where, problems)
     by_leaf: dict[str, list[tuple[Tensor, Rule]]] = {path: [] for path in ours}
@@ -165,7 +165,7 @@ def read(
         out = _aligned(leaf.shape, dtype)
         for tensor, rule in by_leaf[path]:
             ours_here = out if tensor.layer is None else out[tensor.layer]
-            for at, piece in _pieces(source, tensor.name, rule, found[tensor.name]):
+            for at, piece in _pieces(source, tensor.name, rule, shapes[tensor.name]):
                 if not is_float(piece):
                     broken.append(f"{tensor.name} holds {piece.dtype}, expected floating-point numbers")
                     break
@@ -196,11 +196,9 @@ def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
         return
     step = max(1, _PIECE // shape[1])
     for start in range(0, shape[0], step):
-        here = slice(start, min(start + step, shape[0]))
-        yield (
-            (here if rule.form is identity else (slice(None), here)),
-            rule.form.read(rows(name, here.start, here.stop)),
-        )
+        part = slice(start, min(start + step, shape[0]))
+        piece = rule.form.read(rows(name, part.start, part.stop))
+        yield (part if rule.form is identity else (slice(None), part)), piece
 
 
 def places_of(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, refuse
 from gptjax.weights.families import gemma3, gpt2, llama, mistral, olmo2, qwen2, qwen3
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
 from gptjax.weights.families.gpt2 import OPENAI_RULES
-from gptjax.weights.rules import Rule, refuse, transposed
+from gptjax.weights.rules import Rule, transposed
 
 __all__ = [
     "FAMILIES", "OPENAI_RULES", "SCORE", "Attributes", "Family", "Gguf", "class_names", "differences", "explained",
