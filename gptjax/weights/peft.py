@@ -94,19 +94,17 @@ def export_peft(
         inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # what peft's target_modules calls it
         patterns[inside_layer] = pair["a"].shape[0]
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
-    alphas = {name: lora.scale * rank**power for name, rank in patterns.items()}
-    rank, alpha = lora.rank, lora.scale * lora.rank**power
     body = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": _number(alpha),
+        "r": lora.rank,
+        "lora_alpha": _number(lora.scale * lora.rank**power),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.scaling == "alpha/sqrt(r)",
         "use_dora": lora.dora,
         "target_modules": sorted(patterns),
-        "rank_pattern": {name: r for name, r in patterns.items() if r != rank},
-        "alpha_pattern": {name: _number(alphas[name]) for name, r in patterns.items() if r != rank},
+        "rank_pattern": {name: r for name, r in patterns.items() if r != lora.rank},
+        "alpha_pattern": {name: _number(lora.scale * r**power) for name, r in patterns.items() if r != lora.rank},
         "fan_in_fan_out": any(rule.form is identity for module in modules for rule in module.rules),  # [in, out]
         "bias": "none",
         "inference_mode": True,
