@@ -99,7 +99,8 @@ def speculate(
         ngram, drawable, cache_dtype and jnp.dtype(cache_dtype).name,
     )  # fmt: skip
     params = for_decoding(params, cfg) if has_room(params) else params
-    draft = for_decoding(draft, draft_cfg) if draft is not None and has_room(draft) else draft
+    if draft is not None and draft_cfg is not None and has_room(draft):
+        draft = for_decoding(draft, draft_cfg)
     end, out, rounds, accepted = jax.device_get(
         _speculate(
             params, draft, tokens, jnp.array(lengths), stop_array(stop), jnp.int32(max_new_tokens),
