@@ -27,7 +27,9 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.research.shelf": "gptjax.research.architectures",
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
+    "gptjax.lora.leaf": "gptjax.lora.weight",
     "gptjax.weights.door": "gptjax.weights",
+    "gptjax.weights.llama_cpp": "gptjax.weights.gguf",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }

@@ -84,14 +84,19 @@ class Checkpoints:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+                for pattern in (".partial-*", ".trash-*"):  # what a killed process left
+                    for path in self.folder.glob(pattern):
+                        shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
             _wait("checkpoint begun")
             _orbax_save(partial / STATE, leaves)
             marks = fingerprints(leaves)
             if writes:
-                described = {"step": step, "meta": meta, "leaves": _describe(leaves, marks), "keys": impls}
-                _write_json(partial / META, described)
+                described = {
+                    name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "fingerprint": marks[name]}
+                    for name, leaf in leaves.items()
+                }
+                _write_json(partial / META, {"step": step, "meta": meta, "leaves": described, "keys": impls})
                 _write_json(partial / MANIFEST, _manifest(partial))
                 _sync_tree(partial)
                 if target.exists() or target.is_symlink():
@@ -99,7 +104,7 @@ class Checkpoints:
                 os.rename(partial, target)
                 sync(self.folder)
         except Exception as error:
-            if not _is_disk_trouble(error):
+            if not isinstance(error, OSError) and not any(word in str(error) for word in DISK_WORDS):
                 raise
             raise UserError(
                 f"cannot write checkpoint {target}: {_reason(error)}\n"
@@ -205,7 +210,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{type(error).__name__}: {error}") from error
 
-    def _read(self, step: int, stored: dict, wanted: dict, impls: dict, abstract_state: Any) -> Any:
+    def _read(
+        self, step: int, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str], abstract_state: Any
+    ) -> Any:
         """The arrays of a step as `abstract_state`. Raises Damaged, also where the meta of an older release does not
         name the step and the leaf of that name is another number."""
         try:
@@ -231,21 +238,12 @@ class Checkpoints:
                 shutil.rmtree(trash, ignore_errors=True)
                 os.rename(self.folder / str(step), trash)
                 shutil.rmtree(trash, ignore_errors=True)
-            elif self._is_whole(step):
-                kept += 1
-
-    def _is_whole(self, step: int) -> bool:
-        if step not in self._verified:
-            with contextlib.suppress(Damaged):
-                self._check(step)
-                self._verified.add(step)
-        return step in self._verified
-
-    def _sweep(self) -> None:
-        """Remove what a killed process left."""
-        for pattern in (".partial-*", ".trash-*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+                continue
+            if step not in self._verified:
+                with contextlib.suppress(Damaged):
+                    self._check(step)
+                    self._verified.add(step)
+            kept += step in self._verified
 
     def _set_aside(self, step: int) -> None:
         name, n = f"corrupt-{step}", 1
@@ -354,14 +352,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _describe(leaves: dict[str, Any], marks: dict[str, int]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "fingerprint": marks[name]}
-        for name, leaf in leaves.items()
-    }
-
-
-def _refuse_other_shapes(where: Path, stored: dict, wanted: dict[str, Any], impls: dict[str, str]) -> None:
+def _refuse_other_shapes(where: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
     """Orbax would cast a dtype silently: say what differs instead."""
 
     def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
@@ -420,7 +411,14 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _drop_unfinished(error)
+        failure: BaseException | None = error
+        with warnings.catch_warnings():  # free the coroutines that its frames hold: nobody waited for them
+            warnings.simplefilter("ignore")
+            while failure:
+                traceback.clear_frames(failure.__traceback__)
+                failure = failure.__cause__ or failure.__context__
+            gc.collect()
+        time.sleep(0.2)  # for the callbacks of other threads
         raise
     finally:
         sys.unraisablehook = hook
@@ -428,26 +426,10 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _drop_unfinished(error: BaseException | None) -> None:
-    """Free the coroutines that the frames of a failure hold, without a warning that nobody waited for them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        while error:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
-        gc.collect()
-    time.sleep(0.2)  # for the callbacks of other threads
-
-
-DISK_WORDS = (
+DISK_WORDS = (  # in the errors that Orbax raises for a full disk, such as ValueError
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
 )  # fmt: skip
-
-
-def _is_disk_trouble(error: BaseException) -> bool:
-    """Orbax raises ValueError for a full disk."""
-    return isinstance(error, OSError) or any(word in str(error) for word in DISK_WORDS)
 
 
 def _reason(error: BaseException) -> str:

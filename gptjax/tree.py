@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from gptjax.errors import UserError
+
+T = TypeVar("T")
 
 
 def path_string(path: tuple) -> str:
@@ -61,6 +63,11 @@ def matches(pattern: str, path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, part.strip()) for part in pattern.split("|"))
 
 
+def first_match(path: str, rules: Iterable[tuple[str, T]], default: T | None = None) -> T | None:
+    """The value of the first rule whose pattern matches; `default` where none does."""
+    return next((value for pattern, value in rules if matches(pattern, path)), default)
+
+
 def idle(pattern: str, paths: Iterable[str]) -> list[str]:
     """The parts of a pattern, between "|", that match none of the paths."""
     return [part.strip() for part in pattern.split("|") if not any(matches(part, path) for path in paths)]
@@ -75,7 +82,7 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
     missing = [path for path in flatten(tree) if not any(matches(pattern, path) for pattern, _ in rules)]
     if missing:
         raise UserError(f"no rule covers {', '.join(missing)}: add a pattern for each, or a last rule '*'")
-    return map_paths(lambda path, _: next(value for pattern, value in rules if matches(pattern, path)), tree)
+    return map_paths(lambda path, _: first_match(path, rules), tree)
 
 
 def split(tree: Any, pattern: str) -> tuple[Any, Any]:
@@ -100,5 +107,5 @@ def join(first: Any, second: Any) -> Any:
 
 
 def size(tree: Any) -> int:
-    """How many numbers the tree holds."""
+    """How many elements the tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

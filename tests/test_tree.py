@@ -35,6 +35,11 @@ def test_matches(pattern, path, yes):
     assert tree.matches(pattern, path) is yes
 
 
+def test_the_first_rule_that_matches_a_path():
+    rules = (("*/kernel", 1), ("blocks/*", 2))
+    assert [tree.first_match(path, rules, 0) for path in ("blocks/q/kernel", "blocks/ln", "wte")] == [1, 2, 0]
+
+
 def test_the_first_rule_that_matches_labels():
     labels = tree.label(TREE, (("*/kernel", "matrix"), ("blocks/*", "vector"), ("*", "rest")))
     assert tree.flatten(labels) == {

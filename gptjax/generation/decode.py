@@ -257,7 +257,7 @@ class _Run:
         self.settings = _Settings(
             cfg, sampler, width, room, n, top, drawable, cache_dtype and jnp.dtype(cache_dtype).name
         )
-        both = for_decoding(params, cfg) if _has_room(params) else params
+        both = for_decoding(params, cfg) if has_room(params) else params
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG or "blocks" not in both else stacked
         self.quick, self.key, self.patches = both, key, place(patches, cfg)
@@ -309,7 +309,7 @@ class _Run:
         return out
 
 
-def _has_room(params: Params) -> bool:
+def has_room(params: Params) -> bool:
     """Whether what `for_decoding` makes of them fits beside them."""
     if device.platform() != "gpu":
         return True

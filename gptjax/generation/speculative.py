@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.generation.decode import bucket, drawable_ids, read_prompts, right_padded, stop_array
+from gptjax.generation.decode import bucket, drawable_ids, has_room, read_prompts, right_padded, stop_array
 from gptjax.generation.sampling import Sampler, greedy, probabilities
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend, for_decoding, refuse_classifier
@@ -98,11 +98,13 @@ def speculate(
         cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + room, context), room, ahead,
         ngram, drawable, cache_dtype and jnp.dtype(cache_dtype).name,
     )  # fmt: skip
+    params = for_decoding(params, cfg) if has_room(params) else params
+    if draft is not None and draft_cfg is not None and has_room(draft):
+        draft = for_decoding(draft, draft_cfg)
     end, out, rounds, accepted = jax.device_get(
         _speculate(
-            for_decoding(params, cfg), draft if draft is None else for_decoding(draft, draft_cfg), tokens,
-            jnp.array(lengths), stop_array(stop), jnp.int32(max_new_tokens), jax.random.key(0) if key is None else key,
-            settings,
+            params, draft, tokens, jnp.array(lengths), stop_array(stop), jnp.int32(max_new_tokens),
+            jax.random.key(0) if key is None else key, settings,
         )
     )  # fmt: skip
     rows = []

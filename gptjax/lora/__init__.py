@@ -18,7 +18,7 @@ from gptjax.lora.adapter import (
     unsplit,
     with_dropout,
 )
-from gptjax.lora.leaf import LoraWeight
+from gptjax.lora.weight import LoraWeight
 
 __all__ = [
     "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "interpolate", "masked",

@@ -10,6 +10,7 @@ The model, the losses, the optimizer and checkpoints hold no LoRA code: they see
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from gptjax import tree
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
-from gptjax.lora.leaf import LoraWeight, column_norms
+from gptjax.lora.weight import LoraWeight, column_norms
 from gptjax.ops.dropout import off
 from gptjax.ops.linear import dense
 from gptjax.ops.precision import exact
@@ -75,7 +76,8 @@ def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
 
 
 def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
-    """A fresh adapter that changes nothing: a is U(+-1/sqrt(in)) as PEFT's, b zero, DoRA's m the columns' lengths.
+    """A fresh adapter that changes nothing: a is U(+-1/sqrt(in)) as PEFT's, b zero, DoRA's magnitudes m the norms of
+    the columns.
 
     Raises:
         UserError: as `targets`; or cfg.init starts from the weights, which is `split`.
@@ -84,11 +86,11 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
         raise UserError(f"lora.init={cfg.init} starts from the weights themselves: use lora.split(params, cfg)")
     adapter = {}
     for i, (path, leaf) in enumerate(targets(params, cfg).items()):
-        *lead, d_in, d_out = jax.eval_shape(dense, leaf).shape
-        bound = d_in**-0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (*lead, d_in, cfg.rank), jnp.float32, -bound, bound)
+        *leading_axes, d_in, d_out = jax.eval_shape(dense, leaf).shape
+        bound, shape = d_in**-0.5, (*leading_axes, d_in, cfg.rank)
+        a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
         a = a * _layers(path, leaf, cfg)[..., None, None]
-        adapter[path] = {"a": a, "b": jnp.zeros((*lead, cfg.rank, d_out))}
+        adapter[path] = {"a": a, "b": jnp.zeros((*leading_axes, cfg.rank, d_out))}
         if cfg.dora:
             adapter[path]["m"] = column_norms(_leaf(leaf, adapter[path], cfg, None))
     return _nest(adapter)
@@ -171,9 +173,9 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    lead = pair["a"].shape[:-2]
-    value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), lead)
-    rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), lead)
+    axes = pair["a"].shape[:-2]  # [L], [B] or [L, B]
+    value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
+    rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
 
 
@@ -213,7 +215,7 @@ def with_dropout(loss: Callable) -> Callable:
             if not isinstance(leaf, LoraWeight) or leaf.rate is None:
                 return leaf
             own = jax.random.fold_in(key, zlib.crc32(tree.path_string(path).encode()))
-            return leaf.replace(key=jax.random.split(own, leaf.scale.shape))
+            return dataclasses.replace(leaf, key=jax.random.split(own, leaf.scale.shape))
 
         return loss(jax.tree_util.tree_map_with_path(seed, params, is_leaf=_is_leaf), batch, key)
 
@@ -226,7 +228,7 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
     Attach it with `scales=` [B] where the adapters' scales differ.
 
     Raises:
-        UserError: DoRA's lengths, or adapters of embeddings.
+        UserError: DoRA's magnitudes, or adapters of embeddings.
     """
     for path, pair in (item for adapter in adapters for item in tree.by_parent(adapter).items()):
         if "m" in pair or path.endswith("/embedding"):
@@ -241,7 +243,7 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
     Attach it with the config of the parts. The same paths are not needed: what one lacks it does not change.
 
     Raises:
-        UserError: DoRA's lengths, which do not add.
+        UserError: DoRA's magnitudes, which do not add.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
     found: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
@@ -275,14 +277,13 @@ def negate(adapter: Adapter) -> Adapter:
 
 
 def masked(adapter: Adapter, rank: jax.Array | int) -> Adapter:
-    """The same shapes with all but the first `rank` (may be traced) at zero, on both sides: their gradients are zero
-    too, and they stay so. Adapters of several ranks fit into one vmapped program this way."""
-
-    def cut(pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same shapes with all but the first `rank` (may be traced) columns of a and rows of b at zero: their gradients
+    are zero too, and they stay so. Adapters of several ranks fit into one vmapped program this way."""
+    pairs = tree.by_parent(adapter)
+    for pair in pairs.values():
         on = jnp.arange(pair["a"].shape[-1]) < rank
-        return {**pair, "a": pair["a"] * on, "b": pair["b"] * on[:, None]}
-
-    return _nest({path: cut(pair) for path, pair in tree.by_parent(adapter).items()})
+        pair["a"], pair["b"] = pair["a"] * on, pair["b"] * on[:, None]
+    return _nest(pairs)
 
 
 def _nest(pairs: dict[str, dict[str, jax.Array]]) -> Adapter:

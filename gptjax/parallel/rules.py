@@ -57,7 +57,7 @@ def _rule(path: str) -> tuple | None:
     parent, _, name = path.rpartition("/")
     if name in SIDES and (whole := _rule(parent)) is not None and len(whole) == 2:
         return tuple(None if side is None else whole[side] for side in SIDES[name])
-    return next((spec for pattern, spec in RULES if tree.matches(pattern, path)), None)
+    return tree.first_match(path, RULES)
 
 
 def _is_counter(path: str) -> bool:

@@ -16,11 +16,12 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.formats import gguf, safetensors
+from gptjax.formats import safetensors
+from gptjax.formats.gguf import write as write_gguf
 from gptjax.model.gpt import forward, refuse_classifier
 from gptjax.tokenizers import Tokenizer, stop_ids
 from gptjax.types import Params
-from gptjax.weights import families, llama_cpp, native
+from gptjax.weights import families, gguf, native
 from gptjax.weights.load import CONFIG, LABELS
 from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import write
@@ -82,7 +83,9 @@ def refuse_bias(head: Params) -> None:
         raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
 
 
-def _class_values(cfg: ModelConfig, tokenizer: Tokenizer, labels: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _class_values(
+    cfg: ModelConfig, tokenizer: Tokenizer | None, labels: dict[str, Any] | None
+) -> tuple[Tokenizer | None, dict[str, Any]]:
     """The tokenizer with a token that fills rows, and the attributes of a classifier.
 
     transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.
@@ -127,25 +130,25 @@ def export_gguf(
     if path.exists():
         raise UserError(f"{path} exists already: name a new file")
     check_vocabulary(tokenizer, cfg)
-    name = llama_cpp.family_of(cfg)
+    name = gguf.family_of(cfg)
     if not stop_ids(tokenizer):
         raise UserError(
             f"a GGUF vocabulary has an end token, and llama.cpp takes id 11 where none is named; {tokenizer.name} has "
             "none: train with tokenizer.name=bpe or gpt2"
         )
     words = vocabulary.padded(vocabulary.to_metadata(tokenizer), cfg.vocab_size)
-    metadata = llama_cpp.to_metadata(cfg, name) | words
+    metadata = gguf.to_metadata(cfg, name) | words
     metadata["general.name"] = _name_for_llama_cpp(path.stem, metadata["tokenizer.ggml.tokens"])
     block = 32 if type == "Q8_0" else 1
     tensors = [
         (t.name, t.shape, type if len(t.shape) > 1 and t.shape[-1] % block == 0 else "F32", t.array)
-        for t in write(params, llama_cpp.rules(cfg, name), cfg)
+        for t in write(params, gguf.ARCHITECTURES[name].rules(cfg), cfg)
     ]
     if cfg.rope_scaling == "llama3":
-        factors = llama_cpp.rope_factors(cfg)
+        factors = gguf.rope_factors(cfg)
         tensors.append(("rope_freqs.weight", factors.shape, "F32", lambda: factors))
     path.parent.mkdir(parents=True, exist_ok=True)
-    gguf.write(path, metadata, tensors)
+    write_gguf(path, metadata, tensors)
     return path
 
 

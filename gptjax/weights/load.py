@@ -21,19 +21,18 @@ import numpy as np
 
 from gptjax import assets, lora, tokenizers, tree
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, refuse
 from gptjax.files import use_json, user_path
-from gptjax.formats import gguf, safetensors
+from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
-from gptjax.weights import families, llama_cpp, native
+from gptjax.weights import families, gguf, native
 from gptjax.weights.native import check_vocabulary
-from gptjax.weights.rules import places_of, read, refuse
+from gptjax.weights.rules import Source, places_of, read
 
 CONFIG = "config.json"
-IMAGE = "<image_soft_token>"
 LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -46,9 +45,9 @@ class Model(NamedTuple):
     kind: str  # "gptjax", or the name of the family it was read as
     cfg: ModelConfig
     params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
-    read_tokenizer: Callable[[], Any]
+    read_tokenizer: Callable[[], Tokenizer]
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """Raises UserError if there is none, or it has ids that the model has no row for."""
         tokenizer = self.read_tokenizer()
         check_vocabulary(tokenizer, self.cfg, self.where)
@@ -76,7 +75,7 @@ def load(
     return model.params(dtype, shardings), model.cfg
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that came with the model `load` reads there.
 
     Raises:
@@ -94,7 +93,13 @@ def open_model(source: str | os.PathLike[str]) -> Model:
         raise UserError(f"{name:.200}: expected hf:org/name")
     path = _from_hub(name.removeprefix("hf:")) if name.startswith("hf:") else assets.model_file(source)
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf(path)
+        tensors, kind, cfg = gguf.open_file(path)
+        rules = gguf.ARCHITECTURES[kind].rules(cfg)
+        return Model(
+            str(path), kind, cfg,
+            lambda dtype, shardings: read(tensors, rules, cfg, str(path), dtype=dtype, shardings=shardings),
+            lambda: tokenizers.load(path),
+        )  # fmt: skip
     if (path / "hparams.json").is_file():
         return _openai(path)
     if path.is_dir() and not (path / CONFIG).is_file():
@@ -165,8 +170,11 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     """
     trained = native.load_adapter(folder)
     try:
-        model = open_model(base.source)
-        params = model.params("float32", _in_host_memory())
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # jax was told to have no CPU (JAX_PLATFORMS=cuda)
+        host = None
+    try:
+        params = open_model(base.source).params("float32", host)
     except UserError as error:
         raise UserError(
             f"{folder} holds an adapter for {base.source}, which cannot be read:\n{error}\n"
@@ -185,20 +193,12 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     )
 
 
-def _in_host_memory() -> jax.sharding.Sharding | None:
-    """The CPU's; None where jax was told to have no CPU (JAX_PLATFORMS=cuda)."""
-    try:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return None
-
-
-def _hugging_face(folder: Path, source: Any) -> Model:
+def _hugging_face(folder: Path, source: Source) -> Model:
     where = str(folder / CONFIG)
     family, cfg, said = families.from_hf(_json(folder / CONFIG), where)
     rules = [*family.rules, families.SCORE]
-    if family.name == "gpt2" and not any(name.startswith("transformer.") for name in source.shapes()):
-        rules = [rule._replace(theirs=rule.theirs.removeprefix("transformer.")) for rule in rules]
+    if not any(name.startswith(family.prefix) for name in source.shapes()):
+        rules = [rule._replace(theirs=rule.theirs.removeprefix(family.prefix)) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
     if tied & set(source.shapes()):  # a head of its own, whatever the flag says: transformers 5 keeps it too
         table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
@@ -212,15 +212,16 @@ def _hugging_face(folder: Path, source: Any) -> Model:
                 ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
             )  # fmt: skip
 
-    return Model(str(folder), family.name, cfg, params, lambda: _fitting(tokenizers.load(folder), cfg))
+    return Model(str(folder), family.name, cfg, params, lambda: _tokenizer_of(folder, family, cfg))
 
 
-def _fitting(tokenizer: Tokenizer, cfg: ModelConfig) -> Any:
-    """Without the placeholder of images, where the model has rows for all tokens before it and none for it: the text
-    models of Gemma 3 and their tokenizer are published so. Its text is plain text then."""
+def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> Tokenizer:
+    """Without the family's placeholder, where the model has rows for all tokens before it and none for it. Its text is
+    plain text then."""
     from gptjax.tokenizers.hf import HF, without_last
 
-    last = {**tokenizer.special_tokens, **tokenizer.added_tokens}.get(IMAGE)
+    tokenizer = tokenizers.load(folder)
+    last = {**tokenizer.special_tokens, **tokenizer.added_tokens}.get(family.placeholder)
     if isinstance(tokenizer, HF) and last == cfg.vocab_size == tokenizer.vocab_size - 1:
         return without_last(tokenizer)
     return tokenizer
@@ -250,45 +251,6 @@ def _json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than a config has ({MAX_CONFIG_BYTES:,})")
     return safetensors.parse_json(path.read_bytes(), str(path), "config")
-
-
-@dataclasses.dataclass(frozen=True)
-class _GGUFSource:
-    file: gguf.File
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.file.tensors.items() if name != "rope_freqs.weight"}
-
-    def array(self, name: str) -> np.ndarray:
-        return self.file.array(name)
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        tensor = self.file.tensors[name]
-        row = tensor.size_bytes // tensor.shape[0]
-        part = dataclasses.replace(
-            tensor, shape=(stop - start, tensor.shape[1]), offset=tensor.offset + start * row,
-            size_bytes=row * (stop - start),
-        )  # fmt: skip
-        return gguf.File(self.file.path, {}, {name: part}).array(name)
-
-
-def _gguf(path: Path) -> Model:
-    file = gguf.read(path)
-    source = _GGUFSource(file)
-    parts = file.metadata.get("split.count", 1)
-    if not isinstance(parts, int) or parts != 1:
-        raise UserError(f"{path} is one of {parts!r:.60} parts: join them with llama.cpp's gguf-split")
-    cfg = llama_cpp.from_metadata(file.metadata, source.shapes(), str(path))
-    if "rope_freqs.weight" in file.tensors:
-        cfg = llama_cpp.with_rope_factors(cfg, file.array("rope_freqs.weight"), str(path))
-    name = file.metadata["general.architecture"]
-    return Model(
-        str(path), name, cfg,
-        lambda dtype, shardings: read(
-            source, llama_cpp.rules(cfg, name), cfg, str(path), dtype=dtype, shardings=shardings
-        ),
-        lambda: tokenizers.load(path),
-    )  # fmt: skip
 
 
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -75,40 +75,36 @@ def save(
     leaves = tree.flatten_nodes(params)
     if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
         raise UserError(f"leaves of {', '.join(sorted(other))} cannot be saved: gptjax.dequantize(params) first")
-    partial = folder.with_name(f".{folder.name}.partial")
+    new = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        out = [Out(name, leaf.shape, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in leaves.items()]
-        safetensors.save(partial, out, np.result_type(*(leaf.dtype for leaf in leaves.values())), shard_bytes=math.inf)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        out = [Out(name, leaf.shape, partial(np.asarray, leaf)) for name, leaf in leaves.items()]
         weights = WEIGHTS if base is None else ADAPTER
-        os.replace(partial / safetensors.WEIGHTS, partial / weights)
+        dtype = np.result_type(*(leaf.dtype for leaf in leaves.values()))
+        safetensors.write_file(new / weights, out, dtype)
         if tokenizer is not None:
-            tokenizer.save(partial / "tokenizer.json")
+            tokenizer.save(new / "tokenizer.json")
         for name, text in files.items():
-            (partial / name).write_text(text, encoding="utf-8")
+            (new / name).write_text(text, encoding="utf-8")
         if add is not None:
-            add(partial)
-        written = sorted(path for path in partial.rglob("*") if path.is_file())
-        hashes = {path.relative_to(partial).as_posix(): sha256(path) for path in written}
+            add(new)
+        written = sorted(path for path in new.rglob("*") if path.is_file())
+        hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
         if twin not in (None, folder):  # best/ is no twin of itself: its old weights need not be read
-            _share(partial / weights, hashes[weights], twin / weights)
+            _share(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
-            "format": FORMAT,
-            "version": VERSION,
-            "files": hashes,
-            "model_sha256": json_sha256(model),
-            "model": model,
-        }
+            "format": FORMAT, "version": VERSION, "files": hashes, "model_sha256": json_sha256(model), "model": model,
+        }  # fmt: skip
         if base is not None:
             body |= {"base": dict(base), "base_sha256": _base_sha256(base)}
-        (partial / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        for path in (*written, partial / MODEL):
+        (new / MODEL).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        for path in (*written, new / MODEL):
             sync(path)
-        replace_folder(partial, folder)
+        replace_folder(new, folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
     return folder
 
@@ -136,9 +132,9 @@ def _share(file: Path, digest: str, twin: Path) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises UserError if something stands at `folder` that is not wholly a model which `save` wrote."""
-    if not folder.name or not (folder.exists() or folder.is_symlink()):
-        if not folder.name:
-            raise UserError(f"cannot save a model as {str(folder)!r}: name a new folder")
+    if not folder.name:
+        raise UserError(f"cannot save a model as {str(folder)!r}: name a new folder")
+    if not (folder.exists() or folder.is_symlink()):
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name a new folder for the model")
@@ -254,7 +250,7 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def fingerprint(params: Params) -> str:
-    """A hash of every leaf's name, shape and 1,024 of its numbers, rounded to bfloat16: the same however it is kept."""
+    """A hash of every leaf's name, shape and 1,024 of its elements in bfloat16: the same however it is stored."""
     digest = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
         sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]

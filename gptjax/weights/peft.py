@@ -15,9 +15,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,15 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.config import LoraConfig, ModelConfig
-from gptjax.errors import UserError
-from gptjax.files import read_json, write_json
+from gptjax.errors import UserError, refuse
+from gptjax.files import read_json, sha256, write_json
 from gptjax.formats import safetensors
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
-from gptjax.weights import families, native
+from gptjax.weights import families
 from gptjax.weights.export import new_folder, refuse_bias
 from gptjax.weights.native import fingerprint
-from gptjax.weights.rules import Out, Rule, is_float, refuse
+from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HASHES = "gptjax_sha256.json"  # of both, which other tools do not read
@@ -47,14 +48,7 @@ _NEUTRAL = {
     "layers_pattern", "layers_to_transform", "ensure_weight_tying", "peft_type", "fan_in_fan_out", _BASE,
 }  # fmt: skip
 _Pair = dict[str, np.ndarray]
-
-
-class _Module(NamedTuple):
-    """One matrix of theirs in one layer, and the rules of ours that share it."""
-
-    name: str
-    layer: int | None
-    rules: tuple[Rule, ...]
+T = TypeVar("T")
 
 
 def export_peft(
@@ -87,10 +81,11 @@ def export_peft(
             "export lora.unsplit(adapter, start), with init=lora and twice the rank's alpha"
         )
     pairs = tree.by_parent(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapter))
-    modules = list(_modules(cfg))
+    modules = _modules(cfg)
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
-    tensors, patterns = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    patterns: dict[str, int] = {}  # rank of each module
     for module in modules:
         if not any(rule.ours in pairs for rule in module.rules):
             continue
@@ -99,20 +94,18 @@ def export_peft(
         inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # what peft's target_modules calls it
         patterns[inside_layer] = pair["a"].shape[0]
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
-    alphas = {name: lora.scale * rank**power for name, rank in patterns.items()}
-    rank, alpha = lora.rank, lora.scale * lora.rank**power
     body = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": _number(alpha),
+        "r": lora.rank,
+        "lora_alpha": _number(lora.scale * lora.rank**power),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.scaling == "alpha/sqrt(r)",
         "use_dora": lora.dora,
         "target_modules": sorted(patterns),
-        "rank_pattern": {name: r for name, r in patterns.items() if r != rank},
-        "alpha_pattern": {name: _number(alphas[name]) for name, r in patterns.items() if r != rank},
-        "fan_in_fan_out": families.family_of(cfg).name == "gpt2",
+        "rank_pattern": {name: r for name, r in patterns.items() if r != lora.rank},
+        "alpha_pattern": {name: _number(lora.scale * r**power) for name, r in patterns.items() if r != lora.rank},
+        "fan_in_fan_out": any(rule.form is identity for module in modules for rule in module.rules),  # [in, out]
         "bias": "none",
         "inference_mode": True,
     }
@@ -123,11 +116,11 @@ def export_peft(
         body[_BASE] = base if isinstance(base, str) else fingerprint(base)
     folder = Path(folder)
     new_folder(folder)
-    out = [Out(name, array.shape, lambda array=array: array) for name, array in tensors.items()]
+    out = [Out(name, array.shape, partial(np.asarray, array)) for name, array in tensors.items()]
     try:
         safetensors.write_file(folder / WEIGHTS, out, np.dtype(np.float32))
         (folder / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        write_json(folder / HASHES, {name: native.sha256(folder / name) for name in (CONFIG, WEIGHTS)})
+        write_json(folder / HASHES, {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)})
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
@@ -211,7 +204,7 @@ def _verify(folder: Path) -> None:
     if os.environ.get("GPTJAX_VERIFY") == "0" or not (folder / HASHES).is_file():
         return
     hashes = read_json(folder / HASHES)
-    if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != native.sha256(folder / name)]:
+    if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != sha256(folder / name)]:
         raise UserError(
             f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged, or written anew\n"
             f"  bring a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 loads it all the same"
@@ -221,23 +214,20 @@ def _verify(folder: Path) -> None:
 # ---------------------------------------------------------------- their modules
 
 
-def _modules(cfg: ModelConfig) -> Iterator[_Module]:
-    """Every matrix of the family that holds this model."""
-    shared: dict[str, list[Rule]] = {}
-    for rule in families.family_of(cfg).rules:
-        if rule.ours.endswith("/kernel"):
-            shared.setdefault(rule.theirs.removesuffix(".weight"), []).append(rule)
-    for name, rules in shared.items():
-        for i in range(cfg.n_layer) if "{i}" in name else (None,):
-            yield _Module(name.format(i=i), i, tuple(rules))
+def _modules(cfg: ModelConfig) -> list[Tensor]:
+    """Every matrix of the family that holds this model, by the name of its module."""
+    kernels = [
+        rule._replace(theirs=rule.theirs.removesuffix(".weight"))
+        for rule in families.family_of(cfg).rules
+        if rule.ours.endswith("/kernel")
+    ]
+    return tensors_of(kernels, [rule.ours for rule in kernels], cfg.n_layer)
 
 
-def _joined(module: _Module, pairs: dict[str, _Pair]) -> _Pair:
+def _joined(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
     """a [R, in], b [out, R], m [out] of one matrix, from the pairs of its parts."""
-    own = [
-        {key: array if module.layer is None else array[module.layer] for key, array in pairs[rule.ours].items()}
-        if rule.ours in pairs
-        else None
+    own: list[_Pair] = [  # {}: the adapter has none
+        {key: array if module.layer is None else array[module.layer] for key, array in pairs.get(rule.ours, {}).items()}
         for rule in module.rules
     ]
     first = next(pair for pair in own if pair)
@@ -261,7 +251,7 @@ def _joined(module: _Module, pairs: dict[str, _Pair]) -> _Pair:
     return joined
 
 
-def _split(module: _Module, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
+def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
     """The pairs of ours that one matrix of theirs holds."""
     width = pair["b"].shape[0] // len(module.rules)
     for k, rule in enumerate(module.rules):
@@ -271,17 +261,14 @@ def _split(module: _Module, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
 
 
 def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """[L, ..] of all layers, or the one matrix that is in none."""
+    """The pairs of all layers stacked, [L, ..]; a matrix outside the layers (key None) as it is."""
     if None in layers:
         return layers[None]
     rank = max(pair["a"].shape[-1] for pair in layers.values())
-    shapes = {key: array.shape for key, array in next(iter(layers.values())).items()}
-    out = {
-        key: np.zeros((n_layer, *shape[: -1 if key == "a" else 0], *((rank,) if key == "a" else shape)), np.float32)
-        for key, shape in shapes.items()
-        if key != "b"
-    }
-    out["b"] = np.zeros((n_layer, rank, shapes["b"][1]), np.float32)
+    first = next(iter(layers.values()))
+    d_in, d_out = first["a"].shape[0], first["b"].shape[1]
+    shapes = {"a": (n_layer, d_in, rank), "b": (n_layer, rank, d_out), "m": (n_layer, 1, d_out)}
+    out = {key: np.zeros(shapes[key], np.float32) for key in first}
     for i, pair in layers.items():
         r = pair["a"].shape[-1]
         out["a"][i, :, :r], out["b"][i, :r] = pair["a"], pair["b"]
@@ -293,7 +280,7 @@ def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
 # ---------------------------------------------------------------- their files
 
 
-def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
+def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
     """The config, and rank and alpha of a module by its name."""
     a = families.Attributes(body, neutral=_NEUTRAL)
     if body.get("peft_type") != "LORA":
@@ -323,17 +310,18 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Any, Any]:
                 )
     a.end(where)
 
-    def pattern(table: dict[str, Any], default: Any) -> Any:
+    def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
         """The value of the first pattern that matches a module's name, or its end from some dot on, as in peft."""
 
-        def value(module: str) -> Any:
+        def value(module: str) -> T:
             ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
             return next((v for key, v in table.items() if any(re.fullmatch(key, end) for end in ends)), default)
 
         return value
 
-    scaling = "alpha/sqrt(r)" if rslora else "alpha/r"
-    lora = LoraConfig(rank=rank, alpha=alpha, scaling=scaling, dora=dora, dropout=dropout)
+    lora = LoraConfig(
+        rank=rank, alpha=alpha, scaling="alpha/sqrt(r)" if rslora else "alpha/r", dora=dora, dropout=dropout
+    )
     return lora, pattern(ranks, rank), pattern(alphas, alpha)
 
 
@@ -347,7 +335,7 @@ def _is_simple(pattern: str) -> bool:
     return len(pattern) <= 200 and len(re.findall(r"[*+{]", plain)) <= 4 and not re.search(r"\)[*+?{]", plain)
 
 
-def _read(file: Any, modules: dict[str, _Module], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
+def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
     """{module: {"a" [R, in], "b" [out, R], "m" [out]}} and what is wrong with the names and shapes."""
     parts: dict[str, _Pair] = {}
     problems: list[str] = []

@@ -1,15 +1,16 @@
 """Tensor by tensor between a foreign file and the parameter tree, by a table of rules, both ways.
 
-    Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", turned)
+    Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transposed)
 
-says that layer i of our stacked [L, in, out] kernel is that tensor, [out, in], turned. Nothing is guessed: a tensor
+says that layer i of our stacked [L, in, out] kernel is that tensor, [out, in], transposed. Nothing is guessed: a tensor
 that no rule names, one that a rule names and the file lacks, and one of another shape are refused, all at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -23,7 +24,7 @@ from gptjax.formats.tensors import Out, Shape
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
 
-_PIECE = 1 << 22  # numbers of a matrix that are read at once
+_PIECE = 1 << 22  # elements of a matrix that are read at once
 
 
 class Source(Protocol):
@@ -41,20 +42,20 @@ class Form(NamedTuple):
     shape: Callable[[Shape], Shape]
 
 
-same = Form(lambda a: a, lambda a: a, lambda shape: shape)
-turned = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
+identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
+transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
 # a norm's scale is stored as scale - 1; added in float32, as a bfloat16 sum would lose its last bits
-one_more = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-boxed = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
+plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
+squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
 
 
 def interleaved(n_head: int) -> Form:
     """Rows of a [out, in] matrix in pairs (0, H/2), (1, H/2 + 1), ..: llama.cpp's order for Llama's q and k."""
 
-    def read(a):
+    def read(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
 
-    def write(a):
+    def write(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.T.reshape(n_head, 2, -1, a.shape[0]), 1, 2).reshape(a.T.shape)
 
     return Form(read, write, lambda shape: shape[::-1])
@@ -65,12 +66,12 @@ class Rule(NamedTuple):
 
     ours: str
     theirs: str
-    form: Form = same
+    form: Form = identity
     part: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal parts of theirs, along the last axis
     fill: float | None = None  # written where our model has no such leaf; None: then the rule does not count
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """One tensor of theirs with the rules that share it, in the order of their parts."""
 
     name: str
@@ -78,19 +79,20 @@ class _Tensor(NamedTuple):
     rules: tuple[Rule, ...]
 
 
-def _tensors(rules: Sequence[Rule], ours: dict[str, Any], n_layer: int) -> list[_Tensor]:
-    found: dict[str, _Tensor] = {}
+def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
+    """Every tensor that the rules name for a model with these leaves."""
+    tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:
             continue
         for i in range(n_layer) if "{i}" in rule.theirs else (None,):
             name = rule.theirs.format(i=i)
-            before = found[name].rules if name in found else ()
-            found[name] = _Tensor(name, i, (*before, rule))
-    return list(found.values())
+            before = tensors[name].rules if name in tensors else ()
+            tensors[name] = Tensor(name, i, (*before, rule))
+    return list(tensors.values())
 
 
-def _their_shape(tensor: _Tensor, ours: dict[str, Any], blanks: dict[str, Shape]) -> Shape:
+def _their_shape(tensor: Tensor, ours: Mapping[str, Any], blanks: dict[str, Shape]) -> Shape:
     shapes = []
     for rule in tensor.rules:
         shape = ours[rule.ours].shape[tensor.layer is not None :] if rule.ours in ours else blanks[rule.ours]
@@ -103,7 +105,7 @@ def blank_shapes(cfg: ModelConfig) -> dict[str, Shape]:
     """The shapes, without the layers, of vectors that a model may lack."""
     D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
     wide = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
-    shapes = {f"blocks/attn/{name}/bias": (size,) for name, size in wide.items()}
+    shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in wide.items()}
     shapes |= {"blocks/mlp/up/bias": (F,), "blocks/mlp/gate/bias": (F,), "blocks/mlp/down/bias": (D,)}
     norms = ("blocks/ln_1", "blocks/ln_2", "blocks/ln_1_post", "blocks/ln_2_post", "ln_f")
     return shapes | {f"{norm}/{leaf}": (D,) for norm in norms for leaf in ("scale", "bias")}
@@ -131,15 +133,28 @@ def read(
         ignored: names that hold no parameters (masks, tables that the code computes).
 
     Raises:
-        UserError: missing, unknown or misshapen tensors, integers, and numbers that are not finite; all of them.
+        UserError: missing, unknown or misshapen tensors, integers, and values that are not finite; all of them.
     """
-    found = source.shapes()
-    if cfg.n_layer > len(found) and any("{i}" in rule.theirs for rule in rules):
-        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(found)} tensors"])
+    shapes = source.shapes()
+    if cfg.n_layer > len(shapes) and any("{i}" in rule.theirs for rule in rules):
+        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(shapes)} tensors"])
     ours = tree.flatten(abstract_params(cfg))
-    tensors = _tensors(rules, ours, cfg.n_layer)
-    refuse(where, list(_mismatches(found, tensors, ours, cfg, ignored)))
-    by_leaf: dict[str, list[tuple[_Tensor, Rule]]] = {path: [] for path in ours}
+    tensors = tensors_of(rules, ours, cfg.n_layer)
+    blanks = blank_shapes(cfg)
+    expected = {tensor.name: _their_shape(tensor, ours, blanks) for tensor in tensors}
+    problems = [f"{name} is missing, expected shape {list(expected[name])}" for name in expected.keys() - shapes.keys()]
+    problems += [
+        f"{name} {list(shapes[name])} is unknown to this kind of model"
+        for name in shapes.keys() - expected.keys()
+        if not ignored(name)
+    ]
+    problems += [
+        f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
+        for name in expected.keys() & shapes.keys()
+        if tuple(shapes[name]) != expected[name]
+    ]
+    refuse(where, problems)
+    by_leaf: dict[str, list[tuple[Tensor, Rule]]] = {path: [] for path in ours}
     for tensor in tensors:
         for rule in tensor.rules:
             if rule.ours in by_leaf:
@@ -150,7 +165,7 @@ def read(
         out = _aligned(leaf.shape, dtype)
         for tensor, rule in by_leaf[path]:
             ours_here = out if tensor.layer is None else out[tensor.layer]
-            for at, piece in _pieces(source, tensor.name, rule, found[tensor.name]):
+            for at, piece in _pieces(source, tensor.name, rule, shapes[tensor.name]):
                 if not is_float(piece):
                     broken.append(f"{tensor.name} holds {piece.dtype}, expected floating-point numbers")
                     break
@@ -164,14 +179,14 @@ def read(
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Weights are: integers would be read as numbers in the millions, or belong to a quantised format."""
+    """Whether it can be a weight: integers would be read as values in the millions, or belong to a quantised format."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
     """Where in our array, and what; a large matrix (an embedding) comes a few rows at a time."""
     rows = getattr(source, "rows", None)
-    if rule.part or rule.form not in (same, turned) or len(shape) != 2 or rows is None:
+    if rule.part or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
         array = rule.form.read(source.array(name))
         if rule.part:
             k, n = rule.part
@@ -181,24 +196,12 @@ def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
         return
     step = max(1, _PIECE // shape[1])
     for start in range(0, shape[0], step):
-        here = slice(start, min(start + step, shape[0]))
-        yield (here if rule.form is same else (slice(None), here)), rule.form.read(rows(name, here.start, here.stop))
+        part = slice(start, min(start + step, shape[0]))
+        piece = rule.form.read(rows(name, part.start, part.stop))
+        yield (part if rule.form is identity else (slice(None), part)), piece
 
 
-def _mismatches(found: dict[str, Shape], tensors, ours, cfg, ignored) -> Iterator[str]:
-    blanks = blank_shapes(cfg)
-    expected = {tensor.name: _their_shape(tensor, ours, blanks) for tensor in tensors}
-    for name in expected.keys() - found.keys():
-        yield f"{name} is missing, expected shape {list(expected[name])}"
-    for name in found.keys() - expected.keys():
-        if not ignored(name):
-            yield f"{name} {list(found[name])} is unknown to this kind of model"
-    for name in expected.keys() & found.keys():
-        if tuple(found[name]) != expected[name]:
-            yield f"{name} is {list(found[name])}, expected {list(expected[name])}"
-
-
-def places_of(shardings: Any, ours: dict[str, Any]) -> dict[str, Any]:
+def places_of(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)
@@ -219,18 +222,12 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
 def write(params: Params, rules: Sequence[Rule], cfg: ModelConfig) -> Iterable[Out]:
     """The tensors of `params` as the rules name and shape them."""
     ours, blanks = tree.flatten(params), blank_shapes(cfg)
-    covered = {rule.ours for rule in rules}
-    lost = sorted(path for path in ours if path not in covered)
-    refuse("this format has no place for", lost)
-    for tensor in _tensors(rules, ours, cfg.n_layer):
-        yield Out(
-            tensor.name,
-            _their_shape(tensor, ours, blanks),
-            lambda tensor=tensor: _their_array(tensor, ours, blanks),
-        )
+    refuse("this format has no place for", sorted(ours.keys() - {rule.ours for rule in rules}))
+    for tensor in tensors_of(rules, ours, cfg.n_layer):
+        yield Out(tensor.name, _their_shape(tensor, ours, blanks), partial(_their_array, tensor, ours, blanks))
 
 
-def _their_array(tensor: _Tensor, ours: dict[str, Any], blanks: dict[str, Shape]) -> np.ndarray:
+def _their_array(tensor: Tensor, ours: Mapping[str, Any], blanks: dict[str, Shape]) -> np.ndarray:
     parts = []
     for rule in tensor.rules:
         if rule.ours in ours:

@@ -1,6 +1,7 @@
 """The draft may guess well or badly: the tokens are the large model's own."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from gptjax import forward
 from gptjax.errors import UserError
-from gptjax.generation import chain, draw, generate, greedy, repetition_penalty, speculate, temperature, top_k
+from gptjax.generation import chain, decode, draw, generate, greedy, repetition_penalty, speculate, temperature, top_k
+from gptjax.generation import speculative as module
 from gptjax.generation.sampling import probabilities
 from gptjax.generation.speculative import repeated
 
@@ -36,6 +38,14 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
     assert out.tokens == expected
     if noise == 0:  # all proposals stand: five tokens a round after the first token
         assert out.rounds == 4 and out.accepted == 1
+
+
+def test_parameters_stay_as_they_came_where_a_second_layout_has_no_room(model, expected, monkeypatch):
+    cfg, params = model
+    monkeypatch.setattr(decode, "device", SimpleNamespace(platform=lambda: "gpu"))  # one that is full
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 0)
+    monkeypatch.setattr(module, "for_decoding", lambda params, cfg: pytest.fail("laid out anew"))
+    assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=20).tokens == expected
 
 
 @pytest.mark.first_cases(1)

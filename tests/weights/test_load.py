@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 import shutil
 
@@ -15,8 +14,7 @@ from gptjax import assets, tokenizers, weights
 from gptjax.errors import UserError
 from gptjax.formats import gguf
 from gptjax.tokenizers import hf
-from gptjax.weights import export, families, llama_cpp
-from gptjax.weights.load import IMAGE
+from gptjax.weights import export, families
 
 TEXT = "To be, or not to be, that is the question: naïve 日本 12 34\n"
 
@@ -77,43 +75,10 @@ def test_windows_are_refused_where_llama_cpp_has_none(model, tmp_path):
     weights.export_gguf(tmp_path / "m.gguf", params, dataclasses.replace(cfg, sliding_window=16), tokenizer)
 
 
-GEMMA = gptjax.ModelConfig(
-    arch="llama", qk_norm=True, norm_position="both", activation="geglu", sliding_window=4, window_pattern="SSSSSL",
-    rope_base=1e6, rope_local_base=1e4, embed_gain=32**0.5, n_layer=6, n_head=2, d_model=32, d_ff=32, context_length=16,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "lacks"),
-    [
-        ({}, None),
-        ({"sliding_window": 0}, None),
-        ({"sliding_window": 64}, None),
-        ({"window_pattern": "SL"}, "model.windows=(4, 0, 4, 0, 4, 0)"),
-        ({"window_pattern": "S", "sliding_window": 64}, "model.windows=(64, 64, 64, 64, 64, 64)"),  # another rope base
-        ({"rope_local_base": 500.0}, "model.rope_local_base=500.0"),
-        ({"attention_scale": 0.1}, "model.attention_scale="),
-    ],
-)
-def test_windows_as_gemma_has_them(change, lacks):
-    cfg = dataclasses.replace(GEMMA, **change)
-    if lacks is None:
-        assert llama_cpp.family_of(cfg) == "gemma3"
-        return
-    with pytest.raises(UserError) as error:
-        llama_cpp.family_of(cfg)
-    assert lacks in str(error.value)
-
-
 def test_every_file_of_a_family_is_registered():
     names = [f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)]
     found = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
     assert {family.name: family for family in found} == families.FAMILIES
-
-
-def test_the_scale_that_llama_cpp_gives_to_62_layers_of_gemma():
-    metadata = llama_cpp.to_metadata(dataclasses.replace(GEMMA, n_layer=62, d_head=8), "gemma3")
-    assert llama_cpp.from_metadata(metadata, {}, "m.gguf").attention_scale == 16**-0.5
 
 
 @pytest.fixture
@@ -219,27 +184,3 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(model, places, tmp_pa
     with pytest.raises(UserError, match=words):
         weights.load_tokenizer(tmp_path / "hf")
     assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1  # for `grow_vocabulary`
-
-
-def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
-    """As the text models are published: the tokenizer is that of the others. Elsewhere such a token is refused."""
-    data = json.loads(hf.to_hf(tokenizers.train("bpe", [TEXT] * 8, 280))["tokenizer.json"])
-    data["model"]["byte_fallback"] = True  # runs in `tokenizers`, as Gemma's does
-    plain = hf.from_hf(json.dumps(data))
-    rows = plain.vocab_size
-    cfg = dataclasses.replace(GEMMA, vocab_size=rows, tie_embeddings=True)
-    params = gptjax.init_params(jax.random.key(0), cfg)
-    for name, fits in ((IMAGE, True), ("<more>", False)):
-        folder = weights.export_hf(tmp_path / name, params, cfg, plain)
-        data["added_tokens"].append(hf.added_token(name, rows, True))
-        (folder / "tokenizer.json").write_text(json.dumps(data))
-        data["added_tokens"].pop()
-        if not fits:
-            with pytest.raises(UserError, match=f"has {rows + 1} ids, the model {rows} rows"):
-                weights.load_tokenizer(folder)
-            continue
-        found = weights.load_tokenizer(folder)
-        assert found.kind == "hf" and found == tokenizers.loads(plain.dumps()).replace(eos_ids=found.eos_ids)
-        assert max(found.encode(f"To be {name}")) < rows and found.decode(found.encode(name)) == name
-        gptjax.save(tmp_path / "own", params, cfg, found)
-        assert weights.load_tokenizer(tmp_path / "own") == found

@@ -13,12 +13,12 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, refuse
 from gptjax.weights.families import gemma3, gpt2, llama, mistral, olmo2, qwen2, qwen3
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
 from gptjax.weights.families.gpt2 import OPENAI_RULES
-from gptjax.weights.rules import Rule, refuse, turned
+from gptjax.weights.rules import Rule, transposed
 
 __all__ = [
     "FAMILIES", "OPENAI_RULES", "SCORE", "Attributes", "Family", "Gguf", "class_names", "differences", "explained",
@@ -29,7 +29,7 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (gpt2, llama, mistral, qwen2, qwen3, gemma3, olmo2)
 }
-SCORE = Rule("cls_head/kernel", "score.weight", turned)  # of transformers' classifiers, whichever the family
+SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # of transformers' classifiers, whichever the family
 MAX_CLASSES = 1 << 16
 MAX_SIZE = 1 << 24  # of anything in a model that comes from elsewhere; the longest contexts are 10 million
 
@@ -82,8 +82,8 @@ def class_names(values: dict[str, Any], where: str) -> list[str]:
         table = {str(i): f"LABEL_{i}" for i in range(2 if n is None else n)}
     ids = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
     if (
-        not ids
-        or len(ids) > MAX_CLASSES
+        not isinstance(table, dict)
+        or not 1 <= len(ids) <= MAX_CLASSES
         or sorted(table) != sorted(ids)
         or not all(isinstance(name, str) for name in table.values())
     ):
@@ -151,9 +151,11 @@ def family_of(cfg: ModelConfig) -> Family:
     """
     lacking: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        back = _round_trip(family, cfg)
-        if back is None:
+        attributes = Attributes(family.to_hf(cfg), defaults=family.defaults)
+        fields = family.to_config(attributes)
+        if attributes.problems:
             continue
+        back = ModelConfig(**{key: value for key, value in fields.items() if value is not None})
         lacking[family.name] = differences(cfg, back, family.fills)
         if not lacking[family.name]:
             return family
@@ -162,11 +164,3 @@ def family_of(cfg: ModelConfig) -> Family:
         f"no model type of Hugging Face holds this model (arch={cfg.arch}); the nearest, {name}, lacks "
         f"{', '.join(lacking[name])}. Its own folder (model.safetensors with model.json) keeps everything"
     )
-
-
-def _round_trip(family: Family, cfg: ModelConfig) -> ModelConfig | None:
-    attributes = Attributes(family.to_hf(cfg), defaults=family.defaults)
-    fields = family.to_config(attributes)
-    if attributes.problems:
-        return None
-    return ModelConfig(**{key: value for key, value in fields.items() if value is not None})

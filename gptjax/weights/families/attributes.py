@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gptjax.weights.rules import refuse
+from gptjax.errors import refuse
 
 # Attributes that say nothing about the logits of a model at rest.
 NEUTRAL = {

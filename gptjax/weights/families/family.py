@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig
 from gptjax.weights.families.attributes import Attributes
-from gptjax.weights.rules import Form, Rule, same, turned
+from gptjax.weights.rules import Form, Rule, identity, transposed
 
 
 class Gguf(NamedTuple):
@@ -50,6 +50,8 @@ class Family(NamedTuple):
     gguf: Gguf | None = None
     fills: frozenset[str] = frozenset()  # switches that may be off here although the family has them on
     ignored: tuple[str, ...] = ()  # endings of tensors without parameters
+    prefix: str = ""  # of all tensors' names, in `rules`; a folder without it is read too
+    placeholder: str = ""  # a token that the tokenizer may have as its last, without a row in the model
 
     @property
     def classifier(self) -> str:
@@ -59,12 +61,12 @@ class Family(NamedTuple):
 
 
 def kernels(block: str, names: Mapping[str, str]) -> list[Rule]:
-    return [Rule(f"blocks/{ours}/kernel", f"{block}{theirs}.weight", turned) for ours, theirs in names.items()]
+    return [Rule(f"blocks/{ours}/kernel", f"{block}{theirs}.weight", transposed) for ours, theirs in names.items()]
 
 
 def biases(block: str, names: Mapping[str, str]) -> list[Rule]:
     return [Rule(f"blocks/{ours}/bias", f"{block}{theirs}.bias") for ours, theirs in names.items()]
 
 
-def scales(block: str, names: Mapping[str, str], form: Form = same) -> list[Rule]:
+def scales(block: str, names: Mapping[str, str], form: Form = identity) -> list[Rule]:
     return [Rule(f"blocks/{ours}/scale", f"{block}{theirs}.weight", form) for ours, theirs in names.items()]

@@ -13,8 +13,9 @@ from gptjax.config import ModelConfig
 from gptjax.weights.families import gguf, hf
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import one_more
+from gptjax.weights.rules import plus_one
 
+IMAGE = "<image_soft_token>"
 _LOCAL_BASE = 10_000.0
 
 
@@ -122,9 +123,9 @@ FAMILY = Family(
     _to_config, _to_hf,
     [
         *hf.ENDS, *hf.MATRICES, *hf.norms(
-            one_more, ln_1="input_layernorm", ln_1_post="post_attention_layernorm", ln_2="pre_feedforward_layernorm",
+            plus_one, ln_1="input_layernorm", ln_1_post="post_attention_layernorm", ln_2="pre_feedforward_layernorm",
             ln_2_post="post_feedforward_layernorm",
-        ), *hf.qk_norms(one_more),
+        ), *hf.qk_norms(plus_one),
     ],
     Gguf(
         "gemma3",
@@ -135,4 +136,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
+    placeholder=IMAGE,  # the text models are published with the tokenizer of those that see images
 )  # fmt: skip

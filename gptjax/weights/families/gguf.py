@@ -6,13 +6,13 @@ Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (orders).
 from __future__ import annotations
 
 from gptjax.weights.families.family import biases, kernels, scales
-from gptjax.weights.rules import Rule, turned
+from gptjax.weights.rules import Rule, transposed
 
 BLOCK = "blk.{i}."
 _QKV = {f"attn/{x}": f"attn_{x}" for x in "qkv"}
 _OUT = {"attn/o": "attn_output"}
 _MLP = {f"mlp/{x}": f"ffn_{x}" for x in ("gate", "up", "down")}
-TABLES = [Rule("wte/embedding", "token_embd.weight"), Rule("lm_head/kernel", "output.weight", turned)]
+TABLES = [Rule("wte/embedding", "token_embd.weight"), Rule("lm_head/kernel", "output.weight", transposed)]
 ENDS = [*TABLES, Rule("ln_f/scale", "output_norm.weight")]
 QKV = [*kernels(BLOCK, _QKV), *biases(BLOCK, _QKV)]
 OUT = [*kernels(BLOCK, _OUT), *biases(BLOCK, _OUT)]

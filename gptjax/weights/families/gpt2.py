@@ -8,7 +8,7 @@ from gptjax.config import ModelConfig
 from gptjax.weights.families import gguf
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import Form, Rule, boxed, same, turned
+from gptjax.weights.rules import Form, Rule, identity, squeeze_leading, transposed
 
 
 def _to_config(a: Attributes) -> dict[str, Any]:
@@ -63,13 +63,14 @@ def _rules(
         rules += [Rule(f"{ours}/scale", f"{at}{g}", fill=1.0), Rule(f"{ours}/bias", f"{at}{b}", fill=0.0)]
     for k, x in enumerate("qkv"):
         rules.append(Rule(f"blocks/attn/{x}/kernel", f"{block}{names['qkv']}{w}", kernel, (k, 3)))
-        rules.append(Rule(f"blocks/attn/{x}/bias", f"{block}{names['qkv']}{b}", same, (k, 3), fill=0.0))
+        rules.append(Rule(f"blocks/attn/{x}/bias", f"{block}{names['qkv']}{b}", identity, (k, 3), fill=0.0))
     for ours in ("attn/o", "mlp/up", "mlp/down"):
         rules.append(Rule(f"blocks/{ours}/kernel", f"{block}{names[ours]}{w}", kernel))
         rules.append(Rule(f"blocks/{ours}/bias", f"{block}{names[ours]}{b}", fill=0.0))
     return rules
 
 
+_PREFIX = "transformer."
 _HF_NAMES = {
     "wte": "wte.weight", "wpe": "wpe.weight", "block": "h.{i}.", "ln_1": "ln_1.", "ln_2": "ln_2.", "ln_f": "ln_f.",
     "qkv": "attn.c_attn.", "attn/o": "attn.c_proj.", "mlp/up": "mlp.c_fc.", "mlp/down": "mlp.c_proj.",
@@ -78,20 +79,20 @@ _TENSORFLOW_NAMES = {
     "wte": "wte", "wpe": "wpe", "block": "h{i}/", "ln_1": "ln_1/", "ln_2": "ln_2/", "ln_f": "ln_f/",
     "qkv": "attn/c_attn/", "attn/o": "attn/c_proj/", "mlp/up": "mlp/c_fc/", "mlp/down": "mlp/c_proj/",
 }  # fmt: skip
-_HEAD = [Rule("lm_head/kernel", "lm_head.weight", turned)]
+_HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
 # OpenAI's own checkpoints: kernels are [1, in, out]
-OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, boxed, [], ("w", "b", "g"))
+OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
     rules = [*gguf.TABLES, Rule("wpe/embedding", "position_embd.weight")]
     rules += [Rule("ln_f/scale", "output_norm.weight", fill=1.0), Rule("ln_f/bias", "output_norm.bias", fill=0.0)]
     for k, x in enumerate("qkv"):
-        rules.append(Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_qkv.weight", turned, (k, 3)))
-        rules.append(Rule(f"blocks/attn/{x}/bias", f"{gguf.BLOCK}attn_qkv.bias", same, (k, 3), fill=0.0))
+        rules.append(Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_qkv.weight", transposed, (k, 3)))
+        rules.append(Rule(f"blocks/attn/{x}/bias", f"{gguf.BLOCK}attn_qkv.bias", identity, (k, 3), fill=0.0))
     for ours, theirs in (("attn/o", "attn_output"), ("mlp/up", "ffn_up"), ("mlp/down", "ffn_down")):
-        rules.append(Rule(f"blocks/{ours}/kernel", f"{gguf.BLOCK}{theirs}.weight", turned))
+        rules.append(Rule(f"blocks/{ours}/kernel", f"{gguf.BLOCK}{theirs}.weight", transposed))
         rules.append(Rule(f"blocks/{ours}/bias", f"{gguf.BLOCK}{theirs}.bias", fill=0.0))
     for ours, theirs in (("ln_1", "attn_norm"), ("ln_2", "ffn_norm")):
         rules.append(Rule(f"blocks/{ours}/scale", f"{gguf.BLOCK}{theirs}.weight", fill=1.0))
@@ -105,8 +106,8 @@ FAMILY = Family(
         vocab_size=50_257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, n_inner=None, layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,
     ),
-    _to_config, _to_hf, _rules("transformer.", _HF_NAMES, same, _HEAD, ("weight", "bias", "weight")),
+    _to_config, _to_hf, _rules(_PREFIX, _HF_NAMES, identity, _HEAD, ("weight", "bias", "weight")),
     Gguf("gpt2", dict(arch="gpt2"), _gguf_rules, norm="attention.layer_norm_epsilon"),
     fills=frozenset({"bias", "qkv_bias", "norm_bias", "norm_scale"}),
-    ignored=(".attn.bias", ".attn.masked_bias"),
+    ignored=(".attn.bias", ".attn.masked_bias"), prefix=_PREFIX,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.config import ModelConfig
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
-from gptjax.weights.rules import Form, Rule, same, turned
+from gptjax.weights.rules import Form, Rule, identity, transposed
 
 MAX_LAYERS = 1 << 12  # whose kinds are looked at
 
@@ -140,7 +140,7 @@ _BLOCK = "model.layers.{i}."
 _LINEARS = {f"attn/{x}": f"self_attn.{x}_proj" for x in "qkvo"} | {
     f"mlp/{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")
 }
-ENDS = [Rule("wte/embedding", "model.embed_tokens.weight"), Rule("lm_head/kernel", "lm_head.weight", turned)]
+ENDS = [Rule("wte/embedding", "model.embed_tokens.weight"), Rule("lm_head/kernel", "lm_head.weight", transposed)]
 MATRICES = kernels(_BLOCK, _LINEARS)
 ROTARY = (".rotary_emb.inv_freq",)
 
@@ -155,5 +155,6 @@ def qk_norms(form: Form) -> list[Rule]:
 
 
 LLAMA_RULES = [
-    *ENDS, *MATRICES, *biases(_BLOCK, _LINEARS), *norms(same, ln_1="input_layernorm", ln_2="post_attention_layernorm")
+    *ENDS, *MATRICES, *biases(_BLOCK, _LINEARS),
+    *norms(identity, ln_1="input_layernorm", ln_2="post_attention_layernorm"),
 ]  # fmt: skip

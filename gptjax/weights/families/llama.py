@@ -11,7 +11,7 @@ from gptjax.config import ModelConfig
 from gptjax.weights.families import gguf, hf
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import Rule, interleaved, turned
+from gptjax.weights.rules import Rule, interleaved, transposed
 
 
 def _to_config(a: Attributes) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Biases of q and k would have to be interleaved too: `llama_cpp.family_of` refuses them."""
-    heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": turned}
+    """Biases of q and k would have to be interleaved too: `gptjax.weights.gguf.family_of` refuses them."""
+    heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": transposed}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]
 

@@ -8,7 +8,7 @@ from gptjax.config import ModelConfig
 from gptjax.weights.families import gguf, hf
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import same
+from gptjax.weights.rules import identity
 
 _NORMS = dict(norm_position="post", qk_norm=True, qk_norm_over="all")
 
@@ -31,8 +31,8 @@ FAMILY = Family(
     _to_config, _to_hf,
     [
         *hf.ENDS, *hf.MATRICES,
-        *hf.norms(same, ln_1_post="post_attention_layernorm", ln_2_post="post_feedforward_layernorm"),
-        *hf.qk_norms(same),
+        *hf.norms(identity, ln_1_post="post_attention_layernorm", ln_2_post="post_feedforward_layernorm"),
+        *hf.qk_norms(identity),
     ],
     Gguf(
         "olmo2", dict(arch="llama", **_NORMS),

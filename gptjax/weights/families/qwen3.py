@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.weights.families import gguf, hf, qwen2
 from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import Family, Gguf
-from gptjax.weights.rules import same
+from gptjax.weights.rules import identity
 
 
 def _to_config(a: Attributes) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _to_config(a: Attributes) -> dict[str, Any]:
 
 FAMILY = Family(
     "qwen3", "Qwen3ForCausalLM", qwen2.DEFAULTS | dict(head_dim=128), _to_config, qwen2.to_hf,
-    [*hf.LLAMA_RULES, *hf.qk_norms(same)],
+    [*hf.LLAMA_RULES, *hf.qk_norms(identity)],
     Gguf(
         "qwen3", dict(arch="llama", qk_norm=True),
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.QK_NORMS],

@@ -8,24 +8,59 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.formats import gguf as file_format
 from gptjax.weights import families
 from gptjax.weights.families import Attributes, Gguf, differences, model_config
-from gptjax.weights.rules import Rule
+from gptjax.weights.rules import Source
 
-FAMILIES = {family.gguf.name: family for family in families.FAMILIES.values() if family.gguf}
+ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
 # Metadata of a model's own that changes nothing here, by the ending of its key
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 
 # ---------------------------------------------------------------- in
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    file: file_format.File
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.file.tensors.items() if name != "rope_freqs.weight"}
+
+    def array(self, name: str) -> np.ndarray:
+        return self.file.array(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        tensor = self.file.tensors[name]
+        row = tensor.size_bytes // tensor.shape[0]
+        part = dataclasses.replace(
+            tensor, shape=(stop - start, tensor.shape[1]), offset=tensor.offset + start * row,
+            size_bytes=row * (stop - start),
+        )  # fmt: skip
+        return file_format.File(self.file.path, {}, {name: part}).array(name)
+
+
+def open_file(path: Path) -> tuple[Source, str, ModelConfig]:
+    """The tensors of a GGUF file, its `general.architecture`, and the ModelConfig of the model in it."""
+    file = file_format.read(path)
+    source = _Source(file)
+    parts = file.metadata.get("split.count", 1)
+    if not isinstance(parts, int) or parts != 1:
+        raise UserError(f"{path} is one of {parts!r:.60} parts: join them with llama.cpp's gguf-split")
+    cfg = from_metadata(file.metadata, source.shapes(), str(path))
+    if "rope_freqs.weight" in file.tensors:
+        cfg = with_rope_factors(cfg, file.array("rope_freqs.weight"), str(path))
+    return source, file.metadata["general.architecture"], cfg
 
 
 def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> ModelConfig:
@@ -35,9 +70,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         shapes: of the file's tensors, for what the metadata leave out (vocabulary, tied head, rope factors).
     """
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: general.architecture={name!r:.60} is unknown; known are {', '.join(FAMILIES)}")
-    gguf = FAMILIES[name].gguf
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"{where}: general.architecture={name!r:.60} is unknown; known are {', '.join(ARCHITECTURES)}")
+    gguf = ARCHITECTURES[name]
     own = {  # an array, which nothing here expects, as a short list: it can be compared
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
@@ -109,10 +144,6 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
 
 
-def rules(cfg: ModelConfig, name: str) -> Sequence[Rule]:
-    return FAMILIES[name].gguf.rules(cfg)
-
-
 def _rotates(gguf: Gguf) -> bool:
     """Positions are rotations: GPT-2's are learned."""
     return gguf.implied["arch"] != "gpt2"
@@ -123,7 +154,7 @@ def _rotates(gguf: Gguf) -> bool:
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
     """The keys of `general.architecture` = name that describe the model, without tokenizer."""
-    gguf = FAMILIES[name].gguf
+    gguf = ARCHITECTURES[name]
     own: dict[str, Any] = {
         "context_length": cfg.context_length,
         "embedding_length": cfg.d_model,
@@ -153,23 +184,22 @@ def family_of(cfg: ModelConfig) -> str:
     Raises:
         UserError: none does; it names what the nearest one lacks.
     """
-    lacking = {name: differences(cfg, _round_trip(cfg, name), family.fills) for name, family in FAMILIES.items()}
-    for name, missing in lacking.items():
-        if not missing:
-            return name
-    name = min(lacking, key=lambda name: len(lacking[name]))
-    raise UserError(
-        f"no architecture of llama.cpp holds this model (arch={cfg.arch}); the nearest, {name}, lacks "
-        f"{', '.join(lacking[name])}. Its own folder (model.safetensors with model.json) keeps everything"
-    )
-
-
-def _round_trip(cfg: ModelConfig, name: str) -> ModelConfig:
     shapes = {"token_embd.weight": (cfg.vocab_size, cfg.d_model)} | (
         {} if cfg.tie_embeddings else {"output.weight": ()}
     )
-    back = from_metadata(to_metadata(cfg, name), shapes, "this model")
-    if cfg.rope_scaling == "llama3" and FAMILIES[name].gguf.rope_factors:
-        scaling = ("rope_scaling", "rope_factor", "rope_slow", "rope_fast", "rope_original_context")
-        back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
-    return back
+    scaling = ("rope_scaling", "rope_factor", "rope_slow", "rope_fast", "rope_original_context")
+    lacking: dict[str, list[str]] = {}
+    for family in families.FAMILIES.values():
+        if (gguf := family.gguf) is None:
+            continue
+        back = from_metadata(to_metadata(cfg, gguf.name), shapes, "this model")
+        if cfg.rope_scaling == "llama3" and gguf.rope_factors:
+            back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
+        lacking[gguf.name] = differences(cfg, back, family.fills)
+    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of those that lack as little
+    if not lacking[nearest]:
+        return nearest
+    raise UserError(
+        f"no architecture of llama.cpp holds this model (arch={cfg.arch}); the nearest, {nearest}, lacks "
+        f"{', '.join(lacking[nearest])}. Its own folder (model.safetensors with model.json) keeps everything"
+    )

@@ -1,4 +1,4 @@
-"""The leaf that stands where a weight stood: the weight, frozen, and what a low-rank pair adds to it."""
+"""`LoraWeight`, the leaf in the place of an adapted weight: the frozen weight and a low-rank pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """w + scale * a @ b, never formed; with `m`, its columns rescaled to those lengths (DoRA).
+    """w + scale * a @ b, never formed; with `m`, its columns rescaled to these magnitudes (DoRA).
 
     w      [.., in, out]  any leaf that `ops.linear` knows, a quantised one too
     a      [.., in, R]    float32; of rows with adapters of their own [.., B, in, R]
@@ -23,7 +23,7 @@ class LoraWeight:
     scale  [..]           float32; [.., B]
     m      [.., 1, out]   or None
     key    [..]           of the dropout, or None: none
-    rate   [..]           of that dropout, of what goes into `a`; None: none
+    rate   [..]           of the dropout on the input of `a`; None: none
 
     Only a, b and m have gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
     """
@@ -41,8 +41,11 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    if leaf.a.ndim == 3:
-        return y + _rows_apart(leaf, low)
+    if leaf.a.ndim == 3:  # row i of the batch through adapter i; summed in float32
+        B = leaf.a.shape[0]
+        low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
+        add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
+        return y + add.reshape(*x.shape[:-1], add.shape[-1])
     add = leaf.scale.astype(y.dtype) * matmul(leaf.b, matmul(leaf.a, low, dtype), dtype)
     if leaf.m is None:
         return y + add
@@ -79,28 +82,17 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:
-    """Lengths of the columns of w + scale a b, [.., 1, out], without forming it; a constant to gradients.
+    """Norms of the columns of w + scale a b, [.., 1, out], without forming it; a constant to gradients.
 
     |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b), column by column. That gradients stop
     here is DoRA's own choice (arXiv:2402.09353, 4.3).
     """
     w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
-    turned = jnp.swapaxes(a, -1, -2)
-    cross = (b * (turned @ w.astype(b.dtype))).sum(-2, keepdims=True)
-    own = (b * ((turned @ a) @ b)).sum(-2, keepdims=True)
-    return jnp.sqrt(_squared_columns(w) + 2 * s * cross + s * s * own)
-
-
-def _squared_columns(w: jax.Array) -> jax.Array:
-    return jnp.square(w.astype(jnp.float32)).sum(-2, keepdims=True)
-
-
-def _rows_apart(leaf: LoraWeight, x: jax.Array) -> jax.Array:
-    """Row i of the batch through adapter i; summed in float32."""
-    B = leaf.a.shape[0]
-    low = _batched(x.reshape(B, -1, x.shape[-1]), leaf.a)
-    add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
-    return add.reshape(*x.shape[:-1], add.shape[-1])
+    a_t = jnp.swapaxes(a, -1, -2)
+    base = jnp.square(w.astype(jnp.float32)).sum(-2, keepdims=True)
+    cross = (b * (a_t @ w.astype(b.dtype))).sum(-2, keepdims=True)
+    low_rank = (b * ((a_t @ a) @ b)).sum(-2, keepdims=True)
+    return jnp.sqrt(base + 2 * s * cross + s * s * low_rank)
 
 
 def _batched(x: jax.Array, w: jax.Array) -> jax.Array:
