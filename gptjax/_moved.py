@@ -17,6 +17,11 @@ from typing import Any
 MOVED: dict[str, str] = {  # old path: new path
     "gptjax.config_io": "gptjax.config.leaves",
     "gptjax.config_uses": "gptjax.config.uses",
+    "gptjax.data.check": "gptjax.data.quality",
+    "gptjax.data.instructions": "gptjax.data.conversations",
+    "gptjax.data.labelled": "gptjax.data.classification",
+    "gptjax.data.records": "gptjax.formats.tables",
+    "gptjax.data.skills": "gptjax.data.synthetic",
     "gptjax.finetuning": "gptjax.tasks",
     "gptjax.finetuning.answers": "gptjax.evaluation.generation_metrics",
     "gptjax.finetuning.base": "gptjax.tasks.trainable",
@@ -72,6 +77,16 @@ class _Finder:
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
+
+
+def moved_name(module: str, name: str, moved: Mapping[str, str]) -> Any:
+    """What `name` of `module` is now, by its row in `moved`, "new.module.new_name", with a DeprecationWarning."""
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    text = f"{module}.{name} is now {moved[name]}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    path, _, new = moved[name].rpartition(".")
+    return getattr(importlib.import_module(path), new)
 
 
 def old_name(module: str, name: str, moved: Mapping[str, Callable], init_params: Callable) -> Any:

@@ -13,6 +13,7 @@ from gptjax.config import Config, Provenance, resolve
 from gptjax.config.leaves import Leaf, from_yaml, read_text
 from gptjax.errors import UserError, complaints
 from gptjax.files import new_file, one_line_end, refuse_existing
+from gptjax.formats import tables
 
 USAGE = 'expected: gptjax sample MODEL --prompt "TEXT" [max_new_tokens=N ...]'
 
@@ -29,6 +30,7 @@ def run(args: list[str]) -> int:
     if parsed.print_config and not parsed.dry_run:
         options.show_only(parsed, cfg, provenance, lambda cfg: [], options.keys_of("sample.*"))
         return 0
+    from gptjax.generation import prompt_ids
     from gptjax.model.gpt import refuse_classifier
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
@@ -72,17 +74,14 @@ def read_prompts(cfg: Config) -> list[str]:
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
-    lines = [line for line in one_line_end(read_text(path, "prompts")).split("\n") if line.strip()]
+    lines = one_line_end(read_text(path, "prompts")).split("\n")
     if path.suffix != ".jsonl":
-        return lines
+        return [line for line in lines if line.strip()]
     prompts, problems = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: not JSON ({error})")
-            continue
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+    for number, row in tables.jsonl(lines):
+        if isinstance(row, ValueError):
+            problems.append(f"{path}:{number}: not JSON ({row})")
+        elif isinstance(row, dict) and isinstance(row.get("prompt"), str):
             prompts.append(row["prompt"])
         else:
             problems.append(f'{path}:{number}: expected an object with a text "prompt"')
@@ -91,18 +90,6 @@ def read_prompts(cfg: Config) -> list[str]:
     if not prompts:
         raise UserError(f"{path}: no prompts in it")
     return prompts
-
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids; begun as the model's texts begin."""
-    ids = tokenizer.encode(prompt, allowed_special="all")
-    if getattr(tokenizer, "add_bos", False):
-        ids = [tokenizer.bos_id, *ids]
-    if not ids and tokenizer.eot_id is not None:  # where texts do not begin with a token of their own
-        ids = [tokenizer.eot_id]
-    if not ids:
-        raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")
-    return ids
 
 
 def _under_sample(key: str) -> str:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import instructions, loader, packing, skills
-from gptjax.data.instructions import Conversation, Formats, Style
+from gptjax.data import conversations, loader, packing, synthetic
+from gptjax.data.conversations import Conversation, Formats, Style
 from gptjax.errors import UserError
 from gptjax.tokenizers.base import Tokenizer
 
@@ -72,7 +72,7 @@ def _sides(prompt: str, extra: str = "") -> Any:
         if any(isinstance(record[side], list) for side in SIDES):
             return tuple(_after(prompt, record, side) for side in SIDES)
         if isinstance(record[prompt], list):
-            asked: Any = instructions.turns(prompt)(record)
+            asked: Any = conversations.turns(prompt)(record)
             if isinstance(asked, str):
                 return (asked,)
         else:
@@ -87,11 +87,11 @@ def _sides(prompt: str, extra: str = "") -> Any:
 
 def _after(prompt: str, record: dict, side: str) -> Any:
     """The messages of a side with those of the prompt before them, which may stand there already."""
-    answered = instructions.turns(side)(record)
+    answered = conversations.turns(side)(record)
     if isinstance(answered, str) or not answered:
         return answered
     as_text = not isinstance(record[prompt], list)
-    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else instructions.turns(prompt)(record)
+    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else conversations.turns(prompt)(record)
     if isinstance(asked, str):
         return asked
     said = [_said(message) for _, message in answered]
@@ -113,7 +113,7 @@ def _said(message: dict[str, Any]) -> tuple[Any, Any]:
 
 def _talks(record: dict) -> tuple:
     """Whole conversations."""
-    return tuple(instructions.turns(side)(record) for side in SIDES)
+    return tuple(conversations.turns(side)(record) for side in SIDES)
 
 
 FORMATS: Formats = {
@@ -133,12 +133,12 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
-        notes: as of `instructions.read`, which says what is read beside the keys of `FORMATS`.
+        notes: as of `conversations.read`, which says what is read beside the keys of `FORMATS`.
 
     Raises:
-        UserError: as of `instructions.read`; pairs with two questions, or the same answer twice: the first 20.
+        UserError: as of `conversations.read`; pairs with two questions, or the same answer twice: the first 20.
     """
-    pairs = [Pair(*sides) for sides in instructions.read_as(source, FORMATS, notes)]
+    pairs = [Pair(*sides) for sides in conversations.read_as(source, FORMATS, notes)]
     problems = []
     for chosen, rejected in pairs:
         ours, theirs = ([*map(_said, side.messages)] for side in (chosen, rejected))
@@ -147,13 +147,13 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
         elif ours[-1] == theirs[-1]:
             problems.append(f"{chosen.where}: chosen and rejected are the same answer")
     if problems:
-        raise UserError.all(problems[: instructions.MAX_PROBLEMS])
+        raise UserError.all(problems[: conversations.MAX_PROBLEMS])
     return pairs
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """`skills.skills`, and as the rejected answer that of the next other question of the same skill."""
-    talks = skills.skills(n, seed, held_out)
+    """`synthetic.skills`, and as the rejected answer that of the next other question of the same skill."""
+    talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
     for talk in talks:
         of_skill.setdefault(talk.where.split(":")[0], []).append(talk)
@@ -184,10 +184,10 @@ def encode(
         because: where the context_length comes from, for the error where nothing fits.
 
     Raises:
-        UserError: as of `instructions.render`; no pair fits.
+        UserError: as of `conversations.render`; no pair fits.
     """
     texts = [getattr(pair, side) for pair in pairs for side in SIDES]
-    both = instructions.encode(texts, tokenizer, style=style, context_length=1 << 30)
+    both = conversations.encode(texts, tokenizer, style=style, context_length=1 << 30)
     examples = list(zip(both.rows, map(_last, both.weights), strict=True))
     whole = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in whole]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from gptjax import assets, tokenizers
 from gptjax.config import Config
 from gptjax.data import store as token_store
-from gptjax.data.sources import Documents, Part, cache_root, documents, measure, missing, split
+from gptjax.data.sources import Documents, cache_root, documents, missing
+from gptjax.data.split import Part, split_documents
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import json_sha256
@@ -55,7 +56,7 @@ def prepare(
 
     def make(folder: Path) -> dict:
         log(f"reading {', '.join(source.name for source in found.sources)}")
-        train, val, how = _parts(cfg, found, held)
+        train, val, how = split_documents(found, cfg.data, held)
         _refuse_empty(how, cfg.window)
         tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
         tokenizer.save(folder / "tokenizer.json")
@@ -156,19 +157,6 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
     yield f"stored      {manifest['train']['dtype']} in {manifest['folder']}"
     window = [int(i) for i in ready.train.tokens[:context_length]]
     yield f"begins      {tokenizer.decode(window)!r}"
-
-
-def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part, Part, list[dict]]:
-    if held is None:
-        return split(found, cfg.data)
-    whole = [
-        {"source": source.name, "split": "none", "documents": len(sizes.names), "bytes": int(sizes.bytes.sum())}
-        for source in (*found.sources, *held.sources)
-        for sizes in [measure(source)]
-    ]
-    n = len(found.sources)
-    count = [sum(part["documents"] for part in parts) for parts in (whole[:n], whole[n:])]
-    return Part(found, count[0]), Part(held, count[1]), whole
 
 
 def _refuse_empty(how: list[dict], context_length: int) -> None:

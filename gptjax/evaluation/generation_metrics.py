@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptjax.data import records
+from gptjax.data.split import normalized
 from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
+from gptjax.formats import tables
 
 Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps system, history, constraints
 MAX_PROBLEMS = 20
 
 
 def _is_json(text: str) -> bool:
-    return not isinstance(records.loads(text.strip()), UserError)
+    return not isinstance(tables.loads(text.strip()), UserError)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -70,7 +71,7 @@ def read(path: str) -> list[Row]:
         UserError: no such file, or lines that are no answers: the first 20.
     """
     rows, problems = [], []
-    for where, row in records.read(path):
+    for where, row in tables.read(path):
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
         elif lacking := [key for key in ("where", "prompt", "expected", "answer") if not isinstance(row.get(key), str)]:
@@ -113,7 +114,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     interval as NAME_interval."""
 
     def plain(text: str) -> str:
-        return " ".join(text.casefold().split()).rstrip(".")
+        return normalized(text).rstrip(".")
 
     n = len(rows)
     found = {

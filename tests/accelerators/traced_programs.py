@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gptjax import LoraConfig, lora
 from gptjax.config import ARCHS, Config, ModelConfig
-from gptjax.data.labelled import LabelledBatch
+from gptjax.data.classification import LabelledBatch
 from gptjax.data.preferences import PairBatch
 from gptjax.generation import decode, sampling, speculative
 from gptjax.losses import classify, next_token, preference

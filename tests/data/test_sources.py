@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, load_config
-from gptjax.data import documents, records, split
-from gptjax.data.sources import Document, Documents, Source, hold_out
+from gptjax.data import documents, split
+from gptjax.data.sources import Document, Documents, Source
+from gptjax.data.split import hold_out
 from gptjax.errors import UserError
+from gptjax.formats import tables
 
 
 def read(*names, **cfg):
@@ -370,7 +372,7 @@ def test_text_columns_of_every_layout(layout, tmp_path):
     table = pa.table({"text": pa.array(["ab", "cd", "ab"], kinds[layout])})
     pq.write_table(table, tmp_path / "x.parquet")
     assert texts(tmp_path / "x.parquet") == ["ab", "cd", "ab"]
-    assert [row for _, row in records.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]
+    assert [row for _, row in tables.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]
     pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match="must be text, found int64"):
         texts(tmp_path / "y.parquet")

@@ -394,7 +394,7 @@ def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
     import jax
 
     import gptjax
-    from gptjax.data.instructions import styled
+    from gptjax.data.conversations import styled
 
     cfg = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=32, d_ff=32, context_length=64, vocab_size=257)
     tokenizer = styled(tokenizers.load("bytes"), style)

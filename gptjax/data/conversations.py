@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.data import records, sources
+from gptjax.data.packing import Encoded
 from gptjax.errors import UserError, did_you_mean
+from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 
@@ -60,14 +61,6 @@ class Unused(NamedTuple):
     last: str
 
 
-class Encoded(NamedTuple):
-    """Examples as ids [n] int32, and how much each counts as a target [n] float32 (the first id never is one)."""
-
-    rows: list[np.ndarray]
-    weights: list[np.ndarray]
-    dropped: int  # examples that did not fit
-
-
 # --- records
 
 
@@ -96,7 +89,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
     unused: dict[str, Unused] = {}
     unknown = False
     try:
-        for where, record in records.read(source):
+        for where, record in tables.read(source):
             fits = [] if isinstance(record, UserError) else [f for f in formats if all(key in record for key in f)]
             fits = [keys for keys in fits if not any(set(keys) < set(others) for others in fits)]
             if isinstance(record, UserError):
@@ -137,7 +130,7 @@ def _tell(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
 
 
 def _keys(record: dict) -> str:
-    return (sources.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
+    return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
@@ -217,7 +210,7 @@ def _unread(record: dict, read: Collection[str], where: str, unused: dict[str, U
         if key in UNUSABLE and (key != "label" or value in (0, 1)):
             problems.append(f"{key}: {UNUSABLE[key]}")
         elif key not in METADATA:
-            name = prefix + sources.quoted(key)
+            name = prefix + tables.quoted(key)
             before = unused.get(name, Unused(where, 0, ""))
             unused[name] = Unused(before.first, before.count + (before.last != where), where)
     return problems
@@ -228,10 +221,10 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        value = records.loads(value)
+        value = tables.loads(value)
     if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
         return value
-    what = str(value) if isinstance(value, UserError) else f"found {sources.kind_of(value)}"
+    what = str(value) if isinstance(value, UserError) else f"found {tables.kind_of(value)}"
     return f"tools: expected a list of JSON schemas of functions, {what}"
 
 
@@ -325,7 +318,7 @@ def turns(key: str) -> Callable[[dict], Turns | str]:
     def parse(record: dict) -> Turns | str:
         found = record[key]
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
-            return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {sources.kind_of(found)}'
+            return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {tables.kind_of(found)}'
         made: Turns = []
         for i, turn in enumerate(found):
             names = [_one_of(turn, pair) for pair in (("role", "from"), ("content", "value"))]
@@ -390,7 +383,7 @@ def _wrong(turns: Turns) -> list[str]:
 
 def _wrong_text(text: Any) -> str | None:
     if not isinstance(text, str):
-        return f"must be text, found {sources.kind_of(text)}"
+        return f"must be text, found {tables.kind_of(text)}"
     if not text.strip():
         return "is empty"
     try:
@@ -627,7 +620,7 @@ def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
         "{{ text | tojson }}{{ '\\n' }}{% endfor %}"
     )
     text = chat.apply(tokenizer, jobs[0].messages, around, tools=[job._asdict() for job in jobs], **_limits(jobs))
-    texts = [records.loads(line) for line in text.split("\n")[:-1]]
+    texts = [tables.loads(line) for line in text.split("\n")[:-1]]
     if len(texts) != len(jobs) or not all(isinstance(line, str) for line in texts):
         raise UserError("the template closes what is around it")
     return texts

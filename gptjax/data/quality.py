@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import labelled, records, sources
+from gptjax.data.split import normalized
 from gptjax.errors import UserError
 from gptjax.files import user_path
+from gptjax.formats import tables
 
 MAX_PROBLEMS, EXCERPT, PERMUTATIONS, WORDS = 20, 60, 128, 3
 OUTLIER = 3.5  # robust z-score (Iglewicz and Hoaglin 1993)
@@ -42,7 +43,7 @@ def records_of(file: str, field: str | None = None) -> Texts:
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
         elif field is not None and field not in row:
-            problems.append(f"{where}: no field {field!r}; there are {sources.names(row)}")
+            problems.append(f"{where}: no field {field!r}; there are {tables.names(row)}")
         elif text := "\n".join(_strings(row if field is None else row[field])).strip():
             found.append((where, text))
         if len(problems) >= MAX_PROBLEMS:
@@ -57,9 +58,9 @@ def records_of(file: str, field: str | None = None) -> Texts:
 def _rows(file: str) -> Iterator[tuple[str, Any]]:
     path = user_path(file)
     if path.suffix.lower() == ".tsv":
-        return labelled.tsv(file)
+        return tables.tsv(file)
     if path.suffix.lower() != ".txt":
-        return records.read(file)
+        return tables.read(file)
     if not path.is_file():
         raise UserError(f"{file}: no such file")
     return _paragraphs(file, path)
@@ -67,7 +68,7 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
 
 def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, Any]]:
     start, held = 1, ""
-    for number, line in enumerate(sources.lines(path), 1):
+    for number, line in enumerate(tables.lines(path), 1):
         if line.strip():
             start = start if held else number
             held += line
@@ -89,17 +90,12 @@ def _strings(value: Any) -> Iterator[str]:
 # --- repetitions
 
 
-def plain(text: str) -> str:
-    """But for case and blanks."""
-    return " ".join(text.casefold().split())
-
-
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
     """Groups of records with the same text but for case and blanks, as their places."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for where, text in file.found:
-            groups.setdefault(plain(text), []).append(where)
+            groups.setdefault(normalized(text), []).append(where)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -117,7 +113,7 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
             "near duplicates need datasketch: pip install -e '.[check]' in the checkout, or near=false"
         ) from error
     index, seen, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}, []
-    distinct = {(file.file, plain(text)): where for file in texts for where, text in reversed(file.found)}
+    distinct = {(file.file, normalized(text)): where for file in texts for where, text in reversed(file.found)}
     for (_, text), where in distinct.items():
         shingles, own = _shingles(text), MinHash(num_perm=PERMUTATIONS)
         own.update_batch([shingle.encode() for shingle in shingles])
