@@ -1,4 +1,4 @@
-"""Labelled texts: what is read, how it is split, and which batches come of it."""
+"""Labelled texts: what is read, and which batches come of it."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 
 from gptjax import tokenizers
 from gptjax.data import classification
-from gptjax.data.split import split_labelled
 from gptjax.errors import UserError
 from gptjax.formats import tables
 
@@ -76,43 +75,6 @@ def test_mistakes(tmp_path, name, text, options, words):
 def test_a_file_that_is_not_there():
     with pytest.raises(UserError, match="absent.tsv: no such file"):
         classification.read("absent.tsv")
-
-
-@pytest.mark.parametrize("how", ["stratified", "grouped"])
-def test_equal_texts_are_in_one_part(how):
-    """Deduplicated they count once; grouped they stay together."""
-    splits = split_labelled(made(), how=how, deduplicate=how == "stratified")
-    assert splits.leaked == 0
-    assert sum(len(part.texts) for part in splits[:3]) == (30 if how == "stratified" else 60)
-    again = split_labelled(made(), how=how, deduplicate=how == "stratified")
-    assert [part.texts for part in splits[:3]] == [part.texts for part in again[:3]]
-    other = split_labelled(made(), how=how, seed=1, deduplicate=how == "stratified")
-    assert splits.train.texts != other.train.texts
-
-
-def test_stratified_keeps_the_shares_and_leaks_are_counted():
-    data = made(300, 3, repeats=1)
-    splits = split_labelled(data, fractions=(0.7, 0.1, 0.2))
-    assert [np.bincount(part.labels).tolist() for part in splits[:3]] == [[70] * 3, [10] * 3, [20] * 3]
-    doubled = data._replace(texts=["Same  text"] * 299 + ["same TEXT"])
-    assert split_labelled(doubled, deduplicate=False).leaked == 90
-
-
-def test_the_books_split():
-    """Its sizes and its procedure: both classes as often as the rarer, 70, 10 and 20 per cent."""
-    texts = [f"t{i}" for i in range(5572)]
-    labels = np.array([1] * 747 + [0] * 4825, np.int32)
-    splits = split_labelled(classification.Labelled(texts, labels, ("ham", "spam")), how="book")
-    assert [len(part.texts) for part in splits[:3]] == [1045, 149, 300]
-    assert sum(int(part.labels.sum()) for part in splits[:3]) == 747
-
-
-def test_parts_that_would_be_empty():
-    with pytest.raises(UserError, match="leave none to test on"):
-        split_labelled(made(6, 3, repeats=1))
-    lacking = classification.Labelled(["a", "b", "c", "d"] * 9, np.zeros(36, np.int32), ("x", "y"))
-    with pytest.raises(UserError, match="no text to train on is of class y"):
-        split_labelled(lacking, deduplicate=False)
 
 
 def test_balanced():
