@@ -32,10 +32,13 @@ class Pair(NamedTuple):
     rejected: Conversation
 
 
-class EncodedPairs(NamedTuple):
-    """sides[i]: (ids, weights) of chosen and of rejected; weights are 1 on the last answer and its end."""
+Side = tuple[np.ndarray, np.ndarray]  # ids, and weights: 1 on the last answer and its end
 
-    sides: list[tuple[tuple[np.ndarray, np.ndarray], ...]]
+
+class EncodedPairs(NamedTuple):
+    """sides[i]: those of chosen and of rejected."""
+
+    sides: list[tuple[Side, Side]]
     dropped: int  # pairs that did not fit
 
 
@@ -244,6 +247,7 @@ def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None =
 
 
 def _batch(rows: PairRows, index: np.ndarray, reference: np.ndarray | None) -> PairBatch:
-    *leaves, pairs = (leaf[index] for leaf in rows)
+    tokens, targets, weights, segment_ids, pairs = (leaf[index] for leaf in rows)
     before = np.zeros((*pairs.shape, 2), np.float32) if reference is None else reference[pairs]
-    return PairBatch(*leaves, (pairs >= 0).astype(np.float32), before)
+    present = (pairs >= 0).astype(np.float32)
+    return PairBatch(tokens, targets, weights, segment_ids, present, before)

@@ -57,8 +57,13 @@ def prepare(
     def make(folder: Path) -> dict:
         log(f"reading {', '.join(source.name for source in found.sources)}")
         train, val, how = split_documents(found, cfg.data, held)
-        _refuse_empty(how, cfg.window)
-        tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
+        if empty := [part["source"] for part in how if not part["bytes"]]:
+            raise UserError(
+                f"data.source={','.join(empty)}: no text in it; one window of model.context_length={cfg.window} "
+                f"needs at least {cfg.window + 1} tokens"
+            )
+        fitted = (train, val) if cfg.tokenizer.name == "chars" else (train,)
+        tokenizer = loaded or tokenizers.build(cfg.tokenizer, lambda: (text for part in fitted for _, text, _ in part))
         tokenizer.save(folder / "tokenizer.json")
         log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
         return {
@@ -157,19 +162,6 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
     yield f"stored      {manifest['train']['dtype']} in {manifest['folder']}"
     window = [int(i) for i in ready.train.tokens[:context_length]]
     yield f"begins      {tokenizer.decode(window)!r}"
-
-
-def _refuse_empty(how: list[dict], context_length: int) -> None:
-    if empty := [part["source"] for part in how if not part["bytes"]]:
-        raise UserError(
-            f"data.source={','.join(empty)}: no text in it; one window of model.context_length={context_length} "
-            f"needs at least {context_length + 1} tokens"
-        )
-
-
-def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:
-    parts = (train, val) if name == "chars" else (train,)
-    return lambda: (document.text for part in parts for document in part)
 
 
 def _encode(

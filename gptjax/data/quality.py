@@ -112,7 +112,8 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
         raise UserError(
             "near duplicates need datasketch: pip install -e '.[check]' in the checkout, or near=false"
         ) from error
-    index, seen, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}, []
+    index, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), []
+    seen: dict[str, tuple[frozenset[str], str]] = {}
     distinct = {(file.file, normalized(text)): where for file in texts for where, text in reversed(file.found)}
     for (_, text), where in distinct.items():
         shingles, own = _shingles(text), MinHash(num_perm=PERMUTATIONS)
@@ -176,14 +177,12 @@ def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
     for where, text in (one for file in texts for one in file.found):
         for kind, (pattern, holds) in PATTERNS.items():
             for match in re.finditer(pattern, text):
-                if holds is None or holds(match[0]):
-                    found.append((kind, where, _hidden(match[0])))
+                secret = match[0]
+                if holds is None or holds(secret):
+                    n = min(4, len(secret) // 4)
+                    hidden = secret[:n] + "*" * min(8, len(secret) - 2 * n) + secret[len(secret) - n :]
+                    found.append((kind, where, hidden))
     return found
-
-
-def _hidden(text: str) -> str:
-    n = min(4, len(text) // 4)
-    return text[:n] + "*" * min(8, len(text) - 2 * n) + text[len(text) - n :]
 
 
 # --- all of it

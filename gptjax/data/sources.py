@@ -277,7 +277,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
-        path = _keep_rows(name, partial(_hub_rows, name, repo, config, split, cfg), cfg)
+        path = _keep_rows(name, repo, config, split, cfg)
         read = partial(_read_jsonl, path, repo, "text")
         return Source(name, ((repo, read),), _hash_file(path), cfg.max_documents)
     dataset = _load(name, repo, config, split, cfg)
@@ -308,12 +308,7 @@ def _documents(dataset: Any, name: str, repo: str, field: str) -> Iterator[Docum
         raise _hub_error(name, error) from error
 
 
-def _hub_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Iterator[Document]:
-    dataset = _load(name, repo, config, split, cfg)
-    return islice(_documents(dataset, name, repo, cfg.text_field), cfg.max_documents)
-
-
-def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfig) -> Path:
+def _keep_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Path:
     key = hashlib.sha256(f"{name}\0{cfg.text_field}\0{cfg.max_documents}".encode()).hexdigest()[:32]
     path = cache_root(cfg) / "hf" / f"{key}.jsonl"
     if path.exists():
@@ -321,7 +316,8 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as out:
-            for document in rows():
+            rows = _documents(_load(name, repo, config, split, cfg), name, repo, cfg.text_field)
+            for document in islice(rows, cfg.max_documents):
                 out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot keep the rows of {name} in {path.parent}: {error.strerror or error}") from error

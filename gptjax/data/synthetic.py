@@ -205,8 +205,8 @@ def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Co
             if question not in asked:
                 break
         asked.add(question)
-        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        turned.append(Conversation(messages, f"{name}:{i + 1}"))
+        turn = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        turned.append(Conversation(turn, f"{name}:{i + 1}"))
     found, left = [], iter(turned)
     while some := list(itertools.islice(left, lengths.randint(1, turns))):
         messages = tuple(message for one in some for message in one.messages)

@@ -18,10 +18,6 @@ Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps s
 MAX_PROBLEMS = 20
 
 
-def _is_json(text: str) -> bool:
-    return not isinstance(tables.loads(text.strip()), UserError)
-
-
 def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
@@ -41,7 +37,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "ends_with": (str, lambda text, end: text.strip().endswith(end)),
     "lowercase": (bool, lambda text, yes: (text == text.lower()) == yes),
     "uppercase": (bool, lambda text, yes: (text == text.upper()) == yes),
-    "json": (bool, lambda text, yes: _is_json(text) == yes),
+    "json": (bool, lambda text, yes: isinstance(tables.loads(text.strip()), UserError) != yes),
     "commas": (bool, lambda text, yes: ("," in text) == yes),
 }
 
@@ -91,7 +87,8 @@ def _check_loss(row: Row, where: str) -> list[str]:
     """nats and tokens: both or neither, as older files have neither."""
     if "nats" not in row and "tokens" not in row:
         return []
-    nats, tokens = row.get("nats"), row.get("tokens")
+    nats: Any = row.get("nats")
+    tokens: Any = row.get("tokens")
     good = type(nats) in (int, float) and 0 <= nats < math.inf and type(tokens) is int and tokens > 0
     wrong = f"{where}: expected nats of at least 0 and a whole number of tokens, got {nats!r:.30} and {tokens!r:.30}"
     return [] if good else [wrong]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,11 +99,12 @@ def speculate(
         cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + room, context), room, ahead,
         ngram, drawable, cache_dtype and jnp.dtype(cache_dtype).name,
     )  # fmt: skip
+    if draft is not None and draft_cfg is not None:
+        draft = for_decoding(draft, draft_cfg)
     end, out, rounds, accepted = jax.device_get(
         _speculate(
-            for_decoding(params, cfg), draft if draft is None else for_decoding(draft, draft_cfg), tokens,
-            jnp.array(lengths), stop_array(stop), jnp.int32(max_new_tokens), jax.random.key(0) if key is None else key,
-            settings,
+            for_decoding(params, cfg), draft, tokens, jnp.array(lengths), stop_array(stop), jnp.int32(max_new_tokens),
+            jax.random.key(0) if key is None else key, settings,
         )
     )  # fmt: skip
     rows = []
@@ -137,7 +139,17 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=7)
-def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Settings):
+def _speculate(
+    params: Params,
+    draft: Params | None,
+    prompt: jax.Array,
+    lengths: jax.Array,
+    stop: jax.Array,
+    limit: jax.Array,
+    key: jax.Array,
+    settings: _Settings,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(end, tokens, rounds, accepted), as of `_State`."""
     cfg, draft_cfg, sampler, slots, room, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, places = jnp.arange(B), jnp.arange(ahead + 1)
@@ -149,7 +161,7 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
     logits, cache = read_prompts(params, prompt, cfg, init_cache(cfg, B, slots, dtype), lengths)
     first = pick(probable(logits[:, :drawable]), jax.random.fold_in(key, 0))
     draft_cache = None
-    if draft is not None:
+    if draft is not None and draft_cfg is not None:
         _, draft_cache = read_prompts(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots, dtype), lengths)
     tokens = jnp.pad(prompt, ((0, 0), (0, room))).at[rows, lengths].set(first)
     done = (first[:, None] == stop).any(-1)
@@ -157,7 +169,7 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
     def proposals(s: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
         """[B, ahead + 1]: the token before, then the proposals; their probabilities [B, ahead, V], None: all 1."""
         token = jnp.take_along_axis(s.tokens, s.end[:, None] - 1, 1)
-        if draft is None:
+        if draft is None or draft_cfg is None:
             return jnp.concatenate([token, repeated(s.tokens, s.end, ahead, ngram)], 1), None, None
 
         def propose(carry: Any, key: jax.Array) -> Any:
@@ -195,8 +207,8 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
             s.tokens.at[rows[:, None], at].set(chosen, mode="drop"),
             s.end + taken,
             s.done | stopped,
-            cache.replace(length=length),
-            draft_cache if draft_cache is None else draft_cache.replace(length=length),
+            dataclasses.replace(cache, length=length),
+            draft_cache if draft_cache is None else dataclasses.replace(draft_cache, length=length),
             s.rounds + 1,
             s.accepted + jnp.where(going, right, 0).sum(),
         )

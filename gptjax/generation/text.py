@@ -67,14 +67,10 @@ def pieces(
         if len(end) < len(text):
             getattr(tokens, "close", lambda: None)()
             break
-        ready = text[: len(text) - _waiting(text, strings)]
+        begun = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
+        ready = text[: len(text) - max(begun, default=0)]  # the end of it may be the beginning of a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
     if rest := cut(text, strings)[len(shown) :]:
         yield rest
-
-
-def _waiting(text: str, strings: Sequence[str]) -> int:
-    """How many characters at the end may be the beginning of a stop string."""
-    return max((n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
