@@ -136,9 +136,9 @@ def _keys(record: dict) -> str:
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
-
-
-Formats = dict[tuple[str, ...], tuple[str, Callable[[dict], Any]]]  # keys -> how it looks, its reader
+Parsed = Turns | str  # the messages of one conversation, or what is wrong with them
+Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
+Formats = dict[tuple[str, ...], tuple[str, Parse]]  # keys -> how it looks, its reader
 
 # Keys that say where a record comes from, not what is asked or answered: they are not read, without a word.
 _METADATA = """
@@ -180,7 +180,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def _conversations(
-    record: dict, keys: tuple[str, ...], parse: Callable[[dict], Any], where: str, unused: dict[str, Unused]
+    record: dict, keys: tuple[str, ...], parse: Parse, where: str, unused: dict[str, Unused]
 ) -> tuple[Conversation, ...] | list[str]:
     """The conversations of a record of a format, or what is wrong with it. `unused` gets the keys that are not read."""
     sides = parse(record)
@@ -234,7 +234,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
     return f"tools: expected a list of JSON schemas of functions, {what}"
 
 
-def _with_start(turns: Turns, record: dict, plain: bool) -> Turns | str:
+def _with_start(turns: Turns, record: dict, plain: bool) -> Parsed:
     """The turns after what stands beside them: a system message and earlier questions with their answers."""
     start: Turns = []
     if history := record.get("history"):
@@ -296,10 +296,10 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
     return tuple(made)
 
 
-def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns | str]:
+def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Record], Parsed]:
     """A question and its answer: two texts, or two lists of messages."""
 
-    def parse(record: dict) -> Turns | str:
+    def parse(record: tables.Record) -> Parsed:
         if not extra and (isinstance(record[question], list) or isinstance(record[answer], list)):
             asked, answered = turns(question)(record), turns(answer)(record)
             if isinstance(asked, str) or isinstance(answered, str):
@@ -315,10 +315,10 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns
     return parse
 
 
-def turns(key: str) -> Callable[[dict], Turns | str]:
+def turns(key: str) -> Callable[[tables.Record], Parsed]:
     """The messages of a list: {"role": .., "content": ..}, or {"from": .., "value": ..}."""
 
-    def parse(record: dict) -> Turns | str:
+    def parse(record: tables.Record) -> Parsed:
         found = record[key]
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {tables.kind_of(found)}'

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data import conversations, loader, packing, synthetic
-from gptjax.data.conversations import Conversation, Formats, Style
+from gptjax.data.conversations import Conversation, Formats, Parse, Parsed, Style
 from gptjax.errors import UserError
+from gptjax.formats.tables import Record
 from gptjax.tokenizers.base import Tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -32,13 +33,13 @@ class Pair(NamedTuple):
     rejected: Conversation
 
 
-Side = tuple[np.ndarray, np.ndarray]  # ids, and weights: 1 on the last answer and its end
+Example = tuple[np.ndarray, np.ndarray]  # ids, and weights: 1 on the last answer and its end
 
 
 class EncodedPairs(NamedTuple):
     """sides[i]: those of chosen and of rejected."""
 
-    sides: list[tuple[Side, Side]]
+    sides: list[tuple[Example, Example]]
     dropped: int  # pairs that did not fit
 
 
@@ -68,14 +69,14 @@ class PairBatch(NamedTuple):
 # --- reading
 
 
-def _sides(prompt: str, extra: str = "") -> Any:
+def _sides(prompt: str, extra: str = "") -> Parse:
     """Answers to a question. Both are texts, or both lists of messages: the answer alone, or the prompt before it."""
 
-    def parse(record: dict) -> tuple:
+    def parse(record: Record) -> tuple[Parsed, ...]:
         if any(isinstance(record[side], list) for side in SIDES):
             return tuple(_after(prompt, record, side) for side in SIDES)
         if isinstance(record[prompt], list):
-            asked: Any = conversations.turns(prompt)(record)
+            asked = conversations.turns(prompt)(record)
             if isinstance(asked, str):
                 return (asked,)
         else:
@@ -88,7 +89,7 @@ def _sides(prompt: str, extra: str = "") -> Any:
     return parse
 
 
-def _after(prompt: str, record: dict, side: str) -> Any:
+def _after(prompt: str, record: Record, side: str) -> Parsed:
     """The messages of a side with those of the prompt before them, which may stand there already."""
     answered = conversations.turns(side)(record)
     if isinstance(answered, str) or not answered:
@@ -114,11 +115,6 @@ def _said(message: dict[str, Any]) -> tuple[Any, Any]:
     return message["role"], message["content"]
 
 
-def _talks(record: dict) -> tuple:
-    """Whole conversations."""
-    return tuple(conversations.turns(side)(record) for side in SIDES)
-
-
 FORMATS: Formats = {
     ("prompt", *SIDES): (
         '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
@@ -128,7 +124,10 @@ FORMATS: Formats = {
         '{"instruction": .., "input": .. (optional), "chosen": .., "rejected": ..}',
         _sides("instruction", "input"),
     ),
-    SIDES: ('{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}', _talks),
+    SIDES: (
+        '{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}',
+        lambda record: tuple(conversations.turns(side)(record) for side in SIDES),
+    ),
 }
 
 
@@ -191,7 +190,10 @@ def encode(
     """
     texts = [getattr(pair, side) for pair in pairs for side in SIDES]
     both = conversations.encode(texts, tokenizer, style=style, context_length=1 << 30)
-    examples = list(zip(both.rows, map(_last, both.weights), strict=True))
+    examples = []
+    for ids, weights in zip(both.rows, both.weights, strict=True):
+        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # where the last run of ones begins
+        examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
     whole = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in whole]
     sides = [pair for pair, length in zip(whole, lengths, strict=True) if length <= context_length]
@@ -201,12 +203,6 @@ def encode(
             f"no pair fits a context of {context_length} tokens{because}: both of its sides stand in one row, {needs}"
         )
     return EncodedPairs(sides, len(pairs) - len(sides))
-
-
-def _last(weights: np.ndarray) -> np.ndarray:
-    """Only the last run of ones stays."""
-    start = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]
-    return np.where(np.arange(len(weights)) < start, 0, weights).astype(np.float32)
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptjax import assets, tokenizers
 from gptjax.config import Config
@@ -188,11 +188,11 @@ def _describe_sources(found: Documents) -> list[dict]:
     return [{"name": s.name, "files": len(s.files), "fingerprint": s.fingerprint} for s in found.sources]
 
 
-def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Any) -> str:
+def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Tokenizer | None) -> str:
     """What the tokens depend on. A trained tokenizer is named by its settings: its text is in the key already."""
     data = cfg.data
     if loaded:
-        tokenizer: Any = loaded.fingerprint
+        tokenizer: str | list[str | int] = loaded.fingerprint
     elif cfg.tokenizer.name in ("chars", "words"):
         tokenizer = cfg.tokenizer.name
     else:

@@ -55,7 +55,7 @@ def records_of(file: str, field: str | None = None) -> Texts:
     return Texts(file, found)
 
 
-def _rows(file: str) -> Iterator[tuple[str, Any]]:
+def _rows(file: str) -> Iterator[tuple[str, tables.Record | UserError]]:
     path = user_path(file)
     if path.suffix.lower() == ".tsv":
         return tables.tsv(file)
@@ -66,7 +66,7 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
     return _paragraphs(file, path)
 
 
-def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, tables.Record]]:
     start, held = 1, ""
     for number, line in enumerate(tables.lines(path), 1):
         if line.strip():

@@ -131,26 +131,24 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: name text files or their folder")
     if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(f"data.source={name}: {folder} holds everything there is: name the folder or file of the text")
-    visible = sorted((path.relative_to(folder).as_posix(), path) for path in _visible(name, folder))
+    visible: list[tuple[str, Path]] = []
+    for path in _walk(name, folder, ()):
+        if len(visible) >= MAX_FILES:
+            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
+        visible.append((path.relative_to(folder).as_posix(), path))
+    visible.sort()
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
 
 
-def _visible(name: str, folder: Path) -> Iterator[Path]:
+def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """The files at any depth, through links too, without hidden ones and what runs of gptjax wrote.
 
     Raises:
-        UserError: too many files; a link that leads nowhere, or back to a folder that it stands in.
+        UserError: a link that leads nowhere, or back to a folder that it stands in.
     """
-    for count, path in enumerate(_walk(name, folder, ())):
-        if count >= MAX_FILES:
-            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
-        yield path
-
-
-def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     above = (*above, folder.resolve())
     for path in folder.iterdir():
         if path.name.startswith("."):

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from gptjax.errors import UserError
 if TYPE_CHECKING:
     from gptjax.data.classification import Labelled
 
+T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
 HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
@@ -297,21 +298,21 @@ def _book(data: Labelled) -> list[np.ndarray]:
 # --- instructions and preferences
 
 
-class Splits(NamedTuple):
+class Splits(NamedTuple, Generic[T]):
     """Records to train, validate and test on."""
 
-    train: list[Any]
-    val: list[Any]
-    test: list[Any]
+    train: list[T]
+    val: list[T]
+    test: list[T]
 
 
 def split_records(
     settings: InstructConfig | PreferConfig,
     seed: int,
-    read: Callable[[str, list[str] | None], list[Any]],
-    made: Callable[..., list[Any]],
+    read: Callable[[str, list[str] | None], list[T]],
+    made: Callable[..., list[T]],
     notes: list[str] | None = None,
-) -> Splits:
+) -> Splits[T]:
     """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
     skills: test and validation ask about words and numbers that training never shows.
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -63,7 +64,7 @@ def generate(
     stop: Sequence[int] = (),
     until: Until | None = None,
     vocab_size: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
@@ -105,7 +106,7 @@ def complete(
     vocab_size: int | None = None,
     n: int = 1,
     logprobs: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
     """`generate` with all there is to know about each continuation.
@@ -140,7 +141,7 @@ def stream(
     until: Until | None = None,
     vocab_size: int | None = None,
     every: int = 1,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
@@ -258,7 +259,7 @@ class _Run:
         n: int,
         logprobs: int | None,
         drawable: int,
-        cache_dtype: Any,
+        cache_dtype: DTypeLike | None,
         patches: Patches | None,
     ):
         tokens, self.start = right_padded(prompts, cfg)
@@ -267,7 +268,7 @@ class _Run:
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()  # few sizes: the loop is what compiles longest
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
-            cfg, sampler, width, max_new, n, top, drawable, cache_dtype and jnp.dtype(cache_dtype).name
+            cfg, sampler, width, max_new, n, top, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name
         )
         both = for_decoding(params, cfg) if _has_room(params) else params
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}

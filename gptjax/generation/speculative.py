@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -42,7 +43,7 @@ def speculate(
     key: jax.Array | None = None,
     stop: Sequence[int] = (),
     vocab_size: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Speculation:
     """What `generate` draws from (params, cfg), sooner where the proposals are often right, since reading a few tokens
     costs little more than reading one.
@@ -97,7 +98,7 @@ def speculate(
         )
     settings = _Settings(
         cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + room, context), room, ahead,
-        ngram, drawable, cache_dtype and jnp.dtype(cache_dtype).name,
+        ngram, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name,
     )  # fmt: skip
     if draft is not None and draft_cfg is not None:
         draft = for_decoding(draft, draft_cfg)

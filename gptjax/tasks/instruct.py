@@ -83,7 +83,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conversations(cfg: Config, notes: list[str] | None = None) -> Splits:
+def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
     """To train, validate and test on. notes: as of `conversations.read`."""
     parts = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:

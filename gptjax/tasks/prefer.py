@@ -13,7 +13,7 @@ from gptjax import losses
 from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
-from gptjax.data.preferences import PairBatch, PairRows
+from gptjax.data.preferences import Pair, PairBatch, PairRows
 from gptjax.data.split import Splits, split_records
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
@@ -64,7 +64,7 @@ def summary(scores: dict[str, Any]) -> str:
     )
 
 
-def pairs(cfg: Config, notes: list[str] | None = None) -> Splits:
+def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
     """To train, validate and test on. notes: as of `conversations.read`."""
     return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
