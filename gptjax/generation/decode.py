@@ -248,20 +248,10 @@ class _Run:
     """One call's state between compiled stretches."""
 
     def __init__(
-        self,
-        params: Params,
-        prompts: Sequence[Sequence[int]],
-        cfg: ModelConfig,
-        max_new_tokens: int,
-        key: jax.Array,
-        sampler: Sampler,
-        stop: Sequence[int],
-        n: int,
-        logprobs: int | None,
-        drawable: int,
-        cache_dtype: DTypeLike | None,
-        patches: Patches | None,
-    ):
+        self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
+        sampler: Sampler, stop: Sequence[int], n: int, logprobs: int | None, drawable: int,
+        cache_dtype: DTypeLike | None, patches: Patches | None,
+    ):  # fmt: skip
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
@@ -334,14 +324,9 @@ def _has_room(params: Params) -> bool:
 
 @partial(jax.jit, static_argnums=5)
 def _start(
-    params: Params,
-    prompt: jax.Array,
-    lengths: jax.Array,
-    key: jax.Array,
-    stop: jax.Array,
-    settings: _Settings,
+    params: Params, prompt: jax.Array, lengths: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings,
     patches: Placed,
-) -> _State:
+) -> _State:  # fmt: skip
     """The prompts are read, and the first token of each row is drawn."""
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
@@ -375,15 +360,9 @@ def _start(
 
 @partial(jax.jit, static_argnums=6, donate_argnums=2)
 def _decode_loop(
-    params: Params,
-    decode_params: Params,
-    state: _State,
-    key: jax.Array,
-    stop: jax.Array,
-    upto: jax.Array,
-    settings: _Settings,
-    patches: Placed,
-) -> _State:
+    params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
+    settings: _Settings, patches: Placed,
+) -> _State:  # fmt: skip
     """Tokens are read and drawn until there are `upto` of them; `decode_params` is `params` laid out for one token."""
 
     def body(state: _State) -> _State:
@@ -394,13 +373,9 @@ def _decode_loop(
 
 
 def read_prompts(
-    params: Params,
-    tokens: jax.Array,
-    cfg: ModelConfig,
-    cache: Cache,
-    lengths: jax.Array,
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array,
     patches: Placed | Patches | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Logits [B, V] after the last real token of each row."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]

@@ -141,15 +141,9 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnums=7)
 def _speculate(
-    params: Params,
-    draft: Params | None,
-    prompt: jax.Array,
-    lengths: jax.Array,
-    stop: jax.Array,
-    limit: jax.Array,
-    key: jax.Array,
-    settings: _Settings,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
+    key: jax.Array, settings: _Settings,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """(end, tokens, rounds, accepted), as of `_State`."""
     cfg, draft_cfg, sampler, slots, room, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
