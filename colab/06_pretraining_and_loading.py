@@ -20,7 +20,7 @@ import optax
 import gptjax
 from gptjax import show
 from gptjax.data import packing
-from gptjax.data.instructions import Encoded
+from gptjax.data.packing import Encoded
 from gptjax.generation import chain, temperature, top_k
 from gptjax.losses import next_token, token_log_probs
 from gptjax.ops.loss import cross_entropy

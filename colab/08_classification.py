@@ -26,7 +26,8 @@ from IPython.display import Image, display
 import gptjax
 from gptjax import lora, show, tree
 from gptjax.config import LoraConfig, ModelConfig
-from gptjax.data import labelled
+from gptjax.data import classification
+from gptjax.data.split import split_labelled
 from gptjax.evaluation import classification as metrics
 from gptjax.losses import class_logits, classify
 from gptjax.tasks.classify import new_head, probabilities
@@ -93,7 +94,7 @@ if not SOURCE:
     SOURCE = "messages.tsv"
     with open(SOURCE, "w", encoding="utf-8") as file:
         file.writelines(f"{label}\t{text}\n" for label, text in messages(90 if SMOKE else 480, 0, FAMILIAR))
-data = labelled.read(SOURCE)
+data = classification.read(SOURCE)
 counts = dict(zip(data.names, np.bincount(data.labels).tolist(), strict=True))
 print(f"{len(data.texts)} messages: {counts}")
 for i in range(4):
@@ -106,14 +107,14 @@ for i in range(4):
 # count once. In the book's split of the SMS collection 37 of 300 test messages also stand in its training part.
 
 # %%
-balanced = labelled.balanced(data, seed=0)
-careless = labelled.split(balanced, deduplicate=False)
-splits = labelled.split(balanced)
+balanced = classification.balanced(data, seed=0)
+careless = split_labelled(balanced, deduplicate=False)
+splits = split_labelled(balanced)
 for name, one in (("as it comes", careless), ("deduplicated", splits)):
     print(f"{name}: {len(one.train.texts)} + {len(one.val.texts)} + {len(one.test.texts)} texts, {one.leaked} leaked")
 assert splits.leaked == 0
 if SOURCE.endswith("SMSSpamCollection.tsv"):
-    book = labelled.split(labelled.read(SOURCE, quoted=True), how="book", deduplicate=False)
+    book = split_labelled(classification.read(SOURCE, quoted=True), how="book", deduplicate=False)
     print("the book's split:", [len(part.texts) for part in book[:3]])
     assert [len(part.texts) for part in book[:3]] == [1045, 149, 300]
 
@@ -143,12 +144,12 @@ show.curves(
 BASE = "smollm2-135m-instruct"
 found = gptjax.weights.open_model(BASE)
 tokenizer = found.tokenizer()
-print(f"naive Bayes {labelled.naive_bayes(splits.train, splits.test, tokenizer):.2%},", end=" ")
-print(f"always the commonest class {labelled.majority(splits.train, splits.test):.2%}")
+print(f"naive Bayes {classification.naive_bayes(splits.train, splits.test, tokenizer):.2%},", end=" ")
+print(f"always the commonest class {classification.majority(splits.train, splits.test):.2%}")
 
 
 def of(rows):
-    return labelled.Labelled(
+    return classification.Labelled(
         [text for _, text in rows], np.array([label == "spam" for label, _ in rows], np.int32), data.names
     )
 
@@ -156,7 +157,7 @@ def of(rows):
 strange = None
 if SOURCE == "messages.tsv":
     strange = of(messages(30 if SMOKE else 150, 2, STRANGE))
-    print(f"naive Bayes on other sentences {labelled.naive_bayes(splits.train, strange, tokenizer):.2%}")
+    print(f"naive Bayes on other sentences {classification.naive_bayes(splits.train, strange, tokenizer):.2%}")
 
 # %% [markdown]
 # ## The head
@@ -180,8 +181,8 @@ else:
     base, base_cfg = gptjax.load(BASE)
 cfg = dataclasses.replace(base_cfg, n_classes=len(data.names))
 MAX_LENGTH = 80
-encoded = [labelled.encode(part, tokenizer, MAX_LENGTH) for part in (splits.train, splits.val, splits.test)]
-train, val, test = (labelled.rows(part) for part in encoded)
+encoded = [classification.encode(part, tokenizer, MAX_LENGTH) for part in (splits.train, splits.val, splits.test)]
+train, val, test = (classification.rows(part) for part in encoded)
 print(f"{len(splits.train.texts)} texts in {len(train.tokens)} rows of {train.tokens.shape[1]} tokens, several in each")
 show.maps(
     {"which text a token of the first rows belongs to (0: none)": train.segment_ids[:12]}, x="token", y="row", size=5
@@ -240,7 +241,7 @@ judge = jax.jit(lambda trained, batch, key: loss(combine(trained, base), batch, 
 
 
 def on(rows, trained):
-    mean, more = evaluate(judge, trained, labelled.eval_batches(rows, B))
+    mean, more = evaluate(judge, trained, classification.eval_batches(rows, B))
     return float(mean.value()), float(more["accuracy"].value())
 
 
@@ -248,7 +249,7 @@ print(f"{tree.size(state.params):,} trained of {tree.size(base):,} parameters, {
 print("before: validation loss {:.3f}, accuracy {:.1%}".format(*on(val, state.params)))
 losses, accuracy = [], []
 for i in range(steps):
-    state, values = step(state, labelled.batch(train, i, batch_size=B, seed=0))
+    state, values = step(state, classification.batch(train, i, batch_size=B, seed=0))
     losses.append(float(values["loss"]))
     accuracy.append(float(values["accuracy"]))
 print("after:  validation loss {:.3f}, accuracy {:.1%}".format(*on(val, state.params)))
@@ -275,15 +276,15 @@ display(Image("confusion.png"))
 
 # %%
 if strange is not None:
-    guess = probabilities(tuned, cfg, labelled.encode(strange, tokenizer, MAX_LENGTH), "last").argmax(-1)
+    guess = probabilities(tuned, cfg, classification.encode(strange, tokenizer, MAX_LENGTH), "last").argmax(-1)
     n, right = len(guess), int((guess == strange.labels).sum())
     low, high = metrics.interval(right, n)
     print(f"other sentences: {right} of {n} right, {right / n:.1%} (95 % interval {low:.1%} to {high:.1%}),", end=" ")
-    print(f"naive Bayes {labelled.naive_bayes(splits.train, strange, tokenizer):.1%}")
+    print(f"naive Bayes {classification.naive_bayes(splits.train, strange, tokenizer):.1%}")
 mine = ["Your parcel is waiting, pay 2 pounds at this link", "I won the pub quiz, free beer for you on Friday"]
-texts = labelled.Labelled(mine, np.zeros(len(mine), np.int32), data.names)
+texts = classification.Labelled(mine, np.zeros(len(mine), np.int32), data.names)
 for text, row_ in zip(
-    mine, probabilities(tuned, cfg, labelled.encode(texts, tokenizer, MAX_LENGTH), "last"), strict=True
+    mine, probabilities(tuned, cfg, classification.encode(texts, tokenizer, MAX_LENGTH), "last"), strict=True
 ):
     print({name: f"{q:.1%}" for name, q in zip(data.names, row_, strict=True)}, text)
 

@@ -24,8 +24,9 @@ import optax
 import gptjax
 from gptjax import lora, show, tree
 from gptjax.config import LoraConfig
-from gptjax.data import instructions, packing, skills
-from gptjax.data.instructions import Conversation, Encoded
+from gptjax.data import conversations, packing, synthetic
+from gptjax.data.conversations import Conversation
+from gptjax.data.packing import Encoded
 from gptjax.evaluation.generation_metrics import scores
 from gptjax.losses import next_token
 from gptjax.ops.loss import cross_entropy
@@ -61,7 +62,7 @@ print(chat.apply(tokenizer, [question]))
 
 # %%
 talk = Conversation((question, {"role": "assistant", "content": "boxes"}), "by hand")
-pieces = instructions.render(talk, tokenizer)
+pieces = conversations.render(talk, tokenizer)
 ids = [i for piece in pieces for i in piece.ids]
 learned = [float(piece.learn) for piece in pieces for _ in piece.ids]
 print(f"{len(ids)} tokens, {sum(learned):.0f} of them learned")
@@ -107,7 +108,7 @@ N = 60 if SMOKE else 2400
 
 def some_skills(n, seed, **options):
     """Of the eleven skills those that are learned soonest; each conversation is about one or several of them."""
-    every = skills.skills(n, seed, **options)
+    every = synthetic.skills(n, seed, **options)
     if options.get("turns", 1) == 1:
         return [talk for talk in every if talk.where.split(":")[0] in NAMES]
     out = []
@@ -119,7 +120,7 @@ def some_skills(n, seed, **options):
 
 
 if SOURCE:
-    talks = instructions.read(SOURCE)
+    talks = conversations.read(SOURCE)
     n_train, n_test = int(len(talks) * 0.85), int(len(talks) * 0.1)  # 1,100 records: 935, 110, and 55 to validate
     train_talks, test_talks = talks[:n_train], talks[n_train : n_train + n_test]
 else:
@@ -137,7 +138,7 @@ for talk in test_talks[:4]:
 
 # %%
 T = 256
-encoded = instructions.encode(train_talks, tokenizer, context_length=T)
+encoded = conversations.encode(train_talks, tokenizer, context_length=T)
 padded, packed = packing.padded(encoded, T), packing.packed(encoded, T)
 for name, rows in (("padded", padded), ("packed", packed)):
     print(f"{name}: {len(rows.tokens)} rows of {T} tokens, {(rows.segment_ids > 0).mean():.0%} full, ", end="")

@@ -18,6 +18,11 @@ from typing import Any
 MOVED: dict[str, str] = {  # old path: new path
     "gptjax.config_io": "gptjax.config.leaves",
     "gptjax.config_uses": "gptjax.config.uses",
+    "gptjax.data.check": "gptjax.data.quality",
+    "gptjax.data.instructions": "gptjax.data.conversations",
+    "gptjax.data.labelled": "gptjax.data.classification",
+    "gptjax.data.records": "gptjax.formats.tables",
+    "gptjax.data.skills": "gptjax.data.synthetic",
     "gptjax.finetuning": "gptjax.tasks",
     "gptjax.finetuning.answers": "gptjax.evaluation.generation_metrics",
     "gptjax.finetuning.base": "gptjax.tasks.trainable",
@@ -37,7 +42,16 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.config_io.ALIASES": "gptjax.config.aliases.ALIASES",
     "gptjax.config_io.did_you_mean": "gptjax.errors.did_you_mean",
     "gptjax.config_io.unknown_key": "gptjax.config.aliases.unknown_key",
+    "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
+    "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
+    "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    **{f"gptjax.data.classification.{name}": f"gptjax.formats.tables.{name}" for name in ("LABEL", "TEXT", "tsv")},
+    **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Part", "Sizes", "hold_out", "measure")},
+    **{
+        f"gptjax.data.sources.{name}": f"gptjax.formats.tables.{name}"
+        for name in ("first_line", "hub_name", "kind_of", "lines", "names")
+    },
 }
 
 

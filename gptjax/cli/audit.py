@@ -109,11 +109,11 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
     """Stores of what was trained on and of what was not: those of the run, or the files that were named."""
     from gptjax import data
-    from gptjax.data import check
+    from gptjax.data import quality
     from gptjax.research import audit
 
     if "train" in given:
-        files = [check.records_of(given.pop(name)) for name in ("train", "held_out")]
+        files = [quality.records_of(given.pop(name)) for name in ("train", "held_out")]
         stores = [audit.store_of([text for _, text in file.found], tokenizer) for file in files]
         return stores[0], stores[1]
     if cfg is None or cfg.task != "pretrain":

@@ -141,17 +141,17 @@ def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterato
 
 
 def _rows(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterator[Row | UserError]:
-    from gptjax.data import labelled, records, sources
+    from gptjax.formats import tables
 
     if kind == "text":
         yield Row(repr(name)[:60], name, {"text": name})
     elif kind == "pipe" or Path(name).suffix.lower() in LINES:
-        lines = sys.stdin if kind == "pipe" else sources.lines(Path(name).expanduser())
+        lines = sys.stdin if kind == "pipe" else tables.lines(Path(name).expanduser())
         for number, line in enumerate(lines, 1):
             if text := line.rstrip("\r\n").strip():
                 yield Row(f"{name}:{number}", text, {"text": text})
     else:
-        table = labelled.tsv(name) if name.lower().endswith(".tsv") else records.read(name)
+        table = tables.tsv(name) if name.lower().endswith(".tsv") else tables.read(name)
         field = None
         for where, row in table:
             if isinstance(row, UserError):
@@ -167,7 +167,7 @@ def _rows(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterat
 
 
 def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str) -> str:
-    from gptjax.data.labelled import TEXT
+    from gptjax.formats.tables import TEXT
 
     asked, trained = fields
     if asked:

@@ -91,17 +91,17 @@ def check(args: list[str]) -> int:
         refuse_classifier(model.cfg, f"model={given['model']}", "name the model that it was made from")
         tokenizer = model.tokenizer()
     out = new_file(given["out"]) if "out" in given else None
-    from gptjax.data import check as of
+    from gptjax.data import quality
 
     options.note("reading")
-    texts = [of.records_of(file, given.get("field")) for file in dict.fromkeys(files)]
+    texts = [quality.records_of(file, given.get("field")) for file in dict.fromkeys(files)]
     losses = None
     if model is not None:
         from gptjax.evaluation.perplexity import losses as score
 
         every = [text for file in texts for _, text in file.found]
         losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)
-    report = of.check(texts, threshold=threshold if near == "true" else None, losses=losses)
+    report = quality.check(texts, threshold=threshold if near == "true" else None, losses=losses)
     print("\n".join(_report(report)))
     if out is not None:
         write_json(out, report)

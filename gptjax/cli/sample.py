@@ -14,6 +14,7 @@ from gptjax.config import Config, ModelConfig, Provenance, SampleConfig, resolve
 from gptjax.config.leaves import Leaf, from_yaml, read_text
 from gptjax.errors import UserError, complaints
 from gptjax.files import new_file, one_line_end, refuse_existing
+from gptjax.formats import tables
 
 if TYPE_CHECKING:
     from gptjax.generation import Completion
@@ -37,6 +38,7 @@ def run(args: list[str]) -> int:
     if parsed.print_config and not parsed.dry_run:
         options.show_only(parsed, cfg, provenance, lambda cfg: [], options.keys_of("sample.*"))
         return 0
+    from gptjax.generation import prompt_ids
     from gptjax.model.gpt import refuse_classifier
     from gptjax.training.process import use_compile_cache
     from gptjax.weights import open_model
@@ -83,17 +85,14 @@ def read_prompts(cfg: Config) -> list[str]:
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
-    lines = [line for line in one_line_end(read_text(path, "prompts")).split("\n") if line.strip()]
+    lines = one_line_end(read_text(path, "prompts")).split("\n")
     if path.suffix != ".jsonl":
-        return lines
+        return [line for line in lines if line.strip()]
     prompts, problems = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: not JSON ({error})")
-            continue
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+    for number, row in tables.jsonl(lines):
+        if isinstance(row, ValueError):
+            problems.append(f"{path}:{number}: not JSON ({row})")
+        elif isinstance(row, dict) and isinstance(row.get("prompt"), str):
             prompts.append(row["prompt"])
         else:
             problems.append(f'{path}:{number}: expected an object with a text "prompt"')
@@ -102,18 +101,6 @@ def read_prompts(cfg: Config) -> list[str]:
     if not prompts:
         raise UserError(f"{path}: no prompts in it")
     return prompts
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids; begun as the model's texts begin."""
-    ids = tokenizer.encode(prompt, allowed_special="all")
-    if tokenizer.add_bos and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
-    if not ids and tokenizer.eot_id is not None:  # where texts do not begin with a token of their own
-        ids = [tokenizer.eot_id]
-    if not ids:
-        raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")
-    return ids
 
 
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:

@@ -8,7 +8,8 @@ for batch in data.eval_batches(ready.val, context_length=64, batch_size=12): ...
 
 from gptjax.data.loader import Loader, eval_batches, permute
 from gptjax.data.prepare import Prepared, describe, prepare, refuse_missing
-from gptjax.data.sources import Document, Documents, documents, split
+from gptjax.data.sources import Document, Documents, documents
+from gptjax.data.split import split_documents as split
 from gptjax.data.store import TokenStore
 from gptjax.data.windows import windows
 

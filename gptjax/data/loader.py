@@ -67,18 +67,22 @@ class Loader:
         mixed = store.n_sources > 1 and (bool(cfg.weights) or cfg.temperature != 1.0)
         bounds = store.source_starts if mixed else np.asarray([0, len(store)])
         self.lanes = [_lane(int(a), int(b), cfg, context_length) for a, b in pairwise(bounds)]
-        self.shares = self._shares(cfg) if mixed else np.ones(1)
-        short = [k for k, lane in enumerate(self.lanes) if self.shares[k] > 0 and lane.n_windows < 1]
-        if short:
-            raise UserError.all([_too_short(int(bounds[k + 1] - bounds[k]), context_length, k, mixed) for k in short])
+        if cfg.weights and mixed and len(cfg.weights) != store.n_sources:
+            raise UserError(
+                f"data.weights has {len(cfg.weights)} numbers for {store.n_sources} sources: give one for each source"
+            )
+        self.shares = mixture.shares(cfg.weights or np.diff(bounds), cfg.temperature) if mixed else np.ones(1)
+        text = "source {} of the training text" if mixed else "the training text"
+        problems = [
+            f"{text.format(k + 1)} has {bounds[k + 1] - bounds[k]} tokens, and one window of model.context_length="
+            f"{context_length} needs at least {context_length + 1}: give more text or lower model.context_length"
+            for k, lane in enumerate(self.lanes)
+            if self.shares[k] > 0 and lane.n_windows < 1
+        ]
+        if problems:
+            raise UserError.all(problems)
         self._whole_batches = cfg.stride is not None and not mixed and self.lanes[0].n_windows >= batch_size
         self._ahead = (0, np.zeros(0, np.int64))
-
-    def _shares(self, cfg: DataConfig) -> np.ndarray:
-        n = self.store.n_sources
-        if cfg.weights and len(cfg.weights) != n:
-            raise UserError(f"data.weights has {len(cfg.weights)} numbers for {n} sources: give one for each source")
-        return mixture.shares(cfg.weights or np.diff(self.store.source_starts), cfg.temperature)
 
     @property
     def n_windows(self) -> int:
@@ -254,7 +258,8 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.ndarray:
-    left, right = x // b, x % b
+    left: np.ndarray = x // b
+    right: np.ndarray = x % b
     for i in range(ROUNDS):
         left = (left + _mix(right + (key ^ _ROUND_KEYS[2 * i])) % a) % a
         right = (right + _mix(left + (key ^ _ROUND_KEYS[2 * i + 1])) % b) % b
@@ -285,11 +290,3 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
     n_windows = max(1, (n - t) // t)  # one less than fit, so that every offset leaves room for all
     return Lane(begin, n_windows, t, n - n_windows * t)
-
-
-def _too_short(n: int, context_length: int, k: int, mixed: bool) -> str:
-    where = f"source {k + 1} of the training text" if mixed else "the training text"
-    return (
-        f"{where} has {n} tokens, and one window of model.context_length={context_length} needs at least "
-        f"{context_length + 1}: give more text or lower model.context_length"
-    )

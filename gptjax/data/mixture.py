@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gptjax.errors import UserError
 
 
-def shares(weights, temperature: float = 1.0) -> np.ndarray:
+def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Probabilities p_i ~ w_i ** temperature, [n] float64, sum 1. A weight of 0 stays 0.
 
     temperature  1: as the weights say; 0: all alike; between: small corpora are drawn more often.

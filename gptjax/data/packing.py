@@ -15,10 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.instructions import Encoded
 from gptjax.data.loader import epoch_rows
 from gptjax.errors import UserError
 from gptjax.types import Batch
+
+
+class Encoded(NamedTuple):
+    """Examples as ids [n] int32, and how much each counts as a target [n] float32 (the first id never is one)."""
+
+    rows: list[np.ndarray]
+    weights: list[np.ndarray]
+    dropped: int  # examples that did not fit
 
 
 class Rows(NamedTuple):

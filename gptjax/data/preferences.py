@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import instructions, loader, packing, skills
-from gptjax.data.instructions import Conversation, Formats, Style
+from gptjax.data import conversations, loader, packing, synthetic
+from gptjax.data.conversations import Conversation, Formats, Parse, Parsed, Style
 from gptjax.errors import UserError
+from gptjax.formats.tables import Record
 from gptjax.tokenizers.base import Tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -32,10 +33,13 @@ class Pair(NamedTuple):
     rejected: Conversation
 
 
-class EncodedPairs(NamedTuple):
-    """sides[i]: (ids, weights) of chosen and of rejected; weights are 1 on the last answer and its end."""
+Example = tuple[np.ndarray, np.ndarray]  # ids, and weights: 1 on the last answer and its end
 
-    sides: list[tuple[tuple[np.ndarray, np.ndarray], ...]]
+
+class EncodedPairs(NamedTuple):
+    """sides[i]: those of chosen and of rejected."""
+
+    sides: list[tuple[Example, Example]]
     dropped: int  # pairs that did not fit
 
 
@@ -65,14 +69,14 @@ class PairBatch(NamedTuple):
 # --- reading
 
 
-def _sides(prompt: str, extra: str = "") -> Any:
+def _sides(prompt: str, extra: str = "") -> Parse:
     """Answers to a question. Both are texts, or both lists of messages: the answer alone, or the prompt before it."""
 
-    def parse(record: dict) -> tuple:
+    def parse(record: Record) -> tuple[Parsed, ...]:
         if any(isinstance(record[side], list) for side in SIDES):
             return tuple(_after(prompt, record, side) for side in SIDES)
         if isinstance(record[prompt], list):
-            asked: Any = instructions.turns(prompt)(record)
+            asked = conversations.turns(prompt)(record)
             if isinstance(asked, str):
                 return (asked,)
         else:
@@ -85,13 +89,13 @@ def _sides(prompt: str, extra: str = "") -> Any:
     return parse
 
 
-def _after(prompt: str, record: dict, side: str) -> Any:
+def _after(prompt: str, record: Record, side: str) -> Parsed:
     """The messages of a side with those of the prompt before them, which may stand there already."""
-    answered = instructions.turns(side)(record)
+    answered = conversations.turns(side)(record)
     if isinstance(answered, str) or not answered:
         return answered
     as_text = not isinstance(record[prompt], list)
-    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else instructions.turns(prompt)(record)
+    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else conversations.turns(prompt)(record)
     if isinstance(asked, str):
         return asked
     said = [_said(message) for _, message in answered]
@@ -111,11 +115,6 @@ def _said(message: dict[str, Any]) -> tuple[Any, Any]:
     return message["role"], message["content"]
 
 
-def _talks(record: dict) -> tuple:
-    """Whole conversations."""
-    return tuple(instructions.turns(side)(record) for side in SIDES)
-
-
 FORMATS: Formats = {
     ("prompt", *SIDES): (
         '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
@@ -125,7 +124,10 @@ FORMATS: Formats = {
         '{"instruction": .., "input": .. (optional), "chosen": .., "rejected": ..}',
         _sides("instruction", "input"),
     ),
-    SIDES: ('{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}', _talks),
+    SIDES: (
+        '{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}',
+        lambda record: tuple(conversations.turns(side)(record) for side in SIDES),
+    ),
 }
 
 
@@ -133,12 +135,12 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
-        notes: as of `instructions.read`, which says what is read beside the keys of `FORMATS`.
+        notes: as of `conversations.read`, which says what is read beside the keys of `FORMATS`.
 
     Raises:
-        UserError: as of `instructions.read`; pairs with two questions, or the same answer twice: the first 20.
+        UserError: as of `conversations.read`; pairs with two questions, or the same answer twice: the first 20.
     """
-    pairs = [Pair(*sides) for sides in instructions.read_as(source, FORMATS, notes)]
+    pairs = [Pair(*sides) for sides in conversations.read_as(source, FORMATS, notes)]
     problems = []
     for chosen, rejected in pairs:
         ours, theirs = ([*map(_said, side.messages)] for side in (chosen, rejected))
@@ -147,13 +149,13 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
         elif ours[-1] == theirs[-1]:
             problems.append(f"{chosen.where}: chosen and rejected are the same answer")
     if problems:
-        raise UserError.all(problems[: instructions.MAX_PROBLEMS])
+        raise UserError.all(problems[: conversations.MAX_PROBLEMS])
     return pairs
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """`skills.skills`, and as the rejected answer that of the next other question of the same skill."""
-    talks = skills.skills(n, seed, held_out)
+    """`synthetic.skills`, and as the rejected answer that of the next other question of the same skill."""
+    talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
     for talk in talks:
         of_skill.setdefault(talk.where.split(":")[0], []).append(talk)
@@ -184,11 +186,14 @@ def encode(
         because: where the context_length comes from, for the error where nothing fits.
 
     Raises:
-        UserError: as of `instructions.render`; no pair fits.
+        UserError: as of `conversations.render`; no pair fits.
     """
     texts = [getattr(pair, side) for pair in pairs for side in SIDES]
-    both = instructions.encode(texts, tokenizer, style=style, context_length=1 << 30)
-    examples = list(zip(both.rows, map(_last, both.weights), strict=True))
+    both = conversations.encode(texts, tokenizer, style=style, context_length=1 << 30)
+    examples = []
+    for ids, weights in zip(both.rows, both.weights, strict=True):
+        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # where the last run of ones begins
+        examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
     whole = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in whole]
     sides = [pair for pair, length in zip(whole, lengths, strict=True) if length <= context_length]
@@ -198,12 +203,6 @@ def encode(
             f"no pair fits a context of {context_length} tokens{because}: both of its sides stand in one row, {needs}"
         )
     return EncodedPairs(sides, len(pairs) - len(sides))
-
-
-def _last(weights: np.ndarray) -> np.ndarray:
-    """Only the last run of ones stays."""
-    start = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]
-    return np.where(np.arange(len(weights)) < start, 0, weights).astype(np.float32)
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
@@ -244,6 +243,7 @@ def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None =
 
 
 def _batch(rows: PairRows, index: np.ndarray, reference: np.ndarray | None) -> PairBatch:
-    *leaves, pairs = (leaf[index] for leaf in rows)
+    tokens, targets, weights, segment_ids, pairs = (leaf[index] for leaf in rows)
     before = np.zeros((*pairs.shape, 2), np.float32) if reference is None else reference[pairs]
-    return PairBatch(*leaves, (pairs >= 0).astype(np.float32), before)
+    present = (pairs >= 0).astype(np.float32)
+    return PairBatch(tokens, targets, weights, segment_ids, present, before)

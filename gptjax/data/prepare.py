@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gptjax import assets, tokenizers
 from gptjax.config import Config
 from gptjax.data import store as token_store
-from gptjax.data.sources import Documents, Part, cache_root, documents, measure, missing, split
+from gptjax.data.sources import Documents, cache_root, documents, missing
+from gptjax.data.split import Part, split_documents
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import json_sha256
@@ -55,9 +56,14 @@ def prepare(
 
     def make(folder: Path) -> dict:
         log(f"reading {', '.join(source.name for source in found.sources)}")
-        train, val, how = _parts(cfg, found, held)
-        _refuse_empty(how, cfg.window)
-        tokenizer = loaded or tokenizers.build(cfg.tokenizer, _fit_on(cfg.tokenizer.name, train, val))
+        train, val, how = split_documents(found, cfg.data, held)
+        if empty := [part["source"] for part in how if not part["bytes"]]:
+            raise UserError(
+                f"data.source={','.join(empty)}: no text in it; one window of model.context_length={cfg.window} "
+                f"needs at least {cfg.window + 1} tokens"
+            )
+        fitted = (train, val) if cfg.tokenizer.name == "chars" else (train,)
+        tokenizer = loaded or tokenizers.build(cfg.tokenizer, lambda: (text for part in fitted for _, text, _ in part))
         tokenizer.save(folder / "tokenizer.json")
         log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
         return {
@@ -158,32 +164,6 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
     yield f"begins      {tokenizer.decode(window)!r}"
 
 
-def _parts(cfg: Config, found: Documents, held: Documents | None) -> tuple[Part, Part, list[dict]]:
-    if held is None:
-        return split(found, cfg.data)
-    whole = [
-        {"source": source.name, "split": "none", "documents": len(sizes.names), "bytes": int(sizes.bytes.sum())}
-        for source in (*found.sources, *held.sources)
-        for sizes in [measure(source)]
-    ]
-    n = len(found.sources)
-    count = [sum(part["documents"] for part in parts) for parts in (whole[:n], whole[n:])]
-    return Part(found, count[0]), Part(held, count[1]), whole
-
-
-def _refuse_empty(how: list[dict], context_length: int) -> None:
-    if empty := [part["source"] for part in how if not part["bytes"]]:
-        raise UserError(
-            f"data.source={','.join(empty)}: no text in it; one window of model.context_length={context_length} "
-            f"needs at least {context_length + 1} tokens"
-        )
-
-
-def _fit_on(name: str, train: Part, val: Part) -> Callable[[], Iterator[str]]:
-    parts = (train, val) if name == "chars" else (train,)
-    return lambda: (document.text for part in parts for document in part)
-
-
 def _encode(
     folder: Path, train: Part, val: Part, tokenizer: Tokenizer, total: int, progress: Callable[[int, int], None]
 ) -> dict:
@@ -208,11 +188,11 @@ def _describe_sources(found: Documents) -> list[dict]:
     return [{"name": s.name, "files": len(s.files), "fingerprint": s.fingerprint} for s in found.sources]
 
 
-def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Any) -> str:
+def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Tokenizer | None) -> str:
     """What the tokens depend on. A trained tokenizer is named by its settings: its text is in the key already."""
     data = cfg.data
     if loaded:
-        tokenizer: Any = loaded.fingerprint
+        tokenizer: str | list[str | int] = loaded.fingerprint
     elif cfg.tokenizer.name in ("chars", "words"):
         tokenizer = cfg.tokenizer.name
     else:

@@ -16,8 +16,6 @@ import csv
 import hashlib
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,18 +23,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gptjax import assets
+from gptjax._moved import moved_name
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, did_you_mean
-from gptjax.files import one_line_end, other_encoding, replacing, sha256, user_path
-from gptjax.formats import json as strict_json
+from gptjax.files import one_line_end, replacing, sha256, user_path
+from gptjax.formats import tables
 
-MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
-MAX_PROBLEMS = 10
 MAX_FILES = 1_000_000  # of a folder
-BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
@@ -137,26 +131,24 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: name text files or their folder")
     if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(f"data.source={name}: {folder} holds everything there is: name the folder or file of the text")
-    visible = sorted((path.relative_to(folder).as_posix(), path) for path in _visible(name, folder))
+    visible: list[tuple[str, Path]] = []
+    for path in _walk(name, folder, ()):
+        if len(visible) >= MAX_FILES:
+            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
+        visible.append((path.relative_to(folder).as_posix(), path))
+    visible.sort()
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
         if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
 
 
-def _visible(name: str, folder: Path) -> Iterator[Path]:
+def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """The files at any depth, through links too, without hidden ones and what runs of gptjax wrote.
 
     Raises:
-        UserError: too many files; a link that leads nowhere, or back to a folder that it stands in.
+        UserError: a link that leads nowhere, or back to a folder that it stands in.
     """
-    for count, path in enumerate(_walk(name, folder, ())):
-        if count >= MAX_FILES:
-            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
-        yield path
-
-
-def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     above = (*above, folder.resolve())
     for path in folder.iterdir():
         if path.name.startswith("."):
@@ -183,55 +175,21 @@ def _hash_file(path: Path) -> str:
 
 def _read_text(path: Path, name: str, field: str) -> Iterator[Document]:
     with open(path, "rb") as file:
-        text = _decode(file.read(), path)
+        text = tables.decode(file.read(), path)
     yield Document(name, one_line_end(text), name)
 
 
-def _decode(data: bytes, path: Path, at: int = 0) -> str:
-    """UTF-8 without a byte order mark; `at` is where `data` begins in the file."""
-    if at == 0 and (other := other_encoding(data)):
-        raise UserError(f"{path}: {other}")
-    if (nul := data.find(b"\0")) >= 0:
-        raise UserError(f"{path}: a NUL byte at byte {at + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
-    try:
-        return (data.removeprefix(BOM) if at == 0 else data).decode("utf-8")
-    except UnicodeDecodeError as error:
-        at += error.start + (len(BOM) if at == 0 and data.startswith(BOM) else 0)
-        raise UserError(
-            f"{path}: invalid UTF-8 at byte {at} (0x{error.object[error.start]:02x}, {error.reason}): "
-            "convert the file from the encoding it has, for example with iconv -f windows-1252 -t utf-8 FILE > NEW"
-        ) from error
-
-
-def lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028), or at the carriage
-    returns of a file of an old Mac, which has no line feed."""
-    at = 0
-    with open(path, "rb") as file:
-        for line in file:
-            text = _decode(line, path, at)
-            if at == 0 and not text.endswith("\n") and "\r" in text:
-                yield from (f"{part}\n" for part in one_line_end(text).removesuffix("\n").split("\n"))
-            else:
-                yield text
-            at += len(line)
-
-
 def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(lines(path), 1):
-        if not line.strip():
-            continue
+    for number, row in tables.jsonl(tables.lines(path)):
         where = f"{path}:{number}"
-        try:
-            row = strict_json.loads(line, constants=False)
-        except json.JSONDecodeError as error:
+        if isinstance(row, json.JSONDecodeError):
             raise UserError(
-                f"{where}:{error.colno}: not a complete JSON object ({error.msg}): each line must hold one"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+                f"{where}:{row.colno}: not a complete JSON object ({row.msg}): each line must hold one"
+            ) from row
+        if isinstance(row, ValueError):
+            raise UserError(f"{where}: {row}") from row
         if not isinstance(row, dict):
-            raise UserError(f"{where}: each line must be a JSON object, found {kind_of(row)}")
+            raise UserError(f"{where}: each line must be a JSON object, found {tables.kind_of(row)}")
         yield Document(f"{name}:{number}", _field(row, field, where), name)
 
 
@@ -240,7 +198,7 @@ def _field(row: dict, field: str, where: str) -> str:
         raise UserError(_no_field(where, field, row))
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} must be text, found {kind_of(text)}")
+        raise UserError(f"{where}: field {field!r} must be text, found {tables.kind_of(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -249,83 +207,43 @@ def _field(row: dict, field: str, where: str) -> str:
 
 
 def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    return f"{where}: no field {field!r}; fields: {names(fields)}. Choose one with data.text_field=NAME"
-
-
-def names(keys: Iterable[object]) -> str:
-    """Keys or columns in a row, each in quotes where its blanks, or a comma, would mislead."""
-    keys = list(keys)
-    more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
-    return ", ".join(map(quoted, keys[:20])) + more
-
-
-def quoted(key: object) -> str:
-    name = str(key)[:80]
-    return name if name and name.strip() == name and name.isprintable() and "," not in name else repr(name)
-
-
-def kind_of(value: object) -> str:
-    names = {type(None): "null", list: "an array", dict: "an object", str: "a string", bool: "true or false"}
-    return names.get(type(value), "a number")
+    return f"{where}: no field {field!r}; fields: {tables.names(fields)}. Choose one with data.text_field=NAME"
 
 
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
     """Rows of a CSV with a header. Nothing is guessed: NA and null stay text, numbers stay as written."""
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
-    rows = csv.reader(lines(path), strict=True)
-    header: list[str] | None = None
-    while True:
-        start = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            hint = " (a quote that is never closed?)" if "end of data" in str(error) else ""
-            raise UserError(f"{path}:{start}: {error}{hint}") from error
-        if row is None:
-            break
-        if not row:
-            continue
-        if header is None:
-            header = _header(row, f"{path}:{start}", field)
+    header: list[str] = []
+    for start, row in tables.delimited(tables.lines(path), strict=True):
+        where = f"{path}:{start}"
+        if isinstance(row, csv.Error):
+            hint = " (a quote that is never closed?)" if "end of data" in str(row) else ""
+            raise UserError(f"{where}: {row}{hint}") from row
+        if not header:
+            header = tables.header(row, where)
+            if field not in header:
+                raise UserError(_no_field(where, field, header))
         elif len(row) != len(header):
             column = min(len(row), len(header)) + 1
-            raise UserError(f"{path}:{start}:{column}: {len(row)} columns, and the header has {len(header)}")
+            raise UserError(f"{where}:{column}: {len(row)} columns, and the header has {len(header)}")
         else:
             yield Document(f"{name}:{start}", row[header.index(field)], name)
-    if header is None:
+    if not header:
         raise UserError(f"{path}: empty; a header line with a column {field!r} was expected")
 
 
-def _header(row: list[str], where: str, field: str) -> list[str]:
-    twice = sorted(column for column, count in Counter(row).items() if count > 1 and column.strip())
-    if twice:  # columns without a name may be several: nobody can ask for one
-        raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
-    if field not in row:
-        raise UserError(_no_field(where, field, row))
-    return row
-
-
 def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    def the_field(schema: Any) -> list[str]:
+        if field not in schema.names:
+            raise UserError(_no_field(str(path), field, schema.names))
+        kind = schema.field(field).type
+        if not _is_text(kind):
+            raise UserError(f"{path}: column {field!r} must be text, found {kind}")
+        return [field]
 
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise UserError(_no_field(str(path), field, schema.names))
-            kind = schema.field(field).type
-            if not _is_text(kind):
-                raise UserError(f"{path}: column {field!r} must be text, found {kind}")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    if text is None:
-                        raise UserError(f"{path}: row {number}: column {field!r} is null")
-                    yield Document(f"{name}:{number}", text, name)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from error
+    for number, row in enumerate(tables.parquet(path, str(path), the_field), 1):
+        if row[field] is None:
+            raise UserError(f"{path}: row {number}: column {field!r} is null")
+        yield Document(f"{name}:{number}", row[field], name)
 
 
 def _is_text(kind: Any) -> bool:
@@ -335,10 +253,6 @@ def _is_text(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return kind in (pa.string(), pa.large_string(), getattr(pa, "string_view", pa.string)())
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
@@ -359,9 +273,9 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     data.streaming=true downloads no more than the first data.max_documents rows. They are kept as .jsonl in
     the cache folder, so a rerun reads the same text and needs no network.
     """
-    repo, config, split = hub_name(name)
+    repo, config, split = tables.hub_name(name)
     if cfg.streaming:
-        path = _keep_rows(name, partial(_hub_rows, name, repo, config, split, cfg), cfg)
+        path = _keep_rows(name, repo, config, split, cfg)
         read = partial(_read_jsonl, path, repo, "text")
         return Source(name, ((repo, read),), _hash_file(path), cfg.max_documents)
     dataset = _load(name, repo, config, split, cfg)
@@ -371,27 +285,9 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
     return Source(name, ((repo, read),), fingerprint, cfg.max_documents)
 
 
-def hub_name(name: str) -> tuple[str, str, str]:
-    """(org/name, config, split) of hf:org/name[:config][@split]; the last two may be empty.
-
-    Raises:
-        UserError: it has another form, or a folder here has that name, which `datasets` would read instead.
-    """
-    repo, _, split = name.removeprefix("hf:").partition("@")
-    repo, _, config = repo.partition(":")
-    plain = r"[A-Za-z0-9][\w.-]{0,95}"
-    if not re.fullmatch(f"{plain}/{plain}", repo, re.ASCII) or ".." in repo:
-        raise UserError(f"{name:.200}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
-    if Path(repo).exists():
-        raise UserError(f"{name}: {repo} is a folder or file here: give its path without hf:, or start elsewhere")
-    return repo, config, split
-
-
-def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig):
+def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
-        import datasets
-
-        dataset = datasets.load_dataset(repo, config or None, split=split or "train", streaming=cfg.streaming)
+        dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
     except Exception as error:  # no network, no such name, no such config: all of them are the user's to mend
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
@@ -400,7 +296,7 @@ def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig):
     return dataset
 
 
-def _documents(dataset, name: str, repo: str, field: str) -> Iterator[Document]:
+def _documents(dataset: Any, name: str, repo: str, field: str) -> Iterator[Document]:
     try:
         for number, row in enumerate(dataset.select_columns([field]), 1):
             yield Document(f"{repo}:{number}", _field(row, field, f"data.source={name}: row {number}"), repo)
@@ -410,12 +306,7 @@ def _documents(dataset, name: str, repo: str, field: str) -> Iterator[Document]:
         raise _hub_error(name, error) from error
 
 
-def _hub_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Iterator[Document]:
-    dataset = _load(name, repo, config, split, cfg)
-    return islice(_documents(dataset, name, repo, cfg.text_field), cfg.max_documents)
-
-
-def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfig) -> Path:
+def _keep_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Path:
     key = hashlib.sha256(f"{name}\0{cfg.text_field}\0{cfg.max_documents}".encode()).hexdigest()[:32]
     path = cache_root(cfg) / "hf" / f"{key}.jsonl"
     if path.exists():
@@ -423,7 +314,8 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as out:
-            for document in rows():
+            rows = _documents(_load(name, repo, config, split, cfg), name, repo, cfg.text_field)
+            for document in islice(rows, cfg.max_documents):
                 out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot keep the rows of {name} in {path.parent}: {error.strerror or error}") from error
@@ -431,7 +323,7 @@ def _keep_rows(name: str, rows: Callable[[], Iterator[Document]], cfg: DataConfi
 
 
 def _hub_error(name: str, error: Exception) -> UserError:
-    reason = first_line(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
+    reason = tables.first_line(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
     return UserError(
         f"data.source={name}: {type(error).__name__}: {reason}\n"
         "  check the name and the network (and HF_TOKEN for a gated dataset), or use local text: "
@@ -443,139 +335,5 @@ def cache_root(cfg: DataConfig) -> Path:
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else assets.cache_dir()
 
 
-# --- held-out text
-
-
-@dataclass(frozen=True)
-class Part:
-    """The training or the held-out part of documents. cuts[k][i]: characters of document i that are for training.
-
-    n_documents counts those of all sources, before the split.
-    """
-
-    documents: Documents
-    n_documents: int
-    cuts: tuple[np.ndarray, ...] | None = None  # None: all of it
-    held_out: bool = False
-
-    def __iter__(self) -> Iterator[Document]:
-        return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
-
-    def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
-        """(document, whether its text begins here, whether it ends here) of source k.
-
-        A tail that was cut off does not begin, what it was cut from does not end. A corpus that is one running text
-        does neither: its single beginning and end could never be learnt.
-        """
-        for i, document in enumerate(self.documents.sources[k]):
-            text, begins = document.text, self.n_documents > 1
-            ends = begins
-            if self.cuts is not None:
-                cut = self.cuts[k][i]
-                begins &= not (self.held_out and cut)
-                ends &= self.held_out or cut == len(text)
-                text = text[cut:] if self.held_out else text[:cut]
-            if text:
-                yield document._replace(text=text), bool(begins), bool(ends)
-
-
-def split(found: Documents, cfg: DataConfig) -> tuple[Part, Part, list[dict]]:
-    """(train, val, how), each source by itself, so that val speaks for all of them.
-
-    tail      the last val_fraction of the characters of each file
-    document  whole documents: in the order of a hash of their names, until the bytes come nearest to
-              val_fraction. Neither the seed nor the order matters, so runs with other seeds compare.
-    file      the same with whole files
-    auto      document where there are 10 or more, else tail
-    `how` says for each source what was done: source, split, documents, bytes and the names held_out (the first 100).
-    """
-    if not 0 < cfg.val_fraction < 1:
-        raise UserError(f"data.val_fraction ({cfg.val_fraction}) must be between 0 and 1, or give data.val_source")
-    cuts, how = zip(*(_cut(source, cfg) for source in found.sources), strict=True)
-    n = sum(part["documents"] for part in how)
-    return Part(found, n, cuts), Part(found, n, cuts, held_out=True), list(how)
-
-
-class Sizes(NamedTuple):
-    """One number a document: length, and the file it is in."""
-
-    names: list[str]
-    characters: np.ndarray
-    bytes: np.ndarray
-    groups: np.ndarray
-
-
-def measure(source: Source) -> Sizes:
-    """One pass over the text, which also finds what is wrong with it: up to 10 files at once.
-
-    Raises:
-        UserError: unreadable files, or a source without text.
-    """
-    names: list[str] = []
-    sizes: list[tuple[int, int, int]] = []
-    problems: list[str] = []
-    for group, (_, read) in enumerate(source.files):
-        room = None if source.max_documents is None else source.max_documents - len(names)
-        try:
-            for document in islice(read(), room):
-                names.append(document.name)
-                sizes.append((len(document.text), len(document.text.encode("utf-8")), group))
-        except OSError as error:
-            problems.append(f"{error.filename}: cannot be read: {error.strerror}")
-        except UserError as error:
-            problems.append(str(error))
-        if len(problems) >= MAX_PROBLEMS:
-            break
-    if problems:
-        raise UserError.all(problems)
-    table = np.asarray(sizes, np.int64).reshape(-1, 3)
-    return Sizes(names, *table.T)
-
-
-def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict]:
-    sizes = measure(source)
-    n = len(sizes.names)
-    way = cfg.split if cfg.split != "auto" else ("document" if n >= 10 else "tail")
-    how = {"source": source.name, "split": way, "documents": n, "bytes": int(sizes.bytes.sum())}
-    if way == "tail":
-        cuts = _tail_cuts(sizes, cfg.val_fraction)
-        held = [sizes.names[i] for i in np.flatnonzero(cuts < sizes.characters)[:100]]
-        return cuts, {**how, "held_out": held}
-    if way == "document":
-        units, names = np.arange(n), sizes.names
-    else:
-        kept, units = np.unique(sizes.groups, return_inverse=True)
-        names = [source.files[g][0] for g in kept]
-    if len(names) < 2:
-        raise UserError(
-            f"data.split={way} needs at least 2 {way}s in data.source={source.name}, found {len(names)}: "
-            "use data.split=tail"
-        )
-    chosen = hold_out(names, np.bincount(units, sizes.bytes, len(names)), cfg.val_fraction)
-    cuts = np.where(chosen[units], 0, sizes.characters)
-    held = [names[i] for i in np.flatnonzero(chosen)[:100]]
-    return cuts, {**how, "held_out": held}
-
-
-def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
-    """int((1 - fraction) * characters) of each file are for training, whichever document that falls in."""
-    totals = np.bincount(sizes.groups, sizes.characters) if len(sizes.names) else np.zeros(1)
-    begin = np.cumsum(sizes.characters) - sizes.characters
-    first = np.r_[0, np.cumsum(totals)][sizes.groups]
-    cut = np.floor(round(1 - fraction, 12) * totals)[sizes.groups]
-    return np.clip(cut - (begin - first), 0, sizes.characters).astype(np.int64)
-
-
-def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of `names` to hold out, [n] bool: at least one, never all."""
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode("utf-8", "replace")).digest())
-    target, taken = fraction * float(np.sum(sizes)), 0.0
-    chosen = np.zeros(len(names), bool)
-    for i in order[:-1]:
-        if abs(taken + sizes[i] - target) < abs(taken - target):
-            chosen[i], taken = True, taken + sizes[i]
-        elif taken:
-            break
-    if not taken:
-        chosen[int(np.argmin(sizes))] = True
-    return chosen
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

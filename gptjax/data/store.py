@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,13 @@ class TokenStore:
         )
 
     @staticmethod
-    def from_ids(ids, doc_starts=(0,), source_starts=None, n_bytes: int = 0, begin_id: int | None = None) -> TokenStore:
+    def from_ids(
+        ids: Sequence[int] | np.ndarray,
+        doc_starts: Sequence[int] | np.ndarray = (0,),
+        source_starts: Sequence[int] | np.ndarray | None = None,
+        n_bytes: int = 0,
+        begin_id: int | None = None,
+    ) -> TokenStore:
         """A store in memory, for notebooks and tests. Where all documents end with the same token and `begin_id` is
         not given, they begin with it too, as they do on disk."""
         ids = np.asarray(ids)
@@ -180,18 +186,15 @@ def verify(folder: Path) -> tuple[dict | None, str]:
             return None, "manifest.json was changed"
         if manifest["version"] != VERSION:
             return None, f"manifest version {manifest['version']}, this release writes {VERSION}"
-        for name, digest in _files(manifest):
+        files = {f"{s}.bin": manifest[s]["sha256"]["tokens"] for s in ("train", "val")}
+        files |= {f"{s}.starts.npy": manifest[s]["sha256"]["starts"] for s in ("train", "val")}
+        files["tokenizer.json"] = manifest["tokenizer"]["fingerprint"]
+        for name, digest in files.items():
             if sha256(folder / name) != digest:
                 return None, f"{name} does not match its sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
     return manifest, ""
-
-
-def _files(manifest: dict) -> list[tuple[str, str]]:
-    files = [(f"{s}.bin", manifest[s]["sha256"]["tokens"]) for s in ("train", "val")]
-    files += [(f"{s}.starts.npy", manifest[s]["sha256"]["starts"]) for s in ("train", "val")]
-    return [*files, ("tokenizer.json", manifest["tokenizer"]["fingerprint"])]
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gptjax.errors import UserError
@@ -12,7 +14,9 @@ def count(n_tokens: int, length: int, stride: int) -> int:
     return len(range(0, n_tokens - length, stride))
 
 
-def windows(ids, length: int, stride: int, drop_last: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def windows(
+    ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Cut `ids` [N] into inputs and targets, both [n, length], read-only views where `ids` is an array.
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1

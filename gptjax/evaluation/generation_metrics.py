@@ -9,16 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptjax.data import records
+from gptjax.data.split import normalized
 from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
+from gptjax.formats import tables
 
 Row = dict[str, Any]  # where, prompt, expected, answer, nats, tokens; perhaps system, history, constraints
 MAX_PROBLEMS = 20
-
-
-def _is_json(text: str) -> bool:
-    return not isinstance(records.loads(text.strip()), UserError)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -40,7 +37,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "ends_with": (str, lambda text, end: text.strip().endswith(end)),
     "lowercase": (bool, lambda text, yes: (text == text.lower()) == yes),
     "uppercase": (bool, lambda text, yes: (text == text.upper()) == yes),
-    "json": (bool, lambda text, yes: _is_json(text) == yes),
+    "json": (bool, lambda text, yes: isinstance(tables.loads(text.strip()), UserError) != yes),
     "commas": (bool, lambda text, yes: ("," in text) == yes),
 }
 
@@ -70,14 +67,13 @@ def read(path: str) -> list[Row]:
         UserError: no such file, or lines that are no answers: the first 20.
     """
     rows, problems = [], []
-    for where, row in records.read(path):
+    for where, row in tables.read(path):
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
         elif lacking := [key for key in ("where", "prompt", "expected", "answer") if not isinstance(row.get(key), str)]:
             problems.append(f"{where}: no text {', '.join(lacking)}")
         else:
-            problems += check_constraints(row.get("constraints", []), where) + _check_loss(row, where)
-            problems += _check_before(row, where)
+            problems += check_constraints(row.get("constraints", []), where) + _check_more(row, where)
             rows.append(row)
     if problems:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -86,24 +82,22 @@ def read(path: str) -> list[Row]:
     return rows
 
 
-def _check_loss(row: Row, where: str) -> list[str]:
-    """nats and tokens: both or neither, as older files have neither."""
-    if "nats" not in row and "tokens" not in row:
-        return []
-    nats, tokens = row.get("nats"), row.get("tokens")
-    good = type(nats) in (int, float) and 0 <= nats < math.inf and type(tokens) is int and tokens > 0
-    wrong = f"{where}: expected nats of at least 0 and a whole number of tokens, got {nats!r:.30} and {tokens!r:.30}"
-    return [] if good else [wrong]
-
-
-def _check_before(row: Row, where: str) -> list[str]:
-    """What stands before the question: older files have neither."""
-    turns = row.get("history", [])
-    texts = isinstance(turns, list) and all(
+def _check_more(row: Row, where: str) -> list[str]:
+    """What is wrong with what older files have not: nats and tokens, both or neither; history and system."""
+    problems, turns = [], row.get("history", [])
+    nats: Any = row.get("nats")
+    tokens: Any = row.get("tokens")
+    counted = type(nats) in (int, float) and 0 <= nats < math.inf and type(tokens) is int and tokens > 0
+    if ("nats" in row or "tokens" in row) and not counted:
+        got = f"{nats!r:.30} and {tokens!r:.30}"
+        problems.append(f"{where}: expected nats of at least 0 and a whole number of tokens, got {got}")
+    if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
-    )
-    problems = [] if texts else [f"{where}: history: expected a list of objects with role and content"]
-    return problems + ([] if isinstance(row.get("system", ""), str) else [f"{where}: system: expected a text"])
+    ):
+        problems.append(f"{where}: history: expected a list of objects with role and content")
+    if not isinstance(row.get("system", ""), str):
+        problems.append(f"{where}: system: expected a text")
+    return problems
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
@@ -113,7 +107,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     interval as NAME_interval."""
 
     def plain(text: str) -> str:
-        return " ".join(text.casefold().split()).rstrip(".")
+        return normalized(text).rstrip(".")
 
     n = len(rows)
     found = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def interval(right: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % confidence interval of a share (Wilson 1927)."""
     p, s = right / n, z * z / n
     middle, half = (p + s / 2) / (1 + s), z * math.sqrt(p * (1 - p) / n + s / (4 * n)) / (1 + s)

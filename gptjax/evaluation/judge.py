@@ -125,7 +125,9 @@ def _ask(url: str, body: dict[str, Any], key: str) -> str:
             passes = error.code == 429 or error.code >= 500
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            problem = f"{address}: {_clean(reason, key)}\n  is the server running, and is that its address?"
+            said = f"{type(reason).__name__}: {reason}"
+            said = (said.replace(key, "***") if key else said)[:200]
+            problem = f"{address}: {said}\n  is the server running, and is that its address?"
             passes = not isinstance(reason, ConnectionRefusedError)
         if not left or not passes:
             raise UserError(problem)
@@ -157,8 +159,3 @@ def _refusal(address: str, error: urllib.error.HTTPError, model: str) -> str:
     else:
         way = f"the server does not take the request: does it know the model {model!r}?"
     return f"{address}: HTTP {code}: {way}"
-
-
-def _clean(reason: Any, key: str) -> str:
-    text = f"{type(reason).__name__}: {reason}"
-    return (text.replace(key, "***") if key else text)[:200]

@@ -9,7 +9,6 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data import packing
-from gptjax.data.instructions import Encoded
 from gptjax.losses import token_log_probs
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
@@ -34,7 +33,9 @@ def losses(
     if not long:
         return out
     places = packing.first_fit(np.array([len(ids[i]) - 1 for i in long]), width)
-    rows = packing.packed(Encoded([ids[i] for i in long], [np.ones(len(ids[i]), np.float32) for i in long], 0), width)
+    rows = packing.packed(
+        packing.Encoded([ids[i] for i in long], [np.ones(len(ids[i]), np.float32) for i in long], 0), width
+    )
     members = packing.members(places)
     scored = jax.jit(lambda params, batch: token_log_probs(params, batch, cfg))
     for k, batch in enumerate(packing.eval_batches(rows, ROWS)):

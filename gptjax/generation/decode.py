@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -63,7 +64,7 @@ def generate(
     stop: Sequence[int] = (),
     until: Until | None = None,
     vocab_size: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
@@ -105,7 +106,7 @@ def complete(
     vocab_size: int | None = None,
     n: int = 1,
     logprobs: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
     """`generate` with all there is to know about each continuation.
@@ -120,7 +121,7 @@ def complete(
     drawable = drawable_ids(vocab_size, cfg)
     run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches)
     drawn = 0
-    while drawn < max_new_tokens and not run.over.all():
+    while drawn < max_new_tokens and not run.done.all():
         drawn = max_new_tokens if until is None else min(drawn + _WATCH, max_new_tokens)
         run.advance(drawn)
         if until is not None:
@@ -140,7 +141,7 @@ def stream(
     until: Until | None = None,
     vocab_size: int | None = None,
     every: int = 1,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
@@ -163,7 +164,7 @@ def stream(
 
 def programs() -> int:
     """How many programs decoding has compiled in this process."""
-    return _start._cache_size() + _advance._cache_size()
+    return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
 
 
 def bucket(size: int) -> int:
@@ -231,7 +232,7 @@ class _Settings(NamedTuple):
     cfg: ModelConfig
     sampler: Sampler
     width: int  # of prompt and new tokens
-    room: int  # N, for new tokens
+    max_new: int  # N, for new tokens
     n: int
     logprobs: int | None
     drawable: int  # the first so many rows of the vocabulary are tokens
@@ -247,44 +248,47 @@ class _Run:
     """One call's state between compiled stretches."""
 
     def __init__(
-        self, params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches
-    ):
+        self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
+        sampler: Sampler, stop: Sequence[int], n: int, logprobs: int | None, drawable: int,
+        cache_dtype: DTypeLike | None, patches: Patches | None,
+    ):  # fmt: skip
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
-        room = bucket(max_new_tokens)
-        width = 1 << (tokens.shape[1] + room - 1).bit_length()  # few sizes: the loop is what compiles longest
+        max_new = bucket(max_new_tokens)
+        width = 1 << (tokens.shape[1] + max_new - 1).bit_length()  # few sizes: the loop is what compiles longest
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
-            cfg, sampler, width, room, n, top, drawable, cache_dtype and jnp.dtype(cache_dtype).name
+            cfg, sampler, width, max_new, n, top, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name
         )
         both = for_decoding(params, cfg) if has_room(params) else params
         stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
         self.params = both if tokens.shape[1] >= _LONG or "blocks" not in both else stacked
-        self.quick, self.key, self.patches = both, key, place(patches, cfg)
+        self.decode_params, self.key, self.patches = both, key, place(patches, cfg)
         self.stop = stop_array(stop)
-        self.over = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more
-        self.asked = np.zeros(len(self.start), int)  # new tokens of each row that it has been asked about
+        self.done = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more
+        self.checked = np.zeros(len(self.start), int)  # new tokens of each row that it has been asked about
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
     def advance(self, upto: int) -> None:
         """Until `upto` tokens have been drawn in all, or every row has met its stop."""
-        self.state = _advance(
-            self.params, self.quick, self.state, self.key, self.stop, jnp.int32(upto), self.settings, self.patches
-        )
+        self.state = _decode_loop(
+            self.params, self.decode_params, self.state, self.key, self.stop, jnp.int32(upto), self.settings,
+            self.patches,
+        )  # fmt: skip
 
     def end_rows(self, until: Until) -> None:
         """A row ends with the first token of which `until` is true."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
         end, done = before.copy(), done.copy()
-        for row in np.flatnonzero(~self.over):
+        for row in np.flatnonzero(~self.done):
             new = tokens[row, self.start[row] : end[row]].tolist()
-            sizes = range(self.asked[row] + 1, len(new) + 1)
+            sizes = range(self.checked[row] + 1, len(new) + 1)
             enough = next((size for size in sizes if until(new[:size])), None)
             if enough is not None:
                 end[row], done[row] = self.start[row] + enough, True
-            self.asked[row] = len(new)
-        self.over = done
+            self.checked[row] = len(new)
+        self.done = done
         # added to what lies on the devices, whose placement stays: the compiled loop is found again
         back = jnp.asarray(end - before)
         self.state = self.state._replace(end=self.state.end + back, done=self.state.done | jnp.asarray(done))
@@ -304,8 +308,8 @@ class _Run:
             if s.top is not None and self.settings.logprobs:
                 ids, values = (a[row, :size].tolist() for a in s.top)
                 top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-            finish = "stop" if s.done[row] else "length"
-            out.append(Completion(s.tokens[row, first:end].tolist(), logprobs, top, finish))
+            tokens = s.tokens[row, first:end].tolist()
+            out.append(Completion(tokens, logprobs, top, "stop" if s.done[row] else "length"))
         return out
 
 
@@ -319,7 +323,10 @@ def has_room(params: Params) -> bool:
 
 
 @partial(jax.jit, static_argnums=5)
-def _start(params, prompt, lengths, key, stop, settings: _Settings, patches: Placed) -> _State:
+def _start(
+    params: Params, prompt: jax.Array, lengths: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings,
+    patches: Placed,
+) -> _State:  # fmt: skip
     """The prompts are read, and the first token of each row is drawn."""
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
@@ -327,14 +334,17 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings, patches: Pla
     logits, cache = read_prompts(params, prompt, rolled, cache, lengths, patches)
     logits, prompt, lengths = (jnp.repeat(a, n, 0) for a in (logits, prompt, lengths))
     cache = jax.tree.map(lambda a: jnp.repeat(a, n, 1 if a.ndim == 5 else 0), cache)
-    B, N = len(prompt), settings.room
+    B, N = len(prompt), settings.max_new
     seen = None
     if getattr(settings.sampler, "history", False):
         real = jnp.arange(prompt.shape[1]) < lengths[:, None]
         seen = (
             jnp.zeros((B, settings.drawable), jnp.int32).at[jnp.arange(B)[:, None], prompt].max(real, mode="drop") > 0
         )
-    logged = settings.logprobs is not None
+    logprobs = top = None
+    if settings.logprobs is not None:
+        logprobs = jnp.zeros((B, N))
+        top = jnp.zeros((B, N, settings.logprobs), jnp.int32), jnp.zeros((B, N, settings.logprobs))
     state = _State(
         tokens=jnp.pad(prompt, ((0, 0), (0, settings.width - prompt.shape[1]))),
         end=lengths,
@@ -342,42 +352,50 @@ def _start(params, prompt, lengths, key, stop, settings: _Settings, patches: Pla
         done=jnp.zeros(B, bool),
         cache=cache,
         seen=seen,
-        logprobs=jnp.zeros((B, N)) if logged else None,
-        top=tuple(jnp.zeros((B, N, settings.logprobs), t) for t in (jnp.int32, jnp.float32)) if logged else None,
+        logprobs=logprobs,
+        top=top,
     )
     return _draw(state, logits, key, stop, settings)
 
 
 @partial(jax.jit, static_argnums=6, donate_argnums=2)
-def _advance(params, quick, state: _State, key, stop, upto, settings: _Settings, patches: Placed) -> _State:
-    """Tokens are read and drawn until there are `upto` of them; `quick` is `params` laid out for one token."""
+def _decode_loop(
+    params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
+    settings: _Settings, patches: Placed,
+) -> _State:  # fmt: skip
+    """Tokens are read and drawn until there are `upto` of them; `decode_params` is `params` laid out for one token."""
 
     def body(state: _State) -> _State:
-        logits, cache = _next_logits(params, quick, state, settings, patches)
+        logits, cache = _next_logits(params, decode_params, state, settings, patches)
         return _draw(state._replace(cache=cache), logits, key, stop, settings)
 
     return jax.lax.while_loop(lambda state: (state.i < upto) & ~state.done.all(), body, state)
 
 
-def read_prompts(params, tokens, cfg, cache, lengths, patches: Patches | None = None) -> tuple[jax.Array, Cache]:
+def read_prompts(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array,
+    patches: Placed | Patches | None = None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Logits [B, V] after the last real token of each row."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
     return lm_logits(params, last, cfg), cache
 
 
-def _next_logits(params, quick, state: _State, settings: _Settings, patches: Placed) -> tuple[jax.Array, Cache]:
+def _next_logits(
+    params: Params, decode_params: Params, state: _State, settings: _Settings, patches: Placed
+) -> tuple[jax.Array, Cache]:
     """The token that was drawn last is read; where the context is full, its last half is, from the beginning."""
     cfg, cache = settings.cfg, state.cache
     full = (cache.length >= settings.slots) & ~state.done
 
-    def one_more():
+    def one_more() -> tuple[jax.Array, Cache]:
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         lengths = (~state.done).astype(jnp.int32)
-        hidden, after = extend_backbone(quick, token, cfg, cache, lengths=lengths, patches=patches)
-        return lm_logits(quick, hidden[:, 0], cfg), after
+        hidden, after = extend_backbone(decode_params, token, cfg, cache, lengths=lengths, patches=patches)
+        return lm_logits(decode_params, hidden[:, 0], cfg), after
 
-    def again():
+    def refill() -> tuple[jax.Array, Cache]:
         half = max(settings.slots // 2, 1)
         rolled = dataclasses.replace(cfg, unroll=False)
         window = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end - half, half))(state.tokens, state.end)
@@ -385,7 +403,7 @@ def _next_logits(params, quick, state: _State, settings: _Settings, patches: Pla
         logits, fresh = read_prompts(params, window, rolled, fresh, jnp.full(len(window), half), patches)
         others, after = one_more()
 
-        def pick(a, b):
+        def pick(a: jax.Array, b: jax.Array) -> jax.Array:
             rows = full.reshape(-1, *[1] * 3) if a.ndim == 5 else full.reshape(-1, *[1] * (a.ndim - 1))
             return jnp.where(rows, a, b)
 
@@ -393,10 +411,10 @@ def _next_logits(params, quick, state: _State, settings: _Settings, patches: Pla
 
     if settings.slots < cfg.context_length:  # the cache is as large as all there will be
         return one_more()
-    return jax.lax.cond(full.any(), again, one_more)
+    return jax.lax.cond(full.any(), refill, one_more)
 
 
-def _draw(state: _State, logits: jax.Array, key, stop, settings: _Settings) -> _State:
+def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings) -> _State:
     """The sampler's token for each row, put behind its others."""
     rows = jnp.arange(len(logits))
     look = (state.seen,) if state.seen is not None else ()
@@ -411,9 +429,9 @@ def _draw(state: _State, logits: jax.Array, key, stop, settings: _Settings) -> _
     )
     if state.seen is not None:
         state = state._replace(seen=state.seen.at[rows, token].set(True))
-    if state.logprobs is not None:
+    if state.logprobs is not None and state.top is not None:
         logp = jax.nn.log_softmax(logits)
-        values, ids = jax.lax.top_k(logp[:, : settings.drawable], settings.logprobs)
+        values, ids = jax.lax.top_k(logp[:, : settings.drawable], state.top[0].shape[-1])
         state = state._replace(
             logprobs=state.logprobs.at[:, state.i - 1].set(logp[rows, token]),
             top=(state.top[0].at[:, state.i - 1].set(ids), state.top[1].at[:, state.i - 1].set(values)),

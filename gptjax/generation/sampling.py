@@ -10,6 +10,7 @@ The same arguments give the same function object, so that a compiled loop is fou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import jax
@@ -77,16 +78,39 @@ def min_p(p: float) -> Filter:
     return lambda logits: jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """What `repetition_penalty` gives."""
+
+    penalty: float
+    history = True
+
+    def __call__(self, logits: jax.Array, seen: jax.Array) -> jax.Array:
+        return jnp.where(seen, jnp.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+
+
 @cache
 def repetition_penalty(penalty: float) -> Filter:
     """Logits of tokens in the prompt or the continuation so far: divided by it where above 0, else multiplied
     (arXiv:1909.05858, 4.1)."""
+    return RepetitionPenalty(penalty)
 
-    def lower(logits: jax.Array, seen: jax.Array) -> jax.Array:
-        return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    lower.history = True
-    return lower
+@dataclass(frozen=True)
+class Chain:
+    """What `chain` gives."""
+
+    filters: tuple[Filter, ...]
+    pick: Sampler
+
+    @property
+    def history(self) -> bool:
+        return any(getattr(change, "history", False) for change in self.filters)
+
+    def __call__(self, logits: jax.Array, key: jax.Array, *seen: jax.Array) -> jax.Array:
+        for change in self.filters:
+            logits = change(logits, *seen) if getattr(change, "history", False) else change(logits)
+        return self.pick(logits, key)
 
 
 @cache
@@ -96,15 +120,7 @@ def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
     The same arguments give the same function. `generate` compiles anew for every function that it has not seen, so
     make a sampler once, outside of a loop: a new lambda in each call costs seconds.
     """
-
-    def sample(logits: jax.Array, key: jax.Array, *seen: jax.Array) -> jax.Array:
-        for change in filters:
-            logits = change(logits, *seen) if getattr(change, "history", False) else change(logits)
-        return pick(logits, key)
-
-    sample.history = any(getattr(change, "history", False) for change in filters)
-    sample.filters, sample.pick = filters, pick
-    return sample
+    return Chain(filters, pick)
 
 
 def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
@@ -118,7 +134,7 @@ def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
         return lambda logits: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
     if sampler is draw:
         return lambda logits: jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    if not hasattr(sampler, "filters"):
+    if not isinstance(sampler, Chain):
         raise UserError("sampler: its probabilities are not known; expected greedy, draw or chain(..)")
     if sampler.history:
         raise UserError("sampler: expected one that draws from the logits alone, got one with a repetition penalty")

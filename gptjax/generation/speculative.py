@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -41,7 +43,7 @@ def speculate(
     key: jax.Array | None = None,
     stop: Sequence[int] = (),
     vocab_size: int | None = None,
-    cache_dtype: Any = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Speculation:
     """What `generate` draws from (params, cfg), sooner where the proposals are often right, since reading a few tokens
     costs little more than reading one.
@@ -96,7 +98,7 @@ def speculate(
         )
     settings = _Settings(
         cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + room, context), room, ahead,
-        ngram, drawable, cache_dtype and jnp.dtype(cache_dtype).name,
+        ngram, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name,
     )  # fmt: skip
     params = for_decoding(params, cfg) if has_room(params) else params
     if draft is not None and draft_cfg is not None and has_room(draft):
@@ -139,7 +141,11 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=7)
-def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Settings):
+def _speculate(
+    params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
+    key: jax.Array, settings: _Settings,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(end, tokens, rounds, accepted), as of `_State`."""
     cfg, draft_cfg, sampler, slots, room, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, places = jnp.arange(B), jnp.arange(ahead + 1)
@@ -151,7 +157,7 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
     logits, cache = read_prompts(params, prompt, cfg, init_cache(cfg, B, slots, dtype), lengths)
     first = pick(probable(logits[:, :drawable]), jax.random.fold_in(key, 0))
     draft_cache = None
-    if draft is not None:
+    if draft is not None and draft_cfg is not None:
         _, draft_cache = read_prompts(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots, dtype), lengths)
     tokens = jnp.pad(prompt, ((0, 0), (0, room))).at[rows, lengths].set(first)
     done = (first[:, None] == stop).any(-1)
@@ -159,7 +165,7 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
     def proposals(s: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
         """[B, ahead + 1]: the token before, then the proposals; their probabilities [B, ahead, V], None: all 1."""
         token = jnp.take_along_axis(s.tokens, s.end[:, None] - 1, 1)
-        if draft is None:
+        if draft is None or draft_cfg is None:
             return jnp.concatenate([token, repeated(s.tokens, s.end, ahead, ngram)], 1), None, None
 
         def propose(carry: Any, key: jax.Array) -> Any:
@@ -197,8 +203,8 @@ def _speculate(params, draft, prompt, lengths, stop, limit, key, settings: _Sett
             s.tokens.at[rows[:, None], at].set(chosen, mode="drop"),
             s.end + taken,
             s.done | stopped,
-            cache.replace(length=length),
-            draft_cache if draft_cache is None else draft_cache.replace(length=length),
+            dataclasses.replace(cache, length=length),
+            draft_cache if draft_cache is None else dataclasses.replace(draft_cache, length=length),
             s.rounds + 1,
             s.accepted + jnp.where(going, right, 0).sum(),
         )

@@ -1,5 +1,6 @@
-"""From new tokens to text: where a stop string ends it, and what of it can be shown already.
+"""From a prompt to ids, and from new tokens to text: where a stop string ends it, and what can be shown already.
 
+prompts = [prompt_ids(tokenizer, "Once upon a time")]
 until = stop_strings(tokenizer.decode, ["\\n\\n"])
 done = complete(params, prompts, cfg, until=until, ..)
 texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in done]
@@ -9,8 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from gptjax.errors import UserError
+from gptjax.tokenizers import Tokenizer, begin_id
+
 Until = Callable[[list[int]], bool]
 _HALF = "\ufffd"  # what half a character decodes to
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt, begun as the model's texts begin: with the beginning-of-text token, where the tokenizer asks
+    for it. An empty prompt becomes `tokenizers.begin_id`. Special tokens may be spelled out.
+
+    Raises:
+        UserError: text that the vocabulary cannot hold; an empty prompt, where texts begin with no token.
+    """
+    ids = tokenizer.encode(prompt, allowed_special="all")
+    begin = begin_id(tokenizer)
+    if begin is not None and (tokenizer.add_bos or not ids):
+        ids = [begin, *ids]
+    if not ids:
+        raise UserError(f"the prompt is empty and {tokenizer.name} has no start token: give at least one character")
+    return ids
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
@@ -47,14 +67,10 @@ def pieces(
         if len(end) < len(text):
             getattr(tokens, "close", lambda: None)()
             break
-        ready = text[: len(text) - _waiting(text, strings)]
+        begun = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
+        ready = text[: len(text) - max(begun, default=0)]  # the end of it may be the beginning of a stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
     if rest := cut(text, strings)[len(shown) :]:
         yield rest
-
-
-def _waiting(text: str, strings: Sequence[str]) -> int:
-    """How many characters at the end may be the beginning of a stop string."""
-    return max((n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])), default=0)

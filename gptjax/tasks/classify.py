@@ -14,10 +14,11 @@ import numpy as np
 from gptjax import losses, weights
 from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
-from gptjax.data import labelled, loader
-from gptjax.data.labelled import LabelledBatch
+from gptjax.data import classification, loader
+from gptjax.data.classification import LabelledBatch
+from gptjax.data.split import LabelledSplits, split_labelled
 from gptjax.errors import UserError
-from gptjax.evaluation import classification
+from gptjax.evaluation.classification import report
 from gptjax.files import use_json, write_json
 from gptjax.losses.classify import Pooling
 from gptjax.model.gpt import init_params
@@ -40,7 +41,7 @@ TEXT = 16  # tokens of a text, at the least: so many of them are in a packed row
 ROW_TOKENS = 2048  # about so many are scored at once
 
 
-def evaluate(result: TrainResult, splits: labelled.Splits | None, say: Callable[[str], None]) -> None:
+def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
     """Score the test texts: accuracy with its interval, F1, confusion, calibration, beside baselines; test.json.
 
     Args:
@@ -57,23 +58,23 @@ def evaluate(result: TrainResult, splits: labelled.Splits | None, say: Callable[
         say(line)
 
 
-def _data(cfg: Config) -> labelled.Splits:
+def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
     quoted = settings.split == "book"  # as pandas reads it
-    data = labelled.read(
+    data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
     )
     if settings.balance and settings.split != "book":  # which balances by itself
-        data = labelled.balanced(data, cfg.seed)
+        data = classification.balanced(data, cfg.seed)
     fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
-    return labelled.split(
+    return split_labelled(
         data, how=settings.split, fractions=fractions, seed=cfg.seed, deduplicate=settings.deduplicate
     )
 
 
-def _model(cfg: Config, found: weights.Model, splits: labelled.Splits) -> ModelConfig:
+def _model(cfg: Config, found: weights.Model, splits: LabelledSplits) -> ModelConfig:
     model = found.cfg.computed_as(cfg.model)
     return dataclasses.replace(model, n_classes=len(splits.train.names), cls_bias=cfg.classify.bias)
 
@@ -86,8 +87,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     model = _model(cfg, found, splits)
     longest = tuning.longest_row(cfg, model)
     packed = cfg.classify.packing == "packed"
-    encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
-    train, val = (labelled.rows(part, packed) for part in encoded)
+    encoded = [
+        classification.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)
+    ]
+    train, val = (classification.rows(part, packed) for part in encoded)
     cfg = tuning.resolved(cfg, model, len(train.tokens))
     key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
@@ -117,9 +120,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
-        batch=lambda step: labelled.batch(train, step, batch_size=size, seed=cfg.seed),
+        batch=lambda step: classification.batch(train, step, batch_size=size, seed=cfg.seed),
         where=where,
-        eval_batches=lambda: labelled.eval_batches(val, size),
+        eval_batches=lambda: classification.eval_batches(val, size),
         width=width,
         data=loader.fingerprint(*train, *val),
         lines=lines,
@@ -158,25 +161,25 @@ def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
     return init_params(key, small)["cls_head"]
 
 
-def probabilities(params: Params, cfg: ModelConfig, examples: labelled.Examples, pooling: Pooling) -> np.ndarray:
+def probabilities(params: Params, cfg: ModelConfig, examples: classification.Examples, pooling: Pooling) -> np.ndarray:
     """[n, n_classes] float32, of each text."""
-    rows = labelled.rows(examples)
+    rows = classification.rows(examples)
     n = rows.texts.shape[1]
     run = jax.jit(lambda params, *xs: jax.nn.softmax(losses.class_logits(params, *xs, cfg, pooling, n=n)))
     size = min(len(rows.tokens), max(1, ROW_TOKENS // rows.tokens.shape[1]))
-    found = [run(params, batch.tokens, batch.segment_ids) for batch in labelled.eval_batches(rows, size)]
+    found = [run(params, batch.tokens, batch.segment_ids) for batch in classification.eval_batches(rows, size)]
     which = rows.texts[rows.texts >= 0]
     return np.concatenate(found)[: len(rows.texts)][rows.texts >= 0][np.argsort(which)]
 
 
-def score(result: TrainResult, splits: labelled.Splits) -> dict[str, Any]:
-    """`classification.report` of the test texts, with baselines that know the training texts only."""
+def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
+    """`evaluation.classification.report` of the test texts, with baselines that know the training texts only."""
     about, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
-    test = labelled.encode(splits.test, result.tokenizer, about["max_length"], about["prompt"])
+    test = classification.encode(splits.test, result.tokenizer, about["max_length"], about["prompt"])
     found = probabilities(result.params, cfg, test, about["pooling"])
-    scores = classification.report(found, test.labels, tuple(about["labels"]))
-    scores["majority"] = labelled.majority(splits.train, splits.test)
-    scores["naive_bayes"] = labelled.naive_bayes(splits.train, splits.test, result.tokenizer)
+    scores = report(found, test.labels, tuple(about["labels"]))
+    scores["majority"] = classification.majority(splits.train, splits.test)
+    scores["naive_bayes"] = classification.naive_bayes(splits.train, splits.test, result.tokenizer)
     scores["leaked"] = splits.leaked
     return scores
 
@@ -226,8 +229,8 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
     run = jax.jit(lambda params, *xs: jax.nn.softmax(losses.class_logits(params, *xs, cfg, about["pooling"])[:, 0]))
 
     def some(texts: Sequence[str]) -> np.ndarray:
-        data = labelled.Labelled(list(texts), np.zeros(len(texts), np.int32), names)
-        ids = labelled.encode(data, tokenizer, about["max_length"], about["prompt"]).ids
+        data = classification.Labelled(list(texts), np.zeros(len(texts), np.int32), names)
+        ids = classification.encode(data, tokenizer, about["max_length"], about["prompt"]).ids
         tokens = np.zeros((AT_ONCE, min(-(-max(map(len, ids)) // WIDTH) * WIDTH, cfg.context_length)), np.int32)
         segment_ids = np.zeros_like(tokens)
         for i, own in enumerate(ids):

@@ -13,8 +13,9 @@ import numpy as np
 
 from gptjax import losses, weights
 from gptjax.config import Config
-from gptjax.data import instructions, loader, packing, skills
-from gptjax.data.instructions import Conversation
+from gptjax.data import loader, packing, synthetic
+from gptjax.data.conversations import Conversation, encode, read, render, render_all, show
+from gptjax.data.split import Splits, split_records
 from gptjax.errors import UserError
 from gptjax.evaluation.generation_metrics import MAX_PROBLEMS, check_constraints, scores, win_rate
 from gptjax.files import use_json, write_json, write_text
@@ -82,9 +83,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def conversations(cfg: Config, notes: list[str] | None = None) -> tuning.Thirds:
-    """To train, validate and test on. notes: as of `instructions.read`."""
-    parts = tuning.thirds(cfg.instruct, cfg.seed, instructions.read, _skills, notes)
+def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
+    """To train, validate and test on. notes: as of `conversations.read`."""
+    parts = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
     return parts
@@ -92,7 +93,7 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> tuning.Thirds:
 
 def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """In training several questions a conversation: what a chat template says before the first is read once."""
-    return skills.skills(n, seed, held_out, turns=1 if held_out else TURNS)
+    return synthetic.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
@@ -104,7 +105,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         tokenizer, about_style = tuning.styled(found, instruct.style)
         talks = conversations(cfg, notes)
         encoded = [
-            instructions.encode(
+            encode(
                 part,
                 tokenizer,
                 context_length=width,
@@ -114,7 +115,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
             for part in (talks.train, talks.val)
         ]
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
-        example = instructions.show(instructions.render(talks.train[0], tokenizer), tokenizer)
+        example = show(render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
     cfg = tuning.resolved(cfg, model, len(train.tokens))
     parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
@@ -164,7 +165,7 @@ def plan(cfg: Config) -> list[str]:
     model = found.cfg.computed_as(cfg.model)
     width = tuning.longest_row(cfg, model)
     tokenizer, about_style = tuning.styled(found, cfg.instruct.style)
-    encoded = instructions.encode(
+    encoded = encode(
         talks.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
         because=tuning.why_so_long(cfg, model),
     )  # fmt: skip
@@ -200,7 +201,7 @@ def answers(
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), []
-    rendered = instructions.render_all(talks, tokenizer)
+    rendered = render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))
     size, longest = cfg.sample.batch_size, [0]
 
@@ -238,7 +239,7 @@ def _to_score(prompts: list[list[int]], expected: list[list[int]], size: int) ->
     ids = [np.array(p + e, np.int32) for p, e in both]
     weights = [np.array([0] * len(p) + [1] * len(e), np.float32) for p, e in both]
     longest = max(len(row) - 1 for row in ids)
-    return Batch(*packing.padded(instructions.Encoded(ids, weights, 0), -(-longest // 64) * 64))
+    return Batch(*packing.padded(packing.Encoded(ids, weights, 0), -(-longest // 64) * 64))
 
 
 def _row(talk: Conversation, answer: str) -> dict[str, Any]:

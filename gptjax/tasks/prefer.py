@@ -13,7 +13,8 @@ from gptjax import losses
 from gptjax._moved import old_name
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
-from gptjax.data.preferences import PairBatch, PairRows
+from gptjax.data.preferences import Pair, PairBatch, PairRows
+from gptjax.data.split import Splits, split_records
 from gptjax.files import use_json, write_json
 from gptjax.losses.preference import NEEDS_REFERENCE
 from gptjax.model.gpt import init_params
@@ -63,9 +64,9 @@ def summary(scores: dict[str, Any]) -> str:
     )
 
 
-def pairs(cfg: Config, notes: list[str] | None = None) -> tuning.Thirds:
-    """To train, validate and test on. notes: as of `instructions.read`."""
-    return tuning.thirds(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
+def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
+    """To train, validate and test on. notes: as of `conversations.read`."""
+    return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
 def loss(cfg: Config) -> Loss:

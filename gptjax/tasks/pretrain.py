@@ -17,10 +17,10 @@ from gptjax._moved import old_name
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data.loader import ORDER_OF_WINDOWS
 from gptjax.errors import UserError, complaints
-from gptjax.generation import from_config, generate
+from gptjax.generation import from_config, generate, prompt_ids
 from gptjax.model.gpt import abstract_params, init_params, refuse_classifier
 from gptjax.optim import make_optimizer
-from gptjax.tokenizers import Tokenizer, begin_id
+from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
@@ -105,7 +105,10 @@ def _resolve(cfg: Config, ready: data.Prepared) -> Config:
 def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
     """Whatever can be wrong is said here."""
     model, settings, val = cfg.model, cfg.train, ready.val
-    prompt = _prompt(cfg, ready.tokenizer)
+    try:
+        prompt = prompt_ids(ready.tokenizer, cfg.sample.prompt)  # before anything is trained
+    except UserError as error:
+        raise UserError(f"sample.prompt: {error}") from error
     loader = data.Loader(
         ready.train, cfg.data, batch_size=settings.batch_size, context_length=cfg.window,
         seed=cfg.seed, vocab_size=ready.tokenizer.vocab_size,
@@ -182,19 +185,6 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
         return [tokenizer.decode(prompt + ids) for prompt, ids in texts]
 
     return sample
-
-
-def _prompt(cfg: Config, tokenizer: Tokenizer) -> list[int]:
-    """The ids of sample.prompt, looked at before anything is trained."""
-    try:
-        ids = tokenizer.encode(cfg.sample.prompt, allowed_special="all")
-    except UserError as error:
-        raise UserError(f"sample.prompt: {error}") from error
-    if not ids and (begin := begin_id(tokenizer)) is not None:
-        ids = [begin]
-    if not ids:
-        raise UserError(f"sample.prompt is empty and {tokenizer.name} has no start token: give at least one character")
-    return list(ids)
 
 
 def _exp(loss: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,49 +21,6 @@ from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.task import Loss, Task, Validation
 from gptjax.types import Params
-
-HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
-
-
-class Thirds(NamedTuple):
-    """Records to train, validate and test on."""
-
-    train: list[Any]
-    val: list[Any]
-    test: list[Any]
-
-
-def thirds(
-    settings: Any,
-    seed: int,
-    read: Callable[[str, list[str] | None], list],
-    made: Callable[..., list],
-    notes: list[str] | None = None,
-) -> Thirds:
-    """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
-    skills: test and validation ask about words and numbers that training never shows.
-
-    Args:
-        settings: with source, examples, val_fraction, test_fraction. made: (n, seed, held_out) -> records.
-        notes: as of `instructions.read`.
-    """
-    if settings.source is None:
-        n = settings.examples
-        shares = settings.val_fraction, settings.test_fraction
-        held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
-        unseen = made(sum(held), seed, held_out=True)
-        parts = Thirds(made(n, seed), unseen[: held[0]], unseen[held[0] :])
-        if not all(parts):
-            raise UserError(f"examples={n} are too few for a part to test and one to validate on: give more")
-        return parts
-    found = read(settings.source, notes)
-    n = len(found)
-    test = int(n * settings.test_fraction)
-    train = int(n * (1 - settings.test_fraction - settings.val_fraction) + 1e-9)
-    parts = Thirds(found[:train], found[train + test :], found[train : train + test])
-    if not all(parts):
-        raise UserError(f"{settings.source}: {n} records are too few for a part to test and one to validate on")
-    return parts
 
 
 def refuse_missing(cfg: Config) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gptjax import LoraConfig, lora
 from gptjax.config import ARCHS, Config, ModelConfig
-from gptjax.data.labelled import LabelledBatch
+from gptjax.data.classification import LabelledBatch
 from gptjax.data.preferences import PairBatch
 from gptjax.generation import decode, sampling, speculative
 from gptjax.losses import classify, next_token, preference
@@ -159,7 +159,7 @@ def generate(cfg: ModelConfig, setting: Setting) -> Program:
     def fn(params, prompt, lengths, key, stop):
         quick = gpt.for_decoding(params, cfg)
         state = eager(decode._start)(params, prompt, lengths, key, stop, settings, {})
-        state = eager(decode._advance)(params, quick, state, key, stop, jnp.int32(room), settings, {})
+        state = eager(decode._decode_loop)(params, quick, state, key, stop, jnp.int32(room), settings, {})
         return state._asdict()
 
     return Program(fn, (parameters(cfg), ids(setting.rows, prompt), ids(setting.rows), KEY, ids(8)))

@@ -103,13 +103,13 @@ def packing(source: str, rounds: int) -> None:
 
     import gptjax
     from gptjax import LoraConfig, lora, weights
-    from gptjax.data import instructions
+    from gptjax.data import conversations
     from gptjax.data import packing as rows_of
     from gptjax.losses import next_token
 
     base = weights.open_model("smollm2-135m-instruct")
     params, cfg, settings = base.params("float32", None), base.cfg, LoraConfig(rank=RANK)
-    encoded = instructions.encode(instructions.read(source), base.tokenizer(), context_length=512)
+    encoded = conversations.encode(conversations.read(source), base.tokenizer(), context_length=512)
     longest = rows_of.padded(encoded)
     lengths = [length for length in (128, 256, 512) if length >= longest.tokens.shape[1]]
     kinds = {"padded": longest, **{f"packed-{length}": rows_of.packed(encoded, length) for length in lengths}}

@@ -18,7 +18,8 @@ import numpy as np
 import gptjax
 from gptjax import tokenizers
 from gptjax.config import TokenizerConfig
-from gptjax.data import labelled
+from gptjax.data import classification
+from gptjax.data.split import split_labelled
 from gptjax.losses import class_logits, classify
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
@@ -30,10 +31,10 @@ WIDTH, BATCH, RATE = 64, 16, 2e-3
 
 
 def rows_of(part, tokenizer):
-    rows = labelled.rows(labelled.encode(part, tokenizer, WIDTH), packed=False)
+    rows = classification.rows(classification.encode(part, tokenizer, WIDTH), packed=False)
     pad = WIDTH - rows.tokens.shape[1]
     wide = [np.pad(leaf, ((0, 0), (0, pad))) for leaf in (rows.tokens, rows.segment_ids)]
-    return labelled.LabelledBatch(*wide, rows.labels, np.ones(rows.labels.shape, np.float32))
+    return classification.LabelledBatch(*wide, rows.labels, np.ones(rows.labels.shape, np.float32))
 
 
 def hits(scores, test, train, asked):
@@ -49,8 +50,8 @@ def main():
     parser.add_argument("--dims", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    data = labelled.read(args.source, quoted=True)
-    splits = labelled.split(data, how="book", deduplicate=False)
+    data = classification.read(args.source, quoted=True)
+    splits = split_labelled(data, how="book", deduplicate=False)
     known = set(splits.train.texts)
     asked = [i for i, text in enumerate(splits.test.texts) if text in known]
     print(f"{len(splits.train.texts)} texts to train on, {len(splits.test.texts)} to test, {len(asked)} in both")
@@ -64,7 +65,7 @@ def main():
     loss = classify(cfg)
     steps = args.epochs * len(splits.train.texts) // BATCH
     whole, small = (influence.gradient_features(loss, dims=dims) for dims in (None, args.dims))
-    rows = labelled.Rows(train.tokens, train.segment_ids, np.zeros_like(train.labels), train.labels)
+    rows = classification.Rows(train.tokens, train.segment_ids, np.zeros_like(train.labels), train.labels)
     for seed in range(args.seeds):
         tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
         fresh = init_params(jax.random.key(seed), cfg)
@@ -72,7 +73,7 @@ def main():
         step = jax.jit(make_train_step(loss, tx))
         kept, start = [], time.monotonic()
         for i in range(steps):
-            state, metrics = step(state, labelled.batch(rows, i, batch_size=BATCH, seed=seed))
+            state, metrics = step(state, classification.batch(rows, i, batch_size=BATCH, seed=seed))
             if (i + 1) % (steps // 4) == 0:
                 kept.append(state.params)
         logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)

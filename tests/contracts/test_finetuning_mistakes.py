@@ -86,4 +86,4 @@ def test_na_and_null_are_texts(here, monkeypatch, capsys):
         == 0
     )
     assert "classes a, b" in capsys.readouterr().out
-    assert gptjax.data.labelled.read("good.jsonl").texts[:2] == ["NA 0", "null 0"]
+    assert gptjax.data.classification.read("good.jsonl").texts[:2] == ["NA 0", "null 0"]

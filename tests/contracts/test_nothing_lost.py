@@ -16,9 +16,10 @@ import pytest
 import gptjax
 from gptjax import weights
 from gptjax.__main__ import main
-from gptjax.data import records, sources
+from gptjax.data import sources
 from gptjax.errors import UserError
 from gptjax.files import new_file, write_text
+from gptjax.formats import tables
 from gptjax.tokenizers import load as load_tokenizer
 from gptjax.training.run_dir import RunDir
 
@@ -204,7 +205,7 @@ LONG = "n" * 300
         (lambda: gptjax.load_config(f"{LONG}.yaml"), "File name too long"),
         (lambda: list(sources.documents(gptjax.DataConfig(source=(f"{LONG}.txt",)))), "data.source=n"),
         (lambda: list(sources.documents(gptjax.DataConfig(source=("~no-such-user/x.txt",)))), "home directory"),
-        (lambda: list(records.read(f"{LONG}.jsonl")), "File name too long"),
+        (lambda: list(tables.read(f"{LONG}.jsonl")), "File name too long"),
         (lambda: RunDir(LONG).check(gptjax.load_config("tiny-gpt2")), "run_dir=n"),
         (lambda: weights.save(LONG, {}, gptjax.ModelConfig()), "File name too long"),
         (lambda: new_file(LONG), "out=n"),
@@ -243,7 +244,7 @@ def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
 )
 def test_names_on_the_hub_have_their_form(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for read in (lambda: sources.documents(gptjax.DataConfig(source=(name,))), lambda: list(records.read(name))):
+    for read in (lambda: sources.documents(gptjax.DataConfig(source=(name,))), lambda: list(tables.read(name))):
         with pytest.raises(UserError, match="expected hf:org/name"):
             read()
     if name != "hf:a":  # "gpt2" is a model's name
@@ -252,7 +253,7 @@ def test_names_on_the_hub_have_their_form(name, tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is a folder or file here"):
-        sources.hub_name("hf:org/name:config@train")
+        tables.hub_name("hf:org/name:config@train")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_thirty_thousand_columns_are_one_error_within_a_second(suffix, text, tmp
     path.write_text(text)
     for read in (
         lambda: list(sources.documents(gptjax.DataConfig(source=(str(path),)))),
-        lambda: list(records.read(str(path))),
+        lambda: list(tables.read(str(path))),
     ):
         start = time.process_time()
         try:

@@ -9,8 +9,7 @@ import pytest
 
 from gptjax.config import DataConfig
 from gptjax.data import Loader, TokenStore, packing
-from gptjax.data.instructions import Encoded
-from gptjax.data.packing import batch, eval_batches, packed, padded
+from gptjax.data.packing import Encoded, batch, eval_batches, packed, padded
 from gptjax.errors import UserError
 
 

@@ -1,12 +1,12 @@
 import json
 
-import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, load_config
-from gptjax.data import documents, records, split
-from gptjax.data.sources import Document, Documents, Source, hold_out
+from gptjax.data import documents, split
+from gptjax.data.sources import Document
 from gptjax.errors import UserError
+from gptjax.formats import tables
 
 
 def read(*names, **cfg):
@@ -237,83 +237,6 @@ def test_hub_mistakes(hub, tmp_path):
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-# --- held-out text
-
-
-def make(lengths, name="s"):
-    """A source of files; each is a list of document lengths."""
-    files = []
-    for f, docs in enumerate(lengths):
-        rows = [Document(f"{name}{f}:{i}", chr(97 + i % 26) * n, f"{name}{f}") for i, n in enumerate(docs)]
-        files.append((f"{name}{f}", lambda rows=rows: iter(rows)))
-    return Source(name, tuple(files), "")
-
-
-def parts(source, **cfg):
-    train, val, how = split(Documents((source,)), DataConfig(**cfg))
-    return list(train), list(val), how[0]
-
-
-def test_auto_takes_documents_from_ten_on():
-    assert parts(make([[50]] * 9))[2]["split"] == "tail"
-    assert parts(make([[50]] * 10))[2]["split"] == "document"
-    assert parts(make([[50] * 10]))[2]["split"] == "document"
-
-
-def test_documents_are_held_out_whole_near_the_fraction():
-    lengths = [[int(n)] for n in np.random.default_rng(0).integers(50, 200, 38)]
-    source = make(lengths)
-    train, val, how = parts(source, split="document")
-    assert sorted(train + val) == sorted(source)
-    assert how["held_out"] == [d.name for d in val] and how["documents"] == 38
-    share = sum(len(d.text) for d in val) / sum(map(sum, lengths))
-    assert abs(share - 0.1) < 0.02
-
-
-def test_held_out_documents_do_not_depend_on_the_order():
-    names = [f"n{i}" for i in range(40)]
-    sizes = np.random.default_rng(1).integers(50, 200, 40)
-    chosen = {names[i] for i in np.flatnonzero(hold_out(names, sizes, 0.2))}
-    back = {names[::-1][i] for i in np.flatnonzero(hold_out(names[::-1], sizes[::-1], 0.2))}
-    assert chosen == back
-
-
-@pytest.mark.parametrize("sizes", [[1, 1], [100, 1], [1, 100], [1000, 10, 10], [5] * 30])
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-def test_at_least_one_document_on_each_side(sizes, fraction):
-    chosen = hold_out([f"n{i}" for i in range(len(sizes))], np.array(sizes), fraction)
-    assert 0 < chosen.sum() < len(sizes)
-
-
-def test_whole_files():
-    source = make([[10] * 5] * 6)
-    train, val, how = parts(source, split="file", val_fraction=0.3)
-    assert {d.group for d in train}.isdisjoint(d.group for d in val)
-    assert len({d.group for d in val}) == 2 and how["held_out"] == sorted({d.group for d in val})
-    with pytest.raises(UserError, match=r"split=file needs at least 2 files in data.source=s, found 1.*tail"):
-        parts(make([[10, 10]]), split="file")
-
-
-def test_tail_is_the_end_of_each_file_whatever_the_documents():
-    source = make([[30, 50, 20], [7]])
-    train, val, _ = parts(source, split="tail", val_fraction=0.25)
-    assert [len(d.text) for d in train] == [30, 45, 5]
-    assert [len(d.text) for d in val] == [5, 20, 2]
-
-
-def test_every_source_gives_to_the_validation_text():
-    found = Documents((make([[100]], "a"), make([[10]] * 50, "b")))
-    train, val, how = split(found, DataConfig())
-    assert [part["split"] for part in how] == ["tail", "document"]
-    assert {d.group[0] for d in val} == {d.group[0] for d in train} == {"a", "b"}
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_impossible_fraction(fraction):
-    with pytest.raises(UserError, match="val_fraction"):
-        parts(make([[10]]), val_fraction=fraction)
-
-
 def test_columns_without_a_name_may_be_several(tmp_path):
     file = tmp_path / "spam.csv"
     file.write_text("v1,text,,\nham,hello,,\n")
@@ -370,7 +293,7 @@ def test_text_columns_of_every_layout(layout, tmp_path):
     table = pa.table({"text": pa.array(["ab", "cd", "ab"], kinds[layout])})
     pq.write_table(table, tmp_path / "x.parquet")
     assert texts(tmp_path / "x.parquet") == ["ab", "cd", "ab"]
-    assert [row for _, row in records.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]
+    assert [row for _, row in tables.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]
     pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), tmp_path / "y.parquet")
     with pytest.raises(UserError, match="must be text, found int64"):
         texts(tmp_path / "y.parquet")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import tree
-from gptjax.data.labelled import LabelledBatch
+from gptjax.data.classification import LabelledBatch
 from gptjax.losses import class_logits, classify
 from gptjax.model.gpt import abstract_params, backbone
 

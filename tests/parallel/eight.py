@@ -15,7 +15,7 @@ import numpy as np
 import gptjax
 from gptjax import LoraConfig, lora, parallel, tree
 from gptjax.checkpoint import Checkpoints
-from gptjax.data.labelled import LabelledBatch
+from gptjax.data.classification import LabelledBatch
 from gptjax.losses import classify, next_token
 from gptjax.ops import fused
 from gptjax.ops.attention import heads_attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.leaves import read_text
 from gptjax.errors import UserError
 from gptjax.files import one_line_end
+from gptjax.formats import tables
 from gptjax.research.audit.text import continuations, rank, rows_of, score, within
 from gptjax.types import Params
 
@@ -29,13 +29,7 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """
     found, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+    for number, row in tables.jsonl(lines):
         keys = set(row) if isinstance(row, dict) else set()
         texts = keys and all(isinstance(value, str) and value for value in row.values())
         if not texts or keys not in ({"prefix", "secret"}, {"trigger", "payload"}):

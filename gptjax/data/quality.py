@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import labelled, records, sources
+from gptjax.data.split import normalized
 from gptjax.errors import UserError
 from gptjax.files import user_path
+from gptjax.formats import tables
 
 MAX_PROBLEMS, EXCERPT, PERMUTATIONS, WORDS = 20, 60, 128, 3
 OUTLIER = 3.5  # robust z-score (Iglewicz and Hoaglin 1993)
@@ -42,7 +43,7 @@ def records_of(file: str, field: str | None = None) -> Texts:
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
         elif field is not None and field not in row:
-            problems.append(f"{where}: no field {field!r}; there are {sources.names(row)}")
+            problems.append(f"{where}: no field {field!r}; there are {tables.names(row)}")
         elif text := "\n".join(_strings(row if field is None else row[field])).strip():
             found.append((where, text))
         if len(problems) >= MAX_PROBLEMS:
@@ -54,20 +55,20 @@ def records_of(file: str, field: str | None = None) -> Texts:
     return Texts(file, found)
 
 
-def _rows(file: str) -> Iterator[tuple[str, Any]]:
+def _rows(file: str) -> Iterator[tuple[str, tables.Record | UserError]]:
     path = user_path(file)
     if path.suffix.lower() == ".tsv":
-        return labelled.tsv(file)
+        return tables.tsv(file)
     if path.suffix.lower() != ".txt":
-        return records.read(file)
+        return tables.read(file)
     if not path.is_file():
         raise UserError(f"{file}: no such file")
     return _paragraphs(file, path)
 
 
-def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, tables.Record]]:
     start, held = 1, ""
-    for number, line in enumerate(sources.lines(path), 1):
+    for number, line in enumerate(tables.lines(path), 1):
         if line.strip():
             start = start if held else number
             held += line
@@ -89,17 +90,12 @@ def _strings(value: Any) -> Iterator[str]:
 # --- repetitions
 
 
-def plain(text: str) -> str:
-    """But for case and blanks."""
-    return " ".join(text.casefold().split())
-
-
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
     """Groups of records with the same text but for case and blanks, as their places."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for where, text in file.found:
-            groups.setdefault(plain(text), []).append(where)
+            groups.setdefault(normalized(text), []).append(where)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -116,8 +112,9 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
         raise UserError(
             "near duplicates need datasketch: pip install -e '.[check]' in the checkout, or near=false"
         ) from error
-    index, seen, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), {}, []
-    distinct = {(file.file, plain(text)): where for file in texts for where, text in reversed(file.found)}
+    index, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), []
+    seen: dict[str, tuple[frozenset[str], str]] = {}
+    distinct = {(file.file, normalized(text)): where for file in texts for where, text in reversed(file.found)}
     for (_, text), where in distinct.items():
         shingles, own = _shingles(text), MinHash(num_perm=PERMUTATIONS)
         own.update_batch([shingle.encode() for shingle in shingles])
@@ -180,14 +177,12 @@ def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
     for where, text in (one for file in texts for one in file.found):
         for kind, (pattern, holds) in PATTERNS.items():
             for match in re.finditer(pattern, text):
-                if holds is None or holds(match[0]):
-                    found.append((kind, where, _hidden(match[0])))
+                secret = match[0]
+                if holds is None or holds(secret):
+                    n = min(4, len(secret) // 4)
+                    hidden = secret[:n] + "*" * min(8, len(secret) - 2 * n) + secret[len(secret) - n :]
+                    found.append((kind, where, hidden))
     return found
-
-
-def _hidden(text: str) -> str:
-    n = min(4, len(text) // 4)
-    return text[:n] + "*" * min(8, len(text) - 2 * n) + text[len(text) - n :]
 
 
 # --- all of it

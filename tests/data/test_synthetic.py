@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from gptjax.data import skills as module
-from gptjax.data.skills import SKILLS, WORDS, is_held_out, plural, skills
+from gptjax.data.split import ONE_OF, is_held_out
+from gptjax.data.synthetic import SKILLS, WORDS, plural, skills
 from gptjax.errors import UserError
 
 
@@ -153,4 +153,4 @@ def test_more_questions_than_there_are():
 def test_none():
     with pytest.raises(UserError, match="at least 1"):
         skills(0, 0)
-    assert module.HELD_OUT == 5
+    assert ONE_OF == 5

@@ -9,16 +9,15 @@ Letters are given one by one: how a word that is one token is spelled, a small m
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gptjax.data.instructions import Conversation
+from gptjax.data.conversations import Conversation
+from gptjax.data.split import is_held_out
 from gptjax.errors import UserError
 
-HELD_OUT = 5  # one of so many
 ATTEMPTS = 100  # to find a question that was not asked yet
 VOWELS = "aeiou"
 LETTERS = 5  # to count, at most
@@ -206,8 +205,8 @@ def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Co
             if question not in asked:
                 break
         asked.add(question)
-        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        turned.append(Conversation(messages, f"{name}:{i + 1}"))
+        turn = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        turned.append(Conversation(turn, f"{name}:{i + 1}"))
     found, left = [], iter(turned)
     while some := list(itertools.islice(left, lengths.randint(1, turns))):
         messages = tuple(message for one in some for message in one.messages)
@@ -221,8 +220,3 @@ def _draw(name: str, rng: random.Random, words: list[str], held_out: bool) -> tu
         task = skill.make(rng, words)
         if not task.key or is_held_out(task.key) == held_out:
             return rng.choice(skill.phrasings).format(**task.slots), task.answer
-
-
-def is_held_out(key: str) -> bool:
-    """Whether a word, "3 + 4", "9 - 2" or "7 meters" is for testing only."""
-    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0

@@ -11,7 +11,7 @@ import pytest
 import gptjax
 from gptjax import UserError
 from gptjax.__main__ import main
-from gptjax.data import check
+from gptjax.data import quality
 
 LONG = "the quick brown fox jumps over the lazy dog near the old stone bridge at noon on a bright day in May"
 
@@ -26,7 +26,7 @@ def files(tmp_path):
 
 
 def test_repetitions_within_and_across(files):
-    report = check.check([check.records_of(file) for file in files], threshold=0.6)
+    report = quality.check([quality.records_of(file) for file in files], threshold=0.6)
     assert [(len(row["where"]), row["across"]) for row in report["exact"]] == [(2, True)]
     (near,) = report["near"]
     assert near["where"] == [f"{files[0]}:1", f"{files[0]}:4"] or near["where"] == [f"{files[0]}:4", f"{files[0]}:1"]
@@ -34,7 +34,7 @@ def test_repetitions_within_and_across(files):
     assert {row["kind"] for row in report["sensitive"]} == {"e-mail address", "AWS key"}
     assert report["files"][0]["records"] == 4
     assert report["files"][0]["sha256"] == hashlib.sha256(Path(files[0]).read_bytes()).hexdigest()
-    assert "near" in check.check([check.records_of(files[0])], threshold=None)
+    assert "near" in quality.check([quality.records_of(files[0])], threshold=None)
 
 
 SECRETS = {
@@ -54,10 +54,10 @@ SECRETS = {
 }
 
 
-@pytest.mark.parametrize("kind", check.PATTERNS)
+@pytest.mark.parametrize("kind", quality.PATTERNS)
 def test_patterns(kind):
     text = f"before {SECRETS[kind]} after"
-    found = check.sensitive([check.Texts("f", [("f:1", text)])])
+    found = quality.sensitive([quality.Texts("f", [("f:1", text)])])
     assert [row[0] for row in found] == [kind]
     assert SECRETS[kind] not in found[0][2] and "*" in found[0][2]
 
@@ -66,34 +66,34 @@ def test_ordinary_numbers_are_left_alone():
     text = (
         "On 2024-05-17 at 12:30 version 1.2.3 cost 1,234,567.89; 4111 1111 1111 1112, 192.168.0.1, 10.0.0.1, 999.1.1.1"
     )
-    assert check.sensitive([check.Texts("f", [("f:1", text)])]) == []
+    assert quality.sensitive([quality.Texts("f", [("f:1", text)])]) == []
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("unit", ["a", "1", "1 ", "a@", "a.", "eyJ", "+1", "GB82 "])
 def test_hostile_text_comes_to_an_end(unit):
     """A megabyte that a pattern of quadratic time would not get through within the suite's limit."""
-    found = check.sensitive([check.Texts("f", [("f:1", unit * (10**6 // len(unit)))])])
+    found = quality.sensitive([quality.Texts("f", [("f:1", unit * (10**6 // len(unit)))])])
     assert {kind for kind, _, _ in found} <= {"card number", "IBAN"}
 
 
 def test_records_of_many_kinds(tmp_path):
     (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
-    assert [where.rsplit(":")[-1] for where, _ in check.records_of(str(tmp_path / "a.txt")).found] == ["1", "5"]
+    assert [where.rsplit(":")[-1] for where, _ in quality.records_of(str(tmp_path / "a.txt")).found] == ["1", "5"]
     (tmp_path / "a.tsv").write_text("ham\thello\n")
-    assert check.records_of(str(tmp_path / "a.tsv"), "text").found[0][1] == "hello"
+    assert quality.records_of(str(tmp_path / "a.tsv"), "text").found[0][1] == "hello"
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "n": 3}
     (tmp_path / "a.json").write_text(json.dumps([row]))
-    assert check.records_of(str(tmp_path / "a.json")).found[0][1] == "user\nhi\nassistant\nho"
+    assert quality.records_of(str(tmp_path / "a.json")).found[0][1] == "user\nhi\nassistant\nho"
     for name, text in (("b.jsonl", "{"), ("c.jsonl", '{"n": 1}'), ("d.xyz", "x")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError):
-            check.records_of(str(tmp_path / name))
+            quality.records_of(str(tmp_path / name))
 
 
 def test_outliers():
     losses = np.array([2.0, 2.1, 1.9, 2.05, 9.0, 0.01, np.nan, 2.0])
-    assert check.outliers(losses) == [4, 5] and check.outliers(np.ones(4)) == []
+    assert quality.outliers(losses) == [4, 5] and quality.outliers(np.ones(4)) == []
 
 
 @pytest.fixture

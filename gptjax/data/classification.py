@@ -1,7 +1,7 @@
-"""Labelled texts: read, split without leaks, encode, and batches as a pure function of (seed, step).
+"""Labelled texts: read, encode, and batches as a pure function of (seed, step).
 
 data   = read("SMSSpamCollection.tsv")              texts, labels [n], names ("ham", "spam")
-splits = split(data, how="stratified", seed=0)      train, val, test; equal texts count once
+splits = split_labelled(data, seed=0)               train, val, test; equal texts count once
 train  = encode(splits.train, tokenizer, 120)       ids and label of each text
 train  = rows(train)                                tokens [n, T], several texts in a row, each its own segment
 batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [8, T], labels and weights [8, K]
@@ -9,23 +9,20 @@ batch(train, 7, batch_size=8, seed=0)               tokens [8, T], segment_ids [
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import loader, packing, records, sources
+from gptjax._moved import moved_name
+from gptjax.data import loader, packing
 from gptjax.errors import UserError
-from gptjax.files import user_path
+from gptjax.formats import tables
 from gptjax.tokenizers import Tokenizer
 
 MAX_PROBLEMS = 20
 MOST_CLASSES = 1000
-TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
-LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-BOOK_SEED = 123
 
 
 class Labelled(NamedTuple):
@@ -37,15 +34,6 @@ class Labelled(NamedTuple):
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Labelled:
         return Labelled([self.texts[i] for i in rows], self.labels[np.asarray(rows, int)], self.names)
-
-
-class Splits(NamedTuple):
-    """`leaked`: how many texts of val and test stand in train as well."""
-
-    train: Labelled
-    val: Labelled
-    test: Labelled
-    leaked: int
 
 
 class Examples(NamedTuple):
@@ -98,8 +86,10 @@ def read(
     Raises:
         UserError: broken rows, empty texts, unknown labels (the first 20), columns that are not there, one class only.
     """
-    rows = tsv(source, quoted) if source.lower().endswith(".tsv") else records.read(source)
-    texts, found, problems = [], [], []
+    rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
+    texts: list[str] = []
+    found: list[str] = []  # the class of each
+    problems: list[str] = []
     for where, row in rows:
         if len(problems) >= MAX_PROBLEMS:
             problems.append("... there may be more")
@@ -107,10 +97,10 @@ def read(
         if isinstance(row, UserError):
             problems.append(f"{where}: {row}")
             continue
-        text = text or _column(row, TEXT, "text", "classify.text_field", source)
-        label = label or _column(row, LABEL, "label", "classify.label_field", source)
+        text = text or _column(row, tables.TEXT, "text", "classify.text_field", source)
+        label = label or _column(row, tables.LABEL, "label", "classify.label_field", source)
         if missing := [name for name in (text, label) if name not in row]:
-            raise UserError(f"{where}: no column {', '.join(map(repr, missing))}; there are {sources.names(row)}")
+            raise UserError(f"{where}: no column {', '.join(map(repr, missing))}; there are {tables.names(row)}")
         wrong = _wrong(row[text], row[label], labels)
         problems += [f"{where}: {line}" for line in wrong]
         if not wrong:
@@ -131,7 +121,7 @@ def _column(row: dict[str, Any], known: Sequence[str], what: str, setting: str, 
     fits = [name for name in row if str(name).strip().lower() in known]
     if len(fits) != 1:
         several = "several columns could be" if fits else f"no column has a usual name ({', '.join(known[:3])}, ..) of"
-        raise UserError(f"{source}: {several} the {what}; the columns are {sources.names(row)}: say {setting}=NAME")
+        raise UserError(f"{source}: {several} the {what}; the columns are {tables.names(row)}: say {setting}=NAME")
     return fits[0]
 
 
@@ -150,139 +140,12 @@ def _name(label: str | int) -> str:
     return str(label).strip()
 
 
-def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, dict | UserError]]:
-    path = user_path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    csv.field_size_limit(max(csv.field_size_limit(), sources.MAX_FIELD_CHARACTERS))
-    header: list[str] | None = None
-    style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    for number, row in enumerate(csv.reader(sources.lines(path), delimiter="\t", quoting=style), 1):
-        if not row:
-            continue
-        if header is None:
-            names = [name.strip().lower() for name in row]
-            titled = any(name in TEXT for name in names) and any(name in LABEL for name in names)
-            if not titled and len(row) != 2:
-                raise UserError(f"{source}:1: expected a header or two columns, label and text; got {len(row)} columns")
-            header = row if titled else ["label", "text"]
-            if titled:
-                continue
-        same = len(row) == len(header)
-        problem = UserError(f"{len(row)} columns, expected {len(header)} ({sources.names(header)})")
-        yield f"{source}:{number}", dict(zip(header, row, strict=True)) if same else problem
-
-
-# ---------------------------------------------------------------- splitting
-
-
 def balanced(data: Labelled, seed: int) -> Labelled:
     """Each class as often as the rarest, drawn without replacement; what is left keeps its order."""
     rng = np.random.default_rng(seed)
     least = np.bincount(data.labels, minlength=len(data.names)).min()
     rows = [rng.permutation(np.flatnonzero(data.labels == k))[:least] for k in range(len(data.names))]
     return data.take(np.sort(np.concatenate(rows)))
-
-
-def split(
-    data: Labelled,
-    *,
-    how: Literal["stratified", "grouped", "book"] = "stratified",
-    fractions: Sequence[float] = (0.7, 0.1, 0.2),
-    seed: int = 0,
-    deduplicate: bool = True,
-) -> Splits:
-    """Train, validation and test texts.
-
-    stratified  each class in these fractions
-    grouped     equal texts never in two parts, also where deduplicate is off
-    book        chapter 6 of the book: balanced, shuffled and cut as pandas does it with its seed; fractions are its
-
-    Args:
-        deduplicate: of texts that are equal but for case and blanks only the first counts. Not with `book`, unless
-            asked for: then what stands in train is taken out of val and test, and repetitions out of each.
-
-    Raises:
-        UserError: a part that would be empty, or lack a class to train on.
-    """
-    if how == "book":
-        parts = _book(data)
-        if deduplicate:
-            seen: set[str] = set()
-            parts = [part.take(_fresh(part.texts, seen)) for part in parts]
-    else:
-        if deduplicate:
-            data = data.take(_fresh(data.texts, set()))
-        rng = np.random.default_rng(seed)
-        rows = _grouped(data, fractions, rng) if how == "grouped" else _stratified(data, fractions, rng)
-        parts = [data.take(part) for part in rows]
-    for name, part in zip(("train", "validate", "test"), parts, strict=True):
-        if not part.texts:
-            raise UserError(f"{len(data.texts)} texts leave none to {name} on: give more, or other fractions")
-    lacking = [parts[0].names[k] for k in range(len(data.names)) if not (parts[0].labels == k).any()]
-    if lacking:
-        raise UserError(f"no text to train on is of class {', '.join(lacking)}: give more texts of it")
-    known = {_plain(text) for text in parts[0].texts}
-    return Splits(*parts, sum(_plain(text) in known for part in parts[1:] for text in part.texts))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _fresh(texts: Sequence[str], seen: set[str]) -> list[int]:
-    """Rows whose text is not in `seen` yet, which grows."""
-    rows = []
-    for i, text in enumerate(texts):
-        if (plain := _plain(text)) not in seen:
-            seen.add(plain)
-            rows.append(i)
-    return rows
-
-
-def _stratified(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
-    parts: list[list[np.ndarray]] = [[], [], []]
-    for k in range(len(data.names)):
-        rows = rng.permutation(np.flatnonzero(data.labels == k))
-        ends = np.round(np.cumsum(fractions)[:2] * len(rows)).astype(int)
-        for part, some in zip(parts, np.split(rows, ends), strict=True):
-            part.append(some)
-    return [np.sort(np.concatenate(part)) for part in parts]
-
-
-def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
-    groups: dict[str, list[int]] = {}
-    for i, text in enumerate(data.texts):
-        groups.setdefault(_plain(text), []).append(i)
-    order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
-    edges = np.cumsum(fractions)[:2] * len(data.texts)
-    parts: list[list[int]] = [[], [], []]
-    done = 0
-    for group in order:
-        parts[int(np.searchsorted(edges, done, "right"))] += group
-        done += len(group)
-    return [np.sort(np.array(part, int)) for part in parts]
-
-
-def _book(data: Labelled) -> list[Labelled]:
-    """The common class sampled down, the rare one below it, all shuffled, cut at 70 and 80 per cent.
-
-    Source: the book's ch06 code, pandas calls and seed.
-    """
-    import pandas
-
-    counts = np.bincount(data.labels, minlength=len(data.names))
-    if len(data.names) != 2 or counts[0] == counts[1]:
-        raise UserError(
-            f"split=book is for two classes of different size, as ham and spam: there are {counts.tolist()}"
-        )
-    rare = int(counts.argmin())
-    frame = pandas.DataFrame({"row": np.arange(len(data.texts)), "label": data.labels})
-    common = frame[frame["label"] != rare].sample(int(counts[rare]), random_state=BOOK_SEED)
-    frame = pandas.concat([common, frame[frame["label"] == rare]])
-    rows = frame.sample(frac=1, random_state=BOOK_SEED)["row"].to_numpy()
-    first, second = int(len(rows) * 0.7), int(len(rows) * 0.7) + int(len(rows) * 0.1)
-    return [data.take(part) for part in np.split(rows, [first, second])]
 
 
 # ---------------------------------------------------------------- batches
@@ -300,7 +163,7 @@ def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = 
     if len(parts) != 2:
         raise UserError(f'classify.prompt: expected {{text}} once, as in "{{text}}\\nIs it spam?", got {prompt!r}')
     before, after = (tokenizer.encode(part) if part else [] for part in parts)
-    if getattr(tokenizer, "add_bos", False):
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
         before = [tokenizer.bos_id, *before]
     room = max_length - len(before) - len(after)
     if room < 1:
@@ -372,3 +235,7 @@ def naive_bayes(train: Labelled, test: Labelled, tokenizer: Tokenizer) -> float:
         ]))  # fmt: skip
 
     return float(np.mean([guess(text) == k for text, k in zip(test.texts, test.labels, strict=True)]))
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.data import instructions, records
-from gptjax.data.instructions import Conversation, encode, read, render, show
+from gptjax.data import conversations
+from gptjax.data.conversations import Conversation, encode, read, render, show
 from gptjax.errors import UserError
+from gptjax.formats import tables
 from gptjax.tokenizers import chat
 
 SMOLLM2 = (
@@ -90,7 +91,7 @@ def put(folder, kind, rows):
     return str(path)
 
 
-KINDS_OF = [(shape, kind) for shape in rows_of(ONE) for kind in records.KINDS if kind != ".csv" or shape in FLAT]
+KINDS_OF = [(shape, kind) for shape in rows_of(ONE) for kind in tables.KINDS if kind != ".csv" or shape in FLAT]
 
 
 @pytest.mark.parametrize(("shape", "kind"), KINDS_OF)  # a CSV cell holds no list
@@ -181,7 +182,7 @@ def test_tools_go_into_a_template_that_writes_them(tmp_path, chatty):
         talk = one(tmp_path, {"messages": [*ASKED, *SAID], "tools": given})
         assert list(talk.tools) == tools
         for many in ([talk], [talk, ONE]):
-            pieces, *_ = instructions.render_all(many, knows)
+            pieces, *_ = conversations.render_all(many, knows)
             assert text(pieces, knows).startswith(json.dumps(tools) + "<|im_start|>user")
         with pytest.raises(UserError, match=r"rows.jsonl:1: tools: the chat template .* does not write them"):
             render(talk, chatty)
@@ -377,9 +378,9 @@ LLAMA2 = (
 )
 
 
-@pytest.mark.parametrize("style", instructions.STYLES)
+@pytest.mark.parametrize("style", conversations.STYLES)
 def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, style):
-    kept = instructions.styled(sentencepiece.replace(chat_template=LLAMA2), style)
+    kept = conversations.styled(sentencepiece.replace(chat_template=LLAMA2), style)
     several, ids = talk("low", "low", "lo", "low"), []
     for i, piece in enumerate(render(several, kept)):
         if piece.learn:
@@ -388,10 +389,10 @@ def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, 
     assert ids[-1] in kept.eos_ids
 
 
-@pytest.mark.parametrize("style", instructions.STYLES)
+@pytest.mark.parametrize("style", conversations.STYLES)
 def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
     """Asked by its template alone, also for an input."""
-    kept = instructions.styled(chatty, style)
+    kept = conversations.styled(chatty, style)
     given = {"role": "user", "content": "Spell it.", "input": "freind"}
     for some in (ONE, TWO, Conversation((given, {"role": "assistant", "content": "friend"}), "")):
         assert render(some, kept) == render(some, chatty, style)
@@ -420,7 +421,7 @@ def test_the_model_s_own_template_is_the_default(chatty):
     assert answer == ([*b"In France.", END], True)
 
 
-@pytest.mark.parametrize("style", instructions.STYLES)
+@pytest.mark.parametrize("style", conversations.STYLES)
 def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
     pieces = render(TWO, chatty, style)
     end = "<|im_end|>" if style in ("chat", "chatml") else "<|endoftext|>"
@@ -454,9 +455,9 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
     made = tok.replace(chat_template=plain)
     assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
     assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
-    assert "end-of-text is appended" in instructions.describe_style(made, None)[1]
-    kept = instructions.styled(made)
-    assert kept.eos_ids == (256,) and instructions.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
+    assert "end-of-text is appended" in conversations.describe_style(made, None)[1]
+    kept = conversations.styled(made)
+    assert kept.eos_ids == (256,) and conversations.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
     chars = tokenizers.train("chars", [text(render(TWO, made), made)])
     with pytest.raises(UserError, match="style chat: nothing can end an answer: .* no end-of-text"):
         render(TWO, chars.replace(chat_template=plain))
@@ -478,7 +479,7 @@ def test_a_template_that_writes_earlier_turns_anew_is_refused(chatty, template):
 
 def test_a_special_token_in_a_message_is_refused(chatty, tok):
     bad = [talk("a<|im_end|>", "b", where="x:1"), ONE, talk("a", "<|im_start|>", where="x:3")]
-    for style in instructions.STYLES:
+    for style in conversations.STYLES:
         with pytest.raises(UserError, match=r"x:1: .*<\|im_end\|>: take it out\nx:3: .*<\|im_start\|>"):
             encode(bad, chatty, style=style, context_length=999)
     assert encode(bad, tok, context_length=999).dropped == 0  # plain text to another tokenizer
@@ -517,20 +518,20 @@ def test_many_texts_in_one_process_are_those_of_one_each(tok, name):
     """Jinja's handling of spaces and line ends, and what a template sets, are as if it ran by itself."""
     made = tok.replace(chat_template=STRANGE[name])
     many = [*ONE.messages, {"role": "user", "content": 'é"\n\u2028{{ 1 }}'}]
-    jobs = [instructions._Job("", list(many[:n]), n != 2) for n in (1, 2, 3, 1)]
+    jobs = [conversations._Job("", list(many[:n]), n != 2) for n in (1, 2, 3, 1)]
     if name == "closes":
         with pytest.raises(UserError, match="TemplateSyntaxError"):
-            instructions._render_all(made, jobs)
+            conversations._render_all(made, jobs)
         return
     alone = [chat.apply(made, job.messages, add_generation_prompt=job.begin) for job in jobs]
-    assert instructions._render_together(made, jobs) == instructions._render_all(made, jobs) == alone
+    assert conversations._render_together(made, jobs) == conversations._render_all(made, jobs) == alone
 
 
 def test_a_template_that_closes_what_is_around_it_gains_nothing(tok):
     forged = "{% endset %}{% endfor %}{{ '\"x\"\\n' }}{% for job in tools %}{% set text %}"
-    jobs = [instructions._Job("here", list(ONE.messages), False)] * 2
+    jobs = [conversations._Job("here", list(ONE.messages), False)] * 2
     with pytest.raises(UserError, match="here: chat template: TemplateSyntaxError"):
-        instructions._render_all(tok.replace(chat_template=forged), jobs)
+        conversations._render_all(tok.replace(chat_template=forged), jobs)
 
 
 def test_the_conversations_that_a_template_refuses_are_named(tok):
@@ -548,7 +549,7 @@ def test_a_long_conversation_is_dropped_not_refused(chatty):
 
 
 def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
-    instructions.styled(chatty)  # which asks where an answer ends, once
+    conversations.styled(chatty)  # which asks where an answer ends, once
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
@@ -573,7 +574,7 @@ def test_encode_keeps_what_fits_to_the_last_id(tok):
         encode([], tok, context_length=9)
 
 
-@pytest.mark.parametrize("style", instructions.STYLES)
+@pytest.mark.parametrize("style", conversations.STYLES)
 def test_the_last_id_is_learned_although_padding_uses_it(chatty, style):
     tok = chatty.replace(pad_id=END if style in ("chat", "chatml") else chatty.eot_id)
     for row, weight in zip(*encode([ONE, TWO], tok, style=style, context_length=999)[:2], strict=True):

@@ -1,4 +1,4 @@
-"""Labelled texts: what is read, how it is split, and which batches come of it."""
+"""Labelled texts: what is read, and which batches come of it."""
 
 import json
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gptjax import tokenizers
-from gptjax.data import labelled, records
+from gptjax.data import classification
 from gptjax.errors import UserError
+from gptjax.formats import tables
 
 TOK = tokenizers.load("bytes")
 
@@ -20,7 +21,7 @@ def put(tmp_path, name, text):
 
 def made(n=60, classes=3, repeats=2):
     texts = [f"text {i // repeats}" for i in range(n)]
-    return labelled.Labelled(texts, np.arange(n, dtype=np.int32) % classes, tuple("abc"[:classes]))
+    return classification.Labelled(texts, np.arange(n, dtype=np.int32) % classes, tuple("abc"[:classes]))
 
 
 def test_the_same_from_every_kind_of_file(tmp_path):
@@ -35,16 +36,16 @@ def test_the_same_from_every_kind_of_file(tmp_path):
         "a.json": json.dumps(records),
     }
     for name, text in files.items():
-        data = labelled.read(put(tmp_path, name, text))
+        data = classification.read(put(tmp_path, name, text))
         assert data.texts == [b for _, b in rows], name
         assert (data.labels.tolist(), data.names) == ([1, 0, 0], ("ham", "spam"))
-    turned = labelled.read(put(tmp_path, "a.csv", csv), labels=("spam", "ham"))
+    turned = classification.read(put(tmp_path, "a.csv", csv), labels=("spam", "ham"))
     assert turned.labels.tolist() == [0, 1, 1]
 
 
 def test_numbers_are_labels_in_their_order(tmp_path):
     rows = "".join(json.dumps({"review": "x" * i, "stars": i}) + "\n" for i in (10, 9, 2))
-    assert labelled.read(put(tmp_path, "a.jsonl", rows), label="stars").names == ("2", "9", "10")
+    assert classification.read(put(tmp_path, "a.jsonl", rows), label="stars").names == ("2", "9", "10")
 
 
 @pytest.mark.parametrize(
@@ -67,91 +68,54 @@ def test_numbers_are_labels_in_their_order(tmp_path):
 )  # fmt: skip
 def test_mistakes(tmp_path, name, text, options, words):
     with pytest.raises(UserError) as error:
-        labelled.read(put(tmp_path, name, text), **options)
+        classification.read(put(tmp_path, name, text), **options)
     assert words in str(error.value)
 
 
 def test_a_file_that_is_not_there():
     with pytest.raises(UserError, match="absent.tsv: no such file"):
-        labelled.read("absent.tsv")
-
-
-@pytest.mark.parametrize("how", ["stratified", "grouped"])
-def test_equal_texts_are_in_one_part(how):
-    """Deduplicated they count once; grouped they stay together."""
-    splits = labelled.split(made(), how=how, deduplicate=how == "stratified")
-    assert splits.leaked == 0
-    assert sum(len(part.texts) for part in splits[:3]) == (30 if how == "stratified" else 60)
-    again = labelled.split(made(), how=how, deduplicate=how == "stratified")
-    assert [part.texts for part in splits[:3]] == [part.texts for part in again[:3]]
-    other = labelled.split(made(), how=how, seed=1, deduplicate=how == "stratified")
-    assert splits.train.texts != other.train.texts
-
-
-def test_stratified_keeps_the_shares_and_leaks_are_counted():
-    data = made(300, 3, repeats=1)
-    splits = labelled.split(data, fractions=(0.7, 0.1, 0.2))
-    assert [np.bincount(part.labels).tolist() for part in splits[:3]] == [[70] * 3, [10] * 3, [20] * 3]
-    doubled = data._replace(texts=["Same  text"] * 299 + ["same TEXT"])
-    assert labelled.split(doubled, deduplicate=False).leaked == 90
-
-
-def test_the_books_split():
-    """Its sizes and its procedure: both classes as often as the rarer, 70, 10 and 20 per cent."""
-    texts = [f"t{i}" for i in range(5572)]
-    labels = np.array([1] * 747 + [0] * 4825, np.int32)
-    splits = labelled.split(labelled.Labelled(texts, labels, ("ham", "spam")), how="book")
-    assert [len(part.texts) for part in splits[:3]] == [1045, 149, 300]
-    assert sum(int(part.labels.sum()) for part in splits[:3]) == 747
-
-
-def test_parts_that_would_be_empty():
-    with pytest.raises(UserError, match="leave none to test on"):
-        labelled.split(made(6, 3, repeats=1))
-    lacking = labelled.Labelled(["a", "b", "c", "d"] * 9, np.zeros(36, np.int32), ("x", "y"))
-    with pytest.raises(UserError, match="no text to train on is of class y"):
-        labelled.split(lacking, deduplicate=False)
+        classification.read("absent.tsv")
 
 
 def test_balanced():
-    data = labelled.Labelled([str(i) for i in range(20)], np.array([0] * 15 + [1] * 5, np.int32), ("a", "b"))
-    half = labelled.balanced(data, 0)
+    data = classification.Labelled([str(i) for i in range(20)], np.array([0] * 15 + [1] * 5, np.int32), ("a", "b"))
+    half = classification.balanced(data, 0)
     assert np.bincount(half.labels).tolist() == [5, 5] and half.texts == sorted(half.texts, key=int)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_are_a_function_of_seed_and_step(packed):
     data = made(10, 2, repeats=1)
-    examples = labelled.encode(data, TOK, 6)
+    examples = classification.encode(data, TOK, 6)
     assert [len(ids) for ids in examples.ids] == [6] * 10 and examples.cut == 0
-    assert labelled.encode(data, TOK, 5).cut == 10
-    rows = labelled.rows(examples, packed)
-    epoch = [labelled.batch(rows, step, batch_size=5, seed=0) for step in range(2)]
+    assert classification.encode(data, TOK, 5).cut == 10
+    rows = classification.rows(examples, packed)
+    epoch = [classification.batch(rows, step, batch_size=5, seed=0) for step in range(2)]
     seen = np.concatenate([b.tokens for b in epoch])
     assert sorted(map(tuple, seen.tolist())) == sorted(tuple(ids) for ids in examples.ids)
-    again = labelled.batch(rows, 1, batch_size=5, seed=0)
+    again = classification.batch(rows, 1, batch_size=5, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip(epoch[1], again, strict=True))
-    assert not np.array_equal(labelled.batch(rows, 1, batch_size=5, seed=1).tokens, again.tokens)
-    some = list(labelled.eval_batches(rows, 4))
+    assert not np.array_equal(classification.batch(rows, 1, batch_size=5, seed=1).tokens, again.tokens)
+    some = list(classification.eval_batches(rows, 4))
     assert [b.weights[:, 0].tolist() for b in some] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
     assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in some]), data.labels)
 
 
 def test_a_prompt_stands_around_the_text():
-    data = labelled.Labelled(["abcdef", "gh"], np.array([0, 1], np.int32), ("a", "b"))
-    examples = labelled.encode(data, TOK, 9, "<{text}> is:")
+    data = classification.Labelled(["abcdef", "gh"], np.array([0, 1], np.int32), ("a", "b"))
+    examples = classification.encode(data, TOK, 9, "<{text}> is:")
     assert [TOK.decode(ids) for ids in examples.ids] == ["<abc> is:", "<gh> is:"] and examples.cut == 1
     for prompt in ("no place", "{text} {text}", "{text} and far too much of it"):
         with pytest.raises(UserError, match="classify.prompt"):
-            labelled.encode(data, TOK, 9, prompt)
+            classification.encode(data, TOK, 9, prompt)
 
 
 def test_rows_hold_every_text_once():
     lengths = [7, 2, 3, 1, 4, 2, 5]
     ids = [np.arange(10 * i, 10 * i + n, dtype=np.int32) for i, n in enumerate(lengths)]
-    examples = labelled.Examples(ids, np.array([0, 1, 0, 1, 1, 0, 1], np.int32), 0)
+    examples = classification.Examples(ids, np.array([0, 1, 0, 1, 1, 0, 1], np.int32), 0)
     for packed, shape in ((True, (4, 7)), (False, (7, 7))):
-        rows = labelled.rows(examples, packed)
+        rows = classification.rows(examples, packed)
         assert rows.tokens.shape == shape and sorted(rows.texts[rows.texts >= 0]) == list(range(7))
         for row, k in zip(*np.nonzero(rows.texts >= 0), strict=True):
             i = rows.texts[row, k]
@@ -161,22 +125,22 @@ def test_rows_hold_every_text_once():
 
 
 def test_baselines():
-    data = labelled.Labelled(
+    data = classification.Labelled(
         ["good fun", "bad day", "good day", "bad fun"], np.array([0, 1, 0, 1], np.int32), ("a", "b")
     )
-    assert labelled.naive_bayes(data, data, TOK) == 1.0
-    assert labelled.majority(data, data.take([1, 3])) == 0.0
+    assert classification.naive_bayes(data, data, TOK) == 1.0
+    assert classification.majority(data, data.take([1, 3])) == 0.0
 
 
 def test_columns_without_a_name_may_be_several(tmp_path):
     """As in Kaggle's spam.csv; columns of one name may not."""
     file = tmp_path / "spam.csv"
     file.write_text("v1,v2,,,\nham,hello there,,,\nspam,win now,,,\n")
-    found = labelled.read(str(file), text="v2", label="v1")
+    found = classification.read(str(file), text="v2", label="v1")
     assert found.texts == ["hello there", "win now"] and found.names == ("ham", "spam")
-    assert next(records.read(str(file)))[1] == {
+    assert next(tables.read(str(file)))[1] == {
         "v1": "ham", "v2": "hello there", "column 3": "", "column 4": "", "column 5": "",
     }  # fmt: skip
     file.write_text("v1,v1\nham,hello\n")
     with pytest.raises(UserError, match="'v1' appears twice"):
-        labelled.read(str(file), text="v2", label="v1")
+        classification.read(str(file), text="v2", label="v1")

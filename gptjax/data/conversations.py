@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.data import records, sources
+from gptjax.data.packing import Encoded
 from gptjax.errors import UserError
+from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 from gptjax.tokenizers.chat import STYLES, Style, default_style, describe_style, styled  # noqa: F401  some for old callers
@@ -53,16 +54,8 @@ class Unused(NamedTuple):
     """A key that is not read: the first and the last record that has it, and how many have."""
 
     first: str
-    count: int
+    records: int
     last: str
-
-
-class Encoded(NamedTuple):
-    """Examples as ids [n] int32, and how much each counts as a target [n] float32 (the first id never is one)."""
-
-    rows: list[np.ndarray]
-    weights: list[np.ndarray]
-    dropped: int  # examples that did not fit
 
 
 # --- records
@@ -93,7 +86,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
     unused: dict[str, Unused] = {}
     unknown = False
     try:
-        for where, record in records.read(source):
+        for where, record in tables.read(source):
             fits = [] if isinstance(record, UserError) else [f for f in formats if all(key in record for key in f)]
             fits = [keys for keys in fits if not any(set(keys) < set(others) for others in fits)]
             if isinstance(record, UserError):
@@ -105,8 +98,10 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
                 problems.append(f"{where}: the keys {_keys(record)} are {what}{why}")
             else:
                 talks = _conversations(record, fits[0], formats[fits[0]][1], where, unused)
-                problems += [f"{where}: {line}" for line in talks if isinstance(line, str)]
-                found.append(talks)
+                if isinstance(talks, tuple):
+                    found.append(talks)
+                else:
+                    problems += [f"{where}: {line}" for line in talks]
             if len(problems) >= MAX_PROBLEMS:
                 problems[MAX_PROBLEMS:] = ["... there may be more"]
                 break
@@ -125,7 +120,7 @@ def _tell(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
     """One line about the keys that were not read, of n records."""
     if not unused:
         return
-    shown = [f"{key} ({some.count:,} of {n:,}, first {some.first})" for key, some in list(unused.items())[:10]]
+    shown = [f"{key} ({some.records:,} of {n:,}, first {some.first})" for key, some in list(unused.items())[:10]]
     line = f"keys that are not read: {', '.join(shown)}" + ", .." * (len(unused) > 10)
     if notes is None:
         print(line, file=sys.stderr)
@@ -134,13 +129,13 @@ def _tell(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
 
 
 def _keys(record: dict) -> str:
-    return (sources.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
+    return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
 Turns = list[tuple[str, dict[str, Any]]]  # where in its record a message stands, and the message, not yet checked
-
-
-Formats = dict[tuple[str, ...], tuple[str, Callable[[dict], Any]]]  # keys -> how it looks, its reader
+Parsed = Turns | str  # the messages of one conversation, or what is wrong with them
+Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
+Formats = dict[tuple[str, ...], tuple[str, Parse]]  # keys -> how it looks, its reader
 
 # Keys that say where a record comes from, not what is asked or answered: they are not read, without a word.
 _METADATA = """
@@ -182,7 +177,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def _conversations(
-    record: dict, keys: tuple[str, ...], parse: Callable[[dict], Any], where: str, unused: dict[str, Unused]
+    record: dict, keys: tuple[str, ...], parse: Parse, where: str, unused: dict[str, Unused]
 ) -> tuple[Conversation, ...] | list[str]:
     """The conversations of a record of a format, or what is wrong with it. `unused` gets the keys that are not read."""
     sides = parse(record)
@@ -191,13 +186,17 @@ def _conversations(
     problems, tools = _unread(record, known, where, unused), _tools(record.get("tools"))
     if isinstance(tools, str):
         problems.append(tools)
+        tools = []
     more = record.get("constraints")
     more = tuple(more) if isinstance(more, list) else ()
     talks = []
     for side in sides:
         turns = side if isinstance(side, str) else _with_start(side, record, keys[0] in ("instruction", "prompt"))
-        wrong = [turns] if isinstance(turns, str) else _wrong(turns) or _wrong_marks(turns)
-        for at, message in () if isinstance(turns, str) else turns:
+        if isinstance(turns, str):
+            problems.append(turns)
+            continue
+        wrong = _wrong(turns) or _wrong_marks(turns)
+        for at, message in turns:
             wrong += [f"{at}: {line}" for line in _unread(message, TURN_KEYS, where, unused, "messages[].")]
         problems += wrong
         if not wrong:
@@ -214,9 +213,9 @@ def _unread(record: dict, read: Collection[str], where: str, unused: dict[str, U
         if key in UNUSABLE and (key != "label" or value in (0, 1)):
             problems.append(f"{key}: {UNUSABLE[key]}")
         elif key not in METADATA:
-            name = prefix + sources.quoted(key)
+            name = prefix + tables.quoted(key)
             before = unused.get(name, Unused(where, 0, ""))
-            unused[name] = Unused(before.first, before.count + (before.last != where), where)
+            unused[name] = Unused(before.first, before.records + (before.last != where), where)
     return problems
 
 
@@ -225,14 +224,14 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
-        value = records.loads(value)
+        value = tables.loads(value)
     if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
         return value
-    what = str(value) if isinstance(value, UserError) else f"found {sources.kind_of(value)}"
+    what = str(value) if isinstance(value, UserError) else f"found {tables.kind_of(value)}"
     return f"tools: expected a list of JSON schemas of functions, {what}"
 
 
-def _with_start(turns: Turns, record: dict, plain: bool) -> Turns | str:
+def _with_start(turns: Turns, record: dict, plain: bool) -> Parsed:
     """The turns after what stands beside them: a system message and earlier questions with their answers."""
     start: Turns = []
     if history := record.get("history"):
@@ -294,15 +293,17 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
     return tuple(made)
 
 
-def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns | str]:
+def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Record], Parsed]:
     """A question and its answer: two texts, or two lists of messages."""
 
-    def parse(record: dict) -> Turns | str:
+    def parse(record: tables.Record) -> Parsed:
         if not extra and (isinstance(record[question], list) or isinstance(record[answer], list)):
             asked, answered = turns(question)(record), turns(answer)(record)
             if isinstance(asked, str) or isinstance(answered, str):
                 return asked if isinstance(asked, str) else answered
-            return [*_given(asked), *answered]
+            # no answer of a prompt is learned
+            given = [(at, m | {"weight": 0} if m["role"] == "assistant" else m) for at, m in asked]
+            return [*given, *answered]
         user = {"role": "user", "content": record[question]}
         if extra and record.get(extra) not in ("", None):
             user["input"] = record[extra]
@@ -311,26 +312,21 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[dict], Turns
     return parse
 
 
-def _given(asked: Turns) -> Turns:
-    """The messages of a prompt, whose answers are not learned."""
-    return [(at, m | {"weight": 0} if m["role"] == "assistant" else m) for at, m in asked]
-
-
-def turns(key: str) -> Callable[[dict], Turns | str]:
+def turns(key: str) -> Callable[[tables.Record], Parsed]:
     """The messages of a list: {"role": .., "content": ..}, or {"from": .., "value": ..}."""
 
-    def parse(record: dict) -> Turns | str:
+    def parse(record: tables.Record) -> Parsed:
         found = record[key]
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
-            return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {sources.kind_of(found)}'
+            return f'{key}: expected a list such as [{{"role": .., "content": ..}}], found {tables.kind_of(found)}'
         made: Turns = []
         for i, turn in enumerate(found):
-            names = [_one_of(turn, pair) for pair in (("role", "from"), ("content", "value"))]
-            if None in names:
+            role, content = _one_of(turn, ("role", "from")), _one_of(turn, ("content", "value"))
+            if role is None or content is None:
                 return f"{key}[{i}]: expected role and content (or from and value), found {_keys(turn)}"
-            role, content = names
-            rest = {name: value for name, value in turn.items() if name not in names}
-            made.append((f"{key}[{i}]", {"role": _role(turn[role]), "content": turn[content]} | rest))
+            rest = {name: value for name, value in turn.items() if name not in (role, content)}
+            named = ROLES.get(turn[role], turn[role]) if isinstance(turn[role], str) else turn[role]
+            made.append((f"{key}[{i}]", {"role": named, "content": turn[content]} | rest))
         return made
 
     return parse
@@ -342,10 +338,6 @@ def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
     if len(there) == 2:
         there = [name for name in there if turn[name] is not None] or there[:1]
     return there[0] if len(there) == 1 else None
-
-
-def _role(name: Any) -> Any:
-    return ROLES.get(name, name) if isinstance(name, str) else name
 
 
 FORMATS: Formats = {
@@ -387,7 +379,7 @@ def _wrong(turns: Turns) -> list[str]:
 
 def _wrong_text(text: Any) -> str | None:
     if not isinstance(text, str):
-        return f"must be text, found {sources.kind_of(text)}"
+        return f"must be text, found {tables.kind_of(text)}"
     if not text.strip():
         return "is empty"
     try:
@@ -420,8 +412,9 @@ def render_all(
 ) -> list[list[Piece]]:
     """`render` of each, many templates in one process."""
     tokenizer = styled(tokenizer, style)
-    end = chat.end_of_answer(tokenizer)
-    _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, end)))
+    template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
+    assert template is not None and end is not None  # `styled` refuses a tokenizer without them
+    _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
     return [_pieces(parts, tokenizer) for parts in _chat(conversations, tokenizer, end)]
 
 
@@ -431,12 +424,12 @@ def _refuse(problems: Iterable[str]) -> None:
         raise UserError.all(problems[:MAX_PROBLEMS] + more)
 
 
-def _unfit(talk: Conversation, tokenizer: Tokenizer, end: str | None) -> str | None:
+def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) -> str | None:
     text = "\0".join(message["content"] + "\0" + message.get("input", "") for message in talk.messages)
     text = "\0".join([text, *chat.strings(talk.tools)])
-    if found := found_in(text, {*tokenizer.special_tokens, *([end] if end else [])}):
+    if found := found_in(text, {*tokenizer.special_tokens, end}):
         return f"{talk.where}: a message contains the special token {', '.join(sorted(found))}: take it out"
-    if talk.tools and not re.search(r"\btools\b", tokenizer.chat_template):
+    if talk.tools and not re.search(r"\btools\b", template):
         return f"{talk.where}: tools: the chat template of {tokenizer.name} does not write them: take them out"
     return None
 
@@ -526,14 +519,19 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """`chat.apply` of each job, many in one process; of halves where that fails, down to the jobs that are wrong."""
     problems: dict[str, None] = {}
-    alone = chat.is_builtin(tokenizer.chat_template)  # needs no process
+    alone = chat.is_builtin(tokenizer.chat_template or "")  # needs no process
 
     def halves(jobs: list[_Job]) -> list[str]:
         if len(problems) >= MAX_PROBLEMS:
             return []
         try:
             if alone or len(jobs) == 1:
-                return [_apply(tokenizer, job) for job in jobs]
+                return [
+                    chat.apply(
+                        tokenizer, job.messages, add_generation_prompt=job.begin, tools=job.tools, **_limits([job])
+                    )
+                    for job in jobs
+                ]
             return _render_together(tokenizer, jobs)
         except UserError as error:
             if len(jobs) == 1:
@@ -545,10 +543,6 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     texts = [text for first in range(0, len(jobs), TOGETHER) for text in halves(jobs[first : first + TOGETHER])]
     _refuse(problems)
     return texts
-
-
-def _apply(tokenizer: Tokenizer, job: _Job) -> str:
-    return chat.apply(tokenizer, job.messages, add_generation_prompt=job.begin, tools=job.tools, **_limits([job]))
 
 
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
@@ -563,11 +557,11 @@ def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     around = (
         "{% for job_ in tools %}"
         "{% set messages, add_generation_prompt, tools = job_.messages, job_.begin, job_.tools %}"
-        "{% set text %}\n" + tokenizer.chat_template.removesuffix("\n") + "{{ '' }}{% endset %}"
+        "{% set text %}\n" + (tokenizer.chat_template or "").removesuffix("\n") + "{{ '' }}{% endset %}"
         "{{ text | tojson }}{{ '\\n' }}{% endfor %}"
     )
     text = chat.apply(tokenizer, jobs[0].messages, around, tools=[job._asdict() for job in jobs], **_limits(jobs))
-    texts = [records.loads(line) for line in text.split("\n")[:-1]]
+    texts = [tables.loads(line) for line in text.split("\n")[:-1]]
     if len(texts) != len(jobs) or not all(isinstance(line, str) for line in texts):
         raise UserError("the template closes what is around it")
     return texts

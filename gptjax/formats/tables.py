@@ -1,0 +1,275 @@
+"""Rows of tables: .json (an array), .jsonl, .csv, .tsv and .parquet files, and data sets of the Hugging Face hub.
+
+`read` gives whole records. A broken one is an answer, not the end, so that all can be named at once. `jsonl`,
+`delimited`, `parquet` and `hub` stand below it, for readers of one column, and for those that say more of a mistake.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.files import one_line_end, other_encoding, user_path
+from gptjax.formats import json as strict_json
+
+KINDS = (".json", ".jsonl", ".parquet", ".csv")
+TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
+LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
+MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
+BOM = b"\xef\xbb\xbf"
+
+Record = dict[str, Any]
+
+
+# --- whole records
+
+
+def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
+    """(where, record or what is wrong with it) of a .json (array), .jsonl, .parquet or .csv file, or of
+    hf:org/name[:config][@split].
+
+    Raises:
+        UserError: no such file, or one that cannot be read on.
+    """
+    if source.startswith("hf:"):
+        return _hub_records(source)
+    path = user_path(source)
+    reader = {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet, ".csv": _csv}.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{source}: expected a {', '.join(KINDS)} file or hf:org/name")
+    if not path.is_file():
+        raise UserError(f"{source}: no such file")
+    return reader(path, source)
+
+
+def loads(text: str) -> Any:
+    """A JSON value, strictly: no key twice, no NaN; or what is wrong with it."""
+    try:
+        return strict_json.loads(text, constants=False)
+    except ValueError as error:
+        return _no_json(error)
+
+
+def _no_json(error: ValueError) -> UserError:
+    return UserError(f"not whole JSON: {error}" if isinstance(error, JSONDecodeError) else str(error))
+
+
+def _json(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+    records = loads("".join(lines(path)))
+    if not isinstance(records, list):
+        hint = " (one object a line is .jsonl)" if isinstance(records, UserError) else ""
+        what = f"{records}{hint}" if hint else f"expected an array of records, found {kind_of(records)}"
+        raise UserError(f"{source}: {what}")
+    for number, record in enumerate(records, 1):
+        wrong = UserError(f"expected an object, found {kind_of(record)}")
+        yield f"{source}: record {number}", record if isinstance(record, dict) else wrong
+
+
+def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+    for number, value in jsonl(lines(path)):
+        if isinstance(value, ValueError):
+            value = _no_json(value)
+        elif not isinstance(value, dict):
+            value = UserError(f"expected a JSON object, found {kind_of(value)}")
+        yield f"{source}:{number}", value
+
+
+def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+    """Nothing is guessed: NA and null stay text."""
+    columns: list[str] = []
+    for number, row in delimited(lines(path), strict=True):
+        where = f"{source}:{number}"
+        if isinstance(row, csv.Error):
+            yield where, UserError(f"{row} (a quote that is never closed?)")
+        elif not columns:
+            columns = header(row, where)
+        elif len(row) != len(columns):
+            yield where, UserError(f"{len(row)} columns, and the header has {len(columns)}")
+        else:
+            yield where, dict(zip(columns, row, strict=True))
+
+
+def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
+    """As `read`. Without a header a .tsv has two columns, label and text.
+
+    Args:
+        quoted: a cell that begins with a quote goes on, over lines too, to the next one: so pandas reads it.
+    """
+    path = user_path(source)
+    if not path.is_file():
+        raise UserError(f"{source}: no such file")
+    columns: list[str] = []
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    for number, row in delimited(lines(path), delimiter="\t", quoting=quoting):
+        where = f"{source}:{number}"
+        if isinstance(row, csv.Error):
+            yield where, UserError(str(row))
+            continue
+        if not columns:
+            named = [name.strip().lower() for name in row]
+            titled = any(name in TEXT for name in named) and any(name in LABEL for name in named)
+            if not titled and len(row) != 2:
+                raise UserError(f"{source}:1: expected a header or two columns, label and text; got {len(row)} columns")
+            columns = row if titled else ["label", "text"]
+            if titled:
+                continue
+        same = len(row) == len(columns)
+        problem = UserError(f"{len(row)} columns, expected {len(columns)} ({names(columns)})")
+        yield where, dict(zip(columns, row, strict=True)) if same else problem
+
+
+def _parquet(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
+    return ((f"{source}: row {number}", record) for number, record in enumerate(parquet(path, source), 1))
+
+
+def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
+    repo, config, split = hub_name(source)
+    try:
+        records = list(hub(repo, config, split))
+    except Exception as error:  # no network, no such name, no such config: all of them are the user's to mend
+        raise UserError(
+            f"{source}: {type(error).__name__}: {first_line(error)}\n"
+            "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
+        ) from error
+    for number, record in enumerate(records, 1):
+        yield f"{source}: record {number}", record
+
+
+# --- the readers below them
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028), or at the carriage
+    returns of a file of an old Mac, which has no line feed."""
+    at = 0
+    with open(path, "rb") as file:
+        for line in file:
+            text = decode(line, path, at)
+            if at == 0 and not text.endswith("\n") and "\r" in text:
+                yield from (f"{part}\n" for part in one_line_end(text).removesuffix("\n").split("\n"))
+            else:
+                yield text
+            at += len(line)
+
+
+def decode(data: bytes, path: Path, at: int = 0) -> str:
+    """UTF-8 without a byte order mark; `at` is where `data` begins in the file."""
+    if at == 0 and (other := other_encoding(data)):
+        raise UserError(f"{path}: {other}")
+    if (nul := data.find(b"\0")) >= 0:
+        raise UserError(f"{path}: a NUL byte at byte {at + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
+    try:
+        return (data.removeprefix(BOM) if at == 0 else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        at += error.start + (len(BOM) if at == 0 and data.startswith(BOM) else 0)
+        raise UserError(
+            f"{path}: invalid UTF-8 at byte {at} (0x{error.object[error.start]:02x}, {error.reason}): "
+            "convert the file from the encoding it has, for example with iconv -f windows-1252 -t utf-8 FILE > NEW"
+        ) from error
+
+
+def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    """(line number, its JSON value, or the ValueError that says why it has none) of each line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                value = strict_json.loads(line, constants=False)
+            except ValueError as error:
+                value = error
+            yield number, value
+
+
+def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """(line on which a row begins, its cells) of each row that is not blank, in a dialect of `csv.reader`; or what is
+    wrong, after which nothing comes."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
+    rows = csv.reader(lines, **dialect)
+    while True:
+        number = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield number, error
+            return
+        if row is None:
+            return
+        if row:
+            yield number, row
+
+
+def header(row: list[str], where: str) -> list[str]:
+    """The columns that a first row names. Those without a name may be several, and are called after their place.
+
+    Raises:
+        UserError: two columns of one name.
+    """
+    columns = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]
+    if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
+        raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
+    return columns
+
+
+def parquet(path: Path, where: str, columns: Callable[[Any], list[str] | None] = lambda schema: None) -> Iterator[Any]:
+    """The rows of a file as dicts. `columns`: those to read, of a pyarrow.Schema; None: all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=columns(file.schema_arrow)):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{where}: not a readable parquet file: {first_line(error)}") from error
+
+
+def hub_name(name: str) -> tuple[str, str, str]:
+    """(org/name, config, split) of hf:org/name[:config][@split]; the last two may be empty.
+
+    Raises:
+        UserError: it has another form, or a folder here has that name, which `datasets` would read instead.
+    """
+    repo, _, split = name.removeprefix("hf:").partition("@")
+    repo, _, config = repo.partition(":")
+    plain = r"[A-Za-z0-9][\w.-]{0,95}"
+    if not re.fullmatch(f"{plain}/{plain}", repo, re.ASCII) or ".." in repo:
+        raise UserError(f"{name:.200}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
+    if Path(repo).exists():
+        raise UserError(f"{name}: {repo} is a folder or file here: give its path without hf:, or start elsewhere")
+    return repo, config, split
+
+
+def hub(repo: str, config: str, split: str, **options: Any) -> Any:
+    """A data set of the Hugging Face hub, by default its split train. What `datasets` raises is not caught."""
+    import datasets
+
+    return datasets.load_dataset(repo, config or None, split=split or "train", **options)
+
+
+# --- for what is said of them
+
+
+def names(keys: Iterable[object]) -> str:
+    """Keys or columns in a row, each in quotes where its blanks, or a comma, would mislead."""
+    keys = list(keys)
+    more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
+    return ", ".join(map(quoted, keys[:20])) + more
+
+
+def quoted(key: object) -> str:
+    name = str(key)[:80]
+    return name if name and name.strip() == name and name.isprintable() and "," not in name else repr(name)
+
+
+def kind_of(value: object) -> str:
+    names = {type(None): "null", list: "an array", dict: "an object", str: "a string", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def first_line(error: BaseException | None) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
