@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from gptjax.config import Config
 from gptjax.errors import UserError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer")}
 
 
-def find(name: str) -> Any:
+def find(name: str) -> ModuleType:
     """The module of a task."""
     return importlib.import_module(TASKS[name])
 
@@ -86,7 +87,7 @@ def refuse(cfg: Config) -> bool:
     return refuse_run(cfg, find(cfg.task).refuse_missing)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> ModuleType:
     if name in TASKS:
         return find(name)
     raise AttributeError(f"module 'gptjax.tasks' has no attribute {name!r}; it has {', '.join(TASKS)}")

@@ -25,7 +25,7 @@ from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready
+from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 from gptjax.weights import read_labels
 from gptjax.weights.load import LABELS
@@ -87,7 +87,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     packed = cfg.classify.packing == "packed"
     encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
     train, val = (labelled.rows(part, packed) for part in encoded)
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    cfg = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
     parts, fingerprint = tuning.load_base(cfg, found, heads, jax.random.fold_in(key, 2), progress)
@@ -107,8 +107,11 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines.append(f"        {splits.leaked} of the texts to validate and test on are training texts too")
     if cut := sum(part.cut for part in encoded):
         lines.append(f"        {cut} texts are cut at {longest} tokens")
-    names, settings = list(splits.train.names), cfg.classify
-    about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
+    settings = cfg.classify
+    about = {
+        "labels": list(splits.train.names), "pooling": settings.pooling, "max_length": longest,
+        "prompt": settings.prompt,
+    }  # fmt: skip
     task = tuning.make_task(
         cfg,
         parts,
@@ -134,8 +137,11 @@ def loss(cfg: Config) -> Loss:
 def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
     """Of a batch; how many texts a packed row has only the data could tell: little depends on it."""
     n = max(1, width // TEXT) if cfg.classify.packing == "packed" else 1
-    tokens, labels = (jax.ShapeDtypeStruct((rows, m), np.int32) for m in (width, n))
-    return LabelledBatch(tokens, tokens, labels, jax.ShapeDtypeStruct((rows, n), np.float32))
+    ids, labels, counts = (
+        jax.ShapeDtypeStruct((rows, m), dtype) for m, dtype in ((width, np.int32), (n, np.int32), (n, np.float32))
+    )
+    leaves: list[Any] = [ids, ids, labels, counts]  # shapes in the place of arrays
+    return LabelledBatch(*leaves)
 
 
 def plan(cfg: Config) -> list[str]:
@@ -200,9 +206,10 @@ def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
     corner = "true \\ predicted"
     digits = max(5, *(len(str(n)) for row in confusion for n in row))
     first, widths = max(map(len, [corner, *labels])), [max(digits, len(label)) for label in labels]
+    rows = [labels, *([str(n) for n in row] for row in confusion)]
     return [
         f"{name:>{first}}  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for name, row in [(corner, labels), *zip(labels, confusion, strict=True)]
+        for name, row in zip([corner, *labels], rows, strict=True)
     ]
 
 

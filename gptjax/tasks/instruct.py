@@ -24,8 +24,8 @@ from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready
-from gptjax.types import Batch
+from gptjax.training.task import Loss, Ready, resolve
+from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
@@ -58,7 +58,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
 
 
 def _answer(
-    file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
+    file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
 ) -> list[dict]:
     rows = answers(params, result.cfg, result.tokenizer, talks, progress, who)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -116,7 +116,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
         example = instructions.show(instructions.render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    cfg = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
 
     def batch(step: int) -> Batch:
@@ -181,7 +181,7 @@ def plan(cfg: Config) -> list[str]:
 
 
 def answers(
-    params: Any,
+    params: Params,
     cfg: Config,
     tokenizer: Tokenizer,
     talks: Sequence[Conversation],
@@ -199,7 +199,7 @@ def answers(
         constraints.
     """
     tokenizer = instructions.styled(tokenizer, cfg.instruct.style)
-    decoding, rows = for_decoding(params, cfg.model), []
+    decoding, rows = for_decoding(params, cfg.model), list[dict[str, Any]]()
     rendered = instructions.render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))
     size, longest = cfg.sample.batch_size, [0]

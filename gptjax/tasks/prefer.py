@@ -23,7 +23,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.step import evaluate as evaluated
-from gptjax.training.task import Loss, Ready
+from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
@@ -99,9 +99,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         parts_of_data = pairs(cfg, notes)
         rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
     train, val, test = rows
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    cfg = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
-    before: list[Any] = [None] * 3
+    before: list[np.ndarray | None] = [None] * 3
     if cfg.prefer.loss in NEEDS_REFERENCE:
         with progress.phase("scoring the pairs before training"):
             start = parts.combine(parts.params, parts.frozen)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from gptjax import assets, tree, weights
-from gptjax.config import COMPUTED, Config, ModelConfig
+from gptjax.config import COMPUTED, Config, InstructConfig, ModelConfig, PreferConfig
 from gptjax.data import instructions
 from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, refuse_classifier
@@ -35,7 +35,7 @@ class Thirds(NamedTuple):
 
 
 def thirds(
-    settings: Any,
+    settings: InstructConfig | PreferConfig,
     seed: int,
     read: Callable[[str, list[str] | None], list],
     made: Callable[..., list],
@@ -96,7 +96,7 @@ def base_model(cfg: Config) -> weights.Model:
     return found
 
 
-def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Any, list[str]]:
+def styled(base: weights.Model, style: instructions.Style | None) -> tuple[Tokenizer, list[str]]:
     """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
     tokenizer = base.tokenizer()
     return instructions.styled(tokenizer, style), instructions.describe_style(tokenizer, style)
@@ -120,12 +120,6 @@ def why_so_long(cfg: Config, model: ModelConfig) -> str:
     if asked > model.context_length:
         return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {asked})"
     return f" ({cfg.task}.context_length)"
-
-
-def resolved(cfg: Config, model: ModelConfig, n_rows: int) -> Config:
-    """The config with the model, and the steps that its epochs are over so many rows."""
-    steps = cfg.train.steps(n_rows, cfg.train.batch_size)
-    return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
 
 
 def load_base(
@@ -172,7 +166,7 @@ def make_task(
         some = [batch(step + i) for i in range(k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
 
-    def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
+    def write(folder: Path, trained: Params, frozen: Params, texts: dict[str, str]) -> None:
         weights.save(
             folder, merge(trained, frozen) if base is None else trainable.with_heads(trained), model, tokenizer,
             texts | (files or {}), add=lambda partial: export(partial / "adapter", trained, frozen),
@@ -205,7 +199,8 @@ def _base_to_name(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
     if not shared and asked is None:
         return None
     source = name if shared else str(Path(name).expanduser().absolute())
-    return weights.native.Base(source, fingerprint, cfg.finetune.quantize, dataclasses.asdict(cfg.lora))._asdict()
+    base = weights.native.Base(source, fingerprint, cfg.finetune.quantize, cfg.lora)
+    return base._asdict() | {"lora": dataclasses.asdict(cfg.lora)}
 
 
 def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:

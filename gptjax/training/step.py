@@ -19,8 +19,7 @@ Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -
 Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything a step reads and writes; a pytree of arrays alone, so that it saves, donates and shards as one.
 
     `key` never changes: the randomness of step n is `fold_in(key, n)`. `frozen` is what the loss reads and the
@@ -48,6 +47,14 @@ class TrainState:
             step=jnp.int32(0), params=params, opt_state=tx.init(params), key=key, frozen=frozen,
             skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0),
         )  # fmt: skip
+
+
+def init_state(
+    init: Callable[[jax.Array, Any], Any], tx: optax.GradientTransformation, seed: int | jax.Array, start: Any
+) -> TrainState:
+    """The state that a run of this seed starts from; `init` and `start` as of `Task.initial`."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    return TrainState.create(init(init_key, start), tx=tx, key=key)
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
