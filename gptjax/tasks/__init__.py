@@ -50,18 +50,6 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
         from gptjax.tasks.seeds import several
 
         return several(cfg, log or print, hooks)
-    return run(cfg, log, hooks)
-
-
-def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train`, of everything but pretraining."""
-    if cfg.task == "pretrain":
-        raise UserError("task=pretrain is no fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
-    return train(cfg, log=log, hooks=hooks)
-
-
-def run(cfg: Config, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train` with one seed: the loop, then the task's own evaluation."""
     from gptjax.parallel.distributed import is_writer
     from gptjax.training.loop import run_task
 
@@ -70,6 +58,13 @@ def run(cfg: Config, log: Callable[[str], None] | None = None, hooks: Sequence[H
     if is_writer():
         task.evaluate(result, held_out, log or print)
     return result
+
+
+def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
+    """`train`, of everything but pretraining."""
+    if cfg.task == "pretrain":
+        raise UserError("task=pretrain is no fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
+    return train(cfg, log=log, hooks=hooks)
 
 
 def refuse(cfg: Config) -> bool:

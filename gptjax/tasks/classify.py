@@ -87,10 +87,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     packed = cfg.classify.packing == "packed"
     encoded = [labelled.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)]
     train, val = (labelled.rows(part, packed) for part in encoded)
-    cfg = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
+    resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
-    parts, fingerprint = tuning.load_base(cfg, found, heads, jax.random.fold_in(key, 2), progress)
+    parts, fingerprint = tuning.load_base(resolved, found, heads, jax.random.fold_in(key, 2), progress)
     width = train.tokens.shape[1]
 
     def where(step: int) -> str:
@@ -113,9 +113,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         "prompt": settings.prompt,
     }  # fmt: skip
     task = tuning.make_task(
-        cfg,
+        resolved,
         parts,
-        model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
@@ -127,7 +126,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines=lines,
         files={LABELS: json.dumps(about, indent=1) + "\n"},
     )
-    return Ready(cfg, task, splits)
+    return Ready(resolved, task, splits)
 
 
 def loss(cfg: Config) -> Loss:

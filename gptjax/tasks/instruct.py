@@ -116,11 +116,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
         example = instructions.show(instructions.render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
-    cfg = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
-    parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
-
-    def batch(step: int) -> Batch:
-        return packing.batch(train, step, batch_size=size, seed=cfg.seed)
+    resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
+    parts, fingerprint = tuning.load_base(resolved, found, {}, jax.random.key(cfg.seed), progress)
 
     counts = " + ".join(f"{len(part):,}" for part in talks)
     lines = [
@@ -132,20 +129,18 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
     task = tuning.make_task(
-        cfg,
+        resolved,
         parts,
-        model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
-        batch=batch,
-        where=lambda step: f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}",
+        batch=lambda step: packing.batch(train, step, batch_size=size, seed=cfg.seed),
         eval_batches=lambda: packing.eval_batches(val, size),
         width=train.tokens.shape[1],
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
-    return Ready(cfg, task, talks.test)
+    return Ready(resolved, task, talks.test)
 
 
 def loss(cfg: Config) -> Loss:

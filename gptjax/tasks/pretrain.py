@@ -38,9 +38,9 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     with progress.phase("preparing the data"):
         ready = data.prepare(cfg, base.tokenizer() if base else None, log=progress.say)
     model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or ready.tokenizer.vocab_size)
-    cfg = resolve(cfg, model, len(ready.train), cfg.train.batch_size * cfg.window)
-    config.validate(cfg)
-    return Ready(cfg, _task(cfg, ready, base))
+    resolved = resolve(cfg, model, len(ready.train), cfg.train.batch_size * cfg.window)
+    config.validate(resolved)
+    return Ready(resolved, _task(resolved, ready, base))
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:

@@ -18,13 +18,11 @@ from gptjax.files import number, use_json, write_json
 from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import tuning
 from gptjax.training import resume, vmapped
-from gptjax.training.loop import run_task
+from gptjax.training.loop import Prepare, run_task
 from gptjax.training.progress import Progress
 from gptjax.training.run import Hook, TrainResult
 from gptjax.training.run_dir import RunDir, refuse_foreign, refuse_unwritable
 from gptjax.training.task import Ready, Task, Validation
-
-Prepare = Callable[[Config, Progress], Ready]
 
 
 def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
@@ -36,7 +34,7 @@ def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ())
         result = _in_one_program(cfg, folder, say, hooks)
     else:
         for seed in seeds:
-            result = tasks.run(_alone(cfg, seed), say, hooks)
+            result = tasks.train(_alone(cfg, seed), log=say, hooks=hooks)
     if not is_writer():
         return result
     files = [folder / f"seed-{seed}" / "test.json" for seed in seeds]

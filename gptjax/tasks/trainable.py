@@ -14,7 +14,7 @@ import optax
 
 from gptjax import lora, tree, weights
 from gptjax.config import Config, LoraConfig, ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import layers_apart, layers_stacked
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
@@ -160,7 +160,9 @@ def _adapted(
             head = None  # their format cannot hold it: the merged model does
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    fits = _for_peft(settings, body)
+    # whether peft's format can hold such an adapter; where it cannot, the merged model is all there is
+    of_a_family = not complaints(families.family_of, body)
+    fits = of_a_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)
 
 
@@ -168,15 +170,6 @@ def with_heads(trained: Params) -> Params:
     """The adapter with the heads beside it, as `lora.attach` takes both."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
-
-
-def _for_peft(settings: LoraConfig, model: ModelConfig) -> bool:
-    """Whether peft's format can hold such an adapter; where it cannot, the merged model is all there is."""
-    try:
-        families.family_of(model)
-    except UserError:
-        return False
-    return not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
 
 
 def no_export(folder: Path, trained: Params, frozen: Params) -> None:

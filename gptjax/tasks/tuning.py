@@ -136,26 +136,26 @@ def make_task(
     cfg: Config,
     parts: Trainable,
     *,
-    model: ModelConfig,
     fingerprint: str,
     tokenizer: Tokenizer,
     loss: Callable[[Config], Loss],
     batch: Callable[[int], Any],
-    where: Callable[[int], str],
     eval_batches: Callable[[], Iterable[Any]],
     width: int,
     data: str,
     lines: Sequence[str],
+    where: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
 ) -> Task:
     """The task of a fine-tuning, from what only its kind knows.
 
     Args:
-        fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it. batch: step -> its
-            batch. width: tokens of a row. data: hash of what is trained and validated on. lines: about the data, for
-            the start. files: beside the model.
+        cfg: resolved. fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it.
+        batch: step -> its batch. width: tokens of a row. data: hash of what is trained and validated on.
+        lines: about the data, for the start. where: as of `Task`; None: the batch's first tokens.
+        files: beside the model.
     """
-    shapes = abstract_params(model)
+    model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), trainable.split_heads(shapes)[0]
     share = trainable.frozen_share(cfg, n_params, tree.size(parts.params))
     base, source = _base_to_name(cfg, fingerprint), getattr(cfg, cfg.task).source
@@ -165,6 +165,9 @@ def make_task(
     def batches(step: int, k: int, rows: slice | None) -> Any:
         some = [batch(step + i) for i in range(k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
+
+    def first_tokens(step: int) -> str:
+        return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
 
     def write(folder: Path, trained: Params, frozen: Params, texts: dict[str, str]) -> None:
         weights.save(
@@ -176,7 +179,7 @@ def make_task(
     return Task(
         tokenizer=tokenizer,
         batches=batches,
-        where=where,
+        where=where or first_tokens,
         validation=Validation(lambda first: eval_batches()),
         build=lambda cfg: trainable.rules(cfg, loss(cfg), combine),
         start=parts.params,

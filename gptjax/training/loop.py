@@ -114,7 +114,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
-    settings, begin = run.cfg.train, run.step
+    settings, begin, say = run.cfg.train, run.step, run.progress.say
     run.k = steps_per_call(run.cfg, run.n_params, begin, [every for every, _ in hooks])
     meter, call = Meter(run), make_call(run)
     save = resume.checkpointer(meter)
@@ -124,7 +124,7 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
         with run.progress.phase("training"):
             _until_done(run, meter, call, [*every, *own])
     except Interrupted:
-        code, say = run.signals.code, run.progress.say
+        code = run.signals.code
         say(f"{signal_name(code)}: saving at step {run.step:,} ...")
         meter.drain()
         if run.step > run.saved:
@@ -138,7 +138,17 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
         raise too_large(run, error) from error
     finally:
         meter.close()
-    return _finish(run)
+    evaluate.plot(run)
+    evaluate.write_model(run, run.dir.final)
+    counters = run.counters
+    say(
+        f"done: {run.step:,} steps in {duration(run.seconds())}, validation loss {counters.val_loss:.4f} "
+        f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
+    )
+    if run.last_sample:
+        say(f"---- sample ----\n{run.last_sample}\n----------------")
+    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
+    return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
 
 
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
@@ -162,17 +172,3 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
         if not meter.compiled or run.step >= steps or any(run.step % every == 0 for every, _ in hooks):
             meter.drain()
         meter.compiled = True
-
-
-def _finish(run: Run) -> TrainResult:
-    evaluate.plot(run)
-    evaluate.write_model(run, run.dir.final)
-    counters, say = run.counters, run.progress.say
-    say(
-        f"done: {run.step:,} steps in {duration(run.seconds())}, validation loss {counters.val_loss:.4f} "
-        f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
-    )
-    if run.last_sample:
-        say(f"---- sample ----\n{run.last_sample}\n----------------")
-    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
-    return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)

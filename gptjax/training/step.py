@@ -130,8 +130,10 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state
 
         operands = (grads, scale, norm, state.params, state.opt_state)
-        # on a GPU a branch copies all of the state in and out, and the host waits for `good`
-        if platform() == "gpu" and not _in_host_memory(state.opt_state):
+        # On a GPU a branch copies all of the state in and out, and the host waits for `good`. Of moments in host memory
+        # (optim.offload) only copies can be made.
+        spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
+        if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old), update(operands), operands[-2:]
             )
@@ -156,11 +158,6 @@ def make_train_step(
         }
 
     return step
-
-
-def _in_host_memory(tree: Any) -> bool:
-    """Whether a part of it waits there (optim.offload): only copies can be made of it."""
-    return any("host" in str(getattr(jax.typeof(leaf), "memory_space", "")).lower() for leaf in jax.tree.leaves(tree))
 
 
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:

@@ -94,7 +94,7 @@ def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Co
 class Ready(NamedTuple):
     """What `prepare` makes of a config.
 
-    cfg        the config, resolved as `resolve` does
+    cfg        the config as `resolve` gives it
     task
     held_out   what the trained model is scored on, as the task's own `evaluate` takes it
     """

@@ -155,7 +155,8 @@ def sweep(
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
-    done = _Done(list(configs), tuple(axes or axes_of(configs)))
+    unknown = [np.empty(0, np.float32)] * len(configs)
+    done = Sweep(list(configs), tuple(axes or axes_of(configs)), [], unknown, [], [])  # filled program by program
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
         same_steps: dict[int, list[int]] = {}  # train.epochs can make more steps of one seed's split than of another's
@@ -163,20 +164,8 @@ def sweep(
             same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
         for part in same_steps.values():
             _train(prepared, tuple(part), done, at_once, validate, progress)
-    order = sorted(done.rows, key=lambda row: row["run"])
-    losses = [done.losses[i] for i in range(len(configs))]
-    return Sweep(done.configs, done.axes, order, losses, done.states, done.programs)
-
-
-class _Done:
-    """What has been found so far."""
-
-    def __init__(self, configs: list[Config], axes: tuple[str, ...]):
-        self.configs, self.axes = configs, axes
-        self.rows: list[dict[str, Any]] = []
-        self.losses: dict[int, np.ndarray] = {}
-        self.states: list[tuple[tuple[int, ...], TrainState]] = []
-        self.programs: list[dict[str, Any]] = []
+    done.rows.sort(key=lambda row: row["run"])
+    return done
 
 
 class _Prepared(NamedTuple):
@@ -213,7 +202,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
 
 
 def _train(
-    prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, validate: bool, progress: Progress
+    prepared: _Prepared, runs: tuple[int, ...], done: Sweep, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
     """One program: compiled once, run for each chunk of its runs."""
     began = time.perf_counter()
@@ -257,7 +246,7 @@ def _train(
 
 
 def _row(
-    i: int, number: int, done: _Done, cfg: Config, scores: dict[str, float], skipped: int, stopped: bool
+    i: int, number: int, done: Sweep, cfg: Config, scores: dict[str, float], skipped: int, stopped: bool
 ) -> dict[str, Any]:
     values = config.flat(cfg)
     losses = done.losses[i]
