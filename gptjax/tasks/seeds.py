@@ -93,10 +93,9 @@ def _alone(cfg: Config, seed: int) -> Config:
 def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
     task = tasks.find(cfg.task)
 
-    def prepare(cfg: Config, progress: Progress) -> Ready:
-        return stacked(cfg, task.prepare, progress)
-
-    result, _ = run_task(cfg, prepare, say, tuning.refuse_missing, hooks)
+    result, _ = run_task(
+        cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say, tuning.refuse_missing, hooks
+    )
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"

@@ -71,7 +71,6 @@ def make_sweep_step(
     The step takes states with leaves [N, ..], numbers {key: [N]}, and `frozen`, which all of them read and none has a
     copy of.
     """
-
     return vmapped.make_step(
         lambda own: rules(with_numbers(cfg, own)), batches=batches, accumulation=cfg.train.accumulation
     )
