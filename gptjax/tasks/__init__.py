@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from gptjax.config import Config
 from gptjax.errors import UserError
@@ -27,7 +28,7 @@ __all__ = ["TASKS", "find", "finetune", "refuse", "run", "train"]
 TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer")}
 
 
-def find(name: str) -> Any:
+def find(name: str) -> ModuleType:
     """The module of a task."""
     return importlib.import_module(TASKS[name])
 
@@ -51,18 +52,6 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
         from gptjax.tasks.seeds import several
 
         return several(cfg, log or print, hooks)
-    return run(cfg, log, hooks)
-
-
-def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train`, of everything but pretraining."""
-    if cfg.task == "pretrain":
-        raise UserError("task=pretrain is no fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
-    return train(cfg, log=log, hooks=hooks)
-
-
-def run(cfg: Config, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train` with one seed: the loop, then the task's own evaluation."""
     from gptjax.parallel.distributed import is_writer
     from gptjax.training.loop import run_task
 
@@ -71,6 +60,13 @@ def run(cfg: Config, log: Callable[[str], None] | None = None, hooks: Sequence[H
     if is_writer():
         task.evaluate(result, held_out, log or print)
     return result
+
+
+def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
+    """`train`, of everything but pretraining."""
+    if cfg.task == "pretrain":
+        raise UserError("task=pretrain is no fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
+    return train(cfg, log=log, hooks=hooks)
 
 
 def refuse(cfg: Config) -> bool:
@@ -88,7 +84,7 @@ def refuse(cfg: Config) -> bool:
     return refuse_run(cfg, find(cfg.task).refuse_missing)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> ModuleType:
     if name in TASKS:
         return find(name)
     raise AttributeError(f"module 'gptjax.tasks' has no attribute {name!r}; it has {', '.join(TASKS)}")

@@ -26,7 +26,7 @@ from gptjax.tasks import tuning
 from gptjax.tasks.tuning import refuse_missing
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready
+from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 from gptjax.weights import read_labels
 from gptjax.weights.load import LABELS
@@ -91,10 +91,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         classification.encode(part, tokenizer, longest, cfg.classify.prompt) for part in (splits.train, splits.val)
     ]
     train, val = (classification.rows(part, packed) for part in encoded)
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
+    resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
     key, size = jax.random.key(cfg.seed), cfg.train.batch_size
     heads = {"cls_head": new_head(jax.random.fold_in(key, 1), model)}
-    parts, fingerprint = tuning.load_base(cfg, found, heads, jax.random.fold_in(key, 2), progress)
+    parts, fingerprint = tuning.load_base(resolved, found, heads, jax.random.fold_in(key, 2), progress)
     width = train.tokens.shape[1]
 
     def where(step: int) -> str:
@@ -111,12 +111,14 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines.append(f"        {splits.leaked} of the texts to validate and test on are training texts too")
     if cut := sum(part.cut for part in encoded):
         lines.append(f"        {cut} texts are cut at {longest} tokens")
-    names, settings = list(splits.train.names), cfg.classify
-    about = {"labels": names, "pooling": settings.pooling, "max_length": longest, "prompt": settings.prompt}
+    settings = cfg.classify
+    about = {
+        "labels": list(splits.train.names), "pooling": settings.pooling, "max_length": longest,
+        "prompt": settings.prompt,
+    }  # fmt: skip
     task = tuning.make_task(
-        cfg,
+        resolved,
         parts,
-        model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
@@ -128,7 +130,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         lines=lines,
         files={LABELS: json.dumps(about, indent=1) + "\n"},
     )
-    return Ready(cfg, task, splits)
+    return Ready(resolved, task, splits)
 
 
 def loss(cfg: Config) -> Loss:
@@ -138,8 +140,11 @@ def loss(cfg: Config) -> Loss:
 def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
     """Of a batch; how many texts a packed row has only the data could tell: little depends on it."""
     n = max(1, width // TEXT) if cfg.classify.packing == "packed" else 1
-    tokens, labels = (jax.ShapeDtypeStruct((rows, m), np.int32) for m in (width, n))
-    return LabelledBatch(tokens, tokens, labels, jax.ShapeDtypeStruct((rows, n), np.float32))
+    ids, labels, counts = (
+        jax.ShapeDtypeStruct((rows, m), dtype) for m, dtype in ((width, np.int32), (n, np.int32), (n, np.float32))
+    )
+    leaves: list[Any] = [ids, ids, labels, counts]  # shapes in the place of arrays
+    return LabelledBatch(*leaves)
 
 
 def plan(cfg: Config) -> list[str]:
@@ -204,9 +209,10 @@ def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
     corner = "true \\ predicted"
     digits = max(5, *(len(str(n)) for row in confusion for n in row))
     first, widths = max(map(len, [corner, *labels])), [max(digits, len(label)) for label in labels]
+    rows = [labels, *([str(n) for n in row] for row in confusion)]
     return [
         f"{name:>{first}}  " + " ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for name, row in [(corner, labels), *zip(labels, confusion, strict=True)]
+        for name, row in zip([corner, *labels], rows, strict=True)
     ]
 
 

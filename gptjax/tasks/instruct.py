@@ -25,8 +25,8 @@ from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready
-from gptjax.types import Batch
+from gptjax.training.task import Loss, Ready, resolve
+from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
@@ -59,7 +59,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
 
 
 def _answer(
-    file: Path, params: Any, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
+    file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
 ) -> list[dict]:
     rows = answers(params, result.cfg, result.tokenizer, talks, progress, who)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -117,11 +117,8 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
         example = show(render(talks.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
-    parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
-
-    def batch(step: int) -> Batch:
-        return packing.batch(train, step, batch_size=size, seed=cfg.seed)
+    resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
+    parts, fingerprint = tuning.load_base(resolved, found, {}, jax.random.key(cfg.seed), progress)
 
     counts = " + ".join(f"{len(part):,}" for part in talks)
     lines = [
@@ -133,20 +130,18 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
     ]
     task = tuning.make_task(
-        cfg,
+        resolved,
         parts,
-        model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
-        batch=batch,
-        where=lambda step: f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}",
+        batch=lambda step: packing.batch(train, step, batch_size=size, seed=cfg.seed),
         eval_batches=lambda: packing.eval_batches(val, size),
         width=train.tokens.shape[1],
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
-    return Ready(cfg, task, talks.test)
+    return Ready(resolved, task, talks.test)
 
 
 def loss(cfg: Config) -> Loss:
@@ -182,7 +177,7 @@ def plan(cfg: Config) -> list[str]:
 
 
 def answers(
-    params: Any,
+    params: Params,
     cfg: Config,
     tokenizer: Tokenizer,
     talks: Sequence[Conversation],
@@ -200,7 +195,7 @@ def answers(
         constraints.
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)
-    decoding, rows = for_decoding(params, cfg.model), []
+    decoding, rows = for_decoding(params, cfg.model), list[dict[str, Any]]()
     rendered = render_all(talks, tokenizer)
     log_probs = jax.jit(lambda params, batch: losses.token_log_probs(params, batch, cfg.model))
     size, longest = cfg.sample.batch_size, [0]

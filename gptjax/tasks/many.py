@@ -19,7 +19,9 @@ import optax
 from gptjax import lora
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
-from gptjax.training.step import Loss, TrainState, make_train_step
+from gptjax.training import vmapped
+from gptjax.training.step import Loss, TrainState
+from gptjax.training.task import Rules
 from gptjax.types import Metrics, Params
 
 
@@ -53,11 +55,10 @@ def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransf
     if most := [rank for rank in many.ranks.tolist() if rank > cfg.rank]:
         raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the shape that all of them share")
 
-    def one(rank: jax.Array, seed: jax.Array) -> TrainState:
-        start, key = jax.random.split(jax.random.key(seed))
-        return TrainState.create(lora.masked(lora.init(start, params, cfg), rank), tx=_rated(tx, 1.0), key=key)
+    def init(key: jax.Array, rank: jax.Array) -> Params:
+        return lora.masked(lora.init(key, params, cfg), rank)
 
-    return jax.vmap(one)(many.ranks, many.seeds)
+    return vmapped.create(init, lambda own: _rated(tx, own.rates), many.seeds, many, many.ranks)
 
 
 def make_many_step(
@@ -69,16 +70,14 @@ def make_many_step(
         batches: every leaf of the batch has a leading axis N, a batch for each; otherwise all of them see the same.
     """
 
-    def one(state: TrainState, own: Many, params: Params, batch: Any) -> tuple[TrainState, Metrics]:
-        def combine(adapter: Any, frozen: Params) -> Params:
+    def rules(own: Many) -> Rules:
+        def combine(adapter: Params, frozen: Params) -> Params:
             return lora.attach(frozen, adapter, cfg, scales=own.scales)
 
-        step = make_train_step(lora.with_dropout(loss), _rated(tx, own.rates), combine=combine)
-        state, metrics = step(state.replace(frozen=params), batch)
-        return state.replace(frozen=None), metrics
+        return Rules(lora.with_dropout(loss), combine, _rated(tx, own.rates))
 
-    return jax.vmap(one, in_axes=(0, 0, None, 0 if batches else None))
+    return vmapped.make_step(rules, batches=batches)
 
 
-def _rated(tx: optax.GradientTransformation, rate: Any) -> optax.GradientTransformation:
+def _rated(tx: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
     return optax.chain(tx, optax.scale(rate))

@@ -24,7 +24,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
 from gptjax.training.step import evaluate as evaluated
-from gptjax.training.task import Loss, Ready
+from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
@@ -100,19 +100,13 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         parts_of_data = pairs(cfg, notes)
         rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
     train, val, test = rows
-    cfg = tuning.resolved(cfg, model, len(train.tokens))
-    parts, fingerprint = tuning.load_base(cfg, found, {}, jax.random.key(cfg.seed), progress)
-    before: list[Any] = [None] * 3
+    resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
+    parts, fingerprint = tuning.load_base(resolved, found, {}, jax.random.key(cfg.seed), progress)
+    before: list[np.ndarray | None] = [None] * 3
     if cfg.prefer.loss in NEEDS_REFERENCE:
         with progress.phase("scoring the pairs before training"):
             start = parts.combine(parts.params, parts.frozen)
             before = [reference(start, part, model, size) for part in rows]
-
-    def batch(step: int) -> PairBatch:
-        return preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0])
-
-    def where(step: int) -> str:
-        return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
 
     counts = " + ".join(f"{len(part):,}" for part in parts_of_data)
     lines = [
@@ -123,20 +117,18 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         *about_style,
     ]
     task = tuning.make_task(
-        cfg,
+        resolved,
         parts,
-        model=model,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
-        batch=batch,
-        where=where,
+        batch=lambda step: preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0]),
         eval_batches=lambda: preferences.eval_batches(val, size, before[1]),
         width=train.tokens.shape[1],
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
-    return Ready(cfg, task, HeldOut(test, before[2]))
+    return Ready(resolved, task, HeldOut(test, before[2]))
 
 
 def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:

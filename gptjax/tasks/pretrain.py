@@ -24,7 +24,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained
+from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained, resolve
 from gptjax.types import Batch, Params
 
 BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
@@ -37,8 +37,10 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     cfg, base = from_base(cfg)
     with progress.phase("preparing the data"):
         ready = data.prepare(cfg, base.tokenizer() if base else None, log=progress.say)
-    cfg = _resolve(cfg, ready)
-    return Ready(cfg, _task(cfg, ready, base))
+    model = dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or ready.tokenizer.vocab_size)
+    resolved = resolve(cfg, model, len(ready.train), cfg.train.batch_size * cfg.window)
+    config.validate(resolved)
+    return Ready(resolved, _task(resolved, ready, base))
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
@@ -90,18 +92,6 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
     return cfg, base
 
 
-def _resolve(cfg: Config, ready: data.Prepared) -> Config:
-    """vocab_size from the tokenizer, max_steps from epochs."""
-    model, settings = cfg.model, cfg.train
-    if not model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=ready.tokenizer.vocab_size)
-    steps = settings.steps(len(ready.train), settings.batch_size * cfg.window)
-    settings = dataclasses.replace(settings, max_steps=steps)
-    cfg = dataclasses.replace(cfg, model=model, train=settings)
-    config.validate(cfg)
-    return cfg
-
-
 def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
     """Whatever can be wrong is said here."""
     model, settings, val = cfg.model, cfg.train, ready.val
@@ -120,7 +110,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))  # one compiles, another is timed
 
-    def eval_batches(first: bool) -> Iterator[Any]:
+    def eval_batches(first: bool) -> Iterator[Batch]:
         sizes = dict(context_length=cfg.window, batch_size=rows)
         batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
         return itertools.islice(batches, first_batches if first else None)
@@ -131,9 +121,9 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     def more_of_loss(loss: float) -> dict[str, float]:
         bits = {"bits_per_byte": loss / math.log(2) * val.n_targets / val.n_bytes} if val.n_bytes else {}
-        return {"perplexity": _exp(loss), **bits}
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf, **bits}
 
-    def write(folder: Path, params: Params, frozen: Any, files: dict[str, str]) -> None:
+    def write(folder: Path, params: Params, frozen: None, files: dict[str, str]) -> None:
         weights.save(folder, params, model, ready.tokenizer, files, twin=folder.with_name("best"))
 
     def describe(n_params: int) -> list[str]:
@@ -155,7 +145,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
         where=where,
         validation=Validation(eval_batches, first_batches / n_batches, more_of_loss),
         build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
-        start=start if base else lambda key: init_params(key, model),
+        start=(lambda key: init_params(key, model)) if start is None else start,
         frozen=None,
         flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),
         identity={
@@ -163,7 +153,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
             "order of windows": (ORDER_OF_WINDOWS, text),
             "training data": (ready.train.fingerprint, text),
             "validation data": (val.fingerprint, text),
-            **({"base": (weights.fingerprint(start), f"pretrain.base={cfg.pretrain.base}")} if base else {}),
+            **({} if start is None else {"base": (weights.fingerprint(start), f"pretrain.base={cfg.pretrain.base}")}),
         },
         describe=describe,
         write=write,
@@ -185,10 +175,6 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
         return [tokenizer.decode(prompt + ids) for prompt, ids in texts]
 
     return sample
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def __getattr__(name: str) -> Any:

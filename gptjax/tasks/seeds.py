@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from gptjax import config, tasks, weights
 from gptjax.config import Config
@@ -20,15 +17,12 @@ from gptjax.evaluation.intervals import t_interval
 from gptjax.files import number, use_json, write_json
 from gptjax.parallel.distributed import is_writer
 from gptjax.tasks import tuning
-from gptjax.training import resume
-from gptjax.training.loop import run_task
+from gptjax.training import resume, vmapped
+from gptjax.training.loop import Prepare, run_task
 from gptjax.training.progress import Progress
 from gptjax.training.run import Hook, TrainResult
 from gptjax.training.run_dir import RunDir, refuse_foreign, refuse_unwritable
-from gptjax.training.task import Ready, Rules, Task, Validation
-from gptjax.types import Mean, Metrics
-
-Prepare = Callable[[Config, Progress], Ready]
+from gptjax.training.task import Ready, Task, Validation
 
 
 def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
@@ -36,7 +30,11 @@ def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ())
     folder = Path(cfg.run_dir or "runs/default")
     refuse(cfg)
     seeds = _seeds(cfg)
-    result = _in_one_program(cfg, folder, say, hooks) if together(cfg) else _in_turn(cfg, say, hooks)
+    if together(cfg):
+        result = _in_one_program(cfg, folder, say, hooks)
+    else:
+        for seed in seeds:
+            result = tasks.train(_alone(cfg, seed), log=say, hooks=hooks)
     if not is_writer():
         return result
     files = [folder / f"seed-{seed}" / "test.json" for seed in seeds]
@@ -92,19 +90,12 @@ def _alone(cfg: Config, seed: int) -> Config:
     return dataclasses.replace(cfg, seed=seed, run_dir=run_dir, finetune=once)
 
 
-def _in_turn(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
-    for seed in _seeds(cfg):
-        result = tasks.run(_alone(cfg, seed), say, hooks)
-    return result
-
-
 def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
     task = tasks.find(cfg.task)
 
-    def prepare(cfg: Config, progress: Progress) -> Ready:
-        return stacked(cfg, task.prepare, progress)
-
-    result, _ = run_task(cfg, prepare, say, tuning.refuse_missing, hooks)
+    result, _ = run_task(
+        cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say, tuning.refuse_missing, hooks
+    )
     for seed in _seeds(cfg) if is_writer() else ():
         own = folder / f"seed-{seed}"
         file = own / "final" / "config.yaml"
@@ -135,78 +126,24 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     build, describe_one = first.build, first.describe
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
-        return jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), stack([one(step, k, rows) for one in batches_of]))
-
-    def eval_batches(early: bool) -> Iterator[Any]:
-        for group in itertools.zip_longest(*(one.batches(early) for one in validations)):
-            blank = jax.tree.map(np.zeros_like, next(some for some in group if some is not None))
-            yield stack([blank if some is None else some for some in group])
+        return vmapped.stack([one(step, k, rows) for one in batches_of], axis=1)
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
-        def one(i: int, here: Path) -> None:
-            own = jax.tree.map(lambda leaf: leaf[i], trained)
-            write_of[i](here, own, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
-
-        for i, own in enumerate(configs):
-            one(i, Path(own.run_dir) / folder.name)
-        one(0, folder)  # last, as the run's own: with it the run is complete
-
-    def build_all(cfg: Config) -> Rules:
-        loss, combine, optimizer = build(cfg)
-        return Rules(_loss_of_all(loss, combine), lambda trained, frozen: (trained, frozen), _each(optimizer, n))
-
-    def identity(name: str) -> tuple[str, str]:
-        return " ".join(task.identity[name][0] for task in every), first.identity[name][1]
+        runs = [(i, folder.parent / f"seed-{own.seed}" / folder.name) for i, own in enumerate(configs)]
+        for i, place in [*runs, (0, folder)]:  # the run's own last: with it the run is complete
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
+            write_of[i](place, own, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 
     shared = dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune)
     return Ready(shared, first._replace(
         batches=batches,
-        validation=Validation(eval_batches),
-        build=build_all,
+        validation=Validation(lambda early: vmapped.zip_batches([one.batches(early) for one in validations])),
+        build=lambda cfg: vmapped.as_one(build(cfg), n),
         start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.start for task in every)),
-        identity={name: identity(name) for name in first.identity},
+        identity={
+            name: (" ".join(task.identity[name][0] for task in every), source)
+            for name, (_, source) in first.identity.items()
+        },
         describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
         write=write,
     ))  # fmt: skip
-
-
-def stack(batches: Sequence[Any]) -> Any:
-    """[N, ..] of each leaf; what is smaller is filled up with zeros, which are padding in every kind of batch."""
-
-    def one(*leaves: np.ndarray) -> np.ndarray:
-        shape = np.max([leaf.shape for leaf in leaves], 0)
-        out = np.zeros((len(leaves), *shape), leaves[0].dtype)
-        for i, leaf in enumerate(leaves):
-            out[(i, *map(slice, leaf.shape))] = leaf
-        return out
-
-    return jax.tree.map(one, *batches)
-
-
-def _loss_of_all(loss: Callable, combine: Callable) -> Callable:
-    def of_all(both: tuple[Any, Any], batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        trained, frozen = both
-        n = jax.tree.leaves(trained)[0].shape[0]
-        keys = None if key is None else jax.random.split(key, n)
-
-        def one(own: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-            return loss(combine(own, frozen), batch, key)
-
-        mean, metrics = jax.vmap(one)(trained, batch, keys)
-        metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        if key is None:  # validation: sums over batches come first
-            return Mean(mean.total.sum(), mean.weight.sum()), metrics
-        return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
-
-    return of_all
-
-
-def _each(tx: optax.GradientTransformation, n: int) -> optax.GradientTransformation:
-    """`tx` for each of the n by itself, its norm included; their gradients come divided by n."""
-    tx = optax.with_extra_args_support(tx)
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        whole = jax.tree.map(lambda g: g * n, grads)
-        return jax.vmap(lambda g, s, p: tx.update(g, s, p))(whole, state, params)
-
-    return optax.GradientTransformation(jax.vmap(tx.init), update)

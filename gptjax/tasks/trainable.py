@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
 
 from gptjax import lora, tree, weights
 from gptjax.config import Config, LoraConfig, ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import layers_apart, layers_stacked
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
@@ -35,11 +35,11 @@ class Trainable(NamedTuple):
     export    (folder, trained, frozen): writes the adapter by itself, in peft's format, where that can hold it
     """
 
-    params: Any
-    frozen: Any
+    params: Params
+    frozen: Params
     combine: Callable[..., Params]
-    merge: Callable[[Any, Any], Params]
-    export: Callable[[Path, Any, Any], None]
+    merge: Callable[[Params, Params], Params]
+    export: Callable[[Path, Params, Params], None]
 
 
 def partition(
@@ -71,11 +71,11 @@ def rules(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> Rules:
     return Rules(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
 
-def _first(trained: Any, frozen: Any, settings: LoraConfig | None = None) -> Params:
+def _first(trained: Params, frozen: Params, settings: LoraConfig | None = None) -> Params:
     return trained
 
 
-def _join(trained: Any, frozen: Any, settings: LoraConfig | None = None) -> Params:
+def _join(trained: Params, frozen: Params, settings: LoraConfig | None = None) -> Params:
     return tree.join(trained, frozen)
 
 
@@ -90,12 +90,12 @@ def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
-def with_dropout(cfg: Config, loss: Callable) -> Callable:
+def with_dropout(cfg: Config, loss: Loss) -> Loss:
     """`loss` with the low-rank branch's dropout, where there is any."""
     return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
-def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Any:
+def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Params:
     """The shapes of `Trainable.params`, from shapes."""
     if cfg.finetune.trainable == "lora":
         settings = dataclasses.replace(cfg.lora, init="lora", dora=False)
@@ -142,45 +142,35 @@ def _adapted(
     if start is None:
         adapter = lora.init(key, params, settings)
 
-    def combine(trained: Any, frozen: Params, settings: LoraConfig = settings) -> Params:
+    def combine(trained: Params, frozen: Params, settings: LoraConfig = settings) -> Params:
         return lora.attach(frozen, with_heads(trained), settings)
 
-    def merge(trained: Any, frozen: Params) -> Params:
+    def merge(trained: Params, frozen: Params) -> Params:
         return dequantize(lora.merge(frozen, with_heads(trained), settings))
 
-    def export(folder: Path, trained: Any, frozen: Params) -> None:
+    def export(folder: Path, trained: Params, frozen: Params) -> None:
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.unsplit(adapter, start)
-            config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=_same_scale(settings))
+            scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}  # the same scale, of twice the rank
+            alpha = settings.alpha * scaling[settings.scaling]
+            config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
             head = None  # their format cannot hold it: the merged model does
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    fits = _for_peft(settings, body)
+    # whether peft's format can hold such an adapter; where it cannot, the merged model is all there is
+    of_a_family = not complaints(families.family_of, body)
+    fits = of_a_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)
 
 
-def with_heads(trained: Any) -> Params:
+def with_heads(trained: Params) -> Params:
     """The adapter with the heads beside it, as `lora.attach` takes both."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 
 
-def _for_peft(settings: LoraConfig, model: ModelConfig) -> bool:
-    """Whether peft's format can hold such an adapter; where it cannot, the merged model is all there is."""
-    try:
-        families.family_of(model)
-    except UserError:
-        return False
-    return not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
-
-
-def _same_scale(settings: Any) -> float:
-    """alpha of twice the rank for the same scale."""
-    return settings.alpha * {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}[settings.scaling]
-
-
-def no_export(folder: Path, trained: Any, frozen: Any) -> None:
+def no_export(folder: Path, trained: Params, frozen: Params) -> None:
     pass

@@ -52,7 +52,7 @@ def base_model(cfg: Config) -> weights.Model:
     return found
 
 
-def styled(base: weights.Model, style: chat.Style | None) -> tuple[Any, list[str]]:
+def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
     """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
@@ -73,12 +73,6 @@ def why_so_long(cfg: Config, model: ModelConfig) -> str:
     return f" ({cfg.task}.context_length)"
 
 
-def resolved(cfg: Config, model: ModelConfig, n_rows: int) -> Config:
-    """The config with the model, and the steps that its epochs are over so many rows."""
-    steps = cfg.train.steps(n_rows, cfg.train.batch_size)
-    return dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, max_steps=steps))
-
-
 def load_base(
     cfg: Config, found: weights.Model, heads: Params, key: jax.Array, progress: Progress
 ) -> tuple[Trainable, str]:
@@ -93,26 +87,26 @@ def make_task(
     cfg: Config,
     parts: Trainable,
     *,
-    model: ModelConfig,
     fingerprint: str,
     tokenizer: Tokenizer,
     loss: Callable[[Config], Loss],
     batch: Callable[[int], Any],
-    where: Callable[[int], str],
     eval_batches: Callable[[], Iterable[Any]],
     width: int,
     data: str,
     lines: Sequence[str],
+    where: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
 ) -> Task:
     """The task of a fine-tuning, from what only its kind knows.
 
     Args:
-        fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it. batch: step -> its
-            batch. width: tokens of a row. data: hash of what is trained and validated on. lines: about the data, for
-            the start. files: beside the model.
+        cfg: resolved. fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it.
+        batch: step -> its batch. width: tokens of a row. data: hash of what is trained and validated on.
+        lines: about the data, for the start. where: as of `Task`; None: the batch's first tokens.
+        files: beside the model.
     """
-    shapes = abstract_params(model)
+    model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), trainable.split_heads(shapes)[0]
     share = trainable.frozen_share(cfg, n_params, tree.size(parts.params))
     base, source = _base_to_name(cfg, fingerprint), getattr(cfg, cfg.task).source
@@ -123,7 +117,10 @@ def make_task(
         some = [batch(step + i) for i in range(k)]
         return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
 
-    def write(folder: Path, trained: Any, frozen: Any, texts: dict[str, str]) -> None:
+    def first_tokens(step: int) -> str:
+        return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
+
+    def write(folder: Path, trained: Params, frozen: Params, texts: dict[str, str]) -> None:
         weights.save(
             folder, merge(trained, frozen) if base is None else trainable.with_heads(trained), model, tokenizer,
             texts | (files or {}), add=lambda partial: export(partial / "adapter", trained, frozen),
@@ -133,7 +130,7 @@ def make_task(
     return Task(
         tokenizer=tokenizer,
         batches=batches,
-        where=where,
+        where=where or first_tokens,
         validation=Validation(lambda first: eval_batches()),
         build=lambda cfg: trainable.rules(cfg, loss(cfg), combine),
         start=parts.params,
@@ -156,7 +153,8 @@ def _base_to_name(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
     if not shared and asked is None:
         return None
     source = name if shared else str(Path(name).expanduser().absolute())
-    return weights.native.Base(source, fingerprint, cfg.finetune.quantize, dataclasses.asdict(cfg.lora))._asdict()
+    base = weights.native.Base(source, fingerprint, cfg.finetune.quantize, cfg.lora)
+    return base._asdict() | {"lora": dataclasses.asdict(cfg.lora)}
 
 
 def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:

@@ -18,7 +18,8 @@ from gptjax.errors import UserError
 from gptjax.signals import Stopped, signal_name
 from gptjax.training.memory import GIB, what_fits
 from gptjax.training.run import Run
-from gptjax.training.step import make_multi_step, make_train_step
+from gptjax.training.step import TrainState, make_multi_step, make_train_step
+from gptjax.types import Metrics
 
 SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
 MOST_STEPS_PER_CALL = 10
@@ -51,14 +52,14 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
     return max(k for k in range(1, MOST_STEPS_PER_CALL + 1) if common % k == 0)
 
 
-def make_call(run: Run) -> Callable[[Any, Any], tuple[Any, Any]]:
+def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """(state, batch of run.k steps) -> (state, metrics), jitted and not compiled yet."""
     loss, combine, optimizer = run.rules
     one = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(one if run.k == 1 else make_multi_step(one), run.mesh, run.state)
 
 
-def first_call(run: Run, call: Callable, batch: Any) -> Any:
+def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Metrics]], batch: Any) -> Metrics:
     """The first call compiles, in a thread: a signal must not wait for XLA. Its metrics."""
     start, result = time.monotonic(), []
     run.progress.say("compiling the training step ...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,31 @@ from gptjax.training.step import evaluate as mean_over
 PLOT_EVERY_S = 20.0
 
 
-def evaluator(run: Run, meter: Meter) -> Callable[[Run], None]:
+def evaluator(meter: Meter) -> Callable[[Run], None]:
     """The hook: loss on the whole validation set (before the first step: on a part), the best model, a sample, the
     plot."""
-    loss, combine, _ = run.rules
-    eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), run.mesh)
+    loss, combine, _ = meter.run.rules
+    eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), meter.run.mesh)
     asked: list[float] = []  # when each batch of the last evaluation was asked for, and when it ended
-    plotted = [0.0]
+    plotted_at = 0.0
 
-    def polled(batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, which `mean_over` asks for when it has the loss of the one before."""
+    def polled(run: Run) -> Iterator[Any]:
+        """The validation batches, which `mean_over` asks for when it has the loss of the one before."""
         asked.clear()
-        for batch in batches:
+        for batch in run.task.validation.batches(run.step == 0):
             run.poll()
             asked.append(time.monotonic())
             yield place_batch(batch, run.mesh)
         asked.append(time.monotonic())
 
     def evaluate(run: Run) -> None:
+        nonlocal plotted_at
         counters, validation = run.counters, run.task.validation
         if counters.evaluated == run.step:
             return
         compiles = not asked  # in the first evaluation of the process, the first batch
         with run.progress.phase("evaluating"):
-            mean, metrics = mean_over(eval_loss, run.both, polled(validation.batches(run.step == 0)))
+            mean, metrics = mean_over(eval_loss, run.both, polled(run))
         ended, times = asked[-1], asked[compiles:]
         a_batch_s = (ended - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
         meter.eval_s = a_batch_s * (len(asked) - 1) / (validation.first_share if run.step == 0 else 1.0)
@@ -70,8 +71,8 @@ def evaluator(run: Run, meter: Meter) -> Callable[[Run], None]:
             with run.progress.phase("sampling"):
                 sample(run)
             meter.sample_s = 0.0 if compiles else time.monotonic() - sampled_from
-        if time.monotonic() - plotted[0] >= PLOT_EVERY_S:
-            plotted[0] = time.monotonic()
+        if time.monotonic() - plotted_at >= PLOT_EVERY_S:
+            plotted_at = time.monotonic()
             plot(run)
 
     return evaluate
@@ -88,6 +89,7 @@ def sample(run: Run) -> None:
     if not run.writes:
         run.last_sample = ""
         return
+    assert run.task.sample is not None
     texts = on_mesh(run.task.sample, mesh)(run.rules.combine(*both))
     run.last_sample = texts[0]
     run.dir.append("samples.txt", "".join(f"==== step {run.step} ====\n{text}\n\n" for text in texts))
@@ -115,6 +117,6 @@ def write_model(run: Run, folder: Path) -> None:
     }
     files = {"config.yaml": config.to_yaml(run.cfg), "result.json": json.dumps(result, indent=1) + "\n"}
     with run.progress.phase(f"writing {folder.name}/"):
-        both = distributed.on_host(run.both)
+        trained, frozen = distributed.on_host(run.both)
         if run.writes:
-            run.task.write(folder, *both, files)
+            run.task.write(folder, trained, frozen, files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ class Wandb:
         self._run.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 def check(names: tuple[str, ...]) -> None:

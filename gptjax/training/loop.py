@@ -32,7 +32,7 @@ Prepare = Callable[[Config, Progress], Ready]
 
 
 def run_task(
-    cfg: Config,
+    written: Config,
     prepare: Prepare,
     log: Callable[[str], None] | None = None,
     missing: Callable[[Config], None] = lambda cfg: None,
@@ -40,12 +40,15 @@ def run_task(
 ) -> tuple[TrainResult, Any]:
     """Train what `prepare` makes of the config; with the result, what it held out, or None of a finished run.
 
-    `prepare` is called if there is something left to do, and refuses whatever can be wrong before the run directory is
-    made. `missing`: as in `resume.refuse`. hooks: (every, fn): fn(run) after every so many steps, and after the last.
+    Args:
+        written: the config as the user wrote it. `prepare` resolves it: sizes and steps that only the data can tell.
+        prepare: called if there is something left to do; refuses whatever can be wrong before the run directory is
+            made. missing: as in `resume.refuse`.
+        hooks: (every, fn): fn(run) after every so many steps, and after the last.
     """
     with catch_signals() as signals:
         try:
-            result, where = _run(cfg, prepare, log, missing, hooks, signals), "after the last step"
+            result, where = _run(written, prepare, log, missing, hooks, signals), "after the last step"
         except (KeyboardInterrupt, Terminated):
             signals.code = signals.code or INTERRUPTED
             where = "before the first step: nothing to save"
@@ -61,39 +64,43 @@ def run_task(
 
 
 def _run(
-    cfg: Config, prepare: Prepare, log: Any, missing: Callable[[Config], None], hooks: Sequence[Hook], signals: Signals
+    written: Config,
+    prepare: Prepare,
+    log: Callable[[str], None] | None,
+    missing: Callable[[Config], None],
+    hooks: Sequence[Hook],
+    signals: Signals,
 ) -> tuple[TrainResult, Any]:
-    config.validate(cfg)
-    distributed.start(cfg.distributed)
+    config.validate(written)
+    distributed.start(written.distributed)
     signals.raise_if_any()
     say, writes = log or print, distributed.is_writer()
     log = log if writes else _nothing
-    dir = RunDir(cfg.run_dir or "runs/default")
+    dir = RunDir(written.run_dir or "runs/default")
     with distributed.peers(say), ExitStack() as stack:
-        distributed.agree_on_settings(cfg)
+        distributed.agree_on_settings(written)
         with distributed.together():
-            resume.refuse(cfg, missing)
-            done = resume.finished(dir, cfg, log or print)
-        distributed.agree_on({f"{dir.path} is finished": done is not None}, "the run directories")
+            finished = resume.refuse(written, missing)
+            done = resume.finished(dir, log or print) if finished else None
+        distributed.agree_on({f"{dir.path} is finished": finished}, "the run directories")
         if done is not None:
             return done, None
         use_compile_cache()
         keep_buffers()
         with distributed.together(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
-            ready = prepare(cfg, progress)
-            steps_per_call(ready.cfg, 0, hooks=[every for every, _ in hooks])
+            ready = prepare(written, progress)
+            resolved, held_out = ready.cfg, ready.held_out
+            steps_per_call(resolved, 0, hooks=[every for every, _ in hooks])
         distributed.agree_on(resume.hashes(ready.task), "the data")
         signals.raise_if_any()
-        settings = ready.cfg.train
-        rows = settings.batch_size // settings.accumulation
-        mesh = make_mesh(ready.cfg.mesh, rows=rows, even_one=ready.cfg.optim.offload)
+        rows = resolved.train.batch_size // resolved.train.accumulation
+        mesh = make_mesh(resolved.mesh, rows=rows, even_one=resolved.optim.offload)
         with distributed.together():
             if writes:
                 stack.enter_context(dir.locked())
-            dir.check(ready.cfg)
+            dir.check(resolved)  # `refuse` did of the written one, when another process could still write here
         own = Progress(lambda line: dir.append("log.txt", line), log, dir.touch) if writes else Progress(log=log)
         with own as progress:
-            held_out = ready.held_out
             run = resume.begin(ready, dir, mesh, progress, signals)
             del ready  # the steps give its memory to their results
             signals.raise_if_any()
@@ -108,24 +115,41 @@ def _nothing(*_: Any) -> None:
 
 
 def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
-    settings, begin = run.cfg.train, run.step
+    settings, begin, say = run.cfg.train, run.step, run.progress.say
     run.k = steps_per_call(run.cfg, run.n_params, begin, [every for every, _ in hooks])
     meter, call = Meter(run), make_call(run)
     save = resume.checkpointer(meter)
-    every = [(settings.eval_every, evaluate.evaluator(run, meter)), (settings.checkpoint_every, save)]
+    every = [(settings.eval_every, evaluate.evaluator(meter)), (settings.checkpoint_every, save)]
     own = [(n, lambda run, hook=hook: hook(run) if run.step > begin else None) for n, hook in hooks]
     try:
         with run.progress.phase("training"):
             _until_done(run, meter, call, [*every, *own])
     except Interrupted:
-        _leave(run, meter, save)
+        code = run.signals.code
+        say(f"{signal_name(code)}: saving at step {run.step:,} ...")
+        meter.drain()
+        if run.step > run.saved:
+            save(run)
+        why = f"stopped at step {run.step:,} of {settings.max_steps:,}; the same command goes on from there"
+        say(why)
+        raise Stopped(code, why) from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise too_large(run, error) from error
     finally:
         meter.close()
-    return _finish(run)
+    evaluate.plot(run)
+    evaluate.write_model(run, run.dir.final)
+    counters = run.counters
+    say(
+        f"done: {run.step:,} steps in {duration(run.seconds())}, validation loss {counters.val_loss:.4f} "
+        f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
+    )
+    if run.last_sample:
+        say(f"---- sample ----\n{run.last_sample}\n----------------")
+    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
+    return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
 
 
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
@@ -149,32 +173,6 @@ def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -
         if not meter.compiled or run.step >= steps or any(run.step % every == 0 for every, _ in hooks):
             meter.drain()
         meter.compiled = True
-
-
-def _leave(run: Run, meter: Meter, save: Callable[[Run], None]) -> None:
-    """A signal: save, then end with its code."""
-    code = run.signals.code
-    run.progress.say(f"{signal_name(code)}: saving at step {run.step:,} ...")
-    meter.drain()
-    if run.step > run.saved:
-        save(run)
-    why = f"stopped at step {run.step:,} of {run.cfg.train.max_steps:,}; the same command goes on from there"
-    run.progress.say(why)
-    raise Stopped(code, why)
-
-
-def _finish(run: Run) -> TrainResult:
-    evaluate.plot(run)
-    evaluate.write_model(run, run.dir.final)
-    counters, say = run.counters, run.progress.say
-    say(
-        f"done: {run.step:,} steps in {duration(run.seconds())}, validation loss {counters.val_loss:.4f} "
-        f"(best {counters.best_loss:.4f} at step {counters.best_step:,})"
-    )
-    if run.last_sample:
-        say(f"---- sample ----\n{run.last_sample}\n----------------")
-    say(f"in {run.dir.path}: final/ best/ loss.png metrics.jsonl{' samples.txt' if run.task.sample else ''}")
-    return TrainResult(run.dir.path, run.params(), run.cfg, run.task.tokenizer, run.step, counters.val_loss)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from gptjax.training import loggers
 from gptjax.training.process import NON_FINITE
 from gptjax.training.progress import duration, peak_flops
 from gptjax.training.run import Run
+from gptjax.types import Metrics
 
 
 class Meter:
@@ -32,13 +33,15 @@ class Meter:
             np.asarray(jax.jit(jax.vmap(make_schedule(run.cfg.optim, steps)))(np.arange(steps))) * run.cfg.optim.lr
         )
         self.peak = peak_flops(device.platform, device.device_kind)
-        names = run.cfg.train.loggers if run.writes else ()
-        self.file = loggers.JsonLines(run.dir.metrics) if run.writes else None
-        self.loggers = [self.file] * run.writes + [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in names]
+        self.file, self.loggers = None, list[loggers.Logger]()
+        if run.writes:
+            self.file = loggers.JsonLines(run.dir.metrics)
+            others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
+            self.loggers = [self.file, *others]
         self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; last reading
         self.rate = 0.0  # tokens a second, of the last row
         self.eval_s = self.sample_s = 0.0  # of a whole evaluation, as far as it is known; compiling left out
-        self.pending: tuple[int, Any] | None = None
+        self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
@@ -46,7 +49,7 @@ class Meter:
         if self.pending is None:
             self.mark = time.monotonic()
 
-    def put(self, end: int, metrics: Any) -> None:
+    def put(self, end: int, metrics: Metrics) -> None:
         """A call that ends at step `end` was started: read the one before, while it runs."""
         before, self.pending = self.pending, (end, metrics)
         if before:
@@ -72,7 +75,7 @@ class Meter:
         for logger in self.loggers:
             logger.close()
 
-    def _read(self, end: int, metrics: Any) -> None:
+    def _read(self, end: int, metrics: Metrics) -> None:
         run, settings, counters = self.run, self.run.cfg.train, self.run.counters
         values = {name: np.atleast_1d(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
@@ -113,7 +116,12 @@ class Meter:
         run.progress.status(step, run.cfg.train.max_steps, self._line(row))
 
     def _line(self, row: dict[str, Any]) -> str:
-        step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
+        settings, step, val_loss = self.run.cfg.train, row["step"], self.run.counters.val_loss
+        total = settings.max_steps
+        if self.rate:
+            now = step % settings.eval_every == 0 or step == total
+            evals = math.ceil((total - step) / settings.eval_every) + now
+            rest_s = (total - step) * self.run.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
         parts = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
@@ -123,15 +131,9 @@ class Meter:
             f"{self.rate:,.0f} tok/s" if self.rate else "",
             f"MFU {row['mfu']:.1%}" if "mfu" in row else "",
             f"{row['skipped']} skipped" if row["skipped"] else "",
-            f"ETA {duration(self._eta(step))}" if self.rate else "",
+            f"ETA {duration(rest_s)}" if self.rate else "",
         ]
         return "  ".join(part for part in parts if part)
-
-    def _eta(self, step: int) -> float:
-        settings = self.run.cfg.train
-        steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
-        evals = math.ceil(steps / settings.eval_every) + now
-        return steps * self.run.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
 
 
 def stop_non_finite(run: Run, step: int, in_a_row: int) -> None:
@@ -146,5 +148,5 @@ def stop_non_finite(run: Run, step: int, in_a_row: int) -> None:
     raise Stopped(NON_FINITE, why)
 
 
-def finite(value: Any) -> float | None:
+def finite(value: float | np.floating) -> float | None:
     return float(value) if math.isfinite(value) else None

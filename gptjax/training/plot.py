@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def draw_confusion(table: Any, names: Sequence[str], path: Path) -> None:
+def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
     """A table [C, C] of counts, rows the true classes; colours are shares of a row."""
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
@@ -55,7 +55,7 @@ def draw_sweep(
     rows: Sequence[dict[str, Any]],
     table: Sequence[dict[str, Any]],
     names: Sequence[str],
-    curves: dict[tuple, Sequence[np.ndarray]],
+    curves: Mapping[tuple, Sequence[np.ndarray]],
     path: Path,
 ) -> None:
     """Left, validation loss: a dot a run, a line through the means with their intervals, over the first of `names` that
@@ -72,12 +72,12 @@ def draw_sweep(
         color, label = f"C{g % 10}", ", ".join(f"{n}={_short(v)}" for n, v in zip(others, group, strict=True))
         own = [line for line in table if tuple(line[name] for name in others) == group and line["val/loss"] is not None]
         dots = [row for row in rows if tuple(row[name] for name in others) == group and row["val/loss"] is not None]
-        where = (lambda row: row[x_name]) if x_name else (lambda _, g=g: g)
-        left.plot([*map(where, dots)], [row["val/loss"] for row in dots], ".", color=color, alpha=0.4, markersize=4)
-        own.sort(key=where)
+        own.sort(key=lambda line: line[x_name] if x_name else 0)
+        dots_at, own_at = ([row[x_name] if x_name else g for row in some] for some in (dots, own))
+        left.plot(dots_at, [row["val/loss"] for row in dots], ".", color=color, alpha=0.4, markersize=4)
         halves = [(line["val/loss/high"] or line["val/loss"]) - line["val/loss"] for line in own]
         means = [line["val/loss"] for line in own]
-        left.errorbar([*map(where, own)], means, halves, color=color, marker="o", capsize=3, label=label or None)
+        left.errorbar(own_at, means, halves, color=color, marker="o", capsize=3, label=label or None)
     if x_name:
         values = _values(rows, x_name)
         rate = x_name.endswith("lr") or max(values) >= 8 * min(values)
@@ -88,10 +88,10 @@ def draw_sweep(
     else:
         left.set_xticks([])
     left.set(xlabel=x_name, ylabel="validation loss", title="mean and 95 % interval over seeds, a dot a run")
-    for c, (values, losses) in enumerate(curves.items()):
+    for c, (setting, losses) in enumerate(curves.items()):
         mean = np.mean([run[: min(map(len, losses))] for run in losses], 0)
         points = _smooth([*enumerate(mean.tolist(), 1)])
-        label = ", ".join(f"{n}={_short(v)}" for n, v in zip(names, values, strict=True))
+        label = ", ".join(f"{n}={_short(v)}" for n, v in zip(names, setting, strict=True))
         right.plot(*zip(*points, strict=True), color=f"C{c % 10}", linewidth=1.2, label=label or None)
     right.set(xlabel="step", ylabel="training loss", title="training loss, smoothed, mean over seeds")
     for axes in (left, right):

@@ -67,7 +67,14 @@ class Progress:
     def status(self, step: int, total: int, line: str) -> None:
         """Where the training stands: the bar on a terminal, a line every few seconds elsewhere."""
         if self._rich:
-            self._show_bar(step, total, line)
+            if not self._bar:
+                from rich.progress import BarColumn, Progress, TextColumn
+
+                columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
+                self._bar = Progress(*columns, transient=True)
+                self._task = self._bar.add_task("", total=total)
+                self._bar.start()
+            self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
             self._told = now  # not the last sign of life: a slow run would never come to say how it goes
             self.say(line)
@@ -80,16 +87,6 @@ class Progress:
             yield
         finally:
             self._phase, self._since = before, time.monotonic()
-
-    def _show_bar(self, step: int, total: int, line: str) -> None:
-        if not self._bar:
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
-            self._bar = Progress(*columns, transient=True)
-            self._task = self._bar.add_task("", total=total)
-            self._bar.start()
-        self._bar.update(self._task, completed=step, description=line)
 
     def _heartbeat(self) -> None:
         while not self._end.wait(1.0):

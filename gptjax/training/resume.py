@@ -25,45 +25,47 @@ from gptjax.training.meter import Meter
 from gptjax.training.progress import Progress
 from gptjax.training.run import Counters, Run, TrainResult
 from gptjax.training.run_dir import BITWISE, RunDir, changes, environment, longer
-from gptjax.training.step import TrainState
+from gptjax.training.step import TrainState, init_state
 from gptjax.training.task import Ready, Task
 from gptjax.weights.native import recover_folder
 
 # ---------------------------------------------------------------- before the run
 
 
-def refuse(cfg: Config, missing: Callable[[Config], None]) -> bool:
+def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
     """What can be refused before any data is read: it costs a second, and nothing is written.
 
     Args:
-        missing: raises UserError for data, tokenizer or base that are not there.
+        written: the config before the data have resolved it. missing: raises UserError for data, tokenizer or base
+            that are not there.
+
     Returns:
-        Whether the run is finished already, which needs nothing of these.
+        Whether the run is finished already, which needs nothing of these: final/ has all the steps that are asked for.
+
     Raises:
         UserError: all that it finds, at once.
     """
-    run = RunDir(cfg.run_dir or "runs/default")
-    taken = complaints(run.check, cfg)
-    if not taken and _result(run, cfg) is not None:
-        return True
-    settings, alone = cfg.train, cfg.distributed.coordinator is None or jax.distributed.is_initialized()
+    run = RunDir(written.run_dir or "runs/default")
+    taken, result = complaints(run.check, written), run.final / "result.json"
+    if not taken and result.exists():
+        (step, _), stored = use_json(result, result_of), run.stored()
+        if not longer(stored, written) and step >= stored.train.max_steps:
+            return True
+    settings = written.train
     rows = settings.batch_size // settings.accumulation
-    problems = [*complaints(missing, cfg), *complaints(loggers.check, settings.loggers)]
-    if alone:
-        problems += complaints(lambda: make_mesh(cfg.mesh, rows=rows, even_one=cfg.optim.offload))
+    problems = [*complaints(missing, written), *complaints(loggers.check, settings.loggers)]
+    if written.distributed.coordinator is None or jax.distributed.is_initialized():
+        problems += complaints(lambda: make_mesh(written.mesh, rows=rows, even_one=written.optim.offload))
     if settings.epochs is None:
-        problems += complaints(steps_per_call, cfg, 0)
+        problems += complaints(steps_per_call, written, 0)
     if problems := [*problems, *(taken or complaints(run.refuse_busy))]:
         raise UserError.all(problems)
     return False
 
 
-def finished(run: RunDir, cfg: Config, say: Callable[[str], None]) -> TrainResult | None:
-    """The result of a run that ended; None if there is something left to do."""
-    if (result := _result(run, cfg)) is None:
-        return None
-    step, loss = result
-    cfg = run.stored()
+def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
+    """The result of a run that `refuse` has found finished."""
+    (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
     say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
@@ -82,16 +84,6 @@ def result_of(result: dict[str, Any]) -> tuple[int, float]:
     return step, loss
 
 
-def _result(run: RunDir, cfg: Config) -> tuple[int, float] | None:
-    """What final/ says of the run, where it has all the steps that `cfg` asks for: (step, validation loss)."""
-    file = run.final / "result.json"
-    if not file.exists():
-        return None
-    step, loss = use_json(file, result_of)
-    stored = run.stored()
-    return None if longer(stored, cfg) or step < stored.train.max_steps else (step, loss)
-
-
 # ---------------------------------------------------------------- the run, and its checkpoints
 
 
@@ -101,8 +93,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
     rules, (init, start) = task.build(cfg), task.initial()
 
     def fresh(start: Any) -> TrainState:
-        init_key, key = jax.random.split(jax.random.key(cfg.seed))
-        return TrainState.create(init(init_key, start), tx=rules.optimizer, key=key)
+        return init_state(init, rules.optimizer, cfg.seed, start)
 
     abstract = parallel.abstract_on(fresh, mesh, start, offload=cfg.optim.offload)
     run = Run(
@@ -145,7 +136,10 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
             run.counters.seconds = run.seconds()
             meta = {
                 "identity": hashes(run.task),
-                "counters": {name: _jsonable(value) for name, value in dataclasses.asdict(run.counters).items()},
+                "counters": {  # JSON has no inf and nan
+                    name: value if math.isfinite(value) else str(value)
+                    for name, value in dataclasses.asdict(run.counters).items()
+                },
                 "environment": run.environment,
                 "config": config.to_yaml(run.cfg),
             }
@@ -196,7 +190,7 @@ def meta_config(meta: dict[str, Any]) -> Config:
         raise Damaged(f"meta.json: {error}") from error
 
 
-def go_on(run: Run, found: Restored, abstract: Any) -> None:
+def go_on(run: Run, found: Restored, abstract: TrainState) -> None:
     """From a checkpoint: its state and counters, and no line of metrics or samples that came after it."""
     run.step = run.saved = found.step
     run.state = found.state
@@ -218,11 +212,11 @@ def go_on(run: Run, found: Restored, abstract: Any) -> None:
 
 
 def _counters(values: dict[str, Any]) -> Counters:
-    """What `_jsonable` made of them. Raises ValueError, TypeError or OverflowError where it did not."""
+    """What `checkpointer` wrote. Raises ValueError, TypeError or OverflowError where it did not."""
     fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(f"unknown counters {', '.join(unknown)}")
-    read = {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
+    read: dict[str, Any] = {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
     for name, value in read.items():
         if type(value) not in (int, fields[name]) or float(value) == -math.inf:
             raise ValueError(f"counter {name}: expected a number, got {value!r}")
@@ -230,7 +224,3 @@ def _counters(values: dict[str, Any]) -> Counters:
     if counters.samples_bytes < 0:
         raise ValueError(f"counter samples_bytes: expected at least 0, got {counters.samples_bytes}")
     return counters
-
-
-def _jsonable(value: Any) -> Any:
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)

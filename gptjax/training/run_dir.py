@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gptjax import config
 from gptjax.config import Config
@@ -136,20 +136,17 @@ class RunDir:
                 f"cannot write to run_dir={self.path}: {error.strerror}; choose another run_dir=FOLDER"
             ) from error
         with os.fdopen(handle, "r+") as lock:
-            self._take(lock)
+            _refuse_owner(self.path, lock)
+            lock.seek(0)
+            lock.truncate()
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, lock)
+            lock.flush()
             try:
                 yield
             finally:
                 with suppress(OSError):
                     lock.seek(0)
                     lock.truncate()
-
-    def _take(self, lock: Any) -> None:
-        _refuse_owner(self.path, lock)
-        lock.seek(0)
-        lock.truncate()
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, lock)
-        lock.flush()
 
     def refuse_busy(self) -> None:
         """What `locked` says of another trainer here, without a lock of our own; nothing is written.
@@ -222,7 +219,7 @@ def refuse_foreign(path: Path, own: str = "") -> None:
         )
 
 
-def _refuse_owner(path: Path, lock: Any) -> None:
+def _refuse_owner(path: Path, lock: TextIO) -> None:
     """Take the lock of this file, or raise UserError that names who has it."""
     held = False
     if fcntl:
@@ -262,7 +259,12 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
     """([(line, what it says)], how many are damaged); the last is none while it lacks its end."""
     *whole, _ = path.read_bytes().split(b"\n")
-    rows = [(line + b"\n", row) for line in whole if (row := _row(line)) is not None]
+    rows = []
+    for line in whole:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line.decode())
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append((line + b"\n", row))
     return rows, len(whole) - len(rows)
 
 
@@ -270,17 +272,13 @@ def _dropped(path: Path, damaged: int) -> str:
     return f"{path}: {damaged} damaged {'line was' if damaged == 1 else 'lines were'} left out"
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):
-        row = json.loads(line.decode())
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            return row
-    return None
-
-
 def changes(stored: Config, cfg: Config) -> list[str]:
-    """["optim.lr: 0.001 -> 0.0003", ..]: settings of a run that may not change and do. More steps may be asked for."""
-    cfg = _filled(cfg, stored)
+    """["optim.lr: 0.001 -> 0.0003", ..]: settings of a run that may not change and do. More steps may be asked for.
+
+    Args:
+        stored: of the run, resolved. cfg: as written, or resolved, which compares what only the data can tell too.
+    """
+    cfg = _resolve_like(stored, cfg)
     if longer(stored, cfg):
         cfg = dataclasses.replace(
             cfg, train=dataclasses.replace(cfg.train, max_steps=stored.train.max_steps, epochs=stored.train.epochs)
@@ -296,11 +294,11 @@ def longer(stored: Config, cfg: Config) -> bool:
     return now.epochs > before.epochs
 
 
-def _filled(cfg: Config, stored: Config) -> Config:
-    """`cfg` with what is only known after the data was read taken from the stored one; checked again later."""
-    model, train = cfg.model, cfg.train
-    pretrain, tokenizer = cfg.pretrain, cfg.tokenizer
-    if cfg.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
+def _resolve_like(stored: Config, written: Config) -> Config:
+    """`written` with what only the data can tell taken from the stored config, and checked again when they have."""
+    model, train = written.model, written.train
+    pretrain, tokenizer = written.pretrain, written.tokenizer
+    if written.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -310,7 +308,7 @@ def _filled(cfg: Config, stored: Config) -> Config:
             pretrain = dataclasses.replace(pretrain, context_length=stored.pretrain.context_length)
     if train.epochs is not None and train.epochs == stored.train.epochs:
         train = dataclasses.replace(train, max_steps=stored.train.max_steps)
-    return dataclasses.replace(cfg, model=model, train=train, pretrain=pretrain, tokenizer=tokenizer)
+    return dataclasses.replace(written, model=model, train=train, pretrain=pretrain, tokenizer=tokenizer)
 
 
 def may_change(key: str) -> bool:

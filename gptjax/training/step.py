@@ -19,8 +19,7 @@ Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -
 Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything a step reads and writes; a pytree of arrays alone, so that it saves, donates and shards as one.
 
     `key` never changes: the randomness of step n is `fold_in(key, n)`. `frozen` is what the loss reads and the
@@ -48,6 +47,14 @@ class TrainState:
             step=jnp.int32(0), params=params, opt_state=tx.init(params), key=key, frozen=frozen,
             skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0),
         )  # fmt: skip
+
+
+def init_state(
+    init: Callable[[jax.Array, Any], Any], tx: optax.GradientTransformation, seed: int | jax.Array, start: Any
+) -> TrainState:
+    """The state that a run of this seed starts from; `init` and `start` as of `Task.initial`."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    return TrainState.create(init(init_key, start), tx=tx, key=key)
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
@@ -123,8 +130,10 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state
 
         operands = (grads, scale, norm, state.params, state.opt_state)
-        # on a GPU a branch copies all of the state in and out, and the host waits for `good`
-        if platform() == "gpu" and not _in_host_memory(state.opt_state):
+        # On a GPU a branch copies all of the state in and out, and the host waits for `good`. Of moments in host memory
+        # (optim.offload) only copies can be made.
+        spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
+        if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old), update(operands), operands[-2:]
             )
@@ -149,11 +158,6 @@ def make_train_step(
         }
 
     return step
-
-
-def _in_host_memory(tree: Any) -> bool:
-    """Whether a part of it waits there (optim.offload): only copies can be made of it."""
-    return any("host" in str(getattr(jax.typeof(leaf), "memory_space", "")).lower() for leaf in jax.tree.leaves(tree))
 
 
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config import Config
-from gptjax.tokenizers import Tokenizer
-from gptjax.types import Mean, Metrics, Params
+import jax
+import optax
 
-Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
+from gptjax.config import Config, ModelConfig
+from gptjax.tokenizers import Tokenizer
+from gptjax.training.step import Loss
+from gptjax.types import Params
 
 
 def just_trained(trained: Any, frozen: Any) -> Any:
@@ -26,8 +29,8 @@ class Rules(NamedTuple):
     """
 
     loss: Loss
-    combine: Callable[[Any, Any], Params]
-    optimizer: Any
+    combine: Callable[[Any, Any], Any]
+    optimizer: optax.GradientTransformation
 
 
 class Validation(NamedTuple):
@@ -74,17 +77,24 @@ class Task(NamedTuple):
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     sample: Callable[[Params], list[str]] | None = None
 
-    def initial(self) -> tuple[Callable[[Any, Any], Any], Any]:
+    def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
         """(key, start) -> what is trained, and that start: arrays are an argument, so that no program holds them."""
         if callable(self.start):
             return lambda key, start: self.start(key), None
         return lambda key, start: start, self.start
 
 
+def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
+    """The config with what only the data can tell: the model's sizes, and the steps that `train.epochs` are over
+    `size` tokens or rows, `per_step` at a time."""
+    train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
+    return dataclasses.replace(written, model=model, train=train)
+
+
 class Ready(NamedTuple):
     """What `prepare` makes of a config.
 
-    cfg        the config, with what only the data could tell: sizes and steps
+    cfg        the config as `resolve` gives it
     task
     held_out   what the trained model is scored on, as the task's own `evaluate` takes it
     """

@@ -9,7 +9,7 @@ import pytest
 
 import gptjax
 from gptjax.__main__ import main
-from gptjax.tasks.seeds import stack
+from gptjax.training.vmapped import stack
 
 BASE = gptjax.ModelConfig(arch="llama", n_layer=2, n_head=2, d_model=32, d_ff=48, context_length=96, vocab_size=257)
 KINDS = {

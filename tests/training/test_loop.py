@@ -601,7 +601,7 @@ def test_epochs_set_the_steps(make, tmp_path, whole):
     cfg = make(tmp_path / "run")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=0.5))
     ready = gptjax.data.prepare(cfg)
-    resolved = pretrain._resolve(cfg, ready)
+    resolved = pretrain.prepare(cfg, progress.Progress(log=quiet)).cfg
     assert resolved.train.max_steps == round(0.5 * len(ready.train) / 64)
     assert resolved.model.vocab_size == 257
 

@@ -25,15 +25,15 @@ def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[st
     cells = [[*names, "n", *measures]]
     for line in summary:
         cells.append(
-            [*(_cell(line[key]) for key in names), str(line["n"]), *(_with_half(line, key) for key in measures)]
+            [
+                *(f"{line[key]:g}" if isinstance(line[key], float) else str(line[key]) for key in names),
+                str(line["n"]),
+                *(_with_half(line, key) for key in measures),
+            ]
         )
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     for row in cells:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_half(line: dict[str, Any], key: str) -> str:

@@ -100,7 +100,7 @@ def combinations(
     source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
 ) -> list[Config]:
     """A config for each combination, each looked at as `load_config` does."""
-    configs, problems = [], {}
+    configs, problems = [], dict[str, None]()
     if (n := math.prod(map(len, axes.values()))) > MOST_RUNS:
         raise UserError(f"{n:,} runs: a sweep has at most {MOST_RUNS:,}; give fewer values, or several sweeps")
     for values in itertools.product(*axes.values()):
@@ -123,17 +123,12 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
     """Which runs can share a program: those that differ in `TRACED` numbers and the seed only."""
     groups: dict[Any, list[int]] = {}
     for i, cfg in enumerate(configs):
-        groups.setdefault(_program_of(cfg), []).append(i)
+        values = config.flat(cfg) | {"run_dir": None, "seed": 0}
+        for key in traceable(cfg):
+            absent = values[key] is None or (key == "optim.clip_norm" and values[key] == 0)
+            values[key] = values[key] if absent else "an array"
+        groups.setdefault(tuple(values.items()), []).append(i)
     return [tuple(group) for group in groups.values()]
-
-
-def _program_of(cfg: Config) -> tuple:
-    """The config without what may differ inside a program."""
-    values = config.flat(cfg) | {"run_dir": None, "seed": 0}
-    for key in traceable(cfg):
-        absent = values[key] is None or (key == "optim.clip_norm" and values[key] == 0)
-        values[key] = values[key] if absent else "an array"
-    return tuple(values.items())
 
 
 def traceable(cfg: Config) -> tuple[str, ...]:

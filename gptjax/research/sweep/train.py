@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ from gptjax.evaluation.intervals import t_interval
 from gptjax.research.sweep.runs import Numbers, axes_of, check, programs, traceable, with_numbers
 from gptjax.tasks import find
 from gptjax.tasks.pretrain import EVAL_TOKENS
-from gptjax.tasks.seeds import stack
+from gptjax.training import vmapped
 from gptjax.training.memory import memory_bytes
 from gptjax.training.progress import Progress
-from gptjax.training.step import TrainState, make_multi_step, make_train_step
+from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import Rules, Task
 from gptjax.types import Mean, Metrics
 
@@ -72,39 +71,26 @@ def make_sweep_step(
     The step takes states with leaves [N, ..], numbers {key: [N]}, and `frozen`, which all of them read and none has a
     copy of.
     """
-
-    def one(state: TrainState, own: Numbers, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
-        loss, combine, tx = rules(with_numbers(cfg, own))
-        step = make_train_step(loss, tx, combine=combine, accumulation=cfg.train.accumulation)
-        state, metrics = step(state.replace(frozen=frozen), batch)
-        return state.replace(frozen=None), metrics
-
-    return jax.vmap(one, in_axes=(0, 0, None, 0 if batches else None))
+    return vmapped.make_step(
+        lambda own: rules(with_numbers(cfg, own)), batches=batches, accumulation=cfg.train.accumulation
+    )
 
 
 def make_sweep_loss(
     rules: Callable[[Config], Rules], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Numbers, Any, Any], tuple[Mean, Metrics]]:
     """(params, numbers, frozen, batch) -> the losses without dropout [N], arguments as in `make_sweep_step`."""
-
-    def one(params: Any, own: Numbers, frozen: Any, batch: Any) -> tuple[Mean, Metrics]:
-        loss, combine, _ = rules(with_numbers(cfg, own))
-        return loss(combine(params, frozen), batch, None)
-
-    return jax.vmap(one, in_axes=(0, 0, None, 0 if batches else None))
+    return vmapped.make_loss(lambda own: rules(with_numbers(cfg, own)), batches=batches)
 
 
 def create(task: Task, cfg: Config, seeds: jax.Array, numbers: Numbers, start: Any = None) -> TrainState:
     """Fresh states with leaves [N, ..], each as the loop makes it. `start`: leaves [N, ..], or None."""
-
     init, _ = task.initial()
 
-    def one(seed: jax.Array, own: Numbers, start: Any) -> TrainState:
-        init_key, key = jax.random.split(jax.random.key(seed))
-        tx = task.build(with_numbers(cfg, own)).optimizer
-        return TrainState.create(init(init_key, start), tx=tx, key=key)
+    def fresh(seeds: jax.Array, numbers: Numbers, start: Any) -> TrainState:
+        return vmapped.create(init, lambda own: task.build(with_numbers(cfg, own)).optimizer, seeds, numbers, start)
 
-    return jax.jit(jax.vmap(one))(seeds, numbers, start)
+    return jax.jit(fresh)(seeds, numbers, start)
 
 
 # ---------------------------------------------------------------- memory
@@ -168,25 +154,17 @@ def sweep(
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
-    done = _Done(list(configs), tuple(axes or axes_of(configs)))
+    unknown = [np.empty(0, np.float32)] * len(configs)
+    done = Sweep(list(configs), tuple(axes or axes_of(configs)), [], unknown, [], [])  # filled program by program
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
-        for part in _same_steps(prepared, runs):
-            _train(prepared, part, done, at_once, validate, progress)
-    order = sorted(done.rows, key=lambda row: row["run"])
-    losses = [done.losses[i] for i in range(len(configs))]
-    return Sweep(done.configs, done.axes, order, losses, done.states, done.programs)
-
-
-class _Done:
-    """What has been found so far."""
-
-    def __init__(self, configs: list[Config], axes: tuple[str, ...]):
-        self.configs, self.axes = configs, axes
-        self.rows: list[dict[str, Any]] = []
-        self.losses: dict[int, np.ndarray] = {}
-        self.states: list[tuple[tuple[int, ...], TrainState]] = []
-        self.programs: list[dict[str, Any]] = []
+        same_steps: dict[int, list[int]] = {}  # train.epochs can make more steps of one seed's split than of another's
+        for i in runs:
+            same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
+        for part in same_steps.values():
+            _train(prepared, tuple(part), done, at_once, validate, progress)
+    done.rows.sort(key=lambda row: row["run"])
+    return done
 
 
 class _Prepared(NamedTuple):
@@ -222,22 +200,8 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
     return _Prepared(tasks, task_of, resolved, frozen, max(configs[i].lora.rank for i in runs))
 
 
-def _same_steps(prepared: _Prepared, runs: Sequence[int]) -> list[tuple[int, ...]]:
-    """train.epochs can make more steps of one seed's split than of another's: these are programs of their own."""
-    groups: dict[int, list[int]] = {}
-    for i in runs:
-        groups.setdefault(prepared.configs[i].train.max_steps, []).append(i)
-    return [tuple(group) for group in groups.values()]
-
-
-def _numbers(configs: Sequence[Config], keys: Sequence[str]) -> Numbers:
-    """{key: [N]} of the keys, as arrays."""
-    every = [config.flat(cfg) for cfg in configs]
-    return {key: jnp.array([v[key] for v in every], jnp.int32 if key in WHOLE else jnp.float32) for key in keys}
-
-
 def _train(
-    prepared: _Prepared, runs: tuple[int, ...], done: _Done, at_once: int | None, validate: bool, progress: Progress
+    prepared: _Prepared, runs: tuple[int, ...], done: Sweep, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
     """One program: compiled once, run for each chunk of its runs."""
     began = time.perf_counter()
@@ -246,7 +210,7 @@ def _train(
     keys = [key for key in traceable(cfg) if any(own[key] != every[0][key] for own in every)]
     init, start = task.initial()
     trained = jax.eval_shape(lambda: init(jax.random.key(0), start))
-    n_trained, shared = tree.size(trained), _size_bytes(prepared.frozen)
+    n_trained, shared = tree.size(trained), sum(leaf.nbytes for leaf in jax.tree.leaves(prepared.frozen))
     one_run, free = bytes_a_run(cfg, n_trained, task.batches(0, 1, None).tokens.shape[-1]), free_bytes()
     devices = jax.local_devices()
     fit = max(1, (free - shared) // one_run) * len(devices)
@@ -281,7 +245,7 @@ def _train(
 
 
 def _row(
-    i: int, number: int, done: _Done, cfg: Config, scores: dict[str, float], skipped: int, stopped: bool
+    i: int, number: int, done: Sweep, cfg: Config, scores: dict[str, float], skipped: int, stopped: bool
 ) -> dict[str, Any]:
     values = config.flat(cfg)
     losses = done.losses[i]
@@ -322,7 +286,7 @@ class _Program:
         self.compile_s = 0.0
         self.compiled_bytes: int | None = None
 
-    def _over_devices(self, fn: Callable, ins: Any, outs: Any, donate: tuple[int, ...] = ()) -> Callable:
+    def _over_devices(self, fn: Callable, ins: Any, outs: Any, donate: tuple[int, ...] = ()) -> jax.stages.Wrapped:
         if self.mesh is not None:
             fn = jax.shard_map(fn, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         return jax.jit(fn, donate_argnums=donate)
@@ -340,7 +304,8 @@ class _Program:
         own = [prepared.configs[i] for i in part]
         by_seed = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in part}  # whatever the rank
         tasks = [by_seed[c.seed] for c in own] if self.apart else [self.task]
-        numbers = _numbers(own, keys)
+        every = [config.flat(c) for c in own]
+        numbers = {k: jnp.array([v[k] for v in every], jnp.int32 if k in WHOLE else jnp.float32) for k in keys}
         with progress.phase("compiling the initialisation"):
             starts = [prepared.tasks[prepared.task_of[i]].initial()[1] for i in part]
             start = _starts(starts, prepared.most_rank)
@@ -349,22 +314,29 @@ class _Program:
         if self.mesh is not None:
             states, numbers = jax.device_put((states, numbers), NamedSharding(self.mesh, P("runs")))
             frozen = jax.device_put(frozen, NamedSharding(self.mesh, P()))
-        losses, in_a_row, before = [], [], None
+        losses: list[np.ndarray] = []
+        in_a_row: list[np.ndarray] = []
+
+        def read(metrics: Metrics) -> None:
+            losses.append(np.asarray(metrics["loss"]))
+            in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
+
+        before: Metrics = {}
         total = n_chunks * cfg.train.max_steps
-        self._compiled(progress, (states, numbers, frozen, self._batches(tasks, 0)))
+        self._compile(progress, (states, numbers, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
         with progress.phase(f"training {len(part)} runs"):
             for step in range(0, cfg.train.max_steps, self.k):
                 args = states, numbers, frozen, self._batches(tasks, step)
                 states, metrics = self.compiled(*args)
-                if before is not None:
-                    _keep(before, losses, in_a_row)
+                if before:
+                    read(before)
                     finite = losses[-1][-1][np.isfinite(losses[-1][-1])]
                     mean = finite.mean() if len(finite) else math.nan
                     at = chunk * cfg.train.max_steps + step
                     progress.status(at, total, f"program {number + 1}: step {at:,}/{total:,}, mean loss {mean:.4f}")
-                before = metrics["loss"], metrics["skipped_in_a_row"]
-            _keep(before, losses, in_a_row)
+                before = metrics
+            read(before)
         self.steps_s += time.perf_counter() - began
         scores: list[dict[str, float]] = [{} for _ in part]
         if self.validate:
@@ -372,7 +344,7 @@ class _Program:
                 scores = self._validate(states.params, numbers, frozen, tasks)
         return states, np.concatenate(losses), np.concatenate(in_a_row), scores
 
-    def _compiled(self, progress: Progress, args: tuple) -> None:
+    def _compile(self, progress: Progress, args: tuple) -> None:
         if self.compiled is None:
             with progress.phase("compiling the step of all runs"):
                 began = time.perf_counter()
@@ -387,36 +359,28 @@ class _Program:
         if not self.apart:
             return tasks[0].batches(step, self.k, None)
         made = {id(task): task.batches(step, self.k, None) for task in tasks}
-        return jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), stack([made[id(task)] for task in tasks]))
+        return vmapped.stack([made[id(task)] for task in tasks], axis=1)
 
     def _validate(self, params: Any, numbers: Numbers, frozen: Any, tasks: Sequence[Task]) -> list[dict[str, float]]:
         """Sums over all batches on the host in float64, as `evaluate` makes them."""
-        sums: dict[str, list[np.ndarray]] = {}
-        for batches in _eval_batches(tasks) if self.eval_apart else self.task.validation.batches(False):
+        sums: dict[str, Mean] = {}
+        validation = self.task.validation.batches(False)
+        if self.eval_apart:
+            validation = vmapped.zip_batches([task.validation.batches(False) for task in tasks])
+        for batches in validation:
             mean, metrics = self.loss(params, numbers, frozen, batches)
             for name, part in {"loss": mean, **metrics}.items():
                 if isinstance(part, Mean):
-                    pair = [np.asarray(x, np.float64) for x in part]
-                    sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]
-        found = {name: total / np.maximum(weight, 1e-9) for name, (total, weight) in sums.items()}
+                    before = sums.get(name, Mean(0.0, 0.0))
+                    total, weight = (np.asarray(x, np.float64) for x in part)
+                    sums[name] = Mean(before.total + total, before.weight + weight)
+        found = {name: mean.total / np.maximum(mean.weight, 1e-9) for name, mean in sums.items()}
         scores = []
         for n in range(len(found["loss"])):
             own = {name: float(values[n]) for name, values in found.items()}
             more = self.task.validation.more(own["loss"]) if math.isfinite(own["loss"]) else {}
             scores.append({f"val/{name}": float(value) for name, value in {**own, **more}.items()})
         return scores
-
-
-def _keep(metrics: tuple[jax.Array, jax.Array], losses: list[np.ndarray], in_a_row: list[np.ndarray]) -> None:
-    losses.append(np.asarray(metrics[0]))
-    in_a_row.append(np.asarray(metrics[1]))
-
-
-def _eval_batches(tasks: Sequence[Task]) -> Iterator[Any]:
-    """[N, ..] each; a validation set that is shorter than another's ends in batches of nothing."""
-    for group in itertools.zip_longest(*(task.validation.batches(False) for task in tasks)):
-        blank = jax.tree.map(np.zeros_like, next(some for some in group if some is not None))
-        yield stack([blank if some is None else some for some in group])
 
 
 def _starts(starts: Sequence[Any], most: int) -> Any:
@@ -432,10 +396,6 @@ def _starts(starts: Sequence[Any], most: int) -> Any:
         return jnp.pad(leaf, sides)
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree.map_paths(padded, start) for start in starts))
-
-
-def _size_bytes(leaves: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(leaves))
 
 
 # ---------------------------------------------------------------- mean and interval
@@ -457,7 +417,8 @@ def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str,
         line |= {"n": len(group), "stopped": sum(row["stopped"] for row in group)}
         for name in dict.fromkeys(key for row in group for key in row if key.startswith(("train/", "val/"))):
             found = [row.get(name) for row in group]
-            mean, low, high = (None,) * 3 if None in found else t_interval(found)
+            numbers = [value for value in found if value is not None]
+            mean, low, high = (None,) * 3 if len(numbers) < len(found) else t_interval(numbers)
             line |= {name: mean, f"{name}/low": low, f"{name}/high": high}
         out.append(line)
     by = "val/loss" if "val/loss" in out[0] else "train/loss"
