@@ -19,8 +19,8 @@ from gptjax.planning import estimate, hlo, program
 from gptjax.planning.slices import Slice, devices_of, slice_of
 from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
+from gptjax.training.memory import GIB, chip_bytes
 
-GIB = 2**30
 _MARGIN = 0.92  # of a chip's HBM that the formula may fill before something is compiled
 
 
@@ -201,7 +201,8 @@ def kernel_flops(
 
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, found: Plan) -> tuple[str, ...]:
     """Single changes that would make it fit: the formula's, scaled by what the compiler said of this one."""
-    off = found.needed_bytes / estimate.memory_bytes(cfg, shape, n_params)
+    width = program.width(cfg)
+    off = found.needed_bytes / chip_bytes(cfg, n_params, width, shape)
     rows, (data, fsdp, tensor, context) = cfg.train.batch_size, shape
 
     def changed(**changes: Any) -> Config:
@@ -224,7 +225,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
     useful = [
         (text.split("=")[0], text)
         for text, other, there in options
-        if off * estimate.memory_bytes(other, there, n_params) < found.hbm_bytes
+        if off * chip_bytes(other, n_params, width, there) < found.hbm_bytes
         and (text.split("=")[0] != "model.remat" or other.model.remat != cfg.model.remat)
     ]
     first = dict(reversed(useful))  # the smallest change of each kind
