@@ -51,7 +51,9 @@ def fitted(cfg: Config) -> Config:
 
     kinds = (model.remat, *SMALLER_REMAT.get(model.remat, ()))
     found = {remat: rows_that_fit(remat) for remat in kinds}
-    remat = next((kind for kind in kinds if found[kind] >= min(_FEW_ROWS, most)), max(kinds, key=found.get))
+    remat = next(
+        (kind for kind in kinds if found[kind] >= min(_FEW_ROWS, most)), max(kinds, key=lambda kind: found[kind])
+    )
     if not found[remat]:
         raise UserError(
             f"train.batch_size=auto: not one row of {width} tokens of a model of {n_params:,} parameters fits "

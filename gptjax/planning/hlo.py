@@ -305,7 +305,7 @@ def _taken(inner: dict[str, Instruction], n: int, parts: dict) -> list[float]:
     taken = [math.inf] * n
     for instruction in inner.values():
         if instruction.op == "parameter":
-            taken[int(re.search(r"value=(\d+)", instruction.rest)[1])] = bytes_of(instruction.name)
+            taken[int(re.findall(r"value=(\d+)", instruction.rest)[0])] = bytes_of(instruction.name)
     return taken
 
 

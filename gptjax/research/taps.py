@@ -116,7 +116,18 @@ def _path(site: str, cfg: ModelConfig) -> str:
     return path
 
 
-def _grid(params, tokens, cfg, metric, path, value, over, shape, at, memory_bytes) -> jax.Array:
+def _grid(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    metric: Metric,
+    path: str,
+    value: Any,
+    over: tuple[Axis, ...],
+    shape: tuple[int, ...],
+    at: int,
+    memory_bytes: int,
+) -> jax.Array:
     """One run for every layer and every place along `over` of an activation of `shape` [L, B, ..]."""
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))

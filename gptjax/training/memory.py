@@ -115,7 +115,7 @@ def what_fits(cfg: Config, width: int, *, rows_a_device: int, lasting_bytes: int
             line halves the activations at least.
     """
 
-    def bytes_of(rows: int, remat: str) -> int:
+    def bytes_of(rows: int, remat: Remat) -> int:
         return activation_bytes(dataclasses.replace(cfg.model, remat=remat), rows, width)
 
     now, out, n = bytes_of(rows_a_device, cfg.model.remat), [], 2

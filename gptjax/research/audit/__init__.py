@@ -26,7 +26,7 @@ from gptjax.research.audit.canaries import (
 from gptjax.research.audit.comparison import Drift, drift
 from gptjax.research.audit.memorisation import FEWEST, MIN_K, Extraction, Membership, auc, extraction, membership
 from gptjax.research.audit.outliers import NEIGHBOURS, Tail, outlier_scores, tail
-from gptjax.research.audit.results import TEXTS
+from gptjax.research.audit.results import TEXTS, Report, to_json
 from gptjax.research.audit.run import CONTEXTS, CONTROLS, EXCERPT, Settings, Snapshot, audit, snapshots
 from gptjax.research.audit.text import Scored, pieces, rows, rows_of, score, store_of
 
@@ -43,6 +43,7 @@ __all__ = [
     "Exposure",
     "Extraction",
     "Membership",
+    "Report",
     "Scored",
     "Settings",
     "Snapshot",
@@ -67,5 +68,6 @@ __all__ = [
     "space_bits",
     "store_of",
     "tail",
+    "to_json",
     "trigger",
 ]  # fmt: skip
