@@ -33,7 +33,7 @@ Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, d
 _CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
 
 
-def trained_alone(params: Any, frozen: Any) -> Any:
+def identity(params: Any, frozen: Any) -> Any:
     """The `combine` where nothing is frozen."""
     return params
 
@@ -47,7 +47,7 @@ def example_gradients(
     batch: Any,
     *,
     frozen: Any = None,
-    combine: Combine = trained_alone,
+    combine: Combine = identity,
     key: jax.Array | None = None,
 ) -> Any:
     """The gradient of each row's own loss, divided by the row's own weight: the tree of `params`, leaves [B, ..].
@@ -83,7 +83,7 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 
 
 def gradient_features(
-    loss: Loss, *, combine: Combine = trained_alone, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
+    loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
     """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
 
@@ -203,13 +203,7 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
 
 
 def gradient_noise(
-    loss: Loss,
-    params: Any,
-    batch: Any,
-    *,
-    frozen: Any = None,
-    combine: Combine = trained_alone,
-    chunk: int | None = None,
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = identity, chunk: int | None = None
 ) -> Noise:
     """`noise_scale` of single examples against the whole batch: the batch size up to which more examples pay."""
     total, lengths = jax.jit(
@@ -232,7 +226,7 @@ def clipped_sum(
     *,
     clip: float,
     frozen: Any = None,
-    combine: Combine = trained_alone,
+    combine: Combine = identity,
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:

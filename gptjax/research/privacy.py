@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax import tree
 from gptjax.errors import UserError
-from gptjax.research.influence import Combine, clipped_sum, trained_alone
+from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
@@ -36,7 +36,7 @@ def private(
     clip: float,
     noise: float,
     batch_size: int,
-    combine: Combine = trained_alone,
+    combine: Combine = identity,
     chunk: int | None = None,
     parts: int = 1,
 ) -> Loss:

@@ -54,7 +54,12 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)
     kept = Checkpoints(run.checkpoints)
-    why = _unreadable(cfg)
+    why = ""  # no checkpoint can be read
+    if cfg.task != "pretrain" and cfg.finetune.trainable != "all":
+        if cfg.finetune.trainable != "lora":
+            why = f"finetune.trainable={cfg.finetune.trainable} keeps a part of the weights only"
+        elif cfg.lora.init != "lora" or cfg.finetune.quantize != "none":
+            why = "its adapter is for a base that was split or quantised"
     for step in kept.steps():
         if step == last:
             continue
@@ -67,16 +72,6 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     if not found:  # final/ or best/ of a run, or what only they can say
         found.append(Snapshot("model", lambda: weights.load(run_dir)[0]))
     return found, cfg, notes
-
-
-def _unreadable(cfg: Config) -> str | None:
-    if cfg.task == "pretrain" or cfg.finetune.trainable == "all":
-        return None
-    if cfg.finetune.trainable != "lora":
-        return f"finetune.trainable={cfg.finetune.trainable} keeps a part of the weights only"
-    if cfg.lora.init != "lora" or cfg.finetune.quantize != "none":
-        return "its adapter is for a base that was split or quantised"
-    return None
 
 
 def _whole(kept: Checkpoints, step: int, cfg: Config) -> Params:
