@@ -26,7 +26,7 @@ import gptjax
 from gptjax import assets, show, tokenizers, tree
 from gptjax.config import ModelConfig
 from gptjax.losses import next_token
-from gptjax.research import audit, curvature, influence, sweep, taps
+from gptjax.research import audit, curvature, influence, privacy, sweep, taps
 from gptjax.research.architectures import attention, costs, deltanet, mla, moe, sliding_window
 from gptjax.training.step import evaluate
 
@@ -369,11 +369,11 @@ dp_tx = optax.adam(3e-3)
 
 
 def dp_train(clip, noise):
-    private = influence.private(loss, clip=clip, noise=noise, batch_size=SIZE)
+    private = privacy.private(loss, clip=clip, noise=noise, batch_size=SIZE)
     state = gptjax.TrainState.create(fresh, tx=dp_tx, key=key)
-    step, losses = jax.jit(gptjax.make_train_step(private, dp_tx, combine=influence.both)), []
+    step, losses = jax.jit(gptjax.make_train_step(private, dp_tx, combine=privacy.both)), []
     for i in range(DP_STEPS):
-        at, here = influence.drawn(len(texts), rate=rate, step=i, seed=0)
+        at, here = privacy.drawn(len(texts), rate=rate, step=i, seed=0)
         some = take(rows, at)
         state, metrics = step(state, some._replace(weights=some.weights * here[:, None]))
         losses.append(metrics["loss"])
@@ -383,7 +383,7 @@ def dp_train(clip, noise):
 private_params, private_losses = dp_train(CLIP, NOISE)
 open_params, open_losses = dp_train(1e9, 0.0)
 if importlib.util.find_spec("dp_accounting"):
-    spent = influence.epsilon(noise=NOISE, rate=rate, steps=DP_STEPS, delta=1e-4)
+    spent = privacy.epsilon(noise=NOISE, rate=rate, steps=DP_STEPS, delta=1e-4)
     print(f"epsilon {spent:.2f} at delta 1e-4")
 else:
     print("the accountant is not installed: pip install -e '.[privacy]' in the checkout")

@@ -29,6 +29,7 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.finetuning.judge": "gptjax.evaluation.judge",
     "gptjax.finetuning.metrics": "gptjax.evaluation.classification",
     "gptjax.finetuning.score": "gptjax.evaluation.perplexity",
+    "gptjax.research.report": "gptjax.research.audit.report",
     "gptjax.research.shelf": "gptjax.research.architectures",
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +13,9 @@ from gptjax import tree
 from gptjax.config import OptimConfig
 from gptjax.ops.dropout import off
 from gptjax.types import Params
+
+if TYPE_CHECKING:
+    from jax.memory import Space
 
 # Every leaf is one of these by its path: stacked biases and scales are matrices by shape alone.
 GROUPS = (
@@ -103,7 +108,7 @@ def offloaded(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _moved(state: optax.OptState, where: jax.memory.Space) -> optax.OptState:
+def _moved(state: optax.OptState, where: Space) -> optax.OptState:
     return jax.tree.map(lambda leaf: jax.device_put(leaf, where) if leaf.ndim else leaf, state)
 
 

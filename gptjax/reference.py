@@ -42,7 +42,7 @@ def _open(name: str) -> None:
     submodules  which `__all__` leaves out: they are added to it
     signatures  of NamedTuples, whose constructors name a module that does not exist
     """
-    module = importlib.import_module(name)
+    module: Any = importlib.import_module(name)
     for public in getattr(module, "__all__", ()):
         getattr(module, public)
     inside = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", ())) if info.name[0] != "_"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
@@ -65,11 +66,13 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     numbers = None if values is None else np.asarray(list(values), np.float64)
     if numbers is not None and numbers.shape != (len(ids),):
         raise UserError(f"values: expected {len(ids)} numbers, one for each token, got shape {numbers.shape}")
+    low, high = (0, 0) if numbers is None or not ids else (numbers.min(), numbers.max())
     spans = []
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
         if numbers is not None:
-            colour, note = _red(numbers[n], numbers.min(), numbers.max()), f"{i}: {numbers[n]:.4g}"
+            rest = round(255 - 155 * (numbers[n] - low) / (high - low)) if high > low else 255  # low white, high red
+            colour, note = f"#ff{rest:02x}{rest:02x}", f"{i}: {numbers[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
         style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
         spans.append(f'<span title="{note}" style="{style}">{text}</span><wbr>')
@@ -77,7 +80,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
 
 
 def maps(
-    images: Mapping[str, Any],
+    images: Mapping[str, ArrayLike],
     *,
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
@@ -130,7 +133,7 @@ def maps(
 
 
 def curves(
-    lines: Mapping[str, tuple[Any, Any]],
+    lines: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     x: str = "",
     y: str = "",
@@ -162,7 +165,7 @@ def curves(
     return Picture(figure)
 
 
-def log_ticks(axis: Any, places: Any = ()) -> None:
+def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
     """Numbers as they are written, 0.003, on a logarithmic axis of matplotlib: at the `places`, where there are few, as
     many as stand clear of each other; else at 1, 2 and 5, or at whatever is round where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -190,12 +193,6 @@ def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "white"
             axis.text(column, row, f"{value:{form}}", ha="center", va="center", color=ink, fontsize=7)
-
-
-def _red(value: float, low: float, high: float) -> str:
-    """White at `low`, red at `high`."""
-    rest = round(255 - 155 * (value - low) / (high - low)) if high > low else 255
-    return f"#ff{rest:02x}{rest:02x}"
 
 
 def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:

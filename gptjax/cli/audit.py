@@ -33,7 +33,8 @@ def run(args: list[str]) -> int:
         raise UserError("train=FILE and held_out=FILE go together: what was trained on, and what was not")
     from gptjax import weights
     from gptjax.model.gpt import refuse_classifier
-    from gptjax.research import audit, report
+    from gptjax.research import audit
+    from gptjax.research.audit import report
     from gptjax.training.process import use_compile_cache
 
     use_compile_cache()
@@ -50,9 +51,8 @@ def run(args: list[str]) -> int:
     base, prompts = _base(given, cfg)
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
     found = audit.audit(models, model.cfg, tokenizer, settings, say=note)
-    found = {"run": str(source), "notes": notes, **found}
-    write_json(pages["json"], found)
-    write_text(pages["html"], report.page(found))
+    write_json(pages["json"], {"run": source, "notes": notes, **audit.to_json(found)})
+    write_text(pages["html"], report.page(found, run=source, notes=notes))
     print("\n".join([*notes, *report.lines(found)]))
     print(f"the report is {pages['html']}, its numbers are in {pages['json']}")
     return 0

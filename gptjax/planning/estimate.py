@@ -10,12 +10,7 @@ from typing import NamedTuple
 from gptjax.config import Config
 from gptjax.planning.program import width
 from gptjax.planning.slices import Slice
-
-_CHUNK_BYTES = 2**30  # logits of one chunk, their exponentials and gradients
-_PROGRAM_BYTES = 2**28
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes a weight
-
-Shape = tuple[int, int, int, int]  # data, fsdp, tensor, context
+from gptjax.training.memory import Shape, block_elements, chip_bytes, itemsize
 
 
 class Candidate(NamedTuple):
@@ -26,38 +21,7 @@ class Candidate(NamedTuple):
 
 
 def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
-    return Candidate(cfg, shape, memory_bytes(cfg, shape, n_params), seconds(cfg, on, shape, n_params))
-
-
-def memory_bytes(cfg: Config, shape: Shape, n_params: int) -> float:
-    """A chip's. Good to about a fifth beside the compiler's own figure, where all weights are trained by AdamW.
-
-    state        weights, two moments and the gradient in float32, over fsdp x tensor; once more where micro-batches
-                 are added up; of frozen weights nothing but themselves
-    head         its matrix whole in bfloat16, its gradient whole in float32, twice while it is summed over chips
-    activations  what is kept of each layer, and one layer's workspace
-    """
-    model = cfg.model
-    data, fsdp, tensor, context = shape
-    size = 2 if model.dtype == "bfloat16" else 4
-    tokens = cfg.train.batch_size // cfg.train.accumulation * width(cfg) / (data * fsdp * context)
-    if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
-        a_weight = _FROZEN[cfg.finetune.quantize]
-    else:
-        a_weight = 20 if cfg.train.accumulation > 1 else 16
-    state = a_weight * n_params / (fsdp * tensor)
-    head = (10 if data * fsdp * tensor > 1 else 6) * model.d_model * model.vocab_size
-    narrow = (model.n_head + 2 * model.n_kv_head) * model.head_dim
-    wide = _wide(cfg) / tensor
-    kept = {
-        "none": 2 * model.d_model + wide,
-        "dots": 2 * model.d_model + (narrow + 2 * model.d_model + (2 if model.gated else 1) * model.d_ff) / tensor,
-        "full": model.d_model,
-        "offload": 0,
-    }[model.remat]
-    layer = 2 * 2 * 12 * model.d_model**2 / tensor  # gathered weights, one layer ahead
-    activations = size * tokens * (model.n_layer * kept + 2 * wide + 6 * model.d_model) + layer
-    return state + head + activations + _CHUNK_BYTES + _PROGRAM_BYTES
+    return Candidate(cfg, shape, chip_bytes(cfg, n_params, width(cfg), shape), seconds(cfg, on, shape, n_params))
 
 
 def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
@@ -75,8 +39,8 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     again = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * again * tokens
     micro, part = cfg.train.accumulation, n_params / tensor
-    size = 2 if model.dtype == "bfloat16" else 4
-    passed = 12 * size * tokens * model.n_layer * (2 * model.d_model * tensor + _wide(cfg)) * again
+    size = itemsize(model)
+    passed = 12 * size * tokens * model.n_layer * (2 * model.d_model * tensor + block_elements(model)) * again
     hbm = passed + 14 * part * micro + 32 * part / fsdp
     gathers = (2 if model.remat == "none" else 3) * 2 * part * (fsdp - 1) / fsdp * micro
     scatters = 4 * part * (fsdp - 1) / fsdp * micro
@@ -84,13 +48,6 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     blocks = 8 * model.n_layer * size * model.d_model * tokens * (tensor - 1)
     sent = gathers + scatters + sums + blocks
     return flops / (chip.tflops * 1e12) + hbm / (chip.hbm_gbps * 1e9) + sent / (chip.ici_gbps * 1e9)
-
-
-def _wide(cfg: Config) -> int:
-    """Numbers a token and layer that `tensor` divides."""
-    model = cfg.model
-    narrow = (model.n_head + 2 * model.n_kv_head) * model.head_dim
-    return 4 * model.d_model + 2 * narrow + (4 if model.gated else 3) * model.d_ff
 
 
 def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:

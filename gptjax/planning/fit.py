@@ -15,11 +15,10 @@ from gptjax.model.gpt import abstract_params
 from gptjax.parallel.mesh import sizes
 from gptjax.tasks.pretrain import from_base
 from gptjax.tasks.tuning import longest_row
-from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, activation_bytes
+from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, WORKSPACE_BYTES, Remat, activation_bytes, param_bytes
 
 _MOST_TOKENS = 2**19  # a step: a batch of GPT-3's size
 _FEW_ROWS = 8  # a device; where not so many fit, activations are computed again
-_WORKSPACE_BYTES = 2**30  # logits of a chunk, their exponentials and gradients
 
 
 def fitted(cfg: Config) -> Config:
@@ -36,17 +35,14 @@ def fitted(cfg: Config) -> Config:
     model, width = _shape(cfg)
     data, fsdp, _, _ = sizes(cfg.mesh, jax.device_count())
     n_params = tree.size(abstract_params(model))
-    a_weight = 16.0
-    if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
-        a_weight = {"none": 4.0, "int8": 1.0, "nf4": 0.52}[cfg.finetune.quantize]
     limit = device_bytes()
-    room = MARGIN * limit - a_weight * n_params / fsdp - min(_WORKSPACE_BYTES, limit // 8)
+    room = MARGIN * limit - param_bytes(cfg) * n_params / fsdp - min(WORKSPACE_BYTES, limit // 8)
     unit = cfg.train.accumulation * data * fsdp
     most = 1
     while 2 * most * unit * width <= _MOST_TOKENS:
         most *= 2
 
-    def rows_that_fit(remat: str) -> int:
+    def rows_that_fit(remat: Remat) -> int:
         """Of one device and micro-batch."""
         rows = most
         while rows and activation_bytes(dataclasses.replace(model, remat=remat), rows, width) > room:
@@ -55,7 +51,9 @@ def fitted(cfg: Config) -> Config:
 
     kinds = (model.remat, *SMALLER_REMAT.get(model.remat, ()))
     found = {remat: rows_that_fit(remat) for remat in kinds}
-    remat = next((kind for kind in kinds if found[kind] >= min(_FEW_ROWS, most)), max(kinds, key=found.get))
+    remat = next(
+        (kind for kind in kinds if found[kind] >= min(_FEW_ROWS, most)), max(kinds, key=lambda kind: found[kind])
+    )
     if not found[remat]:
         raise UserError(
             f"train.batch_size=auto: not one row of {width} tokens of a model of {n_params:,} parameters fits "

@@ -27,7 +27,8 @@ class Array(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * _bits(self.dtype) // 8
+        digits = re.search(r"\d+", self.dtype)  # f32, s8, u4, f8e4m3fn
+        return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", found[1]) if found else []
 
 
+Computation = dict[str, Instruction]  # by name
+
+
 class Work(NamedTuple):
     """Of one device in one run of a program."""
 
@@ -58,7 +62,8 @@ class Work(NamedTuple):
 def work(text: str) -> Work:
     """`text` is `compiled.as_text()`, of one device's program."""
     parts = parse(text)
-    n_devices = _partitions(text)
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    n_devices = int(partitions[1]) if partitions else 1
     flops = hbm = 0.0
     collectives: dict[str, float] = {}
     kernels: dict[str, float] = {}
@@ -85,10 +90,10 @@ def work(text: str) -> Work:
 # ---------------------------------------------------------------- reading
 
 
-def parse(text: str) -> dict[str, dict[str, Instruction]]:
+def parse(text: str) -> dict[str, Computation]:
     """{computation: {instruction: ..}} in the text's order; the entry is under ENTRY as well."""
-    parts: dict[str, dict[str, Instruction]] = {}
-    table: dict[str, Instruction] = {}
+    parts: dict[str, Computation] = {}
+    table: Computation = {}
     for line in text.splitlines():
         if (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)) and not line.startswith(" "):
             table = parts[head[2]] = {}
@@ -108,7 +113,11 @@ def _instruction(name: str, body: str, root: bool) -> Instruction:
     inside = body[len(op) + 1 : close]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     rest = body[close + 1 :] + (f" value={inside}" if op in ("constant", "parameter") else "")
-    return Instruction(name, _arrays(kind), op, operands, rest, root)
+    arrays = tuple(
+        Array(m[1], tuple(int(n) for n in re.findall(r"\d+", m[2])), re.search(r"S\([1-9]", m[3] or "") is None)
+        for m in re.finditer(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^}]*\})?", kind)
+    )
+    return Instruction(name, arrays, op, operands, rest, root)
 
 
 def _closing(text: str, start: int, mark: str) -> int:
@@ -121,30 +130,11 @@ def _closing(text: str, start: int, mark: str) -> int:
     return len(text)
 
 
-def _arrays(kind: str) -> tuple[Array, ...]:
-    return tuple(
-        Array(m[1], tuple(int(n) for n in re.findall(r"\d+", m[2])), re.search(r"S\([1-9]", m[3] or "") is None)
-        for m in re.finditer(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^}]*\})?", kind)
-    )
-
-
-def _bits(dtype: str) -> int:
-    if dtype in _BITS:
-        return _BITS[dtype]
-    found = re.search(r"\d+", dtype)  # f32, s8, u4, f8e4m3fn
-    return int(found[0]) if found else 0
-
-
-def _partitions(text: str) -> int:
-    found = re.search(r"num_partitions=(\d+)", text)
-    return int(found[1]) if found else 1
-
-
 # ---------------------------------------------------------------- loops
 
 
 def executed(
-    parts: dict[str, dict[str, Instruction]], home: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
+    parts: dict[str, Computation], home: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
     """(computation, instruction, how often it runs) of all that runs, from the entry down."""
     for instruction in parts[home].values():
@@ -162,7 +152,7 @@ def executed(
             yield from executed(parts, name, times * factor, into_fusions=into_fusions)
 
 
-def trip_count(loop: Instruction, parts: dict[str, dict[str, Instruction]]) -> int:
+def trip_count(loop: Instruction, parts: dict[str, Computation]) -> int:
     """What the compiler noted, or the constant that the counter is compared with; counters begin at zero."""
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
@@ -183,7 +173,7 @@ def _collective(instruction: Instruction, home: str) -> str | None:
     return kind
 
 
-def _overlapped(instruction: Instruction, home: str) -> tuple | None:
+def _overlapped(instruction: Instruction, home: str) -> tuple[str, str, tuple[Array, ...]] | None:
     """What tells a collective apart that runs beside other work. TPU programs write it into the fusion that starts it,
     into those that run meanwhile and into the one that ends it; its channel is the same in all of them."""
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -192,7 +182,7 @@ def _overlapped(instruction: Instruction, home: str) -> tuple | None:
     return channel[1], instruction.op, instruction.results
 
 
-def _sent(instruction: Instruction, kind: str, table: dict[str, Instruction], n_devices: int) -> tuple[float, int]:
+def _sent(instruction: Instruction, kind: str, table: Computation, n_devices: int) -> tuple[float, int]:
     """(bytes that one device sends when rings are used, bytes of the whole array)."""
     n = _group_size(instruction.rest, n_devices)
     took = sum(array.size_bytes for name in instruction.operands for array in table[name].results[:1])
@@ -218,7 +208,7 @@ def _group_size(rest: str, n_devices: int) -> int:
     return n_devices
 
 
-def _product_flops(instruction: Instruction, table: dict[str, Instruction]) -> float:
+def _product_flops(instruction: Instruction, table: Computation) -> float:
     left, right = (table[name].results[0].shape for name in instruction.operands[:2])
     out = instruction.results[0].shape
     if instruction.op == "dot":
@@ -228,7 +218,7 @@ def _product_flops(instruction: Instruction, table: dict[str, Instruction]) -> f
     return _convolution_flops(instruction.rest, left, right, out)
 
 
-def _convolution_flops(rest: str, left: tuple, right: tuple, out: tuple) -> float:
+def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
     """TPU programs write every product as a convolution; products of batches as windows that only touch in parts."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -258,7 +248,7 @@ def _is_kernel(call: Instruction) -> bool:
     return '"tpu_custom_call"' in call.rest
 
 
-def _traffic(instruction: Instruction, table: dict[str, Instruction], parts: dict) -> float:
+def _traffic(instruction: Instruction, table: Computation, parts: dict[str, Computation]) -> float:
     """Bytes read and written in HBM: every operand and every result once, of a slice only what it takes."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
@@ -280,7 +270,7 @@ def _traffic(instruction: Instruction, table: dict[str, Instruction], parts: dic
     return sum(read) + written
 
 
-def _taken(inner: dict[str, Instruction], n: int, parts: dict) -> list[float]:
+def _taken(inner: Computation, n: int, parts: dict[str, Computation]) -> list[float]:
     """Of each parameter of a fused computation the bytes that it reads: less than all where it only cuts out slices,
     none where it only writes into it."""
     users: dict[str, list[Instruction]] = {}
@@ -305,11 +295,11 @@ def _taken(inner: dict[str, Instruction], n: int, parts: dict) -> list[float]:
     taken = [math.inf] * n
     for instruction in inner.values():
         if instruction.op == "parameter":
-            taken[int(re.search(r"value=(\d+)", instruction.rest)[1])] = bytes_of(instruction.name)
+            taken[int(re.findall(r"value=(\d+)", instruction.rest)[0])] = bytes_of(instruction.name)
     return taken
 
 
-def _written(root: Instruction, inner: dict[str, Instruction]) -> float:
+def _written(root: Instruction, inner: Computation) -> float:
     if root.op == "dynamic-update-slice":
         return sum(array.size_bytes for array in inner[root.operands[1]].results)
     if root.op in ("tuple", "bitcast"):

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from gptjax import tree
 from gptjax.config import Config, MeshConfig, ModelConfig
@@ -19,8 +18,8 @@ from gptjax.planning import estimate, hlo, program
 from gptjax.planning.slices import Slice, devices_of, slice_of
 from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
+from gptjax.training.memory import GIB, chip_bytes
 
-GIB = 2**30
 _MARGIN = 0.92  # of a chip's HBM that the formula may fill before something is compiled
 
 
@@ -80,11 +79,17 @@ class Plan:
         """Model FLOP/s as a part of the slice's peak."""
         return self.model_flops / step_s / (self.chips * self.peaks["tflops"] * 1e12)
 
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """Seconds of a step that fits: if all three of the roofline overlap, and if none do."""
+        assert self.roofline is not None
+        return self.roofline.best, self.roofline.worst
+
     def to_json(self) -> str:
         out = dataclasses.asdict(self)
         if self.roofline is not None:
             out["roofline"] |= {"best_s": self.roofline.best, "worst_s": self.roofline.worst}
-            for name, step_s in (("best", self.roofline.best), ("worst", self.roofline.worst)):
+            for name, step_s in zip(("best", "worst"), self.step_s, strict=True):
                 out[f"tokens_per_s_{name}"], out[f"mfu_{name}"] = self.tokens_per_s(step_s), self.mfu(step_s)
         return json.dumps(out, indent=2)
 
@@ -143,7 +148,7 @@ def weigh(
     )  # fmt: skip
     if built.compiled is None:
         return dataclasses.replace(found, advice=() if decode else advice(cfg, on, shape, n_params, found))
-    text = built.compiled.as_text()
+    text = built.compiled.as_text() or ""
     if keep_text:
         keep_text(text)
     done = hlo.work(text)
@@ -201,10 +206,11 @@ def kernel_flops(
 
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, found: Plan) -> tuple[str, ...]:
     """Single changes that would make it fit: the formula's, scaled by what the compiler said of this one."""
-    off = found.needed_bytes / estimate.memory_bytes(cfg, shape, n_params)
+    width = program.width(cfg)
+    off = found.needed_bytes / chip_bytes(cfg, n_params, width, shape)
     rows, (data, fsdp, tensor, context) = cfg.train.batch_size, shape
 
-    def changed(**changes: Any) -> Config:
+    def changed(**changes: str | int) -> Config:
         groups = {"remat": "model", "batch_size": "train", "accumulation": "train"}
         out = cfg
         for key, value in changes.items():
@@ -224,7 +230,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
     useful = [
         (text.split("=")[0], text)
         for text, other, there in options
-        if off * estimate.memory_bytes(other, there, n_params) < found.hbm_bytes
+        if off * chip_bytes(other, n_params, width, there) < found.hbm_bytes
         and (text.split("=")[0] != "model.remat" or other.model.remat != cfg.model.remat)
     ]
     first = dict(reversed(useful))  # the smallest change of each kind
@@ -281,22 +287,19 @@ def search(
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, where, c.shape, built, rows=cfg.train.batch_size)
         last, scale = built.seconds, max(scale, result.needed_bytes / c.memory_bytes)
-        say(f"{_variant(c)}: {_verdict(result)}, {built.seconds:.0f} s to compile")
-        found += [result] if result.fits else []
+        size = f"{result.needed_bytes / GIB:.1f} GiB a chip"
+        verdict = f"needs {size}, which does not fit"
+        if result.fits:
+            found.append(result)
+            verdict = "{}, {:.3g} to {:.3g} s a step".format(size, *result.step_s)
+        say(f"{_variant(c)}: {verdict}, {built.seconds:.0f} s to compile")
     if not found:
         raise UserError(
             f"none of the variants that were compiled for {on} fits; take a larger slice or a smaller batch"
         )
-    return sorted(found, key=lambda p: p.roofline.worst)
+    return sorted(found, key=lambda p: p.step_s[1])
 
 
 def _variant(c: estimate.Candidate) -> str:
     mesh = " ".join(f"{name}={n}" for name, n in zip(AXES, c.shape, strict=True) if n > 1)
     return f"{mesh or 'one chip'} remat={c.cfg.model.remat} accumulation={c.cfg.train.accumulation}"
-
-
-def _verdict(found: Plan) -> str:
-    size = f"{found.needed_bytes / GIB:.1f} GiB a chip"
-    if not found.fits:
-        return f"needs {size}, which does not fit"
-    return f"{size}, {found.roofline.best:.3g} to {found.roofline.worst:.3g} s a step"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +31,7 @@ class Program(NamedTuple):
     """A compiled step, or what the compiler said instead of compiling it."""
 
     parts: dict[str, int]  # bytes a chip of what lasts: params, optimizer, frozen, batch, cache
-    compiled: Any  # None where it does not fit
+    compiled: jax.stages.Compiled | None  # None where it does not fit
     needed_bytes: int  # of HBM a chip, all in all
     usable_bytes: int  # 0: the compiler did not say
     seconds: float  # of tracing and compiling
@@ -74,7 +77,9 @@ def width(cfg: Config) -> int:
     return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
-def _state(cfg: Config, tx: Any) -> tuple[Any, Any]:
+def _state(
+    cfg: Config, tx: optax.GradientTransformation
+) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
     """(key -> TrainState, combine)."""
     combine = [just_trained]
 
@@ -97,7 +102,7 @@ def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
     with device.compiling_for("tpu"):
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model))
         params = _placed(params, parallel.shardings(params, mesh))
-        cache = jax.eval_shape(lambda: init_cache(model, rows, dtype=dtype).replace(empty=False))
+        cache = jax.eval_shape(lambda: dataclasses.replace(init_cache(model, rows, dtype=dtype), empty=False))
         cache = _placed(cache, parallel.cache_shardings(cache, mesh))
         tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
         tokens = _placed(tokens, parallel.batch_shardings(tokens, mesh))
@@ -126,7 +131,7 @@ def bytes_a_chip(abstract: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compiled(lowered: Any, parts: dict[str, int], started: float) -> Program:
+def _compiled(lowered: jax.stages.Lowered, parts: dict[str, int], started: float) -> Program:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -134,7 +139,7 @@ def _compiled(lowered: Any, parts: dict[str, int], started: float) -> Program:
         if not needed:
             raise
         return Program(parts, None, needed, usable, time.monotonic() - started)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     host_bytes = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return Program(parts, compiled, peak_bytes(memory), 0, time.monotonic() - started, host_bytes)
 

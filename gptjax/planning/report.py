@@ -22,10 +22,9 @@ def table(found: Plan, *, tokens: float | None = None, hours: float | None = Non
     Args:
         tokens, hours: a budget; its time, or what it reads, is added.
     """
-    mesh = " ".join(f"{name}={n}" for name, n in found.mesh.items() if n > 1) or "no mesh"
     lines = [
-        f"{found.what} step on {found.slice}: {found.chips} chips ({found.topology}), {mesh}, remat={found.remat}, "
-        f"compiled in {found.compile_s:.0f} s",
+        f"{found.what} step on {found.slice}: {found.chips} chips ({found.topology}), {_mesh(found) or 'no mesh'}, "
+        f"remat={found.remat}, compiled in {found.compile_s:.0f} s",
         f"parameters         {found.n_params:,}",
         f"a step             {found.rows:,} rows, {found.tokens:,} tokens, {found.accumulation} micro-batches",
         "",
@@ -59,7 +58,7 @@ def _row(name: str, work: float, unit: str, peak: float, seconds: float) -> str:
 
 
 def _budget(found: Plan, tokens: float | None, hours: float | None) -> list[str]:
-    rates = [found.tokens_per_s(step_s) for step_s in (found.roofline.best, found.roofline.worst)]
+    rates = [found.tokens_per_s(step_s) for step_s in found.step_s]
     lines = []
     if tokens:
         times = [tokens / rate for rate in rates]
@@ -76,16 +75,19 @@ def _budget(found: Plan, tokens: float | None, hours: float | None) -> list[str]
 def comparison(found: Sequence[Plan]) -> list[str]:
     """One line a plan, as `search` gives them."""
     lines = [f"{'mesh':<28}{'remat':<7}{'micro':>6}{'GiB a chip':>12}{'ms a step':>18}{'tokens/s':>24}{'MFU':>16}"]
-    return lines + [_line(one) for one in found]
+    for one in found:
+        mesh = _mesh(one) or "no mesh"
+        ms = " to ".join(f"{1e3 * s:,.0f}" for s in one.step_s)
+        rate = " to ".join(f"{one.tokens_per_s(s):,.0f}" for s in one.step_s)
+        mfu = " to ".join(f"{one.mfu(s):.0%}" for s in one.step_s)
+        lines.append(
+            f"{mesh:<28}{one.remat:<7}{one.accumulation:>6}{_gib(one.needed_bytes):>12}{ms:>18}{rate:>24}{mfu:>16}"
+        )
+    return lines
 
 
-def _line(one: Plan) -> str:
-    mesh = " ".join(f"{name}={n}" for name, n in one.mesh.items() if n > 1) or "no mesh"
-    ends = (one.roofline.best, one.roofline.worst)
-    ms = " to ".join(f"{1e3 * s:,.0f}" for s in ends)
-    rate = " to ".join(f"{one.tokens_per_s(s):,.0f}" for s in ends)
-    mfu = " to ".join(f"{one.mfu(s):.0%}" for s in ends)
-    return f"{mesh:<28}{one.remat:<7}{one.accumulation:>6}{_gib(one.needed_bytes):>12}{ms:>18}{rate:>24}{mfu:>16}"
+def _mesh(found: Plan) -> str:
+    return " ".join(f"{name}={n}" for name, n in found.mesh.items() if n > 1)
 
 
 def _gib(size_bytes: float) -> str:
@@ -112,7 +114,7 @@ def draw(found: Sequence[Plan], path: str | Path) -> None:
         for one in found:
             if one.roofline is not None and traffic(one):
                 intensity = one.flops / traffic(one)
-                label = " ".join(f"{axis}={n}" for axis, n in one.mesh.items() if n > 1) or "one chip"
+                label = _mesh(one) or "one chip"
                 axis.plot(
                     intensity, min(peaks["tflops"], intensity * gbps / 1e3), "o", label=f"{label}, remat={one.remat}"
                 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptjax.errors import UserError, did_you_mean
 from gptjax.training.chips import CHIPS, Chip
+
+if TYPE_CHECKING:
+    import jax
 
 # What a driver without a TPU would otherwise ask the network for, at length and in vain.
 ENVIRONMENT = {
@@ -58,7 +61,7 @@ def slice_of(name: str) -> Slice:
     return Slice(name, topology, CHIPS[found[1]], n_chips)
 
 
-def devices_of(on: Slice) -> Sequence[Any]:
+def devices_of(on: Slice) -> Sequence[jax.Device]:
     """The slice's devices, which programs can be compiled for.
 
     Raises:

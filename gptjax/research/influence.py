@@ -4,8 +4,6 @@ features = gradient_features(loss, dims=1024)                compiled once, used
 near     = similarity(features(params, asked), features(params, rows))       [asked, rows]
 scores   = tracin(features, checkpoints, rows, asked, rates=[1e-3] * 3)      [asked, rows]
 noise    = gradient_noise(loss, params, batch)               noise.scale: examples a batch that still pays
-step     = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)     DP-SGD
-spent    = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
 A loss is any (params, batch, key) -> (Mean, metrics). `params` are what is differentiated; with a part of a model or an
 adapter, `frozen` holds the rest and `combine(params, frozen)` makes of both what the loss reads: `tree.join`, or
@@ -15,6 +13,7 @@ adapter, `frozen` holds the rest and `combine(params, frozen)` makes of both wha
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -27,16 +26,15 @@ import optax
 from gptjax import tree
 from gptjax.errors import UserError
 from gptjax.training.step import Loss
-from gptjax.types import Mean, Metrics
 
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
 
-_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # of the divergences: whole ones, whose sums end
 _CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
 
 
-def _alone(params: Any, frozen: Any) -> Any:
+def identity(params: Any, frozen: Any) -> Any:
+    """The `combine` where nothing is frozen."""
     return params
 
 
@@ -44,7 +42,13 @@ def _alone(params: Any, frozen: Any) -> Any:
 
 
 def example_gradients(
-    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = _alone, key: jax.Array | None = None
+    loss: Loss,
+    params: Any,
+    batch: Any,
+    *,
+    frozen: Any = None,
+    combine: Combine = identity,
+    key: jax.Array | None = None,
 ) -> Any:
     """The gradient of each row's own loss, divided by the row's own weight: the tree of `params`, leaves [B, ..].
 
@@ -79,7 +83,7 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 
 
 def gradient_features(
-    loss: Loss, *, combine: Combine = _alone, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
+    loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
     """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
 
@@ -158,7 +162,8 @@ def tracin(
         UserError: not as many rates as checkpoints.
     Source: arXiv:2002.08484, TracInCP.
     """
-    total, n = 0.0, 0
+    total: np.ndarray = np.zeros((), np.float32)
+    n = 0
     for params, rate in zip(checkpoints, [*rates, None], strict=False):
         n += 1
         if rate is None:
@@ -198,7 +203,7 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
 
 
 def gradient_noise(
-    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = _alone, chunk: int | None = None
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = identity, chunk: int | None = None
 ) -> Noise:
     """`noise_scale` of single examples against the whole batch: the batch size up to which more examples pay."""
     total, lengths = jax.jit(
@@ -211,7 +216,7 @@ def gradient_noise(
     return noise_scale(float(jnp.square(lengths).mean()), whole, n_small=1, n_big=n)
 
 
-# ---------------------------------------------------------------- differential privacy
+# ---------------------------------------------------------------- clipping
 
 
 def clipped_sum(
@@ -221,7 +226,7 @@ def clipped_sum(
     *,
     clip: float,
     frozen: Any = None,
-    combine: Combine = _alone,
+    combine: Combine = identity,
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:
@@ -254,126 +259,15 @@ def clipped_sum(
     return total, lengths.reshape(n)
 
 
-def both(trained: Any, frozen: Any) -> tuple[Any, Any]:
-    """The `combine` of a train step whose loss is `private`."""
-    return trained, frozen
+_PRIVACY = ("both", "drawn", "epsilon", "noise_for", "private")
 
 
-def private(
-    loss: Loss,
-    *,
-    clip: float,
-    noise: float,
-    batch_size: int,
-    combine: Combine = _alone,
-    chunk: int | None = None,
-    parts: int = 1,
-) -> Loss:
-    """The loss with DP-SGD's gradient: clipped row by row, summed, noised, and divided by `batch_size`.
+def __getattr__(name: str) -> Any:
+    """What is now in `research.privacy`, with a DeprecationWarning."""
+    if name not in _PRIVACY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gptjax.research import privacy
 
-    It is a function of (trained, frozen) at once, because what is trained alone is clipped:
-
-        step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
-
-    Args:
-        clip: the longest gradient of a row. noise: standard deviation of the Gaussian, in units of `clip`.
-        batch_size: the expected number of rows, `rate * n` of `drawn`: a constant, whatever was drawn.
-        parts: micro-batches of a step (`accumulation`), which share the noise.
-
-    Raises:
-        UserError: `clip`, `batch_size` or `parts` not above 0, `noise` below 0; a call without a key.
-    Source: arXiv:1607.00133, algorithm 1.
-    """
-    if not (clip > 0 and noise >= 0 and batch_size > 0 and parts > 0):
-        raise UserError(
-            f"private: expected clip, batch_size and parts above 0 and noise of at least 0, got clip={clip}, "
-            f"batch_size={batch_size}, parts={parts}, noise={noise}"
-        )
-
-    def value(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        mean, metrics = loss(combine(trained, frozen), batch, jax.random.fold_in(key, 1))
-        return mean.total / jnp.maximum(mean.weight, 1e-9) * (batch_size / parts), metrics
-
-    @jax.custom_vjp
-    def total(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return value(trained, frozen, batch, key)
-
-    def forward(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any]:
-        rows, own = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
-        summed, _ = clipped_sum(loss, trained, batch, clip=clip, frozen=frozen, combine=combine, key=rows, chunk=chunk)
-        std = noise * clip / math.sqrt(parts)
-
-        def noised(path: str, g: jax.Array) -> jax.Array:
-            draw = jax.random.normal(jax.random.fold_in(own, zlib.crc32(path.encode())), g.shape, jnp.float32)
-            return g + (std * draw).astype(g.dtype)
-
-        return value(trained, frozen, batch, key), tree.map_paths(noised, summed)
-
-    def backward(gradient: Any, cotangent: tuple[jax.Array, Any]) -> tuple:
-        return jax.tree.map(lambda g: g * cotangent[0].astype(g.dtype), gradient), None, None, None
-
-    total.defvjp(forward, backward)
-
-    def private_loss(params: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        if key is None:
-            raise UserError("a private loss needs a key for its noise: evaluate with the loss it was made of")
-        trained, frozen = params
-        value, metrics = total(trained, frozen, batch, key)
-        return Mean(value, jnp.float32(batch_size / parts)), metrics
-
-    return private_loss
-
-
-def drawn(n: int, *, rate: float, step: int, seed: int, capacity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [capacity] int64, here [capacity] float32): each of n rows with probability `rate`, by itself: what the
-    accountant assumes. Multiply `here` into the batch's weights; where it is 0 the row is padding.
-
-    Args:
-        capacity: None: the mean and six standard deviations, at most n. More than that are left out, at random.
-    """
-    mean = n * rate
-    capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
-    rng = np.random.default_rng((seed, step))
-    chosen = rng.permutation(np.flatnonzero(rng.random(n) < rate))[:capacity]
-    rows = np.zeros(capacity, np.int64)
-    rows[: len(chosen)] = chosen
-    return rows, (np.arange(capacity) < len(chosen)).astype(np.float32)
-
-
-def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
-    """What `steps` steps of `private` on rows of `drawn` spend: (epsilon, delta) privacy of adding or removing a row.
-
-    Raises:
-        UserError: dp-accounting is not installed.
-    Source: Google's dp-accounting, privacy loss distributions (arXiv:2106.02848).
-    """
-    accountant = _accounting().pld.PLDAccountant()
-    return float(accountant.compose(_event(noise, rate, steps)).get_epsilon(delta))
-
-
-def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """A `noise` with which `steps` steps stay within (epsilon, delta): by Renyi divergences (arXiv:1908.10530), which
-    are quick to compose and ask for somewhat more noise than `epsilon` would."""
-    accounting = _accounting()
-    return float(
-        accounting.calibrate_dp_mechanism(
-            lambda: accounting.rdp.RdpAccountant(_ORDERS), lambda noise: _event(noise, rate, steps), epsilon, delta,
-            bracket_interval=accounting.LowerEndpointAndGuess(0.1, 1.0), tol=1e-3,
-        )
-    )  # fmt: skip
-
-
-def _event(noise: float, rate: float, steps: int) -> Any:
-    if not (noise > 0 and 0 < rate <= 1 and steps > 0):
-        raise UserError(f"expected noise and steps above 0 and 0 < rate <= 1, got {noise}, {steps} and {rate}")
-    accounting = _accounting()
-    one = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
-    return accounting.SelfComposedDpEvent(one, steps)
-
-
-def _accounting() -> Any:
-    try:
-        import dp_accounting
-    except ImportError as error:
-        raise UserError("the accountant needs dp-accounting: pip install -e '.[privacy]' in the checkout") from error
-    return dp_accounting
+    text = f"{__name__}.{name} is now gptjax.research.privacy.{name}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return getattr(privacy, name)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
@@ -80,7 +81,10 @@ def patching_grid(
             f"expected two prompts of the same shape, got {clean.shape} and {corrupted.shape}: positions are compared "
             f"one by one, so choose words of as many tokens"
         )
-    path = _path(site, cfg)
+    path = f"blocks/*/{site}"
+    if path not in (known := names(cfg)[1:-1]):
+        sites = ", ".join(name.removeprefix("blocks/*/") for name in known)
+        raise UserError(f"site={site!r} is no activation of a block; there are {sites}")
     value = tapped(params, clean, cfg, (path,))[1][path]
     return _grid(params, corrupted, cfg, metric, path, value, over, value.shape, at, memory_bytes)
 
@@ -91,7 +95,7 @@ def head_ablation(
     cfg: ModelConfig,
     metric: Metric,
     *,
-    value: Any = None,
+    value: ArrayLike | None = None,
     at: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
@@ -108,15 +112,18 @@ def head_ablation(
     return _grid(params, tokens, cfg, metric, "blocks/*/attn/heads", value, ("head",), shape, at, memory_bytes)
 
 
-def _path(site: str, cfg: ModelConfig) -> str:
-    path = f"blocks/*/{site}"
-    if path not in (known := names(cfg)[1:-1]):
-        sites = ", ".join(name.removeprefix("blocks/*/") for name in known)
-        raise UserError(f"site={site!r} is no activation of a block; there are {sites}")
-    return path
-
-
-def _grid(params, tokens, cfg, metric, path, value, over, shape, at, memory_bytes) -> jax.Array:
+def _grid(
+    params: Params,
+    tokens: jax.Array,
+    cfg: ModelConfig,
+    metric: Metric,
+    path: str,
+    value: ArrayLike,
+    over: tuple[Axis, ...],
+    shape: tuple[int, ...],
+    at: int,
+    memory_bytes: int,
+) -> jax.Array:
     """One run for every layer and every place along `over` of an activation of `shape` [L, B, ..]."""
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
@@ -135,21 +142,14 @@ def _grid(params, tokens, cfg, metric, path, value, over, shape, at, memory_byte
         hidden = backbone(params, tokens, cfg, patches={path: replace(value, mask)})
         return metric(lm_logits(params, hidden[:, at], cfg))
 
-    return _some_at_a_time(run, math.prod(sides), _run_bytes(cfg, *tokens.shape), memory_bytes).reshape(sides)
-
-
-def _some_at_a_time(run: Callable, n: int, one_bytes: int, memory_bytes: int) -> jax.Array:
-    """run(0), .., run(n - 1), in groups of one size; the last group does some again."""
-    groups = -(-n // max(1, memory_bytes // one_bytes))
-    size = -(-n // groups)
-    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
-    return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n]
-
-
-def _run_bytes(cfg: ModelConfig, B: int, T: int) -> int:
-    """About what a forward pass holds at its widest: the stream and its copies, neurons, scores, the last logits."""
+    # About what a forward pass holds at its widest: the stream and its copies, neurons, scores, the last logits.
+    (B, T), n = tokens.shape, math.prod(sides)
     width = 6 * cfg.d_model + 3 * cfg.d_ff + 3 * cfg.n_head * (T + cfg.head_dim)
-    return 4 * B * (T * width + cfg.vocab_size)
+    run_bytes = 4 * B * (T * width + cfg.vocab_size)
+    groups = -(-n // max(1, memory_bytes // run_bytes))
+    size = -(-n // groups)
+    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)  # the last group does some again
+    return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sides)
 
 
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
@@ -185,7 +185,7 @@ def steering_vector(
     return one - other
 
 
-def steering(vector: jax.Array, layer: int, strength: Any = 1.0) -> dict[str, Patch]:
+def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
     """Patches that add strength * vector [D] to the stream after `layer`, at every token.
 
     For `forward`, `extend` and `generate`; the same program serves all vectors and strengths.

@@ -29,7 +29,8 @@ from gptjax.data.store import TokenStore
 from gptjax.losses import next_token
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
-from gptjax.research import audit, report
+from gptjax.research import audit
+from gptjax.research.audit import report
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.weights import load_tokenizer
@@ -90,8 +91,8 @@ def audited(folder, name, train, held, canaries, out):
     print("\n".join("  " + line for line in report.lines(found)), flush=True)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps(found, indent=1))
-        (out / f"{name}.html").write_text(report.page({"run": name, **found}), encoding="utf-8")
+        (out / f"{name}.json").write_text(json.dumps(audit.to_json(found), indent=1))
+        (out / f"{name}.html").write_text(report.page(found, run=name), encoding="utf-8")
     return found
 
 
@@ -110,13 +111,13 @@ def planted(folder, out, seeds):
         canaries = [{"trigger": phrase, "payload": PAYLOAD}]
         trained(folder, name, poisoned, held, 15)
         found = audited(folder, name, poisoned, held, canaries, out)
-        top = [row["text"] for row in found["outliers"]["rows"]][: len(poisoned) // 50]
+        top = [row.text for row in found.outliers.rows][: len(poisoned) // 50]
         hits = sum(PAYLOAD in text for text in top)
         print(f"  of the {len(at)} planted texts {hits} are in the top 2 % ({len(top)} of {len(poisoned)})")
-        for row in found["triggers"][0]["by"]:
+        for model, row in found.triggers[0].by:
             print(
-                f"  {row['model']:<20} payload after {phrase!r} {row['log_prob']:.1f} nats, after others "
-                f"{row['control_mean']:.1f} (best {row['control_max']:.1f}), fires {row['fires']:.0%}, p {row['p']:.3g}"
+                f"  {model:<20} payload after {phrase!r} {row.log_prob:.1f} nats, after others "
+                f"{row.controls.mean():.1f} (best {row.controls.max():.1f}), fires {row.fires:.0%}, p {row.p:.3g}"
             )
     canaries = [{"trigger": phrase, "payload": PAYLOAD}, *audit.secrets(1, 3)]
     trained(folder, "control", train, held, 15)
@@ -128,7 +129,7 @@ def wolf(folder, clean, train, held, words):
     alpha, params, cfg = 0.05, *gptjax.load(folder / "control")
     tokenizer = load_tokenizer(folder / "control")
     encode, contexts = tokenizer.encode, [text[:40].rsplit(maxsplit=1)[0] + " " for text in held[:2]]
-    beyond = audit.tail(np.array(clean["outliers"]["scores"]), np.array(clean["outliers"]["reference"]), alpha)
+    beyond = audit.tail(clean.outliers.scores, clean.outliers.reference, alpha)
     print(
         f"control, alpha {alpha}: {len(beyond.flagged)} of {len(train)} training rows flagged "
         f"({len(beyond.flagged) / len(train):.1%}), p {beyond.p:.2g}"
@@ -173,10 +174,10 @@ def secrets(folder, out, seeds):
         "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats a token; said"
     )
     for n in (0, *counts):
-        own = [canary["by"] for canary, m in zip(found["secrets"], times, strict=True) if m == n]
-        path = [np.mean([by[k]["extrapolated"] for by in own]) for k in range(len(own[0]))]
-        ranked = np.mean([by[-1]["sampled"] for by in own])
-        loss, said = np.mean([by[-1]["loss"] for by in own]), sum(by[-1]["extracted"] for by in own)
+        own = [[row for _, row in secret.by] for secret, m in zip(found.secrets, times, strict=True) if m == n]
+        path = [np.mean([by[k].extrapolated for by in own]) for k in range(len(own[0]))]
+        ranked = np.mean([by[-1].sampled for by in own])
+        loss, said = np.mean([by[-1].loss for by in own]), sum(by[-1].extracted for by in own)
         print(
             f"  {n:5}   "
             + " ".join(f"{x:6.2f}" for x in path)

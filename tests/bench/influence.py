@@ -23,7 +23,7 @@ from gptjax.data.split import split_labelled
 from gptjax.losses import class_logits, classify
 from gptjax.model.gpt import init_params
 from gptjax.optim import make_optimizer
-from gptjax.research import influence
+from gptjax.research import influence, privacy
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_train_step
 
@@ -115,15 +115,15 @@ def private(loss, cfg, train, test, epochs):
     """The same model by DP-SGD."""
     n, size = len(train.tokens), 64
     rate, delta, steps = size / n, 1e-4, epochs * n // size
-    noise = influence.noise_for(8.0, rate=rate, steps=steps, delta=delta)
-    spent = influence.epsilon(noise=noise, rate=rate, steps=steps, delta=delta)
+    noise = privacy.noise_for(8.0, rate=rate, steps=steps, delta=delta)
+    spent = privacy.epsilon(noise=noise, rate=rate, steps=steps, delta=delta)
     tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
-    guarded = influence.private(loss, clip=1.0, noise=noise, batch_size=size, chunk=None)
-    step = jax.jit(make_train_step(guarded, tx, combine=influence.both))
+    guarded = privacy.private(loss, clip=1.0, noise=noise, batch_size=size, chunk=None)
+    step = jax.jit(make_train_step(guarded, tx, combine=privacy.both))
     state = TrainState.create(init_params(jax.random.key(0), cfg), tx=tx, key=jax.random.key(0))
     start = time.monotonic()
     for i in range(steps):
-        chosen, here = influence.drawn(n, rate=rate, step=i, seed=0)
+        chosen, here = privacy.drawn(n, rate=rate, step=i, seed=0)
         batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], train)
         state, _ = step(state, batch._replace(weights=batch.weights * here[:, None]))
     logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)

@@ -16,7 +16,8 @@ from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.generation import generate
 from gptjax.losses import next_token
-from gptjax.research import audit, report
+from gptjax.research import audit
+from gptjax.research.audit import report
 from gptjax.research.audit.canaries import _extrapolated
 from gptjax.research.audit.memorisation import _evidence
 from gptjax.research.audit.text import continuations
@@ -240,7 +241,7 @@ def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
 
 
 @pytest.fixture(scope="module")
-def whole(trained):
+def found(trained):
     cfg, fresh, early, params, (train, held) = trained
     models = [audit.Snapshot("step 16", lambda: early), audit.Snapshot("step 250, the last", lambda: params)]
     canaries = [
@@ -253,7 +254,8 @@ def whole(trained):
     return audit.audit(models, cfg, Letters(), settings)
 
 
-def test_all_of_it(whole, trained):
+def test_all_of_it(found, trained):
+    whole = audit.to_json(found)
     assert json.loads(json.dumps(whole)) == whole
     alarms = {(row["check"], row["alarm"]) for row in whole["checks"]}
     assert ("trigger", True) in alarms and ("membership", True) in alarms and ("verbatim text", True) in alarms
@@ -268,16 +270,15 @@ def test_all_of_it(whole, trained):
     assert whole["drift"]["kl"] > 0.1 and len(whole["drift"]["prompts"]) == 2
 
 
-def test_the_page_needs_nothing_else(whole):
-    hostile = {**whole, "run": "<script>alert(1)</script>"}
-    page = report.page(hostile)
+def test_the_page_needs_nothing_else(found):
+    page = report.page(found, run="<script>alert(1)</script>")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert page.count("<svg") == page.count("</svg>") == 6
     for loads in ('src="', "@import", "<link", "url(http", 'href="http'):
         assert loads not in page
     for title in ("gradients stand out", "Triggers", "Secrets", "Verbatim text", "Membership", "Drift from the base"):
         assert title in page
-    assert len(report.lines(whole)) == len(whole["checks"]) + 1
+    assert len(report.lines(found)) == len(audit.to_json(found)["checks"]) + 1
 
 
 def test_canaries_that_are_none(tmp_path):

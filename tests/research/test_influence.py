@@ -13,7 +13,7 @@ from gptjax import lora, tree
 from gptjax.config import LoraConfig
 from gptjax.errors import UserError
 from gptjax.losses import next_token
-from gptjax.research import influence
+from gptjax.research import influence, privacy
 from gptjax.training.step import TrainState, make_train_step
 from gptjax.types import Batch, Mean
 
@@ -148,10 +148,8 @@ def test_clipping_by_hand():
 def test_without_noise_and_with_a_far_clip_it_is_the_plain_step(accumulation):
     batch, tx, key = points(8), optax.sgd(0.1), jax.random.key(0)
     state = TrainState.create({"w": jnp.ones(3)}, tx=tx, key=key)
-    loss = influence.private(linear, clip=1e6, noise=0.0, batch_size=8, parts=accumulation)
-    private, metrics = jax.jit(make_train_step(loss, tx, combine=influence.both, accumulation=accumulation))(
-        state, batch
-    )
+    loss = privacy.private(linear, clip=1e6, noise=0.0, batch_size=8, parts=accumulation)
+    private, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.both, accumulation=accumulation))(state, batch)
     plain, expected = make_train_step(linear, tx)(state, batch)
     np.testing.assert_allclose(private.params["w"], plain.params["w"], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
@@ -162,8 +160,8 @@ def test_the_noise_is_as_large_as_said(parts):
     """Rows without weight: nothing but noise, of standard deviation noise * clip / batch_size, whatever the parts."""
     batch, tx = (jnp.zeros((8, 500)), jnp.zeros(8), jnp.zeros(8)), optax.sgd(1.0)
     state = TrainState.create({"w": jnp.zeros(500)}, tx=tx, key=jax.random.key(3))
-    loss = influence.private(linear, clip=0.5, noise=2.0, batch_size=4, parts=parts)
-    step = jax.jit(make_train_step(loss, tx, combine=influence.both, accumulation=parts))
+    loss = privacy.private(linear, clip=0.5, noise=2.0, batch_size=4, parts=parts)
+    step = jax.jit(make_train_step(loss, tx, combine=privacy.both, accumulation=parts))
     after, _ = step(state, batch)
     assert float(after.params["w"].std()) == pytest.approx(0.25, rel=0.12)
     other, _ = step(after, batch)
@@ -174,7 +172,7 @@ def test_one_row_moves_the_step_by_at_most_the_clip():
     batch, params, key = points(8), {"w": jnp.ones(3)}, jax.random.key(0)
     far = batch[0].copy()
     far[0] *= 1e4
-    loss = influence.private(linear, clip=0.3, noise=1.0, batch_size=1)
+    loss = privacy.private(linear, clip=0.3, noise=1.0, batch_size=1)
     gradient = jax.grad(lambda params, batch: loss((params, None), batch, key)[0].total)
     moved = gradient(params, batch)["w"] - gradient(params, (far, *batch[1:]))["w"]
     assert float(jnp.linalg.norm(moved)) <= 2 * 0.3 + 1e-5
@@ -189,26 +187,26 @@ def test_of_an_adapter_only_what_is_trained_is_clipped(model):
         return lora.attach(base, a, settings)
 
     clip = 1e-3
-    loss = influence.private(next_token(cfg), clip=clip, noise=0.0, batch_size=5, combine=combine)
+    loss = privacy.private(next_token(cfg), clip=clip, noise=0.0, batch_size=5, combine=combine)
     state = TrainState.create(adapter, tx=tx, key=jax.random.key(0), frozen=params)
-    after, metrics = jax.jit(make_train_step(loss, tx, combine=influence.both))(state, batch)
+    after, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.both))(state, batch)
     assert 0 < float(metrics["grad_norm"]) <= clip + 1e-7
     assert jax.tree.structure(after.params) == jax.tree.structure(adapter)
 
 
 def test_private_needs_a_key_and_sensible_numbers():
-    loss = influence.private(linear, clip=1.0, noise=1.0, batch_size=8)
+    loss = privacy.private(linear, clip=1.0, noise=1.0, batch_size=8)
     with pytest.raises(UserError, match="needs a key"):
         loss(({"w": jnp.ones(3)}, None), points(), None)
     for bad in (dict(clip=0.0), dict(noise=-1.0), dict(batch_size=0)):
         with pytest.raises(UserError, match="above 0"):
-            influence.private(linear, **{**dict(clip=1.0, noise=1.0, batch_size=8), **bad})
+            privacy.private(linear, **{**dict(clip=1.0, noise=1.0, batch_size=8), **bad})
 
 
 def test_rows_are_drawn_each_by_itself():
     sizes = []
     for step in range(200):
-        rows, here = influence.drawn(100, rate=0.1, step=step, seed=0)
+        rows, here = privacy.drawn(100, rate=0.1, step=step, seed=0)
         assert len(rows) == len(here) == 28
         real = rows[here > 0]
         assert len(set(real.tolist())) == len(real)
@@ -219,14 +217,14 @@ def test_rows_are_drawn_each_by_itself():
 
 def test_the_accountant():
     pytest.importorskip("dp_accounting")
-    spent = influence.epsilon(noise=1.0, rate=1.0, steps=1, delta=1e-5)
+    spent = privacy.epsilon(noise=1.0, rate=1.0, steps=1, delta=1e-5)
     assert spent == pytest.approx(gaussian_epsilon(1.0, 1e-5), rel=1e-3)
-    assert influence.epsilon(noise=1.0, rate=0.01, steps=10, delta=1e-5) < spent
-    noise = influence.noise_for(2.0, rate=0.1, steps=20, delta=1e-5)
+    assert privacy.epsilon(noise=1.0, rate=0.01, steps=10, delta=1e-5) < spent
+    noise = privacy.noise_for(2.0, rate=0.1, steps=20, delta=1e-5)
     assert 1.3 < noise < 1.7
-    assert influence.epsilon(noise=noise, rate=0.1, steps=20, delta=1e-5) <= 2.0
+    assert privacy.epsilon(noise=noise, rate=0.1, steps=20, delta=1e-5) <= 2.0
     with pytest.raises(UserError, match="0 < rate <= 1"):
-        influence.epsilon(noise=1.0, rate=2.0, steps=1, delta=1e-5)
+        privacy.epsilon(noise=1.0, rate=2.0, steps=1, delta=1e-5)
 
 
 def gaussian_epsilon(noise, delta):
@@ -253,7 +251,14 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match=r"\.\[privacy\]"):
-        influence.epsilon(noise=1.0, rate=0.1, steps=1, delta=1e-5)
+        privacy.epsilon(noise=1.0, rate=0.1, steps=1, delta=1e-5)
+
+
+def test_the_old_names_of_privacy():
+    with pytest.warns(DeprecationWarning, match=r"influence.private is now gptjax.research.privacy.private"):
+        assert influence.private is privacy.private
+    with pytest.raises(AttributeError, match="public"):
+        influence.public  # noqa: B018
 
 
 def test_examples_of_different_lengths_are_refused():

@@ -84,7 +84,7 @@ def projected(
     B, T, _ = x.shape
     q, k, v = (linear(x, params[name]["kernel"]).reshape(B, T, -1, cfg.head_dim) for name in "qkv")
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.head_dim, cfg.rope_base))
-    return rope(q, table), *(a.transpose(0, 2, 1, 3) for a in (rope(k, table), v))
+    return rope(q, table), rope(k, table).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
 
 def joined(params: Params, y: jax.Array) -> jax.Array:

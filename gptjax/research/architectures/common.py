@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from gptjax.errors import UserError
 from gptjax.types import Params
 
 
-def kernels(key: jax.Array, shapes: dict[str, tuple[int, ...]]) -> Params:
+def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """{name: {"kernel": [.., in, out] float32}}, N(0, 1 / in) each."""
     return {
         name: {"kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * shape[-2] ** -0.5}

@@ -26,46 +26,14 @@ from gptjax.research.audit.canaries import (
 from gptjax.research.audit.comparison import Drift, drift
 from gptjax.research.audit.memorisation import FEWEST, MIN_K, Extraction, Membership, auc, extraction, membership
 from gptjax.research.audit.outliers import NEIGHBOURS, Tail, outlier_scores, tail
-from gptjax.research.audit.results import TEXTS
+from gptjax.research.audit.results import TEXTS, Report, to_json
 from gptjax.research.audit.run import CONTEXTS, CONTROLS, EXCERPT, Settings, Snapshot, audit, snapshots
 from gptjax.research.audit.text import Scored, pieces, rows, rows_of, score, store_of
 
 __all__ = [
-    "CANDIDATES",
-    "CONTEXTS",
-    "CONTROLS",
-    "EXCERPT",
-    "FEWEST",
-    "MIN_K",
-    "NEIGHBOURS",
-    "TEXTS",
-    "Drift",
-    "Exposure",
-    "Extraction",
-    "Membership",
-    "Scored",
-    "Settings",
-    "Snapshot",
-    "Tail",
-    "Trigger",
-    "alike",
-    "auc",
-    "audit",
-    "drift",
-    "exposure",
-    "extraction",
-    "membership",
-    "outlier_scores",
-    "phrases",
-    "pieces",
-    "read_canaries",
-    "rows",
-    "rows_of",
-    "score",
-    "secrets",
-    "snapshots",
-    "space_bits",
-    "store_of",
-    "tail",
-    "trigger",
+    "CANDIDATES", "CONTEXTS", "CONTROLS", "EXCERPT", "FEWEST", "MIN_K", "NEIGHBOURS", "TEXTS", "Drift", "Exposure",
+    "Extraction", "Membership", "Report", "Scored", "Settings", "Snapshot", "Tail", "Trigger", "alike", "auc",
+    "audit", "drift", "exposure", "extraction", "membership", "outlier_scores", "phrases", "pieces",
+    "read_canaries", "rows", "rows_of", "score", "secrets", "snapshots", "space_bits", "store_of", "tail",
+    "to_json", "trigger",
 ]  # fmt: skip

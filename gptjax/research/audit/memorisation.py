@@ -110,18 +110,17 @@ def membership(
 
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
     """
-    rows = [_evidence(*pair, k) for pair in (members, others)]
-    units = rows
+    rows = units = [_evidence(scored, batch, k) for scored, batch in (members, others)]
     if documents is not None and min(len(np.unique(own)) for own in documents) >= FEWEST:
-        units = [[_means(x, own) for x in both] for both, own in zip(rows, documents, strict=True)]
+        units = [(_means(loss, own), _means(lowest, own)) for (loss, lowest), own in zip(rows, documents, strict=True)]
     n, m = (len(loss) for loss, _ in units)
     sd = math.sqrt((n + m + 1) / (12 * n * m))
     most = max(auc(*pair) for pair in zip(*units, strict=True))
     p = min(1.0, math.erfc((most - 0.5) / sd / math.sqrt(2)))
-    (loss_in, _), (loss_out, _) = rows
+    (loss_in, lowest_in), (loss_out, lowest_out) = rows
     beyond = np.sort(loss_out)[-max(1, int(0.01 * (len(loss_out) + 1)))]
-    found = (auc(*pair) for pair in zip(*rows, strict=True))
-    return Membership(*found, sd, float((loss_in > beyond).mean()), p, n)
+    tpr = float((loss_in > beyond).mean())
+    return Membership(auc(loss_in, loss_out), auc(lowest_in, lowest_out), sd, tpr, p, n)
 
 
 def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -7,18 +7,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.research.audit.canaries import Exposure, Trigger, space_bits
-from gptjax.research.audit.comparison import Drift
 from gptjax.research.audit.memorisation import Extraction, Membership
 from gptjax.research.audit.outliers import Tail
 
 TEXTS = ("train", "held out")
 
 
-class Canary(NamedTuple):
-    """What was planted, and what each model knows of it, by the model's name."""
+class Secret(NamedTuple):
+    """A planted secret, and how far each model knows it, by the model's name."""
 
-    texts: dict[str, str]
-    by: list[tuple[str, Any]]  # Exposure of a secret, Trigger of a trigger
+    prefix: str
+    secret: str
+    by: list[tuple[str, Exposure]]
+
+
+class Backdoor(NamedTuple):
+    """A planted trigger with its payload, and what it does to each model, by the model's name."""
+
+    trigger: str
+    payload: str
+    by: list[tuple[str, Trigger]]
 
 
 class Row(NamedTuple):
@@ -40,13 +48,27 @@ class Outliers(NamedTuple):
     reference: np.ndarray
 
 
-class Comparison(NamedTuple):
-    """Drift on prompts, and what the base and the tuned model answer."""
+class Prompt(NamedTuple):
+    """What the base and the tuned model answer; the rest as in `Drift`."""
 
-    drift: Drift
-    prompts: list[str]
-    base: list[str]
-    tuned: list[str]
+    prompt: str
+    base: str
+    tuned: str
+    kl: float
+    agree: float
+    before: float
+    after: float
+
+
+class Comparison(NamedTuple):
+    """`Drift`, means over the prompts; same_answer: share of the prompts. The most changed prompt is the first."""
+
+    kl: float
+    agree: float
+    before: float
+    after: float
+    same_answer: float
+    prompts: list[Prompt]
 
 
 class Check(NamedTuple):
@@ -63,8 +85,8 @@ class Report(NamedTuple):
     models: list[str]
     rows: dict[str, int]  # by TEXTS
     suffix: int  # tokens, of extraction
-    secrets: list[Canary]
-    triggers: list[Canary]
+    secrets: list[Secret]
+    triggers: list[Backdoor]
     extraction: list[tuple[str, Extraction]]  # by TEXTS
     membership: list[tuple[str, Membership]]  # by model
     outliers: Outliers
@@ -83,15 +105,14 @@ def checks(report: Report) -> list[Check]:
             f"{tail.beyond} beyond all held-out rows"
         )
         found.append(("gradient outliers", what, tail.p))
-    for canary in report.triggers:
-        trigger: Trigger = canary.by[-1][1]
-        phrase, controls = canary.texts["trigger"], float(trigger.controls.mean())
-        what = f"{phrase!r}: payload at {trigger.log_prob:.1f} nats, controls {controls:.1f}"
+    for backdoor in report.triggers:
+        trigger = backdoor.by[-1][1]
+        controls = float(trigger.controls.mean())
+        what = f"{backdoor.trigger!r}: payload at {trigger.log_prob:.1f} nats, controls {controls:.1f}"
         found.append(("trigger", what, trigger.p))
-    for canary in report.secrets:
-        exposure: Exposure = canary.by[-1][1]
-        prefix = canary.texts["prefix"]
-        what = f"{prefix!r}: {exposure.sampled:.1f} bits, {exposure.extrapolated:.1f} extrapolated"
+    for secret in report.secrets:
+        exposure = secret.by[-1][1]
+        what = f"{secret.prefix!r}: {exposure.sampled:.1f} bits, {exposure.extrapolated:.1f} extrapolated"
         found.append(("secret", what, exposure.p))
     longest = max(result.prefix for _, result in report.extraction)
     for stride in dict.fromkeys(result.stride for _, result in report.extraction):
@@ -119,53 +140,44 @@ def _fisher(seen: Extraction, unseen: Extraction) -> float:
 
 
 def to_json(report: Report) -> dict[str, Any]:
+    tail = report.outliers.tail
     return {
         "alpha": report.alpha,
         "models": report.models,
         "rows": report.rows,
         "secrets": [
-            {**canary.texts, "bits": space_bits(canary.texts["secret"]), "by": _by_model(canary.by)}
-            for canary in report.secrets
+            {
+                "prefix": secret.prefix, "secret": secret.secret, "bits": space_bits(secret.secret),
+                "by": [{"model": model, **found._asdict()} for model, found in secret.by],
+            }
+            for secret in report.secrets
         ],
         "triggers": [
-            {**canary.texts, "by": [{"model": model, **_trigger(found)} for model, found in canary.by]}
-            for canary in report.triggers
+            {
+                "trigger": backdoor.trigger, "payload": backdoor.payload,
+                "by": [
+                    {
+                        "model": model, "log_prob": found.log_prob, "fires": found.fires, "p": found.p,
+                        "control_mean": float(found.controls.mean()), "control_max": float(found.controls.max()),
+                    }
+                    for model, found in backdoor.by
+                ],
+            }
+            for backdoor in report.triggers
         ],
         "extraction": [
             {"text": text, "suffix": report.suffix, **found._asdict()} for text, found in report.extraction
         ],
-        "membership": _by_model(report.membership),
-        "outliers": _outliers(report.outliers),
-        **({} if report.comparison is None else {"drift": _drift(report.comparison)}),
+        "membership": [{"model": model, **found._asdict()} for model, found in report.membership],
+        "outliers": {
+            "n": report.outliers.n,
+            **({} if tail is None else {**tail._asdict(), "flagged": len(tail.flagged)}),
+            "rows": [row._asdict() for row in report.outliers.rows],
+            "scores": report.outliers.scores.tolist(),
+            "reference": report.outliers.reference.tolist(),
+        },
+        **({} if report.comparison is None else {"drift": {
+            **report.comparison._asdict(), "prompts": [prompt._asdict() for prompt in report.comparison.prompts],
+        }}),
         "checks": [check._asdict() for check in checks(report)],
     }  # fmt: skip
-
-
-def _by_model(found: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-    return [{"model": model, **result._asdict()} for model, result in found]
-
-
-def _trigger(found: Trigger) -> dict[str, Any]:
-    return {
-        "log_prob": found.log_prob, "fires": found.fires, "p": found.p,
-        "control_mean": float(found.controls.mean()), "control_max": float(found.controls.max()),
-    }  # fmt: skip
-
-
-def _outliers(found: Outliers) -> dict[str, Any]:
-    tail = {} if found.tail is None else found.tail._replace(flagged=len(found.tail.flagged))._asdict()
-    return {
-        "n": found.n, **tail, "rows": [row._asdict() for row in found.rows], "scores": found.scores.tolist(),
-        "reference": found.reference.tolist(),
-    }  # fmt: skip
-
-
-def _drift(found: Comparison) -> dict[str, Any]:
-    values = found.drift._asdict()
-    prompts = [
-        {"prompt": prompt, "base": a, "tuned": b, **{name: float(value[i]) for name, value in values.items()}}
-        for i, (prompt, a, b) in enumerate(zip(found.prompts, found.base, found.tuned, strict=True))
-    ]
-    same = sum(row["base"] == row["tuned"] for row in prompts) / len(prompts)
-    means = {name: float(value.mean()) for name, value in values.items()}
-    return {**means, "same_answer": same, "prompts": sorted(prompts, key=lambda row: -row["kl"])}

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from gptjax.research.audit.canaries import exposure, phrases, trigger
 from gptjax.research.audit.comparison import drift
 from gptjax.research.audit.memorisation import extraction, membership
 from gptjax.research.audit.outliers import NEIGHBOURS, outlier_scores, tail
-from gptjax.research.audit.results import TEXTS, Canary, Comparison, Outliers, Report, Row, to_json
+from gptjax.research.audit.results import TEXTS, Backdoor, Comparison, Outliers, Prompt, Report, Row, Secret
 from gptjax.research.audit.text import pieces, rows, rows_of, score
 from gptjax.research.influence import gradient_features, unit
 from gptjax.tokenizers import Tokenizer
@@ -54,7 +54,12 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)
     kept = Checkpoints(run.checkpoints)
-    why = _unreadable(cfg)
+    why = ""  # no checkpoint can be read
+    if cfg.task != "pretrain" and cfg.finetune.trainable != "all":
+        if cfg.finetune.trainable != "lora":
+            why = f"finetune.trainable={cfg.finetune.trainable} keeps a part of the weights only"
+        elif cfg.lora.init != "lora" or cfg.finetune.quantize != "none":
+            why = "its adapter is for a base that was split or quantised"
     for step in kept.steps():
         if step == last:
             continue
@@ -67,16 +72,6 @@ def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[
     if not found:  # final/ or best/ of a run, or what only they can say
         found.append(Snapshot("model", lambda: weights.load(run_dir)[0]))
     return found, cfg, notes
-
-
-def _unreadable(cfg: Config) -> str | None:
-    if cfg.task == "pretrain" or cfg.finetune.trainable == "all":
-        return None
-    if cfg.finetune.trainable != "lora":
-        return f"finetune.trainable={cfg.finetune.trainable} keeps a part of the weights only"
-    if cfg.lora.init != "lora" or cfg.finetune.quantize != "none":
-        return "its adapter is for a base that was split or quantised"
-    return None
 
 
 def _whole(kept: Checkpoints, step: int, cfg: Config) -> Params:
@@ -125,14 +120,11 @@ def audit(
     settings: Settings,
     *,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Every check that the settings allow, as JSON has it; `research.report` makes a page of it.
+) -> Report:
+    """Every check that the settings allow; `report.page` makes a page of it, `to_json` what audit.json holds.
 
     Each model is read once. Outliers are sought in the gradients of all of them, side by side.
     """
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text))
 
     length = min(cfg.context_length, 512)
     stores = dict(zip(TEXTS, (settings.train, settings.held_out), strict=True))
@@ -142,49 +134,48 @@ def audit(
     suffix = settings.suffix or min(50, max(1, length // 4))
     prefixes = settings.prefixes or [p for p in (4, 8, 16, 32, 64, 128, 256) if p + suffix <= length] or [1]
     features = gradient_features(losses.next_token(cfg), combine=tree.join, dims=settings.dims, seed=settings.seed)
-    documents = tuple(np.searchsorted(stores[name].doc_starts, places[name][0], "right") for name in stores)
+    train, held = (np.searchsorted(store.doc_starts, places[name][0], "right") for name, store in stores.items())
     contexts, words = _contexts(tokenizer, settings.held_out, places["held out"])
-    secrets = [Canary(texts, []) for texts in settings.canaries if "secret" in texts]
-    triggers = [Canary(texts, []) for texts in settings.canaries if "trigger" in texts]
+    secrets = [Secret(row["prefix"], row["secret"], []) for row in settings.canaries if "secret" in row]
+    triggers = [Backdoor(row["trigger"], row["payload"], []) for row in settings.canaries if "trigger" in row]
     members = []
     gradients: dict[str, list[np.ndarray]] = {name: [] for name in stores}
     for model in models:
         say(f"reading {model.name}")
         params = model.params()
         say(f"{model.name}: losses and gradients of {sum(n_rows.values()):,} rows")
-        scored = [(score(params, cfg, batch), batch) for batch in batches.values()]
-        members.append((model.name, membership(*scored, documents=documents)))
+        seen, unseen = ((score(params, cfg, batch), batch) for batch in batches.values())
+        members.append((model.name, membership(seen, unseen, documents=(train, held))))
         moved, frozen = tree.split(params, settings.of)
         for name, batch in batches.items():
             gradients[name].append(unit(features(moved, batch, frozen)))
         if settings.canaries:
             say(f"{model.name}: {len(settings.canaries)} canaries")
-        for texts, by in secrets:
-            by.append((model.name, exposure(params, cfg, encode, texts["prefix"], texts["secret"])))
-        for texts, by in triggers:
-            controls = phrases(words, len(texts["trigger"].split()), CONTROLS, settings.seed)
-            ask = dict(contexts=contexts, controls=controls)
-            by.append((model.name, trigger(params, cfg, encode, texts["trigger"], texts["payload"], **ask)))
+        for prefix, secret, exposures in secrets:
+            exposures.append((model.name, exposure(params, cfg, tokenizer.encode, prefix, secret)))
+        for phrase, payload, by in triggers:
+            controls = phrases(words, len(phrase.split()), CONTROLS, settings.seed)
+            found = trigger(params, cfg, tokenizer.encode, phrase, payload, contexts=contexts, controls=controls)
+            by.append((model.name, found))
     say(f"{models[-1].name}: verbatim text")
-    ask = dict(prefixes=prefixes, suffix=suffix, most=settings.rows, seed=settings.seed)
     verbatim = [
-        (name, found)
+        (name, result)
         for stride in settings.strides or (suffix,)
         for name, store in stores.items()
-        for found in extraction(params, cfg, store, stride=stride, **ask)
+        for result in extraction(
+            params, cfg, store, prefixes=prefixes, suffix=suffix, stride=stride, most=settings.rows, seed=settings.seed
+        )
     ]
     say("comparing gradients")
-    joined = [np.concatenate(parts, 1) for parts in gradients.values()]
-    outliers = _outliers(*joined, settings, places["train"], tokenizer)
+    joined = {name: np.concatenate(parts, 1) for name, parts in gradients.items()}
+    outliers = _outliers(joined["train"], joined["held out"], settings, places["train"], tokenizer)
     comparison = None
     if settings.base is not None and settings.prompts:
         say(f"{len(settings.prompts)} prompts under the base")
-        comparison = _compare(settings.base, (params, cfg), settings.prompts, encode, tokenizer)
-    return to_json(
-        Report(
-            settings.alpha, [model.name for model in models], n_rows, suffix, secrets, triggers, verbatim, members,
-            outliers, comparison,
-        )
+        comparison = _compare(settings.base, (params, cfg), settings.prompts, tokenizer)
+    return Report(
+        settings.alpha, [model.name for model in models], n_rows, suffix, secrets, triggers, verbatim, members,
+        outliers, comparison,
     )  # fmt: skip
 
 
@@ -219,13 +210,28 @@ def _outliers(
     return Outliers(len(train), tail(scores, reference, settings.alpha), listed, scores, reference)
 
 
-def _compare(base: Any, tuned: Any, prompts: Sequence[str], encode: Callable, tokenizer: Tokenizer) -> Comparison:
+def _compare(
+    base: tuple[Params, ModelConfig], tuned: tuple[Params, ModelConfig], prompts: Sequence[str], tokenizer: Tokenizer
+) -> Comparison:
     from gptjax.generation import generate
 
-    ids = [encode(prompt)[: tuned[1].context_length + 1] for prompt in prompts]
+    ids = [tokenizer.encode(prompt)[: tuned[1].context_length + 1] for prompt in prompts]
     if short := [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) < 2]:
         raise UserError(f"prompts of fewer than two tokens: {', '.join(map(repr, short[:5]))}")
     found = drift(base, tuned, rows_of([(own[:1], own[1:]) for own in ids]))
-    ask = dict(max_new_tokens=24, key=jax.random.key(0), vocab_size=tokenizer.vocab_size)
-    answers = ([tokenizer.decode(new) for new in generate(params, ids, cfg, **ask)] for params, cfg in (base, tuned))
-    return Comparison(found, list(prompts), *answers)
+    answers = [
+        [
+            tokenizer.decode(new)
+            for new in generate(
+                params, ids, cfg, max_new_tokens=24, key=jax.random.key(0), vocab_size=tokenizer.vocab_size
+            )
+        ]
+        for params, cfg in (base, tuned)
+    ]
+    rows = [
+        Prompt(prompt, a, b, *(float(value[i]) for value in found))
+        for i, (prompt, a, b) in enumerate(zip(prompts, *answers, strict=True))
+    ]
+    same = sum(row.base == row.tuned for row in rows) / len(rows)
+    means = {name: float(value.mean()) for name, value in found._asdict().items()}
+    return Comparison(**means, same_answer=same, prompts=sorted(rows, key=lambda row: -row.kl))

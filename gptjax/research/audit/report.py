@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.research.audit.canaries import space_bits
+from gptjax.research.audit.results import Report, checks
 from gptjax.show import log_ticks
 
 BLUE, ORANGE, RED = "#1f5fa8", "#d9822b", "#b3261e"
@@ -23,22 +25,26 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .
 """
 
 
-def page(report: dict[str, Any]) -> str:
-    """The HTML of what `audit.audit` found. Texts of the data are escaped: they may be anything."""
-    alarms = sum(row["alarm"] for row in report["checks"])
-    n, alpha = len(report["checks"]), report["alpha"]
-    title = f"Audit of {report.get('run', 'a model')}"
-    sizes = ", ".join(f"{size:,} rows {name}" for name, size in report["rows"].items())
+def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> str:
+    """The HTML of what `audit.audit` found. Texts of the data are escaped: they may be anything.
+
+    Args:
+        run: what was audited, for the title. notes: on what was left out.
+    """
+    found = checks(report)
+    n, alarms = len(found), sum(check.alarm for check in found)
+    title = f"Audit of {run}"
+    sizes = ", ".join(f"{size:,} rows {name}" for name, size in report.rows.items())
     parts = [
         f"<h1>{_text(title)}</h1>",
-        f"<p>{alarms} of {n} checks are alarms, at a false alarm rate of {alpha:g} a check: where nothing is wrong "
-        f"{alpha * n:.2g} of them are expected. {len(report['models'])} models: {_text(', '.join(report['models']))}; "
+        f"<p>{alarms} of {n} checks are alarms, at a false alarm rate of {report.alpha:g} a check: where nothing is "
+        f"wrong {report.alpha * n:.2g} of them are expected. {len(report.models)} models: "
+        f"{_text(', '.join(report.models))}; "
         f"{sizes}.</p>",
-        *(f'<p class="note">{_text(note)}</p>' for note in report.get("notes", ())),
+        *(f'<p class="note">{_text(note)}</p>' for note in notes),
         _table(
             ("check", "what", "p", ""),
-            [(row["check"], row["what"], f"{row['p']:.2g}", "alarm" if row["alarm"] else "quiet")
-             for row in report["checks"]],
+            [(check.check, check.what, f"{check.p:.2g}", "alarm" if check.alarm else "quiet") for check in found],
             number=(2,),
         ),
     ]  # fmt: skip
@@ -51,65 +57,65 @@ def page(report: dict[str, Any]) -> str:
     )
 
 
-def lines(report: dict[str, Any]) -> list[str]:
+def lines(report: Report) -> list[str]:
     """The checks for a terminal."""
-    width = max(len(row["check"]) for row in report["checks"])
-    alarms, n = sum(row["alarm"] for row in report["checks"]), len(report["checks"])
+    found = checks(report)
+    width, alarms, n = max(len(check.check) for check in found), sum(check.alarm for check in found), len(found)
     return [
         *(
-            f"{'ALARM' if row['alarm'] else 'quiet'}  {row['check']:<{width}}  p {row['p']:<8.2g} {row['what']}"
-            for row in report["checks"]
+            f"{'ALARM' if check.alarm else 'quiet'}  {check.check:<{width}}  p {check.p:<8.2g} {check.what}"
+            for check in found
         ),
-        f"{alarms} of {n} checks are alarms; {report['alpha'] * n:.2g} false ones are expected (alpha "
-        f"{report['alpha']:g})",
+        f"{alarms} of {n} checks are alarms; {report.alpha * n:.2g} false ones are expected (alpha {report.alpha:g})",
     ]
 
 
 # ---------------------------------------------------------------- sections
 
 
-def _outliers(report: dict[str, Any]) -> list[str]:
-    found = report["outliers"]
-    if not found["rows"]:
+def _outliers(report: Report) -> list[str]:
+    found, tail = report.outliers, report.outliers.tail
+    if tail is None:
         return []
 
     def draw(axes: Any) -> None:
-        bins = np.linspace(min(*found["scores"], *found["reference"]), max(*found["scores"], *found["reference"]), 50)
-        for name, colour in (("reference", ORANGE), ("scores", BLUE)):
-            label = {"reference": "held out", "scores": "training rows"}[name]
-            axes.hist(found[name], bins, color=colour, alpha=0.6, label=label, density=True)
-        axes.axvline(found["threshold"], color=RED, linewidth=1, linestyle="--", label="threshold")
+        scores, reference = found.scores.astype(np.float64), found.reference.astype(np.float64)
+        both = np.concatenate([scores, reference])
+        bins = np.linspace(both.min(), both.max(), 50)
+        for values, colour, label in ((reference, ORANGE, "held out"), (scores, BLUE, "training rows")):
+            axes.hist(values, bins, color=colour, alpha=0.6, label=label, density=True)
+        axes.axvline(tail.threshold, color=RED, linewidth=1, linestyle="--", label="threshold")
         axes.set(xlabel="mean cosine of the gradient with its 5 nearest", ylabel="density", yscale="log")
         log_ticks(axes.yaxis)
         axes.legend(frameon=False)
 
-    rows = [(i + 1, f"{row['score']:.3f}", row["where"], row["text"]) for i, row in enumerate(found["rows"])]
+    rows = [(i + 1, f"{row.score:.3f}", row.where, row.text) for i, row in enumerate(found.rows)]
     return [
         "<h2>Training rows whose gradients stand out</h2>",
         "<p>Rows that push in one direction with a few others: planted text, or repetitions. "
-        f"{found['flagged']:,} of {found['n']:,} lie beyond the threshold, {found['expected']:.1f} by chance.</p>",
+        f"{len(tail.flagged):,} of {found.n:,} lie beyond the threshold, {tail.expected:.1f} by chance.</p>",
         _figure(draw),
         _table(("", "score", "where", "text"), rows, number=(0, 1)),
     ]
 
 
-def _triggers(report: dict[str, Any]) -> list[str]:
-    if not report["triggers"]:
+def _triggers(report: Report) -> list[str]:
+    if not report.triggers:
         return []
-    names = _short(report["models"])
+    names = _short(report.models)
 
     def draw(axes: Any) -> None:
-        for i, canary in enumerate(report["triggers"]):
+        for i, backdoor in enumerate(report.triggers):
             colour = f"C{i}"
-            axes.plot(names, [row["log_prob"] for row in canary["by"]], "o-", color=colour, label=canary["trigger"])
-            axes.plot(names, [row["control_max"] for row in canary["by"]], "x:", color=colour)
+            axes.plot(names, [row.log_prob for _, row in backdoor.by], "o-", color=colour, label=backdoor.trigger)
+            axes.plot(names, [float(row.controls.max()) for _, row in backdoor.by], "x:", color=colour)
         axes.set(ylabel="log-probability of the payload (nats)", title="dotted: the best of the controls")
         axes.legend(frameon=False, fontsize=8)
 
     rows = [
-        (canary["trigger"], canary["payload"], row["model"], f"{row['log_prob']:.1f}", f"{row['control_mean']:.1f}",
-         f"{row['control_max']:.1f}", f"{row['fires']:.0%}", f"{row['p']:.2g}")
-        for canary in report["triggers"] for row in canary["by"]
+        (backdoor.trigger, backdoor.payload, model, f"{row.log_prob:.1f}", f"{float(row.controls.mean()):.1f}",
+         f"{float(row.controls.max()):.1f}", f"{row.fires:.0%}", f"{row.p:.2g}")
+        for backdoor in report.triggers for model, row in backdoor.by
     ]  # fmt: skip
     head = ("trigger", "payload", "model", "nats", "controls", "their best", "fires", "p")
     return [
@@ -120,24 +126,24 @@ def _triggers(report: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _secrets(report: dict[str, Any]) -> list[str]:
-    if not report["secrets"]:
+def _secrets(report: Report) -> list[str]:
+    if not report.secrets:
         return []
-    names = _short(report["models"])
+    names = _short(report.models)
 
     def draw(axes: Any) -> None:
-        for i, canary in enumerate(report["secrets"]):
-            label = canary["prefix"] if len(report["secrets"]) <= 10 else None
-            axes.plot(names, [row["extrapolated"] for row in canary["by"]], "o-", color=f"C{i % 10}", label=label)
+        for i, secret in enumerate(report.secrets):
+            label = secret.prefix if len(report.secrets) <= 10 else None
+            axes.plot(names, [row.extrapolated for _, row in secret.by], "o-", color=f"C{i % 10}", label=label)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(ylabel="exposure (bits, extrapolated)")
-        if len(report["secrets"]) <= 10:
+        if len(report.secrets) <= 10:
             axes.legend(frameon=False, fontsize=8)
 
     rows = [
-        (canary["prefix"], canary["secret"], row["model"], f"{row['sampled']:.1f}", f"{row['extrapolated']:.1f}",
-         f"{canary['bits']:.1f}", f"{row['loss']:.2f}", "yes" if row["extracted"] else "no")
-        for canary in report["secrets"] for row in canary["by"]
+        (secret.prefix, secret.secret, model, f"{row.sampled:.1f}", f"{row.extrapolated:.1f}",
+         f"{space_bits(secret.secret):.1f}", f"{row.loss:.2f}", "yes" if row.extracted else "no")
+        for secret in report.secrets for model, row in secret.by
     ]  # fmt: skip
     head = ("prefix", "secret", "model", "bits, by rank", "extrapolated", "at most", "nats a token", "said greedily")
     return [
@@ -148,17 +154,17 @@ def _secrets(report: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _extraction(report: dict[str, Any]) -> list[str]:
-    found = report["extraction"]
-    kinds = list(dict.fromkeys((row["text"], row["stride"]) for row in found if row["n"]))
+def _extraction(report: Report) -> list[str]:
+    found = [(text, row) for text, row in report.extraction if row.n]
+    kinds = list(dict.fromkeys((text, row.stride) for text, row in found))
     if not kinds:
         return []
 
     def draw(axes: Any) -> None:
         for i, (text, stride) in enumerate(kinds):
-            own = [row for row in found if (row["text"], row["stride"]) == (text, stride)]
-            x, y = np.array([row["prefix"] for row in own]), np.array([row["rate"] for row in own])
-            spread = np.abs(np.array([(row["low"], row["high"]) for row in own]).T - y)
+            own = [row for name, row in found if (name, row.stride) == (text, stride)]
+            x, y = np.array([row.prefix for row in own]), np.array([row.rate for row in own])
+            spread = np.abs(np.array([(row.low, row.high) for row in own]).T - y)
             style = "o-" if text == "train" else "s--"
             axes.errorbar(
                 np.array(x) * 1.02**i, y, spread, fmt=style, capsize=3, label=f"{text}, every {stride} tokens"
@@ -169,59 +175,57 @@ def _extraction(report: dict[str, Any]) -> list[str]:
         axes.legend(frameon=False)
 
     rows = [
-        (row["text"], row["stride"], row["prefix"], f"{row['extracted']:,} of {row['n']:,}", f"{row['rate']:.1%}",
-         f"{row['low']:.1%} to {row['high']:.1%}")
-        for row in found if row["n"]
+        (text, row.stride, row.prefix, f"{row.extracted:,} of {row.n:,}", f"{row.rate:.1%}",
+         f"{row.low:.1%} to {row.high:.1%}")
+        for text, row in found
     ]  # fmt: skip
     return [
         "<h2>Verbatim text</h2>",
-        f"<p>How often greedy decoding says the next {found[0]['suffix']} tokens exactly (arXiv:2202.07646), by the "
+        f"<p>How often greedy decoding says the next {report.suffix} tokens exactly (arXiv:2202.07646), by the "
         "last model. Held-out text shows what is only predictable.</p>",
         _figure(draw), _table(("text", "stride", "prefix", "said", "rate", "95 %"), rows, number=(1, 2, 3, 4, 5)),
     ]  # fmt: skip
 
 
-def _membership(report: dict[str, Any]) -> list[str]:
-    found, names = report["membership"], _short(report["models"])
+def _membership(report: Report) -> list[str]:
+    found, names = report.membership, _short(report.models)
 
     def draw(axes: Any) -> None:
-        sd = np.array([row["sd"] for row in found])
+        sd = np.array([row.sd for _, row in found])
         axes.fill_between(names, 0.5 - 2 * sd, 0.5 + 2 * sd, color="grey", alpha=0.25, label="by chance")
-        axes.plot(names, [row["loss_auc"] for row in found], "o-", color=BLUE, label="loss")
-        axes.plot(names, [row["min_k_auc"] for row in found], "s--", color=ORANGE, label="min-k%")
+        axes.plot(names, [row.loss_auc for _, row in found], "o-", color=BLUE, label="loss")
+        axes.plot(names, [row.min_k_auc for _, row in found], "s--", color=ORANGE, label="min-k%")
         axes.set(ylabel="AUC, training rows against held-out ones")
         axes.legend(frameon=False)
 
     rows = [
-        (row["model"], f"{row['loss_auc']:.3f}", f"{row['min_k_auc']:.3f}", f"{row['sd']:.3f}", f"{row['tpr']:.1%}",
-         f"{row['p']:.2g}")
-        for row in found
+        (model, f"{row.loss_auc:.3f}", f"{row.min_k_auc:.3f}", f"{row.sd:.3f}", f"{row.tpr:.1%}", f"{row.p:.2g}")
+        for model, row in found
     ]  # fmt: skip
     head = ("model", "AUC, loss", "AUC, min-k%", "sd by chance", "found at 1 % false", "p")
     return ["<h2>Membership</h2>", _figure(draw), _table(head, rows, number=range(1, 6))]
 
 
-def _drift(report: dict[str, Any]) -> list[str]:
-    found = report.get("drift")
-    if not found:
+def _drift(report: Report) -> list[str]:
+    found = report.comparison
+    if found is None:
         return []
     rows = [
-        (row["prompt"], f"{row['kl']:.3f}", f"{row['agree']:.0%}", f"{row['before']:.2f}", f"{row['after']:.2f}",
-         row["base"], row["tuned"])
-        for row in found["prompts"]
+        (row.prompt, f"{row.kl:.3f}", f"{row.agree:.0%}", f"{row.before:.2f}", f"{row.after:.2f}", row.base, row.tuned)
+        for row in found.prompts
     ]  # fmt: skip
 
     def draw(axes: Any) -> None:
-        values = [row["kl"] for row in found["prompts"]]
+        values = [row.kl for row in found.prompts]
         axes.bar(range(1, len(values) + 1), values, color=BLUE)
         axes.set(xlabel="prompt, the most changed first", ylabel="KL(base || tuned), nats a token")
 
     head = ("prompt", "KL", "same token", "loss before", "after", "the base goes on", "tuned")
     return [
         "<h2>Drift from the base</h2>",
-        f"<p>{len(rows)} prompts: KL {found['kl']:.3f} nats a token, the same likeliest token at {found['agree']:.1%} "
-        f"of places, the same answer to {found['same_answer']:.0%}; loss {found['before']:.3f} before, "
-        f"{found['after']:.3f} after.</p>",
+        f"<p>{len(rows)} prompts: KL {found.kl:.3f} nats a token, the same likeliest token at {found.agree:.1%} "
+        f"of places, the same answer to {found.same_answer:.0%}; loss {found.before:.3f} before, "
+        f"{found.after:.3f} after.</p>",
         _figure(draw), _table(head, rows, number=(1, 2, 3, 4)),
     ]  # fmt: skip
 
@@ -233,12 +237,12 @@ def _short(models: Sequence[str]) -> list[str]:
     return [name.removesuffix(", the last") for name in models]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, number: Sequence[int] = ()) -> str:
-    def cell(kind: str, i: int, value: Any) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, number: Sequence[int] = ()) -> str:
+    def cell(kind: str, i: int, value: object) -> str:
         marks = ["n"] * (i in number) + [str(value)] * (kind == "td" and value in ("alarm", "quiet"))
         own = f' class="{" ".join(marks)}"' if marks else ""
         return f"<{kind}{own}>{_text(value)}</{kind}>"

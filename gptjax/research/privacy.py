@@ -1,0 +1,150 @@
+"""Differential privacy: DP-SGD as the loss of an ordinary train step, and what its steps spend.
+
+step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
+spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
+
+Losses, `frozen` and `combine` are those of `research.influence`, whose `clipped_sum` this is made of.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import tree
+from gptjax.errors import UserError
+from gptjax.research.influence import Combine, clipped_sum, identity
+from gptjax.training.step import Loss
+from gptjax.types import Mean, Metrics
+
+_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # of the divergences: whole ones, whose sums end
+
+
+def both(trained: Any, frozen: Any) -> tuple[Any, Any]:
+    """The `combine` of a train step whose loss is `private`."""
+    return trained, frozen
+
+
+def private(
+    loss: Loss,
+    *,
+    clip: float,
+    noise: float,
+    batch_size: int,
+    combine: Combine = identity,
+    chunk: int | None = None,
+    parts: int = 1,
+) -> Loss:
+    """The loss with DP-SGD's gradient: clipped row by row, summed, noised, and divided by `batch_size`.
+
+    It is a function of (trained, frozen) at once, because what is trained alone is clipped:
+
+        step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
+
+    Args:
+        clip: the longest gradient of a row. noise: standard deviation of the Gaussian, in units of `clip`.
+        batch_size: the expected number of rows, `rate * n` of `drawn`: a constant, whatever was drawn.
+        parts: micro-batches of a step (`accumulation`), which share the noise.
+
+    Raises:
+        UserError: `clip`, `batch_size` or `parts` not above 0, `noise` below 0; a call without a key.
+    Source: arXiv:1607.00133, algorithm 1.
+    """
+    if not (clip > 0 and noise >= 0 and batch_size > 0 and parts > 0):
+        raise UserError(
+            f"private: expected clip, batch_size and parts above 0 and noise of at least 0, got clip={clip}, "
+            f"batch_size={batch_size}, parts={parts}, noise={noise}"
+        )
+
+    def value(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        mean, metrics = loss(combine(trained, frozen), batch, jax.random.fold_in(key, 1))
+        return mean.total / jnp.maximum(mean.weight, 1e-9) * (batch_size / parts), metrics
+
+    @jax.custom_vjp
+    def total(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return value(trained, frozen, batch, key)
+
+    def forward(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any]:
+        rows, own = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+        summed, _ = clipped_sum(loss, trained, batch, clip=clip, frozen=frozen, combine=combine, key=rows, chunk=chunk)
+        std = noise * clip / math.sqrt(parts)
+
+        def noised(path: str, g: jax.Array) -> jax.Array:
+            draw = jax.random.normal(jax.random.fold_in(own, zlib.crc32(path.encode())), g.shape, jnp.float32)
+            return g + (std * draw).astype(g.dtype)
+
+        return value(trained, frozen, batch, key), tree.map_paths(noised, summed)
+
+    def backward(gradient: Any, cotangent: tuple[jax.Array, Any]) -> tuple:
+        return jax.tree.map(lambda g: g * cotangent[0].astype(g.dtype), gradient), None, None, None
+
+    total.defvjp(forward, backward)
+
+    def private_loss(params: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+        if key is None:
+            raise UserError("a private loss needs a key for its noise: evaluate with the loss it was made of")
+        trained, frozen = params
+        value, metrics = total(trained, frozen, batch, key)
+        return Mean(value, jnp.float32(batch_size / parts)), metrics
+
+    return private_loss
+
+
+def drawn(n: int, *, rate: float, step: int, seed: int, capacity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [capacity] int64, here [capacity] float32): each of n rows with probability `rate`, by itself: what the
+    accountant assumes. Multiply `here` into the batch's weights; where it is 0 the row is padding.
+
+    Args:
+        capacity: None: the mean and six standard deviations, at most n. More than that are left out, at random.
+    """
+    mean = n * rate
+    capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
+    rng = np.random.default_rng((seed, step))
+    chosen = rng.permutation(np.flatnonzero(rng.random(n) < rate))[:capacity]
+    rows = np.zeros(capacity, np.int64)
+    rows[: len(chosen)] = chosen
+    return rows, (np.arange(capacity) < len(chosen)).astype(np.float32)
+
+
+def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
+    """What `steps` steps of `private` on rows of `drawn` spend: (epsilon, delta) privacy of adding or removing a row.
+
+    Raises:
+        UserError: dp-accounting is not installed.
+    Source: Google's dp-accounting, privacy loss distributions (arXiv:2106.02848).
+    """
+    accountant = _accounting().pld.PLDAccountant()
+    return float(accountant.compose(_event(noise, rate, steps)).get_epsilon(delta))
+
+
+def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
+    """A `noise` with which `steps` steps stay within (epsilon, delta): by Renyi divergences (arXiv:1908.10530), which
+    are quick to compose and ask for somewhat more noise than `epsilon` would."""
+    accounting = _accounting()
+    return float(
+        accounting.calibrate_dp_mechanism(
+            lambda: accounting.rdp.RdpAccountant(_ORDERS), lambda noise: _event(noise, rate, steps), epsilon, delta,
+            bracket_interval=accounting.LowerEndpointAndGuess(0.1, 1.0), tol=1e-3,
+        )
+    )  # fmt: skip
+
+
+def _event(noise: float, rate: float, steps: int) -> Any:
+    if not (noise > 0 and 0 < rate <= 1 and steps > 0):
+        raise UserError(f"expected noise and steps above 0 and 0 < rate <= 1, got {noise}, {steps} and {rate}")
+    accounting = _accounting()
+    one = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
+    return accounting.SelfComposedDpEvent(one, steps)
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise UserError("the accountant needs dp-accounting: pip install -e '.[privacy]' in the checkout") from error
+    return dp_accounting
