@@ -9,7 +9,13 @@ import types
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Filled = Annotated[T, "null in a file; a ModelConfig that was made holds a value"]
+else:
+    Filled = Optional
 
 # What each `arch` switches on. A switch that is given explicitly wins over this table.
 ARCHS: dict[str, dict[str, Any]] = {
@@ -92,14 +98,14 @@ class ModelConfig:
     context_length: int = setting(1024, "Longest sequence in tokens, in training and generation.", COUNT)
     n_layer: int = setting(12, "Number of transformer blocks.", COUNT)
     n_head: int = setting(12, "Number of query heads per layer.", COUNT)
-    n_kv_head: Optional[int] = setting(
+    n_kv_head: Filled[int] = setting(
         None, "Number of key and value heads (grouped-query attention); must divide n_head. null: n_head.", COUNT
     )
     d_head: Optional[int] = setting(None, "Width of one head. null: d_model / n_head.", COUNT)
     d_model: int = setting(768, "Width of the residual stream.", COUNT)
-    d_ff: Optional[int] = setting(None, "Hidden width of the feed-forward layer. null: 4 * d_model.", COUNT)
+    d_ff: Filled[int] = setting(None, "Hidden width of the feed-forward layer. null: 4 * d_model.", COUNT)
     # switches
-    position: Optional[Literal["learned", "sinusoidal", "rope", "alibi"]] = setting(
+    position: Filled[Literal["learned", "sinusoidal", "rope", "alibi"]] = setting(
         None, "Position encoding. null: by arch."
     )
     rope_base: float = setting(10_000.0, "RoPE base frequency (theta).", POSITIVE)
@@ -125,46 +131,46 @@ class ModelConfig:
         0, "Tokens that a layer with a sliding window attends to, its own included. 0: no window."
     )
     window_pattern: str = setting("S", "S: a layer with the sliding window, L: one without; repeated over the layers.")
-    norm: Optional[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation. null: by arch.")
-    norm_scale: Optional[bool] = setting(None, "Normalisation has a learned scale. null: by arch.")
-    norm_bias: Optional[bool] = setting(None, "LayerNorm has a learned bias. null: by arch.")
-    norm_eps: Optional[float] = setting(None, "Epsilon of the normalisation. null: by arch.", POSITIVE)
+    norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation. null: by arch.")
+    norm_scale: Filled[bool] = setting(None, "Normalisation has a learned scale. null: by arch.")
+    norm_bias: Filled[bool] = setting(None, "LayerNorm has a learned bias. null: by arch.")
+    norm_eps: Filled[float] = setting(None, "Epsilon of the normalisation. null: by arch.", POSITIVE)
     norm_position: Literal["pre", "post", "both"] = setting(
         "pre", "Normalise before attention and feed-forward, after them, or both."
     )
-    activation: Optional[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
+    activation: Filled[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
         None, "Feed-forward activation. null: by arch."
     )
-    qkv_bias: Optional[bool] = setting(None, "Bias in the q, k and v projections. null: by arch.")
-    bias: Optional[bool] = setting(None, "Bias in all other linear layers but the output head. null: by arch.")
+    qkv_bias: Filled[bool] = setting(None, "Bias in the q, k and v projections. null: by arch.")
+    bias: Filled[bool] = setting(None, "Bias in all other linear layers but the output head. null: by arch.")
     n_classes: int = setting(0, "Classes of a classification head beside the language model's. 0: no such head.")
     cls_bias: bool = setting(True, "Bias in the classification head.")
-    tie_embeddings: Optional[bool] = setting(
+    tie_embeddings: Filled[bool] = setting(
         None, "The output head shares the token embedding's weights. null: by arch."
     )
-    qk_norm: Optional[bool] = setting(None, "Normalise queries and keys (QK-norm). null: by arch.")
+    qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: by arch.")
     qk_norm_over: Literal["head", "all"] = setting(
         "head", "QK-norm over each head by itself, or over all heads at once."
     )
-    qk_gain: Optional[float] = setting(None, "Factor on queries and keys after QK-norm. null: by arch.", POSITIVE)
+    qk_gain: Filled[float] = setting(None, "Factor on queries and keys after QK-norm. null: by arch.", POSITIVE)
     attention_scale: Optional[float] = setting(
         None, "Factor on the attention logits q k^T. null: head width ** -0.5.", POSITIVE
     )
     embed_gain: float = setting(1.0, "Factor on the token embedding.", POSITIVE)
-    embed_norm: Optional[bool] = setting(None, "Normalise the token embedding. null: by arch.")
-    logit_softcap: Optional[float] = setting(
+    embed_norm: Filled[bool] = setting(None, "Normalise the token embedding. null: by arch.")
+    logit_softcap: Filled[float] = setting(
         None, "Output logits become cap * tanh(logits / cap). 0: off; null: by arch."
     )
-    value_residual: Optional[bool] = setting(
+    value_residual: Filled[bool] = setting(
         None, "Mix each layer's values with the first layer's, with a learned weight. null: by arch."
     )
-    residual_lambdas: Optional[bool] = setting(
+    residual_lambdas: Filled[bool] = setting(
         None, "Learned factor on the residual stream before each block. null: by arch."
     )
-    x0_lambdas: Optional[bool] = setting(
+    x0_lambdas: Filled[bool] = setting(
         None, "Add the embedding before each block, with a learned factor. null: by arch."
     )
-    smear: Optional[bool] = setting(
+    smear: Filled[bool] = setting(
         None, "Add the previous token's embedding, with a learned factor per channel. null: by arch."
     )
     # initialisation
@@ -172,10 +178,10 @@ class ModelConfig:
     embed_std: float = setting(
         0.02, "Standard deviation of the token embedding at the start, under init=gpt2.", POSITIVE
     )
-    zero_init_proj: Optional[bool] = setting(
+    zero_init_proj: Filled[bool] = setting(
         None, "Output projections of attention and feed-forward start at zero. null: by arch."
     )
-    zero_init_head: Optional[bool] = setting(None, "An untied output head starts at zero. null: by arch.")
+    zero_init_head: Filled[bool] = setting(None, "An untied output head starts at zero. null: by arch.")
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
     # how it is computed, not what
     dtype: Literal["float32", "bfloat16"] = setting(
