@@ -78,9 +78,9 @@ class Linear(nn.Module):
         bias_init = uniform(d_in**-0.5) if torch else nn.initializers.zeros
         kernel = _read(self, "kernel", kernel_init, (d_in, self.features))
         bias = _read(self, "bias", bias_init, (self.features,)) if self.bias else None
-        if device.mesh() is not None and isinstance(kernel, jax.Array):
-            into_block = self.name not in ("o", "down")
-            kernel = Gathered(kernel, (None, device.TENSOR) if into_block else (device.TENSOR, None))
+        axes = device.product_axes("/".join((*self.path, "kernel")))
+        if axes is not None and isinstance(kernel, jax.Array):
+            kernel = Gathered(kernel, axes)
         return checkpoint_name(linear(x, kernel, bias, self.cfg.dtype), PRODUCT)
 
 

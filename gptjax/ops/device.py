@@ -1,7 +1,7 @@
 """What a program is compiled for: a kind of device, and perhaps a mesh of them.
 
 The mesh is the one that `jax.set_mesh` names while the program is traced, with the axes below; without it nothing here
-does anything. An axis that does not divide an array's side leaves that side whole.
+does anything. A mesh axis that does not divide an array's axis leaves it whole.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def mesh() -> Any:
 
 
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """`spec` without what does not divide `shape`; of several axes on one side the first ones that do."""
+    """`spec` without the mesh axes that do not divide `shape`; of several for one array axis the first ones that do."""
 
     def one(axes: Any, size: int) -> Any:
         axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -94,9 +94,24 @@ def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """`x` laid on the mesh as `spec` says, a name, several or None for each side."""
+    """`x` laid on the mesh as `spec` says, a mesh axis, several or None for each axis of `x`."""
     here = mesh()
     return x if here is None else jax.lax.with_sharding_constraint(x, fit(spec, x.shape, here))
+
+
+ProductAxes = tuple[str | None, ...] | None  # the mesh axes of a kernel's [in, out] while it is multiplied
+_product_axes: Callable[[str], ProductAxes] | None = None
+
+
+def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
+    """`rule` is what `product_axes` asks: that of `gptjax.parallel`, from the table that lays out the parameters."""
+    global _product_axes
+    _product_axes = rule
+
+
+def product_axes(path: str) -> ProductAxes:
+    """The mesh axes of the kernel at `path` while it is multiplied. None: as it comes, and always without a mesh."""
+    return None if _product_axes is None or mesh() is None else _product_axes(path)
 
 
 def by_device(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
