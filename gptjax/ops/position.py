@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
@@ -35,10 +39,16 @@ def rope_frequencies(
     if scaling == "linear":
         return frequency / factor
     if scaling == "llama3":
-        turns = original_context * frequency / (2 * math.pi)
-        keep = jnp.clip((turns - slow) / (fast - slow), 0, 1)
+        keep = llama3_ramp(frequency, slow, fast, original_context)
         return keep * frequency + (1 - keep) * frequency / factor
     return frequency
+
+
+def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
+    """How much of each frequency Llama 3's RoPE scaling keeps as it is, from 0 to 1; the rest is divided by its factor.
+    Of numpy's arrays in their dtype, of jax's in float32: GGUF files hold the factors of float64."""
+    turns = original_context * frequency / (2 * math.pi)
+    return ((turns - slow) / (fast - slow)).clip(0, 1)
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
