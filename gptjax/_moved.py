@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.research.shelf": "gptjax.research.architectures",
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
+    "gptjax.ops.feed_forward": "gptjax.from_scratch",
     "gptjax.weights.door": "gptjax.weights",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
@@ -72,6 +73,15 @@ class _Finder:
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
+
+
+def moved_name(module: str, name: str, home: str, moved: Iterable[str]) -> Any:
+    """The attribute `name` of `module` that is now in `home`, with a DeprecationWarning. For `__getattr__`."""
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    text = f"{module}.{name} is now {home}.{name}; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
 
 
 def old_name(module: str, name: str, moved: Mapping[str, Callable], init_params: Callable) -> Any:

@@ -8,45 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax._moved import moved_name
 from gptjax.ops.device import platform
 from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.dropout import off
-from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
 _BLOCK = 64  # the smallest query block worth its own product
-
-
-def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """[T, S] bool, True where query t, standing at t + offset, may see key s: s <= t + offset.
-
-    causal_mask(3, 3)   1 0 0
-                        1 1 0
-                        1 1 1
-    """
-    return jnp.arange(n_key)[None, :] <= jnp.arange(n_query)[:, None] + offset
-
-
-def simple_attention(x: jax.Array) -> jax.Array:
-    """Self-attention without weights, x [T, D] -> [T, D]: every row becomes a mean of all rows, weighted by
-    softmax(x x^T). The first step towards the real one; nothing is learned."""
-    return jax.nn.softmax(x @ x.T, axis=-1) @ x
-
-
-def multi_head_attention(
-    x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
-) -> jax.Array:
-    """Causal self-attention of n_head heads side by side, x [B, T, D] -> [B, T, D]; options as in `attention`.
-
-    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. The model's layer adds biases, norms of q and k, rope and the cache
-    between the same products. Source: arXiv:1706.03762, 3.2.2.
-    """
-    B, T, _ = x.shape
-    H = w_q.shape[-1] // n_head
-    q, k, v = (linear(x, w).reshape(B, T, -1, H) for w in (w_q, w_k, w_v))
-    return linear(attention(q, k, v, **options).reshape(B, T, -1), w_o)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
@@ -219,3 +189,10 @@ def _turn(x: jax.Array) -> jax.Array:
 
 def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> jax.Array:
     return x if keep is None else jnp.where(keep, (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype), 0)
+
+
+def __getattr__(name: str) -> Any:
+    """The old home of the functions that notebooks build attention from."""
+    return moved_name(
+        __name__, name, "gptjax.from_scratch", ("causal_mask", "simple_attention", "multi_head_attention")
+    )

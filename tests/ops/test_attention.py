@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.attention import attention, attention_weights, multi_head_attention, weighted_values
+from gptjax.from_scratch import multi_head_attention
+from gptjax.ops.attention import attention, attention_weights, weighted_values
 from gptjax.ops.position import alibi_slopes
 
 
