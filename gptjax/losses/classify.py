@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from gptjax.ops.loss import cross_entropy
 from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Mean, Metrics, Params
 
+if TYPE_CHECKING:
+    from gptjax.data.labelled import LabelledBatch
+
 Pooling = Literal["last", "first", "mean"]
 
 
@@ -26,7 +29,7 @@ def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple
     The loss is in nats, summed over texts; its metrics hold `accuracy`.
     """
 
-    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+    def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
         logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
         right = (logits.argmax(-1) == batch.labels) * batch.weights

@@ -79,8 +79,8 @@ def heads_attention(
             alibi=alibi,
         )  # fmt: skip
         keep = None
-        if dropout_keys[i] is not None:
-            keep = jax.random.bernoulli(dropout_keys[i], 1 - dropout, (B, K, N // K, end - first, upto))
+        if (key := dropout_keys[i]) is not None:
+            keep = jax.random.bernoulli(key, 1 - dropout, (B, K, N // K, end - first, upto))
         outs.append(_attend(q[..., at, :], k[:, :, :upto], v[:, :, :upto], bias, keep, dropout))
     out = jnp.concatenate(outs, 3) if blocks > 1 else outs[0]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -103,7 +103,7 @@ def attention_weights(
     bias = _bias(
         0, T, S, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window, alibi=alibi
     )  # fmt: skip
-    scores = _dot(_rows(q), _turn(k)).reshape(B, K, N // K, T, S)
+    scores = _dot(_rows(q), _transposed(k)).reshape(B, K, N // K, T, S)
     return jax.nn.softmax(scores + bias, axis=-1).reshape(B, N, T, S)
 
 
@@ -129,8 +129,8 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi: of queries `first` to `end` over the first `n_key` keys,
-    0 where they see, else hardly finite. `beyond` is further than anything."""
+    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi, of queries `first` to `end` over the first `n_key` keys:
+    0 where a query may attend, -1e30 elsewhere. `beyond`: larger than any distance (disables the window)."""
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
     if not isinstance(window, int) or window:
@@ -149,24 +149,24 @@ def _attend(q, k, v, bias, keep, dropout):
 
 
 def _attend_forward(q, k, v, bias, keep, dropout):
-    scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2])
+    scores = _dot(_rows(q), _transposed(k)).reshape(*q.shape[:-1], k.shape[-2])
     p = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
     return out, (q, k, v, keep, p, dropout)
 
 
 def _attend_backward(residual, g):
-    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is turned.
+    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is transposed.
 
     d_scores = p (d_p - sum_s p d_p). The sum is g . out as well (arXiv:2205.14135, appendix B), which would keep out.
     """
     q, k, v, keep, p, dropout = residual
-    d_p = _dropped(_dot(_rows(g), _turn(v)).reshape(p.shape), keep, dropout)
+    d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
     delta = (p * d_p).sum(-1, keepdims=True)
     d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
-    d_k = _turn(_dot(_turn(_rows(q)), d_scores))
-    d_v = _turn(_dot(_turn(_rows(g)), _rows(_dropped(p, keep, dropout))))
+    d_k = _transposed(_dot(_transposed(_rows(q)), d_scores))
+    d_v = _transposed(_dot(_transposed(_rows(g)), _rows(_dropped(p, keep, dropout))))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
@@ -183,7 +183,7 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _turn(x: jax.Array) -> jax.Array:
+def _transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 

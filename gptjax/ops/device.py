@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
 ROWS = (DATA, FSDP)  # what the rows of a batch are divided by
@@ -54,13 +55,13 @@ def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
         _target.reset(token)
 
 
-def activation_dtype(dtype: str) -> Any:
+def activation_dtype(dtype: str) -> DTypeLike:
     """What flows between the products of a model that computes in `dtype`. CPUs keep float32: they have no bfloat16
     arithmetic outside products."""
     return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
 
 
-def _gpu_named_to_jax(capability: float) -> Any:
+def _gpu_named_to_jax(capability: float) -> AbstractContextManager:
     """From jax 0.11 on Pallas asks the mesh for a GPU where the process has none."""
     if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
         return nullcontext()
@@ -73,7 +74,7 @@ def _gpu_named_to_jax(capability: float) -> Any:
     return jax.sharding.use_abstract_mesh(here.update(abstract_device=gpu))
 
 
-def mesh() -> Any:
+def mesh() -> AbstractMesh | None:
     """The mesh that the program is traced for; None without one, or inside a part that is one device's own."""
     found = jax.sharding.get_abstract_mesh()
     if found.empty or found.axis_names != AXES or AxisType.Manual in found.axis_types:
@@ -81,7 +82,7 @@ def mesh() -> Any:
     return found
 
 
-def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """`spec` without the mesh axes that do not divide `shape`; of several for one array axis the first ones that do."""
 
     def one(axes: Any, size: int) -> Any:

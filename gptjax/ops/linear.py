@@ -153,10 +153,12 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> ja
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # w as it came: a low copy of it would be kept for every layer of a stack, and gathered whole under fsdp. Not on a
-    # CPU, where XLA would fold the turn of a tied head into the backward product and refuse it
+    # Save w in its own dtype: a bfloat16 copy per scanned layer would stay alive (and be all-gathered under FSDP). Not
+    # on a CPU, where XLA would fold the transpose of a tied head into the backward product and refuse it
     kept = low_w if platform() == "cpu" else w
-    return _dot(low, _laid(low_w, axes)), (low, kept, x[:0], w[:0])
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(low, _laid(low_w, axes), dims, preferred_element_type=jnp.float32)
+    return y, (low, kept, x[:0], w[:0])
 
 
 def _backward(axes, residual, g):
@@ -164,16 +166,12 @@ def _backward(axes, residual, g):
     g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), axes)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _laid(weight_gradient(x, g).astype(like_w.dtype), axes)
-    if platform() == "cpu":  # a tied head's gradient is turned, and XLA refuses the turn inside the product
+    if platform() == "cpu":  # a tied head's gradient is transposed, and XLA refuses that inside the product
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
 
 _matmul_bfloat16.defvjp(_forward, _backward)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ A leaf is frozen: gradients flow to x alone, and the backward pass makes the flo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -135,7 +136,7 @@ def _absmax(leaf: NF4) -> jax.Array:
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
-def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> Any:
+def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> jax.Array:
     """LEVELS[codes], bit by bit: accelerators select much faster than they look up."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
@@ -251,7 +252,7 @@ def _backward(product, dtype, leaf, g):
 _frozen.defvjp(_forward, _backward)
 
 
-def _integers(product, values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
+def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """x with a matrix of int8, which bfloat16 holds exactly."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):

@@ -41,19 +41,14 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
         UserError: no rule covers it.
     """
-    for start in _tails(path):
-        found = _rule(start)
-        if found is not None:
+    parts = path.split("/")
+    for start in range(len(parts)):  # "opt_state/0/mu/blocks/attn/q/kernel", "0/mu/..", .., "kernel"
+        if (found := _rule("/".join(parts[start:]))) is not None:
             return fit((None,) * (len(shape) - len(found)) + found, shape, mesh) if len(shape) >= len(found) else P()
-    if not shape or _is_counter(path):
+    # what a step counts, draws from or multiplies with is the same on every device
+    if not shape or parts[-1] in ("step", "count", "key", "skipped", "skipped_in_a_row", "ns_coeffs"):
         return P()
     raise UserError(f"parallel: no rule covers {path} {list(shape)}: add one to gptjax.parallel.rules.RULES")
-
-
-def _tails(path: str) -> list[str]:
-    """ "opt_state/0/mu/blocks/attn/q/kernel" -> itself, "0/mu/..", .., "kernel"."""
-    parts = path.split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def _rule(path: str) -> tuple | None:
@@ -61,11 +56,6 @@ def _rule(path: str) -> tuple | None:
     if name in MATRIX_AXES and (whole := _rule(parent)) is not None and len(whole) == 2:
         return tuple(None if axis is None else whole[axis] for axis in MATRIX_AXES[name])
     return next((spec for pattern, spec in RULES if tree.matches(pattern, path)), None)
-
-
-def _is_counter(path: str) -> bool:
-    """What a step counts, draws from or multiplies with: the same on every device."""
-    return path.rpartition("/")[2] in ("step", "count", "key", "skipped", "skipped_in_a_row", "ns_coeffs")
 
 
 def product_axes(path: str) -> tuple[str | None, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,7 +111,7 @@ def place_batch(
         return jax.ShapeDtypeStruct((*leaf.shape[:n], of, *leaf.shape[n + 1 :]), leaf.dtype)
 
     def one(leaf: Any, shape: Any, where: NamedSharding) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> Any:
+        def part(index: Any) -> np.ndarray:
             begin, end, _ = index[n].indices(of)
             own = slice(begin - rows.start, end - rows.start)
             return leaf[(*index[:n], own, *index[n + 1 :])]
@@ -122,7 +122,7 @@ def place_batch(
     return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh, leading_axes=n, context_length=length))
 
 
-def pmap_step(step: Callable, devices: Any = None) -> Callable:
+def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """`step` over rows alone, in the form of `jax.pmap`: every leaf of the batch has a leading axis of devices.
 
     step(state, batch [n, B / n, ..]) -> (state, metrics), what one device does with the rows one below the other. For
