@@ -47,8 +47,8 @@ def rope_frequencies(
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
     """How much of each frequency Llama 3's RoPE scaling keeps as it is, from 0 to 1; the rest is divided by its factor.
     Of numpy's arrays in their dtype, of jax's in float32: GGUF files hold the factors of float64."""
-    turns = original_context * frequency / (2 * math.pi)
-    return ((turns - slow) / (fast - slow)).clip(0, 1)
+    turns, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
+    return xp.clip((turns - slow) / (fast - slow), 0, 1)
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
