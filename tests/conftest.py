@@ -69,6 +69,21 @@ def room():
             sys.modules["jax"].clear_caches()
 
 
+STRICT_DTYPES = ("losses", "model", "ops")  # folders; optax and the other parts promote
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+    """A product of two dtypes is an error in these folders' tests: the package says which one it means."""
+    if request.path.parent.name not in STRICT_DTYPES:
+        yield
+        return
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def _fetch(name: str):
     from gptjax import assets
     from gptjax.errors import UserError

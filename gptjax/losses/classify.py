@@ -32,7 +32,7 @@ def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
         logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
-        right = (logits.argmax(-1) == batch.labels) * batch.weights
+        right = (logits.argmax(-1) == batch.labels).astype(jnp.float32) * batch.weights
         return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
 
     return loss
@@ -58,7 +58,8 @@ def class_logits(
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
     if pooling == "mean":
-        share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        count = jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        share = belongs.astype(jnp.float32) / count.astype(jnp.float32)
         pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
     else:
         last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)

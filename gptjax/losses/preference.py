@@ -99,7 +99,8 @@ def answer_log_probs(params: Params, batch: PairBatch, cfg: ModelConfig, key: ja
     belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
     counts = jnp.where(belongs, batch.weights[:, None], 0.0)
     sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
-    return sums.reshape(-1, n // 2, 2), counts.sum(-1).reshape(-1, n // 2, 2)
+    lengths = counts.sum(-1)
+    return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
 
 def preference(
@@ -116,7 +117,10 @@ def preference(
         present = batch.present
         losses, reward = LOSSES[kind](Answers(now, batch.reference, jnp.maximum(length, 1), present), beta, margin)
         gap, n = reward[..., 0] - reward[..., 1], present.sum()
-        metrics = {"margin": Mean((gap * present).sum(), n), "accuracy": Mean(((gap > 0) * present).sum(), n)}
+        metrics = {
+            "margin": Mean((gap * present).sum(), n),
+            "accuracy": Mean(((gap > 0).astype(jnp.float32) * present).sum(), n),
+        }
         return Mean((losses * present).sum(), n), metrics
 
     return loss

@@ -45,7 +45,8 @@ class Cache(struct.PyTreeNode):
         if self.scales is None:
             return k, v
         k_scale, v_scale = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in self.scales)
-        return (k * k_scale).astype(dtype), (v * v_scale).astype(dtype)
+        k, v = k.astype(jnp.float32) * k_scale, v.astype(jnp.float32) * v_scale
+        return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
         """Embeddings [B, T, D] into the slots from `length` on."""

@@ -138,7 +138,9 @@ def _bias(
     if segment_ids is not None:
         mask = mask & (segment_ids[:, first:end, None] == segment_ids[:, None, :n_key])[:, None, None]
     bias = jnp.where(mask, 0.0, _MASKED)
-    return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance if alibi else bias
+    if not alibi:
+        return bias
+    return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance.astype(jnp.float32)
 
 
 @custom_vjp
@@ -162,8 +164,8 @@ def _attend_backward(residual, g):
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
-    delta = (p * d_p).sum(-1, keepdims=True)
-    d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
+    delta = (p.astype(jnp.float32) * d_p).sum(-1, keepdims=True)
+    d_scores = _rows((p.astype(jnp.float32) * (d_p - delta)).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
     d_k = _transposed(_dot(_transposed(_rows(q)), d_scores))
     d_v = _transposed(_dot(_transposed(_rows(g)), _rows(_dropped(p, keep, dropout))))

@@ -187,7 +187,7 @@ def _forward(hidden, targets, weights, head, cap, dtype):
     def gradients(part, dhead):
         h, t, w = part
         total, (logits, p, hit) = _chunk_logits(h, low, cap, dtype, t, w, head.shape[1])
-        d = (p - hit) * w[:, None]
+        d = (p - hit.astype(jnp.float32)) * w[:, None]
         if cap:
             d = d * (1 - jnp.square(logits / cap))
         d = d.astype(dtype)

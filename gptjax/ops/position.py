@@ -15,7 +15,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
     """[..] int32 -> [.., D] float32; sines in the even places, cosines in the odd. Source: arXiv:1706.03762, 3.5."""
     frequency = 10_000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
-    angle = positions[..., None] * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :d_model]
 
 

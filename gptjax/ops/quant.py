@@ -118,7 +118,7 @@ def _block(d_in: int) -> int:
 
 @dense.register
 def _(leaf: Int8) -> jax.Array:
-    return leaf.values * leaf.scale
+    return leaf.values.astype(jnp.float32) * leaf.scale
 
 
 @dense.register
@@ -132,7 +132,7 @@ def _(leaf: NF4) -> jax.Array:
 
 def _absmax(leaf: NF4) -> jax.Array:
     """[.., in/64, out] float32."""
-    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
+    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1).astype(jnp.float32) * leaf.scale[..., None]
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
@@ -213,7 +213,7 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @take.register
 def _(leaf: Int8, ids: jax.Array) -> jax.Array:
-    return take(leaf.values, ids) * take(leaf.scale, ids)
+    return take(leaf.values, ids).astype(jnp.float32) * take(leaf.scale, ids)
 
 
 @matmul.register
@@ -237,8 +237,8 @@ def _frozen(product, leaf, x, dtype):
         return product(dense(leaf).astype(x.dtype), x, dtype)
     scale = leaf.scale if product is matmul else leaf.scale.T
     if scale.shape[0] == 1:
-        return (_integers(product, leaf.values, x, dtype) * scale[0]).astype(x.dtype)
-    return _integers(product, leaf.values, (x * scale[:, 0]).astype(x.dtype), dtype)
+        return (_integers(product, leaf.values, x, dtype).astype(jnp.float32) * scale[0]).astype(x.dtype)
+    return _integers(product, leaf.values, (x.astype(jnp.float32) * scale[:, 0]).astype(x.dtype), dtype)
 
 
 def _forward(product, leaf, x, dtype):
