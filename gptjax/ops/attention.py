@@ -165,7 +165,8 @@ def _attend_backward(residual, g):
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
     delta = (p.astype(jnp.float32) * d_p).sum(-1, keepdims=True)
-    d_scores = _rows((p.astype(jnp.float32) * (d_p - delta)).astype(q.dtype))
+    d_p = d_p - delta
+    d_scores = _rows((p.astype(jnp.float32) * d_p).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
     d_k = _transposed(_dot(_transposed(_rows(q)), d_scores))
     d_v = _transposed(_dot(_transposed(_rows(g)), _rows(_dropped(p, keep, dropout))))

@@ -213,7 +213,8 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @take.register
 def _(leaf: Int8, ids: jax.Array) -> jax.Array:
-    return take(leaf.values, ids).astype(jnp.float32) * take(leaf.scale, ids)
+    values, scale = take(leaf.values, ids), take(leaf.scale, ids)
+    return values.astype(jnp.float32) * scale
 
 
 @matmul.register

@@ -20,7 +20,7 @@ def naive(q, k, v, *, offset=0, segment_ids=None, window=0, scale=None, alibi=Fa
     k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(H))
     if alibi:
-        scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None]
+        scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None].astype(np.float32)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1), v)
 
 
