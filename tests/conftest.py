@@ -73,8 +73,10 @@ def room():
 STRICT_DTYPES = {
     "losses": {"test_classify", "test_preference"},
     "model": {"test_cache"},
-    "ops": {"test_activation", "test_attention", "test_linear", "test_loss", "test_norm", "test_position", "test_scale"},
-}
+    "ops": {
+        "test_activation", "test_attention", "test_linear", "test_loss", "test_norm", "test_position", "test_scale",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

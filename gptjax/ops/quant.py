@@ -132,7 +132,8 @@ def _(leaf: NF4) -> jax.Array:
 
 def _absmax(leaf: NF4) -> jax.Array:
     """[.., in/64, out] float32."""
-    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1).astype(jnp.float32) * leaf.scale[..., None]
+    absmax, scale = leaf.absmax.reshape(*leaf.scale.shape, -1), leaf.scale[..., None]
+    absmax = absmax.astype(jnp.float32) * scale
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
