@@ -14,7 +14,8 @@ import numpy as np
 
 import gptjax
 from gptjax import show, tokenizers
-from gptjax.ops.attention import attention, causal_mask, multi_head_attention, simple_attention
+from gptjax.from_scratch import causal_mask, multi_head_attention, simple_attention
+from gptjax.ops.attention import attention
 from gptjax.ops.norm import rms_norm
 from gptjax.ops.position import rope, rope_frequencies, rope_table
 

@@ -19,10 +19,10 @@ import numpy as np
 
 import gptjax
 from gptjax import show, tokenizers, tree
+from gptjax.from_scratch import feed_forward
 from gptjax.generation import chain, temperature, top_k
 from gptjax.model.cache import init_cache
 from gptjax.ops.activation import gelu
-from gptjax.ops.feed_forward import feed_forward
 from gptjax.ops.loss import cross_entropy
 from gptjax.ops.norm import layer_norm, rms_norm
 

@@ -34,6 +34,7 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.training.job": "gptjax.training.task",
     "gptjax.gguf": "gptjax.formats.gguf",
     "gptjax.lora.leaf": "gptjax.lora.weight",
+    "gptjax.ops.feed_forward": "gptjax.from_scratch",
     "gptjax.weights.door": "gptjax.weights",
     "gptjax.weights.llama_cpp": "gptjax.weights.gguf",
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
@@ -47,6 +48,10 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    **{
+        f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
+        for name in ("causal_mask", "simple_attention", "multi_head_attention")
+    },
     **{f"gptjax.data.classification.{name}": f"gptjax.formats.tables.{name}" for name in ("LABEL", "TEXT", "tsv")},
     **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Part", "Sizes", "hold_out", "measure")},
     **{

@@ -69,6 +69,28 @@ def room():
             sys.modules["jax"].clear_caches()
 
 
+# Tests that call neither optax nor the decoding loop, which promote. A product of ranks is left to broadcasting.
+STRICT_DTYPES = {
+    "losses": {"test_classify", "test_preference"},
+    "model": {"test_cache"},
+    "ops": {
+        "test_activation", "test_attention", "test_linear", "test_loss", "test_norm", "test_position", "test_scale",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes(request):
+    """Implicit dtype promotion is an error in the tests of `STRICT_DTYPES`: the package says which dtype it means."""
+    if request.path.stem not in STRICT_DTYPES.get(request.path.parent.name, ()):
+        yield
+        return
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def _fetch(name: str):
     from gptjax import assets
     from gptjax.errors import UserError

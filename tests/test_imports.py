@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "gptjax"
 LEVEL = {
     "_moved": -1, "errors": -1,
     "types": 0, "signals": 0, "files": 0, "tree": 0, "config": 0, "assets": 0, "formats": 0,
-    "ops": 1, "tokenizers": 1, "show": 2, "data": 2,
+    "ops": 1, "tokenizers": 1, "show": 2, "data": 2, "from_scratch": 2,
     "model": 3,
     "losses": 4, "optim": 4, "parallel": 4, "checkpoint": 4, "weights": 4, "lora": 4,
     "training": 5, "generation": 5,

@@ -47,7 +47,8 @@ def test_every_module_has_its_page(site):
 
 def test_a_docstring_is_as_it_was_written(site):
     """Lines, columns, and asterisks that are products; a known name is a link."""
-    text = page(site, "ops/attention")
+    text = page(site, "from_scratch")
     assert "causal_mask(3, 3)   1 0 0\n                    1 1 0\n" in text
     assert "w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]" in text
+    text = page(site, "ops/attention")
     assert '<code><a href="#heads_attention">heads_attention</a></code>' in text

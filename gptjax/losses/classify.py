@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from gptjax.ops.loss import cross_entropy
 from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Mean, Metrics, Params
 
+if TYPE_CHECKING:
+    from gptjax.data.labelled import LabelledBatch
+
 Pooling = Literal["last", "first", "mean"]
 
 
@@ -26,10 +29,10 @@ def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple
     The loss is in nats, summed over texts; its metrics hold `accuracy`.
     """
 
-    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+    def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
         logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
-        right = (logits.argmax(-1) == batch.labels) * batch.weights
+        right = (logits.argmax(-1) == batch.labels).astype(jnp.float32) * batch.weights
         return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
 
     return loss
@@ -55,7 +58,8 @@ def class_logits(
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
     if pooling == "mean":
-        share = belongs / jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        count = jnp.maximum(belongs.sum(-1, keepdims=True), 1)
+        share = belongs.astype(jnp.float32) / count.astype(jnp.float32)
         pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
     else:
         last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,6 +13,9 @@ from gptjax.ops.dropout import off
 from gptjax.ops.loss import linear_cross_entropy, linear_log_probs
 from gptjax.ops.precision import matmul_precision, with_matmul_precision
 from gptjax.types import Batch, Mean, Metrics, Params
+
+if TYPE_CHECKING:
+    from gptjax.data.preferences import PairBatch
 
 
 def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:
@@ -40,7 +43,9 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 
 
 @with_matmul_precision
-def token_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> jax.Array:
+def token_log_probs(
+    params: Params, batch: Batch | PairBatch, cfg: ModelConfig, key: jax.Array | None = None
+) -> jax.Array:
     """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
     hidden, head = head_factors(params, hidden, cfg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from gptjax.config import ModelConfig
 from gptjax.losses.next_token import token_log_probs
 from gptjax.ops.dropout import off
 from gptjax.types import Mean, Metrics, Params
+
+if TYPE_CHECKING:
+    from gptjax.data.preferences import PairBatch
 
 Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
 BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual ones
@@ -54,9 +57,9 @@ def orpo(x: Answers, beta: float, margin: float) -> Two:
 
 
 def kto(x: Answers, beta: float, margin: float) -> Two:
-    """Each side by itself against how far the policy has moved. Source: arXiv:2402.01306, eq. 8.
+    """Chosen and rejected by themselves, each against how far the policy has moved. Source: arXiv:2402.01306, eq. 8.
 
-    That distance is taken as the mean log-ratio of the other side in the batch, at least 0 (as TRL's kto_pair), not of
+    That distance is taken as the mean log-ratio of the other kind in the batch, at least 0 (as TRL's kto_pair), not of
     mismatched questions and answers: the one loss here that depends on which pairs make up a batch.
     """
     ratio = x.now - x.before
@@ -73,23 +76,31 @@ def simpo(x: Answers, beta: float, margin: float) -> Two:
     return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1] - margin), reward
 
 
-LOSSES: dict[str, Callable] = {"dpo": dpo, "ipo": ipo, "orpo": orpo, "kto": kto, "simpo": simpo}
+LOSSES: dict[str, Callable[[Answers, float, float], Two]] = {
+    "dpo": dpo,
+    "ipo": ipo,
+    "orpo": orpo,
+    "kto": kto,
+    "simpo": simpo,
+}
 
 
-def answer_log_probs(params: Params, batch: Any, cfg: ModelConfig, key: jax.Array | None = None) -> Two:
+def answer_log_probs(params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None) -> Two:
     """(summed log-probabilities of the answers with their ends, number of tokens), each [B, P, 2] float32.
 
     Of the params without their adapter these are the reference: no second model is needed.
 
     Args:
-        batch: tokens, targets, weights, segment_ids [B, T], side s of pair p being segment 2 p + 1 + s; present [B, P].
+        batch: tokens, targets, weights, segment_ids [B, T], segment 2 p + 1 the chosen and 2 p + 2 the rejected
+            answer of pair p; present [B, P].
     """
     every = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
     belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
     counts = jnp.where(belongs, batch.weights[:, None], 0.0)
     sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
-    return tuple(x.reshape(-1, n // 2, 2) for x in (sums, counts.sum(-1)))
+    lengths = counts.sum(-1)
+    return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
 
 def preference(
@@ -101,12 +112,15 @@ def preference(
     """
     beta = BETA[kind] if beta is None else beta
 
-    def loss(params: Params, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
+    def loss(params: Params, batch: PairBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         now, length = answer_log_probs(params, batch, cfg, None if off(cfg.dropout) else key)
         present = batch.present
         losses, reward = LOSSES[kind](Answers(now, batch.reference, jnp.maximum(length, 1), present), beta, margin)
         gap, n = reward[..., 0] - reward[..., 1], present.sum()
-        metrics = {"margin": Mean((gap * present).sum(), n), "accuracy": Mean(((gap > 0) * present).sum(), n)}
+        metrics = {
+            "margin": Mean((gap * present).sum(), n),
+            "accuracy": Mean(((gap > 0).astype(jnp.float32) * present).sum(), n),
+        }
         return Mean((losses * present).sum(), n), metrics
 
     return loss

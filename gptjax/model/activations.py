@@ -106,23 +106,24 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
-    found, idle = {}, []
+    matched: dict[str, None] = {}
+    unmatched = []
     for part in (part.strip() for pattern in patterns for part in pattern.split("|")):
-        asked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or part.endswith("weights")]
+        stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or part.endswith("weights")]
         # "*" takes the words "any layer" as it takes every number; "3", "?" and "[0-2]" do not
-        some = [name for name in asked if tree.matches(part, name.replace("*", "any layer"))]
-        if not some:
-            one = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in asked if "*" in name]
-            some = [name for name in one if tree.matches(part, name)]
-        if not some:
-            idle.append(repr(part))
-        found |= dict.fromkeys(some)
-    if idle:
+        matches = [name for name in stacked if tree.matches(part, name.replace("*", "any layer"))]
+        if not matches:
+            single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
+            matches = [name for name in single if tree.matches(part, name)]
+        if not matches:
+            unmatched.append(repr(part))
+        matched |= dict.fromkeys(matches)
+    if unmatched:
         raise UserError(
-            f"{', '.join(idle)} matches no activation; there are {', '.join(names(cfg))}, and for * one of the layers "
-            f"0 to {cfg.n_layer - 1}"
+            f"{', '.join(unmatched)} matches no activation; there are {', '.join(names(cfg))}, and for * one of the "
+            f"layers 0 to {cfg.n_layer - 1}"
         )
-    return tuple(found)
+    return tuple(matched)
 
 
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
@@ -134,8 +135,10 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
     """
     placed: dict[str, tuple[Patch, ...]] = {}
     for pattern, given in (patches or {}).items():
-        several = given if isinstance(given, tuple) and not isinstance(given, Patch) else (given,)
-        own = tuple(_as_patch(patch) for patch in several)
+        own = tuple(
+            patch if isinstance(patch, Patch) else Patch(patch) if callable(patch) else replace(patch)
+            for patch in (given if isinstance(given, tuple) else (given,))
+        )
         for path in paths((pattern,), cfg):
             shapes = [jnp.shape(a) for a in jax.tree.leaves(own)]
             if "*" in path and (wrong := [s for s in shapes if s[:1] != (cfg.n_layer,)]):
@@ -145,12 +148,6 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
                 )
             placed[path] = placed.get(path, ()) + own
     return placed
-
-
-def _as_patch(given: Any) -> Patch:
-    if isinstance(given, Patch):
-        return given
-    return Patch(given) if callable(given) else replace(given)
 
 
 def split(path: str) -> tuple[str, str]:
@@ -198,7 +195,7 @@ class Reader:
         taps: Iterable[str] = (),
         patches: Mapping[str, tuple[Patch, ...]] | None = None,
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
-        layer: Any = None,
+        layer: jax.Array | None = None,
     ):
         """Args: `patches` of every layer that comes by, `single` of some; `layer` is which one comes by, traced."""
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
 from gptjax.ops.device import activation_dtype
@@ -14,8 +13,7 @@ from gptjax.ops.device import activation_dtype
 _ROWS = 16  # up to here every row is written by itself, in place; beyond, all by one scatter
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """Keys and values of all layers. A token's slot is its position: slots from `length` on hold nothing yet.
 
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
@@ -32,69 +30,72 @@ class Cache:
     x: jax.Array | None
     empty: bool = struct.field(pytree_node=False, default=False)
 
-    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Cache:
+    def write(self, layer: int | jax.Array, k: jax.Array, v: jax.Array) -> Cache:
         """k, v [B, K, T, H] of `layer` into the slots from `length` on."""
         if self.scales is None:
             return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v))
         (k, k_scale), (v, v_scale) = (_to_int8(a) for a in (k, v))
-        scales = tuple(self._put(a, layer, b) for a, b in zip(self.scales, (k_scale, v_scale), strict=True))
+        k_scales, v_scales = self.scales
+        scales = self._put(k_scales, layer, k_scale), self._put(v_scales, layer, v_scale)
         return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v), scales=scales)
 
-    def read(self, layer: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def read(self, layer: int | jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
         """Keys and values of `layer`, [B, K, S, H] each."""
         k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(dtype) for a in (self.k, self.v))
         if self.scales is None:
             return k, v
         k_scale, v_scale = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in self.scales)
-        return (k * k_scale).astype(dtype), (v * v_scale).astype(dtype)
+        k, v = k.astype(jnp.float32) * k_scale, v.astype(jnp.float32) * v_scale
+        return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
         """Embeddings [B, T, D] into the slots from `length` on."""
+        assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
     def before(self) -> jax.Array:
         """[B, D] the embedding of each row's last token; zero where there is none."""
+        assert self.x is not None  # cfg.smear
         last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
         return jnp.where(self.length[:, None] > 0, last, 0)
 
-    def _put(self, old: jax.Array, layer: jax.Array, new: jax.Array) -> jax.Array:
+    def _put(self, old: jax.Array, layer: int | jax.Array, new: jax.Array) -> jax.Array:
         """new [B, K, T, *] at [layer, row, :, length of the row:, :] of old."""
         new = new.astype(old.dtype)[None]
         if self.empty:
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, 0))
         if new.shape[1] > _ROWS:
 
-            def one(old, new, start):
+            def one_row(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_update_slice(old, new, (layer, 0, start, 0))
 
-            return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(old, new, self.length)
+            return jax.vmap(one_row, in_axes=(1, 1, 0), out_axes=1)(old, new, self.length)
         for row in range(new.shape[1]):
             old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (layer, row, 0, self.length[row], 0))
         return old
 
 
 def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric, one scale for the numbers of a head: [.., H] -> int8 [.., H], float32 [.., 1]."""
+    """Symmetric, one scale for the channels of a head: [.., H] -> int8 [.., H], float32 [.., 1]."""
     a = a.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
     return jnp.round(a / scale).astype(jnp.int8), scale
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: Any = None) -> Cache:
+def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: DTypeLike | None = None) -> Cache:
     """An empty cache of `length` slots (the context length if not given) for `batch` rows.
 
     Args:
         dtype: float32, bfloat16, or int8; None: the one that keys and values have, which is `cfg.dtype`, and on a CPU
-            float32. int8 is a quarter of float32's memory, each head's numbers rounded to 1/127 of
-            their largest.
+            float32. int8 is a quarter of float32's memory, each head's values rounded to 1/127 of their largest.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype
     shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
-    scales = tuple(jnp.zeros((*shape[:-1], 1)) for _ in "kv") if jnp.dtype(dtype) == jnp.int8 else None
+    scale = (*shape[:-1], 1)
     return Cache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
-        scales=scales,
+        scales=(jnp.zeros(scale), jnp.zeros(scale)) if jnp.dtype(dtype) == jnp.int8 else None,
         length=jnp.zeros(batch, jnp.int32),
         x=jnp.zeros((batch, slots, cfg.d_model), activation_dtype(cfg.dtype)) if cfg.smear else None,
         empty=True,

@@ -154,9 +154,8 @@ def tapped(
         UserError: a tap or a patch that matches no activation, or does not fit it.
     """
     placed, paths = activations.place(patches, cfg), activations.paths(taps, cfg)
-    hidden, _, seen = GPT(cfg, paths).apply(
-        {"params": params}, tokens, positions, segment_ids, dropout_key, None, placed
-    )
+    outs: Any = GPT(cfg, paths).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)
+    hidden, _, seen = outs
     return lm_logits(params, hidden, cfg), seen
 
 
@@ -184,20 +183,15 @@ def extend(
         UserError: as `forward`; or, where the lengths are known, tokens that do not fit into the cache.
     """
     _check(tokens, cfg, None)
-    _check_room(tokens, cfg, cache, lengths)
+    # where the values are known: under `jit` what does not fit is written into the last slots
+    if not any(isinstance(a, jax.core.Tracer) for a in (cache.length, lengths)) and is_local(cache.length):
+        slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
+        after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
+        if after > min(slots, context):
+            table = f", the position table {context}" if context < slots else ""
+            raise UserError(f"tokens: {after} with those in the cache, and the cache has {slots} slots{table}")
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     return lm_logits(params, hidden, cfg), cache
-
-
-def _check_room(tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array | None) -> None:
-    """Where the values are known: under `jit` what does not fit is written into the last slots."""
-    if isinstance(cache.length, jax.core.Tracer) or isinstance(lengths, jax.core.Tracer) or not is_local(cache.length):
-        return
-    slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
-    after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
-    if after > min(slots, context):
-        table = f", the position table {context}" if context < slots else ""
-        raise UserError(f"tokens: {after} with those in the cache, and the cache has {slots} slots{table}")
 
 
 def extend_tapped(
@@ -229,11 +223,15 @@ def extend_backbone(
 
 
 @with_matmul_precision
-def _extend(params, tokens, cfg, cache, paths, lengths, patches) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
+def _extend(
+    params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, paths: tuple[str, ...],
+    lengths: jax.Array | None, patches: Patches | None,
+) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:  # fmt: skip
     T = tokens.shape[1]
     positions = cache.length[:, None] + jnp.arange(T)
     placed = activations.place(patches, cfg)
-    hidden, cache, seen = GPT(cfg, paths).apply({"params": params}, tokens, positions, None, None, cache, placed)
+    outs: Any = GPT(cfg, paths).apply({"params": params}, tokens, positions, None, None, cache, placed)
+    hidden, cache, seen = outs
     length = cache.length + (T if lengths is None else lengths)
     return hidden, cache.replace(length=length, empty=False), seen
 
@@ -308,14 +306,16 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """The parameters as they are read fastest for one token. The doors take this form too; it is not for saving.
 
     Layers apart, since reading a layer out of its stack costs as much as the product with it; q, k and v in one matrix
-    `qkv`, gate and up in `up_gate`, where they are of one kind; the numbers of one column of a kernel together. On a
+    `qkv`, gate and up in `up_gate`, where they are of one kind; the elements of one column of a kernel together. On a
     CPU beside the stack, which reads a long prompt faster.
 
     On a GPU they take the place of the stack (keep only one of the two where memory is short), matrices are in bfloat16
     where cfg.dtype is, as which they are multiplied, and the head's columns are padded to a multiple of 128. On a TPU
     and over several devices the parameters stay as they came.
     """
-    if device.platform() == "tpu" or "blocks_0" in params or _is_divided(params):
+    known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
+    sharded = device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
+    if device.platform() == "tpu" or "blocks_0" in params or sharded:
         return params
     beside = device.platform() == "cpu"
     if not beside:
@@ -324,12 +324,6 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
         return params | {"blocks": _joined(params["blocks"])}
     layers = {f"blocks_{i}": _decoding_layer(params["blocks"], i, device.platform()) for i in range(cfg.n_layer)}
     return {name: node for name, node in params.items() if beside or name != "blocks"} | layers
-
-
-def _is_divided(params: Params) -> bool:
-    """Over several devices."""
-    known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
-    return device.mesh() is not None or any(len(leaf.devices()) > 1 for leaf in known)
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:

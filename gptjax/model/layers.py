@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.model import activations
-from gptjax.model.activations import WEIGHTS, Placed, Reader
+from gptjax.model.activations import WEIGHTS, Patch, Placed, Reader
 from gptjax.model.cache import Cache
 from gptjax.ops import activation, device, position
 from gptjax.ops.attention import attention_weights, heads_attention, weighted_values
@@ -28,16 +29,16 @@ _GPU_LAYERS = 12  # at most so many are unrolled
 TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
 
 
-class Context(NamedTuple):
+class SharedInputs(NamedTuple):
     """What every block reads besides its input; the same for all layers."""
 
     rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] where layers with a window have their own
     segment_ids: jax.Array | None
     dropout_key: jax.Array | None
-    patches: Any  # {site: {layer: patches}} of single layers, as `activations.of_one_layer` gives them
+    patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # of single layers, as `activations.of_one_layer` gives them
 
 
-class Stream(NamedTuple):
+class Residual(NamedTuple):
     """What flows from block to block."""
 
     x: jax.Array  # [B, T, D]
@@ -47,18 +48,18 @@ class Stream(NamedTuple):
     layer: jax.Array  # int32
 
 
-def _read(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
+def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
     """An existing leaf of any type, or a new array. `Module.param` would refuse a leaf that is not an array."""
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, jnp.float32)
 
 
-def normal(std: float):
+def normal(std: float) -> Callable[..., jax.Array]:
     return nn.initializers.normal(std) if std else nn.initializers.zeros
 
 
-def uniform(bound: float):
+def uniform(bound: float) -> Callable[..., jax.Array]:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -78,9 +79,9 @@ class Linear(nn.Module):
         bias_init = uniform(d_in**-0.5) if torch else nn.initializers.zeros
         kernel = _read(self, "kernel", kernel_init, (d_in, self.features))
         bias = _read(self, "bias", bias_init, (self.features,)) if self.bias else None
-        if device.mesh() is not None and isinstance(kernel, jax.Array):
-            into_block = self.name not in ("o", "down")
-            kernel = Gathered(kernel, (None, device.TENSOR) if into_block else (device.TENSOR, None))
+        axes = device.product_axes("/".join((*self.path, "kernel")))
+        if axes is not None and isinstance(kernel, jax.Array):
+            kernel = Gathered(kernel, axes)
         return checkpoint_name(linear(x, kernel, bias, self.cfg.dtype), PRODUCT)
 
 
@@ -101,11 +102,14 @@ class Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, s: Stream, ctx: Context, key: jax.Array | None, at: Reader):
+    def __call__(
+        self, x: jax.Array, stream: Residual, shared: SharedInputs, key: jax.Array | None, tap: Reader
+    ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
+        """What is added to the stream, the first layer's values, and the cache."""
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
-        window = jnp.array(cfg.windows)[s.layer] if len(set(cfg.windows)) > 1 else cfg.windows[0]
+        window = jnp.array(cfg.windows)[stream.layer] if len(set(cfg.windows)) > 1 else cfg.windows[0]
         sizes = {"q": cfg.n_head * H, "k": K * H, "v": K * H}
         if self.has_variable("params", "qkv"):
             qkv = Linear(cfg, sum(sizes.values()), cfg.qkv_bias, name="qkv")(x)
@@ -120,49 +124,50 @@ class Attention(nn.Module):
         q, k = q.reshape(B, T, cfg.n_head, H), k.reshape(B, T, K, H)
         if cfg.qk_norm_over == "head":
             q, k = self._qk_norm(q, k)
-        if ctx.rope is not None:
-            table = ctx.rope
+        if shared.rope is not None:
+            cos, sin = shared.rope
             if cfg.rope_local_base is not None:
-                table = tuple(jnp.where(window > 0, a[1], a[0]) for a in table)
-            q, k = position.rope(q, table), position.rope(k, table)
-        v0 = s.v0
-        if cfg.value_residual:
+                cos, sin = (jnp.where(window > 0, a[1], a[0]) for a in (cos, sin))
+            q, k = position.rope(q, (cos, sin)), position.rope(k, (cos, sin))
+        v0 = stream.v0
+        if v0 is not None:
             mix = _read(self, "value_mix", nn.initializers.constant(0.5), ())
-            v0 = jnp.where(s.layer == 0, v, v0)
+            v0 = jnp.where(stream.layer == 0, v, v0)
             v = scaled(v, 1 - mix) + scaled(v0, mix)
-        q, k, v = at("attn/q", q), at("attn/k", k), at("attn/v", v)
-        cache, offset = s.cache, 0
+        q, k, v = tap("attn/q", q), tap("attn/k", k), tap("attn/v", v)
+        cache = stream.cache
+        offset: int | jax.Array = 0
         k, v = (a.astype(q.dtype).transpose(0, 2, 1, 3) for a in (k, v))
         if cache is not None:
-            cache = cache.write(s.layer, k, v)
+            cache = cache.write(stream.layer, k, v)
             if not cache.empty:
-                k, v = cache.read(s.layer, q.dtype)
+                k, v = cache.read(stream.layer, q.dtype)
                 offset = cache.length
         drop = None if key is None else jax.random.split(key)
-        seen = dict(
-            offset=offset, segment_ids=ctx.segment_ids, window=window, scale=cfg.attention_scale,
+        seen: dict[str, Any] = dict(
+            offset=offset, segment_ids=shared.segment_ids, window=window, scale=cfg.attention_scale,
             alibi=cfg.position == "alibi",
         )  # fmt: skip
-        left_out = dict(dropout=cfg.dropout, dropout_key=None if drop is None else drop[0])
-        weights = at(WEIGHTS, attention_weights(q, k, **seen)) if at.wanted(WEIGHTS) else None
-        if at.patched(WEIGHTS):
+        left_out: dict[str, Any] = dict(dropout=cfg.dropout, dropout_key=None if drop is None else drop[0])
+        weights = tap(WEIGHTS, attention_weights(q, k, **seen)) if tap.wanted(WEIGHTS) else None
+        if weights is not None and tap.patched(WEIGHTS):
             y = weighted_values(weights, v, **left_out)
         else:
             y = heads_attention(q, k, v, **seen, **left_out)
-        y = at("attn/heads", y)
+        y = tap("attn/heads", y)
         y = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="o")(y.reshape(B, T, cfg.n_head * H))
         return dropout(y, cfg.dropout, None if drop is None else drop[1]), v0, cache
 
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Over the last axis of both: a head's numbers, or all heads'."""
+        """Over the last axis of both: a head's channels, or all heads'."""
         cfg = self.cfg
         if not cfg.qk_norm:
             return q, k
-        scales = [
+        q_scale, k_scale = (
             _read(self, name, nn.initializers.ones, a.shape[-1:]) if cfg.norm_scale else None
             for name, a in (("q_norm", q), ("k_norm", k))
-        ]
-        return tuple(cfg.qk_gain * rms_norm(a, scale, cfg.norm_eps) for a, scale in zip((q, k), scales, strict=True))
+        )
+        return cfg.qk_gain * rms_norm(q, q_scale, cfg.norm_eps), cfg.qk_gain * rms_norm(k, k_scale, cfg.norm_eps)
 
 
 def _projection_std(cfg: ModelConfig) -> float:
@@ -170,7 +175,7 @@ def _projection_std(cfg: ModelConfig) -> float:
     return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": activation.gelu, "geglu": activation.gelu, "swiglu": jax.nn.silu, "relu2": activation.relu_squared,
 }  # fmt: skip
 
@@ -179,7 +184,7 @@ class FeedForward(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, key: jax.Array | None, at: Reader) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None, tap: Reader) -> jax.Array:
         cfg = self.cfg
         act = _ACTIVATIONS[cfg.activation]
         if self.has_variable("params", "up_gate"):
@@ -188,7 +193,7 @@ class FeedForward(nn.Module):
         else:
             h = Linear(cfg, cfg.d_ff, cfg.bias, name="up")(x)
             h = h * act(Linear(cfg, cfg.d_ff, cfg.bias, name="gate")(x)) if cfg.gated else act(h)
-        h = at("mlp/hidden", h)
+        h = tap("mlp/hidden", h)
         h = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="down")(h)
         return dropout(h, cfg.dropout, key)
 
@@ -198,28 +203,32 @@ class Block(nn.Module):
     taps: tuple[str, ...] = ()  # sites
 
     @nn.compact
-    def __call__(self, s: Stream, ctx: Context, patches: Any) -> tuple[Stream, dict[str, jax.Array]]:
+    def __call__(
+        self, stream: Residual, shared: SharedInputs, patches: Mapping[str, tuple[Patch, ...]]
+    ) -> tuple[Residual, dict[str, jax.Array]]:
         """`patches` {site: patches} of this layer. The second result holds the activations of `taps`."""
-        at = Reader(self.taps, patches, ctx.patches, s.layer)
-        cfg, x = self.cfg, checkpoint_name(device.constrain(s.x, *TOKENS), BLOCK_INPUT)
+        tap = Reader(self.taps, patches, shared.patches, stream.layer)
+        cfg, x = self.cfg, checkpoint_name(device.constrain(stream.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
             x = scaled(x, _read(self, "residual_lambda", nn.initializers.ones, ()))
         if cfg.x0_lambdas:
-            x = x + scaled(s.x0, _read(self, "x0_lambda", nn.initializers.zeros, ()))
+            x = x + scaled(stream.x0, _read(self, "x0_lambda", nn.initializers.zeros, ()))
         keys = (
-            (None, None) if ctx.dropout_key is None else jax.random.split(jax.random.fold_in(ctx.dropout_key, s.layer))
+            (None, None)
+            if shared.dropout_key is None
+            else jax.random.split(jax.random.fold_in(shared.dropout_key, stream.layer))
         )
-        x = at("resid_pre", x)
-        y, v0, cache = Attention(cfg, name="attn")(self._before(1, x, at), s, ctx, keys[0], at)
-        x = at("resid_mid", x + at("attn/out", self._after(1, y)))
-        y = FeedForward(cfg, name="mlp")(self._before(2, x, at), keys[1], at)
-        x = at("resid", x + at("mlp/out", self._after(2, y)))
-        return Stream(x, s.x0, v0, cache, s.layer + 1), at.seen
+        x = tap("resid_pre", x)
+        y, v0, cache = Attention(cfg, name="attn")(self._before(1, x, tap), stream, shared, keys[0], tap)
+        x = tap("resid_mid", x + tap("attn/out", self._after(1, y)))
+        y = FeedForward(cfg, name="mlp")(self._before(2, x, tap), keys[1], tap)
+        x = tap("resid", x + tap("mlp/out", self._after(2, y)))
+        return Residual(x, stream.x0, v0, cache, stream.layer + 1), tap.seen
 
-    def _before(self, number: int, x: jax.Array, at: Reader) -> jax.Array:
+    def _before(self, number: int, x: jax.Array, tap: Reader) -> jax.Array:
         if self.cfg.norm_position == "post":
             return x
-        return at(f"ln_{number}/out", Norm(self.cfg, name=f"ln_{number}")(x))
+        return tap(f"ln_{number}/out", Norm(self.cfg, name=f"ln_{number}")(x))
 
     def _after(self, number: int, x: jax.Array) -> jax.Array:
         return x if self.cfg.norm_position == "pre" else Norm(self.cfg, name=f"ln_{number}_post")(x)
@@ -254,10 +263,10 @@ class GPT(nn.Module):
         dropout_key: jax.Array | None = None,
         cache: Cache | None = None,
         patches: Placed | None = None,
-    ):
+    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         cfg, patches = self.cfg, patches or {}
         B, T = tokens.shape
-        at = Reader(self.taps, patches)
+        tap = Reader(self.taps, patches)
         if positions is None:
             positions = jnp.arange(T) if segment_ids is None else position.segment_positions(segment_ids)
         x = Embed(cfg, name="wte")(tokens)
@@ -279,10 +288,10 @@ class GPT(nn.Module):
             weight = _read(self, "smear", nn.initializers.zeros, (cfg.d_model,))
             x = x + scaled(position.previous(x, before, segment_ids), weight)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = at("embed", dropout(x, cfg.dropout, keys[0]))
+        x = tap("embed", dropout(x, cfg.dropout, keys[0]))
 
         rope = _rope_table(cfg, positions) if cfg.position == "rope" else None
-        stream = Stream(
+        stream = Residual(
             x=x,
             x0=x if cfg.x0_lambdas else None,
             v0=jnp.zeros((B, T, cfg.n_kv_head, cfg.head_dim), x.dtype) if cfg.value_residual else None,
@@ -290,16 +299,16 @@ class GPT(nn.Module):
             layer=jnp.int32(0),
         )
         run = self._apart if self.has_variable("params", "blocks_0") else self._stacked
-        stream, seen = run(stream, Context(rope, segment_ids, keys[1], {}), patches)
-        hidden = at("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
+        stream, seen = run(stream, SharedInputs(rope, segment_ids, keys[1], {}), patches)
+        hidden = tap("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
             std = 0.0 if cfg.zero_init_head else 0.02
             Linear(cfg, cfg.vocab_size, False, std, name="lm_head")(hidden)  # read by lm_logits
         if cfg.n_classes and self.is_initializing():
             Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by losses.classify
-        return hidden, stream.cache, {path: (seen | at.seen)[path] for path in self.taps}
+        return hidden, stream.cache, {path: (seen | tap.seen)[path] for path in self.taps}
 
-    def _apart(self, stream: Stream, ctx: Context, patches: Placed) -> tuple[Stream, dict[str, jax.Array]]:
+    def _apart(self, stream: Residual, shared: SharedInputs, patches: Placed) -> tuple[Residual, dict[str, jax.Array]]:
         """Every layer from parameters of its own, as `gpt.for_decoding` lays them."""
         every, single = activations.of_all_layers(patches), activations.of_one_layer(patches)
         layers = []
@@ -308,14 +317,16 @@ class GPT(nn.Module):
             for site, of in single.items():
                 own[site] = own.get(site, ()) + of.get(i, ())
             block = Block(self.cfg, activations.sites(self.taps, i), name=f"blocks_{i}")
-            stream, seen = block(stream._replace(layer=jnp.int32(i)), ctx, own)
+            stream, seen = block(stream._replace(layer=jnp.int32(i)), shared, own)
             layers.append(seen)
         found = {}
         for path, (layer, site) in activations.in_blocks(self.taps):
             found[path] = jnp.stack([seen[site] for seen in layers]) if layer == "*" else layers[int(layer)][site]
         return stream, found
 
-    def _stacked(self, stream: Stream, ctx: Context, patches: Placed) -> tuple[Stream, dict[str, jax.Array]]:
+    def _stacked(
+        self, stream: Residual, shared: SharedInputs, patches: Placed
+    ) -> tuple[Residual, dict[str, jax.Array]]:
         cfg = self.cfg
         unroll = layers_per_iteration(cfg)
         block = Block
@@ -325,9 +336,9 @@ class GPT(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
             length=cfg.n_layer, unroll=unroll,
         )  # fmt: skip
-        ctx = ctx._replace(patches=activations.of_one_layer(patches))
+        shared = shared._replace(patches=activations.of_one_layer(patches))
         run = blocks(cfg, activations.sites(self.taps), name="blocks")
-        stream, seen = run(stream, ctx, activations.of_all_layers(patches))
+        stream, seen = run(stream, shared, activations.of_all_layers(patches))
         found = {}
         for path, (layer, site) in activations.in_blocks(self.taps):
             found[path] = seen[site] if layer == "*" else seen[site][int(layer)]
@@ -342,11 +353,11 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
     )  # fmt: skip
     if cfg.rope_local_base is None:
         return position.rope_table(positions, scaled)
-    tables = [
+    (cos, sin), (local_cos, local_sin) = (
         position.rope_table(positions, f)
         for f in (scaled, position.rope_frequencies(cfg.head_dim, cfg.rope_local_base))
-    ]
-    return tuple(jnp.stack(pair) for pair in zip(*tables, strict=True))
+    )
+    return jnp.stack([cos, local_cos]), jnp.stack([sin, local_sin])
 
 
 def layers_per_iteration(cfg: ModelConfig) -> int:

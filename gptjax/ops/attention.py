@@ -8,45 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax._moved import moved_name
 from gptjax.ops.device import platform
 from gptjax.ops.dropout import dropout as dropped_out
 from gptjax.ops.dropout import off
-from gptjax.ops.linear import linear
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
 _MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
 _BLOCK = 64  # the smallest query block worth its own product
-
-
-def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """[T, S] bool, True where query t, standing at t + offset, may see key s: s <= t + offset.
-
-    causal_mask(3, 3)   1 0 0
-                        1 1 0
-                        1 1 1
-    """
-    return jnp.arange(n_key)[None, :] <= jnp.arange(n_query)[:, None] + offset
-
-
-def simple_attention(x: jax.Array) -> jax.Array:
-    """Self-attention without weights, x [T, D] -> [T, D]: every row becomes a mean of all rows, weighted by
-    softmax(x x^T). The first step towards the real one; nothing is learned."""
-    return jax.nn.softmax(x @ x.T, axis=-1) @ x
-
-
-def multi_head_attention(
-    x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
-) -> jax.Array:
-    """Causal self-attention of n_head heads side by side, x [B, T, D] -> [B, T, D]; options as in `attention`.
-
-    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. The model's layer adds biases, norms of q and k, rope and the cache
-    between the same products. Source: arXiv:1706.03762, 3.2.2.
-    """
-    B, T, _ = x.shape
-    H = w_q.shape[-1] // n_head
-    q, k, v = (linear(x, w).reshape(B, T, -1, H) for w in (w_q, w_k, w_v))
-    return linear(attention(q, k, v, **options).reshape(B, T, -1), w_o)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
@@ -109,8 +79,8 @@ def heads_attention(
             alibi=alibi,
         )  # fmt: skip
         keep = None
-        if dropout_keys[i] is not None:
-            keep = jax.random.bernoulli(dropout_keys[i], 1 - dropout, (B, K, N // K, end - first, upto))
+        if (key := dropout_keys[i]) is not None:
+            keep = jax.random.bernoulli(key, 1 - dropout, (B, K, N // K, end - first, upto))
         outs.append(_attend(q[..., at, :], k[:, :, :upto], v[:, :, :upto], bias, keep, dropout))
     out = jnp.concatenate(outs, 3) if blocks > 1 else outs[0]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -133,7 +103,7 @@ def attention_weights(
     bias = _bias(
         0, T, S, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window, alibi=alibi
     )  # fmt: skip
-    scores = _dot(_rows(q), _turn(k)).reshape(B, K, N // K, T, S)
+    scores = _dot(_rows(q), _transposed(k)).reshape(B, K, N // K, T, S)
     return jax.nn.softmax(scores + bias, axis=-1).reshape(B, N, T, S)
 
 
@@ -159,8 +129,8 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi: of queries `first` to `end` over the first `n_key` keys,
-    0 where they see, else hardly finite. `beyond` is further than anything."""
+    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi, of queries `first` to `end` over the first `n_key` keys:
+    0 where a query may attend, -1e30 elsewhere. `beyond`: larger than any distance (disables the window)."""
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
     if not isinstance(window, int) or window:
@@ -168,7 +138,9 @@ def _bias(
     if segment_ids is not None:
         mask = mask & (segment_ids[:, first:end, None] == segment_ids[:, None, :n_key])[:, None, None]
     bias = jnp.where(mask, 0.0, _MASKED)
-    return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance if alibi else bias
+    if not alibi:
+        return bias
+    return bias - alibi_slopes(math.prod(heads)).reshape(*heads, 1, 1) * distance.astype(jnp.float32)
 
 
 @custom_vjp
@@ -179,24 +151,25 @@ def _attend(q, k, v, bias, keep, dropout):
 
 
 def _attend_forward(q, k, v, bias, keep, dropout):
-    scores = _dot(_rows(q), _turn(k)).reshape(*q.shape[:-1], k.shape[-2])
+    scores = _dot(_rows(q), _transposed(k)).reshape(*q.shape[:-1], k.shape[-2])
     p = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     out = _dot(_rows(_dropped(p, keep, dropout)), v).reshape(q.shape).astype(q.dtype)
     return out, (q, k, v, keep, p, dropout)
 
 
 def _attend_backward(residual, g):
-    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is turned.
+    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is transposed.
 
     d_scores = p (d_p - sum_s p d_p). The sum is g . out as well (arXiv:2205.14135, appendix B), which would keep out.
     """
     q, k, v, keep, p, dropout = residual
-    d_p = _dropped(_dot(_rows(g), _turn(v)).reshape(p.shape), keep, dropout)
-    delta = (p * d_p).sum(-1, keepdims=True)
-    d_scores = _rows((p * (d_p - delta)).astype(q.dtype))
+    d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
+    delta = (p.astype(jnp.float32) * d_p).sum(-1, keepdims=True)
+    d_p = d_p - delta
+    d_scores = _rows((p.astype(jnp.float32) * d_p).astype(q.dtype))
     d_q = _dot(d_scores, k).reshape(q.shape)
-    d_k = _turn(_dot(_turn(_rows(q)), d_scores))
-    d_v = _turn(_dot(_turn(_rows(g)), _rows(_dropped(p, keep, dropout))))
+    d_k = _transposed(_dot(_transposed(_rows(q)), d_scores))
+    d_v = _transposed(_dot(_transposed(_rows(g)), _rows(_dropped(p, keep, dropout))))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
 
 
@@ -213,9 +186,14 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _turn(x: jax.Array) -> jax.Array:
+def _transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
 def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> jax.Array:
     return x if keep is None else jnp.where(keep, (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype), 0)
+
+
+def __getattr__(name: str) -> Any:
+    """The old home of the functions that notebooks build attention from."""
+    return moved_name(__name__, name)

@@ -1,20 +1,21 @@
 """What a program is compiled for: a kind of device, and perhaps a mesh of them.
 
 The mesh is the one that `jax.set_mesh` names while the program is traced, with the axes below; without it nothing here
-does anything. An axis that does not divide an array's side leaves that side whole.
+does anything. A mesh axis that does not divide an array's axis leaves it whole.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 DATA, FSDP, TENSOR, CONTEXT = AXES = ("data", "fsdp", "tensor", "context")
 ROWS = (DATA, FSDP)  # what the rows of a batch are divided by
@@ -54,13 +55,13 @@ def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
         _target.reset(token)
 
 
-def activation_dtype(dtype: str) -> Any:
+def activation_dtype(dtype: str) -> DTypeLike:
     """What flows between the products of a model that computes in `dtype`. CPUs keep float32: they have no bfloat16
     arithmetic outside products."""
     return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
 
 
-def _gpu_named_to_jax(capability: float) -> Any:
+def _gpu_named_to_jax(capability: float) -> AbstractContextManager:
     """From jax 0.11 on Pallas asks the mesh for a GPU where the process has none."""
     if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
         return nullcontext()
@@ -73,7 +74,7 @@ def _gpu_named_to_jax(capability: float) -> Any:
     return jax.sharding.use_abstract_mesh(here.update(abstract_device=gpu))
 
 
-def mesh() -> Any:
+def mesh() -> AbstractMesh | None:
     """The mesh that the program is traced for; None without one, or inside a part that is one device's own."""
     found = jax.sharding.get_abstract_mesh()
     if found.empty or found.axis_names != AXES or AxisType.Manual in found.axis_types:
@@ -81,8 +82,8 @@ def mesh() -> Any:
     return found
 
 
-def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """`spec` without what does not divide `shape`; of several axes on one side the first ones that do."""
+def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec` without the mesh axes that do not divide `shape`; of several for one array axis the first ones that do."""
 
     def one(axes: Any, size: int) -> Any:
         axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -94,9 +95,24 @@ def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """`x` laid on the mesh as `spec` says, a name, several or None for each side."""
+    """`x` laid on the mesh as `spec` says, a mesh axis, several or None for each axis of `x`."""
     here = mesh()
     return x if here is None else jax.lax.with_sharding_constraint(x, fit(spec, x.shape, here))
+
+
+ProductAxes = tuple[str | None, ...] | None  # the mesh axes of a kernel's [in, out] while it is multiplied
+_product_axes: Callable[[str], ProductAxes] | None = None
+
+
+def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
+    """`rule` is what `product_axes` asks: that of `gptjax.parallel`, from the table that lays out the parameters."""
+    global _product_axes
+    _product_axes = rule
+
+
+def product_axes(path: str) -> ProductAxes:
+    """The mesh axes of the kernel at `path` while it is multiplied. None: as it comes, and always without a mesh."""
+    return None if _product_axes is None or mesh() is None else _product_axes(path)
 
 
 def by_device(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:

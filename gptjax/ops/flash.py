@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
+
+from gptjax.ops.precision import default_precision
 
 _MASKED = -1e30  # not -inf: a tile in which a query sees nothing gives finite sums, which a later tile multiplies by 0
 _LOG2E = math.log2(math.e)  # scores are kept in base 2: exp2 is one instruction
@@ -48,10 +51,9 @@ _TILES = {
     (128, 4): Tiles(Tile(64, 32, 8), Tile(32, 32), Tile(32, 32)),
     (256, 4): Tiles(Tile(32, 16), Tile(16, 16), Tile(16, 16)),
 }
-MAX_HEAD_DIM = 256
 
 
-def default_tiles(head_dim: int, dtype: Any) -> Tiles:
+def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -95,18 +97,16 @@ def flash_attention(
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = jax.config.jax_default_matmul_precision  # read here: the backward pass is traced outside its context
-    tiles = _fit(tiles or default_tiles(q.shape[-1], q.dtype), T, S)
-    return _attention(q, k, v, q_ids, k_ids, span, _Static(tiles, windowed, precision, saved_as, interpret))
+    precision = default_precision()  # read here: the backward pass is traced outside its context
 
-
-def _fit(tiles: Tiles, T: int, S: int) -> Tiles:
-    """No tile longer than the row; at least 16, the side of the tensor cores."""
-
-    def at_most(size: int, n: int) -> int:
+    def at_most(size: int, n: int) -> int:  # no tile longer than the row; at least 16, the side of the tensor cores
         return min(size, max(16, pl.next_power_of_2(n)))
 
-    return Tiles(*(tile._replace(queries=at_most(tile.queries, T), keys=at_most(tile.keys, S)) for tile in tiles))
+    tiles = Tiles(*(
+        tile._replace(queries=at_most(tile.queries, T), keys=at_most(tile.keys, S))
+        for tile in tiles or default_tiles(q.shape[-1], q.dtype)
+    ))  # fmt: skip
+    return _attention(q, k, v, q_ids, k_ids, span, _Static(tiles, windowed, precision, saved_as, interpret))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -121,9 +121,20 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 
 def _attention_backward(static, residual, d_out):
     """d_scores = p (d_p - sum_s p d_p); the sum is d_out . out (arXiv:2205.14135, appendix B)."""
-    *inputs, out, lse = residual
+    q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
-    return *_backward(*inputs, d_out, lse, delta, static), None, None, None
+    sizes, inputs = _Sizes.of(q, k), [span, q_ids, k_ids, q, k, v, d_out, lse, delta]
+
+    def run(kernel, tile, layout, over, results):
+        ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed, over=over)
+        at = layout(sizes, tile, len(ranges))
+        specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv, at.q, at.stat, at.stat]
+        out_specs = [at.q if x is q else at.kv for x in results]
+        return _call(kernel, sizes, tile, static, at, [ranges, *inputs], specs, results, out_specs)
+
+    d_q = run(_d_q_kernel, static.tiles.d_q, _by_query, "keys", [q])
+    d_kv = run(_d_kv_kernel, static.tiles.d_kv, _by_key, "queries", [k, v])
+    return *d_q, *d_kv, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -140,29 +151,12 @@ def _forward(q, k, v, q_ids, k_ids, span, static):
     return _call(_forward_kernel, sizes, tile, static, at, inputs, specs, [q, lse], [at.q, at.stat])
 
 
-def _backward(q, k, v, q_ids, k_ids, span, d_out, lse, delta, static):
-    sizes = _Sizes.of(q, k)
-    inputs = [span, q_ids, k_ids, q, k, v, d_out, lse, delta]
-
-    def run(kernel, tile, layout, over, results):
-        ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed, over=over)
-        at = layout(sizes, tile, len(ranges))
-        specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv, at.q, at.stat, at.stat]
-        out_specs = [at.q if x is q else at.kv for x in results]
-        return _call(kernel, sizes, tile, static, at, [ranges, *inputs], specs, results, out_specs)
-
-    return (
-        *run(_d_q_kernel, static.tiles.d_q, _by_query, "keys", [q]),
-        *run(_d_kv_kernel, static.tiles.d_kv, _by_key, "queries", [k, v]),
-    )
-
-
 def _call(kernel, sizes, tile, static, at, inputs, in_specs, results, out_specs):
     present = [x is not None for x in inputs]
 
     def named(*refs):  # a row without documents has no refs for them
-        refs = iter(refs)
-        kernel(*(next(refs) if there else None for there in present), *refs, sizes=sizes, tile=tile, static=static)
+        rest = iter(refs)
+        kernel(*(next(rest) if there else None for there in present), *rest, sizes=sizes, tile=tile, static=static)
 
     named.__name__ = kernel.__name__.strip("_")
     return pl.pallas_call(
@@ -256,7 +250,10 @@ def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
     )
 
 
-def _ranges(sizes, tile, span, q_ids, k_ids, windowed, over="keys") -> jax.Array:
+def _ranges(
+    sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
+    over: str = "keys",
+) -> jax.Array:  # fmt: skip
     """[1 or B, n, 4] int32: for each tile of queries the keys' tiles begin..end in which something is seen, and of them
     whole..rest in which everything is, as (begin, whole, rest, end). `over="queries"`: for each tile of keys.
 
@@ -270,7 +267,7 @@ def _ranges(sizes, tile, span, q_ids, k_ids, windowed, over="keys") -> jax.Array
     seen, whole = (farthest >= 0)[None], (nearest >= 0)[None]
     if windowed:
         seen, whole = seen & (nearest < span[1]), whole & (farthest < span[1])
-    if q_ids is not None:
+    if q_ids is not None and k_ids is not None:
         (q_low, q_high), (k_low, k_high) = _extremes(q_ids, tile.queries), _extremes(k_ids, tile.keys)
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         k_low, k_high = k_low[:, None], k_high[:, None]

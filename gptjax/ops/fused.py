@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
@@ -70,8 +70,8 @@ def cudnn_version() -> int:
     try:
         from jax._src.lib import cuda_versions
 
-        return cuda_versions.cudnn_get_version()
-    except (ImportError, AttributeError, RuntimeError):  # without a CUDA plugin it is None
+        return cuda_versions.cudnn_get_version() if cuda_versions else 0  # None without a CUDA plugin
+    except (ImportError, AttributeError, RuntimeError):
         return 0
 
 
@@ -120,14 +120,14 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
-    sizes = pallas.BlockSizes(**{
+    sizes: dict[str, Any] = {
         f"block_{side}": block
         for side in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    })  # fmt: skip
+    }
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0) if 0 < window < T else pallas.CausalMask((T, T))
     return pallas.make_splash_mha(
-        pallas.MultiHeadMask([mask] * n_heads), block_sizes=sizes, head_shards=1, q_seq_shards=q_shards,
-        residual_checkpoint_name=SAVED, interpret=interpret,
+        pallas.MultiHeadMask([mask] * n_heads), block_sizes=pallas.BlockSizes(**sizes), head_shards=1,
+        q_seq_shards=q_shards, residual_checkpoint_name=SAVED, interpret=interpret,
     )  # fmt: skip
 
 
@@ -236,5 +236,5 @@ def _by_device(
     return by_device(fn, (wide, narrow, narrow, ids, extra_spec), wide)(q, k, v, segment_ids, extra)
 
 
-def _size(axes: str | tuple[str, ...] | None, here: Any) -> int:
+def _size(axes: str | tuple[str, ...] | None, here: AbstractMesh) -> int:
     return math.prod(here.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gptjax.ops.device import TENSOR, constrain, platform
+from gptjax.ops.device import TENSOR, ProductAxes, constrain, platform
 
 _FEW_ROWS = 64
 _COLUMNS = 128
@@ -108,9 +108,6 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     return _matmul_bfloat16(x, w)
 
 
-Sides = tuple[str | None, str | None] | None  # the axes that the two sides of a matrix are cut by; None: as it comes
-
-
 @struct.dataclass
 class Gathered:
     """A kernel [in, out] that a mesh keeps in pieces, and that is put together in the product's dtype for the product.
@@ -120,19 +117,19 @@ class Gathered:
     """
 
     w: jax.Array
-    sides: Sides = struct.field(pytree_node=False)
+    axes: ProductAxes = struct.field(pytree_node=False)
 
 
 @matmul.register
 def _(leaf: Gathered, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if dtype == "float32":
-        return matmul(_laid(leaf.w, leaf.sides), x, dtype)
+        return matmul(_laid(leaf.w, leaf.axes), x, dtype)
     rows = x.reshape(-1, x.shape[-1])
-    return _matmul_bfloat16(rows, leaf.w, leaf.sides).astype(x.dtype).reshape(*x.shape[:-1], leaf.w.shape[1])
+    return _matmul_bfloat16(rows, leaf.w, leaf.axes).astype(x.dtype).reshape(*x.shape[:-1], leaf.w.shape[1])
 
 
-def _laid(w: jax.Array, sides: Sides) -> jax.Array:
-    return w if sides is None else constrain(w, *sides)
+def _laid(w: jax.Array, axes: ProductAxes) -> jax.Array:
+    return w if axes is None else constrain(w, *axes)
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
@@ -145,38 +142,36 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_bfloat16(x: jax.Array, w: jax.Array, sides: Sides = None) -> jax.Array:
+def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> jax.Array:
     """bfloat16 operands, float32 sums: mixed precision with float32 master weights (arXiv:1710.03740).
 
     The backward pass is written out so that all three products take bfloat16 operands; autodiff would multiply the
     float32 cotangent with them instead.
     """
-    return _forward(x, w, sides)[0]
+    return _forward(x, w, axes)[0]
 
 
-def _forward(x, w, sides):
+def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # w as it came: a low copy of it would be kept for every layer of a stack, and gathered whole under fsdp. Not on a
-    # CPU, where XLA would fold the turn of a tied head into the backward product and refuse it
+    # Save w in its own dtype: a bfloat16 copy per scanned layer would stay alive (and be all-gathered under FSDP). Not
+    # on a CPU, where XLA would fold the transpose of a tied head into the backward product and refuse it
     kept = low_w if platform() == "cpu" else w
-    return _dot(low, _laid(low_w, sides)), (low, kept, x[:0], w[:0])
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(low, _laid(low_w, axes), dims, preferred_element_type=jnp.float32)
+    return y, (low, kept, x[:0], w[:0])
 
 
-def _backward(sides, residual, g):
+def _backward(axes, residual, g):
     x, w, like_x, like_w = residual
-    g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), sides)
+    g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), axes)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = _laid(weight_gradient(x, g).astype(like_w.dtype), sides)
-    if platform() == "cpu":  # a tied head's gradient is turned, and XLA refuses the turn inside the product
+    dw = _laid(weight_gradient(x, g).astype(like_w.dtype), axes)
+    if platform() == "cpu":  # a tied head's gradient is transposed, and XLA refuses that inside the product
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
 
 _matmul_bfloat16.defvjp(_forward, _backward)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, fit, mesh, platform
@@ -21,7 +22,9 @@ _GPU_CHUNK_BYTES = 2**30
 _NO_TOKEN = -1e15  # a logit whose square, in a softcap's gradient, is finite
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = None) -> Mean:
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array | np.ndarray, weights: jax.Array | np.ndarray | None = None
+) -> Mean:
     """-log softmax(logits)[target], summed with weights; logits [.., V], targets [..] int32, weights [..].
 
     Raises:
@@ -184,7 +187,7 @@ def _forward(hidden, targets, weights, head, cap, dtype):
     def gradients(part, dhead):
         h, t, w = part
         total, (logits, p, hit) = _chunk_logits(h, low, cap, dtype, t, w, head.shape[1])
-        d = (p - hit) * w[:, None]
+        d = (p - hit.astype(jnp.float32)) * w[:, None]
         if cap:
             d = d * (1 - jnp.square(logits / cap))
         d = d.astype(dtype)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
     """[..] int32 -> [.., D] float32; sines in the even places, cosines in the odd. Source: arXiv:1706.03762, 3.5."""
     frequency = 10_000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
-    angle = positions[..., None] * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :d_model]
 
 
@@ -35,10 +39,16 @@ def rope_frequencies(
     if scaling == "linear":
         return frequency / factor
     if scaling == "llama3":
-        turns = original_context * frequency / (2 * math.pi)
-        keep = jnp.clip((turns - slow) / (fast - slow), 0, 1)
+        keep = llama3_ramp(frequency, slow, fast, original_context)
         return keep * frequency + (1 - keep) * frequency / factor
     return frequency
+
+
+def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
+    """How much of each frequency Llama 3's RoPE scaling keeps as it is, from 0 to 1; the rest is divided by its factor.
+    Of numpy's arrays in their dtype, of jax's in float32: GGUF files hold the factors of float64."""
+    turns, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
+    return xp.clip((turns - slow) / (fast - slow), 0, 1)
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,9 +20,16 @@ from typing import Any
 
 import jax
 
+from gptjax.config import ModelConfig
+
+
+def default_precision() -> str | None:
+    """JAX's setting where this is called."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined when jax is imported
+
 
 @contextmanager
-def matmul_precision(cfg: Any) -> Iterator[None]:
+def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
     """All products traced inside have `cfg.precision`, high or highest; default leaves them to JAX's own setting.
 
     Products with dtype=bfloat16 stay as they are: their operands have 7 bits of mantissa, which every device multiplies
@@ -62,7 +69,7 @@ def exact(fn: Callable) -> Callable:
 def splash_keeps_it() -> bool:
     """Whether JAX's setting leaves the products of splash alone. Under a stated precision Mosaic does not compile it in
     bfloat16, and in float32 its backward functions do not know of the setting."""
-    return jax.config.jax_default_matmul_precision in (None, "default")
+    return default_precision() in (None, "default")
 
 
 class custom_vjp:
@@ -79,7 +86,7 @@ class custom_vjp:
         self._fn.defvjp(_at_precision(forward), _at_precision(backward))
 
     def __call__(self, *args: Any) -> Any:
-        return self._fn(jax.config.jax_default_matmul_precision, *args)
+        return self._fn(default_precision(), *args)
 
 
 def _at_precision(fn: Callable) -> Callable:
@@ -89,5 +96,6 @@ def _at_precision(fn: Callable) -> Callable:
 
     own = inspect.signature(fn)
     first = inspect.Parameter("precision", inspect.Parameter.POSITIONAL_ONLY)
-    at.__name__, at.__signature__ = fn.__name__, own.replace(parameters=[first, *own.parameters.values()])
+    at.__name__ = fn.__name__
+    at.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]
     return at

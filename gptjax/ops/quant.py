@@ -16,6 +16,7 @@ A leaf is frozen: gradients flow to x alone, and the backward pass makes the flo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -117,7 +118,7 @@ def _block(d_in: int) -> int:
 
 @dense.register
 def _(leaf: Int8) -> jax.Array:
-    return leaf.values * leaf.scale
+    return leaf.values.astype(jnp.float32) * leaf.scale
 
 
 @dense.register
@@ -131,11 +132,12 @@ def _(leaf: NF4) -> jax.Array:
 
 def _absmax(leaf: NF4) -> jax.Array:
     """[.., in/64, out] float32."""
-    absmax = leaf.absmax.reshape(*leaf.scale.shape, -1) * leaf.scale[..., None]
+    absmax, scale = leaf.absmax.reshape(*leaf.scale.shape, -1), leaf.scale[..., None]
+    absmax = absmax.astype(jnp.float32) * scale
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
-def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> Any:
+def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> jax.Array:
     """LEVELS[codes], bit by bit: accelerators select much faster than they look up."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
@@ -212,7 +214,8 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @take.register
 def _(leaf: Int8, ids: jax.Array) -> jax.Array:
-    return take(leaf.values, ids) * take(leaf.scale, ids)
+    values, scale = take(leaf.values, ids), take(leaf.scale, ids)
+    return values.astype(jnp.float32) * scale
 
 
 @matmul.register
@@ -236,8 +239,8 @@ def _frozen(product, leaf, x, dtype):
         return product(dense(leaf).astype(x.dtype), x, dtype)
     scale = leaf.scale if product is matmul else leaf.scale.T
     if scale.shape[0] == 1:
-        return (_integers(product, leaf.values, x, dtype) * scale[0]).astype(x.dtype)
-    return _integers(product, leaf.values, (x * scale[:, 0]).astype(x.dtype), dtype)
+        return (_integers(product, leaf.values, x, dtype).astype(jnp.float32) * scale[0]).astype(x.dtype)
+    return _integers(product, leaf.values, (x.astype(jnp.float32) * scale[:, 0]).astype(x.dtype), dtype)
 
 
 def _forward(product, leaf, x, dtype):
@@ -251,7 +254,7 @@ def _backward(product, dtype, leaf, g):
 _frozen.defvjp(_forward, _backward)
 
 
-def _integers(product, values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
+def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
     """x with a matrix of int8, which bfloat16 holds exactly."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):

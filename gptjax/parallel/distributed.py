@@ -45,13 +45,13 @@ def start(cfg: DistributedConfig) -> None:
     """
     if cfg.coordinator is None or jax.distributed.is_initialized():
         return
-    told = dict(
+    told: dict[str, Any] = dict(
         coordinator_address=cfg.coordinator, num_processes=cfg.num_processes, process_id=cfg.process_id
     )  # fmt: skip
     failed = f"distributed.coordinator={cfg.coordinator}: the processes do not meet"
     try:
         if cfg.coordinator != "auto" and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-            meet(cfg.coordinator, cfg.num_processes, cfg.process_id, cfg.timeout_s)
+            meet(cfg.coordinator, told["num_processes"], told["process_id"], cfg.timeout_s)
         _end_when_jax_aborts(f"error: {failed}\n{MEET}")
         jax.distributed.initialize(
             **(told if cfg.coordinator != "auto" else {}),
@@ -218,7 +218,9 @@ def peers(say: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             _leave(BAD_INPUT)
-        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not _of_a_peer(error):
+        words = ("gloo", "peer", "distributed", "coordination", "heartbeat", "connection")
+        of_a_peer = any(word in str(error).lower() for word in words)
+        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not of_a_peer:
             traceback.print_exc()
             _leave(BUG)
         say(
@@ -232,8 +234,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _of_a_peer(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(word in text for word in ("gloo", "peer", "distributed", "coordination", "heartbeat", "connection"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +37,7 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
 
 
 def make_mesh(
-    cfg: MeshConfig, devices: Sequence[Any] | None = None, *, rows: int = 0, even_one: bool = False
+    cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
     """The mesh that `cfg` asks for over all devices; None for one device alone, which needs none.
 
@@ -55,7 +54,7 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     if even_one and devices[0].platform == "cpu" and jax.__version_info__ < (0, 8):
         raise UserError("optim.offload=true: before jax 0.8 a CPU has one kind of memory; leave it out here")
-    shape = sizes(cfg, len(devices))
+    shape: tuple[int, ...] = sizes(cfg, len(devices))
     by_rows = shape[0] * shape[1]
     if rows % by_rows:
         one_host = len({device.process_index for device in devices}) == 1
@@ -74,7 +73,7 @@ def make_mesh(
     return None if len(devices) == 1 and not even_one else mesh_of(shape, devices)
 
 
-def mesh_of(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:
+def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
     """Of any devices, those of a machine that is only described (`jax.experimental.topologies`) too."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,38 +90,39 @@ def place_params(params: Any, mesh: Mesh | None) -> Any:
 
 
 def place_batch(
-    batch: Any, mesh: Mesh | None, *, lead: int | None = None, rows: slice | None = None, of: int = 0
+    batch: Any, mesh: Mesh | None, *, leading_axes: int | None = None, rows: slice | None = None, of: int = 0
 ) -> Any:
     """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens.
 
     Args:
-        lead: sides before the rows; None: those before [B, T] of its tokens. rows: which of the batch's `of` rows are
-            given, where they are not all.
+        leading_axes: how many there are before the rows; None: those before [B, T] of its tokens.
+        rows: which of the batch's `of` rows are given, where they are not all.
     """
     if mesh is None:
         return batch
-    if lead is None:
-        lead = batch.tokens.ndim - 2 if hasattr(batch, "tokens") else 0
-    length = batch.tokens.shape[lead + 1] if hasattr(batch, "tokens") else 0
+    n = leading_axes
+    if n is None:
+        n = batch.tokens.ndim - 2 if hasattr(batch, "tokens") else 0
+    length = batch.tokens.shape[n + 1] if hasattr(batch, "tokens") else 0
     if rows is None:
-        return place(batch, batch_shardings(batch, mesh, lead=lead, context_length=length))
+        return place(batch, batch_shardings(batch, mesh, leading_axes=n, context_length=length))
 
     def whole(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*leaf.shape[:lead], of, *leaf.shape[lead + 1 :]), leaf.dtype)
+        return jax.ShapeDtypeStruct((*leaf.shape[:n], of, *leaf.shape[n + 1 :]), leaf.dtype)
 
     def one(leaf: Any, shape: Any, where: NamedSharding) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> Any:
-            begin, end, _ = index[lead].indices(of)
+        def part(index: Any) -> np.ndarray:
+            begin, end, _ = index[n].indices(of)
             own = slice(begin - rows.start, end - rows.start)
-            return leaf[(*index[:lead], own, *index[lead + 1 :])]
+            return leaf[(*index[:n], own, *index[n + 1 :])]
 
         return jax.make_array_from_callback(shape.shape, where, part)
 
     shapes = jax.tree.map(whole, batch)
-    return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh, lead=lead, context_length=length))
+    return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh, leading_axes=n, context_length=length))
 
 
-def pmap_step(step: Callable, devices: Any = None) -> Callable:
+def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """`step` over rows alone, in the form of `jax.pmap`: every leaf of the batch has a leading axis of devices.
 
     step(state, batch [n, B / n, ..]) -> (state, metrics), what one device does with the rows one below the other. For

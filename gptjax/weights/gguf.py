@@ -7,7 +7,6 @@ and orders), its llama-model.cpp (what is implied).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.formats import gguf as file_format
+from gptjax.ops.position import llama3_ramp
 from gptjax.weights import families
 from gptjax.weights.families import Attributes, Gguf, differences, model_config
 from gptjax.weights.rules import Source
@@ -139,8 +139,7 @@ def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, where: str) -> Mode
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
     """[H/2] float32: by how much each frequency is divided."""
     frequency = cfg.rope_base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    turns = cfg.rope_original_context * frequency / (2 * math.pi)
-    keep = np.clip((turns - cfg.rope_slow) / (cfg.rope_fast - cfg.rope_slow), 0, 1)
+    keep = llama3_ramp(frequency, cfg.rope_slow, cfg.rope_fast, cfg.rope_original_context)
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gptjax.ops.attention import attention, causal_mask, simple_attention
+from gptjax.from_scratch import causal_mask, simple_attention
+from gptjax.ops.attention import attention
 from gptjax.ops.norm import layer_norm
 
 # Your journey starts with one step, a made-up vector for each word.

@@ -12,10 +12,9 @@ import pytest
 from gptjax import tree
 from gptjax.config import ARCHS, ModelConfig
 from gptjax.errors import UserError
+from gptjax.from_scratch import feed_forward, multi_head_attention
 from gptjax.model.gpt import abstract_params, backbone, forward, grow_vocabulary, init_params, lm_logits
 from gptjax.ops import position
-from gptjax.ops.attention import multi_head_attention
-from gptjax.ops.feed_forward import feed_forward
 from gptjax.ops.loss import cross_entropy
 from gptjax.ops.norm import layer_norm
 

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.from_scratch import feed_forward
 from gptjax.ops.activation import gelu, relu_squared
-from gptjax.ops.feed_forward import feed_forward
 
 X = np.concatenate([np.linspace(-12, 12, 961), [-1e4, 1e4]]).astype(np.float32)
 

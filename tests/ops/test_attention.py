@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.attention import attention, attention_weights, multi_head_attention, weighted_values
+from gptjax.from_scratch import multi_head_attention
+from gptjax.ops.attention import attention, attention_weights, weighted_values
 from gptjax.ops.position import alibi_slopes
 
 
@@ -19,7 +20,7 @@ def naive(q, k, v, *, offset=0, segment_ids=None, window=0, scale=None, alibi=Fa
     k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(H))
     if alibi:
-        scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None]
+        scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None].astype(np.float32)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1), v)
 
 

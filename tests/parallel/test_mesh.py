@@ -19,6 +19,7 @@ from gptjax.model.gpt import layers_apart
 from gptjax.ops.device import AXES
 from gptjax.optim import make_optimizer
 from gptjax.parallel.mesh import make_mesh, sizes
+from gptjax.parallel.rules import product_axes
 
 EIGHT = Path(__file__).with_name("eight.py")
 ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # all 20 meshes of eight devices; otherwise those named here
@@ -119,6 +120,19 @@ def test_what_no_rule_covers_is_an_error():
     leaves = {"blocks": {"attn": {"gate": {"kernel": np.zeros((2, 4, 4))}}}, "odd": np.zeros(3)}
     with pytest.raises(gptjax.UserError, match=r"no rule covers blocks/attn/gate/kernel[\s\S]*no rule covers odd"):
         parallel.shardings(leaves, described(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "axes"),
+    [
+        ("blocks/attn/q/kernel", (None, "tensor")),
+        ("blocks_3/mlp/up_gate/kernel", (None, "tensor")),
+        ("blocks/mlp/down/kernel", ("tensor", None)),
+        ("cls_head/kernel", None),
+    ],
+)
+def test_a_product_keeps_a_kernels_tensor_axis_and_gathers_the_other(path, axes):
+    assert product_axes(path) == axes
 
 
 def test_a_side_that_does_not_divide_stays_whole():
