@@ -76,13 +76,15 @@ class _Finder:
     """Imports the module of the new path under the old one. It is the same object, so that nothing is loaded twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name.startswith("gptjax.") and new_path(name) else None
+        is_old = name.startswith("gptjax.") and new_path(name)
+        return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]  # a loader by its methods
 
     def create_module(self, spec: ModuleSpec) -> None:
         """None: the import system makes an empty module and gives it to `exec_module`."""
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, new_path(module.__name__)
+        assert new is not None, f"{old} was not moved"
         warnings.warn(f"{old} is now {new}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
@@ -97,7 +99,7 @@ class _Finder:
             is_module = child in MOVED or isinstance(getattr(found, name), ModuleType)
             return importlib.import_module(child) if is_module else getattr(found, name)
 
-        module.__getattr__ = __getattr__
+        module.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
 def install() -> None:

@@ -63,9 +63,9 @@ def matches(pattern: str, path: str) -> bool:
     return any(fnmatch.fnmatchcase(path, part.strip()) for part in pattern.split("|"))
 
 
-def first_match(path: str, rules: Iterable[tuple[str, T]], default: T | None = None) -> T | None:
-    """The value of the first rule whose pattern matches; `default` where none does."""
-    return next((value for pattern, value in rules if matches(pattern, path)), default)
+def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:
+    """The value of the first rule whose pattern matches the path; None where none does."""
+    return next((value for pattern, value in rules if matches(pattern, path)), None)
 
 
 def idle(pattern: str, paths: Iterable[str]) -> list[str]:

@@ -292,7 +292,7 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
             problems.append(f"{pattern!r}: expected {', '.join(WORDS)}; got {kind!r}")
         if not any(tree.matches(pattern, path) for path in leaves):
             problems.append(f"{pattern!r} matches no parameter; there are {', '.join(leaves)}")
-    kinds = {path: tree.first_match(path, spec, "none") for path in leaves}
+    kinds = {path: tree.first_match(path, spec) or "none" for path in leaves}
     problems = problems or [p for path, kind in kinds.items() if (p := _misfit(path, leaves[path].shape, kind))]
     if problems:
         raise UserError.all(problems)
