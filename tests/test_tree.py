@@ -37,7 +37,7 @@ def test_matches(pattern, path, yes):
 
 def test_the_first_rule_that_matches_a_path():
     rules = (("*/kernel", 1), ("blocks/*", 2))
-    assert [tree.first_match(path, rules, 0) for path in ("blocks/q/kernel", "blocks/ln", "wte")] == [1, 2, 0]
+    assert [tree.first_match(path, rules) for path in ("blocks/q/kernel", "blocks/ln", "wte")] == [1, 2, None]
 
 
 def test_the_first_rule_that_matches_labels():
