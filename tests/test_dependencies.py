@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_DEVELOPERS = {"test", "parity", "bench", "dev"}
-TOOLS = {"pytest-timeout", "pytest-xdist", "ruff"}  # plugins and commands: nothing imports them
+TOOLS = {"mypy", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}  # plugins and commands: nothing imports them
 PACKAGE = {  # of a module with another name
     "yaml": "pyyaml", "orbax": "orbax-checkpoint", "tiktoken_ext": "tiktoken", "IPython": "ipykernel",
     "libtpu": "jax", "jax_cuda12_plugin": "jax",  # extras of jax

@@ -17,7 +17,7 @@ from gptjax.ops.precision import with_matmul_precision
 from gptjax.types import Mean, Metrics, Params
 
 if TYPE_CHECKING:
-    from gptjax.data.labelled import LabelledBatch
+    from gptjax.data.classification import LabelledBatch
 
 Pooling = Literal["last", "first", "mean"]
 

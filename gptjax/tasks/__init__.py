@@ -23,7 +23,7 @@ from gptjax.errors import UserError
 if TYPE_CHECKING:
     from gptjax.training.run import Hook, TrainResult
 
-__all__ = ["TASKS", "find", "finetune", "refuse", "run", "train"]
+__all__ = ["TASKS", "find", "finetune", "refuse", "train"]
 
 TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "instruct", "prefer")}
 
