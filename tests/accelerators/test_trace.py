@@ -286,9 +286,7 @@ def test_it_compiles_for_a_tpu(use):
     with device.compiling_for("tpu"):
         compiled = traced.lower().compile()
     assert compiled.memory_analysis().generated_code_size_in_bytes > 0  # temporaries all fit the chip's own memory
-    assert re.search(
-        r"splash_mha_fwd.*tpu_custom_call", compiled.as_text()
-    )  # generate: the prompt
+    assert re.search(r"splash_mha_fwd.*tpu_custom_call", compiled.as_text())  # generate: the prompt
 
 
 @pytest.mark.slow
