@@ -66,7 +66,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     numbers = None if values is None else np.asarray(list(values), np.float64)
     if numbers is not None and numbers.shape != (len(ids),):
         raise UserError(f"values: expected {len(ids)} numbers, one for each token, got shape {numbers.shape}")
-    low, high = (0, 0) if numbers is None or not ids else (numbers.min(), numbers.max())
+    low, high = (0, 0) if numbers is None or not ids else (np.min(numbers), np.max(numbers))
     spans = []
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)

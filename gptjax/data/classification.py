@@ -143,7 +143,7 @@ def _name(label: str | int) -> str:
 def balanced(data: Labelled, seed: int) -> Labelled:
     """Each class as often as the rarest, drawn without replacement; what is left keeps its order."""
     rng = np.random.default_rng(seed)
-    least = np.bincount(data.labels, minlength=len(data.names)).min()
+    least = np.min(np.bincount(data.labels, minlength=len(data.names)))
     rows = [rng.permutation(np.flatnonzero(data.labels == k))[:least] for k in range(len(data.names))]
     return data.take(np.sort(np.concatenate(rows)))
 
@@ -215,7 +215,7 @@ def _batch(rows: Rows, index: np.ndarray) -> LabelledBatch:
 
 def majority(train: Labelled, test: Labelled) -> float:
     """Accuracy on `test` of always saying the commonest class of `train`."""
-    return float((test.labels == np.bincount(train.labels).argmax()).mean())
+    return float((test.labels == np.argmax(np.bincount(train.labels))).mean())
 
 
 def naive_bayes(train: Labelled, test: Labelled, tokenizer: Tokenizer) -> float:

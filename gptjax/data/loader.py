@@ -193,7 +193,7 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
     """
     t = context_length
     at = starts[:, None] + np.arange(t + 1)
-    if len(starts) and at[:, -1].max() >= len(store):
+    if len(starts) and np.max(at[:, -1]) >= len(store):
         at = np.minimum(at, len(store) - 1)
     ids = store.tokens[at].astype(np.int32)
     batch = Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]))

@@ -81,10 +81,12 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
     if not len(lengths):
         raise UserError("no examples to make rows of")
     if lengths.min() < 1:
-        raise UserError(f"example {int(lengths.argmin()) + 1} has fewer than 2 tokens, so there is nothing to predict")
+        raise UserError(
+            f"example {int(np.argmin(lengths)) + 1} has fewer than 2 tokens, so there is nothing to predict"
+        )
     if context_length is not None and lengths.max() > context_length:
         raise UserError(
-            f"example {int(lengths.argmax()) + 1} needs {lengths.max()} places and a row has {context_length}: "
+            f"example {int(np.argmax(lengths)) + 1} needs {np.max(lengths)} places and a row has {context_length}: "
             "encode with the same context_length"
         )
     return lengths

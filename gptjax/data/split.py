@@ -286,7 +286,7 @@ def _book(data: Labelled) -> list[np.ndarray]:
         raise UserError(
             f"split=book is for two classes of different size, as ham and spam: there are {counts.tolist()}"
         )
-    rare = int(counts.argmin())
+    rare = int(np.argmin(counts))
     frame = pandas.DataFrame({"row": np.arange(len(data.texts)), "label": data.labels})
     common = frame[frame["label"] != rare].sample(int(counts[rare]), random_state=BOOK_SEED)
     frame = pandas.concat([common, frame[frame["label"] == rare]])

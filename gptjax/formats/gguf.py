@@ -275,8 +275,8 @@ def _value(cursor: _Cursor, what: str) -> Any:
 def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
     if kind == _BOOL:
         numbers = np.frombuffer(cursor.take(n, what), np.uint8)
-        if numbers.max(initial=0) > 1:
-            raise UserError(f"{what}: a bool is 0 or 1, got {numbers.max()}")
+        if np.max(numbers, initial=0) > 1:
+            raise UserError(f"{what}: a bool is 0 or 1, got {np.max(numbers)}")
         return numbers.view(bool)
     if kind not in _NUMBERS:
         raise UserError(f"{what}: {'an array of arrays' if kind == _ARRAY else f'value type {kind}'} is not supported")

@@ -209,7 +209,7 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
     """
     _check(prompts, cfg)
     lengths = np.array([min(len(prompt), cfg.context_length) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), min(bucket(int(lengths.max())), cfg.context_length)), np.int32)
+    tokens = np.zeros((len(prompts), min(bucket(int(np.max(lengths))), cfg.context_length)), np.int32)
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         tokens[row, :length] = prompt[-length:]
     return tokens, lengths
