@@ -49,6 +49,10 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.training.loop.train": "gptjax.tasks.train",
     **{
+        f"gptjax.research.influence.{name}": f"gptjax.research.privacy.{name}"
+        for name in ("both", "drawn", "epsilon", "noise_for", "private")
+    },
+    **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
         for name in ("causal_mask", "simple_attention", "multi_head_attention")
     },

@@ -72,6 +72,38 @@ def test_imports_point_one_way(path):
             assert lower or (here, part) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
 
 
+def modules_imported(path: Path) -> set[str]:
+    """Our own modules that a file imports, inside functions too: gptjax.data for a package, gptjax.data.split."""
+    files = {
+        ".".join(("gptjax", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES
+    }
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & files
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & files
+            found |= (
+                {node.module} & files
+                if any(f"{node.module}.{alias.name}" not in files for alias in node.names)
+                else set()
+            )
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """The faces of packages (`__init__.py`) are left out: they only hand names on."""
+    graph = {}
+    for path in FILES:
+        name = ".".join(("gptjax", *path.relative_to(ROOT).with_suffix("").parts))
+        if path.name != "__init__.py":
+            graph[name] = modules_imported(path)
+    while leaves := [name for name, needs in graph.items() if not needs & set(graph)]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"these import each other, or what does: {sorted(graph)}"
+
+
 CONFIG = ("aliases", "leaves", "schema", "check", "load", "uses")  # each may import those before it
 
 

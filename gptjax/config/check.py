@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional, get_args, get_origin
 
 from gptjax.config.leaves import Provenance
 from gptjax.config.schema import (
+    CHECKS,
     Config,
     DistributedConfig,
     ModelConfig,
@@ -274,3 +275,6 @@ def without_effect(cfg: Config, where: Provenance) -> Iterator[str]:
                 f"{where[asked[0]]}: {', '.join(asked)} would have no effect: {ruling}={value} "
                 f"({where.get(ruling, 'default')})"
             )
+
+
+CHECKS.update(types=validate_types, model=validate_model)

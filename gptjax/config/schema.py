@@ -6,7 +6,7 @@ Frozen means hashable: a `ModelConfig` is a static argument under `jit`.
 import functools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin
@@ -238,25 +238,24 @@ class ModelConfig(Computation, Architecture):
         return self
 
     def __post_init__(self) -> None:
-        from gptjax.config import check
-
         for name in set(self._derived).intersection(vars(self).pop("_copied")):
             object.__setattr__(self, name, None)
         if not CHECKED_LATER.get():
-            check.validate_types(self)
+            CHECKS["types"](self)
         fill = dict(ARCHS.get(self.arch, {}), n_kv_head=self.n_head, d_ff=4 * self.d_model)
         derived = [name for name in fill if getattr(self, name) is None]
         for name in derived:
             object.__setattr__(self, name, fill[name])
         object.__setattr__(self, "_derived", tuple(derived))
         if not CHECKED_LATER.get():
-            check.validate_model(self)
+            CHECKS["model"](self)
 
     def computed_as(self, other: Computation) -> "ModelConfig":
         """This architecture, computed as `other`."""
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
+CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # `config.check`, which knows the schema, puts its own in here
 CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # with all other settings at once
 
 

@@ -13,7 +13,6 @@ adapter, `frozen` holds the rest and `combine(params, frozen)` makes of both wha
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 
 from gptjax import tree
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.training.step import Loss
 
@@ -259,15 +259,5 @@ def clipped_sum(
     return total, lengths.reshape(n)
 
 
-_PRIVACY = ("both", "drawn", "epsilon", "noise_for", "private")
-
-
 def __getattr__(name: str) -> Any:
-    """What is now in `research.privacy`, with a DeprecationWarning."""
-    if name not in _PRIVACY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gptjax.research import privacy
-
-    text = f"{__name__}.{name} is now gptjax.research.privacy.{name}; the old name goes with the next release"
-    warnings.warn(text, DeprecationWarning, stacklevel=2)
-    return getattr(privacy, name)
+    return moved_name(__name__, name)
