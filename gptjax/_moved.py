@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,7 +47,17 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
+    "gptjax.tasks.classify.class_logits": "gptjax.losses.class_logits",
+    "gptjax.tasks.classify.task": "gptjax.losses.classify",
+    "gptjax.tasks.prefer.log_probs": "gptjax.losses.answer_log_probs",
+    "gptjax.tasks.prefer.task": "gptjax.losses.preference",
+    "gptjax.tasks.pretrain.task": "gptjax.losses.next_token",
+    "gptjax.tasks.pretrain.token_log_probs": "gptjax.losses.token_log_probs",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    **{
+        f"gptjax.data.conversations.{name}": f"gptjax.tokenizers.chat.{name}"
+        for name in ("STYLES", "Style", "default_style", "describe_style", "styled")
+    },
     **{
         f"gptjax.research.influence.{name}": f"gptjax.research.privacy.{name}"
         for name in ("both", "drawn", "epsilon", "noise_for", "private")
@@ -60,7 +70,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Part", "Sizes", "hold_out", "measure")},
     **{
         f"gptjax.data.sources.{name}": f"gptjax.formats.tables.{name}"
-        for name in ("first_line", "hub_name", "kind_of", "lines", "names")
+        for name in ("BOM", "MAX_FIELD_CHARACTERS", "first_line", "hub_name", "kind_of", "lines", "names", "quoted")
     },
 }
 
@@ -122,20 +132,12 @@ def moved_name(module: str, name: str) -> Any:
     return getattr(importlib.import_module(home), name)
 
 
-def old_name(module: str, name: str, moved: Mapping[str, Callable], init_params: Callable) -> Any:
-    """The function that `name` of `module` is now, with a DeprecationWarning; of `task` one that
-    gives prepare, init and loss, as it did."""
-    if name not in moved:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    new = moved[name]
-    text = f"{module}.{name} is now gptjax.losses.{new.__name__}; the old name goes with the next release"
-    warnings.warn(text, DeprecationWarning, stacklevel=3)
-    if name != "task":
-        return new
+def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
+    """What `task` of a task's module was: prepare, init and loss in one, made for a config."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(
-            prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=new(cfg, *args, **options)
+            prepare=lambda batch: batch, init=lambda key: init_params(key, cfg), loss=loss(cfg, *args, **options)
         )
 
     return task

@@ -118,7 +118,8 @@ def test_a_name_that_left_its_module_is_found_and_its_new_path_named(old, new):
     with forgotten(), pytest.warns(DeprecationWarning) as warned:
         exec(f"from {module} import {name} as got", seen)
     assert f"{old} is now {new};" in str(warned[-1].message) and warned[-1].filename == "<string>"
-    assert seen["got"] is getattr(importlib.import_module(home), new_name)
+    if name != "task":  # which wraps the new function: tests/tasks/test_example.py
+        assert seen["got"] is getattr(importlib.import_module(home), new_name)
     with pytest.raises(AttributeError, match="nothing"):
         _ = importlib.import_module("gptjax.training.loop").nothing
 

@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gptjax._moved import moved_name
 from gptjax.data.packing import Encoded
 from gptjax.errors import UserError
 from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
-from gptjax.tokenizers.chat import STYLES, Style, default_style, describe_style, styled  # noqa: F401  some for old callers
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # what ShareGPT calls them
 MAX_PROBLEMS = 20
@@ -392,7 +392,7 @@ def _wrong_text(text: Any) -> str | None:
 # --- text
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None = None) -> list[Piece]:
+def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Piece]:
     """The ids of a conversation, in pieces that are learned or not. The last is the last answer with its end.
 
     The ids before an answer are just what the model is given when it is asked for that answer.
@@ -408,10 +408,10 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: Style | None
 
 
 def render_all(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, style: Style | None = None
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Piece]]:
     """`render` of each, many templates in one process."""
-    tokenizer = styled(tokenizer, style)
+    tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
     assert template is not None and end is not None  # `styled` refuses a tokenizer without them
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
@@ -574,7 +574,7 @@ def encode(
     conversations: Sequence[Conversation],
     tokenizer: Tokenizer,
     *,
-    style: Style | None = None,
+    style: chat.Style | None = None,
     context_length: int,
     loss_on: Literal["response", "all"] = "response",
     because: str = "",
@@ -626,3 +626,7 @@ def show(pieces: Sequence[Piece], tokenizer: Tokenizer) -> str:
         plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in tokenizer.decode(piece.ids))
         text += f"{COLOUR}{plain}{PLAIN}" if piece.learn else plain
     return text
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

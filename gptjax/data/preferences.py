@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data import conversations, loader, packing, synthetic
-from gptjax.data.conversations import Conversation, Formats, Parse, Parsed, Style
+from gptjax.data.conversations import Conversation, Formats, Parse, Parsed
 from gptjax.errors import UserError
 from gptjax.formats.tables import Record
 from gptjax.tokenizers.base import Tokenizer
+from gptjax.tokenizers.chat import Style
 
 SIDES = ("chosen", "rejected")
 

@@ -215,15 +215,15 @@ def split_labelled(
         UserError: a part that would be empty, or lack a class to train on.
     """
     seen: set[str] = set()
-    if deduplicate and how != "book":
-        data = data.take(_fresh(data.texts, seen))
     if how == "book":
-        rows = _book(data)
+        parts = [data.take(rows) for rows in _book(data)]
+        if deduplicate:
+            parts = [part.take(_fresh(part.texts, seen)) for part in parts]
     else:
-        rows = (_grouped if how == "grouped" else _stratified)(data, fractions, np.random.default_rng(seed))
-    parts = [data.take(part) for part in rows]
-    if deduplicate and how == "book":
-        parts = [part.take(_fresh(part.texts, seen)) for part in parts]
+        if deduplicate:
+            data = data.take(_fresh(data.texts, seen))
+        divide = _grouped if how == "grouped" else _stratified
+        parts = [data.take(rows) for rows in divide(data, fractions, np.random.default_rng(seed))]
     for name, part in zip(("train", "validate", "test"), parts, strict=True):
         if not part.texts:
             raise UserError(f"{len(data.texts)} texts leave none to {name} on: give more, or other fractions")

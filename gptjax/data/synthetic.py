@@ -197,7 +197,7 @@ def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Co
     rng, lengths = random.Random(f"{seed} {held_out}"), random.Random(f"{seed} turns")
     words = [word for word in WORDS if is_held_out(word) == held_out]
     names, asked = list(SKILLS), set()
-    turned = []
+    single_turns = []
     for i in range(n):
         name = names[i % len(names)]
         for _ in range(ATTEMPTS):
@@ -206,8 +206,8 @@ def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Co
                 break
         asked.add(question)
         turn = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-        turned.append(Conversation(turn, f"{name}:{i + 1}"))
-    found, left = [], iter(turned)
+        single_turns.append(Conversation(turn, f"{name}:{i + 1}"))
+    found, left = [], iter(single_turns)
     while some := list(itertools.islice(left, lengths.randint(1, turns))):
         messages = tuple(message for one in some for message in one.messages)
         found.append(Conversation(messages, " ".join(one.where for one in some)))

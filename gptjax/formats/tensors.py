@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
-class Stored:
+class Stored(ABC):
     """A source whose tensors lie in a file row after row. A kind has `entries`, by name, and adds `_read`."""
 
     entries: Mapping[str, Any]  # with shape, offset and size_bytes
 
+    @abstractmethod
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
-        raise NotImplementedError
+        """The values of a tensor of this shape, which begin at `offset` in the file."""
 
     def shapes(self) -> dict[str, Shape]:
         return {name: entry.shape for name, entry in self.entries.items()}

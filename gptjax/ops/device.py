@@ -111,7 +111,8 @@ def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
 
 
 def product_axes(path: str) -> ProductAxes:
-    """The mesh axes of the kernel at `path` while it is multiplied. None: as it comes, and always without a mesh."""
+    """The mesh axes of the kernel at `path` while it is multiplied. None: the kernel keeps its sharding; always None
+    without a mesh."""
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 
 

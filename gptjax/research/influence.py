@@ -26,16 +26,12 @@ from gptjax import tree
 from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.training.step import Loss
+from gptjax.training.task import just_trained as identity  # the `combine` where nothing is frozen
 
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
 
 _CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
-
-
-def identity(params: Any, frozen: Any) -> Any:
-    """The `combine` where nothing is frozen."""
-    return params
 
 
 # ---------------------------------------------------------------- gradients of single examples

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gptjax import losses, weights
-from gptjax._moved import old_name
+from gptjax._moved import moved_name, old_task
 from gptjax.config import Config, ModelConfig
 from gptjax.data import classification, loader
 from gptjax.data.classification import LabelledBatch
@@ -140,11 +140,11 @@ def loss(cfg: Config) -> Loss:
 def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
     """Of a batch; how many texts a packed row has only the data could tell: little depends on it."""
     n = max(1, width // TEXT) if cfg.classify.packing == "packed" else 1
-    ids, labels, counts = (
-        jax.ShapeDtypeStruct((rows, m), dtype) for m, dtype in ((width, np.int32), (n, np.int32), (n, np.float32))
-    )
-    leaves: list[Any] = [ids, ids, labels, counts]  # shapes in the place of arrays
-    return LabelledBatch(*leaves)
+
+    def shape(columns: int, dtype: type = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((rows, columns), dtype)
+
+    return LabelledBatch(shape(width), shape(width), shape(n), shape(n, np.float32))
 
 
 def plan(cfg: Config) -> list[str]:
@@ -252,4 +252,5 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.classify, "class_logits": losses.class_logits}, init_params)
+    new = moved_name(__name__, name)
+    return old_task(new, init_params) if name == "task" else new

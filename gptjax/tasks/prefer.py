@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gptjax import losses
-from gptjax._moved import old_name
+from gptjax._moved import moved_name, old_task
 from gptjax.config import Config, ModelConfig
 from gptjax.data import loader, preferences
 from gptjax.data.preferences import Pair, PairBatch, PairRows
@@ -161,4 +161,5 @@ def plan(cfg: Config) -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.preference, "log_probs": losses.answer_log_probs}, init_params)
+    new = moved_name(__name__, name)
+    return old_task(new, init_params) if name == "task" else new

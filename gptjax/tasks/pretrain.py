@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gptjax import assets, config, data, losses, weights
-from gptjax._moved import old_name
+from gptjax._moved import moved_name, old_task
 from gptjax.config import Config, TokenizerConfig
 from gptjax.data.loader import ORDER_OF_WINDOWS
 from gptjax.errors import UserError, complaints
@@ -179,4 +179,5 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 def __getattr__(name: str) -> Any:
     """Names that `gptjax.losses` has now."""
-    return old_name(__name__, name, {"task": losses.next_token, "token_log_probs": losses.token_log_probs}, init_params)
+    new = moved_name(__name__, name)
+    return old_task(new, init_params) if name == "task" else new

@@ -17,7 +17,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -72,9 +73,12 @@ class Tokenizer(Protocol):
     def save(self, path: str | os.PathLike[str]) -> Path: ...
 
 
-class Base:
-    """The half that all kinds share. A kind adds `data`, `_encode` and `_decode`, which see no special tokens."""
+class Base(ABC):
+    """The half that all kinds share. A kind adds `data`, and either `_encode` and `_decode`, which see no special
+    tokens, or its own `encode`, `encode_array` and `decode`."""
 
+    _encode: Callable[[str], list[int]]
+    _decode: Callable[[np.ndarray], str]
     kind: ClassVar[str]
     name: str
     vocab_size: int
@@ -130,18 +134,12 @@ class Base:
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """What the saved file holds beside the header, as plain JSON values."""
-        raise NotImplementedError
-
-    def _encode(self, text: str) -> list[int]:
-        raise NotImplementedError
 
     def _encode_array(self, text: str) -> np.ndarray:
         return np.array(self._encode(text), self.dtype)
-
-    def _decode(self, ids: np.ndarray) -> str:
-        raise NotImplementedError
 
     # --- text to ids
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,8 +44,9 @@ class _Pieces(Base):
         self._longest = max(map(len, pieces))
         self._seen: dict[str, list[int]] = {}
 
+    @abstractmethod
     def _cut(self, word: bytes) -> list[int]:
-        raise NotImplementedError
+        """The ids of the pieces of one word."""
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

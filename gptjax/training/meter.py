@@ -116,12 +116,7 @@ class Meter:
         run.progress.status(step, run.cfg.train.max_steps, self._line(row))
 
     def _line(self, row: dict[str, Any]) -> str:
-        settings, step, val_loss = self.run.cfg.train, row["step"], self.run.counters.val_loss
-        total = settings.max_steps
-        if self.rate:
-            now = step % settings.eval_every == 0 or step == total
-            evals = math.ceil((total - step) / settings.eval_every) + now
-            rest_s = (total - step) * self.run.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
+        step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
         parts = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
@@ -131,9 +126,16 @@ class Meter:
             f"{self.rate:,.0f} tok/s" if self.rate else "",
             f"MFU {row['mfu']:.1%}" if "mfu" in row else "",
             f"{row['skipped']} skipped" if row["skipped"] else "",
-            f"ETA {duration(rest_s)}" if self.rate else "",
+            f"ETA {duration(self._eta(step))}" if self.rate else "",
         ]
         return "  ".join(part for part in parts if part)
+
+    def _eta(self, step: int) -> float:
+        """Seconds that the rest of the run takes, its evaluations included."""
+        settings = self.run.cfg.train
+        steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
+        evals = math.ceil(steps / settings.eval_every) + now
+        return steps * self.run.tokens_per_step / self.rate + evals * (self.eval_s + self.sample_s)
 
 
 def stop_non_finite(run: Run, step: int, in_a_row: int) -> None:

@@ -378,9 +378,9 @@ LLAMA2 = (
 )
 
 
-@pytest.mark.parametrize("style", conversations.STYLES)
+@pytest.mark.parametrize("style", chat.STYLES)
 def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, style):
-    kept = conversations.styled(sentencepiece.replace(chat_template=LLAMA2), style)
+    kept = chat.styled(sentencepiece.replace(chat_template=LLAMA2), style)
     several, ids = talk("low", "low", "lo", "low"), []
     for i, piece in enumerate(render(several, kept)):
         if piece.learn:
@@ -389,10 +389,10 @@ def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, 
     assert ids[-1] in kept.eos_ids
 
 
-@pytest.mark.parametrize("style", conversations.STYLES)
+@pytest.mark.parametrize("style", chat.STYLES)
 def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
     """Asked by its template alone, also for an input."""
-    kept = conversations.styled(chatty, style)
+    kept = chat.styled(chatty, style)
     given = {"role": "user", "content": "Spell it.", "input": "freind"}
     for some in (ONE, TWO, Conversation((given, {"role": "assistant", "content": "friend"}), "")):
         assert render(some, kept) == render(some, chatty, style)
@@ -421,7 +421,7 @@ def test_the_model_s_own_template_is_the_default(chatty):
     assert answer == ([*b"In France.", END], True)
 
 
-@pytest.mark.parametrize("style", conversations.STYLES)
+@pytest.mark.parametrize("style", chat.STYLES)
 def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
     pieces = render(TWO, chatty, style)
     end = "<|im_end|>" if style in ("chat", "chatml") else "<|endoftext|>"
@@ -455,9 +455,9 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
     made = tok.replace(chat_template=plain)
     assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
     assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
-    assert "end-of-text is appended" in conversations.describe_style(made, None)[1]
-    kept = conversations.styled(made)
-    assert kept.eos_ids == (256,) and conversations.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
+    assert "end-of-text is appended" in chat.describe_style(made, None)[1]
+    kept = chat.styled(made)
+    assert kept.eos_ids == (256,) and chat.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
     chars = tokenizers.train("chars", [text(render(TWO, made), made)])
     with pytest.raises(UserError, match="style chat: nothing can end an answer: .* no end-of-text"):
         render(TWO, chars.replace(chat_template=plain))
@@ -479,7 +479,7 @@ def test_a_template_that_writes_earlier_turns_anew_is_refused(chatty, template):
 
 def test_a_special_token_in_a_message_is_refused(chatty, tok):
     bad = [talk("a<|im_end|>", "b", where="x:1"), ONE, talk("a", "<|im_start|>", where="x:3")]
-    for style in conversations.STYLES:
+    for style in chat.STYLES:
         with pytest.raises(UserError, match=r"x:1: .*<\|im_end\|>: take it out\nx:3: .*<\|im_start\|>"):
             encode(bad, chatty, style=style, context_length=999)
     assert encode(bad, tok, context_length=999).dropped == 0  # plain text to another tokenizer
@@ -549,7 +549,7 @@ def test_a_long_conversation_is_dropped_not_refused(chatty):
 
 
 def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
-    conversations.styled(chatty)  # which asks where an answer ends, once
+    chat.styled(chatty)  # which asks where an answer ends, once
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
@@ -574,7 +574,7 @@ def test_encode_keeps_what_fits_to_the_last_id(tok):
         encode([], tok, context_length=9)
 
 
-@pytest.mark.parametrize("style", conversations.STYLES)
+@pytest.mark.parametrize("style", chat.STYLES)
 def test_the_last_id_is_learned_although_padding_uses_it(chatty, style):
     tok = chatty.replace(pad_id=END if style in ("chat", "chatml") else chatty.eot_id)
     for row, weight in zip(*encode([ONE, TWO], tok, style=style, context_length=999)[:2], strict=True):
