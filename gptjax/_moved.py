@@ -48,6 +48,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    "gptjax.tree.idle": "gptjax.tree.unmatched",
     **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
         for name in ("causal_mask", "simple_attention", "multi_head_attention")

@@ -302,5 +302,5 @@ def test_an_entry_twice_is_refused(tok, tmp_path):
 def test_a_key_twice_is_refused(tok, tmp_path):
     path = tok.save(tmp_path)
     path.write_text(path.read_text().replace("{", '{"kind": "bytes",', 1))
-    with pytest.raises(UserError, match="kind stands there twice"):
+    with pytest.raises(UserError, match="duplicate key kind"):
         tokenizers.load(path)
