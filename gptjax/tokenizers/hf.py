@@ -287,7 +287,7 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
         growth[name] = math.prod(map(_growth, steps[:MAX_STEPS]))
     for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
         if (most := math.prod(growth[name] for name in names)) > MAX_GROWTH:
-            yield f"{' and '.join(names)}: one character can become {most:,}, at most {MAX_GROWTH:,} are allowed"
+            yield f"{' and '.join(names)}: {most:,} characters per input character are possible, {MAX_GROWTH:,} allowed"
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:

@@ -187,7 +187,7 @@ def test_kinds_without_a_place_in_a_gguf_file_are_refused():
 
 def test_a_special_token_spelled_like_a_piece_is_refused():
     tok = tokenizers.extend(learned(), [learned().merges[0].replace(" ", "")])
-    with pytest.raises(UserError, match="different text for each token"):
+    with pytest.raises(UserError, match="needs distinct tokens"):
         to_metadata(tok)
 
 
