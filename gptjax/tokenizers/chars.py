@@ -38,7 +38,7 @@ class Chars(Base):
         if not isinstance(chars, str) or not chars:
             problems.append(f"chars: expected the characters as one string, got {chars!r:.60}")
         elif len(set(chars)) < len(chars):
-            problems.append("chars: a character is repeated")
+            problems.append("chars: duplicate characters")
         elif any(0xD800 <= ord(c) < 0xE000 for c in chars):
             problems.append("chars: lone surrogates are not characters")
         refuse("chars", problems)

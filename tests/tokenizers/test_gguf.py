@@ -211,7 +211,7 @@ def test_words_that_no_merge_makes_need_llama3s_way():
         ({"pre": 3}, "pre: expected str"),
         ({"tokens": None}, "tokens: expected a list"),
         ({"tokens": []}, "empty"),
-        ({"tokens": ["a", "a"]}, "twice"),
+        ({"tokens": ["a", "a"]}, "duplicate"),
         ({"tokens": np.zeros(4)}, "tokens: expected a list"),
         ({"token_type": np.zeros(3, np.int32)}, "token_type: expected 505 numbers"),
         ({"token_type": ["a"] * 505}, "token_type: expected 505 numbers"),
