@@ -236,7 +236,7 @@ def _shape(message: bytes) -> Shape:
         if number == 2:
             shape.append(_fields(value, {1: int, 2: bytes}).get(1, 0))
         if len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 1 << 59:  # beyond what numpy counts in bytes
-            raise UserError(f"shape {shape!r:.80} is of no array, expected up to {MAX_DIMS} dimensions")
+            raise UserError(f"shape {shape!r:.80} is too large: expected up to {MAX_DIMS} dimensions")
     return tuple(shape)
 
 

@@ -248,7 +248,7 @@ def test_more_text_than_any_vocabulary_has_is_refused(make, tokens):
 def test_more_ways_to_join_than_any_vocabulary_has_are_refused():
     tokens = [char * i for char in "abcdefghijklmn" for i in range(1, 400)]
     metadata = {KEY + "model": "llama", KEY + "tokens": tokens, KEY + "scores": np.zeros(len(tokens), np.float32)}
-    with pytest.raises(UserError, match="join in more than 1048576 ways"):
+    with pytest.raises(UserError, match="more than 1048576 pairs of pieces"):
         from_metadata(metadata)
 
 
