@@ -235,11 +235,11 @@ BAD = {
     "a bit of a block": (b"\1" + GOOD[1:], "block at byte 0 is damaged: its checksum differs"),
     "snappy": (table([block([(b"", header())])], kind=1), "compressed (snappy)"),
     "another compression": (table([block([(b"", header())])], kind=7), "compressed (compression 7)"),
-    "2^32 restarts": (table([block([(b"", header())])[:-4] + b"\xff" * 4]), "a block without entries"),
-    "no entries": (table([block([])]), "a block without entries"),
-    "no blocks": (table([]), "a block without entries"),
-    "shares more than there is": (table([b"\5\1\1ab" + bytes(4) + b"\1\0\0\0"]), "takes more than there is"),
-    "value past the end": (table([b"\0\1\x7fab" + bytes(4) + b"\1\0\0\0"]), "takes more than there is"),
+    "2^32 restarts": (table([block([(b"", header())])[:-4] + b"\xff" * 4]), "a block has no entries"),
+    "no entries": (table([block([])]), "a block has no entries"),
+    "no blocks": (table([]), "a block has no entries"),
+    "shares more than there is": (table([b"\5\1\1ab" + bytes(4) + b"\1\0\0\0"]), "exceeds the block"),
+    "value past the end": (table([b"\0\1\x7fab" + bytes(4) + b"\1\0\0\0"]), "exceeds the block"),
     "long key": (one(key=b"k" * 1025), "a key of 1,025 bytes"),
     "keys descend": (table([block([(b"", header()), (b"b", entry()), (b"a", entry())])]), "keys must ascend"),
     "key twice": (table([block([(b"", header()), (b"b", entry()), (b"b", entry())])]), "keys must ascend"),
@@ -275,8 +275,8 @@ BAD = {
     "field cut off": (one(entry(more=varint(2 << 3 | 2) + b"\5ab")), "'w': field 2 is cut off"),
     "checksum cut off": (one(entry()[:-1]), "'w': field 6 is cut off"),
     "11 bytes of a number": (one(field(1, 1)[:1] + b"\xff" * 10 + b"\1"), "'w': a number of more than 10 bytes"),
-    "name not UTF-8": (one(key=b"\xff"), "a name is printable UTF-8"),
-    "NUL in a name": (one(key=b"a\0b"), "a name is printable UTF-8"),
+    "name not UTF-8": (one(key=b"\xff"), "a name must be printable UTF-8"),
+    "NUL in a name": (one(key=b"a\0b"), "a name must be printable UTF-8"),
 }  # fmt: skip
 
 

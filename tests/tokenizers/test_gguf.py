@@ -241,7 +241,7 @@ def test_sentencepiece_without_scores_is_refused():
 @pytest.mark.parametrize("make", [lambda: byte_level("gpt-2"), sentencepiece], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("tokens", [["a" * 513], ["a" * 510 + chr(0x4E00 + i) for i in range(10_000)]])
 def test_more_text_than_any_vocabulary_has_is_refused(make, tokens):
-    with pytest.raises(UserError, match="at most 512 and 4194304 are read"):
+    with pytest.raises(UserError, match="at most 512 and 4194304 are supported"):
         from_metadata(make() | {KEY + "tokens": tokens, KEY + "token_type": np.ones(len(tokens), np.int32)})
 
 
