@@ -29,13 +29,13 @@ class Problems(list[str]):
             raise UserError.all(self)
 
 
-def refuse(where: str, problems: list[str]) -> None:
+def refuse(location: str, problems: list[str]) -> None:
     """Raise one UserError that lists all problems, sorted; at most MAX_SHOWN are listed in full."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
             shown.append(f"... and {len(problems) - MAX_SHOWN} more")
-        raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
+        raise UserError.all([f"{location}:", *(f"  {line}" for line in shown)])
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:

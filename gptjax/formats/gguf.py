@@ -169,7 +169,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
         metadata[key] = _value(cursor, f"metadata {_quote(key)}")
     entries = [_entry(cursor, index) for index in range(n_tensors)]
     alignment = _alignment(metadata)
-    start = cursor.at + -cursor.at % alignment
+    start = cursor.position + -cursor.position % alignment
     problems = [line for entry in entries for line in _wrong(entry, start, alignment, size)]
     tensors = {} if problems else _tensors(entries, start, alignment, size, problems)
     if problems:
@@ -182,14 +182,16 @@ class _Cursor:
     """Sequential reader of a header that checks every read against the file size and MAX_HEADER_BYTES."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at, self.strings = file, size, 0, 0
+        self.file, self.size, self.position, self.strings = file, size, 0, 0
 
     def take(self, n: int, what: str) -> bytes:
-        if n > self.size - self.at:
-            raise UserError(f"cut short or damaged: {what} takes {n} bytes at byte {self.at} of {self.size}")
-        if n > MAX_HEADER_BYTES - self.at:
-            raise UserError(f"{what} at byte {self.at} takes {n} bytes: the header may have {MAX_HEADER_BYTES} in all")
-        self.at += n
+        if n > self.size - self.position:
+            raise UserError(f"cut short or damaged: {what} takes {n} bytes at byte {self.position} of {self.size}")
+        if n > MAX_HEADER_BYTES - self.position:
+            raise UserError(
+                f"{what} at byte {self.position} takes {n} bytes: the header may have {MAX_HEADER_BYTES} in all"
+            )
+        self.position += n
         data = self.file.read(n)
         if len(data) != n:
             raise UserError(f"cut short while it was read, in {what}")
@@ -239,7 +241,7 @@ def _check_magic(cursor: _Cursor) -> None:
         raise UserError("the file is empty")
     head = cursor.take(min(cursor.size, 32), "the magic")
     cursor.file.seek(0)
-    cursor.at = 0
+    cursor.position = 0
     if not head.startswith(MAGIC):
         guess = "a safetensors file" if head[8:9] == b"{" else next(w for p, w in _LOOKS_LIKE if head.startswith(p))
         raise UserError(f"not a GGUF file: it begins with {head[:4]!r} and looks like {guess}")
@@ -264,8 +266,8 @@ def _value(cursor: _Cursor, what: str) -> Any:
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
         return _number_array(cursor, kind, n, what)
-    if n > (cursor.size - cursor.at) // 8:
-        raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.at} of {cursor.size}")
+    if n > (cursor.size - cursor.position) // 8:
+        raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.position} of {cursor.size}")
     cursor.strings += n
     if cursor.strings > MAX_STRINGS:
         raise UserError(f"{what}: its {n} strings make more than {MAX_STRINGS} in arrays, which are not read")

@@ -49,25 +49,25 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
+def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
     """Parse a UTF-8 JSON object of at most MAX_VALUES values.
 
     Args:
-        where, what: used in error messages: "{where}: the {what} is not JSON".
+        location, what: used in error messages: "{location}: the {what} is not JSON".
 
     Raises:
         UserError: the text is anything else.
     """
     if other := other_encoding(text):
-        raise UserError(f"{where}: {other}")
+        raise UserError(f"{location}: {other}")
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
+        raise UserError(f"{location}: the {what} has more than {MAX_VALUES:,} values")
     try:
         body = loads(text.decode("utf-8-sig"))
     except DuplicateKey as error:
-        raise UserError(f"{where}: duplicate key {error.key!r:.80} in the {what}") from None
+        raise UserError(f"{location}: duplicate key {error.key!r:.80} in the {what}") from None
     except ValueError as error:
-        raise UserError(f"{where}: the {what} is not JSON ({str(error)[:100]})") from error
+        raise UserError(f"{location}: the {what} is not JSON ({str(error)[:100]})") from error
     if not isinstance(body, dict):
-        raise UserError(f"{where}: the {what} must be a JSON object, got {type(body).__name__}")
+        raise UserError(f"{location}: the {what} must be a JSON object, got {type(body).__name__}")
     return body

@@ -86,15 +86,15 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
     """All values are strings; NA and null are not interpreted."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
-        where = f"{source}:{number}"
+        location = f"{source}:{number}"
         if isinstance(row, csv.Error):
-            yield where, UserError(f"{row} (a quote that is never closed?)")
+            yield location, UserError(f"{row} (a quote that is never closed?)")
         elif not columns:
-            columns = header(row, where)
+            columns = header(row, location)
         elif len(row) != len(columns):
-            yield where, UserError(f"{len(row)} columns, and the header has {len(columns)}")
+            yield location, UserError(f"{len(row)} columns, and the header has {len(columns)}")
         else:
-            yield where, dict(zip(columns, row, strict=True))
+            yield location, dict(zip(columns, row, strict=True))
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
@@ -109,9 +109,9 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
     columns: list[str] = []
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     for number, row in delimited(lines(path), delimiter="\t", quoting=quoting):
-        where = f"{source}:{number}"
+        location = f"{source}:{number}"
         if isinstance(row, csv.Error):
-            yield where, UserError(str(row))
+            yield location, UserError(str(row))
             continue
         if not columns:
             titles = [name.strip().lower() for name in row]
@@ -123,7 +123,7 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
                 continue
         complete = len(row) == len(columns)
         problem = UserError(f"{len(row)} columns, expected {len(columns)} ({names(columns)})")
-        yield where, dict(zip(columns, row, strict=True)) if complete else problem
+        yield location, dict(zip(columns, row, strict=True)) if complete else problem
 
 
 def _parquet(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
@@ -163,18 +163,18 @@ def lines(path: Path) -> Iterator[str]:
             offset += len(line)
 
 
-def decode(data: bytes, path: Path, at: int = 0) -> str:
-    """Decode UTF-8, and remove a byte order mark. `at`: the offset of `data` in the file, for error messages."""
-    if at == 0 and (other := other_encoding(data)):
+def decode(data: bytes, path: Path, offset: int = 0) -> str:
+    """Decode UTF-8, and remove a byte order mark. `offset`: the offset of `data` in the file, for error messages."""
+    if offset == 0 and (other := other_encoding(data)):
         raise UserError(f"{path}: {other}")
     if (nul := data.find(b"\0")) >= 0:
-        raise UserError(f"{path}: a NUL byte at byte {at + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
+        raise UserError(f"{path}: a NUL byte at byte {offset + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
     try:
-        return (data.removeprefix(BOM) if at == 0 else data).decode("utf-8")
+        return (data.removeprefix(BOM) if offset == 0 else data).decode("utf-8")
     except UnicodeDecodeError as error:
-        at += error.start + (len(BOM) if at == 0 and data.startswith(BOM) else 0)
+        offset += error.start + (len(BOM) if offset == 0 and data.startswith(BOM) else 0)
         raise UserError(
-            f"{path}: invalid UTF-8 at byte {at} (0x{error.object[error.start]:02x}, {error.reason}): "
+            f"{path}: invalid UTF-8 at byte {offset} (0x{error.object[error.start]:02x}, {error.reason}): "
             "convert the file from the encoding it has, for example with iconv -f windows-1252 -t utf-8 FILE > NEW"
         ) from error
 
@@ -210,7 +210,7 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
             yield number, row
 
 
-def header(row: list[str], where: str) -> list[str]:
+def header(row: list[str], location: str) -> list[str]:
     """The column names of a header row. Columns without a name are called "column 1", "column 2", .. by position.
 
     Raises:
@@ -218,11 +218,13 @@ def header(row: list[str], where: str) -> list[str]:
     """
     columns = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]
     if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
-        raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
+        raise UserError(f"{location}: column {twice[0]!r} appears twice in the header")
     return columns
 
 
-def parquet(path: Path, where: str, columns: Callable[[Any], list[str] | None] = lambda schema: None) -> Iterator[Any]:
+def parquet(
+    path: Path, location: str, columns: Callable[[Any], list[str] | None] = lambda schema: None
+) -> Iterator[Any]:
     """Yield the rows of a parquet file as dicts. `columns`: pyarrow.Schema -> names of columns to read; None: all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -232,7 +234,7 @@ def parquet(path: Path, where: str, columns: Callable[[Any], list[str] | None] =
             for batch in file.iter_batches(batch_size=1024, columns=columns(file.schema_arrow)):
                 yield from batch.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{where}: not a readable parquet file: {first_line(error)}") from error
+        raise UserError(f"{location}: not a readable parquet file: {first_line(error)}") from error
 
 
 def hub_name(name: str) -> tuple[str, str, str]:

@@ -121,13 +121,13 @@ def _read(path: Path, limit: int) -> bytes:
 # ---------------------------------------------------------------- the table
 
 
-def _read_table(data: bytes, where: str) -> dict[bytes, bytes]:
+def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
     """Read a whole table as {key: value}."""
     try:
         if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
             raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
-        _, at = _handle(data[-FOOTER:-8], 0)
-        handle, _ = _handle(data[-FOOTER:-8], at)
+        _, pos = _handle(data[-FOOTER:-8], 0)
+        handle, _ = _handle(data[-FOOTER:-8], pos)
         pairs: dict[bytes, bytes] = {}
         end, last = 0, None
         for _, value in _pairs(_block(data, *handle)):
@@ -144,14 +144,14 @@ def _read_table(data: bytes, where: str) -> dict[bytes, bytes]:
                 last = key
         return pairs
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
 
 
-def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
+def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
     """((offset, size) of a block, the position after this handle)."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
-    return (offset, size), at
+    offset, pos = _varint(data, pos)
+    size, pos = _varint(data, pos)
+    return (offset, size), pos
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
@@ -172,18 +172,18 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
     if end <= 0:
         raise UserError("a block has no entries")
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at)
-        n_new, at = _varint(block, at)
-        size, at = _varint(block, at)
-        if shared > len(key) or at + n_new + size > end:
+    pos, key = 0, b""
+    while pos < end:
+        shared, pos = _varint(block, pos)
+        n_new, pos = _varint(block, pos)
+        size, pos = _varint(block, pos)
+        if shared > len(key) or pos + n_new + size > end:
             raise UserError("an entry of a block exceeds the block")
         if shared + n_new > MAX_KEY:
             raise UserError(f"a key of {shared + n_new:,} bytes, at most {MAX_KEY:,} are read")
-        key = key[:shared] + block[at : at + n_new]
-        at += n_new + size
-        yield key, block[at - size : at]
+        key = key[:shared] + block[pos : pos + n_new]
+        pos += n_new + size
+        yield key, block[pos - size : pos]
 
 
 # ---------------------------------------------------------------- the values
@@ -191,18 +191,18 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
     """[(data file, its size in bytes; None if it is missing)], by shard."""
-    where = f"{prefix}.index"
+    location = f"{prefix}.index"
     if b"" not in table:
-        raise UserError(f"{where}: the entry about the whole checkpoint is missing")
+        raise UserError(f"{location}: the entry about the whole checkpoint is missing")
     try:
         header = _fields(table[b""], {1: int, 2: int, 3: bytes})
     except UserError as error:
-        raise UserError(f"{where}: the entry about the whole checkpoint: {error}") from error
+        raise UserError(f"{location}: the entry about the whole checkpoint: {error}") from error
     n = header.get(1, 0)
     if header.get(2, 0):
-        raise UserError(f"{where}: written on a big-endian machine: only little-endian ones are read")
+        raise UserError(f"{location}: written on a big-endian machine: only little-endian ones are read")
     if not 1 <= n <= MAX_SHARDS:
-        raise UserError(f"{where}: {n:,} data files, expected 1 to {MAX_SHARDS:,}")
+        raise UserError(f"{location}: {n:,} data files, expected 1 to {MAX_SHARDS:,}")
     shards = (prefix.with_name(f"{prefix.name}.data-{i:05}-of-{n:05}") for i in range(n))
     return [(path, path.stat().st_size if path.is_file() else None) for path in shards]
 
@@ -248,33 +248,33 @@ def _fields(message: bytes, kinds: Mapping[int, type]) -> dict[int, Any]:
 def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) of a protocol buffer. `kinds`: the wire type by field number: int is a varint, float
     4 bytes (returned as an integer), bytes length-delimited."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+    pos = 0
+    while pos < len(message):
+        tag, pos = _varint(message, pos)
         number, wire = tag >> 3, tag & 7
         if number not in kinds or wire != {int: 0, bytes: 2, float: 5}[kinds[number]]:
             raise UserError(f"field {number} of kind {wire} is unknown here")
         value: Any = 4
         if wire != 5:
-            value, at = _varint(message, at)
+            value, pos = _varint(message, pos)
         if wire:
-            at += value
-            if at > len(message):
+            pos += value
+            if pos > len(message):
                 raise UserError(f"field {number} is cut off")
-            value = message[at - value : at] if wire == 2 else int.from_bytes(message[at - 4 : at], "little")
+            value = message[pos - value : pos] if wire == 2 else int.from_bytes(message[pos - 4 : pos], "little")
         yield number, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the varint at position `at`, the position after it): groups of 7 bits, least significant first."""
+def _varint(data: bytes, pos: int) -> tuple[int, int]:
+    """(the varint at position `pos`, the position after it): groups of 7 bits, least significant first."""
     value = 0
     for i in range(10):
-        if at + i >= len(data):
+        if pos + i >= len(data):
             raise UserError("a number is cut off")
-        byte = data[at + i]
+        byte = data[pos + i]
         value |= (byte & 127) << (7 * i)
         if byte < 128:
-            return value, at + i + 1
+            return value, pos + i + 1
     raise UserError("a number of more than 10 bytes")
 
 

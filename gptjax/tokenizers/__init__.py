@@ -116,9 +116,9 @@ def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer
     return train(cfg.name, texts(), None if cfg.name in ("chars", "words") else cfg.vocab_size)
 
 
-def loads(text: str, where: str = "tokenizer") -> Tokenizer:
+def loads(text: str, location: str = "tokenizer") -> Tokenizer:
     """Load a tokenizer from the text of its tokenizer.json."""
-    return _from_data(parse_json(text, where), where)
+    return _from_data(parse_json(text, location), location)
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
@@ -142,7 +142,7 @@ def _is_hf(data: Any) -> bool:
     return isinstance(data, dict) and "format" not in data and "model" in data
 
 
-def _from_data(data: Any, where: str) -> Tokenizer:
+def _from_data(data: Any, location: str) -> Tokenizer:
     try:
         if _is_hf(data):
             return _module("hf").from_data(data)
@@ -159,7 +159,7 @@ def _from_data(data: Any, where: str) -> Tokenizer:
         refuse(tokenizer.kind, problems)
         return tokenizer.replace(**{name: data[name] for name in SETTINGS if name in data})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
 
 
 def _check_header(data: Any) -> None:

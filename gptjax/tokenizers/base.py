@@ -213,15 +213,15 @@ class Base:
             )
         return allowed
 
-    def _named(self, names: Special, where: str) -> set[str]:
+    def _named(self, names: Special, argument: str) -> set[str]:
         if names == "all":
             return set(self.special_tokens)
         if isinstance(names, str):
-            raise UserError(f'{where}: expected a set of special tokens or "all", got {names!r}')
-        if where == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
+            raise UserError(f'{argument}: expected a set of special tokens or "all", got {names!r}')
+        if argument == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
             known = ", ".join(self.special_tokens) or "none"
             raise UserError(
-                f"{where}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})"
+                f"{argument}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})"
             )
         return set(names) & set(self.special_tokens)
 
@@ -358,14 +358,14 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, location: str) -> Any:
     """Parse JSON; duplicate keys raise UserError."""
     try:
         return loads(text)
     except DuplicateKey as error:
-        raise UserError(f"{where}: duplicate key {error.key:.80}") from None
+        raise UserError(f"{location}: duplicate key {error.key:.80}") from None
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); train or copy the tokenizer again") from None
+        raise UserError(f"{location}: not valid JSON ({error}); train or copy the tokenizer again") from None
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:

@@ -525,7 +525,7 @@ def _runner(data: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def rust(where: str) -> Iterator[None]:
+def rust(location: str) -> Iterator[None]:
     """Turn errors of `tokenizers` into UserError: it raises Exception, or PanicException, which is no Exception."""
     try:
         yield
@@ -533,7 +533,7 @@ def rust(where: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise UserError(f"{where}: {str(error)[:300]}") from None
+            raise UserError(f"{location}: {str(error)[:300]}") from None
         raise
 
 
