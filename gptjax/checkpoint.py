@@ -1,16 +1,16 @@
-"""Checkpoints that are either right or refused: Orbax holds the arrays, we hold it to account.
+"""Checkpoints with integrity checks: Orbax stores the arrays, checksums verify them.
 
     checkpoints/
       250/  state/         the arrays, written by Orbax
-            meta.json      the step, what the caller gave, shape, dtype and fingerprint of every leaf
+            meta.json      the step, the caller's metadata; shape, dtype and fingerprint of every leaf
             manifest.json  size and sha256 of every file; written last
       500/
-      corrupt-750/         found damaged, kept for you to look at
+      corrupt-750/         a damaged checkpoint, kept for inspection
 
-Orbax does not notice flipped bits in array data, takes any folder with a number for a step, never falls back to
-an older one and deletes in place. So a step is built aside and appears by one rename; before it is used every
-file is compared with the manifest, the folder's number with the step in meta.json, and after reading every leaf
-with its fingerprint; and it is deleted by a rename first.
+Orbax does not detect flipped bits in array data, takes every folder with a number for a step, never falls back to an
+older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed atomically. On
+restore, every file is compared with the manifest, the folder's name with the step in meta.json, and every leaf with its
+fingerprint. Before a checkpoint is deleted, it is renamed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gptjax.files import sha256, sync
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
-AT_LEAST = 2  # steps that are kept: should the newest be damaged, there is another
+AT_LEAST = 2  # steps to keep: a fallback if the newest is damaged
 
 
 class Restored(NamedTuple):
@@ -51,15 +51,15 @@ class Restored(NamedTuple):
 
 
 class Damaged(Exception):
-    """This step is not what was written."""
+    """The checkpoint differs from what was written."""
 
 
 class Checkpoints:
-    """The steps of one run. Saving waits until the step is on disk: nothing is lost at exit.
+    """The checkpoints of one run. Saving is synchronous: it returns when the checkpoint is on disk.
 
     Args:
-        keep: how many steps stay, at least 2.
-        log: gets a line for every warning.
+        keep: number of newest checkpoints to keep, at least 2.
+        log: called with a line for every warning.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, log: Callable[[str], None] = print):
@@ -67,33 +67,40 @@ class Checkpoints:
         self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
-        """What looks like a step, oldest first; nothing is verified yet."""
+        """The steps that have a checkpoint folder, in ascending order; the checkpoints are not verified."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> Path:
-        """Write one step; older ones beyond `keep` go. `state` is any tree of arrays, `meta` goes through JSON.
+        """Write a checkpoint and delete older ones beyond `keep`.
+
+        Args:
+            state: any pytree of arrays; may contain random keys.
+            meta: a JSON object.
+
+        Returns:
+            The folder of the checkpoint.
 
         Raises:
-            UserError: it could not be written (no space, no permission); older steps are as they were.
+            UserError: it could not be written (no space, no permission); older checkpoints are unchanged.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
-        writes = jax.process_index() == 0  # of several processes, which all hold a part of the arrays
+        writes = jax.process_index() == 0  # Orbax writes the shards of every process; the rest is written once
         try:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".partial-*", ".trash-*"):  # what a killed process left
+                for pattern in (".partial-*", ".trash-*"):  # left behind by a killed process
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
             _wait("checkpoint begun")
             _orbax_save(partial / STATE, leaves)
-            marks = fingerprints(leaves)
+            hashes = fingerprints(leaves)
             if writes:
                 described = {
-                    name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "fingerprint": marks[name]}
+                    name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "fingerprint": hashes[name]}
                     for name, leaf in leaves.items()
                 }
                 _write_json(partial / META, {"step": step, "meta": meta, "leaves": described, "keys": impls})
@@ -122,17 +129,17 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored | None:
-        """The newest step that is whole, on the shardings of `abstract_state`; None if there never was one.
+        """Restore the newest intact checkpoint with the shardings of `abstract_state`; None if there is none at all.
 
-        A damaged newer step is renamed to corrupt-STEP with a warning.
+        Damaged newer checkpoints are renamed to corrupt-STEP with a warning.
 
         Args:
-            abstract_state: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`.
-            accept: gets the meta of a whole step and raises what it does not like, before any array is read; `Damaged`
-                has the step before it taken.
+            abstract_state: the expected pytree, of arrays or `jax.ShapeDtypeStruct`.
+            accept: called with the meta of an intact checkpoint before any array is read; may raise to refuse it. If
+                it raises `Damaged`, the next older checkpoint is tried.
 
         Raises:
-            UserError: there are steps but none is whole; or shapes or dtypes are not the expected ones.
+            UserError: there are checkpoints but none is intact, or shapes or dtypes differ from the expected ones.
         """
         wanted, impls = _plain(abstract_state)
         bad: dict[int, str] = {}
@@ -147,8 +154,8 @@ class Checkpoints:
                 self.log(f"WARNING: checkpoint {self.folder / str(step)} is damaged: {error}")
                 continue
             _wait("checkpoint read")
-            for damaged in bad if jax.process_index() == 0 else ():
-                self._set_aside(damaged)
+            for bad_step in bad if jax.process_index() == 0 else ():
+                self._set_aside(bad_step)
             if bad:
                 self.log(f"WARNING: going back to the checkpoint of step {step}; damaged ones are kept as corrupt-*")
             self._verified.add(step)
@@ -162,18 +169,19 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and meta of the newest step whose files are as they were written; reads no arrays."""
+        """(step, meta) of the newest checkpoint whose files match the manifest; reads no arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state of one step as nested dicts of arrays, on one device, for those who look at a run: no tree needs
-        to be known before. Random keys are their bits.
+        """The state of one checkpoint as nested dicts of arrays on one device, to inspect a run.
+
+        Needs no abstract state. Random keys are returned as their key data.
 
         Raises:
-            UserError: the step is damaged.
+            UserError: the checkpoint is damaged.
         """
         try:
             stored = self._check(step)
@@ -186,7 +194,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
     def _check(self, step: int) -> dict[str, Any]:
-        """meta.json of a step whose every file is as the manifest says. Raises Damaged."""
+        """Compare every file with the manifest, and return meta.json. Raises Damaged."""
         folder = self.folder / str(step)
         if folder.is_symlink() or not folder.is_dir():
             raise Damaged("not a folder")
@@ -195,9 +203,9 @@ class Checkpoints:
             manifest = json.loads(text)
             if text != _json(manifest) or manifest["sha256"] != _self_hash(manifest):
                 raise Damaged(f"{MANIFEST} was changed")
-            found = _files(folder)
+            paths = _files(folder)
             for name, (size, digest) in manifest["files"].items():
-                path = found.get(name)
+                path = paths.get(name)
                 if path is None:
                     raise Damaged(f"{name} is missing")
                 if path.stat().st_size != size:
@@ -213,8 +221,10 @@ class Checkpoints:
     def _read(
         self, step: int, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str], abstract_state: Any
     ) -> Any:
-        """The arrays of a step as `abstract_state`. Raises Damaged, also where the meta of an older release does not
-        name the step and the leaf of that name is another number."""
+        """Restore the arrays of a step into the structure of `abstract_state`, and check their fingerprints.
+
+        meta.json of older releases does not have the step; then the leaf "step" is compared. Raises Damaged.
+        """
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
         except Exception as error:
@@ -224,13 +234,13 @@ class Checkpoints:
                 raise Damaged(f"{name} is not what was saved")
         counted = leaves.get("step") if "step" not in stored else None
         if counted is not None and counted.ndim == 0 and int(counted) != step:
-            raise Damaged(f"it holds step {int(counted)}, but lies under the number {step}")
+            raise Damaged(f"it contains step {int(counted)}, but its folder is {step}")
         for name, impl in impls.items():
             leaves[name] = jax.random.wrap_key_data(leaves[name], impl=impl)
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values()))
 
     def _collect(self) -> None:
-        """Delete what is older than the `keep` newest steps that are known to be whole."""
+        """Delete the checkpoints that are older than the `keep` newest intact ones."""
         kept = 0
         for step in reversed(self.steps()):
             if kept >= self.keep:
@@ -254,7 +264,7 @@ class Checkpoints:
 
 
 def _wait(name: str) -> None:
-    """For the other processes, where there are several."""
+    """A barrier across processes, if there are several."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -265,25 +275,25 @@ def _wait(name: str) -> None:
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """One uint32 a leaf: sum of bits * (2 i + 1) mod 2**32 over the flat index i.
+    """A uint32 hash per leaf: sum of bits * (2 i + 1) mod 2**32 over the flat index i.
 
-    One flipped bit always changes it, because an odd factor times 2**b is never 0. Sums of integers do not depend
-    on their order, so neither on the mesh.
+    One flipped bit always changes it, because an odd factor times 2**b is never 0. Integer sums do not depend on their
+    order, so the hash does not depend on the sharding.
     """
-    away = tuple(
+    on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
     )
-    values = jax.device_get(_fingerprints(list(leaves.values()), away))
+    values = jax.device_get(_fingerprints(list(leaves.values()), on_host))
     return dict(zip(leaves, map(int, values), strict=True))
 
 
 @partial(jax.jit, static_argnums=1)
-def _fingerprints(leaves: list[jax.Array], away: tuple[bool, ...]) -> list[jax.Array]:
-    """`away`: those that lie in the memory of the devices' hosts."""
-    here = jax.memory.Space.Device
+def _fingerprints(leaves: list[jax.Array], on_host: tuple[bool, ...]) -> list[jax.Array]:
+    """`on_host`: whether each leaf is in pinned host memory (offloaded)."""
+    device = jax.memory.Space.Device
     return [
-        _fingerprint(jax.device_put(leaf, here) if elsewhere else leaf)
-        for leaf, elsewhere in zip(leaves, away, strict=True)
+        _fingerprint(jax.device_put(leaf, device) if offloaded else leaf)
+        for leaf, offloaded in zip(leaves, on_host, strict=True)
     ]
 
 
@@ -302,7 +312,7 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """({path: array}, {path: generator} of those that are random keys)."""
+    """({path: array}, {path: PRNG implementation} of the random keys), with random keys as key data."""
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -320,27 +330,27 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """meta.json, every part of it of the right type. Raises Damaged; one without a step is of an older release."""
+    """Validate meta.json. Raises Damaged. Older releases wrote no step."""
 
-    def require(right: bool, what: str) -> None:
-        if not right:
-            raise Damaged(f"{META}: {what}")
+    def require(valid: bool, problem: str) -> None:
+        if not valid:
+            raise Damaged(f"{META}: {problem}")
 
     require(isinstance(body, dict), "expected a JSON object")
     for key in ("meta", "leaves", "keys"):
         require(isinstance(body.get(key), dict), f"expected an object at {key}")
     if "step" in body:
-        require(type(body["step"]) is int, "expected a whole number at step")
-        require(body["step"] == step, f"it is of step {body['step']}, but lies under the number {step}")
+        require(type(body["step"]) is int, "expected an integer at step")
+        require(body["step"] == step, f"it is of step {body['step']}, but its folder is {step}")
     for name, leaf in body["leaves"].items():
         require(isinstance(leaf, dict), f"leaves: expected an object at {name}")
         shape, dtype = leaf.get("shape"), leaf.get("dtype")
         whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
         require(whole, f"leaves: expected a list of sizes at {name}/shape")
         require(isinstance(dtype, str) and dtype in _DTYPES, f"leaves: unknown dtype {dtype!r} at {name}")
-        require(type(leaf.get("fingerprint")) is int, f"leaves: expected a whole number at {name}/fingerprint")
+        require(type(leaf.get("fingerprint")) is int, f"leaves: expected an integer at {name}/fingerprint")
         parents = [name[:i] for i, letter in enumerate(name) if letter == "/"]
-        require(not any(parent in body["leaves"] for parent in parents), f"leaves: {name} lies inside another leaf")
+        require(not any(parent in body["leaves"] for parent in parents), f"leaves: {name} is inside another leaf")
     for name, impl in body["keys"].items():
         require(isinstance(impl, str), f"keys: expected a name at {name}")
     return body
@@ -352,22 +362,22 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _refuse_other_shapes(where: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
-    """Orbax would cast a dtype silently: say what differs instead."""
+def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
+    """Raise UserError if shapes, dtypes or names differ: Orbax would cast dtypes silently."""
 
     def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
         return f"{dtype}{list(shape)}" + (f" ({keys[name]} key)" if name in keys else "")
 
-    there = {name: kind(name, leaf["shape"], leaf["dtype"], stored["keys"]) for name, leaf in stored["leaves"].items()}
-    here = {name: kind(name, leaf.shape, np.dtype(leaf.dtype).name, impls) for name, leaf in wanted.items()}
+    saved = {name: kind(name, leaf["shape"], leaf["dtype"], stored["keys"]) for name, leaf in stored["leaves"].items()}
+    expected = {name: kind(name, leaf.shape, np.dtype(leaf.dtype).name, impls) for name, leaf in wanted.items()}
     lines = [
-        f"  {name}: {there.get(name, 'not there')} in the checkpoint, {here.get(name, 'not there')} expected"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {expected.get(name, 'not there')} expected"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
     ]
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise UserError.all([f"checkpoint {where} is of another model or optimizer:", *lines[:20], *more])
+        raise UserError.all([f"checkpoint {folder} is of another model or optimizer:", *lines[:20], *more])
 
 
 # ---------------------------------------------------------------- Orbax
@@ -383,24 +393,24 @@ def _orbax_save(path: Path, leaves: dict[str, jax.Array]) -> None:
 def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
         for name, leaf in wanted.items()
     }
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        found = tree.flatten(reader.restore(path, args=ocp.args.StandardRestore(tree.unflatten(abstract))))
-    return {  # Orbax reads into the devices' memory, whatever the sharding says
+        restored = tree.flatten(reader.restore(path, args=ocp.args.StandardRestore(tree.unflatten(abstract))))
+    return {  # Orbax restores into device memory, even if the sharding has the memory kind pinned_host
         name: leaf
         if leaf.sharding.memory_kind == abstract[name].sharding.memory_kind
         else jax.device_put(leaf, abstract[name].sharding)
-        for name, leaf in ((name, found[name]) for name in wanted)
+        for name, leaf in ((name, restored[name]) for name in wanted)
     }
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs several lines a checkpoint; when it fails, what it had begun complains from other threads, too."""
+    """Silence Orbax: it logs several lines per checkpoint, and after a failure its other threads report errors, too."""
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -412,13 +422,13 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        with warnings.catch_warnings():  # free the coroutines that its frames hold: nobody waited for them
+        with warnings.catch_warnings():  # free the coroutines in its frames, which were never awaited
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # for the callbacks of other threads
+        time.sleep(0.2)  # let callbacks of other threads finish
         raise
     finally:
         sys.unraisablehook = hook
@@ -426,7 +436,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-DISK_WORDS = (  # in the errors that Orbax raises for a full disk, such as ValueError
+DISK_WORDS = (  # in the messages of Orbax's errors for a full or read-only disk, which are ValueError and others
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
 )  # fmt: skip
@@ -452,7 +462,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """{relative path: path} of everything but the manifest, sorted."""
+    """{relative path: path} of all files but the manifest, sorted."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 

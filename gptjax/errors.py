@@ -1,4 +1,4 @@
-"""What is said to a person whose input is bad."""
+"""Errors for bad user input, and helpers to write them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 MAX_SHOWN = 20  # problems that `refuse` lists
-MAX_LINE = 300  # characters of one of them: names come out of files
+MAX_LINE = 300  # characters per problem: names from files may be long
 
 
 class UserError(ValueError):
-    """Bad input from a person: the command line prints it without a traceback and exits with code 2.
+    """Bad user input. The command line prints the message without a traceback and exits with code 2.
 
-    Say what was expected, what came, where, and the way out. Collect every problem before raising:
-    `UserError.all(["...", "..."])` joins them one to a line.
+    A message says what was expected, what was given, where, and how to fix it. Collect all problems before raising:
+    `UserError.all(["...", "..."])` joins them, one per line.
     """
 
     @classmethod
@@ -22,24 +22,24 @@ class UserError(ValueError):
 
 
 class Problems(list[str]):
-    """Complaints, collected so that a person sees all of them at once."""
+    """A list of problems, to report all of them at once."""
 
     def raise_if_any(self) -> None:
         if self:
             raise UserError.all(self)
 
 
-def refuse(where: str, problems: list[str]) -> None:
-    """Raises one UserError for all the problems, in order; the first MAX_SHOWN are spelled out."""
+def refuse(location: str, problems: list[str]) -> None:
+    """Raise one UserError that lists all problems, sorted; at most MAX_SHOWN are listed in full."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
             shown.append(f"... and {len(problems) - MAX_SHOWN} more")
-        raise UserError.all([f"{where}:", *(f"  {line}" for line in shown)])
+        raise UserError.all([f"{location}:", *(f"  {line}" for line in shown)])
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """What the check raises for a person, or nothing: for several checks whose problems are said at once."""
+    """[the message of the UserError that `check(*args)` raises], or []; to report the problems of several checks."""
     try:
         check(*args)
     except UserError as error:
@@ -48,13 +48,13 @@ def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that is spelled most like this one; None if none is at all like it."""
-    import difflib  # only when something is wrong
+    """The known word with the most similar spelling; None if none is similar."""
+    import difflib  # imported only for error messages
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """The hint with the nearest of the known words, or nothing."""
+    """`form` with the most similar known word; "" if none is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""

@@ -1,4 +1,7 @@
-"""OptimConfig -> an optax transformation: which leaf is decayed, which rate it takes, which rule moves it."""
+"""The optimizer that an OptimConfig describes, as an optax gradient transformation.
+
+Every parameter belongs to a group, which decides its update rule (AdamW or Muon), learning rate and weight decay.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from gptjax.types import Params
 if TYPE_CHECKING:
     from jax.memory import Space
 
-# Every leaf is one of these by its path: stacked biases and scales are matrices by shape alone.
+# (path pattern, parameter group). Shapes would not do: the biases and scales of stacked layers are matrices too.
 GROUPS = (
     ("*/kernel/a | */kernel/b | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),
@@ -28,23 +31,26 @@ GROUPS = (
 
 
 def groups(params: Params) -> Params:
-    """adapter, embed, head, matrix or vector at every leaf."""
+    """The parameter group of every leaf: adapter, embed, head, matrix or vector."""
     return tree.label(params, GROUPS)
 
 
 def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
-    """Step -> the part of the peak rate that applies: linear warmup from initial_lr_ratio to 1, then
+    """Learning rate schedule: step -> factor on the peak learning rate.
 
-    cosine    down to min_lr_ratio over all remaining steps (arXiv:1608.03983)
-    linear    down to min_lr_ratio over all remaining steps
-    wsd       flat, then linear down to min_lr_ratio over the last decay_fraction of max_steps (arXiv:2404.06395)
-    constant  flat
+    The factor warms up linearly from initial_lr_ratio to 1 over warmup_steps. Then
 
-    The config's rates and its warmup_steps may be traced, here and in `make_optimizer`.
+    cosine    decays to min_lr_ratio over all remaining steps (arXiv:1608.03983)
+    linear    decays to min_lr_ratio over all remaining steps
+    wsd       stays 1, then decays linearly to min_lr_ratio over the last decay_fraction of max_steps
+              (arXiv:2404.06395)
+    constant  stays 1
+
+    Learning rates and warmup_steps of the config may be tracers, here and in `make_optimizer`.
     """
     decay_steps = max(1, round(cfg.decay_fraction * max_steps))  # wsd
 
-    def part(step: jax.Array) -> jax.Array:
+    def schedule(step: jax.Array) -> jax.Array:
         warmup = cfg.warmup_steps
         rest = jnp.maximum(max_steps - warmup, 1)
         first, length = (rest - jnp.minimum(rest, decay_steps), decay_steps) if cfg.schedule == "wsd" else (0, rest)
@@ -54,18 +60,19 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
         before = cfg.initial_lr_ratio + (1 - cfg.initial_lr_ratio) * step / jnp.maximum(warmup, 1)
         return jnp.where(step < warmup, before, after)
 
-    return part
+    return schedule
 
 
 def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then a rule for each group of leaves (`GROUPS`).
+    """Clip gradients by global norm, then apply the update rule of each parameter group (`GROUPS`).
 
-    adamw: AdamW (arXiv:1711.05101) everywhere, one rate a group.
-    muon: Muon (Jordan 2024; arXiv:2502.16982) on the block matrices, each [in, out] slice of a stack for itself,
-    scaled so that its updates have AdamW's root mean square (0.2) and its rates carry over; AdamW on the rest.
+    adamw: AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
+    muon: Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for everything else. Each
+    [in, out] slice of stacked layers is orthogonalised by itself. Updates are scaled to the root mean square of
+    AdamW's (0.2), so that AdamW's learning rates can be used.
 
-    An adapter's a and b take AdamW at the rate lr, decayed as matrices are, under either name: as LoRA is trained
-    (arXiv:2106.09685) and as peft's users have it. DoRA's m is a vector.
+    The A and B matrices of a LoRA adapter always take AdamW with learning rate lr and the weight decay of matrices
+    (arXiv:2106.09685), as in peft. DoRA's magnitude m is in the group `vector`.
     """
     schedule = make_schedule(cfg, max_steps)
 
@@ -98,25 +105,25 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
 
 
 def offloaded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` whose state lies in the memory of the devices' hosts: it is fetched for the update and taken back."""
+    """`tx` with its state offloaded to host memory: copied to the device for the update, and back afterwards."""
     inner = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
-        updates, state = inner.update(updates, _moved(state, jax.memory.Space.Device), params, **extra)
-        return updates, _moved(state, jax.memory.Space.Host)
+        updates, state = inner.update(updates, _put(state, jax.memory.Space.Device), params, **extra)
+        return updates, _put(state, jax.memory.Space.Host)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _moved(state: optax.OptState, where: Space) -> optax.OptState:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, where) if leaf.ndim else leaf, state)
+def _put(state: optax.OptState, memory: Space) -> optax.OptState:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, memory) if leaf.ndim else leaf, state)
 
 
 def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """Gradients times min(1, limit / norm): optax.clip_by_global_norm for a caller who has the norm already.
+    """Scale gradients by min(1, limit / norm): `optax.clip_by_global_norm` for a norm that is already known.
 
-    `update(..., grad_norm=norm)` spares a pass over all gradients, and one multiplication fuses with what follows,
-    where optax's division and select do not: on a CPU, AdamW with the clip takes a third of the time.
+    `update(..., grad_norm=norm)` saves a pass over all gradients. The single multiplication fuses with the operations
+    after it, which optax's division and select do not: on a CPU, clipping and AdamW take a third of the time.
     """
 
     def update(updates, state, params=None, *, grad_norm=None, **_):
@@ -128,5 +135,8 @@ def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraA
 
 
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
-    """rms * sqrt(max(in, out)): an orthogonal [in, out] matrix then has root mean square `rms`. arXiv:2502.16982."""
+    """Scale by rms * sqrt(max(in, out)), which gives an orthogonal [in, out] matrix the root mean square `rms`.
+
+    Source: arXiv:2502.16982.
+    """
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * (rms * max(u.shape[-2:]) ** 0.5), updates))

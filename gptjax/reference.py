@@ -1,6 +1,6 @@
-"""The API reference as a static site, by pdoc (extra `[docs]`): every module, every docstring as it was written.
+"""Build the API reference as a static site with pdoc (extra `[docs]`). Docstrings are shown verbatim.
 
-python -m gptjax.reference [FOLDER]        into site/, which git ignores; open site/index.html
+python -m gptjax.reference [FOLDER]        default: site/, which git ignores; open site/index.html
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; background: none; bord
 
 
 def build(folder: str | Path) -> Path:
-    """Write the site into `folder` and return its first page. For a process of its own: see `_open`.
+    """Write the site into `folder` and return its index page. Run it in a separate process: `_open` changes modules.
 
     Raises:
-        UserError: pdoc is not there.
+        UserError: pdoc is not installed.
     """
     try:
         import pdoc
     except ImportError:
-        raise UserError("the reference is made by pdoc, which is not installed: pip install -e '.[docs]'") from None
+        raise UserError("the reference needs pdoc, which is not installed: pip install -e '.[docs]'") from None
     _open("gptjax")
     pdoc.render.configure(docformat="markdown", footer_text="gptjax")
     pdoc.render.env.filters |= {"to_markdown": lambda docstring: docstring, "to_html": _page}
@@ -36,11 +36,11 @@ def build(folder: str | Path) -> Path:
 
 
 def _open(name: str) -> None:
-    """Import a package with all that is in it, so that pdoc finds what it would miss:
+    """Import a package and its submodules, so that pdoc finds
 
-    names       that are imported when first used
-    submodules  which `__all__` leaves out: they are added to it
-    signatures  of NamedTuples, whose constructors name a module that does not exist
+    names       that are imported on first use
+    submodules  that are not in `__all__`: they are added to it
+    signatures  of NamedTuples, whose constructors have a `__module__` that does not exist
     """
     module: Any = importlib.import_module(name)
     for public in getattr(module, "__all__", ()):
@@ -56,8 +56,8 @@ def _open(name: str) -> None:
 
 
 def _page(docstring: str) -> Any:
-    """Columns and indentation carry meaning in these docstrings, and an asterisk is a product: nothing is Markdown
-    but `names`, which become links where they are known."""
+    """A docstring as preformatted HTML. Only `names` are treated as Markdown, and link to what they name: columns and
+    indentation are significant in our docstrings, and an asterisk is a product."""
     from markupsafe import Markup
 
     text = re.sub("`([^`\n]+)`", r"<code>\1</code>", html.escape(docstring))

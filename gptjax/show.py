@@ -1,9 +1,9 @@
-"""Pictures for notebooks: coloured tokens, maps of numbers, curves. Each is shown where it is a cell's last line.
+"""Plots for notebooks: coloured tokens, heatmaps, line plots. A result is displayed as the last line of a cell.
 
-show.tokens(tokenizer, ids)                                  every token in a colour, its id when pointed at
-show.tokens(tokenizer, ids, values=losses)                   coloured by a number each
-show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)
-show.curves({"train": (steps, losses)}, x="step", y="loss")
+show.tokens(tokenizer, ids)                                  tokens in different colours, the id as a tooltip
+show.tokens(tokenizer, ids, values=losses)                   tokens coloured by a value per token
+show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)      heatmaps
+show.curves({"train": (steps, losses)}, x="step", y="loss")                 line plot
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
-_MOST_ANNOTATED = 144  # numbers of a map up to which they are written into it
-_MOST_TICKS = 12  # places on a logarithmic axis up to which each is named
-_LEAST_GAP = 0.07  # of its length, between two that are named
+_MOST_ANNOTATED = 144  # cells of a heatmap up to which their values are written into it
+_MOST_TICKS = 12  # tick positions on a logarithmic axis up to which each is labelled
+_LEAST_GAP = 0.07  # between two labelled ticks, as a fraction of the axis
 
 
 class Html:
-    """A piece of HTML that a notebook shows."""
+    """HTML that a notebook displays."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -37,7 +37,7 @@ class Html:
 
 
 class Picture:
-    """A matplotlib figure that a notebook shows, whatever its backend; `.figure` to change it, `.save` to keep it."""
+    """A matplotlib figure that a notebook displays, with any backend. `.figure` is the figure, `.save` writes it."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -48,31 +48,31 @@ class Picture:
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Write it; the ending of `path` says the format."""
+        """Write the figure to a file; the suffix of `path` decides the format."""
         self.figure.savefig(path)
 
 
 def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | None = None) -> Html:
-    """A text cut into its tokens, each on a ground of its own colour; pointing at one shows its id.
+    """Show a text split into tokens, with a background colour per token and its id as a tooltip.
 
     Args:
         tokenizer: anything with `decode(ids) -> str`.
-        values: a finite number for each token; low ones are white, high ones red. None: six colours in turn.
+        values: a finite number per token; low values are white, high values red. None: six colours in turn.
 
     Raises:
-        UserError: not one value for each id.
+        UserError: the number of values differs from the number of ids.
     """
     ids = [int(i) for i in ids]
-    numbers = None if values is None else np.asarray(list(values), np.float64)
-    if numbers is not None and numbers.shape != (len(ids),):
-        raise UserError(f"values: expected {len(ids)} numbers, one for each token, got shape {numbers.shape}")
-    low, high = (0, 0) if numbers is None or not ids else (np.min(numbers), np.max(numbers))
+    scores = None if values is None else np.asarray(list(values), np.float64)
+    if scores is not None and scores.shape != (len(ids),):
+        raise UserError(f"values: expected {len(ids)} numbers, one for each token, got shape {scores.shape}")
+    low, high = (0, 0) if scores is None or not ids else (np.min(scores), np.max(scores))
     spans = []
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
-        if numbers is not None:
-            rest = round(255 - 155 * (numbers[n] - low) / (high - low)) if high > low else 255  # low white, high red
-            colour, note = f"#ff{rest:02x}{rest:02x}", f"{i}: {numbers[n]:.4g}"
+        if scores is not None:
+            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low white, high red
+            colour, note = f"#ff{level:02x}{level:02x}", f"{i}: {scores[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
         style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
         spans.append(f'<span title="{note}" style="{style}">{text}</span><wbr>')
@@ -91,14 +91,15 @@ def maps(
     per_row: int = 4,
     size: float = 3.2,
 ) -> Picture:
-    """Matrices as coloured squares, one beside the other under one scale of colours; small ones with their numbers.
+    """Heatmaps of matrices, side by side with a common colour scale. Small ones are annotated with their values.
 
     Args:
-        images: title -> [rows, columns] of numbers. NaN stays white.
-        rows, columns: a name for each; empty: their numbers.
-        colours: a colour map of matplotlib.
-        centred: zero in the middle of the colours.
-        size: inches a side of each.
+        images: title -> array [rows, columns]. NaN stays white.
+        rows, columns: tick labels; empty: indices.
+        colours: a matplotlib colour map.
+        centred: centre the colour scale at zero.
+        per_row: heatmaps per row of the figure.
+        size: width and height of each heatmap in inches.
     """
     arrays = {title: np.asarray(image, np.float64) for title, image in images.items()}
     if not arrays or any(a.ndim != 2 or not a.size for a in arrays.values()):
@@ -116,8 +117,8 @@ def maps(
     figure, axes = _figure(size * wide + 0.8, size * tall, tall, wide)
     for i, (axis, (title, a)) in enumerate(zip(axes, arrays.items(), strict=False)):
         image = axis.imshow(a, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_locator(MaxNLocator(integer=True))
+        for tick_axis in (axis.xaxis, axis.yaxis):
+            tick_axis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, fontsize=10)
         axis.set(xlabel=x, ylabel=y if i % wide == 0 else "")
         if len(columns):
@@ -142,23 +143,23 @@ def curves(
     log_y: bool = False,
     marker: str = "",
 ) -> Picture:
-    """Lines in one frame: name -> (x values, y values), for losses, schedules, functions."""
+    """A line plot of several series: name -> (x values, y values)."""
     if not lines:
         raise UserError("lines: expected at least one, {name: (x values, y values)}, got none")
     from matplotlib.ticker import MaxNLocator
 
     figure, (axis,) = _figure(7, 4, 1, 1)
-    for name, (at, values) in lines.items():
-        axis.plot(np.asarray(at), np.asarray(values), label=name, marker=marker, markersize=4, linewidth=1.8)
+    for name, (xs, ys) in lines.items():
+        axis.plot(np.asarray(xs), np.asarray(ys), label=name, marker=marker, markersize=4, linewidth=1.8)
     axis.set(xlabel=x, ylabel=y, title=title)
     if log_x:
         axis.set_xscale("log")
-        log_ticks(axis.xaxis, np.concatenate([np.asarray(at, np.float64) for at, _ in lines.values()]))
+        log_ticks(axis.xaxis, np.concatenate([np.asarray(xs, np.float64) for xs, _ in lines.values()]))
     if log_y:
         axis.set_yscale("log")
         log_ticks(axis.yaxis)
-    if not log_x and all(np.asarray(at).dtype.kind in "iu" for at, _ in lines.values()):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # between two steps there is none
+    if not log_x and all(np.asarray(xs).dtype.kind in "iu" for xs, _ in lines.values()):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)
     if len(lines) > 1:
         axis.legend(frameon=False)
@@ -166,8 +167,12 @@ def curves(
 
 
 def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
-    """Numbers as they are written, 0.003, on a logarithmic axis of matplotlib: at the `places`, where there are few, as
-    many as stand clear of each other; else at 1, 2 and 5, or at whatever is round where it spans less than a decade."""
+    """Label a logarithmic matplotlib axis with plain decimals such as 0.003.
+
+    Args:
+        places: tick positions. If there are at most 12, these are labelled, except those too close to the one before.
+            Otherwise ticks are at 1, 2 and 5 times powers of ten, or at round values on less than a decade.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axis.set_minor_locator(NullLocator())
@@ -186,7 +191,7 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
-    """Each number into its square, dark on light and light on dark; whole numbers without decimals."""
+    """Write each value into its cell, black on light and white on dark cells; integers without decimals."""
     form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
     for (row, column), value in np.ndenumerate(a):
         if np.isfinite(value):
@@ -196,7 +201,7 @@ def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
 
 
 def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:
-    """A figure without pyplot, so that no window and no backend has a part in it, and its axes in reading order."""
+    """(a figure, its axes in reading order). Without pyplot, so no window is opened and no backend is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

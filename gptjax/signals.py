@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM, heard from the first line of a program to its last.
+"""Handling of Ctrl-C (SIGINT) and SIGTERM.
 
-Where the training loop looks at `Signals.code` after every call (`polled`), a signal only sets it. Everywhere else it
-raises KeyboardInterrupt or Stopped. Two things can hold that up: Python drops an exception that is raised inside a
-callback of the garbage collector (JAX has one) or in a destructor, and calls no handler while C code runs. Therefore
-`raise_if_any` is called between the stages of a run, and a program has a thread that ends it `GRACE_S` after the
-signal.
+While the training loop polls `Signals.code` after every step call (`polled`), a signal only sets the code. Everywhere
+else, it raises KeyboardInterrupt or Terminated. Two things can delay that: Python drops exceptions that are raised in
+a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal handler while C code runs.
+Therefore `raise_if_any` is called between the stages of a run, and a program starts a thread that ends the process
+`GRACE_S` seconds after the signal.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ GRACE_S = 5.0
 class Stopped(SystemExit):
     """Training ended before its last step; `code` is the exit code and `str()` says why.
 
-    3: the loss is not finite. 130: Ctrl-C, saved. 143: SIGTERM, saved. A SystemExit, so that any program which
-    calls `train` ends with this code.
+    Codes: 3: the loss is not finite. 130: Ctrl-C, checkpoint saved. 143: SIGTERM, checkpoint saved. A SystemExit, so
+    that a program which calls `train` ends with this code.
     """
 
     def __init__(self, code: int, why: str):
@@ -41,19 +41,19 @@ class Stopped(SystemExit):
 
 
 class Terminated(Stopped):
-    """By a SIGTERM that nobody had acted on."""
+    """Ended by a SIGTERM outside the training loop."""
 
 
 class Signals:
-    """Which signal has come; `code` is then 128 + its number, the exit code of what it ended."""
+    """The signal received so far. `code`: 128 + its number, which is the exit code; 0 if there was none."""
 
     code: int = 0
-    polled: bool = False  # somebody looks at `code` and acts on it
+    polled: bool = False  # a loop checks `code` and acts on it
     forgotten: bool = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.code and "ipykernel" not in sys.modules:
-            os._exit(128 + number)  # the second one: now
+            os._exit(128 + number)  # a second signal ends the process at once
         self.code = 128 + number
         if self.polled:
             return
@@ -65,39 +65,39 @@ class Signals:
         self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """What the signal that has come raises; for places where nothing is half done."""
+        """Raise KeyboardInterrupt or Terminated if a signal was received; called where it is safe to stop."""
         if self.code == INTERRUPTED:
             raise KeyboardInterrupt
         if self.code:
             raise Terminated(self.code, f"ended by {signal_name(self.code)}")
 
     def forget(self) -> None:
-        """The signal was for something that is over now, such as one answer of a chat."""
+        """Reset, after the signal has been handled: it ended only one answer of a chat, for example."""
         self.code, self.forgotten = 0, True
 
     def watch(self, wake: int) -> None:
-        """A thread that ends the program where no handler can. Python writes a byte to `wake` for every signal."""
-        came: float | None = None
+        """Body of a thread that ends the process if no handler runs. Python writes a byte to `wake` per signal."""
+        received: float | None = None
         number = 0
         while True:
-            rest = None if came is None or self.polled else max(0.0, came + GRACE_S - time.monotonic())
-            ready = select.select([wake], [], [], rest)[0]
+            timeout_s = None if received is None or self.polled else max(0.0, received + GRACE_S - time.monotonic())
+            ready = select.select([wake], [], [], timeout_s)[0]
             if self.forgotten:
-                came, self.forgotten = None, False
-            if not ready and came is not None and not self.polled:
+                received, self.forgotten = None, False
+            if not ready and received is not None and not self.polled:
                 _end(number)
             byte = os.read(wake, 1) if ready else b"\0"
             if not byte:
                 break
-            if byte[0] in HEARD and came is not None:
-                _end(byte[0])  # the second one
+            if byte[0] in HEARD and received is not None:
+                _end(byte[0])  # a second signal
             if byte[0] in HEARD:
-                came, number = time.monotonic(), byte[0]
+                received, number = time.monotonic(), byte[0]
         os.close(wake)
 
 
 def signal_name(code: int) -> str:
-    """Of an exit code."""
+    """The name of the signal behind an exit code."""
     return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
 
 
@@ -106,17 +106,17 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-current: Signals | None = None  # of the block that is open
+current: Signals | None = None  # of the innermost `catch_signals`
 
 
 @contextmanager
 def catch_signals(program: bool = False) -> Iterator[Signals]:
-    """Hears SIGTERM and Ctrl-C inside the block; a block inside another one is the same.
+    """Context manager that handles SIGTERM and Ctrl-C; nested ones share the same `Signals`.
 
-    Outside the main thread nothing is installed.
+    Installs no handlers outside the main thread.
 
     Args:
-        program: the process is ours: a signal that nothing acts on ends it.
+        program: gptjax owns the process: start a thread that ends it if a signal is not acted on.
     """
     global current
     if threading.current_thread() is not threading.main_thread():
@@ -140,7 +140,8 @@ def catch_signals(program: bool = False) -> Iterator[Signals]:
 
 
 def _start_watching(signals: Signals) -> int | None:
-    """The descriptor to close when it is over; None where somebody else has asked for the signals' bytes."""
+    """Start the watching thread. Returns the file descriptor to close at the end; None if other code has set a
+    wakeup descriptor."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     if (other := signal.set_wakeup_fd(write, warn_on_full_buffer=False)) != -1:

@@ -1,7 +1,7 @@
-"""Paths over a tree of arrays: name a leaf, match a pattern, label, count.
+"""Paths into a pytree: name a leaf, match a pattern, label leaves, count elements.
 
-A path is the keys joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
-path, where "*" also crosses "/"; several are joined by "|": "wte/* | lm_head/*".
+A path is the keys of a leaf joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
+path, where "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 
 T = TypeVar("T")
@@ -23,18 +24,18 @@ def path_string(path: tuple) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, in the tree's own order."""
+    """{path: leaf}, in the order of `jax.tree.leaves`."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def flatten_nodes(tree: Any) -> dict[str, Any]:
-    """`flatten` that ends where the dicts end: a leaf that is not a plain array stays whole."""
+    """Like `flatten`, but only dicts are descended into: any other pytree node stays whole, as one leaf."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {path_string(path): node for path, node in nodes}
 
 
 def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
-    """{path of the dict that holds leaves: {last key: leaf}}."""
+    """Leaves grouped by their parent: {path of the parent dict: {last key: leaf}}."""
     out: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten(tree).items():
         parent, _, name = path.rpartition("/")
@@ -43,7 +44,7 @@ def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict that `flatten` came from; every level becomes a dict."""
+    """The inverse of `flatten`: a nested dict. Every level becomes a dict."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -55,29 +56,30 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`fn(path, leaf)` at every leaf; of several trees of one structure `fn(path, leaf, leaf, ..)`."""
+    """Map `fn(path, leaf)` over every leaf; with further trees of the same structure, `fn(path, leaf, leaf, ..)`."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest)
 
 
 def matches(pattern: str, path: str) -> bool:
-    return any(fnmatch.fnmatchcase(path, part.strip()) for part in pattern.split("|"))
+    """Whether any alternative of the pattern matches the path."""
+    return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
 
 
 def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:
-    """The value of the first rule whose pattern matches the path; None where none does."""
+    """The value of the first rule whose pattern matches the path; None if no rule matches."""
     return next((value for pattern, value in rules if matches(pattern, path)), None)
 
 
-def idle(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The parts of a pattern, between "|", that match none of the paths."""
-    return [part.strip() for part in pattern.split("|") if not any(matches(part, path) for path in paths)]
+def unmatched(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The alternatives of a pattern that match none of the paths."""
+    return [glob.strip() for glob in pattern.split("|") if not any(matches(glob, path) for path in paths)]
 
 
 def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
-    """The value of the first rule whose pattern matches, at every leaf.
+    """Replace every leaf by the value of the first rule whose pattern matches its path.
 
     Raises:
-        UserError: a leaf that no rule covers; all of them are named.
+        UserError: no rule covers some leaf; all such leaves are named.
     """
     missing = [path for path in flatten(tree) if not any(matches(pattern, path) for pattern, _ in rules)]
     if missing:
@@ -86,13 +88,13 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def split(tree: Any, pattern: str) -> tuple[Any, Any]:
-    """(the part whose paths match, the rest), two trees; `join` makes the whole again.
+    """Split a tree into (the leaves whose paths match, all other leaves). `join` is the inverse.
 
     Raises:
-        UserError: a part of the pattern, between "|", that matches nothing.
+        UserError: an alternative of the pattern matches nothing.
     """
     nodes = flatten_nodes(tree)
-    if unused := idle(pattern, nodes):
+    if unused := unmatched(pattern, nodes):
         raise UserError(f"{', '.join(map(repr, unused))} matches no parameter; there are {', '.join(nodes)}")
     chosen = {path for path in nodes if matches(pattern, path)}
     return (
@@ -102,10 +104,14 @@ def split(tree: Any, pattern: str) -> tuple[Any, Any]:
 
 
 def join(first: Any, second: Any) -> Any:
-    """One tree of the leaves of two that share none."""
+    """Merge two trees that have no leaf in common."""
     return unflatten(flatten_nodes(second) | flatten_nodes(first))
 
 
 def size(tree: Any) -> int:
-    """How many elements the tree holds."""
+    """The number of elements in all arrays of the tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""The nouns that every part of the package shares. Nothing here imports jax."""
+"""Types that the whole package shares. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ Metrics = dict[str, Any]  # name -> Mean or scalar
 
 
 class Mean(NamedTuple):
-    """A mean that has not been divided yet: add totals and weights first, divide once.
+    """A weighted mean before the division: a weighted sum and the sum of its weights.
 
-    Losses are kept this way so that accumulation, padding, packing and sharding agree exactly.
+    Add totals and weights first, then divide once. Losses are returned in this form so that gradient accumulation,
+    padding, packing and data parallelism give exactly the mean over the whole batch.
     """
 
     total: Any
@@ -26,13 +27,13 @@ class Mean(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch of next-token prediction, a pytree; `None` leaves mean "not needed here".
+    """One batch for next-token prediction. A pytree; optional leaves may be None.
 
     tokens       [B, T] int32    input ids
-    targets      [B, T] int32    the token after each input
-    weights      [B, T] float32  how much each target counts; None = every target counts 1
-    segment_ids  [B, T] int32    which document a token belongs to; None = one document a row
-    positions    [B, T] int32    position inside its document; None = 0..T-1
+    targets      [B, T] int32    the token after each input token
+    weights      [B, T] float32  loss weight per target; None: 1 for every target
+    segment_ids  [B, T] int32    the document that a token belongs to; None: one document per row
+    positions    [B, T] int32    position within the document; None: 0..T-1
     """
 
     tokens: Any

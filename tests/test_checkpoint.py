@@ -167,7 +167,7 @@ def test_a_step_under_another_number_is_not_taken(steps):
     shutil.copytree(steps / "1", steps / "2")
     lines: list[str] = []
     assert Checkpoints(steps, log=lines.append).restore(ABSTRACT).step == 1
-    assert "it is of step 2, but lies under the number 3" in lines[0] and "of step 1" in lines[1]
+    assert "it is of step 2, but its folder is 3" in lines[0] and "of step 1" in lines[1]
 
 
 def test_a_step_of_an_older_release_says_its_number_by_its_state(tmp_path):
@@ -179,7 +179,7 @@ def test_a_step_of_an_older_release_says_its_number_by_its_state(tmp_path):
     (tmp_path / "2").rename(tmp_path / "7")
     lines: list[str] = []
     assert Checkpoints(tmp_path, log=lines.append).restore(ABSTRACT).step == 1
-    assert "it holds step 2, but lies under the number 7" in lines[0]
+    assert "it contains step 2, but its folder is 7" in lines[0]
 
 
 def hostile(value):

@@ -1,1 +1,1 @@
-"""Readers and writers of file formats that come from elsewhere: nothing in such a file is trusted."""
+"""Readers and writers of external file formats. Input files are untrusted: every length and count is validated."""

@@ -1,16 +1,16 @@
-"""GGUF files, llama.cpp's format: read within bounds, and written.
+"""Reader and writer of GGUF files, the format of llama.cpp.
 
-    file = gguf.read("model.gguf")             # the header only, all of it checked
+    file = gguf.read("model.gguf")             # reads and validates the header only
     file.metadata["general.architecture"]      # "llama"
     file.array("token_embd.weight")            # [49152, 576] float32, dequantised
 
-A file is, little-endian: a header with typed key-value pairs and the list of tensors, padding to the alignment, then
-each tensor's data at an aligned offset. Quantised types store blocks of values along the last axis, each with its own
-scale; `TYPES` says how a block lies in the file.
+A file is little-endian: a header with typed key-value pairs and the list of tensors, padding to the alignment, then the
+data of each tensor at an aligned offset. Quantised types store blocks of values along the last axis, each with its own
+scale; `TYPES` has the layout of a block.
 
-A file from elsewhere is not trusted: every count and length is compared with what is left of the file before anything
-is allocated, so a bad file costs an error message and no more. The data is read, not mapped: a mapped file that another
-process cuts short would kill this one.
+Files are untrusted: every count and length is compared with the remaining size of the file before anything is
+allocated, so a bad file raises an error. The data is read, not memory-mapped: this process would be killed if another
+one truncated a mapped file.
 
 Source: docs/gguf.md of ggml (format), ggml-quants.c of ggml (block layouts); values equal gguf-py's to the bit.
 """
@@ -33,24 +33,24 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
-ALIGNMENT = 32  # unless general.alignment says another
+ALIGNMENT = 32  # default of general.alignment
 
-MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list together; the largest vocabularies need 20 MB
+MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # in arrays, all together: the largest vocabularies have 0.65 million, tokens and merges
+MAX_STRINGS = 1 << 20  # in all arrays together; the largest vocabularies have 0.65 million tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
-MAX_NAME_BYTES = 63  # of a tensor's name when writing: llama.cpp refuses longer ones
-MAX_SHOWN = 20  # problems in one error
+MAX_NAME_BYTES = 63  # of a tensor name when writing: llama.cpp refuses longer ones
+MAX_SHOWN = 20  # problems per error
 
-CHUNK = 1 << 16  # values that are converted at once: they stay in the processor's cache
+CHUNK = 1 << 16  # values converted at once: fits in the CPU cache
 
-NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]  # name, shape, type, its values
+NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]  # name, shape, type, function for the values
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies. `shape` is numpy's, the reverse of the file's: rows are the last axis."""
+    """Location and type of a tensor. `shape` is in numpy's order, the reverse of the file's: rows are the last axis."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,8 +63,8 @@ class Tensor:
 class File:
     """The header of a GGUF file.
 
-    metadata  bool, int, float and str; an array of strings is a list, one of numbers a numpy array of the file's dtype
-    tensors   in the file's order
+    metadata  bool, int, float and str; arrays of strings are lists, arrays of numbers numpy arrays of the file's dtype
+    tensors   by name, in the file's order
     """
 
     path: Path
@@ -72,10 +72,10 @@ class File:
     tensors: dict[str, Tensor]
 
     def array(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
-        """One tensor, dequantised to float32 and cast to `dtype`. Takes the result's memory and 1 MB.
+        """Read one tensor, dequantise it to float32 and cast it to `dtype`. Needs 1 MB of memory beside the result.
 
         Raises:
-            UserError: there is no such tensor, or the file is not any more what was read.
+            UserError: there is no such tensor, or the file has changed since the header was read.
         """
         if name not in self.tensors:
             hint = did_you_mean(name, self.tensors, ", did you mean {!r}?")
@@ -90,10 +90,10 @@ class File:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """The metadata and the tensor list of a GGUF file, version 2 or 3.
+    """Read the metadata and the tensor list of a GGUF file, version 2 or 3.
 
     Raises:
-        UserError: not such a file, cut short, or anything in its header is out of bounds; every bad tensor is named.
+        UserError: not a GGUF file, truncated, or a value of the header is out of bounds; all bad tensors are named.
     """
     path = Path(path)
     try:
@@ -106,19 +106,18 @@ def read(path: str | os.PathLike[str]) -> File:
 
 
 def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[NewTensor]) -> None:
-    """Write a GGUF file, version 3; it appears complete, by one rename, or not at all.
-
-    Types of the metadata: bool; int -> uint32, else the first of int32, int64, uint64 that holds it; float -> float32;
-    str; a list of str, of bool, of int (the first of int32, int64, uint64), of float (float32). A numpy scalar or
-    1-d array keeps its dtype. "general.alignment" is obeyed.
+    """Write a GGUF file, version 3, atomically.
 
     Args:
-        tensors: (name, shape, type, values): values() is called when the tensor's turn comes, and its result let go
-            before the next. The type is one of F32, F16, BF16, Q8_0.
+        metadata: values of type bool; int (written as uint32, else the first of int32, int64, uint64 that holds it);
+            float (float32); str; or a list of str, bool, int (the first of int32, int64, uint64 that holds all) or
+            float (float32). A numpy scalar or 1-d array keeps its dtype. "general.alignment" is used if given.
+        tensors: (name, shape, type, values). values() is called lazily, and its result is freed before the next call.
+            The type is one of F32, F16, BF16, Q8_0.
 
     Raises:
-        UserError: something that the format, the reader or llama.cpp would not take, told before values() is called;
-            values of another shape, or too large for their type; the file cannot be written.
+        UserError: metadata or tensors that the format, the reader or llama.cpp does not accept (raised before any
+            values() is called); values of another shape, or too large for their type; the file cannot be written.
     """
     path, tensors = Path(path), list(tensors)
     try:
@@ -134,10 +133,11 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
 
 
 def quantize(array: np.ndarray, type: str) -> np.ndarray:
-    """The bytes, [N] uint8, that a file of this type holds for an array. Types F32, F16, BF16, Q8_0.
+    """Encode an array as the bytes [N] uint8 of a GGUF type: F32, F16, BF16 or Q8_0.
 
     Raises:
-        UserError: the type cannot be written or does not hold these values; the last axis is not whole blocks.
+        UserError: the type cannot be written or cannot represent the values, or the last axis is not a multiple of the
+            block size.
     """
     array, kind = np.asarray(array), _writable(type)
     _check_rows(kind, array.shape)
@@ -145,7 +145,7 @@ def quantize(array: np.ndarray, type: str) -> np.ndarray:
 
 
 def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
-    """The values, `shape`, of a tensor's bytes; the reverse of `quantize`, for every type of TYPES."""
+    """Decode the bytes of a tensor to an array of `shape`: the inverse of `quantize`, for every type of TYPES."""
     kind, raw = _known(type), memoryview(raw).cast("B")
     _check_rows(kind, shape)
     if len(raw) != _size_bytes(kind, shape):
@@ -165,11 +165,11 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
     for index in range(n_metadata):
         key = cursor.text(f"the key of metadata entry {index}")
         if key in metadata:
-            raise UserError(f"metadata key {_quote(key)} comes twice")
+            raise UserError(f"duplicate metadata key {_quote(key)}")
         metadata[key] = _value(cursor, f"metadata {_quote(key)}")
     entries = [_entry(cursor, index) for index in range(n_tensors)]
     alignment = _alignment(metadata)
-    start = cursor.at + -cursor.at % alignment
+    start = cursor.position + -cursor.position % alignment
     problems = [line for entry in entries for line in _wrong(entry, start, alignment, size)]
     tensors = {} if problems else _tensors(entries, start, alignment, size, problems)
     if problems:
@@ -179,17 +179,19 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 class _Cursor:
-    """Reads on, and never further than the file and the bound on headers allow."""
+    """Sequential reader of a header that checks every read against the file size and MAX_HEADER_BYTES."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at, self.strings = file, size, 0, 0
+        self.file, self.size, self.position, self.strings = file, size, 0, 0
 
     def take(self, n: int, what: str) -> bytes:
-        if n > self.size - self.at:
-            raise UserError(f"cut short or damaged: {what} takes {n} bytes at byte {self.at} of {self.size}")
-        if n > MAX_HEADER_BYTES - self.at:
-            raise UserError(f"{what} at byte {self.at} takes {n} bytes: the header may have {MAX_HEADER_BYTES} in all")
-        self.at += n
+        if n > self.size - self.position:
+            raise UserError(f"cut short or damaged: {what} takes {n} bytes at byte {self.position} of {self.size}")
+        if n > MAX_HEADER_BYTES - self.position:
+            raise UserError(
+                f"{what} at byte {self.position} takes {n} bytes: the header may have {MAX_HEADER_BYTES} in all"
+            )
+        self.position += n
         data = self.file.read(n)
         if len(data) != n:
             raise UserError(f"cut short while it was read, in {what}")
@@ -219,7 +221,7 @@ class _Cursor:
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS: dict[int, np.dtype[Any]] = {  # metadata types that are plain numbers
+_NUMBERS: dict[int, np.dtype[Any]] = {  # numeric metadata types
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
@@ -239,7 +241,7 @@ def _check_magic(cursor: _Cursor) -> None:
         raise UserError("the file is empty")
     head = cursor.take(min(cursor.size, 32), "the magic")
     cursor.file.seek(0)
-    cursor.at = 0
+    cursor.position = 0
     if not head.startswith(MAGIC):
         guess = "a safetensors file" if head[8:9] == b"{" else next(w for p, w in _LOOKS_LIKE if head.startswith(p))
         raise UserError(f"not a GGUF file: it begins with {head[:4]!r} and looks like {guess}")
@@ -258,33 +260,33 @@ def _value(cursor: _Cursor, what: str) -> Any:
     if kind == _STRING:
         return cursor.text(what)
     if kind != _ARRAY:
-        number = _numbers(cursor, kind, 1, what)[0]
-        # the shortest decimal that names a float32: 1e-05 and not 9.99999974e-06
-        return float(str(number)) if number.dtype == np.float32 else number.item()
+        scalar = _number_array(cursor, kind, 1, what)[0]
+        # float32 through its shortest decimal representation: 1e-05, not 9.99999974e-06
+        return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
-        return _numbers(cursor, kind, n, what)
-    if n > (cursor.size - cursor.at) // 8:
-        raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.at} of {cursor.size}")
+        return _number_array(cursor, kind, n, what)
+    if n > (cursor.size - cursor.position) // 8:
+        raise UserError(f"cut short or damaged: {what} has {n} strings at byte {cursor.position} of {cursor.size}")
     cursor.strings += n
     if cursor.strings > MAX_STRINGS:
         raise UserError(f"{what}: its {n} strings make more than {MAX_STRINGS} in arrays, which are not read")
     return [cursor.text(what, index) for index in range(n)]
 
 
-def _numbers(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
+def _number_array(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
     if kind == _BOOL:
-        numbers = np.frombuffer(cursor.take(n, what), np.uint8)
-        if np.max(numbers, initial=0) > 1:
-            raise UserError(f"{what}: a bool is 0 or 1, got {np.max(numbers)}")
-        return numbers.view(bool)
+        flags = np.frombuffer(cursor.take(n, what), np.uint8)
+        if np.max(flags, initial=0) > 1:
+            raise UserError(f"{what}: a bool is 0 or 1, got {np.max(flags)}")
+        return flags.view(bool)
     if kind not in _NUMBERS:
         raise UserError(f"{what}: {'an array of arrays' if kind == _ARRAY else f'value type {kind}'} is not supported")
     return np.frombuffer(cursor.take(n * _NUMBERS[kind].itemsize, what), _NUMBERS[kind])
 
 
 class _Entry(NamedTuple):
-    """One line of the tensor list, as it stands in the file."""
+    """One entry of the tensor list."""
 
     name: str
     shape: tuple[int, ...]
@@ -305,19 +307,19 @@ def _entry(cursor: _Cursor, index: int) -> _Entry:
 def _alignment(metadata: Mapping[str, Any]) -> int:
     n = metadata.get("general.alignment", ALIGNMENT)
     if type(n) is not int or not 1 <= n <= MAX_ALIGNMENT or n & (n - 1):
-        found = n if type(n) is int else type(n).__name__
-        raise UserError(f"general.alignment is {found}, expected a power of two up to {MAX_ALIGNMENT}")
+        got = n if type(n) is int else type(n).__name__
+        raise UserError(f"general.alignment is {got}, expected a power of two up to {MAX_ALIGNMENT}")
     return n
 
 
 def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
-    """What is wrong with one entry, at most one line of it."""
+    """Yield at most one problem of an entry."""
     name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
     if not all(entry.shape):
         yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
     elif kind is None:
-        found = _OTHER.get(entry.type_id, f"unknown type {entry.type_id}")
-        yield f"{name} is {found}; supported are {', '.join(TYPES)}"
+        type_name = _OTHER.get(entry.type_id, f"unknown type {entry.type_id}")
+        yield f"{name} is {type_name}; supported are {', '.join(TYPES)}"
     elif entry.shape[-1] % kind.block:
         yield f"{name} has rows of {entry.shape[-1]} values, {kind.name} needs a multiple of {kind.block}"
     elif entry.offset % alignment:
@@ -327,13 +329,13 @@ def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str
 
 
 def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, problems: list[str]) -> dict[str, Tensor]:
-    """The entries by name; those that do not lie one behind the other, up to the alignment and the end of the file,
-    are added to the problems: a type or dimension that was changed leaves a hole."""
+    """The entries by name. Overlaps and gaps larger than the alignment are added to `problems`: a wrong type or
+    dimension leaves a gap."""
     tensors: dict[str, Tensor] = {}
     for name, shape, type_id, offset in entries:
         kind = _BY_ID[type_id]
         if name in tensors:
-            problems.append(f"{_quote(name)} comes twice")
+            problems.append(f"{_quote(name)} is a duplicate")
         tensors[name] = Tensor(name, shape, kind.name, start + offset, _size_bytes(kind, shape))
     end, before = start, ""
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
@@ -353,7 +355,7 @@ def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, probl
 
 
 def _quote(name: str) -> str:
-    """A name out of a file, fit for a message: one line, not too long."""
+    """A name from a file for an error message: on one line, and truncated."""
     return repr(name[:100])[:120]
 
 
@@ -365,20 +367,20 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """Everything before the data, padded, and the alignment. The reader has the last word on it."""
+    """(the padded header, the alignment). The header is validated by parsing it."""
     alignment = _alignment(metadata)
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts += [_text(key, f"metadata key {key!r}"), _pack(value, f"metadata {key!r}")]
+        fields += [_text(key, f"metadata key {key!r}"), _pack(value, f"metadata {key!r}")]
     offset = 0
     for name, shape, type_, _ in tensors:
         kind, label = _writable(type_), _text(name, f"tensor name {name!r}")
         if len(label) - 8 > MAX_NAME_BYTES:
             raise UserError(f"tensor name {name!r} has {len(label) - 8} bytes, llama.cpp takes {MAX_NAME_BYTES}")
-        parts += [label, struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)]
+        fields += [label, struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)]
         offset += _size_bytes(kind, shape)
         offset += -offset % alignment
-    header = b"".join(parts)
+    header = b"".join(fields)
     header += bytes(-len(header) % alignment)
     _parse(io.BytesIO(header), len(header) + offset)
     return header, alignment
@@ -396,25 +398,25 @@ def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, 
 
 
 def _pack(value: Any, what: str) -> bytes:
-    """A metadata value with its type before it."""
+    """A metadata value, preceded by its type."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value, what)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         head = struct.pack("<IIQ", _ARRAY, _STRING, len(value))
         return head + b"".join(_text(item, what) for item in value)
-    numbers = value if isinstance(value, np.ndarray | np.generic) else _typed(value, what)
-    kind = _NUMBER_TYPES.get(numbers.dtype)
-    if kind is None or numbers.ndim > 1:
-        raise UserError(f"{what} is {numbers.dtype}{list(numbers.shape)}, which GGUF cannot hold")
-    head = struct.pack("<IIQ", _ARRAY, kind, numbers.size) if numbers.ndim else struct.pack("<I", kind)
-    return head + numbers.tobytes()
+    array = value if isinstance(value, np.ndarray | np.generic) else _typed(value, what)
+    kind = _NUMBER_TYPES.get(array.dtype)
+    if kind is None or array.ndim > 1:
+        raise UserError(f"{what} is {array.dtype}{list(array.shape)}, which GGUF cannot hold")
+    head = struct.pack("<IIQ", _ARRAY, kind, array.size) if array.ndim else struct.pack("<I", kind)
+    return head + array.tobytes()
 
 
 _NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBERS.items()}}
 
 
 def _typed(value: Any, what: str) -> np.ndarray:
-    """The numpy form of a Python number or a list of them."""
+    """A Python number, or a list of numbers, as a numpy array."""
     items = value if isinstance(value, list | tuple) else [value]
     kinds = {type(item) for item in items}
     if kinds == {bool}:
@@ -437,7 +439,7 @@ def _text(text: str, what: str) -> bytes:
     try:
         data = text.encode()
     except (UnicodeEncodeError, AttributeError) as error:
-        raise UserError(f"{what} is not a text that UTF-8 can hold") from error
+        raise UserError(f"{what} is not a string that UTF-8 can encode") from error
     return _U64.pack(len(data)) + data
 
 
@@ -450,29 +452,29 @@ Encode = Callable[[np.ndarray], np.ndarray]  # [n, block] float32 -> blocks [n] 
 class _Type(NamedTuple):
     name: str
     id: int  # ggml's
-    block: int  # values in one
+    block: int  # values per block
     layout: np.dtype  # of one block
     decode: Decode
     encode: Encode | None = None
 
 
 def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """`read(start, stop)` gives bytes of the tensor, always the next ones."""
+    """Decode a tensor chunk by chunk. `read(start, stop)` returns these bytes of the tensor; called in order."""
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
     n_bytes = kind.layout.itemsize
     for start in range(0, out.size, CHUNK):
-        part = out[start : start + CHUNK]
-        n = len(part) // kind.block
+        chunk = out[start : start + CHUNK]
+        n = len(chunk) // kind.block
         first = start // kind.block
         data = read(first * n_bytes, (first + n) * n_bytes)
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
-        values = part if out.dtype == np.float32 else scratch[: len(part)]
-        with np.errstate(invalid="ignore"):  # a scale may be infinite or not a number: so are the values then
+        values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
+        with np.errstate(invalid="ignore"):  # a scale may be infinite or NaN; so are the values then
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
-            if values is not part:
-                part[:] = values
+            if values is not chunk:
+                chunk[:] = values
     return out.reshape(shape)
 
 
@@ -571,7 +573,7 @@ def _column(halves: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
-    """Every `width` bytes hold 2 * width values: first all the low halves, then all the high ones."""
+    """Unpack 4-bit values. Every `width` bytes hold 2 * width values: first all low nibbles, then all high nibbles."""
     packed = packed.reshape(len(packed), -1, width)
     halves = out.reshape(len(packed), -1, 2, width)
     halves[:, :, 0] = packed & 15
@@ -614,16 +616,16 @@ def _encode_q8_0(x: np.ndarray) -> np.ndarray:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale >= np.finfo(np.float32).tiny)
     x = x * inverse
     whole = np.trunc(x)
-    blocks["q"] = whole + np.trunc(2 * (x - whole))  # to the nearest, ties away from zero as in ggml
+    blocks["q"] = whole + np.trunc(2 * (x - whole))  # round to nearest, ties away from zero, as in ggml
     return blocks
 
 
-def _halves(numbers: np.ndarray, name: str, x: np.ndarray) -> np.ndarray:
+def _halves(values: np.ndarray, name: str, x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        halves = numbers.astype("<f2")
+        halves = values.astype("<f2")
     if not np.isfinite(halves).all():
         worst = x.flat[np.argmax(np.abs(x))]
-        raise UserError(f"{name} cannot hold the value {worst:g}: write F32 or BF16, or look for what went wrong")
+        raise UserError(f"{name} cannot hold the value {worst:g}: write F32 or BF16, or check the model")
     return halves
 
 
@@ -653,7 +655,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # types of ggml that are not read, for the message
+_OTHER = {  # unsupported ggml types, for the error message
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

@@ -1,4 +1,4 @@
-"""JSON from elsewhere, read strictly: no object has a key twice, nothing is nested too deeply."""
+"""Strict parsing of untrusted JSON: duplicate keys and too deep nesting are errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from gptjax.errors import UserError
 from gptjax.files import other_encoding
 
-MAX_VALUES = 500_000  # of `parse_json`: they cost up to 600 bytes of memory each
+MAX_VALUES = 500_000  # limit of `parse_json`; a value takes up to 600 bytes of memory
 
 
 class DuplicateKey(ValueError):
-    """An object has this key twice."""
+    """An object has a duplicate key."""
 
     def __init__(self, key: str):
         super().__init__(f"duplicate key {key!r:.80}")
@@ -20,10 +20,13 @@ class DuplicateKey(ValueError):
 
 
 def loads(text: str, constants: bool = True) -> Any:
-    """A JSON value. `constants`: NaN and Infinity are read too, which are no JSON, but which Python writes.
+    """Parse a JSON value.
+
+    Args:
+        constants: accept NaN and Infinity, which are not valid JSON, but which Python writes.
 
     Raises:
-        ValueError: JSONDecodeError, DuplicateKey, or one that says what else is wrong.
+        ValueError: JSONDecodeError, DuplicateKey, a refused constant, or nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=None if constants else _no_constant)
@@ -46,22 +49,25 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse_json(text: bytes, where: str, what: str) -> dict[str, Any]:
-    """A JSON object of at most MAX_VALUES values, as UTF-8.
+def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
+    """Parse a UTF-8 JSON object of at most MAX_VALUES values.
+
+    Args:
+        location, what: used in error messages: "{location}: the {what} is not JSON".
 
     Raises:
-        UserError: it is anything else. `where` and `what` are named: "{where}: the {what} is not JSON".
+        UserError: the text is anything else.
     """
     if other := other_encoding(text):
-        raise UserError(f"{where}: {other}")
+        raise UserError(f"{location}: {other}")
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise UserError(f"{where}: the {what} has more than {MAX_VALUES:,} values")
+        raise UserError(f"{location}: the {what} has more than {MAX_VALUES:,} values")
     try:
         body = loads(text.decode("utf-8-sig"))
     except DuplicateKey as error:
-        raise UserError(f"{where}: {error.key!r:.80} stands twice in the {what}") from None
+        raise UserError(f"{location}: duplicate key {error.key!r:.80} in the {what}") from None
     except ValueError as error:
-        raise UserError(f"{where}: the {what} is not JSON ({str(error)[:100]})") from error
+        raise UserError(f"{location}: the {what} is not JSON ({str(error)[:100]})") from error
     if not isinstance(body, dict):
-        raise UserError(f"{where}: the {what} must be a JSON object, got {type(body).__name__}")
+        raise UserError(f"{location}: the {what} must be a JSON object, got {type(body).__name__}")
     return body

@@ -1,14 +1,14 @@
-"""safetensors files and Hugging Face folders of them: one tensor in memory at a time, and nothing believed unchecked.
+"""safetensors files, and Hugging Face folders of them: lazy, with one tensor in memory at a time, and validated.
 
     8 bytes  length of the header, little-endian
     header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
-    data     the tensors, without holes or overlap
+    data     the tensors, without gaps or overlaps
 
-The package `safetensors` is not used: it allows a header of 100 MB, and maps the file. Here every length and count is
-bounded before anything is allocated, and a file that is cut short meanwhile costs an error message, not the process.
-`tests/formats/test_safetensors.py` has each read what the other wrote.
+The package `safetensors` is not used: it allows a header of 100 MB, and memory-maps the file. Here every length and
+count is checked before anything is allocated, and a file that is truncated while it is read raises an error instead of
+killing the process. `tests/formats/test_safetensors.py` tests that each implementation reads the other's files.
 
-Source: the format's description in the safetensors repository.
+Source: the format description in the safetensors repository.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-MAX_HEADER = MAX_INDEX = 32 << 20  # the format allows 100 MB; 50,000 tensors take 5
+MAX_HEADER = MAX_INDEX = 32 << 20  # bytes; the format allows 100 MB; 50,000 tensors take 5 MB
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +46,7 @@ _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".msgpack", ".h5")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file: name it .gguf",
-    b"<": "a page of a web site", b"\x93NUMPY": "a numpy file", b"version http": "a Git LFS pointer",
+    b"<": "an HTML page", b"\x93NUMPY": "a numpy file", b"version http": "a Git LFS pointer",
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File(Stored):
-    """The tensors of one file by name."""
+    """One safetensors file: its tensors by name."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -81,9 +81,9 @@ class File(Stored):
 
 @dataclass(frozen=True)
 class Folder:
-    """The tensors of several shards."""
+    """A sharded checkpoint."""
 
-    files: Mapping[str, File]  # by tensor
+    files: Mapping[str, File]  # tensor name -> its shard
 
     def shapes(self) -> dict[str, Shape]:
         return {name: file.entries[name].shape for name, file in self.files.items()}
@@ -99,10 +99,10 @@ class Folder:
 
 
 def open_file(path: str | os.PathLike[str]) -> File:
-    """The header of a file, checked; the tensors stay on disk.
+    """Read and validate the header of a file; the tensors stay on disk.
 
     Raises:
-        UserError: anything that the format does not allow; all of it, with the names of the tensors.
+        UserError: the file violates the format; all problems are named, with the tensors.
     """
     path = Path(path)
     try:
@@ -113,7 +113,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # the length of a header can begin like any of them
+                # the 8 bytes of a header length can begin with any magic
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -127,7 +127,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     header = parse_json(text, str(path), "header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"{path}: __metadata__ must map texts to texts")
+        raise UserError(f"{path}: __metadata__ must map strings to strings")
     problems: list[str] = []
     entries = {name: entry for name, body in header.items() if (entry := _entry(name, body, 8 + length, problems))}
     refuse(str(path), problems)
@@ -137,8 +137,8 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
-    if not name.isprintable():  # NUL, escape sequences, half a surrogate pair
-        problems.append(f"{shown}: the name of a tensor is printable text")
+    if not name.isprintable():  # NUL, escape sequences, lone surrogates
+        problems.append(f"{shown}: the name of a tensor must be printable")
         return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
         problems.append(f"{shown}: expected dtype, shape and data_offsets")
@@ -148,10 +148,10 @@ def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | Non
         problems.append(f"{shown}: dtype {dtype!r:.40} is not supported: {', '.join(DTYPES)} are")
         return None
     if not _counts(shape) or len(shape) > MAX_DIMS:
-        problems.append(f"{shown}: shape {shape!r:.80}, expected up to {MAX_DIMS} whole numbers")
+        problems.append(f"{shown}: shape {shape!r:.80}, expected up to {MAX_DIMS} integers")
         return None
     if not _counts(offsets) or len(offsets) != 2:
-        problems.append(f"{shown}: data_offsets {offsets!r:.80}, expected two whole numbers")
+        problems.append(f"{shown}: data_offsets {offsets!r:.80}, expected two integers")
         return None
     size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if offsets[1] - offsets[0] != size:
@@ -160,7 +160,7 @@ def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | Non
         )
         return None
     if not size and math.prod(n or 1 for n in shape) >= 1 << 59:
-        problems.append(f"{shown}: shape {shape!r:.80} is of no array, empty or not")
+        problems.append(f"{shown}: shape {shape!r:.80} is too large for any array, even an empty one")
         return None
     return Entry(dtype, tuple(shape), start + offsets[0], size)
 
@@ -170,20 +170,20 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """The tensors must fill the file from the header to its end."""
-    at = start
+    """Problems if the tensors do not fill the file exactly, from the header to the end."""
+    end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
-        if entry.offset != at:
-            return [f"{name!r:.80} begins at byte {entry.offset:,}, expected {at:,}: tensors overlap or leave a hole"]
-        at += entry.size_bytes
-    return [] if at == size else [f"the tensors end at byte {at:,}, the file at {size:,}: it is cut off or too long"]
+        if entry.offset != end:
+            return [f"{name!r:.80} begins at byte {entry.offset:,}, expected {end:,}: tensors overlap or leave a gap"]
+        end += entry.size_bytes
+    return [] if end == size else [f"the tensors end at byte {end:,}, the file at {size:,}: it is cut off or too long"]
 
 
 def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
-    """`model.safetensors`, or else the shards that `model.safetensors.index.json` names.
+    """Open `model.safetensors`, or else the shards that `model.safetensors.index.json` names.
 
     Raises:
-        UserError: neither is there, pickled weights only, or an index that its shards do not bear out.
+        UserError: neither file exists, there are only pickled weights, or the index does not match the shards.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -193,13 +193,13 @@ def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
         if not index.is_file():
             raise UserError(_nothing_here(folder))
         if index.stat().st_size > MAX_INDEX:
-            raise UserError(f"{index}: {index.stat().st_size:,} bytes, more than an index has ({MAX_INDEX:,})")
+            raise UserError(f"{index}: {index.stat().st_size:,} bytes, but an index may have at most {MAX_INDEX:,}")
         text = index.read_bytes()
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
     named = parse_json(text, str(index), "index").get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
-        raise UserError(f"{index}: weight_map must map names of tensors to names of files")
+        raise UserError(f"{index}: weight_map must map tensor names to file names")
     shards = sorted(set(named.values()))
     if len(shards) > MAX_SHARDS:
         raise UserError(f"{index}: {len(shards):,} files, expected up to {MAX_SHARDS:,}")
@@ -227,8 +227,8 @@ def _nothing_here(folder: Path) -> str:
 
 def refuse_pickle(path: Path) -> str:
     return (
-        f"{path}: only safetensors and GGUF files are read, since reading a pickled one can run any code in it. If you "
-        "trust it, convert it where transformers is installed: "
+        f"{path}: only safetensors and GGUF files are supported: loading a pickle can execute arbitrary code. If you "
+        "trust the file, convert it with transformers: "
         f"AutoModelForCausalLM.from_pretrained({str(path.parent)!r}).save_pretrained('converted')"
     )
 
@@ -242,17 +242,20 @@ def save(
     dtype: DTypeLike = np.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors as `model.safetensors`, or as shards with an index, one tensor in memory at a time."""
+    """Write tensors as `model.safetensors`, or as shards with an index if they exceed `shard_bytes`.
+
+    Only one tensor is in memory at a time.
+    """
     folder, dtype = Path(folder), np.dtype(dtype)
     shards: list[list[Out]] = [[]]
     size = 0
     for tensor in tensors:
-        one = math.prod(tensor.shape) * dtype.itemsize
-        if shards[-1] and size + one > shard_bytes:
+        n_bytes = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and size + n_bytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += one
+        size += n_bytes
     if len(shards) == 1:
         write_file(folder / WEIGHTS, shards[0], dtype)
         return
@@ -260,19 +263,19 @@ def save(
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard, dtype)
     total = sum(math.prod(tensor.shape) * dtype.itemsize for shard in shards for tensor in shard)
-    places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
-    """One file, complete or not at all."""
+    """Write one file atomically."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for tensor in tensors:
-        end = at + math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
+        end = start + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
@@ -282,7 +285,7 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
-    """By itself, so that no variable holds the array while the next one is made."""
+    """The bytes of one tensor. A function, so that no local keeps the array alive while the next one is computed."""
     array = tensor.array()
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")

@@ -1,7 +1,8 @@
-"""Rows of tables: .json (an array), .jsonl, .csv, .tsv and .parquet files, and data sets of the Hugging Face hub.
+"""Readers of tabular data: .json (an array), .jsonl, .csv, .tsv and .parquet files, and Hugging Face hub datasets.
 
-`read` gives whole records. A broken one is an answer, not the end, so that all can be named at once. `jsonl`,
-`delimited`, `parquet` and `hub` stand below it, for readers of one column, and for those that say more of a mistake.
+`read` yields whole records. An invalid record is yielded as a UserError instead of raised, so that callers can report
+all of them at once. `jsonl`, `delimited`, `parquet` and `hub` are the lower level, for callers that read one column or
+report errors in more detail.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gptjax.formats import json as strict_json
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-MAX_FIELD_CHARACTERS = 1 << 30  # of one CSV cell; the csv module stops at 131,072 by default
+MAX_FIELD_CHARACTERS = 1 << 30  # per CSV cell; the default of the csv module is 131,072
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
@@ -31,11 +32,12 @@ Record = dict[str, Any]
 
 
 def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
-    """(where, record or what is wrong with it) of a .json (array), .jsonl, .parquet or .csv file, or of
-    hf:org/name[:config][@split].
+    """Yield (location, record) from a .json (array), .jsonl, .parquet or .csv file, or hf:org/name[:config][@split].
+
+    An invalid record is yielded as a UserError.
 
     Raises:
-        UserError: no such file, or one that cannot be read on.
+        UserError: no such file, or it cannot be read any further.
     """
     if source.startswith("hf:"):
         return _hub_records(source)
@@ -49,7 +51,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def loads(text: str) -> Any:
-    """A JSON value, strictly: no key twice, no NaN; or what is wrong with it."""
+    """Parse a JSON value strictly (no duplicate keys, no NaN); the UserError if it is invalid."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -57,13 +59,13 @@ def loads(text: str) -> Any:
 
 
 def _no_json(error: ValueError) -> UserError:
-    return UserError(f"not whole JSON: {error}" if isinstance(error, JSONDecodeError) else str(error))
+    return UserError(f"not valid JSON: {error}" if isinstance(error, JSONDecodeError) else str(error))
 
 
 def _json(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
     records = loads("".join(lines(path)))
     if not isinstance(records, list):
-        hint = " (one object a line is .jsonl)" if isinstance(records, UserError) else ""
+        hint = " (a file with one object per line is .jsonl)" if isinstance(records, UserError) else ""
         what = f"{records}{hint}" if hint else f"expected an array of records, found {kind_of(records)}"
         raise UserError(f"{source}: {what}")
     for number, record in enumerate(records, 1):
@@ -81,25 +83,25 @@ def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
-    """Nothing is guessed: NA and null stay text."""
+    """All values are strings; NA and null are not interpreted."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
-        where = f"{source}:{number}"
+        location = f"{source}:{number}"
         if isinstance(row, csv.Error):
-            yield where, UserError(f"{row} (a quote that is never closed?)")
+            yield location, UserError(f"{row} (a quote that is never closed?)")
         elif not columns:
-            columns = header(row, where)
+            columns = header(row, location)
         elif len(row) != len(columns):
-            yield where, UserError(f"{len(row)} columns, and the header has {len(columns)}")
+            yield location, UserError(f"{len(row)} columns, and the header has {len(columns)}")
         else:
-            yield where, dict(zip(columns, row, strict=True))
+            yield location, dict(zip(columns, row, strict=True))
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
-    """As `read`. Without a header a .tsv has two columns, label and text.
+    """Like `read`, for a .tsv file. Without a header, it has two columns, label and text.
 
     Args:
-        quoted: a cell that begins with a quote goes on, over lines too, to the next one: so pandas reads it.
+        quoted: a cell that begins with a quote extends to the next quote, even across lines, as in pandas.
     """
     path = user_path(source)
     if not path.is_file():
@@ -107,21 +109,21 @@ def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserE
     columns: list[str] = []
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     for number, row in delimited(lines(path), delimiter="\t", quoting=quoting):
-        where = f"{source}:{number}"
+        location = f"{source}:{number}"
         if isinstance(row, csv.Error):
-            yield where, UserError(str(row))
+            yield location, UserError(str(row))
             continue
         if not columns:
-            named = [name.strip().lower() for name in row]
-            titled = any(name in TEXT for name in named) and any(name in LABEL for name in named)
-            if not titled and len(row) != 2:
+            titles = [name.strip().lower() for name in row]
+            has_header = any(title in TEXT for title in titles) and any(title in LABEL for title in titles)
+            if not has_header and len(row) != 2:
                 raise UserError(f"{source}:1: expected a header or two columns, label and text; got {len(row)} columns")
-            columns = row if titled else ["label", "text"]
-            if titled:
+            columns = row if has_header else ["label", "text"]
+            if has_header:
                 continue
-        same = len(row) == len(columns)
+        complete = len(row) == len(columns)
         problem = UserError(f"{len(row)} columns, expected {len(columns)} ({names(columns)})")
-        yield where, dict(zip(columns, row, strict=True)) if same else problem
+        yield location, dict(zip(columns, row, strict=True)) if complete else problem
 
 
 def _parquet(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
@@ -132,7 +134,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    except Exception as error:  # no network, no such name, no such config: all of them are the user's to mend
+    except Exception as error:  # no network, no such dataset, no such config: the user can fix all of them
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
             "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
@@ -145,37 +147,40 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, cut at line feeds alone (str.splitlines would also cut at U+2028), or at the carriage
-    returns of a file of an old Mac, which has no line feed."""
-    at = 0
+    """Yield the lines of a file with their ends.
+
+    Splits at line feeds only (str.splitlines would also split at U+2028), or at carriage returns if there are no line
+    feeds (classic Mac OS).
+    """
+    offset = 0
     with open(path, "rb") as file:
         for line in file:
-            text = decode(line, path, at)
-            if at == 0 and not text.endswith("\n") and "\r" in text:
-                yield from (f"{part}\n" for part in one_line_end(text).removesuffix("\n").split("\n"))
+            text = decode(line, path, offset)
+            if offset == 0 and not text.endswith("\n") and "\r" in text:
+                yield from (f"{mac_line}\n" for mac_line in one_line_end(text).removesuffix("\n").split("\n"))
             else:
                 yield text
-            at += len(line)
+            offset += len(line)
 
 
-def decode(data: bytes, path: Path, at: int = 0) -> str:
-    """UTF-8 without a byte order mark; `at` is where `data` begins in the file."""
-    if at == 0 and (other := other_encoding(data)):
+def decode(data: bytes, path: Path, offset: int = 0) -> str:
+    """Decode UTF-8, and remove a byte order mark. `offset`: the offset of `data` in the file, for error messages."""
+    if offset == 0 and (other := other_encoding(data)):
         raise UserError(f"{path}: {other}")
     if (nul := data.find(b"\0")) >= 0:
-        raise UserError(f"{path}: a NUL byte at byte {at + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
+        raise UserError(f"{path}: a NUL byte at byte {offset + nul}: not UTF-8 text (UTF-16? convert it with iconv)")
     try:
-        return (data.removeprefix(BOM) if at == 0 else data).decode("utf-8")
+        return (data.removeprefix(BOM) if offset == 0 else data).decode("utf-8")
     except UnicodeDecodeError as error:
-        at += error.start + (len(BOM) if at == 0 and data.startswith(BOM) else 0)
+        offset += error.start + (len(BOM) if offset == 0 and data.startswith(BOM) else 0)
         raise UserError(
-            f"{path}: invalid UTF-8 at byte {at} (0x{error.object[error.start]:02x}, {error.reason}): "
+            f"{path}: invalid UTF-8 at byte {offset} (0x{error.object[error.start]:02x}, {error.reason}): "
             "convert the file from the encoding it has, for example with iconv -f windows-1252 -t utf-8 FILE > NEW"
         ) from error
 
 
 def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """(line number, its JSON value, or the ValueError that says why it has none) of each line that is not blank."""
+    """Yield (line number, JSON value) for each line that is not blank; an invalid line yields the ValueError."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -186,8 +191,10 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """(line on which a row begins, its cells) of each row that is not blank, in a dialect of `csv.reader`; or what is
-    wrong, after which nothing comes."""
+    """Yield (number of the row's first line, its cells) for each row that is not blank; `dialect` as in `csv.reader`.
+
+    On a csv.Error, yields the error and ends.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
     while True:
@@ -203,20 +210,22 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
             yield number, row
 
 
-def header(row: list[str], where: str) -> list[str]:
-    """The columns that a first row names. Those without a name may be several, and are called after their place.
+def header(row: list[str], location: str) -> list[str]:
+    """The column names of a header row. Columns without a name are called "column 1", "column 2", .. by position.
 
     Raises:
-        UserError: two columns of one name.
+        UserError: duplicate column names.
     """
     columns = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]
     if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
-        raise UserError(f"{where}: column {twice[0]!r} appears twice in the header")
+        raise UserError(f"{location}: column {twice[0]!r} appears twice in the header")
     return columns
 
 
-def parquet(path: Path, where: str, columns: Callable[[Any], list[str] | None] = lambda schema: None) -> Iterator[Any]:
-    """The rows of a file as dicts. `columns`: those to read, of a pyarrow.Schema; None: all."""
+def parquet(
+    path: Path, location: str, columns: Callable[[Any], list[str] | None] = lambda schema: None
+) -> Iterator[Any]:
+    """Yield the rows of a parquet file as dicts. `columns`: pyarrow.Schema -> names of columns to read; None: all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,19 +234,19 @@ def parquet(path: Path, where: str, columns: Callable[[Any], list[str] | None] =
             for batch in file.iter_batches(batch_size=1024, columns=columns(file.schema_arrow)):
                 yield from batch.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{where}: not a readable parquet file: {first_line(error)}") from error
+        raise UserError(f"{location}: not a readable parquet file: {first_line(error)}") from error
 
 
 def hub_name(name: str) -> tuple[str, str, str]:
-    """(org/name, config, split) of hf:org/name[:config][@split]; the last two may be empty.
+    """Parse hf:org/name[:config][@split] to (org/name, config, split). The last two may be empty.
 
     Raises:
-        UserError: it has another form, or a folder here has that name, which `datasets` would read instead.
+        UserError: another form, or a local folder has that name, which `datasets` would read instead.
     """
     repo, _, split = name.removeprefix("hf:").partition("@")
     repo, _, config = repo.partition(":")
-    plain = r"[A-Za-z0-9][\w.-]{0,95}"
-    if not re.fullmatch(f"{plain}/{plain}", repo, re.ASCII) or ".." in repo:
+    slug = r"[A-Za-z0-9][\w.-]{0,95}"
+    if not re.fullmatch(f"{slug}/{slug}", repo, re.ASCII) or ".." in repo:
         raise UserError(f"{name:.200}: expected hf:org/name, hf:org/name:config or hf:org/name:config@split")
     if Path(repo).exists():
         raise UserError(f"{name}: {repo} is a folder or file here: give its path without hf:, or start elsewhere")
@@ -245,17 +254,17 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """A data set of the Hugging Face hub, by default its split train. What `datasets` raises is not caught."""
+    """Load a dataset of the Hugging Face hub, by default its split train. Errors of `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
 
 
-# --- for what is said of them
+# --- for error messages
 
 
 def names(keys: Iterable[object]) -> str:
-    """Keys or columns in a row, each in quotes where its blanks, or a comma, would mislead."""
+    """Keys or columns as a comma-separated list; names with blanks at the ends or commas are quoted."""
     keys = list(keys)
     more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
     return ", ".join(map(quoted, keys[:20])) + more

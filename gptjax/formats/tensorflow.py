@@ -1,14 +1,15 @@
-"""TensorFlow checkpoints, as OpenAI published GPT-2, read without TensorFlow: one tensor in memory at a time.
+"""Reader of TensorFlow checkpoints, the format of OpenAI's GPT-2 release, without TensorFlow.
 
     checkpoint                        model_checkpoint_path: "model.ckpt"
-    model.ckpt.index                  name -> dtype, shape, shard, offset, size and checksum: a table of LevelDB's kind
-    model.ckpt.data-00000-of-00001    the numbers, one shard of them
+    model.ckpt.index                  name -> dtype, shape, shard, offset, size and checksum, as a LevelDB table
+    model.ckpt.data-00000-of-00001    the tensor data, one file per shard
 
-A table is blocks of sorted (key, value), an index block that says where they lie, and 48 bytes that say where that one
-lies. In a block a key is the first n bytes of the key before it and some more. Each block ends in a byte for its
-compression and a checksum. The values are protocol buffers. Every length is compared with what is left, every block
-and every tensor with its checksum. The data is read, not mapped: a mapped file that another process cuts short would
-kill this one.
+A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
+of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: the length of the prefix
+shared with the key before, and the remaining bytes. Each block is followed by a compression byte and a checksum. The
+values are protocol buffers. Every length is checked, and every block and tensor is compared with its checksum. One
+tensor is in memory at a time. The data is read, not memory-mapped: this process would be killed if another one
+truncated a mapped file.
 
 Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
 """
@@ -30,13 +31,13 @@ import numpy as np
 from gptjax.errors import UserError, refuse
 from gptjax.formats.tensors import Shape, Stored
 
-DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's number
+DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's DataType number
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
     14: ("DT_BFLOAT16", ml_dtypes.bfloat16), 19: ("DT_HALF", np.float16),
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-MAX_INDEX = 2 << 20  # GPT-2's have 5 kB to 21 kB; the worst that fits within these bounds takes 2 s
+MAX_INDEX = 2 << 20  # bytes; GPT-2's have 5 kB to 21 kB; the slowest valid index within these limits takes 2 s
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ \t\r]*$', re.MULTILINE)
@@ -44,7 +45,7 @@ _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Location, dtype and shape of a tensor."""
 
     dtype: np.dtype[Any]
     shape: Shape
@@ -56,10 +57,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """The tensors of a checkpoint by name; when one is first read, in whole or in part, its checksum is compared."""
+    """The tensors of a checkpoint by name. The checksum of a tensor is verified when it is first read."""
 
     entries: Mapping[str, Entry]
-    checked: set[str] = field(default_factory=set)  # whose bytes agree with their checksum
+    checked: set[str] = field(default_factory=set)  # tensors whose checksum has been verified
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         entry = self.entries[name]
@@ -78,27 +79,27 @@ class Checkpoint(Stored):
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The index of the checkpoint that the file `checkpoint` names, checked; the tensors stay on disk.
+    """Read and validate the index of the checkpoint that the file `checkpoint` names; the tensors stay on disk.
 
     Raises:
-        UserError: a file is missing or damaged, or says what cannot be; of tensors all problems, with their names.
+        UserError: a file is missing, damaged or invalid; the problems of all tensors are named.
     """
     folder = Path(folder)
     state = folder / "checkpoint"
-    found = _PATH_LINE.search(_read(state, 1 << 16).decode(errors="replace"))
-    if not found or not _PREFIX.fullmatch(found[1]):
-        got = f"got {found[1]!r:.80}" if found else "found no such line"
+    match = _PATH_LINE.search(_read(state, 1 << 16).decode(errors="replace"))
+    if not match or not _PREFIX.fullmatch(match[1]):
+        got = f"got {match[1]!r:.80}" if match else "found no such line"
         raise UserError(f'{state}: expected model_checkpoint_path: "NAME" with the plain name of files here, {got}')
-    index = folder / f"{found[1]}.index"
+    index = folder / f"{match[1]}.index"
     table = _read_table(_read(index, MAX_INDEX), str(index))
-    shards = _shards(folder / found[1], table)
+    shards = _shards(folder / match[1], table)
     entries, problems = {}, []
     for key, value in table.items():
         if key:
             name = key.decode(errors="replace")
             try:
                 if not name.isprintable() or "\ufffd" in name:
-                    raise UserError("a name is printable UTF-8")
+                    raise UserError("a name must be printable UTF-8")
                 entries[name] = _entry(value, shards)
             except UserError as error:
                 problems.append(f"{name!r:.80}: {error}")
@@ -120,13 +121,13 @@ def _read(path: Path, limit: int) -> bytes:
 # ---------------------------------------------------------------- the table
 
 
-def _read_table(data: bytes, where: str) -> dict[bytes, bytes]:
-    """The keys and values of a whole table."""
+def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
+    """Read a whole table as {key: value}."""
     try:
         if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
             raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
-        _, at = _handle(data[-FOOTER:-8], 0)
-        handle, _ = _handle(data[-FOOTER:-8], at)
+        _, pos = _handle(data[-FOOTER:-8], 0)
+        handle, _ = _handle(data[-FOOTER:-8], pos)
         pairs: dict[bytes, bytes] = {}
         end, last = 0, None
         for _, value in _pairs(_block(data, *handle)):
@@ -143,18 +144,18 @@ def _read_table(data: bytes, where: str) -> dict[bytes, bytes]:
                 last = key
         return pairs
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
 
 
-def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
-    """(offset, size) of a block, and where the next one begins."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
-    return (offset, size), at
+def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
+    """((offset, size) of a block, the position after this handle)."""
+    offset, pos = _varint(data, pos)
+    size, pos = _varint(data, pos)
+    return (offset, size), pos
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
-    """The content of a block, checked. After it come a byte for its compression and 4 of checksum."""
+    """The content of a block, verified. A compression byte and a 4-byte checksum follow it."""
     end = offset + size
     if end + 5 > len(data) - FOOTER or size < 4:
         raise UserError(f"a block of {size:,} bytes at byte {offset:,} does not fit into a table of {len(data):,}")
@@ -167,41 +168,41 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) in order. At the end stand the places where a key is written out, which only a search needs."""
+    """Yield (key, value) in order. The restart points at the end of the block are only for binary search: skipped."""
     end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
     if end <= 0:
-        raise UserError("a block without entries")
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at)
-        more, at = _varint(block, at)
-        size, at = _varint(block, at)
-        if shared > len(key) or at + more + size > end:
-            raise UserError("an entry of a block takes more than there is")
-        if shared + more > MAX_KEY:
-            raise UserError(f"a key of {shared + more:,} bytes, at most {MAX_KEY:,} are read")
-        key = key[:shared] + block[at : at + more]
-        at += more + size
-        yield key, block[at - size : at]
+        raise UserError("a block has no entries")
+    pos, key = 0, b""
+    while pos < end:
+        shared, pos = _varint(block, pos)
+        n_new, pos = _varint(block, pos)
+        size, pos = _varint(block, pos)
+        if shared > len(key) or pos + n_new + size > end:
+            raise UserError("an entry of a block exceeds the block")
+        if shared + n_new > MAX_KEY:
+            raise UserError(f"a key of {shared + n_new:,} bytes, at most {MAX_KEY:,} are read")
+        key = key[:shared] + block[pos : pos + n_new]
+        pos += n_new + size
+        yield key, block[pos - size : pos]
 
 
 # ---------------------------------------------------------------- the values
 
 
 def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
-    """The data files with their sizes, None for one that is missing."""
-    where = f"{prefix}.index"
+    """[(data file, its size in bytes; None if it is missing)], by shard."""
+    location = f"{prefix}.index"
     if b"" not in table:
-        raise UserError(f"{where}: the entry about the whole checkpoint is missing")
+        raise UserError(f"{location}: the entry about the whole checkpoint is missing")
     try:
         header = _fields(table[b""], {1: int, 2: int, 3: bytes})
     except UserError as error:
-        raise UserError(f"{where}: the entry about the whole checkpoint: {error}") from error
+        raise UserError(f"{location}: the entry about the whole checkpoint: {error}") from error
     n = header.get(1, 0)
     if header.get(2, 0):
-        raise UserError(f"{where}: written on a big-endian machine: only little-endian ones are read")
+        raise UserError(f"{location}: written on a big-endian machine: only little-endian ones are read")
     if not 1 <= n <= MAX_SHARDS:
-        raise UserError(f"{where}: {n:,} data files, expected 1 to {MAX_SHARDS:,}")
+        raise UserError(f"{location}: {n:,} data files, expected 1 to {MAX_SHARDS:,}")
     shards = (prefix.with_name(f"{prefix.name}.data-{i:05}-of-{n:05}") for i in range(n))
     return [(path, path.stat().st_size if path.is_file() else None) for path in shards]
 
@@ -236,7 +237,7 @@ def _shape(message: bytes) -> Shape:
         if number == 2:
             shape.append(_fields(value, {1: int, 2: bytes}).get(1, 0))
         if len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 1 << 59:  # beyond what numpy counts in bytes
-            raise UserError(f"shape {shape!r:.80} is of no array, expected up to {MAX_DIMS} dimensions")
+            raise UserError(f"shape {shape!r:.80} is too large: expected up to {MAX_DIMS} dimensions")
     return tuple(shape)
 
 
@@ -245,49 +246,50 @@ def _fields(message: bytes, kinds: Mapping[int, type]) -> dict[int, Any]:
 
 
 def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
-    """The fields of a protocol buffer: int is a varint, float 4 bytes as a number, bytes a length and so many."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+    """Yield (field number, value) of a protocol buffer. `kinds`: the wire type by field number: int is a varint, float
+    4 bytes (returned as an integer), bytes length-delimited."""
+    pos = 0
+    while pos < len(message):
+        tag, pos = _varint(message, pos)
         number, wire = tag >> 3, tag & 7
         if number not in kinds or wire != {int: 0, bytes: 2, float: 5}[kinds[number]]:
             raise UserError(f"field {number} of kind {wire} is unknown here")
         value: Any = 4
         if wire != 5:
-            value, at = _varint(message, at)
+            value, pos = _varint(message, pos)
         if wire:
-            at += value
-            if at > len(message):
+            pos += value
+            if pos > len(message):
                 raise UserError(f"field {number} is cut off")
-            value = message[at - value : at] if wire == 2 else int.from_bytes(message[at - 4 : at], "little")
+            value = message[pos - value : pos] if wire == 2 else int.from_bytes(message[pos - 4 : pos], "little")
         yield number, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, the lowest first, and where it ends."""
+def _varint(data: bytes, pos: int) -> tuple[int, int]:
+    """(the varint at position `pos`, the position after it): groups of 7 bits, least significant first."""
     value = 0
     for i in range(10):
-        if at + i >= len(data):
+        if pos + i >= len(data):
             raise UserError("a number is cut off")
-        byte = data[at + i]
+        byte = data[pos + i]
         value |= (byte & 127) << (7 * i)
         if byte < 128:
-            return value, at + i + 1
+            return value, pos + i + 1
     raise UserError("a number of more than 10 bytes")
 
 
 # ---------------------------------------------------------------- the checksum
 
-# The remainder of a message of 32-bit words w0 w1 .. wn is linear in each word. With A_k(x) = "x, then 2^k words of
-# zeros", n words become n/2 by A_0(w0) ^ w1, A_0(w2) ^ w3, ..; these become n/4 by A_1; and so on: numpy's work.
-# A_k is held as what it makes of each byte at each of the 4 places; A_{k+1} = A_k of A_k.
+# The CRC of a message of 32-bit words w0 w1 .. wn is linear in each word. Let A_k(x) be the state after x, followed by
+# 2^k zero words. Then A_0(w0) ^ w1, A_0(w2) ^ w3, .. reduces n words to n/2, A_1 reduces these to n/4, and so on, which
+# numpy vectorises. A_k is stored as a lookup table per byte of the word, [4, 256]; A_{k+1} is A_k applied to A_k.
 
-_CHUNK = 1 << 18  # bytes at once: what is made of them stays in the processor's cache
-_SHORT = 1000  # up to here byte by byte is quicker
+_CHUNK = 1 << 18  # bytes processed at once: intermediate results fit in the CPU cache
+_SHORT = 1000  # bytes up to which byte-wise processing is faster
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli) of bytes; with the one of the bytes before them, of both together."""
+    """CRC-32C (Castagnoli). `crc`: the CRC of preceding bytes, to continue from."""
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
     state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
@@ -296,7 +298,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # as if a word of zeros stood before: that changes nothing
+            odd = len(words) % 2  # as if a zero word came first, which does not change the CRC
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1
@@ -328,12 +330,12 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """What one byte makes of a state of zeros, [256]; and A_0, A_1, .., each [4, 256]."""
+    """(the byte-wise CRC table [256], the tables of A_0, A_1, .., each [4, 256])."""
     byte = np.arange(256, dtype=np.uint32)
     crc: np.ndarray = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
-    table = np.stack([crc, byte, byte << 8, byte << 16])  # one byte of zeros
+    table = np.stack([crc, byte, byte << 8, byte << 16])  # appends one zero byte
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]

@@ -1,4 +1,4 @@
-"""What the formats of tensors share."""
+"""Classes shared by the tensor file formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class Stored(ABC):
-    """A source whose tensors lie in a file row after row. A kind has `entries`, by name, and adds `_read`."""
+    """Base class of tensor files in row-major order. Subclasses set `entries`, by tensor name, and define `_read`."""
 
     entries: Mapping[str, Any]  # with shape, offset and size_bytes
 
@@ -24,23 +24,23 @@ class Stored(ABC):
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype; pages are not mapped, so that they do not count as memory.
+        """Read one tensor in its stored dtype. The file is read, not memory-mapped.
 
         Raises:
-            UserError: its bytes cannot be read, or are not those that were promised.
+            UserError: the bytes cannot be read, or are not what the header says.
         """
         entry = self.entries[name]
         return self._read(name, entry.shape, entry.offset)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some of a tensor's rows."""
+        """Rows start .. stop-1 of a tensor."""
         entry = self.entries[name]
         shape = (stop - start, *entry.shape[1:])
         return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
 
 class Out(NamedTuple):
-    """One tensor to write: `array()` makes it when its turn comes."""
+    """One tensor to write; `array()` computes its values lazily."""
 
     name: str
     shape: Shape

@@ -46,7 +46,7 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
         if path.split("/")[-1] in ("kernel", "embedding")
     }
     single = [name for path, leaf in matrices.items() for name in _layer_paths(path, leaf)]
-    if unused := tree.idle(cfg.targets, [*matrices, *single]):
+    if unused := tree.unmatched(cfg.targets, [*matrices, *single]):
         raise UserError(
             f"lora.targets: {', '.join(map(repr, unused))} matches no weight; there are {', '.join(matrices)}, and of "
             "a layer blocks/0/.., blocks/1/.. and so on"

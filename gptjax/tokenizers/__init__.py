@@ -1,10 +1,10 @@
-"""Text to ids and back.
+"""Tokenizers: text to token ids and back.
 
-tok = tokenizers.load("gpt2")               a known one: gpt2, bytes
-tok = tokenizers.train("bpe", texts, 4096)  a new one: chars, words, bpe, wordpiece, unigram
-tok.save("here"); tokenizers.load("here")   one file, here/tokenizer.json
-tok = tokenizers.load("SmolLM2-135M")       a model's folder: tokenizer.json of Hugging Face, vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         the vocabulary inside a GGUF file, or inside a named asset
+tok = tokenizers.load("gpt2")               a built-in tokenizer: gpt2 or bytes
+tok = tokenizers.train("bpe", texts, 4096)  train a new one: chars, words, bpe, wordpiece or unigram
+tok.save("here"); tokenizers.load("here")   saved as one file, here/tokenizer.json
+tok = tokenizers.load("SmolLM2-135M")       a Hugging Face folder with tokenizer.json, or vocab.json and merges.txt
+tok = tokenizers.load("model.gguf")         the vocabulary of a GGUF file, or of a named asset
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -43,7 +43,7 @@ __all__ = [
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
-KINDS: dict[str, tuple[str, str]] = {  # kind -> module and class, imported when needed
+KINDS: dict[str, tuple[str, str]] = {  # kind -> (module, class), imported when needed
     "chars": ("chars", "Chars"),
     "bytes": ("chars", "Bytes"),
     "words": ("words", "Words"),
@@ -55,10 +55,13 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> module and class, imported when
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """A known tokenizer, a saved file, the tokenizer of a folder or run directory, or that of a Hugging Face model.
+    """Load a tokenizer: built-in, from a saved file, a run directory, a Hugging Face folder or a GGUF file.
+
+    Args:
+        name_or_path: "gpt2", "bytes", the name of an asset, or a path.
 
     Raises:
-        UserError: nothing of that name, or a file that is not a whole and consistent tokenizer.
+        UserError: there is no such tokenizer, or the file is incomplete or inconsistent.
     """
     if name_or_path == "gpt2":
         return _module("bpe").gpt2()
@@ -83,13 +86,14 @@ def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **options: Any) -> Tokenizer:
-    """Fits a new tokenizer: `name` is chars, words, bpe, wordpiece or unigram.
+    """Train a new tokenizer.
 
     Args:
-        texts: documents; read once.
-        vocab_size: ids in all. bpe, wordpiece and unigram need it; chars takes all characters; words all words
-            unless it is given.
-        options: `special=` names of special tokens (words and bpe).
+        name: chars, words, bpe, wordpiece or unigram.
+        texts: the documents to train on; read once.
+        vocab_size: size of the vocabulary, special tokens included. Required for bpe, wordpiece and unigram. Without
+            it, words keeps every word. chars always keeps every character.
+        options: `special=`, the names of the special tokens (words and bpe).
     """
     texts = _strings(texts)
     if name == "chars":
@@ -106,22 +110,22 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
 
 
 def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that a config names: loaded, or trained on `texts()`, which is called only then."""
+    """The tokenizer that a config names: loaded, or trained on `texts()`, which is called only for training."""
     if cfg.name not in TRAINED:
         return load(cfg.name)
     return train(cfg.name, texts(), None if cfg.name in ("chars", "words") else cfg.vocab_size)
 
 
-def loads(text: str, where: str = "tokenizer") -> Tokenizer:
-    """A tokenizer from the text of its file."""
-    return _from_data(parse_json(text, where), where)
+def loads(text: str, location: str = "tokenizer") -> Tokenizer:
+    """Load a tokenizer from the text of its tokenizer.json."""
+    return _from_data(parse_json(text, location), location)
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """The same tokenizer with more special tokens: their ids follow, all other ids stay.
+    """The same tokenizer with more special tokens. They get the next free ids; all other ids stay the same.
 
     Raises:
-        UserError: a name that the vocabulary has already, or that is empty or stands there twice.
+        UserError: a name is in the vocabulary already, is empty, or is repeated.
     """
     problems: list[str] = []
     string_list(list(_strings(names)), "names", problems)
@@ -138,24 +142,24 @@ def _is_hf(data: Any) -> bool:
     return isinstance(data, dict) and "format" not in data and "model" in data
 
 
-def _from_data(data: Any, where: str) -> Tokenizer:
+def _from_data(data: Any, location: str) -> Tokenizer:
     try:
         if _is_hf(data):
             return _module("hf").from_data(data)
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        problems = []  # the header must say what the vocabulary gives: no gap, no id twice, none missing
+        problems = []  # the header must agree with the vocabulary: no gaps, no duplicate or missing ids
         if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
-            said = f"{data.get('vocab_size')!r:.40}"
-            problems.append(f"vocab_size: the header says {said}, the entries give {tokenizer.vocab_size}")
+            stated = f"{data.get('vocab_size')!r:.40}"
+            problems.append(f"vocab_size: the header says {stated}, the entries give {tokenizer.vocab_size}")
         for name, i in data["special_tokens"].items():
             if i != (expected := tokenizer.special_tokens.get(name)):
                 problems.append(f"special_tokens: {name!r:.60} has id {i}, expected {expected}")
         refuse(tokenizer.kind, problems)
         return tokenizer.replace(**{name: data[name] for name in SETTINGS if name in data})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
 
 
 def _check_header(data: Any) -> None:
@@ -170,7 +174,7 @@ def _check_header(data: Any) -> None:
         problems.append(f"name: expected a name, got {data.get('name')!r:.60}")
     special = data.get("special_tokens")
     if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
-        problems.append(f"special_tokens: expected names with whole numbers, got {special!r:.60}")
+        problems.append(f"special_tokens: expected names with integer ids, got {special!r:.60}")
     else:
         string_list(list(special), "special_tokens", problems)
     refuse("this", problems)
@@ -178,7 +182,7 @@ def _check_header(data: Any) -> None:
 
 def _strings(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, str):
-        raise UserError("texts: expected several texts (a list, a generator), got one string; write [text]")
+        raise UserError("texts: expected an iterable of texts (a list, a generator), got one string; write [text]")
     return texts
 
 
@@ -187,7 +191,7 @@ def _not_found(name: str, path: Path) -> str:
         return f"a {name} tokenizer has to be trained: tokenizers.train({name!r}, texts), or `gptjax tokenizer train`"
     if (path / "tokenizer.model").is_file():
         return (
-            f"{path}: tokenizer.model alone cannot be read; transformers writes a tokenizer.json beside it: "
+            f"{path}: a tokenizer.model without tokenizer.json is not supported; transformers writes one: "
             f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
         )
     if path.is_dir():

@@ -1,10 +1,10 @@
-"""Renders one Jinja template, inside limits: the program that `chat.py` starts for a template it did not write.
+"""Render one untrusted Jinja template within limits on time and memory: the program that `chat.py` starts.
 
     python -I _render.py FOLDERS..  < request  > "ready", then {"text": ..} or {"error": ..}
 
-It imports nothing but jinja2 (found in FOLDERS) and the standard library, so that it starts quickly. Jinja's sandbox
-keeps a template from Python's inside, but not from endless loops and giant strings: these end at the limits that this
-process sets for itself, at the latest when its parent kills it.
+It imports only jinja2 (found in FOLDERS) and the standard library, so that it starts quickly. Jinja's sandbox keeps a
+template from Python's internals, but does not stop endless loops and giant strings: these run into the resource limits
+that this process sets for itself, or its parent kills it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ READY = b"ready\n"
 
 
 def render(template: str, context: dict[str, Any], max_chars: int) -> str:
-    """The text of a template, in the environment that transformers gives to chat templates.
+    """Render a template in the Jinja environment that transformers uses for chat templates.
 
     Raises:
-        Exception: whatever Jinja or the template raises; ValueError for more than max_chars.
+        ValueError: the text is longer than max_chars.
+        Exception: any error that Jinja or the template raises.
     """
     pieces, size = [], 0
     for piece in _compiled(template).generate(**context):
@@ -48,7 +49,7 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}..{% endgeneration %}` marks what the model says; the text is that inside."""
+        """`{% generation %}..{% endgeneration %}` marks the assistant's text; it renders as its body."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -58,7 +59,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class PublicNamespace(Namespace):
-        def __init__(*args: Any, **attributes: Any) -> None:  # `self` may be an attribute's name
+        def __init__(*args: Any, **attributes: Any) -> None:  # an attribute may be called `self`
             self, *rest = args
             Namespace.__init__(self)
             for name, value in dict(*rest, **attributes).items():

@@ -1,12 +1,12 @@
-"""What every tokenizer promises, and the parts they share.
+"""The tokenizer interface, and the base class of all tokenizers.
 
-A tokenizer turns text into ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are ids that no
-ordinary text produces: their text inside an input is refused until the caller says what is meant. Added tokens, which
-only vocabularies of loaded models have, are whole pieces too, but their text always means their id.
+A tokenizer maps text to ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are never produced
+from ordinary text: an input that contains their text is refused unless the caller says what it means. Added tokens,
+which only the vocabularies of loaded models have, are never split either, but their text always encodes to their id.
 
-    encode("a<|endoftext|>b")                                      UserError, it names the two ways out:
+    encode("a<|endoftext|>b")                                      UserError that names the two options below
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   the id of the special token
-    encode("a<|endoftext|>b", disallowed_special=())               plain text like any other
+    encode("a<|endoftext|>b", disallowed_special=())               encoded as ordinary text
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # models that chat end a turn with another token
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # chat models end a turn with another token
 
 Special = Collection[str] | Literal["all"]
 
-# What a model says of its tokenizer, beside the vocabulary; saved when it is not this.
+# Settings of a model's tokenizer beside its vocabulary, with their defaults. Only other values are saved.
 SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "chat_template": None}
 
 
 class Tokenizer(Protocol):
-    """The promise that every kind keeps; `tests/contracts/test_tokenizers.py` is its long form."""
+    """The interface of every tokenizer; `tests/contracts/test_tokenizers.py` tests it."""
 
     kind: ClassVar[str]  # a key of `tokenizers.KINDS`
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: Mapping[str, int]
-    bos_id: int | None  # `encode` never writes it
-    eos_ids: tuple[int, ...]  # any of them ends what the model says
+    bos_id: int | None  # `encode` never adds it
+    eos_ids: tuple[int, ...]  # any of them ends generation
     pad_id: int | None
-    add_bos: bool  # the model's texts begin with bos_id
+    add_bos: bool  # whether the model expects bos_id before every text
     chat_template: str | None  # Jinja, see chat.py
 
     @property
-    def eot_id(self) -> int | None: ...  # stands between documents; None: this kind has no special tokens
+    def eot_id(self) -> int | None: ...  # separates documents; None: this tokenizer has no special tokens
     @property
     def dtype(self) -> type[np.unsignedinteger]: ...
     @property
@@ -74,8 +74,8 @@ class Tokenizer(Protocol):
 
 
 class Base(ABC):
-    """The half that all kinds share. A kind adds `data`, and either `_encode` and `_decode`, which see no special
-    tokens, or its own `encode`, `encode_array` and `decode`."""
+    """Base class of all tokenizers. Subclasses implement `data`, and either `_encode` and `_decode` for ordinary text
+    or their own `encode`, `encode_array` and `decode`."""
 
     _encode: Callable[[str], list[int]]
     _decode: Callable[[np.ndarray], str]
@@ -92,7 +92,7 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id that stands between documents: by its name, else the one that ends what the model says."""
+        """The id that separates documents: a token of END_OF_DOCUMENT, else the first of eos_ids."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
 
@@ -100,7 +100,7 @@ class Base(ABC):
         """The same tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
 
         Raises:
-            UserError: no such setting, an id outside the vocabulary, a template that is no text.
+            UserError: no such setting, an id outside the vocabulary, or a template that is not a string.
         """
 
         def is_id(value: Any) -> bool:
@@ -129,14 +129,14 @@ class Base(ABC):
         return other
 
     def grow(self, names: Iterable[str]) -> None:
-        """More special tokens after the last id, in place: for one that was made just now. See `extend`."""
+        """Add special tokens after the last id, in place. Only for a tokenizer just constructed; see `extend`."""
         new = {name: self.vocab_size + i for i, name in enumerate(names)}
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
 
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """What the saved file holds beside the header, as plain JSON values."""
+        """The content of the saved file beside the header, as plain JSON values."""
 
     def _encode_array(self, text: str) -> np.ndarray:
         return np.array(self._encode(text), self.dtype)
@@ -144,18 +144,19 @@ class Base(ABC):
     # --- text to ids
 
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]:
-        """The ids of a text.
+        """Encode a text as token ids.
 
         Args:
             text: any text without lone surrogates.
-            allowed_special: special tokens that mean their id wherever their text stands, or "all".
-            disallowed_special: special tokens that are refused unless allowed, or "all"; () refuses none.
+            allowed_special: special tokens whose text is encoded as their id, or "all".
+            disallowed_special: special tokens whose text raises an error unless allowed, or "all". With (), their
+                text is encoded as ordinary text.
 
         Raises:
-            UserError: a special token that is not allowed, or text that the vocabulary cannot hold.
+            UserError: the text contains a special token that is not allowed, or cannot be encoded with this vocabulary.
         """
         ids: list[int] = []
-        for piece, special in self._pieces(text, allowed_special, disallowed_special):
+        for piece, special in self._split_special(text, allowed_special, disallowed_special):
             if special is None:
                 ids += self._encode(piece)
             else:
@@ -165,33 +166,33 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, but as an array [N] of `self.dtype`: the quick way through whole files."""
-        parts = [
+        """Like `encode`, but returns an array [N] of `self.dtype`. Faster for whole files."""
+        arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
-            for piece, special in self._pieces(text, allowed_special, disallowed_special)
+            for piece, special in self._split_special(text, allowed_special, disallowed_special)
         ]
-        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+        return np.concatenate(arrays) if arrays else np.zeros(0, self.dtype)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest of uint16 and uint32 that holds every id."""
+        """uint16 if it holds every id, else uint32."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
-    def _pieces(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """(plain text, None) and (special or added token, its id), in order."""
+    def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
+        """Split a text into (ordinary text, None) and (special or added token, its id), in order."""
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
         start = 0
-        for found in _alternatives(frozenset(whole)).finditer(text) if whole else ():
-            if found.start() > start:
-                yield text[start : found.start()], None
-            yield found[0], whole[found[0]]
-            start = found.end()
+        for match in _alternatives(frozenset(whole)).finditer(text) if whole else ():
+            if match.start() > start:
+                yield text[start : match.start()], None
+            yield match[0], whole[match[0]]
+            start = match.end()
         if start < len(text):
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """The special tokens that mean their id; refuses a text that holds a disallowed one, or that is none."""
+        """The special tokens to encode as their id. Raises UserError if the text contains a disallowed one."""
         if not isinstance(text, str):
             raise UserError(f"encode: expected text (str), got {type(text).__name__}")
         try:
@@ -205,27 +206,27 @@ class Base(ABC):
         refused = self._named(disallowed, "disallowed_special") - allowed
         if refused and (match := _alternatives(frozenset(refused)).search(text)):
             raise UserError(
-                f"encode: the text holds the special token {match[0]} at character {match.start()}; say what it means: "
-                f"allowed_special={{{match[0]!r}}} for its id, disallowed_special=() for plain text"
+                f"encode: the text contains the special token {match[0]} at character {match.start()}; pass "
+                f"allowed_special={{{match[0]!r}}} for its id, or disallowed_special=() for ordinary text"
             )
         return allowed
 
-    def _named(self, names: Special, where: str) -> set[str]:
+    def _named(self, names: Special, argument: str) -> set[str]:
         if names == "all":
             return set(self.special_tokens)
         if isinstance(names, str):
-            raise UserError(f'{where}: expected a set of special tokens or "all", got {names!r}')
-        if where == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
+            raise UserError(f'{argument}: expected a set of special tokens or "all", got {names!r}')
+        if argument == "allowed_special" and (unknown := set(names) - set(self.special_tokens)):
             known = ", ".join(self.special_tokens) or "none"
             raise UserError(
-                f"{where}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})"
+                f"{argument}: {', '.join(sorted(unknown))} unknown to the {self.kind} tokenizer (has: {known})"
             )
         return set(names) & set(self.special_tokens)
 
     # --- ids to text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give their name, bytes that are no UTF-8 give U+FFFD.
+        """Decode ids to text. Special tokens decode to their name, invalid UTF-8 to U+FFFD.
 
         Raises:
             UserError: an id outside 0 .. vocab_size-1.
@@ -244,17 +245,17 @@ class Base(ABC):
         if ids.size == 0:
             return np.zeros(0, np.int64)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise UserError(f"decode: expected one row of whole numbers, got shape {ids.shape} of {ids.dtype}")
+            raise UserError(f"decode: expected a 1-D sequence of integers, got shape {ids.shape} of {ids.dtype}")
         outside = (ids < 0) | (ids >= self.vocab_size)
         if outside.any():
-            at = int(np.argmax(outside))
-            raise UserError(f"decode: id {ids[at]} at place {at} is outside the vocabulary, 0 .. {self.vocab_size - 1}")
+            i = int(np.argmax(outside))
+            raise UserError(f"decode: id {ids[i]} at index {i} is outside the vocabulary, 0 .. {self.vocab_size - 1}")
         return ids.astype(np.int64)
 
     # --- to a file
 
     def dumps(self) -> str:
-        """The text of the saved file: the same tokenizer gives the same text everywhere."""
+        """The text of the saved file. Deterministic: equal tokenizers give equal text on every machine."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -263,11 +264,11 @@ class Base(ABC):
             "vocab_size": self.vocab_size,
             "special_tokens": self.special_tokens,
         }
-        settings = {name: value for name, usual in SETTINGS.items() if (value := getattr(self, name)) != usual}
+        settings = {name: value for name, default in SETTINGS.items() if (value := getattr(self, name)) != default}
         return json.dumps(header | settings | self.data(), ensure_ascii=False, indent=0) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the tokenizer as one file: `path` itself if it ends in .json, else `path`/tokenizer.json."""
+        """Save the tokenizer as one file: `path` itself if it ends in .json, else `path`/tokenizer.json."""
         path = Path(path)
         path = path if path.suffix == ".json" else path / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ class Base(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the saved file; two tokenizers are equal when these are."""
+        """sha256 of the saved file. Tokenizers are equal if their fingerprints are."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -295,14 +296,14 @@ def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
 
 
 def refuse(kind: str, problems: list[str]) -> None:
-    """Raises one UserError for all that is wrong with a tokenizer file, the first ten in full."""
+    """Raise one UserError that lists the problems of a tokenizer file, the first ten in full."""
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError.all([f"{kind} tokenizer: {line}" for line in problems[:10]] + more)
 
 
 def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
-    """The value if it is a list of different non-empty strings that UTF-8 can hold; else a note in `problems`."""
+    """The value, if it is a list of distinct, non-empty, valid UTF-8 strings; else [] and an entry in `problems`."""
     if not isinstance(value, list):
         problems.append(f"{what}: expected a list of strings, got {type(value).__name__}")
         return []
@@ -314,7 +315,7 @@ def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
         seen: set[str] = set()
         for i, item in enumerate(value):
             if item in seen:
-                problems.append(f"{what}[{i}]: {item!r} stands there twice")
+                problems.append(f"{what}[{i}]: {item!r} is a duplicate")
             seen.add(item)
         return []
     return value
@@ -329,23 +330,23 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Those of the names that stand in the text, the longest where several would fit."""
+    """The names that occur in the text; the longest wins where several match at one position."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
-    """The first of the names that stands in the text; None if none does."""
+    """The name that occurs first in the text; None if none occurs."""
     names = frozenset(names)
     match = _alternatives(names).search(text) if names else None
     return match and match[0]
 
 
 def read_text(path: Path) -> str:
-    """The text of a tokenizer's file, UTF-8 and not too large."""
+    """Read a tokenizer file as UTF-8. Raises UserError above MAX_FILE_BYTES."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise UserError(f"{path}: {size:,} bytes, more than a tokenizer file can have ({MAX_FILE_BYTES:,})")
+        raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
     data = path.read_bytes()
     if other := other_encoding(data):
         raise UserError(f"{path}: {other}")
@@ -355,27 +356,29 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not a tokenizer file (byte {error.start} is not UTF-8)") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The JSON value of a text, where no object has a key twice."""
+def parse_json(text: str, location: str) -> Any:
+    """Parse JSON; duplicate keys raise UserError."""
     try:
         return loads(text)
     except DuplicateKey as error:
-        raise UserError(f"{where}: {error.key:.80} stands there twice") from None
+        raise UserError(f"{location}: duplicate key {error.key:.80}") from None
     except ValueError as error:
-        raise UserError(f"{where}: not a whole JSON file ({error}); train or copy it again") from None
+        raise UserError(f"{location}: not valid JSON ({error}); train or copy the tokenizer again") from None
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:
-    """The token that a text begins with in training, and what an empty prompt stands for: the beginning-of-text token
-    of tokenizers that write one, else the end-of-text token of the document before (GPT-2). None: there is neither."""
+    """The token that starts a document in training, and that stands in for an empty prompt.
+
+    bos_id if the tokenizer has add_bos, else eot_id, which ends the document before (GPT-2). None if there is neither.
+    """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end what the model writes: its eos_ids, else the end-of-text token."""
+    """The ids that end generation: eos_ids, else eot_id."""
     return list(tokenizer.eos_ids) or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
 
 
 def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The tokens whose name is one id wherever it stands: special tokens and added ones."""
+    """All tokens that are never split, {name: id}: special tokens and added tokens."""
     return {**tokenizer.added_tokens, **tokenizer.special_tokens}

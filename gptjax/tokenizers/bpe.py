@@ -1,16 +1,16 @@
-"""Byte-level byte-pair encoding: GPT-2's vocabulary, that of a loaded model, or one learned from any text.
+"""Byte-level byte-pair encoding (BPE): GPT-2's vocabulary, that of a loaded model, or one trained on any text.
 
-The text is cut into words by a regular expression; a word starts as its bytes, and the pair of neighbours that was
-learned first is joined again and again until no neighbours are a known pair:
+A regular expression splits the text into words. A word starts as its bytes; then the adjacent pair that was learned
+first is merged, until no adjacent pair is in the list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
-A vocabulary is the list of merges in the order they were learned. Bytes are written in GPT-2's printable alphabet
-(a space is `Ġ`), ids are: the 256 bytes in the order of that alphabet, one a merge, the special tokens. A model that
-is loaded may order them otherwise, so there the tokens themselves are kept, in the order of their ids.
+A vocabulary is the list of merges in the order in which they were learned. Bytes are written in GPT-2's printable
+alphabet (a space is `Ġ`). The ids are: the 256 bytes in the order of that alphabet, one id per merge, the special
+tokens. A loaded model may order its ids otherwise; then the tokens themselves are kept, in the order of their ids.
 
-tiktoken runs all of them. It knows tokens, not merges: it joins any two neighbours that make a token, lowest id first,
-and a word that is a token is not cut at all. `hf.py` says when that is the same as following a list of merges.
+tiktoken does the encoding. It uses tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
+first, and does not split a word that is a token. `hf.py` says when that is equivalent to following a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -36,28 +36,28 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# tiktoken's regular expressions give up on a million blanks before a letter. The same ids come out when the text is
-# cut before the last blank, because a word takes at most that one with it.
+# tiktoken's regular expressions fail on a million blanks before a letter. Splitting the text before the last blank
+# gives the same ids, because a word takes at most one blank.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
 
 @functools.cache
 def alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, in the order of the ids: `!` -> 33 ... `Ġ` -> 32 ..."""
+    """GPT-2's printable character for each byte, in the order of the ids: `!` -> 33 ... `Ġ` -> 32 ..."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes behind a token in the printable alphabet: `Ġthe` -> b" the"."""
+    """The bytes of a token that is written in the printable alphabet: `Ġthe` -> b" the"."""
     table = alphabet()
     return bytes([table[char] for char in token])
 
 
 def printable(token: bytes) -> str:
-    """`token_bytes` the other way: b" the" -> `Ġthe`."""
+    """The inverse of `token_bytes`: b" the" -> `Ġthe`."""
     return token.decode("latin-1").translate(_printable())
 
 
@@ -67,36 +67,36 @@ def _printable() -> dict[int, str]:
 
 
 def foreign(tokens: Iterable[str], what: str) -> list[str]:
-    """One line for each token that is not written in GPT-2's alphabet."""
+    """An error line for each token that contains a character outside GPT-2's alphabet."""
     known = set(alphabet())
     bad = ((i, token) for i, token in enumerate(tokens) if not known >= set(token))
     return [f"{what}[{i}]: {token!r:.60} is not in the byte alphabet" for i, token in bad]
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """The two parts that tiktoken's rule joins last to make each token; a token that it cannot make is left out.
+    """{token: (left, right)}, the last merge of each token under tiktoken's rule; tokens it cannot make are omitted.
 
-    A list of exactly these merges, in the order of the ids, gives the ids that tiktoken gives.
+    BPE with exactly these merges, in the order of the ids, gives the same ids as tiktoken.
     """
-    made = {}
+    merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [(ranks[pair], i) for i in range(len(parts) - 1) if (pair := parts[i] + parts[i + 1]) in ranks]
-            if not joined:
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pairs = [(ranks[pair], i) for i in range(len(pieces) - 1) if (pair := pieces[i] + pieces[i + 1]) in ranks]
+            if not pairs:
                 break
-            _, at = min(joined)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2 and parts[0] in ranks and parts[1] in ranks:
-            made[token] = (parts[0], parts[1])
-    return made
+            _, i = min(pairs)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        if len(pieces) == 2 and pieces[0] in ranks and pieces[1] in ranks:
+            merges[token] = (pieces[0], pieces[1])
+    return merges
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """The id of every token, from merges written as `Ġ t`.
+    """{token: id} from merges written as `Ġ t`.
 
     Raises:
-        UserError: a merge of unknown parts, or of a token that exists; all such lines.
+        UserError: merges of unknown tokens, or that make a token a second time; all such lines are named.
     """
     ids = {char: i for i, char in enumerate(alphabet())}
     problems = []
@@ -104,7 +104,7 @@ def ranks(merges: Sequence[str]) -> dict[bytes, int]:
         left, _, right = merge.partition(" ")
         token = left + right
         if left not in ids or right not in ids:
-            problems.append(f"merges[{number}]: {merge!r:.60} joins parts that no earlier line made")
+            problems.append(f"merges[{number}]: {merge!r:.60} merges tokens that no earlier line makes")
         elif token in ids:
             problems.append(f"merges[{number}]: {merge!r:.60} makes the token {token!r:.60} a second time")
         else:
@@ -114,7 +114,7 @@ def ranks(merges: Sequence[str]) -> dict[bytes, int]:
 
 
 class BPE(Base):
-    """Merges, or tokens in the order of their ids, and special tokens."""
+    """A byte-level BPE tokenizer, given by its merges or by its tokens in the order of their ids."""
 
     kind = "bpe"
 
@@ -129,13 +129,14 @@ class BPE(Base):
         scheme: str = "gpt2",
         nfc: bool = False,
     ) -> None:
-        """Of `merges`, or of `tokens`.
+        """Give either `merges` or `tokens`.
 
         Args:
-            special: names whose ids follow the merges; with `tokens` their ids too.
-            tokens: in GPT-2's alphabet; they fill the ids that `special` and `added` leave free.
-            scheme: how text is cut into words, a key of `patterns.SCHEMES`.
-            nfc: text is brought to Unicode's composed form first.
+            special: names of special tokens, whose ids follow the merges; with `tokens`, {name: id}.
+            tokens: tokens in GPT-2's alphabet. They take the ids that `special` and `added` leave free, in order.
+            added: {name: id} of added tokens; only with `tokens`.
+            scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
+            nfc: normalise text to Unicode NFC first.
         """
         import tiktoken
 
@@ -172,13 +173,13 @@ class BPE(Base):
         problems += foreign(tokens, "tokens")
         special, added = data["special_tokens"], data.get("added_tokens", {})
         if not isinstance(added, dict) or not all(type(i) is int for i in added.values()):
-            problems.append(f"added_tokens: expected names with whole numbers, got {added!r:.60}")
+            problems.append(f"added_tokens: expected names with integer ids, got {added!r:.60}")
             added = {}
         string_list([*special, *added], "special_tokens and added_tokens", problems)
         ids = [*special.values(), *added.values()]
         size = len(tokens) + len(ids)
         if len(set(ids)) < len(ids) or not all(0 <= i < size for i in ids):
-            problems.append(f"special_tokens and added_tokens: expected different ids in 0 .. {size - 1}")
+            problems.append(f"special_tokens and added_tokens: expected distinct ids in 0 .. {size - 1}")
         if type(data.get("nfc", False)) is not bool:
             problems.append(f"nfc: expected true or false, got {data['nfc']!r:.60}")
         refuse("bpe", problems)
@@ -195,40 +196,40 @@ class BPE(Base):
 
     @functools.cached_property
     def merges(self) -> list[str]:
-        """The merges as `Ġ t`, in order. Derived if it was made of tokens; one that no merge makes has none."""
+        """The merges as `Ġ t`, in order. Derived with `last_merges` if the tokenizer was built from tokens."""
         if self._tokens is None:
             return self._merges
         return [f"{printable(left)} {printable(right)}" for left, right in last_merges(self.ranks).values()]
 
     def _encode(self, text: str) -> list[int]:
-        return [i for part in self._parts(text) for i in self._encode_part(part)]
+        return [i for chunk in self._chunks(text) for i in self._encode_chunk(chunk)]
 
     def _encode_array(self, text: str) -> np.ndarray:
-        parts = [
-            np.array(self._encode_part(part), self.dtype)
-            if self._lacks(part)
-            else self._tiktoken.encode_to_numpy(part, disallowed_special=())
-            for part in self._parts(text)
+        arrays = [
+            np.array(self._encode_chunk(chunk), self.dtype)
+            if self._lacks(chunk)
+            else self._tiktoken.encode_to_numpy(chunk, disallowed_special=())
+            for chunk in self._chunks(text)
         ]
-        return np.concatenate(parts).astype(self.dtype)
+        return np.concatenate(arrays).astype(self.dtype)
 
-    def _encode_part(self, text: str) -> list[int]:
+    def _encode_chunk(self, text: str) -> list[int]:
         if not self._lacks(text):
             return self._tiktoken.encode_ordinary(text)
         words = (word.encode().translate(None, self._lacking) for word in _compiled(self.scheme).findall(text))
         return [i for word in words if word for i in self._tiktoken._encode_single_piece(word)]
 
     def _lacks(self, text: str) -> bool:
-        """Does it hold bytes that are no token? SmolLM2 has 235 of the 256: it drops the others from a word."""
+        """Whether the text has bytes without a token. SmolLM2 has 235 of the 256 and drops the others from a word."""
         raw = text.encode() if self._lacking else b""
         return len(raw.translate(None, self._lacking)) < len(raw)
 
-    def _parts(self, text: str) -> list[str]:
-        """The text in parts that tiktoken can take: long runs of blanks are cut before their last one."""
+    def _chunks(self, text: str) -> list[str]:
+        """Split a text into chunks that tiktoken can encode: long runs of blanks are split before their last one."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        if not any(block.isspace() for block in blocks):  # quick: a long run fills one block at least
+        if not any(block.isspace() for block in blocks):  # fast path: a long run fills at least one block
             return [text]
         cut = SCHEMES[self.scheme].cut
         runs = (run.end() for run in _BLANK_RUN.finditer(text))
@@ -248,13 +249,13 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """GPT-2's vocabulary, 50,257 ids: asset `gpt2`, read without any other network access."""
+    """GPT-2's tokenizer, 50,257 ids, from the asset `gpt2`; no other network access."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
     return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
 
 
 def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (END_OF_TEXT,)) -> BPE:
-    """Learns merges until the vocabulary has `vocab_size` ids, or the text has no pair left that occurs twice."""
+    """Learn merges until the vocabulary has `vocab_size` ids or no pair occurs twice in the texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     least = 256 + len(special)
@@ -271,7 +272,7 @@ def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (EN
     made, merges = set(alphabet()), []
     for merge in json.loads(learner.to_str())["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left + right not in made:  # the same token can be learned from two pairs; its first line stands
+        if left + right not in made:  # the same token can be learned from two pairs; keep the first merge
             made.add(left + right)
             merges.append(f"{left} {right}")
     return BPE(merges, special=special)

@@ -1,8 +1,8 @@
-"""Characters and bytes: the two vocabularies that need no learning.
+"""Character-level and byte-level tokenizers.
 
-chars  every different character of the training text gets an id, in order of its code point: tiny, lossless,
-       and helpless before a character it has not seen.
-bytes  the 256 bytes of UTF-8 and <|endoftext|>: holds any text, at up to four ids a character.
+chars  one id per distinct character of the training text, in the order of their code points: a small, lossless
+       vocabulary, but a character that is not in the training text is an error.
+bytes  one id per byte of UTF-8, and <|endoftext|>: encodes any text, with up to four ids per character.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
 
 
 class Chars(Base):
-    """One id a character, no special tokens."""
+    """One id per character, no special tokens."""
 
     kind = "chars"
     name = "chars"
 
     def __init__(self, chars: str) -> None:
-        """`chars` in the order of their ids; all different."""
+        """`chars`: the distinct characters, in the order of their ids."""
         self.chars = chars
         self.vocab_size = len(chars)
         self.special_tokens = {}
         self._code_points = _code_points(chars)  # [V] uint32
-        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # code point -> id; the last one: unknown
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # code point -> id, -1: unknown
         self._ids[self._code_points] = np.arange(self.vocab_size)
 
     @classmethod
@@ -38,7 +38,7 @@ class Chars(Base):
         if not isinstance(chars, str) or not chars:
             problems.append(f"chars: expected the characters as one string, got {chars!r:.60}")
         elif len(set(chars)) < len(chars):
-            problems.append("chars: the same character stands there twice")
+            problems.append("chars: duplicate characters")
         elif any(0xD800 <= ord(c) < 0xE000 for c in chars):
             problems.append("chars: lone surrogates are not characters")
         refuse("chars", problems)
@@ -54,10 +54,10 @@ class Chars(Base):
         points = _code_points(text)
         ids = self._ids[np.minimum(points, len(self._ids) - 1)]
         if ids.size and ids.min() < 0:
-            at = int(np.argmax(ids < 0))
+            i = int(np.argmax(ids < 0))
             raise UserError(
-                f"the chars tokenizer has no {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text): "
-                f"it holds only the {self.vocab_size} characters it was fitted on; leave that one out, "
+                f"the chars tokenizer has no {text[i]!r} (U+{ord(text[i]):04X}, character {i} of the text): "
+                f"it knows only the {self.vocab_size} characters it was trained on; leave that one out, "
                 "or use tokenizer.name=bytes or bpe"
             )
         return ids.astype(self.dtype)
@@ -67,7 +67,7 @@ class Chars(Base):
 
 
 class Bytes(Base):
-    """The bytes of UTF-8 as ids 0-255, <|endoftext|> as 256."""
+    """The bytes of UTF-8 as ids 0-255, and <|endoftext|> as id 256."""
 
     kind = "bytes"
     name = "bytes"
@@ -94,12 +94,12 @@ class Bytes(Base):
 
 
 def train(texts: Iterable[str]) -> Chars:
-    """The characters of the texts, sorted by code point."""
+    """A tokenizer of all characters in the texts, sorted by code point."""
     chars: set[str] = set()
     for text in texts:
         chars.update(text)
     if not chars:
-        raise UserError("cannot fit a chars tokenizer: the texts are empty")
+        raise UserError("cannot train a chars tokenizer: the texts are empty")
     return Chars("".join(sorted(chars)))
 
 

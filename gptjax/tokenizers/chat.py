@@ -1,18 +1,18 @@
-"""Conversations as the text that a chat model was trained on, and as its ids.
+"""Chat templates: conversations as the text that a chat model was trained on, and as token ids.
 
     messages = [{"role": "user", "content": "Where is Paris?"}]
     apply(tok, messages)         "<|im_start|>user\\nWhere is Paris?<|im_end|>\\n<|im_start|>assistant\\n"
-    encode_chat(tok, messages)   its ids, the special tokens as themselves
+    encode_chat(tok, messages)   the token ids of that text; special tokens are encoded as their ids
 
-A template is a small Jinja program that comes with the model, so it is not trusted: `_render.py` runs it in a process
-of its own with little time and memory, in about 0.1 s. Those of BUILTIN are rendered here, without that wait. What a
-user says is not trusted either: `encode_chat` refuses a message that contains a special token, which could otherwise
-end the user's turn and begin another.
+A chat template is a Jinja program that comes with the model, so it is not trusted: `_render.py` renders it in a
+separate process with limits on time and memory, which takes about 0.1 s. Templates of BUILTIN are rendered in this
+process. Messages are not trusted either: `encode_chat` refuses a message that contains a special token, since it
+could end the user's turn and begin another (prompt injection).
 
     end_of_answer(tok)           "<|im_end|>": the token that the template writes after every answer
-    with_end(tok)                the same tokenizer, whose template ends every answer and whose eos_ids say how
-    answer_ends(tok)             the ids at which a chat stops
-    styled(tok, "alpaca")        the same tokenizer with the template of a style, as a model is tuned and saved with it
+    with_end(tok)                the same tokenizer with a template that ends every answer with one of its eos_ids
+    answer_ends(tok)             the stop ids of a chat
+    styled(tok, "alpaca")        the same tokenizer with the template of a prompt style, for fine-tuning
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whol
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
-START_TIMEOUT_S = 20.0  # for the process to be there, which a busy machine may delay
+START_TIMEOUT_S = 20.0  # until the rendering process has started; a busy machine may delay it
 
 Message = dict[str, Any]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -76,9 +76,9 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # before a template of BUILTIN, for a model whose texts begin with that token
+BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer has add_bos
 
-# Before a template that writes no token after an answer: every answer ends with end-of-text. A call of a tool does not.
+# Prepended to a template that writes no token after an answer: appends eos_token to every answer except tool calls.
 END = (
     "{% set with_ends = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -89,15 +89,15 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"  # to find in what a template writes
+_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"  # to look for in rendered text
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
-    """The conversation as text, by the template that is given, else by the tokenizer's own.
+    """Render a conversation as text.
 
     Args:
-        template: a name of BUILTIN, or a template.
-        options: as for `render`: add_generation_prompt, tools, timeout_s, max_chars.
+        template: a key of BUILTIN, or a Jinja template. None: the tokenizer's own chat template.
+        options: passed on to `render`: add_generation_prompt, tools, timeout_s, max_chars.
     """
     template = tokenizer.chat_template if template is None else BUILTIN.get(template, template)
     if template is None:
@@ -109,14 +109,14 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
 
 
 def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
-    """What a template knows as bos_token and eos_token; "" where there is none."""
+    """The values of bos_token and eos_token in a template; "" if the tokenizer has none."""
     names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = next(iter(stop_ids(tokenizer)), None)
     return names.get(tokenizer.bos_id, ""), names.get(eos, "")
 
 
 def is_builtin(template: str) -> bool:
-    """Whether gptjax wrote the template, which is then rendered in this process."""
+    """Whether the template is one of BUILTIN, which are trusted and rendered in this process."""
     return template.removeprefix(END).removeprefix(BEGIN) in BUILTIN.values()
 
 
@@ -124,11 +124,12 @@ def is_builtin(template: str) -> bool:
 
 
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
-    """The token that the tokenizer's chat template writes after every answer, the last one (where it may be left out)
-    and earlier ones; None if it writes none.
+    """The token that the tokenizer's chat template writes after every answer; None if it writes none.
+
+    A template may omit it after the last answer.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
-        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": the last is of a finished text
+        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": <|endoftext|> ends the text
         ..ASSISTANT: Hello!                                              None
     """
     if tokenizer.chat_template is None:
@@ -141,7 +142,7 @@ def end_of_answer(tokenizer: Tokenizer) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_token: str) -> str | None:
-    asked, answer, more = (
+    question, answer, next_question = (
         {"role": role, "content": text} for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
     )
 
@@ -151,28 +152,30 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
     def first_after(text: str) -> str | None:
         return first_of(text.partition(_ANSWER)[2].partition(_NEXT)[0], tokens)
 
-    for system in ([], [{"role": "system", "content": "system"}]):  # some templates ask for one
+    for system in ([], [{"role": "system", "content": "system"}]):  # some templates require a system message
         try:
-            last = first_after(write([*system, asked, answer], False))
+            last = first_after(write([*system, question, answer], False))
         except UserError:
             continue
         try:
-            text = write([*system, asked, answer, more], True)
-        except UserError:  # a template of one turn
+            text = write([*system, question, answer, next_question], True)
+        except UserError:  # a single-turn template
             return last
         earlier, before = first_after(text), text.partition(_QUESTION)[0]
         if last is None and earlier and not before.rstrip().endswith(earlier):
-            return earlier  # which it leaves out after the last answer; if it begins a question, it ends nothing
+            return earlier  # omitted after the last answer; a token that also begins a question ends no answer
         return last if earlier == last else None
     return None
 
 
 def with_end(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, with a chat template that ends every answer with a token, which is one of its eos_ids: the first,
-    unless the template means another one by eos_token. A template that ends none gets END: end-of-text follows.
+    """The same tokenizer with a chat template that ends every answer with a token of eos_ids.
+
+    That token becomes the first of eos_ids, unless the template uses eos_token for another one. A template that writes
+    no token after answers is prefixed with END, which appends the end-of-text token.
 
     Raises:
-        UserError: the template ends no answer, and there is no end-of-text.
+        UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.
     """
     end, template = end_of_answer(tokenizer), tokenizer.chat_template
     assert template is not None
@@ -192,17 +195,17 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end an answer in a chat: `stop_ids`, and the one that the chat template writes after an answer."""
+    """The stop ids of a chat: `stop_ids`, and the token that the chat template writes after an answer."""
     end = end_of_answer(tokenizer)
     return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of an answer without special tokens, so that `encode_chat` takes it again."""
+    """The text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    while found := found_in(text, tokenizer.special_tokens):  # spelled by other tokens
-        for name in found:
+    while names := found_in(text, tokenizer.special_tokens):  # spelled out in ordinary tokens
+        for name in names:
             text = text.replace(name, "")
     return text
 
@@ -215,22 +218,25 @@ def default_style(tokenizer: Tokenizer) -> Style:
 
 
 def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """The tokenizer with the chat template of a style, in which every answer ends with one of its eos_ids. A model
-    tuned in a style is saved with it: then `gptjax chat` and exports write and stop as the training did.
+    """The same tokenizer with the chat template of a prompt style, in which every answer ends with one of its eos_ids.
+
+    A fine-tuned model is saved with this tokenizer, so `gptjax chat` and exported models use the template and the stop
+    tokens of the training.
 
     Args:
         style: chat    the tokenizer's own template
                chatml  "<|im_start|>user", "<|im_end|>", ..
                alpaca  preamble (or the system message), "### Instruction:", "### Input:", "### Response:"
                phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
-               None    chat where the tokenizer has a template, else alpaca
-            Markers that the vocabulary has no token for are plain text. The tokenizer's end-of-text follows every
-            answer, unless the template writes a token there: <|im_end|>, <|end|>, or what its own template has.
+               None    chat if the tokenizer has a template, else alpaca
+            Markers that are not in the vocabulary are encoded as ordinary text. Every answer ends with the token that
+            the template writes there (<|im_end|>, <|end|>, ..), else with the tokenizer's end-of-text token.
 
     Raises:
-        UserError: no such style; no chat template; nothing that could end an answer.
-    Source: alpaca is chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3 is that of
-        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book is without <|end|>).
+        UserError: no such style; no chat template; no token that could end an answer.
+
+    Source: alpaca: chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3: the template of
+        microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book omits <|end|>).
     """
     style = style or default_style(tokenizer)
     if style not in STYLES:
@@ -252,7 +258,7 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Lines for a log: how conversations are written, and where an answer ends. `tokenizer` as it came."""
+    """Log lines that name the prompt style and the token that ends an answer. `tokenizer`: before `styled`."""
     named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
@@ -264,7 +270,7 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
 
 
 def with_input(tokenizer: Tokenizer, message: Message) -> str:
-    """The content of a message, and the "input" of an Alpaca record, where it has one, under the template's heading.
+    """The content of a message, followed by the "input" of an Alpaca record, if any, under the template's heading.
 
     {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
     """
@@ -283,22 +289,22 @@ def encode_chat(
     allow_special_in_content: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The ids of `apply`, where special tokens mean their id.
+    """The token ids of the text of `apply`; special tokens are encoded as their ids.
 
     Args:
-        allow_special_in_content: also those inside a message, which may then end its turn.
+        allow_special_in_content: allow special tokens inside messages, which may then end a turn.
 
     Raises:
-        UserError: a message, or a tool, contains a special token.
+        UserError: a message or a tool contains a special token.
     """
     text = apply(tokenizer, messages, template, **options)
     if not allow_special_in_content:
-        parts = {f"messages[{i}]": message for i, message in enumerate(messages)} | {"tools": options.get("tools")}
+        values = {f"messages[{i}]": message for i, message in enumerate(messages)} | {"tools": options.get("tools")}
         problems = [
-            f"{where} contains the special token {', '.join(sorted(found))}: take it out, "
-            "or say allow_special_in_content=True if it may act as one"
-            for where, part in parts.items()
-            if (found := found_in("\0".join(strings(part)), tokenizer.special_tokens))
+            f"{location} contains the special token {', '.join(sorted(names))}: remove it, "
+            "or pass allow_special_in_content=True to encode it as its id"
+            for location, value in values.items()
+            if (names := found_in("\0".join(strings(value)), tokenizer.special_tokens))
         ]
         if problems:
             raise UserError.all(problems)
@@ -316,21 +322,21 @@ def render(
     timeout_s: float = 1.0,
     max_chars: int = 64 * 1024,
 ) -> str:
-    """The text that a chat template makes of a conversation, as transformers' apply_chat_template makes it.
+    """Render a conversation with a chat template, like apply_chat_template of transformers.
 
     Args:
-        add_generation_prompt: end where the assistant begins to speak.
-        tools: JSON schemas of functions, for templates that know of them.
-        timeout_s: wall-clock time of the template itself.
-        max_chars: of the result.
+        add_generation_prompt: end with the header of the assistant's turn.
+        tools: JSON schemas of functions, for templates that support tools.
+        timeout_s: limit on the wall-clock time of the rendering.
+        max_chars: limit on the length of the result.
 
     Raises:
-        UserError: messages that are none; a template that is wrong, raises, or goes beyond a limit.
+        UserError: invalid messages; a template that is invalid, raises an error, or exceeds a limit.
     """
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # else undefined, as in transformers
+    context |= {"bos_token": bos_token} if bos_token else {}  # undefined if empty, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:
@@ -377,7 +383,7 @@ def _check(template: Any, messages: Any, tools: Any) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All texts inside a JSON value, keys too."""
+    """All strings inside a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -390,9 +396,9 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
-    kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
+    env = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=kept) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=env) as child:
         assert child.stdin and child.stdout
         try:
             with _deadline(child, START_TIMEOUT_S):
@@ -402,7 +408,7 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
                 started = child.stdout.readline(len(_render.READY)) == _render.READY
             start = time.monotonic()
             with _deadline(child, timeout_s):
-                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # of JSON, up to 12 bytes a character
+                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # JSON: up to 12 bytes per character
             seconds = time.monotonic() - start
         finally:
             child.kill()
@@ -418,7 +424,7 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _deadline(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
-    """Ends the process if the block inside, which waits for it, takes longer."""
+    """Kill the child process if the block takes longer than `seconds`."""
     timer = threading.Timer(seconds, child.kill)
     timer.start()
     try:

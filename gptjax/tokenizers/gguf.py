@@ -1,11 +1,12 @@
-"""The vocabulary inside a GGUF file, in and out: the keys `tokenizer.*` of its metadata.
+"""Import and export of the tokenizer in a GGUF file: the keys `tokenizer.*` of its metadata.
 
     tok = from_metadata(gguf.read("model.gguf").metadata)
-    gguf.write(path, {**of_the_model, **to_metadata(tok)}, tensors)
+    gguf.write(path, {**model_metadata, **to_metadata(tok)}, tensors)
 
-llama.cpp has two kinds that matter here. `gpt2` is byte-level BPE: tokens in GPT-2's alphabet, a list of merges, and
-`pre`, the name of a way to cut words. `llama` is SentencePiece's BPE: no merges, of all neighbours that make a token
-those with the highest score are joined; blanks are written as `▁`, and characters that are no token as bytes `<0xE2>`.
+Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: tokens in GPT-2's alphabet, a list of
+merges, and `pre`, the name of a pre-tokenizer. `llama` is SentencePiece BPE without a list of merges: of all adjacent
+pairs that make a token, the one with the highest score is merged. Blanks are written as `▁`, and characters that are no
+token as bytes such as `<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
 """
@@ -25,16 +26,16 @@ from gptjax.tokenizers.base import Base, Tokenizer, refuse, stop_ids, string_lis
 from gptjax.tokenizers.bpe import BPE, alphabet, foreign, printable, token_bytes
 from gptjax.tokenizers.chars import Chars
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of a token
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-MAX_TOKEN, MAX_TEXT = 512, 4 << 20  # characters in one token, and in all: 262,144 tokens of 8 make 2 million
-MAX_PAIRS = 1 << 20  # ways to join two pieces to a piece; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these by name too
+MAX_TOKEN, MAX_TEXT = 512, 4 << 20  # characters per token, and in total: 262,144 tokens of 8 make 2 million
+MAX_PAIRS = 1 << 20  # pairs of pieces that make a piece; Gemma has 0.6 million
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp also stops at these, by name
 
 
 class Pre(NamedTuple):
-    """How a pre-tokenizer of llama.cpp is done here: a key of `patterns.SCHEMES`, and what the file does not say."""
+    """Our equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that GGUF omits."""
 
     scheme: str
     nfc: bool = False  # the model's own tokenizer normalizes; llama.cpp does not
@@ -58,10 +59,10 @@ PRE = {
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Base:
-    """The tokenizer that a GGUF file's metadata describe.
+    """The tokenizer that the metadata of a GGUF file describe.
 
     Raises:
-        UserError: all that is wrong with the entries; a kind of vocabulary or pre-tokenizer that is unknown here.
+        UserError: invalid entries, or an unsupported tokenizer model or pre-tokenizer.
     """
     kinds: dict[str, type] = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
     kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
@@ -79,10 +80,10 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
         raise UserError(f"tokenizer.ggml.model: expected gpt2 or llama, got {kind!r:.60}")
     tokenizer: Base | None = _chars(tokens, types) if kind == "gpt2" else None
     if tokenizer is None:
-        parts = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
+        data = _byte_level(metadata, tokens) if kind == "gpt2" else _sentencepiece(metadata, tokens, types)
         added = [i for i in range(len(tokens)) if types[i] in (*SPECIAL, USER_DEFINED)]
-        parts["added_tokens"] = [hf.added_token(tokens[i], i, types[i] in SPECIAL) for i in added]
-        tokenizer = hf.from_data(parts)
+        data["added_tokens"] = [hf.added_token(tokens[i], i, types[i] in SPECIAL) for i in added]
+        tokenizer = hf.from_data(data)
     default_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _ADD_BOS
     turn = [tokenizer.special_tokens[name] for name in END_OF_TURN if name in tokenizer.special_tokens]
     bos, *eos, pad = (metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "eot", "padding"))
@@ -103,46 +104,48 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     tokens = string_list(metadata.get("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", problems)
     if not tokens and not problems:
         problems.append("tokenizer.ggml.tokens: the vocabulary is empty")
-    types = _numbers(metadata, "token_type", "iu", len(tokens), problems)
+    types = _per_token(metadata, "token_type", "iu", len(tokens), problems)
     sizes = [len(token) for token in tokens]
     if max(sizes, default=0) > MAX_TOKEN or sum(sizes) > MAX_TEXT:
         problems.append(
-            f"tokenizer.ggml.tokens: {max(sizes)} characters in one token and {sum(sizes)} in all, at most {MAX_TOKEN} "
-            f"and {MAX_TEXT} are read"
+            f"tokenizer.ggml.tokens: {max(sizes)} characters in one token and {sum(sizes)} in total, at most "
+            f"{MAX_TOKEN} and {MAX_TEXT} are supported"
         )
     refuse("gguf", problems)
     return tokens, [NORMAL] * len(tokens) if types is None else types
 
 
-_PADDING = "[PAD{i}]"  # what llama.cpp's converters call a row of the model that belongs to no token
+_PADDING = "[PAD{i}]"  # llama.cpp's converters name padding rows of the embedding matrix so
 _PER_TOKEN = ("tokens", "token_type", "scores")
 
 
 def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The vocabulary as far as it has tokens: the unused ones at its end, called after their ids, are only rows."""
+    """The metadata without padding tokens: unused tokens at the end of the vocabulary, named after their ids."""
     lists: list[Any] = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
     tokens, types, _ = lists
-    flat = all(isinstance(kept, list) or (isinstance(kept, np.ndarray) and kept.ndim == 1) for kept in lists[:2])
+    flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
-    if not flat or any(np.shape(kept)[:1] != (n,) for kept in lists[1:] if kept is not None):
-        return dict(metadata)  # what is wrong with it is said where it is read
+    if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
+        return dict(metadata)  # `_tokens` and `_per_token` report the problem
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
-    cut = {f"tokenizer.ggml.{key}": kept[:n] for key, kept in zip(_PER_TOKEN, lists, strict=True) if kept is not None}
-    return {**metadata, **cut}
+    entries = zip(_PER_TOKEN, lists, strict=True)
+    shortened = {f"tokenizer.ggml.{key}": items[:n] for key, items in entries if items is not None}
+    return {**metadata, **shortened}
 
 
 def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The metadata of `to_metadata` with an unused token for each further row of the model: llama.cpp wants as many
-    tokens as there are rows.
+    """The metadata of `to_metadata`, padded with unused tokens to the number of rows of the embedding matrix.
+
+    llama.cpp requires as many tokens as there are rows.
 
     Raises:
-        UserError: a token is called so already.
+        UserError: a token with the name of a padding token exists.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     more = [_PADDING.format(i=i) for i in range(len(tokens), rows)]
     if twice := sorted(set(more) & set(tokens))[:3]:
-        raise UserError(f"{twice} are tokens already: a row of the model that belongs to none cannot be called so too")
+        raise UserError(f"{twice} are tokens already: the padding rows of the embedding need these names")
     types = np.append(metadata["tokenizer.ggml.token_type"], np.full(len(more), UNUSED, np.int32))
     out = {**metadata, "tokenizer.ggml.tokens": [*tokens, *more], "tokenizer.ggml.token_type": types}
     if (scores := metadata.get("tokenizer.ggml.scores")) is not None:
@@ -151,23 +154,23 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
     return out
 
 
-def _numbers(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
-    """The list under tokenizer.ggml.`key`, one number a token; None if it is not there."""
+def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
+    """The list tokenizer.ggml.`key`, with one number per token; None if it is missing."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
     try:
-        numbers = np.asarray(metadata[key])
+        values = np.asarray(metadata[key])
     except ValueError:
-        numbers = np.array("ragged")
-    if numbers.shape != (n,) or numbers.dtype.kind not in kinds or not np.isfinite(numbers).all():
-        problems.append(f"{key}: expected {n} numbers, one a token, got {numbers.dtype}{list(numbers.shape)}")
+        values = np.array("ragged")
+    if values.shape != (n,) or values.dtype.kind not in kinds or not np.isfinite(values).all():
+        problems.append(f"{key}: expected {n} numbers, one per token, got {values.dtype}{list(values.shape)}")
         return None
-    return numbers.tolist()
+    return values.tolist()
 
 
 def _chars(tokens: list[str], types: list[int]) -> Chars | None:
-    """The tokenizer of characters, if that is what `to_metadata` was given: every token is one, then special ones."""
+    """The `Chars` tokenizer that `to_metadata` exported: characters followed by special tokens. Else None."""
     n = types.count(NORMAL)
     if types[:n] != [NORMAL] * n or not set(types[n:]) <= set(SPECIAL) or foreign(tokens[:n], ""):
         return None
@@ -193,9 +196,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, Any
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
     problems: list[str] = []
-    scores = _numbers(metadata, "scores", "f", len(tokens), problems)
+    scores = _per_token(metadata, "scores", "f", len(tokens), problems)
     if scores is None and not problems:
-        problems.append("tokenizer.ggml.scores is missing: it says which neighbours are joined first")
+        problems.append("tokenizer.ggml.scores is missing: it decides which pairs are merged first")
     refuse("gguf", problems)
     assert scores is not None
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -210,23 +213,23 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
-    """All pairs of pieces that make a piece, the pieces with the highest score first.
+    """The merges that the scores imply: all pairs of pieces that make a piece, by descending score of that piece.
 
     Raises:
-        UserError: there are more than any vocabulary has.
+        UserError: more than MAX_PAIRS pairs.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
-    cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    same = {piece: piece for piece in pieces}  # one text in memory, however often it is cut out
-    pairs = ([same[left], same[right]] for left, right in cuts if left in same and right in same)
-    found = list(itertools.islice(pairs, MAX_PAIRS + 1))
-    if len(found) > MAX_PAIRS:
-        raise UserError(f"tokenizer.ggml.tokens: its pieces join in more than {MAX_PAIRS} ways, which are not read")
-    return found
+    cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
+    interned = {piece: piece for piece in pieces}  # one string object per piece, to save memory
+    pairs = ([interned[left], interned[right]] for left, right in cuts if left in interned and right in interned)
+    merges = list(itertools.islice(pairs, MAX_PAIRS + 1))
+    if len(merges) > MAX_PAIRS:
+        raise UserError(f"tokenizer.ggml.tokens: more than {MAX_PAIRS} pairs of pieces make a piece: not supported")
+    return merges
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:
-    """How blanks become `▁` and come back, with one before the text or without."""
+    """Normalizer and decoder that replace blanks by `▁` and back. `prefix`: add a blank before the text."""
     before = [{"type": "Prepend", "prepend": BLANK}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     to_blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
@@ -241,12 +244,12 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The keys of a GGUF file from which llama.cpp gives the same ids: lists of str, numpy arrays, int, bool, str.
+    """The GGUF metadata with which llama.cpp gives the same ids. Values: lists of str, numpy arrays, int, bool, str.
 
-    A model of characters has no token that ends a text, and llama.cpp then stops at id 11; see `extend`.
+    A chars tokenizer has no end-of-text token, in which case llama.cpp stops at id 11. `extend` adds one.
 
     Raises:
-        UserError: a kind of vocabulary that llama.cpp has no place for.
+        UserError: llama.cpp does not support this kind of tokenizer.
     """
     if tokenizer.kind not in MODELS:
         raise UserError(
@@ -256,7 +259,7 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     metadata, ordinary = MODELS[tokenizer.kind](tokenizer)
     special = whole_tokens(tokenizer)
     if twice := sorted(ordinary.keys() & special.keys())[:3]:
-        raise UserError(f"GGUF needs a different text for each token; these are pieces and special tokens: {twice}")
+        raise UserError(f"GGUF needs distinct tokens; these are both ordinary and special tokens: {twice}")
     ids = ordinary | special
     types = np.full(len(ids), NORMAL, np.int32)
     types[list(tokenizer.special_tokens.values())] = CONTROL
@@ -280,7 +283,7 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
-Vocabulary = tuple[dict[str, Any], dict[str, int]]  # metadata of its own, and the ids of the ordinary tokens
+Vocabulary = tuple[dict[str, Any], dict[str, int]]  # (metadata, {ordinary token: id})
 
 
 def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
@@ -294,25 +297,25 @@ def _from_bpe(tokenizer: BPE) -> Vocabulary:
     whole = [token for token in map(printable, tokenizer.ranks) if len(token) > 1 and token not in made]
     if whole and not PRE[pre].ignore_merges:
         raise UserError(
-            f"{len(whole)} tokens, first {whole[0]!r}, stand for a word that no merges make; "
-            f"llama.cpp knows such tokens only with words cut as {', '.join(_ADD_BOS)}"
+            f"{len(whole)} tokens, first {whole[0]!r}, are words that no merges make; llama.cpp supports them only "
+            f"with the pre-tokenizers {', '.join(_ADD_BOS)}"
         )
     return _gpt2(pre, tokenizer.merges, {printable(token): i for token, i in tokenizer.ranks.items()})
 
 
 def _from_chars(tokenizer: Chars) -> Vocabulary:
-    """A character of several bytes becomes a token of several letters of GPT-2's alphabet, and is joined from them."""
+    """A multi-byte character becomes a token of several characters of GPT-2's alphabet, with merges that make it."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
-    merges = {f"{token[:at]} {token[at]}": None for token in ids for at in range(1, len(token))}
+    merges = {f"{token[:i]} {token[i]}": None for token in ids for i in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
 def _from_hf(tokenizer: hf.HF) -> Vocabulary:
-    """SentencePiece's BPE, where the order of the merges becomes a score for each token."""
+    """SentencePiece BPE: the order of the merges becomes a score per token."""
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
     refusal = UserError(
-        "this tokenizer cannot go into a GGUF file: llama.cpp has no way to cut text that gives the same ids; "
+        "this tokenizer cannot go into a GGUF file: no tokenizer model of llama.cpp gives the same ids; "
         "export with `gptjax export hf` instead"
     )
     if model.get("type") != "BPE" or model.get("byte_fallback") is not True or prefix is None:
@@ -334,7 +337,7 @@ def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
 
 
-MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> what writes its vocabulary
+MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> function that writes its vocabulary
     "bpe": _from_bpe,
     "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
     "chars": _from_chars,
@@ -343,20 +346,21 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> what writes its vo
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Is a blank put before the text? None: blanks are not written as `▁`, or words are cut at them.
+    """Whether a blank is added before the text. None: blanks are not written as `▁`, or words are split at them.
 
-    Metaspace puts none where one is, and as "first" none after a special token; llama.cpp and SentencePiece do.
+    Metaspace adds no blank where there is one, and with "first" none after a special token, unlike llama.cpp and
+    SentencePiece.
     """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))
     if before in (None, _AT_BLANKS) and normalizer in (with_blank, without, without["normalizers"][0]):
         return normalizer == with_blank
-    if normalizer is None and before in [_METASPACE | {"prepend_scheme": where} for where in _PREFIX]:
+    if normalizer is None and before in [_METASPACE | {"prepend_scheme": scheme} for scheme in _PREFIX]:
         return _PREFIX[before["prepend_scheme"]]
     return None
 
 
-# Gemma's: it cuts nothing, since the normalizer leaves no blank.
+# Gemma's pre-tokenizer, which splits nothing, since the normalizer leaves no blanks.
 _AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 _PREFIX = {"never": False, "first": True, "always": True}

@@ -1,19 +1,19 @@
-"""tokenizer.json of Hugging Face, in and out.
+"""Import and export of Hugging Face tokenizers (tokenizer.json).
 
-    tok = from_folder("SmolLM2-135M-Instruct")     a model's folder
-    tok = from_hf(text, tokenizer_config)          the text of a tokenizer.json
+    tok = from_folder("SmolLM2-135M-Instruct")     from a model's folder
+    tok = from_hf(text, tokenizer_config)          from the text of a tokenizer.json
     files = to_hf(tok)                             {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
 
-Byte-level BPE whose words are cut in a way we know becomes a `BPE` and runs in tiktoken; everything else keeps its file
-and runs in `tokenizers`. tiktoken joins any neighbours that make a token, `tokenizers` only pairs that are listed.
-Both give the same ids when
+Byte-level BPE with a known pre-tokenizer becomes a `BPE`, which tiktoken runs. Every other tokenizer keeps its
+tokenizer.json and is run by `tokenizers`. tiktoken merges any adjacent pair that makes a token; `tokenizers` merges
+only the listed pairs. Both give the same ids if
 
-    the listed pairs make tokens of ascending ids, and
-    no token, cut by its own merges, falls into exactly two pieces (tiktoken alone would join them), and
-    a token that its merges do not make is there only under `ignore_merges` (a word that is a token is not cut).
+    the tokens that the listed merges make have ascending ids, and
+    encoding a token with the merges never gives exactly two pieces (tiktoken would merge them), and
+    tokens that the merges do not make exist only with `ignore_merges` (a word that is a token is not split).
 
-For neighbours x y that make t were joined from t's bytes alone, as t alone would be: nothing crossed their ends. So x y
-is the last step of cutting t, the only one that can make t, and it is listed unless t falls into two pieces.
+Proof: an adjacent pair x y that makes t was merged from t's bytes alone, without a merge across its ends. So x y is the
+state before the last merge in encoding t. That merge is listed, unless encoding t ends with these two pieces.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an ad
 
 
 class HF(Base):
-    """A tokenizer.json, run by `tokenizers`. Added tokens and what surrounds them are its business too."""
+    """A tokenizer.json, run by `tokenizers`, which also handles the added tokens and the white space around them."""
 
     kind = "hf"
     name = "hf"
 
     def __init__(self, data: dict[str, Any]) -> None:
-        """`data` is the JSON object; `check` has passed it."""
+        """`data`: the JSON object of a tokenizer.json that passed `check`."""
         self._data = data
         ids = check(data)
         tokens = data["added_tokens"]
@@ -88,9 +88,9 @@ class HF(Base):
 
     def encode(self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all") -> list[int]:
         allowed = self._allowed(text, allowed_special, disallowed_special)
-        found = found_in(text, self.special_tokens)
-        plain = found - allowed if found & allowed else set(self.special_tokens)
-        runner = self._as_text(frozenset(plain)) if found - allowed else self._runner
+        present = found_in(text, self.special_tokens)
+        plain = present - allowed if present & allowed else set(self.special_tokens)
+        runner = self._as_text(frozenset(plain)) if present - allowed else self._runner
         with rust("encode"):
             return runner.encode(text, add_special_tokens=False).ids
 
@@ -105,17 +105,17 @@ class HF(Base):
             return self._runner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
     def _as_text(self, names: frozenset[str]) -> Any:
-        """One that reads these special tokens as plain text."""
+        """A `tokenizers.Tokenizer` that encodes these special tokens as ordinary text."""
         if names not in self._readers:
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # a large one takes 200 MB
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # a large vocabulary takes 200 MB
         return self._readers[names]
 
 
 def without_last(tokenizer: HF) -> HF:
-    """The same tokenizer without its last token, an added one."""
+    """The same tokenizer without its last token, which must be an added token."""
     tokens = [token for token in tokenizer._data["added_tokens"] if token["id"] != tokenizer.vocab_size - 1]
     settings = {name: getattr(tokenizer, name) for name in SETTINGS}
     return HF(tokenizer._data | {"added_tokens": tokens}).replace(**settings)
@@ -125,10 +125,13 @@ def without_last(tokenizer: HF) -> HF:
 
 
 def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = None) -> Base:
-    """The tokenizer of a model's folder: tokenizer.json (`data` if it is read already), or vocab.json and merges.txt.
+    """The tokenizer of a model's folder, from tokenizer.json, or from vocab.json and merges.txt.
 
     tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and chat_template.jinja are
-    read where they are there.
+    read if present.
+
+    Args:
+        data: the content of tokenizer.json, if the caller has parsed it already.
     """
     folder = Path(folder)
     config = _object(folder / "tokenizer_config.json")
@@ -154,15 +157,16 @@ def from_hf(
     special_tokens_map: dict[str, Any] | None = None,
     generation_config: dict[str, Any] | None = None,
 ) -> Base:
-    """A tokenizer from the text of a tokenizer.json, or from its Path.
+    """A tokenizer from the text or the path of a tokenizer.json.
 
     Args:
-        config: tokenizer_config.json, which names the special tokens and may hold the chat template.
-        special_tokens_map: the older file that names them.
-        generation_config: its eos_token_id may list several.
+        source: the text (str), or the file (Path).
+        config: content of tokenizer_config.json, which names the special tokens and may contain the chat template.
+        special_tokens_map: content of the older file that names the special tokens.
+        generation_config: content of generation_config.json, whose eos_token_id may be a list.
 
     Raises:
-        UserError: all that is wrong with it.
+        UserError: the tokenizer is invalid; all problems are named.
     """
     text = read_text(source) if isinstance(source, Path) else source
     data = parse_json(text, str(source) if isinstance(source, Path) else "tokenizer.json")
@@ -175,12 +179,12 @@ def from_data(
     special_tokens_map: Mapping[str, Any] = MappingProxyType({}),
     generation_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> Base:
-    """`from_hf` of what is parsed already."""
+    """Like `from_hf`, from parsed JSON."""
     ids = check(data)
     named = {**special_tokens_map, **config}
     roles, special = _roles(named)
     problems = [
-        f"{role} {name!r:.60} is not in the vocabulary: correct tokenizer_config.json, or take that line out"
+        f"{role} {name!r:.60} is not in the vocabulary: correct tokenizer_config.json, or remove that line"
         for role, name in roles.items()
         if name not in ids
     ]
@@ -188,7 +192,7 @@ def from_data(
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
     template = config.get("chat_template")
-    if isinstance(template, list):  # several
+    if isinstance(template, list):  # several named templates
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     eos = generation_config.get("eos_token_id")
     eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []
@@ -196,18 +200,18 @@ def from_data(
     bos_id = ids.get(roles.get("bos_token", "")) if "bos_token" in named else generation_config.get("bos_token_id")
     return tokenizer.replace(
         bos_id=bos_id,
-        eos_ids=tuple(i for at, i in enumerate(eos_ids) if i not in eos_ids[:at]),
+        eos_ids=tuple(i for n, i in enumerate(eos_ids) if i not in eos_ids[:n]),
         pad_id=ids.get(roles.get("pad_token", "")),
-        add_bos=bos_id is not None and _adds(data, config, bos_id),
+        add_bos=bos_id is not None and _adds_bos(data, config, bos_id),
         chat_template=template,
     )
 
 
 def check(data: Any) -> dict[str, int]:
-    """The ids of all tokens of a tokenizer.json; its parts that we build on are as they should be.
+    """Validate a tokenizer.json and return {token: id}, added tokens included.
 
     Raises:
-        UserError: all problems: wrong types, ids twice or left out, merges of unknown tokens.
+        UserError: wrong types, duplicate or missing ids, chains of steps beyond the limits; all problems are named.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -254,7 +258,7 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     used = set(ids.values())
     problems = []
     if len(used) < len(ids):
-        problems.append(f"{len(ids) - len(used)} ids stand there twice")
+        problems.append(f"{len(ids) - len(used)} duplicate ids")
     outside = sorted(used - set(range(len(ids))))
     if outside and len(used) == len(ids):
         missing = min(set(range(len(ids))) - used)
@@ -262,8 +266,8 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # of a chain of normalizers, pre-tokenizers, decoders or post-processors
-MAX_GROWTH = 1024  # characters of what such chains make of one
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits of a chain of normalizers, pre-tokenizers, decoders or post-processors
+MAX_GROWTH = 1024  # output characters per input character of such chains
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -272,7 +276,7 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
-    """Chains that are no chains of real tokenizers: 12 replacements of one letter by ten make a terabyte of it."""
+    """Problems of chains that no real tokenizer has: 12 replacements of one letter by ten make a terabyte of it."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -283,13 +287,13 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
         growth[name] = math.prod(map(_growth, steps[:MAX_STEPS]))
     for names in (("normalizer", "pre_tokenizer"), ("decoder",)):
         if (most := math.prod(growth[name] for name in names)) > MAX_GROWTH:
-            yield f"{' and '.join(names)}: {most:,} characters can come of one, at most {MAX_GROWTH:,} are allowed"
+            yield f"{' and '.join(names)}: {most:,} characters per input character are possible, {MAX_GROWTH:,} allowed"
 
 
-def _steps(part: Any, key: str) -> tuple[list[Any], int]:
-    """(the steps of a chain, in any depth, and how deep they lie); more than MAX_STEPS are not counted."""
+def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
+    """(the steps of a chain at any depth, its nesting depth). Counting ends beyond MAX_STEPS."""
     steps: list[Any] = []
-    level, depth = [part], 0
+    level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
         below = []
         for step in level:
@@ -303,7 +307,7 @@ def _steps(part: Any, key: str) -> tuple[list[Any], int]:
 
 
 def _growth(step: Any) -> int:
-    """How many characters such a step can make of one."""
+    """The maximal number of output characters per input character of a step."""
     kind = _type(step)
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
@@ -317,7 +321,7 @@ def _growth(step: Any) -> int:
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """({"eos_token": "</s>", ..}, all tokens that are named as special)."""
+    """({"eos_token": "</s>", ..}, the names of all special tokens)."""
 
     def text(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
@@ -329,7 +333,7 @@ def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 
 def _with_special(data: dict[str, Any], names: set[str], ids: Mapping[str, int]) -> dict[str, Any]:
-    """The same file with these tokens marked as special, and without the settings that cut or fill texts."""
+    """The same tokenizer.json with these tokens marked as special, and without truncation and padding."""
     tokens = {t["content"]: added_token(t["content"], t["id"], False) | t for t in data.get("added_tokens", [])}
     for name in names:
         tokens[name] = tokens.get(name, added_token(name, ids[name], True)) | {"special": True}
@@ -342,14 +346,14 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
-    """The file as a `BPE` if that gives the same ids for every text."""
+    """The tokenizer.json as a `BPE`; None unless that gives the same ids for every text."""
     scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
     if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
     late = {char for token in listed if token["normalized"] for char in token["content"]}
     early = {char for token in listed if not token["normalized"] for char in token["content"]}
     if late and (data.get("normalizer") is not None or late & early):
-        return None  # added tokens are not found by their text alone, in one pass over the raw text
+        return None  # added tokens cannot be found in one pass over the raw text
     special = {token["content"]: token["id"] for token in listed if token["special"]}
     added = {token["content"]: token["id"] for token in listed if not token["special"]}
     tokens = [name for name in sorted(ids, key=ids.__getitem__) if name not in special and name not in added]
@@ -360,7 +364,7 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 
 def _scheme(data: dict[str, Any]) -> str | None:
-    """The key of SCHEMES, if normalizer, pre-tokenizer, decoder and model are of that known kind."""
+    """The key of SCHEMES that the file uses; None if normalizer, pre-tokenizer, decoder or model is another."""
     model = data["model"]
     before: Any = data.get("pre_tokenizer")
     steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
@@ -376,22 +380,22 @@ def _scheme(data: dict[str, Any]) -> str | None:
         or steps[-1].get("add_prefix_space") is not False
     ):
         return None
-    by_itself = steps[-1].get("use_regex", True) is True
-    if by_itself and len(steps) == 1:
+    uses_regex = steps[-1].get("use_regex", True) is True
+    if uses_regex and len(steps) == 1:
         return "gpt2"
-    if by_itself and steps[:-1] == [{"type": "Digits", "individual_digits": True}]:
+    if uses_regex and steps[:-1] == [{"type": "Digits", "individual_digits": True}]:
         return "smollm"
-    if not by_itself and len(steps) == 2 and _type(steps[0]) == "Split":
+    if not uses_regex and len(steps) == 2 and _type(steps[0]) == "Split":
         split = steps[0]
-        found = split.get("pattern", {}).get("Regex") if isinstance(split.get("pattern"), dict) else None
+        regex = split.get("pattern", {}).get("Regex") if isinstance(split.get("pattern"), dict) else None
         keeps_all = (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
-        names = (name for name, scheme in SCHEMES.items() if scheme.split == found)
-        return next(names, None) if keeps_all and found is not None else None
+        names = (name for name, scheme in SCHEMES.items() if scheme.split == regex)
+        return next(names, None) if keeps_all and regex is not None else None
     return None
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
-    """The three conditions of the module's docstring."""
+    """Whether the three conditions of the module docstring hold."""
     merges = pairs(model.get("merges"), ids)
     ordinary = {token: ids[token] for token in tokens}
     made = [ordinary.get(left + right, -1) for left, right in merges]
@@ -402,7 +406,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Into how many pieces the merges cut each of the tokens, all such numbers."""
+    """The set of the numbers of pieces into which the merges split the tokens."""
     from tokenizers import models
 
     with rust("model"):
@@ -430,8 +434,8 @@ def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _adds(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
-    """Does this tokenizer write the begin token before a text?"""
+def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
+    """Whether this tokenizer adds the beginning-of-sequence token before a text."""
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
     name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)
@@ -446,14 +450,14 @@ def _adds(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
     return False
 
 
-_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> scheme, and whether NFC
-_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # of a model_type
+_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> (scheme, nfc)
+_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type -> class
 
 
 def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
-    """vocab.json and merges.txt as the tokenizer.json they stand for: the class that reads them cuts the words.
+    """vocab.json and merges.txt as the equivalent tokenizer.json. The tokenizer class decides the pre-tokenizer.
 
-    Without tokenizer_class the model's own counts, and without a model GPT-2's, whose files they first were.
+    Without tokenizer_class, the class of the model_type is used; without a model_type, GPT2Tokenizer.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -467,7 +471,7 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
         raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
     scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # a merge may hold what splitlines cuts at
+    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines also splits inside merges
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
     added |= {name: token["id"] for name, token in listed.items()}
@@ -509,8 +513,8 @@ def _object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _type(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else None
+def _type(step: Any) -> Any:
+    return step.get("type") if isinstance(step, dict) else None
 
 
 def _runner(data: dict[str, Any]) -> Any:
@@ -521,15 +525,15 @@ def _runner(data: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def rust(where: str) -> Iterator[None]:
-    """`tokenizers` raises plain Exception, and where it gives up a PanicException, which is none."""
+def rust(location: str) -> Iterator[None]:
+    """Turn errors of `tokenizers` into UserError: it raises Exception, or PanicException, which is no Exception."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise UserError(f"{where}: {str(error)[:300]}") from None
+            raise UserError(f"{location}: {str(error)[:300]}") from None
         raise
 
 
@@ -537,10 +541,10 @@ def rust(where: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files of a Hugging Face folder: transformers' AutoTokenizer reads them and gives the same ids.
+    """{file name: text} of a Hugging Face folder. AutoTokenizer of transformers reads it and gives the same ids.
 
     Raises:
-        UserError: a kind that no tokenizer.json describes exactly.
+        UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
     """
     if tokenizer.kind not in MODELS:
         raise UserError(
@@ -565,7 +569,7 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # the model lists the special tokens too whose ids are not the last: `tokenizers` numbers all others after its own
+    # The model must list the special tokens whose ids are not last: `tokenizers` numbers other added tokens after it.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
@@ -580,12 +584,12 @@ def _from_bytes(tokenizer: Bytes) -> dict[str, Any]:
 
 def _from_chars(tokenizer: Chars) -> dict[str, Any]:
     model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(tokenizer.chars)}, "unk_token": "<unknown>"}
-    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    parts = {"normalizer": None, "pre_tokenizer": each, "decoder": {"type": "Fuse"}}
-    return _file(tokenizer, parts | {"model": model})
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    steps = {"normalizer": None, "pre_tokenizer": split, "decoder": {"type": "Fuse"}}
+    return _file(tokenizer, steps | {"model": model})
 
 
-MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind -> what writes its tokenizer.json
+MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind -> function that writes its tokenizer.json
     "bpe": _from_bpe,
     "bytes": _from_bytes,
     "chars": _from_chars,
@@ -593,23 +597,24 @@ MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind -> what writes it
 }
 
 
-def _file(tokenizer: Base, parts: dict[str, Any]) -> dict[str, Any]:
+def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
     tokens = [added_token(name, i, True) for name, i in tokenizer.special_tokens.items()]
     tokens += [added_token(name, i, False) for name, i in tokenizer.added_tokens.items()]
     after = None
-    if tokenizer.add_bos and tokenizer.bos_id is not None:  # a step that writes the begin token before a text
+    if tokenizer.add_bos and tokenizer.bos_id is not None:  # a post-processor that adds bos_id before a text
         name = tokenizer.decode([tokenizer.bos_id])
         bos = {"SpecialToken": {"id": name, "type_id": 0}}
-        one, two = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))
+        first, second = ({"Sequence": {"id": letter, "type_id": i}} for i, letter in enumerate("AB"))
         special = {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}}
-        after = {"type": "TemplateProcessing", "single": [bos, one], "pair": [bos, one, two], "special_tokens": special}
+        pair = [bos, first, second]
+        after = {"type": "TemplateProcessing", "single": [bos, first], "pair": pair, "special_tokens": special}
     start: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None}
     start |= {"added_tokens": sorted(tokens, key=lambda token: token["id"])}
-    return start | parts | {"post_processor": after}
+    return start | body | {"post_processor": after}
 
 
 def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
-    """Normalizer, pre-tokenizer and decoder of a byte-level BPE."""
+    """Normalizer, pre-tokenizer and decoder of a byte-level BPE, as in a tokenizer.json."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":
@@ -622,6 +627,6 @@ def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
 
 
 def bpe_model(vocab: dict[str, int], merges: list[Any], ignore_merges: bool, **more: Any) -> dict[str, Any]:
-    usual = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    usual |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges} | more
-    return {"type": "BPE", **usual, "vocab": vocab, "merges": merges}
+    settings = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    settings |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges} | more
+    return {"type": "BPE", **settings, "vocab": vocab, "merges": merges}

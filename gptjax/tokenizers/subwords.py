@@ -1,13 +1,13 @@
-"""WordPiece and Unigram: two other ways to cut words into pieces. Trained through `tokenizers`, run here.
+"""WordPiece and Unigram subword tokenizers. `tokenizers` trains them; encoding and decoding are done here.
 
-WordPiece  takes the longest piece the vocabulary holds, then the longest of what is left; a piece inside a word is
-           written with `##`:                        "lower" -> low ##er
-Unigram    every piece has a probability; of all ways to cut the word it takes the most probable one (Viterbi):
-                                                     "lower" -> lo wer   if log p(lo) + log p(wer) is the largest sum
+WordPiece  greedy longest match: takes the longest piece in the vocabulary that the rest of the word begins with.
+           A piece inside a word is written with `##`:   "lower" -> low ##er
+Unigram    every piece has a probability; takes the most probable segmentation of the word (Viterbi):
+                                                         "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
-Both work on bytes in GPT-2's printable alphabet (`bpe.alphabet`): every byte is a piece, so no text is unknown, and
-decoding gives the text back exactly. That differs from BERT and T5, which drop white space and have an [UNK].
-A word is cut every 64 characters, so a text without blanks costs no more than another.
+Both work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every byte is a piece, so every text can be encoded
+and decoding is exact. BERT and T5 differ: they drop white space and have an [UNK].
+Words are split every 64 characters, so encoding takes linear time for text without blanks, too.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -28,13 +28,13 @@ from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
 from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
-MAX_PIECE = 16  # bytes of a unigram piece
+MAX_PIECE = 16  # bytes per Unigram piece
 CACHE_WORDS = 1 << 18
 LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
 
 
 class _Pieces(Base):
-    """Words to pieces through `_cut`, with the words seen before kept; ids back through the bytes of each piece."""
+    """Base class: encodes each word with `_cut` and caches the result; decodes by the bytes of each piece."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
@@ -42,7 +42,7 @@ class _Pieces(Base):
         self.special_tokens = {END_OF_TEXT: len(pieces)}
         self._bytes = list(pieces)
         self._longest = max(map(len, pieces))
-        self._seen: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
 
     @abstractmethod
     def _cut(self, word: bytes) -> list[int]:
@@ -50,14 +50,14 @@ class _Pieces(Base):
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        seen = self._seen
+        cache = self._cache
         for word in SUBWORDS.findall(text):
-            found = seen.get(word)
-            if found is None:
-                if len(seen) >= CACHE_WORDS:
-                    seen.clear()
-                found = seen[word] = self._cut(word.encode())
-            ids += found
+            word_ids = cache.get(word)
+            if word_ids is None:
+                if len(cache) >= CACHE_WORDS:
+                    cache.clear()
+                word_ids = cache[word] = self._cut(word.encode())
+            ids += word_ids
         return ids
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -65,7 +65,7 @@ class _Pieces(Base):
 
 
 class WordPiece(_Pieces):
-    """Longest match first. `vocab` in the order of the ids, pieces inside a word with `##`."""
+    """Greedy longest match. `vocab`: the pieces in the order of their ids; those inside a word begin with `##`."""
 
     kind = "wordpiece"
 
@@ -104,14 +104,14 @@ class WordPiece(_Pieces):
 
 
 class Unigram(_Pieces):
-    """The most probable cut. `pieces` in the order of the ids, `scores` their log probabilities."""
+    """The most probable segmentation. `pieces` in the order of their ids; `scores`: their log probabilities."""
 
     kind = "unigram"
 
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        self._table: dict[bytes, tuple[float, int]] = {}  # beginnings of pieces too, so that a search can stop early
+        self._table: dict[bytes, tuple[float, int]] = {}  # also prefixes of pieces, to end a search early
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
         self._table |= {piece: (self.scores[i], i) for i, piece in enumerate(self._bytes)}
@@ -129,7 +129,7 @@ class Unigram(_Pieces):
             or len(scores) != len(pieces)
             or not all(type(score) in (int, float) and -1e6 < score <= 0 for score in scores)
         ):
-            problems.append(f"scores: expected {len(pieces)} finite numbers up to 0, one a piece")
+            problems.append(f"scores: expected {len(pieces)} finite log probabilities, one per piece")
         refuse("unigram", problems)
         return cls(pieces, scores)
 
@@ -137,8 +137,8 @@ class Unigram(_Pieces):
         return {"pieces": self.pieces, "scores": self.scores}
 
     def _cut(self, word: bytes) -> list[int]:
-        best = [0.0] + [-math.inf] * len(word)  # best[end]: log probability of the best cut of word[:end]
-        last = [(0, 0)] * (len(word) + 1)  # its last piece: (where it starts, id)
+        best = [0.0] + [-math.inf] * len(word)  # best[end]: log probability of the best segmentation of word[:end]
+        last = [(0, 0)] * (len(word) + 1)  # last[end]: its last piece, (start, id)
         for start in range(len(word)):
             for end in range(start + 1, len(word) + 1):
                 piece = self._table.get(word[start:end])
@@ -155,7 +155,7 @@ class Unigram(_Pieces):
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigram:
-    """Learns a vocabulary of up to `vocab_size` ids; a small text may not have so many useful pieces."""
+    """Train a vocabulary of at most `vocab_size` ids; a small text may yield fewer pieces."""
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
@@ -166,8 +166,8 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
 def _train_wordpiece(words: Iterable[str], size: int) -> WordPiece:
     from tokenizers import Tokenizer, models, trainers
 
-    # Given as special tokens the single bytes keep this order; left to the trainer it would change with each run,
-    # and with it which of two equally frequent pairs is joined first.
+    # Passed as special tokens, the single bytes keep this order. The trainer's own order would differ between runs, and
+    # with it which of two equally frequent pairs is merged first.
     single = [*alphabet(), *(INSIDE + char for char in alphabet())]
     learner = Tokenizer(models.WordPiece())
     trainer = trainers.WordPieceTrainer(
@@ -187,7 +187,7 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     )
     learner.train_from_iterator(words, trainer)
     scores = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
-    # Bytes that are no useful piece get a score in an order that changes with each run: give all the same.
+    # The scores of bytes that are rare as pieces depend on an order that differs between runs: give all the same.
     floor = min((score for piece, score in scores.items() if len(piece) > 1), default=-10.0) - 1
     scores = {piece: floor if len(piece) == 1 and score < floor + 1 else score for piece, score in scores.items()}
     scores |= {char: floor for char in alphabet() if char not in scores}

@@ -1,10 +1,10 @@
-"""The book's regular-expression tokenizer: words and punctuation marks, looked up in a sorted vocabulary.
+"""A word-level tokenizer, from the book: a regular expression splits words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
-White space is not kept, so decoding gives the words back with one space between, none before a closing mark.
-Without special tokens it is the book's V1 (an unknown word is an error); with `<|endoftext|>` and `<|unk|>` its V2.
-Trained by default with [BOS] [EOS] [PAD] [UNK].
+White space is not kept: decoding joins the words with one space, and none before closing punctuation.
+Without special tokens it is the book's SimpleTokenizerV1 (an unknown word is an error); with `<|endoftext|>` and
+`<|unk|>` it is SimpleTokenizerV2. By default it is trained with [BOS] [EOS] [PAD] [UNK].
 
 Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
 """
@@ -29,12 +29,12 @@ _SPACE_BEFORE = re.compile(r"""\s+([,.?!"()'])""")
 
 
 def split(text: str) -> list[str]:
-    """Words and marks, without the white space between them."""
+    """Split a text into words and punctuation marks, without white space."""
     return [piece.strip() for piece in _SPLIT.split(text) if piece.strip()]
 
 
 class Words(Base):
-    """Words with ids 0 .. n-1, then the special tokens."""
+    """Words with ids 0 .. n-1, followed by the special tokens."""
 
     kind = "words"
     name = "words"
@@ -82,23 +82,23 @@ class Words(Base):
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Words joined by one space, none before a closing mark; special tokens stand like words."""
+        """Join words and special tokens with one space, and none before closing punctuation."""
         return _SPACE_BEFORE.sub(r"\1", " ".join(self._texts[self._checked(ids)]))
 
 
 def train(texts: Iterable[str], vocab_size: int | None = None, *, special: Sequence[str] = SPECIAL) -> Words:
-    """The different words of the texts, sorted; the most frequent ones if `vocab_size` leaves no room for all."""
+    """A tokenizer of the distinct words of the texts, sorted; the most frequent ones if `vocab_size` is too small."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))
     for name in special:
         counts.pop(name, None)
     if not counts:
-        raise UserError("cannot train a words tokenizer: the texts hold no word")
+        raise UserError("cannot train a words tokenizer: the texts contain no words")
     words = sorted(counts)
     if vocab_size is not None:
-        room = vocab_size - len(special)
-        if room < 1:
+        max_words = vocab_size - len(special)
+        if max_words < 1:
             raise UserError(f"tokenizer.vocab_size={vocab_size}: words needs {len(special) + 1} or more")
-        words = sorted(sorted(words, key=lambda word: -counts[word])[:room])
+        words = sorted(sorted(words, key=lambda word: -counts[word])[:max_words])
     return Words(words, special)

@@ -124,7 +124,7 @@ def test_what_is_done_is_kept_when_a_later_row_fails(run, here, capsys, monkeypa
         (["RUN", "a.csv", "text_field=x"], "no column 'x'; there are ' Odd Name ', 'second'"),
         (["RUN", "a.csv"], "of ' Odd Name ', 'second': say text_field=COLUMN"),
         (["RUN", "gaps.jsonl"], "gaps.jsonl:2: no text in column 'text'"),
-        (["RUN", "gaps.jsonl"], "gaps.jsonl:4: not whole JSON"),
+        (["RUN", "gaps.jsonl"], "gaps.jsonl:4: not valid JSON"),
         (["RUN", "odd.bin"], "to classify the text itself say text=odd.bin"),
         (["RUN", "-", "-"], "read once only"),
         (["RUN", ""], "the text is empty"),

@@ -45,7 +45,7 @@ MISTAKES = {
     "empty text": ("classify", ["classify.source=empty.tsv"], "empty.tsv:2: the text is empty"),
     "no source": ("classify", [], "classify.source is missing"),
     "a prompt without a place": ("classify", ["classify.source=good.jsonl", "classify.prompt=spam?"], "{text} once"),
-    "broken line": ("instruct", ["instruct.source=broken.jsonl"], "broken.jsonl:2: not whole JSON"),
+    "broken line": ("instruct", ["instruct.source=broken.jsonl"], "broken.jsonl:2: not valid JSON"),
     "empty response": ("instruct", ["instruct.source=response.jsonl"], "jsonl:2: output: the response is empty"),
     "unknown format": ("instruct", ["instruct.source=format.jsonl"], "jsonl:2: the keys question, answer are no"),
     "no template": ("instruct", ["instruct.source=talks.jsonl", "instruct.style=chat"], "has no chat template"),

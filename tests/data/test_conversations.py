@@ -222,7 +222,7 @@ def test_hub(monkeypatch):
 
 GOOD = '{"prompt": "a", "response": "b"}\n'
 BAD = {
-    "broken line": (".jsonl", GOOD + '{"prompt": "a', r"rows\.jsonl:2: not whole JSON"),
+    "broken line": (".jsonl", GOOD + '{"prompt": "a', r"rows\.jsonl:2: not valid JSON"),
     "array": (".jsonl", GOOD + "[1]", r":2: expected a JSON object, found an array"),
     "same key twice": (".jsonl", '{"a": 1, "a": 2}', "duplicate key 'a'"),
     "NaN": (".jsonl", '{"a": NaN}', "NaN is not JSON"),
@@ -246,7 +246,7 @@ BAD = {
     "no role": (".jsonl", '{"conversations": [{"value": "x"}]}', r"\[0\]: expected role and content .*found value"),
     "last": (".jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "a last response, found user"),
     "not an array": (".json", '{"prompt": "a"}', r"rows\.json: expected an array of records, found an object"),
-    "not JSON": (".json", GOOD + GOOD, r"rows\.json: not whole JSON.*line 2.*\.jsonl"),
+    "not JSON": (".json", GOOD + GOOD, r"rows\.json: not valid JSON.*line 2.*\.jsonl"),
     "not objects": (".json", "[1]", "record 1: expected an object, found a number"),
     "empty": (".json", "[]", "no records"),
     "short row": (".csv", "prompt,response\na\n", r"rows\.csv:2: 1 columns, and the header has 2"),

@@ -114,7 +114,7 @@ def test_broken_numbers_and_constraints_are_named(tmp_path, more):
     ("text", "says"),
     [
         ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: no text answer"),
-        ('{"where": \n', "x.jsonl:1: not whole JSON"),
+        ('{"where": \n', "x.jsonl:1: not valid JSON"),
         ("", "no answers"),
     ],
 )

@@ -192,7 +192,7 @@ def test_one_tensor_at_a_time(tmp_path):
     ("tensors", "words"),
     [
         ([("w", (2, 33), "Q8_0")], "'w' has rows of 33 values, Q8_0 needs a multiple of 32"),
-        ([("w", (2,), "F32"), ("w", (2,), "F32")], "'w' comes twice"),
+        ([("w", (2,), "F32"), ("w", (2,), "F32")], "'w' is a duplicate"),
         ([("w", (2, 0), "F32")], "every dimension must be positive"),
         ([("w", (), "F32")], "0 dimensions"),
         ([("w", (1, 1, 1, 1, 1), "F32")], "5 dimensions"),
@@ -418,7 +418,7 @@ HOSTILE = {
     "key of 2^62 bytes": (build(n_pairs=1, pad=1) + struct.pack("<Q", HUGE), "a string of 4611686018427387904 bytes"),
     "key past the end": (build(n_pairs=1, pad=1) + struct.pack("<Q", 1000), "the key of metadata entry 0 takes 1000"),
     "key not UTF-8": (build([(b"\xff", u32(1))]), "the key of metadata entry 0 is not UTF-8"),
-    "key twice": (build([("k", u32(1)), ("k", u32(2))]), "metadata key 'k' comes twice"),
+    "key twice": (build([("k", u32(1)), ("k", u32(2))]), "duplicate metadata key 'k'"),
     "value type 13": (build([("k", struct.pack("<II", 13, 0))]), "metadata 'k': value type 13"),
     "bool of 2": (build([("k", struct.pack("<IB", 7, 2))]), "a bool is 0 or 1, got 2"),
     "bools of 255": (build([("k", array(7, 3, b"\1\0\xff"))]), "a bool is 0 or 1, got 255"),
@@ -450,7 +450,7 @@ HOSTILE = {
     "offset past the end": (build(tensors=[entry(offset=1 << 40)], data=W), "ends at byte 1099511627856, the file at"),
     "offset that wraps": (build(tensors=[entry(offset=2**64 - 32)], data=W), "ends at byte 18446744073709551"),
     "data cut short": (build(tensors=[entry()], data=W[:15]), "is it cut short?"),
-    "tensor twice": (build(tensors=[entry(), entry(offset=32)], data=W * 2), "'w' comes twice"),
+    "tensor twice": (build(tensors=[entry(), entry(offset=32)], data=W * 2), "'w' is a duplicate"),
     "tensors overlap": (build(tensors=[entry("a", (16,)), entry("b", offset=32)], data=W * 2), "'b' overlaps 'a'"),
     "a hole": (
         build(tensors=[entry("a", (16,), type_id=1), entry("b", offset=64)], data=W * 3),

@@ -31,7 +31,7 @@ def test_the_rest_is_as_json_reads_it():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b'{"a": 1, "a": 2}', "x: 'a' stands twice in the index"),
+        (b'{"a": 1, "a": 2}', "x: duplicate key 'a' in the index"),
         (b"[1]", "x: the index must be a JSON object, got list"),
         (b'{"a": ', "x: the index is not JSON"),
         (b'{"a": ' + b"[" * 200_000, "x: the index is not JSON .nested too deeply"),

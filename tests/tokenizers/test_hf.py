@@ -199,7 +199,7 @@ for _ in range(11):
     ("key", "value", "words"),
     [
         ("normalizer", NESTED, "nested"),
-        ("normalizer", {"type": "Sequence", "normalizers": [TEN] * 12}, "2,000,000,000,000 characters can come of one"),
+        ("normalizer", {"type": "Sequence", "normalizers": [TEN] * 12}, "2,000,000,000,000 characters per"),
         ("normalizer", _replace({"Regex": ""}, "b" * 5000), "10,002 characters"),
         ("normalizer", {"type": "Prepend", "prepend": "b" * 5000}, "10,002 characters"),
         ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}, "at most 32"),
@@ -430,7 +430,7 @@ BAD = {
     "no vocab": (_with(model__vocab=None), "model.vocab"),
     "vocab of texts": (_with(model__vocab={"a": "1"}), "model.vocab"),
     "true as id": (_vocab(x=True), "model.vocab"),
-    "id twice": (_vocab(xx=5), "twice"),
+    "id twice": (_vocab(xx=5), "duplicate"),
     "id -1": (_vocab(xx=-1), "gaps"),
     "id 2^32-1": (_vocab(xx=2**32 - 1), "gaps.*4294967295"),
     "id 2^63": (_vocab(xx=2**63), "gaps"),
@@ -444,7 +444,7 @@ BAD = {
     "dropout": (_with(model__dropout=0.1), "dropout"),
     "added no list": (_with(added_tokens={}), "added_tokens"),
     "added without id": (_with(added_tokens=[{"content": "x"}]), "added_tokens"),
-    "added twice": (_with(added_tokens=[hf.added_token("x", 18, True)] * 2), "twice"),
+    "added twice": (_with(added_tokens=[hf.added_token("x", 18, True)] * 2), "duplicate"),
     "added with another id": (_with(added_tokens=[hf.added_token("!", 18, True)]), "another"),
     "unknown parts": (_with(pre_tokenizer={"type": "Rot13"}), "."),
     "bad regex": (_with(pre_tokenizer=_split("(")), "."),
@@ -473,7 +473,7 @@ def test_what_is_no_json_is_refused(text):
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(UserError) as caught:
         hf.from_hf(json.dumps(_with(added_tokens={}, model__dropout=0.5, model__vocab={"a": 0, "b": 0})))
-    assert all(word in str(caught.value) for word in ("added_tokens", "dropout", "twice"))
+    assert all(word in str(caught.value) for word in ("added_tokens", "dropout", "duplicate"))
 
 
 @pytest.mark.parametrize(
