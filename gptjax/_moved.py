@@ -47,6 +47,10 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
+    "gptjax.generation.decode.read_prompts": "gptjax.generation.decode.prefill",
+    "gptjax.generation.pieces": "gptjax.generation.text_chunks",
+    "gptjax.generation.speculative.repeated": "gptjax.generation.speculative.prompt_lookup",
+    "gptjax.generation.text.pieces": "gptjax.generation.text.text_chunks",
     "gptjax.training.loop.train": "gptjax.tasks.train",
     **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
