@@ -49,6 +49,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.conversations.MARKS": "gptjax.data.conversations.LOSS_FLAGS",
     "gptjax.data.conversations.Piece": "gptjax.data.conversations.Span",
     "gptjax.data.conversations.TOGETHER": "gptjax.data.conversations.RENDER_BATCH",
+    "gptjax.data.preferences.SIDES": "gptjax.data.preferences.RESPONSES",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.generation.decode.read_prompts": "gptjax.generation.decode.prefill",
     "gptjax.generation.pieces": "gptjax.generation.text_chunks",

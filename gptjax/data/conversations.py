@@ -163,7 +163,7 @@ UNUSABLE: dict[str, str] = {
     **dict.fromkeys(("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "refusal"), _THOUGHT),
     **dict.fromkeys(
         ("label", "kto_tag"),
-        "learning from good and bad answers needs pairs: prompt, chosen, rejected (finetune prefer)",
+        "good and bad answers are learned from pairs: prompt, chosen, rejected (finetune prefer)",
     ),
     **dict.fromkeys(
         ("weight", "train", "training", "loss", "sample_weight", "loss_weight", "loss_mask", "mask", "masked"),

@@ -84,7 +84,7 @@ def test_rows_hold_both_sides_of_every_pair(width, packed):
     assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
     assert (len(rows.tokens) < 4) == packed
     for row, p in zip(*np.nonzero(rows.pairs >= 0), strict=True):
-        for side, (ids, weights) in enumerate(pairs.sides[rows.pairs[row, p]]):
+        for side, (ids, weights) in enumerate(pairs.pairs[rows.pairs[row, p]]):
             here = rows.segment_ids[row] == 2 * p + 1 + side
             assert rows.tokens[row][here].tolist() == ids[:-1].tolist()
             assert rows.targets[row][here].tolist() == ids[1:].tolist()
@@ -95,7 +95,7 @@ def test_rows_hold_both_sides_of_every_pair(width, packed):
 
 def test_pairs_that_do_not_fit_are_counted():
     some = encoded(100)
-    assert some.dropped == 2 and len(some.sides) == 2
+    assert some.dropped == 2 and len(some.pairs) == 2
     with pytest.raises(UserError, match="no pair fits a context of 8 tokens: .* the shortest needs 70"):
         encoded(8)
 
