@@ -50,6 +50,8 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.conversations.Piece": "gptjax.data.conversations.Span",
     "gptjax.data.conversations.TOGETHER": "gptjax.data.conversations.RENDER_BATCH",
     "gptjax.data.preferences.SIDES": "gptjax.data.preferences.RESPONSES",
+    "gptjax.data.sources.Part": "gptjax.data.split.Subset",
+    "gptjax.data.split.Part": "gptjax.data.split.Subset",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.generation.decode.read_prompts": "gptjax.generation.decode.prefill",
     "gptjax.generation.pieces": "gptjax.generation.text_chunks",
@@ -61,7 +63,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
         for name in ("causal_mask", "simple_attention", "multi_head_attention")
     },
     **{f"gptjax.data.classification.{name}": f"gptjax.formats.tables.{name}" for name in ("LABEL", "TEXT", "tsv")},
-    **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Part", "Sizes", "hold_out", "measure")},
+    **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Sizes", "hold_out", "measure")},
     **{
         f"gptjax.data.sources.{name}": f"gptjax.formats.tables.{name}"
         for name in ("first_line", "hub_name", "kind_of", "lines", "names")

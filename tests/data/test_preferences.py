@@ -36,7 +36,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats(tmp_path, name):
     (pair,) = preferences.read(saved(tmp_path, [RECORDS[name]]), [])
-    assert [side.messages[-1]["content"] for side in pair] == ["yes", "no"]
+    assert [talk.messages[-1]["content"] for talk in pair] == ["yes", "no"]
     assert pair.chosen.messages[:-1] == ({"role": "user", "content": "Hi?"},)
 
 
@@ -66,19 +66,19 @@ def test_what_is_refused(tmp_path, record, says):
 def encoded(width=1000):
     talks = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
     pairs = [
-        preferences.Pair(*(preferences.Conversation(tuple(side), "here") for side in pair)) for pair in [*talks] * 2
+        preferences.Pair(*(preferences.Conversation(tuple(messages), "here") for messages in pair)) for pair in [*talks] * 2
     ]
     return preferences.encode(pairs, TOK, style="phi3", context_length=width)
 
 
 def test_only_the_last_answer_and_its_end_are_learned():
-    for ids, weights in (side for pair in encoded().sides for side in pair):
+    for ids, weights in (example for pair in encoded().pairs for example in pair):
         learned = ids[weights > 0].tolist()
         assert learned[-1] == TOK.eot_id and TOK.decode(learned[:-1]) in ("de", "f", "i", "jkl")
 
 
 @pytest.mark.parametrize(("width", "packed"), [(None, False), (None, True), (400, True)])
-def test_rows_hold_both_sides_of_every_pair(width, packed):
+def test_rows_hold_both_answers_of_every_pair(width, packed):
     pairs = encoded()
     rows = preferences.rows(pairs, width, packed)
     assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
