@@ -66,7 +66,7 @@ def test_what_is_refused(tmp_path, record, says):
 def encoded(width=1000):
     talks = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
     pairs = [
-        preferences.Pair(*(preferences.Conversation(tuple(messages), "here") for messages in pair)) for pair in [*talks] * 2
+        preferences.Pair(*(preferences.Conversation(tuple(turns), "here") for turns in pair)) for pair in [*talks] * 2
     ]
     return preferences.encode(pairs, TOK, style="phi3", context_length=width)
 
@@ -84,8 +84,8 @@ def test_rows_hold_both_answers_of_every_pair(width, packed):
     assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
     assert (len(rows.tokens) < 4) == packed
     for row, p in zip(*np.nonzero(rows.pairs >= 0), strict=True):
-        for side, (ids, weights) in enumerate(pairs.pairs[rows.pairs[row, p]]):
-            here = rows.segment_ids[row] == 2 * p + 1 + side
+        for rejected, (ids, weights) in enumerate(pairs.pairs[rows.pairs[row, p]]):
+            here = rows.segment_ids[row] == 2 * p + 1 + rejected
             assert rows.tokens[row][here].tolist() == ids[:-1].tolist()
             assert rows.targets[row][here].tolist() == ids[1:].tolist()
             assert rows.weights[row][here].tolist() == weights[1:].tolist()
@@ -120,4 +120,4 @@ def test_pairs_of_skills():
 
 def test_a_system_message_beside_a_pair_stands_before_both(tmp_path):
     (pair,) = preferences.read(saved(tmp_path, [RECORDS["prompt"] | {"system": "Be brief."}]))
-    assert [side.messages[0] for side in pair] == [{"role": "system", "content": "Be brief."}] * 2
+    assert [talk.messages[0] for talk in pair] == [{"role": "system", "content": "Be brief."}] * 2
