@@ -46,7 +46,17 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.config_io.unknown_key": "gptjax.config.aliases.unknown_key",
     "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
+    "gptjax.data.conversations.MARKS": "gptjax.data.conversations.LOSS_FLAGS",
+    "gptjax.data.conversations.Piece": "gptjax.data.conversations.Span",
+    "gptjax.data.conversations.TOGETHER": "gptjax.data.conversations.RENDER_BATCH",
+    "gptjax.data.preferences.SIDES": "gptjax.data.preferences.RESPONSES",
+    "gptjax.data.sources.Part": "gptjax.data.split.Subset",
+    "gptjax.data.split.Part": "gptjax.data.split.Subset",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
+    "gptjax.generation.decode.read_prompts": "gptjax.generation.decode.prefill",
+    "gptjax.generation.pieces": "gptjax.generation.text_chunks",
+    "gptjax.generation.speculative.repeated": "gptjax.generation.speculative.prompt_lookup",
+    "gptjax.generation.text.pieces": "gptjax.generation.text.text_chunks",
     "gptjax.tasks.classify.class_logits": "gptjax.losses.class_logits",
     "gptjax.tasks.classify.task": "gptjax.losses.classify",
     "gptjax.tasks.prefer.log_probs": "gptjax.losses.answer_log_probs",
@@ -68,7 +78,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
         for name in ("causal_mask", "simple_attention", "multi_head_attention")
     },
     **{f"gptjax.data.classification.{name}": f"gptjax.formats.tables.{name}" for name in ("LABEL", "TEXT", "tsv")},
-    **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Part", "Sizes", "hold_out", "measure")},
+    **{f"gptjax.data.sources.{name}": f"gptjax.data.split.{name}" for name in ("Sizes", "hold_out", "measure")},
     **{
         f"gptjax.data.sources.{name}": f"gptjax.formats.tables.{name}"
         for name in ("BOM", "MAX_FIELD_CHARACTERS", "first_line", "hub_name", "kind_of", "lines", "names", "quoted")

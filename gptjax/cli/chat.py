@@ -93,7 +93,7 @@ class Chat:
         """The answer in pieces, as it is made; afterwards it belongs to the conversation."""
         import jax
 
-        from gptjax.generation import cut, from_config, pieces, stop_strings, stream
+        from gptjax.generation import cut, from_config, stop_strings, stream, text_chunks
         from gptjax.tokenizers.chat import encode_chat, plain_text
 
         settings = self.settings
@@ -122,7 +122,7 @@ class Chat:
                 tokens.extend(new)
                 yield new
 
-        yield from pieces(new_tokens(), decode, settings.stop)
+        yield from text_chunks(new_tokens(), decode, settings.stop)
         self.turns.append({"role": "assistant", "content": cut(decode(tokens), settings.stop)})
         self.count = len(tokens)
 

@@ -1,7 +1,7 @@
-"""Batches: a pure function of (seed, step), so there is no iterator state to save or lose.
+"""Training batches as a pure function of (seed, step): there is no iterator state to checkpoint.
 
 The i-th window of a run (i = step * batch_size + row) is number i % n of epoch i // n, and a stateless
-permutation keyed by (seed, epoch) says where it lies in the tokens. Any step costs the same to find.
+permutation keyed by (seed, epoch) gives its start in the token array. Random access to any step costs the same.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from gptjax.types import Batch
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
-FEW = 256  # places whose permutation is a table
+FEW = 256  # up to this size a permutation is computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER_OF_WINDOWS = "2"  # raised when a seed gives other batches than before: a checkpoint of before is refused
-AHEAD = 512  # places of windows that are computed together: the cost lies in the calls, not in the numbers
-ORDER, OFFSET, POSITION, TOKEN = range(4)  # what a random number is for
+ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches: older checkpoints are then refused
+AHEAD = 512  # window starts computed per call: numpy's overhead per call dominates
+ORDER, OFFSET, POSITION, TOKEN = range(4)  # purposes of random numbers
 
 
 class Lane(NamedTuple):
-    """The windows of one corpus: window j of an epoch starts at begin + offset + j * stride."""
+    """The windows of one source: window j of an epoch starts at begin + offset + j * stride."""
 
     begin: int
     n_windows: int
     stride: int
-    n_offsets: int  # offsets an epoch draws from; 1: always 0
+    n_offsets: int  # each epoch draws its offset from range(n_offsets)
 
 
 class Loader:
     """Training batches of one store.
 
-    order=shuffle     every window once an epoch, in a new order. With stride=None the windows do not
-                      overlap and each epoch cuts at another random offset, so that every token is a target.
+    order=shuffle     each window once per epoch, in a new order every epoch. With stride=None windows do not
+                      overlap and every epoch starts at another random offset, so that every token is a target.
     order=sequential  from the first window to the last, then again.
-    stride=n          windows start every n tokens; the last short batch of an epoch is dropped.
-    weights, temperature   with several sources: a fixed interleaving of them (`mixture.assign`), each with
-                      its own epochs. Neither given: one pass over all sources is one epoch.
+    stride=n          windows start every n tokens; the last incomplete batch of an epoch is dropped.
+    weights, temperature   with several sources: a deterministic interleaving (`mixture.assign`), each source
+                      with its own epochs. If neither is given, one pass over all sources is an epoch.
 
-    Batch leaves are [B, T]; segment_ids, positions and weights are None with one document or
-    document_mask=False, and arrays in every batch otherwise: the shapes of a store never change.
+    Batch leaves are [B, T]. segment_ids, positions and weights are None with a single document or
+    document_mask=False, and arrays in every batch otherwise: the shapes never change during a run.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Loader:
         self.lanes = [_lane(int(a), int(b), cfg, context_length) for a, b in pairwise(bounds)]
         if cfg.weights and mixed and len(cfg.weights) != store.n_sources:
             raise UserError(
-                f"data.weights has {len(cfg.weights)} numbers for {store.n_sources} sources: give one for each source"
+                f"data.weights has {len(cfg.weights)} values for {store.n_sources} sources: give one per source"
             )
         self.shares = mixture.shares(cfg.weights or np.diff(bounds), cfg.temperature) if mixed else np.ones(1)
         text = "source {} of the training text" if mixed else "the training text"
@@ -86,7 +86,7 @@ class Loader:
 
     @property
     def n_windows(self) -> int:
-        """Windows of one epoch, over all sources."""
+        """Number of windows per epoch, over all sources."""
         return sum(lane.n_windows for k, lane in enumerate(self.lanes) if self.shares[k] > 0)
 
     @property
@@ -98,35 +98,35 @@ class Loader:
         return self._rows(step, 1, slice(None))
 
     def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
-        """The batches of steps step .. step + k - 1, leaves [k, B, T]; of `rows` of each only, nothing else is read."""
+        """Batches of steps step .. step + k - 1, leaves [k, B, T]; only `rows` of each batch are read and returned."""
         flat = self._rows(step, k, rows)
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
-        """Index in `store.tokens` of the first token of each row of k steps, [k * B] int64."""
+        """Start index in `store.tokens` of each row of the k batches from `step` on, [k * B] int64."""
         first, n = step * self.batch_size, k * self.batch_size
-        begin, places = self._ahead
-        if not begin <= first <= first + n <= begin + len(places):
-            begin, places = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            self._ahead = (begin, places)  # one assignment: threads see the old pair or the new
-        return places[first - begin : first - begin + n]
+        begin, starts = self._ahead
+        if not begin <= first <= first + n <= begin + len(starts):
+            begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
+            self._ahead = (begin, starts)  # a single assignment: other threads see the old pair or the new one
+        return starts[first - begin : first - begin + n]
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
         if len(self.lanes) == 1:
-            if self._whole_batches:  # skip the windows that do not fill a batch
+            if self._whole_batches:  # skip the last windows, which do not fill a batch
                 n = self.lanes[0].n_windows
                 used = n - n % self.batch_size
                 samples = samples // used * n + samples % used
-            return self._place(0, samples)
-        source, number = mixture.assign(samples, self.shares)
+            return self._window_starts(0, samples)
+        source, index = mixture.assign(samples, self.shares)
         starts = np.empty_like(samples)
         for k in np.unique(source):
-            starts[source == k] = self._place(int(k), number[source == k])
+            starts[source == k] = self._window_starts(int(k), index[source == k])
         return starts
 
-    def _place(self, k: int, number: np.ndarray) -> np.ndarray:
+    def _window_starts(self, k: int, index: np.ndarray) -> np.ndarray:
         lane = self.lanes[k]
-        epoch, j = np.divmod(number, lane.n_windows)
+        epoch, j = np.divmod(index, lane.n_windows)
         if self.shuffle:
             j = permute(j, lane.n_windows, self._random(ORDER + 4 * k, epoch))
         start = lane.begin + j * lane.stride
@@ -134,36 +134,36 @@ class Loader:
             start += (self._random(OFFSET + 4 * k, epoch) % np.uint64(lane.n_offsets)).astype(np.int64)
         return start
 
-    def _random(self, purpose: int, numbers: np.ndarray) -> np.ndarray:
-        """uint64 from (seed, purpose, number), the same shape as `numbers`."""
-        return _mix(numbers.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
+    def _random(self, purpose: int, counters: np.ndarray) -> np.ndarray:
+        """Counter-based random uint64 from (seed, purpose, counter), of the shape of `counters`."""
+        return _mix(counters.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
     def _rows(self, step: int, k: int, rows: slice) -> Batch:
-        def chosen(samples: np.ndarray) -> np.ndarray:
+        def select(samples: np.ndarray) -> np.ndarray:
             return samples.reshape(k, self.batch_size)[:, rows].reshape(-1)
 
-        batch = gather(self.store, chosen(self.starts(step, k)), self.context_length, self.document_mask)
+        batch = gather(self.store, select(self.starts(step, k)), self.context_length, self.document_mask)
         if self.mask_tokens:
-            self._mask(batch.tokens, chosen(np.arange(step * self.batch_size, (step + k) * self.batch_size)))
+            self._mask(batch.tokens, select(np.arange(step * self.batch_size, (step + k) * self.batch_size)))
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replace `mask_tokens` inputs a row by another id; one in each of as many equal parts of the row."""
+        """Replace `mask_tokens` inputs per row by random other ids, one in each of `mask_tokens` equal sections."""
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
         edges = np.arange(k + 1, dtype=np.uint64) * np.uint64(t) // np.uint64(k)
-        at = edges[:-1] + self._random(POSITION, draws) % (edges[1:] - edges[:-1])
+        columns = edges[:-1] + self._random(POSITION, draws) % (edges[1:] - edges[:-1])
         rows = np.arange(len(samples))[:, None]
         shift = 1 + (self._random(TOKEN, draws) % np.uint64(self.vocab_size - 1)).astype(np.int64)
-        tokens[rows, at] = (tokens[rows, at] + shift) % self.vocab_size
+        tokens[rows, columns] = (tokens[rows, columns] + shift) % self.vocab_size
 
 
 def eval_batches(
     store: TokenStore, *, context_length: int, batch_size: int, document_mask: bool = True
 ) -> Iterator[Batch]:
-    """Every target of the split once, in windows that do not overlap; leaves [B, T], weights always there.
+    """Every target of the split once, in non-overlapping windows; leaves [B, T], `weights` is always an array.
 
-    The last window may be short and the last batch may lack rows: both are padded with weight 0.
+    The last window and the last batch may be incomplete: they are padded with weight 0.
         6 tokens, T 3, B 1    targets [1 2 3], [4 5 .]    weights [1 1 1], [1 1 0]
     """
     t, n = context_length, len(store)
@@ -173,13 +173,13 @@ def eval_batches(
     starts = np.arange(0, n - 1, t)
     for first in range(0, len(starts), batch_size):
         rows = starts[first : first + batch_size]
-        rows = np.concatenate([rows, np.full(batch_size - len(rows), n - 1)])  # nothing but padding
+        rows = np.concatenate([rows, np.full(batch_size - len(rows), n - 1)])  # rows of padding
         batch = gather(store, rows, t, masked)
-        here = (rows[:, None] + 1 + np.arange(t) < n).astype(np.float32)
+        real = (rows[:, None] + 1 + np.arange(t) < n).astype(np.float32)
         segments = batch.segment_ids
         if masked:
             segments = np.where(rows[:, None] + np.arange(t) < n, segments, 0).astype(np.int32)
-        yield batch._replace(weights=here * batch.weights if masked else here, segment_ids=segments)
+        yield batch._replace(weights=real * batch.weights if masked else real, segment_ids=segments)
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
@@ -187,37 +187,37 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
 
     tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E], which begin with E
     targets      8 9 E 3 4 5
-    weights      1 1 1 1 1 1     0 at the end of a document where the next begins with a token of its own
+    weights      1 1 1 1 1 1     0 at the end of a document if the next one starts with a separate begin token
     segment_ids  1 1 1 2 2 2
-    positions    0 1 2 0 1 2     never more than the place in the window
+    positions    0 1 2 0 1 2     counted from the later of document and window start
     """
     t = context_length
-    at = starts[:, None] + np.arange(t + 1)
-    if len(starts) and np.max(at[:, -1]) >= len(store):
-        at = np.minimum(at, len(store) - 1)
-    ids = store.tokens[at].astype(np.int32)
+    index = starts[:, None] + np.arange(t + 1)
+    if len(starts) and np.max(index[:, -1]) >= len(store):
+        index = np.minimum(index, len(store) - 1)
+    ids = store.tokens[index].astype(np.int32)
     batch = Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]))
     if not document_mask:
         return batch
     documents = store.doc_starts
-    first, last = np.searchsorted(documents, at[:, 0], "right"), np.searchsorted(documents, at[:, -1], "right")
+    first, last = np.searchsorted(documents, index[:, 0], "right"), np.searchsorted(documents, index[:, -1], "right")
     ramp = np.arange(t, dtype=np.int32)
     segment_ids, positions = np.ones((len(starts), t), np.int32), np.tile(ramp, (len(starts), 1))
     weights = np.ones((len(starts), t), np.float32)
     crossing = np.flatnonzero(first != last)
     if len(crossing):
-        document = np.searchsorted(documents, at[crossing], "right") - 1
-        now, following = document[:, :-1], document[:, 1:]
-        now = np.where((now != following) & store.begins_before(following), following, now)
-        segment_ids[crossing] = now - now[:, :1] + 1
-        weights[crossing] = now == following
-        begun = documents[now] - store.begins_before(now) - starts[crossing, None]
-        positions[crossing] = ramp - np.maximum(begun, 0)
+        document = np.searchsorted(documents, index[crossing], "right") - 1
+        current, following = document[:, :-1], document[:, 1:]
+        current = np.where((current != following) & store.begins_before(following), following, current)
+        segment_ids[crossing] = current - current[:, :1] + 1
+        weights[crossing] = current == following
+        document_start = documents[current] - store.begins_before(current) - starts[crossing, None]
+        positions[crossing] = ramp - np.maximum(document_start, 0)
     return batch._replace(weights=weights, segment_ids=segment_ids, positions=positions)
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
-    """A hash of shapes and bytes."""
+    """SHA-256 of the shapes and bytes of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -225,10 +225,10 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
-    """Which of n rows make up the batch of `step`, [B] int64: each once an epoch, in a new order each time.
+    """Indices [B] int64 of the rows in the batch of `step`: each of n rows once per epoch, in a new order every epoch.
 
-    Sample i = step * batch_size + b is number i % n of epoch i // n, in the order that `Loader` gives n windows. A
-    batch may begin in one epoch and end in the next.
+    Sample i = step * batch_size + b is row i % n of epoch i // n, permuted as `Loader` permutes n windows. A batch may
+    span two epochs.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -236,13 +236,12 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where each index in [0, n) goes under the permutation of `key`: int64, same shape.
+    """Apply the pseudorandom permutation of range(n) given by `key` to each index: int64, same shape.
 
-    Few places (n <= 256) are sorted by random numbers of their own (splitmix64 from the key), so that every
-    permutation is equally likely. More need no table: a Feistel network on the digits (a, b) of a number in mixed
-    radix, where each half is shifted by a hash of the other, which can be undone whatever the hash is. The square is
-    at most sqrt(n) larger than n, and a number that lands outside is sent through again until it comes back in (cycle
-    walking).
+    For n <= 256 the permutation is the argsort of splitmix64 values from the key: all permutations are equally likely.
+    A larger n uses a Feistel network, which needs no table: an index is split into two digits (mixed radix a, b), and
+    each digit in turn is shifted by a hash of the other, which is invertible for any hash. The domain a * b exceeds n
+    by at most sqrt(n); an output outside of range(n) is encrypted again until it falls inside (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -267,7 +266,7 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 on an array of uint64 (which wraps around silently; scalars would warn)."""
+    """The splitmix64 finaliser on an array of uint64 (arrays overflow silently, scalars would warn)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -288,5 +287,5 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one less than fit, so that every offset leaves room for all
+    n_windows = max(1, (n - t) // t)  # one less than fit, so that all windows fit at every offset
     return Lane(begin, n_windows, t, n - n_windows * t)

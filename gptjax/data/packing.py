@@ -1,11 +1,11 @@
-"""Examples of different lengths as rows of one length, and batches of rows as a pure function of (seed, step).
+"""Packing and padding of examples into rows of one length, and batches as a pure function of (seed, step).
 
-An example is shifted by itself before it is put anywhere, so no target ever comes from another example:
+Each example is shifted before it is packed, so that no target comes from another example:
 
-    examples      a b c d E    p q E       lower case are inputs, E ends the answer
-    tokens        a b c d p q . .          one row of 8 holds both
+    examples      a b c d E    p q E       lower case: inputs, E: end of the answer
+    tokens        a b c d p q . .          both in one row of 8
     targets       b c d E q E . .
-    segment_ids   1 1 1 1 2 2 0 0          0: padding, of weight 0
+    segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gptjax.types import Batch
 
 
 class Encoded(NamedTuple):
-    """Examples as ids [n] int32, and how much each counts as a target [n] float32 (the first id never is one)."""
+    """Examples as ids [n] int32, and their loss weights as targets, [n] float32 (the first id is never a target)."""
 
     rows: list[np.ndarray]
     weights: list[np.ndarray]
-    dropped: int  # examples that did not fit
+    dropped: int  # number of examples that did not fit
 
 
 class Rows(NamedTuple):
-    """Rows of T places, all leaves [n, T]."""
+    """Rows of T tokens, all leaves [n, T]."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
     weights: np.ndarray  # float32
-    segment_ids: np.ndarray  # int32: from 1 in every row, 0 for padding
+    segment_ids: np.ndarray  # int32: from 1 in every row, 0: padding
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows:
-    """Whole examples, several to a row, in as few rows as first-fit-decreasing finds.
+    """Pack whole examples, several per row, by first-fit-decreasing.
 
-    The longest example goes first, each into the first row that has room for it; equal lengths keep their order.
+    Longest first, each example goes into the first row with enough space; equal lengths keep their order.
 
     Raises:
         UserError: an example is longer than a row.
@@ -50,7 +50,7 @@ def packed(encoded: Encoded, context_length: int) -> Rows:
 
 
 def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
-    """One example a row, in their order; rows as long as the longest example unless `context_length` says more.
+    """One example per row, in order. Rows have `context_length` tokens; None: the length of the longest example.
 
     Raises:
         UserError: an example is longer than a row.
@@ -61,29 +61,27 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
 
 
 def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
-    """The row and the start of each example in it, by first-fit-decreasing; none is longer than a row."""
-    room = np.full(len(lengths), context_length)
+    """(row, start) of each example by first-fit-decreasing. No example may be longer than a row."""
+    free = np.full(len(lengths), context_length)
     places = [(0, 0)] * len(lengths)
     first, n_rows, last = 0, 0, None
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        first += int(np.argmax(room[first : n_rows + 1] >= lengths[i]))  # no row before it has room for this length
-        places[i] = (first, context_length - int(room[first]))
-        room[first] -= lengths[i]
+        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # no earlier row has space for this length
+        places[i] = (first, context_length - int(free[first]))
+        free[first] -= lengths[i]
         n_rows = max(n_rows, first + 1)
     return places
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
-    """Inputs of each example: one less than its ids."""
+    """Number of inputs of each example: one less than its ids."""
     lengths = np.array([len(row) - 1 for row in encoded.rows])
     if not len(lengths):
         raise UserError("no examples to make rows of")
     if lengths.min() < 1:
-        raise UserError(
-            f"example {int(np.argmin(lengths)) + 1} has fewer than 2 tokens, so there is nothing to predict"
-        )
+        raise UserError(f"example {int(np.argmin(lengths)) + 1} has fewer than 2 tokens: there is nothing to predict")
     if context_length is not None and lengths.max() > context_length:
         raise UserError(
             f"example {int(np.argmax(lengths)) + 1} needs {np.max(lengths)} places and a row has {context_length}: "
@@ -93,47 +91,47 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
 
 
 def members(places: list[tuple[int, int]]) -> list[list[int]]:
-    """The examples of each row, in the order in which they stand there."""
-    held: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
+    """The examples of each row, in order of their start."""
+    rows: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
     for i in sorted(range(len(places)), key=lambda i: places[i]):
-        held[places[i][0]].append(i)
-    return held
+        rows[places[i][0]].append(i)
+    return rows
 
 
 def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
-    """places[i] is the row and the start of example i; those of one row come after each other from 0 on."""
+    """Write example i at places[i] = (row, start). The examples of a row are contiguous from 0 on."""
     rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)
     for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
-        here = slice(start, start + len(ids) - 1)
-        rows.tokens[row, here] = ids[:-1]
-        rows.targets[row, here] = ids[1:]
-        rows.weights[row, here] = weights[1:]
-        rows.segment_ids[row, here] = rows.segment_ids[row, start - 1] + 1 if start else 1
+        span = slice(start, start + len(ids) - 1)
+        rows.tokens[row, span] = ids[:-1]
+        rows.targets[row, span] = ids[1:]
+        rows.weights[row, span] = weights[1:]
+        rows.segment_ids[row, span] = rows.segment_ids[row, start - 1] + 1 if start else 1
     return rows
 
 
 def empty(n: int, length: int) -> Rows:
-    """Nothing but padding."""
+    """Rows of padding."""
     return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
-    """The batch of `step`, leaves [B, T]: every row once an epoch, in a new order each time."""
+    """The batch of `step`, leaves [B, T]: each row once per epoch, in a new order every epoch."""
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """All rows once, in their order; the last batch is filled up with rows of weight 0."""
+    """All rows once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
     filler = empty(-n % batch_size, rows.tokens.shape[1])
     for first in range(0, n, batch_size):
-        some = _batch(rows, np.arange(first, min(first + batch_size, n)))
-        if len(some.tokens) < batch_size:
-            some = some._replace(**{k: np.concatenate([getattr(some, k), x]) for k, x in filler._asdict().items()})
-        yield some
+        batch = _batch(rows, np.arange(first, min(first + batch_size, n)))
+        if len(batch.tokens) < batch_size:
+            batch = batch._replace(**{k: np.concatenate([getattr(batch, k), x]) for k, x in filler._asdict().items()})
+        yield batch
 
 
 def _batch(rows: Rows, index: np.ndarray) -> Batch:
-    """Positions stay None: they follow from the segment ids."""
+    """`positions` is None: the model derives them from the segment ids."""
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

@@ -1,13 +1,13 @@
-"""Pairs of answers to one question, of which one is preferred, as rows of one length.
+"""Preference pairs (a chosen and a rejected answer to the same prompt) for DPO, packed into rows of one length.
 
     pairs = read("preferences.jsonl")                 {"prompt": .., "chosen": .., "rejected": ..}
     rows_ = rows(encode(pairs, tok, context_length=256), 256)
     batch(rows_, 7, batch_size=4, seed=0)
 
-The two sides of a pair stand side by side in one row, each a segment that sees nothing of the other:
+Both answers of a pair are in the same row, each as a segment with its own copy of the prompt:
 
-    tokens        a b c a b d   e f g h e f h .       pair 0: "ab" with the answers "cE" or "dE"
-    segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       2 p + 1: chosen of pair p; 2 p + 2: rejected
+    tokens        a b c a b d   e f g h e f h .       pair 0: prompt "ab", answers "cE" and "dE"
+    segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       pair p: chosen 2 p + 1, rejected 2 p + 2
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax._moved import moved_name
 from gptjax.data import conversations, loader, packing, synthetic
 from gptjax.data.conversations import Conversation, Formats, Parse, Parsed
 from gptjax.errors import UserError
@@ -24,28 +25,28 @@ from gptjax.formats.tables import Record
 from gptjax.tokenizers.base import Tokenizer
 from gptjax.tokenizers.chat import Style
 
-SIDES = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """The same conversation but for its last answer."""
+    """Two conversations that differ in the last answer only."""
 
     chosen: Conversation
     rejected: Conversation
 
 
-Example = tuple[np.ndarray, np.ndarray]  # ids, and weights: 1 on the last answer and its end
+Example = tuple[np.ndarray, np.ndarray]  # (ids, weights): weight 1 on the last answer and its end
 
 
 class EncodedPairs(NamedTuple):
-    """sides[i]: those of chosen and of rejected."""
+    """pairs[i]: the examples of chosen and rejected of pair i."""
 
-    sides: list[tuple[Example, Example]]
+    pairs: list[tuple[Example, Example]]
     dropped: int  # pairs that did not fit
 
 
 class PairRows(NamedTuple):
-    """As `packing.Rows`, [n, T], and pairs [n, P] int32: which pair stands in a place, -1 for none."""
+    """Leaves [n, T] as in `packing.Rows`; pairs [n, P] int32: indices of the pairs in each row, -1 for none."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -56,7 +57,8 @@ class PairRows(NamedTuple):
 
 class PairBatch(NamedTuple):
     """tokens, targets, segment_ids [B, T] int32, weights [B, T] float32; present [B, P] float32, 0 where there is no
-    pair; reference [B, P, 2] float32: log-probabilities of chosen and rejected before training, 0 if none are needed.
+    pair; reference [B, P, 2] float32: log-probabilities of chosen and rejected under the reference model, 0 if the loss
+    needs none.
     """
 
     tokens: Any
@@ -70,64 +72,67 @@ class PairBatch(NamedTuple):
 # --- reading
 
 
-def _sides(prompt: str, extra: str = "") -> Parse:
-    """Answers to a question. Both are texts, or both lists of messages: the answer alone, or the prompt before it."""
+def _pair(prompt: str, extra: str = "") -> Parse:
+    """Parser of two answers to a prompt: strings, or lists of messages that may begin with the prompt's messages."""
 
     def parse(record: Record) -> tuple[Parsed, ...]:
-        if any(isinstance(record[side], list) for side in SIDES):
-            return tuple(_after(prompt, record, side) for side in SIDES)
+        if any(isinstance(record[response], list) for response in RESPONSES):
+            return tuple(_with_prompt(prompt, record, response) for response in RESPONSES)
         if isinstance(record[prompt], list):
-            asked = conversations.turns(prompt)(record)
-            if isinstance(asked, str):
-                return (asked,)
+            prompt_turns = conversations.turns(prompt)(record)
+            if isinstance(prompt_turns, str):
+                return (prompt_turns,)
         else:
             user = {"role": "user", "content": record[prompt]}
             if extra and record.get(extra) not in ("", None):
                 user["input"] = record[extra]
-            asked = [(prompt, user)]
-        return tuple([*asked, (side, {"role": "assistant", "content": record[side]})] for side in SIDES)
+            prompt_turns = [(prompt, user)]
+        return tuple(
+            [*prompt_turns, (response, {"role": "assistant", "content": record[response]})] for response in RESPONSES
+        )
 
     return parse
 
 
-def _after(prompt: str, record: Record, side: str) -> Parsed:
-    """The messages of a side with those of the prompt before them, which may stand there already."""
-    answered = conversations.turns(side)(record)
-    if isinstance(answered, str) or not answered:
-        return answered
+def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
+    """The messages of the prompt and a response, whose messages may include the prompt's already."""
+    response_turns = conversations.turns(response)(record)
+    if isinstance(response_turns, str) or not response_turns:
+        return response_turns
     as_text = not isinstance(record[prompt], list)
-    asked = [(prompt, {"role": "user", "content": record[prompt]})] if as_text else conversations.turns(prompt)(record)
-    if isinstance(asked, str):
-        return asked
-    said = [_said(message) for _, message in answered]
-    if said[: len(asked)] == [_said(message) for _, message in asked]:
-        return answered
-    if said[0][0] == "assistant":
-        return [*asked, *answered]
-    if as_text and ("user", record[prompt]) in said:  # of several turns, the one that is asked last
-        return answered
+    user = {"role": "user", "content": record[prompt]}
+    prompt_turns = [(prompt, user)] if as_text else conversations.turns(prompt)(record)
+    if isinstance(prompt_turns, str):
+        return prompt_turns
+    contents = [_content(message) for _, message in response_turns]
+    if contents[: len(prompt_turns)] == [_content(message) for _, message in prompt_turns]:
+        return response_turns
+    if contents[0][0] == "assistant":
+        return [*prompt_turns, *response_turns]
+    if as_text and ("user", record[prompt]) in contents:  # the prompt is the last question of several turns
+        return response_turns
     return (
-        f"{side}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; found "
-        f"role {said[0][0]!r:.40} with other content first"
+        f"{response}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; "
+        f"found role {contents[0][0]!r:.40} with other content first"
     )
 
 
-def _said(message: dict[str, Any]) -> tuple[Any, Any]:
+def _content(message: dict[str, Any]) -> tuple[Any, Any]:
     return message["role"], message["content"]
 
 
 FORMATS: Formats = {
-    ("prompt", *SIDES): (
+    ("prompt", *RESPONSES): (
         '{"prompt": .., "chosen": .., "rejected": ..}, texts or lists of messages',
-        _sides("prompt"),
+        _pair("prompt"),
     ),
-    ("instruction", *SIDES): (
+    ("instruction", *RESPONSES): (
         '{"instruction": .., "input": .. (optional), "chosen": .., "rejected": ..}',
-        _sides("instruction", "input"),
+        _pair("instruction", "input"),
     ),
-    SIDES: (
+    RESPONSES: (
         '{"chosen": [{"role": .., "content": ..}, ..], "rejected": [..]}',
-        lambda record: tuple(conversations.turns(side)(record) for side in SIDES),
+        lambda record: tuple(conversations.turns(response)(record) for response in RESPONSES),
     ),
 }
 
@@ -136,18 +141,18 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
-        notes: as of `conversations.read`, which says what is read beside the keys of `FORMATS`.
+        notes: as in `conversations.read`, which also lists the optional keys of a record.
 
     Raises:
-        UserError: as of `conversations.read`; pairs with two questions, or the same answer twice: the first 20.
+        UserError: as in `conversations.read`; pairs with different prompts or with equal answers: the first 20.
     """
-    pairs = [Pair(*sides) for sides in conversations.read_as(source, FORMATS, notes)]
+    pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
     problems = []
     for chosen, rejected in pairs:
-        ours, theirs = ([*map(_said, side.messages)] for side in (chosen, rejected))
-        if ours[:-1] != theirs[:-1]:
+        preferred, other = ([*map(_content, talk.messages)] for talk in (chosen, rejected))
+        if preferred[:-1] != other[:-1]:
             problems.append(f"{chosen.where}: chosen and rejected answer different questions")
-        elif ours[-1] == theirs[-1]:
+        elif preferred[-1] == other[-1]:
             problems.append(f"{chosen.where}: chosen and rejected are the same answer")
     if problems:
         raise UserError.all(problems[: conversations.MAX_PROBLEMS])
@@ -155,15 +160,15 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """`synthetic.skills`, and as the rejected answer that of the next other question of the same skill."""
+    """Pairs from `synthetic.skills`. The rejected answer is a different one, from the next question of the skill."""
     talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
     for talk in talks:
         of_skill.setdefault(talk.where.split(":")[0], []).append(talk)
     pairs = []
-    for some in of_skill.values():
-        for i, talk in enumerate(some):
-            answers = [other.messages[-1] for other in some[i + 1 :] + some[:i]]
+    for same_skill in of_skill.values():
+        for i, talk in enumerate(same_skill):
+            answers = [other.messages[-1] for other in same_skill[i + 1 :] + same_skill[:i]]
             if wrong := [answer for answer in answers if answer != talk.messages[-1]]:
                 pairs.append(Pair(talk, Conversation((*talk.messages[:-1], wrong[0]), talk.where)))
     return sorted(pairs, key=lambda pair: int(pair.chosen.where.split(":")[1]))
@@ -180,71 +185,76 @@ def encode(
     context_length: int,
     because: str = "",
 ) -> EncodedPairs:
-    """Both sides of every pair, without those pairs that are too long for a row of both; what is learned is the last
-    answer with its end, whatever was answered before.
+    """Encode both conversations of each pair. The loss is on the last answer with its end only, not on earlier answers.
+
+    Pairs whose two conversations do not fit in one row are dropped and counted.
 
     Args:
-        because: where the context_length comes from, for the error where nothing fits.
+        because: explains context_length in the error raised when nothing fits.
 
     Raises:
-        UserError: as of `conversations.render`; no pair fits.
+        UserError: as in `conversations.render`; no pair fits.
     """
-    texts = [getattr(pair, side) for pair in pairs for side in SIDES]
-    both = conversations.encode(texts, tokenizer, style=style, context_length=1 << 30)
+    talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
+    encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
     examples = []
-    for ids, weights in zip(both.rows, both.weights, strict=True):
-        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # where the last run of ones begins
+    for ids, weights in zip(encoded.rows, encoded.weights, strict=True):
+        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # start of the last run of ones
         examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
-    whole = list(zip(examples[::2], examples[1::2], strict=True))
-    lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in whole]
-    sides = [pair for pair, length in zip(whole, lengths, strict=True) if length <= context_length]
-    if not sides:
+    all_pairs = list(zip(examples[::2], examples[1::2], strict=True))
+    lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in all_pairs]
+    fitting = [pair for pair, length in zip(all_pairs, lengths, strict=True) if length <= context_length]
+    if not fitting:
         needs = f"and the shortest needs {min(lengths)}" if lengths else "and there is none"
         raise UserError(
-            f"no pair fits a context of {context_length} tokens{because}: both of its sides stand in one row, {needs}"
+            f"no pair fits a context of {context_length} tokens{because}: both answers go in one row, {needs}"
         )
-    return EncodedPairs(sides, len(pairs) - len(sides))
+    return EncodedPairs(fitting, len(pairs) - len(fitting))
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
-    """Rows of `context_length` (None: the longest pair): with as many pairs as fit, or with one each, in order."""
-    lengths = np.array([sum(len(ids) - 1 for ids, _ in pair) for pair in encoded.sides])
+    """Rows of `context_length` tokens (None: the longest pair), packed first-fit-decreasing, or one pair per row."""
+    lengths = np.array([sum(len(ids) - 1 for ids, _ in pair) for pair in encoded.pairs])
     width = context_length or int(lengths.max())
     places = packing.first_fit(lengths, width) if packed else [(i, 0) for i in range(len(lengths))]
-    held = packing.members(places)
-    out = packing.empty(len(held), width)
-    index = np.full((len(held), max(map(len, held))), -1, np.int32)
-    for row, some in enumerate(held):
-        for p, i in enumerate(some):
+    members = packing.members(places)
+    out = packing.empty(len(members), width)
+    index = np.full((len(members), max(map(len, members))), -1, np.int32)
+    for row, pair_ids in enumerate(members):
+        for p, i in enumerate(pair_ids):
             start, index[row, p] = places[i][1], i
-            for side, (ids, weights) in enumerate(encoded.sides[i]):
-                here = slice(start, start + len(ids) - 1)
-                out.tokens[row, here], out.targets[row, here], out.weights[row, here] = ids[:-1], ids[1:], weights[1:]
-                out.segment_ids[row, here] = 2 * p + 1 + side
-                start = here.stop
+            for rejected, (ids, weights) in enumerate(encoded.pairs[i]):
+                span = slice(start, start + len(ids) - 1)
+                out.tokens[row, span], out.targets[row, span], out.weights[row, span] = ids[:-1], ids[1:], weights[1:]
+                out.segment_ids[row, span] = 2 * p + 1 + rejected
+                start = span.stop
     return PairRows(*out, index)
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
-    """The batch of `step`: every row once an epoch, in a new order each time.
+    """The batch of `step`: each row once per epoch, in a new order every epoch.
 
     Args:
-        reference: [pairs, 2], as `PairBatch` has it.
+        reference: [pairs, 2] reference log-probabilities, see `PairBatch`.
     """
     return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed), reference)
 
 
 def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
-    """All rows once, in their order; the last batch is filled up with pairs that do not count."""
+    """All rows once, in order; the last batch is padded with pairs of weight 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)
-        some = _batch(rows, np.minimum(index, n - 1), reference)
-        yield some._replace(present=some.present * (index < n)[:, None])
+        batch = _batch(rows, np.minimum(index, n - 1), reference)
+        yield batch._replace(present=batch.present * (index < n)[:, None])
 
 
 def _batch(rows: PairRows, index: np.ndarray, reference: np.ndarray | None) -> PairBatch:
     tokens, targets, weights, segment_ids, pairs = (leaf[index] for leaf in rows)
-    before = np.zeros((*pairs.shape, 2), np.float32) if reference is None else reference[pairs]
+    log_probs = np.zeros((*pairs.shape, 2), np.float32) if reference is None else reference[pairs]
     present = (pairs >= 0).astype(np.float32)
-    return PairBatch(tokens, targets, weights, segment_ids, present, before)
+    return PairBatch(tokens, targets, weights, segment_ids, present, log_probs)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

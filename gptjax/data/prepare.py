@@ -1,4 +1,4 @@
-"""From a config to tokens on disk: read, split, fit or load the tokenizer, encode once, reuse."""
+"""Prepare the data of a config: read, split, train or load the tokenizer, encode once, cache on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptjax import assets, tokenizers
 from gptjax.config import Config
 from gptjax.data import store as token_store
 from gptjax.data.sources import Documents, cache_root, documents, missing
-from gptjax.data.split import Part, split_documents
+from gptjax.data.split import Subset, split_documents
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import json_sha256
@@ -19,7 +19,7 @@ from gptjax.tokenizers import Tokenizer
 
 
 class Prepared(NamedTuple):
-    """What training needs of the data. `manifest["key"]` names this data: sources, split and tokenizer."""
+    """The prepared data. `manifest["key"]` identifies sources, split and tokenizer."""
 
     tokenizer: Tokenizer
     train: TokenStore
@@ -34,36 +34,39 @@ def prepare(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
-    """Tokens of `cfg.data` under `tokenizer`, or that of `cfg.tokenizer`, from the cache when nothing changed.
+    """Encode `cfg.data` with `tokenizer` (None: the one of `cfg.tokenizer`), or load the tokens from the cache.
 
-    The cache key covers the content of every source, the split and the tokenizer; not the seed, because
-    nothing here depends on it. chars is fitted on all text (a character of the held-out part must have an
-    id), the trained vocabularies on the training part alone.
+    The cache key covers the contents of all sources, the split and the tokenizer, but not the seed: nothing here
+    depends on it. The tokenizer chars is fitted on all text (characters of the validation text need an id too), trained
+    vocabularies on the training text only.
 
     Args:
-        log: gets a line about what takes time.
-        progress: gets (bytes encoded, bytes in all) after each document.
+        log: called with a line about each slow step.
+        progress: called with (bytes encoded, total bytes) after each document.
+
     Raises:
         UserError: unreadable or too little text, or more ids than model.vocab_size.
     """
     refuse_missing(cfg)
-    found = documents(cfg.data)
-    held = documents(cfg.data, cfg.data.val_source) if cfg.data.val_source else None
+    train_documents = documents(cfg.data)
+    val_documents = documents(cfg.data, cfg.data.val_source) if cfg.data.val_source else None
     loaded = tokenizer
     if loaded is None and cfg.tokenizer.name not in tokenizers.TRAINED:
         loaded = tokenizers.build(cfg.tokenizer, lambda: iter(()))
-    key = _key(cfg, found, held, loaded)
+    key = _key(cfg, train_documents, val_documents, loaded)
 
     def make(folder: Path) -> dict:
-        log(f"reading {', '.join(source.name for source in found.sources)}")
-        train, val, how = split_documents(found, cfg.data, held)
-        if empty := [part["source"] for part in how if not part["bytes"]]:
+        log(f"reading {', '.join(source.name for source in train_documents.sources)}")
+        train, val, how = split_documents(train_documents, cfg.data, val_documents)
+        if empty := [split["source"] for split in how if not split["bytes"]]:
             raise UserError(
                 f"data.source={','.join(empty)}: no text in it; one window of model.context_length={cfg.window} "
                 f"needs at least {cfg.window + 1} tokens"
             )
-        fitted = (train, val) if cfg.tokenizer.name == "chars" else (train,)
-        tokenizer = loaded or tokenizers.build(cfg.tokenizer, lambda: (text for part in fitted for _, text, _ in part))
+        fit_on = (train, val) if cfg.tokenizer.name == "chars" else (train,)
+        tokenizer = loaded or tokenizers.build(
+            cfg.tokenizer, lambda: (text for subset in fit_on for _, text, _ in subset)
+        )
         tokenizer.save(folder / "tokenizer.json")
         log(f"encoding with {tokenizer.name}, {tokenizer.vocab_size} ids")
         return {
@@ -73,10 +76,10 @@ def prepare(
                 "vocab_size": tokenizer.vocab_size,
                 "fingerprint": tokenizer.fingerprint,
             },
-            "sources": _describe_sources(found),
-            "val_sources": _describe_sources(held) if held else [],
+            "sources": _describe_sources(train_documents),
+            "val_sources": _describe_sources(val_documents) if val_documents else [],
             "split": how,
-            **_encode(folder, train, val, tokenizer, sum(part["bytes"] for part in how), progress),
+            **_encode(folder, train, val, tokenizer, sum(split["bytes"] for split in how), progress),
         }
 
     folder, manifest = token_store.build(cache_root(cfg.data) / "tokens", key, make, log)
@@ -92,10 +95,10 @@ def prepare(
 
 
 def refuse_missing(cfg: Config) -> None:
-    """A cheap look before the text is read; nothing is fetched.
+    """Check cheaply that sources and tokenizer exist, before any text is read or downloaded.
 
     Raises:
-        UserError: sources and a tokenizer that are not there, all at once; pretrain.base brings its own.
+        UserError: all missing sources and a missing tokenizer. With pretrain.base the tokenizer is the base model's.
     """
     problems = [problem for name in (*cfg.data.source, *cfg.data.val_source) if (problem := missing(name))]
     name = cfg.tokenizer.name
@@ -109,10 +112,10 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def check(ready: Prepared, cfg: Config) -> None:
-    """That there is enough text for one window, and a row in the embedding for every id.
+    """Check that there is enough text for one window, and an embedding for every id.
 
     Raises:
-        UserError: all that does not fit, at once.
+        UserError: all problems at once.
     """
     needed, problems = cfg.window + 1, []
     if len(ready.train) < needed:
@@ -143,21 +146,21 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
         yield f"source      {source['name']}, {source['files']} files, sha256 {source['fingerprint'][:12]}"
     for source in manifest["val_sources"]:
         yield f"val source  {source['name']}, {source['files']} files, sha256 {source['fingerprint'][:12]}"
-    for part in manifest["split"]:
-        if part["split"] == "none":
+    for how in manifest["split"]:
+        if how["split"] == "none":
             continue
-        if part["split"] == "tail":
-            yield f"split       {part['source']}: the end of each file is held out"
+        if how["split"] == "tail":
+            yield f"split       {how['source']}: the end of each file is held out"
         else:
-            held = part["held_out"]
-            shown = ", ".join(held[:8]) + (f" and {len(held) - 8} more" if len(held) > 8 else "")
-            yield f"split       {part['source']}: {part['split']}s held out: {shown}"
+            held_out = how["held_out"]
+            shown = ", ".join(held_out[:8]) + (f" and {len(held_out) - 8} more" if len(held_out) > 8 else "")
+            yield f"split       {how['source']}: {how['split']}s held out: {shown}"
     total = manifest["train"]["bytes"] + manifest["val"]["bytes"]
     for name in ("train", "val"):
-        part = manifest[name]
+        split = manifest[name]
         yield (
-            f"{name:<11} {part['documents']:,} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes "
-            f"({part['bytes'] / max(total, 1):.1%}), {part['bytes'] / max(part['tokens'], 1):.2f} bytes a token"
+            f"{name:<11} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes "
+            f"({split['bytes'] / max(total, 1):.1%}), {split['bytes'] / max(split['tokens'], 1):.2f} bytes per token"
         )
     yield f"stored      {manifest['train']['dtype']} in {manifest['folder']}"
     window = [int(i) for i in ready.train.tokens[:context_length]]
@@ -165,7 +168,7 @@ def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
 
 
 def _encode(
-    folder: Path, train: Part, val: Part, tokenizer: Tokenizer, total: int, progress: Callable[[int, int], None]
+    folder: Path, train: Subset, val: Subset, tokenizer: Tokenizer, total: int, progress: Callable[[int, int], None]
 ) -> dict:
     done = 0
 
@@ -174,22 +177,22 @@ def _encode(
         done += size_bytes
         progress(done, total)
 
-    def write(name: str, part: Part) -> dict:
+    def write(name: str, subset: Subset) -> dict:
         texts = [
-            ((document.text, begins, ends) for document, begins, ends in part.source(k))
-            for k in range(len(part.documents.sources))
+            ((document.text, begins, ends) for document, begins, ends in subset.source(k))
+            for k in range(len(subset.documents.sources))
         ]
         return token_store.write(folder, name, texts, tokenizer, advance)
 
     return {"train": write("train", train), "val": write("val", val)}
 
 
-def _describe_sources(found: Documents) -> list[dict]:
-    return [{"name": s.name, "files": len(s.files), "fingerprint": s.fingerprint} for s in found.sources]
+def _describe_sources(documents: Documents) -> list[dict]:
+    return [{"name": s.name, "files": len(s.files), "fingerprint": s.fingerprint} for s in documents.sources]
 
 
-def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Tokenizer | None) -> str:
-    """What the tokens depend on. A trained tokenizer is named by its settings: its text is in the key already."""
+def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
+    """Hash of all that the tokens depend on. A trained tokenizer enters by its settings: its text is in the key."""
     data = cfg.data
     if loaded:
         tokenizer: str | list[str | int] = loaded.fingerprint
@@ -197,12 +200,12 @@ def _key(cfg: Config, found: Documents, held: Documents | None, loaded: Tokenize
         tokenizer = cfg.tokenizer.name
     else:
         tokenizer = [cfg.tokenizer.name, cfg.tokenizer.vocab_size, metadata.version("tokenizers")]
-    parts = {
+    contents = {
         "version": token_store.VERSION,
-        "sources": [source.fingerprint for source in found.sources],
-        "val_sources": [source.fingerprint for source in held.sources] if held else None,
+        "sources": [source.fingerprint for source in train.sources],
+        "val_sources": [source.fingerprint for source in val.sources] if val else None,
         "text": [data.text_field, data.max_documents],
-        "split": None if held else [data.split, data.val_fraction],
+        "split": None if val else [data.split, data.val_fraction],
         "tokenizer": tokenizer,
     }
-    return json_sha256(parts)[:32]
+    return json_sha256(contents)[:32]

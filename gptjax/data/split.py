@@ -1,8 +1,8 @@
-"""What is held out, of every kind of data.
+"""Train, validation and test splits for every kind of data.
 
-split_documents   pretraining           the tail of each file, whole documents or whole files; or another source
-split_labelled    classification        by class, by equal texts, or as the book does it
-split_records     instructions, pairs   the end of a file in its order; of synthetic skills what `is_held_out` says
+split_documents   pretraining           the tail of each file, whole documents or files; or a separate source
+split_labelled    classification        stratified by class, grouped by equal texts, or as in the book
+split_records     instructions, pairs   the end of a file; synthetic skills by `is_held_out`
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from gptjax._moved import moved_name
 from gptjax.config import DataConfig, InstructConfig, PreferConfig
 from gptjax.data.sources import Document, Documents, Source
 from gptjax.errors import UserError
@@ -25,33 +26,34 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-HELD_OUT = 80, 200  # at most so many synthetic questions to validate and test on: they are answered one by one
-ONE_OF = 5  # of so many words of the synthetic skills one is held out
+HELD_OUT = 80, 200  # most synthetic questions for validation and test: each one is answered by generation
+ONE_OF = 5  # one in so many words of the synthetic skills is held out
 
 
 # --- pretraining
 
 
 @dataclass(frozen=True)
-class Part:
-    """The training or the held-out part of documents. cuts[k][i]: characters of document i that are for training.
+class Subset:
+    """The training or the held-out subset of documents.
 
-    n_documents counts those of all sources, before the split.
+    n_documents  number of documents of all sources, before the split
+    cuts         cuts[k][i]: number of characters of document i of source k that are for training; None: no split
     """
 
     documents: Documents
     n_documents: int
-    cuts: tuple[np.ndarray, ...] | None = None  # None: all of it
+    cuts: tuple[np.ndarray, ...] | None = None
     held_out: bool = False
 
     def __iter__(self) -> Iterator[Document]:
         return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
 
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
-        """(document, whether its text begins here, whether it ends here) of source k.
+        """(document, begins, ends) of source k: whether the text starts and ends where the document does.
 
-        A tail that was cut off does not begin, what it was cut from does not end. A corpus that is one running text
-        does neither: its single beginning and end could never be learnt.
+        A held-out tail does not begin and the text before it does not end. Both are false in a corpus of a single
+        document: its only beginning and end could not be learned.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -65,35 +67,37 @@ class Part:
                 yield document._replace(text=text), bool(begins), bool(ends)
 
 
-def split_documents(found: Documents, cfg: DataConfig, val: Documents | None = None) -> tuple[Part, Part, list[dict]]:
-    """(train, val, how), each source by itself, so that val speaks for all of them.
+def split_documents(
+    documents: Documents, cfg: DataConfig, val: Documents | None = None
+) -> tuple[Subset, Subset, list[dict]]:
+    """(train, val, how). Each source is split separately, so that val represents all of them.
 
     tail      the last val_fraction of the characters of each file
-    document  whole documents: in the order of a hash of their names, until the bytes come nearest to
-              val_fraction. Neither the seed nor the order matters, so runs with other seeds compare.
+    document  whole documents, in the order of a hash of their names, up to the number of bytes closest to
+              val_fraction. It depends on neither the seed nor the order, so runs with different seeds compare.
     file      the same with whole files
-    auto      document where there are 10 or more, else tail
-    none      all of it: `val` is given, the documents of data.val_source
-    `how` says for each source what was done: source, split, documents, bytes and the names held_out (the first 100).
+    auto      document for sources with 10 or more documents, else tail
+    none      no split: `val`, the documents of data.val_source, is given
+    `how` describes the split of each source: source, split, documents, bytes and the names held_out (the first 100).
     """
     if val is not None:
         how, counts = [], [0, 0]
-        for i, documents in enumerate((found, val)):
-            for source in documents.sources:
+        for i, subset in enumerate((documents, val)):
+            for source in subset.sources:
                 sizes = measure(source)
                 counts[i] += len(sizes.names)
                 size = {"documents": len(sizes.names), "bytes": int(sizes.bytes.sum())}
                 how.append({"source": source.name, "split": "none", **size})
-        return Part(found, counts[0]), Part(val, counts[1]), how
+        return Subset(documents, counts[0]), Subset(val, counts[1]), how
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"data.val_fraction ({cfg.val_fraction}) must be between 0 and 1, or give data.val_source")
-    cuts, ways = zip(*(_cut(source, cfg) for source in found.sources), strict=True)
-    n = sum(way["documents"] for way in ways)
-    return Part(found, n, cuts), Part(found, n, cuts, held_out=True), list(ways)
+    cuts, descriptions = zip(*(_cut(source, cfg) for source in documents.sources), strict=True)
+    n = sum(how["documents"] for how in descriptions)
+    return Subset(documents, n, cuts), Subset(documents, n, cuts, held_out=True), list(descriptions)
 
 
 class Sizes(NamedTuple):
-    """One number a document: length, and the file it is in."""
+    """Per document: name, length in characters and bytes, and the index of its file."""
 
     names: list[str]
     characters: np.ndarray
@@ -102,18 +106,18 @@ class Sizes(NamedTuple):
 
 
 def measure(source: Source) -> Sizes:
-    """One pass over the text, which also finds what is wrong with it: up to 10 files at once.
+    """Measure all documents of a source in one pass over the text, which also validates it.
 
     Raises:
-        UserError: unreadable files, or a source without text.
+        UserError: unreadable files (the first 10).
     """
     names: list[str] = []
     sizes: list[tuple[int, int, int]] = []
     problems: list[str] = []
     for group, (_, read) in enumerate(source.files):
-        room = None if source.max_documents is None else source.max_documents - len(names)
+        remaining = None if source.max_documents is None else source.max_documents - len(names)
         try:
-            for document in islice(read(), room):
+            for document in islice(read(), remaining):
                 names.append(document.name)
                 sizes.append((len(document.text), len(document.text.encode("utf-8")), group))
         except OSError as error:
@@ -131,20 +135,20 @@ def measure(source: Source) -> Sizes:
 def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict[str, Any]]:
     sizes = measure(source)
     n = len(sizes.names)
-    way = cfg.split if cfg.split != "auto" else ("document" if n >= 10 else "tail")
-    how = {"source": source.name, "split": way, "documents": n, "bytes": int(sizes.bytes.sum())}
-    if way == "tail":
+    split = cfg.split if cfg.split != "auto" else ("document" if n >= 10 else "tail")
+    how = {"source": source.name, "split": split, "documents": n, "bytes": int(sizes.bytes.sum())}
+    if split == "tail":
         cuts = _tail_cuts(sizes, cfg.val_fraction)
         held = [sizes.names[i] for i in np.flatnonzero(cuts < sizes.characters)[:100]]
         return cuts, {**how, "held_out": held}
-    if way == "document":
+    if split == "document":
         units, names = np.arange(n), sizes.names
     else:
-        kept, units = np.unique(sizes.groups, return_inverse=True)
-        names = [source.files[g][0] for g in kept]
+        files, units = np.unique(sizes.groups, return_inverse=True)
+        names = [source.files[i][0] for i in files]
     if len(names) < 2:
         raise UserError(
-            f"data.split={way} needs at least 2 {way}s in data.source={source.name}, found {len(names)}: "
+            f"data.split={split} needs at least 2 {split}s in data.source={source.name}, found {len(names)}: "
             "use data.split=tail"
         )
     chosen = hold_out(names, np.bincount(units, sizes.bytes, len(names)), cfg.val_fraction)
@@ -154,7 +158,7 @@ def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
-    """int((1 - fraction) * characters) of each file are for training, whichever document that falls in."""
+    """Cut each file after int((1 - fraction) * characters), wherever in a document that is."""
     totals = np.bincount(sizes.groups, sizes.characters) if len(sizes.names) else np.zeros(1)
     begin = np.cumsum(sizes.characters) - sizes.characters
     first = np.r_[0, np.cumsum(totals)][sizes.groups]
@@ -163,7 +167,7 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 
 
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of `names` to hold out, [n] bool: at least one, never all."""
+    """Mask [n] bool of the `names` to hold out: at least one, never all."""
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
     chosen = np.zeros(len(names), bool)
@@ -185,7 +189,7 @@ def _hash(name: str) -> bytes:
 
 
 class LabelledSplits(NamedTuple):
-    """`leaked`: how many texts of val and test stand in train as well."""
+    """leaked: number of texts of val and test that are also in train."""
 
     train: Labelled
     val: Labelled
@@ -201,33 +205,33 @@ def split_labelled(
     seed: int = 0,
     deduplicate: bool = True,
 ) -> LabelledSplits:
-    """Train, validation and test texts.
+    """Split labelled texts into train, validation and test.
 
-    stratified  each class in these fractions
-    grouped     equal texts never in two parts, also where deduplicate is off
-    book        chapter 6 of the book: balanced, shuffled and cut as pandas does it with its seed; fractions are its
+    stratified  each class is split by `fractions`
+    grouped     equal texts are always in the same split, also without deduplication
+    book        chapter 6 of the book: balanced, shuffled with pandas and its seed, cut at its own fractions
 
     Args:
-        deduplicate: of texts that are equal but for case and blanks only the first counts. Not with `book`, unless
-            asked for: then what stands in train is taken out of val and test, and repetitions out of each.
+        deduplicate: keep only the first of texts that are equal up to case and whitespace. With `book` this happens
+            after the split: repetitions are removed from each split, and texts of train from val and test.
 
     Raises:
-        UserError: a part that would be empty, or lack a class to train on.
+        UserError: an empty split, or a class without training texts.
     """
     seen: set[str] = set()
     if how == "book":
-        parts = [data.take(rows) for rows in _book(data)]
+        splits = [data.take(rows) for rows in _book(data)]
         if deduplicate:
-            parts = [part.take(_fresh(part.texts, seen)) for part in parts]
+            splits = [split.take(_unseen(split.texts, seen)) for split in splits]
     else:
         if deduplicate:
-            data = data.take(_fresh(data.texts, seen))
+            data = data.take(_unseen(data.texts, seen))
         divide = _grouped if how == "grouped" else _stratified
-        parts = [data.take(rows) for rows in divide(data, fractions, np.random.default_rng(seed))]
-    for name, part in zip(("train", "validate", "test"), parts, strict=True):
-        if not part.texts:
+        splits = [data.take(rows) for rows in divide(data, fractions, np.random.default_rng(seed))]
+    for name, split in zip(("train", "validate", "test"), splits, strict=True):
+        if not split.texts:
             raise UserError(f"{len(data.texts)} texts leave none to {name} on: give more, or other fractions")
-    train, val, test = parts
+    train, val, test = splits
     lacking = [train.names[k] for k in range(len(data.names)) if not (train.labels == k).any()]
     if lacking:
         raise UserError(f"no text to train on is of class {', '.join(lacking)}: give more texts of it")
@@ -236,12 +240,12 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """Without what does not make another text of it: case, and how many blanks stand where."""
+    """The text in lower case with single spaces: texts with equal results count as duplicates."""
     return " ".join(text.casefold().split())
 
 
-def _fresh(texts: Sequence[str], seen: set[str]) -> list[int]:
-    """Rows whose text is not in `seen` yet, which grows."""
+def _unseen(texts: Sequence[str], seen: set[str]) -> list[int]:
+    """Indices of the texts that are not in `seen`; their normalised texts are added to it."""
     rows = []
     for i, text in enumerate(texts):
         if (key := normalized(text)) not in seen:
@@ -251,13 +255,13 @@ def _fresh(texts: Sequence[str], seen: set[str]) -> list[int]:
 
 
 def _stratified(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
-    parts: list[list[np.ndarray]] = [[], [], []]
+    splits: list[list[np.ndarray]] = [[], [], []]
     for k in range(len(data.names)):
         rows = rng.permutation(np.flatnonzero(data.labels == k))
         ends = np.round(np.cumsum(fractions)[:2] * len(rows)).astype(int)
-        for part, some in zip(parts, np.split(rows, ends), strict=True):
-            part.append(some)
-    return [np.sort(np.concatenate(part)) for part in parts]
+        for split, indices in zip(splits, np.split(rows, ends), strict=True):
+            split.append(indices)
+    return [np.sort(np.concatenate(split)) for split in splits]
 
 
 def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
@@ -266,25 +270,25 @@ def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generato
         groups.setdefault(normalized(text), []).append(i)
     order = [list(groups.values())[i] for i in rng.permutation(len(groups))]
     edges = np.cumsum(fractions)[:2] * len(data.texts)
-    parts: list[list[int]] = [[], [], []]
-    done = 0
+    splits: list[list[int]] = [[], [], []]
+    assigned = 0
     for group in order:
-        parts[int(np.searchsorted(edges, done, "right"))] += group
-        done += len(group)
-    return [np.sort(np.array(part, int)) for part in parts]
+        splits[int(np.searchsorted(edges, assigned, "right"))] += group
+        assigned += len(group)
+    return [np.sort(np.array(split, int)) for split in splits]
 
 
 def _book(data: Labelled) -> list[np.ndarray]:
-    """The common class sampled down, the rare one below it, all shuffled, cut at 70 and 80 per cent.
+    """Undersample the common class, append the rare one, shuffle, and cut at 70 and 80 per cent.
 
-    Source: the book's ch06 code, pandas calls and seed.
+    Source: the book's code for chapter 6, with the same pandas calls and seed.
     """
     import pandas
 
     counts = np.bincount(data.labels, minlength=len(data.names))
     if len(data.names) != 2 or counts[0] == counts[1]:
         raise UserError(
-            f"split=book is for two classes of different size, as ham and spam: there are {counts.tolist()}"
+            f"split=book needs two classes of different size, such as ham and spam: there are {counts.tolist()}"
         )
     rare = int(np.argmin(counts))
     frame = pandas.DataFrame({"row": np.arange(len(data.texts)), "label": data.labels})
@@ -299,7 +303,7 @@ def _book(data: Labelled) -> list[np.ndarray]:
 
 
 class Splits(NamedTuple, Generic[T]):
-    """Records to train, validate and test on."""
+    """Records for training, validation and test."""
 
     train: list[T]
     val: list[T]
@@ -313,32 +317,37 @@ def split_records(
     made: Callable[..., list[T]],
     notes: list[str] | None = None,
 ) -> Splits[T]:
-    """Of a file in its order: what is trained on, then test, then validation, as the book cuts it. Of the synthetic
-    skills: test and validation ask about words and numbers that training never shows.
+    """Split the records of a file in order into train, test, validation, as the book does. Without a source, make
+    synthetic skills: validation and test ask about words and numbers that training never shows.
 
     Args:
-        made: (n, seed, held_out) -> records.
-        notes: as of `conversations.read`.
+        read: (source, notes) -> records.
+        made: (n, seed, held_out) -> synthetic records.
+        notes: as in `conversations.read`.
     """
     if settings.source is None:
         n = settings.examples
         shares = settings.val_fraction, settings.test_fraction
-        held = [min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True)]
-        unseen = made(sum(held), seed, held_out=True)
-        parts = Splits(made(n, seed), unseen[: held[0]], unseen[held[0] :])
-        if not all(parts):
-            raise UserError(f"examples={n} are too few for a part to test and one to validate on: give more")
-        return parts
+        n_val, n_test = (min(most, max(1, round(n * share))) for most, share in zip(HELD_OUT, shares, strict=True))
+        unseen = made(n_val + n_test, seed, held_out=True)
+        splits = Splits(made(n, seed), unseen[:n_val], unseen[n_val:])
+        if not all(splits):
+            raise UserError(f"examples={n} are too few for a test and a validation split: give more")
+        return splits
     records = read(settings.source, notes)
     n = len(records)
     test = int(n * settings.test_fraction)
     train = int(n * (1 - settings.test_fraction - settings.val_fraction) + 1e-9)
-    parts = Splits(records[:train], records[train + test :], records[train : train + test])
-    if not all(parts):
-        raise UserError(f"{settings.source}: {n} records are too few for a part to test and one to validate on")
-    return parts
+    splits = Splits(records[:train], records[train + test :], records[train : train + test])
+    if not all(splits):
+        raise UserError(f"{settings.source}: {n} records are too few for a test and a validation split")
+    return splits
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a word, "3 + 4", "9 - 2" or "7 meters" of the synthetic skills is for testing only."""
+    """Whether a subject of the synthetic skills (a word, "3 + 4", "9 - 2", "7 meters") is held out from training."""
     return _hash(key)[0] % ONE_OF == 0
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,8 +1,8 @@
-"""Token ids of one split as a memory-mapped array, and the folder they are kept in.
+"""The on-disk token cache: the token ids of each split as a memory-mapped array.
 
     tokens/KEY/  train.bin  train.starts.npy  val.bin  val.starts.npy  tokenizer.json  manifest.json
 
-A folder appears by one rename, with its manifest written last: a reader sees all of it or nothing.
+A folder appears atomically by one rename, with its manifest written last: a reader sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
 STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
-PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")  # as `build` calls them; others may be somebody's own
+PARTIAL = re.compile(
+    r"\.partial-([0-9a-f]{12}|damaged)-\w{8}"
+)  # the names that `build` gives; others may be the user's
 FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
 FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """The tokens of one split, all sources one after the other.
+    """The token ids of one split, with all sources concatenated.
 
-    tokens         [N] uint16 or uint32, memory-mapped when it comes from disk
+    tokens         [N] uint16 or uint32, memory-mapped if loaded from disk
     doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
-    source_starts  [n_sources + 1] int64, source k holds tokens[source_starts[k] : source_starts[k + 1]]
+    source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
     n_bytes        UTF-8 bytes of the text, for bits per byte
-    begin_id       the token that a document begins with: the first of its own, or shared with the document before it,
-                   which ends with the same. None: documents begin with their text
+    begin_id       the token that every document begins with: its own first token, or shared with the previous
+                   document if that ends with the same token. None: documents begin with their text
     """
 
     tokens: np.ndarray
@@ -61,7 +63,7 @@ class TokenStore:
         return len(self.source_starts) - 1
 
     def begins_before(self, documents: np.ndarray) -> np.ndarray:
-        """Whether each of `documents` (indices, int64) begins with the last token of the one before it: bool."""
+        """Whether each of `documents` (indices, int64) shares its begin token with the previous document: bool."""
         if self.begin_id is None:
             return np.zeros(documents.shape, bool)
         first = self.doc_starts[documents]
@@ -70,7 +72,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """Tokens of the text, with those that end a document and without those that only begin one."""
+        """Number of targets: tokens of the text and end tokens, without tokens that only begin a document."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -83,8 +85,10 @@ class TokenStore:
         n_bytes: int = 0,
         begin_id: int | None = None,
     ) -> TokenStore:
-        """A store in memory, for notebooks and tests. Where all documents end with the same token and `begin_id` is
-        not given, they begin with it too, as they do on disk."""
+        """A store in memory, for notebooks and tests.
+
+        If `begin_id` is None and all documents end with the same token, they begin with it too, as on disk.
+        """
         ids = np.asarray(ids)
         tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
         starts = np.asarray(doc_starts, np.int64)
@@ -97,7 +101,7 @@ class TokenStore:
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """uint16 as long as every id fits."""
+    """uint16 if every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -110,13 +114,16 @@ def write(
 ) -> dict:
     """Encode texts into `split`.bin and `split`.starts.npy.
 
-    `sources` gives the (text, begins, ends) of each document. An end-of-text id follows those that end, where the
-    tokenizer has one, and the first token of those that begin is `begin_id`: the end-of-text id of the document before
-    where one stands there. Text that looks like a special token is plain text here: a corpus cannot end its own
-    document. Documents without text are left out.
+    A document that ends is followed by the end-of-text id, if the tokenizer has one. A document that begins is preceded
+    by `begin_id`, unless the end-of-text id of the previous document is the same and serves as both. Text that looks
+    like a special token is encoded as plain text: a corpus cannot end its own document. Empty documents are skipped.
+
+    Args:
+        sources: (text, begins, ends) of each document of each source.
+        progress: called with the bytes of each encoded document.
 
     Returns:
-        The split's part of the manifest.
+        The split's entry of the manifest.
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
     starts, source_starts, shared = array("q"), [0], False
@@ -157,29 +164,29 @@ def write(
 
 
 def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -> TokenStore:
-    part = manifest[split]
-    path, dtype = folder / f"{split}.bin", np.dtype(part["dtype"])
-    # The plain array over the map: indexing np.memmap itself costs several microseconds a call.
-    tokens = np.asarray(np.memmap(path, dtype, "r")) if part["tokens"] else np.zeros(0, dtype)
+    entry = manifest[split]
+    path, dtype = folder / f"{split}.bin", np.dtype(entry["dtype"])
+    # A plain array over the memory map: indexing an np.memmap costs several microseconds per call.
+    tokens = np.asarray(np.memmap(path, dtype, "r")) if entry["tokens"] else np.zeros(0, dtype)
     return TokenStore(
         tokens,
         np.load(folder / f"{split}.starts.npy"),
-        np.asarray(part["source_starts"], np.int64),
-        part["bytes"],
-        json_sha256(part),
+        np.asarray(entry["source_starts"], np.int64),
+        entry["bytes"],
+        json_sha256(entry),
         tokenizers.begin_id(tokenizer),
     )
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Last of all, by rename, with the sha256 of itself inside."""
+    """Write manifest.json atomically, with its own SHA-256 inside."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
-    """(manifest, "") if every file is as it was written, else (None, what is wrong)."""
+    """(manifest, "") if every file has its recorded hash, else (None, the problem)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["manifest_sha256"] != _manifest_hash(manifest):
@@ -198,21 +205,20 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """The folder root/KEY, verified; `make(folder) -> manifest` fills it when it is missing or damaged.
+    """The verified folder root/KEY and its manifest. `make(folder) -> manifest` fills a missing or damaged folder.
 
-    Several processes may do this at once: each fills a folder of its own, the first rename wins.
+    Several processes may build at once: each fills a temporary folder, and the first rename wins.
 
     Raises:
-        UserError: the folder cannot be written (no space, no permission), or a damaged one holds what `build` did not
-            write.
+        UserError: the folder cannot be written (no space, no permission), or a damaged folder contains foreign files.
     """
     folder = root / key
     if folder.exists():
-        manifest, wrong = verify(folder)
+        manifest, problem = verify(folder)
         if manifest:
             return folder, manifest
-        _refuse_foreign(folder, wrong)
-        log(f"cached tokens in {folder} are damaged ({wrong}): building them again")
+        _refuse_foreign(folder, problem)
+        log(f"cached tokens in {folder} are damaged ({problem}): building them again")
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root)
@@ -221,10 +227,10 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         raise _cannot_write(root, error) from error
     try:
         write_manifest(partial, make(partial))
-        manifest, wrong = verify(partial)
+        manifest, problem = verify(partial)
         if not manifest:
-            raise UserError(f"the tokens just written to {root} cannot be read back ({wrong}): check the disk")
-        os.chmod(partial, 0o777 & ~umask())  # mkdtemp lets nobody else read; a cache may be shared
+            raise UserError(f"the tokens just written to {root} cannot be read back ({problem}): check the disk")
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes it private, but a cache may be shared
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error
@@ -240,24 +246,24 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        theirs, _ = verify(folder)  # another process was first, or a damaged folder is in the way
-        if theirs:
-            return folder, theirs
-        aside = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # somebody else moved it
-            os.rename(folder, aside / "tokens")  # who has it open keeps its files
-        shutil.rmtree(aside, ignore_errors=True)
+        existing, _ = verify(folder)  # another process was first, or a damaged folder is in the way
+        if existing:
+            return folder, existing
+        trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
+        with contextlib.suppress(FileNotFoundError):  # another process moved it
+            os.rename(folder, trash / "tokens")  # processes that have it open keep their files
+        shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 
 
-def _refuse_foreign(folder: Path, wrong: str) -> None:
-    """Raises UserError if something is there that `build` did not write: the folder is about to be replaced."""
+def _refuse_foreign(folder: Path, problem: str) -> None:
+    """Raise UserError if the folder, which is about to be replaced, contains files that `build` did not write."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")] if folder.is_dir() else [folder.name]
     if foreign := sorted({*names} - FILES):
         listed = ", ".join(foreign[:3]) + (", .." if len(foreign) > 3 else "")
         raise UserError(
-            f"cached tokens in {folder} are damaged ({wrong}), and it holds what gptjax did not write ({listed}): "
-            "nothing was overwritten; move that elsewhere, or choose another data.cache_dir=FOLDER"
+            f"cached tokens in {folder} are damaged ({problem}), and it holds files that gptjax did not write "
+            f"({listed}): nothing was overwritten; move them elsewhere, or choose another data.cache_dir=FOLDER"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sliding windows over token ids: inputs, and the same shifted by one."""
+"""Sliding windows over token ids: inputs and next-token targets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """How many full windows of `length` inputs and their targets fit, one every `stride` tokens."""
+    """Number of full windows of `length` inputs and their targets, one every `stride` tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
 def windows(
     ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `ids` [N] into inputs and targets, both [n, length], read-only views where `ids` is an array.
+    """Cut `ids` [N] into inputs and targets, both [n, length]; read-only views if `ids` is an array.
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
-    With `drop_last=False` tokens left at the end get one more full window that ends at the last token.
+    With `drop_last=False`, remaining tokens get one more full window that ends at the last token.
 
     Raises:
-        UserError: fewer than length + 1 ids, or a length or stride below 1.
+        UserError: fewer than length + 1 ids, or length or stride below 1.
     Source: the counts and tables of "Build a Large Language Model (From Scratch)", chapter 2.6.
     """
     if length < 1 or stride < 1:
@@ -34,8 +34,8 @@ def windows(
     ids = np.asarray(ids)
     if len(ids) <= length:
         raise UserError(f"{len(ids)} tokens, and one window of {length} needs at least {length + 1}")
-    both = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
-    rows = both[: len(ids) - length : stride]
+    pairs = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
+    rows = pairs[: len(ids) - length : stride]
     if not drop_last and (count(len(ids), length, stride) - 1) * stride + length + 1 < len(ids):
-        rows = np.concatenate([rows, both[-1:]])
+        rows = np.concatenate([rows, pairs[-1:]])
     return rows[:, :-1], rows[:, 1:]

@@ -1,14 +1,14 @@
-"""Autoregressive decoding: the prompts are read once, then one token a turn, inside one compiled loop.
+"""Autoregressive decoding with a KV cache: one prefill of the prompts, then one token per step in a compiled loop.
 
     generate   prompts -> new tokens
-    complete   the same with log-probabilities and the reason for ending, several samples a prompt
-    stream     the same again, a few tokens at a time as they come
+    complete   the same with log-probabilities, finish reason and several samples per prompt
+    stream     the new tokens of one prompt, yielded while they are generated
 
-Rows never touch each other: a row of a ragged batch gets what it would get alone. Sizes are rounded up to buckets
-(16, 24, 32, 48, 64, ..), so that prompts of other lengths find the compiled programs again; `programs()` counts them.
+Rows are independent: each row of a ragged batch gets the tokens that it would get alone. Sizes are padded to buckets
+(16, 24, 32, 48, 64, ..), so that prompts of other lengths reuse the compiled programs; `programs()` counts these.
 
-When a row's context is full, the last half of it is read again as a new context from position 0, and decoding goes
-on: a token never sees more than `cfg.context_length` tokens, and never fewer than half of that once so many exist.
+When a row's context is full, its last half is read again (prefilled) from position 0 and decoding goes on. A token
+attends to at most `cfg.context_length` tokens, and to at least half as many once so many exist.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from gptjax._moved import moved_name
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.sampling import Sampler, greedy
@@ -33,18 +34,18 @@ from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_cl
 from gptjax.ops import device
 from gptjax.types import Params
 
-_WATCH = 8  # tokens between two questions to `until`
-_COPIED_BYTES = 2**30  # of parameters that a GPU lays out anew at each call, however full it is
-_LONG = 256  # a prompt from which on reading it quickly is worth compiling every layer by itself
+_UNTIL_EVERY = 8  # tokens between two calls of `until`
+_COPIED_BYTES = 2**30  # parameters up to this size are always copied into the decoding layout on a GPU
+_LONG_PROMPT = 256  # prompt length from which a faster, unrolled prefill is worth its longer compilation
 
 
 class Completion(NamedTuple):
     """One continuation.
 
     tokens    the new tokens, without the stop token
-    logprobs  of each under the model itself, before any filter; empty unless asked for
-    top       for each token the likeliest k as (id, log-probability); empty unless asked for
-    finish    "stop" (one of the stop tokens came, or `until` said so) or "length"
+    logprobs  log-probability of each token under the model, before any filter; empty unless requested
+    top       the k most likely tokens at each position as (id, log-probability); empty unless requested
+    finish    "stop" (a stop token was drawn, or `until` returned true) or "length"
     """
 
     tokens: list[int]
@@ -67,18 +68,18 @@ def generate(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_new_tokens` tokens, or until one of `stop`.
+    """Generate up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
 
     Args:
-        prompts: token ids, at least one in each; of one longer than the context the end counts.
+        prompts: token ids, at least one per prompt. A prompt longer than the context keeps its last tokens.
         sampler: (logits [B, V], key) -> tokens [B].
-        until: (a row's new tokens) -> whether they are enough, asked on the host every 8 tokens; the row ends with the
-            token that made it true. `stop_strings` makes one.
-        vocab_size: of the tokenizer; the model's further rows, which belong to no token, are never drawn. None: all may
-            be.
-        cache_dtype: float32, bfloat16 or int8, of the keys and values that are kept; None: as they are computed, see
-            `init_cache`.
-        patches: as `extend` takes them, at the prompt and at every new token, so whatever their number.
+        until: (a row's new tokens) -> whether to stop, called on the host every 8 tokens. The row ends with the first
+            token for which it is true. See `stop_strings`.
+        vocab_size: size of the tokenizer's vocabulary. Ids beyond it (padding rows of the embedding) are never drawn.
+            None: every id of the model may be drawn.
+        cache_dtype: dtype of the KV cache: float32, bfloat16 or int8. None: the dtype that keys and values are computed
+            in, see `init_cache`.
+        patches: activation patches as in `extend`, applied at the prompt and at every new token.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -86,11 +87,11 @@ def generate(
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, or a model that is a classifier.
     """
-    done = complete(
+    completions = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
         until=until, vocab_size=vocab_size, cache_dtype=cache_dtype, patches=patches,
     )  # fmt: skip
-    return [completion.tokens for completion in done]
+    return [completion.tokens for completion in completions]
 
 
 def complete(
@@ -109,21 +110,24 @@ def complete(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
-    """`generate` with all there is to know about each continuation.
+    """`generate` with log-probabilities, finish reasons and several samples per prompt.
 
     Args:
-        n: samples of each prompt, which is read once; those of the first prompt come first.
-        logprobs: None, or how many of the likeliest tokens to give beside the chosen one's log-probability.
+        n: samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
+        logprobs: None, or how many of the most likely tokens to return in addition to the drawn token's
+            log-probability.
+
+    The other arguments are those of `generate`.
     """
     if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)
         return [Completion([], [], [], "length")] * (n * len(prompts))
     drawable = drawable_ids(vocab_size, cfg)
     run = _Run(params, prompts, cfg, max_new_tokens, key, sampler, stop, n, logprobs, drawable, cache_dtype, patches)
-    drawn = 0
-    while drawn < max_new_tokens and not run.done.all():
-        drawn = max_new_tokens if until is None else min(drawn + _WATCH, max_new_tokens)
-        run.advance(drawn)
+    requested = 0
+    while requested < max_new_tokens and not run.done.all():
+        requested = max_new_tokens if until is None else min(requested + _UNTIL_EVERY, max_new_tokens)
+        run.advance(requested)
         if until is not None:
             run.end_rows(until)
     return run.completions()
@@ -144,42 +148,42 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
-    """The tokens of `generate` for one prompt as they come, `every` at a time. Closing the iterator ends the work."""
+    """Yield the tokens of `generate` for one prompt, `every` at a time. Closing the iterator stops the decoding."""
     if max_new_tokens < 1:
         return
     drawable = drawable_ids(vocab_size, cfg)
     run = _Run(params, [prompt], cfg, max_new_tokens, key, sampler, stop, 1, None, drawable, cache_dtype, patches)
-    given = 0
+    yielded = 0
     while True:
-        run.advance(min(given + every, max_new_tokens))
+        run.advance(min(yielded + every, max_new_tokens))
         if until is not None:
             run.end_rows(until)
-        tokens, finished = run.so_far()
-        if len(tokens) > given:
-            yield tokens[given:]
-        given = len(tokens)
-        if finished or given >= max_new_tokens:
+        tokens, finished = run.first_row()
+        if len(tokens) > yielded:
+            yield tokens[yielded:]
+        yielded = len(tokens)
+        if finished or yielded >= max_new_tokens:
             return
 
 
 def programs() -> int:
-    """How many programs decoding has compiled in this process."""
+    """Number of programs that decoding has compiled in this process."""
     return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
 
 
 def bucket(size: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ..: at most half as much again is computed for nothing."""
+    """Round up to one of 16, 24, 32, 48, 64, 96, ..; padding adds at most half of `size` from 16 on."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
 def stop_array(stop: Sequence[int]) -> jax.Array:
-    """Filled up with ids that no token has, so that there are few different shapes."""
+    """The stop ids as int32, padded with -1 to a multiple of 8: few shapes, few compilations."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
 
 
 def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
-    """How many ids may be drawn: the tokenizer's, which are the first of the model's rows."""
+    """Number of ids that may be drawn: the first `vocab_size` of the model's vocabulary."""
     if vocab_size is None:
         return cfg.vocab_size
     if vocab_size < 1:
@@ -195,14 +199,14 @@ def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
             "[tokenizer.encode(text)], or array.tolist()"
         )
     for i, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not 0 <= t < cfg.vocab_size]
-        if not len(prompt) or bad:
-            what = f"has ids outside 0..{cfg.vocab_size - 1}: {bad[:5]}" if len(prompt) else "is empty"
-            raise UserError(f"prompt {i} {what}; give at least one token of this model's tokenizer")
+        invalid = [t for t in prompt if not 0 <= t < cfg.vocab_size]
+        if not len(prompt) or invalid:
+            problem = f"has ids outside 0..{cfg.vocab_size - 1}: {invalid[:5]}" if len(prompt) else "is empty"
+            raise UserError(f"prompt {i} {problem}; give at least one token of this model's tokenizer")
 
 
 def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, P] int32 with P a bucket, and lengths [B]; of a prompt longer than the context its end.
+    """Tokens [B, P] int32 with P a bucket, and lengths [B]. A prompt longer than the context keeps its last tokens.
 
     Raises:
         UserError: an empty prompt, or an id outside the vocabulary.
@@ -216,36 +220,36 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # [B, width] int32: the prompt, what was added, then nothing
-    end: jax.Array  # [B] int32: where it ends; the token before has not been read yet
-    i: jax.Array  # int32: tokens drawn
-    done: jax.Array  # [B] bool: a stop token came
+    tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
+    end: jax.Array  # [B] int32: index after the last token, which is not in the cache yet
+    i: jax.Array  # int32: decoding steps done
+    done: jax.Array  # [B] bool: a stop token was drawn
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: tokens so far, for samplers that look at them
+    seen: jax.Array | None  # [B, drawable] bool: tokens in the row so far, for samplers with a history
     logprobs: jax.Array | None  # [B, N] float32
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
 
 
 class _Settings(NamedTuple):
-    """What the compiled programs are made for."""
+    """The static arguments of the compiled programs."""
 
     cfg: ModelConfig
     sampler: Sampler
-    width: int  # of prompt and new tokens
-    max_new: int  # N, for new tokens
-    n: int
+    width: int  # slots for prompt and new tokens
+    max_new: int  # N: slots for new tokens
+    n: int  # samples per prompt
     logprobs: int | None
-    drawable: int  # the first so many rows of the vocabulary are tokens
+    drawable: int  # ids below this may be drawn
     cache_dtype: str | None
 
     @property
     def slots(self) -> int:
-        """Of the cache."""
+        """Slots of the KV cache."""
         return min(self.width, self.cfg.context_length)
 
 
 class _Run:
-    """One call's state between compiled stretches."""
+    """The state of one call between runs of the compiled loop."""
 
     def __init__(
         self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
@@ -255,66 +259,67 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        width = 1 << (tokens.shape[1] + max_new - 1).bit_length()  # few sizes: the loop is what compiles longest
+        width = 1 << (tokens.shape[1] + max_new - 1).bit_length()  # powers of two: the loop takes longest to compile
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
             cfg, sampler, width, max_new, n, top, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name
         )
-        both = for_decoding(params, cfg) if has_room(params) else params
-        stacked = {name: leaf for name, leaf in both.items() if not name.startswith("blocks_")}
-        self.params = both if tokens.shape[1] >= _LONG or "blocks" not in both else stacked
-        self.decode_params, self.key, self.patches = both, key, place(patches, cfg)
+        decode_params = for_decoding(params, cfg) if has_room(params) else params
+        stacked = {name: leaf for name, leaf in decode_params.items() if not name.startswith("blocks_")}
+        unrolled = tokens.shape[1] >= _LONG_PROMPT or "blocks" not in decode_params
+        self.params = decode_params if unrolled else stacked
+        self.decode_params, self.key, self.patches = decode_params, key, place(patches, cfg)
         self.stop = stop_array(stop)
-        self.done = np.zeros(len(self.start), bool)  # rows that `until` need not be asked about any more
-        self.checked = np.zeros(len(self.start), int)  # new tokens of each row that it has been asked about
+        self.done = np.zeros(len(self.start), bool)  # finished rows, for which `until` is not called again
+        self.checked = np.zeros(len(self.start), int)  # new tokens of each row that `until` has seen
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
     def advance(self, upto: int) -> None:
-        """Until `upto` tokens have been drawn in all, or every row has met its stop."""
+        """Decode until `upto` tokens per row have been drawn, or every row has stopped."""
         self.state = _decode_loop(
             self.params, self.decode_params, self.state, self.key, self.stop, jnp.int32(upto), self.settings,
             self.patches,
         )  # fmt: skip
 
     def end_rows(self, until: Until) -> None:
-        """A row ends with the first token of which `until` is true."""
+        """End each row at the first new token for which `until` is true."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
         end, done = before.copy(), done.copy()
         for row in np.flatnonzero(~self.done):
             new = tokens[row, self.start[row] : end[row]].tolist()
             sizes = range(self.checked[row] + 1, len(new) + 1)
-            enough = next((size for size in sizes if until(new[:size])), None)
-            if enough is not None:
-                end[row], done[row] = self.start[row] + enough, True
+            stop_size = next((size for size in sizes if until(new[:size])), None)
+            if stop_size is not None:
+                end[row], done[row] = self.start[row] + stop_size, True
             self.checked[row] = len(new)
         self.done = done
-        # added to what lies on the devices, whose placement stays: the compiled loop is found again
-        back = jnp.asarray(end - before)
-        self.state = self.state._replace(end=self.state.end + back, done=self.state.done | jnp.asarray(done))
+        # update on the device, which keeps the sharding: new arrays would compile the loop again
+        removed = jnp.asarray(end - before)
+        self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
 
-    def so_far(self) -> tuple[list[int], bool]:
+    def first_row(self) -> tuple[list[int], bool]:
         """The new tokens of the first row, and whether it has ended."""
         tokens, end, done = jax.device_get((self.state.tokens[0], self.state.end[0], self.state.done[0]))
         return tokens[self.start[0] : end].tolist(), bool(done)
 
     def completions(self) -> list[Completion]:
-        s = jax.device_get(self.state._replace(cache=None, seen=None))
+        state = jax.device_get(self.state._replace(cache=None, seen=None))
         out = []
-        for row, (first, end) in enumerate(zip(self.start, s.end, strict=True)):
-            size = end - first
-            logprobs = [] if s.logprobs is None else s.logprobs[row, :size].tolist()
+        for row, (start, end) in enumerate(zip(self.start, state.end, strict=True)):
+            size = end - start
+            logprobs = [] if state.logprobs is None else state.logprobs[row, :size].tolist()
             top = []
-            if s.top is not None and self.settings.logprobs:
-                ids, values = (a[row, :size].tolist() for a in s.top)
+            if state.top is not None and self.settings.logprobs:
+                ids, values = (a[row, :size].tolist() for a in state.top)
                 top = [list(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-            tokens = s.tokens[row, first:end].tolist()
-            out.append(Completion(tokens, logprobs, top, "stop" if s.done[row] else "length"))
+            tokens = state.tokens[row, start:end].tolist()
+            out.append(Completion(tokens, logprobs, top, "stop" if state.done[row] else "length"))
         return out
 
 
 def has_room(params: Params) -> bool:
-    """Whether what `for_decoding` makes of them fits beside them."""
+    """Whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
     if device.platform() != "gpu":
         return True
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -327,11 +332,11 @@ def _start(
     params: Params, prompt: jax.Array, lengths: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings,
     patches: Placed,
 ) -> _State:  # fmt: skip
-    """The prompts are read, and the first token of each row is drawn."""
+    """Prefill the prompts and draw the first token of each row."""
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
     cache = init_cache(cfg, len(prompt), settings.slots, settings.cache_dtype)
-    logits, cache = read_prompts(params, prompt, rolled, cache, lengths, patches)
+    logits, cache = prefill(params, prompt, rolled, cache, lengths, patches)
     logits, prompt, lengths = (jnp.repeat(a, n, 0) for a in (logits, prompt, lengths))
     cache = jax.tree.map(lambda a: jnp.repeat(a, n, 1 if a.ndim == 5 else 0), cache)
     B, N = len(prompt), settings.max_new
@@ -363,7 +368,7 @@ def _decode_loop(
     params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
     settings: _Settings, patches: Placed,
 ) -> _State:  # fmt: skip
-    """Tokens are read and drawn until there are `upto` of them; `decode_params` is `params` laid out for one token."""
+    """Decode until `upto` steps are done. `decode_params` is `params` in the layout for single tokens."""
 
     def body(state: _State) -> _State:
         logits, cache = _next_logits(params, decode_params, state, settings, patches)
@@ -372,11 +377,11 @@ def _decode_loop(
     return jax.lax.while_loop(lambda state: (state.i < upto) & ~state.done.all(), body, state)
 
 
-def read_prompts(
+def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array,
     patches: Placed | Patches | None = None,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Logits [B, V] after the last real token of each row."""
+    """Fill the cache with right-padded prompts [B, P]; logits [B, V] after the last token of each row."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
     return lm_logits(params, last, cfg), cache
@@ -385,41 +390,41 @@ def read_prompts(
 def _next_logits(
     params: Params, decode_params: Params, state: _State, settings: _Settings, patches: Placed
 ) -> tuple[jax.Array, Cache]:
-    """The token that was drawn last is read; where the context is full, its last half is, from the beginning."""
+    """Logits [B, V] after the last token, and the new cache. A full context is refilled with its last half."""
     cfg, cache = settings.cfg, state.cache
     full = (cache.length >= settings.slots) & ~state.done
 
-    def one_more() -> tuple[jax.Array, Cache]:
+    def decode_step() -> tuple[jax.Array, Cache]:
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         lengths = (~state.done).astype(jnp.int32)
-        hidden, after = extend_backbone(decode_params, token, cfg, cache, lengths=lengths, patches=patches)
-        return lm_logits(decode_params, hidden[:, 0], cfg), after
+        hidden, new_cache = extend_backbone(decode_params, token, cfg, cache, lengths=lengths, patches=patches)
+        return lm_logits(decode_params, hidden[:, 0], cfg), new_cache
 
     def refill() -> tuple[jax.Array, Cache]:
         half = max(settings.slots // 2, 1)
         rolled = dataclasses.replace(cfg, unroll=False)
         window = jax.vmap(lambda row, end: jax.lax.dynamic_slice_in_dim(row, end - half, half))(state.tokens, state.end)
         fresh = init_cache(cfg, len(window), settings.slots, settings.cache_dtype)
-        logits, fresh = read_prompts(params, window, rolled, fresh, jnp.full(len(window), half), patches)
-        others, after = one_more()
+        logits, fresh = prefill(params, window, rolled, fresh, jnp.full(len(window), half), patches)
+        step_logits, step_cache = decode_step()
 
-        def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-            rows = full.reshape(-1, *[1] * 3) if a.ndim == 5 else full.reshape(-1, *[1] * (a.ndim - 1))
-            return jnp.where(rows, a, b)
+        def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
+            ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1  # [L, B, ..] if stacked over the layers
+            return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
-        return pick(logits, others), jax.tree.map(pick, fresh, after)
+        return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # the cache is as large as all there will be
-        return one_more()
-    return jax.lax.cond(full.any(), refill, one_more)
+    if settings.slots < cfg.context_length:  # the cache holds all tokens of this call
+        return decode_step()
+    return jax.lax.cond(full.any(), refill, decode_step)
 
 
 def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings) -> _State:
-    """The sampler's token for each row, put behind its others."""
+    """Draw a token for each row and append it to the rows that are not done."""
     rows = jnp.arange(len(logits))
-    look = (state.seen,) if state.seen is not None else ()
+    history = (state.seen,) if state.seen is not None else ()
     allowed = logits[:, : settings.drawable]
-    token = settings.sampler(allowed, jax.random.fold_in(key, state.i), *look).astype(jnp.int32)
+    token = settings.sampler(allowed, jax.random.fold_in(key, state.i), *history).astype(jnp.int32)
     done = state.done | (token[:, None] == stop).any(-1)
     state = state._replace(
         tokens=state.tokens.at[rows, jnp.where(done, state.tokens.shape[1], state.end)].set(token, mode="drop"),
@@ -437,3 +442,7 @@ def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, set
             top=(state.top[0].at[:, state.i - 1].set(ids), state.top[1].at[:, state.i - 1].set(values)),
         )
     return state
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

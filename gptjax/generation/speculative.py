@@ -1,4 +1,4 @@
-"""Speculative decoding: a few tokens are proposed cheaply, and the model reads them all at once."""
+"""Speculative decoding: a cheap draft proposes a few tokens, and the target model verifies them in one forward pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gptjax._moved import moved_name
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.generation.decode import bucket, drawable_ids, has_room, read_prompts, right_padded, stop_array
+from gptjax.generation.decode import bucket, drawable_ids, has_room, prefill, right_padded, stop_array
 from gptjax.generation.sampling import Sampler, greedy, probabilities
 from gptjax.model.cache import Cache, init_cache
 from gptjax.model.gpt import extend, for_decoding, refuse_classifier
@@ -21,8 +22,12 @@ from gptjax.types import Params
 
 
 class Speculation(NamedTuple):
-    """tokens: of each prompt, without the stop token. rounds: how often the large model was run after the prompt;
-    accepted: of the proposed tokens, the part that stood."""
+    """The result of `speculate`.
+
+    tokens    the new tokens of each prompt, without the stop token
+    rounds    forward passes of the target model after the prefill
+    accepted  acceptance rate: accepted proposals / proposals
+    """
 
     tokens: list[list[int]]
     rounds: int
@@ -45,26 +50,29 @@ def speculate(
     vocab_size: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Speculation:
-    """What `generate` draws from (params, cfg), sooner where the proposals are often right, since reading a few tokens
-    costs little more than reading one.
+    """Sample from (params, cfg) as `generate` does, with fewer forward passes of the model when proposals are accepted.
 
-    The proposals come from a smaller model (draft, draft_cfg), drawn by the same sampler; or, with draft=None, from the
-    row itself: what followed the last place that agrees with the row's end in the most tokens, up to `ngram`.
+    A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None they come from the row
+    itself (prompt lookup): the continuation of the latest earlier position that matches the row's last tokens in the
+    longest n-gram, up to `ngram` tokens.
 
-    A proposal x with probability q(x) stands with probability min(1, p(x) / q(x)), p the large model's; for the first
-    that does not, a token is drawn from max(p - q, 0). So every token has the probability p that it has in `generate`,
-    at any temperature, and under `greedy` the tokens are the same ones. Rows go on at their own pace.
-    Sources: arXiv:2211.17192, algorithm 1; proposals from the row: prompt lookup, as in transformers and vLLM.
+    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q the
+    draft's. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore has the same
+    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row advances by its own
+    number of accepted tokens.
+    Sources: arXiv:2211.17192, algorithm 1; prompt lookup as in transformers and vLLM.
 
     Args:
-        ahead: how many tokens are proposed at a time.
-        sampler: `greedy`, `draw` or a `chain` of filters that look at the logits alone. key: for all but greedy.
+        ahead: number of tokens proposed per round.
+        ngram: longest n-gram that prompt lookup matches.
+        sampler: `greedy`, `draw` or a `chain` of filters that depend on the logits only.
+        key: required by every sampler but `greedy`.
         cache_dtype: as in `generate`.
-        vocab_size: as there; where it is given, each model may have more rows than that.
+        vocab_size: as in `generate`. If given, the vocabularies of the two models may be padded beyond it.
 
     Raises:
-        UserError: vocabularies differ, one of the models is a classifier, the sampler's probabilities are not known,
-            or prompt, new tokens and `ahead` do not fit in one of the contexts.
+        UserError: the vocabularies differ, one of the models is a classifier, the sampler's probabilities are not
+            known, or prompt, new tokens and `ahead` do not fit in one of the contexts.
     """
     refuse_classifier(cfg)
     models = [cfg]
@@ -76,7 +84,7 @@ def speculate(
         if vocab_size is None and cfg.vocab_size != draft_cfg.vocab_size:
             raise UserError(
                 f"the draft has {draft_cfg.vocab_size} tokens, the model {cfg.vocab_size}: they must be the same; "
-                "where only their rows for no token differ, give vocab_size=tokenizer.vocab_size"
+                "if they differ only in padding rows, pass vocab_size=tokenizer.vocab_size"
             )
     if ahead < 1 or ngram < 1:
         raise UserError(f"ahead={ahead}, ngram={ngram}: expected at least 1")
@@ -87,17 +95,17 @@ def speculate(
     if max_new_tokens < 1 or len(prompts) == 0:
         return Speculation([[] for _ in prompts], 0, 0.0)
     tokens, lengths = right_padded(prompts, min(models, key=lambda c: c.context_length))
-    room = bucket(max_new_tokens + ahead + 1)
-    need = int(lengths.max()) + max_new_tokens + ahead + 1
+    max_new = bucket(max_new_tokens + ahead + 1)
+    needed = int(lengths.max()) + max_new_tokens + ahead + 1
     context = min(c.context_length for c in models)
-    if need > context:
+    if needed > context:
         raise UserError(
             f"the longest prompt ({lengths.max()}), max_new_tokens ({max_new_tokens}) and ahead + 1 ({ahead + 1}) make "
-            f"{need} tokens, the {'smaller ' if draft is not None else ''}context has {context}: ask for fewer, or use "
-            "generate"
+            f"{needed} tokens, the {'smaller ' if draft is not None else ''}context has {context}: ask for fewer, or "
+            "use generate"
         )
     settings = _Settings(
-        cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + room, context), room, ahead,
+        cfg, draft_cfg if draft is not None else None, sampler, min(tokens.shape[1] + max_new, context), max_new, ahead,
         ngram, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name,
     )  # fmt: skip
     params = for_decoding(params, cfg) if has_room(params) else params
@@ -110,20 +118,20 @@ def speculate(
         )
     )  # fmt: skip
     rows = []
-    for row, first in enumerate(lengths):
-        new = out[row, first : min(end[row], first + max_new_tokens)].tolist()
+    for row, start in enumerate(lengths):
+        new = out[row, start : min(end[row], start + max_new_tokens)].tolist()
         rows.append(next((new[:i] for i, t in enumerate(new) if t in stop), new))
     return Speculation(rows, int(rounds), float(accepted) / max(1, int(rounds) * ahead * len(rows)))
 
 
 class _Settings(NamedTuple):
-    """What the program is compiled for."""
+    """The static arguments of the compiled program."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
     sampler: Sampler
-    slots: int
-    room: int
+    slots: int  # of each KV cache
+    max_new: int  # slots for new tokens
     ahead: int
     ngram: int
     drawable: int
@@ -131,9 +139,9 @@ class _Settings(NamedTuple):
 
 
 class _State(NamedTuple):
-    tokens: jax.Array  # [B, P + N]
-    end: jax.Array  # [B]; the token before has been read by neither model
-    done: jax.Array  # [B]
+    tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
+    end: jax.Array  # [B]: index after the last token, which is in neither cache yet
+    done: jax.Array  # [B]: a stop token was drawn
     cache: Cache
     draft: Cache | None
     rounds: jax.Array
@@ -145,92 +153,98 @@ def _speculate(
     params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
     key: jax.Array, settings: _Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(end, tokens, rounds, accepted), as of `_State`."""
-    cfg, draft_cfg, sampler, slots, room, ahead, ngram, drawable, dtype = settings
+    """(end, tokens, rounds, accepted) of the last `_State`."""
+    cfg, draft_cfg, sampler, slots, max_new, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
-    rows, places = jnp.arange(B), jnp.arange(ahead + 1)
-    probable = probabilities(sampler)
+    rows, positions = jnp.arange(B), jnp.arange(ahead + 1)
+    to_probs = probabilities(sampler)
 
     def pick(p: jax.Array, key: jax.Array) -> jax.Array:
         return jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
 
-    logits, cache = read_prompts(params, prompt, cfg, init_cache(cfg, B, slots, dtype), lengths)
-    first = pick(probable(logits[:, :drawable]), jax.random.fold_in(key, 0))
+    logits, cache = prefill(params, prompt, cfg, init_cache(cfg, B, slots, dtype), lengths)
+    first = pick(to_probs(logits[:, :drawable]), jax.random.fold_in(key, 0))
     draft_cache = None
     if draft is not None and draft_cfg is not None:
-        _, draft_cache = read_prompts(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots, dtype), lengths)
-    tokens = jnp.pad(prompt, ((0, 0), (0, room))).at[rows, lengths].set(first)
+        _, draft_cache = prefill(draft, prompt, draft_cfg, init_cache(draft_cfg, B, slots, dtype), lengths)
+    tokens = jnp.pad(prompt, ((0, 0), (0, max_new))).at[rows, lengths].set(first)
     done = (first[:, None] == stop).any(-1)
 
-    def proposals(s: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """[B, ahead + 1]: the token before, then the proposals; their probabilities [B, ahead, V], None: all 1."""
-        token = jnp.take_along_axis(s.tokens, s.end[:, None] - 1, 1)
+    def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
+        """Tokens [B, ahead + 1] (the last token, then the proposals); the draft distributions [B, ahead, V] of the
+        proposals, None if they are deterministic; the draft's new cache."""
+        token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
-            return jnp.concatenate([token, repeated(s.tokens, s.end, ahead, ngram)], 1), None, None
+            return jnp.concatenate([token, prompt_lookup(state.tokens, state.end, ahead, ngram)], 1), None, None
 
         def propose(carry: Any, key: jax.Array) -> Any:
             token, cache = carry
             logits, cache = extend(draft, token, draft_cfg, cache)
-            q = probable(logits[:, -1, :drawable])
+            q = to_probs(logits[:, -1, :drawable])
             return (pick(q, key)[:, None], cache), (token[:, 0], q)
 
-        # one step more than proposals: the draft reads its own last one too
-        (_, cache), (read, q) = jax.lax.scan(propose, (token, s.draft), jax.random.split(key, ahead + 1))
+        # one step more than there are proposals: the last one enters the draft's cache too
+        (_, cache), (read, q) = jax.lax.scan(propose, (token, state.draft), jax.random.split(key, ahead + 1))
         return read.T, q[:-1].transpose(1, 0, 2), cache
 
-    def body(s: _State) -> _State:
-        keys = jax.random.split(jax.random.fold_in(key, s.rounds + 1), 3)
-        proposed, q, draft_cache = proposals(s, keys[0])
-        logits, cache = extend(params, proposed, cfg, s.cache)
-        p = probable(logits[..., :drawable])  # of what follows each of them
+    def body(state: _State) -> _State:
+        keys = jax.random.split(jax.random.fold_in(key, state.rounds + 1), 3)
+        proposed, q, draft_cache = proposals(state, keys[0])
+        logits, cache = extend(params, proposed, cfg, state.cache)
+        p = to_probs(logits[..., :drawable])  # [B, ahead + 1, V]: distribution of the token after each position
         ids = proposed[:, 1:, None]
         q_ids = 1.0 if q is None else jnp.take_along_axis(q, ids, 2)[..., 0]
-        stands = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
-        right = jnp.cumprod(stands, 1).sum(1)
+        accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
+        n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # where all stand, nothing is taken from p
-        p_next, q_next = (jnp.take_along_axis(a, right[:, None, None], 1)[:, 0] for a in (p, q))
-        rest = jnp.maximum(p_next - q_next, 0)
-        rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p_next)
-        own = pick(rest, keys[2])
-        chosen = jnp.where(places < right[:, None], jnp.pad(proposed[:, 1:], ((0, 0), (0, 1))), own[:, None])
-        going = ~s.done & (s.end - lengths < limit)
-        taken = jnp.where(going, right + 1, 0)
-        at = jnp.where(places < taken[:, None], s.end[:, None] + places, s.tokens.shape[1])
-        stopped = ((chosen[..., None] == stop).any(-1) & (places < taken[:, None])).any(1)
-        length = s.cache.length + taken
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # all accepted: sample the extra token from p itself
+        p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
+        residual = jnp.maximum(p_next - q_next, 0)
+        residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_next)
+        resampled = pick(residual, keys[2])
+        drafted = jnp.pad(proposed[:, 1:], ((0, 0), (0, 1)))
+        new = jnp.where(positions < n_accepted[:, None], drafted, resampled[:, None])
+        active = ~state.done & (state.end - lengths < limit)
+        n_new = jnp.where(active, n_accepted + 1, 0)
+        index = jnp.where(positions < n_new[:, None], state.end[:, None] + positions, state.tokens.shape[1])
+        stopped = ((new[..., None] == stop).any(-1) & (positions < n_new[:, None])).any(1)
+        length = state.cache.length + n_new
         return _State(
-            s.tokens.at[rows[:, None], at].set(chosen, mode="drop"),
-            s.end + taken,
-            s.done | stopped,
+            state.tokens.at[rows[:, None], index].set(new, mode="drop"),
+            state.end + n_new,
+            state.done | stopped,
             dataclasses.replace(cache, length=length),
             draft_cache if draft_cache is None else dataclasses.replace(draft_cache, length=length),
-            s.rounds + 1,
-            s.accepted + jnp.where(going, right, 0).sum(),
+            state.rounds + 1,
+            state.accepted + jnp.where(active, n_accepted, 0).sum(),
         )
 
     state = _State(tokens, lengths + 1, done, cache, draft_cache, jnp.int32(0), jnp.int32(0))
-    state = jax.lax.while_loop(lambda s: (~s.done & (s.end - lengths < limit)).any(), body, state)
+    state = jax.lax.while_loop(lambda state: (~state.done & (state.end - lengths < limit)).any(), body, state)
     return state.end, state.tokens, state.rounds, state.accepted
 
 
-def repeated(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
-    """What may follow the first `end` [B] tokens of each row, tokens [B, W] -> [B, ahead].
+def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
+    """Prompt lookup: proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
 
-    It is what followed the place before whose last tokens, up to `ngram`, agree with the row's last ones in the most
-    places; of several the latest; over again where less than `ahead` followed. Without any such place, the last token
-    over again.
+    Finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, up to `ngram`
+    tokens, and the latest such position if several do. Its continuation is proposed, repeated cyclically if it has
+    fewer than `ahead` tokens. Without a match the last token is repeated.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # of a continuation
-    same = jnp.ones(tokens.shape, bool)
-    agreed = jnp.zeros(tokens.shape, jnp.int32)
-    for back in range(1, ngram + 1):
-        last = jnp.take_along_axis(tokens, jnp.maximum(end[:, None] - back, 0), 1)
-        there = jnp.roll(tokens, back, 1)  # at each start, the token so many places before
-        same &= (there == last) & (starts >= back)
-        agreed += same
-    score = jnp.where((starts < end[:, None]) & (agreed > 0), agreed * W + starts, -1)
+    starts = jnp.arange(W)  # where a continuation may begin
+    match = jnp.ones(tokens.shape, bool)
+    match_length = jnp.zeros(tokens.shape, jnp.int32)
+    for offset in range(1, ngram + 1):
+        last = jnp.take_along_axis(tokens, jnp.maximum(end[:, None] - offset, 0), 1)
+        before = jnp.roll(tokens, offset, 1)  # the token `offset` positions before each start
+        match &= (before == last) & (starts >= offset)
+        match_length += match
+    score = jnp.where((starts < end[:, None]) & (match_length > 0), match_length * W + starts, -1)
     start = jnp.where(score.max(1) < 0, end - 1, score.argmax(1))
     period = end - start
     return jnp.take_along_axis(tokens, start[:, None] + jnp.arange(ahead) % period[:, None], 1)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

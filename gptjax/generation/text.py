@@ -1,28 +1,31 @@
-"""From a prompt to ids, and from new tokens to text: where a stop string ends it, and what can be shown already.
+"""Prompt to token ids, and generated tokens to text: stop strings, and text chunks for streaming.
 
 prompts = [prompt_ids(tokenizer, "Once upon a time")]
 until = stop_strings(tokenizer.decode, ["\\n\\n"])
-done = complete(params, prompts, cfg, until=until, ..)
-texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in done]
+completions = complete(params, prompts, cfg, until=until, ..)
+texts = [cut(tokenizer.decode(c.tokens), ["\\n\\n"]) for c in completions]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, begin_id
 
 Until = Callable[[list[int]], bool]
-_HALF = "\ufffd"  # what half a character decodes to
+_INCOMPLETE = "\ufffd"  # an incomplete UTF-8 sequence decodes to this
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt, begun as the model's texts begin: with the beginning-of-text token, where the tokenizer asks
-    for it. An empty prompt becomes `tokenizers.begin_id`. Special tokens may be spelled out.
+    """Encode a prompt, preceded by the beginning-of-text token if `tokenizer.add_bos` is set.
+
+    An empty prompt becomes `tokenizers.begin_id`. Special tokens in the text are parsed.
 
     Raises:
-        UserError: text that the vocabulary cannot hold; an empty prompt, where texts begin with no token.
+        UserError: the vocabulary cannot encode the text, or an empty prompt without a beginning-of-text token.
     """
     ids = tokenizer.encode(prompt, allowed_special="all")
     begin = begin_id(tokenizer)
@@ -34,7 +37,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """Whether the text of a row's new tokens holds one of the strings."""
+    """A function for `generate(until=..)`: true once the text of a row's new tokens contains one of the strings."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -44,33 +47,36 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """The text before the first of the strings in it; all of it where there is none. Empty strings do not count."""
-    return text[: min((at for string in strings if string and (at := text.find(string)) >= 0), default=len(text))]
+    """The text before the first occurrence of any of the strings, or the whole text. Empty strings are ignored."""
+    return text[: min((i for string in strings if string and (i := text.find(string)) >= 0), default=len(text))]
 
 
-def pieces(
+def text_chunks(
     tokens: Iterable[list[int]], decode: Callable[[list[int]], str], strings: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of tokens that come a few at a time, in pieces that can be shown at once; it ends before a stop string.
+    """Decode a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
 
-    Half a character waits for its other half, and the beginning of what may become a stop string for what follows.
-    At a stop string the tokens are closed, if they are a generator such as `stream`.
+    Incomplete UTF-8 characters, and text that may be the beginning of a stop string, are held back until the next
+    tokens decide. At a stop string `tokens` is closed if it is a generator such as `stream`.
     """
-    read: list[int] = []
+    ids: list[int] = []
     shown = text = ""
     for new in tokens:
-        read += new
-        text = decode(read)
-        if text.endswith(_HALF):
+        ids += new
+        text = decode(ids)
+        if text.endswith(_INCOMPLETE):
             continue
-        end = cut(text, strings)
-        if len(end) < len(text):
+        if len(cut(text, strings)) < len(text):
             getattr(tokens, "close", lambda: None)()
             break
-        begun = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(begun, default=0)]  # the end of it may be the beginning of a stop string
+        partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
+        ready = text[: len(text) - max(partial, default=0)]  # hold back the beginning of a possible stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
     if rest := cut(text, strings)[len(shown) :]:
         yield rest
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -152,14 +152,14 @@ def cached_step(cfg: ModelConfig, setting: Setting, cache_dtype: str | None = No
 def generate(cfg: ModelConfig, setting: Setting) -> Program:
     """The whole loop with every filter, two samples of each prompt; the cache has fewer slots than tokens come, so that
     a full context is read again in it."""
-    room = 2 * cfg.context_length
+    max_new = 2 * cfg.context_length
     prompt = min(32, cfg.context_length)
-    settings = decode._Settings(cfg, SAMPLER, prompt + room, room, 2, 3, cfg.vocab_size - 1, cfg.dtype)
+    settings = decode._Settings(cfg, SAMPLER, prompt + max_new, max_new, 2, 3, cfg.vocab_size - 1, cfg.dtype)
 
     def fn(params, prompt, lengths, key, stop):
-        quick = gpt.for_decoding(params, cfg)
+        decode_params = gpt.for_decoding(params, cfg)
         state = eager(decode._start)(params, prompt, lengths, key, stop, settings, {})
-        state = eager(decode._decode_loop)(params, quick, state, key, stop, jnp.int32(room), settings, {})
+        state = eager(decode._decode_loop)(params, decode_params, state, key, stop, jnp.int32(max_new), settings, {})
         return state._asdict()
 
     return Program(fn, (parameters(cfg), ids(setting.rows, prompt), ids(setting.rows), KEY, ids(8)))
@@ -167,8 +167,8 @@ def generate(cfg: ModelConfig, setting: Setting) -> Program:
 
 def speculate(cfg: ModelConfig, setting: Setting) -> Program:
     """With itself as the draft."""
-    rows, T, room = setting.rows, setting.length // 4, setting.length // 2
-    settings = speculative._Settings(cfg, cfg, sampling.draw, T + room, room, 4, 3, cfg.vocab_size - 1, None)
+    rows, T, max_new = setting.rows, setting.length // 4, setting.length // 2
+    settings = speculative._Settings(cfg, cfg, sampling.draw, T + max_new, max_new, 4, 3, cfg.vocab_size - 1, None)
 
     def fn(params, prompt, lengths, key, stop):
         out = eager(speculative._speculate)(params, params, prompt, lengths, stop, jnp.int32(8), key, settings)

@@ -59,7 +59,7 @@ def test_numbers_are_labels_in_their_order(tmp_path):
         ("a.csv", "text,label\nx,b\ny,spma\n", {"labels": ("b", "spam")}, "unknown label 'spma': known are b, spam"),
         ("a.csv", "text,label\n ,ham\ny,\n", {}, "the text is empty"),
         ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": \n', {}, "a.jsonl:2: not valid JSON"),
-        ("a.jsonl", '{"text": "x", "label": 1.5}\n', {}, "1.5 is no label"),
+        ("a.jsonl", '{"text": "x", "label": 1.5}\n', {}, "1.5 is not a label"),
         ("a.tsv", "a\tb\tc\n", {}, "expected a header or two columns"),
         ("a.tsv", "ham\tx\nspam\n", {}, "a.tsv:2: 1 columns, expected 2"),
         ("a.tsv", "", {}, "0 texts of 0 class"),

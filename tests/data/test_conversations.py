@@ -1,4 +1,4 @@
-"""Instruction records of every format become the same conversations, and what is learned is known by its place."""
+"""Instruction records of every format become the same conversations, and the loss mask follows their positions."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ ONE = talk("Where is Paris?", "In France.")
 TWO = talk(("Be brief.",), "Où ?", "Là.", "And now?", "Here.")
 
 
-def text(pieces, tok, learn=None):
-    return "".join(tok.decode(piece.ids) for piece in pieces if learn in (None, piece.learn))
+def text(spans, tok, learn=None):
+    return "".join(tok.decode(span.ids) for span in spans if learn in (None, span.learn))
 
 
 # --- records
@@ -182,8 +182,8 @@ def test_tools_go_into_a_template_that_writes_them(tmp_path, chatty):
         talk = one(tmp_path, {"messages": [*ASKED, *SAID], "tools": given})
         assert list(talk.tools) == tools
         for many in ([talk], [talk, ONE]):
-            pieces, *_ = conversations.render_all(many, knows)
-            assert text(pieces, knows).startswith(json.dumps(tools) + "<|im_start|>user")
+            spans, *_ = conversations.render_all(many, knows)
+            assert text(spans, knows).startswith(json.dumps(tools) + "<|im_start|>user")
         with pytest.raises(UserError, match=r"rows.jsonl:1: tools: the chat template .* does not write them"):
             render(talk, chatty)
 
@@ -275,20 +275,24 @@ BAD = {
     "user's weight": (
         ".jsonl",
         '{"messages": [{"role": "user", "content": "x", "train": true}, {"role": "assistant", "content": "y"}]}',
-        r"messages\[0\]: train: only answers can be learned, and this is of role user",
+        r"messages\[0\]: train: only answers can be in the loss, and the role here is user",
     ),
     "nothing to learn": (
         ".jsonl",
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}',
-        "no answer of it is to be learned",
+        "all its answers are excluded from the loss",
     ),
     "one list": (".jsonl", '{"prompt": [], "completion": "b"}', "completion: expected a list .*found a string"),
     "history": (".jsonl", GOOD[:-2] + ', "history": [["a"]]}', r"history: expected a list of pairs"),
-    "history of turns": (".jsonl", '{"messages": [], "history": [["a", "b"]]}', "history: it stands beside whole"),
+    "history of turns": (
+        ".jsonl",
+        '{"messages": [], "history": [["a", "b"]]}',
+        "history: not supported beside a whole",
+    ),
     "two systems": (
         ".jsonl",
         '{"messages": [{"role": "system", "content": "x"}], "system": "y"}',
-        "system: a system message stands inside",
+        "system: the conversation has a system message of its own",
     ),
     "tools": (".jsonl", GOOD[:-2] + ', "tools": "[1]"}', "tools: expected a list of JSON schemas"),
     "text": (".txt", "x", r"a \.json, \.jsonl, \.parquet, \.csv file or hf:"),
@@ -338,9 +342,9 @@ def test_alpaca_is_the_built_in_template_of_that_name(tok):
 
 def test_alpaca_has_the_book_s_tokens(gpt2):
     """Encoded in two parts or as one text, the ids are the same."""
-    pieces = render(ONE, gpt2)
-    whole = text(pieces, gpt2)
-    assert [i for piece in pieces for i in piece.ids] == gpt2.encode(whole, allowed_special="all")
+    spans = render(ONE, gpt2)
+    whole = text(spans, gpt2)
+    assert [i for span in spans for i in span.ids] == gpt2.encode(whole, allowed_special="all")
     assert whole.endswith("### Response:\nIn France.<|endoftext|>")
 
 
@@ -396,10 +400,10 @@ def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
     given = {"role": "user", "content": "Spell it.", "input": "freind"}
     for some in (ONE, TWO, Conversation((given, {"role": "assistant", "content": "friend"}), "")):
         assert render(some, kept) == render(some, chatty, style)
-    pieces, messages = render(TWO, kept), [dict(m) for m in TWO.messages]
-    assert pieces[0].ids == chat.encode_chat(kept, messages[:2])
-    assert [i for piece in pieces[:3] for i in piece.ids] == chat.encode_chat(kept, messages[:4])
-    assert pieces[1].ids[-1] in kept.eos_ids
+    spans, messages = render(TWO, kept), [dict(m) for m in TWO.messages]
+    assert spans[0].ids == chat.encode_chat(kept, messages[:2])
+    assert [i for span in spans[:3] for i in span.ids] == chat.encode_chat(kept, messages[:4])
+    assert spans[1].ids[-1] in kept.eos_ids
 
 
 def test_markers_that_are_special_tokens_are_their_ids(tok):
@@ -423,10 +427,10 @@ def test_the_model_s_own_template_is_the_default(chatty):
 
 @pytest.mark.parametrize("style", chat.STYLES)
 def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
-    pieces = render(TWO, chatty, style)
+    spans = render(TWO, chatty, style)
     end = "<|im_end|>" if style in ("chat", "chatml") else "<|endoftext|>"
-    assert [piece.learn for piece in pieces] == [False, True, False, True]
-    assert text(pieces, chatty, True) == f"Là.{end}Here.{end}"
+    assert [span.learn for span in spans] == [False, True, False, True]
+    assert text(spans, chatty, True) == f"Là.{end}Here.{end}"
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, chat.BUILTIN["chatml"], chat.BUILTIN["llama3"]])

@@ -36,7 +36,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats(tmp_path, name):
     (pair,) = preferences.read(saved(tmp_path, [RECORDS[name]]), [])
-    assert [side.messages[-1]["content"] for side in pair] == ["yes", "no"]
+    assert [talk.messages[-1]["content"] for talk in pair] == ["yes", "no"]
     assert pair.chosen.messages[:-1] == ({"role": "user", "content": "Hi?"},)
 
 
@@ -66,26 +66,26 @@ def test_what_is_refused(tmp_path, record, says):
 def encoded(width=1000):
     talks = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
     pairs = [
-        preferences.Pair(*(preferences.Conversation(tuple(side), "here") for side in pair)) for pair in [*talks] * 2
+        preferences.Pair(*(preferences.Conversation(tuple(turns), "here") for turns in pair)) for pair in [*talks] * 2
     ]
     return preferences.encode(pairs, TOK, style="phi3", context_length=width)
 
 
 def test_only_the_last_answer_and_its_end_are_learned():
-    for ids, weights in (side for pair in encoded().sides for side in pair):
+    for ids, weights in (example for pair in encoded().pairs for example in pair):
         learned = ids[weights > 0].tolist()
         assert learned[-1] == TOK.eot_id and TOK.decode(learned[:-1]) in ("de", "f", "i", "jkl")
 
 
 @pytest.mark.parametrize(("width", "packed"), [(None, False), (None, True), (400, True)])
-def test_rows_hold_both_sides_of_every_pair(width, packed):
+def test_rows_hold_both_answers_of_every_pair(width, packed):
     pairs = encoded()
     rows = preferences.rows(pairs, width, packed)
     assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
     assert (len(rows.tokens) < 4) == packed
     for row, p in zip(*np.nonzero(rows.pairs >= 0), strict=True):
-        for side, (ids, weights) in enumerate(pairs.sides[rows.pairs[row, p]]):
-            here = rows.segment_ids[row] == 2 * p + 1 + side
+        for rejected, (ids, weights) in enumerate(pairs.pairs[rows.pairs[row, p]]):
+            here = rows.segment_ids[row] == 2 * p + 1 + rejected
             assert rows.tokens[row][here].tolist() == ids[:-1].tolist()
             assert rows.targets[row][here].tolist() == ids[1:].tolist()
             assert rows.weights[row][here].tolist() == weights[1:].tolist()
@@ -95,7 +95,7 @@ def test_rows_hold_both_sides_of_every_pair(width, packed):
 
 def test_pairs_that_do_not_fit_are_counted():
     some = encoded(100)
-    assert some.dropped == 2 and len(some.sides) == 2
+    assert some.dropped == 2 and len(some.pairs) == 2
     with pytest.raises(UserError, match="no pair fits a context of 8 tokens: .* the shortest needs 70"):
         encoded(8)
 
@@ -120,4 +120,4 @@ def test_pairs_of_skills():
 
 def test_a_system_message_beside_a_pair_stands_before_both(tmp_path):
     (pair,) = preferences.read(saved(tmp_path, [RECORDS["prompt"] | {"system": "Be brief."}]))
-    assert [side.messages[0] for side in pair] == [{"role": "system", "content": "Be brief."}] * 2
+    assert [talk.messages[0] for talk in pair] == [{"role": "system", "content": "Be brief."}] * 2

@@ -144,7 +144,16 @@ def test_progress_and_description(tmp_path, folder):
     ready = data.prepare(config(tmp_path, folder), progress=lambda *x: seen.append(x), log=lines.append)
     assert len(seen) == 12 and seen[-1][0] == seen[-1][1] and lines
     shown = "\n".join(data.describe(ready))
-    for word in ("chars", "12 files", "documents held out:", "train", "val", "bytes a token", "uint16", "Document 0: "):
+    for word in (
+        "chars",
+        "12 files",
+        "documents held out:",
+        "train",
+        "val",
+        "bytes per token",
+        "uint16",
+        "Document 0: ",
+    ):
         assert word in shown
     assert json.dumps(ready.manifest)
 

@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 from gptjax.generation import chain, decode, draw, generate, greedy, repetition_penalty, speculate, temperature, top_k
 from gptjax.generation import speculative as module
 from gptjax.generation.sampling import probabilities
-from gptjax.generation.speculative import repeated
+from gptjax.generation.speculative import prompt_lookup
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 
@@ -68,7 +68,7 @@ def test_what_was_said_before_is_proposed():
             [3, 3, 3, 3, 0, 0, 0, 0, 0, 0],
         ]
     )
-    out = repeated(jnp.asarray(rows), jnp.array([7, 7, 5, 4, 4]), ahead=4, ngram=3)
+    out = prompt_lookup(jnp.asarray(rows), jnp.array([7, 7, 5, 4, 4]), ahead=4, ngram=3)
     assert out.tolist() == [[9, 1, 2, 3], [6, 7, 5, 6], [8, 1, 2, 8], [4, 4, 4, 4], [3, 3, 3, 3]]
 
 

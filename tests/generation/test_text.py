@@ -1,10 +1,10 @@
-"""From tokens to text: stop strings, and pieces that can be shown as they come."""
+"""From tokens to text: stop strings, and chunks that can be shown as they come."""
 
 import jax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.generation import complete, cut, generate, pieces, programs, stop_strings, stream
+from gptjax.generation import complete, cut, generate, programs, stop_strings, stream, text_chunks
 
 CONTEXT, NEW = 64, 20
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
@@ -114,30 +114,30 @@ def test_cut():
 def test_an_empty_string_ends_nothing():
     assert cut("one two", ["", " "]) == "one"
     assert not stop_strings(utf8, [""])(list(b"one"))
-    assert "".join(pieces([list(b"one")], utf8, [""])) == "one"
+    assert "".join(text_chunks([list(b"one")], utf8, [""])) == "one"
 
 
 def test_pieces_hold_back_half_characters_and_beginnings():
     text = "naïve \U0001f600 end.\n\nmore"
     tokens = [[byte] for byte in text.encode()]
-    assert "".join(pieces(tokens, utf8)) == text
-    shown = list(pieces(tokens, utf8, ["\n\nUser:", "\n\nmore"]))
+    assert "".join(text_chunks(tokens, utf8)) == text
+    shown = list(text_chunks(tokens, utf8, ["\n\nUser:", "\n\nmore"]))
     assert "".join(shown) == "naïve \U0001f600 end."
     assert all("\n" not in piece and "\ufffd" not in piece for piece in shown)
 
 
 def test_what_waited_is_shown_at_the_end():
-    assert "".join(pieces([[byte] for byte in b"end.\n"], utf8, ["\n\n"])) == "end.\n"
-    assert list(pieces([[0xC3]], utf8)) == ["\ufffd"]
+    assert "".join(text_chunks([[byte] for byte in b"end.\n"], utf8, ["\n\n"])) == "end.\n"
+    assert list(text_chunks([[0xC3]], utf8)) == ["\ufffd"]
 
 
 def test_the_stream_is_not_read_past_a_stop_string():
     tokens = iter([[byte] for byte in b"a##b"])
-    assert list(pieces(tokens, utf8, ["##"])) == ["a"]
+    assert list(text_chunks(tokens, utf8, ["##"])) == ["a"]
     assert list(tokens) == [[ord("b")]]
 
 
 def test_a_stop_string_closes_the_stream():
     tokens = ([byte] for byte in b"a##b")
-    assert list(pieces(tokens, utf8, ["##"])) == ["a"]
+    assert list(text_chunks(tokens, utf8, ["##"])) == ["a"]
     assert list(tokens) == []

@@ -47,7 +47,7 @@ def before():
 def log_probs(model):
     cfg, params = model
     out = np.zeros((3, 2, 2))
-    for i, sides in enumerate(PAIRS.sides):
+    for i, sides in enumerate(PAIRS.pairs):
         for j, (ids, weights) in enumerate(sides):
             logp = jax.nn.log_softmax(forward(params, ids[None, :-1], cfg)[0])
             each = np.asarray(logp)[np.arange(len(ids) - 1), ids[1:]] * weights[1:]

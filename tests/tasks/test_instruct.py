@@ -84,7 +84,7 @@ def test_other_ways(folder, settings, tmp_path, capsys):
         (["instruct.context_length=8"], "fit"),
         (["instruct.style=chat"], "has no chat template"),
         (["instruct.val_fraction=0.5", "instruct.test_fraction=0.5"], "leave nothing to train on"),
-        (["instruct.test_fraction=0.001"], "too few for a part to test"),
+        (["instruct.test_fraction=0.001"], "too few for a test and a validation split"),
     ],
 )
 def test_mistakes(folder, settings, words, tmp_path, capsys):
