@@ -312,7 +312,7 @@ def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
     assert (found.name, read.task, notes) == ("step 5", "instruct", [])
     jax.tree.map(np.testing.assert_array_equal, found.params(), lora.merge(params, adapter, run.lora))
     for other, why in (
-        ("lora.init=pissa", "split or quantised"),
+        ("lora.init=pissa", "changed (lora.init) or quantised"),
         ("finetune.trainable=ln_f/*", "a part of the weights"),
     ):
         odd = load_config("tiny-gpt2", "task=instruct", *settings, other)
