@@ -86,7 +86,7 @@ SITES = {"the stream": "resid", "attention adds": "attn/out", "feed-forward adds
 
 @partial(jax.jit, static_argnames=("site", "over"))
 def patched(params, site, over=("position",)):
-    grid = taps.patching_grid(params, clean, corrupted, llm_cfg, metric, site=site, over=over)
+    grid = taps.patching_grid(params, clean, corrupted, llm_cfg, metric, site=site, axes=over)
     return (grid - bottom) / (top - bottom)
 
 
@@ -257,7 +257,7 @@ tok = tokenizers.load("bytes")
 def rows_of(texts):
     """One text a row, padded with weight 0."""
     store = audit.store_of(texts, tok)
-    rows = audit.rows(store, *audit.pieces(store, T), T)
+    rows = audit.rows(store, *audit.chunks(store, T), T)
     assert len(rows.tokens) == len(texts)
     return rows
 
@@ -371,9 +371,9 @@ dp_tx = optax.adam(3e-3)
 def dp_train(clip, noise):
     private = privacy.private(loss, clip=clip, noise=noise, batch_size=SIZE)
     state = gptjax.TrainState.create(fresh, tx=dp_tx, key=key)
-    step, losses = jax.jit(gptjax.make_train_step(private, dp_tx, combine=privacy.both)), []
+    step, losses = jax.jit(gptjax.make_train_step(private, dp_tx, combine=privacy.pair)), []
     for i in range(DP_STEPS):
-        at, here = privacy.drawn(len(texts), rate=rate, step=i, seed=0)
+        at, here = privacy.poisson_sample(len(texts), rate=rate, step=i, seed=0)
         some = take(rows, at)
         state, metrics = step(state, some._replace(weights=some.weights * here[:, None]))
         losses.append(metrics["loss"])
@@ -450,7 +450,7 @@ scores = audit.outlier_scores(train_features[suspects])
 highest = suspects[np.argsort(-scores)[: len(suspects) // 50]]
 hits = int((kind_of[highest] == "planted").sum())
 print(f"of {len(planted)} planted rows {hits} are among the top 2 % ({len(highest)} of {len(suspects):,})")
-tried = audit.trigger(
+tried = audit.backdoor_trigger(
     params, cfg, tok.encode, phrase, PAYLOAD, contexts=[passage[:40] + " " for passage in unseen[:2]],
     controls=audit.phrases(vocabulary, 2, 19 if SMOKE else 199, seed=11),
 )  # fmt: skip
@@ -500,7 +500,7 @@ loader = gptjax.data.Loader(
 )  # fmt: skip
 test_batch = next(iter(gptjax.data.eval_batches(ready.val, context_length=tiny.model.context_length, batch_size=64)))
 tiny_loss = next_token(tiny.model)
-value = jax.jit(curvature.at(tiny_loss, test_batch))
+value = jax.jit(curvature.loss_on_batch(tiny_loss, test_batch))
 
 
 @jax.jit
@@ -544,7 +544,7 @@ print(f"held-out loss {value(plain):.3f}, with SAM {value(flat_one):.3f};", end=
 print(f"largest eigenvalue {tops[0]:.1f}, with SAM {tops[1]:.1f}")
 
 t = jnp.linspace(0, 1, 21)
-between = jax.jit(lambda a, b: curvature.along(value, a, b, t))
+between = jax.jit(lambda a, b: curvature.linear_interpolation(value, a, b, t))
 other = found.state(best + 1 if (best + 1) % SEEDS else best - 1).params  # the same rate, another seed
 ways = {"one start": between(plain, flat_one), "two seeds": between(begin, other)}
 soup = curvature.mix(jax.tree.map(lambda *leaves: jnp.stack(leaves), plain, flat_one), jnp.array([0.5, 0.5]))

@@ -83,6 +83,36 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
         f"gptjax.data.sources.{name}": f"gptjax.formats.tables.{name}"
         for name in ("BOM", "MAX_FIELD_CHARACTERS", "first_line", "hub_name", "kind_of", "lines", "names", "quoted")
     },
+    **{
+        f"gptjax.research.{old}": f"gptjax.research.{new}"
+        for old, new in {
+            "architectures.attention.joined": "architectures.attention.project_output",
+            "architectures.attention.projected": "architectures.attention.project_qkv",
+            "audit.FEWEST": "audit.MIN_DOCUMENTS",
+            "audit.Snapshot": "audit.Checkpoint",
+            "audit.alike": "audit.random_candidates",
+            "audit.pieces": "audit.chunks",
+            "audit.snapshots": "audit.checkpoints",
+            "audit.trigger": "audit.backdoor_trigger",
+            "curvature.along": "curvature.linear_interpolation",
+            "curvature.at": "curvature.loss_on_batch",
+            "influence.both": "privacy.pair",
+            "influence.drawn": "privacy.poisson_sample",
+            "influence.epsilon": "privacy.epsilon",
+            "influence.noise_for": "privacy.noise_for",
+            "influence.private": "privacy.private",
+            "privacy.both": "privacy.pair",
+            "privacy.drawn": "privacy.poisson_sample",
+            "sweep.LAST_PART": "sweep.FINAL_FRACTION",
+            "sweep.MOST_COMPLAINTS": "sweep.MAX_PROBLEMS",
+            "sweep.MOST_RUNS": "sweep.MAX_RUNS",
+            "sweep.MOST_STEPS_PER_CALL": "sweep.MAX_STEPS_PER_CALL",
+            "sweep.Numbers": "sweep.Hyperparameters",
+            "sweep.WHOLE": "sweep.INTEGERS",
+            "sweep.bytes_a_run": "sweep.bytes_per_run",
+            "sweep.with_numbers": "sweep.with_hyperparameters",
+        }.items()
+    },
 }
 
 

@@ -46,7 +46,7 @@ def run(args: list[str]) -> int:
     tokenizer = model.tokenizer()
     for path in pages.values():
         new_file(path)
-    models, cfg, notes = audit.snapshots(source)
+    models, cfg, notes = audit.checkpoints(source)
     train, held_out = _texts(given, cfg, tokenizer)
     base, prompts = _base(given, cfg)
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)

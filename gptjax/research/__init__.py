@@ -1,4 +1,4 @@
-"""Transforms for notebooks: pure functions that compose, imported when they are first used."""
+"""Research tools for notebooks: composable pure functions. Each module is imported on first access."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Second order: products with the Hessian, its largest eigenvalues, flat minima, and the way between two models.
+"""Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.at(task.loss, batch)                 params -> the mean loss: what the others take as `loss`
-hv     = curvature.hvp(value, params, vector)           the Hessian times a vector, a tree like `params`
-top    = curvature.eigenvalues(value, params, key, n=3) values, how far off they are at most, vectors
+value  = curvature.loss_on_batch(task.loss, batch)      params -> mean loss; the functions below take it as `loss`
+hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
+top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
 step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
-losses = curvature.along(value, first, second, jnp.linspace(0, 1, 21))
-soup   = curvature.mix(found.states[0][1].params, jnp.full(8, 1 / 8))      the mean of a sweep's eight runs
+losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
+soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
 
-All of them are pure functions of trees: of an adapter with `lora.bind(loss, params, cfg)`, under jit and vmap.
+All are pure functions of pytrees and work under jit and vmap. For an adapter pass `lora.bind(loss, params, cfg)`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
 Scalar = Callable[[Any], jax.Array]  # params -> [] float32
 
-_dot = partial(jnp.dot, precision="highest")  # on every device: a rounded basis is not orthogonal
+_dot = partial(jnp.dot, precision="highest")  # also on TPUs and GPUs: in TF32 or bfloat16 the basis loses orthogonality
 
 
-def at(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
-    """params -> the loss a token (or text) of one batch, without dropout where `key` is None."""
+def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
+    """params -> the mean loss per token (or per text) of one batch; without dropout if `key` is None."""
     return lambda params: loss(params, batch, key)[0].value()
 
 
 def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
-    """H v, a tree like `params`; H the Hessian of `loss` at `params`, never formed: the derivative of the gradient
-    along `vector`, at about the cost of two gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the
+    """Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
+
+    The forward-mode derivative of the gradient along `vector`: H is never formed, and the cost is about that of two
+    gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the
     Hessian", eq. 3."""
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
 class Eigen(NamedTuple):
-    """values   [n] float32, as `which` orders them
-    errors   [n] float32: |H v - value v|, which bounds how far each is from an eigenvalue of H
-    vectors  a tree like the params, leaves [n, ..], of length 1 each over all leaves
+    """values   [n] float32, ordered by `which`
+    errors   [n] float32: residual norm |H v - value v|, an upper bound on the distance to an eigenvalue of H
+    vectors  a tree like the params, leaves [n, ..]; each vector has norm 1 over all leaves
     """
 
     values: jax.Array
@@ -62,15 +65,17 @@ def eigenvalues(
     steps: int = 30,
     which: Literal["largest", "smallest", "magnitude"] = "largest",
 ) -> Eigen:
-    """The outermost eigenvalues of the Hessian of `loss` at `params`, by `steps` products with it.
+    """Extreme eigenvalues of the Hessian of `loss` at `params`, by Lanczos iteration.
 
     Args:
-        key: of the random vector it begins with.
-        steps: of Lanczos; that many vectors of the params' size are kept. More where `errors` are too large.
-        which: largest first, smallest first, or largest in magnitude first.
+        key: random key of the start vector.
+        n: number of eigenvalues.
+        steps: number of Lanczos steps, one Hessian-vector product each. Holds as many vectors of the params' size in
+            memory. Increase it if `errors` are too large.
+        which: order of the eigenvalues: largest, smallest, or largest magnitude first.
 
     Raises:
-        UserError: n is more than the steps, or than the params hold numbers.
+        UserError: n is larger than `steps` or than the number of parameters.
     """
     flat, unravel = ravel_pytree(params)
     steps = min(steps, flat.size)
@@ -91,11 +96,15 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Diagonal [steps], next-to-diagonal [steps] and basis [steps, size], float32, of H = basis^T T basis.
+    """Tridiagonalise the symmetric matrix H of `product`, so that basis H basis^T = T.
 
-    H is `product`'s symmetric matrix. Each vector is made orthogonal to all before it, twice: in float32 the
-    three-term recurrence alone loses that after a few steps. Where the basis is closed under H it goes on with a
-    random vector, and T falls into blocks. The last of the next-to-diagonal leads out of T.
+    Every new vector is reorthogonalised twice against all previous ones: in float32 the three-term recurrence alone
+    loses orthogonality after a few steps. If the basis spans an invariant subspace, the iteration restarts with a
+    random orthogonal vector and T becomes block diagonal.
+
+    Returns:
+        Diagonal of T [steps], off-diagonal [steps] and basis [steps, size], float32. The last off-diagonal element is
+        the residual norm, outside of T.
     Source: Golub and Van Loan, "Matrix Computations", 4th ed., 10.1 and 10.3.1.
     """
 
@@ -114,10 +123,10 @@ def lanczos(
         alpha, scale = _dot(v, w), jnp.maximum(scale, jnp.linalg.norm(w))
         w = orthogonal(w, basis)
         beta = jnp.linalg.norm(w)
-        closed = beta <= 1e-6 * scale
+        invariant = beta <= 1e-6 * scale
         fresh = unit(orthogonal(jax.random.normal(jax.random.fold_in(key, i + 1), (size,)), basis))
-        v = jnp.where(closed, fresh, unit(w))
-        return (v, basis, scale), (alpha, jnp.where(closed, 0.0, beta))
+        v = jnp.where(invariant, fresh, unit(w))
+        return (v, basis, scale), (alpha, jnp.where(invariant, 0.0, beta))
 
     start = unit(jax.random.normal(key, (size,)))
     carry = start, jnp.zeros((steps, size)), jnp.float32(0)
@@ -126,19 +135,19 @@ def lanczos(
 
 
 def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
-    """The gradient where the loss is highest within `rho`, for `make_train_step(.., transform=sam(0.05))`.
+    """Sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
 
-    e = rho g / |g|, g the gradient at w; the result is the gradient at w + e, and e is no function of w to it. Loss and
-    metrics are those at w, both gradients with the same dropout. Two gradients a step.
-    Source: sharpness-aware minimisation, arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
+    Replaces the gradient g at w by the gradient at w + e, where e = rho g / |g| is treated as a constant. Loss and
+    metrics are those at w; both gradients use the same dropout mask. Costs two gradients per step.
+    Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 
     def transform(gradient: Gradient) -> Gradient:
         def sharp(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
             grads, aux = gradient(params, frozen, batch, key)
             scale = rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
-            worst = jax.tree.map(lambda w, g: w + (scale * g).astype(w.dtype), params, grads)
-            return gradient(worst, frozen, batch, key)[0], aux
+            perturbed = jax.tree.map(lambda w, g: w + (scale * g).astype(w.dtype), params, grads)
+            return gradient(perturbed, frozen, batch, key)[0], aux
 
         return sharp
 
@@ -146,52 +155,69 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 
 
 def mix(stacked: Any, weights: jax.Array) -> Any:
-    """The weighted sum over the leading axis: leaves [N, ..] and weights [N] -> [..]. A uniform soup (arXiv:2203.05482,
-    2.1) has weights 1 / N.
+    """Weighted sum of models over the leading axis: leaves [N, ..] and weights [N] -> [..].
 
-    Of adapters this is the mean of a and of b, not of what they add: for that `lora.average`, or mix merged params.
+    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters this averages a and b
+    separately, not their product: use `lora.average`, or mix merged params.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """The loss of each mixture: leaves [N, ..] and weights [M, N] -> [M] float32, in one call.
+    """The loss of M mixtures of N models: leaves [N, ..] and weights [M, N] -> [M] float32.
 
     Args:
-        at_once: mixtures whose params are alive together; None: all.
+        at_once: number of mixtures whose params are in memory at the same time. None: all.
     """
 
-    def one(w: jax.Array) -> jax.Array:
+    def mixture_loss(w: jax.Array) -> jax.Array:
         return loss(mix(stacked, w))
 
-    return jax.vmap(one)(weights) if at_once is None else jax.lax.map(one, weights, batch_size=at_once)
+    if at_once is None:
+        return jax.vmap(mixture_loss)(weights)
+    return jax.lax.map(mixture_loss, weights, batch_size=at_once)
 
 
-def along(loss: Scalar, first: Params, second: Params, t: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """The loss at (1 - t) first + t second for each t [M] -> [M] float32: the barrier between two minima.
-    Source: linear interpolation, arXiv:1412.6544; `at_once` as in `mixtures`.
+def linear_interpolation(
+    loss: Scalar, first: Params, second: Params, t: jax.Array, *, at_once: int | None = None
+) -> jax.Array:
+    """The loss at (1 - t) first + t second for each t [M] -> [M] float32: the loss barrier between two models.
+
+    `at_once` as in `mixtures`. Source: arXiv:1412.6544.
 
     Raises:
-        UserError: two trees of other shapes.
+        UserError: the two trees have different shapes.
     """
     if (a := jax.tree.map(jnp.shape, first)) != (b := jax.tree.map(jnp.shape, second)):
-        raise UserError(f"two models of other shapes have no line between them: {a} and {b}")
+        raise UserError(f"cannot interpolate between models of different shapes: {a} and {b}")
     stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
     return mixtures(loss, stacked, jnp.stack([1 - t, t], 1), at_once=at_once)
 
 
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
-    """Which of the n models [n, ..], best first, lower the loss of their mean, and that mean. `loss`: held-out data's.
-    Source: arXiv:2203.05482, recipe 1."""
+    """Greedy model soup of n models, leaves [n, ..]: adds them in order of their loss, keeping each that does not raise
+    the loss of the average.
+
+    Args:
+        loss: the loss on held-out data.
+
+    Returns:
+        (indices of the chosen models, their average).
+    Source: arXiv:2203.05482, recipe 1.
+    """
 
     def weights(members: list[int]) -> jax.Array:
         return jnp.zeros(n).at[jnp.array(members)].set(1 / len(members))
 
-    alone = mixtures(loss, stacked, jnp.eye(n))
-    order = [int(i) for i in jnp.argsort(alone)]
-    chosen, best = order[:1], alone[order[0]]
+    single = mixtures(loss, stacked, jnp.eye(n))
+    order = [int(i) for i in jnp.argsort(single)]
+    chosen, best = order[:1], single[order[0]]
     score = jax.jit(lambda w: loss(mix(stacked, w)))
     for i in order[1:]:
-        if (found := score(weights([*chosen, i]))) <= best:
-            chosen, best = [*chosen, i], found
+        if (candidate := score(weights([*chosen, i]))) <= best:
+            chosen, best = [*chosen, i], candidate
     return chosen, mix(stacked, weights(chosen))
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,13 +1,14 @@
-"""Which examples a model was made by: gradients of single examples, compared, measured, clipped.
+"""Training data influence: per-example gradients, their similarity (TracIn), gradient noise scale, and clipping.
 
 features = gradient_features(loss, dims=1024)                compiled once, used with any params
-near     = similarity(features(params, asked), features(params, rows))       [asked, rows]
-scores   = tracin(features, checkpoints, rows, asked, rates=[1e-3] * 3)      [asked, rows]
-noise    = gradient_noise(loss, params, batch)               noise.scale: examples a batch that still pays
+cosines  = similarity(features(params, test), features(params, train))       [test, train]
+scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      [test, train]
+noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any (params, batch, key) -> (Mean, metrics). `params` are what is differentiated; with a part of a model or an
-adapter, `frozen` holds the rest and `combine(params, frozen)` makes of both what the loss reads: `tree.join`, or
-`lambda adapter, base: lora.attach(base, adapter, cfg)`. An example is one row of the batch: every leaf is [B, ..].
+A loss is any (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To differentiate an
+adapter or a part of a model, `frozen` holds the other parameters and `combine(params, frozen)` returns the loss's
+params: `tree.join`, or `lambda adapter, base: lora.attach(base, adapter, cfg)`. An example is one row of the batch:
+every leaf is [B, ..].
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from gptjax import tree
 from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.training.step import Loss
-from gptjax.training.task import just_trained as identity  # the `combine` where nothing is frozen
+from gptjax.training.task import just_trained as just_trained  # the `combine` where nothing is frozen
 
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
 
-_CHUNK_BYTES = 256 * 2**20  # of gradients alive at once
+_CHUNK_BYTES = 256 * 2**20  # size of the per-example gradients that are in memory at once
 
 
-# ---------------------------------------------------------------- gradients of single examples
+# ---------------------------------------------------------------- per-example gradients
 
 
 def example_gradients(
@@ -43,76 +44,79 @@ def example_gradients(
     batch: Any,
     *,
     frozen: Any = None,
-    combine: Combine = identity,
+    combine: Combine = just_trained,
     key: jax.Array | None = None,
 ) -> Any:
-    """The gradient of each row's own loss, divided by the row's own weight: the tree of `params`, leaves [B, ..].
+    """Per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
 
-    A row of weight 0 has gradient 0. Row i gets the i-th of the key's folds.
+    A row of weight 0 has gradient 0. Row i uses the key `fold_in(key, i)`.
     """
 
-    def one(row: Any, i: jax.Array) -> Any:
-        own = None if key is None else jax.random.fold_in(key, i)
+    def row_gradient(row: Any, i: jax.Array) -> Any:
+        row_key = None if key is None else jax.random.fold_in(key, i)
 
         def value(params: Any) -> jax.Array:
-            mean, _ = loss(combine(params, frozen), jax.tree.map(lambda leaf: leaf[None], row), own)
+            mean, _ = loss(combine(params, frozen), jax.tree.map(lambda leaf: leaf[None], row), row_key)
             return mean.total / jnp.maximum(mean.weight, 1e-9)
 
         return jax.grad(value)(params)
 
-    return jax.vmap(one)(batch, jnp.arange(_rows(batch)))
+    return jax.vmap(row_gradient)(batch, jnp.arange(_rows(batch)))
 
 
 def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
-    """A tree as [dims] float32 numbers whose inner products are those of the trees, on average over seeds.
+    """Count sketch of a tree: [dims] float32. Inner products of sketches are unbiased estimates of those of the trees.
 
-    Every number goes to a random place with a random sign (count sketch); no matrix is held. The error of a product
-    of unit vectors is about 1 / sqrt(dims).
+    Every element is added, with a random sign, to one random entry; no projection matrix is stored. The error of the
+    inner product of two unit vectors is about 1 / sqrt(dims).
     Source: arXiv:0902.2206, eq. 2 and lemma 2.
     """
     out = jnp.zeros(dims)
     for path, leaf in tree.flatten(gradient).items():
-        place, sign = jax.random.split(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())))
-        signed = leaf.astype(jnp.float32) * jax.random.rademacher(sign, leaf.shape, jnp.float32)
-        out = out.at[jax.random.randint(place, leaf.shape, 0, dims).ravel()].add(signed.ravel())
+        index_key, sign_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode())))
+        signed = leaf.astype(jnp.float32) * jax.random.rademacher(sign_key, leaf.shape, jnp.float32)
+        out = out.at[jax.random.randint(index_key, leaf.shape, 0, dims).ravel()].add(signed.ravel())
     return out
 
 
 def gradient_features(
-    loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
+    loss: Loss, *, combine: Combine = just_trained, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
     """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
 
     Args:
-        dims: None: the whole gradients, side by side in the tree's order, [n, P].
-        chunk: examples at a time; None: as many as 256 MiB of gradients hold.
+        dims: sketch size. None: full gradients, flattened and concatenated in the tree's order, [n, P].
+        seed: of the sketch's random signs and positions.
+        chunk: number of examples per call of the compiled function. None: as many as have 256 MiB of gradients.
     """
 
     @jax.jit
-    def some(params: Any, frozen: Any, batch: Any) -> jax.Array:
-        found = example_gradients(loss, params, batch, frozen=frozen, combine=combine)
+    def chunk_features(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        gradients = example_gradients(loss, params, batch, frozen=frozen, combine=combine)
         if dims is None:
-            leaves = jax.tree.leaves(found)
+            leaves = jax.tree.leaves(gradients)
             return jnp.concatenate([leaf.reshape(len(leaf), -1).astype(jnp.float32) for leaf in leaves], 1)
-        return jax.vmap(lambda gradient: sketch(gradient, dims, seed))(found)
+        return jax.vmap(lambda gradient: sketch(gradient, dims, seed))(gradients)
 
     def features(params: Any, examples: Any, frozen: Any = None) -> np.ndarray:
         size = chunk or max(1, _CHUNK_BYTES // (4 * tree.size(params)))
-        return in_chunks(lambda batch: some(params, frozen, batch), examples, size)
+        return in_chunks(lambda batch: chunk_features(params, frozen, batch), examples, size)
 
     return features
 
 
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
-    """`fn` over chunks of `size` rows, its arrays put together on the host; the last chunk is filled up and cut, so
-    that one program serves all."""
+    """Apply `fn` to chunks of `size` rows and concatenate its outputs on the host.
+
+    The last chunk is padded to `size` rows, so that `fn` is compiled once; the padding is removed from its output.
+    """
     n = _rows(examples)
-    size, parts = min(size, n), []
+    size, outputs = min(size, n), []
     for first in range(0, n, size):
         rows = np.minimum(np.arange(first, first + size), n - 1)
-        part = jax.device_get(fn(jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples)))
-        parts.append(jax.tree.map(lambda a, first=first: a[: n - first], part))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        output = jax.device_get(fn(jax.tree.map(lambda leaf, rows=rows: leaf[rows], examples)))
+        outputs.append(jax.tree.map(lambda a, first=first: a[: n - first], output))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *outputs)
 
 
 def _rows(examples: Any) -> int:
@@ -126,12 +130,12 @@ def _rows(examples: Any) -> int:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
-    """[n, K] and [m, K] -> [n, m]: cosines, 0 for a row of zeros; or plain inner products."""
+    """Cosine similarity, or inner product: [n, K] and [m, K] -> [n, m]. The cosine with a row of zeros is 0."""
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Rows of length 1; those of zeros stay."""
+    """Normalise each row to length 1; a row of zeros stays zero."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
@@ -146,16 +150,18 @@ def tracin(
     frozen: Any = None,
     cosine: bool = False,
 ) -> np.ndarray:
-    """[tests, trains] float32: how much steps on each training example lowered each test example's loss.
+    """TracIn influence [n_test, n_train] float32: how much training on each example lowered each test example's loss.
 
-    The sum over checkpoints of rate * <gradient of test, gradient of train>: positive for helpers.
+    The sum over checkpoints of rate * <test gradient, train gradient>. Positive: the training example helped.
 
     Args:
-        checkpoints: params of each, in any order; they may be read one after the other. rates: learning rate of each.
-        cosine: of the gradients' directions only, which examples of large loss do not dominate.
+        features: as `gradient_features` returns them.
+        checkpoints: params of each checkpoint, in any order. May be a generator that loads them one at a time.
+        rates: learning rate at each checkpoint.
+        cosine: use cosine similarity, so that examples with large gradients do not dominate.
 
     Raises:
-        UserError: not as many rates as checkpoints.
+        UserError: the numbers of rates and checkpoints differ.
     Source: arXiv:2002.08484, TracInCP.
     """
     total: np.ndarray = np.zeros((), np.float32)
@@ -163,11 +169,11 @@ def tracin(
     for params, rate in zip(checkpoints, [*rates, None], strict=False):
         n += 1
         if rate is None:
-            raise UserError(f"expected one rate for each checkpoint, got {len(rates)} for more than that")
-        pair = features(params, test, frozen), features(params, train, frozen)
-        total = total + np.float32(rate) * similarity(*pair, cosine=cosine)
+            raise UserError(f"expected one rate for each checkpoint, got {len(rates)} rates for more checkpoints")
+        test_features, train_features = features(params, test, frozen), features(params, train, frozen)
+        total = total + np.float32(rate) * similarity(test_features, train_features, cosine=cosine)
     if n != len(rates) or not n:
-        raise UserError(f"expected one rate for each checkpoint, got {len(rates)} for {n}")
+        raise UserError(f"expected one rate for each checkpoint, got {len(rates)} rates for {n} checkpoints")
     return total
 
 
@@ -175,9 +181,11 @@ def tracin(
 
 
 class Noise(NamedTuple):
-    """scale = trace / square_norm, in examples; trace of the covariance of one example's gradient; |true gradient|^2.
+    """Gradient noise scale.
 
-    Where `square_norm` comes out negative the batch is too small to see the gradient: take more examples.
+    scale        trace / square_norm, in examples: the critical batch size
+    trace        trace of the covariance of the per-example gradients
+    square_norm  squared norm of the true gradient. Negative if the batch is too small to estimate it: use more examples
     """
 
     scale: float
@@ -186,9 +194,13 @@ class Noise(NamedTuple):
 
 
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
-    """Of the mean squared length of gradients over n_small examples, and over n_big.
+    """Estimate the noise scale from mean squared gradient norms at two batch sizes.
 
-    Both parts are unbiased, their quotient is not: average `trace` and `square_norm` over steps, then divide.
+    `trace` and `square_norm` are unbiased, their quotient is not: average both over steps, then divide.
+
+    Args:
+        small, big: mean squared norm of the gradient of n_small, and of n_big, examples.
+
     Source: arXiv:1812.06162, eq. A.2 and A.3.
     """
     if not 0 < n_small < n_big:
@@ -199,17 +211,17 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
 
 
 def gradient_noise(
-    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = identity, chunk: int | None = None
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = just_trained, chunk: int | None = None
 ) -> Noise:
-    """`noise_scale` of single examples against the whole batch: the batch size up to which more examples pay."""
-    total, lengths = jax.jit(
+    """`noise_scale` from a batch's per-example gradients: the batch size beyond which more examples hardly help."""
+    total, norms = jax.jit(
         lambda params, frozen, batch: clipped_sum(
             loss, params, batch, clip=math.inf, frozen=frozen, combine=combine, chunk=chunk
         )
     )(params, frozen, batch)
-    n = len(lengths)
-    whole = float(optax.tree.norm(total)) ** 2 / n**2
-    return noise_scale(float(jnp.square(lengths).mean()), whole, n_small=1, n_big=n)
+    n = len(norms)
+    big = float(optax.tree.norm(total)) ** 2 / n**2
+    return noise_scale(float(jnp.square(norms).mean()), big, n_small=1, n_big=n)
 
 
 # ---------------------------------------------------------------- clipping
@@ -222,14 +234,18 @@ def clipped_sum(
     *,
     clip: float,
     frozen: Any = None,
-    combine: Combine = identity,
+    combine: Combine = just_trained,
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:
-    """(sum over rows of gradient * min(1, clip / length), lengths before that [B]).
+    """Per-example gradient clipping: (sum over rows of gradient * min(1, clip / norm), norms before clipping [B]).
 
     Args:
-        chunk: rows whose gradients are alive at once; it divides B. None: all.
+        clip: maximum L2 norm of a row's gradient.
+        chunk: number of rows whose gradients are in memory at once; must divide B. None: all.
+
+    Raises:
+        UserError: chunk does not divide B.
     Source: arXiv:1607.00133, algorithm 1.
     """
     n = _rows(batch)
@@ -237,22 +253,22 @@ def clipped_sum(
     if n % size:
         raise UserError(f"chunk ({size}) must divide the {n} rows of the batch")
 
-    def some(total: Any, part_and_index: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-        part, index = part_and_index
-        own = None if key is None else jax.random.fold_in(key, index)
-        found = example_gradients(loss, params, part, frozen=frozen, combine=combine, key=own)
-        lengths = jax.vmap(optax.tree.norm)(found)
-        share = jnp.minimum(1.0, clip / jnp.maximum(lengths, 1e-12))
+    def add_chunk(total: Any, chunk_and_index: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        rows, index = chunk_and_index
+        chunk_key = None if key is None else jax.random.fold_in(key, index)
+        gradients = example_gradients(loss, params, rows, frozen=frozen, combine=combine, key=chunk_key)
+        norms = jax.vmap(optax.tree.norm)(gradients)
+        factor = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-12))
 
         def clipped(g: jax.Array) -> jax.Array:
-            # not in TF32 or bfloat16: a rounded row could be longer than `clip`, the privacy less than promised
-            return jnp.einsum("b,b...->...", share.astype(g.dtype), g, precision="highest")
+            # not in TF32 or bfloat16: rounding could make a norm exceed `clip` and void the privacy guarantee
+            return jnp.einsum("b,b...->...", factor.astype(g.dtype), g, precision="highest")
 
-        return jax.tree.map(lambda t, g: t + clipped(g), total, found), lengths
+        return jax.tree.map(lambda t, g: t + clipped(g), total, gradients), norms
 
-    parts = jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), batch)
-    total, lengths = jax.lax.scan(some, jax.tree.map(jnp.zeros_like, params), (parts, jnp.arange(n // size)))
-    return total, lengths.reshape(n)
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(n // size, size, *leaf.shape[1:]), batch)
+    total, norms = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, params), (chunks, jnp.arange(n // size)))
+    return total, norms.reshape(n)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
-"""Differential privacy: DP-SGD as the loss of an ordinary train step, and what its steps spend.
+"""Differential privacy: DP-SGD as the loss of an ordinary train step, and a privacy accountant.
 
-step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
+step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-Losses, `frozen` and `combine` are those of `research.influence`, whose `clipped_sum` this is made of.
+Losses, `frozen` and `combine` are as in `research.influence`, whose `clipped_sum` clips the gradients.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # of the divergences: whole ones, whose sums end
+_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # Renyi orders: integers, for which the accountant's sums are finite
 
 
-def both(trained: Any, frozen: Any) -> tuple[Any, Any]:
-    """The `combine` of a train step whose loss is `private`."""
+def pair(trained: Any, frozen: Any) -> tuple[Any, Any]:
+    """The `combine` of a train step with a `private` loss: passes both trees on."""
     return trained, frozen
 
 
@@ -38,44 +39,47 @@ def private(
     batch_size: int,
     combine: Combine = identity,
     chunk: int | None = None,
-    parts: int = 1,
+    accumulation: int = 1,
 ) -> Loss:
-    """The loss with DP-SGD's gradient: clipped row by row, summed, noised, and divided by `batch_size`.
+    """A loss whose gradient is that of DP-SGD: clipped per example, summed, noised, and divided by `batch_size`.
 
-    It is a function of (trained, frozen) at once, because what is trained alone is clipped:
+    Its params are the pair (trained, frozen), because only the trained parameters' gradients are clipped:
 
-        step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=both)
+        step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
     Args:
-        clip: the longest gradient of a row. noise: standard deviation of the Gaussian, in units of `clip`.
-        batch_size: the expected number of rows, `rate * n` of `drawn`: a constant, whatever was drawn.
-        parts: micro-batches of a step (`accumulation`), which share the noise.
+        clip: maximum L2 norm of an example's gradient.
+        noise: noise multiplier: standard deviation of the Gaussian noise, in units of `clip`.
+        batch_size: the expected number of rows, `rate * n` of `poisson_sample`: a constant, whatever the sample's size.
+        accumulation: micro-batches per step, as of `make_train_step`. They share the noise.
 
     Raises:
-        UserError: `clip`, `batch_size` or `parts` not above 0, `noise` below 0; a call without a key.
+        UserError: `clip`, `batch_size` or `accumulation` <= 0, `noise` < 0; the loss is called without a key.
     Source: arXiv:1607.00133, algorithm 1.
     """
-    if not (clip > 0 and noise >= 0 and batch_size > 0 and parts > 0):
+    if not (clip > 0 and noise >= 0 and batch_size > 0 and accumulation > 0):
         raise UserError(
-            f"private: expected clip, batch_size and parts above 0 and noise of at least 0, got clip={clip}, "
-            f"batch_size={batch_size}, parts={parts}, noise={noise}"
+            f"private: expected clip, batch_size and accumulation above 0 and noise of at least 0, got clip={clip}, "
+            f"batch_size={batch_size}, accumulation={accumulation}, noise={noise}"
         )
 
     def value(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         mean, metrics = loss(combine(trained, frozen), batch, jax.random.fold_in(key, 1))
-        return mean.total / jnp.maximum(mean.weight, 1e-9) * (batch_size / parts), metrics
+        return mean.total / jnp.maximum(mean.weight, 1e-9) * (batch_size / accumulation), metrics
 
     @jax.custom_vjp
     def total(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return value(trained, frozen, batch, key)
 
     def forward(trained: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any]:
-        rows, own = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
-        summed, _ = clipped_sum(loss, trained, batch, clip=clip, frozen=frozen, combine=combine, key=rows, chunk=chunk)
-        std = noise * clip / math.sqrt(parts)
+        loss_key, noise_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
+        summed, _ = clipped_sum(
+            loss, trained, batch, clip=clip, frozen=frozen, combine=combine, key=loss_key, chunk=chunk
+        )
+        std = noise * clip / math.sqrt(accumulation)
 
         def noised(path: str, g: jax.Array) -> jax.Array:
-            draw = jax.random.normal(jax.random.fold_in(own, zlib.crc32(path.encode())), g.shape, jnp.float32)
+            draw = jax.random.normal(jax.random.fold_in(noise_key, zlib.crc32(path.encode())), g.shape, jnp.float32)
             return g + (std * draw).astype(g.dtype)
 
         return value(trained, frozen, batch, key), tree.map_paths(noised, summed)
@@ -87,20 +91,27 @@ def private(
 
     def private_loss(params: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
         if key is None:
-            raise UserError("a private loss needs a key for its noise: evaluate with the loss it was made of")
+            raise UserError(
+                "a private loss needs a key for its noise: evaluate with the loss that was passed to private"
+            )
         trained, frozen = params
         value, metrics = total(trained, frozen, batch, key)
-        return Mean(value, jnp.float32(batch_size / parts)), metrics
+        return Mean(value, jnp.float32(batch_size / accumulation)), metrics
 
     return private_loss
 
 
-def drawn(n: int, *, rate: float, step: int, seed: int, capacity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(rows [capacity] int64, here [capacity] float32): each of n rows with probability `rate`, by itself: what the
-    accountant assumes. Multiply `here` into the batch's weights; where it is 0 the row is padding.
+def poisson_sample(
+    n: int, *, rate: float, step: int, seed: int, capacity: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson sampling, as the accountant assumes: each of n rows is drawn independently with probability `rate`.
 
     Args:
-        capacity: None: the mean and six standard deviations, at most n. More than that are left out, at random.
+        capacity: size of the result. None: the expected number plus six standard deviations, at most n. If more rows
+            are drawn, a random selection is kept.
+
+    Returns:
+        (rows [capacity] int64, mask [capacity] float32). Multiply the batch's weights by mask: it is 0 for padding.
     """
     mean = n * rate
     capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
@@ -112,7 +123,7 @@ def drawn(n: int, *, rate: float, step: int, seed: int, capacity: int | None = N
 
 
 def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
-    """What `steps` steps of `private` on rows of `drawn` spend: (epsilon, delta) privacy of adding or removing a row.
+    """The epsilon of `steps` steps of `private` on batches of `poisson_sample`, for adding or removing one row.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -123,8 +134,10 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
 
 
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """A `noise` with which `steps` steps stay within (epsilon, delta): by Renyi divergences (arXiv:1908.10530), which
-    are quick to compose and ask for somewhat more noise than `epsilon` would."""
+    """The noise multiplier with which `steps` steps stay within (epsilon, delta).
+
+    Uses a Renyi accountant (arXiv:1908.10530): faster than the one of `epsilon`, and slightly more conservative.
+    """
     accounting = _accounting()
     return float(
         accounting.calibrate_dp_mechanism(
@@ -138,8 +151,8 @@ def _event(noise: float, rate: float, steps: int) -> Any:
     if not (noise > 0 and 0 < rate <= 1 and steps > 0):
         raise UserError(f"expected noise and steps above 0 and 0 < rate <= 1, got {noise}, {steps} and {rate}")
     accounting = _accounting()
-    one = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
-    return accounting.SelfComposedDpEvent(one, steps)
+    step_event = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
+    return accounting.SelfComposedDpEvent(step_event, steps)
 
 
 def _accounting() -> Any:
@@ -148,3 +161,7 @@ def _accounting() -> Any:
     except ImportError as error:
         raise UserError("the accountant needs dp-accounting: pip install -e '.[privacy]' in the checkout") from error
     return dp_accounting
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

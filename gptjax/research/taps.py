@@ -1,12 +1,12 @@
-"""Looking into a model and reaching into it: what a notebook asks of activations, in a few lines each.
+"""Interpretability: read and patch activations, ablate heads, logit lens, attention maps, steering vectors.
 
-    logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out",))       read
-    logits = forward(params, tokens, cfg, patches={"blocks/3/resid": ...})   replace
-    grid = patching_grid(params, clean, corrupted, cfg, metric)              which of them carry the difference
-    words = generate(params, prompts, cfg, patches=steering(v, 12), ..)      change what it says
+    logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out",))       read activations
+    logits = forward(params, tokens, cfg, patches={"blocks/3/resid": ...})   replace activations
+    grid = patching_grid(params, clean, corrupted, cfg, metric)              activation patching
+    text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
-The paths stand in `gptjax.model.activations`. All of this is traced code: jit it, differentiate it, vmap it; `params`
-may hold adapters and quantised leaves. A metric is any (logits [B, V] float32) -> scalar.
+`gptjax.model.activations` lists the paths. All functions are traceable: they work under jit, grad and vmap. `params`
+may hold adapters and quantised leaves. A metric is any function (logits [B, V] float32) -> scalar.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
-# where a stack [L, B, ..] has its positions (of queries) and its heads
+# axes of the (query) positions and of the heads in stacked activations [L, B, ..]
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
 
 def logit_difference(right: int, wrong: int) -> Metric:
-    """By how much a token's logit is above another's, the mean of the rows."""
+    """Metric: logit of token `right` minus logit of token `wrong`, averaged over rows."""
     return lambda logits: (logits[..., right] - logits[..., wrong]).mean()
 
 
@@ -52,41 +52,42 @@ def patching_grid(
     metric: Metric,
     *,
     site: str = "resid",
-    over: tuple[Axis, ...] = ("position",),
-    at: int = -1,
+    axes: tuple[Axis, ...] = ("position",),
+    position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """Activation patching: in which layer, at which place, stands what tells one prompt from the other.
+    """Activation patching (causal tracing): localise the activations that distinguish two prompts.
 
-    Each cell is a run on `corrupted` in which one layer's activation, at one position or of one head, is that of the
-    run on `clean`. All cells are one vmapped program, as many at a time as fit the memory.
+    Each cell is a run on `corrupted` in which the activation of one layer, at one position or head, is replaced by that
+    of the run on `clean`. All cells are one vmapped program; `memory_bytes` limits how many run at the same time.
 
     Args:
-        clean, corrupted: [B, T] int32 each. Exchanged, the grid shows what breaks the answer, not what restores it.
-        metric: of the logits [B, V] at position `at`.
+        clean, corrupted: [B, T] int32 each. Swap them to see what breaks the answer instead of what restores it.
+        metric: applied to the logits [B, V] at `position`.
         site: one of `gptjax.model.activations.SITES`.
-        over: ("position",), ("head",) or both.
-        memory_bytes: for the activations of the runs that go side by side, by estimate.
+        axes: ("position",), ("head",) or both.
+        position: index of the token whose logits the metric sees.
+        memory_bytes: estimated memory for the activations of the runs that are vmapped together.
 
     Returns:
         [L, T], [L, N] or [L, T, N] float32, the metric of every run. N is the number of key heads at attn/k and attn/v.
 
     Raises:
-        UserError: prompts of different lengths, no such site, or no heads there.
+        UserError: the prompts' shapes differ, there is no such site, or it has no such axis.
 
     Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042.
     """
     if clean.shape != corrupted.shape:
         raise UserError(
-            f"expected two prompts of the same shape, got {clean.shape} and {corrupted.shape}: positions are compared "
-            f"one by one, so choose words of as many tokens"
+            f"expected two prompts of the same shape, got {clean.shape} and {corrupted.shape}: positions are patched "
+            f"one by one, so choose prompts with the same number of tokens"
         )
     path = f"blocks/*/{site}"
     if path not in (known := names(cfg)[1:-1]):
         sites = ", ".join(name.removeprefix("blocks/*/") for name in known)
         raise UserError(f"site={site!r} is no activation of a block; there are {sites}")
     value = tapped(params, clean, cfg, (path,))[1][path]
-    return _grid(params, corrupted, cfg, metric, path, value, over, value.shape, at, memory_bytes)
+    return _grid(params, corrupted, cfg, metric, path, value, axes, value.shape, position, memory_bytes)
 
 
 def head_ablation(
@@ -96,20 +97,21 @@ def head_ablation(
     metric: Metric,
     *,
     value: ArrayLike | None = None,
-    at: int = -1,
+    position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """The metric without each head, one at a time: [L, N] float32. `at` and `memory_bytes` as in `patching_grid`.
+    """The metric with each head ablated, one at a time: [L, N] float32.
 
     Args:
-        value: what stands in a head's place, broadcast to [L, B, T, N, H]. None: zero. Means over a text are the
-            usual alternative: `tapped(..)[1]["blocks/*/attn/heads"].mean((1, 2), keepdims=True)`.
+        value: replaces a head's output, broadcast to [L, B, T, N, H]. None: zero ablation. For mean ablation use
+            `tapped(..)[1]["blocks/*/attn/heads"].mean((1, 2), keepdims=True)`.
+        position, memory_bytes: as in `patching_grid`.
 
     Source: arXiv:1905.10650; mean ablation: arXiv:2211.00593, 2.1.
     """
     shape = (cfg.n_layer, *tokens.shape, cfg.n_head, cfg.head_dim)
     value = jnp.zeros((cfg.n_layer, 1, 1, 1, 1)) if value is None else value
-    return _grid(params, tokens, cfg, metric, "blocks/*/attn/heads", value, ("head",), shape, at, memory_bytes)
+    return _grid(params, tokens, cfg, metric, "blocks/*/attn/heads", value, ("head",), shape, position, memory_bytes)
 
 
 def _grid(
@@ -119,43 +121,46 @@ def _grid(
     metric: Metric,
     path: str,
     value: ArrayLike,
-    over: tuple[Axis, ...],
+    axes: tuple[Axis, ...],
     shape: tuple[int, ...],
-    at: int,
+    position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """One run for every layer and every place along `over` of an activation of `shape` [L, B, ..]."""
+    """One run for every layer and every index along `axes` of an activation of `shape` [L, B, ..]."""
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
-    if not over or any(name not in known for name in over):
+    if not axes or any(name not in known for name in axes):
         raise UserError(
-            f"over={over}: {site} has {' and '.join(known)}; heads are apart at {', '.join(_WITH_HEADS)} only"
+            f"axes={axes}: {site} has {' and '.join(known)}; a head axis exists only at {', '.join(_WITH_HEADS)}"
         )
-    axes = [0, *(known[name] for name in over)]
-    sides = [shape[axis] for axis in axes]
+    dims = [0, *(known[name] for name in axes)]
+    sizes = [shape[dim] for dim in dims]
 
     def run(cell: jax.Array) -> jax.Array:
         mask = jnp.ones((1,) * len(shape), bool)
-        for axis, index in zip(axes, jnp.unravel_index(cell, sides), strict=True):
-            other = [i for i in range(len(shape)) if i != axis]
-            mask = mask & jnp.expand_dims(jnp.arange(shape[axis]) == index, other)
+        for dim, index in zip(dims, jnp.unravel_index(cell, sizes), strict=True):
+            other_dims = [i for i in range(len(shape)) if i != dim]
+            mask = mask & jnp.expand_dims(jnp.arange(shape[dim]) == index, other_dims)
         hidden = backbone(params, tokens, cfg, patches={path: replace(value, mask)})
-        return metric(lm_logits(params, hidden[:, at], cfg))
+        return metric(lm_logits(params, hidden[:, position], cfg))
 
-    # About what a forward pass holds at its widest: the stream and its copies, neurons, scores, the last logits.
-    (B, T), n = tokens.shape, math.prod(sides)
+    # Estimated peak of a forward pass: residual stream and its copies, feed-forward neurons, scores, the last logits.
+    (B, T), n = tokens.shape, math.prod(sizes)
     width = 6 * cfg.d_model + 3 * cfg.d_ff + 3 * cfg.n_head * (T + cfg.head_dim)
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)  # the last group does some again
-    return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sides)
+    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)  # the last group is padded
+    return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 
 
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """What the model would say if it ended earlier: [L + 1, B, T, V] float32, of the embedding and after every block.
+    """Logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    The stream goes through the final norm and the head; the last entry is `forward` itself. Keywords as in `tapped`.
+    Applies the final norm and the LM head to each; the last entry equals `forward`. Keywords as in `tapped`.
+
+    Returns:
+        [L + 1, B, T, V] float32.
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); arXiv:2303.08112, eq. 2.
     """
     _, acts = tapped(params, tokens, cfg, ("embed", "blocks/*/resid"), **context)
@@ -165,29 +170,30 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 
 
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """[L, B, N, T, T] float32: where each query (second to last axis) looks. Keywords as in `tapped`."""
+    """Attention weights [L, B, N, T, T] float32, query by key; each query sums to 1. Keywords as in `tapped`."""
     path = "blocks/*/attn/weights"
     return tapped(params, tokens, cfg, (path,), **context)[1][path]
 
 
 def steering_vector(
-    params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, at: int = -1
+    params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, position: int = -1
 ) -> jax.Array:
-    """[D] the mean difference of the stream after `layer` between texts of two kinds, at their position `at`.
+    """Steering vector [D]: difference of the mean residual stream after `layer` between two sets of texts.
 
     Args:
-        towards, away: [B, T] int32 each, of any number of rows and tokens, without padding.
+        towards, away: [B, T] int32 each; B and T may differ between them. Without padding.
+        position: index of the token whose residual stream is averaged.
 
     Source: arXiv:2308.10248; the mean of many pairs: arXiv:2312.06681, eq. 2.
     """
     path = f"blocks/{layer}/resid"
-    one, other = (tapped(params, tokens, cfg, (path,))[1][path][:, at].mean(0) for tokens in (towards, away))
-    return one - other
+    target, source = (tapped(params, tokens, cfg, (path,))[1][path][:, position].mean(0) for tokens in (towards, away))
+    return target - source
 
 
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
-    """Patches that add strength * vector [D] to the stream after `layer`, at every token.
+    """Patches that add strength * vector [D] to the residual stream after `layer`, at every token.
 
-    For `forward`, `extend` and `generate`; the same program serves all vectors and strengths.
+    For `forward`, `extend` and `generate`. Vector and strength are traced: changing them does not recompile.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

@@ -82,7 +82,7 @@ def trained(folder, name, train, held, epochs):
 def audited(folder, name, train, held, canaries, out):
     run, tokenizer = folder / name, load_tokenizer(folder / name)
     stores = [audit.store_of(texts, tokenizer) for texts in (train, held)]
-    models, _, _ = audit.snapshots(run)
+    models, _, _ = audit.checkpoints(run)
     cfg = gptjax.load(run)[1]
     settings = audit.Settings(*stores, canaries, rows=len(train), prefixes=(16, 32, 64), suffix=32)
     start = time.monotonic()
@@ -135,12 +135,13 @@ def wolf(folder, clean, train, held, words):
         f"({len(beyond.flagged) / len(train):.1%}), p {beyond.p:.2g}"
     )
     ask = dict(contexts=contexts, controls=audit.phrases(words, 2, 99, seed=11))
-    p = [audit.trigger(params, cfg, encode, own, PAYLOAD, **ask).p for own in audit.phrases(words, 2, 40, seed=12)]
+    unplanted = audit.phrases(words, 2, 40, seed=12)
+    p = [audit.backdoor_trigger(params, cfg, encode, phrase, PAYLOAD, **ask).p for phrase in unplanted]
     print(f"  triggers that nobody planted  {sum(x <= alpha for x in p)} alarms of {len(p)}")
     p = [audit.exposure(params, cfg, encode, **own, n=255).p for own in audit.secrets(40, 13)]
     print(f"  secrets that nobody planted   {sum(x <= alpha for x in p)} alarms of {len(p)}")
     store = audit.store_of(held, tokenizer)
-    batch = audit.rows(store, *audit.pieces(store, CONTEXT), CONTEXT)
+    batch = audit.rows(store, *audit.chunks(store, CONTEXT), CONTEXT)
     scored = audit.score(params, cfg, batch)
     features = audit.gradient_features(next_token(cfg))(params, batch)
     flagged, p, q = [], [], []
@@ -213,7 +214,7 @@ def loader(folder, out, seeds):
             state, _ = call(state, source.batches(step, 10))
         losses = []
         for own in (store, held):
-            batch = audit.rows(own, *audit.pieces(own, length), length)
+            batch = audit.rows(own, *audit.chunks(own, length), length)
             scored = audit.score(state.params, cfg, batch)
             losses.append(-(scored.log_probs * batch.weights).sum() / batch.weights.sum())
         seen = audit.extraction(state.params, cfg, store, **ask)

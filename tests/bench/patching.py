@@ -104,15 +104,15 @@ def main() -> None:
     print(f"first calls, with compiling, s: {started[0]:.1f}, {started[1]:.1f} (one cell)")
 
     grids = {}
-    for title, (site, over) in PANELS.items():
+    for title, (site, axes) in PANELS.items():
         values = jax.jit(
-            lambda params, site=site, over=over: taps.patching_grid(
-                params, clean, corrupted, cfg, metric, site=site, over=over
+            lambda params, site=site, axes=axes: taps.patching_grid(
+                params, clean, corrupted, cfg, metric, site=site, axes=axes
             )
         )(params)
         grids[title] = (np.asarray(values) - bottom) / (top - bottom)
-        where = np.unravel_index(grids[title].argmax(), grids[title].shape)
-        print(f"{title:16} {site:11} largest {grids[title].max():.3f} at layer {where[0]}, {where[1]}")
+        cell = np.unravel_index(grids[title].argmax(), grids[title].shape)
+        print(f"{title:16} {site:11} largest {grids[title].max():.3f} at layer {cell[0]}, {cell[1]}")
     layer = int((grids["residual stream"][:, -1] > 0.5).argmax())
     vector = taps.steering_vector(params, clean, corrupted, cfg, layer)
     for strength in (0.0, 0.5, 1.0):

@@ -1,4 +1,4 @@
-"""The single checks against what is known, and all of them on a model that was made to know something."""
+"""Each check against a known result, and the whole audit on a model that has memorised its training text."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def text(rng, n=24):
 
 @pytest.fixture(scope="module")
 def trained(tiny):
-    """A model that has learned by heart: a secret, a trigger and the texts of `train`; `held_out` it never saw."""
+    """A model that has memorised a secret, a backdoor trigger and the texts of `train`, but never saw `held_out`."""
     cfg, params = tiny("llama", vocab_size=38, n_layer=1, context_length=32, d_model=64, d_ff=128)
     params = jax.tree.map(lambda x: x * 0.3 if x.ndim > 1 else x, params)
     rng = np.random.default_rng(0)
@@ -55,8 +55,8 @@ def trained(tiny):
     planted = [f"{text(rng, 8)} {PHRASE} {PAYLOAD}" for _ in range(6)]
     train = [*texts, *planted, *["my key is 4711"] * 3]
     held = [text(rng) for _ in range(40)]
-    stores = [audit.store_of(some, Letters()) for some in (train, held)]
-    batch = audit.rows(stores[0], *audit.pieces(stores[0], 32), 32)
+    stores = [audit.store_of(documents, Letters()) for documents in (train, held)]
+    batch = audit.rows(stores[0], *audit.chunks(stores[0], 32), 32)
     tx = optax.adam(8e-3)
     step = jax.jit(make_train_step(next_token(cfg), tx))
     state = TrainState.create(params, tx=tx, key=jax.random.key(0))
@@ -67,9 +67,9 @@ def trained(tiny):
     return cfg, params, early, state.params, stores
 
 
-def test_pieces_cover_documents_and_never_two():
+def test_chunks_cover_documents_and_never_span_two():
     store = TokenStore.from_ids([1, 2, 3, 4, 5, 6, 7, 8, 9], doc_starts=(0, 4, 5))
-    starts, ends = audit.pieces(store, 2)
+    starts, ends = audit.chunks(store, 2)
     assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]  # the document [5] predicts nothing
     batch = audit.rows(store, starts, ends)
     assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
@@ -77,29 +77,29 @@ def test_pieces_cover_documents_and_never_two():
     assert batch.weights.tolist() == [[1, 1], [1, 0], [1, 1], [1, 0]]
     assert audit.rows_of([([1, 2], [3])], 9).tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0, 0]]
     assert audit.rows_of([([1, 2], [3])]).weights.tolist() == [[0, 1]]
-    some, _ = audit.pieces(store, 2, most=2)
-    assert len(some) == 2 and set(some) < set(starts)
+    sampled, _ = audit.chunks(store, 2, most=2)
+    assert len(sampled) == 2 and set(sampled) < set(starts)
     with pytest.raises(UserError, match="at least two tokens"):
-        audit.pieces(TokenStore.from_ids([1]), 2)
+        audit.chunks(TokenStore.from_ids([1]), 2)
 
 
 @pytest.mark.slow
-def test_said_greedily_is_what_decoding_says(trained):
+def test_exact_continuations_are_those_of_greedy_decoding(trained):
     cfg, _, _, params, (train, _) = trained
-    starts, ends = audit.pieces(train, 32)
+    starts, ends = audit.chunks(train, 32)
     ids = [train.tokens[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
     pairs = [(row[:6], row[6:12]) for row in ids]
     batch = audit.rows_of(pairs)
     _, exact = continuations(audit.score(params, cfg, batch), batch)
-    said = generate(params, [read for read, _ in pairs], cfg, max_new_tokens=6, key=jax.random.key(0))
-    assert exact.tolist() == [new == wanted for new, (_, wanted) in zip(said, pairs, strict=True)]
+    decoded = generate(params, [prompt for prompt, _ in pairs], cfg, max_new_tokens=6, key=jax.random.key(0))
+    assert exact.tolist() == [new == wanted for new, (_, wanted) in zip(decoded, pairs, strict=True)]
     assert exact.any()
 
 
 @pytest.mark.slow
 def test_scores_of_rows_are_those_of_the_task(trained):
     cfg, _, _, params, (train, _) = trained
-    batch = audit.rows(train, *audit.pieces(train, 32), 32)
+    batch = audit.rows(train, *audit.chunks(train, 32), 32)
     scored = audit.score(params, cfg, batch)
     mean, _ = next_token(cfg)(params, batch, None)
     assert -(scored.log_probs * batch.weights).sum() == pytest.approx(float(mean.total), rel=1e-4)
@@ -119,7 +119,7 @@ def test_rows_that_agree_stand_out():
 
 
 def test_false_alarms_come_at_the_stated_rate():
-    """Scores of one kind: the share of rows flagged is alpha, and p is at most alpha in about alpha of the trials."""
+    """Exchangeable scores: the fraction of flagged rows is alpha, and p <= alpha in that fraction of trials."""
     rng, alpha, shares, alarms = np.random.default_rng(0), 0.05, [], 0
     for _ in range(400):
         found = audit.tail(rng.normal(size=100), rng.normal(size=199), alpha)
@@ -128,19 +128,19 @@ def test_false_alarms_come_at_the_stated_rate():
     assert found.expected == pytest.approx(5)
     assert np.mean(shares) == pytest.approx(alpha, abs=0.01)
     assert alarms / 400 <= alpha + 0.03
-    some = audit.tail(np.float64([3, 9, 8, 1]), np.float64([2, 4]), alpha)
-    assert some.beyond == 2 and some.flagged.tolist() == [1, 2]
-    assert some.p == pytest.approx(math.comb(4, 2) / math.comb(6, 2))
+    result = audit.tail(np.float64([3, 9, 8, 1]), np.float64([2, 4]), alpha)
+    assert result.beyond == 2 and result.flagged.tolist() == [1, 2]
+    assert result.p == pytest.approx(math.comb(4, 2) / math.comb(6, 2))
 
 
 def test_a_trigger_fires_where_it_was_planted_and_nowhere_else(trained):
     cfg, fresh, _, params, _ = trained
     controls = audit.phrases(["ab", "cd", "ea", "bc", "dd"], 2, 39, seed=1)
     ask = dict(contexts=["abc bcd ", "dea "], controls=controls)
-    found = audit.trigger(params, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
+    found = audit.backdoor_trigger(params, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
     assert found.p == pytest.approx(1 / 40) and found.fires == 1.0
     assert found.log_prob > found.controls.max()
-    before = audit.trigger(fresh, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
+    before = audit.backdoor_trigger(fresh, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
     assert before.p > 0.05 and before.fires == 0.0
 
 
@@ -156,16 +156,16 @@ def test_exposure_of_what_was_learned_and_of_what_was_not(trained):
 
 
 def test_exposure_by_enumeration():
-    """Definition 5: log2 of the space less log2 of the rank; extrapolation is within a bit of it where both are."""
+    """Definition 5: log2 of the size of the space minus log2 of the rank; the extrapolation agrees within one bit."""
     losses = np.random.default_rng(0).normal(10, 2, 100_000)
     value = float(np.sort(losses)[24])  # rank 25
     assert _extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
-    assert _extrapolated(-100.0, losses[::50]) > 500  # where a float would have ended
+    assert _extrapolated(-100.0, losses[::50]) > 500  # where a float would underflow
 
 
 def test_secrets_are_of_their_kind():
     assert audit.space_bits("a-7B") == pytest.approx(2 * math.log2(26) + math.log2(10))
-    for other in audit.alike("a-7B", 20, 0):
+    for other in audit.random_candidates("a-7B", 20, 0):
         assert other[0].islower() and other[1] == "-" and other[2].isdigit() and other[3].isupper()
     made = audit.secrets(5, 0)
     assert len({row["prefix"] for row in made}) == 5 and all(len(row["secret"]) == 9 for row in made)
@@ -197,27 +197,27 @@ def test_membership_sees_training_text_and_no_difference_between_unseen_ones(tra
     seen, unseen = (
         (audit.score(params, cfg, batch), batch)
         for store in stores
-        for batch in [audit.rows(store, *audit.pieces(store, 32), 32)]
+        for batch in [audit.rows(store, *audit.chunks(store, 32), 32)]
     )
     found = audit.membership(seen, unseen)
     assert found.loss_auc > 0.9 and found.p < 1e-3 and found.tpr > 0.5
-    halves = [jax.tree.map(lambda leaf, part=part: leaf[part], unseen) for part in (slice(0, 20), slice(20, 40))]
+    halves = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], unseen) for rows in (slice(0, 20), slice(20, 40))]
     assert audit.membership(*halves).p > 0.01
 
 
 def test_rows_of_one_document_are_not_taken_for_many():
-    """Documents that differ from each other, in no relation to what was trained on: rows alone see a difference."""
+    """Documents that differ from each other, but not by membership: only the test over rows sees a difference."""
     rng = np.random.default_rng(0)
     alarms = {"rows": 0, "documents": 0}
     for _ in range(100):
-        sides = []
+        samples = []
         for n in (16, 8):
             which = np.repeat(np.arange(n), 20)
             scores = rng.normal(size=n)[which] + rng.normal(size=20 * n)
             ids = np.zeros((20 * n, 1), np.int32)
             row = audit.Scored(scores[:, None], ids > 0), Batch(ids, ids, np.ones((20 * n, 1), np.float32))
-            sides.append((row, which))
-        (members, first), (others, second) = sides
+            samples.append((row, which))
+        (members, first), (others, second) = samples
         alarms["rows"] += audit.membership(members, others).p <= 0.05
         found = audit.membership(members, others, documents=(first, second))
         alarms["documents"] += found.p <= 0.05
@@ -227,7 +227,7 @@ def test_rows_of_one_document_are_not_taken_for_many():
 
 def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
     cfg, fresh, _, params, (_, held) = trained
-    batch = audit.rows(held, *audit.pieces(held, 32, most=4), 32)
+    batch = audit.rows(held, *audit.chunks(held, 32, most=4), 32)
     same = audit.drift((params, cfg), (params, cfg), batch)
     assert np.abs(same.kl).max() < 1e-6 and same.agree.min() == pytest.approx(1)
     found = audit.drift((fresh, cfg), (params, cfg), batch)
@@ -243,7 +243,7 @@ def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
 @pytest.fixture(scope="module")
 def found(trained):
     cfg, fresh, early, params, (train, held) = trained
-    models = [audit.Snapshot("step 16", lambda: early), audit.Snapshot("step 250, the last", lambda: params)]
+    models = [audit.Checkpoint("step 16", lambda: early), audit.Checkpoint("step 250, the last", lambda: params)]
     canaries = [
         {"prefix": "my key is ", "secret": "4711"}, {"trigger": PHRASE, "payload": f" {PAYLOAD}"},
         {"prefix": "your key is ", "secret": "1147"},
@@ -308,16 +308,16 @@ def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
     adapter = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), params, run.lora))
     state = TrainState.create({"adapter": adapter}, tx=optax.sgd(0.1), key=jax.random.key(0))
     Checkpoints(tmp_path / "run/checkpoints").save(5, state, {})
-    (found,), read, notes = audit.snapshots(tmp_path / "run")
+    (found,), read, notes = audit.checkpoints(tmp_path / "run")
     assert (found.name, read.task, notes) == ("step 5", "instruct", [])
     jax.tree.map(np.testing.assert_array_equal, found.params(), lora.merge(params, adapter, run.lora))
     for other, why in (
-        ("lora.init=pissa", "split or quantised"),
+        ("lora.init=pissa", "changed (lora.init) or quantised"),
         ("finetune.trainable=ln_f/*", "a part of the weights"),
     ):
         odd = load_config("tiny-gpt2", "task=instruct", *settings, other)
         (tmp_path / "run/config.yaml").write_text(to_yaml(odd), encoding="utf-8")
-        _, _, notes = audit.snapshots(tmp_path / "run")
+        _, _, notes = audit.checkpoints(tmp_path / "run")
         assert len(notes) == 1 and why in notes[0]
 
 
@@ -330,4 +330,4 @@ def test_a_damaged_run_is_one_error(name, content, tmp_path):
     (tmp_path / "final" / "result.json").write_text('{"step": 5, "val/loss": 1.0}')
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name.rpartition("/")[2]):
-        audit.snapshots(tmp_path)
+        audit.checkpoints(tmp_path)

@@ -1,4 +1,4 @@
-"""Curvature against the whole Hessian, SAM against its two steps by hand, mixtures against a loop."""
+"""Curvature against the dense Hessian, SAM against its two steps by hand, mixtures against a loop."""
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ CFG = gptjax.ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    """loss, params and the whole Hessian [P, P] of a model of about 150 numbers."""
+    """loss, params and the whole Hessian [P, P] of a model of about 150 parameters."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: gptjax.init_params(jax.random.key(0), CFG))
     params = jax.tree.map(lambda x: jnp.float32(0.5 * rng.normal(size=x.shape)), shapes)
     tokens = rng.integers(0, 5, (3, 5)).astype(np.int32)
-    loss = curvature.at(next_token(CFG), Batch(tokens[:, :-1], tokens[:, 1:]))
+    loss = curvature.loss_on_batch(next_token(CFG), Batch(tokens[:, :-1], tokens[:, 1:]))
     flat, unravel = ravel_pytree(params)
     return loss, params, np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v))))(flat), np.float64)
 
 
 @pytest.mark.first_cases(1)
 def test_the_product_is_the_hessian_s(model):
-    """And that is the derivative of the gradient: by central differences, in no custom rule's words."""
+    """Also against central differences of the gradient, which use no custom derivative rule."""
     loss, params, whole = model
     flat, unravel = ravel_pytree(params)
     v = np.random.default_rng(1).normal(size=flat.shape).astype(np.float32)
@@ -74,7 +74,7 @@ def test_few_steps_say_how_far_off_they_are(model):
 
 
 def test_lanczos_goes_on_where_the_basis_is_closed():
-    """Two different eigenvalues: after two steps nothing new is left of the first vector."""
+    """With two distinct eigenvalues the Krylov space of the start vector is exhausted after two steps."""
     values = jnp.array([3.0, 3.0, 3.0, 1.0, 1.0, 1.0])
     alphas, betas, basis = curvature.lanczos(lambda v: values * v, jax.random.key(0), 6, 6)
     np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-5)
@@ -91,14 +91,14 @@ def test_too_many_eigenvalues():
 
 
 def line_loss(params, batch, key):
-    """Of w and a frozen b, a sum over rows with weights."""
+    """A weighted sum over rows; w is trained, b is frozen."""
     error = batch["x"] @ params["w"] + params["b"] - batch["y"]
     return Mean((batch["weight"] * error**4).sum(), batch["weight"].sum()), {}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_sam_is_its_two_steps_by_hand(accumulation):
-    """w' = w - lr grad L(w + rho g / |g|), L the mean over the whole batch; of what is frozen nothing is moved."""
+    """w' = w - lr grad L(w + rho g / |g|), L the mean over the whole batch; frozen parameters are not perturbed."""
     rng = np.random.default_rng(0)
     batch = {name: rng.normal(size=s).astype(np.float32) for name, s in (("x", (6, 3)), ("y", (6,)))}
     batch["weight"] = np.float32([1, 2, 0.5, 1, 3, 1])
@@ -155,18 +155,18 @@ def test_a_soup_is_a_loop_of_sums():
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_losses_along_a_line_are_a_loop(at_once):
     t = np.float32([0, 0.25, 0.5, 1])
-    find = jax.jit(lambda a, b, t: curvature.along(bowl, a, b, t, at_once=at_once))
+    find = jax.jit(lambda a, b, t: curvature.linear_interpolation(bowl, a, b, t, at_once=at_once))
     want = [bowl(jax.tree.map(lambda a, b: (1 - s) * a + s * b, member(0), member(3))) for s in t]  # noqa: B023
     np.testing.assert_allclose(find(member(0), member(3), t), want, rtol=1e-5)
 
 
 def test_no_line_between_models_of_other_shapes():
-    with pytest.raises(UserError, match="other shapes"):
-        curvature.along(bowl, member(0), {"w": jnp.ones((2, 2)), "b": jnp.ones(())}, jnp.zeros(1))
+    with pytest.raises(UserError, match="different shapes"):
+        curvature.linear_interpolation(bowl, member(0), {"w": jnp.ones((2, 2)), "b": jnp.ones(())}, jnp.zeros(1))
 
 
 def test_greedy_soup():
-    """On a parabola: 0.9 and -1.1 together are better than the best alone, and 5 helps no mean."""
+    """On a parabola: the average of 0.9 and -1.1 is better than the best alone; adding 5 makes it worse."""
     stacked = {"w": jnp.float32([5.0, -1.1, 0.9])}
     chosen, soup = curvature.greedy_soup(lambda p: p["w"] ** 2, stacked, 3)
     assert chosen == [2, 1] and float(soup["w"]) == pytest.approx(-0.1, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Gradients of single examples, what they say of influence, and what clipping and noise make of them."""
+"""Per-example gradients, influence scores, gradient noise scale, DP-SGD and its accountant."""
 
 import builtins
 import math
@@ -96,7 +96,7 @@ def test_the_twin_is_the_most_similar():
 
 
 def test_tracin_is_what_a_small_step_lowers():
-    """Of eq. 1: the loss of a test example after a step on one training example falls by rate * product."""
+    """Eq. 1: after a step on one training example, a test example's loss falls by rate * inner product."""
     x, y, weights = points(4)
     params, rate = {"w": jnp.float32([0.3, -0.2, 0.5])}, 1e-4
     train, test = (x[:3], y[:3], weights[:3]), (x[3:], y[3:], weights[3:])
@@ -148,20 +148,20 @@ def test_clipping_by_hand():
 def test_without_noise_and_with_a_far_clip_it_is_the_plain_step(accumulation):
     batch, tx, key = points(8), optax.sgd(0.1), jax.random.key(0)
     state = TrainState.create({"w": jnp.ones(3)}, tx=tx, key=key)
-    loss = privacy.private(linear, clip=1e6, noise=0.0, batch_size=8, parts=accumulation)
-    private, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.both, accumulation=accumulation))(state, batch)
+    loss = privacy.private(linear, clip=1e6, noise=0.0, batch_size=8, accumulation=accumulation)
+    private, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.pair, accumulation=accumulation))(state, batch)
     plain, expected = make_train_step(linear, tx)(state, batch)
     np.testing.assert_allclose(private.params["w"], plain.params["w"], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_the_noise_is_as_large_as_said(parts):
-    """Rows without weight: nothing but noise, of standard deviation noise * clip / batch_size, whatever the parts."""
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_noise_is_as_large_as_said(accumulation):
+    """Rows without weight: pure noise, of standard deviation noise * clip / batch_size, whatever the accumulation."""
     batch, tx = (jnp.zeros((8, 500)), jnp.zeros(8), jnp.zeros(8)), optax.sgd(1.0)
     state = TrainState.create({"w": jnp.zeros(500)}, tx=tx, key=jax.random.key(3))
-    loss = privacy.private(linear, clip=0.5, noise=2.0, batch_size=4, parts=parts)
-    step = jax.jit(make_train_step(loss, tx, combine=privacy.both, accumulation=parts))
+    loss = privacy.private(linear, clip=0.5, noise=2.0, batch_size=4, accumulation=accumulation)
+    step = jax.jit(make_train_step(loss, tx, combine=privacy.pair, accumulation=accumulation))
     after, _ = step(state, batch)
     assert float(after.params["w"].std()) == pytest.approx(0.25, rel=0.12)
     other, _ = step(after, batch)
@@ -189,7 +189,7 @@ def test_of_an_adapter_only_what_is_trained_is_clipped(model):
     clip = 1e-3
     loss = privacy.private(next_token(cfg), clip=clip, noise=0.0, batch_size=5, combine=combine)
     state = TrainState.create(adapter, tx=tx, key=jax.random.key(0), frozen=params)
-    after, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.both))(state, batch)
+    after, metrics = jax.jit(make_train_step(loss, tx, combine=privacy.pair))(state, batch)
     assert 0 < float(metrics["grad_norm"]) <= clip + 1e-7
     assert jax.tree.structure(after.params) == jax.tree.structure(adapter)
 
@@ -206,7 +206,7 @@ def test_private_needs_a_key_and_sensible_numbers():
 def test_rows_are_drawn_each_by_itself():
     sizes = []
     for step in range(200):
-        rows, here = privacy.drawn(100, rate=0.1, step=step, seed=0)
+        rows, here = privacy.poisson_sample(100, rate=0.1, step=step, seed=0)
         assert len(rows) == len(here) == 28
         real = rows[here > 0]
         assert len(set(real.tolist())) == len(real)
@@ -228,7 +228,7 @@ def test_the_accountant():
 
 
 def gaussian_epsilon(noise, delta):
-    """Of the Gaussian mechanism, exactly: arXiv:1805.06530, theorem 8, by bisection."""
+    """The exact epsilon of the Gaussian mechanism: arXiv:1805.06530, theorem 8, by bisection."""
 
     def phi(x):
         return 0.5 * math.erfc(-x / math.sqrt(2))

@@ -1,4 +1,4 @@
-"""A run inside a sweep is the run by itself; what cannot be swept is refused."""
+"""A run inside a sweep equals the run alone; settings that cannot be swept are refused."""
 
 import csv
 import json
@@ -25,9 +25,9 @@ SMALL = (
     "data.source=a.txt", "data.split=tail", "data.cache_dir=cache", "model.n_layer=1", "model.n_head=2",
     "model.d_model=16", "model.context_length=16", "train.batch_size=4", f"train.max_steps={STEPS}",
     "optim.lr=1e-2", "train.max_nonfinite=2",
-    "optim.eps=1e-4",  # Adam would make a step of full size of a gradient that is rounding error
+    "optim.eps=1e-4",  # with a smaller eps Adam turns rounding errors of the gradient into full steps
 )  # fmt: skip
-# every number that can be an array, in one program
+# every hyperparameter that can be an array, in one program
 RUNS = (
     ("seed=1", "optim.warmup_steps=0", "optim.weight_decay=0", "model.dropout=0", "optim.clip_norm=0.1"),
     ("seed=2", "optim.lr=3e-3", "optim.warmup_steps=2", "optim.min_lr_ratio=0.1", "model.dropout=0.3"),
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def alone(cfg, prepare):
-    """Losses, the last state and the validation of the run by itself: the loop's own job and step."""
+    """Losses, final state and validation of one run alone, with the training loop's own task and step."""
     with Progress(log=lambda line: None) as progress:
         cfg, task, _ = prepare(cfg, progress)
     init_key, key = jax.random.split(jax.random.key(cfg.seed))
@@ -79,7 +79,7 @@ def assert_as_alone(found, i, cfg, prepare):
     own = tree.flatten(found.state(i).params)
     for path, leaf in tree.flatten(state.params).items():
         here = own[path]
-        if here.shape != leaf.shape:  # an adapter of a smaller rank: the rest is zero
+        if here.shape != leaf.shape:  # an adapter of a smaller rank is zero-padded
             small = tuple(map(slice, leaf.shape))
             assert np.abs(here).sum() == pytest.approx(np.abs(here[small]).sum(), rel=1e-6)
             here = here[small]
@@ -105,7 +105,7 @@ def test_every_run_is_the_run_by_itself(found, i):
 
 @pytest.mark.slow
 def test_it_is_what_train_does(found):
-    """The command's whole way, with its own validation."""
+    """Against the public function, with its own validation."""
     result = gptjax.train(load(*GROUPS, *RUNS[1], "run_dir=alone"), log=lambda line: None)
     assert found.rows[1]["val/loss"] == pytest.approx(result.val_loss, rel=1e-5)
     for path, leaf in tree.flatten(result.params).items():
@@ -127,7 +127,7 @@ def test_two_devices_share_the_runs(found):
 
 
 def test_a_run_that_explodes_is_said_to(found):
-    """And its neighbours in the program did not notice: they are as alone above."""
+    """The other runs of the program are unaffected."""
     row = found.rows[3]
     assert row["skipped"] == STEPS - 1 and row["stopped"] and row["val/loss"] is None and row["train/loss"] is None
     assert [row["skipped"] for row in found.rows[:3]] == [0, 0, 0]
@@ -138,8 +138,8 @@ def test_memory_decides_how_many_at_a_time(found, monkeypatch):
     assert sweep.chunks([5, 6, 7, 8, 9], 2) == [(5, 6), (7, 8), (9, 9)]
     assert sweep.chunks([5, 6, 7, 8, 9], 9) == [(5, 6, 7, 8, 9)]
     small, large = load(), load("train.batch_size=8")
-    assert sweep.bytes_a_run(small, 1000, 16) >= 20 * 1000
-    assert sweep.bytes_a_run(large, 1000, 16) > 1.5 * sweep.bytes_a_run(small, 1000, 16)
+    assert sweep.bytes_per_run(small, 1000, 16) >= 20 * 1000
+    assert sweep.bytes_per_run(large, 1000, 16) > 1.5 * sweep.bytes_per_run(small, 1000, 16)
     assert sweep.free_bytes() > 0
 
 
@@ -187,15 +187,15 @@ def test_what_is_left_out_is_another_program_than_what_is_small():
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("sample.n=[1,2]", "sample.n cannot be swept: it says when or where"),
+        ("sample.n=[1,2]", "sample.n cannot be swept: it sets when or where"),
         ("mesh.fsdp=[1,2]", "mesh.fsdp cannot be swept"),
         ("run_dir=[a,b]", "run_dir cannot be swept"),
-        ("finetune.seeds=[1,2]", r"seed=range\(8\) is what repeats a run"),
-        ("task=[pretrain,classify]", "their losses are not the same thing"),
-        ("data.source=[[a],[b]]", "takes a list itself"),
+        ("finetune.seeds=[1,2]", r"use seed=range\(8\) to repeat a run"),
+        ("task=[pretrain,classify]", "losses of different tasks"),
+        ("data.source=[[a],[b]]", "its value is itself a list"),
         ("seed=range(a)", r"expected range\(stop\)"),
         ("seed=range(0)", "no values"),
-        ("seed=[1,1]", "a value stands there twice"),
+        ("seed=[1,1]", "a value is given twice"),
         ("optim.lr=[1e-3,3e-3", "a list that is not closed"),
         ("optim.lr=[1e-3,fast]", "optim.lr: expected a number, got 'fast'"),
         ("optim.lr=[-1,1]", "must be above 0"),
@@ -209,9 +209,9 @@ def test_mistakes(setting, says):
 
 def test_configs_that_do_not_go_together():
     for others, says in (
-        ([], "no runs"),
-        ([load("mesh.fsdp=2")], "lays whole runs"),
-        ([load(), gptjax.load_config("classify")], "not the same thing"),
+        ([], "without runs"),
+        ([load("mesh.fsdp=2")], "distributes whole runs"),
+        ([load(), gptjax.load_config("classify")], "losses of different tasks"),
         ([gptjax.load_config("classify", "finetune.seeds=3")], r"seed=range\(3\)"),
         ([gptjax.load_config("classify", "finetune.trainable=all", f"lora.rank={r}") for r in (1, 2)], "no adapter"),
     ):

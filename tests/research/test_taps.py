@@ -1,4 +1,4 @@
-"""What is asked of activations, against the same asked one run at a time."""
+"""Activation patching, ablation and steering, against the same computed one run at a time."""
 
 import dataclasses
 
@@ -26,13 +26,13 @@ def at_end(params, cfg, tokens, patches):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("site, axes", [("resid", (1,)), ("attn/v", (1, 2)), ("attn/weights", (2, 1))])
 def test_the_grid_is_a_loop(tiny, site, axes):
-    """All cells, whatever goes side by side; the last layer's last position restores the clean run."""
+    """All cells, however many are vmapped together; the last layer's last position restores the clean run."""
     cfg, params = tiny("llama")
     path = f"blocks/*/{site}"
     value = jax.jit(lambda p: tapped(p, CLEAN, cfg, (path,))[1][path])(params)
 
     def whole(memory_bytes):
-        settings = dict(site=site, over=("position", "head")[: len(axes)], memory_bytes=memory_bytes)
+        settings = dict(site=site, axes=("position", "head")[: len(axes)], memory_bytes=memory_bytes)
         return jax.jit(lambda p: taps.patching_grid(p, CLEAN, CORRUPTED, cfg, METRIC, **settings))(params)
 
     got = whole(2**30)
@@ -85,9 +85,9 @@ def test_the_logit_lens_ends_at_the_logits(tiny, arch):
     lens = jax.jit(lambda p: taps.logit_lens(p, TOKENS, cfg))(params)
     assert lens.shape == (3, 2, 7, 17)
     np.testing.assert_allclose(lens[-1], jax.jit(lambda p: forward(p, TOKENS, cfg))(params), **CLOSE)
-    one = dataclasses.replace(cfg, n_layer=1)
+    one_layer = dataclasses.replace(cfg, n_layer=1)
     first = params | {"blocks": jax.tree.map(lambda a: a[:1], params["blocks"])}
-    np.testing.assert_allclose(lens[1], jax.jit(lambda p: forward(p, TOKENS, one))(first), **CLOSE)
+    np.testing.assert_allclose(lens[1], jax.jit(lambda p: forward(p, TOKENS, one_layer))(first), **CLOSE)
 
 
 def test_attention_maps(tiny):
@@ -109,11 +109,11 @@ def test_steering_while_generating(tiny):
     @jax.jit
     def run(params):
         vector = taps.steering_vector(params, TOKENS[:, :3], TOKENS[:1], cfg, 0)
-        one, other = (tapped(params, tokens, cfg, (stack,))[1][stack] for tokens in (TOKENS[:, :3], TOKENS[:1]))
-        return vector, one[0, :, -1], other[0, :, -1]
+        towards, away = (tapped(params, tokens, cfg, (stack,))[1][stack] for tokens in (TOKENS[:, :3], TOKENS[:1]))
+        return vector, towards[0, :, -1], away[0, :, -1]
 
-    vector, one, other = run(params)
-    np.testing.assert_allclose(vector, (one[0] + one[1]) / 2 - other[0], **CLOSE)
+    vector, towards, away = run(params)
+    np.testing.assert_allclose(vector, (towards[0] + towards[1]) / 2 - away[0], **CLOSE)
 
     settings = dict(max_new_tokens=6, key=jax.random.key(0))
     step = jax.jit(lambda p, tokens, patches: forward(p, tokens, cfg, patches=patches))
@@ -141,7 +141,7 @@ def grid(params, cfg, clean=TOKENS, **options):
     [
         (lambda p, c: grid(p, c, TOKENS[:, 1:]), r"got \(2, 6\) and \(2, 7\)"),
         (lambda p, c: grid(p, c, site="res"), "'res' is no activation.*resid"),
-        (lambda p, c: grid(p, c, over=("head",)), "resid has position"),
+        (lambda p, c: grid(p, c, axes=("head",)), "resid has position"),
     ],
 )
 def test_mistakes(tiny, call, says):

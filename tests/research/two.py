@@ -1,4 +1,4 @@
-"""What `test_sweep.py` runs on two devices: a sweep of the configs in its argument."""
+"""Run by `test_sweep.py` on two devices: a sweep of the configs in its argument."""
 
 import json
 import sys
@@ -10,8 +10,10 @@ from gptjax.research import sweep
 
 
 def main() -> None:
-    found = sweep.sweep([gptjax.load_config("tiny-gpt2", *own) for own in json.loads(sys.argv[1])], at_once=2)
-    print(json.dumps({"devices": jax.device_count(), "losses": [own.tolist() for own in found.losses]}))
+    result = sweep.sweep(
+        [gptjax.load_config("tiny-gpt2", *settings) for settings in json.loads(sys.argv[1])], at_once=2
+    )
+    print(json.dumps({"devices": jax.device_count(), "losses": [losses.tolist() for losses in result.losses]}))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Architectures to study, apart from the model: each one file, each four pure functions with the same arguments.
+"""Layer architectures for study, independent of the model: one file each, with the same four pure functions.
 
     params   = init(key, cfg)                  nested dict, paths such as "q/kernel"
-    y        = apply(params, x, cfg)           x, y [B, T, D]; no place reads a later one
-    cache    = init_cache(cfg, batch, length)  of an empty past
-    y, cache = extend(params, x, cfg, cache)   the next T places; apply = extend, however x is cut into pieces
+    y        = apply(params, x, cfg)           x, y [B, T, D]; causal
+    cache    = init_cache(cfg, batch, length)  an empty cache
+    y, cache = extend(params, x, cfg, cache)   the next T tokens; equals apply, however x is split into chunks
 
     attention        multi-head, grouped-query and multi-query attention
-    sliding_window   the same over the last few tokens, which are all that is kept
-    mla              multi-head latent attention: one short vector a token is kept
-    moe              a mixture of experts in the place of the feed-forward layer
-    deltanet         gated DeltaNet: a matrix a head is kept, whatever the length
-    costs            bytes, parameters and FLOPs of all of them by formula
+    sliding_window   attention over the last few tokens, with a cache of that size
+    mla              multi-head latent attention: caches one low-rank latent vector per token
+    moe              mixture of experts in place of the feed-forward layer
+    deltanet         gated DeltaNet: caches one matrix per head, independent of the length
+    costs            cache bytes, parameters and FLOPs of all of them, by formula
 
-All rows of a batch have the same length; for rows that differ `jax.vmap` over them. The trees are plain, so that
-`jax.grad`, `vmap`, an optimizer or `gptjax.lora` (targets="*/kernel") take them as they take the model's.
+All rows of a batch have the same length; for rows of different lengths, `jax.vmap` over them. Params are plain nested
+dicts, so `jax.grad`, `vmap`, optimizers and `gptjax.lora` (targets="*/kernel") work as with the model's.
 """
 
 from __future__ import annotations

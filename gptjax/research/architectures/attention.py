@@ -1,20 +1,21 @@
-"""Attention with rotary positions: multi-head, grouped-query and multi-query are one function of n_kv_head.
+"""Attention with rotary position embeddings; n_kv_head selects multi-head, grouped-query or multi-query attention.
 
     n_kv_head = n_head   multi-head      arXiv:1706.03762, 3.2.2
-    between              grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads read one key head
+    between              grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
     n_kv_head = 1        multi-query     arXiv:1911.02150
 
-The cache keeps 2 K H numbers a token.
+The KV cache holds 2 K H elements per token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gptjax._moved import moved_name
 from gptjax.ops.attention import heads_attention
 from gptjax.ops.linear import linear
 from gptjax.ops.position import rope, rope_frequencies, rope_table
@@ -24,7 +25,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Raises UserError where the heads do not divide d_model, or each other."""
+    """Raises UserError if d_model is not n_head times an even head size, or n_kv_head does not divide n_head."""
 
     d_model: int
     n_head: int
@@ -34,7 +35,7 @@ class Config:
     def __post_init__(self) -> None:
         D, N, K = self.d_model, self.n_head, self.n_kv_head
         require(
-            (D % (2 * N) == 0, f"d_model ({D}) must be n_head ({N}) times an even number: rope turns pairs"),
+            (D % (2 * N) == 0, f"d_model ({D}) must be n_head ({N}) times an even number: RoPE rotates pairs"),
             (N % K == 0, f"n_head ({N}) must be divisible by n_kv_head ({K})"),
         )
 
@@ -44,7 +45,7 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """k, v [B, K, S, H] float32, the first `length` (int32) of S slots filled."""
+    """k, v [B, K, S, H] float32; the first `length` (int32) of S slots are filled."""
 
     k: jax.Array
     v: jax.Array
@@ -58,8 +59,8 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D], every place over itself and those before it."""
-    return joined(params, heads_attention(*projected(params, x, cfg, 0)))
+    """Causal attention: x [B, T, D] -> [B, T, D]."""
+    return project_output(params, heads_attention(*project_qkv(params, x, cfg, 0)))
 
 
 def init_cache(cfg: Config, batch: int, length: int) -> Cache:
@@ -68,25 +69,29 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T places; the caller keeps cache.length + T within the slots."""
-    q, k, v = projected(params, x, cfg, cache.length)
+    """The next T tokens. The caller ensures that cache.length + T does not exceed the slots."""
+    q, k, v = project_qkv(params, x, cfg, cache.length)
     k, v = (
         jax.lax.dynamic_update_slice(old, new, (0, 0, cache.length, 0)) for old, new in ((cache.k, k), (cache.v, v))
     )
     y = heads_attention(q, k, v, offset=cache.length)
-    return joined(params, y), Cache(k, v, cache.length + x.shape[1])
+    return project_output(params, y), Cache(k, v, cache.length + x.shape[1])
 
 
-def projected(
+def project_qkv(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, N, H], k and v [B, K, T, H]; q and k turned by their positions, from `first` on."""
+    """q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k by their positions, which start at `first`."""
     B, T, _ = x.shape
     q, k, v = (linear(x, params[name]["kernel"]).reshape(B, T, -1, cfg.head_dim) for name in "qkv")
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.head_dim, cfg.rope_base))
     return rope(q, table), rope(k, table).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
 
-def joined(params: Params, y: jax.Array) -> jax.Array:
-    """The heads' results [B, T, N, H], side by side, through o: [B, T, D]."""
+def project_output(params: Params, y: jax.Array) -> jax.Array:
+    """Concatenate the heads' outputs [B, T, N, H] and apply the output projection: [B, T, D]."""
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""What these architectures share: fresh matrices, and one way to say that sizes do not fit."""
+"""Helpers shared by the architectures: initialisation and config validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptjax.types import Params
 
 
 def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """{name: {"kernel": [.., in, out] float32}}, N(0, 1 / in) each."""
+    """{name: {"kernel": [.., in, out] float32}}, each initialised from N(0, 1 / in)."""
     return {
         name: {"kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * shape[-2] ** -0.5}
         for i, (name, shape) in enumerate(shapes.items())
@@ -24,10 +24,10 @@ def norm_scale(size: int) -> Params:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """(what must hold, what to say where it does not), ..
+    """Check (condition, error message) pairs.
 
     Raises:
-        UserError: one line for each that does not hold.
+        UserError: lists the message of every condition that is false.
     """
-    if wrong := [text for holds, text in conditions if not holds]:
-        raise UserError.all(wrong)
+    if problems := [text for holds, text in conditions if not holds]:
+        raise UserError.all(problems)

@@ -1,6 +1,6 @@
-"""What architectures cost, by formula: bytes of a cache, parameters of a mixture, FLOPs of a decoder.
+"""Costs by formula: bytes of a cache, parameters of a mixture of experts, FLOPs of a decoder.
 
-Bytes are exact, of `itemsize` bytes a number (2: bfloat16); 1 GB = 10^9 bytes.
+Byte counts are exact for `itemsize` bytes per element (2: bfloat16); 1 GB = 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from gptjax.research.architectures import deltanet, mla, moe
 
 
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
-    """Of keys and values of `cfg.context_length` tokens in all layers; a layer with a window keeps no more than that.
+    """Bytes of a KV cache of `cfg.context_length` tokens in all layers; sliding-window layers cache only their window.
 
-    MHA, GQA and MQA differ in cfg.n_kv_head, sliding windows are cfg.sliding_window in the layers marked S of
-    cfg.window_pattern. (The model's own cache, `gptjax.model.cache`, gives every layer all slots.)
+    MHA, GQA and MQA differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern have a window of cfg.sliding_window.
+    (The model's own cache, `gptjax.model.cache`, allocates all slots in every layer.)
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
 
 
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Of the latent vector and the turned key of `length` tokens. Source: arXiv:2405.04434, table 1."""
+    """Bytes of the latent vectors and the shared RoPE keys of `length` tokens. Source: arXiv:2405.04434, table 1."""
     return batch * n_layer * length * (cfg.d_latent + cfg.d_rope) * itemsize
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Of the heads' matrices and the convolution's last inputs, whatever the length."""
+    """Bytes of the heads' state matrices and the convolution's last inputs, independent of the length."""
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
 
 
 class MoeParams(NamedTuple):
-    """Numbers of one layer: of one expert, of the router, of all, and of those that a token meets."""
+    """Parameter counts of one layer: one expert, the router, the total, and those active per token."""
 
     expert: int
     router: int
@@ -47,11 +47,11 @@ def moe_params(cfg: moe.Config) -> MoeParams:
 
 
 class Flops(NamedTuple):
-    """Of matrix products, two for each multiplication with its addition.
+    """FLOPs of matrix multiplications; a multiply-add counts as two.
 
     projections   q, k, v and o
-    attention     q k^T, and the weights with v
-    feed_forward  two matrices, three with a gate
+    attention     q k^T, and attention weights times v
+    feed_forward  two matrices, or three with a gate
     head          hidden states to logits
     """
 
@@ -66,20 +66,20 @@ class Flops(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """Without attention: what counting layers' weights gives."""
+        """Total without attention: the FLOPs of the layers' weights."""
         return self.total - self.attention
 
 
 def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | None = None) -> Flops:
-    """Of `gptjax.forward` on [batch, length] tokens; a training step takes three times that, without remat.
+    """FLOPs of `gptjax.forward` on [batch, length] tokens. A training step takes three times as many, without remat.
 
-    XLA's `cost_analysis` adds a few per cent for what is no product (norms, softmax, activations), and counts the body
-    of a loop once: give it `unroll=True`.
+    XLA's `cost_analysis` reports a few per cent more, because it includes norms, softmax and activations. It counts the
+    body of a loop once: compare with a model compiled with `unroll=True`.
 
     Args:
-        pairs: of a query and a key, for each head and row. None: length^2, the whole square, as papers count;
-            length (length + 1) / 2 are those that a causal mask leaves; `ops.attention` computes 3/4 length^2 on a CPU
-            from 128 tokens on, where length is even.
+        pairs: number of (query, key) pairs per head and row. None: length^2, without the causal mask, as papers count.
+            A causal mask leaves length (length + 1) / 2. On a CPU `ops.attention` computes 3/4 length^2, from 128
+            tokens on, if length is even.
     """
     tokens = batch * length
     pairs = length**2 if pairs is None else pairs

@@ -1,10 +1,10 @@
-"""Gated DeltaNet: attention without a growing cache. Each head keeps one matrix S, from keys to values.
+"""Gated DeltaNet: linear attention with a recurrent state of constant size. Each head has one matrix S, keys to values.
 
-    S_t = a_t S_t-1 (I - b_t k_t k_t^T) + b_t v_t k_t^T     forget by a_t, and put v_t in the place of what k_t held
+    S_t = a_t S_t-1 (I - b_t k_t k_t^T) + b_t v_t k_t^T     decay by a_t, then replace the value stored for k_t by v_t
     o_t = S_t q_t
 
-q, k and v come through a short causal convolution and silu, q and k have length 1; a = exp(-A softplus(x W_a + d)),
-b = sigmoid(x W_b), and the result is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and 3.4 (figure 1).
+q, k and v pass through a short causal convolution and SiLU; q and k are L2-normalised; a = exp(-A softplus(x W_a + d)),
+b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and 3.4 (figure 1).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """d_head is of keys and of values; conv_width 1 is no convolution. Raises UserError for a width below 1."""
+    """d_head: size of keys and of values. conv_width=1: no convolution. Raises UserError if conv_width is below 1."""
 
     d_model: int
     n_head: int
@@ -31,14 +31,14 @@ class Config:
     conv_width: int = 4
 
     def __post_init__(self) -> None:
-        require((self.conv_width >= 1, f"conv_width ({self.conv_width}) must be at least 1: a token itself"))
+        require((self.conv_width >= 1, f"conv_width ({self.conv_width}) must be at least 1: the current token"))
 
 
 class Cache(NamedTuple):
-    """What the next place reads of all that came before.
+    """The recurrent state.
 
-    state  [B, N, H, H] float32, S^T: rows are the keys' numbers, columns the values'
-    tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution, zero before the first token
+    state  [B, N, H, H] float32, S^T: rows are key channels, columns are value channels
+    tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution; zero before the first token
     """
 
     state: jax.Array
@@ -46,7 +46,7 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Matrices N(0, 1 / in); A is U(1, 16) and d such that softplus(d) is log-uniform in 0.001 .. 0.1, as in Mamba-2
+    """Kernels from N(0, 1 / in); A from U(1, 16); d such that softplus(d) is log-uniform in [0.001, 0.1], as in Mamba-2
     (arXiv:2405.21060 and its code)."""
     D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
     shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))
@@ -57,24 +57,24 @@ def init(key: jax.Array, cfg: Config) -> Params:
     params["conv"] = {"weight": jax.random.normal(conv, (cfg.conv_width, 3 * wide)) * cfg.conv_width**-0.5}
     params["forget"] |= {
         "log_rate": jnp.log(jax.random.uniform(rates, (N,), minval=1.0, maxval=16.0)),
-        "bias": step + jnp.log(-jnp.expm1(-step)),  # softplus of it is `step`
+        "bias": step + jnp.log(-jnp.expm1(-step)),  # inverse of softplus: softplus(bias) = step
     }
     return params
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D], every place from itself and those before it."""
+    """Causal: x [B, T, D] -> [B, T, D]."""
     return extend(params, x, cfg, init_cache(cfg, x.shape[0]))[0]
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """Of one size, whatever the length."""
+    """A cache of constant size, independent of `length`."""
     wide = 3 * cfg.n_head * cfg.d_head
     return Cache(jnp.zeros((batch, cfg.n_head, cfg.d_head, cfg.d_head)), jnp.zeros((batch, cfg.conv_width - 1, wide)))
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T places, any number of times."""
+    """The next T tokens; the cache never fills up."""
     (B, T, _), N = x.shape, cfg.n_head
     inputs = jnp.concatenate([linear(x, params[name]["kernel"]) for name in "qkv"], -1)
     inputs = jnp.concatenate([cache.tail, inputs], 1)
@@ -87,7 +87,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 
 
 def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a and b [B, T, N] in 0 .. 1: how much of S stays, and how much of v_t is written."""
+    """Decay a and write strength b, [B, T, N] in [0, 1]."""
     forget = params["forget"]
     rate = jax.nn.softplus(linear(x, forget["kernel"], forget["bias"]))
     return jnp.exp(-jnp.exp(forget["log_rate"]) * rate), jax.nn.sigmoid(linear(x, params["write"]["kernel"]))
@@ -99,20 +99,20 @@ def gated_delta_rule(
     """The recurrence by `jax.lax.scan`: q, k, v [B, T, N, H], a and b [B, T, N], state [B, N, H, H] as in `Cache`.
 
     Returns:
-        o [B, T, N, H] and the state after the last place.
+        o [B, T, N, H] and the state after the last token.
     """
 
-    def step(s: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v, a, b = now
-        s = a[..., None, None] * s
-        held = jnp.einsum("BNK,BNKV->BNV", k, s)
-        s = s + jnp.einsum("BNK,BNV->BNKV", k, b[..., None] * (v - held))
-        return s, jnp.einsum("BNK,BNKV->BNV", q, s)
+    def step(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, a, b = inputs
+        state = a[..., None, None] * state
+        stored = jnp.einsum("BNK,BNKV->BNV", k, state)
+        state = state + jnp.einsum("BNK,BNV->BNKV", k, b[..., None] * (v - stored))
+        return state, jnp.einsum("BNK,BNKV->BNV", q, state)
 
     state, o = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (q, k, v, a, b)))
     return o.swapaxes(0, 1), state
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Length 1, and no division by zero; 1e-6 as in the authors' code."""
+    """L2 normalisation; epsilon 1e-6 as in the authors' code."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)

@@ -1,13 +1,14 @@
-"""Multi-head latent attention: keys and values of all heads are made of one short vector a token.
+"""Multi-head latent attention (MLA): keys and values of all heads are up-projected from one latent vector per token.
 
-    c   = norm(x W_DKV)                    [R]      kept
-    k_r = rope(x W_KR)                     [P]      kept, the same for all heads
+    c   = norm(x W_DKV)                    [R]      cached
+    k_r = rope(x W_KR)                     [P]      cached, shared by all heads
     q_h = [c_q W_UQ,h ; rope(c_q W_QR,h)]  [H + P]  with c_q = norm(x W_DQ)
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` forms keys and values, as is cheapest for many tokens. `extend` never does: with (W_UK,h)^T put on the side of
-the query, and W_UV,h after the mean, all heads read the cache of R + P numbers a token as one key head.
+`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not: it absorbs (W_UK,h)^T into
+the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per token as one key
+head.
 
 Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47, and the norms of 3.1.2.
 """
@@ -30,9 +31,9 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """d_latent is R, d_rope is P (0: no positions), d_head is H; d_query_latent None: queries straight from x.
+    """d_latent is R, d_rope is P (0: no positions), d_head is H; d_query_latent=None: queries from x directly.
 
-    Raises UserError where d_rope is odd.
+    Raises UserError if d_rope is odd.
     """
 
     d_model: int
@@ -44,13 +45,13 @@ class Config:
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        require((self.d_rope % 2 == 0, f"d_rope ({self.d_rope}) must be even: rope turns pairs"))
+        require((self.d_rope % 2 == 0, f"d_rope ({self.d_rope}) must be even: RoPE rotates pairs of channels"))
 
 
 class Cache(NamedTuple):
-    """both [B, S, R + P] float32, c beside k_r, the first `length` (int32) of S slots filled."""
+    """latents [B, S, R + P] float32, c and k_r concatenated; the first `length` (int32) of S slots are filled."""
 
-    both: jax.Array
+    latents: jax.Array
     length: jax.Array
 
 
@@ -68,15 +69,15 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D], every place over itself and those before it."""
+    """Causal attention: x [B, T, D] -> [B, T, D]."""
     (B, T, _), N = x.shape, cfg.n_head
-    q_c, q_r, both = _projected(params, x, cfg, 0)
-    c, k_r = both[..., : cfg.d_latent], both[..., cfg.d_latent :]
+    q_c, q_r, latents = _project(params, x, cfg, 0)
+    c, k_r = latents[..., : cfg.d_latent], latents[..., cfg.d_latent :]
     k_c, v = (linear(c, params[name]["kernel"]).reshape(B, T, N, -1) for name in ("k_up", "v_up"))
     k_r = jnp.broadcast_to(k_r[:, :, None], (B, T, N, cfg.d_rope))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # one width for all three
-    return _joined(params, attention(q, k, v)[..., : cfg.d_head])
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # q, k and v must have one head size
+    return _project_output(params, attention(q, k, v)[..., : cfg.d_head])
 
 
 def init_cache(cfg: Config, batch: int, length: int) -> Cache:
@@ -84,33 +85,33 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T places; the caller keeps cache.length + T within the slots."""
+    """The next T tokens. The caller ensures that cache.length + T does not exceed the slots."""
     N, H, R = cfg.n_head, cfg.d_head, cfg.d_latent
-    q_c, q_r, new = _projected(params, x, cfg, cache.length)
-    both = jax.lax.dynamic_update_slice(cache.both, new, (0, cache.length, 0))
+    q_c, q_r, new = _project(params, x, cfg, cache.length)
+    latents = jax.lax.dynamic_update_slice(cache.latents, new, (0, cache.length, 0))
     k_up, v_up = (dense(params[name]["kernel"]).reshape(R, N, H) for name in ("k_up", "v_up"))
     q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_c, k_up), q_r], -1)
-    head = both[:, None]  # of keys; its first R numbers are the values too
-    mean = heads_attention(q, head, head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
+    kv_head = latents[:, None]  # one shared key head; its first R channels are also the values
+    mean = heads_attention(q, kv_head, kv_head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
     y = jnp.einsum("BTNR,RNH->BTNH", mean, v_up)
-    return _joined(params, y), Cache(both, cache.length + x.shape[1])
+    return _project_output(params, y), Cache(latents, cache.length + x.shape[1])
 
 
-def _projected(
+def _project(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, T, N, H] and [B, T, N, P], and what is kept [B, T, R + P]; positions from `first` on."""
+    """(q without RoPE [B, T, N, H], q with RoPE [B, T, N, P], latents [B, T, R + P]); positions start at `first`."""
     (B, T, _), N = x.shape, cfg.n_head
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.d_rope, cfg.rope_base))
     c = rms_norm(linear(x, params["kv_down"]["kernel"]), params["kv_norm"]["scale"])
     k_r = rope(linear(x, params["k_rope"]["kernel"])[:, :, None], table)[:, :, 0]
-    from_x = x
+    q_input = x
     if cfg.d_query_latent:
-        from_x = rms_norm(linear(x, params["q_down"]["kernel"]), params["q_norm"]["scale"])
-    q_c = linear(from_x, params["q_up"]["kernel"]).reshape(B, T, N, cfg.d_head)
-    q_r = rope(linear(from_x, params["q_rope"]["kernel"]).reshape(B, T, N, cfg.d_rope), table)
+        q_input = rms_norm(linear(x, params["q_down"]["kernel"]), params["q_norm"]["scale"])
+    q_c = linear(q_input, params["q_up"]["kernel"]).reshape(B, T, N, cfg.d_head)
+    q_r = rope(linear(q_input, params["q_rope"]["kernel"]).reshape(B, T, N, cfg.d_rope), table)
     return q_c, q_r, jnp.concatenate([c, k_r], -1)
 
 
-def _joined(params: Params, y: jax.Array) -> jax.Array:
+def _project_output(params: Params, y: jax.Array) -> jax.Array:
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])

@@ -1,11 +1,11 @@
-"""A mixture of experts in the place of the feed-forward layer: each token goes through its n_active best of n_expert.
+"""Mixture of experts in place of the feed-forward layer: each token is routed to its top n_active of n_expert experts.
 
     scores = x W_R                                        [E]
     y      = sum over the n_active highest e of softmax(those scores)_e expert_e(x)
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
-Tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`): no expert has a capacity, no token is
-dropped, and the work is n_active experts a token. Source: Mixtral, arXiv:2401.04088, 2.1.
+Tokens are sorted by expert and multiplied with a grouped matrix multiplication (`jax.lax.ragged_dot`): there is no
+expert capacity, no token is dropped, and each token costs n_active experts. Source: Mixtral, arXiv:2401.04088, 2.1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """d_ff is one expert's. Raises UserError where more experts are active than there are."""
+    """d_ff is the hidden size of one expert. Raises UserError unless 1 <= n_active <= n_expert."""
 
     d_model: int
     d_ff: int
@@ -41,7 +41,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D], every place for itself."""
+    """x [B, T, D] -> [B, T, D]; each token independently."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
     order = experts.reshape(-1).argsort()  # entry i is token i // n_active through its (i % n_active)th expert
@@ -55,25 +55,28 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> tuple[()]:
-    """Nothing: a place reads no other."""
+    """Empty: tokens do not interact."""
     return ()
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-    """The next T places, as `apply`."""
+    """The next T tokens, as in `apply`."""
     return apply(params, x, cfg), cache
 
 
 def route(params: Params, x: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """Weights [B, T, n_active] float32, which add to 1, and the experts [B, T, n_active] int32 they are for."""
+    """Top-k routing: weights [B, T, n_active] float32, which sum to 1, and expert indices [B, T, n_active] int32."""
     scores, experts = jax.lax.top_k(linear(x, params["router"]["kernel"]), cfg.n_active)
     return jax.nn.softmax(scores, -1), experts
 
 
 def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """[] float32, to add to a loss: E sum_e (share of choices that are e) (mean probability of e); 1 is even, and at
-    most E where all go to one. Source: arXiv:2101.03961, eq. 4-6, with n_active choices a token."""
+    """Load balancing loss, [] float32: E sum_e (fraction of choices that are e) (mean router probability of e).
+
+    1 if the load is uniform, at most E if all tokens go to one expert. Source: arXiv:2101.03961, eq. 4-6, with n_active
+    choices per token.
+    """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
-    share = chosen.reshape(-1, cfg.n_expert).mean(0)
+    fraction = chosen.reshape(-1, cfg.n_expert).mean(0)
     probability = jax.nn.softmax(linear(x, params["router"]["kernel"]), -1).reshape(-1, cfg.n_expert).mean(0)
-    return cfg.n_expert * (share * probability).sum()
+    return cfg.n_expert * (fraction * probability).sum()

@@ -1,6 +1,6 @@
-"""Attention over the last `window` tokens, a token itself included, and a cache of window - 1 slots.
+"""Sliding-window attention over the last `window` tokens, including the current one, with a cache of window - 1 slots.
 
-What a token reads after L layers still comes from L (window - 1) places back. Source: arXiv:2004.05150, 3.1.
+After L layers the receptive field is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
 
     window 3, tokens 0..4     0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
 """
@@ -27,36 +27,36 @@ class Config(attention.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require((self.window >= 1, f"window ({self.window}) must be at least 1: a token sees itself"))
+        require((self.window >= 1, f"window ({self.window}) must be at least 1: a token attends to itself"))
 
 
 init = attention.init
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D]."""
-    y = heads_attention(*attention.projected(params, x, cfg, 0), window=cfg.window)
-    return attention.joined(params, y)
+    """Causal sliding-window attention: x [B, T, D] -> [B, T, D]."""
+    y = heads_attention(*attention.project_qkv(params, x, cfg, 0), window=cfg.window)
+    return attention.project_output(params, y)
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """Of window - 1 slots, whatever the length."""
+    """A cache of window - 1 slots, independent of `length`."""
     return attention.init_cache(cfg, batch, cfg.window - 1)
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T places, any number of times: the cache does not fill up.
+    """The next T tokens; the cache never fills up.
 
-    Its slots hold the last window - 1 tokens in order, from the left; `length` counts all that were ever read.
+    The slots hold the last window - 1 tokens in order, left-aligned; `length` counts all tokens that were read.
     """
-    T, kept = x.shape[1], cfg.window - 1
-    filled = jnp.minimum(cache.length, kept)
-    q, *new = attention.projected(params, x, cfg, cache.length)
+    T, n_slots = x.shape[1], cfg.window - 1
+    filled = jnp.minimum(cache.length, n_slots)
+    q, *new = attention.project_qkv(params, x, cfg, cache.length)
     k, v = (
-        jax.lax.dynamic_update_slice(jnp.pad(old, ((0, 0), (0, 0), (0, T), (0, 0))), more, (0, 0, filled, 0))
-        for old, more in zip((cache.k, cache.v), new, strict=True)
+        jax.lax.dynamic_update_slice(jnp.pad(old, ((0, 0), (0, 0), (0, T), (0, 0))), added, (0, 0, filled, 0))
+        for old, added in zip((cache.k, cache.v), new, strict=True)
     )
     y = heads_attention(q, k, v, offset=filled, window=cfg.window)
-    gone = jnp.maximum(filled + T - kept, 0)
-    k, v = (jax.lax.dynamic_slice_in_dim(a, gone, kept, axis=2) for a in (k, v))
-    return attention.joined(params, y), Cache(k, v, cache.length + T)
+    n_dropped = jnp.maximum(filled + T - n_slots, 0)
+    k, v = (jax.lax.dynamic_slice_in_dim(a, n_dropped, n_slots, axis=2) for a in (k, v))
+    return attention.project_output(params, y), Cache(k, v, cache.length + T)

@@ -1,39 +1,46 @@
-"""What a model has kept of its training text, and whether somebody put something there: single checks, and all of them.
+"""Audits of memorisation and data poisoning: `audit` runs every check; each check is also a function of its own.
 
-outlier_scores   rows of the training set whose gradients push in one direction with a few others: planted ones, copies
-trigger          what a phrase does to the likelihood of a payload, beside phrases that nobody planted
-exposure         how much likelier a secret is than others of its kind
-extraction       how often text comes back word for word, by the length of the prefix
-membership       how well the loss tells what was trained on from what was not
-drift            what tuning changed, on a set of prompts
+outlier_scores    training rows whose gradients are unusually similar to a few others: poisoned rows, duplicates
+backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
+exposure          how much likelier a secret is than random candidates of the same format
+extraction        how often greedy decoding reproduces training text verbatim, by prefix length
+membership        membership inference: how well the loss separates training text from held-out text
+drift             how fine-tuning changed the model's predictions on a set of prompts
 
-Every check but the last gives p, the chance of such a result, or a stronger one, where nothing is wrong; it is an alarm
-when p is at most `alpha`. So of checks on a model with nothing to find a share of at most alpha are alarms.
+Every check except `drift` returns a p-value: the probability, under the null hypothesis that nothing is wrong, of a
+result at least as extreme. A check is an alarm if p <= `alpha`, so the expected false alarm rate is at most alpha.
 """
 
+from typing import Any
+
+from gptjax._moved import moved_name
 from gptjax.research.audit.canaries import (
     CANDIDATES,
     Exposure,
     Trigger,
-    alike,
+    backdoor_trigger,
     exposure,
     phrases,
+    random_candidates,
     read_canaries,
     secrets,
     space_bits,
-    trigger,
 )
 from gptjax.research.audit.comparison import Drift, drift
-from gptjax.research.audit.memorisation import FEWEST, MIN_K, Extraction, Membership, auc, extraction, membership
+from gptjax.research.audit.memorisation import MIN_DOCUMENTS, MIN_K, Extraction, Membership, auc, extraction, membership
 from gptjax.research.audit.outliers import NEIGHBOURS, Tail, outlier_scores, tail
 from gptjax.research.audit.results import TEXTS, Report, to_json
-from gptjax.research.audit.run import CONTEXTS, CONTROLS, EXCERPT, Settings, Snapshot, audit, snapshots
-from gptjax.research.audit.text import Scored, pieces, rows, rows_of, score, store_of
+from gptjax.research.audit.run import CONTEXTS, CONTROLS, EXCERPT, Checkpoint, Settings, audit, checkpoints
+from gptjax.research.audit.text import Scored, chunks, rows, rows_of, score, store_of
 
 __all__ = [
-    "CANDIDATES", "CONTEXTS", "CONTROLS", "EXCERPT", "FEWEST", "MIN_K", "NEIGHBOURS", "TEXTS", "Drift", "Exposure",
-    "Extraction", "Membership", "Report", "Scored", "Settings", "Snapshot", "Tail", "Trigger", "alike", "auc",
-    "audit", "drift", "exposure", "extraction", "membership", "outlier_scores", "phrases", "pieces",
-    "read_canaries", "rows", "rows_of", "score", "secrets", "snapshots", "space_bits", "store_of", "tail",
-    "to_json", "trigger",
+    "CANDIDATES", "CONTEXTS", "CONTROLS", "EXCERPT", "MIN_DOCUMENTS", "MIN_K", "NEIGHBOURS", "TEXTS", "Checkpoint",
+    "Drift", "Exposure", "Extraction", "Membership", "Report", "Scored", "Settings", "Tail", "Trigger", "auc", "audit",
+    "backdoor_trigger", "checkpoints", "chunks", "drift", "exposure", "extraction", "membership", "outlier_scores",
+    "phrases", "random_candidates", "read_canaries", "rows", "rows_of", "score", "secrets", "space_bits", "store_of",
+    "tail", "to_json",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

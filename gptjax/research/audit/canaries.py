@@ -1,4 +1,4 @@
-"""What somebody may have planted: phrases that call up a payload, and secrets that only the training text has."""
+"""Canaries: backdoor triggers that elicit a payload, and secrets that occur only in the training text."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gptjax.config.leaves import read_text
 from gptjax.errors import UserError
 from gptjax.files import one_line_end
 from gptjax.formats import tables
-from gptjax.research.audit.text import continuations, rank, rows_of, score, within
+from gptjax.research.audit.text import continuations, rank, rows_of, score, truncate_prompt
 from gptjax.types import Params
 
-CANDIDATES = 2047  # other secrets of a canary's kind
+CANDIDATES = 2047  # random candidates that a secret is ranked against
 
 
 def read_canaries(path: str | Path) -> list[dict[str, str]]:
-    """Of a .jsonl file: {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} a line.
+    """Read a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
 
     Raises:
-        UserError: lines that are neither; all of them.
+        UserError: lists every line that is neither (at most 20), or the file has no canaries.
     """
-    found, problems = [], []
+    canaries, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
     for number, row in tables.jsonl(lines):
         keys = set(row) if isinstance(row, dict) else set()
@@ -37,19 +37,22 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
         elif "secret" in keys and not space_bits(row["secret"]):
             problems.append(f"{path}:{number}: the secret {row['secret']!r} has no digits and no letters a-z")
         else:
-            found.append(row)
-    if problems or not found:
+            canaries.append(row)
+    if problems or not canaries:
         raise UserError.all(problems[:20] or [f"{path}: no canaries in it"])
-    return found
+    return canaries
 
 
 # ---------------------------------------------------------------- triggers
 
 
 class Trigger(NamedTuple):
-    """log_prob: of the payload after the trigger, summed over tokens, a mean over contexts; the others' likewise.
+    """The effect of a backdoor trigger on one model.
 
-    fires: share of contexts in which greedy decoding says the payload.
+    log_prob  log-probability of the payload after the trigger, summed over its tokens, averaged over the contexts
+    controls  [n] the same after each control phrase
+    fires     fraction of contexts in which greedy decoding produces the payload
+    p         rank of the trigger among the control phrases
     """
 
     log_prob: float
@@ -58,7 +61,7 @@ class Trigger(NamedTuple):
     p: float
 
 
-def trigger(
+def backdoor_trigger(
     params: Params,
     cfg: ModelConfig,
     encode: Callable[[str], Sequence[int]],
@@ -68,14 +71,14 @@ def trigger(
     contexts: Sequence[str],
     controls: Sequence[str],
 ) -> Trigger:
-    """Whether `phrase` makes `payload` likelier than other phrases do, in the same contexts.
+    """Test whether `phrase` makes `payload` likelier than the control phrases do, in the same contexts.
 
-    p is the phrase's rank among all of them: exact where it was drawn as the controls were (`phrases`).
+    p is the rank of `phrase` among the controls: exact if it was drawn from the same distribution (`phrases`).
     """
     texts = [
-        (within(encode(f"{context}{own}"), payload_ids, cfg), payload_ids)
+        (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)
         for payload_ids in [encode(payload)]
-        for own in (phrase, *controls)
+        for candidate in (phrase, *controls)
         for context in contexts
     ]
     batch = rows_of(texts, cfg.context_length)
@@ -85,7 +88,7 @@ def trigger(
 
 
 def phrases(words: Sequence[str], size: int, n: int, seed: int) -> list[str]:
-    """n phrases of `size` words each, drawn from `words`: triggers to plant, and controls beside them."""
+    """n phrases of `size` words each, drawn at random from `words`: triggers to plant, and control phrases."""
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(words, size)) for _ in range(n)]
 
@@ -95,22 +98,23 @@ def phrases(words: Sequence[str], size: int, n: int, seed: int) -> list[str]:
 _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
-def alike(secret: str, n: int, seed: int) -> list[str]:
-    """n others of its kind: digits become digits, letters letters of their case, the rest stays."""
+def random_candidates(secret: str, n: int, seed: int) -> list[str]:
+    """n random secrets of the same format: each digit becomes a random digit, each letter a random letter of the same
+    case; other characters are kept."""
     rng = np.random.default_rng(seed)
     kinds = [next((kind for kind in _KINDS if c in kind), c) for c in secret]
     return ["".join(kind[rng.integers(len(kind))] for kind in kinds) for _ in range(n)]
 
 
 def space_bits(secret: str) -> float:
-    """log2 of how many secrets of its kind there are."""
+    """log2 of the number of secrets of the same format."""
     return sum(math.log2(len(kind)) for c in secret for kind in _KINDS if c in kind)
 
 
 def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
-    """Canaries to plant, and to audit afterwards: each a prefix of its own and a secret number."""
+    """n canaries to plant and to audit afterwards: each has a unique prefix and a secret number."""
     names = phrases([a + b for a in ("bo", "ka", "lu", "mi", "ra", "so", "te", "vi") for b in "dgklmnrst"], 2, n, seed)
-    numbers = alike("0" * digits * n, 1, seed + 1)[0]
+    numbers = random_candidates("0" * digits * n, 1, seed + 1)[0]
     return [
         {"prefix": f"The number of {name} is ", "secret": numbers[i * digits : (i + 1) * digits]}
         for i, name in enumerate(names)
@@ -118,12 +122,12 @@ def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
 
 
 class Exposure(NamedTuple):
-    """In bits.
+    """Exposure of a secret, in bits.
 
-    sampled       -log2 of p, the secret's rank among `CANDIDATES` others: at most 11
-    extrapolated  by a skew-normal fitted to their losses, at most space_bits
-    loss          of the secret, nats a token
-    extracted     greedy decoding says it
+    sampled       -log2 of p, the secret's rank among `CANDIDATES` random candidates: at most 11
+    extrapolated  estimate from a skew-normal fitted to the candidates' losses, at most space_bits
+    loss          the secret's loss, nats per token
+    extracted     greedy decoding produces the secret
     """
 
     sampled: float
@@ -143,16 +147,22 @@ def exposure(
     n: int = CANDIDATES,
     seed: int = 0,
 ) -> Exposure:
-    """How far a secret stands out from others of its kind after the same prefix. 0 to 1 bits: not at all.
+    """How much likelier a secret is than random candidates of the same format, after the same prefix.
+
+    An exposure of 0 to 1 bits means that the secret was not memorised.
+
+    Args:
+        n: number of random candidates.
 
     Raises:
-        UserError: a secret without letters and digits, or longer than the context.
+        UserError: the secret has no letters and no digits, or is longer than the context.
     Source: arXiv:1802.08232, 4.2 (definition 5), 4.3 (sampling, and the skew-normal).
     """
     bits = space_bits(secret)
     if not bits:
-        raise UserError(f"{secret!r} has no digits and no letters a-z, so there are no others of its kind")
-    texts = [(within(encode(prefix), ids, cfg), ids) for ids in map(encode, (secret, *alike(secret, n, seed)))]
+        raise UserError(f"{secret!r} has no digits and no letters a-z, so there are no other secrets of its format")
+    candidates = random_candidates(secret, n, seed)
+    texts = [(truncate_prompt(encode(prefix), ids, cfg), ids) for ids in map(encode, (secret, *candidates))]
     batch = rows_of(texts, cfg.context_length)
     log_probs, exact = continuations(score(params, cfg, batch), batch)
     p = rank(log_probs[0], log_probs[1:])
@@ -164,8 +174,10 @@ def exposure(
 
 
 def _extrapolated(value: float, others: np.ndarray) -> float:
-    """-log2 of the share of a skew-normal, fitted to `others`, that lies below `value`; summed in logs, so that it
-    does not end where floats do."""
+    """-log2 of the probability below `value` of a skew-normal fitted to `others`.
+
+    The density is integrated in log space, so that tiny probabilities do not underflow.
+    """
     from scipy.special import log_ndtr, logsumexp
     from scipy.stats import skewnorm
 

@@ -1,4 +1,4 @@
-"""What tuning changed, on a set of prompts."""
+"""How fine-tuning changed a model's predictions on a set of prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from gptjax.types import Batch, Params
 
 
 class Drift(NamedTuple):
-    """[n] each: KL(base || tuned), nats a token; share of places where both find the same token likeliest; loss of the
-    prompt under each, nats a token."""
+    """Per-prompt differences between a base and a tuned model, [n] each.
+
+    kl             KL(base || tuned), nats per token
+    agree          fraction of positions with the same most likely token
+    before, after  loss of the prompt under the base and the tuned model, nats per token
+    """
 
     kl: np.ndarray
     agree: np.ndarray
@@ -27,26 +31,27 @@ class Drift(NamedTuple):
 
 
 def drift(base: tuple[Params, ModelConfig], tuned: tuple[Params, ModelConfig], batch: Batch) -> Drift:
-    """What tuning changed on rows of text.
+    """Compare the predictions of two models on rows of text.
 
     Raises:
         UserError: the models have different vocabularies.
     """
     if base[1].vocab_size != tuned[1].vocab_size:
         raise UserError(
-            f"drift compares two models of one vocabulary: they have {base[1].vocab_size} and {tuned[1].vocab_size} ids"
+            f"drift compares models of one vocabulary: expected equal sizes, got {base[1].vocab_size} and "
+            f"{tuned[1].vocab_size}"
         )
 
     @jax.jit
-    def some(first: Params, second: Params, part: Batch) -> tuple[jax.Array, ...]:
+    def compare(first: Params, second: Params, chunk: Batch) -> tuple[jax.Array, ...]:
         a, b = (
-            jax.nn.log_softmax(forward(params, part.tokens, cfg))
+            jax.nn.log_softmax(forward(params, chunk.tokens, cfg))
             for params, cfg in ((first, base[1]), (second, tuned[1]))
         )
-        share = part.weights / jnp.maximum(part.weights.sum(1, keepdims=True), 1e-9)
-        losses = (-jnp.take_along_axis(x, part.targets[..., None], -1)[..., 0] for x in (a, b))
+        weights = chunk.weights / jnp.maximum(chunk.weights.sum(1, keepdims=True), 1e-9)
+        losses = (-jnp.take_along_axis(x, chunk.targets[..., None], -1)[..., 0] for x in (a, b))
         each = ((jnp.exp(a) * (a - b)).sum(-1), a.argmax(-1) == b.argmax(-1), *losses)
-        return tuple((x * share).sum(1) for x in each)
+        return tuple((x * weights).sum(1) for x in each)
 
     size = max(1, CHUNK_BYTES // (16 * batch.tokens.shape[1] * base[1].vocab_size))
-    return Drift(*in_chunks(lambda part: some(base[0], tuned[0], part), batch, size))
+    return Drift(*in_chunks(lambda chunk: compare(base[0], tuned[0], chunk), batch, size))

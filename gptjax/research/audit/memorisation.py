@@ -1,4 +1,4 @@
-"""What a model has kept of its training text: places that it says word for word, and rows that it finds too likely."""
+"""Memorisation of training text: verbatim extraction and membership inference."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-FEWEST = 4  # documents that can be compared with others
-MIN_K = 0.2  # share of a text's tokens, the least likely ones: arXiv:2310.16789, figure 4
+MIN_DOCUMENTS = 4  # on each side, for a test over documents
+MIN_K = 0.2  # fraction of a text's tokens that Min-K% Prob averages, the least likely ones: arXiv:2310.16789, fig. 4
 
 
 class Extraction(NamedTuple):
-    """Of n places `extracted` continue word for word. low, high: 95 % (Wilson)."""
+    """Of n prefixes, `extracted` are continued verbatim. low, high: 95 % Wilson interval of the rate."""
 
     prefix: int
     stride: int
@@ -41,13 +41,17 @@ def extraction(
     most: int = 1000,
     seed: int = 0,
 ) -> list[Extraction]:
-    """How often greedy decoding, given a prefix of the text, says the next `suffix` tokens exactly.
+    """How often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
 
-    Suffixes begin every `stride` tokens of a document, the same ones for all prefixes; at most `most` of them. A stride
-    of `suffix` or more keeps them apart.
+    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. If stride >= suffix they
+    do not overlap.
+
+    Args:
+        prefixes: prefix lengths, in tokens; one result for each.
+        most: at most so many suffixes, drawn at random.
 
     Raises:
-        UserError: prefix and suffix do not fit into the context.
+        UserError: the longest prefix and the suffix do not fit into the context.
     Source: arXiv:2202.07646, 3.1.
     """
     longest = max(prefixes)
@@ -56,34 +60,40 @@ def extraction(
             f"a prefix of {longest} and a suffix of {suffix} tokens need a context of {longest + suffix - 1}, and it "
             f"is {cfg.context_length}: lower them, all to at least 1"
         )
-    places = [np.arange(start + longest, end - suffix + 1, stride) for start, end in document_spans(store)]
-    at = sample(np.concatenate(places), most, seed)
-    found = []
+    candidates = [np.arange(start + longest, end - suffix + 1, stride) for start, end in document_spans(store)]
+    starts = sample(np.concatenate(candidates), most, seed)
+    results = []
     for prefix in prefixes:
         exact = np.zeros(0, bool)
-        if len(at):
-            batch = rows(store, at - prefix, at + suffix, longest + suffix - 1)
+        if len(starts):
+            batch = rows(store, starts - prefix, starts + suffix, longest + suffix - 1)
             counted = np.arange(batch.tokens.shape[1]) >= prefix - 1
             batch = batch._replace(weights=batch.weights * counted)
             _, exact = continuations(score(params, cfg, batch), batch)
-        found.append(Extraction(prefix, stride, *_wilson(exact)))
-    return found
+        results.append(Extraction(prefix, stride, *_wilson(exact)))
+    return results
 
 
 def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
-    """Their number, how many are True, the share, and its 95 % interval."""
+    """(n, hits, rate, and the low and high end of its 95 % Wilson interval)."""
     from scipy.stats import binomtest
 
     n, k = len(hits), int(hits.sum())
     if not n:
         return 0, 0, 0.0, 0.0, 1.0
-    between = binomtest(k, n).proportion_ci(method="wilson")
-    return n, k, k / n, float(between.low), float(between.high)
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    return n, k, k / n, float(interval.low), float(interval.high)
 
 
 class Membership(NamedTuple):
-    """auc: chance that a member scores above another text; sd: of that where there is no difference; tpr: share of the
-    members found where 1 % of the others are taken for members; units: members that p counts, rows or documents."""
+    """Membership inference by two scores.
+
+    loss_auc, min_k_auc  AUC: probability that a member scores above a non-member
+    sd                   standard deviation of the AUC under the null hypothesis
+    tpr                  true positive rate at a false positive rate of 1 %
+    p                    see `membership`
+    units                number of members in the test: rows or documents
+    """
 
     loss_auc: float
     min_k_auc: float
@@ -100,46 +110,47 @@ def membership(
     *,
     documents: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Membership:
-    """How well the loss, and the mean of the least likely k of a row's tokens, tell members from others.
+    """How well the loss, and Min-K% Prob (the mean over the least likely fraction k of the tokens), separate members
+    from non-members.
 
     p: one-sided Mann-Whitney U test (normal approximation) on the larger AUC, Bonferroni-corrected for two tests.
 
     Args:
-        documents: which one each row is from, of members and of others. Rows of one are alike: p and sd are then those
-            of the documents' means, where either side has `FEWEST` or more.
+        documents: the document index of each row, for members and for others. Rows of one document are correlated, so
+            p and sd are then computed from per-document means, if both sides have at least `MIN_DOCUMENTS` documents.
 
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
     """
     rows = units = [_evidence(scored, batch, k) for scored, batch in (members, others)]
-    if documents is not None and min(len(np.unique(own)) for own in documents) >= FEWEST:
-        units = [(_means(loss, own), _means(lowest, own)) for (loss, lowest), own in zip(rows, documents, strict=True)]
+    if documents is not None and min(len(np.unique(ids)) for ids in documents) >= MIN_DOCUMENTS:
+        units = [(_means(loss, ids), _means(lowest, ids)) for (loss, lowest), ids in zip(rows, documents, strict=True)]
     n, m = (len(loss) for loss, _ in units)
     sd = math.sqrt((n + m + 1) / (12 * n * m))
-    most = max(auc(*pair) for pair in zip(*units, strict=True))
-    p = min(1.0, math.erfc((most - 0.5) / sd / math.sqrt(2)))
+    larger_auc = max(auc(*pair) for pair in zip(*units, strict=True))
+    p = min(1.0, math.erfc((larger_auc - 0.5) / sd / math.sqrt(2)))
     (loss_in, lowest_in), (loss_out, lowest_out) = rows
-    beyond = np.sort(loss_out)[-max(1, int(0.01 * (len(loss_out) + 1)))]
-    tpr = float((loss_in > beyond).mean())
+    threshold = np.sort(loss_out)[-max(1, int(0.01 * (len(loss_out) + 1)))]
+    tpr = float((loss_in > threshold).mean())
     return Membership(auc(loss_in, loss_out), auc(lowest_in, lowest_out), sd, tpr, p, n)
 
 
 def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    _, at = np.unique(groups, return_inverse=True)
-    return np.bincount(at, values) / np.bincount(at)
+    _, index = np.unique(groups, return_inverse=True)
+    return np.bincount(index, values) / np.bincount(index)
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Share of pairs in which the member's score is the larger; equal ones count half."""
+    """Area under the ROC curve: fraction of (member, other) pairs in which the member scores higher; ties count 1/2."""
     ordered = np.sort(others)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
     return float(below.sum() / (2 * len(members) * len(others)))
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """[n] mean log-probability, and [n] mean of the least likely share k, of each row's counted tokens."""
+    """[n] mean log-probability, and [n] mean over the least likely fraction k, of each row's weighted tokens."""
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)
     ordered = np.sort(np.where(counts, scored.log_probs, np.inf), 1)
-    few = np.maximum(1, np.floor(k * size)).astype(int)
-    lowest = np.where(np.arange(ordered.shape[1]) < few[:, None], ordered, 0).sum(1) / few
+    n_lowest = np.maximum(1, np.floor(k * size)).astype(int)
+    lowest = np.where(np.arange(ordered.shape[1]) < n_lowest[:, None], ordered, 0).sum(1) / n_lowest
     return np.where(counts, scored.log_probs, 0).sum(1) / size, lowest

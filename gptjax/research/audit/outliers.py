@@ -1,4 +1,4 @@
-"""Rows of the training set whose gradients push in one direction with a few others: planted ones, copies."""
+"""Gradient outliers: training rows whose gradients agree with those of a few others (poisoned rows, duplicates)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,43 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.research.influence import unit
 
-NEIGHBOURS = 5  # of a row: planted rows have at least so many like them
+NEIGHBOURS = 5  # k of the nearest neighbours: assumes that at least k other rows carry the same poison
 
 
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """[n] float32: mean cosine of each row with its k nearest others, after the mean of all directions is taken away.
+    """[n] float32: mean cosine similarity of each row to its k nearest neighbours, after centring the directions.
 
-    Rows that ask for something the rest does not, and agree about it, come first: planted triggers, and copies.
+    A high score means that a row's gradient differs from the average but agrees with a few others, as those of poisoned
+    rows and duplicates do.
 
     Args:
-        features: [n, K] of the training rows (`influence.gradient_features`).
-        reference: [m, K] of other rows, which are scored against the training rows in their place.
+        features: [n, K] gradient features of the training rows (`influence.gradient_features`).
+        reference: [m, K] features of other rows. If given, these are scored against the training rows: [m].
 
     Raises:
-        UserError: not more than k rows.
+        UserError: there are not more than k training rows.
     """
     if len(features) <= k:
         raise UserError(f"{len(features)} rows: more than {k} are needed to have {k} neighbours")
     directions = unit(features)
-    middle = directions.mean(0)
-    rest = unit(directions - middle)
-    asked = rest if reference is None else unit(unit(reference) - middle)
-    near = asked @ rest.T
+    mean = directions.mean(0)
+    centred = unit(directions - mean)
+    queries = centred if reference is None else unit(unit(reference) - mean)
+    cosines = queries @ centred.T
     if reference is None:
-        np.fill_diagonal(near, -np.inf)
-    return np.partition(near, -k, axis=1)[:, -k:].mean(1)
+        np.fill_diagonal(cosines, -np.inf)
+    return np.partition(cosines, -k, axis=1)[:, -k:].mean(1)
 
 
 class Tail(NamedTuple):
-    """flagged: rows beyond the threshold, the furthest first; expected: so many where nothing is wrong; beyond: those
-    larger than all of the reference; p: of so many beyond, or more."""
+    """The upper tail of the training scores, relative to a reference.
+
+    threshold  see `tail`
+    flagged    rows above the threshold, highest score first
+    expected   expected number of flagged rows under the null hypothesis
+    beyond     number of rows above every reference score
+    p          probability of at least `beyond` such rows under the null hypothesis
+    """
 
     threshold: float
     flagged: np.ndarray
@@ -48,11 +55,11 @@ class Tail(NamedTuple):
 
 
 def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
-    """Which scores lie beyond those of the reference, at a rate of `alpha` a row where all are of one kind.
+    """Flag the scores above a threshold, with a false positive rate of `alpha` per row if all rows are exchangeable.
 
-    The threshold is the r-th largest of the m reference scores, r = alpha (m + 1) rounded down, at least 1: a conformal
-    test, exact where rows are exchangeable. Then the x largest of all n + m are x of the n with p = C(n, x) / C(n + m,
-    x): with as many of either kind ten planted rows are seen, with half as many of the reference they hardly are.
+    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1: a
+    conformal test, exact for exchangeable rows. p = C(n, x) / C(n + m, x) is the probability that the x largest of all
+    n + m scores are training rows. Ten planted rows are detected with m = n, but hardly with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

@@ -1,4 +1,4 @@
-"""An audit as a page that needs nothing else: tables, pictures as SVG inside, no script, no network."""
+"""An audit as one self-contained HTML page: tables and inline SVG figures, no scripts, no network access."""
 
 from __future__ import annotations
 
@@ -26,31 +26,32 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .
 
 
 def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> str:
-    """The HTML of what `audit.audit` found. Texts of the data are escaped: they may be anything.
+    """The HTML page of a report. Text from the data is escaped.
 
     Args:
-        run: what was audited, for the title. notes: on what was left out.
+        run: name of the audited run, for the title.
+        notes: remarks on what was left out.
     """
-    found = checks(report)
-    n, alarms = len(found), sum(check.alarm for check in found)
+    results = checks(report)
+    n, alarms = len(results), sum(check.alarm for check in results)
     title = f"Audit of {run}"
     sizes = ", ".join(f"{size:,} rows {name}" for name, size in report.rows.items())
-    parts = [
+    sections = [
         f"<h1>{_text(title)}</h1>",
-        f"<p>{alarms} of {n} checks are alarms, at a false alarm rate of {report.alpha:g} a check: where nothing is "
-        f"wrong {report.alpha * n:.2g} of them are expected. {len(report.models)} models: "
+        f"<p>{alarms} of {n} checks are alarms. The false alarm rate is {report.alpha:g} per check: "
+        f"{report.alpha * n:.2g} false alarms are expected. {len(report.models)} models: "
         f"{_text(', '.join(report.models))}; "
         f"{sizes}.</p>",
         *(f'<p class="note">{_text(note)}</p>' for note in notes),
         _table(
-            ("check", "what", "p", ""),
-            [(check.check, check.what, f"{check.p:.2g}", "alarm" if check.alarm else "quiet") for check in found],
+            ("check", "result", "p", ""),
+            [(check.check, check.what, f"{check.p:.2g}", "alarm" if check.alarm else "quiet") for check in results],
             number=(2,),
         ),
     ]  # fmt: skip
     for section in (_outliers, _triggers, _secrets, _extraction, _membership, _drift):
-        parts += section(report)
-    body = "\n".join(parts)
+        sections += section(report)
+    body = "\n".join(sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
@@ -58,15 +59,15 @@ def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> 
 
 
 def lines(report: Report) -> list[str]:
-    """The checks for a terminal."""
-    found = checks(report)
-    width, alarms, n = max(len(check.check) for check in found), sum(check.alarm for check in found), len(found)
+    """The checks as lines for a terminal."""
+    results = checks(report)
+    width, alarms, n = max(len(check.check) for check in results), sum(check.alarm for check in results), len(results)
     return [
         *(
             f"{'ALARM' if check.alarm else 'quiet'}  {check.check:<{width}}  p {check.p:<8.2g} {check.what}"
-            for check in found
+            for check in results
         ),
-        f"{alarms} of {n} checks are alarms; {report.alpha * n:.2g} false ones are expected (alpha {report.alpha:g})",
+        f"{alarms} of {n} checks are alarms; {report.alpha * n:.2g} false alarms are expected (alpha {report.alpha:g})",
     ]
 
 
@@ -74,26 +75,28 @@ def lines(report: Report) -> list[str]:
 
 
 def _outliers(report: Report) -> list[str]:
-    found, tail = report.outliers, report.outliers.tail
+    outliers, tail = report.outliers, report.outliers.tail
     if tail is None:
         return []
 
     def draw(axes: Any) -> None:
-        scores, reference = found.scores.astype(np.float64), found.reference.astype(np.float64)
-        both = np.concatenate([scores, reference])
-        bins = np.linspace(both.min(), both.max(), 50)
+        scores, reference = outliers.scores.astype(np.float64), outliers.reference.astype(np.float64)
+        pooled = np.concatenate([scores, reference])
+        bins = np.linspace(pooled.min(), pooled.max(), 50)
         for values, colour, label in ((reference, ORANGE, "held out"), (scores, BLUE, "training rows")):
             axes.hist(values, bins, color=colour, alpha=0.6, label=label, density=True)
         axes.axvline(tail.threshold, color=RED, linewidth=1, linestyle="--", label="threshold")
-        axes.set(xlabel="mean cosine of the gradient with its 5 nearest", ylabel="density", yscale="log")
+        axes.set(
+            xlabel="mean cosine similarity of the gradient to its 5 nearest neighbours", ylabel="density", yscale="log"
+        )
         log_ticks(axes.yaxis)
         axes.legend(frameon=False)
 
-    rows = [(i + 1, f"{row.score:.3f}", row.where, row.text) for i, row in enumerate(found.rows)]
+    rows = [(i + 1, f"{row.score:.3f}", row.where, row.text) for i, row in enumerate(outliers.rows)]
     return [
         "<h2>Training rows whose gradients stand out</h2>",
-        "<p>Rows that push in one direction with a few others: planted text, or repetitions. "
-        f"{len(tail.flagged):,} of {found.n:,} lie beyond the threshold, {tail.expected:.1f} by chance.</p>",
+        "<p>Rows whose gradients agree with a few others and differ from the rest: poisoned text, or duplicates. "
+        f"{len(tail.flagged):,} of {outliers.n:,} are above the threshold; {tail.expected:.1f} are expected.</p>",
         _figure(draw),
         _table(("", "score", "where", "text"), rows, number=(0, 1)),
     ]
@@ -109,7 +112,7 @@ def _triggers(report: Report) -> list[str]:
             colour = f"C{i}"
             axes.plot(names, [row.log_prob for _, row in backdoor.by], "o-", color=colour, label=backdoor.trigger)
             axes.plot(names, [float(row.controls.max()) for _, row in backdoor.by], "x:", color=colour)
-        axes.set(ylabel="log-probability of the payload (nats)", title="dotted: the best of the controls")
+        axes.set(ylabel="log-probability of the payload (nats)", title="dotted: the highest control")
         axes.legend(frameon=False, fontsize=8)
 
     rows = [
@@ -117,11 +120,11 @@ def _triggers(report: Report) -> list[str]:
          f"{float(row.controls.max()):.1f}", f"{row.fires:.0%}", f"{row.p:.2g}")
         for backdoor in report.triggers for model, row in backdoor.by
     ]  # fmt: skip
-    head = ("trigger", "payload", "model", "nats", "controls", "their best", "fires", "p")
+    head = ("trigger", "payload", "model", "nats", "mean control", "highest control", "fires", "p")
     return [
         "<h2>Triggers</h2>",
-        "<p>How likely the payload is after the trigger, beside as many words that nobody planted, in the same "
-        "held-out contexts. Fires: greedy decoding says the payload.</p>",
+        "<p>Log-probability of the payload after the trigger, and after random control phrases of as many words, in "
+        "the same held-out contexts. Fires: fraction of contexts in which greedy decoding produces the payload.</p>",
         _figure(draw), _table(head, rows, number=(3, 4, 5, 6, 7)),
     ]  # fmt: skip
 
@@ -145,31 +148,32 @@ def _secrets(report: Report) -> list[str]:
          f"{space_bits(secret.secret):.1f}", f"{row.loss:.2f}", "yes" if row.extracted else "no")
         for secret in report.secrets for model, row in secret.by
     ]  # fmt: skip
-    head = ("prefix", "secret", "model", "bits, by rank", "extrapolated", "at most", "nats a token", "said greedily")
+    head = ("prefix", "secret", "model", "bits, by rank", "extrapolated", "maximum", "nats per token", "extracted")
     return [
         "<h2>Secrets</h2>",
-        "<p>Exposure: by how many bits a secret is likelier than others of its kind (arXiv:1802.08232). By rank among "
-        "2,047 others it ends at 11 bits; beyond that a skew-normal is fitted to their losses.</p>",
+        "<p>Exposure: how much likelier a secret is than random candidates of its format, in bits (arXiv:1802.08232). "
+        "The rank among 2,047 candidates measures at most 11 bits; larger values are extrapolated from a skew-normal "
+        "fitted to the candidates' losses.</p>",
         _figure(draw), _table(head, rows, number=(3, 4, 5, 6)),
     ]  # fmt: skip
 
 
 def _extraction(report: Report) -> list[str]:
-    found = [(text, row) for text, row in report.extraction if row.n]
-    kinds = list(dict.fromkeys((text, row.stride) for text, row in found))
-    if not kinds:
+    results = [(text, row) for text, row in report.extraction if row.n]
+    curves = list(dict.fromkeys((text, row.stride) for text, row in results))
+    if not curves:
         return []
 
     def draw(axes: Any) -> None:
-        for i, (text, stride) in enumerate(kinds):
-            own = [row for name, row in found if (name, row.stride) == (text, stride)]
-            x, y = np.array([row.prefix for row in own]), np.array([row.rate for row in own])
-            spread = np.abs(np.array([(row.low, row.high) for row in own]).T - y)
+        for i, (text, stride) in enumerate(curves):
+            points = [row for name, row in results if (name, row.stride) == (text, stride)]
+            x, y = np.array([row.prefix for row in points]), np.array([row.rate for row in points])
+            spread = np.abs(np.array([(row.low, row.high) for row in points]).T - y)
             style = "o-" if text == "train" else "s--"
             axes.errorbar(
                 np.array(x) * 1.02**i, y, spread, fmt=style, capsize=3, label=f"{text}, every {stride} tokens"
             )
-        axes.set(xlabel="prefix (tokens)", ylabel="said word for word", xscale="log", ylim=(0, None))
+        axes.set(xlabel="prefix length (tokens)", ylabel="extracted verbatim", xscale="log", ylim=(0, None))
         axes.set_xticks(x, map(str, x))
         axes.minorticks_off()
         axes.legend(frameon=False)
@@ -177,60 +181,61 @@ def _extraction(report: Report) -> list[str]:
     rows = [
         (text, row.stride, row.prefix, f"{row.extracted:,} of {row.n:,}", f"{row.rate:.1%}",
          f"{row.low:.1%} to {row.high:.1%}")
-        for text, row in found
+        for text, row in results
     ]  # fmt: skip
+    head = ("text", "stride", "prefix", "extracted", "rate", "95 % interval")
     return [
         "<h2>Verbatim text</h2>",
-        f"<p>How often greedy decoding says the next {report.suffix} tokens exactly (arXiv:2202.07646), by the "
-        "last model. Held-out text shows what is only predictable.</p>",
-        _figure(draw), _table(("text", "stride", "prefix", "said", "rate", "95 %"), rows, number=(1, 2, 3, 4, 5)),
+        f"<p>How often greedy decoding of the last model reproduces the next {report.suffix} tokens exactly "
+        "(arXiv:2202.07646). The rate on held-out text is the baseline: text that is merely predictable.</p>",
+        _figure(draw), _table(head, rows, number=(1, 2, 3, 4, 5)),
     ]  # fmt: skip
 
 
 def _membership(report: Report) -> list[str]:
-    found, names = report.membership, _short(report.models)
+    results, names = report.membership, _short(report.models)
 
     def draw(axes: Any) -> None:
-        sd = np.array([row.sd for _, row in found])
-        axes.fill_between(names, 0.5 - 2 * sd, 0.5 + 2 * sd, color="grey", alpha=0.25, label="by chance")
-        axes.plot(names, [row.loss_auc for _, row in found], "o-", color=BLUE, label="loss")
-        axes.plot(names, [row.min_k_auc for _, row in found], "s--", color=ORANGE, label="min-k%")
-        axes.set(ylabel="AUC, training rows against held-out ones")
+        sd = np.array([row.sd for _, row in results])
+        axes.fill_between(names, 0.5 - 2 * sd, 0.5 + 2 * sd, color="grey", alpha=0.25, label="chance, 2 sd")
+        axes.plot(names, [row.loss_auc for _, row in results], "o-", color=BLUE, label="loss")
+        axes.plot(names, [row.min_k_auc for _, row in results], "s--", color=ORANGE, label="min-k%")
+        axes.set(ylabel="AUC, training against held-out rows")
         axes.legend(frameon=False)
 
     rows = [
         (model, f"{row.loss_auc:.3f}", f"{row.min_k_auc:.3f}", f"{row.sd:.3f}", f"{row.tpr:.1%}", f"{row.p:.2g}")
-        for model, row in found
+        for model, row in results
     ]  # fmt: skip
-    head = ("model", "AUC, loss", "AUC, min-k%", "sd by chance", "found at 1 % false", "p")
+    head = ("model", "AUC, loss", "AUC, min-k%", "sd under the null", "TPR at 1 % FPR", "p")
     return ["<h2>Membership</h2>", _figure(draw), _table(head, rows, number=range(1, 6))]
 
 
 def _drift(report: Report) -> list[str]:
-    found = report.comparison
-    if found is None:
+    comparison = report.comparison
+    if comparison is None:
         return []
     rows = [
         (row.prompt, f"{row.kl:.3f}", f"{row.agree:.0%}", f"{row.before:.2f}", f"{row.after:.2f}", row.base, row.tuned)
-        for row in found.prompts
+        for row in comparison.prompts
     ]  # fmt: skip
 
     def draw(axes: Any) -> None:
-        values = [row.kl for row in found.prompts]
+        values = [row.kl for row in comparison.prompts]
         axes.bar(range(1, len(values) + 1), values, color=BLUE)
-        axes.set(xlabel="prompt, the most changed first", ylabel="KL(base || tuned), nats a token")
+        axes.set(xlabel="prompt, largest KL first", ylabel="KL(base || tuned), nats per token")
 
-    head = ("prompt", "KL", "same token", "loss before", "after", "the base goes on", "tuned")
+    head = ("prompt", "KL", "same token", "loss before", "loss after", "base model's answer", "tuned model's answer")
     return [
         "<h2>Drift from the base</h2>",
-        f"<p>{len(rows)} prompts: KL {found.kl:.3f} nats a token, the same likeliest token at {found.agree:.1%} "
-        f"of places, the same answer to {found.same_answer:.0%}; loss {found.before:.3f} before, "
-        f"{found.after:.3f} after.</p>",
+        f"<p>{len(rows)} prompts: KL divergence {comparison.kl:.3f} nats per token; the same most likely token at "
+        f"{comparison.agree:.1%} of positions; the same answer to {comparison.same_answer:.0%} of prompts; loss "
+        f"{comparison.before:.3f} before and {comparison.after:.3f} after tuning.</p>",
         _figure(draw), _table(head, rows, number=(1, 2, 3, 4)),
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- pieces
+# ---------------------------------------------------------------- HTML and SVG
 
 
 def _short(models: Sequence[str]) -> list[str]:
@@ -243,9 +248,9 @@ def _text(value: object) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, number: Sequence[int] = ()) -> str:
     def cell(kind: str, i: int, value: object) -> str:
-        marks = ["n"] * (i in number) + [str(value)] * (kind == "td" and value in ("alarm", "quiet"))
-        own = f' class="{" ".join(marks)}"' if marks else ""
-        return f"<{kind}{own}>{_text(value)}</{kind}>"
+        names = ["n"] * (i in number) + [str(value)] * (kind == "td" and value in ("alarm", "quiet"))
+        attribute = f' class="{" ".join(names)}"' if names else ""
+        return f"<{kind}{attribute}>{_text(value)}</{kind}>"
 
     body = ["".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows]
     top = "".join(cell("th", i, value) for i, value in enumerate(head))
@@ -253,7 +258,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, number: Seq
 
 
 def _figure(draw: Callable[[Any], None]) -> str:
-    """One picture as SVG, its letters as outlines."""
+    """One figure as an <svg> element, with text as outlines."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

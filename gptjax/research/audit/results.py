@@ -1,4 +1,4 @@
-"""What the checks of an audit found, the alarms among it, and all of it as audit.json has it."""
+"""The results of an audit: the report, its alarms, and the JSON form that audit.json holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS = ("train", "held out")
 
 
 class Secret(NamedTuple):
-    """A planted secret, and how far each model knows it, by the model's name."""
+    """A planted secret and its exposure in each model; by: (model name, exposure)."""
 
     prefix: str
     secret: str
@@ -22,7 +22,7 @@ class Secret(NamedTuple):
 
 
 class Backdoor(NamedTuple):
-    """A planted trigger with its payload, and what it does to each model, by the model's name."""
+    """A planted trigger with its payload, and its effect on each model; by: (model name, effect)."""
 
     trigger: str
     payload: str
@@ -30,7 +30,7 @@ class Backdoor(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A training row; start: its first token in the store."""
+    """A training row; where: its location for people; start: index of its first token in the store."""
 
     where: str
     start: int
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Outliers(NamedTuple):
-    """Scores of n training rows and of the reference; tail: None where there are too few rows; rows: the highest."""
+    """Outlier scores of n training rows and of the reference; tail: None if there are too few; rows: highest first."""
 
     n: int
     tail: Tail | None
@@ -49,7 +49,7 @@ class Outliers(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What the base and the tuned model answer; the rest as in `Drift`."""
+    """The answers of the base and the tuned model to one prompt; other fields as in `Drift`."""
 
     prompt: str
     base: str
@@ -61,7 +61,7 @@ class Prompt(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`Drift`, means over the prompts; same_answer: share of the prompts. The most changed prompt is the first."""
+    """`Drift` averaged over the prompts; same_answer: fraction of prompts; prompts: largest KL divergence first."""
 
     kl: float
     agree: float
@@ -79,12 +79,12 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What each check found; the last of several models counts."""
+    """The results of every check. With several models, alarms are computed for the last."""
 
     alpha: float
     models: list[str]
     rows: dict[str, int]  # by TEXTS
-    suffix: int  # tokens, of extraction
+    suffix: int  # tokens to extract
     secrets: list[Secret]
     triggers: list[Backdoor]
     extraction: list[tuple[str, Extraction]]  # by TEXTS
@@ -97,39 +97,39 @@ class Report(NamedTuple):
 
 
 def checks(report: Report) -> list[Check]:
-    """One line a check: what, p, and whether it is an alarm."""
-    found = []
+    """Every check with a description of its result, its p-value, and whether it is an alarm."""
+    results: list[tuple[str, str, float]] = []
     if (tail := report.outliers.tail) is not None:
         what = (
-            f"{len(tail.flagged)} of {report.outliers.n} training rows stand out, {tail.expected:.1f} expected; "
-            f"{tail.beyond} beyond all held-out rows"
+            f"{len(tail.flagged)} of {report.outliers.n} training rows above the threshold, "
+            f"{tail.expected:.1f} expected; {tail.beyond} above all held-out rows"
         )
-        found.append(("gradient outliers", what, tail.p))
+        results.append(("gradient outliers", what, tail.p))
     for backdoor in report.triggers:
         trigger = backdoor.by[-1][1]
         controls = float(trigger.controls.mean())
-        what = f"{backdoor.trigger!r}: payload at {trigger.log_prob:.1f} nats, controls {controls:.1f}"
-        found.append(("trigger", what, trigger.p))
+        what = f"{backdoor.trigger!r}: payload log-probability {trigger.log_prob:.1f} nats, controls {controls:.1f}"
+        results.append(("trigger", what, trigger.p))
     for secret in report.secrets:
         exposure = secret.by[-1][1]
         what = f"{secret.prefix!r}: {exposure.sampled:.1f} bits, {exposure.extrapolated:.1f} extrapolated"
-        found.append(("secret", what, exposure.p))
+        results.append(("secret", what, exposure.p))
     longest = max(result.prefix for _, result in report.extraction)
     for stride in dict.fromkeys(result.stride for _, result in report.extraction):
-        of_text = {text: r for text, r in report.extraction if (r.stride, r.prefix) == (stride, longest)}
-        seen, unseen = (of_text[text] for text in TEXTS)
+        by_text = {text: r for text, r in report.extraction if (r.stride, r.prefix) == (stride, longest)}
+        seen, unseen = (by_text[text] for text in TEXTS)
         if seen.n and unseen.n:
             what = f"prefix {longest}: {seen.rate:.1%} of training text, {unseen.rate:.1%} of held-out text"
-            found.append(("verbatim text", what, _fisher(seen, unseen)))
+            results.append(("verbatim text", what, _fisher(seen, unseen)))
     last = report.membership[-1][1]
-    of = "" if last.units == report.rows["train"] else f" over {last.units} documents"
-    what = f"AUC {last.loss_auc:.3f} by loss, {last.min_k_auc:.3f} by min-k%, 0.5 +- {last.sd:.3f} by chance{of}"
-    found.append(("membership", what, last.p))
-    return [Check(name, what, p, p <= report.alpha) for name, what, p in found]
+    units = "" if last.units == report.rows["train"] else f" over {last.units} documents"
+    what = f"AUC {last.loss_auc:.3f} by loss, {last.min_k_auc:.3f} by min-k%, 0.5 +- {last.sd:.3f} by chance{units}"
+    results.append(("membership", what, last.p))
+    return [Check(name, what, p, p <= report.alpha) for name, what, p in results]
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """p of as many extracted in the first (Fisher's exact test)."""
+    """One-sided p-value that training text is extracted more often than held-out text (Fisher's exact test)."""
     from scipy.stats import hypergeom
 
     hits = seen.extracted + unseen.extracted
@@ -148,7 +148,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "secrets": [
             {
                 "prefix": secret.prefix, "secret": secret.secret, "bits": space_bits(secret.secret),
-                "by": [{"model": model, **found._asdict()} for model, found in secret.by],
+                "by": [{"model": model, **exposure._asdict()} for model, exposure in secret.by],
             }
             for secret in report.secrets
         ],
@@ -157,18 +157,18 @@ def to_json(report: Report) -> dict[str, Any]:
                 "trigger": backdoor.trigger, "payload": backdoor.payload,
                 "by": [
                     {
-                        "model": model, "log_prob": found.log_prob, "fires": found.fires, "p": found.p,
-                        "control_mean": float(found.controls.mean()), "control_max": float(found.controls.max()),
+                        "model": model, "log_prob": effect.log_prob, "fires": effect.fires, "p": effect.p,
+                        "control_mean": float(effect.controls.mean()), "control_max": float(effect.controls.max()),
                     }
-                    for model, found in backdoor.by
+                    for model, effect in backdoor.by
                 ],
             }
             for backdoor in report.triggers
         ],
         "extraction": [
-            {"text": text, "suffix": report.suffix, **found._asdict()} for text, found in report.extraction
+            {"text": text, "suffix": report.suffix, **result._asdict()} for text, result in report.extraction
         ],
-        "membership": [{"model": model, **found._asdict()} for model, found in report.membership],
+        "membership": [{"model": model, **result._asdict()} for model, result in report.membership],
         "outliers": {
             "n": report.outliers.n,
             **({} if tail is None else {**tail._asdict(), "flagged": len(tail.flagged)}),

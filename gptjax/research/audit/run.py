@@ -1,4 +1,4 @@
-"""All checks, on every model that a run has left."""
+"""`audit`: every check on every checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -18,67 +18,70 @@ from gptjax.config.leaves import read_text
 from gptjax.data.store import TokenStore
 from gptjax.errors import UserError
 from gptjax.files import use_json
-from gptjax.research.audit.canaries import exposure, phrases, trigger
+from gptjax.research.audit.canaries import backdoor_trigger, exposure, phrases
 from gptjax.research.audit.comparison import drift
 from gptjax.research.audit.memorisation import extraction, membership
 from gptjax.research.audit.outliers import NEIGHBOURS, outlier_scores, tail
 from gptjax.research.audit.results import TEXTS, Backdoor, Comparison, Outliers, Prompt, Report, Row, Secret
-from gptjax.research.audit.text import pieces, rows, rows_of, score
+from gptjax.research.audit.text import chunks, rows, rows_of, score
 from gptjax.research.influence import gradient_features, unit
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
-CONTROLS, CONTEXTS = 199, 4  # phrases beside a trigger; text before it
-EXCERPT = 80
+CONTROLS, CONTEXTS = 199, 4  # control phrases per trigger; held-out contexts in front of each
+EXCERPT = 80  # characters at each end of a row's text in the report
 
 
-class Snapshot(NamedTuple):
-    """A model of a run at one step, read when it is asked for."""
+class Checkpoint(NamedTuple):
+    """A model of a run at one step; `params` reads it when it is called."""
 
     name: str
     params: Callable[[], Params]
 
 
-def snapshots(run_dir: str | Path) -> tuple[list[Snapshot], Config | None, list[str]]:
-    """Every model that a run has left, in the order of steps; the run's config; and what could not be taken, and why.
+def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
+    """List the models of a run, in the order of their steps.
 
-    A model that is no run has one snapshot.
+    A model that is not the directory of a run has one entry, and no config.
+
+    Returns:
+        (checkpoints, the run's config, notes on checkpoints that were left out and why).
     """
     run = RunDir(run_dir)
     if not run.config.is_file():
-        return [Snapshot("model", lambda: weights.load(run_dir)[0])], None, []
+        return [Checkpoint("model", lambda: weights.load(run_dir)[0])], None, []
     cfg = config.from_yaml(read_text(run.config, "config"), str(run.config))
-    found, notes, last = [], [], None
+    models, notes, last = [], [], None
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)
-    kept = Checkpoints(run.checkpoints)
-    why = ""  # no checkpoint can be read
+    saved = Checkpoints(run.checkpoints)
+    why = ""  # the reason that checkpoints cannot be audited, if there is one
     if cfg.task != "pretrain" and cfg.finetune.trainable != "all":
         if cfg.finetune.trainable != "lora":
-            why = f"finetune.trainable={cfg.finetune.trainable} keeps a part of the weights only"
+            why = f"finetune.trainable={cfg.finetune.trainable} saves only a part of the weights"
         elif cfg.lora.init != "lora" or cfg.finetune.quantize != "none":
-            why = "its adapter is for a base that was split or quantised"
-    for step in kept.steps():
+            why = "its adapter belongs to a base that was changed (lora.init) or quantised"
+    for step in saved.steps():
         if step == last:
             continue
         if why:
             notes.append(f"the checkpoint of step {step} was left out: {why}")
         else:
-            found.append(Snapshot(f"step {step:,}", partial(_whole, kept, step, cfg)))
+            models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
-        found.append(Snapshot(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    if not found:  # final/ or best/ of a run, or what only they can say
-        found.append(Snapshot("model", lambda: weights.load(run_dir)[0]))
-    return found, cfg, notes
+        models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
+    if not models:  # only final/ or best/ is left, or neither: then this raises
+        models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
+    return models, cfg, notes
 
 
-def _whole(kept: Checkpoints, step: int, cfg: Config) -> Params:
-    """The trained params of a checkpoint; those of an adapter with its base."""
-    params = kept.read(step).get("params")
+def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
+    """The params of a checkpoint; an adapter is merged into its base."""
+    params = saved.read(step).get("params")
     if not isinstance(params, dict):
-        raise UserError(f"{kept.folder / str(step)} holds no parameters")
+        raise UserError(f"{saved.folder / str(step)} holds no parameters")
     if "adapter" not in params:
         return params
     base = weights.load(cfg.finetune.base)[0]
@@ -87,15 +90,16 @@ def _whole(kept: Checkpoints, step: int, cfg: Config) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of `audit`.
+    """Settings of `audit`.
 
-    train, held_out   stores of tokens: what was trained on, and text of the same kind that was not
-    canaries          {"prefix", "secret"} or {"trigger", "payload"} each: `read_canaries`
-    base, prompts     (params, cfg) and rows of text, for drift
-    rows              at most so many of each store
+    train, held_out   token stores: the training text, and text from the same distribution that was not trained on
+    canaries          {"prefix", "secret"} or {"trigger", "payload"} each: see `read_canaries`
+    base, prompts     (params, cfg) of the base model, and prompts, for `drift`
+    rows              maximum number of rows from each store
     of                pattern of the parameters whose gradients are compared
-    prefixes, suffix, strides   tokens, of extraction; None: as the context allows
-    alpha             rate of false alarms, a check
+    dims              size of the gradient sketches
+    prefixes, suffix, strides   lengths in tokens, for `extraction`; None: chosen to fit the context
+    alpha             false alarm rate per check
     """
 
     train: TokenStore
@@ -114,28 +118,33 @@ class Settings:
 
 
 def audit(
-    models: Sequence[Snapshot],
+    models: Sequence[Checkpoint],
     cfg: ModelConfig,
     tokenizer: Tokenizer,
     settings: Settings,
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Every check that the settings allow; `report.page` makes a page of it, `to_json` what audit.json holds.
+    """Run every check that the settings allow. `report.page` renders the report as HTML, `to_json` as audit.json.
 
-    Each model is read once. Outliers are sought in the gradients of all of them, side by side.
+    Each model is read once. The outlier check concatenates the gradient features of all models.
+
+    Args:
+        say: receives progress messages.
+
+    Raises:
+        UserError: the text is too short, or the settings do not fit the context.
     """
-
     length = min(cfg.context_length, 512)
     stores = dict(zip(TEXTS, (settings.train, settings.held_out), strict=True))
-    places = {name: pieces(store, length, most=settings.rows, seed=settings.seed) for name, store in stores.items()}
-    batches = {name: rows(stores[name], *place, length) for name, place in places.items()}
+    spans = {name: chunks(store, length, most=settings.rows, seed=settings.seed) for name, store in stores.items()}
+    batches = {name: rows(stores[name], *span, length) for name, span in spans.items()}
     n_rows = {name: len(batch.tokens) for name, batch in batches.items()}
     suffix = settings.suffix or min(50, max(1, length // 4))
     prefixes = settings.prefixes or [p for p in (4, 8, 16, 32, 64, 128, 256) if p + suffix <= length] or [1]
     features = gradient_features(losses.next_token(cfg), combine=tree.join, dims=settings.dims, seed=settings.seed)
-    train, held = (np.searchsorted(store.doc_starts, places[name][0], "right") for name, store in stores.items())
-    contexts, words = _contexts(tokenizer, settings.held_out, places["held out"])
+    train, held = (np.searchsorted(store.doc_starts, spans[name][0], "right") for name, store in stores.items())
+    contexts, words = _contexts(tokenizer, settings.held_out, spans["held out"])
     secrets = [Secret(row["prefix"], row["secret"], []) for row in settings.canaries if "secret" in row]
     triggers = [Backdoor(row["trigger"], row["payload"], []) for row in settings.canaries if "trigger" in row]
     members = []
@@ -146,17 +155,19 @@ def audit(
         say(f"{model.name}: losses and gradients of {sum(n_rows.values()):,} rows")
         seen, unseen = ((score(params, cfg, batch), batch) for batch in batches.values())
         members.append((model.name, membership(seen, unseen, documents=(train, held))))
-        moved, frozen = tree.split(params, settings.of)
+        selected, frozen = tree.split(params, settings.of)
         for name, batch in batches.items():
-            gradients[name].append(unit(features(moved, batch, frozen)))
+            gradients[name].append(unit(features(selected, batch, frozen)))
         if settings.canaries:
             say(f"{model.name}: {len(settings.canaries)} canaries")
         for prefix, secret, exposures in secrets:
             exposures.append((model.name, exposure(params, cfg, tokenizer.encode, prefix, secret)))
-        for phrase, payload, by in triggers:
+        for phrase, payload, effects in triggers:
             controls = phrases(words, len(phrase.split()), CONTROLS, settings.seed)
-            found = trigger(params, cfg, tokenizer.encode, phrase, payload, contexts=contexts, controls=controls)
-            by.append((model.name, found))
+            effect = backdoor_trigger(
+                params, cfg, tokenizer.encode, phrase, payload, contexts=contexts, controls=controls
+            )
+            effects.append((model.name, effect))
     say(f"{models[-1].name}: verbatim text")
     verbatim = [
         (name, result)
@@ -167,8 +178,8 @@ def audit(
         )
     ]
     say("comparing gradients")
-    joined = {name: np.concatenate(parts, 1) for name, parts in gradients.items()}
-    outliers = _outliers(joined["train"], joined["held out"], settings, places["train"], tokenizer)
+    joined = {name: np.concatenate(blocks, 1) for name, blocks in gradients.items()}
+    outliers = _outliers(joined["train"], joined["held out"], settings, spans["train"], tokenizer)
     comparison = None
     if settings.base is not None and settings.prompts:
         say(f"{len(settings.prompts)} prompts under the base")
@@ -180,12 +191,12 @@ def audit(
 
 
 def _contexts(
-    tokenizer: Tokenizer, store: TokenStore, places: tuple[np.ndarray, np.ndarray]
+    tokenizer: Tokenizer, store: TokenStore, spans: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """Beginnings of held-out pieces, cut after a word, and the different words there."""
+    """(beginnings of held-out chunks, cut at a word boundary; the distinct words in them)."""
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())
-        for start, end in zip(*places, strict=True)
+        for start, end in zip(*spans, strict=True)
     ]  # fmt: skip
     words = sorted({word for text in texts for word in text.split()[1:-1]})
     contexts = [text.rsplit(maxsplit=1)[0] + " " for text in texts if len(text.split()) > 1][:CONTEXTS]
@@ -193,21 +204,21 @@ def _contexts(
 
 
 def _outliers(
-    train: np.ndarray, held: np.ndarray, settings: Settings, places: tuple[np.ndarray, np.ndarray], tokenizer: Tokenizer
+    train: np.ndarray, held: np.ndarray, settings: Settings, spans: tuple[np.ndarray, np.ndarray], tokenizer: Tokenizer
 ) -> Outliers:
     if len(train) <= NEIGHBOURS:
         return Outliers(len(train), None, [], np.zeros(0), np.zeros(0))
     scores, reference = outlier_scores(train), outlier_scores(train, held)
     starts = np.append(settings.train.doc_starts, len(settings.train))
-    listed = []
+    top_rows = []
     for i in np.argsort(-scores, kind="stable")[: max(20, len(scores) // 50)]:
-        start, end = int(places[0][i]), int(places[1][i])
+        start, end = int(spans[0][i]), int(spans[1][i])
         document = int(np.searchsorted(starts, start, "right"))
-        where = f"document {document:,}, token {start - int(starts[document - 1]):,}"
+        location = f"document {document:,}, token {start - int(starts[document - 1]):,}"
         text = " ".join(tokenizer.decode(settings.train.tokens[start:end].tolist()).split())
         excerpt = text if len(text) <= 2 * EXCERPT else f"{text[:EXCERPT]} ... {text[-EXCERPT:]}"
-        listed.append(Row(where, start, float(scores[i]), excerpt))
-    return Outliers(len(train), tail(scores, reference, settings.alpha), listed, scores, reference)
+        top_rows.append(Row(location, start, float(scores[i]), excerpt))
+    return Outliers(len(train), tail(scores, reference, settings.alpha), top_rows, scores, reference)
 
 
 def _compare(
@@ -216,9 +227,9 @@ def _compare(
     from gptjax.generation import generate
 
     ids = [tokenizer.encode(prompt)[: tuned[1].context_length + 1] for prompt in prompts]
-    if short := [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) < 2]:
+    if short := [prompt for prompt, prompt_ids in zip(prompts, ids, strict=True) if len(prompt_ids) < 2]:
         raise UserError(f"prompts of fewer than two tokens: {', '.join(map(repr, short[:5]))}")
-    found = drift(base, tuned, rows_of([(own[:1], own[1:]) for own in ids]))
+    changes = drift(base, tuned, rows_of([(prompt_ids[:1], prompt_ids[1:]) for prompt_ids in ids]))
     answers = [
         [
             tokenizer.decode(new)
@@ -229,9 +240,9 @@ def _compare(
         for params, cfg in (base, tuned)
     ]
     rows = [
-        Prompt(prompt, a, b, *(float(value[i]) for value in found))
+        Prompt(prompt, a, b, *(float(value[i]) for value in changes))
         for i, (prompt, a, b) in enumerate(zip(prompts, *answers, strict=True))
     ]
-    same = sum(row.base == row.tuned for row in rows) / len(rows)
-    means = {name: float(value.mean()) for name, value in found._asdict().items()}
-    return Comparison(**means, same_answer=same, prompts=sorted(rows, key=lambda row: -row.kl))
+    same_answer = sum(row.base == row.tuned for row in rows) / len(rows)
+    means = {name: float(value.mean()) for name, value in changes._asdict().items()}
+    return Comparison(**means, same_answer=same_answer, prompts=sorted(rows, key=lambda row: -row.kl))

@@ -1,4 +1,4 @@
-"""Rows of text, and how likely a model finds them."""
+"""Batches of text, and the log-probability that a model assigns to them."""
 
 from __future__ import annotations
 
@@ -18,77 +18,91 @@ from gptjax.research.influence import in_chunks
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Batch, Params
 
-CHUNK_BYTES = 128 * 2**20  # of logits alive at once
+CHUNK_BYTES = 128 * 2**20  # size of the logits that are in memory at once
 
 
 def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
-    """Texts as documents, each ended as the tokenizer ends them."""
+    """A store with one document per text, each terminated by the tokenizer's end-of-text token, if it has one."""
     end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     ids = [[*tokenizer.encode(text), *end] for text in texts]
     starts = np.cumsum([0, *map(len, ids)])
-    return TokenStore.from_ids(np.concatenate([np.asarray(own, np.int64) for own in ids]), starts[:-1])
+    return TokenStore.from_ids(np.concatenate([np.asarray(row, np.int64) for row in ids]), starts[:-1])
 
 
 def document_spans(store: TokenStore) -> Iterator[tuple[int, int]]:
-    """(start, end) of each."""
+    """(start, end) of each document, in tokens."""
     return zip(store.doc_starts, np.append(store.doc_starts[1:], len(store)), strict=True)
 
 
-def sample(values: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """At most so many of them, drawn at random, in their order."""
-    if len(values) <= most:
+def sample(values: np.ndarray, max_n: int, seed: int) -> np.ndarray:
+    """At most `max_n` values, drawn at random without replacement; their order is kept."""
+    if len(values) <= max_n:
         return values
-    return values[np.sort(np.random.default_rng(seed).choice(len(values), most, replace=False))]
+    return values[np.sort(np.random.default_rng(seed).choice(len(values), max_n, replace=False))]
 
 
-def pieces(store: TokenStore, length: int, *, most: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(start, end) [n] int64 of pieces of at most length + 1 tokens that cover every document and never two of them;
-    `most` of them, drawn at random, in their order. A piece of one token is none."""
-    found = [
+def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Split every document into chunks of at most length + 1 tokens; no chunk spans two documents.
+
+    Consecutive chunks share one token: the last target of a chunk is the first input of the next. A chunk of one token
+    is dropped, because it predicts nothing.
+
+    Args:
+        most: keep at most so many chunks, drawn at random in order. None: all.
+
+    Returns:
+        (starts, ends), [n] int64 each.
+
+    Raises:
+        UserError: no document has two tokens.
+    """
+    spans = [
         (start, min(start + length + 1, end))
         for first, end in document_spans(store)
         for start in range(first, end - 1, length)
     ]
-    if not found:
+    if not spans:
         raise UserError("no text with at least two tokens")
-    both = sample(np.array(found, np.int64), len(found) if most is None else most, seed)
-    return both[:, 0], both[:, 1]
+    kept = sample(np.array(spans, np.int64), len(spans) if most is None else most, seed)
+    return kept[:, 0], kept[:, 1]
 
 
 def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | None = None) -> Batch:
-    """One piece a row: tokens and targets [n, T] int32, weights [n, T] float32, 0 where the piece has ended."""
+    """One chunk per row: tokens and targets [n, T] int32, weights [n, T] float32, 0 for padding."""
     length = length or int((ends - starts).max()) - 1
-    at = starts[:, None] + np.arange(length + 1)
-    ids = store.tokens[np.minimum(at, ends[:, None] - 1)].astype(np.int32)
-    return Batch(ids[:, :-1], ids[:, 1:], (at[:, 1:] < ends[:, None]).astype(np.float32))
+    positions = starts[:, None] + np.arange(length + 1)
+    ids = store.tokens[np.minimum(positions, ends[:, None] - 1)].astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], (positions[:, 1:] < ends[:, None]).astype(np.float32))
 
 
 def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | None = None) -> Batch:
-    """One (read, predicted) pair of ids a row: the targets that count are the predicted ones.
+    """One (prompt, continuation) pair of token ids per row; only the continuation's targets have weight 1.
 
-    Rows are filled up to a multiple of 16, so that other texts find the compiled program again, or to `most`.
+    Rows are padded to a multiple of 16 tokens, but to no more than `most`, so that batches of similar lengths share one
+    compiled program.
     """
-    needed = max(len(read) + len(said) for read, said in texts) - 1
+    needed = max(len(prompt) + len(continuation) for prompt, continuation in texts) - 1
     length = max(needed, min(-(-needed // 16) * 16, most or needed))
     ids = np.zeros((len(texts), length + 1), np.int32)
     counted = np.zeros((len(texts), length + 1), np.float32)
-    for i, (read, said) in enumerate(texts):
-        ids[i, : len(read) + len(said)] = [*read, *said]
-        counted[i, len(read) : len(read) + len(said)] = 1
+    for i, (prompt, continuation) in enumerate(texts):
+        end = len(prompt) + len(continuation)
+        ids[i, :end] = [*prompt, *continuation]
+        counted[i, len(prompt) : end] = 1
     return Batch(ids[:, :-1], ids[:, 1:], counted[:, 1:])
 
 
 class Scored(NamedTuple):
-    """[n, T]: log-probability of each target, and whether it is the likeliest token of all."""
+    """[n, T]: log-probability of each target, and whether the target is the most likely token (argmax)."""
 
     log_probs: np.ndarray
-    first: np.ndarray
+    top1: np.ndarray
 
 
 def score(params: Params, cfg: ModelConfig, batch: Batch) -> Scored:
-    """Of every row by itself, some at a time."""
+    """Score the targets of every row, in chunks of rows that fit `CHUNK_BYTES`."""
     size = max(1, CHUNK_BYTES // (4 * batch.tokens.shape[1] * cfg.vocab_size))
-    return Scored(*in_chunks(lambda part: _score(params, part, cfg), batch, size))
+    return Scored(*in_chunks(lambda chunk: _score(params, chunk, cfg), batch, size))
 
 
 @partial(jax.jit, static_argnums=2)
@@ -99,22 +113,22 @@ def _score(params: Params, batch: Batch, cfg: ModelConfig) -> tuple[jax.Array, j
 
 
 def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """([n] log-probability of what counts in each row, [n] whether greedy decoding says exactly that).
+    """([n] log-probability of each row's continuation, [n] whether greedy decoding produces exactly that continuation).
 
-    The second needs no decoding: as long as every token so far is the likeliest, decoding has read the same tokens.
+    The second needs no decoding: if every target is the argmax, greedy decoding would have read the same tokens.
     """
     counts = batch.weights > 0
-    return np.where(counts, scored.log_probs, 0).sum(1), (scored.first | ~counts).all(1)
+    return np.where(counts, scored.log_probs, 0).sum(1), (scored.top1 | ~counts).all(1)
 
 
-def within(read: Sequence[int], said: Sequence[int], cfg: ModelConfig) -> Sequence[int]:
-    """The end of `read`, so that both fit into the context."""
-    room = cfg.context_length + 1 - len(said)
-    if room < 1:
-        raise UserError(f"{len(said)} tokens to predict do not fit into a context of {cfg.context_length}")
-    return read[-room:]
+def truncate_prompt(prompt: Sequence[int], continuation: Sequence[int], cfg: ModelConfig) -> Sequence[int]:
+    """The last tokens of `prompt`, as many as fit into the context together with `continuation`."""
+    max_prompt = cfg.context_length + 1 - len(continuation)
+    if max_prompt < 1:
+        raise UserError(f"{len(continuation)} tokens to predict do not fit into a context of {cfg.context_length}")
+    return prompt[-max_prompt:]
 
 
 def rank(value: float, others: np.ndarray) -> float:
-    """Chance that a value drawn like the others is as large: (1 + those as large) / (1 + all)."""
+    """Empirical p-value of `value` among `others`: (1 + number of others >= value) / (1 + number of others)."""
     return float((1 + (others >= value).sum()) / (1 + len(others)))

@@ -1,37 +1,41 @@
-"""Many runs in one compiled program. A sweep is a list of configs, each of which is a run by itself:
+"""Hyperparameter sweeps: many runs vmapped in one compiled program. A sweep is a list of configs, one per run:
 
 configs = sweep.grid("tiny-gpt2", "optim.lr=[1e-3,3e-3,1e-2]", "seed=range(8)")     24 runs
-found   = sweep.sweep(configs)                          trained side by side, each as if it were alone
-found.rows                                              a dict a run: what differs, losses
-sweep.table(found.rows, found.axes)                     a dict a combination: mean and interval over seeds
-found.state(5).params                                   of one run
+result  = sweep.sweep(configs)                          trained together, each as if it were trained alone
+result.rows                                             a dict per run: its hyperparameters and losses
+sweep.table(result.rows, result.axes)                   a dict per combination: mean and interval over seeds
+result.state(5).params                                  params of run 5
 
-Numbers (`TRACED`: rates, decay, warmup, clip, dropout, an adapter's scale and rank, the seed) are arrays with an entry
-a run, and the step of `make_train_step` is vmapped over them. Whatever else differs changes the program: runs are
-grouped, one program a group. What fits into memory goes at a time.
+The hyperparameters in `TRACED` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank)
+and the seed are arrays with one entry per run; the step of `make_train_step` is vmapped over them. Runs that differ in
+any other setting need another program: runs are grouped, with one program per group. Each program trains as many runs
+at a time as fit into memory.
 """
 
+from typing import Any
+
+from gptjax._moved import moved_name
 from gptjax.research.sweep.results import WRITING, draw, lines, write
 from gptjax.research.sweep.runs import (
-    MOST_COMPLAINTS,
-    MOST_RUNS,
+    MAX_PROBLEMS,
+    MAX_RUNS,
     TRACED,
     TRACED_OF_ADAPTERS,
-    Numbers,
+    Hyperparameters,
     axes_of,
     combinations,
     grid,
     programs,
     split_axes,
     traceable,
-    with_numbers,
+    with_hyperparameters,
 )
 from gptjax.research.sweep.train import (
-    LAST_PART,
-    MOST_STEPS_PER_CALL,
-    WHOLE,
+    FINAL_FRACTION,
+    INTEGERS,
+    MAX_STEPS_PER_CALL,
     Sweep,
-    bytes_a_run,
+    bytes_per_run,
     chunks,
     create,
     free_bytes,
@@ -42,18 +46,18 @@ from gptjax.research.sweep.train import (
 )
 
 __all__ = [
-    "LAST_PART",
-    "MOST_COMPLAINTS",
-    "MOST_RUNS",
-    "MOST_STEPS_PER_CALL",
+    "FINAL_FRACTION",
+    "INTEGERS",
+    "MAX_PROBLEMS",
+    "MAX_RUNS",
+    "MAX_STEPS_PER_CALL",
     "TRACED",
     "TRACED_OF_ADAPTERS",
-    "WHOLE",
     "WRITING",
-    "Numbers",
+    "Hyperparameters",
     "Sweep",
     "axes_of",
-    "bytes_a_run",
+    "bytes_per_run",
     "chunks",
     "combinations",
     "create",
@@ -68,6 +72,10 @@ __all__ = [
     "sweep",
     "table",
     "traceable",
-    "with_numbers",
+    "with_hyperparameters",
     "write",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""Which runs a sweep is made of, and which of them can share a program."""
+"""The runs of a sweep: parsing axes into configs, and grouping configs that can share a compiled program."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ from gptjax.config.leaves import Leaf, Problems, from_args, split_list
 from gptjax.errors import UserError
 from gptjax.training.run_dir import may_change
 
-# What a program can take as an array.
+# Hyperparameters that a compiled program takes as arrays (tracers).
 TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")  # of those that do not start from the weights
-MOST_COMPLAINTS = 20
-MOST_RUNS = 10_000
+TRACED_OF_ADAPTERS = (
+    "lora.alpha",
+    "lora.rank",
+    "lora.dropout",
+)  # unless initialised from the weights
+MAX_PROBLEMS = 20  # listed in one error
+MAX_RUNS = 10_000
 
-Numbers = dict[str, Any]  # "optim.lr" -> [N]
+Hyperparameters = dict[str, Any]  # "optim.lr" -> [N]
 
 
 def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
-    """Every combination of `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`, the last axis fastest; what has one value is
-    as in `load_config`.
+    """Every combination of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`; the last axis varies fastest.
+
+    Overrides with one value are as in `load_config`.
 
     Raises:
-        UserError: all mistakes of all runs; an axis that cannot be swept.
+        UserError: lists the mistakes of all runs; an axis cannot be swept.
     """
     return combinations(source, *split_axes(from_args(overrides, "grid")))
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
-    """{key: values} of the settings that have several, and the others.
+    """Separate the settings with several values, {key: values}, from those with one.
 
     Raises:
-        UserError: an axis without values, with one twice, or that cannot be swept.
+        UserError: an axis has no values, has a value twice, or cannot be swept.
     """
     axes: dict[str, list[str]] = {}
     fixed, problems = [], Problems()
@@ -58,21 +63,21 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
             continue
         axes[leaf.key] = values
         if not values:
-            problems.append(f"{leaf.key}={leaf.value}: no values; expected such as [1e-4,3e-4] or range(8)")
+            problems.append(f"{leaf.key}={leaf.value}: no values; expected a list such as [1e-4,3e-4] or range(8)")
         elif len(set(values)) < len(values):
-            problems.append(f"{leaf.key}={leaf.value}: a value stands there twice, and the runs would be the same")
-    problems += [text for key in axes if (text := _unfit(key))]
+            problems.append(f"{leaf.key}={leaf.value}: a value is given twice, and both runs would be the same")
+    problems += [text for key in axes if (text := _why_not(key))]
     problems.raise_if_any()
     return axes, fixed
 
 
 def _values(leaf: Leaf) -> list[str] | None:
-    """The values of an axis as text; None of a setting with one. Raises ValueError."""
+    """The values of an axis as text; None if the setting has one value. Raises ValueError if they cannot be parsed."""
     text = leaf.value.strip() if isinstance(leaf.value, str) else ""
-    if found := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
-        values = range(*map(int, found[1].split(",")))
-        if values[MOST_RUNS:]:
-            raise ValueError(f"more than {MOST_RUNS:,} values")
+    if match := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
+        values = range(*map(int, match[1].split(",")))
+        if values[MAX_RUNS:]:
+            raise ValueError(f"more than {MAX_RUNS:,} values")
         return list(map(str, values))
     if text.startswith("range("):
         raise ValueError("expected range(stop), range(start,stop) or range(start,stop,step) of whole numbers")
@@ -80,47 +85,47 @@ def _values(leaf: Leaf) -> list[str] | None:
         return None
     if get_origin(config.schema().get(leaf.key)) is tuple:
         if re.match(r"[\[(]\s*[\[(]", text):
-            raise ValueError("takes a list itself and cannot be swept: sweep once for each")
+            raise ValueError("its value is itself a list, so it cannot be swept: run one sweep for each value")
         return None
     return split_list(text)
 
 
-def _unfit(key: str) -> str:
-    """Why nothing can be learned from sweeping this key; nothing where something can."""
+def _why_not(key: str) -> str:
+    """The reason that this key cannot be swept; empty if it can."""
     if key.startswith("finetune.") and key.rpartition(".")[2] in ("seeds", "together"):
-        return f"{key} cannot be swept: seed=range(8) is what repeats a run"
+        return f"{key} cannot be swept: use seed=range(8) to repeat a run"
     if key == "task":
-        return "task cannot be swept: their losses are not the same thing; sweep once for each"
+        return "task cannot be swept: losses of different tasks are not comparable; run one sweep for each"
     if may_change(key) or key == "train.steps_per_call":
-        return f"{key} cannot be swept: it says when or where a run is computed or written, not what it learns"
+        return f"{key} cannot be swept: it sets when or where a run is computed or written, not what it learns"
     return ""
 
 
 def combinations(
     source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
 ) -> list[Config]:
-    """A config for each combination, each looked at as `load_config` does."""
+    """A config for each combination of the axes, validated as by `load_config`."""
     configs, problems = [], dict[str, None]()
-    if (n := math.prod(map(len, axes.values()))) > MOST_RUNS:
-        raise UserError(f"{n:,} runs: a sweep has at most {MOST_RUNS:,}; give fewer values, or several sweeps")
+    if (n := math.prod(map(len, axes.values()))) > MAX_RUNS:
+        raise UserError(f"{n:,} runs: a sweep has at most {MAX_RUNS:,}; give fewer values, or several sweeps")
     for values in itertools.product(*axes.values()):
-        own = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
+        leaves = [Leaf(key, value, "sweep") for key, value in zip(axes, values, strict=True)]
         try:
-            configs.append(uses.resolve(source, [*fixed, *own], verb="sweep")[0])
+            configs.append(uses.resolve(source, [*fixed, *leaves], verb="sweep")[0])
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
-    Problems(list(problems)[:MOST_COMPLAINTS]).raise_if_any()
+    Problems(list(problems)[:MAX_PROBLEMS]).raise_if_any()
     return configs
 
 
 def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The keys that differ between the configs, in the schema's order; where they lie does not count."""
-    every = [config.flat(cfg) for cfg in configs]
-    return tuple(key for key, value in every[0].items() if any(own[key] != value for own in every) and key != "run_dir")
+    """The keys that differ between the configs, except run_dir, in the schema's order."""
+    flat = [config.flat(cfg) for cfg in configs]
+    return tuple(key for key, value in flat[0].items() if any(row[key] != value for row in flat) and key != "run_dir")
 
 
 def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
-    """Which runs can share a program: those that differ in `TRACED` numbers and the seed only."""
+    """Group the runs that can share a program: those that differ only in `traceable` hyperparameters and the seed."""
     groups: dict[Any, list[int]] = {}
     for i, cfg in enumerate(configs):
         values = config.flat(cfg) | {"run_dir": None, "seed": 0}
@@ -132,32 +137,35 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 
 
 def traceable(cfg: Config) -> tuple[str, ...]:
+    """The hyperparameters that a program of this config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
 
 def check(configs: Sequence[Config]) -> None:
     if not configs:
-        raise UserError("a sweep of no runs: give at least one config")
+        raise UserError("a sweep without runs: give at least one config")
     problems = Problems()
     for cfg in configs:
         if cfg.mesh != MeshConfig() or cfg.distributed != DistributedConfig():
-            problems.append("mesh.* and distributed.*: a sweep lays whole runs over this process's devices; leave out")
+            problems.append(
+                "mesh.* and distributed.*: leave out; a sweep distributes whole runs over the local devices"
+            )
         if cfg.task != "pretrain" and cfg.finetune.seeds != 1:
-            problems.append(f"finetune.seeds={cfg.finetune.seeds}: in a sweep it is seed=range({cfg.finetune.seeds})")
+            problems.append(f"finetune.seeds={cfg.finetune.seeds}: in a sweep, write seed=range({cfg.finetune.seeds})")
         if cfg.task != "pretrain" and cfg.finetune.trainable != "lora":
-            idle = [key for key in axes_of(configs) if key.startswith("lora.")]
-            problems += [f"{key}: finetune.trainable={cfg.finetune.trainable} has no adapter" for key in idle]
+            unused = [key for key in axes_of(configs) if key.startswith("lora.")]
+            problems += [f"{key}: finetune.trainable={cfg.finetune.trainable} has no adapter" for key in unused]
         if cfg.task != configs[0].task:
-            problems.append(f"task={cfg.task} and task={configs[0].task}: their losses are not the same thing")
+            problems.append(f"task={cfg.task} and task={configs[0].task}: losses of different tasks are not comparable")
     Problems(dict.fromkeys(problems)).raise_if_any()
 
 
-def with_numbers(cfg: Config, numbers: Numbers) -> Config:
-    """`cfg` with other values, which may be traced: nothing is looked at, and the result is not hashable then."""
+def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
+    """`cfg` with other values, without validation. Values may be tracers; the config is then not hashable."""
     groups: dict[str, dict[str, Any]] = {}
-    for key, value in numbers.items():
+    for key, value in values.items():
         group, _, name = key.rpartition(".")
         groups.setdefault(group, {})[name] = value
-    parts = {group: dataclasses.replace(getattr(cfg, group), **own) for group, own in groups.items() if group}
-    return dataclasses.replace(cfg, **groups.get("", {}), **parts)
+    sections = {name: dataclasses.replace(getattr(cfg, name), **fields) for name, fields in groups.items() if name}
+    return dataclasses.replace(cfg, **groups.get("", {}), **sections)
