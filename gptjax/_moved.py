@@ -47,6 +47,12 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
+    "gptjax.lora.masked": "gptjax.lora.truncate_rank",
+    "gptjax.lora.split": "gptjax.lora.init_from_weights",
+    "gptjax.lora.unsplit": "gptjax.lora.to_lora",
+    "gptjax.lora.adapter.masked": "gptjax.lora.truncate_rank",
+    "gptjax.lora.adapter.split": "gptjax.lora.init_from_weights",
+    "gptjax.lora.adapter.unsplit": "gptjax.lora.to_lora",
     "gptjax.training.loop.train": "gptjax.tasks.train",
     **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"

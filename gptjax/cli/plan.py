@@ -141,8 +141,8 @@ def with_shape(cfg: Config) -> Config:
 
 
 def more_help(args: list[str]) -> str:
-    return f"""Default preset: {DEFAULT}. SLICE is a name or a topology (v5p:4x4x8). As Google names them, v5e-1 to v5e-256
-and v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two per chip.
+    return f"""Default preset: {DEFAULT}. SLICE is a name or a topology (v5p:4x4x8). As Google names them, v5e-1 to
+v5e-256 and v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two per chip.
 
   --on SLICE    TPU slice to compile for; default v5e-8
   --search      try meshes, model.remat and train.accumulation for the same batch size; the candidates that a cost model

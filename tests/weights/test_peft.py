@@ -130,8 +130,8 @@ def test_other_mistakes(tiny, tmp_path):
     with pytest.raises(UserError, match="holds no adapter"):
         load_peft(tmp_path, cfg)
     split = LoraConfig(rank=2, init="olora")
-    with pytest.raises(UserError, match=r"export lora.unsplit"):
-        export_peft(tmp_path / "a", lora.split(params, split)[1], split, cfg)
+    with pytest.raises(UserError, match=r"export lora.to_lora"):
+        export_peft(tmp_path / "a", lora.init_from_weights(params, split)[1], split, cfg)
     tables = LoraConfig(rank=2, targets="wte/*")
     with pytest.raises(UserError, match="no place for"):
         export_peft(tmp_path / "a", lora.init(KEY, params, tables), tables, cfg)
