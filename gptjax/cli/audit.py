@@ -67,7 +67,7 @@ def _pages(source: str, out: str | None) -> dict[str, Path]:
     if out is None and not Path(source).expanduser().is_dir():
         from gptjax import weights
 
-        location = weights.open_model(source).where  # raises UserError if there is no such model
+        location = weights.open_model(source).location  # raises UserError if there is no such model
         raise UserError(f"{location} is not a run directory, so the report needs a name: out=NAME")
     path = Path(source if out is None else out).expanduser()
     path = path / "audit" if out is None else path

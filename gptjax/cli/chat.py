@@ -55,10 +55,10 @@ def run(args: list[str]) -> int:
     tokenizer = model.tokenizer()
     if not tokenizer.chat_template:
         raise UserError(
-            f"{model.where} has no chat template: it was not tuned for chat; use gptjax sample, or fine-tune it with "
+            f"{model.location} has no chat template: it was not tuned for chat; use gptjax sample, or fine-tune it: "
             "gptjax finetune instruct, which stores the template with the model"
         )
-    options.note(f"{model.where}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
+    options.note(f"{model.location}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
     params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0

@@ -43,7 +43,7 @@ def plan(cfg: Config) -> list[str]:
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
     tokens, lines = cfg.train.batch_size * cfg.window, []
     if base:
-        lines.append(f"base               {base.where}: {base.kind}, context {cfg.model.context_length:,}")
+        lines.append(f"base               {base.location}: {base.kind}, context {cfg.model.context_length:,}")
     if data:
         lines += [
             f"data               {len(data.train):,} tokens to train, {len(data.val):,} to validate",

@@ -29,7 +29,7 @@ def run_import(args: list[str]) -> int:
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
     new_folder(Path(words[1]))
-    options.note(f"reading {model.where} ({model.kind})")
+    options.note(f"reading {model.location} ({model.kind})")
     files = {}
     if model.cfg.n_classes:
         files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
@@ -64,7 +64,7 @@ def run_export(args: list[str]) -> int:
     if form != "hf":
         refuse_classifier(model.cfg, source, f"use gptjax classify {source}, or gptjax export hf {source} DIR")
     tokenizer = model.tokenizer()
-    options.note(f"reading {model.where} ({model.kind})")
+    options.note(f"reading {model.location} ({model.kind})")
     params = model.params("float32", None)
     if form == "hf":
         labels = weights.read_labels(source) if model.cfg.n_classes else None

@@ -149,7 +149,7 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 
 
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Replaces every adapted weight with a `LoraWeight`. The result can be passed to `forward`, `generate` and any loss.
+    """Replaces every adapted weight with a `LoraWeight`. The result is used as params of `forward` and of any loss.
 
     Other leaves of the adapter, such as a new head ({"cls_head": {"kernel": ..}}), are put into the tree unchanged.
 

@@ -108,7 +108,7 @@ def test_a_bit_of_an_adapter_is_noticed(name, folder, tiny, monkeypatch):
 def test_integers_are_no_weights(label, folder, tiny):
     raw = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(raw.replace(b'"F32"', label, 1))
-    with pytest.raises(UserError, match=r"holds u?int32, expected floating-point numbers"):
+    with pytest.raises(UserError, match=r"holds u?int32, expected floating-point values"):
         load_peft(folder, tiny("llama")[0])
 
 
