@@ -265,8 +265,8 @@ show.curves(lines, x="step", y="nats a byte, mean of training batches")
 #
 # 1. Which part of the adapter's gradient is zero in the first step, and why? Look at `jax.grad` of
 #    `lora.bind(loss, base, lcfg)` summed over a batch.
-# 2. `LoraConfig(init="pissa")` starts from the largest singular values: use `lora.split` in the place of `init` and
-#    compare the two curves.
+# 2. `LoraConfig(init="pissa")` starts from the largest singular values: use `lora.init_from_weights` in the place of
+#    `init` and compare the two curves.
 # 3. Train a second adapter on the plays with another seed, and attach `lora.average([tuned, other])`. What happens to
 #    both losses?
 # 4. Restrict the adapter to attention, `targets="blocks/attn/*/kernel"`, at the rank that gives as many parameters.

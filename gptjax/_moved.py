@@ -63,6 +63,12 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.tasks.prefer.task": "gptjax.losses.preference",
     "gptjax.tasks.pretrain.task": "gptjax.losses.next_token",
     "gptjax.tasks.pretrain.token_log_probs": "gptjax.losses.token_log_probs",
+    "gptjax.lora.masked": "gptjax.lora.truncate_rank",
+    "gptjax.lora.split": "gptjax.lora.init_from_weights",
+    "gptjax.lora.unsplit": "gptjax.lora.to_lora",
+    "gptjax.lora.adapter.masked": "gptjax.lora.truncate_rank",
+    "gptjax.lora.adapter.split": "gptjax.lora.init_from_weights",
+    "gptjax.lora.adapter.unsplit": "gptjax.lora.to_lora",
     "gptjax.training.loop.train": "gptjax.tasks.train",
     "gptjax.tree.idle": "gptjax.tree.unmatched",
     **{

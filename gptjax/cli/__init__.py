@@ -1,4 +1,5 @@
-"""The verbs of the command line: parse, call, print. Each module has `run(args: list[str]) -> int`."""
+"""The verbs of the command line. Each module parses its arguments, calls the library and prints; its entry point is
+`run(args: list[str]) -> int`."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    module: str  # imported only when the verb is asked for
-    what: str
+    module: str  # imported only when the verb is called
+    what: str  # one line of `gptjax --help`
     usage: str
     examples: tuple[str, ...]
 
@@ -15,7 +16,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "pretrain": Verb(
         "gptjax.cli.pretrain",
-        "train a GPT on text, from characters to GPT-2 sizes",
+        "train a language model on text, from scratch or from an existing model (continued pretraining)",
         "gptjax pretrain [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
         (
             "gptjax pretrain",
@@ -25,19 +26,23 @@ VERBS: dict[str, Verb] = {
     ),
     "finetune": Verb(
         "gptjax.cli.finetune",
-        "tune a model to classify texts, to follow instructions or to prefer some answers",
+        "fine-tune a model, with LoRA or in full: classification, instruction tuning (SFT), preferences (DPO)",
         "gptjax finetune classify|instruct|prefer [PRESET or CONFIG.yaml] [a.b=c ...] [--dry-run] [--print-config]",
         (
             "gptjax finetune classify classify.source=SMSSpamCollection.tsv classify.balance=true",
             "gptjax finetune classify classify.source=reviews.csv finetune.base=runs/mine lora.rank=8",
-            "gptjax finetune instruct instruct.source=instruction-data.json",
-            "gptjax finetune prefer finetune.base=runs/instruct prefer.loss=simpo",
             'gptjax finetune classify classify.source=reviews.csv "finetune.trainable=blocks/29/** | ln_f/**"',
+            "gptjax finetune instruct instruct.source=instruction-data.json",
+            "gptjax finetune instruct instruct.source=chats.jsonl finetune.quantize=nf4 lora.rank=8",
+            "gptjax finetune instruct instruct.source=chats.jsonl finetune.trainable=all optim.lr=1e-5 --dry-run",
+            "gptjax finetune prefer prefer.source=preferences.jsonl finetune.base=runs/instruct",
+            "gptjax finetune prefer prefer.source=preferences.jsonl finetune.base=runs/instruct prefer.loss=simpo",
+            "gptjax finetune prefer prefer.source=preferences.jsonl prefer.loss=orpo lora.rank=8 --dry-run",
         ),
     ),
     "classify": Verb(
         "gptjax.cli.classify",
-        "the class of texts, by a model that was tuned for it",
+        "predict the class of texts with a fine-tuned classifier",
         'gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [out=FILE.csv]',
         (
             'gptjax classify runs/classify "You have won a prize, call now"',
@@ -47,31 +52,37 @@ VERBS: dict[str, Verb] = {
     ),
     "compare": Verb(
         "gptjax.cli.compare",
-        "the answers of instruction-tuned runs, in numbers and side by side",
+        "evaluate the answers of instruction-tuned models side by side: exact match, F1, loss, LLM as a judge",
         "gptjax compare RUN [RUN ...] [out=TABLE.md] [judge=URL judge_model=NAME]",
         (
+            "gptjax compare runs/instruct",
             "gptjax compare runs/lora runs/full out=answers.md",
             "gptjax compare runs/instruct judge=http://localhost:11434/v1 judge_model=llama3",
         ),
     ),
     "sample": Verb(
         "gptjax.cli.sample",
-        "let a trained model write",
+        "generate text from a prompt, or from a file of prompts",
         "gptjax sample MODEL [--prompt TEXT] [max_new_tokens=N ...] [--dry-run] [--print-config]",
         (
             'gptjax sample runs/shakespeare-char --prompt "ROMEO:"',
+            'gptjax sample runs/shakespeare-char --prompt "ROMEO:" max_new_tokens=500 temperature=0.8 top_k=50',
             "gptjax sample smollm2-135m-instruct prompts=questions.jsonl out=answers.jsonl temperature=0",
         ),
     ),
     "chat": Verb(
         "gptjax.cli.chat",
-        "talk with a model that was tuned for it",
+        "chat with an instruction-tuned model in the terminal",
         "gptjax chat MODEL [system=TEXT] [temperature=X ...]",
-        ("gptjax chat smollm2-135m-instruct", 'gptjax chat MODEL system="Answer in one word." temperature=0'),
+        (
+            "gptjax chat smollm2-135m-instruct",
+            'gptjax chat runs/instruct system="Answer in one word." temperature=0',
+            "gptjax chat smollm2-135m-instruct quantize=int8 max_new_tokens=300",
+        ),
     ),
     "plan": Verb(
         "gptjax.cli.plan",
-        "what a run would take on a TPU slice you do not have: memory, traffic, time",
+        "estimate memory, communication and time of a training step on a TPU slice, without a TPU",
         "gptjax plan [PRESET or CONFIG.yaml] [a.b=c ...] [--on SLICE] [--search] [--decode] [tokens=N] [hours=X] "
         "[out=PLAN.json] [png=PLAN.png]",
         (
@@ -82,7 +93,7 @@ VERBS: dict[str, Verb] = {
     ),
     "sweep": Verb(
         "gptjax.cli.sweep",
-        "many runs in one compiled program: learning rates, seeds, ranks, side by side",
+        "hyperparameter sweep: train many configurations and seeds in one compiled, vmapped program",
         "gptjax sweep [PRESET or CONFIG.yaml] [a.b=[x,y,z] ...] ['seed=range(8)'] [a.b=c ...] [at_once=N] [--dry-run]",
         (
             "gptjax sweep",
@@ -92,16 +103,17 @@ VERBS: dict[str, Verb] = {
     ),
     "audit": Verb(
         "gptjax.cli.audit",
-        "what a run has kept of its text, and whether something was planted there",
+        "test a trained model for memorised training data, membership inference, data poisoning and backdoors",
         "gptjax audit RUN [canaries=FILE.jsonl] [prompts=FILE base=MODEL] [rows=N alpha=X ...] [out=NAME]",
         (
             "gptjax audit runs/shakespeare-char",
+            "gptjax audit runs/shakespeare-char canaries=canaries.jsonl rows=100 out=audit-100",
             "gptjax audit runs/instruct train=train.jsonl held_out=test.jsonl prompts=questions.txt",
         ),
     ),
     "export": Verb(
         "gptjax.cli.transfer",
-        "write a model for transformers, llama.cpp or as one program, or an adapter for peft",
+        "export a model to Hugging Face transformers, GGUF (llama.cpp) or StableHLO, or a LoRA adapter to PEFT",
         "gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=F32|F16|BF16|Q8_0]",
         (
             "gptjax export hf runs/mine mine-hf",
@@ -111,13 +123,17 @@ VERBS: dict[str, Verb] = {
     ),
     "import": Verb(
         "gptjax.cli.transfer",
-        "bring in a model: Hugging Face folder, GGUF file, hf:org/name",
+        "convert a model from a Hugging Face folder, the Hugging Face Hub or a GGUF file",
         "gptjax import MODEL DIR [dtype=float32|bfloat16|float16]",
-        ("gptjax import hf:openai-community/gpt2 models/gpt2", "gptjax import model.gguf models/mine dtype=bfloat16"),
+        (
+            "gptjax import hf:openai-community/gpt2 models/gpt2",
+            "gptjax import SmolLM2-135M models/smollm2",
+            "gptjax import model.gguf models/mine dtype=bfloat16",
+        ),
     ),
     "tokenizer": Verb(
         "gptjax.cli.tokenizer",
-        "train, use and look into tokenizers",
+        "train a tokenizer (BPE, WordPiece, Unigram), encode text, or show a tokenizer's vocabulary",
         "gptjax tokenizer train|encode|inspect ...",
         (
             "gptjax tokenizer train bpe data.source=my.txt tokenizer.vocab_size=4096 out=my-bpe.json",
@@ -127,7 +143,7 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         "gptjax.cli.data",
-        "prepare token files, look at batches, find repetitions and secrets",
+        "tokenize a data set, inspect its batches, or check files for duplicates, secrets and outliers",
         "gptjax data prepare|inspect [PRESET or CONFIG.yaml] [a.b=c ...] | check FILE [FILE ...] [model=MODEL]",
         (
             "gptjax data prepare shakespeare-char",
@@ -137,13 +153,13 @@ VERBS: dict[str, Verb] = {
     ),
     "presets": Verb(
         "gptjax.cli.presets",
-        "list, show and copy the configurations that come along",
+        "list, print or copy the built-in configuration files",
         "gptjax presets ls | show PRESET | cp PRESET FILE.yaml",
         ("gptjax presets ls", "gptjax presets show nanogpt-cpu", "gptjax presets cp nanogpt-cpu mine.yaml"),
     ),
     "doctor": Verb(
         "gptjax.cli.doctor",
-        "versions, devices, assets and folders: is this machine ready?",
+        "check the installation: package versions, accelerator, drivers, cached assets, folders",
         "gptjax doctor",
         ("gptjax doctor",),
     ),

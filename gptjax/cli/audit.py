@@ -1,4 +1,4 @@
-"""`gptjax audit RUN`: what a run has kept of its text, and whether somebody put something there."""
+"""`gptjax audit RUN`: tests a trained model for memorisation, membership inference, poisoning and backdoors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(args: list[str]) -> int:
     source = sources[0]
     pages = _pages(source, given.pop("out", None))
     if ("train" in given) != ("held_out" in given):
-        raise UserError("train=FILE and held_out=FILE go together: what was trained on, and what was not")
+        raise UserError("train=FILE (training texts) and held_out=FILE (texts not trained on) go together: give both")
     from gptjax import weights
     from gptjax.model.gpt import refuse_classifier
     from gptjax.research import audit
@@ -41,7 +41,7 @@ def run(args: list[str]) -> int:
     canaries = audit.read_canaries(given.pop("canaries")) if "canaries" in given else ()
     model = weights.open_model(source)
     refuse_classifier(
-        model.cfg, source, f'use gptjax classify {source} "TEXT", or for its data gptjax.research.influence'
+        model.cfg, source, f'use gptjax classify {source} "TEXT"; for its training data: gptjax.research.influence'
     )
     tokenizer = model.tokenizer()
     for path in pages.values():
@@ -50,34 +50,38 @@ def run(args: list[str]) -> int:
     train, held_out = _texts(given, cfg, tokenizer)
     base, prompts = _base(given, cfg)
     settings = audit.Settings(train, held_out, canaries, base, prompts, **given)
-    found = audit.audit(models, model.cfg, tokenizer, settings, say=note)
-    write_json(pages["json"], {"run": source, "notes": notes, **audit.to_json(found)})
-    write_text(pages["html"], report.page(found, run=source, notes=notes))
-    print("\n".join([*notes, *report.lines(found)]))
-    print(f"the report is {pages['html']}, its numbers are in {pages['json']}")
+    results = audit.audit(models, model.cfg, tokenizer, settings, say=note)
+    write_json(pages["json"], {"run": source, "notes": notes, **audit.to_json(results)})
+    write_text(pages["html"], report.page(results, run=source, notes=notes))
+    print("\n".join([*notes, *report.lines(results)]))
+    print(f"report: {pages['html']}, as JSON: {pages['json']}")
     return 0
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """Where the report goes, which is free: beside the run's files, or `out`."""
+    """The paths of the report, {"html": .., "json": ..}: in the run directory, or as `out` says.
+
+    Raises:
+        UserError: one of them exists, or `source` is no folder and `out` is None.
+    """
     if out is None and not Path(source).expanduser().is_dir():
         from gptjax import weights
 
-        found = weights.open_model(source).where  # or there is no such model
-        raise UserError(f"{found} is no folder for a report: say where it goes, out=NAME")
+        location = weights.open_model(source).location  # raises UserError if there is no such model
+        raise UserError(f"{location} is not a run directory, so the report needs a name: out=NAME")
     path = Path(source if out is None else out).expanduser()
     path = path / "audit" if out is None else path
     pages = {kind: path.with_name(f"{path.name}.{kind}") for kind in ("html", "json")}
-    if there := [str(path) for path in pages.values() if path.exists()]:
-        raise UserError(f"{', '.join(there)} exists already: name another one with out=NAME")
+    if existing := [str(path) for path in pages.values() if path.exists()]:
+        raise UserError(f"{', '.join(existing)} exists already: choose another name with out=NAME")
     return pages
 
 
 def settings_of(args: Iterable[str]) -> dict[str, Any]:
-    """The verb's own settings.
+    """Parses NAME=VALUE arguments into the settings of this verb.
 
     Raises:
-        UserError: unknown names, values that are no numbers; all at once.
+        UserError: unknown names and invalid values, all in one message.
     """
     given: dict[str, Any] = {}
     problems, known = [], (*TEXTS, *NUMBERS, *LISTS, "alpha")
@@ -90,12 +94,12 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
             elif name == "alpha":
                 given[name] = float(value)
             elif name in LISTS:
-                given[name] = [int(part) for part in value.split(",")]
+                given[name] = [int(item) for item in value.split(",")]
             else:
                 given[name] = int(value)
         except ValueError:
-            what = {"alpha": "a number such as 0.01"}.get(name, "whole numbers such as 8,16" if name in LISTS else "")
-            problems.append(f"{name}={value}: expected {what or 'a whole number'}")
+            kind = {"alpha": "a number such as 0.01"}.get(name, "whole numbers such as 8,16" if name in LISTS else "")
+            problems.append(f"{name}={value}: expected {kind or 'a whole number'}")
             continue
         if name in ("rows", "suffix", *LISTS) and (min(given[name]) if name in LISTS else given[name]) < 1:
             problems.append(f"{name}={value}: expected 1 or more")
@@ -107,7 +111,7 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 
 
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """Stores of what was trained on and of what was not: those of the run, or the files that were named."""
+    """The training and the held-out texts as token stores: those of the run, or of train=FILE and held_out=FILE."""
     from gptjax import data
     from gptjax.data import quality
     from gptjax.research import audit
@@ -117,23 +121,23 @@ def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> t
         stores = [audit.store_of([text for _, text in file.found], tokenizer) for file in files]
         return stores[0], stores[1]
     if cfg is None or cfg.task != "pretrain":
-        what = "no run of gptjax" if cfg is None else f"a run of task={cfg.task}"
-        raise UserError(f"this is {what}: name its texts, train=FILE and held_out=FILE")
-    ready = data.prepare(cfg, log=note)
-    return ready.train, ready.val
+        kind = "not a run of gptjax" if cfg is None else f"a run of task={cfg.task}"
+        raise UserError(f"this is {kind}: give its training and held-out texts, train=FILE and held_out=FILE")
+    prepared = data.prepare(cfg, log=note)
+    return prepared.train, prepared.val
 
 
 def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, ModelConfig] | None, list[str]]:
-    """The model before tuning, and what to ask both."""
+    """The model before fine-tuning, and the prompts on which the two are compared."""
     file, name = given.pop("prompts", None), given.pop("base", None)
     if file is None:
         if name is not None:
-            raise UserError("base=MODEL is compared on prompts: name a file with one a line, prompts=FILE")
+            raise UserError("base=MODEL is compared on prompts: give a file with one prompt per line, prompts=FILE")
         return None, []
     if name is None and cfg is not None and cfg.task != "pretrain":
         name = cfg.finetune.base
     if name is None:
-        raise UserError("prompts=FILE are asked of the run and of another model: name that, base=MODEL")
+        raise UserError("prompts=FILE compares the run with the model before fine-tuning: name that model, base=MODEL")
     from gptjax import weights
     from gptjax.config.leaves import read_text
     from gptjax.files import one_line_end
@@ -141,21 +145,29 @@ def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, Mode
 
     prompts = [line for line in one_line_end(read_text(Path(file), "prompts")).split("\n") if line.strip()]
     if not prompts:
-        raise UserError(f"{file}: no prompts in it")
+        raise UserError(f"{file} holds no prompts")
     base = weights.open_model(name)
-    refuse_classifier(base.cfg, f"base={name}", "name the model that it was made from")
+    refuse_classifier(base.cfg, f"base={name}", "name the model it was fine-tuned from")
     return (base.params("float32", None), base.cfg), prompts
 
 
 def more_help(args: list[str]) -> str:
-    return """Reads every checkpoint that the run has kept and its last model; writes RUN/audit.html and RUN/audit.json.
+    return """Evaluates every checkpoint of the run and its final model; writes RUN/audit.html and RUN/audit.json.
 
-  canaries=FILE   lines {"prefix": .., "secret": ..}: does the model know the secret better than others of its kind?
-                  and {"trigger": .., "payload": ..}: does the phrase call up the payload?
-  prompts=FILE    one a line: what tuning changed, beside base=MODEL (default: the run's own finetune.base)
-  train=, held_out=FILE   the texts, where the run is no pretraining: what was trained on, and what was not
-  rows=500        at most so many rows of each      of="blocks/*"   parameters whose gradients are compared
-  prefixes=4,8,.. suffix=50 strides=50   tokens, of verbatim text      alpha=0.01   false alarms a check   seed=0
+  canaries=FILE       JSON lines. {"prefix": .., "secret": ..}: exposure of the secret, its rank among alternatives of
+                      the same form. {"trigger": .., "payload": ..}: backdoor test, whether the trigger phrase makes the
+                      payload more likely than other phrases do
+  prompts=FILE        one prompt per line: how fine-tuning changed the model, compared with base=MODEL
+                      (default: the finetune.base of the run)
+  train=FILE held_out=FILE
+                      training texts and texts not trained on; needed unless the run is a pretraining run
+  rows=500            maximum number of rows from each of the two
+  of="blocks/*"       parameters whose gradients are compared, to find outliers among the training rows
+  prefixes=4,8,..     prompt lengths in tokens for verbatim extraction
+  suffix=50           tokens that have to be reproduced verbatim
+  strides=50          tokens between the starts of two suffixes
+  alpha=0.01          significance level: false-positive rate per test
+  seed=0
 
-An alarm says that a result is rarer than alpha where nothing is wrong; membership and verbatim text are alarms of every
-model that has learned its text by heart."""
+An alarm is a p-value of at most alpha, under the null hypothesis that nothing is wrong. Membership inference and
+verbatim extraction raise alarms for every model that has memorised its training text."""

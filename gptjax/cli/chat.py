@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from gptjax.tokenizers import Tokenizer
     from gptjax.types import Params
 
-HELP = "/system TEXT sets the system prompt, /new forgets the conversation, /quit ends it"
-EVERY = 4  # tokens between two looks at the screen
-QUIET_S = 0.4  # without a token before the sign of life
+HELP = "/system TEXT sets the system prompt, /new starts a new conversation, /quit exits"
+EVERY = 4  # tokens generated between two updates of the screen
+QUIET_S = 0.4  # seconds without a token before the progress line appears
 READS = tuple(
     f"sample.{name}" for name in (
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "quantize",
@@ -55,10 +55,10 @@ def run(args: list[str]) -> int:
     tokenizer = model.tokenizer()
     if not tokenizer.chat_template:
         raise UserError(
-            f"{model.where} has no chat template: it was not tuned for conversations; use gptjax sample, or tune it: "
-            "gptjax finetune instruct keeps the style with the model"
+            f"{model.location} has no chat template: it was not tuned for chat; use gptjax sample, or fine-tune it: "
+            "gptjax finetune instruct, which stores the template with the model"
         )
-    options.note(f"{model.where}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
+    options.note(f"{model.location}: {model.kind}, {model.cfg.n_layer} layers, context {model.cfg.context_length:,}")
     params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0
@@ -67,13 +67,13 @@ def run(args: list[str]) -> int:
 def more_help(args: list[str]) -> str:
     settings = options.settings_help(Config(), READS, strip="sample")
     return (
-        f"In the conversation: {HELP}.\n\nMODEL is as in `gptjax sample`. system=TEXT is the system prompt. Settings, "
-        f"with their defaults; those that a\nrun's config.yaml names start from there:\n\n{settings}"
+        f"Commands in the chat: {HELP}.\n\nMODEL is as in `gptjax sample`. system=TEXT is the system prompt. Settings "
+        f"with their defaults, which the\nconfig.yaml of a run overrides:\n\n{settings}"
     )
 
 
 class Chat:
-    """The conversation so far, and how the next answer is made."""
+    """The conversation so far, with the model and the sampling settings that generate the next answer."""
 
     def __init__(
         self, params: Params, cfg: ModelConfig, tokenizer: Tokenizer, settings: SampleConfig, system: str | None
@@ -90,17 +90,17 @@ class Chat:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, text: str) -> Iterator[str]:
-        """The answer in pieces, as it is made; afterwards it belongs to the conversation."""
+        """Yields the answer in pieces of text as it is generated; at the end it is appended to the conversation."""
         import jax
 
         from gptjax.generation import cut, from_config, stop_strings, stream, text_chunks
         from gptjax.tokenizers.chat import encode_chat, plain_text
 
         settings = self.settings
-        room = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
+        max_prompt = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
         self.turns.append({"role": "user", "content": text})
-        try:  # the oldest turns go where the conversation would not leave room for an answer
-            while len(ids := encode_chat(self.tokenizer, self.messages())) > room and len(self.turns) > 1:
+        try:  # drop the oldest turns until the prompt leaves enough of the context for an answer
+            while len(ids := encode_chat(self.tokenizer, self.messages())) > max_prompt and len(self.turns) > 1:
                 del self.turns[:2]
                 options.note("(the context is full: the oldest turn is forgotten)")
         except UserError:
@@ -128,10 +128,10 @@ class Chat:
 
 
 def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None:
-    """Questions from the terminal or a pipe, answers as they come, until the input ends."""
+    """Reads questions from the terminal or a pipe and streams the answers, until the input ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # from here on `input` edits its line and has a history
+            importlib.import_module("readline")  # gives `input` line editing and a history
         options.note(HELP)
     while True:
         try:
@@ -166,8 +166,8 @@ def _answer(chat: Chat, text: str) -> None:
     waiting = Waiting("reading" if chat.answered else "compiling")
     try:
         with waiting:
-            for at, piece in enumerate(chat.ask(text)):
-                first = time.monotonic() if not at else first
+            for i, piece in enumerate(chat.ask(text)):
+                first = time.monotonic() if not i else first
                 waiting.end()
                 print(wrap.feed(piece) if wrap else piece, end="", flush=True)
         print(wrap.rest() if wrap else "", flush=True)
@@ -182,19 +182,19 @@ def _answer(chat: Chat, text: str) -> None:
         if chat.turns and chat.turns[-1]["role"] == "user":
             chat.turns.pop()
         return
-    wait_s, writing_s, after = first - started, time.monotonic() - first, chat.count - EVERY
+    wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    if after <= 0 or writing_s <= 0:  # the rate is of what came after the first look at the screen
-        options.note(f"[{tokens} after {wait_s + writing_s:.1f} s]")
+    if n_decoded <= 0 or decode_s <= 0:  # tok/s counts the tokens after the first update of the screen
+        options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:
-        options.note(f"[{tokens}, first after {wait_s:.1f} s, then {after / writing_s:.0f} tok/s]")
+        options.note(f"[{tokens}, first after {wait_s:.1f} s, then {n_decoded / decode_s:.0f} tok/s]")
 
 
 class Waiting:
-    """A sign of life on a terminal's stderr, `... compiling, 3 s`, until `end`; elsewhere nothing."""
+    """Shows `... compiling, 3 s` on stderr until `end` is called; does nothing if stderr is not a terminal."""
 
-    def __init__(self, what: str) -> None:
-        self._what, self._done, self._shown = what, threading.Event(), False
+    def __init__(self, label: str) -> None:
+        self._label, self._done, self._shown = label, threading.Event(), False
         self._thread = threading.Thread(target=self._show, daemon=True) if sys.stderr.isatty() else None
 
     def __enter__(self) -> Waiting:
@@ -206,7 +206,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Take the line away; a second call does nothing."""
+        """Erases the line; a second call does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()
@@ -217,19 +217,19 @@ class Waiting:
         started, wait_s = time.monotonic(), QUIET_S
         while not self._done.wait(wait_s):
             self._shown, wait_s = True, 1.0
-            line = f"... {self._what}, {time.monotonic() - started:.0f} s"
+            line = f"... {self._label}, {time.monotonic() - started:.0f} s"
             print(f"\r{line}", end="", file=sys.stderr, flush=True)
 
 
 class Wrap:
-    """Text that comes in pieces, broken between words where a line would be longer than `width` columns."""
+    """Wraps streamed text between words, at lines of `width` columns."""
 
     def __init__(self, width: int) -> None:
         self._width, self._column = max(width, 20), 0
         self._blanks = self._word = ""
 
     def feed(self, piece: str) -> str:
-        """What can be shown now: all but the last word, which may go on."""
+        """Returns the text that can be shown now: all but the last word, which may continue in the next piece."""
         out = ""
         for char in piece:
             if char == "\n":
@@ -240,7 +240,7 @@ class Wrap:
                 self._blanks += char
             else:
                 self._word += char
-                if columns(char) == 2 or columns(self._word) >= self._width:  # such scripts have no blanks
+                if columns(char) == 2 or columns(self._word) >= self._width:  # wide scripts have no spaces
                     out += self._place()
         return out
 
@@ -259,5 +259,5 @@ class Wrap:
 
 
 def columns(text: str) -> int:
-    """How wide a terminal shows it."""
+    """Number of terminal columns that the text takes."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,4 +1,4 @@
-"""`gptjax classify RUN ...`: the class of texts, from the command line, files or a pipe."""
+"""`gptjax classify RUN ...`: predicts the class of texts from the command line, from files or from a pipe."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ USAGE = 'expected: gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [
 SETTINGS = ("text", "text_field", "out")
 LINES, TABLES = (".txt", ".md"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 OUT = (".csv", ".tsv", ".jsonl")
-AT_ONCE = 16  # texts
+BATCH_SIZE = 16  # texts per call of the model
 MAX_PROBLEMS = 20
 
 
 class Row(NamedTuple):
     where: str
     text: str
-    columns: dict[str, Any]  # of the file, as they came
+    columns: dict[str, Any]  # all columns of the row, unchanged
 
 
-class Asked(NamedTuple):
-    """The command line, taken apart. sources: ("text", the text itself), ("file", path) or ("pipe", "-"), in order."""
+class Request(NamedTuple):
+    """The parsed command line. sources: ("text", the text itself), ("file", path) or ("pipe", "-"), in order."""
 
     run: str
     sources: list[tuple[str, str]]
@@ -41,49 +41,55 @@ class Asked(NamedTuple):
 
 
 def run(args: list[str]) -> int:
-    asked = parse(args)
+    request = parse(args)
     from gptjax.tasks.classify import load_classifier, read_labels
     from gptjax.training.process import use_compile_cache
 
-    folder = Path(asked.run)
+    folder = Path(request.run)
     read_labels(folder)  # raises UserError where the model is no classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
-    trained = {leaf.key: leaf.value for leaf in leaves}  # what the run's config.yaml says
-    fields = (asked.text_field, trained.get("classify.text_field"))
-    if asked.out:
-        refuse_existing(asked.out)
-    columns = _look(asked.sources, fields)
-    if asked.out:
-        new_file(asked.out)
+    trained = {leaf.key: leaf.value for leaf in leaves}  # settings in the config.yaml of the run
+    fields = (request.text_field, trained.get("classify.text_field"))
+    if request.out:
+        refuse_existing(request.out)
+    columns = _check(request.sources, fields)
+    if request.out:
+        new_file(request.out)
     use_compile_cache()
-    classify = load_classifier(asked.run)
-    write = _writer(asked.out, columns) if asked.out else show
+    classify = load_classifier(request.run)
+    write = _writer(request.out, columns) if request.out else show
     count = 0
-    rows = itertools.chain.from_iterable(read(kind, name, fields) for kind, name in asked.sources)
-    for some in chunks(rows, AT_ONCE):
-        write(some, classify([row.text for row in some]))
-        count += len(some)
-    if asked.out:
-        print(f"{count:,} texts in {asked.out}")
+    rows = itertools.chain.from_iterable(read(kind, name, fields) for kind, name in request.sources)
+    for batch in chunks(rows, BATCH_SIZE):
+        write(batch, classify([row.text for row in batch]))
+        count += len(batch)
+    if request.out:
+        print(f"{count:,} texts in {request.out}")
     return 0
 
 
 def more_help(args: list[str]) -> str:
-    return f"""RUN is the run directory of gptjax finetune classify. Texts come from
+    return f"""RUN is a run directory of `gptjax finetune classify`. The texts to classify:
 
-  "TEXT"         the command line, as they are
-  FILE           an existing {", ".join(TABLES)} file, or {" or ".join(LINES)} with a text per line
-  -              standard input, a text per line
+  "TEXT"         the text itself
+  FILE           an existing {", ".join(TABLES)} file, or a {" or ".join(LINES)} file with one text per line
+  -              standard input, one text per line
 
-  text_field=COLUMN  the column of the texts; without it the one of the training, else the one that is called like it
-  text=TEXT          a text that is also the name of a file
-  out=FILE           a new {", ".join(OUT)} file: the columns of the rows, then label and probability (predicted_label,
-                     predicted_probability where the rows have these); rows are written as they are done"""
+  text_field=COLUMN  column with the texts. Default: the column used in training, else the only column with a usual
+                     name, such as text
+  text=TEXT          classify TEXT itself, even if a file has that name
+  out=FILE           write a new {", ".join(OUT)} file: the columns of the input, then label and probability
+                     (predicted_label and predicted_probability if the input has columns of these names). Rows are
+                     written as they are classified. Default: print them"""
 
 
-def parse(args: Sequence[str]) -> Asked:
-    """Raises UserError: no run, no text, an unknown setting, a file that is not there."""
+def parse(args: Sequence[str]) -> Request:
+    """Parses the command line.
+
+    Raises:
+        UserError: no run, no text, an unknown setting, or a missing file.
+    """
     folder, *rest = args or [""]
     given: dict[str, str] = {}
     sources: list[tuple[str, str]] = []
@@ -94,17 +100,17 @@ def parse(args: Sequence[str]) -> Asked:
         elif is_set and name in SETTINGS:
             given[name] = value
         elif is_set and name.isidentifier() and (hint := did_you_mean(name, SETTINGS)):
-            raise UserError(f"unknown setting {name}{hint} To classify the text itself say text={arg!r}")
+            raise UserError(f"unknown setting {name}{hint} To classify this as a text, use text={arg!r}")
         else:
             sources.append((_kind(arg), arg))
     if not folder or "=" in folder or not sources:
         raise UserError(USAGE)
     if sources.count(("pipe", "-")) > 1:
-        raise UserError("-: standard input can be read once only")
+        raise UserError("-: standard input can be read once only; give - once")
     out = Path(given["out"]) if "out" in given else None
     if out and out.suffix.lower() not in OUT:
         raise UserError(f"out={out}: expected a {', '.join(OUT)} file")
-    return Asked(folder, sources, given.get("text_field"), out)
+    return Request(folder, sources, given.get("text_field"), out)
 
 
 def _kind(arg: str) -> str:
@@ -119,17 +125,17 @@ def _kind(arg: str) -> str:
     except OSError:  # too long for a name
         return "text"
     if is_file and suffix not in known:
-        raise UserError(f"{arg}: expected a {', '.join(known)} file; to classify the text itself say text={arg}")
+        raise UserError(f"{arg}: expected a {', '.join(known)} file; to classify this as a text, use text={arg}")
     if not is_file and suffix in known and not any(map(str.isspace, arg)):
-        raise UserError(f"{arg}: no such file; to classify the text itself say text={arg}")
+        raise UserError(f"{arg}: no such file; to classify this as a text, use text={arg}")
     return "file" if is_file else "text"
 
 
 def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterator[Row]:
-    """The rows of one source.
+    """Yields the rows of one source.
 
     Args:
-        fields: the column that was asked for, and the one of the training.
+        fields: the text column given on the command line, and the one used in training; each may be None.
 
     Raises:
         UserError: at the first row that cannot be classified.
@@ -160,8 +166,8 @@ def _rows(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterat
             field = field or _field(row, fields, name)
             text = row.get(field)
             if not isinstance(text, str) or not text.strip():
-                there = f"no text in column {field!r}" if field in row else f"no column {field!r}"
-                yield UserError(f"{where}: {there}; there are {', '.join(map(repr, row))}")
+                problem = f"no text in column {field!r}" if field in row else f"no column {field!r}"
+                yield UserError(f"{where}: {problem}; there are {', '.join(map(repr, row))}")
             else:
                 yield Row(where, text, row)
 
@@ -169,24 +175,24 @@ def _rows(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterat
 def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str) -> str:
     from gptjax.formats.tables import TEXT
 
-    asked, trained = fields
-    if asked:
-        return asked
+    requested, trained = fields
+    if requested:
+        return requested
     if trained is not None and trained in row:
         return trained
-    fits = [column for column in row if str(column).strip().lower() in TEXT]
-    if len(fits) != 1:
-        several = "several columns could be" if fits else "no column is called like"
+    candidates = [column for column in row if str(column).strip().lower() in TEXT]
+    if len(candidates) != 1:
+        problem = "several columns could hold" if candidates else "no column is named like"
         columns = ", ".join(map(repr, row))
-        raise UserError(f"{name}: {several} the text, of {columns}: say text_field=COLUMN")
-    return fits[0]
+        raise UserError(f"{name}: {problem} the text, of {columns}: use text_field=COLUMN")
+    return candidates[0]
 
 
-def _look(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | None]) -> list[str]:
-    """The columns of all rows but the pipe's, in the order in which they come.
+def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | None]) -> list[str]:
+    """Checks the rows of all files and returns their columns, in the order of appearance; a pipe counts as `text`.
 
     Raises:
-        UserError: what is wrong with the files, before the model is loaded.
+        UserError: rows that cannot be classified, up to MAX_PROBLEMS of them in one message.
     """
     columns: dict[str, None] = {}
     problems: list[str] = []
@@ -207,38 +213,40 @@ def _look(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | No
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Up to `size` rows at a time; before a row that cannot be read come those that stand before it."""
-    some: list[Row] = []
+    """Yields lists of up to `size` rows. If a row raises UserError, the rows before it are yielded first."""
+    chunk: list[Row] = []
     try:
         for row in rows:
-            some.append(row)
-            if len(some) == size:
-                yield some
-                some = []
+            chunk.append(row)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
     except UserError:
-        if some:
-            yield some
+        if chunk:
+            yield chunk
         raise
-    if some:
-        yield some
+    if chunk:
+        yield chunk
 
 
-def show(rows: Sequence[Row], found: Sequence[dict[str, float]]) -> None:
-    for (_, text, _), row in zip(rows, found, strict=True):
-        best = max(row, key=row.__getitem__)
-        others = ", ".join(f"{name} {p:.1%}" for name, p in row.items() if name != best)
+def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
+    """Prints one line per row. predictions: {class: probability} of each."""
+    for (_, text, _), probabilities in zip(rows, predictions, strict=True):
+        best = max(probabilities, key=probabilities.__getitem__)
+        others = ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items() if name != best)
         line = " ".join(text.split())
-        print(f"{best} {row[best]:.1%} ({others})  {line if len(line) <= 60 else line[:57] + '...'}", flush=True)
+        line = line if len(line) <= 60 else line[:57] + "..."
+        print(f"{best} {probabilities[best]:.1%} ({others})  {line}", flush=True)
 
 
 def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
-    """(rows, found) -> None: what appends them to `out`, which is whole after every call."""
+    """A function (rows, predictions) -> None that appends to `out`; after every call the file holds whole rows."""
     names = ["label", "probability"]
     if set(names) & set(columns):
         names = ["predicted_label", "predicted_probability"]
-        note(f"the rows have a column label or probability: what is found is called {' and '.join(names)}")
+        note(f"the input has a column label or probability: the predictions are written as {' and '.join(names)}")
     if taken := sorted(set(names) & set(columns)):
-        raise UserError(f"the rows have the columns {', '.join(taken)} already: rename them")
+        raise UserError(f"the input has the columns {', '.join(taken)} already: rename them")
     table = out.suffix.lower() != ".jsonl"
     delimiter = "\t" if out.suffix.lower() == ".tsv" else ","
     dumps = functools.partial(json.dumps, ensure_ascii=False, default=str)
@@ -246,17 +254,17 @@ def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Seque
         if table:
             csv.writer(file, delimiter=delimiter).writerow([*columns, *names])
 
-    def write(rows: Sequence[Row], found: Sequence[dict[str, float]]) -> None:
+    def write(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
         with open(out, "a", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, delimiter=delimiter)
-            for row, probabilities in zip(rows, found, strict=True):
+            for row, probabilities in zip(rows, predictions, strict=True):
                 best = max(probabilities, key=probabilities.__getitem__)
-                own = dict(zip(names, (best, round(probabilities[best], 6)), strict=True))
+                predicted = dict(zip(names, (best, round(probabilities[best], 6)), strict=True))
                 if table:
                     values = [row.columns.get(name) for name in columns]
                     cells = [dumps(value) if isinstance(value, dict | list) else value for value in values]
-                    lines.writerow([*cells, *own.values()])
+                    lines.writerow([*cells, *predicted.values()])
                 else:
-                    file.write(dumps({**row.columns, **own}) + "\n")
+                    file.write(dumps({**row.columns, **predicted}) + "\n")
 
     return write

@@ -1,4 +1,4 @@
-"""`gptjax compare RUN [RUN ...]`: the answers of runs to the same questions, in numbers and side by side."""
+"""`gptjax compare RUN [RUN ...]`: metrics of the answers of several runs to the same questions, and a side-by-side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_text
 
 COLUMNS = {
-    "n": "answers", "exact": "exact", "normalised": "but case", "token_f1": "token F1",
-    "nats_per_token": "loss a token", "constraints": "constraints", "all_constraints": "all of them",
-    "judge": "judge", "win_rate": "likelier",
+    "n": "answers", "exact": "exact", "normalised": "normalised", "token_f1": "token F1",
+    "nats_per_token": "nats/token", "constraints": "constraints", "all_constraints": "all met",
+    "judge": "judge", "win_rate": "win rate",
 }  # fmt: skip
 SETTINGS = ("out", "judge", "judge_model")
 USAGE = "expected: gptjax compare RUN [RUN ...] [out=TABLE.md] [judge=URL judge_model=NAME]"
@@ -37,36 +37,47 @@ def run(args: list[str]) -> int:
     from gptjax.evaluation.judge import judge
 
     runs = [read(str(_file(source))) for source in sources]
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for i, rows in enumerate(runs):
-        own = scores(rows)
-        if i and "nats_per_token" in own and "nats_per_token" in found[0]:
-            own["win_rate"] = win_rate(rows, runs[0])["win_rate"]
-        found.append(own)
-    for own, rows in zip(found, runs if settings.get("judge") else (), strict=False):  # last, as it may cost money
-        given = judge(rows, settings["judge"], settings["judge_model"], log=note)
-        if numbers := [score for score in given if score is not None]:
-            own["judge"] = sum(numbers) / len(numbers)
-    keys = [key for key in COLUMNS if any(key in own for own in found)]
+        metrics = scores(rows)
+        if i and "nats_per_token" in metrics and "nats_per_token" in results[0]:
+            metrics["win_rate"] = win_rate(rows, runs[0])["win_rate"]
+        results.append(metrics)
+    for metrics, rows in zip(results, runs if settings.get("judge") else (), strict=False):  # last: it may cost money
+        verdicts = judge(rows, settings["judge"], settings["judge_model"], log=note)
+        if valid := [score for score in verdicts if score is not None]:
+            metrics["judge"] = sum(valid) / len(valid)
+    keys = [key for key in COLUMNS if any(key in metrics for metrics in results)]
     width = max(map(len, sources))
     print(" " * width, *(f"{COLUMNS[key]:>12}" for key in keys))
-    for source, own in zip(sources, found, strict=True):
-        cells = ("" if key not in own else f"{own[key]:d}" if key == "n" else f"{own[key]:.3f}" for key in keys)
+    for source, metrics in zip(sources, results, strict=True):
+        cells = (
+            "" if key not in metrics else f"{metrics[key]:d}" if key == "n" else f"{metrics[key]:.3f}" for key in keys
+        )
         print(f"{source:{width}}", *(f"{cell:>12}" for cell in cells))
     if out is not None:
         write_text(out, side_by_side(sources, runs))
-        print(f"side by side in {out}")
+        print(f"answers side by side: {out}")
     return 0
 
 
 def more_help(args: list[str]) -> str:
-    return (
-        "RUN is the run directory of gptjax finetune instruct, or a .jsonl file of answers such as its\n"
-        "responses-before.jsonl. likelier: how often the expected answer has a larger probability than in the first.\n"
-        "judge: the mean score, 0 to 100, that the model judge_model gives at judge=URL, any server of OpenAI's chat\n"
-        "completions such as http://localhost:11434/v1; prompts and answers are sent there, with the key in\n"
-        "OPENAI_API_KEY if that is set."
-    )
+    return """RUN is a run directory of `gptjax finetune instruct`, or a .jsonl file of answers such as its
+responses-before.jsonl. Columns of the table:
+
+  exact, normalised   fraction of answers equal to the expected one: exactly, or ignoring case, whitespace and a
+                      full stop at the end
+  token F1            F1 score of the words of the answer against those of the expected answer
+  nats/token          cross-entropy of the expected answer
+  constraints         fraction of constraints that are met; all met: fraction of answers that meet all of theirs
+  win rate            how often the expected answer is more likely than under the first run
+  judge               mean score, 0 to 100, given by another model (LLM as a judge)
+
+  out=TABLE.md        write all answers side by side
+  judge=URL judge_model=NAME
+                      score the answers with this model at any server of OpenAI's chat completions API, such as
+                      http://localhost:11434/v1. Prompts and answers are sent there, with the key in OPENAI_API_KEY
+                      if that is set"""
 
 
 def _file(source: str) -> Path:

@@ -1,4 +1,4 @@
-"""What `gptjax doctor` says of an NVIDIA GPU: the card, its driver, whether jax's CUDA plugin fits them."""
+"""The NVIDIA part of `gptjax doctor`: the GPU, its driver, and whether jax's CUDA plugin supports them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from typing import NamedTuple
 
-NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}  # of CUDA: the oldest driver, the lowest compute capability
+NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}  # CUDA version: (oldest driver, lowest compute capability)
 PACKAGES = tuple(
     name for cuda in NEEDS for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}")
 )
-AMPERE = 8.0  # from here on: bfloat16 and TF32 units, and cuDNN's flash attention
+AMPERE = 8.0  # first compute capability with bfloat16 and TF32 tensor cores and cuDNN's flash attention
 
 
 class Card(NamedTuple):
@@ -24,7 +24,7 @@ class Card(NamedTuple):
 
 
 def cards() -> list[Card]:
-    """The cards that nvidia-smi lists; none where it is missing or fails."""
+    """The GPUs that nvidia-smi lists; [] if it is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -35,7 +35,7 @@ def cards() -> list[Card]:
 
 
 def number(text: object) -> float:
-    """A compute capability such as "9.0"; 0 of what is none, such as an AMD GPU's "gfx942"."""
+    """Parses a compute capability such as "9.0"; 0 if it is none, such as "gfx942" of an AMD GPU."""
     try:
         return float(str(text))
     except ValueError:
@@ -47,7 +47,7 @@ def gpu_here() -> bool:
 
 
 def lines(cards: list[Card]) -> list[str]:
-    """One for each kind of card."""
+    """One line per kind of GPU."""
     kinds = {card: cards.count(card) for card in cards}
     return [
         f"{f'{n} x ' if n > 1 else ''}{card.name}, compute capability {card.capability or 'unknown'}, "
@@ -57,68 +57,76 @@ def lines(cards: list[Card]) -> list[str]:
 
 
 def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """What keeps jax from a GPU. `versions` of jax, jaxlib and `PACKAGES`, empty where not installed."""
+    """Reasons for which jax cannot use the GPU.
+
+    Args:
+        versions: of jax, jaxlib and `PACKAGES`; "" if not installed.
+    """
     plugins = [cuda for cuda in NEEDS if versions.get(f"jax-cuda{cuda}-plugin")]
     jaxlib = versions.get("jaxlib", "")
     if len(plugins) > 1:
-        return ["jax-cuda12-plugin and jax-cuda13-plugin are both installed: pip uninstall the one that is not wanted"]
+        return ["jax-cuda12-plugin and jax-cuda13-plugin are both installed: pip uninstall one of them"]
     if not plugins:
         return []
     (cuda,), problems = plugins, []
-    again = f"pip install -U 'jax[cuda{cuda}]=={versions.get('jax') or jaxlib}'"
+    reinstall = f"pip install -U 'jax[cuda{cuda}]=={versions.get('jax') or jaxlib}'"
     for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt"):
-        found = versions.get(name, "")
-        if not found:
-            problems.append(f"{name} is not installed beside jax-cuda{cuda}-plugin: {again}")
-        elif _release(found) != _release(jaxlib):
-            problems.append(f"{name} {found} does not fit jaxlib {jaxlib}: jax will not use it; {again}")
+        version = versions.get(name, "")
+        if not version:
+            problems.append(f"{name} is not installed beside jax-cuda{cuda}-plugin: {reinstall}")
+        elif _release(version) != _release(jaxlib):
+            problems.append(f"{name} {version} does not fit jaxlib {jaxlib}: jax will not use it; {reinstall}")
     wanted, cudnn = _wanted_cudnn(cuda), versions.get(f"nvidia-cudnn-cu{cuda}", "")
     if wanted and cudnn and _release(cudnn) < _release(wanted):
-        problems.append(f"cuDNN {cudnn} is older than {wanted}, which jax-cuda{cuda}-plugin needs: {again}")
+        problems.append(f"cuDNN {cudnn} is older than {wanted}, which jax-cuda{cuda}-plugin needs: {reinstall}")
     driver, capability = NEEDS[cuda]
     for card in dict.fromkeys(cards):
         if card.driver and _release(card.driver)[0] < driver:
-            older = "; an older CUDA: pip install 'jax[cuda12]'" if cuda == "13" else ""
-            problems.append(f"driver {card.driver} is older than {driver}, which CUDA {cuda} needs: update it{older}")
+            fallback = ", or use CUDA 12: pip install 'jax[cuda12]'" if cuda == "13" else ""
+            needs = f"older than {driver}, which CUDA {cuda} needs"
+            problems.append(f"driver {card.driver} is {needs}: update it{fallback}")
         if card.capability and card.capability < capability:
             problems.append(
-                f"{card.name} has compute capability {card.capability}, CUDA {cuda} begins at {capability}: "
-                + ("pip install 'jax[cuda12]' in its place" if cuda == "13" else "JAX has no kernels for it")
+                f"{card.name} has compute capability {card.capability}, CUDA {cuda} needs {capability} or more: "
+                + ("pip install 'jax[cuda12]' instead" if cuda == "13" else "JAX has no kernels for it")
             )
     return problems
 
 
 def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """A GPU that jax does not use, and the likeliest cause. What JAX_PLATFORMS leaves out is left out on purpose."""
+    """Reports a GPU that jax does not use, with the most likely cause; [] if JAX_PLATFORMS is set (deliberate)."""
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):
-        driver, capability = NEEDS["13"]  # the newest that every card and its driver take
-        new = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
-        best = "13" if cards and new else "12"
+        driver, capability = NEEDS["13"]  # the newest CUDA that every GPU and its driver support
+        supports_13 = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
+        best = "13" if cards and supports_13 else "12"
         way_out = f"its plugin is not installed: pip install 'jax[cuda{best}]=={versions['jax']}'"
     elif os.environ.get("LD_LIBRARY_PATH"):
-        way_out = "LD_LIBRARY_PATH may bring other CUDA libraries than jax's: unset it"
+        way_out = "LD_LIBRARY_PATH may load other CUDA libraries than those of jax: unset it"
     else:
-        way_out = "python -c 'import jax; jax.devices(\"cuda\")' says why"
-    return [f"this machine has an NVIDIA GPU and jax runs on {backend}; {way_out} (JAX_PLATFORMS=cpu: on purpose)"]
+        way_out = "to see the error: python -c 'import jax; jax.devices(\"cuda\")'"
+    return [
+        f"this machine has an NVIDIA GPU and jax runs on {backend}; {way_out} "
+        "(set JAX_PLATFORMS=cpu if this is intended)"
+    ]
 
 
 def bfloat16_line(capability: float) -> str:
-    """Empty for an Ampere GPU or a later one."""
+    """A warning about bfloat16 without tensor cores; "" for Ampere and later."""
     if not 0 < capability < AMPERE:
         return ""
-    return f"no units for it at compute capability {capability}: model.dtype=float32 is as fast or faster"
+    return f"no bfloat16 tensor cores at compute capability {capability}: model.dtype=float32 is as fast or faster"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(0, 10, 2) of "0.10.2.dev1": the numbers that jax compares too."""
+    """The release segment of a version, which jax compares too: "0.10.2.dev1" -> (0, 10, 2)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
+    return tuple(int(segment) for segment in match[0].split(".")) if match else ()
 
 
 def _wanted_cudnn(cuda: str) -> str:
-    """The lowest version of cuDNN that the installed plugin names; empty if it names none."""
+    """The lowest cuDNN version that the installed plugin requires; "" if it requires none."""
     with suppress(PackageNotFoundError):
         for line in requires(f"jax-cuda{cuda}-plugin") or []:
             if line.startswith(f"nvidia-cudnn-cu{cuda}") and (match := re.search(r">=([\d.]+)", line)):

@@ -1,4 +1,4 @@
-"""`gptjax data prepare | inspect | check`: text to token files, and a look at what the model will read."""
+"""`gptjax data prepare | inspect | check`: tokenizes a data set, shows its batches, checks its quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
-SHOWN = 5  # findings of a kind
+SHOWN = 5  # findings printed per kind
 
 
 def run(args: list[str]) -> int:
@@ -39,13 +39,27 @@ def run(args: list[str]) -> int:
 
 def more_help(args: list[str]) -> str:
     if args[:1] == ["check"]:
-        return CHECK
+        return f"""{CHECK}
+
+  field=NAME        column or JSON key with the text
+  threshold=0.8     Jaccard similarity from which two texts are near duplicates
+  near=false        find exact duplicates only
+  model=MODEL       also report texts of unusual cross-entropy under this model
+  out=REPORT.json   write all findings"""
     settings = options.settings_help(load_config(DEFAULT), ("data.*", "tokenizer.*"))
-    return f"{CHECK}\n\nprepare and inspect without a preset: {DEFAULT}. Settings, with its values:\n\n{settings}"
+    return f"""  prepare   tokenize the text of data.source into token files, which training runs reuse
+  inspect   the same, then print the first tokens of the first batch, with their targets
+  check     find exact and near duplicates, secrets and personal data, and with model=MODEL texts of unusual loss
+
+{CHECK}
+
+prepare and inspect use the preset {DEFAULT} by default. Settings, with the values of that preset:
+
+{settings}"""
 
 
 def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
-    """The first tokens of the first window of the first step: input, target, and whether the target counts."""
+    """The first `most` tokens of the first row of the first batch: input, target, and whether the loss counts it."""
     from gptjax.data import Loader
 
     batch = Loader(
@@ -59,14 +73,15 @@ def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
     show = prepared.tokenizer.decode
     rows = ["", f"step 0, window 0, first {min(most, cfg.model.context_length)} tokens", "  input -> target"]
     for t in range(min(most, cfg.model.context_length)):
-        a, b = int(batch.tokens[0, t]), int(batch.targets[0, t])
+        token, target = int(batch.tokens[0, t]), int(batch.targets[0, t])
         weight = 1.0 if batch.weights is None else float(batch.weights[0, t])
-        rows.append(f"  {a:>6} {show([a])!r:<12} -> {b:>6} {show([b])!r:<12}{'' if weight else ' not counted'}")
+        masked = "" if weight else " not in the loss"
+        rows.append(f"  {token:>6} {show([token])!r:<12} -> {target:>6} {show([target])!r:<12}{masked}")
     return rows
 
 
 def check(args: list[str]) -> int:
-    """Repetitions, secrets and outliers of files, each file a part of one data set: findings are no errors."""
+    """Reports duplicates, secrets and outliers in files that are splits of one data set. Findings are not errors."""
     given = dict(arg.split("=", 1) for arg in args if options.is_setting(arg))
     files = [arg for arg in args if not options.is_setting(arg)]
     known = ("field", "threshold", "near", "model", "out")
@@ -88,7 +103,7 @@ def check(args: list[str]) -> int:
         from gptjax.model.gpt import refuse_classifier
 
         model = weights.open_model(given["model"])
-        refuse_classifier(model.cfg, f"model={given['model']}", "name the model that it was made from")
+        refuse_classifier(model.cfg, f"model={given['model']}", "name the model it was fine-tuned from")
         tokenizer = model.tokenizer()
     out = new_file(given["out"]) if "out" in given else None
     from gptjax.data import quality
@@ -105,7 +120,7 @@ def check(args: list[str]) -> int:
     print("\n".join(_report(report)))
     if out is not None:
         write_json(out, report)
-        print(f"all of it in {out}")
+        print(f"full report: {out}")
     return 0
 
 
@@ -115,15 +130,15 @@ def _report(report: dict[str, Any]) -> list[str]:
         f"sha256 {row['sha256'][:16]}..."
         for row in report["files"]
     ]
-    for kind, title in (("exact", "groups of equal texts"), ("near", "pairs of nearly equal texts")):
+    for kind, title in (("exact", "groups of exact duplicates"), ("near", "pairs of near duplicates")):
         rows = report[kind]
         lines.append(f"{len(rows):,} {title}, {sum(row['across'] for row in rows):,} of them across files")
         lines += [f"  {', '.join(row['where'][:4])}: {row['text']!r}" for row in rows[:SHOWN]]
-    lines.append(f"{len(report['sensitive']):,} secrets and personal data by pattern")
+    lines.append(f"{len(report['sensitive']):,} matches of patterns for secrets and personal data")
     lines += [f"  {row['where']}: {row['kind']} {row['hidden']}" for row in report["sensitive"][:SHOWN]]
     if "outliers" in report:
         lines.append(f"{len(report['outliers']):,} texts of unusual loss")
         lines += [
-            f"  {row['where']}: {row['loss']:.2f} nats a token: {row['text']!r}" for row in report["outliers"][:SHOWN]
+            f"  {row['where']}: {row['loss']:.2f} nats/token: {row['text']!r}" for row in report["outliers"][:SHOWN]
         ]
     return lines

@@ -1,4 +1,4 @@
-"""`gptjax doctor`: versions, devices, assets, folders. Exit code 2 when something here would hurt a run."""
+"""`gptjax doctor`: checks versions, devices, assets and folders. The exit code is 2 if a problem would affect runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
     "tokenizers",
 )  # fmt: skip
-OF_ACCELERATORS = ("libtpu", *cuda.PACKAGES)  # printed only where they are
+OPTIONAL = ("libtpu", *cuda.PACKAGES)  # printed only if installed
 
 
 def run(args: list[str]) -> int:
@@ -28,16 +28,16 @@ def run(args: list[str]) -> int:
         raise UserError(f"doctor takes no arguments, got {' '.join(args)}")
     versions = {name: _version(name) for name in (*PACKAGES, *cuda.PACKAGES)}
     print(f"python             {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name, found in versions.items():
-        if found or name not in OF_ACCELERATORS:
-            print(f"{name:<18} {found or 'not installed'}")
+    for name, installed in versions.items():
+        if installed or name not in OPTIONAL:
+            print(f"{name:<18} {installed or 'not installed'}")
     problems = version_problems(versions)
     problems += _devices(versions)
     print("\nassets")
     for name in assets.ASSETS:
         asset = assets.status(name)
-        where = f"cached, {human(asset.size_bytes)}" if asset.cached else f"not here yet, {human(asset.size_bytes)}"
-        print(f"  {name:<24} {where:<26} {asset.licence:<32} {asset.what}")
+        state = "cached" if asset.cached else "not cached yet"
+        print(f"  {name:<24} {f'{state}, {human(asset.size_bytes)}':<26} {asset.licence:<32} {asset.what}")
     cache = assets.cache_dir()
     print(f"\ncache              {cache}")
     parent = next(path for path in (cache, *cache.parents) if path.exists())
@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
         problems.append(f"the cache folder {cache} cannot be written; set GPTJAX_CACHE to one that can")
     if problems:
         raise UserError.all(problems)
-    print("all well")
+    print("no problems found")
     return 0
 
 
@@ -57,92 +57,92 @@ def _version(name: str) -> str:
 
 
 def version_problems(versions: dict[str, str]) -> list[str]:
-    """jax and jaxlib come in pairs: jaxlib may lag behind, by patch releases, and never lead."""
+    """jax and jaxlib must share the minor release; jaxlib may be an older patch release, never a newer one."""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
-        return ["jax is not installed whole: pip install -U jax"]
+        return ["jax or jaxlib is not installed: pip install -U jax"]
     if jax.split(".")[:2] != jaxlib.split(".")[:2]:
         return [f"jax {jax} and jaxlib {jaxlib} do not fit: pip install -U jax jaxlib"]
     return []
 
 
 def tpu_here() -> bool:
-    """Signs of a TPU that do not need its driver: device files, or what Colab and TPU machines set."""
+    """Detects a TPU without its driver: by device files, or by environment variables of Colab and TPU VMs."""
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
 def holders(proc: Path = Path("/proc"), own: int | None = None) -> list[str]:
     """Other processes that have a TPU's device file open: "python (pid 123)". Only one process can hold a TPU."""
-    found = []
+    processes = []
     for folder in proc.glob("[0-9]*"):
         if int(folder.name) == (os.getpid() if own is None else own):
             continue
         with suppress(OSError):  # gone, or another user's
             if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
-                found.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
-    return found
+                processes.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
+    return processes
 
 
 def wanted_libtpu() -> str:
-    """The release of libtpu that the installed jax names, such as "0.0.42.*"; empty if it names none."""
+    """The libtpu release that the installed jax requires, such as "0.0.42.*"; "" if it requires none."""
     with suppress(PackageNotFoundError):
         for line in requires("jax") or []:
-            if found := re.match(r"libtpu==([\w.*]+)", line):
-                return found[1]
+            if match := re.match(r"libtpu==([\w.*]+)", line):
+                return match[1]
     return ""
 
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
-    """A run that silently falls from the TPU to the CPU is the worst surprise there is. One cause, the likeliest."""
+    """Reports a TPU that jax does not use (a run would silently use the CPU), with the most likely cause."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:
         way_out = "its driver is not installed: pip install 'jax[tpu]'"
     elif held_by:
-        way_out = f"{', '.join(held_by)} holds it: end that process (in a notebook: restart the other runtime)"
+        way_out = f"{', '.join(held_by)} holds it: end that process (in a notebook, restart the other runtime)"
     elif (name := os.environ.get("JAX_PLATFORMS")) and "tpu" not in name:
-        way_out = f"JAX_PLATFORMS={name} says so: unset it"
+        way_out = f"JAX_PLATFORMS={name} excludes it: unset it"
     elif wanted and not fnmatch.fnmatch(libtpu, wanted):
-        own = _version("jax")
-        way_out = f"libtpu {libtpu} does not fit jax {own}, which wants {wanted}: pip install 'jax[tpu]=={own}'"
+        jax = _version("jax")
+        way_out = f"libtpu {libtpu} does not fit jax {jax}, which needs {wanted}: pip install 'jax[tpu]=={jax}'"
     else:
-        way_out = "python -c 'import jax; jax.devices(\"tpu\")' says why"
+        way_out = "to see the error: python -c 'import jax; jax.devices(\"tpu\")'"
     return [f"this machine has a TPU and jax runs on {backend}; {way_out}"]
 
 
 def precision_line(backend: str, capability: float, setting: str | None) -> str:
-    """What a float32 product (model.dtype=float32, model.precision=default) is on this kind of device.
+    """The precision of float32 matrix multiplications (model.dtype=float32, model.precision=default) on this backend.
 
     Args:
-        capability: of a GPU; 0: unknown. setting: JAX's own, jax_default_matmul_precision.
+        capability: compute capability of a GPU; 0: unknown.
+        setting: the value of JAX's jax_default_matmul_precision.
     """
     if setting not in (None, "default"):
-        return f"float32 products: {setting}, as JAX's jax_default_matmul_precision says"
-    exact = "model.precision=highest for float32"
+        return f"float32 matmul: {setting}, set by JAX's jax_default_matmul_precision"
+    exact = "model.precision=highest for full float32"
     if backend == "tpu":
-        return f"float32 products take one bfloat16 pass (relative errors near 4e-3); {exact}"
+        return f"float32 matmul: one bfloat16 pass (relative error about 4e-3); {exact}"
     if backend == "gpu" and not 0 < capability < cuda.AMPERE:
-        return f"float32 products run in TF32 where the GPU has it (relative errors of 3e-4 to 1e-3); {exact}"
-    return "float32 products are float32"
+        return f"float32 matmul: TF32 if the GPU has it (relative error 3e-4 to 1e-3); {exact}"
+    return "float32 matmul: float32"
 
 
 def attention_line(backend: str) -> str:
-    """Which attention a run on this device takes."""
+    """The attention implementation of a run on this device."""
     from gptjax.ops import device, fused
 
     if backend == "tpu":
-        return "the splash kernel, of rows of a multiple of 128 tokens" if fused.splash_fits(1024) else "XLA's"
+        return "the splash kernel, for rows of a multiple of 128 tokens" if fused.splash_fits(1024) else "XLA"
     return gpu_attention(device.capability(), fused.cudnn_version())
 
 
 def gpu_attention(capability: float, cudnn: int) -> str:
-    """Which kernels a run on a GPU takes (`ops.fused.kernel_for`)."""
+    """The attention kernels of a run on a GPU (`ops.fused.kernel_for`)."""
     if capability < cuda.AMPERE:
-        return (
-            f"XLA, scores of T x T in memory: the fused kernels need compute capability 8.0 (Ampere), not {capability}"
-        )
-    own = "Pallas kernels of gptjax"
-    return f"cuDNN; with documents or float32 {own}" if cudnn else f"{own} (jax finds no cuDNN)"
+        needs = f"the fused kernels need compute capability 8.0 (Ampere), not {capability}"
+        return f"XLA, with T x T scores in memory: {needs}"
+    pallas = "Pallas kernels of gptjax"
+    return f"cuDNN; for packed documents or float32 {pallas}" if cudnn else f"{pallas} (jax finds no cuDNN)"
 
 
 def _devices(versions: dict[str, str]) -> list[str]:
@@ -153,10 +153,10 @@ def _devices(versions: dict[str, str]) -> list[str]:
 
         devices, backend = jax.devices(), jax.default_backend()
     except (ImportError, RuntimeError) as error:
-        return [*problems, f"jax does not start: {error}"]
+        return [*problems, f"jax cannot be initialised: {error}"]
     kinds = {device.device_kind for device in devices}
     print(f"backend            {backend}: {len(devices)} x {', '.join(sorted(kinds))}; {os.cpu_count()} CPU cores")
-    if backend != "cpu":  # what a run on the default device gets
+    if backend != "cpu":
         device = devices[0]
         capability = cuda.number(getattr(device, "compute_capability", 0))
         if backend == "gpu":

@@ -1,4 +1,4 @@
-"""`gptjax finetune TASK`: one tuning of a model, or with --dry-run what it would be."""
+"""`gptjax finetune TASK`: fine-tunes a model, or with --dry-run reports what the run would do."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def more_help(args: list[str]) -> str:
     task = args[0] if args else ""
     if task not in TUNINGS:
         return f"`gptjax finetune TASK --help` lists the settings of a task: {', '.join(TUNINGS)}."
-    return f"Without a preset it is {task}.\n\n{options.values_help(args[1:], task, task)}"
+    return f"Default preset: {task}.\n\n{options.values_help(args[1:], task, task)}"

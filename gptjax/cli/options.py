@@ -1,4 +1,4 @@
-"""What the verbs share: taking a command line apart, the list of settings, the dry run's page."""
+"""Shared by the verbs: parsing of the command line, the list of settings, the report of a dry run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ SWITCHES = ("dry-run", "print-config")
 
 
 class Args(NamedTuple):
-    words: list[str]  # those without a `=`, in order
-    leaves: list[Leaf]  # a.b=c
+    words: list[str]  # positional arguments, in order
+    leaves: list[Leaf]  # settings, a.b=c
     dry_run: bool
     print_config: bool
 
 
 def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
-    """Up to `words` leading words, settings such as the `example`, and the two switches anywhere."""
+    """Parses up to `words` leading positional arguments, then settings; --dry-run and --print-config anywhere.
+
+    Args:
+        example: a setting to show in errors.
+    """
     rest, switches = [], set()
     for arg in args:
         name = arg.removeprefix("--").replace("_", "-")
@@ -54,29 +58,32 @@ def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
 
 
 def is_setting(arg: str) -> bool:
-    """`a.b=c`, and not a file whose name has a `=`."""
+    """Whether it is a setting, a.b=c, and not the name of an existing file that contains a `=`."""
     return "=" in arg and not os.path.exists(arg)
 
 
 def keys_of(*patterns: str) -> list[str]:
-    """The settings that the patterns name, in the order of the schema."""
+    """The settings that match any of the patterns, in the order of the schema."""
     return [key for key in schema() if any(matches(pattern, key) for pattern in patterns)]
 
 
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """The configuration that a verb's arguments ask for; `task` and `also` as in `uses.resolve`. train.batch_size=auto
-    becomes the rows that fit the devices, with the model.remat that they take."""
+    """The configuration of a verb's arguments; `task` and `also` as in `uses.resolve`.
+
+    train.batch_size=auto is replaced with the largest batch that fits the devices, and model.remat with the setting
+    that this batch needs.
+    """
     source = args.words[0] if args.words else default
     leaves = args.leaves
     auto = [leaf for leaf in leaves if leaf.key == "train.batch_size" and leaf.value == "auto"]
     if auto and verb.startswith(("pretrain", "finetune")):
         from gptjax.planning.fit import fitted
 
-        every = [*file_layers(source), *leaves]
-        parts = next((leaf.value for leaf in reversed(every) if leaf.key == "train.accumulation"), 1)
-        one_row_each = [leaf._replace(value=parts) if leaf in auto else leaf for leaf in leaves]
+        layers = [*file_layers(source), *leaves]
+        n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
+        one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]  # per micro-batch
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
         leaves = [leaf._replace(value=cfg.train.batch_size) if leaf in auto else leaf for leaf in leaves]
@@ -86,10 +93,14 @@ def configure(
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
-    """Raises UserError for the settings of a command line that the verb does not read.
+    """Refuses settings that the verb does not read.
 
     Args:
-        known: what it reads. prefix: a group whose settings are given without its name.
+        known: the settings that it reads.
+        prefix: a group, such as "sample.", whose settings may be given without it.
+
+    Raises:
+        UserError: all settings that are not in `known`.
     """
     short = [key.removeprefix(prefix) for key in known]
     problems = Problems()
@@ -107,7 +118,7 @@ def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefi
 
 
 def note(line: str) -> None:
-    """What takes time, on stderr: stdout is for results."""
+    """Prints a progress message to stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -118,13 +129,19 @@ def show_only(
     report: Callable[[Config], list[str]],
     keys: Sequence[str] | None = None,
 ) -> bool:
-    """Print what --print-config (all settings) or --dry-run (those that somebody gave and that are not at their
-    defaults, and a report) asks for; True if the verb ends with that. `keys`: what the verb reads; None: what cfg.task
-    does."""
+    """Handles --print-config (prints all settings) and --dry-run (prints non-default settings and a report).
+
+    Args:
+        report: cfg -> lines of the report.
+        keys: the settings that the verb reads; None: those that cfg.task reads.
+
+    Returns:
+        Whether either switch was given, after which the verb ends.
+    """
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    lines = report(cfg) if args.dry_run else []  # first, as it refuses what a run would
+    lines = report(cfg) if args.dry_run else []  # before anything is printed: it raises the errors of a run
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())
         given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]
@@ -136,8 +153,12 @@ def show_only(
 
 
 def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: int | None = None) -> str:
-    """Every setting that `patterns` name, in their order, with its value in `cfg`, its type and its help; lines are as
-    wide as the terminal, or `width`. `strip`: a group's name that its settings are shown without."""
+    """The settings that match `patterns`, in that order, each with its value in `cfg`, its type and its help.
+
+    Args:
+        strip: a group whose name is omitted, such as "sample".
+        width: columns per line; None: the width of the terminal.
+    """
     width = width or min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)
     titles = {group: f"{group}: {doc}".replace("None", "null") for group, doc, _ in describe()} | {"": "The run itself"}
     rows = {row[0]: row for _, _, rows in describe() for row in rows}
@@ -154,8 +175,8 @@ def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: 
 
 
 def values_help(args: Sequence[str], default: str, task: str) -> str:
-    """The settings of a task with the values that a command of these arguments has; where that cannot be made, those
-    of the `default` preset."""
+    """The settings of a task with the values that these arguments give; if they are invalid, the values of the
+    `default` preset."""
     verb = uses.verb_of(task)
     try:
         parsed = parse(args, words=1)
@@ -167,14 +188,14 @@ def values_help(args: Sequence[str], default: str, task: str) -> str:
     return f"Settings, with the values of {source}:\n\n{settings_help(cfg, uses.USES[task])}"
 
 
-# ---------------------------------------------------------------- what a run would cost
+# ---------------------------------------------------------------- dry run
 
 
 def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
-    """What a run would do and need, without a step of it: `plan`'s lines in their frame.
+    """The report of a dry run: the run directory and the lines of `plan`.
 
     Raises:
-        UserError: what the run would refuse.
+        UserError: as the run itself would.
     """
     from gptjax.tasks import refuse
 

@@ -1,4 +1,4 @@
-"""`gptjax plan`: compile a run's step for a TPU slice that is not here, and say what it takes."""
+"""`gptjax plan`: compiles the step of a run for a TPU slice ahead of time, and reports memory, traffic and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptjax.files import new_file, refuse_existing, write_text
 DEFAULT = "gpt2-124m"
 
 
-class Wishes(NamedTuple):
+class Options(NamedTuple):
     on: str = "v5e-8"
     search: bool = False
     decode: bool = False
@@ -26,75 +26,75 @@ class Wishes(NamedTuple):
 
 
 def run(args: list[str]) -> int:
-    wishes, rest = wishes_of(args)
+    opts, rest = options_of(args)
     parsed = options.parse(rest, words=1)
     cfg, provenance = options.configure(parsed, DEFAULT, "plan", also=("model.*",))
     for name in ("out", "png"):
-        if path := getattr(wishes, name):
+        if path := getattr(opts, name):
             refuse_existing(Path(path), name)
     keys = uses.keys_of(cfg, also=("model.*",))
-    if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {wishes.on}"], keys):
+    if options.show_only(parsed, cfg, provenance, lambda cfg: [f"would be compiled for {opts.on}"], keys):
         return 0
     for name in ("out", "png"):
-        if path := getattr(wishes, name):
+        if path := getattr(opts, name):
             new_file(path, name)
     from gptjax.planning import slices
 
-    # before jax is imported: on this machine's processor, and without the driver's questions to a network
+    # before jax is imported: run on the CPU, and keep libtpu from querying the network for TPU metadata
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
     from gptjax.planning.plan import plan, search
     from gptjax.training.progress import Progress
 
     cfg = with_shape(cfg)
-    where = slices.slice_of(wishes.on)
-    with Progress() as progress, progress.phase(f"compiling for {wishes.on}, {where.n_chips} chips"):
-        if wishes.search:
-            found = search(cfg, wishes.on, say=progress.say)
+    tpu = slices.slice_of(opts.on)
+    with Progress() as progress, progress.phase(f"compiling for {opts.on}, {tpu.n_chips} chips"):
+        if opts.search:
+            plans = search(cfg, opts.on, say=progress.say)
         else:
-            found = [plan(cfg, wishes.on, decode=wishes.decode)]
-    if len(found) > 1:
-        print("\n".join([*report.comparison(found), ""]))
-    best = found[0]
-    unknown = wishes.decode or cfg.train.epochs is not None  # of which only the data knows the steps
-    tokens = wishes.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
-    print("\n".join(report.table(best, tokens=tokens, hours=wishes.hours)))
-    if wishes.search:
+            plans = [plan(cfg, opts.on, decode=opts.decode)]
+    if len(plans) > 1:
+        print("\n".join([*report.comparison(plans), ""]))
+    best = plans[0]
+    unknown = opts.decode or cfg.train.epochs is not None  # the steps per epoch depend on the data
+    tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
+    print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
+    if opts.search:
         mesh = " ".join(f"mesh.{name}={n}" for name, n in best.mesh.items())
         print(f"\nsettings           {mesh} model.remat={best.remat} train.accumulation={best.accumulation}")
-    if wishes.out:
-        text = ",\n".join(one.to_json() for one in found)
-        write_text(Path(wishes.out), f"[{text}]\n" if len(found) > 1 else f"{text}\n")
-    if wishes.png and best.roofline is not None:
-        report.draw(found, wishes.png)
-    elif wishes.png:
-        options.note(f"png={wishes.png} is not written: there is no roofline of this program")
+    if opts.out:
+        text = ",\n".join(candidate.to_json() for candidate in plans)
+        write_text(Path(opts.out), f"[{text}]\n" if len(plans) > 1 else f"{text}\n")
+    if opts.png and best.roofline is not None:
+        report.draw(plans, opts.png)
+    elif opts.png:
+        options.note(f"png={opts.png} is not written: this program has no roofline")
     return 0
 
 
-def wishes_of(args: list[str]) -> tuple[Wishes, list[str]]:
-    """What is this verb's own, and the rest.
+def options_of(args: list[str]) -> tuple[Options, list[str]]:
+    """Splits the arguments into the options of this verb and the rest (preset and settings).
 
     Raises:
-        UserError: a value is missing or no number; things that exclude each other.
+        UserError: a missing or invalid value, or options that exclude each other.
     """
     given: dict[str, Any] = {}
-    rest, waiting = [], list(args)
-    while waiting:
-        arg = waiting.pop(0)
+    rest, queue = [], list(args)
+    while queue:
+        arg = queue.pop(0)
         name, has_value, value = arg.removeprefix("--").partition("=")
         if arg in ("--search", "--decode"):
             given[name] = True
         elif name in ("on", "tokens", "hours", "out", "png") and (has_value or arg.startswith("--")):
-            if not has_value and not waiting:
+            if not has_value and not queue:
                 raise UserError(f"--{name} needs a value, such as --on v5e-8")
-            value = value if has_value else waiting.pop(0)
+            value = value if has_value else queue.pop(0)
             given[name] = _number(name, value) if name in ("tokens", "hours") else value
         else:
             rest.append(arg)
     if given.get("search") and given.get("decode"):
         raise UserError("--search and --decode: meshes are searched for training only; leave one of the two out")
-    return Wishes(**given), rest
+    return Options(**given), rest
 
 
 def _number(name: str, text: str) -> float:
@@ -108,11 +108,11 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """`cfg` with the model's whole shape, where model.vocab_size does not say that it is there: a fine-tuning's is its
-    base's, of which no tensor is read; the number of words is the tokenizer's.
+    """`cfg` with the complete shape of the model. If model.vocab_size is 0, a fine-tuning run takes the shape of its
+    base (no tensor is read), and a pretraining run the vocabulary size of its tokenizer.
 
     Raises:
-        UserError: there is no such base; the number of words is not known before the tokenizer is trained.
+        UserError: no such base, or the vocabulary size is unknown until the tokenizer is trained.
     """
     if cfg.pretrain.base is not None:
         from gptjax.tasks.pretrain import from_base
@@ -130,27 +130,32 @@ def with_shape(cfg: Config) -> Config:
         return dataclasses.replace(cfg, model=model)
     known = {"gpt2": 50257, "bytes": 257}
     if cfg.tokenizer.name in ("bpe", "wordpiece", "unigram"):
-        words = cfg.tokenizer.vocab_size
+        vocab_size = cfg.tokenizer.vocab_size
     elif cfg.tokenizer.name in known:
-        words = known[cfg.tokenizer.name]
+        vocab_size = known[cfg.tokenizer.name]
     else:
-        raise UserError(f"model.vocab_size is 0, and tokenizer.name={cfg.tokenizer.name} does not say: name a number")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=words))
+        raise UserError(
+            f"model.vocab_size is 0 and not determined by tokenizer.name={cfg.tokenizer.name}: set model.vocab_size"
+        )
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
 
 def more_help(args: list[str]) -> str:
-    return f"""Without a preset it is {DEFAULT}. The slice is a name or a topology (v5p:4x4x8): v5e-1 to v5e-256 and
-v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two a chip, as Google does.
+    return f"""Default preset: {DEFAULT}. SLICE is a name or a topology (v5p:4x4x8). As Google names them, v5e-1 to
+v5e-256 and v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two per chip.
 
-  --on SLICE    default v5e-8
-  --search      meshes, model.remat and train.accumulation for the same batch; the fastest by formula are compiled
-  --decode      the step that writes one token, sample.batch_size rows a data shard, after a cache of the whole context
-  tokens=N      how long so many tokens take; without it those of train.max_steps
-  hours=X       how many tokens are read in this time
-  out=FILE      everything as JSON        png=FILE  the roofline
+  --on SLICE    TPU slice to compile for; default v5e-8
+  --search      try meshes, model.remat and train.accumulation for the same batch size; the candidates that a cost model
+                ranks as fastest are compiled
+  --decode      plan the decoding step of one token instead, with a KV cache of the whole context and
+                sample.batch_size rows per data shard
+  tokens=N      time and steps to train on N tokens; default: the tokens of train.max_steps
+  hours=X       number of tokens processed in X hours
+  out=FILE      write the plan as JSON
+  png=FILE      draw the roofline
 
-The step is the one that `gptjax pretrain` or, for a preset of theirs, `gptjax finetune classify | instruct | prefer`
-runs, for a base whose shape is known without its tensors, or the one that model.* describes where model.vocab_size is
-given. The TPU compiler compiles it: memory and traffic are the program's own, times are bounds at the chip's peak
-figures. It needs no TPU: pip install -e '.[tpu-plan]' in the checkout. `gptjax pretrain --help` and
+The planned step is the training step of `gptjax pretrain` or, with a fine-tuning preset, of `gptjax finetune`; the
+shape of a base model is read from its config, not from its tensors. The TPU compiler compiles the step ahead of time:
+memory and traffic are those of the compiled program, times are lower bounds from the chip's peak FLOP/s and bandwidth.
+No TPU is needed: pip install -e '.[tpu-plan]' in the checkout. `gptjax pretrain --help` and
 `gptjax finetune TASK --help` list the settings."""

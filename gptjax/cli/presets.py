@@ -1,4 +1,4 @@
-"""`gptjax presets ls | show | cp`: the YAML files that come along."""
+"""`gptjax presets ls | show | cp`: the built-in configuration files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(args: list[str]) -> int:
             with open(path, "x", encoding="utf-8") as out:
                 out.write(text)
         except FileExistsError:
-            raise UserError(f"{path} is there already; give another name") from None
+            raise UserError(f"{path} exists already: choose another name") from None
         print(f"{path}  (run it: gptjax pretrain {path})")
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")

@@ -1,4 +1,4 @@
-"""`gptjax pretrain`: one run, or with --dry-run what it would be."""
+"""`gptjax pretrain`: trains a model, or with --dry-run reports what the run would do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # the preset where none is named, and with pretrain.base
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets: from scratch, with pretrain.base
 
 
 def run(args: list[str]) -> int:
@@ -28,11 +28,11 @@ def run(args: list[str]) -> int:
 
 def more_help(args: list[str]) -> str:
     values = options.values_help(args, DEFAULT, "pretrain")
-    return f"Without a preset it is {DEFAULT}, with pretrain.base {FROM_BASE}.\n\n{values}"
+    return f"Default preset: {DEFAULT}; with pretrain.base (continued pretraining): {FROM_BASE}.\n\n{values}"
 
 
 def plan(cfg: Config) -> list[str]:
-    """The data, the model's size, the steps, the memory."""
+    """Lines of the dry run: data, parameters, steps, estimated memory."""
     from gptjax import tree
     from gptjax.model.gpt import abstract_params
     from gptjax.tasks.pretrain import from_base
@@ -43,14 +43,14 @@ def plan(cfg: Config) -> list[str]:
     vocab_size = cfg.model.vocab_size or (data.tokenizer.vocab_size if data else 0)
     tokens, lines = cfg.train.batch_size * cfg.window, []
     if base:
-        lines.append(f"base               {base.where}: {base.kind}, context {cfg.model.context_length:,}")
+        lines.append(f"base               {base.location}: {base.kind}, context {cfg.model.context_length:,}")
     if data:
         lines += [
             f"data               {len(data.train):,} tokens to train, {len(data.val):,} to validate",
-            f"tokenizer          {data.tokenizer.name}, {data.tokenizer.vocab_size:,} words",
+            f"tokenizer          {data.tokenizer.name}, vocabulary of {data.tokenizer.vocab_size:,}",
         ]
     else:
-        lines += [f"data               not looked at: {problem}"]
+        lines += [f"data               not read: {problem}"]
     if vocab_size:
         n_params = tree.size(abstract_params(dataclasses.replace(cfg.model, vocab_size=vocab_size)))
         lines.append(f"parameters         {n_params:,}")
@@ -60,13 +60,13 @@ def plan(cfg: Config) -> list[str]:
     lines.append(f"steps              {_steps(cfg, data, tokens)}")
     if vocab_size:
         memory = memory_bytes(cfg, n_params, vocab_size)
-        parts = ", ".join(f"{name} {options.human(size)}" for name, size in memory.items())
-        lines.append(f"memory (estimate)  {options.human(sum(memory.values()))}: {parts}")
+        terms = ", ".join(f"{name} {options.human(size)}" for name, size in memory.items())
+        lines.append(f"memory (estimate)  {options.human(sum(memory.values()))}: {terms}")
     return lines
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """The token files, or why they are not made for a dry run: it downloads nothing."""
+    """The tokenized data, or the reason why a dry run does not prepare it; a dry run downloads nothing."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):
@@ -77,10 +77,10 @@ def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
     return data.prepare(cfg, base and base.tokenizer(), log=options.note), ""
 
 
-def _steps(cfg: Config, data: Prepared | None, tokens_a_step: int) -> str:
+def _steps(cfg: Config, data: Prepared | None, tokens_per_step: int) -> str:
     if data is None:
         return f"{cfg.train.epochs:g} epochs" if cfg.train.epochs else f"{cfg.train.max_steps:,}"
     if cfg.train.epochs:
-        return f"{round(cfg.train.epochs * len(data.train) / tokens_a_step):,}: {cfg.train.epochs:g} epochs"
-    epochs = cfg.train.max_steps * tokens_a_step / max(len(data.train), 1)
-    return f"{cfg.train.max_steps:,}: {cfg.train.max_steps * tokens_a_step:,} tokens, {epochs:.2f} epochs"
+        return f"{round(cfg.train.epochs * len(data.train) / tokens_per_step):,}: {cfg.train.epochs:g} epochs"
+    epochs = cfg.train.max_steps * tokens_per_step / max(len(data.train), 1)
+    return f"{cfg.train.max_steps:,}: {cfg.train.max_steps * tokens_per_step:,} tokens, {epochs:.2f} epochs"

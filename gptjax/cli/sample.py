@@ -1,4 +1,4 @@
-"""`gptjax sample MODEL --prompt ...`: continue a text, or a file of them, with a model."""
+"""`gptjax sample MODEL --prompt ...`: generates text from a prompt or from a file of prompts."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def run(args: list[str]) -> int:
 
 def more_help(args: list[str]) -> str:
     return (
-        "MODEL is a run directory, a folder that `gptjax import` made, a Hugging Face folder, a .gguf file, or a name\n"
-        "such as smollm2-135m-instruct. Settings, with their defaults; those that a run's config.yaml names start\n"
-        "from there:\n\n" + options.settings_help(Config(), ("sample.*",), strip="sample")
+        "MODEL is a run directory, a folder of `gptjax import`, a Hugging Face folder, a .gguf file, hf:org/name, or\n"
+        "the name of an asset such as smollm2-135m-instruct. Settings with their defaults, which the config.yaml of a\n"
+        "run overrides:\n\n" + options.settings_help(Config(), ("sample.*",), strip="sample")
     )
 
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
-    """defaults < the run's config.yaml < the command line, where `prompt=` means `sample.prompt=`."""
+    """Merges the settings: defaults < config.yaml of the run < command line, where `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -81,7 +81,7 @@ def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
 
 
 def read_prompts(cfg: Config) -> list[str]:
-    """The one prompt, or those of a file: a .jsonl with "prompt" in each line, or a text with one a line."""
+    """Returns [sample.prompt], or the prompts of a file: JSONL with "prompt" in each line, or one prompt per line."""
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
@@ -99,15 +99,15 @@ def read_prompts(cfg: Config) -> list[str]:
     if problems:
         raise UserError.all(problems[:20])
     if not prompts:
-        raise UserError(f"{path}: no prompts in it")
+        raise UserError(f"{path} holds no prompts")
     return prompts
 
 
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
-    """The model that proposes tokens, before any tensor is read; None without one, or where the text so far does.
+    """Opens the draft model of speculative decoding, without reading tensors; None without one, and for draft=ngram.
 
     Raises:
-        UserError: no such model, one of another vocabulary, or settings that speculation does not have.
+        UserError: no such model, another vocabulary, or sampling settings that speculative decoding lacks.
     """
     if not settings.draft:
         return None
@@ -119,9 +119,9 @@ def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
     problems = complaints(lambda: probabilities(from_config(settings)))
     draft = open_model(settings.draft) if settings.draft != "ngram" else None
     if draft:
-        refuse_classifier(draft.cfg, "the draft", "name the model that it was made from")
+        refuse_classifier(draft.cfg, "the draft", "name the model it was fine-tuned from")
         if draft.tokenizer().fingerprint != tokenizer.fingerprint:
-            problems.append(f"sample.draft={settings.draft}: expected the model's tokenizer, got another")
+            problems.append(f"sample.draft={settings.draft}: expected the tokenizer of the model, got another one")
     if problems:
         raise UserError.all(problems)
     return draft
@@ -136,7 +136,7 @@ def write(
     ids: list[list[int]],
     draft: Model | None = None,
 ) -> None:
-    """`settings.n` continuations of each prompt, printed or as JSONL; the speed goes to stderr."""
+    """Generates `settings.n` completions per prompt; prints them or appends them to a JSONL file. Speed on stderr."""
     import jax
 
     from gptjax.generation import complete, cut, for_decoding, from_config, speculate, stop_strings
@@ -158,35 +158,35 @@ def write(
             batch = [prompt for prompt in batch for _ in range(settings.n)]
             out = speculate(params, draft_params, batch, model, draft and draft.cfg, ahead=settings.ahead, **common)
             rounds, accepted = rounds + out.rounds, accepted + out.accepted * out.rounds
-            done = [_completion(new, until, settings.max_new_tokens) for new in out.tokens]
+            completions = [_completion(new, until, settings.max_new_tokens) for new in out.tokens]
         else:
             logprobs = 0 if settings.out else None
-            done = complete(params, batch, model, n=settings.n, until=until, logprobs=logprobs, **common)
-        count += sum(len(c.tokens) for c in done)
-        for at, completion in enumerate(done):
-            row, new = first + at // settings.n, tokenizer.decode(completion.tokens)
+            completions = complete(params, batch, model, n=settings.n, until=until, logprobs=logprobs, **common)
+        count += sum(len(c.tokens) for c in completions)
+        for i, completion in enumerate(completions):
+            row, new = first + i // settings.n, tokenizer.decode(completion.tokens)
             text = cut(new, settings.stop)
             if settings.out:
                 line = dict(
                     prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
                     logprobs=[round(value, 4) for value in completion.logprobs],
                 )  # fmt: skip
-                with open(settings.out, "a", encoding="utf-8") as file:  # what is done stays if a later row fails
+                with open(settings.out, "a", encoding="utf-8") as file:  # completed rows stay if a later one fails
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
-                if row or at:
+                if row or i:
                     print("-" * 40)
-                # prompt and continuation may share a character; a stop string counts in the continuation only
+                # decoded together, as a UTF-8 character may span the two; stop strings are cut from the completion only
                 whole = tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
     seconds = time.monotonic() - start
-    stood = f"; {accepted / rounds:.0%} of the proposed tokens stood" if rounds else ""
-    print(f"{count} tokens in {seconds:.1f} s, compilation included{stood}", file=sys.stderr)
+    acceptance = f"; {accepted / rounds:.0%} of the draft tokens accepted" if rounds else ""
+    print(f"{count} tokens in {seconds:.1f} s, compilation included{acceptance}", file=sys.stderr)
 
 
-def _completion(new: list[int], until: Until | None, room: int) -> Completion:
-    """Of tokens that were not watched as they came: up to the first ones of which `until` is true."""
+def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
+    """A completion of tokens generated without `until`: cut after the shortest prefix for which `until` is true."""
     from gptjax.generation import Completion
 
-    enough = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)
-    return Completion(new[:enough], [], [], "length" if enough is None and len(new) == room else "stop")
+    length = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)
+    return Completion(new[:length], [], [], "length" if length is None and len(new) == max_new_tokens else "stop")

@@ -1,4 +1,4 @@
-"""`gptjax sweep`: many runs in one compiled program, as a table, two files and a picture."""
+"""`gptjax sweep`: a hyperparameter sweep in one compiled program; writes a table, two files and a plot."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from gptjax.config import Config, config_file, to_yaml, uses
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
-AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # where none is given
-SHOWN = 20  # lines of the table
+AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the default axes
+SHOWN = 20  # printed rows of the table
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    own = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]  # which is no setting
-    if own and not (own[-1].isdecimal() and int(own[-1]) >= 1):
-        raise UserError(f"at_once={own[-1]}: expected a whole number of runs, at least 1")
-    at_once = int(own[-1]) if own else None
+    values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]  # an option of the verb, not a setting
+    if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
+        raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")
+    at_once = int(values[-1]) if values else None
     source = parsed.words[0] if parsed.words else DEFAULT
     from gptjax.research import sweep
 
     axes, fixed = sweep.split_axes(leaf for leaf in parsed.leaves if leaf.key != "at_once")
     if not axes:
-        options.note(f"no axis was given, such as optim.lr=[1e-3,3e-3]: taking {' '.join(AXES)}")
-        given, _ = sweep.split_axes(options.from_args(AXES))
-        axes = {key: values for key, values in given.items() if key not in {leaf.key for leaf in fixed}}
+        options.note(f"no axis was given, such as optim.lr=[1e-3,3e-3]: using {' '.join(AXES)}")
+        defaults, _ = sweep.split_axes(options.from_args(AXES))
+        axes = {key: values for key, values in defaults.items() if key not in {leaf.key for leaf in fixed}}
     configs = sweep.combinations(source, axes, fixed)
     run_dirs = [leaf.value for leaf in fixed if leaf.key == "run_dir"]
     folder = Path(run_dirs[-1] if run_dirs else f"runs/{config_file(source).stem}-sweep")
@@ -41,13 +41,13 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # for the command that trains the best run: what is no axis, and it takes a folder of its own
-    again = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
-    return _sweep(configs, axes, folder, at_once, [source, *again])
+    # settings for the printed command that trains the best run, which gets its own run directory
+    settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
+    return _sweep(configs, axes, folder, at_once, [source, *settings])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
-    """Raises UserError for a folder that is not free, and for data or a base that is not there, all at once."""
+    """Raises UserError, in one message, for an occupied run directory and for missing data or a missing base."""
     from gptjax.research.sweep import WRITING
     from gptjax.tasks import find
     from gptjax.training import run_dir
@@ -56,8 +56,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        own = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
-        problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, own)
+        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""  # of a sweep that was interrupted
+        problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()
 
@@ -73,16 +73,16 @@ def _sweep(
     keep_buffers()
     with Progress() as progress:
         progress.say(_count(configs, axes))
-        found = sweep.sweep(configs, axes=tuple(axes), at_once=at_once, progress=progress)
+        results = sweep.sweep(configs, axes=tuple(axes), at_once=at_once, progress=progress)
         with progress.phase("drawing"):
-            sweep.write(found, folder)
-    summary = sweep.table(found.rows, found.axes)
-    print("\n".join(["", *sweep.lines(summary[:SHOWN], found.axes)]))
+            sweep.write(results, folder)
+    summary = sweep.table(results.rows, results.axes)
+    print("\n".join(["", *sweep.lines(summary[:SHOWN], results.axes)]))
     if len(summary) > SHOWN:
         print(f"... {len(summary) - SHOWN} more in {folder / 'sweep.json'}")
-    seconds = sum(one["seconds"] for one in found.programs)
-    compiling = sum(one["compile_s"] for one in found.programs)
-    print(f"\n{len(configs)} runs in {duration(seconds)}, {compiling:.1f} s of it compiling the steps")
+    seconds = sum(program["seconds"] for program in results.programs)
+    compile_s = sum(program["compile_s"] for program in results.programs)
+    print(f"\n{len(configs)} runs in {duration(seconds)}, of which {compile_s:.1f} s compilation")
     if summary[0]["val/loss"] is not None:
         verb = uses.verb_of(configs[0].task)
         best = [f"{key}={summary[0][key]}" for key in axes if key != "seed"]
@@ -92,19 +92,19 @@ def _sweep(
 
 
 def report(configs: list[Config], axes: dict[str, list[str]], folder: Path) -> list[str]:
-    """What a sweep would do, without its data."""
+    """The report of a dry run; it does not read the data."""
     from gptjax.research import sweep
 
     groups = sweep.programs(configs)
     lines = [_count(configs, axes), *(f"  {key:<24} {', '.join(values)}" for key, values in axes.items())]
     apart = [key for key in axes if key != "seed" and key not in sweep.traceable(configs[0])]
     if apart:
-        lines.append(f"  a program each for every value of {', '.join(apart)}; the others are arrays of one")
+        lines.append(f"  one program per value of {', '.join(apart)}; the other axes are vmapped in a program")
     if configs[0].task != "pretrain" and configs[0].train.epochs is not None and len(groups) < len(configs):
-        lines.append("  train.epochs can make more steps of one seed's split than of another's: then there are more")
+        lines.append("  train.epochs: seeds whose splits give different numbers of steps need programs of their own")
     steps = sum(len(group) * configs[group[0]].train.max_steps for group in groups)
     if configs[0].train.epochs is None:
-        lines.append(f"  {steps:,} steps in all")
+        lines.append(f"  {steps:,} steps in total")
     return [*lines, f"  run directory {folder}", "dry run: no step was taken"]
 
 
@@ -117,16 +117,18 @@ def _count(configs: list[Config], axes: dict[str, list[str]]) -> str:
 
 
 def more_help(args: list[str]) -> str:
-    return f"""Without a preset it is {DEFAULT}, on text that every Python has; without an axis {" ".join(AXES)}.
+    return f"""Default preset: {DEFAULT}, whose text comes with Python. Default axes: {" ".join(AXES)}.
 An axis is a setting with a list of values or, for whole numbers, range(stop), range(start,stop) or
-range(start,stop,step); a shell wants quotes around it. All combinations are trained, pretraining or fine-tuning as the
-preset says, each as it would be alone; the table has means and 95 % intervals over the seeds.
+range(start,stop,step); quote it in a shell. The sweep is a grid search: it trains every combination, by pretraining or
+fine-tuning as the preset says, with the same result as a separate run. The table shows means and 95 % confidence
+intervals over the seeds.
 
-  rates, weight_decay, warmup_steps, clip_norm, model.dropout, lora.alpha, lora.rank, lora.dropout and the seed are
-  arrays of one program; of every other axis each value is a program by itself, compiled by itself.
+  Learning rates, weight_decay, warmup_steps, clip_norm, model.dropout, lora.alpha, lora.rank, lora.dropout and the seed
+  are vmapped in one program. Every value of another axis is compiled as a program of its own.
 
-  at_once=N     runs at a time; without it what fits into memory, by formula
-  --dry-run     how many runs in how many programs
+  at_once=N     runs that are trained at the same time; default: as many as are estimated to fit into memory
+  --dry-run     show the number of runs and programs
 
-It writes sweep.csv (a line a run), sweep.json (runs, table, programs) and sweep.png into run_dir, and no models: the
-printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune TASK --help` list the settings."""
+It writes sweep.csv (one line per run), sweep.json (runs, table, programs) and sweep.png into run_dir. Models are not
+saved: the printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune TASK --help` list the
+settings."""

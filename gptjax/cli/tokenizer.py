@@ -1,4 +1,4 @@
-"""`gptjax tokenizer train | encode | inspect`."""
+"""`gptjax tokenizer train | encode | inspect`: trains, applies and describes tokenizers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def more_help(args: list[str]) -> str:
     return (
         "\n".join(USAGE.values())
         + "\n\nKIND is chars, words, bpe, wordpiece or unigram.\n"
-        + "NAME is gpt2, bytes, a saved file or a run directory.\n\n"
+        + "NAME is gpt2, bytes, a tokenizer.json file, a model folder or a run directory.\n\n"
         + options.settings_help(Config(), READS)
     )
 
@@ -52,7 +52,7 @@ def _train(args: list[str]) -> None:
     cfg, provenance = resolve(None, *kind, leaves=leaves)
     path = Path(out) if Path(out).suffix == ".json" else Path(out) / "tokenizer.json"
     if path.exists():
-        raise UserError(f"{path} is there already; choose another with out=FILE.json")
+        raise UserError(f"{path} exists already: choose another name with out=FILE.json")
     from gptjax import data, tokenizers
 
     if cfg.tokenizer.name not in tokenizers.TRAINED:
@@ -63,31 +63,31 @@ def _train(args: list[str]) -> None:
         return
     documents = data.documents(cfg.data)
     tokenizer = tokenizers.build(cfg.tokenizer, lambda: (document.text for document in documents))
-    print(f"{tokenizer.save(path)}  {tokenizer.name}, {tokenizer.vocab_size:,} words")
+    print(f"{tokenizer.save(path)}  {tokenizer.name}, vocabulary of {tokenizer.vocab_size:,}")
 
 
 def _encode(args: list[str]) -> None:
-    tokenizer, text = _named(args, "encode")
+    tokenizer, text = _load(args, "encode")
     text = sys.stdin.read() if text is None else text
     print(*tokenizer.encode(text, allowed_special="all"))
 
 
 def _inspect(args: list[str]) -> None:
-    tokenizer, text = _named(args, "inspect")
+    tokenizer, text = _load(args, "inspect")
     print(f"name               {tokenizer.name}")
-    print(f"words              {tokenizer.vocab_size:,}")
-    print(f"special tokens     {', '.join(f'{word} {i}' for word, i in tokenizer.special_tokens.items()) or 'none'}")
+    print(f"vocabulary size    {tokenizer.vocab_size:,}")
+    print(f"special tokens     {', '.join(f'{token} {i}' for token, i in tokenizer.special_tokens.items()) or 'none'}")
     print(f"fingerprint        {tokenizer.fingerprint}")
     if text is not None:
         ids = tokenizer.encode(text, allowed_special="all")
         size = len(text.encode("utf-8", "surrogatepass"))
-        print(f"text               {len(ids)} tokens, {size / max(len(ids), 1):.2f} bytes a token")
+        print(f"text               {len(ids)} tokens, {size / max(len(ids), 1):.2f} bytes per token")
         for i in ids:
             print(f"  {i:>7}  {tokenizer.decode([i])!r}")
 
 
-def _named(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, and the text or None. The text is taken as it is: a `=` in it sets nothing."""
+def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
+    """Returns the tokenizer, and the text or None. The text is literal: a `=` in it does not make it a setting."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

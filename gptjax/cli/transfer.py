@@ -1,4 +1,4 @@
-"""`gptjax import` and `gptjax export`: models from and for other tools."""
+"""`gptjax import` and `gptjax export`: conversion of models from and to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run_import(args: list[str]) -> int:
-    """MODEL DIR [dtype=..]: a folder of ours, with the tokenizer that came along."""
+    """`gptjax import MODEL DIR [dtype=..]`: writes a gptjax model folder, with the tokenizer of the model."""
     words, dtype = _take(args, "dtype", DTYPES, "float32")
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
@@ -29,7 +29,7 @@ def run_import(args: list[str]) -> int:
     model = weights.open_model(words[0])
     tokenizer = model.tokenizer()
     new_folder(Path(words[1]))
-    options.note(f"reading {model.where} ({model.kind})")
+    options.note(f"reading {model.location} ({model.kind})")
     files = {}
     if model.cfg.n_classes:
         files[LABELS] = json.dumps(weights.read_labels(words[0]), indent=1) + "\n"
@@ -40,7 +40,7 @@ def run_import(args: list[str]) -> int:
 
 
 def run_export(args: list[str]) -> int:
-    """hf|gguf|peft|stablehlo MODEL TARGET [type=..]"""
+    """`gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=..]`"""
     words, kind = _take(args, "type", TYPES, "F32")
     if len(words) != 3:
         raise UserError(
@@ -50,7 +50,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # looked at before the model is read: nothing is overwritten
+    path = Path(target)  # checked before the model is read; nothing is overwritten
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -64,7 +64,7 @@ def run_export(args: list[str]) -> int:
     if form != "hf":
         refuse_classifier(model.cfg, source, f"use gptjax classify {source}, or gptjax export hf {source} DIR")
     tokenizer = model.tokenizer()
-    options.note(f"reading {model.where} ({model.kind})")
+    options.note(f"reading {model.location} ({model.kind})")
     params = model.params("float32", None)
     if form == "hf":
         labels = weights.read_labels(source) if model.cfg.n_classes else None
@@ -72,7 +72,7 @@ def run_export(args: list[str]) -> int:
         auto = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
         print(f"{path}  (use it: transformers.{auto}.from_pretrained({str(path)!r}))")
         if labels and labels["prompt"] != "{text}":
-            options.note(f"texts stand in a prompt, which transformers does not put there: {labels['prompt']!r}")
+            options.note(f"wrap the texts in the prompt template yourself, transformers does not: {labels['prompt']!r}")
     elif form == "stablehlo":
         path = weights.export_stablehlo(target, params, model.cfg, tokenizer)
         print(f"{path}  (use it: jax.export.deserialize of {path / 'forward.stablehlo'}, then .call(params, tokens))")
@@ -83,7 +83,7 @@ def run_export(args: list[str]) -> int:
 
 
 def _export_adapter(source: str, target: Path) -> int:
-    """The adapter that a fine-tuned run keeps beside its merged model."""
+    """Exports the LoRA adapter that a fine-tuning run stores next to the merged model."""
     from gptjax import weights
     from gptjax.weights import native, peft
     from gptjax.weights.export import new_folder
@@ -91,11 +91,11 @@ def _export_adapter(source: str, target: Path) -> int:
     run = native.find(source)
     folder = run / "adapter"
     if not (folder / peft.CONFIG).is_file():
-        raise UserError(f"{source} has no adapter by itself: {_why_none(Path(source))}")
+        raise UserError(f"{source} has no separate adapter: {_why_none(Path(source))}")
     native.verify(run)
     body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
     params, cfg = weights.load(run)
-    weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))  # as a whole, or not at all
+    weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))  # raises UserError if it is damaged
     new_folder(target)
     try:
         for name in (peft.CONFIG, peft.WEIGHTS):
@@ -106,9 +106,9 @@ def _export_adapter(source: str, target: Path) -> int:
     if "cls_head" in params:
         auto = "SequenceClassification"
         if body.get("modules_to_save") is None:
-            options.note("the head stays here: it has a bias, which peft's format cannot hold (classify.bias=false)")
+            options.note("the classification head is not exported: peft cannot hold its bias (use classify.bias=false)")
     if base and not (Path(base) / "config.json").is_file():
-        options.note(f"its base for transformers: gptjax export hf {base} BASE")
+        options.note(f"to export its base model for transformers: gptjax export hf {base} BASE")
         base = "BASE"
     print(
         f"{target}  (use it: peft.PeftModel.from_pretrained(transformers.AutoModelFor{auto}.from_pretrained({base!r}), "
@@ -120,20 +120,20 @@ def _export_adapter(source: str, target: Path) -> int:
 def _why_none(run: Path) -> str:
     file = run / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.is_file() else []
-    said = {leaf.key: leaf.value for leaf in stored}
-    trained = said.get("finetune.trainable", "lora")
-    if not file.is_file() or said.get("task", "pretrain") not in ("classify", "instruct", "prefer"):
-        return "only fine-tuning makes one; for the whole model: gptjax export hf"
+    settings = {leaf.key: leaf.value for leaf in stored}
+    trained = settings.get("finetune.trainable", "lora")
+    if not file.is_file() or settings.get("task", "pretrain") not in ("classify", "instruct", "prefer"):
+        return "only fine-tuning makes one; to export the whole model: gptjax export hf"
     if trained != "lora":
-        return f"it was tuned with finetune.trainable={trained}; for the whole model: gptjax export hf"
+        return f"it was trained with finetune.trainable={trained}; to export the whole model: gptjax export hf"
     return (
-        "peft's format cannot hold it (DoRA that starts as PiSSA or OLoRA, an adapter of the embedding, or a model of "
-        "no family of Hugging Face); for the whole model: gptjax export hf"
+        "peft's format cannot hold it (DoRA initialised with PiSSA or OLoRA, an adapter on the embedding, or a model "
+        "that is in no model family of Hugging Face); to export the whole model: gptjax export hf"
     )
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:
-    """The words, and the value of the one setting `name=`."""
+    """Returns the positional arguments, and the value of the only setting, `name=`."""
     words, value = [], default
     for arg in args:
         key, equals, text = arg.removeprefix("--").partition("=")

@@ -1,5 +1,8 @@
-"""Low-rank adapters: small trees beside a frozen one, and the functions between them."""
+"""Low-rank adapters (LoRA, rsLoRA, DoRA, PiSSA, OLoRA) as pure functions on parameter trees."""
 
+from typing import Any
+
+from gptjax._moved import moved_name
 from gptjax.config import LoraConfig
 from gptjax.lora.adapter import (
     Adapter,
@@ -8,19 +11,23 @@ from gptjax.lora.adapter import (
     bind,
     concatenate,
     init,
+    init_from_weights,
     interpolate,
-    masked,
     merge,
     negate,
     rows,
-    split,
     targets,
-    unsplit,
+    to_lora,
+    truncate_rank,
     with_dropout,
 )
 from gptjax.lora.weight import LoraWeight
 
 __all__ = [
-    "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "interpolate", "masked",
-    "merge", "negate", "rows", "split", "targets", "unsplit", "with_dropout",
+    "Adapter", "LoraConfig", "LoraWeight", "attach", "average", "bind", "concatenate", "init", "init_from_weights",
+    "interpolate", "merge", "negate", "rows", "targets", "to_lora", "truncate_rank", "with_dropout",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -56,7 +56,7 @@ def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransf
         raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the shape that all of them share")
 
     def init(key: jax.Array, rank: jax.Array) -> Params:
-        return lora.masked(lora.init(key, params, cfg), rank)
+        return lora.truncate_rank(lora.init(key, params, cfg), rank)
 
     return vmapped.create(init, lambda own: _rated(tx, own.rates), many.seeds, many, many.ranks)
 

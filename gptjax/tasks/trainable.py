@@ -136,7 +136,7 @@ def _adapted(
 ) -> Trainable:
     settings, start, body = cfg.lora, None, dataclasses.replace(model, n_classes=0, cls_bias=True)
     if settings.init != "lora":
-        params, adapter = lora.split(params, settings)
+        params, adapter = lora.init_from_weights(params, settings)
         start = jax.tree.map(lambda a: a.copy(), adapter)
     params = quantize(params, cfg.finetune.quantize)
     if start is None:
@@ -151,7 +151,7 @@ def _adapted(
     def export(folder: Path, trained: Params, frozen: Params) -> None:
         adapter, config = trained["adapter"], settings
         if start is not None:
-            adapter = lora.unsplit(adapter, start)
+            adapter = lora.to_lora(adapter, start)
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}  # the same scale, of twice the rank
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)

@@ -161,7 +161,7 @@ def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:
     """A line on the base and what of it would be trained, from shapes."""
     shapes = abstract_params(model)
     n, n_trained = tree.size(shapes), tree.size(trainable.abstract_trained(cfg, *trainable.split_heads(shapes), model))
-    return f"base               {found.where}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
+    return f"base               {found.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
 
 
 def _describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Parameters in and out of files."""
+"""Loads, saves and exports models: gptjax folders, Hugging Face, GGUF, PEFT adapters, StableHLO."""
 
 from gptjax.tokenizers import stop_ids
 from gptjax.weights.export import export_gguf, export_hf, export_stablehlo

@@ -1,4 +1,4 @@
-"""A model as other programs load it: a Hugging Face folder, a GGUF file, a StableHLO program."""
+"""Exports a model to the formats of other tools: a Hugging Face folder, a GGUF file, a StableHLO program."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def export_hf(
     tokenizer: Tokenizer | None = None,
     labels: dict[str, Any] | None = None,
 ) -> Path:
-    """A folder that transformers loads: config.json, model.safetensors and, where one is given, the tokenizer.
+    """Writes a folder that transformers loads: config.json, model.safetensors and the tokenizer, if given.
 
     Args:
-        labels: of a classifier, as `read_labels` gives it; the model becomes one ForSequenceClassification.
+        labels: description of a classifier, as returned by `read_labels`; exported as ...ForSequenceClassification.
 
     Raises:
-        UserError: no model type of Hugging Face holds this model or its tokenizer, or the folder is not empty.
+        UserError: no model type of Hugging Face can represent the model or its tokenizer, or the folder is not empty.
     """
     folder = Path(folder)
     family = families.family_of(dataclasses.replace(cfg, n_classes=0, cls_bias=True))
@@ -51,8 +51,8 @@ def export_hf(
         params = {name: node for name, node in params.items() if name != "lm_head"}
         params["cls_head"] = {"kernel": params["cls_head"]["kernel"]}
         rules = [*family.rules, families.SCORE]
-        tokenizer, more = _class_values(cfg, tokenizer, labels)
-        values |= more | {"architectures": [family.classifier]}
+        tokenizer, class_values = _class_values(cfg, tokenizer, labels)
+        values |= class_values | {"architectures": [family.classifier]}
     dtype = jax.tree.leaves(params)[0].dtype
     values["dtype"] = dtype.name
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -79,6 +79,7 @@ def export_hf(
 
 
 def refuse_bias(head: Params) -> None:
+    """Raises UserError if the classification head has a non-zero bias."""
     if np.asarray(head.get("bias", 0)).any():
         raise UserError("transformers' classifiers have no bias: train the head with classify.bias=false to export it")
 
@@ -86,9 +87,10 @@ def refuse_bias(head: Params) -> None:
 def _class_values(
     cfg: ModelConfig, tokenizer: Tokenizer | None, labels: dict[str, Any] | None
 ) -> tuple[Tokenizer | None, dict[str, Any]]:
-    """The tokenizer with a token that fills rows, and the attributes of a classifier.
+    """The tokenizer with a padding token, and the config.json attributes of a classifier.
 
-    transformers reads the last token that is not pad_token_id, whatever the mask says: any that no text ends with.
+    transformers pools the last token that is not pad_token_id, and ignores the attention mask for that. So any token
+    that no text ends with can be the padding token.
     """
     if labels is not None and labels["pooling"] != "last":
         raise UserError(
@@ -115,14 +117,14 @@ def _class_values(
 def export_gguf(
     path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer, type: str = "F32"
 ) -> Path:
-    """A file that llama.cpp loads, with the tokenizer and its chat template inside.
+    """Writes a file that llama.cpp loads, including the tokenizer and its chat template.
 
     Args:
-        type: F32, F16, BF16 or Q8_0, of the matrices; vectors stay F32.
+        type: storage type of the matrices, F32, F16, BF16 or Q8_0; vectors are stored as F32.
 
     Raises:
-        UserError: no architecture of llama.cpp holds this model, or its vocabulary cannot be written; the tokenizer has
-            more ids than the model rows.
+        UserError: no llama.cpp architecture can represent the model, the vocabulary cannot be written, or the tokenizer
+            has more ids than the model has embeddings.
     """
     from gptjax.tokenizers import gguf as vocabulary
 
@@ -133,11 +135,11 @@ def export_gguf(
     name = gguf.family_of(cfg)
     if not stop_ids(tokenizer):
         raise UserError(
-            f"a GGUF vocabulary has an end token, and llama.cpp takes id 11 where none is named; {tokenizer.name} has "
-            "none: train with tokenizer.name=bpe or gpt2"
+            f"a GGUF vocabulary has an end token (llama.cpp defaults to id 11), and {tokenizer.name} has none: "
+            "train with tokenizer.name=bpe or gpt2"
         )
-    words = vocabulary.padded(vocabulary.to_metadata(tokenizer), cfg.vocab_size)
-    metadata = gguf.to_metadata(cfg, name) | words
+    vocabulary_metadata = vocabulary.padded(vocabulary.to_metadata(tokenizer), cfg.vocab_size)
+    metadata = gguf.to_metadata(cfg, name) | vocabulary_metadata
     metadata["general.name"] = _name_for_llama_cpp(path.stem, metadata["tokenizer.ggml.tokens"])
     block = 32 if type == "Q8_0" else 1
     tensors = [
@@ -153,7 +155,7 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """llama.cpp looks up tokens of Phi-3 in every model of that name, and loads none that lacks them."""
+    """llama.cpp requires the tokens of Phi-3 in every model whose name contains phi-3: renames a model without them."""
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name
     return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)
@@ -162,14 +164,14 @@ def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
 def export_stablehlo(
     folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Our own folder, and in it `forward.stablehlo`: `forward` as one program for CPUs, NVIDIA GPUs and TPUs.
+    """Writes a gptjax model folder with `forward.stablehlo`: `forward` as a program for CPUs, NVIDIA GPUs and TPUs.
 
         program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
         logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
 
     Raises:
         UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
-            rows, or the folder is not empty.
+            has embeddings, or the folder is not empty.
     """
     refuse_classifier(cfg, way_out="export_hf keeps its classes")
     if tokenizer is not None:
@@ -191,7 +193,7 @@ def export_stablehlo(
 
 
 def new_folder(folder: Path) -> None:
-    """Made if it is not there; one with anything in it is left alone."""
+    """Creates the folder. Raises UserError if it exists and is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

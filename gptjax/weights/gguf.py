@@ -1,7 +1,7 @@
-"""llama.cpp's names for the same families: GGUF metadata and tensors, both ways.
+"""GGUF metadata and tensors of llama.cpp's architectures, reading and writing.
 
-What is one family's stands in its file in `families`. Source: llama.cpp's constants.py and convert_hf_to_gguf.py (names
-and orders), its llama-model.cpp (what is implied).
+What is specific to a model family is in its file in `families`. Sources: llama.cpp's constants.py and
+convert_hf_to_gguf.py (names and layouts), llama-model.cpp (implied values).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from gptjax.weights.rules import Source
 
 ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
-# Metadata of a model's own that changes nothing here, by the ending of its key
+# Metadata that does not change the result here, without the prefix of the architecture
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,48 +42,49 @@ class _Source:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         tensor = self.file.tensors[name]
-        row = tensor.size_bytes // tensor.shape[0]
-        part = dataclasses.replace(
-            tensor, shape=(stop - start, tensor.shape[1]), offset=tensor.offset + start * row,
-            size_bytes=row * (stop - start),
+        row_bytes = tensor.size_bytes // tensor.shape[0]
+        rows = dataclasses.replace(
+            tensor, shape=(stop - start, tensor.shape[1]), offset=tensor.offset + start * row_bytes,
+            size_bytes=row_bytes * (stop - start),
         )  # fmt: skip
-        return file_format.File(self.file.path, {}, {name: part}).array(name)
+        return file_format.File(self.file.path, {}, {name: rows}).array(name)
 
 
 def open_file(path: Path) -> tuple[Source, str, ModelConfig]:
-    """The tensors of a GGUF file, its `general.architecture`, and the ModelConfig of the model in it."""
+    """Opens a GGUF file: its tensors, its `general.architecture`, and the ModelConfig."""
     file = file_format.read(path)
     source = _Source(file)
-    parts = file.metadata.get("split.count", 1)
-    if not isinstance(parts, int) or parts != 1:
-        raise UserError(f"{path} is one of {parts!r:.60} parts: join them with llama.cpp's gguf-split")
+    n_splits = file.metadata.get("split.count", 1)
+    if not isinstance(n_splits, int) or n_splits != 1:
+        raise UserError(f"{path} is one of {n_splits!r:.60} files of a model: join them with llama.cpp's gguf-split")
     cfg = from_metadata(file.metadata, source.shapes(), str(path))
     if "rope_freqs.weight" in file.tensors:
         cfg = with_rope_factors(cfg, file.array("rope_freqs.weight"), str(path))
     return source, file.metadata["general.architecture"], cfg
 
 
-def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> ModelConfig:
-    """The ModelConfig that a GGUF file's metadata describe.
+def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], location: str) -> ModelConfig:
+    """The ModelConfig of GGUF metadata.
 
     Args:
-        shapes: of the file's tensors, for what the metadata leave out (vocabulary, tied head, rope factors).
+        shapes: shapes of the tensors in the file, for values that are not in the metadata (vocabulary, tied head).
+        location: the file, for error messages.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{where}: general.architecture={name!r:.60} is unknown; known are {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    own = {  # an array, which nothing here expects, as a short list: it can be compared
+    values = {  # an array, which no key here expects, becomes a short list, so that it can be compared
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
         if key.startswith(f"{name}.")
     }
-    a = Attributes({key: value for key, value in own.items() if key not in _NEUTRAL})
+    a = Attributes({key: value for key, value in values.items() if key not in _NEUTRAL})
     D, n_head = a.take("embedding_length", int), a.take("attention.head_count", int)
     head_dim = a.take("attention.key_length", int, D // max(n_head, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, head_dim) != head_dim and _rotates(gguf):
-            a.problems.append(f"{key}={own[key]!r:.60}, expected the head's {head_dim}")
+        if values.get(key, head_dim) != head_dim and _has_rope(gguf):
+            a.problems.append(f"{key}={values[key]!r:.60}, expected the head dimension {head_dim}")
     fields = gguf.implied | dict(
         vocab_size=shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 1,
         context_length=a.take("context_length", int),
@@ -110,21 +111,21 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
             f"attention.sliding_window={window}: llama.cpp gives {name} models no window, only gemma3 ones; "
             "load the Hugging Face folder that the file was made from"
         )
-    a.end(where)
-    return model_config(fields, where)
+    a.end(location)
+    return model_config(fields, location)
 
 
 def _rounded(x: float) -> float:
-    """A float32 as the short decimal it was made of: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(x)))
 
 
-def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, where: str) -> ModelConfig:
-    """Llama 3's scaling, which a file holds as a factor for each frequency, back to the four numbers it was made of."""
+def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
+    """Recovers the four parameters of Llama 3's RoPE scaling, which a GGUF file stores as a factor per frequency."""
     if factors.shape != (cfg.head_dim // 2,):
-        raise UserError(f"{where}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
+        raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
     if cfg.rope_scaling != "none":
-        raise UserError(f"{where}: rope_freqs.weight beside rope.scaling.type={cfg.rope_scaling} is not supported here")
+        raise UserError(f"{location}: rope_freqs.weight with rope.scaling.type={cfg.rope_scaling} is not supported")
     for factor in sorted({float(np.round(factors.max(), 4)), 8.0, 32.0}):
         for original in (8192, *(2**power for power in range(4, 18))):
             tried = dataclasses.replace(
@@ -133,28 +134,28 @@ def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, where: str) -> Mode
             )  # fmt: skip
             if np.allclose(rope_factors(tried), factors, rtol=1e-3):
                 return tried
-    raise UserError(f"{where}: rope_freqs.weight is not Llama 3's scaling of any context that is a power of two")
+    raise UserError(f"{location}: rope_freqs.weight is not Llama 3's scaling of any context that is a power of two")
 
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
-    """[H/2] float32: by how much each frequency is divided."""
-    frequency = cfg.rope_base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    keep = llama3_ramp(frequency, cfg.rope_slow, cfg.rope_fast, cfg.rope_original_context)
+    """[H/2] float32: the divisor of each RoPE frequency."""
+    frequencies = cfg.rope_base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    keep = llama3_ramp(frequencies, cfg.rope_slow, cfg.rope_fast, cfg.rope_original_context)
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
 
 
-def _rotates(gguf: Gguf) -> bool:
-    """Positions are rotations: GPT-2's are learned."""
+def _has_rope(gguf: Gguf) -> bool:
+    """Whether the architecture uses RoPE; GPT-2 has learned position embeddings."""
     return gguf.implied["arch"] != "gpt2"
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- writing
 
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
-    """The keys of `general.architecture` = name that describe the model, without tokenizer."""
+    """The metadata of a model as the architecture `name`, without the tokenizer."""
     gguf = ARCHITECTURES[name]
-    own: dict[str, Any] = {
+    values: dict[str, Any] = {
         "context_length": cfg.context_length,
         "embedding_length": cfg.d_model,
         "block_count": cfg.n_layer,
@@ -162,8 +163,8 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
         "attention.head_count": cfg.n_head,
         gguf.norm: float(cfg.norm_eps),
     }
-    if _rotates(gguf):
-        own |= {
+    if _has_rope(gguf):
+        values |= {
             "attention.head_count_kv": cfg.n_kv_head,
             "attention.key_length": cfg.head_dim,
             "attention.value_length": cfg.head_dim,
@@ -172,16 +173,16 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
             "vocab_size": cfg.vocab_size,
         }
     if cfg.rope_scaling == "linear":
-        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(cfg.rope_factor)}
-    own |= gguf.to_metadata(cfg)
-    return {"general.architecture": name, **{f"{name}.{key}": value for key, value in own.items()}}
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(cfg.rope_factor)}
+    values |= gguf.to_metadata(cfg)
+    return {"general.architecture": name, **{f"{name}.{key}": value for key, value in values.items()}}
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """The architecture of llama.cpp that holds this model exactly.
+    """The llama.cpp architecture that represents this model exactly.
 
     Raises:
-        UserError: none does; it names what the nearest one lacks.
+        UserError: there is none; the message lists what the closest one lacks.
     """
     shapes = {"token_embd.weight": (cfg.vocab_size, cfg.d_model)} | (
         {} if cfg.tie_embeddings else {"output.weight": ()}
@@ -195,7 +196,7 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of those that lack as little
+    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of the closest
     if not lacking[nearest]:
         return nearest
     raise UserError(

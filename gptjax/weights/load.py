@@ -1,9 +1,9 @@
-"""Any model that can be read, by its path or name.
+"""Loads a model of any supported format, by its path or name.
 
-params, cfg = load("runs/default")              a run, or a folder that `gptjax import` made
+params, cfg = load("runs/default")              a run, or a folder of `gptjax import`
 params, cfg = load("smollm2-135m-instruct")     a named asset
 params, cfg = load("SmolLM2-135M")              a Hugging Face folder; a .gguf file likewise
-params, cfg = load("hf:openai-community/gpt2")  from the hub, where it answers
+params, cfg = load("hf:openai-community/gpt2")  from the Hugging Face Hub
 """
 
 from __future__ import annotations
@@ -30,44 +30,45 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.types import Params
 from gptjax.weights import families, gguf, native
 from gptjax.weights.native import check_vocabulary
-from gptjax.weights.rules import Source, places_of, read
+from gptjax.weights.rules import Source, read, shardings_by_path
 
 CONFIG = "config.json"
-LABELS = "labels.json"  # beside a classifier: the names of its classes, how a text is pooled, cut and put into a prompt
+LABELS = "labels.json"  # of a classifier: class names, pooling, maximum length and prompt template
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Model(NamedTuple):
-    """A model on disk: what it is, and how to get its parts."""
+    """A model on disk whose tensors have not been read yet."""
 
-    where: str
-    kind: str  # "gptjax", or the name of the family it was read as
+    location: str
+    kind: str  # "gptjax", or the name of the model family
     cfg: ModelConfig
     params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError if there is none, or it has ids that the model has no row for."""
+        """Raises UserError if the model has no tokenizer, or a tokenizer with ids that its embedding has no row for."""
         tokenizer = self.read_tokenizer()
-        check_vocabulary(tokenizer, self.cfg, self.where)
+        check_vocabulary(tokenizer, self.cfg, self.location)
         return tokenizer
 
 
 def load(
     source: str | os.PathLike[str], *, dtype: Any = "float32", shardings: Any = None
 ) -> tuple[Params, ModelConfig]:
-    """Parameters and config of a run directory, a model folder of ours, a Hugging Face folder, a .safetensors file
-    with config.json beside it, a .gguf file, a named asset, or `hf:org/name`.
+    """Loads the parameters and the config of a model.
 
-    Tensors are read one at a time, straight into their place: the peak is the model in `dtype` and one tensor.
+    Tensors are read one at a time and put directly on their devices: peak memory is the model and one tensor.
 
     Args:
-        dtype: float32, bfloat16 or float16, of every leaf, however it is stored.
-        shardings: a sharding for all leaves, or a tree of them.
+        source: a run directory, a gptjax model folder, a Hugging Face folder, a .safetensors file next to its
+            config.json, a .gguf file, the name of an asset, or `hf:org/name`.
+        dtype: float32, bfloat16 or float16: dtype of every leaf, whatever the file stores.
+        shardings: one sharding for all leaves, or a tree of shardings.
 
     Raises:
-        UserError: nothing there that can be read; or tensors or attributes that are missing, unknown or wrong; all.
+        UserError: no readable model; or missing, unknown or wrong tensors and attributes, in one message.
     """
     if jnp.dtype(dtype).name not in _DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}")
@@ -76,16 +77,16 @@ def load(
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that came with the model `load` reads there.
+    """Loads the tokenizer of the model that `load(source)` reads.
 
     Raises:
-        UserError: there is none, or it has ids that the model has no row for; `tokenizers.load` takes any.
+        UserError: no tokenizer, or one with ids that the model has no embedding for; `tokenizers.load` accepts these.
     """
     return open_model(source).tokenizer()
 
 
 def open_model(source: str | os.PathLike[str]) -> Model:
-    """What `load` would read, before any tensor is read."""
+    """Opens the model that `load` would read, without reading its tensors."""
     name = str(source)
     if not name.startswith("hf:"):
         user_path(name)
@@ -108,7 +109,7 @@ def open_model(source: str | os.PathLike[str]) -> Model:
         return _hugging_face(path, safetensors.open_folder(path))
     if path.suffix == ".safetensors" and path.is_file():
         if not (path.parent / CONFIG).is_file():
-            raise UserError(f"{path}: expected {CONFIG} beside it, which says what the tensors are")
+            raise UserError(f"{path}: expected {CONFIG} next to it, which describes the model")
         return _hugging_face(path.parent, safetensors.open_file(path))
     if path.is_file():
         raise UserError(_no_model(path))
@@ -117,7 +118,7 @@ def open_model(source: str | os.PathLike[str]) -> Model:
 
 
 def _no_model(path: Path) -> str:
-    """What a file is that holds no model: pickled weights, text, or neither."""
+    """The error for a file that is not a supported model: pickled weights, text, or something else."""
     expected = "expected a run or model folder, a .gguf or .safetensors file, hf:org/name, or the name of an asset"
     try:
         with open(path, "rb") as file:
@@ -131,7 +132,7 @@ def _no_model(path: Path) -> str:
     if path.name in (CONFIG, native.MODEL):
         return f"{path} is the description of a model: name its folder, {path.parent}"
     if b"\0" in start or "\ufffd" in start.decode("utf-8", "replace")[:-3]:
-        return f"{path} is no kind of model that is known here: {expected}"
+        return f"{path} is not a model of a known format: {expected}"
     return f"{path} is a text file: {expected}; to train on a text: gptjax pretrain data.source={path}"
 
 
@@ -142,10 +143,10 @@ def _from_hub(name: str) -> Path:
     patterns += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # many kinds: no network, no such name, no access
+    except Exception as error:  # of many types: no network, no such name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"hf:{name} could not be fetched: {reason}. Give a local folder instead, or "
+            f"hf:{name} could not be downloaded: {reason}. Use a local folder, or "
             "smollm2-135m-instruct, which comes from a package registry"
         ) from error
 
@@ -163,50 +164,50 @@ def _native(path: Path) -> Model:
 
 
 def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shardings: Any) -> Params:
-    """The parameters of a model that is kept as an adapter, merged in float32 in the host's memory.
+    """The parameters of a model that is stored as an adapter, merged into its base in float32 in host memory.
 
     Raises:
-        UserError: the base cannot be read or has other weights by now, or the adapter does not fit it.
+        UserError: the base cannot be read or its weights have changed, or the adapter does not fit it.
     """
     trained = native.load_adapter(folder)
     try:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # jax was told to have no CPU (JAX_PLATFORMS=cuda)
+    except RuntimeError:  # no CPU backend, with JAX_PLATFORMS=cuda
         host = None
     try:
         params = open_model(base.source).params("float32", host)
     except UserError as error:
         raise UserError(
             f"{folder} holds an adapter for {base.source}, which cannot be read:\n{error}\n"
-            f"  bring it back, or write its new place at base/source in {folder / native.MODEL}"
+            f"  restore it, or set base/source to its new path in {folder / native.MODEL}"
         ) from error
     if native.fingerprint(params) != base.fingerprint:
         raise UserError(
             f"{folder} holds an adapter for {base.source}, which has other weights than those it was trained on"
         )
     leaves = tree.flatten(dequantize(lora.merge(quantize(params, base.quantize), trained, base.lora)))
-    wanted = tree.flatten(abstract_params(cfg))
-    refuse(str(folder), [f"{path} is missing" for path in wanted.keys() - leaves.keys()])
-    places = places_of(shardings, wanted)
+    expected = tree.flatten(abstract_params(cfg))
+    refuse(str(folder), [f"{path} is missing" for path in expected.keys() - leaves.keys()])
+    sharding_of = shardings_by_path(shardings, expected)
     return tree.unflatten(
-        {path: jax.device_put(np.asarray(leaves[path], jnp.dtype(dtype)), places[path]) for path in wanted}
+        {path: jax.device_put(np.asarray(leaves[path], jnp.dtype(dtype)), sharding_of[path]) for path in expected}
     )
 
 
 def _hugging_face(folder: Path, source: Source) -> Model:
-    where = str(folder / CONFIG)
-    family, cfg, said = families.from_hf(_json(folder / CONFIG), where)
+    location = str(folder / CONFIG)
+    family, cfg, summary = families.from_hf(_json(folder / CONFIG), location)
     rules = [*family.rules, families.SCORE]
     if not any(name.startswith(family.prefix) for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix(family.prefix)) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
-    if tied & set(source.shapes()):  # a head of its own, whatever the flag says: transformers 5 keeps it too
+    if tied & set(source.shapes()):  # the file has an untied head despite the flag; transformers 5 uses it too
         table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
         if table in source.shapes() and not np.array_equal(source.array("lm_head.weight"), source.array(table)):
             cfg, tied = dataclasses.replace(cfg, tie_embeddings=False), set()
 
     def params(dtype: Any, shardings: Any) -> Params:
-        with families.explained(said, where):
+        with families.with_summary(summary, location):
             return read(
                 source, rules, cfg, str(folder), dtype=dtype, shardings=shardings,
                 ignored=lambda name: name in tied or (bool(family.ignored) and name.endswith(family.ignored)),
@@ -216,8 +217,8 @@ def _hugging_face(folder: Path, source: Source) -> Model:
 
 
 def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> Tokenizer:
-    """Without the family's placeholder, where the model has rows for all tokens before it and none for it. Its text is
-    plain text then."""
+    """The tokenizer of the folder. If the model has no embedding for the placeholder token of the family, the token is
+    removed and its text is encoded as plain text."""
     from gptjax.tokenizers.hf import HF, without_last
 
     tokenizer = tokenizers.load(folder)
@@ -228,15 +229,15 @@ def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> To
 
 
 def _openai(folder: Path) -> Model:
-    """GPT-2 as OpenAI published it: a TensorFlow checkpoint with hparams.json."""
+    """GPT-2 in OpenAI's format: a TensorFlow checkpoint with hparams.json."""
     from gptjax.formats import tensorflow
 
-    where = folder / "hparams.json"
-    a = families.Attributes(_json(where), neutral=())
+    location = folder / "hparams.json"
+    a = families.Attributes(_json(location), neutral=())
     names = dict(vocab_size="n_vocab", context_length="n_ctx", d_model="n_embd", n_head="n_head", n_layer="n_layer")
     fields = {ours: a.take(theirs, int) for ours, theirs in names.items()}
-    a.end(str(where))
-    cfg = families.model_config(dict(arch="gpt2", **fields), str(where))
+    a.end(str(location))
+    cfg = families.model_config(dict(arch="gpt2", **fields), str(location))
     source = tensorflow.open_checkpoint(folder)
     return Model(
         str(folder), "gpt2", cfg,
@@ -249,39 +250,39 @@ def _openai(folder: Path) -> Model:
 
 def _json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than a config has ({MAX_CONFIG_BYTES:,})")
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_CONFIG_BYTES:,}")
     return safetensors.parse_json(path.read_bytes(), str(path), "config")
 
 
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a classifier's folder says of its classes: labels, pooling, max_length, prompt.
+    """Reads the description of a classifier: {"labels": .., "pooling": .., "max_length": .., "prompt": ..}.
 
-    One of Hugging Face has the names in its config.json, and reads the last token; the rest is what gptjax added to it,
-    or the whole context and the text alone.
+    A Hugging Face folder has the labels in its config.json. Without a labels.json from gptjax the pooling is the last
+    token, max_length the context length, and the prompt the text itself.
 
     Raises:
-        UserError: the model is none.
+        UserError: the model is not a classifier.
     """
     path = Path(source)
     if (path / CONFIG).is_file() and not (path / native.MODEL).is_file():
         model = open_model(path)
         if not model.cfg.n_classes:
-            raise UserError(f"{path} is no classifier: its config.json names another architecture")
+            raise UserError(f"{path} is not a classifier: its config.json names another architecture")
         names = families.class_names(_json(path / CONFIG), str(path / CONFIG))
-        usual = {"labels": names, "pooling": "last", "max_length": model.cfg.context_length, "prompt": "{text}"}
-        return use_json(path / LABELS, _labels) if (path / LABELS).is_file() else usual
+        defaults = {"labels": names, "pooling": "last", "max_length": model.cfg.context_length, "prompt": "{text}"}
+        return use_json(path / LABELS, _labels) if (path / LABELS).is_file() else defaults
     file = native.find(path) / LABELS
     if not file.is_file():
-        raise UserError(f"{path} is no classifier ({LABELS} is missing): gptjax finetune classify makes one")
+        raise UserError(f"{path} is not a classifier ({LABELS} is missing): gptjax finetune classify trains one")
     return use_json(file, _labels)
 
 
-def _labels(about: dict[str, Any]) -> dict[str, Any]:
-    names, length, prompt = about["labels"], about["max_length"], about["prompt"]
+def _labels(body: dict[str, Any]) -> dict[str, Any]:
+    names, length, prompt = body["labels"], body["max_length"], body["prompt"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError("expected labels, a list of texts")
-    if about["pooling"] not in ("last", "first", "mean") or type(length) is not int or length < 1:
-        raise ValueError("expected a pooling, last, first or mean, and max_length, a whole number")
+        raise ValueError("expected labels, a list of strings")
+    if body["pooling"] not in ("last", "first", "mean") or type(length) is not int or length < 1:
+        raise ValueError("expected pooling, one of last, first and mean, and max_length, an integer of at least 1")
     if not isinstance(prompt, str):
-        raise ValueError("expected prompt, a text")
-    return about
+        raise ValueError("expected prompt, a string")
+    return body

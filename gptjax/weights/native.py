@@ -1,11 +1,11 @@
-"""Our own folder of a finished model, and how it is read.
+"""The gptjax model folder: saving and loading.
 
 final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
-        model.json          the ModelConfig
+        model.json          the ModelConfig and the sha256 of every file
         tokenizer.json      the tokenizer
 
-In the place of model.safetensors there may be adapter.safetensors, a LoRA adapter and the parameters that stand beside
-it (a classifier's head); model.json then says on which base.
+Instead of model.safetensors a folder may hold adapter.safetensors: a LoRA adapter and other trained parameters (the
+head of a classifier). model.json then names the base model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gptjax.weights.rules import Out, Rule, read
 
 FORMAT, VERSION = "gptjax model", 1
 WEIGHTS, ADAPTER, MODEL = "model.safetensors", "adapter.safetensors", "model.json"
-_UNLISTED = (  # what a model of version 0.1.0 may hold, whose model.json does not list its files
+_UNLISTED = (  # files of a model folder of version 0.1.0, whose model.json does not list them
     WEIGHTS, "tokenizer.json", "config.yaml", "result.json", "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )  # fmt: skip
@@ -52,20 +52,19 @@ def save(
     twin: Path | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write params, config and tokenizer as a folder that needs nothing else; one that `save` wrote is replaced.
+    """Writes params, config and tokenizer to a self-contained folder. A folder written by `save` is replaced.
 
-    The folder appears by one rename, complete or not at all.
+    The write is atomic: the folder is renamed into place when it is complete.
 
     Args:
-        files: more text files, by name.
-        add: called with the folder before it appears, to write more into it.
-        twin: a folder of `save`; where it holds the same weights, byte for byte, the disk keeps them once (a hard link,
-            where the file system has them).
-        base: `params` are an adapter and heads for this `Base`, as a dict: they are kept alone.
+        files: additional text files, {name: text}.
+        add: called with the temporary folder before it is renamed, to write more files.
+        twin: another folder of `save`. If its weights are identical, they are hard-linked instead of stored twice.
+        base: the `Base` of an adapter, as a dict; `params` are then the adapter and heads only.
 
     Raises:
-        UserError: a leaf that is no plain array, the tokenizer has more ids than the model rows, the folder holds
-            anything that `save` did not write there, or it cannot be written.
+        UserError: a leaf that is not an array, a tokenizer with more ids than the model has embeddings, files in the
+            folder that `save` did not write, or a folder that cannot be written.
     """
     folder = Path(folder)
     user_path(folder)
@@ -73,8 +72,8 @@ def save(
         check_vocabulary(tokenizer, cfg)
     _refuse_foreign(folder)
     leaves = tree.flatten_nodes(params)
-    if other := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
-        raise UserError(f"leaves of {', '.join(sorted(other))} cannot be saved: gptjax.dequantize(params) first")
+    if unsupported := {type(leaf).__name__ for leaf in leaves.values() if not hasattr(leaf, "dtype")}:
+        raise UserError(f"leaves of {', '.join(sorted(unsupported))} cannot be saved: use gptjax.dequantize(params)")
     new = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -91,7 +90,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # best/ is no twin of itself: its old weights need not be read
+        if twin not in (None, folder):  # a folder that replaces itself is not compared
             _share(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -109,29 +108,29 @@ def save(
     return folder
 
 
-def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, where: str = "") -> None:
-    """Raises UserError if the tokenizer has ids that the model has no row for. `where` begins the message."""
+def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "") -> None:
+    """Raises UserError if the tokenizer has ids that the embedding has no row for. `location` prefixes the message."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
-            f"{where}{': ' * bool(where)}the tokenizer has {tokenizer.vocab_size} ids, the model {cfg.vocab_size} "
-            "rows: they do not belong together, or gptjax.grow_vocabulary was forgotten"
+            f"{location}{': ' * bool(location)}the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"{cfg.vocab_size} rows: they do not belong together, or gptjax.grow_vocabulary was not called"
         )
 
 
 def _share(file: Path, digest: str, twin: Path) -> None:
-    """The file becomes another name of `twin`, if that has the same bytes. Both are replaced whole, never changed."""
+    """Replaces `file` with a hard link to `twin` if both have the same bytes. Neither is ever modified in place."""
     try:
         if twin.stat().st_size != file.stat().st_size or sha256(twin) != digest:
             return
         link = file.with_name(f".{file.name}.link")
         os.link(twin, link)
         os.replace(link, file)
-    except OSError:  # there is no twin, or the file system has no hard links
+    except OSError:  # no twin, or a file system without hard links
         return
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises UserError if something stands at `folder` that is not wholly a model which `save` wrote."""
+    """Raises UserError if `folder` exists and holds anything that `save` did not write."""
     if not folder.name:
         raise UserError(f"cannot save a model as {str(folder)!r}: name a new folder")
     if not (folder.exists() or folder.is_symlink()):
@@ -152,17 +151,17 @@ def _refuse_foreign(folder: Path) -> None:
     if foreign := sorted(names - ours):
         listed = ", ".join(foreign[:3]) + (", .." if len(foreign) > 3 else "")
         raise UserError(
-            f"{folder} holds what gptjax.save did not write ({listed}): nothing was overwritten; name a new folder"
+            f"{folder} has files that gptjax.save did not write ({listed}): nothing was overwritten; name a new folder"
         )
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of a saved model with the sha256 that its model.json has of each.
+    """Compares the files of a saved model with the sha256 hashes in its model.json.
 
-    One that is missing is left to whoever reads it. GPTJAX_VERIFY=0 in the environment leaves all of it out.
+    Missing files are ignored. The environment variable GPTJAX_VERIFY=0 disables the check.
 
     Raises:
-        UserError: files that are damaged or were exchanged; all of them.
+        UserError: files that are damaged or were replaced, in one message.
     """
     body = json.loads((folder / MODEL).read_text(encoding="utf-8"))
     files = body.get("files")
@@ -175,18 +174,18 @@ def verify(folder: Path) -> None:
         wrong.append(f"{MODEL} (the settings of the adapter)")
     if wrong:
         raise UserError(
-            f"{folder}: {', '.join(wrong)}: not as gptjax.save wrote it (sha256 differs): damaged or exchanged\n"
-            "  bring a good copy; GPTJAX_VERIFY=0 loads it all the same"
+            f"{folder}: {', '.join(wrong)}: not as gptjax.save wrote it (sha256 differs): damaged or replaced\n"
+            "  restore a good copy; GPTJAX_VERIFY=0 disables this check"
         )
 
 
 def _base_sha256(base: Mapping[str, Any]) -> str:
-    """Without its place: a base that was moved is found again by editing it."""
+    """Hash without `source`, which may be edited if the base has moved."""
     return json_sha256({key: value for key, value in base.items() if key != "source"})
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """`new` becomes `folder`; whoever dies in between leaves the old one for `recover_folder`."""
+    """Renames `new` to `folder`. After an interruption in between, `recover_folder` restores the old folder."""
     old = folder.with_name(f".{folder.name}.old")
     recover_folder(folder)
     if folder.exists():
@@ -196,7 +195,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undo a `replace_folder` that was cut off."""
+    """Undoes an interrupted `replace_folder`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         os.rename(old, folder)
@@ -204,15 +203,15 @@ def recover_folder(folder: Path) -> None:
 
 
 def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: Any = None) -> tuple[Params, ModelConfig]:
-    """Parameters and model of a run directory (its final/, else its best/) or of such a folder itself.
+    """Loads parameters and config of a gptjax model folder, or of final/ or best/ in a run directory.
 
     Raises:
-        UserError: no model there, its tensors are not those of its config, or it is damaged; all of it is named.
+        UserError: no model, tensors that do not fit the config, or damaged files, in one message.
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
     if read_base(folder) is not None:
-        raise UserError(f"{folder} holds an adapter and names its base: gptjax.load reads both")
+        raise UserError(f"{folder} holds an adapter without its base model: gptjax.load reads both")
     rules = [Rule(path, path) for path in tree.flatten(abstract_params(cfg))]
     source = safetensors.open_file(folder / WEIGHTS)
     verify(folder)
@@ -220,7 +219,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """The folder with model.json: `path` itself, its final/ or its best/."""
+    """Returns the folder with model.json: `path`, path/final or path/best."""
     path = user_path(path)
     for folder in (path, path / "final", path / "best"):
         if (folder / MODEL).is_file():
@@ -250,7 +249,7 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def fingerprint(params: Params) -> str:
-    """A hash of every leaf's name, shape and 1,024 of its elements in bfloat16: the same however it is stored."""
+    """A hash of the path, the shape and 1,024 elements in bfloat16 of every leaf; independent of the stored dtype."""
     digest = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
         sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
@@ -260,8 +259,8 @@ def fingerprint(params: Params) -> str:
 
 
 class Base(NamedTuple):
-    """What an adapter was trained on: the model at `source`, whose parameters have this `weights.fingerprint`, with
-    matrices quantised as `quantize` says; and the config of the adapter."""
+    """The base model of an adapter: its path or name, the `fingerprint` of its parameters, and how its matrices were
+    quantised in training (finetune.quantize); and the config of the adapter."""
 
     source: str
     fingerprint: str
@@ -270,7 +269,7 @@ class Base(NamedTuple):
 
 
 def read_base(folder: Path) -> Base | None:
-    """The base of a model that is kept as an adapter; None of one whose weights are all there."""
+    """The base of a model that is stored as an adapter; None if the folder holds all weights."""
     return use_json(folder / MODEL, _base)
 
 
@@ -280,15 +279,15 @@ def _base(body: dict[str, Any]) -> Base | None:
     base = body["base"]
     cfg = config.from_dict({"task": "instruct", "finetune": {"quantize": base["quantize"]}, "lora": base["lora"]})
     if not isinstance(base["source"], str) or not isinstance(base["fingerprint"], str):
-        raise TypeError("expected texts at base/source and base/fingerprint")
+        raise TypeError("expected strings at base/source and base/fingerprint")
     return Base(base["source"], base["fingerprint"], cfg.finetune.quantize, cfg.lora)
 
 
 def load_adapter(folder: Path) -> Params:
-    """The adapter and heads that `save` got with a base, as float32 arrays.
+    """Loads the adapter and heads of a folder that `save` wrote with `base`, as float32 arrays.
 
     Raises:
-        UserError: not there, or damaged.
+        UserError: missing or damaged files.
     """
     source = safetensors.open_file(folder / ADAPTER)
     verify(folder)

@@ -1,12 +1,12 @@
-"""Adapters in the folder format of the peft library: adapter_config.json and adapter_model.safetensors; those written
-here also have gptjax_sha256.json, a hash of each.
+"""Adapters in the folder format of the PEFT library: adapter_config.json and adapter_model.safetensors. gptjax also
+writes gptjax_sha256.json, the hashes of both.
 
     blocks/attn/q/kernel  a [L, in, R], b [L, R, out]
         base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight [R, in], lora_B.weight [out, R]
 
-GPT-2's q, k and v are one matrix there. Adapters of the three go out as one of three times the rank, whose B is made
-of blocks; one that peft made comes in as three that share their a, and goes out again as it came.
-Source: peft's tuners/lora (names, shapes, which attributes change the result), read as of 0.21.
+PEFT adapts GPT-2's q, k and v as one matrix. Our three adapters are exported as one of three times the rank with a
+block-diagonal B. An adapter of PEFT is read as three adapters that share their a, and is exported unchanged.
+Source: PEFT's tuners/lora (names, shapes, which attributes change the result), as of version 0.21.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HASHES = "gptjax_sha256.json"  # of both, which other tools do not read
+HASHES = "gptjax_sha256.json"  # sha256 of both files; other tools ignore it
 _PREFIX = "base_model.model."
-_PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_HEAD = f"{_PREFIX}score.weight"  # of transformers' models for sequence classification
+_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_HEAD = f"{_PREFIX}score.weight"  # the head of transformers' ...ForSequenceClassification
 _BASE = "gptjax_base"  # our key in adapter_config.json
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
@@ -61,24 +61,24 @@ def export_peft(
     base: Params | str | None = None,
     base_name: str | None = None,
 ) -> Path:
-    """An adapter as peft loads it onto transformers' model of the same weights.
+    """Writes an adapter that PEFT loads onto the transformers model of the same weights.
 
     Args:
-        head: {"kernel" [D, n_classes]} of a classifier by its texts' last tokens, transformers' `score`: a module to
-            save, which peft loads onto the model for sequence classification.
-        base: the parameters it was trained on, or their `fingerprint`, which goes with it: `load_peft` compares it.
-        base_name: where transformers finds the base.
+        head: classification head {"kernel" [D, n_classes]} with last-token pooling. It is written as transformers'
+            `score`, one of PEFT's modules_to_save.
+        base: the base parameters of the adapter, or their `fingerprint`, which is stored for `load_peft` to compare.
+        base_name: path or Hub name of the base model for transformers.
 
     Raises:
-        UserError: the adapter came from `lora.split` (export `lora.unsplit` of it), it has weights that peft or this
-            model's family cannot hold, a head with a bias, or the folder is not empty.
+        UserError: an adapter of `lora.init_from_weights` (export its `lora.to_lora`), weights that PEFT or the model
+            family cannot represent, a head with a bias, or a folder that is not empty.
     """
     if head is not None:
         refuse_bias(head)
     if lora.init != "lora":
         raise UserError(
-            f"an adapter of lora.init={lora.init} goes with other weights than the base's: "
-            "export lora.unsplit(adapter, start), with init=lora and twice the rank's alpha"
+            f"an adapter of lora.init={lora.init} belongs to the residual weights, not to those of the base: "
+            "export lora.to_lora(adapter, start), with init=lora, twice the rank and the alpha for the same scale"
         )
     pairs = tree.by_parent(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), adapter))
     modules = _modules(cfg)
@@ -89,9 +89,9 @@ def export_peft(
     for module in modules:
         if not any(rule.ours in pairs for rule in module.rules):
             continue
-        pair = _joined(module, pairs)
-        tensors |= {f"{_PREFIX}{module.name}.{_PARTS[key]}": array for key, array in pair.items()}
-        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # what peft's target_modules calls it
+        pair = _join(module, pairs)
+        tensors |= {f"{_PREFIX}{module.name}.{_SUFFIXES[key]}": array for key, array in pair.items()}
+        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # the name in PEFT's target_modules
         patterns[inside_layer] = pair["a"].shape[0]
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
     body = {
@@ -129,50 +129,50 @@ def export_peft(
 def load_peft(
     folder: str | os.PathLike[str], cfg: ModelConfig, *, base: Params | None = None
 ) -> tuple[Params, LoraConfig]:
-    """(adapter, its config) from peft's folder, for `lora.attach` onto the model of `cfg`.
+    """Loads an adapter from a PEFT folder: (adapter, config) for `lora.attach` to the model of `cfg`.
 
-    Layers and ranks that a matrix lacks are zeros; a scale of its own goes into b. A classifier's `score` comes as
-    cls_head/kernel.
+    Layers without an adapter and missing ranks are filled with zeros. A scale that differs per module is multiplied
+    into b. The `score` head of a classifier is returned as cls_head/kernel.
 
     Args:
-        base: to compare with the fingerprint of the weights it was trained on, where the folder has one.
+        base: base parameters, to compare with the fingerprint in the folder, if it has one.
 
     Raises:
-        UserError: an attribute that changes the result and is not known here, tensors that are unknown, missing or
-            misshapen, or another base; all of them; or files that are not as gptjax wrote them.
+        UserError: unknown attributes that change the result, unknown or missing tensors, wrong shapes, another base
+            model, or files that are not as gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no adapter: expected {CONFIG} and {WEIGHTS}")
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(safetensors.refuse_pickle(folder / "adapter_model.bin"))
-    where = str(folder / CONFIG)
-    body = safetensors.parse_json((folder / CONFIG).read_bytes(), where, "adapter config")
-    lora, rank_of, alpha_of = _config(body, where)
+    location = str(folder / CONFIG)
+    body = safetensors.parse_json((folder / CONFIG).read_bytes(), location, "adapter config")
+    lora, rank_of, alpha_of = _config(body, location)
     if base is not None and _BASE in body and body[_BASE] != fingerprint(base):
         raise UserError(
-            f"{folder} is an adapter for other weights than these (fingerprint {str(body[_BASE])[:12]}, these "
+            f"{folder} is an adapter for other weights than these (fingerprint {str(body[_BASE])[:12]}, not "
             f"{fingerprint(base)[:12]}): load the model it was trained on"
         )
     file = safetensors.open_file(folder / WEIGHTS)
     modules = {module.name: module for module in _modules(cfg)}
-    parts, problems = _read(file, modules, cfg)
+    pairs, problems = _read(file, modules, cfg)
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
     stacks: dict[str, dict[int | None, _Pair]] = {}
-    for name, pair in parts.items():
-        if lacking := [_PARTS[key] for key in ("a", "b", *("m" * lora.dora)) if key not in pair]:
+    for name, pair in pairs.items():
+        if lacking := [_SUFFIXES[key] for key in ("a", "b", *("m" * lora.dora)) if key not in pair]:
             problems.append(f"{name} has no {', '.join(lacking)}")
             continue
         rank = pair["a"].shape[0]
         if rank != rank_of(name):
             problems.append(f"{name} has rank {rank}, {CONFIG} says {rank_of(name)}")
-        own = alpha_of(name) / rank**power
-        for rule, piece in _split(modules[name], pair):
-            piece["b"] = piece["b"] * np.float32(own / lora.scale)
-            stacks.setdefault(rule.ours, {})[modules[name].layer] = piece
+        scale = alpha_of(name) / rank**power
+        for rule, ours in _split(modules[name], pair):
+            ours["b"] = ours["b"] * np.float32(scale / lora.scale)
+            stacks.setdefault(rule.ours, {})[modules[name].layer] = ours
     if lora.dora:
         problems += [
-            f"{path}: {cfg.n_layer - len(layers)} layers have no magnitudes, which DoRA needs in all"
+            f"{path}: {cfg.n_layer - len(layers)} layers have no magnitude vector; DoRA needs one in every layer"
             for path, layers in stacks.items()
             if None not in layers and len(layers) < cfg.n_layer
         ]
@@ -183,7 +183,7 @@ def load_peft(
     leaves = {
         f"{path}/{key}": jnp.asarray(array)
         for path, layers in stacks.items()
-        for key, array in _stacked(layers, cfg.n_layer).items()
+        for key, array in _stack(layers, cfg.n_layer).items()
     }
     if _HEAD in file.shapes():
         leaves["cls_head/kernel"] = jnp.asarray(np.asarray(file.array(_HEAD)).astype(np.float32).T)
@@ -196,26 +196,26 @@ def load_peft(
 
 
 def _verify(folder: Path) -> None:
-    """Compare both files with the sha256 that `export_peft` wrote beside them, if it did; GPTJAX_VERIFY=0 does not.
+    """Compares both files with the hashes of `export_peft`, if present. GPTJAX_VERIFY=0 disables the check.
 
     Raises:
-        UserError: they are others.
+        UserError: a hash differs.
     """
     if os.environ.get("GPTJAX_VERIFY") == "0" or not (folder / HASHES).is_file():
         return
     hashes = read_json(folder / HASHES)
     if wrong := [name for name in (CONFIG, WEIGHTS) if hashes.get(name) != sha256(folder / name)]:
         raise UserError(
-            f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged, or written anew\n"
-            f"  bring a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 loads it all the same"
+            f"{folder}: {', '.join(wrong)}: not as gptjax wrote it (sha256 differs): damaged or modified\n"
+            f"  restore a good copy; if another tool wrote it, delete {HASHES}; GPTJAX_VERIFY=0 disables this check"
         )
 
 
-# ---------------------------------------------------------------- their modules
+# ---------------------------------------------------------------- modules of PEFT
 
 
 def _modules(cfg: ModelConfig) -> list[Tensor]:
-    """Every matrix of the family that holds this model, by the name of its module."""
+    """The linear modules of the Hugging Face family of this model, named as in transformers."""
     kernels = [
         rule._replace(theirs=rule.theirs.removesuffix(".weight"))
         for rule in families.family_of(cfg).rules
@@ -224,44 +224,44 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
     return tensors_of(kernels, [rule.ours for rule in kernels], cfg.n_layer)
 
 
-def _joined(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
-    """a [R, in], b [out, R], m [out] of one matrix, from the pairs of its parts."""
-    own: list[_Pair] = [  # {}: the adapter has none
+def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
+    """a [R, in], b [out, R], m [out] of a module of PEFT, from our pairs for its slices (q, k, v)."""
+    slices: list[_Pair] = [  # {}: no adapter on this slice
         {key: array if module.layer is None else array[module.layer] for key, array in pairs.get(rule.ours, {}).items()}
         for rule in module.rules
     ]
-    first = next(pair for pair in own if pair)
+    first = next(pair for pair in slices if pair)
     width = first["b"].shape[-1]
-    if "m" in first and not all(own):
-        raise UserError(f"{module.name}: DoRA of q, k and v needs all three, which are one matrix there")
-    a = [pair["a"] for pair in own if pair]
-    if all(np.array_equal(x, a[0]) for x in a):  # as it came from there, or a matrix by itself
+    if "m" in first and not all(slices):
+        raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
+    a = [pair["a"] for pair in slices if pair]
+    if all(np.array_equal(x, a[0]) for x in a):  # read from PEFT, or a single matrix
         zeros = np.zeros_like(first["b"])
-        joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in own], -1).T}
+        joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
     else:
         rank = sum(x.shape[-1] for x in a)
-        b, row = np.zeros((rank, width * len(own)), np.float32), 0
-        for k, pair in enumerate(own):
+        b, row = np.zeros((rank, width * len(slices)), np.float32), 0
+        for k, pair in enumerate(slices):
             if pair:
                 b[row : row + len(pair["b"]), k * width : (k + 1) * width] = pair["b"]
                 row += len(pair["b"])
         joined = {"a": np.concatenate(a, -1).T, "b": b.T}
     if "m" in first:
-        joined["m"] = np.concatenate([pair["m"][0] for pair in own])
+        joined["m"] = np.concatenate([pair["m"][0] for pair in slices])
     return joined
 
 
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
-    """The pairs of ours that one matrix of theirs holds."""
+    """Yields our pairs for the slices of a module of PEFT."""
     width = pair["b"].shape[0] // len(module.rules)
     for k, rule in enumerate(module.rules):
         rows = slice(k * width, (k + 1) * width)
-        piece = {"a": pair["a"].T, "b": pair["b"][rows].T}
-        yield rule, piece | ({"m": pair["m"][None, rows]} if "m" in pair else {})
+        ours = {"a": pair["a"].T, "b": pair["b"][rows].T}
+        yield rule, ours | ({"m": pair["m"][None, rows]} if "m" in pair else {})
 
 
-def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """The pairs of all layers stacked, [L, ..]; a matrix outside the layers (key None) as it is."""
+def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
+    """Stacks the pairs of all layers, [L, ..]; a matrix outside the layers (key None) is returned unchanged."""
     if None in layers:
         return layers[None]
     rank = max(pair["a"].shape[-1] for pair in layers.values())
@@ -277,11 +277,11 @@ def _stacked(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
     return out
 
 
-# ---------------------------------------------------------------- their files
+# ---------------------------------------------------------------- files of PEFT
 
 
-def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
-    """The config, and rank and alpha of a module by its name."""
+def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
+    """Returns the config, and functions from the name of a module to its rank and to its alpha."""
     a = families.Attributes(body, neutral=_NEUTRAL)
     if body.get("peft_type") != "LORA":
         a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA is known here")
@@ -290,13 +290,13 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Callable[[str
     rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
     dropout = a.take("lora_dropout", float, 0.0)
     a.must("bias", "none")
-    # others (pissa, olora, corda, loftq) take their start out of the base, which then is not the one that `load` reads
+    # pissa, olora, corda and loftq change the base weights, which are then not those that `load` reads
     a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
-    for name in list(a.left):  # the rest changes something unless it is off
+    for name in list(a.left):  # all other attributes change the result unless they are off
         if not a.left[name]:
             a.left.pop(name)
     if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
-        a.problems.append(f"modules_to_save={saved!r:.60}: no whole module but score is read here")
+        a.problems.append(f"modules_to_save={saved!r:.60}: no whole module but score is supported")
     if rank < 1 or not math.isfinite(alpha):
         a.problems.append(f"r={rank}, lora_alpha={alpha}: expected a rank of at least 1 and a finite alpha")
     for name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
@@ -308,10 +308,10 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Callable[[str
                     f"{name}: {key!r:.60}: expected the name of a module, or a regular expression of at most 200 "
                     "characters, with at most four repetitions and none of a group"
                 )
-    a.end(where)
+    a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """The value of the first pattern that matches a module's name, or its end from some dot on, as in peft."""
+        """The value of the first pattern that matches a module name, or a suffix of it after a dot, as in PEFT."""
 
         def value(module: str) -> T:
             ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
@@ -326,21 +326,22 @@ def _config(body: dict[str, Any], where: str) -> tuple[LoraConfig, Callable[[str
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether it is a regular expression that takes no long time: adapters come from anywhere."""
+    """Whether it is a regular expression without catastrophic backtracking; adapters may be untrusted files."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    plain = re.sub(r"\\.|\[[^]]*\]", "_", pattern)
-    return len(pattern) <= 200 and len(re.findall(r"[*+{]", plain)) <= 4 and not re.search(r"\)[*+?{]", plain)
+    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # without escapes and character classes
+    few = len(re.findall(r"[*+{]", operators)) <= 4
+    return len(pattern) <= 200 and few and not re.search(r"\)[*+?{]", operators)
 
 
 def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
-    """{module: {"a" [R, in], "b" [out, R], "m" [out]}} and what is wrong with the names and shapes."""
-    parts: dict[str, _Pair] = {}
+    """Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}} and the problems with names, shapes and values."""
+    pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    sizes = {  # (in, out) of every matrix of theirs that the model has; a tied head is none
+    sizes = {  # (in, out) of the modules that the model has; a tied head is not one
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()
         if (shapes := [ours[rule.ours].shape for rule in module.rules if rule.ours in ours])
@@ -348,18 +349,18 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
     for name, shape in file.shapes().items():
         if name == _HEAD:
             if not is_float(np.asarray(file.array(name))):
-                problems.append(f"{name} holds no floating-point numbers")
+                problems.append(f"{name} holds no floating-point values")
             continue
         module, key = next(
             (
-                (name.removeprefix(_PREFIX).removesuffix(f".{ending}"), key)
-                for key, ending in _PARTS.items()
-                if name.startswith(_PREFIX) and name.endswith(f".{ending}")
+                (name.removeprefix(_PREFIX).removesuffix(f".{suffix}"), key)
+                for key, suffix in _SUFFIXES.items()
+                if name.startswith(_PREFIX) and name.endswith(f".{suffix}")
             ),
             ("", ""),
         )
         if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") in modules:
-            continue  # peft's copy of a head, as it is in the base
+            continue  # PEFT's copy of the head, the same as in the base
         if module not in modules:
             problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
             continue
@@ -377,15 +378,15 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
             continue
         array = np.asarray(file.array(name))
         if not is_float(array):
-            problems.append(f"{name} holds {array.dtype}, expected floating-point numbers")
+            problems.append(f"{name} holds {array.dtype}, expected floating-point values")
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            problems.append(f"{name} has numbers that are not finite")
-        parts.setdefault(module, {})[key] = array
-    for name, pair in parts.items():
+            problems.append(f"{name} has non-finite values")
+        pairs.setdefault(module, {})[key] = array
+    for name, pair in pairs.items():
         if {"a", "b"} <= pair.keys() and pair["a"].shape[0] != pair["b"].shape[1]:
             problems.append(f"{name}: lora_A has rank {pair['a'].shape[0]}, lora_B {pair['b'].shape[1]}")
-    return parts, problems
+    return pairs, problems
 
 
 def _number(x: float) -> float | int:

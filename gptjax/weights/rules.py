@@ -1,9 +1,9 @@
-"""Tensor by tensor between a foreign file and the parameter tree, by a table of rules, both ways.
+"""Conversion between the tensors of a foreign file and the parameter tree, in both directions, by a table of rules.
 
     Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transposed)
 
-says that layer i of our stacked [L, in, out] kernel is that tensor, [out, in], transposed. Nothing is guessed: a tensor
-that no rule names, one that a rule names and the file lacks, and one of another shape are refused, all at once.
+maps that tensor [out, in], transposed, to layer i of our stacked kernel [L, in, out]. Nothing is guessed: unknown
+tensors, missing tensors and tensors of another shape are errors, all reported in one message.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gptjax.formats.tensors import Out, Shape
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
 
-_PIECE = 1 << 22  # elements of a matrix that are read at once
+_CHUNK_SIZE = 1 << 22  # elements of a matrix that are read at a time
 
 
 class Source(Protocol):
-    """Named tensors that are read one at a time; `rows(name, start, stop)`, if there is such, reads a part."""
+    """Named tensors that are read one at a time. An optional `rows(name, start, stop)` reads a slice of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
 
 
 class Form(NamedTuple):
-    """How a tensor is written elsewhere: `read` makes it ours, `write` theirs, `shape` tells theirs from ours."""
+    """How a foreign file stores a tensor. `read`: theirs -> ours, `write`: ours -> theirs, `shape`: ours -> theirs."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -44,13 +44,13 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# a norm's scale is stored as scale - 1; added in float32, as a bfloat16 sum would lose its last bits
+# norm scales stored as scale - 1; the sum is computed in float32, as bfloat16 would lose the last bits
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
 
 
 def interleaved(n_head: int) -> Form:
-    """Rows of a [out, in] matrix in pairs (0, H/2), (1, H/2 + 1), ..: llama.cpp's order for Llama's q and k."""
+    """Rows of each head in the order 0, H/2, 1, H/2 + 1, ..: llama.cpp's layout of q and k [out, in] for Llama."""
 
     def read(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
@@ -62,17 +62,17 @@ def interleaved(n_head: int) -> Form:
 
 
 class Rule(NamedTuple):
-    """One leaf of ours and where it stands elsewhere. `{i}` in the name counts the layers."""
+    """Maps a leaf of our tree to a tensor of a foreign file. `{i}` in the name is the layer index."""
 
     ours: str
     theirs: str
     form: Form = identity
-    part: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal parts of theirs, along the last axis
-    fill: float | None = None  # written where our model has no such leaf; None: then the rule does not count
+    part: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal slices of theirs, along the last axis
+    fill: float | None = None  # value to write if our model lacks the leaf; None: the rule is skipped
 
 
 class Tensor(NamedTuple):
-    """One tensor of theirs with the rules that share it, in the order of their parts."""
+    """A tensor of a foreign file with the rules that map slices of it, in their order."""
 
     name: str
     layer: int | None
@@ -80,68 +80,68 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
-    """Every tensor that the rules name for a model with these leaves."""
+    """The tensors that the rules name for a model with the leaves `ours`."""
     tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:
             continue
         for i in range(n_layer) if "{i}" in rule.theirs else (None,):
             name = rule.theirs.format(i=i)
-            before = tensors[name].rules if name in tensors else ()
-            tensors[name] = Tensor(name, i, (*before, rule))
+            earlier = tensors[name].rules if name in tensors else ()
+            tensors[name] = Tensor(name, i, (*earlier, rule))
     return list(tensors.values())
 
 
-def _their_shape(tensor: Tensor, ours: Mapping[str, Any], blanks: dict[str, Shape]) -> Shape:
+def _their_shape(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Shape]) -> Shape:
     shapes = []
     for rule in tensor.rules:
-        shape = ours[rule.ours].shape[tensor.layer is not None :] if rule.ours in ours else blanks[rule.ours]
+        shape = ours[rule.ours].shape[tensor.layer is not None :] if rule.ours in ours else optional[rule.ours]
         shapes.append(tuple(shape))
     joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes)) if tensor.rules[0].part else shapes[0]
     return tensor.rules[0].form.shape(joined)
 
 
-def blank_shapes(cfg: ModelConfig) -> dict[str, Shape]:
-    """The shapes, without the layers, of vectors that a model may lack."""
+def optional_shapes(cfg: ModelConfig) -> dict[str, Shape]:
+    """The shapes, without the layer axis, of biases and norm vectors that a model may lack."""
     D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
-    wide = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
-    shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in wide.items()}
+    bias_sizes = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
+    shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in bias_sizes.items()}
     shapes |= {"blocks/mlp/up/bias": (F,), "blocks/mlp/gate/bias": (F,), "blocks/mlp/down/bias": (D,)}
     norms = ("blocks/ln_1", "blocks/ln_2", "blocks/ln_1_post", "blocks/ln_2_post", "ln_f")
     return shapes | {f"{norm}/{leaf}": (D,) for norm in norms for leaf in ("scale", "bias")}
 
 
-# ---------------------------------------------------------------- in
+# ---------------------------------------------------------------- reading
 
 
 def read(
     source: Source,
     rules: Sequence[Rule],
     cfg: ModelConfig,
-    where: str,
+    location: str,
     *,
     dtype: Any = np.float32,
     shardings: Any = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """The parameter tree of `cfg` from `source`, one tensor in memory beside it at a time.
+    """Reads the parameter tree of `cfg` from `source`. Peak memory is the parameters and one tensor.
 
     Args:
-        where: the file or folder, for errors.
-        dtype: of every leaf.
-        shardings: None, one sharding, or a tree of them; a leaf goes straight to its place.
-        ignored: names that hold no parameters (masks, tables that the code computes).
+        location: the file or folder, for error messages.
+        dtype: dtype of every leaf.
+        shardings: None, one sharding for all leaves, or a tree of shardings; each leaf is put there as it is read.
+        ignored: whether a tensor of this name holds no parameters (causal masks, tables that the code computes).
 
     Raises:
-        UserError: missing, unknown or misshapen tensors, integers, and values that are not finite; all of them.
+        UserError: missing or unknown tensors, wrong shapes, integer tensors and non-finite values, in one message.
     """
     shapes = source.shapes()
     if cfg.n_layer > len(shapes) and any("{i}" in rule.theirs for rule in rules):
-        refuse(where, [f"{cfg.n_layer} layers are announced, but there are only {len(shapes)} tensors"])
+        refuse(location, [f"{cfg.n_layer} layers are announced, but there are only {len(shapes)} tensors"])
     ours = tree.flatten(abstract_params(cfg))
     tensors = tensors_of(rules, ours, cfg.n_layer)
-    blanks = blank_shapes(cfg)
-    expected = {tensor.name: _their_shape(tensor, ours, blanks) for tensor in tensors}
+    optional = optional_shapes(cfg)
+    expected = {tensor.name: _their_shape(tensor, ours, optional) for tensor in tensors}
     problems = [f"{name} is missing, expected shape {list(expected[name])}" for name in expected.keys() - shapes.keys()]
     problems += [
         f"{name} {list(shapes[name])} is unknown to this kind of model"
@@ -153,38 +153,38 @@ def read(
         for name in expected.keys() & shapes.keys()
         if tuple(shapes[name]) != expected[name]
     ]
-    refuse(where, problems)
+    refuse(location, problems)
     by_leaf: dict[str, list[tuple[Tensor, Rule]]] = {path: [] for path in ours}
     for tensor in tensors:
         for rule in tensor.rules:
             if rule.ours in by_leaf:
                 by_leaf[rule.ours].append((tensor, rule))
-    places = places_of(shardings, ours)
+    sharding_of = shardings_by_path(shardings, ours)
     leaves, broken = {}, []
     for path, leaf in ours.items():
         out = _aligned(leaf.shape, dtype)
         for tensor, rule in by_leaf[path]:
-            ours_here = out if tensor.layer is None else out[tensor.layer]
-            for at, piece in _pieces(source, tensor.name, rule, shapes[tensor.name]):
-                if not is_float(piece):
-                    broken.append(f"{tensor.name} holds {piece.dtype}, expected floating-point numbers")
+            target = out if tensor.layer is None else out[tensor.layer]
+            for index, chunk in _chunks(source, tensor.name, rule, shapes[tensor.name]):
+                if not is_float(chunk):
+                    broken.append(f"{tensor.name} holds {chunk.dtype}, expected floating-point values")
                     break
-                ours_here[at] = piece
-                if not np.isfinite(piece.sum(dtype=np.float64)) and not np.isfinite(piece).all():
-                    broken.append(f"{tensor.name} has numbers that are not finite")
-        leaves[path] = jax.device_put(out, places[path], may_alias=True)
+                target[index] = chunk
+                if not np.isfinite(chunk.sum(dtype=np.float64)) and not np.isfinite(chunk).all():
+                    broken.append(f"{tensor.name} has non-finite values")
+        leaves[path] = jax.device_put(out, sharding_of[path], may_alias=True)
         del out
-    refuse(where, list(dict.fromkeys(broken)))
+    refuse(location, list(dict.fromkeys(broken)))
     return tree.unflatten(leaves)
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Whether it can be a weight: integers would be read as values in the millions, or belong to a quantised format."""
+    """Whether the array can be a weight. Integers would be read as huge values, or belong to a quantised format."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
-    """Where in our array, and what; a large matrix (an embedding) comes a few rows at a time."""
+def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields (index into our array, values). A large matrix, such as an embedding, is read a few rows at a time."""
     rows = getattr(source, "rows", None)
     if rule.part or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
         array = rule.form.read(source.array(name))
@@ -194,21 +194,22 @@ def _pieces(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
             array = array[..., k * width : (k + 1) * width]
         yield ..., array
         return
-    step = max(1, _PIECE // shape[1])
+    step = max(1, _CHUNK_SIZE // shape[1])
     for start in range(0, shape[0], step):
-        part = slice(start, min(start + step, shape[0]))
-        piece = rule.form.read(rows(name, part.start, part.stop))
-        yield (part if rule.form is identity else (slice(None), part)), piece
+        span = slice(start, min(start + step, shape[0]))
+        chunk = rule.form.read(rows(name, span.start, span.stop))
+        yield (span if rule.form is identity else (slice(None), span)), chunk
 
 
-def places_of(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
+def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: sharding or None} of the leaves `ours`."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)
 
 
 def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
-    """An empty array that starts on a 64-byte border: a CPU device takes it over as it lies, without a copy."""
+    """An uninitialised array aligned to 64 bytes, which `jax.device_put` to a CPU device does not copy."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
@@ -216,24 +217,24 @@ def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- writing
 
 
 def write(params: Params, rules: Sequence[Rule], cfg: ModelConfig) -> Iterable[Out]:
-    """The tensors of `params` as the rules name and shape them."""
-    ours, blanks = tree.flatten(params), blank_shapes(cfg)
+    """Yields the tensors of `params` in the foreign format that the rules describe."""
+    ours, optional = tree.flatten(params), optional_shapes(cfg)
     refuse("this format has no place for", sorted(ours.keys() - {rule.ours for rule in rules}))
     for tensor in tensors_of(rules, ours, cfg.n_layer):
-        yield Out(tensor.name, _their_shape(tensor, ours, blanks), partial(_their_array, tensor, ours, blanks))
+        yield Out(tensor.name, _their_shape(tensor, ours, optional), partial(_their_array, tensor, ours, optional))
 
 
-def _their_array(tensor: Tensor, ours: Mapping[str, Any], blanks: dict[str, Shape]) -> np.ndarray:
-    parts = []
+def _their_array(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Shape]) -> np.ndarray:
+    arrays = []
     for rule in tensor.rules:
         if rule.ours in ours:
             leaf = ours[rule.ours]
-            parts.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+            arrays.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
         else:
-            parts.append(np.full(blanks[rule.ours], rule.fill, np.float32))
-    joined = np.concatenate(parts, -1) if tensor.rules[0].part else parts[0]
+            arrays.append(np.full(optional[rule.ours], rule.fill, np.float32))
+    joined = np.concatenate(arrays, -1) if tensor.rules[0].part else arrays[0]
     return np.ascontiguousarray(tensor.rules[0].form.write(joined))

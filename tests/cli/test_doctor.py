@@ -8,7 +8,8 @@ def test_it_prints_versions_devices_assets_and_the_cache(tmp_path, monkeypatch, 
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for words in ("python", "jaxlib", "backend", "shakespeare", "not here yet", str(tmp_path / "cache"), "all well"):
+    cache = str(tmp_path / "cache")
+    for words in ("python", "jaxlib", "backend", "shakespeare", "not cached yet", cache, "no problems found"):
         assert words in out
     assert not (tmp_path / "cache").exists()
 
@@ -36,7 +37,7 @@ def test_versions_that_do_not_fit(versions, words):
 
 @pytest.mark.parametrize(
     ("capability", "cudnn", "words"),
-    [(7.5, 91100, "XLA, scores of T x T"), (8.0, 91100, "cuDNN; with documents"), (9.0, 0, "finds no cuDNN")],
+    [(7.5, 91100, "XLA, with T x T scores"), (8.0, 91100, "cuDNN; for packed documents"), (9.0, 0, "finds no cuDNN")],
 )
 def test_what_attends_on_a_gpu_is_said(capability, cudnn, words):
     line = doctor.gpu_attention(capability, cudnn)
@@ -55,9 +56,9 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     [
         ("", [], "", "pip install 'jax[tpu]'"),
         ("0.0.42.1", ["python3 (pid 7)"], "", "python3 (pid 7) holds it: end that process"),
-        ("0.0.42.1", [], "cpu", "JAX_PLATFORMS=cpu says so: unset it"),
+        ("0.0.42.1", [], "cpu", "JAX_PLATFORMS=cpu excludes it: unset it"),
         ("0.0.21.1", [], "", "libtpu 0.0.21.1 does not fit"),
-        ("0.0.42.1", [], "", "says why"),
+        ("0.0.42.1", [], "", "to see the error"),
     ],
 )
 def test_why_a_tpu_is_not_used(libtpu, held_by, platforms, words, monkeypatch):

@@ -10,10 +10,10 @@ from gptjax.errors import UserError
 
 
 def test_its_own_words_are_told_from_settings():
-    wishes, rest = verb.wishes_of(
+    opts, rest = verb.options_of(
         ["gpt2-124m", "--on", "v5p-8", "train.batch_size=8", "--search", "out=a.json", "--png=b.png", "tokens=1e9"]
     )
-    assert wishes == verb.Wishes("v5p-8", True, False, 1e9, None, "a.json", "b.png")
+    assert opts == verb.Options("v5p-8", True, False, 1e9, None, "a.json", "b.png")
     assert rest == ["gpt2-124m", "train.batch_size=8"]
 
 
@@ -38,7 +38,7 @@ def test_words_of_a_tokenizer():
 
     assert verb.with_shape(load_config("smollm2-135m", "model.vocab_size=0")).model.vocab_size == 49152
     assert verb.with_shape(load_config("gpt2-124m", "model.vocab_size=0")).model.vocab_size == 50257
-    with pytest.raises(UserError, match="name a number"):
+    with pytest.raises(UserError, match="set model.vocab_size"):
         verb.with_shape(load_config("shakespeare-char"))
 
 

@@ -296,7 +296,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
 # ---------------------------------------------------------------- a classifier where a model that writes is needed
 
 
-CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model that it was made from"
+CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model"  # it was fine-tuned from
 WRITING = {
     "sample MODEL": CLASSIFY, "sample MODEL --dry-run": CLASSIFY, "chat MODEL": CLASSIFY, "audit MODEL": CLASSIFY,
     "audit base train=a.txt held_out=a.txt prompts=a.txt base=MODEL": NAME, "data check a.txt model=MODEL": NAME,

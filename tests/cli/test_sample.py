@@ -67,7 +67,7 @@ def test_a_draft_changes_no_greedy_token(run, tmp_path, capsys, draft):
         assert main(["sample", str(run), *options]) == 0
         rows[name] = [{**json.loads(line), "logprobs": None} for line in out.read_text().splitlines()]
     assert rows["alone"] == rows["drafted"] and len(rows["alone"]) == 2
-    assert "% of the proposed tokens stood" in capsys.readouterr().err
+    assert "% of the draft tokens accepted" in capsys.readouterr().err
 
 
 def test_a_draft_that_cannot_be(run, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_dry_run_counts_programs_and_does_nothing(folder, capsys):
     args = ["sweep", "tiny-gpt2", "model.n_layer=[1,2,3]", "optim.lr=[1e-3,1e-2]", "seed=range(4)", "--dry-run"]
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert "24 runs (3 x 2 x 4) in 3 programs" in out and "a program each for every value of model.n_layer" in out
+    assert "24 runs (3 x 2 x 4) in 3 programs" in out and "one program per value of model.n_layer" in out
     assert "1,200 steps" in out and "no step was taken" in out
     assert not (folder / "runs").exists()
 

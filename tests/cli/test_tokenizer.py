@@ -16,7 +16,7 @@ def test_train_then_encode_then_inspect(here, capsys):
     assert main(["tokenizer", "encode", "b.json", "to be=or --not"]) == 0
     assert all(word.isdigit() for word in capsys.readouterr().out.split())
     assert main(["tokenizer", "inspect", "b.json", "to be"]) == 0
-    assert "bytes a token" in capsys.readouterr().out
+    assert "bytes per token" in capsys.readouterr().out
 
 
 def test_encode_reads_standard_input(monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_encode_reads_standard_input(monkeypatch, capsys):
 def test_nothing_is_overwritten(here, capsys):
     (here / "b.json").write_text("mine")
     assert main(["tokenizer", "train", "chars", "source=a.txt", "out=b.json"]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (here / "b.json").read_text() == "mine"
 
 

@@ -124,7 +124,7 @@ def test_the_verb(files, model, tmp_path, capsys):
     out = tmp_path / "report.json"
     assert main(["data", "check", *files, f"model={model}", "threshold=0.6", f"out={out}"]) == 0
     text = capsys.readouterr().out
-    assert "1 groups of equal texts, 1 of them across files" in text and "1 pairs of nearly" in text
+    assert "1 groups of exact duplicates, 1 of them across files" in text and "1 pairs of near duplicates" in text
     assert "AKIAA1B2" not in text and "texts of unusual loss" in text
     report = json.loads(out.read_text())
     assert set(report) == {"files", "exact", "near", "sensitive", "outliers"}

@@ -33,7 +33,7 @@ KEY = jax.random.key(3)
 
 
 def start(params, cfg):
-    return lora.split(params, cfg) if cfg.init != "lora" else (params, lora.init(KEY, params, cfg))
+    return lora.init_from_weights(params, cfg) if cfg.init != "lora" else (params, lora.init(KEY, params, cfg))
 
 
 def moved(adapter, seed=0):
@@ -60,7 +60,7 @@ def run(params, cfg):
 @pytest.mark.first_cases(3)
 def test_at_the_start_nothing_changes(member):
     """Where the weights stay as they are, what is added is zero, and only another fusion could round otherwise; DoRA
-    divides lengths, and a split adds what it took."""
+    divides lengths, and `init_from_weights` adds what it subtracted."""
     cfg, params, lcfg, base, adapter = member
     got, want = run(lora.attach(base, adapter, lcfg), cfg), run(params, cfg)
     np.testing.assert_allclose(got, want, atol=2e-5 if lcfg.dora or lcfg.init != "lora" else 1e-5)
@@ -79,7 +79,7 @@ def test_attached_is_merged(member):
 
 @pytest.mark.first_cases(1)
 def test_gradients_are_those_of_the_merged_matrices(member):
-    """With DoRA's lengths held constant on both sides."""
+    """With the column norms of DoRA held constant on both sides."""
     cfg, _, lcfg, base, adapter = member
     loss = next_token(cfg)
     adapter = moved(adapter)
@@ -155,7 +155,7 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
         assert written[i] == gptjax.generate(one, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
     merged = lora.merge(params, adapters[2], lcfg, scales=scales[2])
     np.testing.assert_allclose(together[0], gptjax.forward(merged, tokens[:1], cfg)[0], atol=1e-4)
-    with pytest.raises(UserError, match="without DoRA's lengths only"):
+    with pytest.raises(UserError, match="for kernels without DoRA only"):
         lora.rows([lora.init(KEY, params, MEMBERS["dora"])], [0])
 
 
@@ -241,9 +241,9 @@ def test_some_layers_only(init):
     cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=4, n_head=2, d_model=16)
     params = gptjax.init_params(KEY, cfg)
     lcfg = LoraConfig(rank=2, init=init, targets="blocks/1/attn/q/kernel | blocks/[2-3]/mlp/*/kernel | lm_head/*")
-    rest, adapter = start(params, lcfg)
+    residual, adapter = start(params, lcfg)
     tx = optax.adamw(1e-2)
-    state = gptjax.TrainState.create(adapter, frozen=rest, tx=tx, key=KEY)
+    state = gptjax.TrainState.create(adapter, frozen=residual, tx=tx, key=KEY)
     step = jax.jit(gptjax.make_train_step(next_token(cfg), tx, combine=lambda a, base: lora.attach(base, a, lcfg)))
     for _ in range(3):
         state, _ = step(state, BATCH)
@@ -264,9 +264,9 @@ def test_some_layers_only(init):
 def test_layers_that_are_not_there_and_dora_on_some():
     cfg = ModelConfig(arch="llama", vocab_size=17, context_length=16, n_layer=2, n_head=2, d_model=16)
     params = gptjax.init_params(KEY, cfg)
-    with pytest.raises(UserError, match=r"blocks/2/attn/q/kernel' matches no weight.*of a layer blocks/0/"):
+    with pytest.raises(UserError, match=r"blocks/2/attn/q/kernel' matches no weight.*for single layers blocks/0/"):
         lora.init(KEY, params, LoraConfig(targets="blocks/2/attn/q/kernel"))
-    with pytest.raises(UserError, match="name no layer"):
+    with pytest.raises(UserError, match="do not select layers"):
         lora.init(KEY, params, LoraConfig(targets="blocks/1/*/kernel", dora=True))
     lora.init(KEY, params, LoraConfig(targets="blocks/[01]/attn/q/kernel", dora=True))
 
@@ -308,29 +308,29 @@ def test_algebra(model):
             lambda got, a, b, want=want: np.testing.assert_allclose(got, want(a, b), atol=2e-5),
             delta(params, made, lcfg), d1, d2,
         )  # fmt: skip
-    with pytest.raises(UserError, match="lengths, which do not add"):
+    with pytest.raises(UserError, match="magnitude vector, which cannot be added"):
         lora.concatenate([lora.init(KEY, params, MEMBERS["dora"])])
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_a_split_is_unsplit(model, kind):
+def test_an_adapter_from_the_weights_becomes_a_plain_one(model, kind):
     _, params = model
     lcfg = LoraConfig(rank=4, init=kind)
-    rest, begin = lora.split(params, lcfg)
+    residual, begin = lora.init_from_weights(params, lcfg)
     now = moved(begin)
-    want, got = lora.merge(rest, now, lcfg), lora.merge(params, lora.unsplit(now, begin), lcfg)
+    want, got = lora.merge(residual, now, lcfg), lora.merge(params, lora.to_lora(now, begin), lcfg)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 @pytest.mark.slow
-def test_a_masked_rank_stays_masked(model):
+def test_a_truncated_rank_stays_truncated(model):
     import optax
 
     cfg, params = model
     lcfg = LoraConfig(rank=6)
     loss = lora.bind(next_token(cfg), params, lcfg)
     narrow = lora.init(KEY, params, dataclasses.replace(lcfg, rank=6))
-    narrow = lora.masked(narrow, 2)
+    narrow = lora.truncate_rank(narrow, 2)
     tx = optax.adam(1e-2)
     state = tx.init(narrow)
     for _ in range(3):
@@ -346,12 +346,12 @@ def test_mistakes(model, tiny):
     _, params = model
     with pytest.raises(UserError, match=r"'blocks/attn/w/\*' matches no weight; there are .*blocks/attn/k/kernel"):
         lora.init(KEY, params, LoraConfig(targets="blocks/attn/w/* | blocks/attn/q/*"))
-    with pytest.raises(UserError, match="DoRA is for kernels, not for wte/embedding"):
+    with pytest.raises(UserError, match="DoRA supports kernels, not wte/embedding"):
         lora.init(KEY, params, LoraConfig(targets="*", dora=True))
-    with pytest.raises(UserError, match="use lora.split"):
+    with pytest.raises(UserError, match="use lora.init_from_weights"):
         lora.init(KEY, params, LoraConfig(init="pissa"))
     with pytest.raises(UserError, match="use lora.init"):
-        lora.split(params, LoraConfig())
+        lora.init_from_weights(params, LoraConfig())
     adapter = lora.init(KEY, params, LoraConfig(rank=2))
     other = tiny("gpt2", d_model=16, d_ff=20)[1]
     with pytest.raises(UserError, match=r"(?s)mlp/gate/kernel: the base has no such weight.*do not fit a weight"):

@@ -122,7 +122,7 @@ def test_olora_is_the_qr_of_the_stored_orientation():
 
     w = np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)  # [out, in]
     cfg = gptjax.LoraConfig(rank=4, alpha=4, init="olora", targets="q/kernel")
-    rest, adapter = lora.split({"q": {"kernel": jnp.array(w.T)}}, cfg)
+    rest, adapter = lora.init_from_weights({"q": {"kernel": jnp.array(w.T)}}, cfg)
     q, r = np.linalg.qr(w)
     pair = adapter["q"]["kernel"]
     np.testing.assert_allclose(np.abs(pair["b"]), np.abs(q[:, :4].T), atol=1e-5)

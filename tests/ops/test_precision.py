@@ -247,7 +247,7 @@ def merging(cfg, params):
 
 
 def splitting(cfg, params):
-    return lambda p: lora.split(p, LoraConfig(rank=4, init="pissa", dora=True)), (params,)
+    return lambda p: lora.init_from_weights(p, LoraConfig(rank=4, init="pissa", dora=True)), (params,)
 
 
 def eigenvalues(cfg, params):

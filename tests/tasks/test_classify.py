@@ -81,7 +81,7 @@ def test_the_verb_that_uses_it(finished, folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("up ") and lines[1].startswith("down ")
     assert main(["classify", str(folder / "base"), "x"]) == 2
-    assert "is no classifier" in capsys.readouterr().err
+    assert "is not a classifier" in capsys.readouterr().err
     assert main(["classify", str(finished)]) == 2
 
 

@@ -46,7 +46,7 @@ def test_one_program_is_a_loop(model, apart):
         start, key = jax.random.split(jax.random.key(MANY["seeds"][n]))
         settings = gptjax.LoraConfig(rank=4, dropout=0.1, alpha=MANY["scales"][n], scaling="alpha")
         own = make_optimizer(gptjax.OptimConfig(lr=1e-2 * MANY["rates"][n], eps=EPS), STEPS)
-        adapter = lora.masked(lora.init(start, params, settings), MANY["ranks"][n])
+        adapter = lora.truncate_rank(lora.init(start, params, settings), MANY["ranks"][n])
         alone = jax.jit(
             gptjax.make_train_step(
                 lora.with_dropout(loss), own, combine=lambda a, base, settings=settings: lora.attach(base, a, settings)

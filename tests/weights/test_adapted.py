@@ -111,7 +111,7 @@ def change(folder, make):
 def test_a_base_that_was_moved_is_named_and_found_at_its_new_place(copy):
     weights.load(copy / "final")
     shutil.move(copy / "base", copy / "elsewhere")
-    with pytest.raises(gptjax.UserError, match=r"(?s)adapter for .*base, which cannot be read.*write its new place"):
+    with pytest.raises(gptjax.UserError, match=r"(?s)adapter for .*base, which cannot be read.*set base/source"):
         weights.load(copy / "final")
     change(copy, lambda base: base | {"source": str(copy / "elsewhere")})
     weights.load(copy / "final")
@@ -139,8 +139,8 @@ def test_damage_is_named(copy):
         ("lora", {"rank": 4, "alpha": 99.0}, "the settings of the adapter"),
         ("lora", {"rank": "four"}, "lora.rank"),
         ("quantize", "int7", "finetune.quantize"),
-        ("source", None, "expected texts"),
-        ("fingerprint", 3, "expected texts"),
+        ("source", None, "expected strings"),
+        ("fingerprint", 3, "expected strings"),
     ],
 )
 def test_a_changed_description_is_refused(copy, key, value, said):

@@ -160,7 +160,7 @@ def test_folders_and_files_behind_links(tiny, tmp_path):
         ("model.bin", b"anything", "loading a pickle can execute arbitrary code"),
         ("weights", b"\x80\x04..", "loading a pickle can execute arbitrary code"),
         ("config.json", b"{}", "is the description of a model: name its folder"),
-        ("photo.png", b"\x89PNG\r\n\0\0\xff\xfe" * 9, "no kind of model that is known here: expected a run"),
+        ("photo.png", b"\x89PNG\r\n\0\0\xff\xfe" * 9, "is not a model of a known format: expected a run"),
     ],
 )
 def test_a_file_that_is_no_model_is_called_what_it_is(name, content, words, tmp_path):

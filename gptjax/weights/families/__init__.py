@@ -1,7 +1,7 @@
-"""The families of models that foreign files hold: how their attributes and tensor names map to ours, both ways.
+"""Model families of Hugging Face and llama.cpp: the mapping of their attributes and tensor names to ours and back.
 
-A family is one file here, with Hugging Face's names and llama.cpp's, and one entry in `FAMILIES`. Every attribute of a
-config.json is used, known to change nothing here, or refused by name.
+A family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is used, known not to
+affect the result, or an error that names it.
 """
 
 from __future__ import annotations
@@ -21,61 +21,61 @@ from gptjax.weights.families.gpt2 import OPENAI_RULES
 from gptjax.weights.rules import Rule, transposed
 
 __all__ = [
-    "FAMILIES", "OPENAI_RULES", "SCORE", "Attributes", "Family", "Gguf", "class_names", "differences", "explained",
-    "family_of", "from_hf", "model_config",
+    "FAMILIES", "OPENAI_RULES", "SCORE", "Attributes", "Family", "Gguf", "class_names", "differences", "family_of",
+    "from_hf", "model_config", "with_summary",
 ]  # fmt: skip
 
-# In this order, where several hold a model: a Llama is no Mistral with a window of nothing.
+# The first family that can represent a model is used: Llama comes before Mistral, which is Llama with a window.
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (gpt2, llama, mistral, qwen2, qwen3, gemma3, olmo2)
 }
-SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # of transformers' classifiers, whichever the family
+SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # the head of every ...ForSequenceClassification
 MAX_CLASSES = 1 << 16
-MAX_SIZE = 1 << 24  # of anything in a model that comes from elsewhere; the longest contexts are 10 million
+MAX_SIZE = 1 << 24  # upper bound of every size in a foreign file; the longest contexts are 10 million tokens
 
 
-def from_hf(values: dict[str, Any], where: str) -> tuple[Family, ModelConfig, str]:
-    """The family and the ModelConfig of a config.json, and what it says of sizes, for `explained`.
+def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig, str]:
+    """Returns the family and the ModelConfig of a config.json, and a summary of its sizes for `with_summary`.
 
     Raises:
-        UserError: a model type that is not known, or attributes that cannot be followed; all of them.
+        UserError: an unknown model type, or unsupported attributes, in one message.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(values).__name__}")
+        raise UserError(f"{location}: expected a JSON object, got {type(values).__name__}")
     if "auto_map" in values:
-        raise UserError(f"{where}: auto_map names code that would have to be run; only known model types are read")
+        raise UserError(f"{location}: auto_map needs remote code, which is not run; only known model types are read")
     kind = values.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise UserError(f"{where}: model_type={kind!r:.60} is unknown; known are {', '.join(FAMILIES)}")
+        raise UserError(f"{location}: model_type={kind!r:.60} is unknown; known are {', '.join(FAMILIES)}")
     named = values.get("architectures")
     if named not in (None, [], [family.architecture], [family.classifier]):
         raise UserError(
-            f"{where}: architectures={named!r:.60}, expected [{family.architecture!r}], a model with an LM head, or "
+            f"{location}: architectures={named!r:.60}, expected [{family.architecture!r}], a model with an LM head, or "
             f"[{family.classifier!r}]"
         )
     attributes = Attributes(values, defaults=family.defaults)
-    for name, off in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
-        attributes.must(name, off)
+    for name, allowed in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
+        attributes.must(name, allowed)
     fields = family.to_config(attributes)
-    if named == [family.classifier]:  # which has no LM head, so that none is looked for
-        fields |= dict(n_classes=len(class_names(values, where)), cls_bias=False, tie_embeddings=True)
-    attributes.end(where)
-    with explained(attributes.said(), where):
-        return family, model_config(fields, where), attributes.said()
+    if named == [family.classifier]:  # tied, so that no LM head is expected in the file
+        fields |= dict(n_classes=len(class_names(values, location)), cls_bias=False, tie_embeddings=True)
+    attributes.end(location)
+    with with_summary(attributes.summary(), location):
+        return family, model_config(fields, location), attributes.summary()
 
 
 @contextmanager
-def explained(said: str, where: str) -> Iterator[None]:
-    """Adds to an error what the config.json said, in its own words."""
+def with_summary(summary: str, location: str) -> Iterator[None]:
+    """Adds the sizes in the config.json, under their names there, to a UserError that is raised inside."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}\n  {where} says {said}") from error
+        raise UserError(f"{error}\n  {location} says {summary}") from error
 
 
-def class_names(values: dict[str, Any], where: str) -> list[str]:
-    """The classes of a config.json with id2label, in their order; without it transformers calls them LABEL_0, .."""
+def class_names(values: dict[str, Any], location: str) -> list[str]:
+    """The class names in id2label of a config.json, in order; without id2label LABEL_0, .., as in transformers."""
     n = values.get("num_labels")
     table = values.get("id2label")
     if table is None and (n is None or (type(n) is int and 1 <= n <= MAX_CLASSES)):
@@ -88,25 +88,25 @@ def class_names(values: dict[str, Any], where: str) -> list[str]:
         or not all(isinstance(name, str) for name in table.values())
     ):
         raise UserError(
-            f"{where}: id2label={table!r:.60}, num_labels={n!r:.60}: expected the names of up to {MAX_CLASSES} "
+            f"{location}: id2label={table!r:.60}, num_labels={n!r:.60}: expected the names of up to {MAX_CLASSES} "
             "classes, numbered from 0"
         )
     return [table[i] for i in ids]
 
 
-def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
-    """A checked ModelConfig; what is out of range is said with the name of the file."""
+def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
+    """Builds a validated ModelConfig. Raises UserError with the name of the file for values out of range."""
     sizes = {key: value for key, value in fields.items() if type(value) is int}
     problems = [f"{key}={size}, expected at most {MAX_SIZE}" for key, size in sizes.items() if size > MAX_SIZE]
     problems += ["n_kv_head=0, expected 1 or more"] * (sizes.get("n_kv_head") == 0)
-    refuse(where, problems)
+    refuse(location, problems)
     try:
         return config.from_dict({"model": {key: value for key, value in fields.items() if value is not None}}).model
     except UserError as error:
-        raise UserError(f"{where}:\n{error}") from error
+        raise UserError(f"{location}:\n{error}") from error
 
 
-# how a model starts, trains and is computed: no file format holds it, and none needs to
+# fields for initialisation, training and computation, which no file format stores or needs
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",
@@ -114,11 +114,11 @@ _NOT_STORED = {
 
 
 def _stored(cfg: ModelConfig) -> dict[str, Any]:
-    """What decides the logits, in one way of saying it."""
+    """The fields that determine the logits, in a canonical form."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    whole = cfg.context_length if cfg.rope_local_base is None else math.inf  # else a window has another base too
-    fields["windows"] = tuple(0 if w >= whole else w for w in cfg.windows)
+    full = cfg.context_length if cfg.rope_local_base is None else math.inf  # inf: windows also select the RoPE base
+    fields["windows"] = tuple(0 if w >= full else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)
     if not any(cfg.windows):
         fields["rope_local_base"] = None
@@ -134,7 +134,7 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """["qk_gain=1.2", ..]: what `cfg` has and the other has not."""
+    """["model.qk_gain=1.2", ..]: the fields of `cfg` that differ in `other`. `allowed` may be False in `cfg` only."""
     ours, theirs = _stored(cfg), _stored(other)
     return [
         f"model.{key}={ours[key]}"
@@ -144,10 +144,10 @@ def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = 
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The family that holds this model exactly.
+    """The Hugging Face family that represents this model exactly.
 
     Raises:
-        UserError: none does; it names what the nearest one lacks.
+        UserError: there is none; the message lists what the closest one lacks.
     """
     lacking: dict[str, list[str]] = {}
     for family in FAMILIES.values():

@@ -1,4 +1,4 @@
-"""Attributes of a config.json, or GGUF metadata: each is used, known to change nothing here, or refused by name."""
+"""Attributes of a config.json, or GGUF metadata: each is used, known not to affect the result, or an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from gptjax.errors import refuse
 
-# Attributes that say nothing about the logits of a model at rest.
+# Attributes that do not affect the logits in inference.
 NEUTRAL = {
     "architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "_name_or_path",
@@ -19,7 +19,7 @@ NEUTRAL = {
     "task_specific_params", "n_ctx", "gradient_checkpointing", "max_window_layers", "cache_implementation",
     "_attn_implementation_autoset", "reorder_and_upcast_attn", "is_llama_config", "transformers.js_config",
     "label2id", "id2label", "output_past", "unsloth_version", "unsloth_fixed",
-    # what transformers before 5 wrote into every config.json: classes, outputs, and settings of its generate
+    # written into every config.json by transformers before 5: labels, outputs and generation settings
     "num_labels", "_num_labels", "problem_type", "finetuning_task", "output_attentions", "output_hidden_states",
     "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "prefix", "is_decoder",
     "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id",
@@ -33,10 +33,11 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """A config.json that is taken apart: what is left at the end was not understood.
+    """Consumes the attributes of a config.json; those that are left at `end` are errors.
 
     Args:
-        defaults: what an attribute is that is not there.
+        neutral: attributes that are ignored.
+        defaults: values of absent attributes.
     """
 
     def __init__(
@@ -51,15 +52,15 @@ class Attributes:
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of an attribute; null, and one that neither file nor `defaults` have, stand for `default`."""
+        """Returns the value of an attribute; `default` if it is null, or absent from the file and from `defaults`."""
         value = self.used[name] = self.left.pop(name, self.defaults.get(name))
         if value is None:
             if default is _REQUIRED:
                 self.problems.append(f"{name} is missing or null")
                 return kind()
             return default
-        good = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not good or (isinstance(value, bool) and kind is not bool):
+        valid = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not valid or (isinstance(value, bool) and kind is not bool):
             self.problems.append(f"{name}: expected {kind.__name__}, got {value!r:.60}")
             return kind()
         if kind is float and not math.isfinite(value):
@@ -68,16 +69,17 @@ class Attributes:
         return kind(value) if kind is float else value
 
     def must(self, name: str, *allowed: Any) -> None:
-        """An attribute that this project can follow only at these values; null and absent are fine."""
+        """Consumes an attribute that is supported at the `allowed` values only; null or absent is accepted too."""
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
 
-    def said(self) -> str:
-        """`hidden_size=16, ..`: the sizes and switches that decide which tensors there are."""
+    def summary(self) -> str:
+        """ "hidden_size=16, ..": the sizes and switches that determine which tensors a model has."""
         listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
         return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 
-    def end(self, where: str) -> None:
+    def end(self, location: str) -> None:
+        """Raises UserError with all problems, and with the attributes that were not consumed."""
         self.problems += [f"{name}={value!r:.60} is unknown to this kind of model" for name, value in self.left.items()]
-        refuse(where, self.problems)
+        refuse(location, self.problems)

@@ -1,4 +1,4 @@
-"""The type `Family`, and rules for the tensors of its blocks."""
+"""The type `Family`, and helpers that make rules for the tensors of a block."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gptjax.weights.rules import Form, Rule, identity, transposed
 
 
 class Gguf(NamedTuple):
-    """How llama.cpp holds a family.
+    """The llama.cpp architecture of a family.
 
     name          `general.architecture`
-    implied       fields of ModelConfig that no metadata say
+    implied       fields of ModelConfig that are not in the metadata
     rules         ModelConfig -> rules of the tensors
-    norm          the key of norm_eps
-    rope_base     where `rope.freq_base` is missing
-    rope_factors  Llama 3's scaling has a place, in the tensor rope_freqs.weight
-    to_config     (metadata, fields so far) -> more fields of ModelConfig; None: a sliding window is refused
+    norm          metadata key of norm_eps
+    rope_base     default of `rope.freq_base`
+    rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
+    to_config     (metadata, fields so far) -> more fields of ModelConfig; None: a sliding window is an error
     to_metadata   ModelConfig -> more metadata
     """
 
@@ -34,28 +34,27 @@ class Gguf(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A model type of Hugging Face, and the architecture of llama.cpp that holds it.
+    """A model type of Hugging Face, and its llama.cpp architecture.
 
-    defaults  what transformers' config class takes where a config.json has no such attribute; None is computed from
-              the others
-    gguf      None: llama.cpp has it under another family's name, or not at all
+    defaults  defaults of transformers' config class; None: computed from other attributes
+    gguf      None: llama.cpp uses the architecture of another family, or does not support it
     """
 
-    name: str  # of model_type
+    name: str  # model_type
     architecture: str
     defaults: Mapping[str, Any]
     to_config: Callable[[Attributes], dict[str, Any]]  # -> fields of ModelConfig
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    fills: frozenset[str] = frozenset()  # switches that may be off here although the family has them on
-    ignored: tuple[str, ...] = ()  # endings of tensors without parameters
-    prefix: str = ""  # of all tensors' names, in `rules`; a folder without it is read too
-    placeholder: str = ""  # a token that the tokenizer may have as its last, without a row in the model
+    fills: frozenset[str] = frozenset()  # switches that may be off here: missing vectors are written as constants
+    ignored: tuple[str, ...] = ()  # suffixes of tensors that hold no parameters
+    prefix: str = ""  # common prefix of the names in `rules`, which a file may omit
+    placeholder: str = ""  # last token of the tokenizer that may lack a row in the embedding
 
     @property
     def classifier(self) -> str:
-        """transformers' class of the same body with a head `score` that tells texts apart."""
+        """transformers' ...ForSequenceClassification class of this family, whose head is `score`."""
         body = self.architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
         return f"{body}{'Text' * self.name.endswith('_text')}ForSequenceClassification"
 

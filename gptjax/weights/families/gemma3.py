@@ -1,6 +1,7 @@
-"""Gemma 3, its text models: norms on both sides of a block, windows in five layers of six, another rope in those.
+"""Gemma 3 text models: norms before and after each sublayer; sliding windows in five of six layers, with another RoPE
+base.
 
-Hugging Face's folders store a norm's scale less 1, GGUF files the scale itself.
+Hugging Face stores the scale of a norm minus 1, GGUF the scale itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     a.must("use_bidirectional_attention", False)
     a.left.pop("attn_logit_softcapping", None)  # transformers' Gemma 3 does not apply it either
     size = hf.window(a)
-    # every n-th layer sees everything; hf.layer_types, where it stands, says it of each layer
+    # every n-th layer has full attention; layer_types, if present, overrides this per layer
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
     a.left.pop("_sliding_window_pattern", None)  # transformers writes it and does not read it
     if not 1 <= every <= 1000:
@@ -63,7 +64,7 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """`rope_parameters` by kind of layer; `rope_scaling` adds to those of the full layers, whichever form there is."""
+    """`rope_parameters` per kind of layer; `rope_scaling`, if present, applies to the full-attention layers."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -103,7 +104,7 @@ def _from_metadata(a: Attributes, fields: Mapping[str, Any]) -> dict[str, Any]:
         embed_gain=_embed_gain(fields["d_model"]),
         logit_softcap=a.take("final_logit_softcapping", float, 0.0),
     )
-    if fields["n_layer"] == 62:  # the 27B model's scale, which llama.cpp knows by its layers
+    if fields["n_layer"] == 62:  # the 27B model, whose attention scale llama.cpp derives from the number of layers
         more["attention_scale"] = max(fields["d_model"] // max(fields["n_head"], 1), 1) ** -0.5
     return more
 
@@ -136,5 +137,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    placeholder=IMAGE,  # the text models are published with the tokenizer of those that see images
+    placeholder=IMAGE,  # the text models are published with the tokenizer of the multimodal ones
 )  # fmt: skip

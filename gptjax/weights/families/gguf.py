@@ -1,6 +1,6 @@
-"""llama.cpp's names of the tensors that most families share. Matrices are [out, in], GPT-2's too.
+"""llama.cpp's tensor names that most families share. Matrices are [out, in], also for GPT-2.
 
-Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (orders).
+Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (layouts).
 """
 
 from __future__ import annotations

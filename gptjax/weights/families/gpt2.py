@@ -1,4 +1,4 @@
-"""GPT-2: Hugging Face's names, OpenAI's TensorFlow checkpoints, and GGUF's."""
+"""GPT-2 in the formats of Hugging Face, OpenAI (TensorFlow checkpoints) and GGUF."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _rules(
     prefix: str, names: dict[str, str], kernel: Form, head: list[Rule], vectors: tuple[str, str, str]
 ) -> list[Rule]:
-    """`names` gives each place's name, `kernel` the form of a matrix, `vectors` the names of weight, bias and scale."""
+    """Rules from the module `names`, the `Form` of a kernel, and the tensor names of weight, bias and norm scale."""
     w, b, g = vectors
     rules = [
         Rule("wte/embedding", f"{prefix}{names['wte']}"),
@@ -58,9 +58,9 @@ def _rules(
         *head,
     ]
     block = f"{prefix}{names['block']}"
-    for ours, at in (("blocks/ln_1", block), ("blocks/ln_2", block), ("ln_f", prefix)):
-        at += names[ours.removeprefix("blocks/")]
-        rules += [Rule(f"{ours}/scale", f"{at}{g}", fill=1.0), Rule(f"{ours}/bias", f"{at}{b}", fill=0.0)]
+    for ours, parent in (("blocks/ln_1", block), ("blocks/ln_2", block), ("ln_f", prefix)):
+        norm = f"{parent}{names[ours.removeprefix('blocks/')]}"
+        rules += [Rule(f"{ours}/scale", f"{norm}{g}", fill=1.0), Rule(f"{ours}/bias", f"{norm}{b}", fill=0.0)]
     for k, x in enumerate("qkv"):
         rules.append(Rule(f"blocks/attn/{x}/kernel", f"{block}{names['qkv']}{w}", kernel, (k, 3)))
         rules.append(Rule(f"blocks/attn/{x}/bias", f"{block}{names['qkv']}{b}", identity, (k, 3), fill=0.0))

@@ -1,4 +1,4 @@
-"""The attributes of a config.json, and the names of tensors, that most families of Hugging Face share."""
+"""Attributes of config.json and tensor names that most Hugging Face families share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-MAX_LAYERS = 1 << 12  # whose kinds are looked at
+MAX_LAYERS = 1 << 12  # layers whose attention type is examined
 
-# What transformers' config classes take where a config.json has no such attribute; None is computed from the others.
+# Defaults of transformers' config classes; None: computed from other attributes.
 SIZES: dict[str, Any] = dict(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = dict(
 
 
 def sizes(a: Attributes) -> dict[str, Any]:
-    """What the families after GPT-2 say of their sizes."""
+    """The size fields of ModelConfig, under the names of the families after GPT-2."""
     n_head = a.take("num_attention_heads", int)
     return dict(
         arch="llama",
@@ -53,8 +53,8 @@ def to_sizes(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def rope(a: Attributes, context: int) -> dict[str, Any]:
-    """transformers 5 writes one `rope_parameters`; of earlier releases' `rope_theta` and `rope_scaling` it prefers the
-    latter."""
+    """The RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and
+    `rope_scaling`; if both are present, transformers uses `rope_scaling`."""
     scaling, values = a.take("rope_scaling", dict, None), a.take("rope_parameters", dict, None)
     name = "rope_scaling" if scaling else "rope_parameters"
     values = {"rope_theta": theta(a, "rope_theta", 10_000.0)} | (scaling or values or {})
@@ -104,7 +104,7 @@ def to_rope(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def layer_types(a: Attributes, n_layer: int, default: str) -> str:
-    """The window pattern: `default`, or that of layer_types, one letter a layer, shortened to what repeats."""
+    """The window pattern of layer_types, one letter per layer, shortened to its period; else `default`."""
     types = a.take("layer_types", list, None)
     if types is None:
         return default
@@ -117,9 +117,10 @@ def layer_types(a: Attributes, n_layer: int, default: str) -> str:
     return shortened("".join(letters[t] for t in types))
 
 
-def shortened(marks: str) -> str:
-    n_layer = len(marks)
-    return next((marks[:n] for n in range(1, n_layer + 1) if (marks[:n] * n_layer)[:n_layer] == marks), "L")
+def shortened(pattern: str) -> str:
+    """The shortest prefix whose repetition gives `pattern`: "SLSLS" -> "SL"."""
+    n_layer = len(pattern)
+    return next((pattern[:n] for n in range(1, n_layer + 1) if (pattern[:n] * n_layer)[:n_layer] == pattern), "L")
 
 
 def to_layer_types(cfg: ModelConfig) -> list[str]:
@@ -127,14 +128,14 @@ def to_layer_types(cfg: ModelConfig) -> list[str]:
 
 
 def window(a: Attributes) -> int:
-    """sliding_window; 0 where it is null."""
+    """sliding_window; 0 if it is null."""
     size = a.take("sliding_window", int, None)
     if size is not None and size < 1:
         a.problems.append(f"sliding_window: expected 1 or more tokens, or null, got {size}")
     return size or 0
 
 
-# ---------------------------------------------------------------- names of tensors
+# ---------------------------------------------------------------- tensor names
 
 _BLOCK = "model.layers.{i}."
 _LINEARS = {f"attn/{x}": f"self_attn.{x}_proj" for x in "qkvo"} | {
@@ -146,7 +147,7 @@ ROTARY = (".rotary_emb.inv_freq",)
 
 
 def norms(form: Form, **names: str) -> list[Rule]:
-    """Rules for norm scales: ln_1="input_layernorm", ..; and the last norm."""
+    """Rules for the norm scales of a block (ln_1="input_layernorm", ..) and for the final norm."""
     return [*scales(_BLOCK, names, form), Rule("ln_f/scale", "model.norm.weight", form)]
 
 

@@ -1,6 +1,7 @@
-"""Llama (SmolLM2, TinyLlama, Llama 3.2): the names that most families share.
+"""Llama (SmolLM2, TinyLlama, Llama 3.2).
 
-llama.cpp rotates neighbouring channels where we rotate halves, so q and k have their rows interleaved there.
+For RoPE llama.cpp rotates adjacent channels and gptjax the two halves of a head, so GGUF files interleave the rows of q
+and k.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Biases of q and k would have to be interleaved too: `gptjax.weights.gguf.family_of` refuses them."""
+    """Without biases, as those of q and k would need interleaving; `gptjax.weights.gguf.family_of` refuses them."""
     heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": transposed}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]

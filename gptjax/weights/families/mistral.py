@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window. llama.cpp has no name of its own for it, and writes it as llama."""
+"""Mistral: Llama with a sliding window. In GGUF files it has the architecture llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after the sublayers, and norms over all of q and k."""
+"""OLMo 2: Llama with post-norm, and QK-norm over all heads together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: Llama with biases of q, k and v, and a window from some layer on."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and optionally a sliding window in the upper layers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DEFAULTS = hf.SIZES | dict(
 
 
 def to_config(a: Attributes) -> dict[str, Any]:
-    """What Qwen2 and Qwen3 share."""
+    """The fields of ModelConfig that Qwen2 and Qwen3 share."""
     a.must("hidden_act", "silu")
     a.must("use_mrope", False)
     fields = hf.sizes(a)
     n_layer, width, used = fields["n_layer"], hf.window(a), a.take("use_sliding_window", bool)
-    full = a.take("max_window_layers", int)  # so many layers, from the first, see everything
+    full = a.take("max_window_layers", int)  # the first max_window_layers layers have full attention
     size = width if used else 0
-    marks = "".join("S" if size and i >= full else "L" for i in range(min(n_layer, hf.MAX_LAYERS)))
-    pattern = hf.layer_types(a, n_layer, hf.shortened(marks))
+    letters = "".join("S" if size and i >= full else "L" for i in range(min(n_layer, hf.MAX_LAYERS)))
+    pattern = hf.layer_types(a, n_layer, hf.shortened(letters))
     if "S" in pattern and not size:
         a.problems.append(
             f"layer_types has sliding_attention, use_sliding_window={used} and sliding_window={width} give no window"

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with norms of q and k in the place of the biases."""
+"""Qwen3: Qwen2 with QK-norm instead of biases."""
 
 from __future__ import annotations
 
