@@ -15,7 +15,7 @@ import gptjax
 from gptjax import lora, parallel, tree
 from gptjax.config import ARCHS, MeshConfig
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import layers_apart
+from gptjax.model.gpt import unstack_layers
 from gptjax.ops.device import AXES
 from gptjax.optim import make_optimizer
 from gptjax.parallel.mesh import make_mesh, sizes
@@ -108,7 +108,7 @@ def test_rules_cover_params_adapters_and_optimizers(arch):
         lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, dora=True)),
         gptjax.quantize(params, "nf4"),
         gptjax.quantize(params, "int8"),
-        layers_apart(params, cfg),
+        unstack_layers(params, cfg),
     ):
         parallel.shardings(more, mesh)
     pair = tree.flatten(parallel.shardings(lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2)), mesh))
