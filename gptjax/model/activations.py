@@ -61,7 +61,7 @@ class Patch:
 
 
 def replace(value: Any, mask: Any = None) -> Patch:
-    """Replaces the activation by `value`; with a mask (bool, broadcast to the activation) only where the mask is true."""
+    """Replaces the activation by `value`; with a bool mask, broadcast to the activation, only where it is true."""
     return Patch(_value, (value,)) if mask is None else Patch(_where, (value, mask))
 
 

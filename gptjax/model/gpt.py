@@ -108,7 +108,7 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
 
 @with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Hidden [.., D] -> logits [.., V] float32, softcapped by cfg.logit_softcap; the sums are never rounded to bfloat16."""
+    """Hidden [.., D] -> logits [.., V] float32 with cfg.logit_softcap; the sums are never rounded to bfloat16."""
     if cfg.dtype != "float32":
         hidden = hidden.astype(jnp.float32)  # `matmul` returns its input's dtype; it multiplies in cfg.dtype
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
