@@ -132,7 +132,7 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """The additive mask for queries `first` to `end` and the first `n_key` keys: 0 where a query may attend, else -1e30.
+    """Additive mask of queries `first` to `end` over `n_key` keys: 0 where a query may attend, -1e30 elsewhere.
 
     [1 or B, 1, 1, T, S]; with ALiBi [.., K, G, T, S], its biases included. `beyond`: larger than any distance (disables
     the window).

@@ -55,8 +55,8 @@ def dense(w: Any) -> jax.Array:
 
 @singledispatch
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x): for a product that is computed in chunks,
-    such as that of the head in the loss."""
+    """Plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x), for a product that is computed in
+    chunks, such as that of the head in the loss."""
     return x, dense(w)
 
 

@@ -13,7 +13,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
-    """Positions [..] int32 -> [.., D] float32: sines at even channels, cosines at odd. Source: arXiv:1706.03762, 3.5."""
+    """Positions [..] int32 -> [.., D] float32: sines in even channels, cosines in odd. arXiv:1706.03762, 3.5."""
     frequency = 10_000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :d_model]
@@ -83,7 +83,7 @@ def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def alibi_slopes(n_head: int) -> jax.Array:
-    """ALiBi's slopes [N] float32, the penalty per token of distance for each head. Source: arXiv:2108.12409 and its code."""
+    """ALiBi's slopes [N] float32, the penalty per token of distance for each head. Source: arXiv:2108.12409."""
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]

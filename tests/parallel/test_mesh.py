@@ -171,8 +171,8 @@ class Device:
     [
         (MeshConfig(data=3), 8, 0, "their product must be 8"),
         (MeshConfig(tensor=3), 8, 0, "a multiple of 3 devices, and there are 8"),
-        (MeshConfig(data=8), 8, 12, r"\(12 rows\) must be divisible by mesh.data x mesh.fsdp \(8\): take 16 rows"),
-        (MeshConfig(fsdp=8), 8, 12, "take 16 rows"),
+        (MeshConfig(data=8), 8, 12, r"\(12 rows\) must be divisible by mesh.data x mesh.fsdp \(8\): use 16 rows"),
+        (MeshConfig(fsdp=8), 8, 12, "use 16 rows"),
     ],
 )
 def test_sizes_that_cannot_be(mesh, n, rows, words):
