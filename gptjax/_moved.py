@@ -79,6 +79,11 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
         f"gptjax.research.influence.{name}": f"gptjax.research.privacy.{name}"
         for name in ("both", "drawn", "epsilon", "noise_for", "private")
     },
+    "gptjax.model.activations.in_blocks": "gptjax.model.activations.block_taps",
+    "gptjax.model.activations.of_all_layers": "gptjax.model.activations.stacked_patches",
+    "gptjax.model.activations.of_one_layer": "gptjax.model.activations.layer_patches",
+    "gptjax.model.gpt.layers_apart": "gptjax.model.gpt.unstack_layers",
+    "gptjax.model.gpt.layers_stacked": "gptjax.model.gpt.stack_layers",
     **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
         for name in ("causal_mask", "simple_attention", "multi_head_attention")

@@ -1,10 +1,10 @@
-"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each made for a model config.
+"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each built for a model config.
 
     loss = gptjax.losses.next_token(cfg)
-    (mean, metrics) = loss(params, batch, None)         a key in the place of None: with dropout
-    mean.value()                                        nats a token
+    (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout
+    mean.value()                                        nats per token
 
-A mean is kept as a sum and its weight, so that parts of a batch add up exactly.
+A mean is kept as a sum and its weight, so that microbatches (gradient accumulation) add up exactly.
 """
 
 from gptjax.losses.classify import class_logits, classify

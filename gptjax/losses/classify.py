@@ -1,4 +1,4 @@
-"""Classification: one vector of a text, a linear head on it, cross-entropy over classes."""
+"""Classification: pool the hidden states of a text, apply a linear head, cross-entropy over classes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ Pooling = Literal["last", "first", "mean"]
 
 
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
-    """`cfg.n_classes` classes; a batch has rows of one or several texts, each a segment: tokens and segment_ids [B, T]
-    int32, text k being segment k + 1; labels [B, K] int32, and weights [B, K] float32, 0 where there is no text k.
+    """The classification loss over `cfg.n_classes` classes.
 
-    The loss is in nats, summed over texts; its metrics hold `accuracy`.
+    A batch holds rows of up to K packed texts: tokens and segment_ids [B, T] int32, text k being segment k + 1; labels
+    [B, K] int32; weights [B, K] float32, 0 where a row has no text k. The loss is in nats, summed over texts; its
+    metrics hold `accuracy`.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
         key, n = None if off(cfg.dropout) else key, batch.labels.shape[1]
         logits = class_logits(params, batch.tokens, batch.segment_ids, cfg, pooling, n=n, dropout_key=key)
-        right = (logits.argmax(-1) == batch.labels).astype(jnp.float32) * batch.weights
-        return cross_entropy(logits, batch.labels, batch.weights), {"accuracy": Mean(right.sum(), batch.weights.sum())}
+        correct = (logits.argmax(-1) == batch.labels).astype(jnp.float32) * batch.weights
+        return cross_entropy(logits, batch.labels, batch.weights), {
+            "accuracy": Mean(correct.sum(), batch.weights.sum())
+        }
 
     return loss
 
@@ -49,21 +52,24 @@ def class_logits(
     n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, n, n_classes] float32 of the texts that are segments 1 to n, from `params["cls_head"]`. None sees another, or
-    padding, which is segment 0.
+    """Logits [B, n, n_classes] float32 of the texts in segments 1 to n, from `params["cls_head"]`.
+
+    Texts do not attend to each other, nor to padding, which is segment 0.
 
     Args:
-        pooling: the hidden state of a text's last token, of its first, or the mean over it.
+        pooling: use the hidden state of a text's last token, of its first, or the mean over all.
     """
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
-    belongs = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
+    mask = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
     if pooling == "mean":
-        count = jnp.maximum(belongs.sum(-1, keepdims=True), 1)
-        share = belongs.astype(jnp.float32) / count.astype(jnp.float32)
-        pooled = jnp.einsum("bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest")  # a mean
+        count = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        share = mask.astype(jnp.float32) / count.astype(jnp.float32)
+        pooled = jnp.einsum(
+            "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
+        )  # a mean, in full float32
     else:
-        last = tokens.shape[1] - 1 - belongs[..., ::-1].argmax(-1)
-        place = last if pooling == "last" else belongs.argmax(-1)
-        pooled = jnp.take_along_axis(hidden, place[..., None], 1)
+        last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
+        index = last if pooling == "last" else mask.argmax(-1)
+        pooled = jnp.take_along_axis(hidden, index[..., None], 1)
     head = params["cls_head"]
     return linear(pooled.astype(jnp.float32), head["kernel"], head.get("bias"))

@@ -22,13 +22,13 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
     """The loss of next-token prediction; batches are `gptjax.types.Batch`.
 
     Args:
-        chunk: tokens whose logits are alive at once; None: as many as 256 MiB hold. Few cost time only where the head
-            is trained, whose gradient every chunk adds to.
+        chunk: number of tokens whose logits are in memory at once; None: as in `linear_cross_entropy`. A small chunk
+            is slower only if the head is trained, since every chunk adds to its gradient.
     """
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Cross-entropy in nats, summed over targets with their weights. `key` None: no dropout."""
+        """Cross-entropy in nats, the weighted sum over targets. `key` None: no dropout."""
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
             dropout_key=None if off(cfg.dropout) else key,
@@ -46,7 +46,7 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 def token_log_probs(
     params: Params, batch: Batch | PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> jax.Array:
-    """log p of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
+    """Log-probability of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
     hidden, head = head_factors(params, hidden, cfg)
     return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)

@@ -1,4 +1,4 @@
-"""Preferences: of two answers to a question the chosen one shall become the likelier. Five losses, the same tree."""
+"""Preference optimisation on chosen and rejected answers: DPO, IPO, ORPO, KTO and SimPO."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
 
 Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
-BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual ones
+BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual defaults
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 
 
 class Answers(NamedTuple):
-    """What a loss is given, each [B, P, 2] float32 for chosen and rejected but for `present` [B, P]: 1 where a pair is.
+    """The inputs of a preference loss, [B, P, 2] float32 for (chosen, rejected).
 
-    now, before    log-probabilities, summed over an answer's tokens with its end; `before` training
-    length         their number
+    now        log-probabilities under the policy, summed over an answer's tokens and its end token
+    before     the same under the reference model, before training
+    length     number of those tokens
+    present    [B, P], 1 where there is a pair, 0 for padding
     """
 
     now: jax.Array
@@ -34,49 +36,49 @@ class Answers(NamedTuple):
     present: jax.Array
 
 
-Two = tuple[jax.Array, jax.Array]  # of a loss: the loss [B, P], and rewards [B, P, 2]
+LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P], rewards [B, P, 2]
 
 
-def dpo(x: Answers, beta: float, margin: float) -> Two:
-    """-log sigmoid of the difference in reward, beta log(p / p_before). Source: arXiv:2305.18290, eq. 7."""
+def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
+    """-log sigmoid(r_chosen - r_rejected), reward r = beta log(p / p_reference). Source: arXiv:2305.18290, eq. 7."""
     reward = beta * (x.now - x.before)
     return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1]), reward
 
 
-def ipo(x: Answers, beta: float, margin: float) -> Two:
-    """The difference of log-ratios shall be 1 / (2 beta). Source: arXiv:2310.12036, eq. 17; a token, as TRL has it."""
+def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
+    """(difference of log-ratios - 1 / (2 beta))^2. Source: arXiv:2310.12036, eq. 17; per token, as in TRL."""
     ratio = (x.now - x.before) / x.length
     return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta)), beta * ratio
 
 
-def orpo(x: Answers, beta: float, margin: float) -> Two:
-    """Loss of the chosen answer a token, less beta log sigmoid of the log odds ratio. Source: arXiv:2403.07691."""
+def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
+    """Loss per token of the chosen answer - beta log sigmoid(log odds ratio). Source: arXiv:2403.07691."""
     mean = jnp.minimum(x.now / x.length, -1e-6)
     odds = mean - jnp.log(-jnp.expm1(mean))
     return -mean[..., 0] - beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1]), beta * mean
 
 
-def kto(x: Answers, beta: float, margin: float) -> Two:
-    """Chosen and rejected by themselves, each against how far the policy has moved. Source: arXiv:2402.01306, eq. 8.
+def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
+    """Unpaired loss of chosen and rejected against a KL reference point. Source: arXiv:2402.01306, eq. 8.
 
-    That distance is taken as the mean log-ratio of the other kind in the batch, at least 0 (as TRL's kto_pair), not of
-    mismatched questions and answers: the one loss here that depends on which pairs make up a batch.
+    The KL term is estimated by the mean log-ratio of the other kind of answer in the batch, at least 0 (as in TRL's
+    kto_pair), not from mismatched questions and answers. Hence this loss depends on which pairs are in a batch.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
-    moved = jax.lax.stop_gradient(jnp.maximum(mean, 0))
-    chosen = 1 - jax.nn.sigmoid(beta * (ratio[..., 0] - moved[1]))
-    rejected = 1 - jax.nn.sigmoid(beta * (moved[0] - ratio[..., 1]))
+    kl = jax.lax.stop_gradient(jnp.maximum(mean, 0))
+    chosen = 1 - jax.nn.sigmoid(beta * (ratio[..., 0] - kl[1]))
+    rejected = 1 - jax.nn.sigmoid(beta * (kl[0] - ratio[..., 1]))
     return chosen + rejected, beta * ratio
 
 
-def simpo(x: Answers, beta: float, margin: float) -> Two:
-    """-log sigmoid of the difference in log-probability per token beyond a margin. Source: arXiv:2405.14734, eq. 6."""
+def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
+    """-log sigmoid(r_chosen - r_rejected - margin), r = beta log p per token. Source: arXiv:2405.14734, eq. 6."""
     reward = beta * x.now / x.length
     return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1] - margin), reward
 
 
-LOSSES: dict[str, Callable[[Answers, float, float], Two]] = {
+LOSSES: dict[str, Callable[[Answers, float, float], LossAndRewards]] = {
     "dpo": dpo,
     "ipo": ipo,
     "orpo": orpo,
@@ -85,20 +87,22 @@ LOSSES: dict[str, Callable[[Answers, float, float], Two]] = {
 }
 
 
-def answer_log_probs(params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None) -> Two:
-    """(summed log-probabilities of the answers with their ends, number of tokens), each [B, P, 2] float32.
+def answer_log_probs(
+    params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probabilities of the answers with their end tokens, and numbers of tokens, each [B, P, 2] float32.
 
-    Of the params without their adapter these are the reference: no second model is needed.
+    With the params without their adapter these are the reference log-probabilities: no second model is needed.
 
     Args:
-        batch: tokens, targets, weights, segment_ids [B, T], segment 2 p + 1 the chosen and 2 p + 2 the rejected
+        batch: tokens, targets, weights, segment_ids [B, T]; segment 2 p + 1 is the chosen and 2 p + 2 the rejected
             answer of pair p; present [B, P].
     """
-    every = token_log_probs(params, batch, cfg, key)
+    log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
-    belongs = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
-    counts = jnp.where(belongs, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, every, precision="highest")  # a sum, not a product of the model
+    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
+    counts = jnp.where(mask, batch.weights[:, None], 0.0)
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # a sum, in full float32
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
@@ -108,7 +112,7 @@ def preference(
 ) -> Callable[..., tuple[Mean, Metrics]]:
     """One of `LOSSES`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
 
-    Its metrics: `margin`, reward of chosen less that of rejected, and `accuracy`, how often that is above 0.
+    Metrics: `margin`, the reward of chosen minus that of rejected, and `accuracy`, the fraction of margins above 0.
     """
     beta = BETA[kind] if beta is None else beta
 

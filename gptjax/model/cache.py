@@ -1,4 +1,4 @@
-"""The key-value cache: what decoding remembers of the tokens it has read."""
+"""The KV cache: keys and values of the tokens that decoding has processed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from jax.typing import DTypeLike
 from gptjax.config import ModelConfig
 from gptjax.ops.device import activation_dtype
 
-_ROWS = 16  # up to here every row is written by itself, in place; beyond, all by one scatter
+_ROWS = 16  # up to this batch size rows are written one by one, in place; larger batches by one scatter
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of all layers. A token's slot is its position: slots from `length` on hold nothing yet.
+    """KV cache of all layers. A token's slot is its position; slots from `length` on are empty.
 
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
-    scales  None, or of int8: what the keys and the values are multiplied by, [L, B, K, S, 1] float32 each
-    length  [B] int32, how many tokens each row has read; setting it back forgets the last ones
-    x       [B, S, D] the embeddings that `smear` looks back at, in their dtype; None without cfg.smear
-    empty   whether nothing was ever read: known when tracing, so that a prompt need not look into the cache
+    scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
+    length  [B] int32, number of tokens in each row; reduce it to drop the last ones
+    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype; None without it
+    empty   static: True before the first `write`, so that prefill attends to its own keys and not to the cache
     """
 
     k: jax.Array
@@ -31,7 +31,7 @@ class Cache(struct.PyTreeNode):
     empty: bool = struct.field(pytree_node=False, default=False)
 
     def write(self, layer: int | jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-        """k, v [B, K, T, H] of `layer` into the slots from `length` on."""
+        """Write k, v [B, K, T, H] of `layer` into the slots from `length` on."""
         if self.scales is None:
             return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v))
         (k, k_scale), (v, v_scale) = (_to_int8(a) for a in (k, v))
@@ -49,18 +49,18 @@ class Cache(struct.PyTreeNode):
         return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
-        """Embeddings [B, T, D] into the slots from `length` on."""
+        """Write embeddings [B, T, D] into the slots from `length` on."""
         assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
     def before(self) -> jax.Array:
-        """[B, D] the embedding of each row's last token; zero where there is none."""
+        """The embedding [B, D] of each row's last token; zero if the row is empty."""
         assert self.x is not None  # cfg.smear
         last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
         return jnp.where(self.length[:, None] > 0, last, 0)
 
     def _put(self, old: jax.Array, layer: int | jax.Array, new: jax.Array) -> jax.Array:
-        """new [B, K, T, *] at [layer, row, :, length of the row:, :] of old."""
+        """`old` with `new` [B, K, T, *] written at [layer, row, :, length[row]:, :]."""
         new = new.astype(old.dtype)[None]
         if self.empty:
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, 0))
@@ -76,18 +76,18 @@ class Cache(struct.PyTreeNode):
 
 
 def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric, one scale for the channels of a head: [.., H] -> int8 [.., H], float32 [.., 1]."""
+    """Symmetric int8 quantisation, one scale per head and token: [.., H] -> int8 [.., H], float32 [.., 1]."""
     a = a.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
     return jnp.round(a / scale).astype(jnp.int8), scale
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: DTypeLike | None = None) -> Cache:
-    """An empty cache of `length` slots (the context length if not given) for `batch` rows.
+    """An empty KV cache of `length` slots (default: the context length) for `batch` rows.
 
     Args:
-        dtype: float32, bfloat16, or int8; None: the one that keys and values have, which is `cfg.dtype`, and on a CPU
-            float32. int8 is a quarter of float32's memory, each head's values rounded to 1/127 of their largest.
+        dtype: float32, bfloat16 or int8; None: the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
+            quarter of float32's memory and rounds each head's vector to 1/127 of its largest magnitude.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype
     shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)

@@ -1,4 +1,4 @@
-"""The decoder's modules. They declare parameters and wire; the mathematics is in `gptjax.ops`."""
+"""Flax Linen modules of the decoder. They declare parameters and connect; the mathematics is in `gptjax.ops`."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from gptjax.ops.linear import Gathered, linear, take
 from gptjax.ops.norm import layer_norm, rms_norm
 from gptjax.ops.scale import scaled
 
-BLOCK_INPUT = "block"  # the name of what flows into a block, for remat policies
-PRODUCT = "product"  # the name of what a product with a weight gives, in the activations' dtype
-_GPU_LAYERS = 12  # at most so many are unrolled
-TOKENS = (device.ROWS, device.CONTEXT, None)  # how [B, T, D] lies on a mesh
+BLOCK_INPUT = "block"  # checkpoint name of a block's input, for rematerialisation policies
+PRODUCT = "product"  # checkpoint name of every linear layer's output, in the activations' dtype
+_GPU_LAYERS = 12  # the most layers that are unrolled on a GPU
+TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B, T, D]
 
 
 class SharedInputs(NamedTuple):
-    """What every block reads besides its input; the same for all layers."""
+    """Inputs that every block reads besides the residual stream; the same for all layers."""
 
-    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] where layers with a window have their own
+    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] with cfg.rope_local_base: global, local
     segment_ids: jax.Array | None
     dropout_key: jax.Array | None
-    patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # of single layers, as `activations.of_one_layer` gives them
+    patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # patches of single layers, from `activations.layer_patches`
 
 
 class Residual(NamedTuple):
-    """What flows from block to block."""
+    """The scan's carry: the residual stream, and the state that passes from block to block."""
 
-    x: jax.Array  # [B, T, D]
-    x0: jax.Array | None  # [B, T, D] the embedding, where cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's values, where cfg.value_residual
+    x: jax.Array  # [B, T, D] the residual stream
+    x0: jax.Array | None  # [B, T, D] the embeddings, with cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's values, with cfg.value_residual
     cache: Cache | None
-    layer: jax.Array  # int32
+    layer: jax.Array  # int32, index of the next block
 
 
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
-    """An existing leaf of any type, or a new array. `Module.param` would refuse a leaf that is not an array."""
+    """The parameter `name`: the existing leaf, of any type, or a new array. `Module.param` refuses leaves that are not
+    arrays, such as adapters and quantised matrices."""
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, jnp.float32)
@@ -64,7 +65,7 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
 
 
 class Linear(nn.Module):
-    """x @ kernel [in, out] (+ bias). Under init=torch both are U(+-1/sqrt(in)), else N(0, std) and 0."""
+    """x @ kernel [in, out] (+ bias). init=torch: both U(+-1/sqrt(in)); otherwise kernel N(0, std), bias 0."""
 
     cfg: ModelConfig
     features: int
@@ -105,7 +106,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, stream: Residual, shared: SharedInputs, key: jax.Array | None, tap: Reader
     ) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """What is added to the stream, the first layer's values, and the cache."""
+        """Returns the output [B, T, D] to add to the residual stream, the first layer's values, and the KV cache."""
         cfg = self.cfg
         B, T, _ = x.shape
         H, K = cfg.head_dim, cfg.n_kv_head
@@ -116,7 +117,7 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        if device.platform() == "tpu":  # or the float32 sums, not yet rounded, are what is laid out by heads
+        if device.platform() == "tpu":  # without it XLA transposes the float32 sums to heads before it rounds them
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
@@ -143,23 +144,25 @@ class Attention(nn.Module):
             if not cache.empty:
                 k, v = cache.read(stream.layer, q.dtype)
                 offset = cache.length
-        drop = None if key is None else jax.random.split(key)
-        seen: dict[str, Any] = dict(
+        drop_keys = None if key is None else jax.random.split(key)
+        options: dict[str, Any] = dict(
             offset=offset, segment_ids=shared.segment_ids, window=window, scale=cfg.attention_scale,
             alibi=cfg.position == "alibi",
         )  # fmt: skip
-        left_out: dict[str, Any] = dict(dropout=cfg.dropout, dropout_key=None if drop is None else drop[0])
-        weights = tap(WEIGHTS, attention_weights(q, k, **seen)) if tap.wanted(WEIGHTS) else None
+        weights_dropout: dict[str, Any] = dict(
+            dropout=cfg.dropout, dropout_key=None if drop_keys is None else drop_keys[0]
+        )
+        weights = tap(WEIGHTS, attention_weights(q, k, **options)) if tap.wanted(WEIGHTS) else None
         if weights is not None and tap.patched(WEIGHTS):
-            y = weighted_values(weights, v, **left_out)
+            y = weighted_values(weights, v, **weights_dropout)
         else:
-            y = heads_attention(q, k, v, **seen, **left_out)
+            y = heads_attention(q, k, v, **options, **weights_dropout)
         y = tap("attn/heads", y)
         y = Linear(cfg, cfg.d_model, cfg.bias, _projection_std(cfg), name="o")(y.reshape(B, T, cfg.n_head * H))
-        return dropout(y, cfg.dropout, None if drop is None else drop[1]), v0, cache
+        return dropout(y, cfg.dropout, None if drop_keys is None else drop_keys[1]), v0, cache
 
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Over the last axis of both: a head's channels, or all heads'."""
+        """RMS norm of queries and keys over the last axis: the channels of one head, or of all heads."""
         cfg = self.cfg
         if not cfg.qk_norm:
             return q, k
@@ -171,7 +174,8 @@ class Attention(nn.Module):
 
 
 def _projection_std(cfg: ModelConfig) -> float:
-    """Output projections start smaller, so that the sum over 2L of them keeps its size; or at zero."""
+    """The initial standard deviation of output projections: 0.02 / sqrt(2L), so that the sum of 2L of them keeps its
+    variance; or 0."""
     return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
 
 
@@ -200,13 +204,20 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # sites
+    taps: tuple[str, ...] = ()  # sites to return, see `activations.SITES`
 
     @nn.compact
     def __call__(
         self, stream: Residual, shared: SharedInputs, patches: Mapping[str, tuple[Patch, ...]]
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """`patches` {site: patches} of this layer. The second result holds the activations of `taps`."""
+        """One transformer block.
+
+        Args:
+            patches: {site: patches} of this layer.
+
+        Returns:
+            the stream after the block, and the activations of `taps`, {site: array}.
+        """
         tap = Reader(self.taps, patches, shared.patches, stream.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(stream.x, *TOKENS), BLOCK_INPUT)
         if cfg.residual_lambdas:
@@ -235,7 +246,7 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    # by name: jax's own policies for products would save their float32 sums
+    # by name: jax.checkpoint_policies.dots_saveable would save the float32 sums of the products
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -246,13 +257,14 @@ _REMAT = {
 
 
 class GPT(nn.Module):
-    """Tokens to the last hidden state, the cache, and the activations of `taps` {path: array}.
+    """Tokens [B, T] to the last hidden state [B, T, D], the KV cache, and the activations of `taps`, {path: array}.
 
-    Blocks are stacked [L, ..] and run by one `nn.scan`.
+    The blocks' parameters are stacked [L, ..] and run by one `nn.scan`; separate ones (`gpt.unstack_layers`) run in a
+    Python loop.
     """
 
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # paths, as `activations.paths` gives them
+    taps: tuple[str, ...] = ()  # paths, from `activations.paths`
 
     @nn.compact
     def __call__(
@@ -274,7 +286,7 @@ class GPT(nn.Module):
             x = x * cfg.embed_gain
         if cfg.position == "learned":
             wpe = Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
-            # in float32, or the table's gradient, a sum over rows, would be summed in bfloat16
+            # added in float32, so that the table's gradient, a sum over the batch, is accumulated in float32
             x = (x.astype(jnp.float32) + wpe.astype(jnp.float32)).astype(x.dtype)
         elif cfg.position == "sinusoidal":
             x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
@@ -298,7 +310,7 @@ class GPT(nn.Module):
             cache=cache,
             layer=jnp.int32(0),
         )
-        run = self._apart if self.has_variable("params", "blocks_0") else self._stacked
+        run = self._run_unstacked if self.has_variable("params", "blocks_0") else self._run_stacked
         stream, seen = run(stream, SharedInputs(rope, segment_ids, keys[1], {}), patches)
         hidden = tap("ln_f/out", Norm(cfg, name="ln_f")(device.constrain(stream.x, *TOKENS)))
         if not cfg.tie_embeddings and self.is_initializing():
@@ -308,25 +320,28 @@ class GPT(nn.Module):
             Linear(cfg, cfg.n_classes, cfg.cls_bias, name="cls_head")(hidden)  # read by losses.classify
         return hidden, stream.cache, {path: (seen | tap.seen)[path] for path in self.taps}
 
-    def _apart(self, stream: Residual, shared: SharedInputs, patches: Placed) -> tuple[Residual, dict[str, jax.Array]]:
-        """Every layer from parameters of its own, as `gpt.for_decoding` lays them."""
-        every, single = activations.of_all_layers(patches), activations.of_one_layer(patches)
-        layers = []
-        for i in range(self.cfg.n_layer):
-            own = jax.tree.map(lambda a: a[i], every)  # noqa: B023
-            for site, of in single.items():
-                own[site] = own.get(site, ()) + of.get(i, ())
-            block = Block(self.cfg, activations.sites(self.taps, i), name=f"blocks_{i}")
-            stream, seen = block(stream._replace(layer=jnp.int32(i)), shared, own)
-            layers.append(seen)
-        found = {}
-        for path, (layer, site) in activations.in_blocks(self.taps):
-            found[path] = jnp.stack([seen[site] for seen in layers]) if layer == "*" else layers[int(layer)][site]
-        return stream, found
-
-    def _stacked(
+    def _run_unstacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
+        """A Python loop over `blocks_0`, `blocks_1`, .., as from `gpt.unstack_layers` and `gpt.for_decoding`."""
+        stacked, single = activations.stacked_patches(patches), activations.layer_patches(patches)
+        layers = []
+        for i in range(self.cfg.n_layer):
+            block_patches = jax.tree.map(lambda a: a[i], stacked)  # noqa: B023
+            for site, by_layer in single.items():
+                block_patches[site] = block_patches.get(site, ()) + by_layer.get(i, ())
+            block = Block(self.cfg, activations.sites(self.taps, i), name=f"blocks_{i}")
+            stream, seen = block(stream._replace(layer=jnp.int32(i)), shared, block_patches)
+            layers.append(seen)
+        tapped = {}
+        for path, (layer, site) in activations.block_taps(self.taps):
+            tapped[path] = jnp.stack([seen[site] for seen in layers]) if layer == "*" else layers[int(layer)][site]
+        return stream, tapped
+
+    def _run_stacked(
+        self, stream: Residual, shared: SharedInputs, patches: Placed
+    ) -> tuple[Residual, dict[str, jax.Array]]:
+        """One `nn.scan` over the stacked parameters `blocks`."""
         cfg = self.cfg
         unroll = layers_per_iteration(cfg)
         block = Block
@@ -336,17 +351,17 @@ class GPT(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
             length=cfg.n_layer, unroll=unroll,
         )  # fmt: skip
-        shared = shared._replace(patches=activations.of_one_layer(patches))
+        shared = shared._replace(patches=activations.layer_patches(patches))
         run = blocks(cfg, activations.sites(self.taps), name="blocks")
-        stream, seen = run(stream, shared, activations.of_all_layers(patches))
-        found = {}
-        for path, (layer, site) in activations.in_blocks(self.taps):
-            found[path] = seen[site] if layer == "*" else seen[site][int(layer)]
-        return stream, found
+        stream, seen = run(stream, shared, activations.stacked_patches(patches))
+        tapped = {}
+        for path, (layer, site) in activations.block_taps(self.taps):
+            tapped[path] = seen[site] if layer == "*" else seen[site][int(layer)]
+        return stream, tapped
 
 
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [.., H/2]; [2, .., H/2] where layers with a window have a base of their own."""
+    """Cosines and sines [.., H/2]; with cfg.rope_local_base [2, .., H/2]: full attention, sliding window."""
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
         cfg.rope_original_context,
@@ -361,12 +376,12 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 
 
 def layers_per_iteration(cfg: ModelConfig) -> int:
-    """How many blocks one iteration of the scan over the layers runs, a divisor of their number.
+    """The `unroll` of the scan over layers: how many blocks one iteration runs, a divisor of cfg.n_layer.
 
-    On a CPU the unrolled blocks of a small model are a tenth faster or more; from GPT-2's size on they are as fast as
-    the loop, take longer to compile, and copy every weight out of its stack. On a GPU up to 12 are unrolled: GPT-2
-    124M's step took 36.3 ms with all of its 12, 42.5 ms with one per iteration, and 9 s more to compile (H200,
-    bfloat16, 16 x 1,024 tokens). On a TPU none are.
+    CPU: unrolling makes small models at least a tenth faster. From GPT-2's size on it gains nothing, takes longer to
+    compile, and copies every weight out of its stack. GPU: up to 12 blocks are unrolled. A training step of GPT-2 124M
+    took 36.3 ms with all 12 unrolled and 42.5 ms with one per iteration; compiling took 9 s longer (H200, bfloat16,
+    16 x 1,024 tokens). TPU: none are unrolled.
     """
     if cfg.unroll is not None:
         return cfg.n_layer if cfg.unroll else 1
@@ -377,7 +392,7 @@ def layers_per_iteration(cfg: ModelConfig) -> int:
 
 
 class Embed(nn.Module):
-    """Rows of a table: token ids or positions [..] -> [.., D]."""
+    """Embedding lookup: token ids or positions [..] -> [.., D]."""
 
     cfg: ModelConfig
     rows: int | None = None  # None: the vocabulary

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with a causal mask, grouped heads, documents and linear biases."""
+"""Causal scaled dot-product attention with grouped queries, document masks, sliding windows and ALiBi."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from gptjax.ops.dropout import off
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
-_MASKED = -1e30  # not -inf: a row with nothing to see gives a mean, never a NaN
-_BLOCK = 64  # the smallest query block worth its own product
+_MASKED = -1e30  # not -inf: softmax over a fully masked row gives a mean of the values, not NaN
+_BLOCK = 64  # the smallest number of queries that is worth a matrix multiplication of its own
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """softmax(scale q k^T + mask) v, each query over the keys up to its own place.
+    """Causal attention, softmax(scale q k^T + mask) v: each query attends to the keys up to its own position.
 
     Args:
         q: [B, T, N, H].
-        k, v: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N // K) (arXiv:2305.13245).
+        k, v: [B, S, K, H]; N is a multiple of K, and query head n attends to key head n // (N // K)
+            (grouped-query attention, arXiv:2305.13245).
         options: as in `heads_attention`.
 
     Returns:
@@ -46,18 +47,18 @@ def heads_attention(
     dropout: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` with k and v as a cache keeps them, [B, K, S, H].
+    """`attention` with k and v in the layout of the KV cache, [B, K, S, H].
 
-    On a TPU by the splash kernel, on a GPU by cuDNN's or our own, where they can do what is asked (`fused.kernel_for`),
-    else by XLA.
+    Uses the splash kernel on a TPU, and cuDNN's or our flash attention kernel on a GPU, if they support the arguments
+    (`fused.kernel_for`); plain XLA otherwise.
 
     Args:
-        offset: the place of the first query among the keys; [B] where the rows differ.
-        segment_ids: [B, T] with T == S; a token sees its own document only.
-        window: how many tokens a query sees, itself included; 0: all (arXiv:2004.05150, 3.1).
+        offset: position of the first query among the keys; [B] if rows differ.
+        segment_ids: [B, T] with T == S; a token attends within its own document only.
+        window: sliding window, number of tokens a query attends to, itself included; 0: all (arXiv:2004.05150, 3.1).
         scale: None: 1 / sqrt(H).
         alibi: add -slope * distance to the scores (arXiv:2108.12409).
-        dropout: share of attention weights set to zero, where `dropout_key` is given.
+        dropout: rate of dropout on the attention weights, applied if `dropout_key` is given.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     square = S == T and isinstance(offset, int) and offset == 0
@@ -71,17 +72,17 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # a block of queries reads its own prefix only: three quarters of the full square
+    for i in range(blocks):  # a block of queries multiplies only the keys up to its end: 3/4 of the full square
         first, end = i * T // blocks, (i + 1) * T // blocks
-        at, upto = slice(first, end), end if blocks > 1 else S
+        n_key = end if blocks > 1 else S
         bias = _bias(
-            first, end, upto, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window,
+            first, end, n_key, S + T, heads=(K, N // K), offset=offset, segment_ids=segment_ids, window=window,
             alibi=alibi,
         )  # fmt: skip
         keep = None
         if (key := dropout_keys[i]) is not None:
-            keep = jax.random.bernoulli(key, 1 - dropout, (B, K, N // K, end - first, upto))
-        outs.append(_attend(q[..., at, :], k[:, :, :upto], v[:, :, :upto], bias, keep, dropout))
+            keep = jax.random.bernoulli(key, 1 - dropout, (B, K, N // K, end - first, n_key))
+        outs.append(_attend(q[..., first:end, :], k[:, :, :n_key], v[:, :, :n_key], bias, keep, dropout))
     out = jnp.concatenate(outs, 3) if blocks > 1 else outs[0]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -96,8 +97,10 @@ def attention_weights(
     scale: float | None = None,
     alibi: bool = False,
 ) -> jax.Array:
-    """The probabilities that `heads_attention` weighs values with: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S]
-    float32, by the plain formula on every device; what is not seen has 0. Arguments as there."""
+    """The attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
+
+    Computed without kernels on every device; masked keys have weight 0. Arguments as in `heads_attention`.
+    """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     bias = _bias(
@@ -110,7 +113,7 @@ def attention_weights(
 def weighted_values(
     weights: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """Weights [B, N, T, S], values [B, K, S, H] -> [B, T, N, H] in v's dtype: the second half of attention."""
+    """Attention weights [B, N, T, S] times values [B, K, S, H] -> [B, T, N, H] in v's dtype."""
     B, N, T, S = weights.shape
     weights = dropped_out(weights, dropout, dropout_key).astype(v.dtype)
     out = _dot(_rows(weights.reshape(B, v.shape[1], -1, T, S)), v)
@@ -129,8 +132,11 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """[1 or B, 1, 1, T, S], or [.., K, G, T, S] under alibi, of queries `first` to `end` over the first `n_key` keys:
-    0 where a query may attend, -1e30 elsewhere. `beyond`: larger than any distance (disables the window)."""
+    """Additive mask of queries `first` to `end` over `n_key` keys: 0 where a query may attend, -1e30 elsewhere.
+
+    [1 or B, 1, 1, T, S]; with ALiBi [.., K, G, T, S], its biases included. `beyond`: larger than any distance (disables
+    the window).
+    """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
     if not isinstance(window, int) or window:
@@ -145,8 +151,10 @@ def _bias(
 
 @custom_vjp
 def _attend(q, k, v, bias, keep, dropout):
-    """q [B, K, G, T, H], k and v [B, K, S, H], bias and keep (bool or None) over [B, K, G, T, S], dropout []: the
-    last three without a gradient."""
+    """q [B, K, G, T, H]; k, v [B, K, S, H]; bias, keep (bool or None) broadcast to [B, K, G, T, S]; dropout [].
+
+    Differentiable in q, k and v only.
+    """
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 
 
@@ -158,9 +166,10 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 
 
 def _attend_backward(residual, g):
-    """Only the weights are kept, and in every product the large operand stands as it lies: nothing large is transposed.
+    """Saves only the attention weights, and never transposes a [T, S] array.
 
-    d_scores = p (d_p - sum_s p d_p). The sum is g . out as well (arXiv:2205.14135, appendix B), which would keep out.
+    d_scores = p (d_p - sum_s p d_p). The sum also equals g . out (arXiv:2205.14135, appendix B), but that would save
+    `out` as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
@@ -177,12 +186,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[B, K, m, n] times [B, K, n, p], summed in float32."""
+    """Batched matrix multiplication [B, K, m, n] x [B, K, n, p] with float32 sums."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[B, K, G, T, *] -> [B, K, G * T, *]: the query heads of one key head, one below the other."""
+    """[B, K, G, T, *] -> [B, K, G * T, *]: merge the query heads that share a key head into one matrix."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -195,5 +204,5 @@ def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> j
 
 
 def __getattr__(name: str) -> Any:
-    """The old home of the functions that notebooks build attention from."""
+    """The old path of functions that are now in `gptjax.from_scratch`."""
     return moved_name(__name__, name)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 
-def off(number: Any) -> bool:
-    """Whether a setting is 0, and what it is for left out. One that is traced has no value yet: it counts as on."""
-    return isinstance(number, int | float) and number == 0
+def off(rate: Any) -> bool:
+    """Whether a rate is the number 0, so that dropout can be left out. A traced rate counts as on."""
+    return isinstance(rate, int | float) and rate == 0
 
 
 def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
-    """Each number is zeroed with probability `rate`, the rest grow by 1 / (1 - rate); no key, no change."""
+    """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate). Without a key returns x."""
     if key is None or off(rate):
         return x
     kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # 1 - rate is not rounded to bfloat16

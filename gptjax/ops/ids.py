@@ -1,4 +1,4 @@
-"""Token ids that are out of range: noticed where their values are known."""
+"""Range checks of token ids, where their values are known (not under `jit`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from gptjax.errors import UserError
 
 
 def is_local(array: Any) -> bool:
-    """Whether this process can look at all values."""
+    """Whether this process can read all values of the array."""
     return getattr(array, "is_fully_addressable", True)
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None:
-    """Raises UserError for ids [..] outside 0 to vocab_size - 1, of those whose weight is not 0. Under `jit` their
-    values are not known, and an id outside counts as the nearest one."""
+    """Check that ids [..] are within 0 to vocab_size - 1; ids with weight 0 are ignored.
+
+    Does nothing under `jit`, where values are not known and ids out of range are clipped.
+
+    Raises:
+        UserError: an id is out of range.
+    """
     if any(isinstance(a, jax.core.Tracer) or not is_local(a) for a in (ids, weights)) or not vocab_size:
         return
     ids = np.asarray(ids)

@@ -1,4 +1,4 @@
-"""One product with a weight, whatever the weight is, and the affine map around it."""
+"""Matrix multiplication with any type of weight (array, adapter, quantised matrix), and linear layers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from flax import struct
 
 from gptjax.ops.device import TENSOR, ProductAxes, constrain, platform
 
-_FEW_ROWS = 64
-_COLUMNS = 128
+_FEW_ROWS = 64  # the most rows for which a CPU multiplies w @ x.T faster
+_COLUMNS = 128  # GPU: columns are padded to a multiple of this
 
 
 @singledispatch
 def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """x [.., in] times w [in, out] -> [.., out] in x's dtype, the product in `dtype`, summed in float32.
+    """x [.., in] times w [in, out] -> [.., out] in x's dtype; operands are cast to `dtype`, sums are float32.
 
-    Dispatches on the type of `w`, so a leaf that is not a plain array (an adapter, a quantised matrix) brings its
-    own product and no layer hears of it.
+    Dispatches on the type of `w`: a leaf that is not a plain array (an adapter, a quantised matrix) registers its own
+    implementation, and layers need not know about it.
     """
-    rows = x.reshape(-1, x.shape[-1])  # as matrices: XLA's CPU backend multiplies them faster than [B, T, ..]
+    rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend multiplies matrices faster than [B, T, ..]
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """x [.., in] times w.T, w [out, in] -> [.., out]: a tied head with its embedding table. Otherwise as `matmul`."""
+    """x [.., in] times w.T, w [out, in] -> [.., out], as for a tied head. Otherwise like `matmul`."""
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # few rows: XLA's CPU backend is twice as fast with the large operand on the left
@@ -42,49 +42,52 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
-    """Rows of a table w [V, D] by ids [..] -> [.., D]; an id out of range counts as the nearest."""
-    # whole rows: to look up what is cut by columns, XLA would gather the result and cut it anew
+    """Embedding lookup: rows of w [V, D] by ids [..] -> [.., D]; ids out of range are clipped."""
+    # replicate the columns: with columns sharded XLA would all-gather the result and reshard it
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
 @singledispatch
 def dense(w: Any) -> jax.Array:
-    """The plain array that a leaf stands for."""
+    """The leaf as a plain array."""
     return w
 
 
 @singledispatch
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x', w') [.., in'] and [in', out], plain arrays whose product is that of `x` and the leaf: for a product that is
-    taken in pieces, such as the head's in the loss."""
+    """Plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x), for a product that is computed in
+    chunks, such as that of the head in the loss."""
     return x, dense(w)
 
 
 @singledispatch
 def transposed(w: Any) -> Any:
-    """The leaf of a kernel [in, out] stored as [out, in], each column contiguous; or the leaf as it is."""
+    """The kernel [in, out] stored as [out, in], each column contiguous; leaves without that layout are unchanged."""
     return Transposed(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
 @singledispatch
 def side_by_side(w: Any, *others: Any) -> Any:
-    """Matrices [.., in, out] with the same `in` as one leaf [.., in, sum of out], whose product is theirs one beside
-    the other; None where there is no such leaf."""
-    plain = all(isinstance(leaf, jax.Array) and leaf.dtype == w.dtype for leaf in (w, *others))
-    return jnp.concatenate([w, *others], -1) if plain else None
+    """Matrices [.., in, out] with the same `in`, concatenated along `out` as one leaf; None if the types differ."""
+    same_dtype = all(isinstance(leaf, jax.Array) and leaf.dtype == w.dtype for leaf in (w, *others))
+    return jnp.concatenate([w, *others], -1) if same_dtype else None
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """w [in, out], on a GPU padded with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
-    GPT-2 124M's training step on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304."""
-    odd = -w.shape[-1] % _COLUMNS
-    return jnp.pad(w, ((0, 0), (0, odd))) if odd and platform() == "gpu" else w
+    """On a GPU, w [in, out] padded with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
+
+    A training step of GPT-2 124M on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
+    """
+    padding = -w.shape[-1] % _COLUMNS
+    return jnp.pad(w, ((0, 0), (0, padding))) if padding and platform() == "gpu" else w
 
 
 @struct.dataclass
 class Transposed:
-    """A kernel [in, out] kept as [out, in]: how a CPU reads it fastest for a few rows, and a GPU for one, where sums
-    over what lies together take one pass and others are written out in float32 first."""
+    """A kernel [in, out] stored as [out, in], the fastest layout for few rows on a CPU and for one row on a GPU.
+
+    There a sum over contiguous elements takes one pass; other sums first write their terms in float32.
+    """
 
     w: Any
 
@@ -100,8 +103,11 @@ def _(leaf: Transposed) -> jax.Array:
 
 
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x times w in bfloat16, summed in float32. jax 0.7's XLA refuses some such products on CPUs that have the units
-    for them (DotThunk: BF16 x BF16 = F32): there the rounded numbers are multiplied in float32."""
+    """x times w with bfloat16 operands and float32 sums.
+
+    XLA in jax 0.7 refuses some such products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32): there
+    the rounded values are multiplied in float32.
+    """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
         return x @ w
@@ -110,10 +116,13 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Gathered:
-    """A kernel [in, out] that a mesh keeps in pieces, and that is put together in the product's dtype for the product.
+    """A sharded kernel [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
 
-    Left alone XLA multiplies piece by piece as they come from the other chips, and reads and writes the float32 sums
-    [B T, out] once a piece: GPT-2 1558M on eight chips is bound by that traffic.
+    By default XLA multiplies shard by shard as they arrive from the other chips, and reads and writes the float32 sums
+    [B T, out] once per shard: GPT-2 1558M on eight chips is bound by that memory traffic.
+
+    Attributes:
+        axes: the mesh axes of `w` during the product.
     """
 
     w: jax.Array
@@ -123,12 +132,12 @@ class Gathered:
 @matmul.register
 def _(leaf: Gathered, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if dtype == "float32":
-        return matmul(_laid(leaf.w, leaf.axes), x, dtype)
+        return matmul(_with_axes(leaf.w, leaf.axes), x, dtype)
     rows = x.reshape(-1, x.shape[-1])
     return _matmul_bfloat16(rows, leaf.w, leaf.axes).astype(x.dtype).reshape(*x.shape[:-1], leaf.w.shape[1])
 
 
-def _laid(w: jax.Array, axes: ProductAxes) -> jax.Array:
+def _with_axes(w: jax.Array, axes: ProductAxes) -> jax.Array:
     return w if axes is None else constrain(w, *axes)
 
 
@@ -137,16 +146,16 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str 
     y = matmul(kernel, x, dtype)
     if bias is None:
         return y
-    # in float32, or the gradient of the bias, a sum over all tokens, would be summed in bfloat16
+    # added in float32, so that the bias's gradient, a sum over all tokens, is accumulated in float32
     return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> jax.Array:
-    """bfloat16 operands, float32 sums: mixed precision with float32 master weights (arXiv:1710.03740).
+    """Mixed precision: bfloat16 operands, float32 sums, float32 master weights (arXiv:1710.03740).
 
-    The backward pass is written out so that all three products take bfloat16 operands; autodiff would multiply the
-    float32 cotangent with them instead.
+    The custom backward pass gives all three products bfloat16 operands; autodiff would multiply by the float32
+    cotangent.
     """
     return _forward(x, w, axes)[0]
 
@@ -154,19 +163,19 @@ def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> ja
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     # Save w in its own dtype: a bfloat16 copy per scanned layer would stay alive (and be all-gathered under FSDP). Not
-    # on a CPU, where XLA would fold the transpose of a tied head into the backward product and refuse it
-    kept = low_w if platform() == "cpu" else w
+    # on a CPU: XLA would fold the transpose of a tied head into the backward product, which it does not support
+    saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(low, _laid(low_w, axes), dims, preferred_element_type=jnp.float32)
-    return y, (low, kept, x[:0], w[:0])
+    y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
+    return y, (low, saved_w, x[:0], w[:0])
 
 
 def _backward(axes, residual, g):
     x, w, like_x, like_w = residual
-    g, low = g.astype(jnp.bfloat16), _laid(w.astype(jnp.bfloat16), axes)
+    g, low = g.astype(jnp.bfloat16), _with_axes(w.astype(jnp.bfloat16), axes)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = _laid(weight_gradient(x, g).astype(like_w.dtype), axes)
-    if platform() == "cpu":  # a tied head's gradient is transposed, and XLA refuses that inside the product
+    dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
+    if platform() == "cpu":  # XLA does not support the transpose of a tied head's gradient inside the product
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -175,12 +184,12 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """x [.., in], g [.., out] -> sum over the leading axes of x^T g, [in, out] float32.
+    """The gradient of a kernel, x^T g summed over leading axes: x [.., in], g [.., out] -> [in, out] float32.
 
-    On a CPU the sum runs over two axes: XLA then multiplies bfloat16 about twice as fast as over one.
+    On a CPU the rows are split into chunks: XLA sums bfloat16 products over two axes about twice as fast as over one.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]
-    parts = next(c for c in (8, 4, 2, 1) if rows % c == 0) if platform() == "cpu" else 1
-    x, g = (a.reshape(parts, rows // parts, -1) for a in (x, g))
+    chunks = next(c for c in (8, 4, 2, 1) if rows % c == 0) if platform() == "cpu" else 1
+    x, g = (a.reshape(chunks, rows // chunks, -1) for a in (x, g))
     return jnp.einsum("cmk,cmn->kn", x, g, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Layer norm and root-mean-square norm over the last axis."""
+"""LayerNorm and RMSNorm over the last axis."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gptjax.ops.device import platform
 def layer_norm(
     x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-5
 ) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32, back in x's dtype.
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, computed in float32, returned in x's dtype.
 
-    The variance is the biased one (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
+    The variance is biased (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
     """
 
     def norm(x, scale, bias):
@@ -24,22 +24,22 @@ def layer_norm(
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
         return _affine(h, scale, bias).astype(x.dtype)
 
-    return _again(norm)(x, scale, bias)
+    return _rematerialized(norm)(x, scale, bias)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, back in x's dtype. Source: arXiv:1910.07467."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, cast to x's dtype. Source: arXiv:1910.07467."""
 
     def norm(x, scale):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
         return _affine(h, scale, None).astype(x.dtype)
 
-    return _again(norm)(x, scale)
+    return _rematerialized(norm)(x, scale)
 
 
-def _again(fn: Callable) -> Callable:
-    """`fn`, computed again in the backward pass from its input instead of keeping its float32 parts. Not on a CPU."""
+def _rematerialized(fn: Callable) -> Callable:
+    """`fn` rematerialised in the backward pass, which saves its input and no float32 intermediates. Not on a CPU."""
     return fn if platform() == "cpu" else jax.checkpoint(fn, prevent_cse=False)
 
 

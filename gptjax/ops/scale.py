@@ -1,4 +1,4 @@
-"""Products of activations with learned factors."""
+"""Multiplication of activations by learned factors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x [.., D] * factor, [] or [D] float32, in x's dtype; the gradient of the factor is summed in float32.
+    """x [.., D] * factor in x's dtype, factor [] or [D] float32; the factor's gradient is accumulated in float32.
 
-    That gradient is a sum over all tokens. In bfloat16 a sum stops growing at 256 times its terms.
+    That gradient is a sum over all tokens. A bfloat16 sum stops growing once it is 256 times its terms.
     """
     return x * factor.astype(x.dtype)
 

@@ -1,4 +1,7 @@
-"""One program over many devices: a mesh by name, rules over paths, and nothing in the model, the losses or the loop."""
+"""Data, tensor and context parallelism and FSDP: one program on a device mesh, sharded by rules over parameter paths.
+
+The model, the losses and the training loop hold no parallel code.
+"""
 
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.rules import RULES, batch_shardings, cache_shardings, shardings, spec_of

@@ -1,4 +1,4 @@
-"""Several processes that are one program: how they meet, what each reads, which one writes, and when one is gone."""
+"""Multi-host runs: start-up, shared settings, each process's rows of a batch, the writing process, lost peers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
 
-RESTART = 75  # exit code, EX_TEMPFAIL: a peer is gone; all processes started again go on from the last checkpoint
-BAD_INPUT, BUG = 2, 1  # exit codes, as `gptjax.__main__` has them
-OWN = ("distributed.", "data.cache_dir")  # settings that may differ between the processes of a run
-MEET = (
+RESTART = 75  # exit code (EX_TEMPFAIL) if a peer is lost: restart all processes to resume from the last checkpoint
+BAD_INPUT, BUG = 2, 1  # exit codes, as in `gptjax.__main__`
+PER_PROCESS = ("distributed.", "data.cache_dir")  # settings that may differ between the processes of a run
+HOW_TO_START = (
     "  start the same command on every host, with distributed.coordinator=HOST:PORT of the first, "
     "distributed.num_processes=N and distributed.process_id=0 to N-1; on a TPU pod or under Slurm "
     "distributed.coordinator=auto finds all three"
@@ -34,41 +34,41 @@ MEET = (
 
 
 class Agreed(UserError):
-    """Raised in all processes: they leave together."""
+    """A UserError raised in all processes, so that they exit together."""
 
 
 def start(cfg: DistributedConfig) -> None:
-    """Meet the other processes; does nothing without `distributed.coordinator`, or when it was done already.
+    """Connect to the other processes. Does nothing without `distributed.coordinator`, or if already connected.
 
     Raises:
-        UserError: they cannot be found, or do not come in `timeout_s`.
+        UserError: the processes cannot connect within `timeout_s`.
     """
     if cfg.coordinator is None or jax.distributed.is_initialized():
         return
-    told: dict[str, Any] = dict(
+    arguments: dict[str, Any] = dict(
         coordinator_address=cfg.coordinator, num_processes=cfg.num_processes, process_id=cfg.process_id
     )  # fmt: skip
     failed = f"distributed.coordinator={cfg.coordinator}: the processes do not meet"
     try:
         if cfg.coordinator != "auto" and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
-            meet(cfg.coordinator, told["num_processes"], told["process_id"], cfg.timeout_s)
-        _end_when_jax_aborts(f"error: {failed}\n{MEET}")
+            meet(cfg.coordinator, arguments["num_processes"], arguments["process_id"], cfg.timeout_s)
+        _end_when_jax_aborts(f"error: {failed}\n{HOW_TO_START}")
         jax.distributed.initialize(
-            **(told if cfg.coordinator != "auto" else {}),
+            **(arguments if cfg.coordinator != "auto" else {}),
             initialization_timeout=cfg.timeout_s,
             heartbeat_timeout_seconds=cfg.heartbeat_s,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{failed}: {str(error).splitlines()[0]}\n{MEET}") from error
+        raise UserError(f"{failed}: {str(error).splitlines()[0]}\n{HOW_TO_START}") from error
 
 
 def _end_when_jax_aborts(failed: str) -> None:
-    """JAX ends a process with SIGABRT when it cannot reach the others, and when one is silent for too long: end with
-    the exit code that says so, below the stack that JAX prints.
+    """Install a SIGABRT handler that exits with BAD_INPUT or RESTART.
 
-    The handler must be one of C: Python's wait for the main thread, and abort() does not. JAX's own callback for this
-    ends in std::bad_cast (jaxlib 0.10.2). A SIGABRT of a thread of Python's is a bug, and stays one. jaxlib 0.7
-    leaves by _exit(1) instead: there the exit code of a process whose peer was silent is 1, below JAX's own words.
+    JAX aborts a process that cannot reach the others, or whose peer misses its heartbeats; the handler's message
+    follows the stack trace that JAX prints. It must be a C handler: Python's handlers wait for the main thread, and
+    abort() does not. JAX's own callback for this ends in std::bad_cast (jaxlib 0.10.2). A SIGABRT from a Python thread
+    is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead: there a process whose peer is lost exits with 1.
     """
     global _handler
     if os.name == "nt":
@@ -82,8 +82,10 @@ def _end_when_jax_aborts(failed: str) -> None:
         if not jax.distributed.is_initialized() and threading.get_ident() == main:
             os.write(2, f"{failed}\n".encode())
             os._exit(BAD_INPUT)
-        if isinstance(threading.current_thread(), threading._DummyThread):  # not one that Python started
-            os.write(2, f"another process is gone, or was silent for distributed.heartbeat_s\n{AGAIN}\n".encode())
+        if isinstance(threading.current_thread(), threading._DummyThread):  # a thread that Python did not start
+            os.write(
+                2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
+            )
             os._exit(RESTART)
         libc.signal(number, None)  # SIG_DFL: abort() goes on
 
@@ -91,75 +93,76 @@ def _end_when_jax_aborts(failed: str) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # kept, since C has its address only
-AGAIN = f"  exit code {RESTART}: start all processes again; they go on from the last checkpoint"
+_handler: Any = None  # keeps the callback alive: C holds only its address
+HOW_TO_RESTART = f"  exit code {RESTART}: restart all processes; they resume from the last checkpoint"
 
 
 def gather_text(text: str) -> list[str]:
-    """Of every process, in their order."""
+    """The text of every process, in the order of process ids."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils
 
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(own))))
+    local = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(local))))
     padded = np.zeros(max(1, int(sizes.max())), np.uint8)
-    padded[: len(own)] = own
+    padded[: len(local)] = local
     rows = multihost_utils.process_allgather(padded)
     return [np.asarray(row)[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def agree_on(values: Mapping[str, Any], what: str) -> None:
-    """Compare values that must be the same in all processes; `what` they are begins the message.
+    """Check that values are the same in all processes; `what` names them in the error.
 
     Raises:
-        UserError: in all of them, with the names and values that differ.
+        UserError: values differ; raised in all processes, with the names and values.
     """
     if jax.process_count() == 1:
         return
-    every = [json.loads(text) for text in gather_text(json.dumps({name: repr(v) for name, v in values.items()}))]
+    all_values = [json.loads(text) for text in gather_text(json.dumps({name: repr(v) for name, v in values.items()}))]
     lines = []
-    for name in dict.fromkeys(name for own in every for name in own):
-        said: dict[str, list[str]] = {}
-        for i, own in enumerate(every):
-            said.setdefault(own.get(name, "not there"), []).append(str(i))
-        if len(said) > 1:
-            lines.append(f"  {name}: " + "; ".join(f"{v:.200} in process {', '.join(ids)}" for v, ids in said.items()))
+    for name in dict.fromkeys(name for values in all_values for name in values):
+        processes: dict[str, list[str]] = {}
+        for i, local in enumerate(all_values):
+            processes.setdefault(local.get(name, "not there"), []).append(str(i))
+        if len(processes) > 1:
+            differing = (f"{value:.200} in process {', '.join(ids)}" for value, ids in processes.items())
+            lines.append(f"  {name}: " + "; ".join(differing))
     if lines:
-        raise Agreed.all([f"{what} of the {len(every)} processes of this run differ:", *lines])
+        raise Agreed.all([f"{what} of the {len(all_values)} processes of this run differ:", *lines])
 
 
 def agree_on_settings(cfg: Config) -> None:
-    """Raises UserError, in all processes, with the settings that differ between them."""
-    values = {key: value for key, value in config.flat(cfg).items() if not key.startswith(OWN)}
+    """Raises UserError in all processes if their settings differ."""
+    values = {key: value for key, value in config.flat(cfg).items() if not key.startswith(PER_PROCESS)}
     agree_on(values, "the settings")
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What one process cannot do none does: a UserError in one of them is raised in all, at the end of the block."""
-    own: UserError | None = None
+    """A UserError raised inside by one process is raised in all processes at the end of the block."""
+    failure: UserError | None = None
     try:
         yield
     except UserError as error:
         if jax.process_count() == 1 or isinstance(error, Agreed):
             raise
-        own = error
-    texts = gather_text(str(own) if own else "")
-    if own:
-        raise Agreed(str(own)) from own
+        failure = error
+    texts = gather_text(str(failure) if failure else "")
+    if failure:
+        raise Agreed(str(failure)) from failure
     for i, text in enumerate(texts):
         if text:
             raise Agreed(f"process {i}: {text}")
 
 
 def is_writer() -> bool:
-    """Whether this is the process that writes logs, metrics and models."""
+    """Whether this process writes logs, metrics and models."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Go on when all processes are here."""
+    """Wait until all processes reach this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -167,7 +170,7 @@ def barrier(name: str) -> None:
 
 
 def agree(number: int) -> int:
-    """The largest that any process gives, in all of them."""
+    """The maximum of `number` over all processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -176,40 +179,42 @@ def agree(number: int) -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """Every leaf whole in this process, as numpy where it was spread over several; all of them must call it."""
+    """Gather every leaf that is sharded over processes as a numpy array in each of them. All processes must call it."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
 
-    def one(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return leaf
         return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(gather, tree)
 
 
 def rows_here(mesh: Mesh | None, rows: int) -> slice:
-    """Which of a batch's rows this process feeds: those that its own devices hold."""
+    """The rows of a batch that this process loads: those of its local devices."""
     if mesh is None or jax.process_count() == 1:
         return slice(0, rows)
-    by_rows = tuple(mesh.axis_names.index(axis) for axis in ROWS)
-    counts = [mesh.devices.shape[i] for i in by_rows]
-    own = [
-        int(np.ravel_multi_index([place[i] for i in by_rows], counts))
+    batch_axes = tuple(mesh.axis_names.index(axis) for axis in ROWS)
+    counts = [mesh.devices.shape[i] for i in batch_axes]
+    local = [
+        int(np.ravel_multi_index([place[i] for i in batch_axes], counts))
         for place, device in np.ndenumerate(mesh.devices)
         if device.process_index == jax.process_index()
     ]
     size = rows // int(np.prod(counts))
-    return slice(min(own) * size, (max(own) + 1) * size)
+    return slice(min(local) * size, (max(local) + 1) * size)
 
 
 @contextmanager
 def peers(say: Callable[[str], None]) -> Iterator[None]:
-    """Ends this process with RESTART when a collective fails, as it does when another process is gone; and with its
-    own code where it alone fails, since a clean exit would wait for the others."""
+    """Exit with RESTART if a collective fails because another process is gone.
+
+    If this process alone fails, exit with its own code at once: a clean exit would wait for the others.
+    """
     try:
         yield
     except Exception as error:
@@ -218,14 +223,14 @@ def peers(say: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             _leave(BAD_INPUT)
-        words = ("gloo", "peer", "distributed", "coordination", "heartbeat", "connection")
-        of_a_peer = any(word in str(error).lower() for word in words)
-        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not of_a_peer:
+        markers = ("gloo", "peer", "distributed", "coordination", "heartbeat", "connection")
+        lost_peer = any(marker in str(error).lower() for marker in markers)
+        if not isinstance(error, jax.errors.JaxRuntimeError | ValueError) or not lost_peer:
             traceback.print_exc()
             _leave(BUG)
         say(
             f"process {jax.process_index()} of {jax.process_count()}: another process is gone: "
-            f"{str(error).splitlines()[0]:.200}\n{AGAIN}"
+            f"{str(error).splitlines()[0]:.200}\n{HOW_TO_RESTART}"
         )
         _leave(RESTART)
 

@@ -1,7 +1,7 @@
-"""The processes of a run meet before JAX is told of them: JAX ends a process with SIGABRT where one does not come.
+"""Check that all processes of a run are up before `jax.distributed.initialize`, which aborts if one is missing.
 
-Process 0 listens at the coordinator's address, the others say who they are; when all are there the address is free
-for JAX. One line of JSON each way:
+Process 0 listens at the coordinator's address, the others connect and send their ids. When all are connected the
+address is freed for JAX. One line of JSON each way:
 
     {"process_id": 1, "num_processes": 2}      {"problem": ""}
 """
@@ -17,16 +17,16 @@ from typing import Any
 
 from gptjax.errors import UserError
 
-POLL_S = 0.2  # a signal is heard so often
+POLL_S = 0.2  # interval at which signals are handled
 LINE_BYTES = 4096
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout_s: float) -> None:
-    """Returns when all processes are there.
+    """Wait until all processes are connected.
 
     Raises:
-        UserError: one of them does not come in time, two have the same id, or they expect different numbers of
-            processes; it is raised in all that are there.
+        UserError: a process does not connect in time, two have the same id, or they expect different numbers of
+            processes; raised in all connected processes.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -38,40 +38,40 @@ def meet(address: str, num_processes: int, process_id: int, timeout_s: float) ->
 
 
 def _receive(port: int, num_processes: int, deadline: float) -> None:
-    here: dict[int, socket.socket] = {}
+    connected: dict[int, socket.socket] = {}
     with _listen(port) as server:
         problem = ""
-        while len(here) < num_processes - 1 and not problem:
-            here = {peer: line for peer, line in here.items() if not _is_closed(line)}
+        while len(connected) < num_processes - 1 and not problem:
+            connected = {peer: line for peer, line in connected.items() if not _is_closed(line)}
             if time.monotonic() > deadline:
-                missing = ", ".join(str(i) for i in range(1, num_processes) if i not in here)
+                missing = ", ".join(str(i) for i in range(1, num_processes) if i not in connected)
                 problem = f"process {missing} of {num_processes} did not come in time"
                 break
             with suppress(TimeoutError):
                 line, _ = server.accept()
                 line.settimeout(1.0)
-                problem = _admit(line, num_processes, here)
-        _answer(here.values(), problem)
+                problem = _admit(line, num_processes, connected)
+        _answer(connected.values(), problem)
     if problem:
         raise UserError(problem)
 
 
-def _admit(line: socket.socket, num_processes: int, here: dict[int, socket.socket]) -> str:
-    """Adds the process at the other end to those that are here; says what is wrong with it."""
-    said = _read(line)
-    peer = said.get("process_id")
-    if type(peer) is not int:  # a stranger
+def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.socket]) -> str:
+    """Read a peer's message and add it to `connected`; returns the problem, or ""."""
+    message = _read(line)
+    peer = message.get("process_id")
+    if type(peer) is not int:  # not a process of this run
         line.close()
         return ""
     problem = ""
-    if said.get("num_processes") != num_processes:
-        problem = f"process 0 expects {num_processes} processes, process {peer} {said.get('num_processes')}"
-    elif peer == 0 or (peer in here and not _is_closed(here[peer])):
+    if message.get("num_processes") != num_processes:
+        problem = f"process 0 expects {num_processes} processes, process {peer} {message.get('num_processes')}"
+    elif peer == 0 or (peer in connected and not _is_closed(connected[peer])):
         problem = f"two processes have distributed.process_id={peer}"
     if problem:
         _answer([line], problem)
     else:
-        here[peer] = line
+        connected[peer] = line
     return problem
 
 
@@ -82,15 +82,15 @@ def _join(host: str, port: int, num_processes: int, process_id: int, deadline: f
             with socket.create_connection((host, port), timeout=POLL_S * 10) as line:
                 line.sendall(_line({"process_id": process_id, "num_processes": num_processes}))
                 line.settimeout(POLL_S)
-                said = _read(line, deadline)
+                reply = _read(line, deadline)
         except OSError as error:
             why = error.strerror or str(error)
         else:
-            if said.get("problem"):
-                raise UserError(str(said["problem"]))
-            if "problem" in said:
+            if reply.get("problem"):
+                raise UserError(str(reply["problem"]))
+            if "problem" in reply:
                 return
-            why = "what answered is no process 0 of gptjax, or it has ended"
+            why = "the server there is not process 0 of gptjax, or it has exited"
         time.sleep(POLL_S)
     raise UserError(f"process {process_id} did not reach process 0 at {host}:{port} in time: {why}")
 
@@ -112,20 +112,20 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
-    """The object of one line; {} where none comes."""
+    """Receive one line of JSON; {} if no valid object arrives."""
     text = b""
     while not text.endswith(b"\n") and len(text) < LINE_BYTES:
         try:
-            part = line.recv(LINE_BYTES)
+            chunk = line.recv(LINE_BYTES)
         except TimeoutError:
             if time.monotonic() < deadline:
                 continue
             break
         except OSError:
             break
-        if not part:
+        if not chunk:
             break
-        text += part
+        text += chunk
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
         return value if isinstance(value, dict) else {}
@@ -133,7 +133,7 @@ def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
 
 
 def _answer(lines: Iterable[socket.socket], problem: str) -> None:
-    """To all; then the other end closes first, so that the port is free."""
+    """Reply to all, then wait until they close first, so that the port is free."""
     lines = list(lines)
     for line in lines:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The mesh: devices laid out along four axes, by name."""
+"""The device mesh with its axes data (data parallel), fsdp, tensor (tensor parallel), context (context parallel)."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ from gptjax.ops.device import AXES
 
 
 def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
-    """data, fsdp, tensor, context; one that is -1 takes what the others leave.
+    """The sizes of data, fsdp, tensor and context; one may be -1: all remaining devices.
 
     Raises:
-        UserError: they do not make up `n_devices`, or two are -1.
+        UserError: their product is not `n_devices`, or two are -1.
     """
-    found = [getattr(cfg, name) for name in AXES]
-    asked = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, found, strict=True))
-    if found.count(-1) > 1:
-        raise UserError(f"{asked}: only one of them can take what the others leave (-1)")
-    rest = math.prod(n for n in found if n != -1)
-    if -1 in found and n_devices % rest == 0:
-        found[found.index(-1)] = n_devices // rest
-    if math.prod(found) != n_devices:
+    shape = [getattr(cfg, name) for name in AXES]
+    requested = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1:
+        raise UserError(f"{requested}: only one of them can be -1 (all remaining devices)")
+    fixed = math.prod(n for n in shape if n != -1)
+    if -1 in shape and n_devices % fixed == 0:
+        shape[shape.index(-1)] = n_devices // fixed
+    if math.prod(shape) != n_devices:
         raise UserError(
-            f"{asked}: {'a multiple of ' if -1 in found else ''}{rest} devices, and there are {n_devices}; their "
-            f"product must be {n_devices}, and one may be -1 for what the others leave"
+            f"{requested}: {'a multiple of ' if -1 in shape else ''}{fixed} devices, and there are {n_devices}; their "
+            f"product must be {n_devices}, and one may be -1 (all remaining devices)"
         )
-    return tuple(found)
+    return tuple(shape)
 
 
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
-    """The mesh that `cfg` asks for over all devices; None for one device alone, which needs none.
+    """The mesh that `cfg` describes, over `devices` (default: all); None for a single device, which needs none.
 
     Args:
-        even_one: a mesh of one device too, for what names the memory it lies in.
-        rows: of a (micro-)batch. `data` and `fsdp` must divide them; where one of the two is -1 it takes the most
-            that do, and on a single host some devices may be left idle.
+        even_one: return a mesh for a single device too, for arrays with a memory kind (offloading).
+        rows: rows of a (micro-)batch, which `data` x `fsdp` must divide. If one of the two is -1 it takes the largest
+            size that divides them; on a single host some devices may then stay idle.
 
     Raises:
-        UserError: see `sizes`; or rows that cannot be divided so.
+        UserError: see `sizes`; or the rows cannot be divided.
     """
     if not isinstance(cfg, MeshConfig):
         raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")
     devices = jax.devices() if devices is None else list(devices)
     if even_one and devices[0].platform == "cpu" and jax.__version_info__ < (0, 8):
-        raise UserError("optim.offload=true: before jax 0.8 a CPU has one kind of memory; leave it out here")
+        raise UserError("optim.offload=true: before jax 0.8 a CPU has only one memory kind: leave it out")
     shape: tuple[int, ...] = sizes(cfg, len(devices))
-    by_rows = shape[0] * shape[1]
-    if rows % by_rows:
+    batch_shards = shape[0] * shape[1]
+    if rows % batch_shards:
         one_host = len({device.process_index for device in devices}) == 1
         free = [i for i in (0, 1) if getattr(cfg, AXES[i]) == -1]
         if not (free and one_host):
             raise UserError(
                 f"train.batch_size / train.accumulation ({rows} rows) must be divisible by mesh.data x mesh.fsdp "
-                f"({by_rows}): take {-(-rows // by_rows) * by_rows} rows, or other sizes of the mesh"
+                f"({batch_shards}): use {-(-rows // batch_shards) * batch_shards} rows, or another mesh"
             )
-        others = by_rows // shape[free[0]]
-        most = max((n for n in range(1, shape[free[0]] + 1) if rows % (n * others) == 0), default=0)
-        if not most:
-            return make_mesh(dataclasses.replace(cfg, **{AXES[free[0]]: 1}), devices, rows=rows)  # says what is wrong
-        shape = (*shape[: free[0]], most, *shape[free[0] + 1 :])
+        others = batch_shards // shape[free[0]]
+        largest = max((n for n in range(1, shape[free[0]] + 1) if rows % (n * others) == 0), default=0)
+        if not largest:
+            return make_mesh(dataclasses.replace(cfg, **{AXES[free[0]]: 1}), devices, rows=rows)  # raises
+        shape = (*shape[: free[0]], largest, *shape[free[0] + 1 :])
         devices = devices[: math.prod(shape)]
     return None if len(devices) == 1 and not even_one else mesh_of(shape, devices)
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Of any devices, those of a machine that is only described (`jax.experimental.topologies`) too."""
+    """A mesh of `shape` over any devices, also those of a described topology (`jax.experimental.topologies`)."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:
         from jax.experimental import mesh_utils
 
-        laid = mesh_utils.create_device_mesh(tuple(shape), devices=list(devices), allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(tuple(shape), devices=list(devices), allow_split_physical_axes=True)
     else:
-        laid = np.asarray(devices).reshape(shape)
-    return Mesh(laid, AXES, axis_types=types)
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, AXES, axis_types=types)

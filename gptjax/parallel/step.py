@@ -1,4 +1,4 @@
-"""Programs on a mesh: traced for it, their state laid out by rule, their batches cut by row."""
+"""Compile functions for a mesh: shard the state by rule and the batch by rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptjax.parallel.rules import batch_shardings, shardings
 
 
 def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
-    """`fn`, called with the mesh set, from any thread; without one `fn` itself."""
+    """`fn` called under `jax.set_mesh(mesh)`, from any thread; `fn` itself if mesh is None."""
     if mesh is None:
         return fn
 
@@ -30,38 +30,38 @@ def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
 
 
 def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = False) -> Any:
-    """Shapes of `fn(*args)`, with where each leaf lies on the mesh: what a checkpoint is read into.
+    """Shapes, dtypes and shardings of `fn(*args)`: the target that a checkpoint is restored into.
 
     Args:
-        offload: an optimizer's moments lie in the memory of the devices' hosts.
+        offload: keep the optimizer's moments in host memory (pinned_host).
     """
     shapes = jax.eval_shape(fn, *args)
     if mesh is None:
         return shapes
 
-    def one(path: str, leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    def with_sharding(path: str, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         if offload and path.startswith("opt_state/") and leaf.ndim:
-            where = where.with_memory_kind("pinned_host")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return tree.map_paths(one, shapes, shardings(shapes, mesh))
+    return tree.map_paths(with_sharding, shapes, shardings(shapes, mesh))
 
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
-    """`fn(*args)`, a tree of arrays that are made where they belong, never whole on one device; see `abstract_on`."""
-    placed = None
+    """`fn(*args)` compiled so that every array is created sharded, never whole on one device; see `abstract_on`."""
+    out_shardings = None
     if mesh is not None:
-        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
-    return on_mesh(jax.jit(fn, out_shardings=placed, donate_argnums=donate), mesh)(*args)
+        out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
+    return on_mesh(jax.jit(fn, out_shardings=out_shardings, donate_argnums=donate), mesh)(*args)
 
 
 def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
-    """`fn` compiled for the mesh, its results whole on every device."""
+    """`fn` compiled for the mesh with replicated results."""
     return on_mesh(jax.jit(fn, out_shardings=None if mesh is None else NamedSharding(mesh, P())), mesh)
 
 
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
-    """The compiled step (state, batch) -> (state, metrics): the state is given up, and stays laid out as it is."""
+    """The compiled step (state, batch) -> (state, metrics): donates the state and keeps its sharding."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
@@ -69,9 +69,9 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
 
 
 def place(tree: Any, where: Any) -> Any:
-    """Arrays onto shardings. Of several processes each gives the whole array and keeps its own part."""
+    """Put arrays onto shardings. With several processes each passes the whole array and keeps its own shards."""
 
-    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
@@ -82,21 +82,22 @@ def place(tree: Any, where: Any) -> Any:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
 
-    return jax.tree.map(one, tree, where)
+    return jax.tree.map(place_leaf, tree, where)
 
 
 def place_params(params: Any, mesh: Mesh | None) -> Any:
+    """Params sharded by `RULES`; unchanged without a mesh."""
     return params if mesh is None else place(params, shardings(params, mesh))
 
 
 def place_batch(
     batch: Any, mesh: Mesh | None, *, leading_axes: int | None = None, rows: slice | None = None, of: int = 0
 ) -> Any:
-    """Leaves [.., B, T] or [.., B, K]: rows over devices, and where `context` is an axis, tokens.
+    """Put a batch with leaves [.., B, T] or [.., B, K] onto the mesh, sharded by `batch_shardings`.
 
     Args:
-        leading_axes: how many there are before the rows; None: those before [B, T] of its tokens.
-        rows: which of the batch's `of` rows are given, where they are not all.
+        leading_axes: number of axes before the rows; None: those before [B, T] of batch.tokens.
+        rows: the rows that this process passes, out of `of` in the global batch; None: all.
     """
     if mesh is None:
         return batch
@@ -107,26 +108,26 @@ def place_batch(
     if rows is None:
         return place(batch, batch_shardings(batch, mesh, leading_axes=n, context_length=length))
 
-    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+    def global_shape(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*leaf.shape[:n], of, *leaf.shape[n + 1 :]), leaf.dtype)
 
-    def one(leaf: Any, shape: Any, where: NamedSharding) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
+    def place_leaf(leaf: Any, shape: Any, sharding: NamedSharding) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
             begin, end, _ = index[n].indices(of)
-            own = slice(begin - rows.start, end - rows.start)
-            return leaf[(*index[:n], own, *index[n + 1 :])]
+            local = slice(begin - rows.start, end - rows.start)
+            return leaf[(*index[:n], local, *index[n + 1 :])]
 
-        return jax.make_array_from_callback(shape.shape, where, part)
+        return jax.make_array_from_callback(shape.shape, sharding, shard)
 
-    shapes = jax.tree.map(whole, batch)
-    return jax.tree.map(one, batch, shapes, batch_shardings(shapes, mesh, leading_axes=n, context_length=length))
+    shapes = jax.tree.map(global_shape, batch)
+    return jax.tree.map(place_leaf, batch, shapes, batch_shardings(shapes, mesh, leading_axes=n, context_length=length))
 
 
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
-    """`step` over rows alone, in the form of `jax.pmap`: every leaf of the batch has a leading axis of devices.
+    """Data-parallel `step` with the interface of `jax.pmap`: every leaf of the batch has a leading axis of devices.
 
-    step(state, batch [n, B / n, ..]) -> (state, metrics), what one device does with the rows one below the other. For
-    notebooks that are written so; the state is no stack of copies. jit with a mesh does the same and more.
+    step(state, batch [n, B / n, ..]) -> (state, metrics), the same result as one device with all B rows. The state is
+    replicated, not stacked. For notebooks written for `pmap`; `jit_step` with a mesh does the same and more.
     """
     from gptjax.parallel.mesh import mesh_of
 
@@ -135,8 +136,8 @@ def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Ca
     compiled = on_mesh(jax.jit(step, out_shardings=NamedSharding(mesh, P())), mesh)
 
     def call(state: Any, batch: Any) -> Any:
-        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
+        merged = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch)
         state = jax.device_put(state, NamedSharding(mesh, P()))
-        return compiled(state, jax.device_put(whole, NamedSharding(mesh, P(ROWS))))
+        return compiled(state, jax.device_put(merged, NamedSharding(mesh, P(ROWS))))
 
     return call

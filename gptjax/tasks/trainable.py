@@ -15,7 +15,7 @@ import optax
 from gptjax import lora, tree, weights
 from gptjax.config import Config, LoraConfig, ModelConfig
 from gptjax.errors import UserError, complaints
-from gptjax.model.gpt import layers_apart, layers_stacked
+from gptjax.model.gpt import stack_layers, unstack_layers
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
@@ -62,7 +62,7 @@ def partition(
         return Trainable(whole, {}, _first, _first, no_export)
     trained, frozen = _split(cfg, whole, heads, model)
     if "blocks_0" in trained or "blocks_0" in frozen:
-        return Trainable(trained, frozen, _join, lambda a, b: layers_stacked(tree.join(a, b), model), no_export)
+        return Trainable(trained, frozen, _join, lambda a, b: stack_layers(tree.join(a, b), model), no_export)
     return Trainable(trained, frozen, _join, _join, no_export)
 
 
@@ -124,7 +124,7 @@ def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tup
     pattern = " | ".join([cfg.finetune.trainable, *(f"{name}/*" for name in heads)])
     if re.search(r"\bblocks/\d", pattern):
         pattern = re.sub(r"\bblocks/(\d+)", r"blocks_\1", pattern)
-        whole = layers_apart(whole, model)
+        whole = unstack_layers(whole, model)
     try:
         return tree.split(whole, pattern)
     except UserError as error:

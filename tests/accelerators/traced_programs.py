@@ -322,7 +322,7 @@ USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "patches": patched,
 }
 MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
-    "layers apart": functools.partial(gradient, arrange=gpt.layers_apart),
+    "layers apart": functools.partial(gradient, arrange=gpt.unstack_layers),
     "traced dropout": traced_dropout,
     "gradient of patches": gradient_of_patches,
     "lora of tables": adapter_of_tables,

@@ -12,7 +12,7 @@ from gptjax import UserError, lora
 from gptjax.model import activations
 from gptjax.model.activations import Patch, add, replace, scale
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import extend, extend_tapped, for_decoding, forward, layers_apart, lm_logits, tapped
+from gptjax.model.gpt import extend, extend_tapped, for_decoding, forward, lm_logits, tapped, unstack_layers
 from gptjax.ops.norm import layer_norm
 from gptjax.ops.quant import quantize
 
@@ -106,7 +106,7 @@ def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
         np.testing.assert_allclose(acts[path.replace("*", "1")], value[1] if layer else value, **SAME)
     again = put_back(params, stacks)
     np.testing.assert_allclose(again, np.broadcast_to(plain, again.shape), rtol=2e-5, atol=2e-5)
-    for a, b in zip(jax.tree.leaves(run(layers_apart(params, cfg))), jax.tree.leaves((logits, acts)), strict=True):
+    for a, b in zip(jax.tree.leaves(run(unstack_layers(params, cfg))), jax.tree.leaves((logits, acts)), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
     at = {path.removeprefix("blocks/*/"): np.asarray(value) for path, value in stacks.items()}
@@ -150,7 +150,7 @@ def test_a_patched_model_by_hand(tiny):
         return layer_norm(x, **params["ln_f"]) @ params["wte"]["embedding"].T
 
     expected = jax.jit(by_hand)(params)
-    for layout in (params, layers_apart(params, cfg)):
+    for layout in (params, unstack_layers(params, cfg)):
         got = jax.jit(lambda p: forward(p, TOKENS, cfg, patches=patches))(layout)
         np.testing.assert_allclose(got, expected, **CLOSE)
 
@@ -279,7 +279,7 @@ def test_order_and_dropout(tiny):
     }
     context = dict(segment_ids=ids, dropout_key=key)
     run = jax.jit(lambda p: tapped(p, TOKENS, cfg, ("blocks/*/resid",), patches=patches, **context)[1])
-    for layout in (params, layers_apart(params, cfg)):
+    for layout in (params, unstack_layers(params, cfg)):
         first, second = np.asarray(run(layout)["blocks/*/resid"])
         assert set(first.flat) == {6} and set(second.flat) == {7}
     plain = jax.jit(lambda p: forward(p, TOKENS, cfg, **context))(params)

@@ -81,7 +81,7 @@ def test_low_matrices_give_the_same_logits(tiny, tied):
 
 def test_many_layers_stay_a_stack(tiny, monkeypatch):
     cfg, params = tiny("llama")
-    monkeypatch.setattr("gptjax.model.gpt._MOST_APART", 1)
+    monkeypatch.setattr("gptjax.model.gpt._MAX_UNSTACKED", 1)
     with compiling_for("gpu", capability=7.5):
         laid = for_decoding(params, cfg)
         assert laid["blocks"]["attn"]["qkv"]["kernel"].shape == (2, 32, 64)

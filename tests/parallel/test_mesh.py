@@ -15,7 +15,7 @@ import gptjax
 from gptjax import lora, parallel, tree
 from gptjax.config import ARCHS, MeshConfig
 from gptjax.model.cache import init_cache
-from gptjax.model.gpt import layers_apart
+from gptjax.model.gpt import unstack_layers
 from gptjax.ops.device import AXES
 from gptjax.optim import make_optimizer
 from gptjax.parallel.mesh import make_mesh, sizes
@@ -108,7 +108,7 @@ def test_rules_cover_params_adapters_and_optimizers(arch):
         lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2, dora=True)),
         gptjax.quantize(params, "nf4"),
         gptjax.quantize(params, "int8"),
-        layers_apart(params, cfg),
+        unstack_layers(params, cfg),
     ):
         parallel.shardings(more, mesh)
     pair = tree.flatten(parallel.shardings(lora.init(jax.random.key(0), params, gptjax.LoraConfig(rank=2)), mesh))
@@ -171,8 +171,8 @@ class Device:
     [
         (MeshConfig(data=3), 8, 0, "their product must be 8"),
         (MeshConfig(tensor=3), 8, 0, "a multiple of 3 devices, and there are 8"),
-        (MeshConfig(data=8), 8, 12, r"\(12 rows\) must be divisible by mesh.data x mesh.fsdp \(8\): take 16 rows"),
-        (MeshConfig(fsdp=8), 8, 12, "take 16 rows"),
+        (MeshConfig(data=8), 8, 12, r"\(12 rows\) must be divisible by mesh.data x mesh.fsdp \(8\): use 16 rows"),
+        (MeshConfig(fsdp=8), 8, 12, "use 16 rows"),
     ],
 )
 def test_sizes_that_cannot_be(mesh, n, rows, words):
