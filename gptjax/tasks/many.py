@@ -21,7 +21,7 @@ from gptjax.config import LoraConfig
 from gptjax.errors import UserError
 from gptjax.training import vmapped
 from gptjax.training.step import Loss, TrainState
-from gptjax.training.task import Rules
+from gptjax.training.task import StepFunctions
 from gptjax.types import Metrics, Params
 
 
@@ -70,11 +70,11 @@ def make_many_step(
         batches: every leaf of the batch has a leading axis N, a batch for each; otherwise all of them see the same.
     """
 
-    def rules(own: Many) -> Rules:
+    def rules(own: Many) -> StepFunctions:
         def combine(adapter: Params, frozen: Params) -> Params:
             return lora.attach(frozen, adapter, cfg, scales=own.scales)
 
-        return Rules(lora.with_dropout(loss), combine, _rated(tx, own.rates))
+        return StepFunctions(lora.with_dropout(loss), combine, _rated(tx, own.rates))
 
     return vmapped.make_step(rules, batches=batches)
 

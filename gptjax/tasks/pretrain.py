@@ -24,7 +24,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained, resolve
+from gptjax.training.task import Loss, Ready, StepFunctions, Task, Validation, identity, resolve
 from gptjax.types import Batch, Params
 
 BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
@@ -144,7 +144,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
         batches=lambda step, k, rows: loader.batches(step, k, rows or slice(None)),
         where=where,
         validation=Validation(eval_batches, first_batches / n_batches, more_of_loss),
-        build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
+        build=lambda cfg: StepFunctions(loss(cfg), identity, make_optimizer(cfg.optim, cfg.train.max_steps)),
         start=(lambda key: init_params(key, model)) if start is None else start,
         frozen=None,
         flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),

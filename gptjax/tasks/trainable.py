@@ -19,7 +19,7 @@ from gptjax.model.gpt import layers_apart, layers_stacked
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
-from gptjax.training.task import Loss, Rules
+from gptjax.training.task import Loss, StepFunctions
 from gptjax.types import Params
 from gptjax.weights import families
 
@@ -66,9 +66,9 @@ def partition(
     return Trainable(trained, frozen, _join, _join, no_export)
 
 
-def rules(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> Rules:
+def rules(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
     """How a fine-tuning steps; `combine` as of `Trainable`. The numbers of `cfg` may be traced."""
-    return Rules(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
+    return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
 
 def _first(trained: Params, frozen: Params, settings: LoraConfig | None = None) -> Params:

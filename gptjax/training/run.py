@@ -21,7 +21,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run_dir import RunDir
 from gptjax.training.step import TrainState
-from gptjax.training.task import Rules, Task
+from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Params
 
 
@@ -65,7 +65,7 @@ class Run:
 
     cfg: Config
     task: Task
-    rules: Rules
+    rules: StepFunctions
     dir: RunDir
     mesh: Mesh | None
     progress: Progress

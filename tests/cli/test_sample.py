@@ -106,7 +106,7 @@ def test_dry_run(run, capsys):
     [
         ([], "which model?"),
         (["absent"], "absent: no such run"),
-        (["RUN", "temperature=hot"], "sample.temperature: expected a number"),
+        (["RUN", "temperature=hot"], "sample.temperature: expected float"),
         (["RUN", "ROMEO:"], "'ROMEO:': a prompt is given as --prompt ROMEO:"),
         (["RUN", "n=2", "To be"], '--prompt "TEXT"'),
         (["RUN", "optim.lr=1"], "optim.lr: not a setting of gptjax sample, which reads prompt, prompts, out"),

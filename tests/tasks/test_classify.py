@@ -143,7 +143,7 @@ def test_other_ways(folder, settings, capsys, tmp_path):
         (["finetune.trainable=all", "finetune.quantize=int8"], "quantised weights do not move"),
         (["finetune.base=absent"], "no such run"),
         (["classify.labels=[up, dwn]"], "unknown label 'down'"),
-        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave nothing to train on"),
+        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave no data to train on"),
         (["task=pretrain"], "this is gptjax finetune classify; use gptjax pretrain"),
     ],
 )

@@ -25,7 +25,7 @@ from gptjax.training import vmapped
 from gptjax.training.memory import memory_bytes
 from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, make_multi_step
-from gptjax.training.task import Rules, Task
+from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
 WHOLE = ("optim.warmup_steps", "lora.rank")  # int32; the others are float32
@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
 
 
 def make_sweep_step(
-    rules: Callable[[Config], Rules], cfg: Config, *, batches: bool = False
+    rules: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[TrainState, Numbers, Any, Any], tuple[TrainState, Metrics]]:
     """step(states, numbers, frozen, batch) -> (states, metrics [N]): what N steps of `make_train_step` do.
 
@@ -77,7 +77,7 @@ def make_sweep_step(
 
 
 def make_sweep_loss(
-    rules: Callable[[Config], Rules], cfg: Config, *, batches: bool = False
+    rules: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Numbers, Any, Any], tuple[Mean, Metrics]]:
     """(params, numbers, frozen, batch) -> the losses without dropout [N], arguments as in `make_sweep_step`."""
     return vmapped.make_loss(lambda own: rules(with_numbers(cfg, own)), batches=batches)
