@@ -47,7 +47,12 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.classification.Splits": "gptjax.data.split.LabelledSplits",
     "gptjax.data.classification.split": "gptjax.data.split.split_labelled",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
+    "gptjax.tasks.seeds.several": "gptjax.tasks.seeds.over_seeds",
+    "gptjax.tasks.seeds.together": "gptjax.tasks.seeds.is_vmapped",
+    "gptjax.tasks.trainable.rules": "gptjax.tasks.trainable.step_functions",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    "gptjax.training.task.Rules": "gptjax.training.task.StepFunctions",
+    "gptjax.training.task.just_trained": "gptjax.training.task.identity",
     **{
         f"gptjax.ops.attention.{name}": f"gptjax.from_scratch.{name}"
         for name in ("causal_mask", "simple_attention", "multi_head_attention")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from gptjax._moved import moved_name
 from gptjax.config import Config, ModelConfig
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.step import Loss
@@ -105,3 +106,7 @@ class Ready(NamedTuple):
     cfg: Config
     task: Task
     held_out: Any = None
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

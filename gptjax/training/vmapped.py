@@ -56,9 +56,7 @@ def make_loss(build: Callable[[Any], StepFunctions], *, batches: bool = False) -
     `keys` [N] are dropout keys; None: without dropout.
     """
 
-    def loss_of_run(
-        params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None
-    ) -> tuple[Mean, Metrics]:
+    def loss_of_run(params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
         loss, combine, _ = build(hparams)
         return loss(combine(params, frozen), batch, key)
 
@@ -81,7 +79,8 @@ def create(
         seeds: [N].
         hparams, start: leaves [N, ..], or None.
     """
-    return jax.vmap(lambda seed, hparams, start: init_state(init, optimizer(hparams), seed, start))(seeds, hparams, start)
+    init_run = jax.vmap(lambda seed, hparams, start: init_state(init, optimizer(hparams), seed, start))
+    return init_run(seeds, hparams, start)
 
 
 def as_one(functions: StepFunctions, n: int) -> StepFunctions:
@@ -108,8 +107,8 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 
 
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
-    """Stack the batches of N runs along a new axis. Smaller leaves are padded with zeros, which every kind of batch
-    ignores (weight 0)."""
+    """Stack the batches of N runs along a new axis. Smaller leaves are padded with zeros, which mean padding in
+    every kind of batch."""
 
     def padded(*leaves: np.ndarray) -> np.ndarray:
         out = np.zeros((len(leaves), *np.max([leaf.shape for leaf in leaves], 0)), leaves[0].dtype)

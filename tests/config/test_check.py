@@ -1,7 +1,7 @@
 """Ranges, combinations, settings without effect; a ModelConfig that is made by hand is checked too."""
 
-import re
 import dataclasses
+import re
 import time
 
 import pytest

@@ -572,7 +572,7 @@ def test_five_in_a_row_stop_with_code_3_and_the_last_good_state(make, tmp_path, 
     lines: list[str] = []
     with pytest.raises(Stopped) as stopped:
         gptjax.train(make(tmp_path / "run", "train.checkpoint_every=5"), log=lines.append)
-    assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 times in a row" in lines[-1]
+    assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 consecutive steps" in lines[-1]
     kept = [json.loads((path / "meta.json").read_text()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(kept) == 2  # steps 5 and 10: nothing is saved after that
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["10", "5"]

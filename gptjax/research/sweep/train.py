@@ -378,7 +378,7 @@ class _Program:
         scores = []
         for n in range(len(found["loss"])):
             own = {name: float(values[n]) for name, values in found.items()}
-            more = self.task.validation.more(own["loss"]) if math.isfinite(own["loss"]) else {}
+            more = self.task.validation.derived_metrics(own["loss"]) if math.isfinite(own["loss"]) else {}
             scores.append({f"val/{name}": float(value) for name, value in {**own, **more}.items()})
         return scores
 
