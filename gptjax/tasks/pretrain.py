@@ -81,7 +81,7 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
     if cfg.pretrain.base is None:
         return cfg, None
     base = weights.open_model(cfg.pretrain.base)
-    refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was trained from")
+    refuse_classifier(base.cfg, cfg.pretrain.base, "name the model that it was made from")
     model = base.cfg.computed_as(cfg.model)
     window = cfg.pretrain.context_length or min(model.context_length, BASE_WINDOW)
     cfg = dataclasses.replace(

@@ -55,7 +55,7 @@ def base_model(cfg: Config) -> weights.Model:
     """
     base = weights.open_model(cfg.finetune.base)
     if cfg.task != "classify":
-        refuse_classifier(base.cfg, cfg.finetune.base, "name the model that it was trained from")
+        refuse_classifier(base.cfg, cfg.finetune.base, "name the model that it was made from")
     return base
 
 

@@ -113,7 +113,7 @@ def test_dry_run(run, capsys):
         (["RUN", "temp=1"], "sample.temperature"),
         (["RUN", "max_tokens=1"], "sample.max_new_tokens"),
         (["RUN", "promt=1"], "did you mean prompt?"),
-        (["RUN", 'stop=["a", ""]'], "sample.stop holds an empty text"),
+        (["RUN", 'stop=["a", ""]'], "sample.stop contains an empty string"),
         (["RUN", "quantize=nf4"], "no even divisor"),
         (["RUN", "top_p=2"], "sample.top_p (2.0) must be"),
     ],

@@ -248,7 +248,7 @@ def test_temperature_one_without_weights_is_one_pass():
 
 
 def test_mixture_mistakes():
-    with pytest.raises(UserError, match="3 values for 2 sources"):
+    with pytest.raises(UserError, match="3 numbers for 2 sources"):
         loader(DOCUMENTS, weights=(1.0, 1.0, 1.0))
     tiny = TokenStore.from_ids(np.arange(50), source_starts=[0, 5, 50])
     with pytest.raises(UserError, match=r"source 1 .* 5 tokens.*at least 9"):

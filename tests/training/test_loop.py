@@ -263,7 +263,7 @@ def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
     again = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
     assert gptjax.train(again, log=lines.append).step == 20 and "is finished" in lines[0]
     assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # by its own config.yaml
-    with pytest.raises(UserError, match="must be at most the model's"):
+    with pytest.raises(UserError, match="must be at most model.context_length"):
         gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
 
 
@@ -295,7 +295,7 @@ def test_a_base_brings_its_model_and_tokenizer(tmp_path):
     file.write_text("pretrain:\n  base: x\nmodel:\n  arch: llama\n")
     with pytest.raises(UserError, match=r"leave out model.arch .*mine.yaml:4"):
         load_config(file)
-    with pytest.raises(UserError, match=r"only for gptjax pretrain, this is task=classify"):
+    with pytest.raises(UserError, match=r"settings of gptjax pretrain, but task=classify"):
         load_config("classify", "pretrain.base=x")
 
 
