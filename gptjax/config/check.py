@@ -1,6 +1,6 @@
-"""What must hold: the range of each setting, the combinations, and settings that another one leaves without effect.
+"""Validation: the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is (keys concerned, text), so that the loader can add where each of them was set.
+A complaint is (keys concerned, text), so that the loader can add where each key was set.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config breaks it, what to say then
+Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config violates it, error text
 
 
 def validate(cfg: Config) -> None:
-    """Raises UserError with every value or combination that cannot work."""
+    """Raises UserError that lists all invalid values and combinations."""
     Problems(text for _, text in complaints(cfg, {})).raise_if_any()
 
 
@@ -44,7 +44,7 @@ def validate_model(model: ModelConfig) -> None:
 
 
 def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
-    """(keys concerned, what is wrong with where it was said)."""
+    """(keys concerned, error text with the places where the keys were set) for each problem."""
     for keys, text in (*_ranges(flat(cfg)), *_broken(MODEL_RULES, cfg.model), *_broken(RULES, cfg)):
         places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
@@ -64,7 +64,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # a large int is no float
+            if isinstance(number, int):  # larger ints do not fit a float or an array
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -74,7 +74,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Raises UserError for wrong types in a config made by hand; what is traced has no value yet."""
+    """Raises UserError for wrong types in a config constructed in Python. Tracers pass: they have no value yet."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):
@@ -82,49 +82,50 @@ def validate_types(model: ModelConfig) -> None:
         value, kind = getattr(model, key.removeprefix("model.")), without_null(hint)
         if hasattr(value, "aval") or (value is None and kind is not hint):
             continue
-        number = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-        fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, number)
+        expected = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+        fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, expected)
         if not fits or (isinstance(value, bool) and kind is not bool):
             problems.append(f"{key}: expected {type_name(hint)}, got {value!r:.80}")
     problems.raise_if_any()
 
 
 def shown(value: object) -> str:
-    """A value for a message; of a number with thousands of digits their count."""
+    """A value as an error message shows it: shortened, with its length, if it has more than 200 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes, a list inside itself
+    except (ValueError, RecursionError):  # more digits than Python prints, a list that contains itself
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
 
-# ---------------------------------------------------------------- the conditions of several rules
+# ---------------------------------------------------------------- conditions that rules share
 
 
 def _divisors(number: int, most: Optional[int] = None) -> str:
-    found = [n for n in range(1, min(number, most or 1024) + 1) if number % n == 0]
-    return ", ".join(map(str, found))
+    divisors = [n for n in range(1, min(number, most or 1024) + 1) if number % n == 0]
+    return ", ".join(map(str, divisors))
 
 
 def _has_heads(model: ModelConfig) -> bool:
     return min(model.d_model, model.n_head, model.n_kv_head) >= 1
 
 
-def _is_split(model: ModelConfig) -> bool:
-    """Whether the heads share d_model evenly, or have a width of their own."""
+def _has_head_dim(model: ModelConfig) -> bool:
+    """Whether d_head is given, or n_head divides d_model."""
     return bool(model.d_head) or model.d_model % model.n_head == 0
 
 
-def _is_manual(several: DistributedConfig) -> bool:
-    return several.coordinator not in (None, "auto")
+def _is_manual(distributed: DistributedConfig) -> bool:
+    return distributed.coordinator not in (None, "auto")
 
 
-def _is_complete(several: DistributedConfig) -> bool:
-    return None not in (several.num_processes, several.process_id) and ":" in (several.coordinator or "")
+def _is_complete(distributed: DistributedConfig) -> bool:
+    given = None not in (distributed.num_processes, distributed.process_id)
+    return given and ":" in (distributed.coordinator or "")
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
-    """The mesh axes of that size."""
+    """The keys of the mesh axes of this size."""
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
@@ -132,30 +133,32 @@ def _local(cfg: Config) -> list[str]:
     return [source for source in (*cfg.data.source, *cfg.data.val_source) if not source.startswith("hf:")]
 
 
-def _of_finetuning(cfg: Config) -> tuple[str, ...]:
-    """The settings of a fine-tuning that are not at their defaults."""
-    before, here = flat(Config()), flat(cfg)
+def _finetuning_keys(cfg: Config) -> tuple[str, ...]:
+    """The fine-tuning settings that differ from their defaults."""
+    defaults, values = flat(Config()), flat(cfg)
     groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
-    return tuple(key for key in here if key.startswith(groups) and here[key] != before[key])
+    return tuple(key for key in values if key.startswith(groups) and values[key] != defaults[key])
 
 
 # ---------------------------------------------------------------- the rules
 
 MODEL_RULES: tuple[Rule, ...] = (
     (("model.d_model", "model.n_head"),
-     lambda m: _has_heads(m) and not _is_split(m),
+     lambda m: _has_heads(m) and not _has_head_dim(m),
      lambda m: f"model.d_model ({m.d_model}) must be divisible by model.n_head ({m.n_head}): "
      f"n_head can be {_divisors(m.d_model, 64)}"),
     (("model.d_model", "model.n_head", "model.d_head", "model.position"),
-     lambda m: _has_heads(m) and _is_split(m) and m.position == "rope" and m.head_dim % 2,
-     lambda m: f"model.position=rope turns pairs: d_head, or d_model / n_head ({m.head_dim}), must be even"),
+     lambda m: _has_heads(m) and _has_head_dim(m) and m.position == "rope" and m.head_dim % 2,
+     lambda m: f"model.position=rope rotates pairs of channels: the head dimension ({m.head_dim}) must be even; "
+     "it is d_head, or d_model / n_head"),
     (("model.n_head", "model.n_kv_head"),
      lambda m: _has_heads(m) and m.n_head % m.n_kv_head,
      lambda m: f"model.n_head ({m.n_head}) must be divisible by model.n_kv_head ({m.n_kv_head}): "
      f"use one of {_divisors(m.n_head)}"),
     (("model.window_pattern",),
      lambda m: not m.window_pattern or m.window_pattern.strip("SL"),
-     lambda m: f"model.window_pattern ({m.window_pattern!r}) must be made of S (window) and L (whole), such as SSSL"),
+     lambda m: f"model.window_pattern ({m.window_pattern!r}) must consist of S (sliding window) and "
+     "L (full attention), such as SSSL"),
     (("model.rope_fast", "model.rope_slow"),
      lambda m: m.rope_fast <= m.rope_slow,
      lambda m: f"model.rope_fast ({m.rope_fast}) must be above model.rope_slow ({m.rope_slow})"),
@@ -167,7 +170,7 @@ MODEL_RULES: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     (("sample.stop",),
      lambda c: "" in c.sample.stop,
-     "sample.stop holds an empty text, which would end everything at once: leave it out"),
+     "sample.stop contains an empty string, which would stop generation at once: remove it"),
     (("train.batch_size", "train.accumulation"),
      lambda c: min(c.train.batch_size, c.train.accumulation) >= 1 and c.train.batch_size % c.train.accumulation,
      lambda c: f"train.accumulation ({c.train.accumulation}) must divide train.batch_size ({c.train.batch_size}): "
@@ -186,54 +189,54 @@ RULES: tuple[Rule, ...] = (
      f"({c.distributed.num_processes})"),
     (lambda c: _axes(c, 0),
      lambda c: _axes(c, 0),
-     lambda c: f"{', '.join(_axes(c, 0))} must be at least 1, or -1 for what the others leave"),
+     lambda c: f"{', '.join(_axes(c, 0))} must be at least 1, or -1 for all remaining devices"),
     (lambda c: _axes(c, -1),
      lambda c: len(_axes(c, -1)) > 1,
-     lambda c: f"only one of {', '.join(_axes(c, -1))} can take what the others leave (-1)"),
+     lambda c: f"only one of {', '.join(_axes(c, -1))} can be -1 (all remaining devices)"),
     (("mesh.context", "model.context_length"),
      lambda c: c.window >= 1 and c.mesh.context > 1 and c.window % c.mesh.context,
      lambda c: f"mesh.context ({c.mesh.context}) must divide model.context_length ({c.window})"),
     (("pretrain.context_length", "model.context_length"),
      lambda c: c.window > c.model.context_length >= 1 and (c.model.vocab_size or not c.pretrain.base),
-     lambda c: f"pretrain.context_length ({c.window}) must be at most the model's ({c.model.context_length})"),
+     lambda c: f"pretrain.context_length ({c.window}) must be at most model.context_length ({c.model.context_length})"),
     (("data.source",),
      lambda c: not c.data.source or not all(c.data.source),
      "data.source is empty: name an asset, a file, a folder, or hf:org/name"),
     (("data.weights", "data.source"),
      lambda c: c.data.weights and len(c.data.weights) != len(c.data.source),
-     lambda c: f"data.weights has {len(c.data.weights)} numbers for {len(c.data.source)} sources: "
-     "give one a source, or [] for their own sizes"),
+     lambda c: f"data.weights has {len(c.data.weights)} values for {len(c.data.source)} sources: "
+     "give one per source, or [] to weight them by their number of tokens"),
     (("data.weights",),
      lambda c: c.data.weights and not sum(c.data.weights) > 0,
-     lambda c: f"data.weights ({list(c.data.weights)}) must not all be 0"),
+     lambda c: f"data.weights ({list(c.data.weights)}) must have a positive sum"),
     (("data.streaming", "data.source"),
      lambda c: c.data.streaming and _local(c),
      lambda c: f"data.streaming reads hf: sources only, not {', '.join(_local(c))}"),
     (("pretrain.base", "pretrain.context_length"),
      lambda c: c.task != "pretrain" and c.pretrain != PretrainConfig(),
-     lambda c: f"pretrain.base and pretrain.context_length: only for gptjax pretrain, this is task={c.task}; "
-     "a fine-tuning starts from finetune.base"),
-    (_of_finetuning,
-     lambda c: c.task == "pretrain" and _of_finetuning(c),
-     lambda c: f"{', '.join(_of_finetuning(c))}: only for gptjax finetune, this is task=pretrain"),
+     lambda c: f"pretrain.base and pretrain.context_length are settings of gptjax pretrain, but task={c.task}; "
+     "the base model of fine-tuning is finetune.base"),
+    (_finetuning_keys,
+     lambda c: c.task == "pretrain" and _finetuning_keys(c),
+     lambda c: f"{', '.join(_finetuning_keys(c))}: settings of gptjax finetune, but task=pretrain"),
     (("finetune.quantize", "finetune.trainable"),
      lambda c: c.task != "pretrain" and c.finetune.quantize != "none" and c.finetune.trainable != "lora",
      lambda c: f"finetune.quantize={c.finetune.quantize} needs finetune.trainable=lora: "
-     "quantised weights do not move"),
+     "quantised weights cannot be trained"),
     (("finetune.save_merged", "finetune.trainable", "lora.init"),
      lambda c: c.task != "pretrain" and c.finetune.save_merged is False
      and (c.finetune.trainable, c.lora.init) != ("lora", "lora"),
      lambda c: "finetune.save_merged=false needs finetune.trainable=lora and lora.init=lora, got "
-     f"{c.finetune.trainable} and {c.lora.init}: these change weights of the base too"),
+     f"{c.finetune.trainable} and {c.lora.init}: these change the weights of the base"),
     (("finetune.together", "finetune.trainable"),
      lambda c: c.task != "pretrain" and c.finetune.together and c.finetune.trainable != "lora",
-     "finetune.together=true needs finetune.trainable=lora: adapters share one base, other weights do not"),
+     "finetune.together=true needs finetune.trainable=lora: only adapters can share one frozen base"),
     *(
         (
             (f"{name}.val_fraction", f"{name}.test_fraction"),
             lambda c, n=name: c.task != "pretrain" and getattr(c, n).val_fraction + getattr(c, n).test_fraction >= 1,
             lambda c, n=name: f"{n}.val_fraction ({getattr(c, n).val_fraction}) and {n}.test_fraction "
-            f"({getattr(c, n).test_fraction}) leave nothing to train on",
+            f"({getattr(c, n).test_fraction}) leave no data to train on",
         )
         for name in ("classify", "instruct", "prefer")
     ),
@@ -247,7 +250,7 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# (keys, another setting that leaves them without effect, whether its value does): refused where they are asked for
+# (keys, setting that can disable them, whether a value of it does): refused on a command line
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
@@ -264,16 +267,19 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
 )
 
 
-def without_effect(cfg: Config, where: Provenance) -> Iterator[str]:
-    """Settings of the command line that another one leaves without effect."""
+def without_effect(cfg: Config, provenance: Provenance) -> Iterator[str]:
+    """An error text for each setting of the command line that has no effect because of another setting."""
     values = flat(cfg)
-    for keys, ruling, rules in WITHOUT_EFFECT:
-        asked = [key for key in where if key.startswith(keys) and where[key] in ("command line", "load_config")]
-        if asked and rules(values[ruling]):
-            value = values[ruling] if values[ruling] is not None else "null"
+    for keys, other, disables in WITHOUT_EFFECT:
+        requested = [
+            key for key, place in provenance.items()
+            if key.startswith(keys) and place in ("command line", "load_config")
+        ]  # fmt: skip
+        if requested and disables(values[other]):
+            value = values[other] if values[other] is not None else "null"
             yield (
-                f"{where[asked[0]]}: {', '.join(asked)} would have no effect: {ruling}={value} "
-                f"({where.get(ruling, 'default')})"
+                f"{provenance[requested[0]]}: {', '.join(requested)} would have no effect: {other}={value} "
+                f"({provenance.get(other, 'default')})"
             )
 
 

@@ -1,4 +1,4 @@
-"""The settings: nested frozen dataclasses, each field with its help and the range of its numbers.
+"""The settings: nested frozen dataclasses. Each field carries its help text and its valid range.
 
 Frozen means hashable: a `ModelConfig` is a static argument under `jit`.
 """
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, Un
 
 T = TypeVar("T")
 if TYPE_CHECKING:
-    Filled = Annotated[T, "null in a file; a ModelConfig that was made holds a value"]
+    Filled = Annotated[T, "may be null in a file; never None in a constructed ModelConfig"]
 else:
     Filled = Optional
 
-# What each `arch` switches on. A switch that is given explicitly wins over this table.
+# Defaults per `arch`. A switch that is set explicitly overrides this table.
 ARCHS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         position="learned", norm="layernorm", norm_scale=True, norm_bias=True, activation="gelu",
@@ -42,7 +42,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be. An open end is itself left out."""
+    """The valid interval of a numeric setting. An open bound is excluded."""
 
     low: float = 0
     high: float = math.inf
@@ -55,7 +55,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < MOST:
-            low, high = (" (not itself)" * is_open for is_open in (self.low_open, self.high_open))
+            low, high = (" (exclusive)" * is_open for is_open in (self.low_open, self.high_open))
             return f"from {self.low}{low} to {self.high}{high}"
         most = "finite" if math.isinf(self.high) else f"at most {self.high}"
         return f"{'above' if self.low_open else 'at least'} {self.low} and {most}"
@@ -74,104 +74,121 @@ FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its default, its line of `--help`, the range of its numbers, and the choices of a list; those of a
-    single word are its type."""
+    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. The
+    choices of a single value are its type (a `Literal`)."""
     return field(default=default, metadata={"help": text, "range": range, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model computes: its shape and its switches."""
+    """The architecture of a model: its sizes and its switches."""
 
-    _derived: tuple[str, ...] = field(default=(), repr=False, compare=False, kw_only=True)  # names that were None
+    _derived: tuple[str, ...] = field(
+        default=(), repr=False, compare=False, kw_only=True
+    )  # fields that were None at construction
     arch: Literal["gpt2", "llama", "modern"] = setting(
-        "gpt2", "Family of the model: sets every switch below that is null."
+        "gpt2", "Model family: the default of every switch below that is null."
     )
-    vocab_size: int = setting(0, "Rows of the token embedding. 0: the tokenizer's vocabulary size.")
-    context_length: int = setting(1024, "Longest sequence in tokens, in training and generation.", COUNT)
+    vocab_size: int = setting(0, "Number of rows of the token embedding. 0: the tokenizer's vocabulary size.")
+    context_length: int = setting(1024, "Maximum sequence length in tokens, for training and generation.", COUNT)
     n_layer: int = setting(12, "Number of transformer blocks.", COUNT)
     n_head: int = setting(12, "Number of query heads per layer.", COUNT)
     n_kv_head: Filled[int] = setting(
-        None, "Number of key and value heads (grouped-query attention); must divide n_head. null: n_head.", COUNT
+        None,
+        "Number of key-value heads (grouped-query attention); must divide n_head. null: n_head (multi-head attention).",
+        COUNT,
     )
-    d_head: Optional[int] = setting(None, "Width of one head. null: d_model / n_head.", COUNT)
+    d_head: Optional[int] = setting(None, "Head dimension. null: d_model / n_head.", COUNT)
     d_model: int = setting(768, "Width of the residual stream.", COUNT)
     d_ff: Filled[int] = setting(None, "Hidden width of the feed-forward layer. null: 4 * d_model.", COUNT)
     # switches
     position: Filled[Literal["learned", "sinusoidal", "rope", "alibi"]] = setting(
-        None, "Position encoding. null: by arch."
+        None, "Positional encoding. null: set by arch."
     )
     rope_base: float = setting(10_000.0, "RoPE base frequency (theta).", POSITIVE)
     rope_scaling: Literal["none", "linear", "llama3"] = setting(
-        "none", "RoPE scaling for contexts longer than in pretraining."
+        "none", "RoPE scaling method, for contexts longer than in pretraining."
     )
     rope_factor: float = setting(
-        1.0, "RoPE scaling: angles are divided by it; with llama3 only the low frequencies are.", POSITIVE
+        1.0, "RoPE scaling factor: divides the rotation angles; with llama3, only those of low frequencies.", POSITIVE
     )
     rope_slow: float = setting(
         1.0,
-        "RoPE scaling llama3: angles with at most this many turns in rope_original_context are low frequencies.",
+        "llama3 RoPE scaling: a frequency is low if it has at most this many rotations in rope_original_context."
+        " Hugging Face calls it low_freq_factor.",
         POSITIVE,
     )
     rope_fast: float = setting(
-        4.0, "RoPE scaling llama3: angles with at least this many turns are not scaled.", POSITIVE
+        4.0,
+        "llama3 RoPE scaling: frequencies with at least this many rotations in rope_original_context are not scaled."
+        " Hugging Face calls it high_freq_factor.",
+        POSITIVE,
     )
-    rope_original_context: int = setting(8192, "RoPE scaling llama3: context length of the pretraining.", COUNT)
+    rope_original_context: int = setting(
+        8192, "llama3 RoPE scaling: context length of the original pretraining.", COUNT
+    )
     rope_local_base: Optional[float] = setting(
-        None, "RoPE base frequency in layers with a sliding window. null: rope_base.", POSITIVE
+        None, "RoPE base frequency of layers with sliding-window attention. null: rope_base.", POSITIVE
     )
     sliding_window: int = setting(
-        0, "Tokens that a layer with a sliding window attends to, its own included. 0: no window."
+        0, "Sliding-window attention: number of tokens a query attends to, itself included. 0: full attention."
     )
-    window_pattern: str = setting("S", "S: a layer with the sliding window, L: one without; repeated over the layers.")
-    norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation. null: by arch.")
-    norm_scale: Filled[bool] = setting(None, "Normalisation has a learned scale. null: by arch.")
-    norm_bias: Filled[bool] = setting(None, "LayerNorm has a learned bias. null: by arch.")
-    norm_eps: Filled[float] = setting(None, "Epsilon of the normalisation. null: by arch.", POSITIVE)
+    window_pattern: str = setting(
+        "S", "Which layers use sliding_window: S does, L attends to the full context. Repeated over the layers."
+    )
+    norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation layer. null: set by arch.")
+    norm_scale: Filled[bool] = setting(None, "Learn a scale in normalisation layers. null: set by arch.")
+    norm_bias: Filled[bool] = setting(None, "Learn a bias in LayerNorm. null: set by arch.")
+    norm_eps: Filled[float] = setting(None, "Epsilon of normalisation layers. null: set by arch.", POSITIVE)
     norm_position: Literal["pre", "post", "both"] = setting(
-        "pre", "Normalise before attention and feed-forward, after them, or both."
+        "pre", "Normalise the input of attention and feed-forward layers (pre), their output (post), or both."
     )
     activation: Filled[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
-        None, "Feed-forward activation. null: by arch."
+        None, "Activation function of the feed-forward layer. null: set by arch."
     )
-    qkv_bias: Filled[bool] = setting(None, "Bias in the q, k and v projections. null: by arch.")
-    bias: Filled[bool] = setting(None, "Bias in all other linear layers but the output head. null: by arch.")
-    n_classes: int = setting(0, "Classes of a classification head beside the language model's. 0: no such head.")
+    qkv_bias: Filled[bool] = setting(None, "Bias in the query, key and value projections. null: set by arch.")
+    bias: Filled[bool] = setting(None, "Bias in all other linear layers except the output head. null: set by arch.")
+    n_classes: int = setting(0, "Number of classes of an additional classification head. 0: no classification head.")
     cls_bias: bool = setting(True, "Bias in the classification head.")
-    tie_embeddings: Filled[bool] = setting(None, "The output head shares the token embedding's weights. null: by arch.")
-    qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: by arch.")
+    tie_embeddings: Filled[bool] = setting(
+        None, "Share weights between the token embedding and the output head (weight tying). null: set by arch."
+    )
+    qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: set by arch.")
     qk_norm_over: Literal["head", "all"] = setting(
-        "head", "QK-norm over each head by itself, or over all heads at once."
+        "head", "Axis of QK-norm: each head separately, or all heads jointly."
     )
-    qk_gain: Filled[float] = setting(None, "Factor on queries and keys after QK-norm. null: by arch.", POSITIVE)
+    qk_gain: Filled[float] = setting(None, "Multiplier of queries and keys after QK-norm. null: set by arch.", POSITIVE)
     attention_scale: Optional[float] = setting(
-        None, "Factor on the attention logits q k^T. null: head width ** -0.5.", POSITIVE
+        None, "Multiplier of the attention logits q k^T. null: head_dim ** -0.5.", POSITIVE
     )
-    embed_gain: float = setting(1.0, "Factor on the token embedding.", POSITIVE)
-    embed_norm: Filled[bool] = setting(None, "Normalise the token embedding. null: by arch.")
+    embed_gain: float = setting(1.0, "Multiplier of the token embedding.", POSITIVE)
+    embed_norm: Filled[bool] = setting(None, "Normalise the token embedding. null: set by arch.")
     logit_softcap: Filled[float] = setting(
-        None, "Output logits become cap * tanh(logits / cap). 0: off; null: by arch."
+        None, "Soft cap of the output logits: cap * tanh(logits / cap). 0: off; null: set by arch."
     )
     value_residual: Filled[bool] = setting(
-        None, "Mix each layer's values with the first layer's, with a learned weight. null: by arch."
+        None,
+        "Value residual: mix each layer's attention values with the first layer's, "
+        "by a learned weight. null: set by arch.",
     )
     residual_lambdas: Filled[bool] = setting(
-        None, "Learned factor on the residual stream before each block. null: by arch."
+        None, "Scale the residual stream before each block by a learned factor. null: set by arch."
     )
     x0_lambdas: Filled[bool] = setting(
-        None, "Add the embedding before each block, with a learned factor. null: by arch."
+        None,
+        "Add the token embedding to the residual stream before each block, by a learned factor. null: set by arch.",
     )
     smear: Filled[bool] = setting(
-        None, "Add the previous token's embedding, with a learned factor per channel. null: by arch."
+        None, "Add the previous token's embedding, by a learned factor per channel. null: set by arch."
     )
     # initialisation
     embed_std: float = setting(
-        0.02, "Standard deviation of the token embedding at the start, under init=gpt2.", POSITIVE
+        0.02, "Standard deviation of the token embedding at initialisation; only with init=gpt2.", POSITIVE
     )
     zero_init_proj: Filled[bool] = setting(
-        None, "Output projections of attention and feed-forward start at zero. null: by arch."
+        None, "Initialise the output projections of attention and feed-forward layers to zero. null: set by arch."
     )
-    zero_init_head: Filled[bool] = setting(None, "An untied output head starts at zero. null: by arch.")
+    zero_init_head: Filled[bool] = setting(None, "Initialise an untied output head to zero. null: set by arch.")
 
     @property
     def head_dim(self) -> int:
@@ -179,25 +196,23 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer has a gate beside its first matrix."""
+        """Whether the feed-forward layer is gated (GLU): it has a gate projection next to its up projection."""
         return self.activation in ("swiglu", "geglu")
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """How many tokens each layer sees, itself included; 0: all."""
+        """Sliding-window size of each layer, the query's own token included; 0: full attention."""
         pattern = self.window_pattern * self.n_layer
         return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
 @dataclass(frozen=True)
 class Computation:
-    """How a model is initialised, trained and computed. None of it is part of a trained model: a fine-tuning takes the
-    `Architecture` of its base and the `Computation` of its own config."""
+    """How a model is initialised and computed. None of it is stored in a trained model: fine-tuning takes the
+    `Architecture` from its base model and the `Computation` from its own config."""
 
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "Compute dtype of matrix multiplications; parameters stay float32."
-    )
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "Compute dtype; parameters are stored in float32.")
     precision: Literal["default", "high", "highest"] = setting(
         "default",
         "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass on a"
@@ -206,27 +221,29 @@ class Computation:
     )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
-        "Rematerialisation (gradient checkpointing): what the backward pass computes again instead of keeping"
-        " it; offload keeps only each block's input, in the host's memory.",
+        "Rematerialisation (gradient checkpointing). none: keep all activations; dots: keep matrix products, recompute"
+        " the rest; full: keep each block's input only; offload: keep it in host memory.",
     )
     unroll: Optional[bool] = setting(
         None,
-        "Compile the blocks as one unrolled program instead of a scan. null: small models on a CPU; on a GPU up to 12 "
-        "blocks at a time.",
+        "Unroll the blocks in the compiled program instead of scanning over them. null: for small models on a CPU; up "
+        "to 12 blocks at a time on a GPU.",
     )
-    init: Literal["gpt2", "torch"] = setting("gpt2", "Initialisation of new weights, as GPT-2 or as PyTorch's layers.")
+    init: Literal["gpt2", "torch"] = setting(
+        "gpt2", "Weight initialisation: as GPT-2, or PyTorch's defaults per layer."
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig(Computation, Architecture):
-    """One decoder: its architecture, and how it is computed.
+    """A decoder-only transformer: its architecture, and how it is computed.
 
     A switch left at None takes its value from `ARCHS[arch]`: after construction every switch holds a value, so printing
-    the config shows all of them. `dataclasses.replace` derives anew what was left at None:
+    the config shows all of them. `dataclasses.replace` derives the fields that were left at None again:
     replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
 
     Raises:
-        UserError: every value or combination that cannot work.
+        UserError: invalid values or combinations; the message lists all of them.
     """
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
@@ -251,230 +268,254 @@ class ModelConfig(Computation, Architecture):
             CHECKS["model"](self)
 
     def computed_as(self, other: Computation) -> "ModelConfig":
-        """This architecture, computed as `other`."""
+        """This architecture with the `Computation` fields of `other`."""
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # `config.check`, which knows the schema, puts its own in here
-CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # with all other settings at once
+CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # filled by `config.check`, which imports this module
+CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # True while `load.build` constructs
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`name` is gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."""
+    """The tokenizer: gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved one."""
 
     name: str = setting(
-        "chars", "gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."
+        "chars", "Tokenizer: gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."
     )
-    vocab_size: int = setting(
-        1024, "Vocabulary size of the tokenizers that are trained: bpe, wordpiece, unigram.", COUNT
-    )
+    vocab_size: int = setting(1024, "Vocabulary size of a tokenizer that is trained: bpe, wordpiece or unigram.", COUNT)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from, and in which order its windows are read."""
+    """The training and validation text, and the order in which its windows are read."""
 
-    source: tuple[str, ...] = setting(("shakespeare",), "Text to train on: assets, files, folders or hf:org/name.")
-    text_field: str = setting("text", "Field with the text in .jsonl, .csv, .parquet and hf: sources.")
-    weights: tuple[float, ...] = setting((), "Sampling weight of each source. []: in proportion to its tokens.")
-    temperature: float = setting(
-        1.0, "Exponent on the sampling weights: p_i ~ w_i ** temperature; below 1 it flattens them."
+    source: tuple[str, ...] = setting(
+        ("shakespeare",), "Training text: names of assets, files, folders or hf:org/name."
     )
-    val_source: tuple[str, ...] = setting((), "Text to validate on. []: a part of source is held out.")
-    val_fraction: float = setting(0.1, "Fraction of source that is held out for validation.", FRACTION)
+    text_field: str = setting("text", "Name of the text field in .jsonl, .csv, .parquet and hf: sources.")
+    weights: tuple[float, ...] = setting((), "Sampling weight per source. []: proportional to its number of tokens.")
+    temperature: float = setting(
+        1.0, "Exponent of the sampling weights: p_i ~ w_i ** temperature; below 1 flattens the distribution."
+    )
+    val_source: tuple[str, ...] = setting((), "Validation text. []: hold out a part of source.")
+    val_fraction: float = setting(0.1, "Fraction of source to hold out for validation.", FRACTION)
     split: Literal["auto", "document", "file", "tail"] = setting(
         "auto",
-        "What is held out: whole documents, whole files, or the tail of each; auto: documents where there are"
-        " 10 or more, else the tail.",
+        "How validation text is held out: whole documents, whole files, or the tail of each source. auto: documents if"
+        " there are at least 10, otherwise the tail.",
     )
     order: Literal["shuffle", "sequential"] = setting("shuffle", "Order of the training windows.")
     stride: Optional[int] = setting(
         None,
-        "Tokens from the start of one window to the next. null: context_length, shifted at random per epoch "
-        "when shuffled.",
+        "Tokens between the starts of consecutive windows. null: context_length, with a random offset per epoch "
+        "if shuffled.",
         COUNT,
     )
-    document_mask: bool = setting(True, "No token attends to another document.")
+    document_mask: bool = setting(True, "Mask attention across document boundaries.")
     mask_tokens: int = setting(
-        0, "Replace 0 to 3 input tokens per window at random, against memorisation.", Range(0, 3)
+        0, "Replace this many random input tokens per window (at most 3), against memorisation.", Range(0, 3)
     )
-    max_documents: Optional[int] = setting(None, "Read at most this many documents. null: all.", COUNT)
-    streaming: bool = setting(False, "Read hf: sources while training instead of downloading them first.")
-    cache_dir: Optional[str] = setting(None, "Folder for prepared token files. null: the user's cache folder.")
+    max_documents: Optional[int] = setting(None, "Maximum number of documents to read. null: all.", COUNT)
+    streaming: bool = setting(False, "Stream hf: sources during training instead of downloading them first.")
+    cache_dir: Optional[str] = setting(None, "Folder of the tokenised data. null: the user's cache folder.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, or Muon on the block matrices with AdamW on the rest. Rates are peaks of the schedule."""
+    """The optimizer and its hyperparameters. Learning rates are peaks of the schedule."""
 
     name: Literal["adamw", "muon"] = setting(
-        "adamw", "Optimizer: AdamW, or Muon on the block matrices with AdamW on the rest."
+        "adamw", "Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."
     )
     lr: float = setting(1e-3, "Peak learning rate.", POSITIVE)
     embed_lr: Optional[float] = setting(None, "Peak learning rate of the embeddings. null: lr.")
     head_lr: Optional[float] = setting(None, "Peak learning rate of the output head. null: lr.")
-    vector_lr: Optional[float] = setting(None, "Peak learning rate of norms, biases and learned factors. null: lr.")
+    vector_lr: Optional[float] = setting(
+        None, "Peak learning rate of normalisation scales, biases and learned factors. null: lr."
+    )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = setting(
         "cosine", "Learning rate schedule after the warmup."
     )
-    warmup_steps: int = setting(0, "Steps of linear warmup.")
+    warmup_steps: int = setting(0, "Number of linear warmup steps.")
     initial_lr_ratio: float = setting(
         0.0, "Learning rate at the start of the warmup, as a fraction of the peak.", RATIO
     )
     min_lr_ratio: float = setting(0.0, "Learning rate at the end of the decay, as a fraction of the peak.", RATIO)
-    decay_fraction: float = setting(0.2, "Schedule wsd: last fraction of the steps, over which the rate decays.", SHARE)
-    beta1: float = setting(0.9, "AdamW: decay of the first moment.", RATE)
-    beta2: float = setting(0.95, "AdamW: decay of the second moment.", RATE)
-    eps: float = setting(1e-8, "AdamW: added to the denominator.", POSITIVE)
+    decay_fraction: float = setting(
+        0.2, "wsd schedule: final fraction of the steps over which the learning rate decays.", SHARE
+    )
+    beta1: float = setting(0.9, "AdamW: decay rate of the first moment.", RATE)
+    beta2: float = setting(0.95, "AdamW: decay rate of the second moment.", RATE)
+    eps: float = setting(1e-8, "AdamW: epsilon added to the denominator.", POSITIVE)
     weight_decay: float = setting(0.1, "Decoupled weight decay.")
-    decay: Literal["matrices", "all"] = setting("matrices", "Which parameters decay: matrices, or all.")
-    clip_norm: float = setting(1.0, "Clip the gradient's global norm to this. 0: off.")
+    decay: Literal["matrices", "all"] = setting(
+        "matrices", "Which parameters weight decay applies to: matrices, or all."
+    )
+    clip_norm: float = setting(1.0, "Maximum global gradient norm (gradient clipping). 0: off.")
     momentum: float = setting(0.95, "Muon: momentum.", RATE)
-    offload: bool = setting(False, "Keep the optimizer's state in the host's memory between updates.")
+    offload: bool = setting(False, "Offload the optimizer state to host memory between updates.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how often, how much at once."""
+    """The training loop: number of steps, batch size, evaluation, checkpoints, logging."""
 
-    max_steps: int = setting(1000, "Optimizer steps of the run.", COUNT)
+    max_steps: int = setting(1000, "Number of optimizer steps.", COUNT)
     epochs: Optional[float] = setting(
-        None, "Passes over the training data; sets max_steps. null: max_steps as given.", POSITIVE
+        None, "Number of passes over the training data; determines max_steps. null: use max_steps.", POSITIVE
     )
     batch_size: int = setting(
         12,
-        "Rows per step, over all micro-batches and devices. auto, on a command line: as many as fit by estimate.",
+        "Global batch size: rows per optimizer step, over all micro-batches and devices. auto (command line only): as"
+        " many as are estimated to fit.",
         COUNT,
     )
     accumulation: int = setting(1, "Gradient accumulation: micro-batches per step; must divide batch_size.", COUNT)
     steps_per_call: Optional[int] = setting(
-        None, "Steps in one compiled call. null: chosen by the model's size.", COUNT
+        None, "Number of steps per compiled call. null: chosen by model size.", COUNT
     )
     eval_every: int = setting(250, "Steps between evaluations on the validation data.", COUNT)
-    eval_train_batches: int = setting(
-        0, "Training batches whose loss without dropout is logged at each evaluation too."
-    )
+    eval_train_batches: int = setting(0, "Number of training batches to evaluate as well, without dropout. 0: off.")
     checkpoint_every: int = setting(250, "Steps between checkpoints.", COUNT)
-    log_every: int = setting(10, "Steps between lines in metrics.jsonl.", COUNT)
-    keep_checkpoints: int = setting(2, "Newest checkpoints to keep, at least 2.", Range(2, MOST))
-    max_nonfinite: int = setting(5, "Stop after this many steps in a row with a loss that is not finite.", COUNT)
-    resume: Literal["auto", "never"] = setting(
-        "auto", "auto: go on where the run directory stands; never: refuse a directory that holds a run."
+    log_every: int = setting(10, "Steps between log lines in metrics.jsonl.", COUNT)
+    keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep, at least 2.", Range(2, MOST))
+    max_nonfinite: int = setting(
+        5, "Stop after this many consecutive steps with a loss or gradient that is not finite.", COUNT
     )
-    loggers: tuple[str, ...] = setting((), "Also log to these: tensorboard, wandb.", choices=("tensorboard", "wandb"))
+    resume: Literal["auto", "never"] = setting(
+        "auto", "auto: resume from the latest checkpoint in run_dir; never: refuse a run_dir that holds a run."
+    )
+    loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """max_steps, or what `epochs` over `size` tokens, texts or rows make of it, `per_step` at a time."""
+        """max_steps, or the steps of `epochs` passes over `size` tokens, texts or rows, `per_step` per step."""
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work; their product is the number of devices. mesh=auto: all of it over data."""
+    """The device mesh: the product of its axes is the number of devices. mesh=auto: data parallel on all devices."""
 
     data: int = setting(
         -1, "Data-parallel size: shards the batch, replicates the parameters. -1: all remaining devices.", AXIS
     )
-    fsdp: int = setting(1, "FSDP size: shards the batch and the parameters.", AXIS)
-    tensor: int = setting(1, "Tensor-parallel size: shards heads and the feed-forward layer.", AXIS)
-    context: int = setting(1, "Context-parallel size: shards the tokens of a row.", AXIS)
+    fsdp: int = setting(
+        1, "Fully sharded data parallel (FSDP) size: shards the batch, the parameters and the optimizer state.", AXIS
+    )
+    tensor: int = setting(
+        1, "Tensor-parallel size: shards attention heads and the feed-forward layer's hidden dimension.", AXIS
+    )
+    context: int = setting(1, "Context-parallel size: shards the sequence dimension.", AXIS)
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes as one run; the same command on every host."""
+    """Multi-process training: run the same command on every host."""
 
     coordinator: Optional[str] = setting(
-        None, "HOST:PORT of process 0; auto: as a TPU pod or Slurm says. null: a single process."
+        None, "HOST:PORT of process 0. auto: detected on a TPU pod or under Slurm; null: a single process."
     )
     num_processes: Optional[int] = setting(None, "Number of processes.", COUNT)
-    process_id: Optional[int] = setting(None, "Number of this process, from 0.")
-    timeout_s: int = setting(300, "Seconds to wait for the other processes at the start.", COUNT)
-    heartbeat_s: int = setting(100, "Seconds after which a silent process counts as lost.", COUNT)
+    process_id: Optional[int] = setting(None, "Index of this process, from 0.")
+    timeout_s: int = setting(300, "Seconds to wait for the other processes at startup.", COUNT)
+    heartbeat_s: int = setting(100, "Seconds without a heartbeat after which a process counts as lost.", COUNT)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What `gptjax sample` writes, and the samples during training."""
+    """Text generation by `gptjax sample`, and of the samples during training."""
 
-    prompt: str = setting("\n", "Text to continue.")
+    prompt: str = setting("\n", "Prompt to continue.")
     prompts: Optional[str] = setting(
-        None, 'File of prompts: .jsonl with "prompt", or a text with one per line. null: prompt alone.'
+        None, 'File of prompts: .jsonl with the field "prompt", or text with one prompt per line. null: only prompt.'
     )
-    out: Optional[str] = setting(None, "New .jsonl file for the continuations. null: print them.")
+    out: Optional[str] = setting(None, "Output .jsonl file, which must not exist. null: print the continuations.")
     batch_size: int = setting(8, "Prompts per batch.", COUNT)
-    max_new_tokens: int = setting(300, "Most tokens per continuation.", COUNT)
-    n: int = setting(1, "Continuations per prompt.", COUNT)
-    temperature: float = setting(0.8, "Sampling temperature. 0: greedy.")
-    top_k: int = setting(0, "Sample from the k most likely tokens. 0: off.")
-    top_p: float = setting(1.0, "Nucleus sampling: smallest set of tokens with this total probability. 1: off.", SHARE)
-    min_p: float = setting(0.0, "Drop tokens less likely than min_p times the most likely one. 0: off.", RATE)
-    repetition_penalty: float = setting(1.0, "Penalty on tokens that came before. 1: off.", POSITIVE)
-    stop: tuple[str, ...] = setting((), "Stop strings: a continuation ends before the first of them.")
-    quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the weights: less memory, slower on a CPU.")
+    max_new_tokens: int = setting(300, "Maximum number of tokens to generate per continuation.", COUNT)
+    n: int = setting(1, "Number of continuations per prompt.", COUNT)
+    temperature: float = setting(0.8, "Sampling temperature. 0: greedy decoding.")
+    top_k: int = setting(0, "Top-k sampling: sample from the k most likely tokens. 0: off.")
+    top_p: float = setting(
+        1.0,
+        "Nucleus (top-p) sampling: sample from the smallest set of tokens with this total probability. 1: off.",
+        SHARE,
+    )
+    min_p: float = setting(
+        0.0, "Min-p sampling: exclude tokens less likely than min_p times the most likely one. 0: off.", RATE
+    )
+    repetition_penalty: float = setting(1.0, "Penalty on tokens that have already occurred. 1: off.", POSITIVE)
+    stop: tuple[str, ...] = setting((), "Stop strings: generation ends before the first occurrence of any of them.")
+    quantize: Literal["none", "int8", "nf4"] = setting("none", "Weight quantisation: less memory, slower on a CPU.")
     cache_dtype: Optional[Literal["float32", "bfloat16", "int8"]] = setting(
         None, "Dtype of the KV cache. null: float32 on a CPU, model.dtype elsewhere."
     )
     draft: Optional[str] = setting(
-        None, "Speculative decoding: a smaller model that proposes tokens, or ngram: the text so far does. null: off."
+        None, "Speculative decoding: the draft model, or ngram to propose tokens from the text so far. null: off."
     )
-    ahead: int = setting(4, "Tokens proposed at a time, with a draft.", COUNT)
-    seed: int = setting(0, "Random seed of the sampling.", SEED)
+    ahead: int = setting(4, "Speculative decoding: number of tokens proposed per step.", COUNT)
+    seed: int = setting(0, "Random seed of sampling.", SEED)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A low-rank adapter: which weights it is for, and its form."""
+    """The LoRA adapter (arXiv:2106.09685): y = x W + scale * x a b."""
 
     rank: int = setting(16, "Rank of the adapter.", COUNT)
-    alpha: float = setting(32.0, "Numerator of the scale; see scaling.", POSITIVE)
+    alpha: float = setting(32.0, "Numerator of the adapter's scale; see scaling.", POSITIVE)
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
-        "alpha/r", "Scale of the low-rank product; alpha/sqrt(r) is rsLoRA."
+        "alpha/r", "Scale of the low-rank product a b; alpha/sqrt(r) is rsLoRA (arXiv:2312.03732)."
     )
     targets: str = setting(
-        "blocks/*/kernel", "Weights with an adapter: path patterns, joined by |; blocks/3/*/kernel is one layer's."
+        "blocks/*/kernel", "Weights to adapt: path patterns joined by |, such as blocks/3/*/kernel for one layer."
     )
     init: Literal["lora", "pissa", "olora"] = setting(
-        "lora", "Start of the adapter: lora (a random, b zero), or from the weights themselves."
+        "lora",
+        "Adapter initialisation: lora (a random, b zero), pissa (SVD of the weights) or olora (QR of the weights).",
     )
     dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
-    dropout: float = setting(0.0, "Dropout on the adapter's input; adapters of embedding tables have none.", RATE)
-    lr_ratio: float = setting(1.0, "LoRA+: learning rate of b divided by that of a; the paper takes 16.", POSITIVE)
+    dropout: float = setting(0.0, "Dropout rate on the adapter's input; not applied to adapters of embeddings.", RATE)
+    lr_ratio: float = setting(
+        1.0, "LoRA+: ratio of the learning rates of b and a (arXiv:2402.12354 recommends 16). 1: off.", POSITIVE
+    )
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by: three conventions are in use."""
+        """The multiplier of the low-rank product a b."""
         return self.alpha / {"alpha/r": self.rank, "alpha/sqrt(r)": self.rank**0.5, "alpha": 1}[self.scaling]
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Continued pretraining: what it starts from. The base brings its own model and tokenizer."""
+    """Continued pretraining. Architecture and tokenizer are those of the base model."""
 
     base: Optional[str] = setting(
-        None, "Model to go on from: run, model folder, .gguf file, asset or hf:org/name. null: new weights."
+        None, "Base model: a run, model folder, .gguf file, asset or hf:org/name. null: train from scratch."
     )
     context_length: Optional[int] = setting(
-        None, "Tokens per window. null: the model's context length, of a base at most 1024.", COUNT
+        None, "Tokens per training window. null: the model's context length; with a base, at most 1024.", COUNT
     )
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What a fine-tuning starts from, and which of it moves."""
+    """Fine-tuning: the base model, and which of its parameters are trained."""
 
-    base: str = setting(
-        "smollm2-135m-instruct", "Model to start from: run, model folder, .gguf file, asset or hf:org/name."
+    base: str = setting("smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, asset or hf:org/name.")
+    trainable: str = setting("lora", "Trainable parameters: lora (an adapter), all, or path patterns joined by |.")
+    quantize: Literal["none", "int8", "nf4"] = setting(
+        "none", "Quantisation of the frozen base under an adapter (QLoRA)."
     )
-    trainable: str = setting("lora", "What is trained: lora (an adapter), all, or path patterns joined by |.")
-    quantize: Literal["none", "int8", "nf4"] = setting("none", "Quantise the frozen base under an adapter.")
     save_merged: Optional[bool] = setting(
         None,
-        "Save whole weights with the adapter merged into them; false: the adapter alone, read with its base again. "
-        "null: whole, except where the base is an asset or hf:org/name, which do not change.",
+        "true: save the full weights with the adapter merged; false: save the adapter only, which needs its base to be "
+        "loaded. null: true, unless the base is an asset or hf:org/name, which can be fetched again.",
     )
-    seeds: int = setting(1, "Number of runs, with seed, seed + 1, ..; each in its own folder, and their mean.", COUNT)
+    seeds: int = setting(
+        1,
+        "Number of runs, with seeds seed, seed + 1, ..; each in its own folder, with mean scores in seeds.json.",
+        COUNT,
+    )
     together: Optional[bool] = setting(
         None, "Train all seeds in one vmapped program. null: on accelerators only; a CPU gains nothing."
     )
@@ -482,84 +523,89 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Labelled texts, and how a text becomes one vector."""
+    """Text classification: the labelled texts, and how hidden states are pooled."""
 
     source: Optional[str] = setting(None, "Labelled texts: .csv, .tsv, .jsonl, .json, .parquet or hf:org/name.")
-    text_field: Optional[str] = setting(None, "Column of the texts. null: guessed where only one fits.")
-    label_field: Optional[str] = setting(None, "Column of the labels. null: guessed where only one fits.")
+    text_field: Optional[str] = setting(None, "Column of the texts. null: detected, if only one column fits.")
+    label_field: Optional[str] = setting(None, "Column of the labels. null: detected, if only one column fits.")
     labels: tuple[str, ...] = setting((), "Order of the classes. []: sorted.")
-    balance: bool = setting(False, "Take every class as often as the rarest.")
-    deduplicate: bool = setting(True, "Keep one of equal texts; otherwise they may stand in several splits.")
+    balance: bool = setting(False, "Balance the classes: undersample each to the size of the rarest.")
+    deduplicate: bool = setting(True, "Remove duplicate texts, which could otherwise be in several splits.")
     split: Literal["stratified", "grouped", "book"] = setting(
-        "stratified", "How texts are held out; book: the balanced spam split of the book, by name."
+        "stratified",
+        "How texts are held out. stratified: equal class proportions; "
+        "grouped: equal texts stay in one split; book: the balanced spam split of the book.",
     )
-    val_fraction: float = setting(0.1, "Fraction of the texts to validate on.", FRACTION)
-    test_fraction: float = setting(0.2, "Fraction of the texts to test on.", FRACTION)
+    val_fraction: float = setting(0.1, "Fraction of the texts to hold out for validation.", FRACTION)
+    test_fraction: float = setting(0.2, "Fraction of the texts to hold out for testing.", FRACTION)
     max_length: Optional[int] = setting(
-        None, "Tokens per text; longer ones are cut. null: the longest text, within the context.", COUNT
+        None,
+        "Maximum tokens per text; longer texts are truncated. null: the longest text, at most the context length.",
+        COUNT,
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several texts per row; padded: one.")
     pooling: Literal["last", "first", "mean"] = setting(
-        "last", "Which hidden state the head reads: the last real token's, the first's, or their mean."
+        "last",
+        "Pooling of hidden states for the classification head: last token (without padding), first token, or mean.",
     )
-    bias: bool = setting(False, "Bias in the head, as in the book; transformers and peft know heads without one only.")
-    prompt: str = setting("{text}", "Text around each example, such as a question; {text} stands for it.")
+    bias: bool = setting(
+        False, "Bias in the classification head, as in the book; transformers and peft support heads without bias only."
+    )
+    prompt: str = setting("{text}", "Prompt template of each text; {text} is replaced by it.")
 
 
-ChatStyle = Literal["chat", "chatml", "alpaca", "phi3"]  # what they write stands in tokenizers/chat.py
+ChatStyle = Literal["chat", "chatml", "alpaca", "phi3"]  # defined in tokenizers/chat.py
 
 
 @dataclass(frozen=True)
 class InstructConfig:
-    """Conversations, and which of their tokens are learned."""
+    """Instruction tuning: the conversations, and which of their tokens count in the loss."""
 
     source: Optional[str] = setting(
-        None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic skills."
+        None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
     )
     style: Optional[ChatStyle] = setting(
         None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     loss_on: Literal["response", "all"] = setting(
-        "response", "Which tokens are learned: the responses, or prompts too."
+        "response", "Tokens that count in the loss: responses only, or prompts as well."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several examples per row; padded: one.")
-    context_length: int = setting(512, "Tokens per row; examples that do not fit are dropped and counted.", COUNT)
+    context_length: int = setting(512, "Tokens per row; longer examples are dropped and counted.", COUNT)
     val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
     test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
-    examples: int = setting(2000, "Number of questions of the synthetic skills.", COUNT)
-    compare: bool = setting(True, "Let the base answer the test questions too.")
+    examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
+    compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
 
 @dataclass(frozen=True)
 class PreferConfig:
-    """Pairs of answers, and the loss that tells them apart."""
+    """Preference tuning: the pairs of answers, and the loss."""
 
     source: Optional[str] = setting(
-        None, "Pairs of answers: .json, .jsonl, .csv, .parquet or hf:org/name. null: of the synthetic skills."
+        None, "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
     )
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
-    beta: Optional[float] = setting(None, "Strength of the loss. null: the loss's usual one, 0.1 (simpo: 2).", POSITIVE)
-    margin: float = setting(1.0, "SimPO: target margin between the rewards of the two answers.")
+    beta: Optional[float] = setting(None, "Coefficient beta of the loss. null: 0.1 (simpo: 2).", POSITIVE)
+    margin: float = setting(1.0, "SimPO: target reward margin between the two answers.")
     style: Optional[ChatStyle] = setting(
         None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
     context_length: int = setting(
-        512, "Tokens per row, which holds both answers of a pair; pairs that do not fit are dropped and counted.", COUNT
+        512, "Tokens per row, which holds both answers of a pair; longer pairs are dropped and counted.", COUNT
     )
     val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
     test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
-    examples: int = setting(1000, "Number of pairs of the synthetic skills.", COUNT)
+    examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """All settings of one run."""
 
-    run_dir: Optional[str] = setting(None, "Folder of the run. null: runs/NAME-OF-THE-PRESET.")
-    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
-        "pretrain", "What is trained; the verb sets it."
-    )
+    run_dir: Optional[str] = setting(None, "Run directory. null: runs/NAME-OF-THE-PRESET.")
+    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting("pretrain", "Training task; set by the verb.")
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -578,7 +624,7 @@ class Config:
 
     @property
     def window(self) -> int:
-        """Tokens of a row in pretraining."""
+        """Tokens per row in pretraining."""
         return self.pretrain.context_length or self.model.context_length
 
 
@@ -586,7 +632,7 @@ class Config:
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 0.001, ..} in the order of the schema."""
+    """The settings as a flat dict, {"optim.lr": 0.001, ..}, in the order of the schema."""
     out: dict[str, Any] = {}
     for item in fields(cfg):
         value = getattr(cfg, item.name)
@@ -598,7 +644,7 @@ def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def leaf_fields() -> dict[str, Field]:
-    """{"optim.lr": its field, ..}"""
+    """The dataclass field of each setting, {"optim.lr": Field, ..}."""
     return dict(_walk(Config, ""))
 
 
@@ -612,12 +658,12 @@ def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """{"optim.lr": float, ..}: the type of every leaf."""
+    """The type of each setting, {"optim.lr": float, ..}."""
     return {key: item.type for key, item in leaf_fields().items()}
 
 
 def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
-    """(group, what it is, [(key, type, help), ..]) for `--help`; the settings of the run itself are the group ""."""
+    """(group, description, [(key, type, help), ..]) per group, for `--help`; top-level settings are the group ""."""
     groups = {"": Config} | {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
     rows: dict[str, list[tuple[str, str, str]]] = {group: [] for group in groups}
     for key, item in leaf_fields().items():
@@ -629,19 +675,17 @@ def without_null(hint: Any) -> Any:
     """Optional[X] -> X."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
-    return next(part for part in get_args(hint) if part is not type(None))
+    return next(arg for arg in get_args(hint) if arg is not type(None))
 
 
 def type_name(hint: Any) -> str:
-    """How a person would say it: "a whole number", "gpt2, llama or modern"."""
+    """The type as `--help` and errors show it: "int", "list of str", "gpt2, llama or modern", "float or null"."""
     kind = without_null(hint)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    plural = {int: "whole numbers", float: "numbers", str: "texts"}
     if get_origin(kind) is Literal:
-        *first, last = get_args(kind)
-        name = f"{', '.join(first)} or {last}"
+        names = list(get_args(kind))
     elif get_origin(kind) is tuple:
-        name = f"a list of {plural[get_args(kind)[0]]}"
+        names = [f"list of {get_args(kind)[0].__name__}"]
     else:
-        name = names[kind]
-    return name if kind is hint else f"{name}, or null"
+        names = ["true", "false"] if kind is bool else [kind.__name__]
+    *first, last = names if kind is hint else [*names, "null"]
+    return f"{', '.join(first)} or {last}" if first else last

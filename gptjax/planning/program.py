@@ -24,7 +24,7 @@ from gptjax.ops import device
 from gptjax.optim import make_optimizer
 from gptjax.tasks import find, trainable, tuning
 from gptjax.training.step import TrainState, make_train_step
-from gptjax.training.task import just_trained
+from gptjax.training.task import identity
 
 
 class Program(NamedTuple):
@@ -81,7 +81,7 @@ def _state(
     cfg: Config, tx: optax.GradientTransformation
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
     """(key -> TrainState, combine)."""
-    combine = [just_trained]
+    combine = [identity]
 
     def create(key: jax.Array) -> TrainState:
         params = init_params(key, cfg.model)

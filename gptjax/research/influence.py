@@ -27,7 +27,7 @@ from gptjax import tree
 from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.training.step import Loss
-from gptjax.training.task import just_trained as just_trained  # the `combine` where nothing is frozen
+from gptjax.training.task import identity
 
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
@@ -44,7 +44,7 @@ def example_gradients(
     batch: Any,
     *,
     frozen: Any = None,
-    combine: Combine = just_trained,
+    combine: Combine = identity,
     key: jax.Array | None = None,
 ) -> Any:
     """Per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
@@ -80,7 +80,7 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 
 
 def gradient_features(
-    loss: Loss, *, combine: Combine = just_trained, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
+    loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
     """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
 
@@ -211,7 +211,7 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
 
 
 def gradient_noise(
-    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = just_trained, chunk: int | None = None
+    loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = identity, chunk: int | None = None
 ) -> Noise:
     """`noise_scale` from a batch's per-example gradients: the batch size beyond which more examples hardly help."""
     total, norms = jax.jit(
@@ -234,7 +234,7 @@ def clipped_sum(
     *,
     clip: float,
     frozen: Any = None,
-    combine: Combine = just_trained,
+    combine: Combine = identity,
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:

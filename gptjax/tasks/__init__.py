@@ -1,13 +1,13 @@
-"""What a model can be trained for. Each task is one file, with these functions:
+"""The training tasks. Each task is one module with these functions:
 
-prepare(cfg, progress) -> Ready         what the loop runs, the config as the data complete it, what is held out
-evaluate(result, held_out, say)         scores the trained model on what is held out; None: read again
-refuse_missing(cfg)                     raises UserError for data or a base that are not there; nothing is fetched
+prepare(cfg, progress) -> Ready         reads data and base; returns the resolved config, the `Task` and the test data
+evaluate(result, held_out, say)         scores the trained model on the test data; None: read it again
+refuse_missing(cfg)                     raises UserError if data or base do not exist; downloads nothing
 loss(cfg) -> (params, batch, key) -> (Mean, metrics)
-batch_shapes(cfg, rows, width)          shapes of a batch, for plans
-plan(cfg) -> lines                      what a fine-tuning would do, for --dry-run
+batch_shapes(cfg, rows, width)          shapes of a batch, for `gptjax plan`
+plan(cfg) -> lines                      summary of a fine-tuning, for --dry-run
 
-A new task is such a file, its line in `TASKS`, and the dataclass of its settings in `Config`.
+To add a task, write such a module, add it to `TASKS`, and add the dataclass of its settings to `Config`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ def find(name: str) -> ModuleType:
 
 
 def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train as `cfg` says, for `cfg.task`; or go on where the run directory stands (train.resume=auto).
+    """Train a model by `cfg`, or resume the run in its run directory (train.resume=auto).
 
-    A run that is finished already is not trained again: its result is returned. Resumed is bitwise the same as
-    uninterrupted, on the same versions and devices.
+    If the run is finished already, its result is returned. A resumed run is bitwise equal to an uninterrupted one on
+    the same versions and devices.
 
     Args:
         log: gets each line that would be printed.
-        hooks: (every, fn): fn(run) is called after every so many steps and after the last, with the `training.run.Run`:
-            its state, step, counters, config and run directory.
+        hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step. `run` is a
+            `training.run.Run`, with the state, step, counters, config and run directory.
 
     Raises:
-        UserError: bad config or data, a run directory of another run, no checkpoint that can be read, a full disk.
-        Stopped: (a SystemExit) Ctrl-C or SIGTERM, after saving; or `max_nonfinite` steps without a finite loss.
+        UserError: invalid config or data, a run directory of another run, no readable checkpoint, or a full disk.
+        Stopped: (a SystemExit) Ctrl-C or SIGTERM, after a checkpoint is saved; or train.max_nonfinite consecutive
+            steps with a loss or gradient that is not finite.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
-        from gptjax.tasks.seeds import several
+        from gptjax.tasks.seeds import over_seeds
 
-        return several(cfg, log or print, hooks)
+        return over_seeds(cfg, log or print, hooks)
     from gptjax.parallel.distributed import is_writer
     from gptjax.training.loop import run_task
 
@@ -63,17 +64,17 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train`, of everything but pretraining."""
+    """`train` for all tasks except pretraining."""
     if cfg.task == "pretrain":
-        raise UserError("task=pretrain is no fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
+        raise UserError("task=pretrain is not fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
     return train(cfg, log=log, hooks=hooks)
 
 
 def refuse(cfg: Config) -> bool:
-    """What `train` refuses before any data is read; whether the run is finished already.
+    """Run the checks of `train` that need no data. Returns whether the run is finished already.
 
     Raises:
-        UserError: all that it finds, at once.
+        UserError: lists all problems.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
         from gptjax.tasks.seeds import refuse as refuse_seeds

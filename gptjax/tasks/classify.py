@@ -97,7 +97,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
     parts, fingerprint = tuning.load_base(resolved, found, heads, jax.random.fold_in(key, 2), progress)
     width = train.tokens.shape[1]
 
-    def where(step: int) -> str:
+    def describe_batch(step: int) -> str:
         row = train.texts[loader.epoch_rows(step, size, len(train.tokens), cfg.seed)[0]]
         return f"the batch holds texts such as {splits.train.texts[row[0]]!r:.80}"
 
@@ -123,7 +123,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         tokenizer=tokenizer,
         loss=loss,
         batch=lambda step: classification.batch(train, step, batch_size=size, seed=cfg.seed),
-        where=where,
+        describe_batch=describe_batch,
         eval_batches=lambda: classification.eval_batches(val, size),
         width=width,
         data=loader.fingerprint(*train, *val),

@@ -1,10 +1,10 @@
-"""Many adapters of one base in one compiled program, each with its own rate, scale, rank and seed.
+"""Train many adapters of one base in one vmapped program, each with its own learning rate, scale, rank and seed.
 
 many   = Many.of(rates=[1, 3, 10], scales=[2, 2, 1], ranks=[8, 8, 4], seeds=[0, 1, 2])
 states = create(params, many, cfg, tx)                  a TrainState whose leaves have a leading axis of 3
 step   = jax.jit(make_many_step(loss, tx, cfg))
-states, metrics = step(states, many, params, batch)     the base is read by all of them and copied by none
-one    = jax.tree.map(lambda leaf: leaf[1], states.params)
+states, metrics = step(states, many, params, batch)     all adapters share one copy of the base
+second = jax.tree.map(lambda leaf: leaf[1], states.params)
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gptjax.config import LoraConfig
 from gptjax.errors import UserError
 from gptjax.training import vmapped
 from gptjax.training.step import Loss, TrainState
-from gptjax.training.task import Rules
+from gptjax.training.task import StepFunctions
 from gptjax.types import Metrics, Params
 
 
 class Many(NamedTuple):
-    """One entry an adapter, [N] each.
+    """Hyperparameters per adapter, [N] each.
 
-    rates     what the optimizer's updates are multiplied by: of AdamW's rate, and its weight decay's
-    scales    of a b, as `LoraConfig.scale` is
-    ranks     at most the config's: what is beyond stays zero
-    seeds     of the adapter's start, and of its dropout
+    rates     multipliers of the optimizer's updates, and so of its learning rate and weight decay
+    scales    multipliers of the low-rank product a b, as `LoraConfig.scale`
+    ranks     ranks, at most lora.rank: columns of a and rows of b beyond it stay zero
+    seeds     random seeds of initialisation and dropout
     """
 
     rates: jax.Array
@@ -41,7 +41,7 @@ class Many(NamedTuple):
 
     @classmethod
     def of(cls, *, rates: Sequence[float], scales: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Many:
-        """Raises UserError where the lengths differ."""
+        """From sequences. Raises UserError if their lengths differ."""
         if len({len(rates), len(scales), len(ranks), len(seeds)}) != 1:
             raise UserError(
                 f"expected as many rates as scales, ranks and seeds; got {len(rates)}, {len(scales)}, {len(ranks)} "
@@ -51,32 +51,32 @@ class Many(NamedTuple):
 
 
 def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransformation) -> TrainState:
-    """States of fresh adapters, leaves [N, ..]; `params` may be shapes."""
+    """The states of newly initialised adapters, leaves [N, ..]; `params` may be shapes."""
     if most := [rank for rank in many.ranks.tolist() if rank > cfg.rank]:
-        raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the shape that all of them share")
+        raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the rank of the arrays of all adapters")
 
     def init(key: jax.Array, rank: jax.Array) -> Params:
         return lora.truncate_rank(lora.init(key, params, cfg), rank)
 
-    return vmapped.create(init, lambda own: _rated(tx, own.rates), many.seeds, many, many.ranks)
+    return vmapped.create(init, lambda hparams: _rated(tx, hparams.rates), many.seeds, many, many.ranks)
 
 
 def make_many_step(
     loss: Loss, tx: optax.GradientTransformation, cfg: LoraConfig, *, batches: bool = False
 ) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
-    """step(states, many, params, batch) -> (states, metrics [N]): what N steps of `make_train_step` would do.
+    """step(states, many, params, batch) -> (states, metrics [N]): `make_train_step`, vmapped over N adapters.
 
     Args:
-        batches: every leaf of the batch has a leading axis N, a batch for each; otherwise all of them see the same.
+        batches: every leaf of the batch has a leading axis N, one batch per adapter; False: all share one batch.
     """
 
-    def rules(own: Many) -> Rules:
+    def build(hparams: Many) -> StepFunctions:
         def combine(adapter: Params, frozen: Params) -> Params:
-            return lora.attach(frozen, adapter, cfg, scales=own.scales)
+            return lora.attach(frozen, adapter, cfg, scales=hparams.scales)
 
-        return Rules(lora.with_dropout(loss), combine, _rated(tx, own.rates))
+        return StepFunctions(lora.with_dropout(loss), combine, _rated(tx, hparams.rates))
 
-    return vmapped.make_step(rules, batches=batches)
+    return vmapped.make_step(build, batches=batches)
 
 
 def _rated(tx: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Pretraining: text, windows of it, and a model that learns to predict the next token."""
+"""Pretraining: next-token prediction on windows of text, from scratch or from a base model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.task import Loss, Ready, Rules, Task, Validation, just_trained, resolve
+from gptjax.training.task import Loss, Ready, StepFunctions, Task, Validation, identity, resolve
 from gptjax.types import Batch, Params
 
-BASE_WINDOW = 1024  # tokens of a window in continued pretraining, where the model's context allows
-EVAL_TOKENS = 4096  # at least so many a batch of the evaluation
-FIRST_EVAL_TOKENS = 16_384  # about so many before the first step: no text is better known than another yet
+BASE_WINDOW = 1024  # default tokens per window in continued pretraining, if the model's context allows
+EVAL_TOKENS = 4096  # minimum tokens per evaluation batch
+FIRST_EVAL_TOKENS = 16_384  # approximate tokens of the evaluation before the first step
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    """Reads the text, or finds it tokenised already."""
+    """Tokenise the text, or read the tokens from the cache, and build the task."""
     cfg, base = from_base(cfg)
     with progress.phase("preparing the data"):
         ready = data.prepare(cfg, base.tokenizer() if base else None, log=progress.say)
@@ -44,7 +44,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
-    """Nothing: the validation loss is the score of a pretraining."""
+    """Does nothing: pretraining has no test data, its score is the validation loss."""
 
 
 def loss(cfg: Config) -> Loss:
@@ -57,10 +57,10 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def refuse_missing(cfg: Config) -> None:
-    """A cheap look before the text is read; nothing is fetched.
+    """Check cheaply, before any text is read, that data, tokenizer and base exist. Downloads nothing.
 
     Raises:
-        UserError: sources, a tokenizer and a base that are not there, or a model with classes, all at once.
+        UserError: missing sources, tokenizer or base, or a model with a classification head; lists all problems.
     """
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
     if cfg.model.n_classes:
@@ -72,8 +72,8 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
-    """The config with the model, tokenizer and window of `pretrain.base`, and that model before any tensor is read;
-    (cfg, None) without a base.
+    """Resolve `pretrain.base`: the config with its architecture, tokenizer and window, and the opened model, whose
+    tensors are not read yet. (cfg, None) without a base.
 
     Raises:
         UserError: no such model, a classifier, or a window longer than its context.
@@ -93,10 +93,10 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
 
 
 def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
-    """Whatever can be wrong is said here."""
+    """The task. Raises UserError for an invalid prompt, before anything is trained."""
     model, settings, val = cfg.model, cfg.train, ready.val
     try:
-        prompt = prompt_ids(ready.tokenizer, cfg.sample.prompt)  # before anything is trained
+        prompt = prompt_ids(ready.tokenizer, cfg.sample.prompt)
     except UserError as error:
         raise UserError(f"sample.prompt: {error}") from error
     loader = data.Loader(
@@ -108,18 +108,19 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))  # one compiles, another is timed
+    # at least two: the first includes compilation, the second is timed
+    first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
         sizes = dict(context_length=cfg.window, batch_size=rows)
         batches = data.eval_batches(val, **sizes, document_mask=cfg.data.document_mask)
         return itertools.islice(batches, first_batches if first else None)
 
-    def where(step: int) -> str:
+    def describe_batch(step: int) -> str:
         starts = ", ".join(map(str, loader.starts(step)[:4]))
-        return f"windows of that batch start at tokens {starts} ... of the training text"
+        return f"the windows of this batch start at tokens {starts} ... of the training text"
 
-    def more_of_loss(loss: float) -> dict[str, float]:
+    def derived_metrics(loss: float) -> dict[str, float]:
         bits = {"bits_per_byte": loss / math.log(2) * val.n_targets / val.n_bytes} if val.n_bytes else {}
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf, **bits}
 
@@ -142,13 +143,13 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
     return Task(
         tokenizer=ready.tokenizer,
         batches=lambda step, k, rows: loader.batches(step, k, rows or slice(None)),
-        where=where,
-        validation=Validation(eval_batches, first_batches / n_batches, more_of_loss),
-        build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
+        describe_batch=describe_batch,
+        validation=Validation(eval_batches, first_batches / n_batches, derived_metrics),
+        build=lambda cfg: StepFunctions(loss(cfg), identity, make_optimizer(cfg.optim, cfg.train.max_steps)),
         start=(lambda key: init_params(key, model)) if start is None else start,
         frozen=None,
         flops_per_token=flops_per_token(model, abstract_params(model), width=cfg.window),
-        identity={
+        fingerprints={
             "tokenizer": (ready.tokenizer.fingerprint, vocabulary),
             "order of windows": (ORDER_OF_WINDOWS, text),
             "training data": (ready.train.fingerprint, text),
@@ -162,7 +163,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
 
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
-    """params -> the texts of the prompts with what the model adds, as `cfg.sample` says."""
+    """The function params -> generated texts, each with its prompt, by the settings of `cfg.sample`."""
     settings = cfg.sample
 
     def sample(params: Params) -> list[str]:
@@ -178,6 +179,6 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Names that `gptjax.losses` has now."""
+    """Deprecated names that moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -1,4 +1,4 @@
-"""One fine-tuning with several seeds: run after run, or all of them in one compiled program."""
+"""Fine-tuning with several seeds: sequentially, or vmapped in one compiled program."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import config, tasks, weights
+from gptjax._moved import moved_name
 from gptjax.config import Config
 from gptjax.config.leaves import read_text
 from gptjax.evaluation.intervals import t_interval
@@ -25,21 +26,21 @@ from gptjax.training.run_dir import RunDir, refuse_foreign, refuse_unwritable
 from gptjax.training.task import Ready, Task, Validation
 
 
-def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
-    """A folder for each seed, then seeds.json: of every score of the test part the mean and a 95 % t interval."""
+def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
+    """Train one run per seed, each in its own folder; write seeds.json: mean and 95 % t interval per test score."""
     folder = Path(cfg.run_dir or "runs/default")
     refuse(cfg)
     seeds = _seeds(cfg)
-    if together(cfg):
-        result = _in_one_program(cfg, folder, say, hooks)
+    if is_vmapped(cfg):
+        result = _train_vmapped(cfg, folder, say, hooks)
     else:
         for seed in seeds:
-            result = tasks.train(_alone(cfg, seed), log=say, hooks=hooks)
+            result = tasks.train(_seed_config(cfg, seed), log=say, hooks=hooks)
     if not is_writer():
         return result
     files = [folder / f"seed-{seed}" / "test.json" for seed in seeds]
     scores = [use_json(files[0], _numbers)]
-    scores += [use_json(file, lambda found: {name: number(found[name]) for name in scores[0]}) for file in files[1:]]
+    scores += [use_json(file, lambda table: {name: number(table[name]) for name in scores[0]}) for file in files[1:]]
     table = {}
     for name in scores[0]:
         values = [score[name] for score in scores]
@@ -51,30 +52,32 @@ def several(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ())
 
 
 def refuse(cfg: Config) -> bool:
-    """What `several` refuses before any data is read; whether all of it is finished already.
+    """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
-        UserError: as `resume.refuse`; and a folder that holds something else than the runs of seeds.
+        UserError: as in `resume.refuse`, or a folder with other content than the runs of the seeds.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
         refuse_unwritable(folder.path)
         refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
-    if together(cfg):
+    if is_vmapped(cfg):
         return resume.refuse(cfg, tuning.refuse_missing)
-    finished = [resume.refuse(_alone(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)]  # each is looked at
+    finished = [
+        resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
+    ]  # all of them, so that every problem is reported
     return all(finished)
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
-    found = {name: value for name, value in scores.items() if type(value) in (int, float)}
-    if not found:
-        raise ValueError("expected numbers, there are none")
-    return found
+    numeric = {name: value for name, value in scores.items() if type(value) in (int, float)}
+    if not numeric:
+        raise ValueError("expected numeric scores, got none")
+    return numeric
 
 
-def together(cfg: Config) -> bool:
-    """finetune.together, or what pays: many adapters share one base, but a CPU has no units that wait for them."""
+def is_vmapped(cfg: Config) -> bool:
+    """finetune.together; if it is null, whether adapters are trained on an accelerator: a CPU gains nothing."""
     if cfg.finetune.together is not None:
         return cfg.finetune.together
     return cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
@@ -84,66 +87,72 @@ def _seeds(cfg: Config) -> range:
     return range(cfg.seed, cfg.seed + cfg.finetune.seeds)
 
 
-def _alone(cfg: Config, seed: int) -> Config:
+def _seed_config(cfg: Config, seed: int) -> Config:
     run_dir = str(Path(cfg.run_dir or "runs/default") / f"seed-{seed}")
     once = dataclasses.replace(cfg.finetune, seeds=1, together=None)
     return dataclasses.replace(cfg, seed=seed, run_dir=run_dir, finetune=once)
 
 
-def _in_one_program(cfg: Config, folder: Path, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
+def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks: Sequence[Hook]) -> TrainResult:
     task = tasks.find(cfg.task)
 
     result, _ = run_task(
         cfg, lambda cfg, progress: stacked(cfg, task.prepare, progress), say, tuning.refuse_missing, hooks
     )
     for seed in _seeds(cfg) if is_writer() else ():
-        own = folder / f"seed-{seed}"
-        file = own / "final" / "config.yaml"
+        seed_dir = folder / f"seed-{seed}"
+        file = seed_dir / "final" / "config.yaml"
         settings = config.from_yaml(read_text(file, "config"), str(file))
-        params, _ = weights.load(own / "final")
-        result = result._replace(run_dir=own, params=params, cfg=settings)
+        params, _ = weights.load(seed_dir / "final")
+        result = result._replace(run_dir=seed_dir, params=params, cfg=settings)
         task.evaluate(result, None, say)
     return result
 
 
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
-    """The tasks of all seeds as one, whose trained leaves and batches have a leading axis of them; the base has none.
+    """Combine the tasks of all seeds: trained leaves and batches have a leading seed axis, the frozen base has none.
 
-    Each adapter has its own start, data order and split, gradient, clipping and optimizer state, as it has alone; only
-    a step that is not finite for one is skipped by all. All take as many steps as the first.
+    Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a run
+    of its own. A step that is not finite for one seed is skipped by all. All train for as many steps as the first.
     """
     every: list[Task] = []
     configs: list[Config] = []
     for seed in _seeds(cfg):
-        own, task, _ = prepare(_alone(cfg, seed), progress)
-        every.append(task._replace(frozen=None) if every else task)  # one base is enough
-        configs.append(own)
+        resolved, task, _ = prepare(_seed_config(cfg, seed), progress)
+        every.append(task._replace(frozen=None) if every else task)  # keep one copy of the base
+        configs.append(resolved)
     first, n = every[0], len(every)
-    configs = [dataclasses.replace(own, train=configs[0].train) for own in configs]
+    configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]
 
-    # not of `every`, whose trees training replaces
-    batches_of, validations, write_of = zip(*((one.batches, one.validation, one.write) for one in every), strict=True)
+    # closures over `every` would keep the params that training replaces alive
+    batches_of, validations, write_of = zip(
+        *((task.batches, task.validation, task.write) for task in every), strict=True
+    )
     build, describe_one = first.build, first.describe
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
-        return vmapped.stack([one(step, k, rows) for one in batches_of], axis=1)
+        return vmapped.stack([batches(step, k, rows) for batches in batches_of], axis=1)
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
-        runs = [(i, folder.parent / f"seed-{own.seed}" / folder.name) for i, own in enumerate(configs)]
-        for i, place in [*runs, (0, folder)]:  # the run's own last: with it the run is complete
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
-            write_of[i](place, own, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
+        runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
+        for i, place in [*runs, (0, folder)]:  # the shared folder last: it marks the run as complete
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
+            write_of[i](place, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 
     shared = dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune)
     return Ready(shared, first._replace(
         batches=batches,
-        validation=Validation(lambda early: vmapped.zip_batches([one.batches(early) for one in validations])),
+        validation=Validation(lambda first: vmapped.zip_batches([val.batches(first) for val in validations])),
         build=lambda cfg: vmapped.as_one(build(cfg), n),
         start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.start for task in every)),
-        identity={
-            name: (" ".join(task.identity[name][0] for task in every), source)
-            for name, (_, source) in first.identity.items()
+        fingerprints={
+            name: (" ".join(task.fingerprints[name][0] for task in every), setting)
+            for name, (_, setting) in first.fingerprints.items()
         },
         describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
         write=write,
     ))  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""What of a model is trained: params taken apart into what the optimizer sees and the rest, and put together again."""
+"""Partition a model's params into trainable and frozen ones, by `finetune.trainable`, and combine them again."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from gptjax import lora, tree, weights
+from gptjax._moved import moved_name
 from gptjax.config import Config, LoraConfig, ModelConfig
 from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import stack_layers, unstack_layers
 from gptjax.ops.dropout import off
 from gptjax.ops.quant import dequantize, quantize
 from gptjax.optim import make_optimizer
-from gptjax.training.task import Loss, Rules
+from gptjax.training.task import Loss, StepFunctions
 from gptjax.types import Params
 from gptjax.weights import families
 
 
 class Trainable(NamedTuple):
-    """A model, taken apart for training.
+    """A model, partitioned for training.
 
-    params    what the optimizer sees: {"adapter": .., "cls_head": ..}, or a part of the params, or all
-    frozen    the rest
-    combine   (trained, frozen, LoraConfig) -> params with `LoraWeight` leaves, as the loss reads them; the last is left
-              out but where its scale and dropout are traced
-    merge     (trained, frozen) -> params of plain arrays, as they are saved
-    export    (folder, trained, frozen): writes the adapter by itself, in peft's format, where that can hold it
+    params    trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all of them
+    frozen    the other params, which the optimizer does not update
+    combine   (trained, frozen, LoraConfig) -> params with `LoraWeight` leaves, as the loss reads them; the LoraConfig
+              is given only if its scale and dropout are tracers
+    merge     (trained, frozen) -> params of plain arrays, with the adapter merged, as they are saved
+    export    (folder, trained, frozen): writes the adapter in peft's format, if that format can represent it
     """
 
     params: Params
@@ -45,33 +46,35 @@ class Trainable(NamedTuple):
 def partition(
     cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str = ""
 ) -> Trainable:
-    """`params` taken apart as cfg.finetune.trainable says; it can be traced.
+    """Partition `params` by cfg.finetune.trainable. Can be traced.
 
     Args:
-        params: of the base. heads: new ones, which are always trained, such as {"cls_head": ..}. key: of the adapter's
-            start. fingerprint: of the base, for an adapter that is written by itself.
+        params: the params of the base.
+        heads: new heads, which are always trained, such as {"cls_head": ..}.
+        key: for the adapter's initialisation.
+        fingerprint: hash of the base's weights, written with an exported adapter.
 
     Raises:
-        UserError: a pattern that matches nothing; what the adapter's config asks for and the weights cannot.
+        UserError: a pattern that matches no parameter, or an adapter config that does not fit the weights.
     """
     which = cfg.finetune.trainable
     if which == "lora":
         return _adapted(cfg, params, heads, model, key, fingerprint)
     whole = params | heads
     if which == "all":
-        return Trainable(whole, {}, _first, _first, no_export)
+        return Trainable(whole, {}, _trained_only, _trained_only, no_export)
     trained, frozen = _split(cfg, whole, heads, model)
     if "blocks_0" in trained or "blocks_0" in frozen:
         return Trainable(trained, frozen, _join, lambda a, b: stack_layers(tree.join(a, b), model), no_export)
     return Trainable(trained, frozen, _join, _join, no_export)
 
 
-def rules(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> Rules:
-    """How a fine-tuning steps; `combine` as of `Trainable`. The numbers of `cfg` may be traced."""
-    return Rules(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
+def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
+    """The `StepFunctions` of a fine-tuning; `combine` as in `Trainable`. Hyperparameters of `cfg` may be tracers."""
+    return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
 
-def _first(trained: Params, frozen: Params, settings: LoraConfig | None = None) -> Params:
+def _trained_only(trained: Params, frozen: Params, settings: LoraConfig | None = None) -> Params:
     return trained
 
 
@@ -80,23 +83,23 @@ def _join(trained: Params, frozen: Params, settings: LoraConfig | None = None) -
 
 
 def split_heads(params: Params) -> tuple[Params, Params]:
-    """The base's params, and the heads that a fine-tuning adds."""
+    """(params of the base, heads that fine-tuning adds)."""
     heads = {name: leaf for name, leaf in params.items() if name == "cls_head"}
     return {name: leaf for name, leaf in params.items() if name not in heads}, heads
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Of the model's weights, those without a gradient; an adapter's are none of them."""
+    """Fraction of the model's parameters that have no gradient; with an adapter, 1."""
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
 def with_dropout(cfg: Config, loss: Loss) -> Loss:
-    """`loss` with the low-rank branch's dropout, where there is any."""
+    """`loss` with dropout on the adapter's input, if lora.dropout is set."""
     return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
 def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Params:
-    """The shapes of `Trainable.params`, from shapes."""
+    """`Trainable.params` as shapes, from shapes."""
     if cfg.finetune.trainable == "lora":
         settings = dataclasses.replace(cfg.lora, init="lora", dora=False)
         adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, settings))
@@ -107,7 +110,7 @@ def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelCon
 
 
 def optimizer(cfg: Config) -> optax.GradientTransformation:
-    """The config's, with LoRA+'s larger rate for b (arXiv:2402.12354) where lora.lr_ratio is not 1."""
+    """The config's optimizer; if lora.lr_ratio is not 1, LoRA+: a learning rate of its own for b (arXiv:2402.12354)."""
     tx = make_optimizer(cfg.optim, cfg.train.max_steps)
     if cfg.finetune.trainable != "lora" or cfg.lora.lr_ratio == 1:
         return tx
@@ -120,7 +123,7 @@ def optimizer(cfg: Config) -> optax.GradientTransformation:
 
 
 def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tuple[Params, Params]:
-    """By pattern; where one names a layer, blocks/11/*, the layers are taken apart first."""
+    """(trained, frozen) by pattern. If a pattern names a layer, blocks/11/*, the stacked layers are unstacked first."""
     pattern = " | ".join([cfg.finetune.trainable, *(f"{name}/*" for name in heads)])
     if re.search(r"\bblocks/\d", pattern):
         pattern = re.sub(r"\bblocks/(\d+)", r"blocks_\1", pattern)
@@ -152,25 +155,29 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}  # the same scale, of twice the rank
+            scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}  # keeps the scale at twice the rank
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # their format cannot hold it: the merged model does
+            head = None  # peft supports heads without bias only; the merged model has the head
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    # whether peft's format can hold such an adapter; where it cannot, the merged model is all there is
-    of_a_family = not complaints(families.family_of, body)
-    fits = of_a_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
+    # whether peft's format can represent this adapter; otherwise only the merged model is saved
+    has_family = not complaints(families.family_of, body)
+    fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)
 
 
 def with_heads(trained: Params) -> Params:
-    """The adapter with the heads beside it, as `lora.attach` takes both."""
+    """The adapter and the heads in one tree, as `lora.attach` takes them."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 
 
 def no_export(folder: Path, trained: Params, frozen: Params) -> None:
     pass
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""What every fine-tuning shares: the base, how its data is divided, and the task made of both."""
+"""Code that all fine-tuning tasks share: opening and loading the base model, and building the `Task`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from gptjax import assets, tree, weights
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError, complaints
 from gptjax.model.gpt import abstract_params, refuse_classifier
-from gptjax.tasks import trainable
-from gptjax.tasks.trainable import Trainable
+from gptjax.tasks.trainable import (
+    Trainable,
+    abstract_trained,
+    frozen_share,
+    partition,
+    split_heads,
+    step_functions,
+    with_heads,
+)
 from gptjax.tokenizers import Tokenizer, chat
 from gptjax.training.flops import flops_per_token
 from gptjax.training.progress import Progress
@@ -24,10 +31,10 @@ from gptjax.types import Params
 
 
 def refuse_missing(cfg: Config) -> None:
-    """A cheap look before the data is read; nothing is fetched.
+    """Check cheaply, before any data is read, that base and data exist. Downloads nothing.
 
     Raises:
-        UserError: a base or a file of data that is not there, both at once.
+        UserError: a missing base or data file; lists both.
     """
     name, source, problems = cfg.finetune.base, getattr(cfg, cfg.task).source, []
     if cfg.task == "classify" and not source:
@@ -41,51 +48,51 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def base_model(cfg: Config) -> weights.Model:
-    """The base of a fine-tuning, before any tensor is read.
+    """Open the base model, without reading its tensors.
 
     Raises:
-        UserError: no such model, or a classifier whose answers would be trained.
+        UserError: no such model, or a classifier as base of a generative task.
     """
-    found = weights.open_model(cfg.finetune.base)
+    base = weights.open_model(cfg.finetune.base)
     if cfg.task != "classify":
-        refuse_classifier(found.cfg, cfg.finetune.base, "name the model that it was made from")
-    return found
+        refuse_classifier(base.cfg, cfg.finetune.base, "name the model that it was made from")
+    return base
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """The base's tokenizer with the template of the style, as the tuned model will have it, and lines that say so."""
+    """The base's tokenizer with the chat template of `style`, and lines that describe it."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
 
 def longest_row(cfg: Config, model: ModelConfig) -> int:
-    """The most tokens that a row of the task can have."""
+    """Maximum number of tokens per row of the task."""
     settings = getattr(cfg, cfg.task)
     most = settings.max_length if cfg.task == "classify" else settings.context_length
     return min(most or model.context_length, model.context_length)
 
 
 def why_so_long(cfg: Config, model: ModelConfig) -> str:
-    """Where the number of `longest_row` comes from, for an error."""
-    asked = getattr(cfg, cfg.task).context_length
-    if asked > model.context_length:
-        return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {asked})"
+    """Which setting determines `longest_row`, for an error message."""
+    requested = getattr(cfg, cfg.task).context_length
+    if requested > model.context_length:
+        return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {requested})"
     return f" ({cfg.task}.context_length)"
 
 
 def load_base(
-    cfg: Config, found: weights.Model, heads: Params, key: jax.Array, progress: Progress
+    cfg: Config, base: weights.Model, heads: Params, key: jax.Array, progress: Progress
 ) -> tuple[Trainable, str]:
-    """The base's weights, taken apart with the new heads by `trainable.partition`, and their fingerprint."""
+    """Load the base's weights and partition them and the new heads by `finetune.trainable`; with their fingerprint."""
     with progress.phase("loading the base"):
-        params = found.params("float32", None)
+        params = base.params("float32", None)
     fingerprint = weights.fingerprint(params)
-    return trainable.partition(cfg, params, heads, cfg.model, key, fingerprint), fingerprint
+    return partition(cfg, params, heads, cfg.model, key, fingerprint), fingerprint
 
 
 def make_task(
     cfg: Config,
-    parts: Trainable,
+    trainable: Trainable,
     *,
     fingerprint: str,
     tokenizer: Tokenizer,
@@ -95,34 +102,41 @@ def make_task(
     width: int,
     data: str,
     lines: Sequence[str],
-    where: Callable[[int], str] | None = None,
+    describe_batch: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
 ) -> Task:
-    """The task of a fine-tuning, from what only its kind knows.
+    """Build the `Task` of a fine-tuning.
 
     Args:
-        cfg: resolved. fingerprint: of the base. loss: what the config, whose dropout may be traced, makes of it.
-        batch: step -> its batch. width: tokens of a row. data: hash of what is trained and validated on.
-        lines: about the data, for the start. where: as of `Task`; None: the batch's first tokens.
-        files: beside the model.
+        cfg: the resolved config.
+        trainable: the base model, partitioned.
+        fingerprint: hash of the base's weights.
+        loss: builds the loss from a config whose dropout may be a tracer.
+        batch: step -> its batch.
+        eval_batches: the validation batches.
+        width: tokens per row.
+        data: hash of the training and validation data.
+        lines: describe the data; printed before the first step.
+        describe_batch: as in `Task`; None: the first tokens of the batch.
+        files: text files to write next to the model, {name: text}.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
-    n_params, base_shapes = tree.size(shapes), trainable.split_heads(shapes)[0]
-    share = trainable.frozen_share(cfg, n_params, tree.size(parts.params))
-    base, source = _base_to_name(cfg, fingerprint), getattr(cfg, cfg.task).source
-    # not `parts`, which would keep the weights that training replaces
-    combine, merge, export = parts.combine, parts.merge, parts.export
+    n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
+    share = frozen_share(cfg, n_params, tree.size(trainable.params))
+    base, source = _base_reference(cfg, fingerprint), getattr(cfg, cfg.task).source
+    # closures over `trainable` itself would keep the weights that training replaces alive
+    combine, merge, export = trainable.combine, trainable.merge, trainable.export
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
-        some = [batch(step + i) for i in range(k)]
-        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
+        steps = [batch(step + i) for i in range(k)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *steps)
 
     def first_tokens(step: int) -> str:
         return f"the batch begins with {tokenizer.decode(batch(step).tokens[0, :20].tolist())!r}"
 
     def write(folder: Path, trained: Params, frozen: Params, texts: dict[str, str]) -> None:
         weights.save(
-            folder, merge(trained, frozen) if base is None else trainable.with_heads(trained), model, tokenizer,
+            folder, merge(trained, frozen) if base is None else with_heads(trained), model, tokenizer,
             texts | (files or {}), add=lambda partial: export(partial / "adapter", trained, frozen),
             twin=folder.with_name("best"), base=base,
         )  # fmt: skip
@@ -130,13 +144,13 @@ def make_task(
     return Task(
         tokenizer=tokenizer,
         batches=batches,
-        where=where or first_tokens,
+        describe_batch=describe_batch or first_tokens,
         validation=Validation(lambda first: eval_batches()),
-        build=lambda cfg: trainable.rules(cfg, loss(cfg), combine),
-        start=parts.params,
-        frozen=parts.frozen,
+        build=lambda cfg: step_functions(cfg, loss(cfg), combine),
+        start=trainable.params,
+        frozen=trainable.frozen,
         flops_per_token=flops_per_token(model, base_shapes, width=width, frozen=share),
-        identity={
+        fingerprints={
             "base": (fingerprint, f"finetune.base={cfg.finetune.base}"), "data": (data, f"{cfg.task}.source={source}"),
         },
         describe=lambda n_trained: [*lines, *_describe(cfg, n_params, n_trained)],
@@ -144,24 +158,24 @@ def make_task(
     )  # fmt: skip
 
 
-def _base_to_name(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """What `weights.save` writes where the adapter is kept alone; None where the merged weights are."""
-    name, asked = cfg.finetune.base, cfg.finetune.save_merged
-    if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or asked:
+def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
+    """The reference to the base that is saved with an adapter; None if the merged weights are saved instead."""
+    name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
+    if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:
         return None
     shared = name.startswith("hf:") or (name in assets.ASSETS and not Path(name).exists())
-    if not shared and asked is None:
+    if not shared and save_merged is None:
         return None
     source = name if shared else str(Path(name).expanduser().absolute())
     base = weights.native.Base(source, fingerprint, cfg.finetune.quantize, cfg.lora)
     return base._asdict() | {"lora": dataclasses.asdict(cfg.lora)}
 
 
-def plan(cfg: Config, found: weights.Model, model: ModelConfig) -> str:
-    """A line on the base and what of it would be trained, from shapes."""
+def plan(cfg: Config, base: weights.Model, model: ModelConfig) -> str:
+    """A line with the base and its numbers of total and trained parameters, computed from shapes."""
     shapes = abstract_params(model)
-    n, n_trained = tree.size(shapes), tree.size(trainable.abstract_trained(cfg, *trainable.split_heads(shapes), model))
-    return f"base               {found.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
+    n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, *split_heads(shapes), model))
+    return f"base               {base.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"
 
 
 def _describe(cfg: Config, n_params: int, n_trained: int) -> list[str]:

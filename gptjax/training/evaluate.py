@@ -1,4 +1,4 @@
-"""What is done every `train.eval_every` steps: the validation loss, the best model, a sample, the plot."""
+"""Evaluation every `train.eval_every` steps: validation loss, best model, samples, loss curve."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ PLOT_EVERY_S = 20.0
 
 
 def evaluator(meter: Meter) -> Callable[[Run], None]:
-    """The hook: loss on the whole validation set (before the first step: on a part), the best model, a sample, the
-    plot."""
+    """The evaluation hook: computes the loss on the validation set (before the first step, on a part of it), saves the
+    best model, writes samples and draws the loss curve."""
     loss, combine, _ = meter.run.rules
     eval_loss = jit_on(lambda params, batch, key: loss(combine(*params), batch, key), meter.run.mesh)
-    asked: list[float] = []  # when each batch of the last evaluation was asked for, and when it ended
+    requested: list[float] = []  # times at which each batch of the last evaluation was requested, and its end
     plotted_at = 0.0
 
     def polled(run: Run) -> Iterator[Any]:
-        """The validation batches, which `mean_over` asks for when it has the loss of the one before."""
-        asked.clear()
+        """The validation batches. `mean_over` requests a batch once it has the loss of the previous one."""
+        requested.clear()
         for batch in run.task.validation.batches(run.step == 0):
             run.poll()
-            asked.append(time.monotonic())
+            requested.append(time.monotonic())
             yield place_batch(batch, run.mesh)
-        asked.append(time.monotonic())
+        requested.append(time.monotonic())
 
     def evaluate(run: Run) -> None:
         nonlocal plotted_at
         counters, validation = run.counters, run.task.validation
         if counters.evaluated == run.step:
             return
-        compiles = not asked  # in the first evaluation of the process, the first batch
+        compiles = not requested  # the first batch of the process includes compilation
         with run.progress.phase("evaluating"):
             mean, metrics = mean_over(eval_loss, run.both, polled(run))
-        ended, times = asked[-1], asked[compiles:]
-        a_batch_s = (ended - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-        meter.eval_s = a_batch_s * (len(asked) - 1) / (validation.first_share if run.step == 0 else 1.0)
+        ended, times = requested[-1], requested[compiles:]
+        batch_s = (ended - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        meter.eval_s = batch_s * (len(requested) - 1) / (validation.first_share if run.step == 0 else 1.0)
         loss = float(mean.value())
-        follows, more = validation.more(loss), {name: value.value() for name, value in metrics.items()}
-        row = {"step": run.step, "val/loss": finite(loss), **_named(follows), "val/tokens": mean.weight, **_named(more)}
+        derived, more = validation.derived_metrics(loss), {name: value.value() for name, value in metrics.items()}
+        row = {"step": run.step, "val/loss": finite(loss), **_named(derived), "val/tokens": mean.weight, **_named(more)}
         if n := run.cfg.train.eval_train_batches:
             train_loss = mean_over(eval_loss, run.both, (run.batch(step) for step in range(n)))[0].value()
             row["train/eval_loss"] = finite(train_loss)
         meter.log(row | {"seconds": run.seconds()})
         text = f"step {run.step:,}/{run.cfg.train.max_steps:,}: validation loss {loss:.4f}"
-        for name, value in {**follows, **more}.items():
+        for name, value in {**derived, **more}.items():
             text += f", {name} {value:.2f}" if name == "perplexity" else f", {value:.4f} {name.replace('_', ' ')}"
-        run.progress.say(f"{text} ({ended - asked[0]:.1f} s)")
+        run.progress.say(f"{text} ({ended - requested[0]:.1f} s)")
         counters.evaluated, counters.val_loss = run.step, loss
         if run.step == 0:
             return
@@ -83,7 +83,7 @@ def _named(values: dict[str, Any]) -> dict[str, float | None]:
 
 
 def sample(run: Run) -> None:
-    """Texts of the model, to samples.txt; of several processes one writes them, by itself."""
+    """Write samples of the model to samples.txt. With several processes, one of them generates and writes them."""
     mesh = run.mesh if jax.process_count() == 1 else None
     both = distributed.on_host(run.both)
     if not run.writes:
@@ -104,12 +104,12 @@ def plot(run: Run) -> None:
 
 
 def write_model(run: Run, folder: Path) -> None:
-    """The model by itself, with its settings and result.json."""
+    """Write the model with its config.yaml and result.json to `folder`."""
     counters = run.counters
     result = {
         "step": run.step,
         "val/loss": counters.val_loss,
-        **_named(run.task.validation.more(counters.val_loss)),
+        **_named(run.task.validation.derived_metrics(counters.val_loss)),
         "parameters": run.n_params,
         "tokens": run.step * run.tokens_per_step,
         "best/step": counters.best_step,

@@ -1,4 +1,4 @@
-"""What is measured of a run: losses, rates, the time left; one row of metrics at a time."""
+"""Metrics of a run: losses, throughput, remaining time; written as rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gptjax.types import Metrics
 
 
 class Meter:
-    """Reads the metrics of a call when the next has been started, and logs what is due.
+    """Reads the metrics of a compiled call once the next call has been started, and logs them every log_every steps.
 
     Args:
-        run: whose state is there already.
+        run: the run, with its state.
     """
 
     def __init__(self, run: Run):
@@ -38,37 +38,37 @@ class Meter:
             self.file = loggers.JsonLines(run.dir.metrics)
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
-        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; last reading
-        self.rate = 0.0  # tokens a second, of the last row
-        self.eval_s = self.sample_s = 0.0  # of a whole evaluation, as far as it is known; compiling left out
+        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; time of the last reading
+        self.rate = 0.0  # tokens per second, in the last row
+        self.eval_s = self.sample_s = 0.0  # of a full evaluation, estimated; without compilation
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
-        """A call is about to start; the clock of an idle device starts with it."""
+        """Note that a call is about to start. If the device is idle, its clock starts here."""
         if self.pending is None:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """A call that ends at step `end` was started: read the one before, while it runs."""
+        """Note that a call that ends at step `end` was started; read the previous call's metrics while it runs."""
         before, self.pending = self.pending, (end, metrics)
         if before:
             self._read(*before)
 
     def drain(self) -> None:
-        """Wait for the last call, and read it."""
+        """Wait for the last call and read its metrics."""
         before, self.pending = self.pending, None
         if before:
             self._read(*before)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Raises UserError where the disk is full."""
+        """Write a row to all loggers. Raises UserError if the disk is full."""
         try:
             for logger in self.loggers:
                 logger.log(row)
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.run.dir.path}: {error.strerror}; free some space and start again"
+                f"cannot write to {self.run.dir.path}: {error.strerror}; free disk space and run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -141,9 +141,9 @@ class Meter:
 def stop_non_finite(run: Run, step: int, in_a_row: int) -> None:
     last = f"checkpoint of step {run.saved:,}" if run.saved else "no checkpoint yet"
     why = (
-        f"stopped at step {step:,}: loss or gradient was not finite {in_a_row} time{'' if in_a_row == 1 else 's'} in a "
-        f"row (train.max_nonfinite). Those steps changed nothing; kept: {last}.\n"
-        f"  {run.task.where(step - 1)}\n"
+        f"stopped at step {step:,}: loss or gradient was not finite in {in_a_row} consecutive "
+        f"step{'' if in_a_row == 1 else 's'} (train.max_nonfinite). These steps updated no parameters; kept: {last}.\n"
+        f"  {run.task.describe_batch(step - 1)}\n"
         "  try a lower optim.lr, more optim.warmup_steps, or optim.clip_norm=1"
     )
     run.progress.say(why)

@@ -151,14 +151,14 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 def hashes(task: Task) -> dict[str, str]:
     """Of what a checkpoint belongs to, by name."""
-    return {name: digest for name, (digest, _) in task.identity.items()}
+    return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 
 def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
     """Refuse a checkpoint of other data, another vocabulary or other settings."""
     stored = meta_config(meta)
-    if bad := [name for name, (digest, _) in task.identity.items() if meta["identity"].get(name) != digest]:
-        settings = dict.fromkeys(task.identity[name][1] for name in bad)
+    if bad := [name for name, (digest, _) in task.fingerprints.items() if meta["identity"].get(name) != digest]:
+        settings = dict.fromkeys(task.fingerprints[name][1] for name in bad)
         raise UserError(
             f"{dir.path} was trained with another {' and another '.join(bad)}: what is behind "
             f"{' or '.join(settings)} has changed\n"

@@ -1,5 +1,4 @@
-"""A run while it trains: what its parts share. `loop` advances it; `evaluate`, `resume`, `meter` and `compile` work on
-it, as hooks of users do."""
+"""The state of a run in training, shared by the modules of the loop and by users' hooks. `loop` advances it."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run_dir import RunDir
 from gptjax.training.step import TrainState
-from gptjax.training.task import Rules, Task
+from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Params
 
 
@@ -36,12 +35,12 @@ class TrainResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal has come, at a place where it can be acted on."""
+    """A signal was received. Raised only where the run can be stopped."""
 
 
 @dataclasses.dataclass
 class Counters:
-    """What is carried from step to step beside the state; goes into every checkpoint."""
+    """Values that are carried from step to step besides the TrainState; saved in every checkpoint."""
 
     evaluated: int = -1  # step of the last evaluation
     val_loss: float = math.nan
@@ -57,15 +56,21 @@ class Counters:
 class Run:
     """One run. `state`, `step` and `counters` change as it trains.
 
-    cfg, task, rules   what is trained and how; task.start and task.frozen are let go once the state holds them
-    dir                the run directory; mesh: None on one device; writes: whether this process writes
-    state, step        after the last call that was started; saved: step of the last checkpoint
-    k                  steps of one compiled call; tokens_per_step: of all devices; n_params: trained
+    cfg, task         the resolved config and the task; task.start and task.frozen are None once the state holds them
+    rules             the task's StepFunctions
+    dir               the run directory
+    mesh              None on one device
+    writes            whether this process writes files
+    state, step       after the last call that was started
+    saved             step of the last checkpoint
+    k                 steps per compiled call
+    n_params          number of trained parameters
+    tokens_per_step   over all devices
     """
 
     cfg: Config
     task: Task
-    rules: Rules
+    rules: StepFunctions
     dir: RunDir
     mesh: Mesh | None
     progress: Progress
@@ -85,31 +90,31 @@ class Run:
 
     @property
     def both(self) -> tuple[Any, Any]:
-        """What is trained, and what is not."""
+        """(trained params, frozen params)."""
         return self.state.params, self.state.frozen
 
     def params(self) -> Params:
-        """What the loss reads, on the host."""
+        """The params that the loss reads, on the host."""
         return self.rules.combine(*distributed.on_host(self.both))
 
     def seconds(self) -> float:
-        """Wall time, of earlier processes too."""
+        """Wall time of the run in seconds, earlier processes included."""
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
-        """Raises Interrupted if a signal has come, to this process or another."""
+        """Raises Interrupted if this process or another one has received a signal."""
         if code := distributed.agree(self.signals.code):
             self.signals.code = code
             raise Interrupted
 
     def batch(self, step: int, k: int = 1) -> Any:
-        """Of k steps in a call with a leading side of them; of several processes each reads its own rows."""
-        of = self.cfg.train.batch_size
-        rows = distributed.rows_here(self.mesh, of) if jax.process_count() > 1 else None
+        """The batch of step `step`, or of k steps with a leading axis k. Each process reads its own rows only."""
+        batch_size = self.cfg.train.batch_size
+        rows = distributed.rows_here(self.mesh, batch_size) if jax.process_count() > 1 else None
         batch = self.task.batches(step, k, rows)
         if k == 1:
             batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        return place_batch(batch, self.mesh, rows=rows, of=of)
+        return place_batch(batch, self.mesh, rows=rows, of=batch_size)
 
 
-Hook = tuple[int, Callable[[Run], None]]  # every so many steps, and after the last
+Hook = tuple[int, Callable[[Run], None]]  # (every, fn): fn(run) every `every` steps and after the last

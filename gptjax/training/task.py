@@ -1,4 +1,4 @@
-"""What a run is about: all that the training loop does not know. `gptjax.tasks` makes one for each kind of training."""
+"""The interface between the training loop and what it trains. `gptjax.tasks` builds a `Task` per kind of training."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from gptjax._moved import moved_name
 from gptjax.config import Config, ModelConfig
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.step import Loss
 from gptjax.types import Params
 
 
-def just_trained(trained: Any, frozen: Any) -> Any:
+def identity(trained: Any, frozen: Any) -> Any:
+    """A `combine` for a task whose loss reads the trained params only."""
     return trained
 
 
-class Rules(NamedTuple):
-    """What a step is made of.
+class StepFunctions(NamedTuple):
+    """The functions that a training step is built from.
 
     loss        (params, batch, key) -> (Mean, metrics)
-    combine     (trained, frozen) -> the params that the loss reads; LoRA attaches here
-    optimizer   of what is trained
+    combine     (trained, frozen) -> the params that the loss reads; LoRA is applied here
+    optimizer   updates the trained params
     """
 
     loss: Loss
@@ -34,71 +36,77 @@ class Rules(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """The text that is held out to choose the best model by.
+    """The validation data, by whose loss the best model is chosen.
 
-    batches       first -> all of its batches; before the first step a part of them is enough (`first`)
-    first_share   how large that part is, of the whole
-    more          loss -> what follows from it, such as perplexity
+    batches          first -> its batches: all of them or, for the evaluation before the first step (`first`), a part
+    first_share      size of that part, as a fraction of all batches
+    derived_metrics  loss -> metrics that are functions of the loss, such as perplexity
     """
 
     batches: Callable[[bool], Iterable[Any]]
     first_share: float = 1.0
-    more: Callable[[float], dict[str, float]] = lambda loss: {}
+    derived_metrics: Callable[[float], dict[str, float]] = lambda loss: {}
 
 
 class Task(NamedTuple):
-    """Functions and facts of one run.
+    """Everything that the training loop needs to know about one run.
 
-    tokenizer
-    batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..], of which only
-                      the rows of that slice; None: all rows. A pure function: resuming needs no more
-    where             step -> where the data of that step lies, for an error
-    validation
-    build             config -> `Rules`; its numbers may be traced, when several runs go in one program
-    start             what is trained, before the first step; or key -> that
-    frozen            what the loss reads and the optimizer never sees
-    flops_per_token   of a training step, for MFU
-    identity          name -> (hash of what a checkpoint belongs to, the setting that names it)
-    describe          number of trained parameters -> lines about data and model, said before the first step
-    write             (folder, trained, frozen, text files): writes the model, in a folder that needs nothing else
-    sample            params -> texts that the model writes, after each evaluation; None: none
+    tokenizer         is saved with the model
+    batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows`: a slice
+                      of the batch axis, None for all rows. A pure function, so that resuming needs no loader state
+    describe_batch    step -> a line that names the data of this step's batch, for error messages
+    validation        the validation data
+    build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs
+                      are vmapped in one program
+    start             the trained params before the first step, or a function key -> params
+    frozen            params that the loss reads and the optimizer does not update
+    flops_per_token   FLOPs per token of a training step, for MFU
+    fingerprints      name -> (hash of data or weights that a checkpoint depends on, the setting that names them)
+    describe          number of trained parameters -> lines about data and model, printed before the first step
+    write             (folder, trained, frozen, text files): writes a self-contained model folder
+    sample            params -> generated texts, called after each evaluation; None: no samples
     """
 
     tokenizer: Tokenizer
     batches: Callable[[int, int, slice | None], Any]
-    where: Callable[[int], str]
+    describe_batch: Callable[[int], str]
     validation: Validation
-    build: Callable[[Config], Rules]
+    build: Callable[[Config], StepFunctions]
     start: Any
     frozen: Any
     flops_per_token: float
-    identity: dict[str, tuple[str, str]]
+    fingerprints: dict[str, tuple[str, str]]
     describe: Callable[[int], list[str]]
     write: Callable[[Path, Any, Any, dict[str, str]], None]
     sample: Callable[[Params], list[str]] | None = None
 
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
-        """(key, start) -> what is trained, and that start: arrays are an argument, so that no program holds them."""
+        """(init, start), where init(key, start) gives the trained params. The arrays are an argument of `init`, so that
+        they are not constants of a compiled program."""
         if callable(self.start):
             return lambda key, start: self.start(key), None
         return lambda key, start: start, self.start
 
 
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
-    """The config with what only the data can tell: the model's sizes, and the steps that `train.epochs` are over
-    `size` tokens or rows, `per_step` at a time."""
+    """The config with the values that depend on the data: the model, and the number of steps of `train.epochs` passes
+    over `size` tokens or rows, `per_step` per step."""
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
 
 
 class Ready(NamedTuple):
-    """What `prepare` makes of a config.
+    """The result of a task's `prepare`.
 
-    cfg        the config as `resolve` gives it
-    task
-    held_out   what the trained model is scored on, as the task's own `evaluate` takes it
+    cfg        the config, completed by `resolve`
+    task       the task that the loop runs
+    held_out   test data, as the task's `evaluate` takes it
     """
 
     cfg: Config
     task: Task
     held_out: Any = None
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

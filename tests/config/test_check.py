@@ -1,6 +1,7 @@
 """Ranges, combinations, settings without effect; a ModelConfig that is made by hand is checked too."""
 
 import dataclasses
+import re
 import time
 
 import pytest
@@ -39,8 +40,8 @@ IMPOSSIBLE = [
     (("train.eval_every=0",), "train.eval_every"),
     (("train.epochs=0",), "train.epochs"),
     (("train.loggers=[tensorbord]",), "tensorboard, wandb"),
-    (("data.weights=[1,2]",), "2 numbers for 1 sources"),
-    (("data.weights=[0]",), "must not all be 0"),
+    (("data.weights=[1,2]",), "2 values for 1 sources"),
+    (("data.weights=[0]",), "must have a positive sum"),
     (("data.weights=[-1]",), "data.weights"),
     (("data.mask_tokens=4",), "from 0 to 3"),
     (("data.mask_tokens=3", "model.context_length=2"), "must be below model.context_length"),
@@ -96,7 +97,7 @@ def test_every_rule_and_range_is_about_settings_that_are_there():
     named = [keys for keys, _, _ in (*check.MODEL_RULES, *check.RULES) if not callable(keys)]
     assert {key for keys in named for key in keys} <= set(config.schema())
     bounded = [key for key, item in leaf_fields().items() if item.metadata["range"] != NOT_NEGATIVE]
-    assert len(bounded) > 60 and all("number" in config.type_name(config.schema()[key]) for key in bounded)
+    assert len(bounded) > 60 and all(re.search("int|float", config.type_name(config.schema()[key])) for key in bounded)
 
 
 def test_notebook_configs_are_checked_by_the_same_rules():
@@ -110,17 +111,17 @@ def test_notebook_configs_are_checked_by_the_same_rules():
 BY_HAND = [
     (dict(arch="lama"), "model.arch: expected gpt2, llama or modern, got 'lama'"),
     (dict(n_head=5, d_model=32), "must be divisible by model.n_head"),
-    (dict(n_layer="2"), "model.n_layer: expected a whole number, got '2'"),
-    (dict(n_layer=True), "model.n_layer: expected a whole number, got True"),
-    (dict(n_layer=2.0), "model.n_layer: expected a whole number, got 2.0"),
+    (dict(n_layer="2"), "model.n_layer: expected int, got '2'"),
+    (dict(n_layer=True), "model.n_layer: expected int, got True"),
+    (dict(n_layer=2.0), "model.n_layer: expected int, got 2.0"),
     (dict(n_layer=0), r"model.n_layer \(0\) must be at least 1"),
-    (dict(d_model=None), "model.d_model: expected a whole number, got None"),
+    (dict(d_model=None), "model.d_model: expected int, got None"),
     (dict(dropout=1.0), "model.dropout"),
-    (dict(norm="batch"), "model.norm: expected layernorm or rmsnorm, or null, got 'batch'"),
-    (dict(tie_embeddings=1), "model.tie_embeddings: expected true or false"),
+    (dict(norm="batch"), "model.norm: expected layernorm, rmsnorm or null, got 'batch'"),
+    (dict(tie_embeddings=1), "model.tie_embeddings: expected true, false or null"),
     (dict(n_head=4, n_kv_head=3, d_model=32), "must be divisible by model.n_kv_head"),
     (dict(arch="llama", n_head=4, d_model=36), "must be even"),
-    (dict(window_pattern="X"), "must be made of S"),
+    (dict(window_pattern="X"), "must consist of S"),
 ]
 
 

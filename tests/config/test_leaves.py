@@ -61,7 +61,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
         ("a" * 1000 + ": 1\n", "expected a name before the colon"),
         ("seed: " + "1" * (1 << 18), "more than a config can have"),
         ("train: {batch_size: " + "9" * 400 + "}", "train.batch_size (9"),
-        ("train: {batch_size: " + "9" * 9000 + "}", "expected a whole number"),
+        ("train: {batch_size: " + "9" * 9000 + "}", "expected int"),
         ("optim: {lr: " + "9" * 400 + "}", "optim.lr"),
     ],
     ids=range(17),

@@ -102,20 +102,20 @@ def test_yaml_reads_values_by_the_schema_not_by_yaml(write, tmp_path):
 
 
 BAD_TYPES = [
-    ("optim.lr=abc", "a number"),
-    ("optim.lr=", "a number"),
-    ("optim.lr=${model.n_layer}", "a number"),
-    ("optim.lr=???", "a number"),
-    ("optim.lr=true", "a number"),
-    ("model.n_layer=six", "a whole number"),
-    ("model.n_layer=6.5", "a whole number"),
-    ("model.n_layer=null", "a whole number"),
+    ("optim.lr=abc", "expected float"),
+    ("optim.lr=", "expected float"),
+    ("optim.lr=${model.n_layer}", "expected float"),
+    ("optim.lr=???", "expected float"),
+    ("optim.lr=true", "expected float"),
+    ("model.n_layer=six", "expected int"),
+    ("model.n_layer=6.5", "expected int"),
+    ("model.n_layer=null", "expected int"),
     ("model.arch=gpt3", "gpt2, llama or modern"),
-    ("model.norm=${x", "layernorm or rmsnorm"),
+    ("model.norm=${x", "layernorm, rmsnorm or null"),
     ("data.document_mask=2", "true or false"),
     ("data.weights=[1,2", "not closed"),
     ("data.weights=[[1]]", "not a flat list"),
-    ("data.weights=[x]", "a list of numbers"),
+    ("data.weights=[x]", "list of float"),
 ]
 
 
@@ -139,7 +139,7 @@ def test_all_problems_at_once_with_file_and_line(complaint, write, tmp_path):
     path = write(tmp_path, "x.yaml", "model:\n  n_layr: 2\n  n_head: 5\n  d_model: 32\noptim:\n  lr: fast\n")
     text = complaint(path, "train.accumulation=5")
     assert "x.yaml:2: unknown key model.n_layr; did you mean model.n_layer?" in text
-    assert "x.yaml:6: optim.lr: expected a number, got 'fast'" in text
+    assert "x.yaml:6: optim.lr: expected float, got 'fast'" in text
     assert "model.d_model (32) must be divisible by model.n_head (5)" in text and "x.yaml:4" in text
     assert "train.accumulation (5) must divide train.batch_size (12)" in text
     assert len(text.splitlines()) == 4

@@ -45,7 +45,7 @@ def test_every_setting_has_a_sentence_of_help():
     short = [key for key, (_, _, text) in rows.items() if len(text) < 10 or not text.endswith(".")]
     assert not short
     assert rows["train.accumulation"][1:] == (
-        "a whole number",
+        "int",
         "Gradient accumulation: micro-batches per step; must divide batch_size.",
     )
 

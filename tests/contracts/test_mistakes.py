@@ -50,7 +50,7 @@ MISTAKES = {
         "peer.yaml:2: unknown key optim.learning_rate; here it is called optim.lr",
     ),
     "bare leaf": (["lr=1e-3"], "did you mean optim.lr?"),
-    "wrong type": (["model.n_layer=six"], "model.n_layer: expected a whole number, got 'six'"),
+    "wrong type": (["model.n_layer=six"], "model.n_layer: expected int, got 'six'"),
     "wrong choice": (["model.arch=gpt5"], "expected gpt2, llama or modern, got 'gpt5'"),
     "not divisible": (
         ["model.n_head=3"],

@@ -46,7 +46,7 @@ def test_what_cannot_be(monkeypatch):
         fit.fitted(load_config("gpt2-124m"))
     with pytest.raises(UserError, match="several processes share a run"):
         fit.fitted(load_config("gpt2-124m", "distributed.coordinator=auto"))
-    with pytest.raises(UserError, match="train.batch_size: expected a whole number, got 'auto'"):
+    with pytest.raises(UserError, match="train.batch_size: expected int, got 'auto'"):
         load_config("gpt2-124m", "train.batch_size=auto")
 
 

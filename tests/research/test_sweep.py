@@ -197,7 +197,7 @@ def test_what_is_left_out_is_another_program_than_what_is_small():
         ("seed=range(0)", "no values"),
         ("seed=[1,1]", "a value is given twice"),
         ("optim.lr=[1e-3,3e-3", "a list that is not closed"),
-        ("optim.lr=[1e-3,fast]", "optim.lr: expected a number, got 'fast'"),
+        ("optim.lr=[1e-3,fast]", "optim.lr: expected float, got 'fast'"),
         ("optim.lr=[-1,1]", "must be above 0"),
         ("optim.learning_rate=[1,2]", "optim.lr"),
     ],

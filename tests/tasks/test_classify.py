@@ -140,10 +140,10 @@ def test_other_ways(folder, settings, capsys, tmp_path):
     [
         (["lora.targets=blocks/attn/w/*"], "matches no weight; there are"),
         (["finetune.trainable=blocks/9/*"], "finetune.trainable: 'blocks_9/*' matches no parameter"),
-        (["finetune.trainable=all", "finetune.quantize=int8"], "quantised weights do not move"),
+        (["finetune.trainable=all", "finetune.quantize=int8"], "quantised weights cannot be trained"),
         (["finetune.base=absent"], "no such run"),
         (["classify.labels=[up, dwn]"], "unknown label 'down'"),
-        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave nothing to train on"),
+        (["classify.val_fraction=0.5", "classify.test_fraction=0.5"], "leave no data to train on"),
         (["task=pretrain"], "this is gptjax finetune classify; use gptjax pretrain"),
     ],
 )

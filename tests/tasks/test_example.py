@@ -16,7 +16,7 @@ import gptjax
 from gptjax import tasks, tokenizers
 from gptjax.optim import make_optimizer
 from gptjax.training.run_dir import read_metrics
-from gptjax.training.task import Ready, Rules, Task, Validation, just_trained
+from gptjax.training.task import Ready, StepFunctions, Task, Validation, identity
 from gptjax.types import Mean
 from gptjax.weights.native import replace_folder
 
@@ -63,13 +63,13 @@ def prepare(cfg, progress):
     return Ready(cfg, Task(
         tokenizer=tokenizers.load("bytes"),
         batches=batches,
-        where=lambda step: f"the pixels of step {step}",
+        describe_batch=lambda step: f"the pixels of step {step}",
         validation=Validation(lambda first: [made([cfg.seed, 10**6], 256)]),
-        build=lambda cfg: Rules(loss(cfg), just_trained, make_optimizer(cfg.optim, cfg.train.max_steps)),
+        build=lambda cfg: StepFunctions(loss(cfg), identity, make_optimizer(cfg.optim, cfg.train.max_steps)),
         start=lambda key: {"w": 0.01 * jax.random.normal(key, (WIDTH,)), "b": jnp.float32(0)},
         frozen=None,
         flops_per_token=6.0,
-        identity={"data": (str(cfg.seed), "seed")},
+        fingerprints={"data": (str(cfg.seed), "seed")},
         describe=lambda n: [f"model   logistic regression, {n} parameters"],
         write=write,
     ), held_out=made(1, 64))  # fmt: skip

@@ -83,7 +83,7 @@ def test_other_ways(folder, settings, tmp_path, capsys):
         (["instruct.source=absent.json"], "absent.json: no such file"),
         (["instruct.context_length=8"], "fit"),
         (["instruct.style=chat"], "has no chat template"),
-        (["instruct.val_fraction=0.5", "instruct.test_fraction=0.5"], "leave nothing to train on"),
+        (["instruct.val_fraction=0.5", "instruct.test_fraction=0.5"], "leave no data to train on"),
         (["instruct.test_fraction=0.001"], "too few for a test and a validation split"),
     ],
 )

@@ -263,7 +263,7 @@ def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
     again = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
     assert gptjax.train(again, log=lines.append).step == 20 and "is finished" in lines[0]
     assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # by its own config.yaml
-    with pytest.raises(UserError, match="must be at most the model's"):
+    with pytest.raises(UserError, match="must be at most model.context_length"):
         gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
 
 
@@ -295,7 +295,7 @@ def test_a_base_brings_its_model_and_tokenizer(tmp_path):
     file.write_text("pretrain:\n  base: x\nmodel:\n  arch: llama\n")
     with pytest.raises(UserError, match=r"leave out model.arch .*mine.yaml:4"):
         load_config(file)
-    with pytest.raises(UserError, match=r"only for gptjax pretrain, this is task=classify"):
+    with pytest.raises(UserError, match=r"settings of gptjax pretrain, but task=classify"):
         load_config("classify", "pretrain.base=x")
 
 
@@ -572,7 +572,7 @@ def test_five_in_a_row_stop_with_code_3_and_the_last_good_state(make, tmp_path, 
     lines: list[str] = []
     with pytest.raises(Stopped) as stopped:
         gptjax.train(make(tmp_path / "run", "train.checkpoint_every=5"), log=lines.append)
-    assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 times in a row" in lines[-1]
+    assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 consecutive steps" in lines[-1]
     kept = [json.loads((path / "meta.json").read_text()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(kept) == 2  # steps 5 and 10: nothing is saved after that
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["10", "5"]

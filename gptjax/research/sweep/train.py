@@ -25,7 +25,7 @@ from gptjax.training import vmapped
 from gptjax.training.memory import memory_bytes
 from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, make_multi_step
-from gptjax.training.task import Rules, Task
+from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
 INTEGERS = ("optim.warmup_steps", "lora.rank")  # int32; the other hyperparameters are float32
@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
 
 
 def make_sweep_step(
-    build: Callable[[Config], Rules], cfg: Config, *, batches: bool = False
+    build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
     """`make_train_step` vmapped over N runs: step(states, values, frozen, batch) -> (states, metrics [N]).
 
@@ -77,7 +77,7 @@ def make_sweep_step(
 
 
 def make_sweep_loss(
-    build: Callable[[Config], Rules], cfg: Config, *, batches: bool = False
+    build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Hyperparameters, Any, Any], tuple[Mean, Metrics]]:
     """(params, values, frozen, batch) -> losses [N] and metrics, without dropout; arguments as in `make_sweep_step`."""
     return vmapped.make_loss(lambda values: build(with_hyperparameters(cfg, values)), batches=batches)
@@ -387,7 +387,7 @@ class _Program:
         scores = []
         for n in range(len(means["loss"])):
             row = {name: float(column[n]) for name, column in means.items()}
-            more = self.task.validation.more(row["loss"]) if math.isfinite(row["loss"]) else {}
+            more = self.task.validation.derived_metrics(row["loss"]) if math.isfinite(row["loss"]) else {}
             scores.append({f"val/{name}": float(value) for name, value in {**row, **more}.items()})
         return scores
 
