@@ -232,9 +232,7 @@ def smooth(losses, windows=10):
     return np.arange(n, len(losses) + 1), np.convolve(losses, np.ones(n) / n, "valid")
 
 
-show.curves(
-    {"LoRA": smooth(lora_losses), "QLoRA": smooth(q_losses)}, x="step", y="training loss, nats per byte"
-)
+show.curves({"LoRA": smooth(lora_losses), "QLoRA": smooth(q_losses)}, x="step", y="training loss, nats per byte")
 
 # %% [markdown]
 # ## Six adapters in one program
