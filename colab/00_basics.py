@@ -23,6 +23,9 @@ from gptjax.types import Mean
 jax.config.update("jax_default_matmul_precision", "highest")
 print(jax.__version__, jax.devices())
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## Arrays
 # An array has a shape, a dtype, and a device. It looks like a NumPy array, with one difference: it is immutable. An

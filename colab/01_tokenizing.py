@@ -21,6 +21,9 @@ play = (assets.fetch("shakespeare") / "hamlet.txt").read_text(encoding="utf-8")
 print(f"{len(play):,} characters")
 print(play[:240])
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # The reference values in "Build a Large Language Model (From Scratch)" refer to Edith Wharton's story *The Verdict*. It
 # is downloaded; without network access the cells about it print a message and the others still run.

@@ -19,6 +19,9 @@ from gptjax.data import mixture, packing
 from gptjax.data.loader import gather
 from gptjax.errors import UserError
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## Windows
 # A language model predicts the next token at every position, so the targets are the inputs shifted by one. With a

@@ -23,6 +23,9 @@ from gptjax.ops.linear import take
 
 jax.config.update("jax_default_matmul_precision", "highest")  # by default a TPU multiplies in bfloat16
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## A table
 # One row of `D` values for each of `V` ids. Looking up a row equals multiplying the table by a one-hot vector, without

@@ -22,6 +22,9 @@ from gptjax.ops.position import rope, rope_frequencies, rope_table
 
 jax.config.update("jax_default_matmul_precision", "highest")  # by default a TPU multiplies in bfloat16
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## A mean, weighted by similarity
 # Six words, each with a made-up vector of three values (those of the book, so that results can be compared). The score

@@ -30,6 +30,9 @@ from gptjax.ops.norm import layer_norm, rms_norm
 jax.config.update("jax_default_matmul_precision", "highest")  # by default a TPU multiplies in bfloat16
 SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # small sizes, for a test that every cell runs
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## Sizes
 # A model is a frozen config and a pytree of arrays. `abstract_params` returns the tree with shapes and dtypes only, so

@@ -42,6 +42,9 @@ BASE = "smollm2-135m-instruct"
 model_file = gptjax.weights.open_model(BASE)
 tokenizer = model_file.tokenizer()
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## The chat template
 #

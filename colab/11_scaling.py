@@ -37,6 +37,9 @@ key = jax.random.key(0)
 print(f"{jax.device_count()} devices, {jax.default_backend()}")
 assert jax.device_count() == 8
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## A mesh, and rules over paths
 #

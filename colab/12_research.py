@@ -34,6 +34,9 @@ SMOKE = os.environ.get("GPTJAX_SMOKE") == "1"  # small sizes, for a test that ev
 jax.config.update("jax_default_matmul_precision", "highest")
 key = jax.random.key(0)
 
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
+
 # %% [markdown]
 # ## Read and replace activations
 #
