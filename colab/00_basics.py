@@ -306,3 +306,172 @@ assert abs(draws.mean()) < 0.15 and abs(draws.std() - 1) < 0.1
 # 4. `jax.hessian(neuron)(w, b, x, y)` is the second derivative. Show by hand that it is `x**2 * a * (1 - a)`.
 # 5. What share of 64 networks solves XOR at width 2, 3, 4, 8? Draw it.
 # 6. Make `f` above take `n` and build its array inside. What happens, and what is `static_argnums` for?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# `loss_z` is `a - y` = 0.9183 - 0, so both gradients are positive: the loss falls as `w` and `b` fall.
+#
+# ```python
+# print(*(f"{gradient:.4f}" for gradient in jax.grad(neuron, argnums=(0, 1))(2.2, 0.0, 1.1, 0.0)))
+# ```
+#
+# ```text
+# 1.0102 0.9183
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# The curve is flat where the answer is right, so every step is smaller than the one before.
+#
+# ```python
+# path = [2.2]
+# for _ in range(10):
+#     path.append(path[-1] - 5 * float(jax.grad(neuron)(path[-1], 0.0, 1.1, 1.0)))
+# print([round(value, 2) for value in path])
+# axis = picture.figure.axes[0]
+# axis.plot(path, [neuron(value, 0.0, 1.1, 1.0) for value in path], "o-")
+# picture
+# ```
+#
+# ```text
+# [2.2, 2.65, 2.93, 3.14, 3.31, 3.45, 3.57, 3.68, 3.77, 3.86, 3.94]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Two lines of `by_hand` change, the activation and `d_z`, and the activation in `network`. The derivative of ReLU is 1
+# where its input is positive and 0 elsewhere.
+#
+# ```python
+# def relu_network(params, inputs):
+#     h = jax.nn.relu(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+#     return (h @ params["out"]["kernel"] + params["out"]["bias"])[:, 0]
+#
+#
+# def relu_by_hand(params, inputs, answers):
+#     z = inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+#     d_logits = (jax.nn.sigmoid(relu_network(params, inputs)) - answers)[:, None]
+#     d_z = d_logits @ params["out"]["kernel"].T * (z > 0)
+#     return {
+#         "hidden": {"kernel": inputs.T @ d_z, "bias": d_z.sum(0)},
+#         "out": {"kernel": jax.nn.relu(z).T @ d_logits, "bias": d_logits.sum(0)},
+#     }
+#
+#
+# def relu_loss(params):
+#     return optax.sigmoid_binary_cross_entropy(relu_network(params, inputs), answers).sum()
+#
+#
+# fresh = init(jax.random.key(0))
+# pairs = zip(
+#     jax.tree.leaves(relu_by_hand(fresh, inputs, answers)), jax.tree.leaves(jax.grad(relu_loss)(fresh)), strict=True
+# )
+# print([bool(jnp.allclose(a, b, atol=1e-5)) for a, b in pairs])
+# ```
+#
+# ```text
+# [True, True, True, True]
+# ```
+#
+# At an input of exactly 0 (the first row) the derivative of ReLU is a convention; `jax.nn.relu` and `z > 0` both use 0.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# $\partial\ell/\partial w = (a - y)\,x$, and $a$ depends on $w$ through $\partial a/\partial w = a(1-a)\,x$.
+#
+# ```python
+# a = jax.nn.sigmoid(2.2 * 1.1)
+# print(f"{jax.hessian(neuron)(2.2, 0.0, 1.1, 1.0):.4f}  {1.1**2 * a * (1 - a):.4f}")
+# ```
+#
+# ```text
+# 0.0907  0.0907
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# Wider networks have more ways to fit XOR, so fewer initialisations get stuck.
+#
+# ```python
+# def share_solved(width):
+#     keys = jax.random.split(jax.random.key(2), 64)
+#     states = jax.vmap(lambda key: gptjax.TrainState.create(init(key, width), tx=tx, key=key))(keys)
+#     vmapped_step = jax.jit(jax.vmap(gptjax.make_train_step(xor_loss, tx), in_axes=(0, None)))
+#     for _ in range(200):
+#         states, metrics = vmapped_step(states, (inputs, answers))
+#     return float((metrics["accuracy"] == 1).mean())
+#
+#
+# widths = [2, 3, 4, 8]
+# shares = [share_solved(width) for width in widths]
+# print({width: f"{share:.0%}" for width, share in zip(widths, shares, strict=True)})
+# show.curves({"XOR": (widths, shares)}, x="width", y="share of 64 networks", marker="o")
+# ```
+#
+# ```text
+# {2: '34%', 3: '77%', 4: '97%', 8: '100%'}
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 6**
+#
+# <details><summary>Solution</summary>
+#
+# A traced `n` has no value, and a shape needs one: `jnp.ones((n, n))` raises a `TypeError`. With `static_argnums` the
+# value of `n` is part of the program's key, so the function is traced once per value.
+#
+# ```python
+# seen = []
+#
+#
+# def sized(n):
+#     seen.append(n)
+#     return jnp.tanh(jnp.ones((n, n))).sum()
+#
+#
+# try:
+#     jax.jit(sized)(500)
+# except TypeError as error:
+#     print(str(error).split(".")[0])
+# compiled = jax.jit(sized, static_argnums=0)
+# for n in (500, 500, 600):
+#     compiled(n)
+# print("traced for", seen[1:])
+# ```
+#
+# ```text
+# Shapes must be 1D sequences of concrete values of integer type, got (JitTracer(~int32[]), JitTracer(~int32[]))
+# traced for [500, 600]
+# ```
+#
+# </details>

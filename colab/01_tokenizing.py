@@ -241,3 +241,132 @@ show.tokens(roles, ids)
 #    it split `1234567`, and the four blanks before `return`? Why is this useful?
 # 4. Train `bpe` on the source code of this package instead of a play, and encode the play: what does it cost?
 # 5. Compare the tokens per UTF-8 byte of a sentence in English and in other languages under `gpt2`.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# A blank before the word matters: most of GPT-2's words begin with one.
+#
+# ```python
+# counts = {word: len(gpt2.encode(" " + word)) for word in set(words.split(play))}
+# for word in sorted(counts, key=lambda word: (-counts[word], word))[:5]:
+#     print(counts[word], word)
+# ```
+#
+# ```text
+# 8 comical-historical-pastoral
+# 6 God-a-mercy
+# 6 John-a-dreams
+# 6 hugger-mugger
+# 6 periwig-pated
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# The counts fall fast at first and then slowly, roughly as one over the rank of the merge.
+#
+# ```python
+# word_counts = Counter(regex.findall(bpe.PATTERN, play))
+# symbols = {word: tuple(bpe.printable(bytes([byte])) for byte in word.encode()) for word in word_counts}
+# counts = []
+# for merge in ours:
+#     best = tuple(merge.split(" "))
+#     counts.append(sum(word_counts[word] * list(pairwise(symbols[word])).count(best) for word in symbols))
+#     symbols = {word: merge_pair(symbols[word], best) for word in symbols}
+# print(counts[:3], counts[9], counts[49])
+# show.curves({"Hamlet": (range(1, 51), counts)}, x="merge", y="occurrences", log_x=True, log_y=True)
+# ```
+#
+# ```text
+# [3494, 2755, 2149] 1361 469
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Each digit is a token of its own, so a model sees numbers digit by digit, aligned at every length; GPT-2 cuts them
+# into pieces of two or three digits in no regular way. Runs of blanks are one token, which makes indented code short.
+#
+# ```python
+# smol = tokenizers.load("smollm2-135m-instruct")
+# for name, tok in (("SmolLM2", smol), ("GPT-2", gpt2)):
+#     print(name, [tok.decode([i]) for i in tok.encode("1234567")], len(tok.encode("    return x")))
+# ```
+#
+# ```text
+# SmolLM2 ['1', '2', '3', '4', '5', '6', '7'] 3
+# GPT-2 ['123', '45', '67'] 5
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# The vocabulary that was trained on program text needs more tokens for the play, since its merges are blanks and
+# keywords.
+#
+# ```python
+# import pathlib
+#
+# import gptjax
+#
+# package = pathlib.Path(gptjax.__file__).parent
+# code = "\n".join(path.read_text(encoding="utf-8") for path in sorted(package.glob("*.py")))
+# on_code = tokenizers.train("bpe", [code], 1000)
+# for name, tok in (("code", on_code), ("Hamlet", kinds["bpe"])):
+#     print(f"trained on {name}: {len(play) / len(tok.encode(play)):.2f} characters per token of the play")
+# ```
+#
+# ```text
+# trained on code: 1.84 characters per token of the play
+# trained on Hamlet: 2.53 characters per token of the play
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# Per byte, not per character: UTF-8 needs two bytes for a Greek letter and three for a Chinese one. Every language
+# other than English costs more tokens. Here one sentence in four languages:
+#
+# ```python
+# sentences = {
+#     "English": "All human beings are born free and equal in dignity and rights.",
+#     "German": "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+#     "Greek": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι.",
+#     "Chinese": "人人生而自由,在尊严和权利上一律平等。",
+# }
+# for language, sentence in sentences.items():
+#     print(f"{language:8} {len(gpt2.encode(sentence)) / len(sentence.encode()):.2f} tokens per byte")
+# ```
+#
+# ```text
+# English  0.21 tokens per byte
+# German   0.35 tokens per byte
+# Greek    0.60 tokens per byte
+# Chinese  0.62 tokens per byte
+# ```
+#
+# </details>

@@ -19,9 +19,6 @@ from gptjax.data import mixture, packing
 from gptjax.data.loader import gather
 from gptjax.errors import UserError
 
-# %% tags=["script"]
-import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
-
 # %% [markdown]
 # ## Windows
 # A language model predicts the next token at every position, so the targets are the inputs shifted by one. With a
@@ -44,6 +41,9 @@ for n in range(1, 5):
     print(f"{tok.decode(inputs[0][:n])!r:20} -> {tok.decode(targets[0][n - 1 : n])!r}")
 assert inputs[0].tolist() == [40, 367, 2885, 1464] and targets[0].tolist() == [367, 2885, 1464, 1807]
 assert inputs[1].tolist() == [367, 2885, 1464, 1807]
+
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
 
 # %%
 inputs, targets = data.windows(ids, 4, 4)
@@ -205,3 +205,123 @@ show.maps(titles, x="position in the row", y="row", colours="viridis", size=4)
 # 4. Pass `False` for the document mask (the last argument) to `gather`. Which fields remain, and what does the model
 #    see?
 # 5. Compare `first_fit` with packing the texts in their own order. How much more padding is there?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# With stride 256 there are 18 windows: $\lfloor (4612 - 1) / 256 \rfloor$, because a window needs one token more than
+# its length for the last target. With stride 1 there are $4612 - 256 = 4356$.
+#
+# ```python
+# for stride in (256, 1):
+#     print(stride, len(data.windows(np.arange(4612), 256, stride)[0]))
+# ```
+#
+# ```text
+# 256 18
+# 1 4356
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# Three inputs in every row of 64 change, one in each third of the row; the targets do not. The model must predict the
+# next token although its context is sometimes wrong, so it cannot rely on one remembered sequence.
+#
+# ```python
+# noisy = data.Loader(
+#     ready.train, replace(cfg.data, mask_tokens=3), batch_size=16, context_length=64, seed=0,
+#     vocab_size=ready.tokenizer.vocab_size,
+# )
+# plain, masked = loader.batch(0), noisy.batch(0)
+# changed = plain.tokens != masked.tokens
+# print(f"inputs changed per row: {set(changed.sum(1).tolist())}; targets changed: {(plain.targets != masked.targets).any()}")
+# ```
+#
+# ```text
+# [3 3 3 3 3 3 3 3 3 3 3 3 3 3 3 3] inputs changed per row; targets changed: False
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Only the step: a batch depends on the seed, the settings and the step.
+#
+# ```python
+# resumed = data.Loader(
+#     small, replace(cfg.data, order="sequential"), batch_size=16, context_length=64, seed=0, vocab_size=251
+# )
+# print((resumed.batch(3).tokens == in_order.batch(3).tokens).all())
+# ```
+#
+# ```text
+# True
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# Tokens and targets remain. Without segments and positions the model attends across documents, and the positions run
+# on.
+#
+# ```python
+# row = gather(store, np.array([0]), 10, False)
+# for name, leaf in row._asdict().items():
+#     print(f"{name:12} {None if leaf is None else leaf[0]}")
+# ```
+#
+# ```text
+# {'tokens': [7, 8, 9, 0, 3, 4, 5, 0, 6, 2], 'targets': [8, 9, 0, 3, 4, 5, 0, 6, 2, 0], 'weights': None, 'segment_ids': None, 'positions': None}
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# In their own order the texts need three more rows.
+#
+# ```python
+# def rows_in_order(lengths, row_length):
+#     """Starts a new row where a text does not fit in the current one."""
+#     n_rows = 1
+#     used = 0
+#     for length in lengths:
+#         if used + length > row_length:
+#             n_rows += 1
+#             used = 0
+#         used += length
+#     return n_rows
+#
+#
+# for name, n_rows in (("first-fit-decreasing", rows), ("in order", rows_in_order(lengths, 128))):
+#     print(f"{name}: {n_rows} rows, {1 - lengths.sum() / (n_rows * 128):.0%} padding")
+# ```
+#
+# ```text
+# first-fit-decreasing: 16 rows, 3% padding
+# in order: 19 rows, 19% padding
+# ```
+#
+# </details>

@@ -256,3 +256,130 @@ plt.show()
 # 3. Set `rope_base` to 1,000,000 and draw the curve of ones again. Why does this help in long contexts?
 # 4. Try other analogies: Paris - France + Italy, walked - walk + swim. How many of those that you make up come out?
 # 5. With a tied head (`tie_embeddings=True`), `logits = hidden @ table.T`. Express a logit by a cosine similarity.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# An id out of range reads the nearest row (`mode="clip"`), because a compiled program cannot raise an error. A wrong
+# vocabulary therefore trains without a message: all unknown ids share the last row, and the loss stays too high.
+#
+# ```python
+# print(bool((take(table, jnp.array([999])) == table[-1]).all()))
+# ```
+#
+# ```text
+# True
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# The shortest rows are frequent first names, the longest are stumps of words ("strugg", "enthus") that one token almost
+# always follows. So here the short rows are not the rare ones: tokens that appear in similar contexts need not stand
+# apart, and a token with one fixed successor needs a large vector to enforce it.
+#
+# ```python
+# lengths = np.linalg.norm(trained, axis=1)
+# order = np.argsort(lengths)
+# print("shortest", [(smol.decode([i]), round(float(lengths[i]), 2)) for i in order[:4]])
+# print("longest ", [(smol.decode([i]), round(float(lengths[i]), 2)) for i in order[-4:]])
+# ```
+#
+# ```text
+# shortest [(' John', 1.79), (' Michael', 1.8), (' David', 1.83), (' Paul', 1.85)]
+# longest  [(' dissemin', 7.0), (' enthus', 7.03), (' affili', 7.12), (' strugg', 7.49)]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# A larger base turns the slow pairs more slowly. The product falls less with distance, so distant tokens remain
+# distinguishable and reachable in long contexts.
+#
+# ```python
+# far = jnp.arange(256)
+# lines = {
+#     f"base {base:,}": (far, jnp.cos(far[:, None] * position.rope_frequencies(H, base)).mean(1))
+#     for base in (10_000, 1_000_000)
+# }
+# print({name: round(float(values[255]), 2) for name, (_, values) in lines.items()})
+# show.curves(lines, x="distance", y="product, as a share of that at 0")
+# ```
+#
+# ```text
+# {'base 10,000': 0.32, 'base 1,000,000': 0.59}
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# If the three words of the question are left out, most come out. The exception names the people in place of the city.
+#
+# ```python
+# analogies = [
+#     ("Paris", "France", "Italy", "Rome"),
+#     ("Paris", "France", "Germany", "Berlin"),
+#     ("walked", "walk", "swim", "swam"),
+#     ("walked", "walk", "play", "played"),
+#     ("bigger", "big", "small", "smaller"),
+#     ("uncle", "man", "woman", "aunt"),
+# ]
+# n_right = 0
+# for a, b, c, expected in analogies:
+#     vector = row_of(" " + a) - row_of(" " + b) + row_of(" " + c)
+#     best = [word for word, _ in neighbours(vector) if word.strip() not in (a, b, c)]
+#     n_right += best[0].strip() == expected
+#     print(f"{a} - {b} + {c} = {best[0].strip()}")
+# print(n_right, "of", len(analogies))
+# ```
+#
+# ```text
+# Paris - France + Italy = Italians
+# Paris - France + Germany = Berlin
+# walked - walk + swim = swam
+# walked - walk + play = played
+# bigger - big + small = smaller
+# uncle - man + woman = aunt
+# 5 of 6
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# A logit is the closeness of the hidden state and the word's row (their cosine), times both lengths. The model says the
+# word whose row points most nearly in the direction of the hidden state.
+#
+# ```python
+# hidden = jnp.array([0.5, -1.0, 2.0])
+# cosine = table @ hidden / jnp.linalg.norm(table, axis=1) / jnp.linalg.norm(hidden)
+# print(jnp.allclose(table @ hidden, cosine * jnp.linalg.norm(table, axis=1) * jnp.linalg.norm(hidden), atol=1e-5))
+# ```
+#
+# ```text
+# True
+# ```
+#
+# </details>

@@ -264,3 +264,142 @@ show.curves({"scores, one layer": (lengths, mib)}, x="tokens", y="MiB", log_x=Tr
 # 3. With dropout the weights of a word sum to 1 only on average. Show it: what are the sums for one key?
 # 4. Draw the attention maps of layer 15. `gptjax.research.taps` has a function for it.
 # 5. With `window=4` and 3 layers, how far back can the last output depend on the input? Check by the Jacobian.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# Scores may be negative, so weights may be negative or larger than 1, and a sum near 0 makes them huge. The six vectors
+# above are all positive and hide it; random ones do not.
+#
+# ```python
+# signed = jax.random.normal(jax.random.key(5), (6, 3))
+# scores = signed @ signed.T
+# divided_by_sum = scores / scores.sum(-1, keepdims=True)
+# print(f"smallest {divided_by_sum.min():.2f}, largest {divided_by_sum.max():.2f}")
+# ```
+#
+# ```text
+# smallest -10.17, largest 7.85
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# Positions: `x` does not encode the order. Matrices can fit these six vectors to a degree, but only with positions
+# (here one-hot, beside each row) does the rule become exact.
+#
+# ```python
+# import optax
+#
+# placed = jnp.concatenate([x, jnp.eye(6)], axis=1)  # [T, 3 + 6]
+# before_it = jnp.maximum(jnp.arange(6) - 1, 0)  # the first word looks at itself
+#
+#
+# def previous_loss(kernels, rows):
+#     w_q, w_k = kernels
+#     scores = (rows @ w_q) @ (rows @ w_k).T
+#     return optax.softmax_cross_entropy_with_integer_labels(jnp.where(mask, scores, -1e30), before_it).mean()
+#
+#
+# def train(rows):
+#     kernels = jax.random.normal(jax.random.key(0), (2, rows.shape[1], 8)) * 0.1
+#     optimizer = optax.adam(0.05)
+#     state = optimizer.init(kernels)
+#     gradient_fn = jax.jit(jax.grad(previous_loss))
+#     for _ in range(200):
+#         gradient = gradient_fn(kernels, rows)
+#         updates, state = optimizer.update(gradient, state)
+#         kernels = optax.apply_updates(kernels, updates)
+#     return float(previous_loss(kernels, rows))
+#
+#
+# print(f"x alone: {train(x):.2f} nats, with positions: {train(placed):.4f}")
+# ```
+#
+# ```text
+# x alone: 0.38 nats, with positions: 0.0000
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# With values of 1 the output is the sum of the weights. Each kept weight is doubled, so one key gives sums above and
+# below 1, and many keys give 1 on average.
+#
+# ```python
+# ones = jnp.ones((1, 6, 1, 3))
+# query = x[None, :, None]
+# sums = attention(query, query, ones, dropout=0.5, dropout_key=jax.random.key(0))[0, :, 0, 0]
+# mean_sums = jax.vmap(lambda key: attention(query, query, ones, dropout=0.5, dropout_key=key)[0, :, 0, 0])(keys).mean(0)
+# print("one key   ", np.asarray(sums).round(2))
+# print("4,000 keys", np.asarray(mean_sums).round(2))
+# ```
+#
+# ```text
+# one key    [0.   1.15 0.54 1.   0.85 1.14]
+# 4,000 keys [1.   0.98 1.   1.   1.   1.  ]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# `gptjax.research.taps.attention_maps` computes the maps of all layers, [L, B, N, T, S].
+#
+# ```python
+# from gptjax.research import taps
+#
+# all_maps = taps.attention_maps(params, jnp.array([ids]), cfg)
+# print(all_maps.shape, "layer 0 as above:", bool(jnp.allclose(all_maps[0, 0], maps, atol=1e-4)))
+# fifteenth = {f"layer 15, head {n}": all_maps[15, 0, n] for n in range(cfg.n_head)}
+# show.maps(fifteenth, rows=pieces, columns=pieces, per_row=3, size=4)
+# ```
+#
+# ```text
+# (30, 1, 9, 18, 18) layer 0 as above: True
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# Each layer reaches 3 words further back (a window of 4 includes the word itself), so three layers reach 9.
+#
+# ```python
+# def three_layers(x):
+#     for _ in range(3):
+#         x = x + self_attention(x, window=4)
+#     return x
+#
+#
+# long = jax.random.normal(jax.random.key(0), (16, 3))
+# depends = jnp.abs(jax.jacobian(three_layers)(long)).sum((1, 3))[-1] > 0
+# print("the last word, 15, depends on words", jnp.flatnonzero(depends).tolist())
+# ```
+#
+# ```text
+# the last word, 15, depends on words [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+# ```
+#
+# </details>

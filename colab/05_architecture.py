@@ -315,3 +315,162 @@ for name, arch_cfg in archs.items():
 # 4. The tied head's first loss is not `ln V + 1/6`. Derive it: the final norm has variance 1, the embedding $0.02^2$.
 # 5. `init_cache(cfg, 1, dtype="int8")` quantises keys and values. How much do the logits change? Does the greedy text?
 # 6. How does the decoding speed depend on the length of the prompt, with and without the cache?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# Per block: $12 D^2$ in the matrices, $4D + D$ biases of the feed-forward layer, $D$ of the output projection, $4D$ in
+# the two norms. The untied model without biases in q, k and v:
+#
+# ```python
+# L, D, V, T = 12, 768, 50_257, 1024
+# block = 12 * D**2 + 5 * D + D + 4 * D
+# total = V * D + T * D + L * block + 2 * D + D * V
+# print(f"{total:,}")
+# assert total == 163_009_536
+# ```
+#
+# ```text
+# 163,009,536
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# RMS norm has no shift: one vector of $D$ values fewer in each of $2L + 1$ norms.
+#
+# ```python
+# fewer = tree.size(gptjax.abstract_params(book)) - tree.size(gptjax.abstract_params(replace(book, norm="rmsnorm")))
+# print(f"{fewer:,}")
+# assert fewer == 25 * 768
+# ```
+#
+# ```text
+# 19,200
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# The norm keeps the input of every layer at one scale, so the gradient without residuals no longer vanishes in twenty
+# layers. It still shrinks; with residuals it does not.
+#
+# ```python
+# def normed_output(perturbations, residual):
+#     def layer(x, weights_and_perturbation):
+#         weights, perturbation = weights_and_perturbation
+#         x = x + perturbation
+#         return residual * x + feed_forward(rms_norm(x), weights["up"], weights["down"]), None
+#
+#     last, _ = jax.lax.scan(layer, start, (stack, perturbations))
+#     return (last * direction).sum()
+#
+#
+# for name, residual in (("with residuals", 1.0), ("without", 0.0)):
+#     gradient = jax.grad(normed_output)(jnp.zeros((depth, 8, width)), residual)
+#     size = jnp.abs(gradient).mean((1, 2))
+#     print(f"{name:15} at the input of layer 1: {size[0]:.1e}, of layer {depth}: {size[-1]:.1e}")
+# ```
+#
+# ```text
+# with residuals  at the input of layer 1: 1.3e+00, of layer 20: 8.1e-01
+# without         at the input of layer 1: 3.3e-01, of layer 20: 7.5e-01
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# A logit is a sum of $D$ products of a value with variance 1 and one with variance $0.02^2$, so its variance is
+# $768 \cdot 0.0004 = 0.307$.
+#
+# ```python
+# print(f"{math.log(50_257) + 768 * 0.02**2 / 2:.3f} expected, {first['init=gpt2, tied head']:.3f} measured")
+# ```
+#
+# ```text
+# 10.979 expected, 10.954 measured
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# The logits move by little compared with their spread, and the greedy text stays the same. It changes where the two
+# likeliest tokens are closer than the rounding error.
+#
+# ```python
+# def cached_logits(dtype):
+#     cache = init_cache(cfg, batch=1, length=16, dtype=dtype)
+#     outputs = []
+#     for t in range(tokens.shape[1]):
+#         output, cache = gptjax.extend(params, tokens[:, t : t + 1], cfg, cache)
+#         outputs.append(output)
+#     return jnp.concatenate(outputs, axis=1)
+#
+#
+# tokens = jnp.array([prompt + greedy])
+# exact, rounded = cached_logits("float32"), cached_logits("int8")
+# print(f"largest difference {jnp.abs(exact - rounded).max():.3f}, spread of the logits {exact.std():.3f}")
+# print("the same greedy text:", bool((exact.argmax(-1) == rounded.argmax(-1)).all()))
+# ```
+#
+# ```text
+# largest difference 0.013, spread of the logits 0.554
+# the same greedy text: True
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 6**
+#
+# <details><summary>Solution</summary>
+#
+# Reading the whole row again costs more as the prompt grows. With the cache, the prompt is read once, and each new
+# token costs about the same. (The rates depend on the machine.)
+#
+# ```python
+# for length in (4, 256):
+#     long = (prompt * 64)[:length]
+#     row = jnp.zeros((1, length + 16), jnp.int32).at[0, :length].set(jnp.array(long))
+#     decoders = {
+#         "without cache": lambda: slow(params, row, length, 16).block_until_ready(),
+#         "with the cache": lambda: gptjax.generate(params, [long], cfg, max_new_tokens=16, key=key),
+#     }
+#     for name, decode in decoders.items():
+#         decode()  # compiles
+#         begin = time.perf_counter()
+#         decode()
+#         print(f"prompt of {length}, {name}: {16 / (time.perf_counter() - begin):.1f} tokens/s")
+# ```
+#
+# ```text
+# prompt of 4, without cache: 2.4 tokens/s
+# prompt of 4, with the cache: 7.5 tokens/s
+# prompt of 256, without cache: 0.6 tokens/s
+# prompt of 256, with the cache: 6.1 tokens/s
+# ```
+#
+# </details>

@@ -299,3 +299,150 @@ show.tokens(tok, batch.targets[0][real], values=surprise[0][real])
 #    plays, and why?
 # 4. Add `gptjax.generation.min_p(0.1)` to the chain at T = 1.5. What does it repair, and what not?
 # 5. Measure the log-probability of the right answer in other sentences, and find one where the pretrained model fails.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# $\ln V + 1/6$: the logits again have variance 1/3.
+#
+# ```python
+# import dataclasses
+#
+# torch_model = dataclasses.replace(model, init="torch", tie_embeddings=False)
+# torch_params = gptjax.init_params(jax.random.key(3), torch_model)
+# torch_loss = float(next_token(torch_model)(torch_params, loader.batch(0), None)[0].value())
+# print(f"expected {math.log(ready.tokenizer.vocab_size) + 1 / 6:.3f}, got {torch_loss:.3f}")
+# ```
+#
+# ```text
+# expected 4.484, got 4.489
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# Only the columns of time differ. The batch and the random key are functions of the step, and the checkpoint holds
+# everything else. Here the interruption is an exception from the function that receives the log lines:
+#
+# ```python
+# from pathlib import Path
+#
+# SHORT = ("train.max_steps=40", "train.eval_every=10", "train.checkpoint_every=10")
+#
+#
+# def stop_after_a_checkpoint(line):
+#     if list(Path("runs/06-stopped/checkpoints").glob("*")):
+#         raise KeyboardInterrupt
+#
+#
+# whole_run = gptjax.train(gptjax.load_config("tiny-gpt2", *SHORT, "run_dir=runs/06-whole"), log=lambda line: None)
+# stopped = gptjax.load_config("tiny-gpt2", *SHORT, "run_dir=runs/06-stopped")
+# try:
+#     gptjax.train(stopped, log=stop_after_a_checkpoint)
+# except KeyboardInterrupt:
+#     print("interrupted")
+# resumed = gptjax.train(stopped, log=lambda line: None)
+# tables = []
+# for run in ("whole", "stopped"):
+#     lines = Path(f"runs/06-{run}/metrics.jsonl").read_text().splitlines()
+#     tables.append({(row["step"], "val/loss" in row): row for row in map(json.loads, lines)})
+# differ = {name for at in tables[0] for name in tables[0][at] if tables[0][at][name] != tables[1][at][name]}
+# print(sorted(differ), f"{whole_run.val_loss:.6f} {resumed.val_loss:.6f}")
+# ```
+#
+# ```text
+# interrupted
+# ['seconds', 'tokens_per_s'] 3.527452 3.527452
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Here the documentation has the higher loss: it mixes prose, code and markup. (A small model and 60 steps, so that both
+# runs are short.)
+#
+# ```python
+# tiny = ("model.n_layer=2", "model.d_model=64", "train.max_steps=60", "train.eval_every=60", "tokenizer.name=bytes")
+# for source in ("shakespeare", "python-docs"):
+#     other = gptjax.train(
+#         gptjax.load_config("shakespeare-char", *tiny, f"data.source=[{source}]", f"run_dir=runs/06-{source}"),
+#         log=lambda line: None,
+#     )
+#     print(f"{source}: {other.val_loss / math.log(2):.3f} bits per byte after 60 steps")
+# ```
+#
+# ```text
+# shakespeare: 3.461 bits per byte after 60 steps
+# python-docs: 3.947 bits per byte after 60 steps
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# `min_p(0.1)` removes all tokens whose probability is below a tenth of the likeliest one's. It repairs the spelling,
+# since the many unlikely characters are gone; the words still make no sense, because the model is small.
+#
+# ```python
+# from gptjax.generation import min_p
+#
+# for sampler in (chain(temperature(1.5)), chain(temperature(1.5), min_p(0.1))):
+#     prompt = ready.tokenizer.encode("\nROMEO:\n")
+#     new = gptjax.generate(result.params, [prompt], result.cfg.model, max_new_tokens=60, key=key, sampler=sampler)
+#     print(repr(ready.tokenizer.decode(new[0])))
+# ```
+#
+# ```text
+# "Is frlump; we slack; Where, You'll saE?\n\nQuwy Clenom, 'Fnatc"
+# "Is frauth; we see news I was do the rage\nIn your joy, 'tway'"
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# The model prefers Sydney, the larger city, to the capital of Australia.
+#
+# ```python
+# def log_prob(text, word):
+#     tokens = jnp.array([tok.encode(text)])
+#     (token,) = tok.encode(word)
+#     return float(jax.nn.log_softmax(gptjax.forward(llm, tokens, llm_cfg)[0, -1])[token])
+#
+#
+# for text, word in (
+#     ("The Eiffel Tower stands in", " Paris"),
+#     ("The capital of Australia is", " Canberra"),
+#     ("The capital of Australia is", " Sydney"),
+# ):
+#     print(f"{text}{word}: {log_prob(text, word):.2f}")
+# ```
+#
+# ```text
+# The Eiffel Tower stands in Paris: -1.84
+# The capital of Australia is Canberra: -1.08
+# The capital of Australia is Sydney: -1.02
+# ```
+#
+# </details>

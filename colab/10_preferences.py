@@ -198,3 +198,117 @@ show.curves(
 # 3. A fifth of the labels is swapped. At which margin is the expected DPO loss smallest?
 # 4. Let the tuned model write (`gptjax.generate`). Does it answer the questions, or has it only learned to avoid?
 # 5. Which of the losses works if only one answer per question is known, and whether it is good?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# SimPO's reward is the mean log-probability per token, so a long answer gains nothing by its length. A summed
+# log-probability, as ORPO's and DPO's, falls with every token.
+#
+# ```python
+# short = Answers(jnp.array([[[-4.0, -8.0]]]), None, jnp.array([[[4.0, 4.0]]]), jnp.ones((1, 1)))
+# long = Answers(jnp.array([[[-16.0, -8.0]]]), None, jnp.array([[[16.0, 4.0]]]), jnp.ones((1, 1)))
+# for name, pair_of_answers in (("4 tokens", short), ("16 tokens", long)):
+#     simpo_loss = LOSSES["simpo"](pair_of_answers, BETA["simpo"], 1.0)[0][0, 0]
+#     print(f"chosen answer of {name}, 1 nat per token: loss {float(simpo_loss):.4f}")
+# ```
+#
+# ```text
+# chosen answer of 4 tokens, 1 nat per token: loss 0.3133
+# chosen answer of 16 tokens, 1 nat per token: loss 0.3133
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# The loss depends on $\beta$ times the change of the log-probabilities, so the change for a given loss is proportional
+# to $1/\beta$. A small $\beta$ lets the model move far from its reference.
+#
+# ```python
+# margin = -math.log(math.exp(0.1) - 1)  # the margin at which -log(sigmoid(margin)) is 0.1
+# print({beta: round(margin / beta, 1) for beta in (0.01, 0.1, 1.0)}, "nats until the loss is 0.1")
+# ```
+#
+# ```text
+# {0.01: 225.2, 0.1: 22.5, 1.0: 2.3} nats until the loss is 0.1
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# With a fifth of the labels swapped the loss has a minimum at a finite margin, $\ln(0.8 / 0.2)$: the margins stop
+# growing.
+#
+# ```python
+# margins_grid = jnp.linspace(-5, 5, 1001)
+# expected_loss = 0.8 * jax.nn.softplus(-margins_grid) + 0.2 * jax.nn.softplus(margins_grid)
+# print(f"minimum at {margins_grid[expected_loss.argmin()]:.2f}, ln 4 = {math.log(4):.2f}")
+# ```
+#
+# ```text
+# minimum at 1.39, ln 4 = 1.39
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# It has learned little about answering: its texts stay close to the base's.
+#
+# ```python
+# from gptjax.tokenizers import chat
+#
+# tuned = lora.merge(base, state.params, lcfg)
+# for pair in test_pairs[:3]:
+#     question, chosen = pair.chosen.messages
+#     prompt = chat.encode_chat(tokenizer, [question])
+#     print(f"{question['content']}  expected {chosen['content']!r}")
+#     for name, weights in (("base", base), ("tuned", tuned)):
+#         new = gptjax.generate(weights, [prompt], cfg, max_new_tokens=12, key=key, stop=tokenizer.eos_ids)
+#         print(f"    {name:5} {tokenizer.decode(new[0])!r}")
+# ```
+#
+# ```text
+# Write c h e r r y in capital letters.  expected 'C H E R R Y'
+#     base  'Cherry-picked words:\n\nCher'
+#     tuned 'h e r y'
+# Take the hyphens out of s-e-e-d and leave spaces.  expected 's e e d'
+#     base  'S-e-e-d.'
+#     tuned 's-e-e-d'
+# Write the letters n e t from the last to the first.  expected 't e n'
+#     base  'n e t from the last to the first.'
+#     tuned 'n e t'
+# ```
+#
+# The loss compares two given answers; it does not teach the model to write the chosen one. That is why preference
+# optimisation usually follows instruction fine-tuning.
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# KTO: it scores each answer on its own, as good or bad, so it does not need pairs. DPO, IPO, ORPO and SimPO need the
+# difference of two answers to the same question.
+#
+# </details>
