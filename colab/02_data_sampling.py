@@ -246,11 +246,12 @@ show.maps(titles, x="position in the row", y="row", colours="viridis", size=4)
 # )
 # plain, masked = loader.batch(0), noisy.batch(0)
 # changed = plain.tokens != masked.tokens
-# print(f"inputs changed per row: {set(changed.sum(1).tolist())}; targets changed: {(plain.targets != masked.targets).any()}")
+# per_row = set(changed.sum(1).tolist())
+# print(f"inputs changed per row: {per_row}; targets changed: {(plain.targets != masked.targets).any()}")
 # ```
 #
 # ```text
-# [3 3 3 3 3 3 3 3 3 3 3 3 3 3 3 3] inputs changed per row; targets changed: False
+# inputs changed per row: {3}; targets changed: False
 # ```
 #
 # </details>
@@ -290,7 +291,11 @@ show.maps(titles, x="position in the row", y="row", colours="viridis", size=4)
 # ```
 #
 # ```text
-# {'tokens': [7, 8, 9, 0, 3, 4, 5, 0, 6, 2], 'targets': [8, 9, 0, 3, 4, 5, 0, 6, 2, 0], 'weights': None, 'segment_ids': None, 'positions': None}
+# tokens       [7 8 9 0 3 4 5 0 6 2]
+# targets      [8 9 0 3 4 5 0 6 2 0]
+# weights      None
+# segment_ids  None
+# positions    None
 # ```
 #
 # </details>

@@ -345,9 +345,9 @@ show.curves({"scores, one layer": (lengths, mib)}, x="tokens", y="MiB", log_x=Tr
 # ones = jnp.ones((1, 6, 1, 3))
 # query = x[None, :, None]
 # sums = attention(query, query, ones, dropout=0.5, dropout_key=jax.random.key(0))[0, :, 0, 0]
-# mean_sums = jax.vmap(lambda key: attention(query, query, ones, dropout=0.5, dropout_key=key)[0, :, 0, 0])(keys).mean(0)
+# many_sums = jax.vmap(lambda key: attention(query, query, ones, dropout=0.5, dropout_key=key)[0, :, 0, 0])(keys)
 # print("one key   ", np.asarray(sums).round(2))
-# print("4,000 keys", np.asarray(mean_sums).round(2))
+# print("4,000 keys", np.asarray(many_sums.mean(0)).round(2))
 # ```
 #
 # ```text
