@@ -73,12 +73,12 @@ def test_something_is_said_in_every_silence(script, monkeypatch):
     speaker = threading.Thread(target=script.speak, args=(out, end))
     speaker.start()
     for _ in range(1000):
-        if out.stream.getvalue().count("... at work") >= 2:
+        if out.stream.getvalue().count("... running") >= 2:
             break
         time.sleep(0.01)
     end.set()
     speaker.join()
-    assert out.stream.getvalue().count("... at work") >= 2
+    assert out.stream.getvalue().count("... running") >= 2
 
 
 @pytest.mark.parametrize(("host", "age_s", "waits"), [("gone", 0, True), ("gone", 1000, False), (None, 0, False)])
