@@ -27,7 +27,7 @@ def start():
 
 
 def printed(start, code):
-    """What the recipe prints in a namespace that holds only the setup. A recipe with XLA_FLAGS runs in a new process."""
+    """The output of a recipe after the setup alone; a recipe with XLA_FLAGS runs in a new process."""
     if flags := re.match(r"# XLA_FLAGS=(\S+)\n", code):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {flags[1]}"
         command = [sys.executable, "-W", "error", "-c", block("python", START) + code]
