@@ -242,8 +242,11 @@ left.set_xticks(range(36), names, rotation=90, fontsize=7)
 left.set_yticks(range(36), names, fontsize=7)
 for g, name in enumerate(groups):
     right.scatter(*flat[label == g].T, label=name)
-for (a, b), name in zip(flat, names, strict=True):
-    right.annotate(name, (a, b), fontsize=6, xytext=(3, 3), textcoords="offset points")
+annotated = []
+for point, name in zip(flat, names, strict=True):
+    if all(abs(point[0] - x) > 0.12 or abs(point[1] - y) > 0.035 for x, y in annotated):  # no label over another
+        right.annotate(name, point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        annotated.append(point)
 right.set(xlabel="first principal component", ylabel="second")
 right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
