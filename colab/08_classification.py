@@ -316,3 +316,150 @@ for text, prediction in zip(mine, predictions, strict=True):
 # 3. How many texts of `data`, or of a file of your own, occur more than once?
 # 4. Train the head alone on the frozen base. The features can be computed once. How far does it get?
 # 5. Swap the labels of a tenth of the training texts. What happens to the accuracy, and what to the calibration error?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# The first token attends only to itself, so its hidden state holds nothing of the rest of the text. All texts that
+# begin with the same token get the same logits, whatever the head has learned.
+#
+# ```python
+# for pool_name in ("last", "mean", "first"):
+#     outputs = []
+#     for text in ("Your parcel is waiting", "Your bike is at my place"):
+#         tokens = np.array([tokenizer.encode(text)], np.int32)
+#         outputs.append(class_logits(base | head, tokens, np.ones_like(tokens), cfg, pool_name, n=1)[0, 0])
+#     print(f"{pool_name:5} logits differ by {float(abs(outputs[0] - outputs[1]).max()):.3f}")
+# ```
+#
+# ```text
+# last  logits differ by 0.783
+# mean  logits differ by 0.393
+# first logits differ by 0.000
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# More templates help on sentences that it has not seen.
+#
+# ```python
+# for n_templates in (1, 2, 5):
+#     rows = messages(480, 0, slice(0, n_templates))
+#     texts = labelled(rows)
+#     accuracy = classification.naive_bayes(texts, labelled(messages(150, 2, STRANGE)), tokenizer)
+#     print(f"{n_templates} templates per class: {accuracy:.1%} on held-out templates")
+# ```
+#
+# ```text
+# 1 templates per class: 67.7% on held-out templates
+# 2 templates per class: 79.7% on held-out templates
+# 5 templates per class: 81.0% on held-out templates
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Texts are compared after lower-casing and joining whitespace, as `split_labelled` does.
+#
+# ```python
+# normalised = [" ".join(text.lower().split()) for text in data.texts]
+# print(f"{len(normalised) - len(set(normalised))} of {len(normalised)} texts repeat another one")
+# ```
+#
+# ```text
+# 94 of 504 texts repeat another one
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# The base is frozen, so the features of a text, its last hidden states, are computed once; the head is a logistic
+# regression on them. An identity matrix as the head returns the features.
+#
+# ```python
+# identity = {"cls_head": {"kernel": np.eye(cfg.d_model, dtype=np.float32)}}
+# feature_cfg = dataclasses.replace(cfg, n_classes=cfg.d_model)
+#
+#
+# @jax.jit
+# def pooled(tokens, segments):
+#     return class_logits(base | identity, tokens, segments, feature_cfg, n=1)[:, 0]
+#
+#
+# def features_of(part):
+#     outputs = []
+#     for ids in part.ids:
+#         tokens, segments = row(ids)
+#         outputs.append(pooled(tokens[:, :MAX_LENGTH], segments[:, :MAX_LENGTH])[0])
+#     return np.stack(outputs)
+#
+#
+# def fit_head(features, labels):
+#     kernel = np.zeros((cfg.d_model, 2), np.float32)
+#     optimizer = optax.adam(1e-2)
+#     opt_state = optimizer.init(kernel)
+#     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+#     gradient_fn = jax.jit(jax.grad(lambda kernel: cross_entropy(features @ kernel, labels).mean()))
+#     for _ in range(200):
+#         updates, opt_state = optimizer.update(gradient_fn(kernel), opt_state)
+#         kernel = optax.apply_updates(kernel, updates)
+#     return kernel
+#
+#
+# train_features, test_features = features_of(encoded[0]), features_of(encoded[2])
+# train_labels = np.array(splits.train.labels)
+# kernel = fit_head(train_features, train_labels)
+# correct = (test_features @ kernel).argmax(-1) == splits.test.labels
+# print(f"head alone: {correct.sum()} of {len(correct)} test texts")
+# ```
+#
+# ```text
+# head alone: 59 of 59 test texts
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# The head has more parameters than there are texts, so it fits wrong labels too: the accuracy falls, and the
+# calibration error grows, because it is sure of its mistakes.
+#
+# ```python
+# noisy_labels = train_labels.copy()
+# noisy_labels[::10] = 1 - noisy_labels[::10]
+# for name, labels in (("clean", train_labels), ("a tenth swapped", noisy_labels)):
+#     p_test = np.asarray(jax.nn.softmax(test_features @ fit_head(train_features, labels)))
+#     swapped_report = metrics.report(p_test, splits.test.labels, data.names)
+#     print(f"{name}: accuracy {swapped_report['accuracy']:.1%},", end=" ")
+#     print(f"calibration error {swapped_report['calibration_error']:.3f}")
+# ```
+#
+# ```text
+# clean: accuracy 100.0%, calibration error 0.000
+# a tenth swapped: accuracy 93.2%, calibration error 0.052
+# ```
+#
+# </details>

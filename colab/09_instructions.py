@@ -256,6 +256,102 @@ picture
 # 1. Encode with `loss_on="all"`. How many more tokens are learned, and what are they good for?
 # 2. Show a conversation of three turns by `show.tokens`. Which end tokens are red?
 # 3. Encode in `style="alpaca"`, on which this model was not trained. How large is the loss before training?
-# 4. Ask the tuned model something else: the capital of France, a poem. What has it forgotten? Try half of the adapter
-#    (`lora.interpolate` with an untrained one).
-# 5. Print the answers that are still wrong. Which mistakes are these?
+# 4. Pack into rows of 64, 128, 256 and 512 tokens. How many conversations fit, and how full are the rows?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# The questions and the template. Learning them costs nothing extra, but it teaches the model to write questions, and
+# most of the loss is then about text that it is never asked to write.
+#
+# ```python
+# for loss_on in ("response", "all"):
+#     encoded_all = conversations.encode(train_talks, tokenizer, context_length=T, loss_on=loss_on)
+#     print(loss_on, f"{sum(weights.sum() for weights in encoded_all.weights):,.0f} tokens")
+# ```
+#
+# ```text
+# response 3,404 tokens
+# all 35,958 tokens
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# The end tokens of the assistant's turns, and only those.
+#
+# ```python
+# turns = []
+# for word in ("box", "city", "child"):
+#     turns.append({"role": "user", "content": f"What is the plural of {word}?"})
+#     turns.append({"role": "assistant", "content": {"box": "boxes", "city": "cities", "child": "children"}[word]})
+# turn_pieces = conversations.render(Conversation(tuple(turns), "by hand"), tokenizer)
+# turn_ids = [i for piece in turn_pieces for i in piece.ids]
+# turn_learned = [float(piece.learn) for piece in turn_pieces for _ in piece.ids]
+# ends = [flag for i, flag in zip(turn_ids, turn_learned, strict=True) if i in tokenizer.eos_ids]
+# print(f"end tokens: {len(ends)}, learned: {sum(ends):.0f}")
+# show.tokens(tokenizer, turn_ids, values=turn_learned)
+# ```
+#
+# ```text
+# end tokens: 7, learned: 3
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# Before training, the loss of the answers is higher in a style that the model does not know, so it has more to learn.
+#
+# ```python
+# for style in (None, "alpaca"):
+#     styled = conversations.encode(test_talks[:20], tokenizer, context_length=T, style=style)
+#     mean, _ = jax.jit(loss)(base, Batch(*packing.padded(styled, T)), None)
+#     print(f"{style or 'model':7} {float(mean.value()):.3f} nats per token of the answers, before training")
+# ```
+#
+# ```text
+# model   4.240 nats per token of the answers, before training
+# alpaca  5.982 nats per token of the answers, before training
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# Short rows drop conversations that do not fit; in long rows packing leaves little padding. Attention costs more in
+# longer rows, so a row a few times as long as a conversation is a good size.
+#
+# ```python
+# for row_length in (64, 128, 256, 512):
+#     fitting = conversations.encode(train_talks, tokenizer, context_length=row_length)
+#     rows = packing.packed(fitting, row_length)
+#     filled = (rows.segment_ids > 0).mean()
+#     print(f"{row_length:3} tokens: {len(fitting.rows)} of {len(train_talks)} conversations, {filled:.0%} full")
+# ```
+#
+# ```text
+#  64 tokens: 173 of 473 conversations, 75% full
+# 128 tokens: 464 of 473 conversations, 90% full
+# 256 tokens: 473 of 473 conversations, 96% full
+# 512 tokens: 473 of 473 conversations, 98% full
+# ```
+#
+# </details>

@@ -178,6 +178,8 @@ def plan(*arguments):
     if not can_plan:
         print("  set INSTALL_LIBTPU above, or run it where libtpu is: pip install -e '.[tpu-plan]' in the checkout")
         return None
+    if os.path.exists("plan.json"):
+        os.remove("plan.json")  # `gptjax plan` does not overwrite a file
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
