@@ -663,3 +663,175 @@ for module, module_cfg in architectures.items():
 # 6. Compare SAM's held-out loss and largest eigenvalue for `rho` 0.01, 0.1 and 1. Is flatter always better?
 # 7. `jax.vmap` over rows allows rows of different lengths: decode prompts of 3 and 7 tokens with one `mla` cache each
 #    in one call.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# Yes: the grid of the exchanged prompts shows the same layers and positions.
+#
+# ```python
+# def exchanged_grid(params):
+#     grid = taps.patching_grid(params, corrupted, clean, llm_cfg, metric, site="resid")
+#     return (grid - top) / (bottom - top)
+#
+#
+# exchanged = np.array(jax.jit(exchanged_grid)(llm))
+# print(f"correlation with the first grid: {np.corrcoef(exchanged.ravel(), stream.ravel())[0, 1]:.3f}")
+# show.maps({"Italy in France": exchanged}, columns=words, x="position", y="layer", colours="RdBu_r", centred=True)
+# ```
+#
+# ```text
+# correlation with the first grid: 1.000
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# It agrees closely, best in the late layers, where the rest of the network is nearly linear.
+#
+# ```python
+# _, corrupted_acts = gptjax.tapped(llm, corrupted, llm_cfg, ("blocks/*/resid",))
+# change = acts["blocks/*/resid"] - corrupted_acts["blocks/*/resid"]
+#
+#
+# def added(d):
+#     return difference(llm, corrupted, {"blocks/*/resid": taps.add(d)})
+#
+#
+# gradient = jax.jit(jax.grad(added))(jnp.zeros_like(change))
+# estimate = np.array((gradient * change).sum(-1)[:, 0] / (top - bottom))
+# for half in (slice(0, L // 2), slice(L // 2, L)):
+#     correlation = np.corrcoef(estimate[half].ravel(), stream[half].ravel())[0, 1]
+#     print(f"layers {half.start} to {half.stop - 1}: correlation {correlation:.2f}")
+# ```
+#
+# ```text
+# layers 0 to 14: correlation 0.99
+# layers 15 to 29: correlation 1.00
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# The head with the largest effect is the same; the ones after it change, so their effect by zero ablation was in part
+# that of an unusual input.
+#
+# ```python
+# _, head_acts = gptjax.tapped(llm, clean, llm_cfg, ("blocks/*/attn/heads",))
+# means = head_acts["blocks/*/attn/heads"].mean((1, 2), keepdims=True)
+# by_mean = jax.jit(lambda params: taps.head_ablation(params, clean, llm_cfg, metric, value=means))(llm)
+# for name, ablated in (("zero", without), ("mean", by_mean)):
+#     strongest = [divmod(int(i), N) for i in np.argsort(np.array(ablated).ravel())[:4]]
+#     print(f"{name}: (layer, head) with the largest effect {strongest}")
+# ```
+#
+# ```text
+# zero: (layer, head) with the largest effect [(23, 4), (0, 4), (11, 5), (1, 2)]
+# mean: (layer, head) with the largest effect [(23, 4), (12, 0), (29, 1), (11, 1)]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# Two: the width changes the shapes of the arrays, so each width is a program of its own. The rates are values of an
+# array.
+#
+# ```python
+# wider = sweep.sweep(sweep.grid("tiny-gpt2", "optim.lr=[1e-3,1e-2]", "model.d_model=[16,32]", "train.max_steps=2"))
+# print(len(wider.rows), "runs,", len(wider.programs), "programs")
+# ```
+#
+# ```text
+# 4 runs, 2 programs
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# A secret that is read 64 times per epoch is memorised in the first third of the training; later the value only varies.
+#
+# ```python
+# frequent = [secret for secret, n in zip(secrets, times, strict=True) if n == 64]
+# for third, weights in enumerate(checkpoints, 1):
+#     bits = [audit.exposure(weights, cfg, tok.encode, **secret, n=n_alternatives).extrapolated for secret in frequent]
+#     print(f"after {third} of 3: {np.mean(bits):.1f} bits")
+# ```
+#
+# ```text
+# after 1 of 3: 25.7 bits
+# after 2 of 3: 29.2 bits
+# after 3 of 3: 27.2 bits
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 6**
+#
+# <details><summary>Solution</summary>
+#
+# No: a larger `rho` gives a flatter minimum, and here a higher held-out loss.
+#
+# ```python
+# for rho in (0.01, 0.1, 1.0):
+#     model = continue_training(curvature.sam(rho), 1)
+#     print(f"rho {rho:g}: held-out loss {value(model):.3f}, largest eigenvalue {sharpness(model):.1f}")
+# ```
+#
+# ```text
+# rho 0.01: held-out loss 2.838, largest eigenvalue 11.5
+# rho 0.1: held-out loss 2.924, largest eigenvalue 6.2
+# rho 1: held-out loss 3.510, largest eigenvalue 1.9
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 7**
+#
+# <details><summary>Solution</summary>
+#
+# Each row has a cache of its own, so each has a length of its own. One vmapped call appends a token to both.
+#
+# ```python
+# mla_cfg = architectures[mla]
+# weights = mla.init(key, mla_cfg)
+# caches = []
+# for length in (3, 7):
+#     _, cache = mla.extend(weights, x[:1, :length], mla_cfg, mla.init_cache(mla_cfg, 1, 12))
+#     caches.append(cache)
+# stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+# new = jnp.stack([x[:1, 3:4], x[:1, 7:8]])  # the next token of each
+# outputs, _ = jax.vmap(lambda token, cache: mla.extend(weights, token, mla_cfg, cache))(new, stacked)
+# whole = mla.apply(weights, x[:1], mla_cfg)
+# print([bool(jnp.allclose(outputs[i, 0, 0], whole[0, length], atol=1e-4)) for i, length in enumerate((3, 7))])
+# ```
+#
+# ```text
+# [True, True]
+# ```
+#
+# </details>
