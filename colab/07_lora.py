@@ -277,3 +277,124 @@ show.curves(lines, x="step", y="training loss, nats per byte")
 # 4. Restrict the adapter to attention, `targets="blocks/attn/*/kernel"`. Which rank gives as many parameters?
 # 5. Repeat the six adapters with six seeds at one rate. How large is the difference between seeds compared with that
 #    between the rates above?
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# The gradient of $A$ is zero, because it passes through $B = 0$. Only $B$ moves in the first step.
+#
+# ```python
+# fresh = lora.init(jax.random.key(1), base, lcfg)
+# bound = lora.bind(loss, base, lcfg)
+# gradient = jax.grad(lambda adapter: bound(adapter, docs.batch(0), None)[0].value())(fresh)
+# for path, leaf in list(tree.flatten(gradient).items())[:2]:
+#     print(f"{path:24} largest gradient {float(jnp.abs(leaf).max()):.1e}")
+# ```
+#
+# ```text
+# blocks/attn/k/kernel/a   largest gradient 0.0e+00
+# blocks/attn/k/kernel/b   largest gradient 1.5e-02
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# PiSSA starts from the largest singular values of the weights, so both matrices get a gradient at once. In this small
+# model the two curves are close. (PiSSA's learning rate decays over 30 steps, LoRA's over 150.)
+#
+# ```python
+# pissa = LoraConfig(rank=8, alpha=8, init="pissa")
+# residual, principal = lora.split(base, pissa)
+# _, pissa_losses = train(
+#     loss, principal, docs, 30, 5e-3, frozen=residual, combine=lambda adapter, frozen: lora.attach(frozen, adapter, pissa)
+# )
+# print(f"mean of steps 20 to 30: LoRA {np.mean(lora_losses[20:30]):.3f}, PiSSA {np.mean(pissa_losses[20:30]):.3f}")
+# ```
+#
+# ```text
+# mean of steps 20 to 30: LoRA 2.580, PiSSA 2.604
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# The mean adapter lies between the two: it keeps a part of what each of them gained.
+#
+# ```python
+# on_plays, _ = train(loss, lora.init(jax.random.key(2), base, lcfg), plays, 30, 5e-3, frozen=base, combine=combine)
+# average = lora.average([tuned, on_plays])
+# for name, adapter in (("documentation", tuned), ("plays", on_plays), ("average", average)):
+#     print(f"{name:14} [plays, documentation]: {measure(lora.merge(base, adapter, lcfg))}")
+# ```
+#
+# ```text
+# documentation  [plays, documentation]: [2.304, 2.438]
+# plays          [plays, documentation]: [1.951, 3.184]
+# average        [plays, documentation]: [2.039, 2.678]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# At the same rank, attention alone has a third of the parameters; rank 23 gives the same number (4,096 per rank).
+#
+# ```python
+# print(f"all linear layers, rank 8: {tree.size(fresh):,} parameters")
+# for rank in (8, 16, 20, 24):
+#     attention_only = LoraConfig(rank=rank, alpha=2 * rank, targets="blocks/attn/*/kernel")
+#     print(f"attention only, rank {rank}: {tree.size(lora.init(key, base, attention_only)):,}")
+# ```
+#
+# ```text
+# all linear layers, rank 8: 94,208 parameters
+# attention only, rank 8: 32,768
+# attention only, rank 16: 65,536
+# attention only, rank 20: 81,920
+# attention only, rank 24: 98,304
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# Seeds differ by much less than rates.
+#
+# ```python
+# seeds = many.Many.of(rates=[1.0] * 6, scales=[2.0] * 6, ranks=[8] * 6, seeds=range(6))
+# states = many.create(base, seeds, lcfg, tx)
+# seed_losses = []
+# for i in range(30):
+#     states, metrics = many_step(states, seeds, base, docs.batch(i))
+#     seed_losses.append(metrics["loss"])
+# last_seeds = np.mean(seed_losses[-5:], axis=0)
+# last_rates = losses[-5:, :3].mean(axis=0)
+# print(f"range of six seeds {np.ptp(last_seeds):.3f}, of three rates at rank 8 {np.ptp(last_rates):.3f} nats per byte")
+# ```
+#
+# ```text
+# range of six seeds 0.021, of three rates at rank 8 0.172 nats per byte
+# ```
+#
+# </details>
