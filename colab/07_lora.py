@@ -316,9 +316,13 @@ show.curves(lines, x="step", y="training loss, nats per byte")
 # ```python
 # pissa = LoraConfig(rank=8, alpha=8, init="pissa")
 # residual, principal = lora.split(base, pissa)
-# _, pissa_losses = train(
-#     loss, principal, docs, 30, 5e-3, frozen=residual, combine=lambda adapter, frozen: lora.attach(frozen, adapter, pissa)
-# )
+#
+#
+# def attach_pissa(adapter, frozen):
+#     return lora.attach(frozen, adapter, pissa)
+#
+#
+# _, pissa_losses = train(loss, principal, docs, 30, 5e-3, frozen=residual, combine=attach_pissa)
 # print(f"mean of steps 20 to 30: LoRA {np.mean(lora_losses[20:30]):.3f}, PiSSA {np.mean(pissa_losses[20:30]):.3f}")
 # ```
 #
