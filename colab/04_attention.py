@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 04 Attention: from a weighted mean to the heads of a real model
 #
-# What you learn: attention without weights, with weights, with a mask, with many heads, each step a line or two and
-# equal to the package's function; why the scores are divided by a root; what a real model's heads look at.
+# What you learn: attention without parameters, with parameters, with a causal mask, and with many heads, each step in a
+# line or two and equal to the package's function; why scores are divided by $\sqrt{H}$; what the heads of a real model
+# attend to.
 #
 # What it costs: CPU half a minute to a minute (2 cores), and a model of 98 MB from the package registry, once; v5e-1:
 # not measured.
@@ -19,13 +20,16 @@ from gptjax.ops.attention import attention
 from gptjax.ops.norm import rms_norm
 from gptjax.ops.position import rope, rope_frequencies, rope_table
 
-jax.config.update("jax_default_matmul_precision", "highest")  # or a TPU rounds what it multiplies to bfloat16
+jax.config.update("jax_default_matmul_precision", "highest")  # by default a TPU multiplies in bfloat16
+
+# %% tags=["script"]
+import save_pictures  # noqa: F401  # run as a script: pictures go to figures/
 
 # %% [markdown]
-# ## A mean, weighted by likeness
-# Six words, each a made-up vector of three numbers (those of the book, so that the figures can be compared). The score
-# of two words is the product of their vectors; softmax turns a word's scores into weights that sum to 1; the word
-# becomes the mean of all words under its weights: its *context vector*.
+# ## A mean, weighted by similarity
+# Six words, each with a made-up vector of three values (those of the book, so that results can be compared). The score
+# of two words is the inner product of their vectors. Softmax turns the scores of a word into weights that sum to 1, and
+# the weighted mean of all vectors is the word's *context vector*.
 
 # %%
 words = ["Your", "journey", "starts", "with", "one", "step"]
@@ -49,13 +53,13 @@ np.testing.assert_allclose(scores[1], [0.9544, 1.4950, 1.4754, 0.8434, 0.7070, 1
 np.testing.assert_allclose(weights[1], [0.1385, 0.2379, 0.2333, 0.1240, 0.1082, 0.1581], atol=5e-5)
 np.testing.assert_allclose(context[1], [0.4419, 0.6515, 0.5683], atol=5e-5)
 np.testing.assert_allclose(simple_attention(x), context, atol=1e-6)
-show.maps({"weights": weights}, rows=words, columns=words, x="looked at", y="looking", size=4)
+show.maps({"attention weights": weights}, rows=words, columns=words, x="key", y="query", size=4)
 
 # %% [markdown]
 # ## Query, key, value
-# So far nothing can be learned, and a word looks most at what is like itself. Three matrices change that: as a *query*
-# a word says what it looks for, as a *key* what it has to offer, as a *value* what it gives. Each is a product with
-# `x`.
+# So far there is nothing to learn, and each word attends most to words like itself. Three matrices change this: the
+# *query* of a word states what it looks for, the *key* what it can be found by, the *value* what it contributes. Each
+# is a product of `x` with one matrix.
 
 # %%
 D, H = 3, 2
@@ -67,9 +71,9 @@ print(context.shape, "weights sum to", trained.sum(-1).round(4))
 assert context.shape == (6, 2) and jnp.allclose(trained.sum(-1), 1)
 
 # %% [markdown]
-# The scores are divided by $\sqrt{H}$: a product of two random vectors of length $H$ has standard deviation $\sqrt{H}$,
-# and large scores make softmax give everything to one word, where its gradient vanishes. The share of the first of 64
-# words:
+# The scores are divided by $\sqrt{H}$: the inner product of two random vectors of length $H$ has standard deviation
+# $\sqrt{H}$, and large scores make softmax put all weight on one word, where its gradient vanishes. The largest of 64
+# attention weights, with and without the division:
 
 
 # %%
@@ -81,18 +85,18 @@ def largest(H, scale):
 
 widths = [2, 4, 8, 16, 32, 64, 128, 256, 512]
 divided = [largest(H, H**-0.5) for H in widths]
-plain = [largest(H, 1.0) for H in widths]
-print(f"at 512: divided {divided[-1]:.2f}, as it is {plain[-1]:.2f}")
-assert divided[-1] < 0.3 < 0.9 < plain[-1]
+undivided = [largest(H, 1.0) for H in widths]
+print(f"at 512: divided {divided[-1]:.2f}, undivided {undivided[-1]:.2f}")
+assert divided[-1] < 0.3 < 0.9 < undivided[-1]
 show.curves(
-    {"divided by sqrt(H)": (widths, divided), "as it is": (widths, plain)}, x="numbers of a head, H",
-    y="largest weight of 64", log_x=True, marker="o",
+    {"divided by sqrt(H)": (widths, divided), "undivided": (widths, undivided)}, x="head dimension H",
+    y="largest of 64 attention weights", log_x=True, marker="o",
 )  # fmt: skip
 
 # %% [markdown]
-# ## No word sees what comes after it
-# A model that predicts the next word must not look at it. The mask takes the later words out: before the softmax, with
-# a score of minus infinity. The same weights come out if one masks after the softmax and divides by what is left.
+# ## The causal mask
+# A model that predicts the next word must not see it. The causal mask sets the scores of later words to minus infinity
+# before the softmax. Masking after the softmax and renormalising gives the same weights.
 
 # %%
 mask = causal_mask(6, 6)
@@ -102,38 +106,47 @@ before = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
 after = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)
 after = after / after.sum(-1, keepdims=True)
 np.testing.assert_allclose(before, after, atol=1e-6)
-ours = attention(*[x[None, :, None]] * 3)[0, :, 0]  # [B, T, N, H] with one row and one head
+
+
+def self_attention(x, **options):
+    """[T, H] -> [T, H]: the package's attention [B, T, N, H] for one row and one head; x is query, key and value."""
+    x = x[None, :, None]
+    return attention(x, x, x, **options)[0, :, 0]
+
+
+ours = self_attention(x)
 np.testing.assert_allclose(ours, before @ x, atol=1e-6)
 show.maps({"without mask": jax.nn.softmax(scores, axis=-1), "causal": before}, rows=words, columns=words, size=4)
 
 # %% [markdown]
-# Is it true? The derivative says so: how much does what word `t` gets change with word `s`? Above the diagonal it is
-# exactly zero.
+# The Jacobian confirms it: how much does output `t` change with input `s`? Above the diagonal the derivative is exactly
+# zero.
 
 # %%
-jacobian = jax.jacobian(lambda x: attention(*[x[None, :, None]] * 3)[0, :, 0])(x)  # [T, D, S, D]
-moved = jnp.abs(jacobian).sum((1, 3))
-assert (moved[~mask] == 0).all() and (moved[mask] > 0).all()
-show.maps({"how much output t depends on input s": moved}, rows=words, columns=words, x="s", y="t", size=4)
+jacobian = jax.jacobian(self_attention)(x)  # [T, D, S, D]
+dependence = jnp.abs(jacobian).sum((1, 3))
+assert (dependence[~mask] == 0).all() and (dependence[mask] > 0).all()
+show.maps({"dependence of output t on input s": dependence}, rows=words, columns=words, x="s", y="t", size=4)
 
 # %% [markdown]
 # ## Dropout
-# In training some weights are set to zero at random and the others grow, so that no word relies on one other alone. It
-# needs a key; without one there is none, and nothing has to be "switched to evaluation".
+# In training, dropout sets random attention weights to zero and scales up the rest, so that no word relies on a single
+# other word. It needs a key; without a key there is no dropout, so there is no separate evaluation mode.
 
 # %%
 options = dict(dropout=0.5, dropout_key=jax.random.key(0))
-dropped = attention(*[x[None, :, None]] * 3, **options)[0, :, 0]
-assert (attention(*[x[None, :, None]] * 3, **options)[0, :, 0] == dropped).all()  # the same key, the same numbers
+dropped = self_attention(x, **options)
+assert (self_attention(x, **options) == dropped).all()  # the same key drops the same weights
 keys = jax.random.split(jax.random.key(1), 4000)
-mean = jax.vmap(lambda key: attention(*[x[None, :, None]] * 3, dropout=0.5, dropout_key=key)[0, :, 0])(keys).mean(0)
+mean = jax.vmap(lambda key: self_attention(x, dropout=0.5, dropout_key=key))(keys).mean(0)
 print("largest difference between the mean over 4,000 keys and no dropout:", float(jnp.abs(mean - ours).max()))
 assert jnp.allclose(mean, ours, atol=0.05)
 
 # %% [markdown]
-# ## Many heads
-# One softmax can look at one thing. So `D` is cut into `N` heads of `H` numbers, each with its own weights, and a last
-# matrix mixes what they found. A loop over heads and the products of all heads at once are the same:
+# ## Multi-head attention
+# One softmax can focus on one thing. So the `D` channels are split into `N` heads of `H` channels, each with its own
+# attention weights, and an output projection mixes the heads. A loop over the heads gives the same result as one
+# batched product:
 
 # %%
 T, D, N = 6, 8, 4
@@ -141,19 +154,20 @@ H = D // N
 kernels = jax.random.normal(jax.random.key(0), (4, D, D)) / D**0.5
 w_q, w_k, w_v, w_o = kernels
 z = jax.random.normal(jax.random.key(1), (1, T, D))  # [B, T, D]
-one_by_one = []
+head_outputs = []
 for n in range(N):
-    part = slice(n * H, (n + 1) * H)
-    q, k, v = (z[0] @ w[:, part] for w in (w_q, w_k, w_v))  # [T, H]
-    one_by_one.append(jax.nn.softmax(jnp.where(mask, q @ k.T / H**0.5, -jnp.inf), axis=-1) @ v)
-by_loop = jnp.concatenate(one_by_one, axis=-1) @ w_o
-at_once = multi_head_attention(z, w_q, w_k, w_v, w_o, N)
-np.testing.assert_allclose(at_once[0], by_loop, atol=1e-5)
-print("four heads, one after the other and at once:", at_once.shape)
+    channels = slice(n * H, (n + 1) * H)
+    q, k, v = (z[0] @ w[:, channels] for w in (w_q, w_k, w_v))  # [T, H]
+    scores = jnp.where(mask, q @ k.T / H**0.5, -jnp.inf)
+    head_outputs.append(jax.nn.softmax(scores, axis=-1) @ v)
+by_loop = jnp.concatenate(head_outputs, axis=-1) @ w_o
+batched = multi_head_attention(z, w_q, w_k, w_v, w_o, N)
+np.testing.assert_allclose(batched[0], by_loop, atol=1e-5)
+print("four heads, in a loop and batched:", batched.shape)
 
 # %% [markdown]
-# How the products of all heads are made at once: the head is one more axis that `matmul` and `einsum` carry along. The
-# book shows it with these numbers:
+# The batched product treats the head as one more axis of `matmul` or `einsum`. The book demonstrates it with these
+# values:
 
 # %%
 a = jnp.array([[0.2745, 0.6584, 0.2775, 0.8573], [0.8993, 0.0390, 0.9268, 0.7388], [0.7179, 0.7058, 0.9156, 0.4340]])
@@ -164,9 +178,10 @@ np.testing.assert_allclose(products[0, 0], [1.3208, 1.1631, 1.2879], atol=1.5e-4
 np.testing.assert_allclose(products[1], 4 * products[0], rtol=1e-5)
 
 # %% [markdown]
-# ## Fewer keys, shorter views
-# Variants change who shares what and who sees whom, not the formula. With grouped heads (GQA) several query heads read
-# one key head, so the cache is smaller; a window shows each word the last few only. Equal to repeating and to masking:
+# ## Grouped-query attention and sliding windows
+# These variants change which heads share keys and which positions are visible, not the formula. In grouped-query
+# attention (GQA) several query heads share one key-value head, which shrinks the KV cache. A sliding window restricts
+# each query to the last few positions. Both equal explicit repetition and masking:
 
 # %%
 key = jax.random.key(2)
@@ -180,13 +195,13 @@ scores = jnp.einsum("BTNH,BSNH->BNTS", q, k.repeat(2, 2)) / 8**0.5
 by_mask = jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(jnp.where(in_window, scores, -jnp.inf)), v.repeat(2, 2))
 np.testing.assert_allclose(attention(q, k, v, window=4), by_mask, atol=1e-5)
 two_documents = causal_mask(12, 12) & ((i[:, None] < 5) == (i[None] < 5))
-pictures = {"causal": causal_mask(12, 12), "a window of 4": in_window, "two documents": two_documents}
+pictures = {"causal": causal_mask(12, 12), "window of 4": in_window, "two documents": two_documents}
 show.maps(pictures, x="key", y="query", size=3.4)
 
 # %% [markdown]
-# ## What a real model's heads look at
-# The first layer of SmolLM2-135M, made of the functions above: embed, norm, three products, turn by place (rope,
-# notebook 03), scores, mask, softmax. Nine heads, three key heads.
+# ## What the heads of a real model attend to
+# The first layer of SmolLM2-135M, built from the functions above: embedding, norm, three projections, rotation by
+# position (RoPE, notebook 03), scores, mask, softmax. It has nine query heads and three key-value heads.
 
 # %%
 params, cfg = gptjax.load("smollm2-135m-instruct")
@@ -194,13 +209,15 @@ smol = tokenizers.load("smollm2-135m-instruct")
 text = "The cat sat on the mat because the cat was tired, and the mat was soft."
 ids = smol.encode(text)
 pieces = [smol.decode([i]) for i in ids]
-layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])  # of the stack [L, ..]
+layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])  # the first of the stacked layers [L, ..]
 N, K, H, T = cfg.n_head, cfg.n_kv_head, cfg.head_dim, len(ids)
 
 embedded = params["wte"]["embedding"][jnp.array(ids)]
 normed = rms_norm(embedded, layer["ln_1"]["scale"], cfg.norm_eps)[None]  # [1, T, D]
 table = rope_table(jnp.arange(T), rope_frequencies(H, cfg.rope_base))
-q, k, v = ((normed @ layer["attn"][name]["kernel"]).reshape(1, T, -1, H) for name in "qkv")  # [1, T, N or K, H]
+q = (normed @ layer["attn"]["q"]["kernel"]).reshape(1, T, N, H)
+k = (normed @ layer["attn"]["k"]["kernel"]).reshape(1, T, K, H)
+v = (normed @ layer["attn"]["v"]["kernel"]).reshape(1, T, K, H)
 q, k = rope(q, table), rope(k, table)
 grouped = q.reshape(1, T, K, N // K, H)
 scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k) / H**0.5
@@ -211,26 +228,26 @@ maps = weights.reshape(N, T, T)
 show.maps({f"layer 0, head {n}": maps[n] for n in range(N)}, rows=pieces, columns=pieces, per_row=3, size=4)
 
 # %% [markdown]
-# How far back each head looks on average, and the share of its weight that goes to the word itself, the word before it,
-# and the first word of the text: heads 2 and 5 keep most for the word itself, head 3 for the one before, head 8 looks
-# at the first word, which many models use as a place to look at when there is nothing to see.
+# The mean distance each head looks back, and the share of its weight on the word itself, the word before it, and the
+# first word. Heads 2 and 5 attend most to the word itself, head 3 to the word before, and head 8 to the first word,
+# which many models use as an attention sink when nothing else is relevant.
 
 # %%
 back = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-far = (maps * back).sum(-1).mean(-1)
-itself, before, first = (
-    np.array([maps[n][:, 0].mean() if k is None else maps[n].diagonal(k).mean() for n in range(N)])
-    for k in (0, -1, None)
-)
+distance = (maps * back).sum(-1).mean(-1)  # [N]
+itself = np.array([maps[n].diagonal().mean() for n in range(N)])
+before = np.array([maps[n].diagonal(-1).mean() for n in range(N)])
+first = np.array(maps[:, :, 0].mean(-1))
 for n in range(N):
-    print(f"head {n}: {far[n]:.1f} words back; {itself[n]:.0%} itself, {before[n]:.0%} before, {first[n]:.0%} first")
+    shares = f"{itself[n]:.0%} itself, {before[n]:.0%} the word before, {first[n]:.0%} the first word"
+    print(f"head {n}: {distance[n]:.1f} words back; {shares}")
 assert first.argmax() == 8 and itself.argmax() in (2, 5) and before.argmax() == 3
 
 # %% [markdown]
-# ## What it costs
-# Scores are `T * T` for every head, so twice the text costs four times the memory, where they are kept. The kernels
-# that `attention` takes on a TPU (splash) and a GPU (cuDNN) never keep them: they go through the keys in blocks and
-# carry the softmax along. Bytes of the scores of GPT-2's 12 heads, one row, float32:
+# ## Memory
+# The scores have `T * T` elements per head, so doubling the text quadruples the memory, if the scores are stored. The
+# kernels that `attention` uses on a TPU (splash attention) and a GPU (cuDNN) never store them: they process the keys in
+# blocks and update the softmax as they go. Size of the scores of GPT-2's 12 heads, one row, float32:
 
 # %%
 lengths = np.array([256, 512, 1024, 2048, 4096, 8192])
@@ -241,10 +258,148 @@ show.curves({"scores, one layer": (lengths, mib)}, x="tokens", y="MiB", log_x=Tr
 
 # %% [markdown]
 # ## Exercises
-# 1. Replace softmax by dividing each row by its sum (after `exp` is left out: scores may be negative). What breaks?
-# 2. Give `w_q` and `w_k` to gradient descent so that every word looks at the one before it. What do you need beside
+# 1. Replace softmax by dividing each row of scores by its sum, without `exp`. What breaks?
+# 2. Train `w_q` and `w_k` by gradient descent so that every word attends to the one before it. What do you need besides
 #    `x`?
-# 3. In the dropout cell, weights of a word sum to 1 only on average. Show it: what does word 1 get with one key?
-# 4. Draw the maps of layer 15. You need the hidden state in front of it: notebook 12 reads it with `taps`; or apply
-#    `gptjax.backbone` to a model with the first 15 layers only and undo nothing but the last norm.
-# 5. With `window=4` and 3 layers, how far back can the last word's output depend on the first? Check with `jacobian`.
+# 3. With dropout the weights of a word sum to 1 only on average. Show it: what are the sums for one key?
+# 4. Draw the attention maps of layer 15. `gptjax.research.taps` has a function for it.
+# 5. With `window=4` and 3 layers, how far back can the last output depend on the input? Check by the Jacobian.
+
+# %% [markdown]
+# ## Solutions
+#
+# Each was run after the cells above, on a CPU. Try the exercise first.
+
+# %% [markdown]
+# **Exercise 1**
+#
+# <details><summary>Solution</summary>
+#
+# Scores may be negative, so weights may be negative or larger than 1, and a sum near 0 makes them huge. The six vectors
+# above are all positive and hide it; random ones do not.
+#
+# ```python
+# signed = jax.random.normal(jax.random.key(5), (6, 3))
+# scores = signed @ signed.T
+# divided_by_sum = scores / scores.sum(-1, keepdims=True)
+# print(f"smallest {divided_by_sum.min():.2f}, largest {divided_by_sum.max():.2f}")
+# ```
+#
+# ```text
+# smallest -10.17, largest 7.85
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 2**
+#
+# <details><summary>Solution</summary>
+#
+# Positions: `x` does not encode the order. Matrices can fit these six vectors to a degree, but only with positions
+# (here one-hot, beside each row) does the rule become exact.
+#
+# ```python
+# import optax
+#
+# placed = jnp.concatenate([x, jnp.eye(6)], axis=1)  # [T, 3 + 6]
+# before_it = jnp.maximum(jnp.arange(6) - 1, 0)  # the first word looks at itself
+#
+#
+# def previous_loss(kernels, rows):
+#     w_q, w_k = kernels
+#     scores = (rows @ w_q) @ (rows @ w_k).T
+#     return optax.softmax_cross_entropy_with_integer_labels(jnp.where(mask, scores, -1e30), before_it).mean()
+#
+#
+# def train(rows):
+#     kernels = jax.random.normal(jax.random.key(0), (2, rows.shape[1], 8)) * 0.1
+#     optimizer = optax.adam(0.05)
+#     state = optimizer.init(kernels)
+#     gradient_fn = jax.jit(jax.grad(previous_loss))
+#     for _ in range(200):
+#         gradient = gradient_fn(kernels, rows)
+#         updates, state = optimizer.update(gradient, state)
+#         kernels = optax.apply_updates(kernels, updates)
+#     return float(previous_loss(kernels, rows))
+#
+#
+# print(f"x alone: {train(x):.2f} nats, with positions: {train(placed):.4f}")
+# ```
+#
+# ```text
+# x alone: 0.38 nats, with positions: 0.0000
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 3**
+#
+# <details><summary>Solution</summary>
+#
+# With values of 1 the output is the sum of the weights. Each kept weight is doubled, so one key gives sums above and
+# below 1, and many keys give 1 on average.
+#
+# ```python
+# ones = jnp.ones((1, 6, 1, 3))
+# query = x[None, :, None]
+# sums = attention(query, query, ones, dropout=0.5, dropout_key=jax.random.key(0))[0, :, 0, 0]
+# many_sums = jax.vmap(lambda key: attention(query, query, ones, dropout=0.5, dropout_key=key)[0, :, 0, 0])(keys)
+# print("one key   ", np.asarray(sums).round(2))
+# print("4,000 keys", np.asarray(many_sums.mean(0)).round(2))
+# ```
+#
+# ```text
+# one key    [0.   1.15 0.54 1.   0.85 1.14]
+# 4,000 keys [1.   0.98 1.   1.   1.   1.  ]
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 4**
+#
+# <details><summary>Solution</summary>
+#
+# `gptjax.research.taps.attention_maps` computes the maps of all layers, [L, B, N, T, S].
+#
+# ```python
+# from gptjax.research import taps
+#
+# all_maps = taps.attention_maps(params, jnp.array([ids]), cfg)
+# print(all_maps.shape, "layer 0 as above:", bool(jnp.allclose(all_maps[0, 0], maps, atol=1e-4)))
+# fifteenth = {f"layer 15, head {n}": all_maps[15, 0, n] for n in range(cfg.n_head)}
+# show.maps(fifteenth, rows=pieces, columns=pieces, per_row=3, size=4)
+# ```
+#
+# ```text
+# (30, 1, 9, 18, 18) layer 0 as above: True
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Exercise 5**
+#
+# <details><summary>Solution</summary>
+#
+# Each layer reaches 3 words further back (a window of 4 includes the word itself), so three layers reach 9.
+#
+# ```python
+# def three_layers(x):
+#     for _ in range(3):
+#         x = x + self_attention(x, window=4)
+#     return x
+#
+#
+# long = jax.random.normal(jax.random.key(0), (16, 3))
+# depends = jnp.abs(jax.jacobian(three_layers)(long)).sum((1, 3))[-1] > 0
+# print("the last word, 15, depends on words", jnp.flatnonzero(depends).tolist())
+# ```
+#
+# ```text
+# the last word, 15, depends on words [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+# ```
+#
+# </details>

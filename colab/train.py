@@ -1,13 +1,17 @@
-"""`gptjax pretrain` or `gptjax finetune` on a rented runtime, which nobody may be looking at.
+"""Runs `gptjax pretrain` or `gptjax finetune` on an unattended runtime.
 
     python colab/train.py shakespeare-char optim.lr=3e-3 train.max_steps=2000
-    python colab/train.py instruct instruct.source=mine.jsonl          a preset or YAML says what kind of run it is
+    python colab/train.py instruct instruct.source=mine.jsonl          the preset or YAML file selects the command
     nohup python colab/train.py gpt2-124m >train.out 2>&1 &
 
-What it does beside the command itself: it ignores the end of its terminal, and that nobody reads what it prints; it
-prints a line at least every 10 s, since some runners end what is silent; where a Google Drive is mounted and no run_dir
-is given, the run lies there; and it waits for the lock of a machine that is gone. After a lost session the same command
-goes on from the newest checkpoint (train.checkpoint_every says how often there is one). Exit codes are the command's.
+In addition to the command itself, it:
+- ignores the hang-up of its terminal and a closed output pipe;
+- prints a line at least every 10 s, since some runners terminate silent programs;
+- puts the run on a mounted Google Drive if no run_dir is given;
+- waits until the lock of a machine that is gone has expired.
+
+After a lost session the same command resumes from the newest checkpoint (train.checkpoint_every sets how often one is
+written). The exit code is that of the command.
 """
 
 from __future__ import annotations
@@ -25,17 +29,17 @@ from pathlib import Path
 from typing import Any
 
 DRIVE = Path("/content/drive/MyDrive")
-SILENCE_S = 9.0  # gptjax itself speaks after 8: this is for what comes before and after its training
+SILENCE_S = 9.0  # gptjax prints after 8 s of silence during training; this covers the time before and after
 
 
 class Steady:
-    """A text stream that outlives its reader. `spoke` is when it was written to last."""
+    """A text stream that keeps working when its reader is gone. `last_write` is the time of the last write."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.spoke = stream, time.monotonic()
+        self.stream, self.last_write = stream, time.monotonic()
 
     def write(self, text: str) -> int:
-        self.spoke = time.monotonic()
+        self.last_write = time.monotonic()
         self._try(lambda: self.stream.write(text))
         return len(text)
 
@@ -43,12 +47,12 @@ class Steady:
         self._try(self.stream.flush)
 
     def isatty(self) -> bool:
-        return False  # lines, not a bar
+        return False  # log lines instead of a progress bar
 
-    def _try(self, do: Any) -> None:
+    def _try(self, operation: Any) -> None:
         try:
-            do()
-        except (OSError, ValueError):  # the terminal or the pipe is gone, or closed: let the rest go nowhere
+            operation()
+        except (OSError, ValueError):  # the terminal or pipe is gone or closed: discard further output
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -57,7 +61,7 @@ class Steady:
 
 
 def command(args: Sequence[str]) -> tuple[list[str], str]:
-    """(the arguments of `gptjax`, the run directory) for a preset or YAML and its settings.
+    """Returns the arguments for `gptjax` and the run directory, for a preset or YAML file and its overrides.
 
     Raises:
         UserError: as `gptjax` itself.
@@ -68,18 +72,18 @@ def command(args: Sequence[str]) -> tuple[list[str], str]:
     args = list(args[1:] if args[:1] == ["--"] else args)
     words = options.parse(args, words=1)
     source = words.words[0] if words.words else pretrain.DEFAULT
-    cfg, where = resolve(source, leaves=words.leaves)
+    cfg, origins = resolve(source, leaves=words.leaves)
     verb = ["pretrain"] if cfg.task == "pretrain" else ["finetune", cfg.task]
     rest = args[1:] if words.words else args
     run_dir = cfg.run_dir or "runs/default"
-    if DRIVE.is_dir() and where["run_dir"] == "name of the config":
+    if DRIVE.is_dir() and origins["run_dir"] == "name of the config":
         run_dir = str(DRIVE / "gptjax" / Path(run_dir).name)
         rest = [*rest, f"run_dir={run_dir}"]
     return [*verb, source, *rest], run_dir
 
 
 def wait_for_a_lost_machine(run_dir: str) -> None:
-    """Until the lock that another machine has left is old enough; for one that is alive, no longer than that."""
+    """Waits until the lock of another machine has expired, at most `LOCK_STALE_S` seconds."""
     from gptjax.training.run_dir import LOCK_STALE_S
 
     lock, end = Path(run_dir) / ".lock", time.monotonic() + LOCK_STALE_S
@@ -95,11 +99,11 @@ def wait_for_a_lost_machine(run_dir: str) -> None:
 
 
 def speak(out: Steady, end: threading.Event) -> None:
-    """A line whenever nothing was printed for `SILENCE_S`."""
+    """Prints a line whenever nothing was printed for `SILENCE_S` seconds, until `end` is set."""
     started = time.monotonic()
     while not end.wait(SILENCE_S / 20):
-        if time.monotonic() - out.spoke >= SILENCE_S:
-            out.write(f"... at work, {time.monotonic() - started:.0f} s\n")
+        if time.monotonic() - out.last_write >= SILENCE_S:
+            out.write(f"... running, {time.monotonic() - started:.0f} s\n")
             out.flush()
 
 

@@ -1,4 +1,4 @@
-"""The notebooks are what their sources give; with GPTJAX_NOTEBOOKS=1 each is also run from top to bottom."""
+"""Every notebook agrees with its source; with GPTJAX_NOTEBOOKS=1 each is also run from top to bottom."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def text(cell):
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """colab/build.py as a module, at work in an empty folder that has what all notebooks share."""
+    """colab/build.py as a module whose folder is empty but for `first_cells.py`."""
     spec = importlib.util.spec_from_file_location("colab_build", BUILD)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -118,21 +118,54 @@ def test_form(name):
 def test_beginning_and_end(name):
     cells = read(name)["cells"]
     title = text(cells[0])
-    assert f"/blob/main/colab/{name}.ipynb)" in title.splitlines()[2]
+    badges = title.splitlines()[2]
+    assert f"colab.research.google.com/github/gptjax/gptjax/blob/main/colab/{name}.ipynb)" in badges
+    assert f"kaggle.com/kernels/welcome?src=https://github.com/gptjax/gptjax/blob/main/colab/{name}.ipynb)" in badges
     for word in ("v5e-1", "CPU"):  # what it costs
         assert word in title
     install, mount = text(cells[1]), text(cells[2])
     assert "    %pip install --quiet --constraint as-it-is.txt {SOURCE}" in install.splitlines()
     assert " -U" not in install and "--upgrade" not in install
     assert 'MOUNT_DRIVE = False  # @param {type:"boolean"}' in mount
-    assert any("## Exercises" in text(cell) for cell in cells[3:] if cell["cell_type"] == "markdown")
+    assert not any("save_pictures" in text(cell) for cell in cells), "for the plain script only"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_exercise_has_a_solution(name):
+    cells = [text(cell) for cell in read(name)["cells"] if cell["cell_type"] == "markdown"]
+    (exercises,) = (cell.partition("## Exercises")[2] for cell in cells if "## Exercises" in cell)
+    numbers = re.findall(r"^(\d+)\. ", exercises, re.MULTILINE)
+    solutions = [cell for cell in cells if cell.startswith("**Exercise ")]
+    assert cells[-len(solutions) - 1].startswith("## Solutions")
+    assert numbers == [re.match(r"\*\*Exercise (\d+)\*\*", cell)[1] for cell in solutions]
+    for cell in solutions:
+        assert cell.count("<details><summary>Solution</summary>\n") == 1 and cell.endswith("\n</details>")
+        for code in re.findall(r"^```python\n(.*?)^```$", cell, re.MULTILINE | re.DOTALL):
+            compile(code, f"{name}, a solution", "exec")
+
+
+def test_a_script_saves_its_pictures(tmp_path):
+    """As `python colab/NN_name.py` does: in the folder it was started in."""
+    lines = (
+        "import save_pictures",
+        "import matplotlib.pyplot as plt",
+        "from gptjax import show",
+        "show.curves({'a line': (range(3), range(3))})",
+        "plt.plot([1, 2])",
+        "plt.show()",
+    )
+    script = tmp_path / "99_x.py"
+    script.write_text("\n".join(lines), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": f"{BUILD.parent}{os.pathsep}{ROOT}"}
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, check=True)
+    assert sorted(path.name for path in tmp_path.glob("figures/*")) == ["99_x-1.png", "99_x-2.png"]
 
 
 @pytest.mark.skipif(os.environ.get("GPTJAX_NOTEBOOKS") != "1", reason="minutes: GPTJAX_NOTEBOOKS=1 runs them")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
-    """As a reader runs it: without the flags that make this suite compile faster, in a folder of its own."""
+    """As a reader runs it, in a new folder, and without the flags that make this test suite compile faster."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, str(BUILD), "--run", str(tmp_path), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

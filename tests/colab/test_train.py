@@ -1,4 +1,4 @@
-"""colab/train.py: what it makes of its arguments, and that it lives on without a terminal, a reader or its machine."""
+"""colab/train.py: its arguments, and that it survives the loss of its terminal, its reader and its machine."""
 
 import importlib.util
 import io
@@ -73,12 +73,12 @@ def test_something_is_said_in_every_silence(script, monkeypatch):
     speaker = threading.Thread(target=script.speak, args=(out, end))
     speaker.start()
     for _ in range(1000):
-        if out.stream.getvalue().count("... at work") >= 2:
+        if out.stream.getvalue().count("... running") >= 2:
             break
         time.sleep(0.01)
     end.set()
     speaker.join()
-    assert out.stream.getvalue().count("... at work") >= 2
+    assert out.stream.getvalue().count("... running") >= 2
 
 
 @pytest.mark.parametrize(("host", "age_s", "waits"), [("gone", 0, True), ("gone", 1000, False), (None, 0, False)])
@@ -101,7 +101,7 @@ def test_the_lock_of_another_machine(script, monkeypatch, host, age_s, waits):
 
 @pytest.mark.slow
 def test_it_outlives_its_terminal_and_goes_on_after_its_machine(tmp_path):
-    """Hung up, without a reader, killed after a checkpoint; started again it ends where it would have ended."""
+    """Hung up, without a reader, killed after a checkpoint: the second start resumes and finishes the run."""
     (tmp_path / "my.txt").write_text("The more I give to thee, the more I have, for both are infinite.\n" * 90)
     root, metrics = str(SCRIPT.parents[1]), tmp_path / "run/metrics.jsonl"
     environment = os.environ | {"PYTHONPATH": root, "GPTJAX_CACHE": str(tmp_path / "cache")}

@@ -1,4 +1,4 @@
-"""Every recipe of the cookbook runs by itself after its start, has at most 15 lines, and prints what the page says."""
+"""Every recipe of the cookbook runs after its setup alone, has at most 15 lines, and prints the text under it."""
 
 import contextlib
 import io
@@ -16,9 +16,9 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def block(language, section):
-    found = re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, f"one {language} block, not {len(found)}, in {section[:60]!r}"
-    return found[0]
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1, f"expected one {language} block, got {len(blocks)}, in {section[:60]!r}"
+    return blocks[0]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def start():
 
 
 def printed(start, code):
-    """By the recipe, in a namespace that holds the start and no more; with devices of its own, where it asks for
-    them, in a process of its own."""
+    """The output of a recipe after the setup alone; a recipe with XLA_FLAGS runs in a new process."""
     if flags := re.match(r"# XLA_FLAGS=(\S+)\n", code):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {flags[1]}"
         command = [sys.executable, "-W", "error", "-c", block("python", START) + code]
@@ -46,14 +45,14 @@ def printed(start, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("section", RECIPES, ids=[section.splitlines()[0] for section in RECIPES])
 def test_recipe(start, section):
-    """Decimals may differ by one in their last place, everything else by nothing."""
-    code, stated = block("python", section), block("text", section)
+    """Numbers may differ by one in the last decimal; the rest of the text is equal."""
+    code, expected = block("python", section), block("text", section)
     assert 0 < len(code.splitlines()) <= 15
-    found = printed(start, code)
-    assert stated and NUMBER.sub("#", " ".join(found.split())) == NUMBER.sub("#", " ".join(stated.split())), found
-    for a, b in zip(NUMBER.findall(found), NUMBER.findall(stated), strict=True):
+    output = printed(start, code)
+    assert expected and NUMBER.sub("#", " ".join(output.split())) == NUMBER.sub("#", " ".join(expected.split())), output
+    for a, b in zip(NUMBER.findall(output), NUMBER.findall(expected), strict=True):
         places = len(b.partition(".")[2])
-        assert abs(float(a) - float(b)) < 1.5 * 10**-places, found
+        assert abs(float(a) - float(b)) < 1.5 * 10**-places, output
 
 
 def test_ten_recipes_in_the_table():
