@@ -119,11 +119,11 @@ def private(loss, cfg, train, test, epochs):
     spent = privacy.epsilon(noise=noise, rate=rate, steps=steps, delta=delta)
     tx = make_optimizer(gptjax.OptimConfig(lr=RATE, warmup_steps=10), steps)
     guarded = privacy.private(loss, clip=1.0, noise=noise, batch_size=size, chunk=None)
-    step = jax.jit(make_train_step(guarded, tx, combine=privacy.both))
+    step = jax.jit(make_train_step(guarded, tx, combine=privacy.pair))
     state = TrainState.create(init_params(jax.random.key(0), cfg), tx=tx, key=jax.random.key(0))
     start = time.monotonic()
     for i in range(steps):
-        chosen, here = privacy.drawn(n, rate=rate, step=i, seed=0)
+        chosen, here = privacy.poisson_sample(n, rate=rate, step=i, seed=0)
         batch = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], train)
         state, _ = step(state, batch._replace(weights=batch.weights * here[:, None]))
     logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
