@@ -271,8 +271,8 @@ show.curves(lines, x="step", y="training loss, nats per byte")
 #
 # 1. Which matrix of the adapter has a zero gradient in the first step, and why? Use `jax.grad` of
 #    `lora.bind(loss, base, lcfg)`.
-# 2. `LoraConfig(init="pissa")` starts from the largest singular values: use `lora.init_from_weights` in place of `lora.init` and
-#    compare the first steps.
+# 2. `LoraConfig(init="pissa")` starts from the largest singular values: use `lora.init_from_weights` in place of
+#    `lora.init` and compare the first steps.
 # 3. Train a second adapter on the plays and attach `lora.average([tuned, on_plays])`. What happens to both losses?
 # 4. Restrict the adapter to attention, `targets="blocks/attn/*/kernel"`. Which rank gives as many parameters?
 # 5. Repeat the six adapters with six seeds at one rate. How large is the difference between seeds compared with that
