@@ -153,7 +153,7 @@ class _Finder:
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, new_path(module.__name__)
         assert new is not None, f"{old} was not moved"
-        warnings.warn(f"{old} is now {new}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{old} is now {new}; the old path will be removed in 0.3.0", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # the import system hands out what stands here afterwards
@@ -181,7 +181,7 @@ def moved_name(module: str, name: str) -> Any:
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     new = NAMES[old]
-    warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{old} is now {new}; the old name will be removed in 0.3.0", DeprecationWarning, stacklevel=3)
     home, _, name = new.rpartition(".")
     return getattr(importlib.import_module(home), name)
 
