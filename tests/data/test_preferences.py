@@ -95,8 +95,8 @@ def test_rows_contain_both_answers_of_every_pair(width, packed):
 
 
 def test_pairs_that_do_not_fit_are_counted():
-    truncated = encoded(100)
-    assert truncated.dropped == 2 and len(truncated.pairs) == 2
+    fitting = encoded(100)
+    assert fitting.dropped == 2 and len(fitting.pairs) == 2
     with pytest.raises(UserError, match="no pair fits a context of 8 tokens: .* the shortest needs 70"):
         encoded(8)
 
