@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 2 bad input or environment (with a message on stderr), 3 training stopped because
-        the loss is not finite, 130 interrupted, 143 terminated. Bugs raise.
+        the loss is not finite, 130 interrupted, 143 terminated. A bug raises its exception.
     """
     with catch_signals(program=argv is None) as signals:
         try:
@@ -52,7 +52,7 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # `ask_for_huge_pages` blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # undoes the blocking in `ask_for_huge_pages`
     for stream in (sys.stdout, sys.stderr):  # print ? for characters that the terminal cannot encode
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
@@ -77,7 +77,7 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, SystemExit):  # raised when training stops before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # `gptjax presets ls | head -1`: a closed pipe is no error. Keep Python from flushing stdout again at exit.
+        # `gptjax presets ls | head -1`: a closed pipe is not an error. Keep Python from flushing stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and error.errno is not None:

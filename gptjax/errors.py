@@ -39,7 +39,7 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """Call `check(*args)`: a list with the message of its UserError, or [] if it raises none. Joins several checks."""
+    """[message of the UserError that `check(*args)` raises], or []. Add such lists to report several checks at once."""
     try:
         check(*args)
     except UserError as error:

@@ -99,7 +99,7 @@ MARKS = {  # byte order marks; UTF-32 comes first, because its little-endian mar
 
 
 def other_encoding(start: bytes) -> str | None:
-    """An error message if the first bytes of a file are a byte order mark of another encoding than UTF-8; else None."""
+    """An error message if a file starts with a byte order mark of an encoding other than UTF-8; else None."""
     for mark, name in MARKS.items():
         if start.startswith(mark):
             return (

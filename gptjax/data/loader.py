@@ -27,7 +27,7 @@ FEW = 256  # permutations of at most this many indices are computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
 ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches: older checkpoints are then refused
 AHEAD = 512  # number of window starts computed at once, because numpy's overhead per call dominates
-ORDER, OFFSET, POSITION, TOKEN = range(4)  # what a random number is for: part of its key
+ORDER, OFFSET, POSITION, TOKEN = range(4)  # purpose of a random number; part of its key
 
 
 class Lane(NamedTuple):

@@ -23,8 +23,8 @@ from gptjax.formats import tables
 
 MAX_PROBLEMS = 20
 EXCERPT = 60  # characters of a text shown in the report
-PERMUTATIONS, WORDS = 128, 3  # of MinHash; words per shingle
-OUTLIER = 3.5  # robust z-score (Iglewicz and Hoaglin 1993)
+PERMUTATIONS, WORDS = 128, 3  # permutations of MinHash; words per shingle
+OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
 
 
 class Texts(NamedTuple):

@@ -58,7 +58,7 @@ MEASURES = (  # larger unit, smaller unit, smaller units per larger one
 class Task(NamedTuple):
     """The values that a question is formatted with, and its answer.
 
-    `key` decides by its hash whether the question is held out; "": its words have been chosen accordingly.
+    The hash of `key` decides whether the question is held out. "": its words are already of the right kind.
     """
 
     slots: dict[str, str]

@@ -51,7 +51,7 @@ def check_constraints(constraints: Any, location: str) -> list[str]:
     for item in constraints:
         kind = item.get("kind") if isinstance(item, dict) else None
         if not isinstance(kind, str) or kind not in CONSTRAINTS:
-            problems.append(f"{location}: no constraint {item!r:.60}; kinds are {', '.join(CONSTRAINTS)}")
+            problems.append(f"{location}: unknown constraint {item!r:.60}; kinds are {', '.join(CONSTRAINTS)}")
         elif type(item.get("value")) is not CONSTRAINTS[kind][0]:
             problems.append(
                 f"{location}: {kind} needs a value of type {CONSTRAINTS[kind][0].__name__}, got {item!r:.60}"
@@ -75,7 +75,7 @@ def read(path: str) -> list[Row]:
         if isinstance(row, UserError):
             problems.append(f"{location}: {row}")
         elif missing := [key for key in ("where", "prompt", "expected", "answer") if not isinstance(row.get(key), str)]:
-            problems.append(f"{location}: no text {', '.join(missing)}")
+            problems.append(f"{location}: expected texts under the keys {', '.join(missing)}")
         else:
             problems += check_constraints(row.get("constraints", []), location) + _check_optional(row, location)
             rows.append(row)

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gptjax.errors import UserError
 
-TIMEOUT_S = 60.0  # per request
+TIMEOUT_S = 60.0  # timeout of a request
 LOG_EVERY_S = 10.0
-PAUSE_S = 1.0  # before a retry
+PAUSE_S = 1.0  # pause before a retry
 TRIES = 3
 MAX_REPLY_BYTES = 1 << 22
 

@@ -1,4 +1,4 @@
-"""The loader of training batches: a pure function of (seed, step), which covers every window; and its documents."""
+"""Training batches: a pure function of (seed, step), every window once per epoch, documents, mixtures, evaluation."""
 
 import math
 from collections import Counter
@@ -75,7 +75,7 @@ def test_permute_looks_random():
     for key in range(keys):
         counts[np.arange(n), permute(np.arange(n), n, np.full(n, key * 7919, np.uint64))] += 1
     chi2 = ((counts - keys / n) ** 2 / (keys / n)).sum()
-    assert chi2 < 140  # 81 expected, standard deviation 13
+    assert chi2 < 140  # expected value 81, standard deviation 13
     big = permute(np.arange(10_000), 10_000, np.full(10_000, 5, np.uint64))
     assert abs(np.corrcoef(np.arange(10_000), big)[0, 1]) < 0.04
     assert (np.diff(big) == 1).sum() < 10
@@ -202,8 +202,7 @@ def test_a_document_begins_with_the_token_that_ends_the_previous_one():
 
 
 def test_a_separate_begin_token_is_not_the_end_of_the_previous_document():
-    # E is the begin and end token. [E a b]: truncated, has no end. [E c E]: has its own begin token. [d E]: begins with
-    # the E that ends the previous document
+    # Documents [E a b] (truncated, so it has no end token), [E c E] and [d E]; the last begins with the E before it.
     store = TokenStore.from_ids([1, 7, 8, 1, 9, 1, 6, 1], doc_starts=[0, 3, 6], begin_id=1)
     batch = loader(store, order="sequential", batch_size=1, context_length=7).batch(0)
     assert batch.tokens.tolist() == [[1, 7, 8, 1, 9, 1, 6]]

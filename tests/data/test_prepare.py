@@ -232,7 +232,7 @@ def test_partial_folders_of_killed_processes_are_removed_after_a_day(tmp_path, t
 
 
 def test_files_of_the_user_in_the_cache_are_kept(tmp_path, text):
-    """Files next to the token folders stay. A damaged token folder that contains one is an error, not deleted."""
+    """Files next to the token folders stay. A damaged token folder that contains one is not deleted: it is an error."""
     cfg, notes = config(tmp_path, text), tmp_path / "cache" / "tokens" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")

@@ -191,7 +191,7 @@ def test_fingerprint_follows_names_and_content(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replaces `datasets.load_dataset` by a function that returns three rows; yields the arguments of its calls."""
+    """Replaces `datasets.load_dataset` by a function that returns three rows. Returns the list of its calls."""
     import datasets
 
     calls = []

@@ -86,7 +86,7 @@ def test_proportions_of_constraints_that_are_met():
     metrics = scores(answers)
     assert metrics["constraints"] == 0.75 and metrics["all_constraints"] == 0.5
     assert 0 < metrics["all_constraints_interval"][0] < 0.5
-    assert "no constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
+    assert "unknown constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
 
 
 def test_compare(tmp_path, capsys):
@@ -124,7 +124,7 @@ def test_invalid_values_are_reported_with_their_line(tmp_path, invalid):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: no text answer"),
+        ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: expected texts under the keys answer"),
         ('{"where": \n', "x.jsonl:1: not valid JSON"),
         ("", "no answers"),
     ],
