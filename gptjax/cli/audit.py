@@ -118,7 +118,7 @@ def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> t
 
     if "train" in given:
         files = [quality.records_of(given.pop(name)) for name in ("train", "held_out")]
-        stores = [audit.store_of([text for _, text in file.found], tokenizer) for file in files]
+        stores = [audit.store_of([text for _, text in file.records], tokenizer) for file in files]
         return stores[0], stores[1]
     if cfg is None or cfg.task != "pretrain":
         kind = "not a run of gptjax" if cfg is None else f"a run of task={cfg.task}"

@@ -114,7 +114,7 @@ def check(args: list[str]) -> int:
     if model is not None:
         from gptjax.evaluation.perplexity import losses as score
 
-        every = [text for file in texts for _, text in file.found]
+        every = [text for file in texts for _, text in file.records]
         losses = score(model.params("float32", None), model.cfg, tokenizer, every, options.note)
     report = quality.check(texts, threshold=threshold if near == "true" else None, losses=losses)
     print("\n".join(_report(report)))

@@ -1,9 +1,9 @@
-"""Text to tokens to batches: numpy only, never jax.
+"""The data pipeline, from text to tokens to batches. It uses numpy only and does not import jax.
 
-ready  = data.prepare(cfg)                        tokenizer, train and val stores, manifest
-loader = data.Loader(ready.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
-batch  = loader.batch(step)                       a pure function of (seed, step)
-for batch in data.eval_batches(ready.val, context_length=64, batch_size=12): ...
+prepared = data.prepare(cfg)                      tokenizer, token stores of train and val, manifest
+loader   = data.Loader(prepared.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
+batch    = loader.batch(step)                     a pure function of (seed, step)
+for batch in data.eval_batches(prepared.val, context_length=64, batch_size=12): ...
 """
 
 from gptjax.data.loader import Loader, eval_batches, permute

@@ -1,7 +1,8 @@
 """Training batches as a pure function of (seed, step): there is no iterator state to checkpoint.
 
-The i-th window of a run (i = step * batch_size + row) is number i % n of epoch i // n, and a stateless
-permutation keyed by (seed, epoch) gives its start in the token array. Random access to any step costs the same.
+With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
+permutation keyed by (seed, epoch) maps it to a start in the token array, so every step can be computed directly, at the
+same cost.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from gptjax.types import Batch
 
 MASK_64 = (1 << 64) - 1
 ROUNDS = 3
-FEW = 256  # up to this size a permutation is computed by sorting
+FEW = 256  # permutations of at most this many indices are computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
 ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches: older checkpoints are then refused
-AHEAD = 512  # window starts computed per call: numpy's overhead per call dominates
-ORDER, OFFSET, POSITION, TOKEN = range(4)  # purposes of random numbers
+AHEAD = 512  # number of window starts computed at once, because numpy's overhead per call dominates
+ORDER, OFFSET, POSITION, TOKEN = range(4)  # purpose of a random number; part of its key
 
 
 class Lane(NamedTuple):
@@ -39,17 +40,21 @@ class Lane(NamedTuple):
 
 
 class Loader:
-    """Training batches of one store.
+    """Training batches from one `TokenStore`.
 
-    order=shuffle     each window once per epoch, in a new order every epoch. With stride=None windows do not
-                      overlap and every epoch starts at another random offset, so that every token is a target.
-    order=sequential  from the first window to the last, then again.
-    stride=n          windows start every n tokens; the last incomplete batch of an epoch is dropped.
-    weights, temperature   with several sources: a deterministic interleaving (`mixture.assign`), each source
-                      with its own epochs. If neither is given, one pass over all sources is an epoch.
+    order=shuffle     Each window occurs once per epoch, in a new order every epoch. With stride=None windows do not
+                      overlap, and every epoch starts at a different random offset, so that over several epochs every
+                      token becomes a target.
+    order=sequential  Windows are read from the first to the last, then again from the first.
+    stride=n          Windows start every n tokens; the last incomplete batch of an epoch is dropped.
+    weights, temperature   With several sources, they are interleaved deterministically (`mixture.assign`), and each
+                      source has its own epochs. If neither is given, one pass over all sources is an epoch.
 
-    Batch leaves are [B, T]. segment_ids, positions and weights are None with a single document or
-    document_mask=False, and arrays in every batch otherwise: the shapes never change during a run.
+    Batch leaves are [B, T]. segment_ids, positions and weights are None if there is a single document or
+    document_mask=False. Otherwise they are arrays in every batch, so shapes never change during a run.
+
+    Raises:
+        UserError: a source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.
     """
 
     def __init__(
@@ -60,9 +65,14 @@ class Loader:
         self.shuffle = cfg.order == "shuffle"
         self.document_mask = cfg.document_mask and len(store.doc_starts) > 1
         self.mask_tokens = cfg.mask_tokens
-        if not 0 <= cfg.mask_tokens <= context_length or (cfg.mask_tokens and vocab_size < 2):
+        if not 0 <= cfg.mask_tokens <= context_length:
             raise UserError(
-                f"data.mask_tokens ({cfg.mask_tokens}) must be between 0 and the context ({context_length})"
+                f"data.mask_tokens ({cfg.mask_tokens}) must be between 0 and the context length ({context_length})"
+            )
+        if cfg.mask_tokens and vocab_size < 2:
+            raise UserError(
+                f"data.mask_tokens={cfg.mask_tokens} replaces tokens by other ids of the vocabulary: vocab_size must "
+                f"be at least 2, got {vocab_size}"
             )
         mixed = store.n_sources > 1 and (bool(cfg.weights) or cfg.temperature != 1.0)
         bounds = store.source_starts if mixed else np.asarray([0, len(store)])
@@ -98,7 +108,7 @@ class Loader:
         return self._rows(step, 1, slice(None))
 
     def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
-        """Batches of steps step .. step + k - 1, leaves [k, B, T]; only `rows` of each batch are read and returned."""
+        """The k batches from `step` on, stacked: leaves [k, B, T]. Only `rows` of each batch are read and returned."""
         flat = self._rows(step, k, rows)
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
@@ -108,12 +118,15 @@ class Loader:
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
             begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            self._ahead = (begin, starts)  # a single assignment: other threads see the old pair or the new one
+            self._ahead = (
+                begin,
+                starts,
+            )  # one assignment: other threads see either the old or the new pair
         return starts[first - begin : first - begin + n]
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
         if len(self.lanes) == 1:
-            if self._whole_batches:  # skip the last windows, which do not fill a batch
+            if self._whole_batches:  # skip the windows at the end of an epoch that do not fill a batch
                 n = self.lanes[0].n_windows
                 used = n - n % self.batch_size
                 samples = samples // used * n + samples % used
@@ -135,7 +148,7 @@ class Loader:
         return start
 
     def _random(self, purpose: int, counters: np.ndarray) -> np.ndarray:
-        """Counter-based random uint64 from (seed, purpose, counter), of the shape of `counters`."""
+        """Counter-based random uint64 values from (seed, purpose, counter); the result has the shape of `counters`."""
         return _mix(counters.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
     def _rows(self, step: int, k: int, rows: slice) -> Batch:
@@ -148,7 +161,7 @@ class Loader:
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replace `mask_tokens` inputs per row by random other ids, one in each of `mask_tokens` equal sections."""
+        """Replace `mask_tokens` inputs per row, in place, by random other ids: one in each of k equal sections."""
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
         edges = np.arange(k + 1, dtype=np.uint64) * np.uint64(t) // np.uint64(k)
@@ -161,9 +174,10 @@ class Loader:
 def eval_batches(
     store: TokenStore, *, context_length: int, batch_size: int, document_mask: bool = True
 ) -> Iterator[Batch]:
-    """Every target of the split once, in non-overlapping windows; leaves [B, T], `weights` is always an array.
+    """Batches for evaluation: every target of the store once, in non-overlapping windows.
 
-    The last window and the last batch may be incomplete: they are padded with weight 0.
+    Leaves are [B, T], and `weights` is always an array. The last window and the last batch are padded with weight 0 if
+    they are incomplete.
         6 tokens, T 3, B 1    targets [1 2 3], [4 5 .]    weights [1 1 1], [1 1 0]
     """
     t, n = context_length, len(store)
@@ -173,7 +187,7 @@ def eval_batches(
     starts = np.arange(0, n - 1, t)
     for first in range(0, len(starts), batch_size):
         rows = starts[first : first + batch_size]
-        rows = np.concatenate([rows, np.full(batch_size - len(rows), n - 1)])  # rows of padding
+        rows = np.concatenate([rows, np.full(batch_size - len(rows), n - 1)])  # padding rows
         batch = gather(store, rows, t, masked)
         real = (rows[:, None] + 1 + np.arange(t) < n).astype(np.float32)
         segments = batch.segment_ids
@@ -183,13 +197,13 @@ def eval_batches(
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
-    """Windows at `starts` [B] as a batch. Past the end of the store the last token is repeated.
+    """The batch of the windows that start at `starts` [B]. Past the end of the store the last token is repeated.
 
-    tokens       7 8 9 E 3 4     documents [7 8 9 E] [3 4 5 E], which begin with E
+    tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; E ends a document and begins the next one
     targets      8 9 E 3 4 5
     weights      1 1 1 1 1 1     0 at the end of a document if the next one starts with a separate begin token
     segment_ids  1 1 1 2 2 2
-    positions    0 1 2 0 1 2     counted from the later of document and window start
+    positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
     """
     t = context_length
     index = starts[:, None] + np.arange(t + 1)
@@ -241,7 +255,7 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     For n <= 256 the permutation is the argsort of splitmix64 values from the key: all permutations are equally likely.
     A larger n uses a Feistel network, which needs no table: an index is split into two digits (mixed radix a, b), and
     each digit in turn is shifted by a hash of the other, which is invertible for any hash. The domain a * b exceeds n
-    by at most sqrt(n); an output outside of range(n) is encrypted again until it falls inside (cycle walking).
+    by at most sqrt(n); an output outside of range(n) is permuted again until it falls inside (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -266,7 +280,7 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser on an array of uint64 (arrays overflow silently, scalars would warn)."""
+    """The splitmix64 finaliser of a uint64 array (numpy warns about overflow for scalars, but not for arrays)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -287,5 +301,5 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one less than fit, so that all windows fit at every offset
+    n_windows = max(1, (n - t) // t)  # one fewer than fit, so that all windows fit at every offset
     return Lane(begin, n_windows, t, n - n_windows * t)

@@ -1,9 +1,9 @@
-"""What is wrong with a data set before it is trained on: repetitions, near ones, secrets and personal data.
+"""Quality checks of a data set before training: duplicates, near duplicates, secrets, personal data and outliers.
 
     files  = [records_of("train.jsonl"), records_of("test.jsonl")]
-    report = check(files)                      counts, and where each finding stands
+    report = check(files)                      all findings, with the location of each
 
-A record's text is what it holds of text, its keys aside; a paragraph of a .txt file is a record.
+The text of a record is all strings in it, without the keys. In a .txt file each paragraph is a record.
 """
 
 from __future__ import annotations
@@ -21,38 +21,43 @@ from gptjax.errors import UserError
 from gptjax.files import user_path
 from gptjax.formats import tables
 
-MAX_PROBLEMS, EXCERPT, PERMUTATIONS, WORDS = 20, 60, 128, 3
-OUTLIER = 3.5  # robust z-score (Iglewicz and Hoaglin 1993)
+MAX_PROBLEMS = 20
+EXCERPT = 60  # characters of a text shown in the report
+PERMUTATIONS, WORDS = 128, 3  # permutations of MinHash; words per shingle
+OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
 
 
 class Texts(NamedTuple):
-    """A file, and its records as (where, text)."""
+    """The records of one file, as (location, text)."""
 
     file: str
-    found: list[tuple[str, str]]
+    records: list[tuple[str, str]]
 
 
 def records_of(file: str, field: str | None = None) -> Texts:
-    """Of a .txt, .tsv, .csv, .json, .jsonl or .parquet file; `field`: of this key alone.
+    """Read the texts of a .txt, .tsv, .csv, .json, .jsonl or .parquet file. Empty records are skipped.
+
+    Args:
+        field: key of the text to read. None: all strings of a record.
 
     Raises:
-        UserError: no such file, broken records (the first 20), none at all.
+        UserError: the file does not exist, has invalid records (the first 20 are named), or has no text.
     """
-    found, problems = [], []
-    for where, row in _rows(file):
+    records, problems = [], []
+    for location, row in _rows(file):
         if isinstance(row, UserError):
-            problems.append(f"{where}: {row}")
+            problems.append(f"{location}: {row}")
         elif field is not None and field not in row:
-            problems.append(f"{where}: no field {field!r}; there are {tables.names(row)}")
+            problems.append(f"{location}: no field {field!r}; there are {tables.names(row)}")
         elif text := "\n".join(_strings(row if field is None else row[field])).strip():
-            found.append((where, text))
+            records.append((location, text))
         if len(problems) >= MAX_PROBLEMS:
             break
     if problems:
         raise UserError.all(problems)
-    if not found:
+    if not records:
         raise UserError(f"{file}: no text in it")
-    return Texts(file, found)
+    return Texts(file, records)
 
 
 def _rows(file: str) -> Iterator[tuple[str, tables.Record | UserError]]:
@@ -67,41 +72,44 @@ def _rows(file: str) -> Iterator[tuple[str, tables.Record | UserError]]:
 
 
 def _paragraphs(file: str, path: Path) -> Iterator[tuple[str, tables.Record]]:
-    start, held = 1, ""
+    start, paragraph = 1, ""
     for number, line in enumerate(tables.lines(path), 1):
         if line.strip():
-            start = start if held else number
-            held += line
-        elif held:
-            yield f"{file}:{start}", {"text": held}
-            held = ""
-    if held:
-        yield f"{file}:{start}", {"text": held}
+            start = start if paragraph else number
+            paragraph += line
+        elif paragraph:
+            yield f"{file}:{start}", {"text": paragraph}
+            paragraph = ""
+    if paragraph:
+        yield f"{file}:{start}", {"text": paragraph}
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
-# --- repetitions
+# --- duplicates
 
 
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
-    """Groups of records with the same text but for case and blanks, as their places."""
+    """Groups of records with the same text up to case and whitespace; each group is a list of locations."""
     groups: dict[str, list[str]] = {}
     for file in texts:
-        for where, text in file.found:
-            groups.setdefault(normalized(text), []).append(where)
+        for location, text in file.records:
+            groups.setdefault(normalized(text), []).append(location)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str, float]]:
-    """(place, place, Jaccard similarity of their runs of three words) of pairs at or above the threshold, which are not
-    the same text. Candidates by MinHash (Broder 1997), of which a few per cent can be missed; each is then verified.
+    """Pairs of similar records as (location, location, similarity), most similar first, without exact duplicates.
+
+    The similarity is the Jaccard index of the sets of 3-word shingles, and a pair is reported if it is at least the
+    threshold. MinHash (Broder 1997) finds the candidates and may miss a few per cent of the pairs; the similarity of
+    each candidate is then computed exactly.
 
     Raises:
         UserError: the datasketch library is not installed.
@@ -114,17 +122,17 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
         ) from error
     index, pairs = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS), []
     seen: dict[str, tuple[frozenset[str], str]] = {}
-    distinct = {(file.file, normalized(text)): where for file in texts for where, text in reversed(file.found)}
-    for (_, text), where in distinct.items():
-        shingles, own = _shingles(text), MinHash(num_perm=PERMUTATIONS)
-        own.update_batch([shingle.encode() for shingle in shingles])
-        for key in index.query(own):
-            other, other_text = seen[key]
-            similarity = len(shingles & other) / len(shingles | other)
+    distinct = {(file.file, normalized(text)): location for file in texts for location, text in reversed(file.records)}
+    for (_, text), location in distinct.items():
+        shingles, minhash = _shingles(text), MinHash(num_perm=PERMUTATIONS)
+        minhash.update_batch([shingle.encode() for shingle in shingles])
+        for other in index.query(minhash):
+            other_shingles, other_text = seen[other]
+            similarity = len(shingles & other_shingles) / len(shingles | other_shingles)
             if similarity >= threshold and other_text != text:
-                pairs.append((key, where, similarity))
-        seen[where] = shingles, text
-        index.insert(where, own)
+                pairs.append((other, location, similarity))
+        seen[location] = shingles, text
+        index.insert(location, minhash)
     return sorted(pairs, key=lambda pair: -pair[2])
 
 
@@ -133,27 +141,31 @@ def _shingles(text: str) -> frozenset[str]:
     return frozenset(" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
 
 
-# --- what should not be there
+# --- secrets and personal data
 
 
-def _luhn(digits: str) -> bool:
-    numbers = [int(c) for c in digits if c.isdecimal()]
-    doubled = [n * 2 - 9 * (n > 4) if i % 2 else n for i, n in enumerate(reversed(numbers))]
-    return 13 <= len(numbers) <= 19 and len(set(numbers)) > 1 and sum(doubled) % 10 == 0
+def _luhn(text: str) -> bool:
+    """Whether the checksum of a card number is correct (Luhn algorithm)."""
+    digits = [int(c) for c in text if c.isdecimal()]
+    doubled = [n * 2 - 9 * (n > 4) if i % 2 else n for i, n in enumerate(reversed(digits))]
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and sum(doubled) % 10 == 0
 
 
 def _iban(text: str) -> bool:
+    """Whether the check digits of an IBAN are correct (ISO 7064, modulo 97)."""
     text = text.replace(" ", "")
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
 def _public(address: str) -> bool:
-    parts = [int(part) for part in address.split(".")]
-    private = parts[0] in (0, 10, 127) or parts[0] >= 224 or parts[:2] in ([192, 168], [169, 254])
-    return all(part < 256 for part in parts) and not private and not (parts[0] == 172 and 16 <= parts[1] < 32)
+    """Whether an IPv4 address is valid and not private, reserved or multicast."""
+    octets = [int(octet) for octet in address.split(".")]
+    private = octets[0] in (0, 10, 127) or octets[0] >= 224 or octets[:2] in ([192, 168], [169, 254])
+    return all(octet < 256 for octet in octets) and not private and not (octets[0] == 172 and 16 <= octets[1] < 32)
 
 
-# name -> (pattern, what else must hold); every repetition is bounded, so that the time is linear in the text
+# name -> (regular expression, additional check of a match). Every repetition is bounded: the time to search a text is
+# linear in its length.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),
@@ -172,67 +184,74 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 
 
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
-    """(kind, place, what was found with its middle hidden). A version of four numbers looks like an address."""
-    found = []
-    for where, text in (one for file in texts for one in file.found):
-        for kind, (pattern, holds) in PATTERNS.items():
+    """Possible secrets and personal data: (kind, location, the match with asterisks in place of its middle).
+
+    A version number with four components, such as 1.2.3.4, is reported as an IP address.
+    """
+    findings = []
+    for location, text in (record for file in texts for record in file.records):
+        for kind, (pattern, is_valid) in PATTERNS.items():
             for match in re.finditer(pattern, text):
                 secret = match[0]
-                if holds is None or holds(secret):
+                if is_valid is None or is_valid(secret):
                     n = min(4, len(secret) // 4)
                     hidden = secret[:n] + "*" * min(8, len(secret) - 2 * n) + secret[len(secret) - n :]
-                    found.append((kind, where, hidden))
-    return found
+                    findings.append((kind, location, hidden))
+    return findings
 
 
-# --- all of it
+# --- the report
 
 
 def outliers(losses: np.ndarray) -> list[int]:
-    """Rows whose loss lies more than 3.5 robust standard deviations from the median, the furthest first."""
-    off = np.nan_to_num(losses - np.nanmedian(losses))
-    spread = np.median(np.abs(off)) / 0.6745
-    score = off / spread if spread > 0 else np.zeros_like(off)
+    """Indices of the losses more than 3.5 robust standard deviations from the median, the furthest first."""
+    deviation = np.nan_to_num(losses - np.nanmedian(losses))
+    robust_std = np.median(np.abs(deviation)) / 0.6745
+    score = deviation / robust_std if robust_std > 0 else np.zeros_like(deviation)
     return sorted(np.flatnonzero(np.abs(score) > OUTLIER).tolist(), key=lambda i: -abs(score[i]))
 
 
 def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
-    """Where the data come from: of each file its bytes, SHA-256, records and characters."""
+    """Size in bytes, SHA-256, number of records and number of characters of each file."""
     rows = []
     for file in texts:
         path = Path(file.file).expanduser()
         digest = hashlib.sha256()
         with path.open("rb") as data:
-            while block := data.read(1 << 20):
-                digest.update(block)
-        size = {"records": len(file.found), "characters": sum(len(text) for _, text in file.found)}
-        rows.append({"file": file.file, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), **size})
+            while chunk := data.read(1 << 20):
+                digest.update(chunk)
+        counts = {"records": len(file.records), "characters": sum(len(text) for _, text in file.records)}
+        rows.append({"file": file.file, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), **counts})
     return rows
 
 
 def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.ndarray | None = None) -> dict[str, Any]:
-    """Everything found, as JSON has it.
+    """Run all checks; return the findings as a JSON object.
 
     Args:
-        threshold: of `near`; None: not looked for. losses: nats a token of every record, in order.
+        threshold: similarity threshold of `near`. None: do not search for near duplicates.
+        losses: loss of every record in nats per token, in order, to report outliers. None: do not report them.
     """
-    places = [one for file in texts for one in file.found]
-    text_of = dict(places)
-    file_of = {where: file.file for file in texts for where, _ in file.found}
+    records = [record for file in texts for record in file.records]
+    text_of = dict(records)
+    file_of = {location: file.file for file in texts for location, _ in file.records}
     groups, pairs = exact(texts), [] if threshold is None else near(texts, threshold)
 
-    def across(some: Sequence[str]) -> bool:
-        return len({file_of[where] for where in some}) > 1
+    def across(locations: Sequence[str]) -> bool:
+        """Whether the locations are in more than one file."""
+        return len({file_of[location] for location in locations}) > 1
 
     report: dict[str, Any] = {
         "files": manifest(texts),
         "exact": [{"where": group, "across": across(group), "text": text_of[group[0]][:EXCERPT]} for group in groups],
-        "near": [{"where": [a, b], "across": across([a, b]), "similarity": s, "text": text_of[b][:EXCERPT]}
-                 for a, b, s in pairs],
-        "sensitive": [{"kind": kind, "where": where, "hidden": hidden} for kind, where, hidden in sensitive(texts)],
+        "near": [{"where": [a, b], "across": across([a, b]), "similarity": similarity, "text": text_of[b][:EXCERPT]}
+                 for a, b, similarity in pairs],
+        "sensitive": [{"kind": kind, "where": location, "hidden": hidden}
+                      for kind, location, hidden in sensitive(texts)],
     }  # fmt: skip
     if losses is not None:
         report["outliers"] = [
-            {"where": places[i][0], "loss": float(losses[i]), "text": places[i][1][:EXCERPT]} for i in outliers(losses)
+            {"where": records[i][0], "loss": float(losses[i]), "text": records[i][1][:EXCERPT]}
+            for i in outliers(losses)
         ]
     return report

@@ -1,13 +1,14 @@
-"""Text from files, folders, named assets and the Hugging Face hub, read strictly and lazily.
+"""Text from files, folders, named assets and the Hugging Face hub, read lazily; invalid files are errors.
 
-A document is a (name, text, group): group is the file it came from. Names are relative to what the user
-gave, so the same corpus has the same names, and the same held-out part, on every machine.
+A document is a (name, text, group), where group is the file it came from. Names are relative to the path that the user
+gave, so the same corpus has the same names, and the same held-out documents, on every machine. Sources:
 
-    shakespeare            a named asset (`gptjax.assets.ASSETS`); these names win, write ./shakespeare for a folder
+    shakespeare            a named asset (`gptjax.assets.ASSETS`); assets take precedence: write ./shakespeare for a
+                           folder of that name
     notes.txt  notes.md    one document
-    folder/                its .txt and .md at any depth; where there are none, its .jsonl, .csv and .parquet
-    rows.jsonl .csv .parquet   one document a row, in the column data.text_field
-    hf:org/name[:config][@split]   rows of a dataset, through `datasets`
+    folder/                its .txt and .md files at any depth; if there are none, its .jsonl, .csv and .parquet files
+    rows.jsonl .csv .parquet   one document per row, in the column data.text_field
+    hf:org/name[:config][@split]   rows of a dataset on the hub, loaded with the library `datasets`
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import one_line_end, replacing, sha256, user_path
 from gptjax.formats import tables
 
-MAX_FILES = 1_000_000  # of a folder
+MAX_FILES = 1_000_000  # maximum number of files in a folder
 
 
 class Document(NamedTuple):
+    """One text, its name within the source, and the file it came from."""
+
     name: str
     text: str
     group: str
@@ -41,7 +44,10 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of data.source. Every iteration reads the files again; no text is kept."""
+    """One entry of data.source. Every iteration reads the files again; the text is not kept in memory.
+
+    files: (name, function that reads the documents of the file). fingerprint: hash of the names and contents.
+    """
 
     name: str
     files: tuple[tuple[str, Callable[[], Iterator[Document]]], ...]
@@ -54,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Documents:
-    """All sources of a split, in the order given."""
+    """All sources of a data set, in the order of data.source."""
 
     sources: tuple[Source, ...]
 
@@ -63,10 +69,10 @@ class Documents:
 
 
 def documents(cfg: DataConfig, names: Iterable[str] | None = None) -> Documents:
-    """Open data.source, or other `names` of the same kinds. Files are hashed here and read when iterated.
+    """Open the sources in data.source, or those in `names`. Files are hashed here, and read during iteration.
 
     Raises:
-        UserError: what is missing or of no known kind, all at once.
+        UserError: sources that do not exist or cannot be read; all of them are named.
     """
     names = cfg.source if names is None else names
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -96,7 +102,7 @@ def _open(name: str, cfg: DataConfig) -> Source:
 
 
 def missing(name: str) -> str:
-    """What to say of a source that is not there; nothing of one that is, or that would be fetched."""
+    """An error message if a file or folder does not exist; "" if it does, or for an asset or a name on the hub."""
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
     hint = did_you_mean(name, assets.ASSETS, " Did you mean {!r}?")
@@ -111,54 +117,56 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
     files = _folder(name, path) if path.is_dir() else [(path.name, path)]
     unknown = [str(p) for _, p in files if p.suffix.lower() not in READERS]
     if unknown:
-        hint = " (one JSON object a line is .jsonl)" if unknown[0].endswith(".json") else ""
+        hint = " (a file with one JSON object per line must be named .jsonl)" if unknown[0].endswith(".json") else ""
         raise UserError(f"data.source={name}: cannot read {unknown[0]}{hint}: known kinds are {', '.join(READERS)}")
     digest = hashlib.sha256()
     for relative, file in files:
         digest.update(f"{relative}\0{_hash_file(file)}\0".encode())
-    readers = tuple((r, partial(READERS[p.suffix.lower()], p, r, cfg.text_field)) for r, p in files)
+    readers = tuple(
+        (relative, partial(READERS[file.suffix.lower()], file, relative, cfg.text_field)) for relative, file in files
+    )
     return Source(name, readers, digest.hexdigest(), cfg.max_documents)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it is a run directory or a model folder."""
+    """Whether gptjax wrote the folder: a run directory or a saved model."""
     return (folder / "model.json").is_file() or all((folder / f).is_file() for f in ("config.yaml", "metrics.jsonl"))
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """Its text files, else its tables; what runs of gptjax wrote below it is no text of the user's."""
+    """The text files of a folder; if there are none, its .jsonl, .csv and .parquet files. Skips runs of gptjax."""
     if _is_ours(folder):
-        raise UserError(f"data.source={name} is a run or model of gptjax, not text: name text files or their folder")
+        raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
     if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
-        raise UserError(f"data.source={name}: {folder} holds everything there is: name the folder or file of the text")
+        raise UserError(f"data.source={name}: {folder} is the root or home folder: give the folder or file of the text")
     visible: list[tuple[str, Path]] = []
     for path in _walk(name, folder, ()):
         if len(visible) >= MAX_FILES:
-            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: name a smaller folder")
+            raise UserError(f"data.source={name}: more than {MAX_FILES:,} files in {folder}: give a smaller folder")
         visible.append((path.relative_to(folder).as_posix(), path))
     visible.sort()
     for kinds in ((".txt", ".md"), (".jsonl", ".csv", ".parquet")):
-        if files := [(r, p) for r, p in visible if p.suffix.lower() in kinds]:
+        if files := [(relative, path) for relative, path in visible if path.suffix.lower() in kinds]:
             return files
     raise UserError(f"data.source={name}: no {', '.join(READERS)} file in {folder} ({len(visible)} other files)")
 
 
-def _walk(name: str, folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files at any depth, through links too, without hidden ones and what runs of gptjax wrote.
+def _walk(name: str, folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
+    """The files of a folder at any depth. Follows symbolic links; skips hidden files and runs of gptjax.
 
     Raises:
-        UserError: a link that leads nowhere, or back to a folder that it stands in.
+        UserError: a symbolic link is broken, or leads back to a folder that contains it.
     """
-    above = (*above, folder.resolve())
+    parents = (*parents, folder.resolve())
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
-        if path.is_symlink() and (not path.exists() or path.resolve() in above):
-            where = "nowhere" if not path.exists() else "back to a folder that it stands in"
-            raise UserError(f"data.source={name}: {path} is a link that leads {where}: mend it or take it out")
+        if path.is_symlink() and (not path.exists() or path.resolve() in parents):
+            target = "nowhere" if not path.exists() else "back to a folder that contains it"
+            raise UserError(f"data.source={name}: {path} is a link that leads {target}: fix or remove it")
         if path.is_dir():
             if not _is_ours(path):
-                yield from _walk(name, path, above)
+                yield from _walk(name, path, parents)
         elif path.is_file():
             yield path
 
@@ -181,50 +189,50 @@ def _read_text(path: Path, name: str, field: str) -> Iterator[Document]:
 
 def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
     for number, row in tables.jsonl(tables.lines(path)):
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         if isinstance(row, json.JSONDecodeError):
             raise UserError(
-                f"{where}:{row.colno}: not a complete JSON object ({row.msg}): each line must hold one"
+                f"{location}:{row.colno}: not a complete JSON object ({row.msg}): each line must hold one"
             ) from row
         if isinstance(row, ValueError):
-            raise UserError(f"{where}: {row}") from row
+            raise UserError(f"{location}: {row}") from row
         if not isinstance(row, dict):
-            raise UserError(f"{where}: each line must be a JSON object, found {tables.kind_of(row)}")
-        yield Document(f"{name}:{number}", _field(row, field, where), name)
+            raise UserError(f"{location}: each line must be a JSON object, found {tables.kind_of(row)}")
+        yield Document(f"{name}:{number}", _field(row, field, location), name)
 
 
-def _field(row: dict, field: str, where: str) -> str:
+def _field(row: dict, field: str, location: str) -> str:
     if field not in row:
-        raise UserError(_no_field(where, field, row))
+        raise UserError(_no_field(location, field, row))
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} must be text, found {tables.kind_of(text)}")
+        raise UserError(f"{location}: field {field!r} must be text, found {tables.kind_of(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {field!r} holds a lone surrogate at character {error.start}") from error
+        raise UserError(f"{location}: field {field!r} holds a lone surrogate at character {error.start}") from error
     return text
 
 
-def _no_field(where: str, field: str, fields: Iterable[str]) -> str:
-    return f"{where}: no field {field!r}; fields: {tables.names(fields)}. Choose one with data.text_field=NAME"
+def _no_field(location: str, field: str, fields: Iterable[str]) -> str:
+    return f"{location}: no field {field!r}; fields: {tables.names(fields)}. Choose one with data.text_field=NAME"
 
 
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
-    """Rows of a CSV with a header. Nothing is guessed: NA and null stay text, numbers stay as written."""
+    """Rows of a CSV file with a header. Values are not interpreted: NA and null are texts, numbers stay as written."""
     header: list[str] = []
     for start, row in tables.delimited(tables.lines(path), strict=True):
-        where = f"{path}:{start}"
+        location = f"{path}:{start}"
         if isinstance(row, csv.Error):
             hint = " (a quote that is never closed?)" if "end of data" in str(row) else ""
-            raise UserError(f"{where}: {row}{hint}") from row
+            raise UserError(f"{location}: {row}{hint}") from row
         if not header:
-            header = tables.header(row, where)
+            header = tables.header(row, location)
             if field not in header:
-                raise UserError(_no_field(where, field, header))
+                raise UserError(_no_field(location, field, header))
         elif len(row) != len(header):
             column = min(len(row), len(header)) + 1
-            raise UserError(f"{where}:{column}: {len(row)} columns, and the header has {len(header)}")
+            raise UserError(f"{location}:{column}: {len(row)} columns, and the header has {len(header)}")
         else:
             yield Document(f"{name}:{start}", row[header.index(field)], name)
     if not header:
@@ -232,7 +240,7 @@ def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
-    def the_field(schema: Any) -> list[str]:
+    def columns(schema: Any) -> list[str]:
         if field not in schema.names:
             raise UserError(_no_field(str(path), field, schema.names))
         kind = schema.field(field).type
@@ -240,14 +248,14 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
             raise UserError(f"{path}: column {field!r} must be text, found {kind}")
         return [field]
 
-    for number, row in enumerate(tables.parquet(path, str(path), the_field), 1):
+    for number, row in enumerate(tables.parquet(path, str(path), columns), 1):
         if row[field] is None:
             raise UserError(f"{path}: row {number}: column {field!r} is null")
         yield Document(f"{name}:{number}", row[field], name)
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column of arrow is text, of whichever layout; one of few different values is kept as a dictionary."""
+    """Whether an Arrow column is text: string, large_string or string_view, or dictionary-encoded text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -268,19 +276,19 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 
 
 def _open_hub(name: str, cfg: DataConfig) -> Source:
-    """hf:org/name[:config][@split], split train by default.
+    """Open a dataset on the hub, hf:org/name[:config][@split]; the default split is train.
 
-    data.streaming=true downloads no more than the first data.max_documents rows. They are kept as .jsonl in
-    the cache folder, so a rerun reads the same text and needs no network.
+    data.streaming=true downloads only the first data.max_documents rows. They are stored as .jsonl in the cache
+    folder, so a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
-        path = _keep_rows(name, repo, config, split, cfg)
+        path = _cached_rows(name, repo, config, split, cfg)
         read = partial(_read_jsonl, path, repo, "text")
         return Source(name, ((repo, read),), _hash_file(path), cfg.max_documents)
     dataset = _load(name, repo, config, split, cfg)
-    mark = getattr(dataset, "_fingerprint", None) or repr(dataset)
-    fingerprint = hashlib.sha256(f"{name}\0{cfg.text_field}\0{mark}".encode()).hexdigest()
+    version = getattr(dataset, "_fingerprint", None) or repr(dataset)
+    fingerprint = hashlib.sha256(f"{name}\0{cfg.text_field}\0{version}".encode()).hexdigest()
     read = partial(_documents, dataset, name, repo, cfg.text_field)
     return Source(name, ((repo, read),), fingerprint, cfg.max_documents)
 
@@ -288,7 +296,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    except Exception as error:  # no network, no such name, no such config: all of them are the user's to mend
+    except Exception as error:  # no network, unknown name, unknown config: all are user errors
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
     if columns is not None and cfg.text_field not in columns:
@@ -306,7 +314,7 @@ def _documents(dataset: Any, name: str, repo: str, field: str) -> Iterator[Docum
         raise _hub_error(name, error) from error
 
 
-def _keep_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Path:
+def _cached_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Path:
     key = hashlib.sha256(f"{name}\0{cfg.text_field}\0{cfg.max_documents}".encode()).hexdigest()[:32]
     path = cache_root(cfg) / "hf" / f"{key}.jsonl"
     if path.exists():
@@ -318,7 +326,7 @@ def _keep_rows(name: str, repo: str, config: str, split: str, cfg: DataConfig) -
             for document in islice(rows, cfg.max_documents):
                 out.write(json.dumps({"text": document.text}).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"cannot keep the rows of {name} in {path.parent}: {error.strerror or error}") from error
+        raise UserError(f"cannot store the rows of {name} in {path.parent}: {error.strerror or error}") from error
     return path
 
 
@@ -332,6 +340,7 @@ def _hub_error(name: str, error: Exception) -> UserError:
 
 
 def cache_root(cfg: DataConfig) -> Path:
+    """The folder of the token cache and of streamed rows: data.cache_dir, or the user's cache folder."""
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else assets.cache_dir()
 
 

@@ -1,10 +1,11 @@
-"""Small synthetic tasks with exact answers: the instruction data of a run that names none.
+"""Synthetic instruction data with exact answers: the default of a run without instruct.source.
 
     skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
-    skills(4, seed=0, held_out=True)    the same tasks about words, sums and measures that training never shows
+    skills(4, seed=0, held_out=True)    the same kinds of questions, about words and numbers that are not in training
 
-Every word, every pair of numbers and every measure belongs to one of the two sides by its hash, whatever the seed.
-Letters are given one by one: how a word that is one token is spelled, a small model does not learn from other words.
+A hash assigns every word, pair of numbers and measure either to training or to the held-out questions, independently
+of the seed. Questions about spelling give the letters separately: a small model cannot learn from other words how to
+spell a word that is a single token.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from gptjax.data.conversations import Conversation
 from gptjax.data.split import is_held_out
 from gptjax.errors import UserError
 
-ATTEMPTS = 100  # to find a question that was not asked yet
+ATTEMPTS = 100  # number of tries to find a question that is not used yet
 VOWELS = "aeiou"
-LETTERS = 5  # to count, at most
-LARGEST = 12  # number to add or subtract
+LETTERS = 5  # longest word whose letters are to be counted
+LARGEST = 12  # largest number to add or subtract
 
-# Nouns of 3 to 8 letters whose plural follows the rule; none that a question uses, such as "letter".
+# Nouns of 3 to 8 letters whose plural is regular. Words that occur in the questions, such as "letter", are left out.
 NOUNS = """
 ant army artist aunt baby badge bag baker ball banana basket bath bay beach bean bear beaver bed bee bell belt bench
 berry bike bird boat book boot bottle bowl box boy branch brick bridge broom brush bucket bug bus bush button cabin
@@ -45,7 +46,7 @@ tube tunnel turkey turtle uncle valley vase vest village violin wagon wall walle
 wing wire witch world worm year zebra
 """
 WORDS = tuple(NOUNS.split())
-MEASURES = (  # many, big, small, how many small are one big
+MEASURES = (  # larger unit, smaller unit, smaller units per larger one
     ("meters", "centimeters", 100),
     ("kilometers", "meters", 1000),
     ("kilograms", "grams", 1000),
@@ -55,7 +56,10 @@ MEASURES = (  # many, big, small, how many small are one big
 
 
 class Task(NamedTuple):
-    """What a question is about: `key` says on which side it belongs, where its words do not."""
+    """The values that a question is formatted with, and its answer.
+
+    The hash of `key` decides whether the question is held out. "": its words are already of the right kind.
+    """
 
     slots: dict[str, str]
     answer: str
@@ -63,18 +67,20 @@ class Task(NamedTuple):
 
 
 class Skill(NamedTuple):
+    """A kind of question: a function that draws a `Task`, and different wordings of the question."""
+
     make: Callable[[random.Random, list[str]], Task]
     phrasings: tuple[str, ...]
 
 
 def plural(noun: str) -> str:
-    """By the rule: cats, boxes, ladies."""
+    """The regular plural: cats, boxes, ladies."""
     if noun.endswith("y") and noun[-2] not in VOWELS:
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
 
 
-def _of_word(answer: Callable[[str], str]) -> Callable[[random.Random, list[str]], Task]:
+def _word_task(answer: Callable[[str], str]) -> Callable[[random.Random, list[str]], Task]:
     def make(rng: random.Random, words: list[str]) -> Task:
         word = rng.choice(words)
         return Task({"word": word, "letters": " ".join(word), "hyphens": "-".join(word)}, answer(word))
@@ -82,10 +88,10 @@ def _of_word(answer: Callable[[str], str]) -> Callable[[random.Random, list[str]
     return make
 
 
-def _of_list(answer: Callable[[list[str]], str], least: int, most: int) -> Callable[[random.Random, list[str]], Task]:
+def _list_task(answer: Callable[[list[str]], str], least: int, most: int) -> Callable[[random.Random, list[str]], Task]:
     def make(rng: random.Random, words: list[str]) -> Task:
-        some = rng.sample(words, rng.randint(least, most))
-        return Task({"list": ", ".join(some)}, answer(some))
+        items = rng.sample(words, rng.randint(least, most))
+        return Task({"list": ", ".join(items)}, answer(items))
 
     return make
 
@@ -96,9 +102,9 @@ def _count(rng: random.Random, words: list[str]) -> Task:
 
 
 def _sort(rng: random.Random, words: list[str]) -> Task:
-    some = rng.sample(range(10, 100), 3)
-    key = ", ".join(map(str, sorted(some)))
-    return Task({"list": ", ".join(map(str, some))}, key, key)
+    numbers = rng.sample(range(10, 100), 3)
+    answer = ", ".join(map(str, sorted(numbers)))
+    return Task({"list": ", ".join(map(str, numbers))}, answer, key=answer)
 
 
 def _add(rng: random.Random, words: list[str]) -> Task:
@@ -113,18 +119,18 @@ def _subtract(rng: random.Random, words: list[str]) -> Task:
 
 
 def _convert(rng: random.Random, words: list[str]) -> Task:
-    big, small, times = rng.choice(MEASURES)
+    big, small, factor = rng.choice(MEASURES)
     n = rng.randint(2, 99)
-    return Task({"n": str(n), "big": big, "small": small}, str(n * times), f"{n} {big}")
+    return Task({"n": str(n), "big": big, "small": small}, str(n * factor), f"{n} {big}")
 
 
 SKILLS: dict[str, Skill] = {
     "uppercase": Skill(
-        _of_word(lambda word: " ".join(word.upper())),
+        _word_task(lambda word: " ".join(word.upper())),
         ("Write {letters} in capital letters.", "Turn {letters} into uppercase.", "What is {letters} in all caps?"),
     ),
     "spell": Skill(
-        _of_word(" ".join),
+        _word_task(" ".join),
         (
             "Spell {hyphens} with spaces.",
             "Write {hyphens} with a space in place of each hyphen.",
@@ -132,7 +138,7 @@ SKILLS: dict[str, Skill] = {
         ),
     ),
     "reverse": Skill(
-        _of_word(lambda word: " ".join(word[::-1])),
+        _word_task(lambda word: " ".join(word[::-1])),
         (
             "Reverse these letters: {letters}",
             "Write the letters {letters} from the last to the first.",
@@ -148,7 +154,7 @@ SKILLS: dict[str, Skill] = {
         ),
     ),
     "plural": Skill(
-        _of_word(plural),
+        _word_task(plural),
         ("What is the plural of {word}?", "One {word}, two ...?", "Give the plural form of the noun {word}."),
     ),
     "sort": Skill(
@@ -160,7 +166,7 @@ SKILLS: dict[str, Skill] = {
         ),
     ),
     "first_word": Skill(
-        _of_list(lambda words: words[0], 3, 5),
+        _list_task(lambda words: words[0], 3, 5),
         (
             "What is the first word in this list? {list}",
             "Which word comes first here: {list}",
@@ -168,7 +174,7 @@ SKILLS: dict[str, Skill] = {
         ),
     ),
     "last_word": Skill(
-        _of_list(lambda words: words[-1], 3, 5),
+        _list_task(lambda words: words[-1], 3, 5),
         (
             "What is the last word in this list? {list}",
             "Which word comes last here: {list}",
@@ -185,33 +191,38 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """n questions with their answers, as many of each skill as of any other (give or take one).
+    """n questions with their answers; the numbers of questions per skill differ by at most one.
 
-    `where` names the skills: "plural:17" is question 17. A question comes twice only where few others are left.
+    `where` of a conversation names the skills: "plural:17" is question 17. A question is repeated only if `ATTEMPTS`
+    draws in a row gave questions that are used already.
 
     Args:
-        turns: the most that a conversation asks, one after the other; every number from 1 on is as likely.
+        held_out: questions about the held-out words and numbers instead of those for training.
+        turns: maximum number of questions per conversation; the number is uniform in 1 .. turns.
+
+    Raises:
+        UserError: n is below 1.
     """
     if n < 1:
         raise UserError(f"skills: expected at least 1 example, got {n}")
     rng, lengths = random.Random(f"{seed} {held_out}"), random.Random(f"{seed} turns")
     words = [word for word in WORDS if is_held_out(word) == held_out]
-    names, asked = list(SKILLS), set()
+    names, used = list(SKILLS), set()
     single_turns = []
     for i in range(n):
         name = names[i % len(names)]
         for _ in range(ATTEMPTS):
             question, answer = _draw(name, rng, words, held_out)
-            if question not in asked:
+            if question not in used:
                 break
-        asked.add(question)
+        used.add(question)
         turn = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
         single_turns.append(Conversation(turn, f"{name}:{i + 1}"))
-    found, left = [], iter(single_turns)
-    while some := list(itertools.islice(left, lengths.randint(1, turns))):
-        messages = tuple(message for one in some for message in one.messages)
-        found.append(Conversation(messages, " ".join(one.where for one in some)))
-    return found
+    conversations, remaining = [], iter(single_turns)
+    while group := list(itertools.islice(remaining, lengths.randint(1, turns))):
+        messages = tuple(message for conversation in group for message in conversation.messages)
+        conversations.append(Conversation(messages, " ".join(conversation.where for conversation in group)))
+    return conversations
 
 
 def _draw(name: str, rng: random.Random, words: list[str], held_out: bool) -> tuple[str, str]:

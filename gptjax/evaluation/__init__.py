@@ -1,1 +1,1 @@
-"""What a trained model is worth: scores with their intervals, answers beside answers, another model's opinion."""
+"""Evaluation of trained models: metrics with confidence intervals, comparison of answers, LLM as a judge."""

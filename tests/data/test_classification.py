@@ -1,4 +1,4 @@
-"""Labelled texts: what is read, and which batches come of it."""
+"""Labelled texts: reading, encoding, packing into rows, batches and baselines."""
 
 import json
 
@@ -19,12 +19,12 @@ def put(tmp_path, name, text):
     return str(path)
 
 
-def made(n=60, classes=3, repeats=2):
+def labelled(n=60, classes=3, repeats=2):
     texts = [f"text {i // repeats}" for i in range(n)]
     return classification.Labelled(texts, np.arange(n, dtype=np.int32) % classes, tuple("abc"[:classes]))
 
 
-def test_the_same_from_every_kind_of_file(tmp_path):
+def test_every_file_format_gives_the_same_data(tmp_path):
     rows = [("spam", 'NA "now"'), ("ham", "null"), ("ham", "naïve, yes")]
     csv = "label,text\n" + "".join(f'{a},"{b.replace(chr(34), chr(34) * 2)}"\n' for a, b in rows)
     records = [{"label": a, "text": b} for a, b in rows]
@@ -39,17 +39,17 @@ def test_the_same_from_every_kind_of_file(tmp_path):
         data = classification.read(put(tmp_path, name, text))
         assert data.texts == [b for _, b in rows], name
         assert (data.labels.tolist(), data.names) == ([1, 0, 0], ("ham", "spam"))
-    turned = classification.read(put(tmp_path, "a.csv", csv), labels=("spam", "ham"))
-    assert turned.labels.tolist() == [0, 1, 1]
+    reordered = classification.read(put(tmp_path, "a.csv", csv), labels=("spam", "ham"))
+    assert reordered.labels.tolist() == [0, 1, 1]
 
 
-def test_numbers_are_labels_in_their_order(tmp_path):
+def test_numeric_labels_are_sorted_by_value(tmp_path):
     rows = "".join(json.dumps({"review": "x" * i, "stars": i}) + "\n" for i in (10, 9, 2))
     assert classification.read(put(tmp_path, "a.jsonl", rows), label="stars").names == ("2", "9", "10")
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "options", "words"),
+    ("name", "text", "options", "message"),
     [
         ("a.csv", "a,b\n1,2\n", {}, "usual name (text, sentence, content, ..) of the text; the columns are a, b: say"),
         ("a.csv", "text,body,label\nx,y,z\n", {}, "several columns could be the text"),
@@ -66,26 +66,26 @@ def test_numbers_are_labels_in_their_order(tmp_path):
         ("a.txt", "x", {}, "file or hf:org/name"),
     ],
 )  # fmt: skip
-def test_mistakes(tmp_path, name, text, options, words):
+def test_invalid_files_and_options(tmp_path, name, text, options, message):
     with pytest.raises(UserError) as error:
         classification.read(put(tmp_path, name, text), **options)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_file_that_is_not_there():
+def test_a_file_that_does_not_exist():
     with pytest.raises(UserError, match="absent.tsv: no such file"):
         classification.read("absent.tsv")
 
 
-def test_balanced():
+def test_balanced_classes():
     data = classification.Labelled([str(i) for i in range(20)], np.array([0] * 15 + [1] * 5, np.int32), ("a", "b"))
-    half = classification.balanced(data, 0)
-    assert np.bincount(half.labels).tolist() == [5, 5] and half.texts == sorted(half.texts, key=int)
+    balanced = classification.balanced(data, 0)
+    assert np.bincount(balanced.labels).tolist() == [5, 5] and balanced.texts == sorted(balanced.texts, key=int)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_are_a_function_of_seed_and_step(packed):
-    data = made(10, 2, repeats=1)
+    data = labelled(10, 2, repeats=1)
     examples = classification.encode(data, TOK, 6)
     assert [len(ids) for ids in examples.ids] == [6] * 10 and examples.cut == 0
     assert classification.encode(data, TOK, 5).cut == 10
@@ -93,15 +93,15 @@ def test_batches_are_a_function_of_seed_and_step(packed):
     epoch = [classification.batch(rows, step, batch_size=5, seed=0) for step in range(2)]
     seen = np.concatenate([b.tokens for b in epoch])
     assert sorted(map(tuple, seen.tolist())) == sorted(tuple(ids) for ids in examples.ids)
-    again = classification.batch(rows, 1, batch_size=5, seed=0)
-    assert all(np.array_equal(a, b) for a, b in zip(epoch[1], again, strict=True))
-    assert not np.array_equal(classification.batch(rows, 1, batch_size=5, seed=1).tokens, again.tokens)
-    some = list(classification.eval_batches(rows, 4))
-    assert [b.weights[:, 0].tolist() for b in some] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-    assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in some]), data.labels)
+    repeated = classification.batch(rows, 1, batch_size=5, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip(epoch[1], repeated, strict=True))
+    assert not np.array_equal(classification.batch(rows, 1, batch_size=5, seed=1).tokens, repeated.tokens)
+    batches = list(classification.eval_batches(rows, 4))
+    assert [b.weights[:, 0].tolist() for b in batches] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert np.array_equal(np.concatenate([b.labels[b.weights > 0] for b in batches]), data.labels)
 
 
-def test_a_prompt_stands_around_the_text():
+def test_a_prompt_surrounds_the_text():
     data = classification.Labelled(["abcdef", "gh"], np.array([0, 1], np.int32), ("a", "b"))
     examples = classification.encode(data, TOK, 9, "<{text}> is:")
     assert [TOK.decode(ids) for ids in examples.ids] == ["<abc> is:", "<gh> is:"] and examples.cut == 1
@@ -110,7 +110,7 @@ def test_a_prompt_stands_around_the_text():
             classification.encode(data, TOK, 9, prompt)
 
 
-def test_rows_hold_every_text_once():
+def test_rows_contain_every_text_once():
     lengths = [7, 2, 3, 1, 4, 2, 5]
     ids = [np.arange(10 * i, 10 * i + n, dtype=np.int32) for i, n in enumerate(lengths)]
     examples = classification.Examples(ids, np.array([0, 1, 0, 1, 1, 0, 1], np.int32), 0)
@@ -132,12 +132,12 @@ def test_baselines():
     assert classification.majority(data, data.take([1, 3])) == 0.0
 
 
-def test_columns_without_a_name_may_be_several(tmp_path):
-    """As in Kaggle's spam.csv; columns of one name may not."""
+def test_several_columns_may_have_no_name(tmp_path):
+    """As in Kaggle's spam.csv. Two columns with the same name are an error."""
     file = tmp_path / "spam.csv"
     file.write_text("v1,v2,,,\nham,hello there,,,\nspam,win now,,,\n")
-    found = classification.read(str(file), text="v2", label="v1")
-    assert found.texts == ["hello there", "win now"] and found.names == ("ham", "spam")
+    data = classification.read(str(file), text="v2", label="v1")
+    assert data.texts == ["hello there", "win now"] and data.names == ("ham", "spam")
     assert next(tables.read(str(file)))[1] == {
         "v1": "ham", "v2": "hello there", "column 3": "", "column 4": "", "column 5": "",
     }  # fmt: skip

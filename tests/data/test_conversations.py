@@ -1,4 +1,4 @@
-"""Instruction records of every format become the same conversations, and the loss mask follows their positions."""
+"""Instruction data: record formats, prompt styles and chat templates, token ids and the loss mask."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ START, END = 257, 258
 
 @pytest.fixture(scope="module")
 def tok():
-    """A token is a byte; 256 is end-of-text."""
+    """Every byte is a token; 256 is end-of-text."""
     return tokenizers.load("bytes")
 
 
 @pytest.fixture(scope="module")
 def chatty(tok):
-    made = tokenizers.extend(tok, ["<|im_start|>", "<|im_end|>"])
-    return made.replace(eos_ids=(END,), pad_id=END, chat_template=SMOLLM2)
+    extended = tokenizers.extend(tok, ["<|im_start|>", "<|im_end|>"])
+    return extended.replace(eos_ids=(END,), pad_id=END, chat_template=SMOLLM2)
 
 
 def talk(*turns, where="here"):
-    """user, assistant, .. in turn; a system message is a pair."""
+    """A conversation of alternating user and assistant texts. A system message is given first, as a 1-tuple."""
     system = [{"role": "system", "content": turns[0][0]}] if isinstance(turns[0], tuple) else []
     rest = turns[len(system) :]
-    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(rest)]
-    return Conversation((*system, *said), where)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(rest)]
+    return Conversation((*system, *messages), where)
 
 
 ONE = talk("Where is Paris?", "In France.")
@@ -58,12 +58,12 @@ def text(spans, tok, learn=None):
 
 def rows_of(conversation):
     user, answer = conversation.messages
-    both = user["content"], answer["content"]
+    prompt, response = user["content"], answer["content"]
     return {
-        "alpaca": {"instruction": both[0], "input": "", "output": both[1], "id": "7"},
-        "prompt-completion": {"prompt": both[0], "completion": both[1]},
-        "prompt-response": {"prompt": both[0], "response": both[1]},
-        "sharegpt": {"conversations": [{"from": "human", "value": both[0]}, {"from": "gpt", "value": both[1]}]},
+        "alpaca": {"instruction": prompt, "input": "", "output": response, "id": "7"},
+        "prompt-completion": {"prompt": prompt, "completion": response},
+        "prompt-response": {"prompt": prompt, "response": response},
+        "sharegpt": {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]},
         "messages": {"messages": [{"role": m["role"], "content": m["content"]} for m in conversation.messages]},
     }
 
@@ -94,14 +94,14 @@ def put(folder, kind, rows):
 KINDS_OF = [(shape, kind) for shape in rows_of(ONE) for kind in tables.KINDS if kind != ".csv" or shape in FLAT]
 
 
-@pytest.mark.parametrize(("shape", "kind"), KINDS_OF)  # a CSV cell holds no list
+@pytest.mark.parametrize(("shape", "kind"), KINDS_OF)  # a CSV cell cannot hold a list
 def test_every_format_in_every_kind_of_file(tmp_path, kind, shape):
-    found = read(put(tmp_path, kind, [rows_of(c)[shape] for c in CONVERSATIONS]))
-    assert [c.messages for c in found] == [c.messages for c in CONVERSATIONS]
-    assert all("rows" in c.where for c in found) and found[0].where != found[1].where
+    talks = read(put(tmp_path, kind, [rows_of(c)[shape] for c in CONVERSATIONS]))
+    assert [c.messages for c in talks] == [c.messages for c in CONVERSATIONS]
+    assert all("rows" in c.where for c in talks) and talks[0].where != talks[1].where
 
 
-def test_an_input_is_kept_apart(tmp_path):
+def test_the_input_of_an_alpaca_record_is_a_separate_key(tmp_path):
     rows = [{"instruction": "Spell it.", "input": "freind", "output": "friend"}, {"instruction": "Hi", "output": "Ho"}]
     first, second = read(put(tmp_path, ".json", rows))
     assert first.messages[0] == {"role": "user", "content": "Spell it.", "input": "freind"}
@@ -118,85 +118,99 @@ def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-def one(tmp_path, record, notes=None):
-    [found] = read(put(tmp_path, ".jsonl", [record]), notes)
-    return found
+def read_one(tmp_path, record, notes=None):
+    [conversation] = read(put(tmp_path, ".jsonl", [record]), notes)
+    return conversation
 
 
-ASKED, SAID = [message("user", "a")], [message("assistant", "b")]
+QUESTION, ANSWER = [message("user", "a")], [message("assistant", "b")]
 
 
 @pytest.mark.parametrize(
     ("record", "messages"),
     [
-        ({"prompt": ASKED, "completion": SAID}, [*ASKED, *SAID]),
-        ({"prompt": ASKED, "response": SAID}, [*ASKED, *SAID]),
-        ({"conversations": [*ASKED, *SAID]}, [*ASKED, *SAID]),
-        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [*ASKED, *SAID]),
-        ({"messages": [*ASKED, *SAID], "system": "S"}, [message("system", "S"), *ASKED, *SAID]),
-        ({"prompt": "a", "completion": "b", "system_prompt": "S"}, [message("system", "S"), *ASKED, *SAID]),
+        ({"prompt": QUESTION, "completion": ANSWER}, [*QUESTION, *ANSWER]),
+        ({"prompt": QUESTION, "response": ANSWER}, [*QUESTION, *ANSWER]),
+        ({"conversations": [*QUESTION, *ANSWER]}, [*QUESTION, *ANSWER]),
+        ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [*QUESTION, *ANSWER]),
+        ({"messages": [*QUESTION, *ANSWER], "system": "S"}, [message("system", "S"), *QUESTION, *ANSWER]),
+        ({"prompt": "a", "completion": "b", "system_prompt": "S"}, [message("system", "S"), *QUESTION, *ANSWER]),
         (
             {"instruction": "c", "input": "", "output": "d", "system": "S", "history": [["a", "b"]]},
-            [message("system", "S"), *ASKED, *SAID, message("user", "c"), message("assistant", "d")],
-        ),
-        (
-            {"messages": [*ASKED, message("assistant", "BAD", weight=0), *ASKED, message("assistant", "b", weight=1)]},
-            [*ASKED, message("assistant", "BAD", learn=False), *ASKED, *SAID],
+            [message("system", "S"), *QUESTION, *ANSWER, message("user", "c"), message("assistant", "d")],
         ),
         (
             {
                 "messages": [
-                    *ASKED,
+                    *QUESTION,
+                    message("assistant", "BAD", weight=0),
+                    *QUESTION,
+                    message("assistant", "b", weight=1),
+                ]
+            },
+            [*QUESTION, message("assistant", "BAD", learn=False), *QUESTION, *ANSWER],
+        ),
+        (
+            {
+                "messages": [
+                    *QUESTION,
                     message("assistant", "BAD", loss=False),
-                    *ASKED,
+                    *QUESTION,
                     message("assistant", "b", loss=True),
                 ]
             },
-            [*ASKED, message("assistant", "BAD", learn=False), *ASKED, *SAID],
+            [*QUESTION, message("assistant", "BAD", learn=False), *QUESTION, *ANSWER],
         ),
         (
-            {"messages": [message("user", "a", train=False), *SAID, *ASKED, message("assistant", "BAD", train=False)]},
-            [*ASKED, *SAID],
+            {
+                "messages": [
+                    message("user", "a", train=False),
+                    *ANSWER,
+                    *QUESTION,
+                    message("assistant", "BAD", train=False),
+                ]
+            },
+            [*QUESTION, *ANSWER],
         ),
         (
-            {"prompt": [*ASKED, *SAID, *ASKED], "completion": SAID},
-            [*ASKED, message("assistant", "b", learn=False), *ASKED, *SAID],
+            {"prompt": [*QUESTION, *ANSWER, *QUESTION], "completion": ANSWER},
+            [*QUESTION, message("assistant", "b", learn=False), *QUESTION, *ANSWER],
         ),
     ],
 )
-def test_what_stands_beside_a_conversation_belongs_to_it(tmp_path, record, messages):
-    assert list(one(tmp_path, record).messages) == messages
+def test_system_message_history_and_weights_are_part_of_the_conversation(tmp_path, record, messages):
+    assert list(read_one(tmp_path, record).messages) == messages
 
 
-def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path, chatty):
-    talk = one(tmp_path, {"messages": [*ASKED, message("assistant", "BAD", weight=0), *ASKED, *SAID]})
+def test_an_answer_of_weight_0_is_in_the_context_but_not_in_the_loss(tmp_path, chatty):
+    talk = read_one(tmp_path, {"messages": [*QUESTION, message("assistant", "BAD", weight=0), *QUESTION, *ANSWER]})
     assert text(render(talk, chatty), chatty, True) == "b<|im_end|>" and "BAD" in text(render(talk, chatty), chatty)
     with pytest.raises(UserError, match=r"rows.jsonl:1: loss_on=all learns every token"):
         encode([talk], chatty, context_length=999, loss_on="all")
 
 
-def test_tools_go_into_a_template_that_writes_them(tmp_path, chatty):
+def test_tools_need_a_template_that_writes_them(tmp_path, chatty):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    knows = chatty.replace(chat_template="{{ tools | tojson if tools }}" + chat.BUILTIN["chatml"])
+    with_tools = chatty.replace(chat_template="{{ tools | tojson if tools }}" + chat.BUILTIN["chatml"])
     for given in (tools, json.dumps(tools)):
-        talk = one(tmp_path, {"messages": [*ASKED, *SAID], "tools": given})
+        talk = read_one(tmp_path, {"messages": [*QUESTION, *ANSWER], "tools": given})
         assert list(talk.tools) == tools
-        for many in ([talk], [talk, ONE]):
-            spans, *_ = conversations.render_all(many, knows)
-            assert text(spans, knows).startswith(json.dumps(tools) + "<|im_start|>user")
+        for several in ([talk], [talk, ONE]):
+            spans, *_ = conversations.render_all(several, with_tools)
+            assert text(spans, with_tools).startswith(json.dumps(tools) + "<|im_start|>user")
         with pytest.raises(UserError, match=r"rows.jsonl:1: tools: the chat template .* does not write them"):
             render(talk, chatty)
 
 
-def test_keys_that_are_not_read_are_named_once(tmp_path, capsys):
+def test_keys_that_are_not_read_are_reported_once(tmp_path, capsys):
     row = {
-        "messages": [message("user", "a", name="Ann"), *SAID],
+        "messages": [message("user", "a", name="Ann"), *ANSWER],
         "id": 3,
         "source": "web",
         "text": "a b",
         "empty": None,
     }
-    path = put(tmp_path, ".jsonl", [row, {"messages": [*ASKED, *SAID]}, row | {" odd ": 1}])
+    path = put(tmp_path, ".jsonl", [row, {"messages": [*QUESTION, *ANSWER]}, row | {" odd ": 1}])
     notes = []
     read(path, notes)
     assert notes == [
@@ -299,15 +313,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("kind", "content", "says"), BAD.values(), ids=BAD)
-def test_mistakes(tmp_path, kind, content, says):
+@pytest.mark.parametrize(("kind", "content", "error"), BAD.values(), ids=BAD)
+def test_invalid_files(tmp_path, kind, content, error):
     path = tmp_path / f"rows{kind}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=error):
         read(str(path))
 
 
-def test_all_mistakes_at_once_up_to_twenty(tmp_path):
+def test_up_to_twenty_errors_are_reported_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": \n' + GOOD + '{"x": 1}\n{"prompt": "a", "response": ""}\n')
     with pytest.raises(UserError) as caught:
@@ -324,7 +338,7 @@ def test_all_mistakes_at_once_up_to_twenty(tmp_path):
 # --- prompt styles
 
 
-def test_alpaca_is_the_book_s(tok):
+def test_alpaca_equals_the_prompt_of_the_book(tok):
     messages = ({"role": "user", "content": "Spell it.", "input": "freind"}, {"role": "assistant", "content": "friend"})
     prompt, answer = render(Conversation(messages, ""), tok)
     assert tok.decode(prompt.ids) == (
@@ -335,13 +349,13 @@ def test_alpaca_is_the_book_s(tok):
     assert "Input" not in text(render(ONE, tok, "alpaca"), tok)
 
 
-def test_alpaca_is_the_built_in_template_of_that_name(tok):
-    asked = [{"role": "user", "content": "Where is Paris?"}]
-    assert render(ONE, tok)[0].ids == chat.encode_chat(tok, asked, "alpaca")
+def test_alpaca_equals_the_built_in_template_of_that_name(tok):
+    messages = [{"role": "user", "content": "Where is Paris?"}]
+    assert render(ONE, tok)[0].ids == chat.encode_chat(tok, messages, "alpaca")
 
 
-def test_alpaca_has_the_book_s_tokens(gpt2):
-    """Encoded in two parts or as one text, the ids are the same."""
+def test_alpaca_gives_the_tokens_of_the_book(gpt2):
+    """Prompt and answer encoded separately have the same ids as the whole text."""
     spans = render(ONE, gpt2)
     whole = text(spans, gpt2)
     assert [i for span in spans for i in span.ids] == gpt2.encode(whole, allowed_special="all")
@@ -349,31 +363,31 @@ def test_alpaca_has_the_book_s_tokens(gpt2):
 
 
 def test_phi3(tok):
-    """The model's own text; a vocabulary without <|end|> has it as plain text, and end-of-text ends an answer."""
-    asked = "<|user|>\nWhere is Paris?<|end|>\n<|assistant|>\n"
-    assert text(render(ONE, tok, "phi3"), tok) == asked + "In France.<|endoftext|>"
+    """If the vocabulary lacks <|end|>, it is encoded as plain text, and end-of-text ends an answer."""
+    prompt = "<|user|>\nWhere is Paris?<|end|>\n<|assistant|>\n"
+    assert text(render(ONE, tok, "phi3"), tok) == prompt + "In France.<|endoftext|>"
     assert text(render(TWO, tok, "phi3"), tok) == (
         "<|system|>\nBe brief.<|end|>\n<|user|>\nOù ?<|end|>\n<|assistant|>\nLà.<|endoftext|><|end|>\n"
         "<|user|>\nAnd now?<|end|>\n<|assistant|>\nHere.<|endoftext|>"
     )
     phi3 = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
     assert text(render(TWO, phi3, "phi3"), phi3, True) == "Là.<|end|>Here.<|end|>"
-    own = phi3.replace(chat_template=chat.BUILTIN["phi3"], eos_ids=(phi3.eot_id,))
-    assert render(TWO, own) == render(TWO, phi3, "phi3")
+    with_template = phi3.replace(chat_template=chat.BUILTIN["phi3"], eos_ids=(phi3.eot_id,))
+    assert render(TWO, with_template) == render(TWO, phi3, "phi3")
 
 
 @pytest.fixture(scope="module")
 def sentencepiece():
-    """With a blank before every text: Llama 2's kind."""
+    """A SentencePiece tokenizer as Llama 2's, which adds a space before every text."""
     from gptjax.tokenizers.gguf import from_metadata
 
     letters = "abcdefghijklmnopqrstuvwxyz<>|_[]/#:\n"
     pieces = ["▁l", "lo", "▁lo", "low", "▁low", "▁", *letters]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    made = {"model": "llama", "tokens": tokens, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-    made["token_type"] = np.array([2, 3, 3] + [6] * 256 + [1] * len(pieces), np.int32)
-    made["scores"] = np.array([0] * 259 + [-i for i in range(len(pieces))], np.float32)
-    return from_metadata({f"tokenizer.ggml.{key}": value for key, value in made.items()})
+    metadata = {"model": "llama", "tokens": tokens, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    metadata["token_type"] = np.array([2, 3, 3] + [6] * 256 + [1] * len(pieces), np.int32)
+    metadata["scores"] = np.array([0] * 259 + [-i for i in range(len(pieces))], np.float32)
+    return from_metadata({f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
 
 
 LLAMA2 = (
@@ -383,40 +397,40 @@ LLAMA2 = (
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
-def test_ids_are_those_of_the_whole_text_where_they_depend_on_it(sentencepiece, style):
-    kept = chat.styled(sentencepiece.replace(chat_template=LLAMA2), style)
-    several, ids = talk("low", "low", "lo", "low"), []
-    for i, piece in enumerate(render(several, kept)):
-        if piece.learn:
-            assert ids == chat.encode_chat(kept, [dict(m) for m in several.messages[:i]])
-        ids += piece.ids
-    assert ids[-1] in kept.eos_ids
+def test_ids_equal_those_of_the_whole_text_with_sentencepiece(sentencepiece, style):
+    styled = chat.styled(sentencepiece.replace(chat_template=LLAMA2), style)
+    conversation, ids = talk("low", "low", "lo", "low"), []
+    for i, span in enumerate(render(conversation, styled)):
+        if span.learn:
+            assert ids == chat.encode_chat(styled, [dict(m) for m in conversation.messages[:i]])
+        ids += span.ids
+    assert ids[-1] in styled.eos_ids
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
-def test_a_tokenizer_that_keeps_a_style_writes_as_it_learned(chatty, style):
-    """Asked by its template alone, also for an input."""
-    kept = chat.styled(chatty, style)
-    given = {"role": "user", "content": "Spell it.", "input": "freind"}
-    for some in (ONE, TWO, Conversation((given, {"role": "assistant", "content": "friend"}), "")):
-        assert render(some, kept) == render(some, chatty, style)
-    spans, messages = render(TWO, kept), [dict(m) for m in TWO.messages]
-    assert spans[0].ids == chat.encode_chat(kept, messages[:2])
-    assert [i for span in spans[:3] for i in span.ids] == chat.encode_chat(kept, messages[:4])
-    assert spans[1].ids[-1] in kept.eos_ids
+def test_a_tokenizer_saved_with_a_style_formats_prompts_as_in_training(chatty, style):
+    """The template of the saved tokenizer is enough, also for a message with an input."""
+    styled = chat.styled(chatty, style)
+    question = {"role": "user", "content": "Spell it.", "input": "freind"}
+    for conversation in (ONE, TWO, Conversation((question, {"role": "assistant", "content": "friend"}), "")):
+        assert render(conversation, styled) == render(conversation, chatty, style)
+    spans, messages = render(TWO, styled), [dict(m) for m in TWO.messages]
+    assert spans[0].ids == chat.encode_chat(styled, messages[:2])
+    assert [i for span in spans[:3] for i in span.ids] == chat.encode_chat(styled, messages[:4])
+    assert spans[1].ids[-1] in styled.eos_ids
 
 
-def test_markers_that_are_special_tokens_are_their_ids(tok):
-    made = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
-    assert render(ONE, made, "phi3")[0].ids == [257, *b"\nWhere is Paris?", 259, *b"\n", 258, *b"\n"]
+def test_role_markers_that_are_special_tokens_get_their_ids(tok):
+    phi3 = tokenizers.extend(tok, ["<|user|>", "<|assistant|>", "<|end|>"])
+    assert render(ONE, phi3, "phi3")[0].ids == [257, *b"\nWhere is Paris?", 259, *b"\n", 258, *b"\n"]
 
 
-def test_a_text_begins_as_the_model_s_texts_do(tok):
+def test_a_prompt_begins_with_bos_if_the_tokenizer_adds_it(tok):
     tok = tokenizers.extend(tok, ["<s>"])
-    made = tok.replace(bos_id=257, add_bos=True)
+    with_bos = tok.replace(bos_id=257, add_bos=True)
     for style in ("alpaca", "phi3", "chatml"):
-        plain, begun = render(ONE, tok, style), render(ONE, made, style)
-        assert begun[0].ids == [257, *plain[0].ids] and begun[1:] == plain[1:]
+        plain, prefixed = render(ONE, tok, style), render(ONE, with_bos, style)
+        assert prefixed[0].ids == [257, *plain[0].ids] and prefixed[1:] == plain[1:]
 
 
 def test_the_model_s_own_template_is_the_default(chatty):
@@ -426,7 +440,7 @@ def test_the_model_s_own_template_is_the_default(chatty):
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
-def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
+def test_every_answer_and_its_end_token_are_in_the_loss(chatty, style):
     spans = render(TWO, chatty, style)
     end = "<|im_end|>" if style in ("chat", "chatml") else "<|endoftext|>"
     assert [span.learn for span in spans] == [False, True, False, True]
@@ -434,21 +448,21 @@ def test_every_answer_of_a_conversation_is_learned_with_its_end(chatty, style):
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, chat.BUILTIN["chatml"], chat.BUILTIN["llama3"]])
-def test_an_answer_is_asked_for_by_just_the_ids_before_it(chatty, template):
+def test_the_ids_before_an_answer_equal_its_generation_prompt(chatty, template):
     names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tok = tokenizers.extend(chatty, names).replace(chat_template=template)
     messages, ids = [dict(m) for m in TWO.messages], []
-    for i, piece in enumerate(render(TWO, tok)):
-        if piece.learn:
+    for i, span in enumerate(render(TWO, tok)):
+        if span.learn:
             assert ids == chat.encode_chat(tok, messages[: i + 1])
-        ids += piece.ids
+        ids += span.ids
     assert tok.decode(ids) == chat.apply(tok, messages, add_generation_prompt=False).rstrip()
 
 
-def test_an_end_that_a_template_leaves_out_after_the_last_answer_is_learned_there_too(chatty):
-    every = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '<|im_end|>' if not loop.last }}{% endfor %}"
-    made = chatty.replace(chat_template=every + "{{ '<|im_end|>assistant: ' if add_generation_prompt }}")
-    assert text(render(TWO, made), made, True) == "Là.<|im_end|>Here.<|im_end|>"
+def test_the_end_token_is_learned_even_if_the_template_omits_it_after_the_last_answer(chatty):
+    turns = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '<|im_end|>' if not loop.last }}{% endfor %}"
+    tok = chatty.replace(chat_template=turns + "{{ '<|im_end|>assistant: ' if add_generation_prompt }}")
+    assert text(render(TWO, tok), tok, True) == "Là.<|im_end|>Here.<|im_end|>"
 
 
 def test_a_template_without_an_end_token_gets_end_of_text(tok):
@@ -456,13 +470,15 @@ def test_a_template_without_an_end_token_gets_end_of_text(tok):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    made = tok.replace(chat_template=plain)
-    assert text(render(TWO, made), made, True) == "Là.<|endoftext|>Here.<|endoftext|>"
-    assert text(render(TWO, made), made).endswith("Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>")
-    assert "end-of-text is appended" in chat.describe_style(made, None)[1]
-    kept = chat.styled(made)
-    assert kept.eos_ids == (256,) and chat.styled(kept) == kept and render(TWO, kept) == render(TWO, made)
-    chars = tokenizers.train("chars", [text(render(TWO, made), made)])
+    plain_tok = tok.replace(chat_template=plain)
+    assert text(render(TWO, plain_tok), plain_tok, True) == "Là.<|endoftext|>Here.<|endoftext|>"
+    assert text(render(TWO, plain_tok), plain_tok).endswith(
+        "Là.<|endoftext|>\nuser: And now?\nassistant: Here.<|endoftext|>"
+    )
+    assert "end-of-text is appended" in chat.describe_style(plain_tok, None)[1]
+    styled = chat.styled(plain_tok)
+    assert styled.eos_ids == (256,) and chat.styled(styled) == styled and render(TWO, styled) == render(TWO, plain_tok)
+    chars = tokenizers.train("chars", [text(render(TWO, plain_tok), plain_tok)])
     with pytest.raises(UserError, match="style chat: nothing can end an answer: .* no end-of-text"):
         render(TWO, chars.replace(chat_template=plain))
 
@@ -475,10 +491,10 @@ REWRITES = {
 
 
 @pytest.mark.parametrize("template", REWRITES.values(), ids=REWRITES)
-def test_a_template_that_writes_earlier_turns_anew_is_refused(chatty, template):
-    made = chatty.replace(chat_template=template)
+def test_a_template_that_rewrites_earlier_turns_is_refused(chatty, template):
+    tok = chatty.replace(chat_template=template)
     with pytest.raises(UserError, match="here: the chat template of .* choose style alpaca or phi3"):
-        render(TWO, made)
+        render(TWO, tok)
 
 
 def test_a_special_token_in_a_message_is_refused(chatty, tok):
@@ -486,10 +502,10 @@ def test_a_special_token_in_a_message_is_refused(chatty, tok):
     for style in chat.STYLES:
         with pytest.raises(UserError, match=r"x:1: .*<\|im_end\|>: take it out\nx:3: .*<\|im_start\|>"):
             encode(bad, chatty, style=style, context_length=999)
-    assert encode(bad, tok, context_length=999).dropped == 0  # plain text to another tokenizer
+    assert encode(bad, tok, context_length=999).dropped == 0  # in this tokenizer it is plain text
 
 
-def test_styles_that_cannot_be(tok):
+def test_invalid_styles(tok):
     with pytest.raises(UserError, match="no prompt style 'alpacca', did you mean 'alpaca'"):
         render(ONE, tok, "alpacca")
     with pytest.raises(UserError, match="no chat template; choose instruct.style=chatml"):
@@ -499,7 +515,7 @@ def test_styles_that_cannot_be(tok):
         render(ONE, chars)
 
 
-# --- many at once
+# --- many conversations in one Jinja process
 
 
 STRANGE = {
@@ -512,33 +528,33 @@ STRANGE = {
     "loops": "{% for m in messages %}{{ loop.index }}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "json": "{{ messages | tojson }}\n\\n",
-    "closes": "{{ messages[0].content }}{% if false %}",  # no template by itself
+    "closes": "{{ messages[0].content }}{% if false %}",  # not a valid template on its own
 }
 
 
 @pytest.mark.first_cases(4)
 @pytest.mark.parametrize("name", STRANGE)
-def test_many_texts_in_one_process_are_those_of_one_each(tok, name):
-    """Jinja's handling of spaces and line ends, and what a template sets, are as if it ran by itself."""
-    made = tok.replace(chat_template=STRANGE[name])
-    many = [*ONE.messages, {"role": "user", "content": 'é"\n\u2028{{ 1 }}'}]
-    jobs = [conversations._Job("", list(many[:n]), n != 2) for n in (1, 2, 3, 1)]
+def test_one_process_for_many_texts_gives_the_same_texts(tok, name):
+    """Whitespace, line ends and variables of a template behave as if each text were rendered alone."""
+    strange = tok.replace(chat_template=STRANGE[name])
+    messages = [*ONE.messages, {"role": "user", "content": 'é"\n\u2028{{ 1 }}'}]
+    jobs = [conversations._Job("", list(messages[:n]), n != 2) for n in (1, 2, 3, 1)]
     if name == "closes":
         with pytest.raises(UserError, match="TemplateSyntaxError"):
-            conversations._render_all(made, jobs)
+            conversations._render_all(strange, jobs)
         return
-    alone = [chat.apply(made, job.messages, add_generation_prompt=job.begin) for job in jobs]
-    assert conversations._render_together(made, jobs) == conversations._render_all(made, jobs) == alone
+    single = [chat.apply(strange, job.messages, add_generation_prompt=job.begin) for job in jobs]
+    assert conversations._render_together(strange, jobs) == conversations._render_all(strange, jobs) == single
 
 
-def test_a_template_that_closes_what_is_around_it_gains_nothing(tok):
+def test_a_template_cannot_close_the_blocks_around_it(tok):
     forged = "{% endset %}{% endfor %}{{ '\"x\"\\n' }}{% for job in tools %}{% set text %}"
     jobs = [conversations._Job("here", list(ONE.messages), False)] * 2
     with pytest.raises(UserError, match="here: chat template: TemplateSyntaxError"):
         conversations._render_all(tok.replace(chat_template=forged), jobs)
 
 
-def test_the_conversations_that_a_template_refuses_are_named(tok):
+def test_conversations_that_the_template_rejects_are_named(tok):
     template = "{{ raise_exception('no') if 'bad' in messages[0].content }}{{ messages|map(attribute='content')|join }}"
     talks = [talk("bad" if i in (3, 11) else "good", "x", where=f"rows:{i}") for i in range(20)]
     with pytest.raises(UserError) as caught:
@@ -546,14 +562,14 @@ def test_the_conversations_that_a_template_refuses_are_named(tok):
     assert [line.split(": chat")[0] for line in str(caught.value).split("\n")] == ["rows:3", "rows:11"]
 
 
-def test_a_long_conversation_is_dropped_not_refused(chatty):
+def test_a_long_conversation_is_dropped(chatty):
     long = talk(*["é\x00😀\n" * 3000, "b"] * 10)
     assert encode([ONE, long], chatty, context_length=200).dropped == 1
-    assert sum(len(piece.ids) for piece in render(long, chatty)) > 200_000
+    assert sum(len(span.ids) for span in render(long, chatty)) > 200_000
 
 
-def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
-    chat.styled(chatty)  # which asks where an answer ends, once
+def test_a_thousand_conversations_need_one_process(chatty, monkeypatch):
+    chat.styled(chatty)  # finds the end token of the template once, and caches it
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(1) or popen(*args, **kwargs))
@@ -564,9 +580,9 @@ def test_a_thousand_conversations_take_one_process(chatty, monkeypatch):
 # --- ids
 
 
-def test_encode_keeps_what_fits_to_the_last_id(tok):
+def test_encode_drops_conversations_that_do_not_fit(tok):
     long = talk("a" * 50, "b" * 50)
-    n = sum(len(piece.ids) for piece in render(ONE, tok))
+    n = sum(len(span.ids) for span in render(ONE, tok))
     encoded = encode([ONE, long, ONE], tok, context_length=n - 1)
     assert encoded.dropped == 1 and [len(row) for row in encoded.rows] == [n, n]
     assert encoded.rows[0].dtype == np.int32 and encoded.weights[0].dtype == np.float32
@@ -579,19 +595,19 @@ def test_encode_keeps_what_fits_to_the_last_id(tok):
 
 
 @pytest.mark.parametrize("style", chat.STYLES)
-def test_the_last_id_is_learned_although_padding_uses_it(chatty, style):
+def test_the_end_token_is_in_the_loss_even_if_it_is_the_padding_token(chatty, style):
     tok = chatty.replace(pad_id=END if style in ("chat", "chatml") else chatty.eot_id)
     for row, weight in zip(*encode([ONE, TWO], tok, style=style, context_length=999)[:2], strict=True):
         assert row[-1] == tok.pad_id and weight[-1] == 1
-    # the user's turn ends with the same token, which is not learned
+    # the user's turns end with the same token, which is not in the loss
     assert style not in ("chat", "chatml") or weight[row == END].tolist() == [0, 0, 1, 0, 1]
 
 
-def test_weights_are_one_on_the_answers_or_everywhere(chatty):
-    row, weight = (x[0] for x in encode([TWO], chatty, context_length=999)[:2])
+def test_loss_on_the_answers_or_on_all_tokens(chatty):
+    row, weight = (leaf[0] for leaf in encode([TWO], chatty, context_length=999)[:2])
     assert chatty.decode(row[weight == 1]) == "Là.<|im_end|>Here.<|im_end|>" and set(weight) == {0, 1}
-    everything = encode([TWO], chatty, context_length=999, loss_on="all")
-    assert everything.weights[0].all() and np.array_equal(everything.rows[0], row)
+    on_all = encode([TWO], chatty, context_length=999, loss_on="all")
+    assert on_all.weights[0].all() and np.array_equal(on_all.rows[0], row)
     with pytest.raises(UserError, match="loss_on: expected response or all, got 'answer'"):
         encode([TWO], chatty, context_length=999, loss_on="answer")
 

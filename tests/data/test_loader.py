@@ -1,3 +1,5 @@
+"""Training batches: a pure function of (seed, step), every window once per epoch, documents, mixtures, evaluation."""
+
 import math
 from collections import Counter
 from itertools import pairwise
@@ -21,7 +23,7 @@ def same(a, b):
     return all(x is y is None or (x.dtype == y.dtype and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 
-LINE = TokenStore.from_ids(np.arange(997))  # a token is its own place
+LINE = TokenStore.from_ids(np.arange(997))  # every token equals its position
 DOCUMENTS = TokenStore.from_ids(np.arange(997), doc_starts=[0, 5, 6, 300, 301, 640, 990], source_starts=[0, 300, 997])
 CASES = {
     "plain": (LINE, {}),
@@ -39,7 +41,7 @@ every_case = pytest.mark.parametrize(("store", "cfg"), CASES.values(), ids=CASES
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 99, 100, 101, 1000, 4099])
-def test_permute_is_a_permutation_of_its_own_for_each_key(n):
+def test_permute_is_a_different_permutation_for_each_key(n):
     index = np.arange(n)
     orders = [permute(index, n, np.full(n, key, np.uint64)) for key in range(3)]
     for order in orders:
@@ -49,14 +51,14 @@ def test_permute_is_a_permutation_of_its_own_for_each_key(n):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
-def test_every_permutation_of_few_is_equally_likely(n):
-    """Chi-square over all n! permutations: mean n! - 1, variance twice that; within four standard deviations."""
+def test_every_permutation_of_few_indices_is_equally_likely(n):
+    """Chi-square test over all n! permutations: mean n! - 1, variance twice that; at most four standard deviations."""
     keys = 400 * math.factorial(n)
     orders = permute(np.tile(np.arange(n), keys), n, np.repeat(np.arange(keys, dtype=np.uint64), n)).reshape(keys, n)
     counts = np.unique(orders, axis=0, return_counts=True)[1]
-    free = math.factorial(n) - 1
-    assert len(counts) == free + 1
-    assert abs(((counts - 400) ** 2 / 400).sum() - free) < 4 * (2 * free) ** 0.5
+    degrees_of_freedom = math.factorial(n) - 1
+    assert len(counts) == degrees_of_freedom + 1
+    assert abs(((counts - 400) ** 2 / 400).sum() - degrees_of_freedom) < 4 * (2 * degrees_of_freedom) ** 0.5
 
 
 @pytest.mark.parametrize("n", [25, 33, 40, 41, 47])
@@ -67,13 +69,13 @@ def test_every_token_of_the_text_is_a_target_in_some_epoch(n):
 
 
 def test_permute_looks_random():
-    """No place prefers a number: chi-square of (place, number) over 2,000 keys, 99 degrees of freedom a place."""
+    """No position prefers a value: chi-square test of (position, value) counts over 2,000 keys."""
     n, keys = 10, 2000
     counts = np.zeros((n, n))
     for key in range(keys):
         counts[np.arange(n), permute(np.arange(n), n, np.full(n, key * 7919, np.uint64))] += 1
     chi2 = ((counts - keys / n) ** 2 / (keys / n)).sum()
-    assert chi2 < 140  # 81 expected, standard deviation 13
+    assert chi2 < 140  # expected value 81, standard deviation 13
     big = permute(np.arange(10_000), 10_000, np.full(10_000, 5, np.uint64))
     assert abs(np.corrcoef(np.arange(10_000), big)[0, 1]) < 0.04
     assert (np.diff(big) == 1).sum() < 10
@@ -85,31 +87,31 @@ def test_permute_looks_random():
 @every_case
 def test_any_step_in_any_order(store, cfg):
     steps = range(60)
-    straight = [loader(store, **cfg).batch(s) for s in steps]
+    in_order = [loader(store, **cfg).batch(s) for s in steps]
     other = loader(store, **cfg)
     for s in [59, 3, 58, 3, *np.random.default_rng(0).permutation(60)]:
-        assert same(other.batch(int(s)), straight[s])
+        assert same(other.batch(int(s)), in_order[s])
     for resumed_at in range(0, 60, 7):
-        assert same(loader(store, **cfg).batch(resumed_at), straight[resumed_at])
+        assert same(loader(store, **cfg).batch(resumed_at), in_order[resumed_at])
 
 
 @every_case
 def test_stacked_equals_one_by_one(store, cfg):
-    one = loader(store, **cfg)
-    stack = loader(store, **cfg).batches(17, 6)
-    assert stack.tokens.shape == (6, 4, 8)
+    single = loader(store, **cfg)
+    stacked = loader(store, **cfg).batches(17, 6)
+    assert stacked.tokens.shape == (6, 4, 8)
     for k in range(6):
-        assert same(one.batch(17 + k), [x if x is None else x[k] for x in stack])
+        assert same(single.batch(17 + k), [x if x is None else x[k] for x in stacked])
 
 
 @every_case
 def test_shapes_never_change(store, cfg):
     load = loader(store, **cfg)
-    kinds = {tuple(x if x is None else (x.shape, x.dtype.name) for x in load.batch(s)) for s in range(100)}
-    assert len(kinds) == 1
-    (kind,) = kinds
-    assert (kind[2] is None) == (len(store.doc_starts) == 1)
-    assert kind[0] == ((4, 8), "int32")
+    shapes = {tuple(x if x is None else (x.shape, x.dtype.name) for x in load.batch(s)) for s in range(100)}
+    assert len(shapes) == 1
+    (shape,) = shapes
+    assert (shape[2] is None) == (len(store.doc_starts) == 1)
+    assert shape[0] == ((4, 8), "int32")
 
 
 def test_seeds_differ_and_far_steps_work():
@@ -141,7 +143,7 @@ def test_shuffled_epochs_hold_every_window_once():
     assert len(set(offsets)) > 2 and all(a != b for a, b in pairwise(orders))
 
 
-def test_sequential_walks_straight():
+def test_sequential_reads_windows_in_order():
     load = loader(LINE, order="sequential")
     assert load.n_windows == 996 // 8
     assert epoch_starts(load, 1).tolist() == list(range(0, 8 * load.n_windows, 8))
@@ -155,7 +157,7 @@ def test_book_mode_drops_the_last_short_batch():
         starts = load.starts(2 * epoch, 2).tolist()
         assert len(set(starts)) == 6 and set(starts) <= set(range(0, 31, 5))
         seen.update(starts)
-    assert len(seen) == 7  # another window is left out each time
+    assert len(seen) == 7  # the window that is dropped differs between epochs
 
 
 def test_smallest_texts():
@@ -177,12 +179,12 @@ def test_documents_by_hand():
     batch = loader(store, order="sequential", batch_size=1, context_length=6).batch(0)
     assert batch.tokens.tolist() == [[7, 8, 9, 0, 0, 3]]
     assert batch.targets.tolist() == [[8, 9, 0, 0, 3, 4]]
-    assert batch.weights.tolist() == [[1, 1, 1, 0, 1, 1]]  # the second document is nothing but a token to begin with
+    assert batch.weights.tolist() == [[1, 1, 1, 0, 1, 1]]  # the second document consists of its begin token only
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 3, 3]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
 
 
-def test_documents_begin_with_the_token_that_ends_the_one_before():
+def test_a_document_begins_with_the_token_that_ends_the_previous_one():
     store = TokenStore.from_ids([7, 8, 9, 1, 3, 4, 1, 5, 1], doc_starts=[0, 4, 7])
     assert store.begin_id == 1
     batch = loader(store, order="sequential", batch_size=1, context_length=8).batch(0)
@@ -193,14 +195,14 @@ def test_documents_begin_with_the_token_that_ends_the_one_before():
     live = Counter()
     for batch in eval_batches(store, context_length=4, batch_size=3):
         live.update(batch.targets[batch.weights > 0].tolist())
-    assert live == Counter([8, 9, 1, 3, 4, 1, 5, 1])  # all but the first token of the first document
-    for start in range(9 - 4):  # a window that begins anywhere
+    assert live == Counter([8, 9, 1, 3, 4, 1, 5, 1])  # every token but the first of the first document
+    for start in range(9 - 4):  # a window may start anywhere
         batch = gather(store, np.array([start]), 4, True)
         assert (batch.weights == 1).all() and batch.segment_ids[0, 0] == 1 and batch.positions[0, 0] == 0
 
 
-def test_a_beginning_of_its_own_is_no_end_of_the_document_before():
-    #  E a b (cut) | E c E | d E: the first does not end, the second begins, the third shares
+def test_a_separate_begin_token_is_not_the_end_of_the_previous_document():
+    # Documents [E a b] (truncated, so it has no end token), [E c E] and [d E]; the last begins with the E before it.
     store = TokenStore.from_ids([1, 7, 8, 1, 9, 1, 6, 1], doc_starts=[0, 3, 6], begin_id=1)
     batch = loader(store, order="sequential", batch_size=1, context_length=7).batch(0)
     assert batch.tokens.tolist() == [[1, 7, 8, 1, 9, 1, 6]]
@@ -216,11 +218,11 @@ def test_documents_by_definition():
     for step in range(60):
         batch = load.batch(step)
         for row in range(4):
-            place, target = batch.tokens[row], batch.targets[row]
-            assert (batch.weights[row] == (document[place] == document[target])).all()
-            assert (np.diff(batch.segment_ids[row]) == np.diff(document[place])).all()
-            begin = np.maximum(DOCUMENTS.doc_starts[document[place]], place[0])
-            assert (batch.positions[row] == place - begin).all()
+            token, target = batch.tokens[row], batch.targets[row]  # each equals its index in the store
+            assert (batch.weights[row] == (document[token] == document[target])).all()
+            assert (np.diff(batch.segment_ids[row]) == np.diff(document[token])).all()
+            begin = np.maximum(DOCUMENTS.doc_starts[document[token]], token[0])
+            assert (batch.positions[row] == token - begin).all()
 
 
 def test_document_mask_off():
@@ -236,13 +238,13 @@ def test_mixture_proportions_and_own_epochs():
     starts = load.starts(0, 400)
     small = starts[starts < 300]
     assert abs(len(small) - 1200) <= 1
-    assert (small + 9 <= 300).all()  # no window reaches into the other source
+    assert (small + 9 <= 300).all()  # no window extends into the other source
     n = load.lanes[0].n_windows
     for epoch in range(5):
         assert len(set(small[epoch * n : (epoch + 1) * n].tolist())) == n
 
 
-def test_temperature_one_without_weights_is_one_pass():
+def test_without_weights_and_temperature_an_epoch_is_one_pass():
     load = loader(DOCUMENTS)
     assert len(load.lanes) == 1 and len(set(epoch_starts(load, 0).tolist())) == load.n_windows
 
@@ -262,15 +264,22 @@ def test_mixture_mistakes():
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_mask_tokens_replaces_exactly_k_inputs(k):
     plain, masked = loader(LINE), loader(LINE, mask_tokens=k)
-    places = Counter()
+    positions = Counter()
     for step in range(200):
         a, b = plain.batch(step), masked.batch(step)
         assert (a.targets == b.targets).all()
         changed = a.tokens != b.tokens
         assert (changed.sum(1) == k).all()
         assert (b.tokens >= 0).all() and (b.tokens < 1000).all()
-        places.update(np.flatnonzero(changed.any(0)).tolist())
-    assert len(places) == 8
+        positions.update(np.flatnonzero(changed.any(0)).tolist())
+    assert len(positions) == 8
+
+
+def test_mask_tokens_mistakes():
+    with pytest.raises(UserError, match=r"mask_tokens \(9\) must be between 0 and the context length \(8\)"):
+        loader(LINE, mask_tokens=9)
+    with pytest.raises(UserError, match=r"mask_tokens=3 replaces tokens .* vocab_size must be at least 2, got 0"):
+        loader(LINE, mask_tokens=3, vocab_size=0)
 
 
 # --- evaluation
@@ -295,7 +304,9 @@ def test_eval_of_documents():
         live = batch.weights > 0
         seen.update(batch.targets[live].tolist())
         assert (batch.segment_ids[live] > 0).all()
-    firsts = set(DOCUMENTS.doc_starts.tolist())
-    assert seen == Counter(i for i in range(997) if i not in firsts)
-    again = eval_batches(DOCUMENTS, context_length=8, batch_size=5)
-    assert all(same(a, b) for a, b in zip(eval_batches(DOCUMENTS, context_length=8, batch_size=5), again, strict=True))
+    doc_starts = set(DOCUMENTS.doc_starts.tolist())
+    assert seen == Counter(i for i in range(997) if i not in doc_starts)
+    repeated = eval_batches(DOCUMENTS, context_length=8, batch_size=5)
+    assert all(
+        same(a, b) for a, b in zip(eval_batches(DOCUMENTS, context_length=8, batch_size=5), repeated, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Whole examples in rows, each shifted by itself; batches as a pure function of (seed, step)."""
+"""Packing of whole examples into rows, each example shifted separately; batches as a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 
 
 def examples(*lengths, seed=0, vocab=17):
-    """Random ids and weights; `lengths` counts ids."""
+    """Examples of random ids and weights; `lengths` are numbers of ids."""
     rng = np.random.default_rng(seed)
     rows = [rng.integers(1, vocab, n).astype(np.int32) for n in lengths]
     weights = [rng.integers(0, 2, n).astype(np.float32) for n in lengths]
@@ -23,31 +23,32 @@ def examples(*lengths, seed=0, vocab=17):
     return Encoded(rows, weights, 0)
 
 
-def many(n=200, longest=40, seed=0):
+def random_examples(n=200, longest=40, seed=0):
     return examples(*np.random.default_rng(seed).integers(2, longest + 2, n), seed=seed)
 
 
-def parts(rows):
-    """(inputs, targets, weights) of each segment, as a multiset."""
-    found = Counter()
+def segments_of(rows):
+    """(inputs, targets, weights) of each segment, as a multiset. Segments must be contiguous."""
+    counts = Counter()
     for tokens, targets, weights, segments in zip(*rows, strict=True):
         for k in range(1, segments.max() + 1):
-            here = segments == k
-            assert here.any() and np.diff(np.flatnonzero(here)).max(initial=1) == 1
-            found[tuple(tokens[here]), tuple(targets[here]), tuple(weights[here])] += 1
-    return found
+            mask = segments == k
+            assert mask.any() and np.diff(np.flatnonzero(mask)).max(initial=1) == 1
+            counts[tuple(tokens[mask]), tuple(targets[mask]), tuple(weights[mask])] += 1
+    return counts
 
 
-def wanted(encoded):
-    shifted = zip(encoded.rows, encoded.weights, strict=True)
-    return Counter((tuple(ids[:-1]), tuple(ids[1:]), tuple(weights[1:])) for ids, weights in shifted)
+def expected_segments(encoded):
+    """(inputs, targets, weights) of each example, as a multiset."""
+    examples = zip(encoded.rows, encoded.weights, strict=True)
+    return Counter((tuple(ids[:-1]), tuple(ids[1:]), tuple(weights[1:])) for ids, weights in examples)
 
 
 def same(a, b):
     return all(x is y is None or (x.dtype == y.dtype and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 
-def test_the_picture():
+def test_a_small_example():
     encoded = Encoded([np.array([6, 7, 9]), np.array([1, 2, 3, 4, 9])], [np.ones(3), np.array([1, 0, 0, 1, 1])], 0)
     rows = packed(encoded, 8)
     assert rows.tokens.tolist() == [[1, 2, 3, 4, 6, 7, 0, 0]]
@@ -60,21 +61,21 @@ def test_the_picture():
 
 @pytest.mark.parametrize("make", [lambda e: packed(e, 41), lambda e: packed(e, 100), padded, lambda e: padded(e, 64)])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_example_comes_whole_and_once(make, seed):
-    encoded = many(seed=seed)
+def test_every_example_occurs_whole_and_once(make, seed):
+    encoded = random_examples(seed=seed)
     rows = make(encoded)
-    assert parts(rows) == wanted(encoded)
+    assert segments_of(rows) == expected_segments(encoded)
     padding = rows.segment_ids == 0
     assert not any(leaf[padding].any() for leaf in rows)
     assert [leaf.dtype for leaf in rows] == [np.int32, np.int32, np.float32, np.int32]
     assert same(rows, make(encoded))
 
 
-def first_fit_decreasing(lengths, room):
-    """Row of each length, the slow and plain way."""
+def first_fit_decreasing(lengths, context_length):
+    """A simple reference implementation: (row of each example, number of tokens in each row)."""
     rows, places = [], {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        k = next((k for k, used in enumerate(rows) if used + lengths[i] <= room), len(rows))
+        k = next((k for k, used in enumerate(rows) if used + lengths[i] <= context_length), len(rows))
         rows += [0] * (k == len(rows))
         places[i] = k
         rows[k] += lengths[i]
@@ -82,23 +83,23 @@ def first_fit_decreasing(lengths, room):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("room", [40, 47, 100])
-def test_packing_is_first_fit_decreasing(seed, room):
-    encoded = many(seed=seed)
-    places, used = first_fit_decreasing([len(row) - 1 for row in encoded.rows], room)
-    rows = packed(encoded, room)
+@pytest.mark.parametrize("context_length", [40, 47, 100])
+def test_packing_is_first_fit_decreasing(seed, context_length):
+    encoded = random_examples(seed=seed)
+    places, used = first_fit_decreasing([len(row) - 1 for row in encoded.rows], context_length)
+    rows = packed(encoded, context_length)
     assert (rows.segment_ids > 0).sum(1).tolist() == used
     for k in range(len(used)):
-        mine = [encoded.rows[i][:-1] for i in sorted(places, key=lambda i: -len(encoded.rows[i])) if places[i] == k]
-        assert rows.tokens[k][: used[k]].tolist() == np.concatenate(mine).tolist()
+        inputs = [encoded.rows[i][:-1] for i in sorted(places, key=lambda i: -len(encoded.rows[i])) if places[i] == k]
+        assert rows.tokens[k][: used[k]].tolist() == np.concatenate(inputs).tolist()
 
 
 def test_rows_are_nearly_full():
-    rows = packed(many(2000), 256)
+    rows = packed(random_examples(2000), 256)
     assert (rows.segment_ids > 0).mean() > 0.98
 
 
-def test_rows_that_cannot_be():
+def test_invalid_examples():
     for make in (packed, padded):
         with pytest.raises(UserError, match="example 2 needs 9 places and a row has 8: encode with the same"):
             make(examples(4, 10), 8)
@@ -121,7 +122,7 @@ def numbered(n, length=3):
 
 @pytest.mark.parametrize("n", [1, 3, 10, 23])
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
-def test_every_row_once_an_epoch_in_a_new_order(n, batch_size):
+def test_every_row_once_per_epoch_in_a_new_order(n, batch_size):
     rows = numbered(n)
     stream = np.concatenate([batch(rows, s, batch_size=batch_size, seed=3).tokens[:, 0] for s in range(3 * n)])
     epochs = stream[: 3 * n * batch_size // n * n].reshape(-1, n)
@@ -130,7 +131,7 @@ def test_every_row_once_an_epoch_in_a_new_order(n, batch_size):
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    rows = packed(many(), 64)
+    rows = packed(random_examples(), 64)
     first = [batch(rows, step, batch_size=5, seed=1) for step in range(20)]
     assert all(same(batch(rows, step, batch_size=5, seed=1), first[step]) for step in reversed(range(20)))
     assert not same(batch(rows, 0, batch_size=5, seed=2), first[0])
@@ -138,7 +139,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert same(batch(rows, 10**9, batch_size=5, seed=-1), batch(rows, 10**9, batch_size=5, seed=-1))
 
 
-def test_the_order_is_the_loader_s():
+def test_the_order_equals_that_of_the_loader():
     n, t = 23, 4
     store = TokenStore.from_ids(np.arange(n * t + 1))
     loader = Loader(store, DataConfig(stride=t), batch_size=1, context_length=t, seed=5, vocab_size=1000)
@@ -148,7 +149,7 @@ def test_the_order_is_the_loader_s():
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 50])
 def test_evaluation_sees_all_rows_once(batch_size):
-    rows = packed(many(), 64)
+    rows = packed(random_examples(), 64)
     n = len(rows.tokens)
     batches = list(eval_batches(rows, batch_size))
     assert len(batches) == -(-n // batch_size)
@@ -161,8 +162,8 @@ def test_evaluation_sees_all_rows_once(batch_size):
 # --- the model
 
 
-def test_packed_is_padded_to_the_model(tiny):
-    """The same loss, summed over all targets, whatever stands beside an example in its row."""
+def test_packed_and_padded_rows_have_the_same_loss(tiny):
+    """The loss summed over all targets does not depend on the other examples in a row."""
     import jax
     import jax.numpy as jnp
 
@@ -177,6 +178,6 @@ def test_packed_is_padded_to_the_model(tiny):
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), rows.targets[..., None], -1)[..., 0]
         return (losses * rows.weights).sum(), rows.weights.sum()
 
-    one, other = total(packed(encoded, 16)), total(padded(encoded))
-    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
-    assert one[1] == other[1] > 0
+    from_packed, from_padded = total(packed(encoded, 16)), total(padded(encoded))
+    np.testing.assert_allclose(from_packed[0], from_padded[0], rtol=1e-5)
+    assert from_packed[1] == from_padded[1] > 0

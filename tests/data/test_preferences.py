@@ -1,4 +1,4 @@
-"""Pairs of answers: what is read, what is refused, and rows that hold both sides."""
+"""Preference pairs: formats, invalid records, and rows with the chosen and the rejected answer of every pair."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_formats(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("record", "message"),
     [
         ({"prompt": "Hi?", "chosen": "yes"}, "no known format"),
         ({"prompt": "Hi?", "chosen": "yes", "rejected": " "}, "the response is empty"),
@@ -57,67 +57,68 @@ def test_formats(tmp_path, name):
         ({"prompt": 3, "chosen": "b", "rejected": "d"}, "must be text"),
     ],
 )
-def test_what_is_refused(tmp_path, record, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_invalid_records(tmp_path, record, message):
+    with pytest.raises(UserError, match=message) as error:
         preferences.read(saved(tmp_path, [RECORDS["prompt"], record]))
     assert "pairs.jsonl:2" in str(error.value)
 
 
 def encoded(width=1000):
-    talks = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
+    answers = [talk("a", "first", "bc", "de"), talk("a", "first", "bc", "f")], [talk("gh", "i"), talk("gh", "jkl")]
     pairs = [
-        preferences.Pair(*(preferences.Conversation(tuple(turns), "here") for turns in pair)) for pair in [*talks] * 2
+        preferences.Pair(*(preferences.Conversation(tuple(messages), "here") for messages in pair))
+        for pair in [*answers] * 2
     ]
     return preferences.encode(pairs, TOK, style="phi3", context_length=width)
 
 
-def test_only_the_last_answer_and_its_end_are_learned():
+def test_only_the_last_answer_and_its_end_token_are_in_the_loss():
     for ids, weights in (example for pair in encoded().pairs for example in pair):
         learned = ids[weights > 0].tolist()
         assert learned[-1] == TOK.eot_id and TOK.decode(learned[:-1]) in ("de", "f", "i", "jkl")
 
 
 @pytest.mark.parametrize(("width", "packed"), [(None, False), (None, True), (400, True)])
-def test_rows_hold_both_answers_of_every_pair(width, packed):
+def test_rows_contain_both_answers_of_every_pair(width, packed):
     pairs = encoded()
     rows = preferences.rows(pairs, width, packed)
     assert sorted(rows.pairs[rows.pairs >= 0]) == [0, 1, 2, 3]
     assert (len(rows.tokens) < 4) == packed
     for row, p in zip(*np.nonzero(rows.pairs >= 0), strict=True):
         for rejected, (ids, weights) in enumerate(pairs.pairs[rows.pairs[row, p]]):
-            here = rows.segment_ids[row] == 2 * p + 1 + rejected
-            assert rows.tokens[row][here].tolist() == ids[:-1].tolist()
-            assert rows.targets[row][here].tolist() == ids[1:].tolist()
-            assert rows.weights[row][here].tolist() == weights[1:].tolist()
-    outside = rows.segment_ids == 0
-    assert not rows.weights[outside].any()
+            mask = rows.segment_ids[row] == 2 * p + 1 + rejected
+            assert rows.tokens[row][mask].tolist() == ids[:-1].tolist()
+            assert rows.targets[row][mask].tolist() == ids[1:].tolist()
+            assert rows.weights[row][mask].tolist() == weights[1:].tolist()
+    padding = rows.segment_ids == 0
+    assert not rows.weights[padding].any()
 
 
 def test_pairs_that_do_not_fit_are_counted():
-    some = encoded(100)
-    assert some.dropped == 2 and len(some.pairs) == 2
+    fitting = encoded(100)
+    assert fitting.dropped == 2 and len(fitting.pairs) == 2
     with pytest.raises(UserError, match="no pair fits a context of 8 tokens: .* the shortest needs 70"):
         encoded(8)
 
 
-def test_batches_bring_the_reference_of_their_pairs():
+def test_batches_contain_the_reference_log_probs_of_their_pairs():
     rows = preferences.rows(encoded(), None, False)
-    before = np.arange(8, dtype=np.float32).reshape(4, 2)
-    some = [preferences.batch(rows, step, batch_size=2, seed=1, reference=before) for step in range(2)]
-    assert sorted(np.concatenate([b.reference[:, 0, 0] for b in some]).tolist()) == [0, 2, 4, 6]
-    *_, last = preferences.eval_batches(rows, 3, before)
+    reference = np.arange(8, dtype=np.float32).reshape(4, 2)
+    batches = [preferences.batch(rows, step, batch_size=2, seed=1, reference=reference) for step in range(2)]
+    assert sorted(np.concatenate([b.reference[:, 0, 0] for b in batches]).tolist()) == [0, 2, 4, 6]
+    *_, last = preferences.eval_batches(rows, 3, reference)
     assert last.present.tolist() == [[1], [0], [0]] and last.reference[0, 0].tolist() == [6, 7]
 
 
-def test_pairs_of_skills():
+def test_synthetic_pairs():
     pairs = preferences.of_skills(60, seed=0)
     assert len(pairs) >= 58 and pairs == preferences.of_skills(60, seed=0)
     for chosen, rejected in pairs:
         assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-1] != rejected.messages[-1]
-    asked = {pair.chosen.messages[0]["content"] for pair in preferences.of_skills(60, seed=0, held_out=True)}
-    assert not asked & {pair.chosen.messages[0]["content"] for pair in pairs}
+    held_out = {pair.chosen.messages[0]["content"] for pair in preferences.of_skills(60, seed=0, held_out=True)}
+    assert not held_out & {pair.chosen.messages[0]["content"] for pair in pairs}
 
 
-def test_a_system_message_beside_a_pair_stands_before_both(tmp_path):
+def test_the_system_message_of_a_pair_precedes_both_answers(tmp_path):
     (pair,) = preferences.read(saved(tmp_path, [RECORDS["prompt"] | {"system": "Be brief."}]))
     assert [talk.messages[0] for talk in pair] == [{"role": "system", "content": "Be brief."}] * 2

@@ -1,3 +1,5 @@
+"""From text to token stores on disk: their content, reuse from the cache, damaged caches and invalid input."""
+
 import json
 import os
 import shutil
@@ -44,10 +46,10 @@ def stores(tmp_path):
     return sorted(p.name for p in (tmp_path / "cache" / "tokens").iterdir())
 
 
-# --- what is made
+# --- content of the token stores
 
 
-def test_characters_round_trip(tmp_path, text):
+def test_decoded_tokens_equal_the_text(tmp_path, text):
     ready = data.prepare(config(tmp_path, text))
     cut = int(0.9 * len(TEXT))
     assert ready.tokenizer.decode(ready.train.tokens) == TEXT[:cut]
@@ -57,7 +59,7 @@ def test_characters_round_trip(tmp_path, text):
     assert (ready.train.n_bytes, ready.val.n_bytes) == (cut, len(TEXT) - cut)
 
 
-def test_documents_end_where_they_end(tmp_path, folder):
+def test_documents_are_separated_by_end_of_text(tmp_path, folder):
     ready = data.prepare(config(tmp_path, folder, tokenizer="bpe"))
     eot = ready.tokenizer.eot_id
     for store in (ready.train, ready.val):
@@ -65,58 +67,57 @@ def test_documents_end_where_they_end(tmp_path, folder):
         assert ends[0] == store.doc_starts[0] == 0 and ends[-1] == len(store) - 1
         assert (ends[1:-1] + 1 == store.doc_starts[1:]).all()
     names = ready.manifest["split"][0]["held_out"]
-    held = [(folder / name).read_text() for name in names]
+    held_out = [(folder / name).read_text() for name in names]
     bounds = [1, *ready.val.doc_starts[1:], len(ready.val)]
-    found = [ready.tokenizer.decode(ready.val.tokens[a : b - 1]) for a, b in pairwise(bounds)]
-    assert found == held
+    decoded = [ready.tokenizer.decode(ready.val.tokens[a : b - 1]) for a, b in pairwise(bounds)]
+    assert decoded == held_out
     assert ready.manifest["train"]["documents"] + ready.manifest["val"]["documents"] == 12
-    assert ready.val.n_bytes == sum(len(t.encode()) for t in held)
+    assert ready.val.n_bytes == sum(len(t.encode()) for t in held_out)
 
 
-def test_every_token_of_the_documents_is_a_target_and_an_empty_prompt_begins_one(tmp_path, folder):
+def test_every_token_is_a_target_and_an_empty_prompt_begins_a_document(tmp_path, folder):
     ready = data.prepare(config(tmp_path, folder, tokenizer="bpe"))
     begin = tokenizers.begin_id(ready.tokenizer)
     batches = list(data.eval_batches(ready.val, context_length=8, batch_size=4))
     assert sum(b.weights.sum() for b in batches) == len(ready.val) - 1 == ready.val.n_targets
-    begun = [(b.tokens == begin) & (b.weights > 0) for b in batches]
-    assert sum(int(b.sum()) for b in begun) == len(ready.val.doc_starts)
-    firsts = {int(t) for b, here in zip(batches, begun, strict=True) for t in b.targets[here]}
-    assert firsts == {int(ready.val.tokens[1])}  # each begins with "Document"
+    begins = [(b.tokens == begin) & (b.weights > 0) for b in batches]
+    assert sum(int(mask.sum()) for mask in begins) == len(ready.val.doc_starts)
+    first_tokens = {int(t) for b, mask in zip(batches, begins, strict=True) for t in b.targets[mask]}
+    assert first_tokens == {int(ready.val.tokens[1])}  # every document starts with "Document"
 
 
-def test_tails_of_files_do_not_begin_and_heads_do_not_end(tmp_path, folder):
+def test_a_held_out_tail_has_no_begin_token_and_the_text_before_it_no_end_token(tmp_path, folder):
     ready = data.prepare(config(tmp_path, folder, tokenizer="bpe", split="tail"))
     eot, train, val = ready.tokenizer.eot_id, ready.train, ready.val
     assert (train.tokens[train.doc_starts] == eot).all() and (train.tokens == eot).sum() == 12
     assert (val.tokens[val.doc_starts] != eot).all() and (val.tokens == eot).sum() == 12
 
 
-def test_texts_begin_with_a_token_of_their_own_where_the_tokenizer_says_so(tmp_path, folder):
-    own = tokenizers.load("bytes")
-    own = tokenizers.extend(own, ["<s>"])
-    own = own.replace(bos_id=own.special_tokens["<s>"], add_bos=True)
-    own.save(tmp_path / "tokenizer.json")
+def test_documents_begin_with_bos_if_the_tokenizer_adds_it(tmp_path, folder):
+    tokenizer = tokenizers.extend(tokenizers.load("bytes"), ["<s>"])
+    tokenizer = tokenizer.replace(bos_id=tokenizer.special_tokens["<s>"], add_bos=True)
+    tokenizer.save(tmp_path / "tokenizer.json")
     ready = data.prepare(config(tmp_path, folder, tokenizer=str(tmp_path / "tokenizer.json")))
-    train, (begin, end) = ready.train, (own.bos_id, own.eot_id)
+    train, (begin, end) = ready.train, (tokenizer.bos_id, tokenizer.eot_id)
     assert (train.tokens[train.doc_starts] == begin).all() and (train.tokens == begin).sum() == len(train.doc_starts)
     batch = data.loader.gather(train, train.doc_starts[1:3] - 2, 4, True)
     assert batch.tokens[:, 1].tolist() == [end] * 2 and batch.weights.tolist() == [[1, 0, 1, 1]] * 2
 
 
-def test_one_running_text_has_no_end(tmp_path, text):
+def test_a_single_document_has_no_end_token(tmp_path, text):
     ready = data.prepare(config(tmp_path, text, tokenizer="bpe"))
     assert ready.tokenizer.eot_id not in ready.train.tokens
     assert ready.tokenizer.eot_id not in ready.val.tokens
 
 
-def test_trained_vocabulary_never_sees_held_out_text(tmp_path):
+def test_a_trained_vocabulary_does_not_use_held_out_text(tmp_path):
     (tmp_path / "a.txt").write_text("aaaa bbbb " * 100 + "zqzq " * 50)
     ready = data.prepare(config(tmp_path, tmp_path / "a.txt", tokenizer="bpe", val_fraction=0.2))
     assert len(ready.tokenizer.encode("zqzq")) == 4
     assert len(ready.tokenizer.encode("aaaa")) == 1
 
 
-def test_special_token_in_the_text_is_text(tmp_path):
+def test_a_special_token_in_the_text_is_plain_text(tmp_path):
     (tmp_path / "a.txt").write_text("one<|endoftext|>two " * 40)
     ready = data.prepare(config(tmp_path, tmp_path / "a.txt", tokenizer="bpe"))
     assert ready.tokenizer.eot_id not in ready.train.tokens
@@ -167,7 +168,7 @@ def test_evaluation_covers_the_validation_text(tmp_path, text):
 # --- reuse
 
 
-def test_second_time_reads_nothing_again(tmp_path, text, monkeypatch):
+def test_the_second_run_reads_from_the_cache(tmp_path, text, monkeypatch):
     first = data.prepare(config(tmp_path, text))
     monkeypatch.setattr(tokenizers, "build", lambda *a: pytest.fail("built again"))
     second = data.prepare(config(tmp_path, text))
@@ -175,11 +176,11 @@ def test_second_time_reads_nothing_again(tmp_path, text, monkeypatch):
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     moved = tmp_path / "elsewhere" / "text.txt"
     moved.parent.mkdir()
-    text.rename(moved)
+    text.rename(moved)  # the key does not depend on the folder
     assert data.prepare(config(tmp_path, moved)).manifest["key"] == first.manifest["key"]
 
 
-def test_whatever_matters_gives_a_new_key(tmp_path, text):
+def test_the_key_depends_on_settings_and_text(tmp_path, text):
     keys = [data.prepare(config(tmp_path, text)).manifest["key"]]
     keys.append(data.prepare(config(tmp_path, text, tokenizer="bytes")).manifest["key"])
     keys.append(data.prepare(config(tmp_path, text, tokenizer="bpe")).manifest["key"])
@@ -194,10 +195,10 @@ def test_whatever_matters_gives_a_new_key(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "train.starts.npy", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_damage_is_noticed_and_repaired(tmp_path, text, name, damage):
+def test_a_damaged_cache_is_detected_and_rebuilt(tmp_path, text, name, damage):
     cfg = config(tmp_path, text)
     good = data.prepare(cfg)
-    tokens = np.array(good.train.tokens)  # a copy: the damage shows through the map
+    tokens = np.array(good.train.tokens)  # a copy, because the damage would be visible through the memory map
     path = tmp_path / "cache" / "tokens" / good.manifest["key"] / name
     content = bytearray(path.read_bytes())
     if damage == "flip":
@@ -208,39 +209,43 @@ def test_damage_is_noticed_and_repaired(tmp_path, text, name, damage):
     else:
         path.unlink()
     lines = []
-    again = data.prepare(cfg, log=lines.append)
+    rebuilt = data.prepare(cfg, log=lines.append)
     assert "damaged" in lines[0]
-    assert again.manifest == good.manifest and stores(tmp_path) == [good.manifest["key"]]
-    assert np.array_equal(again.train.tokens, tokens)
+    assert rebuilt.manifest == good.manifest and stores(tmp_path) == [good.manifest["key"]]
+    assert np.array_equal(rebuilt.train.tokens, tokens)
 
 
-def test_killed_writer_leaves_nothing_that_counts(tmp_path, text):
+def test_partial_folders_of_killed_processes_are_removed_after_a_day(tmp_path, text):
     root = tmp_path / "cache" / "tokens"
     old = [root / name for name in (".partial-0123456789ab-a_b2c3d4", ".partial-damaged-abcdefgh", ".partial-download")]
-    young = root / ".partial-0123456789ab-abcdefgh"
-    for folder in (*old, young):
+    recent = root / ".partial-0123456789ab-abcdefgh"
+    for folder in (*old, recent):
         folder.mkdir(parents=True)
     for folder in old:
         os.utime(folder, (time.time() - 2 * 24 * 3600,) * 2)
     ready = data.prepare(config(tmp_path, text))
-    assert stores(tmp_path) == [young.name, ".partial-download", ready.manifest["key"]]  # which is not ours
+    assert stores(tmp_path) == [
+        recent.name,
+        ".partial-download",
+        ready.manifest["key"],
+    ]  # .partial-download is not ours
 
 
-def test_what_somebody_put_into_the_cache_stays(tmp_path, text):
-    """Beside the tokens in any case; among them until a damaged folder would have to be replaced."""
+def test_files_of_the_user_in_the_cache_are_kept(tmp_path, text):
+    """Files next to the token folders stay. A damaged token folder that contains one is not deleted: it is an error."""
     cfg, notes = config(tmp_path, text), tmp_path / "cache" / "tokens" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
     folder = notes.parent / data.prepare(cfg).manifest["key"]
-    own = folder / "sub" / "mine.txt"
-    own.parent.mkdir()
-    own.write_text("mine")
+    user_file = folder / "sub" / "mine.txt"
+    user_file.parent.mkdir()
+    user_file.write_text("mine")
     data.prepare(cfg)
     (folder / "train.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"train\.bin does not match.* did not write \(sub, sub/mine\.txt\).*cache_dir"):
         data.prepare(cfg)
-    assert own.read_text() == notes.read_text() == "mine" and (folder / "train.bin").read_bytes() == b"x"
-    shutil.rmtree(own.parent)
+    assert user_file.read_text() == notes.read_text() == "mine" and (folder / "train.bin").read_bytes() == b"x"
+    shutil.rmtree(user_file.parent)
     data.prepare(cfg)
     shutil.rmtree(folder)
     folder.write_text("a file")
@@ -264,7 +269,7 @@ def test_several_processes_at_once(tmp_path, folder):
 # --- mistakes
 
 
-def test_too_short_says_found_and_needed(tmp_path):
+def test_a_text_that_is_too_short(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("only ten c")
     with pytest.raises(UserError, match="9 training tokens found, at least 65 needed"):
@@ -277,18 +282,18 @@ def test_too_short_says_found_and_needed(tmp_path):
         data.prepare(config(tmp_path, path, context_length=64))
 
 
-def test_vocabulary_must_fit_the_model(tmp_path, text):
+def test_a_vocabulary_larger_than_the_model(tmp_path, text):
     with pytest.raises(UserError, match=r"257 ids and model\.vocab_size=100"):
         data.prepare(config(tmp_path, text, tokenizer="bytes", vocab_size=100))
 
 
-def test_cache_that_cannot_be_written(tmp_path, text):
+def test_a_cache_that_cannot_be_written(tmp_path, text):
     (tmp_path / "cache").write_text("a file is in the way")
     with pytest.raises(UserError, match=r"cannot write tokens to .*\n.*data\.cache_dir=FOLDER"):
         data.prepare(config(tmp_path, text))
 
 
-def test_full_disk_leaves_nothing(tmp_path, text, monkeypatch):
+def test_a_full_disk_leaves_no_partial_folder(tmp_path, text, monkeypatch):
     def full(fd):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""What `gptjax data check` finds, what it leaves alone, and that hostile text does not slow it."""
+"""`gptjax data check`: what it reports, what it does not report, and that its time is linear on adversarial text."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ LONG = "the quick brown fox jumps over the lazy dog near the old stone bridge at
 
 @pytest.fixture
 def files(tmp_path):
-    one = [LONG, "Hello  there", "other text altogether", LONG.replace("bright", "rainy")]
-    two = ["hello there", "mail a.b@example.org now", "key AKIA" + "A1B2C3D4E5F6G7H8"]
-    for name, texts in (("train.jsonl", one), ("test.jsonl", two)):
+    train = [LONG, "Hello  there", "other text altogether", LONG.replace("bright", "rainy")]
+    test = ["hello there", "mail a.b@example.org now", "key AKIA" + "A1B2C3D4E5F6G7H8"]
+    for name, texts in (("train.jsonl", train), ("test.jsonl", test)):
         (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [str(tmp_path / name) for name in ("train.jsonl", "test.jsonl")]
 
 
-def test_repetitions_within_and_across(files):
+def test_duplicates_within_and_across_files(files):
     report = quality.check([quality.records_of(file) for file in files], threshold=0.6)
     assert [(len(row["where"]), row["across"]) for row in report["exact"]] == [(2, True)]
     (near,) = report["near"]
@@ -57,12 +57,12 @@ SECRETS = {
 @pytest.mark.parametrize("kind", quality.PATTERNS)
 def test_patterns(kind):
     text = f"before {SECRETS[kind]} after"
-    found = quality.sensitive([quality.Texts("f", [("f:1", text)])])
-    assert [row[0] for row in found] == [kind]
-    assert SECRETS[kind] not in found[0][2] and "*" in found[0][2]
+    findings = quality.sensitive([quality.Texts("f", [("f:1", text)])])
+    assert [row[0] for row in findings] == [kind]
+    assert SECRETS[kind] not in findings[0][2] and "*" in findings[0][2]
 
 
-def test_ordinary_numbers_are_left_alone():
+def test_ordinary_numbers_are_not_reported():
     text = (
         "On 2024-05-17 at 12:30 version 1.2.3 cost 1,234,567.89; 4111 1111 1111 1112, 192.168.0.1, 10.0.0.1, 999.1.1.1"
     )
@@ -71,20 +71,23 @@ def test_ordinary_numbers_are_left_alone():
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("unit", ["a", "1", "1 ", "a@", "a.", "eyJ", "+1", "GB82 "])
-def test_hostile_text_comes_to_an_end(unit):
-    """A megabyte that a pattern of quadratic time would not get through within the suite's limit."""
-    found = quality.sensitive([quality.Texts("f", [("f:1", unit * (10**6 // len(unit)))])])
-    assert {kind for kind, _, _ in found} <= {"card number", "IBAN"}
+def test_time_on_adversarial_text_is_linear(unit):
+    """A regular expression with quadratic time would exceed the test's time limit on one megabyte."""
+    findings = quality.sensitive([quality.Texts("f", [("f:1", unit * (10**6 // len(unit)))])])
+    assert {kind for kind, _, _ in findings} <= {"card number", "IBAN"}
 
 
 def test_records_of_many_kinds(tmp_path):
     (tmp_path / "a.txt").write_text("one\nstill one\n\n\ntwo\n")
-    assert [where.rsplit(":")[-1] for where, _ in quality.records_of(str(tmp_path / "a.txt")).found] == ["1", "5"]
+    assert [location.rsplit(":")[-1] for location, _ in quality.records_of(str(tmp_path / "a.txt")).records] == [
+        "1",
+        "5",
+    ]
     (tmp_path / "a.tsv").write_text("ham\thello\n")
-    assert quality.records_of(str(tmp_path / "a.tsv"), "text").found[0][1] == "hello"
+    assert quality.records_of(str(tmp_path / "a.tsv"), "text").records[0][1] == "hello"
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "n": 3}
     (tmp_path / "a.json").write_text(json.dumps([row]))
-    assert quality.records_of(str(tmp_path / "a.json")).found[0][1] == "user\nhi\nassistant\nho"
+    assert quality.records_of(str(tmp_path / "a.json")).records[0][1] == "user\nhi\nassistant\nho"
     for name, text in (("b.jsonl", "{"), ("c.jsonl", '{"n": 1}'), ("d.xyz", "x")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError):
@@ -103,21 +106,21 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-def test_losses_are_those_of_each_text_alone(model):
+def test_losses_equal_those_of_each_text_alone(model):
     from gptjax.evaluation.perplexity import losses
 
     params, cfg = gptjax.load(model)
     tok = gptjax.tokenizers.load("bytes")
-    texts = ["hello", "a", "some longer text than the context holds, so that it is cut", "hi there", "x"]
-    found = losses(params, cfg, tok, texts)
-    for text, loss in zip(texts, found, strict=True):
+    texts = ["hello", "a", "a text longer than the context length, so that it is truncated", "hi there", "x"]
+    packed_losses = losses(params, cfg, tok, texts)
+    for text, loss in zip(texts, packed_losses, strict=True):
         ids = np.array(tok.encode(text)[:33])[None]
         if ids.shape[1] == 1:
             assert np.isnan(loss)
             continue
         logp = jax.nn.log_softmax(gptjax.forward(params, ids[:, :-1], cfg))
-        want = -np.take_along_axis(np.asarray(logp), ids[:, 1:, None], -1).mean()
-        np.testing.assert_allclose(loss, want, rtol=1e-4)
+        expected = -np.take_along_axis(np.asarray(logp), ids[:, 1:, None], -1).mean()
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 def test_the_verb(files, model, tmp_path, capsys):
@@ -133,7 +136,7 @@ def test_the_verb(files, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ([], "expected: gptjax data check FILE"),
         (["absent.jsonl"], "absent.jsonl: no such file"),
@@ -142,6 +145,6 @@ def test_the_verb(files, model, tmp_path, capsys):
         (["x.txt", "near=maybe"], "expected true or false"),
     ],
 )
-def test_mistakes(args, says, capsys):
+def test_mistakes(args, message, capsys):
     assert main(["data", "check", *args]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,3 +1,5 @@
+"""Sources of text: what is read from each kind of file, what is an error, and datasets on the hub."""
+
 import json
 
 import pytest
@@ -24,7 +26,7 @@ def put(folder, name, content):
     return path
 
 
-# --- what can be read
+# --- valid sources
 
 
 def test_text_file(tmp_path):
@@ -36,8 +38,8 @@ def test_folder_is_recursive_sorted_and_named_relatively(tmp_path):
     for name in ("b.txt", "a/z.md", "a/b/c.txt", ".hidden/x.txt", "a/skip.py", "rows.csv"):
         put(tmp_path, name, name)
     assert [d.name for d in read(tmp_path)] == ["a/b/c.txt", "a/z.md", "b.txt"]
-    found = documents(DataConfig(source=(str(tmp_path),)))
-    assert list(found) == list(found)  # again and again
+    opened = documents(DataConfig(source=(str(tmp_path),)))
+    assert list(opened) == list(opened)  # can be iterated several times
     assert texts(tmp_path, max_documents=2) == ["a/b/c.txt", "a/z.md"]
 
 
@@ -58,15 +60,15 @@ def test_jsonl(tmp_path):
     ]
 
 
-def test_csv_guesses_nothing(tmp_path):
+def test_csv_values_are_not_interpreted(tmp_path):
     path = put(tmp_path, "a.csv", 'label,text\nham,NA\nspam,"a ""b"",\nc"\nham,null\n1, 007 \n')
     assert texts(path) == ["NA", 'a "b",\nc', "null", " 007 "]
     assert [d.name for d in read(path)] == ["a.csv:2", "a.csv:3", "a.csv:5", "a.csv:6"]
     assert texts(put(tmp_path, "long.csv", "text\n" + "x" * 200_000 + "\n")) == ["x" * 200_000]
 
 
-def test_the_line_ends_of_an_old_mac(tmp_path):
-    """A carriage return alone, in a file without a line feed; beside one it is a character like any other."""
+def test_line_ends_of_classic_mac_os(tmp_path):
+    """A carriage return ends a line if the file has no line feed; otherwise it is an ordinary character."""
     assert texts(put(tmp_path, "a.txt", b"one\rtwo\r")) == ["one\ntwo\n"]
     assert texts(put(tmp_path, "b.txt", b"10%\r20%\n")) == ["10%\r20%\n"]
     assert texts(put(tmp_path, "a.csv", b"text,x\rhello,1\ryou,2\r")) == ["hello", "you"]
@@ -110,7 +112,7 @@ def test_asset_by_name(tmp_path, monkeypatch):
     assert read("shakespeare") == [Document("hamlet.txt", "To be", "hamlet.txt")]
 
 
-# --- what cannot
+# --- invalid sources
 
 BAD_FILES = {
     "latin1": ("a.txt", b"caf\xe9 au lait", r"a\.txt: invalid UTF-8 at byte 3 \(0xe9.*iconv"),
@@ -142,7 +144,7 @@ BAD_FILES = {
     "open quote": ("a.csv", 'text\nfine\n"never closed\nmore\n', r"a\.csv:3: .*never closed"),
     "no header": ("a.csv", "", "empty; a header line"),
     "unknown kind": ("a.dat", "x", r"cannot read .*a\.dat.*known kinds are \.txt"),
-    "json": ("a.json", "{}", r"one JSON object a line is \.jsonl"),
+    "json": ("a.json", "{}", r"one JSON object per line must be named \.jsonl"),
 }
 
 
@@ -189,7 +191,7 @@ def test_fingerprint_follows_names_and_content(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`datasets.load_dataset` answers with three rows; `calls` holds its arguments."""
+    """Replaces `datasets.load_dataset` by a function that returns three rows. Returns the list of its calls."""
     import datasets
 
     calls = []
@@ -215,10 +217,10 @@ def test_hub(hub):
     assert hub == [("org/name", None, "train", False), ("org/name", "small", "validation", False)]
 
 
-def test_hub_streaming_keeps_its_rows(hub, tmp_path):
+def test_hub_streaming_stores_the_rows(hub, tmp_path):
     cfg = {"streaming": True, "max_documents": 2, "cache_dir": str(tmp_path)}
     assert texts("hf:org/name", **cfg) == texts("hf:org/name", **cfg) == ["one", "NA"]
-    assert hub == [("org/name", None, "train", True)]  # the second time without the network
+    assert hub == [("org/name", None, "train", True)]  # only one download: the second read comes from the cache
     assert [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()] == [
         {"text": "one"},
         {"text": "NA"},
@@ -237,7 +239,7 @@ def test_hub_mistakes(hub, tmp_path):
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_columns_without_a_name_may_be_several(tmp_path):
+def test_several_columns_may_have_no_name(tmp_path):
     file = tmp_path / "spam.csv"
     file.write_text("v1,text,,\nham,hello,,\n")
     assert [d.text for d in documents(DataConfig(source=(str(file),)))] == ["hello"]
@@ -246,11 +248,11 @@ def test_columns_without_a_name_may_be_several(tmp_path):
         list(documents(DataConfig(source=(str(file),))))
 
 
-def test_a_run_is_no_text(tmp_path):
+def test_a_run_directory_is_not_text(tmp_path):
     run = tmp_path / "runs" / "a"
     (run / "final").mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "log.txt", "samples.txt", "final/model.json", "final/notes.txt"):
-        (run / name).write_text("what a run wrote")
+        (run / name).write_text("output of a run")
     for folder in (run, run / "final"):
         with pytest.raises(UserError, match="is a run or model of gptjax, not text"):
             documents(DataConfig(source=(str(folder),)))
@@ -261,7 +263,7 @@ def test_a_run_is_no_text(tmp_path):
     assert [document.text for document in source] == ["mine"]
 
 
-def test_a_folder_is_read_through_its_links(tmp_path):
+def test_symbolic_links_in_a_folder_are_followed(tmp_path):
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "elsewhere" / "deep" / "b.txt").write_text("two")
     (tmp_path / "one.txt").write_text("one")
@@ -282,15 +284,15 @@ def test_a_folder_is_read_through_its_links(tmp_path):
         texts(folder)
 
 
-@pytest.mark.parametrize("layout", ["dictionary", "string_view", "large_string", "dictionary of large"])
-def test_text_columns_of_every_layout(layout, tmp_path):
+@pytest.mark.parametrize("kind", ["dictionary", "string_view", "large_string", "dictionary of large"])
+def test_text_columns_of_every_arrow_type(kind, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = {"string_view": pa.string_view(), "large_string": pa.large_string()}
-    kinds |= {"dictionary": pa.dictionary(pa.int32(), pa.string())}
-    kinds |= {"dictionary of large": pa.dictionary(pa.int16(), pa.large_string())}
-    table = pa.table({"text": pa.array(["ab", "cd", "ab"], kinds[layout])})
+    types = {"string_view": pa.string_view(), "large_string": pa.large_string()}
+    types |= {"dictionary": pa.dictionary(pa.int32(), pa.string())}
+    types |= {"dictionary of large": pa.dictionary(pa.int16(), pa.large_string())}
+    table = pa.table({"text": pa.array(["ab", "cd", "ab"], types[kind])})
     pq.write_table(table, tmp_path / "x.parquet")
     assert texts(tmp_path / "x.parquet") == ["ab", "cd", "ab"]
     assert [row for _, row in tables.read(str(tmp_path / "x.parquet"))] == [{"text": t} for t in ("ab", "cd", "ab")]

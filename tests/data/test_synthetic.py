@@ -1,4 +1,4 @@
-"""The synthetic skills: exact answers, and arguments for testing that training never shows."""
+"""Synthetic instructions: their answers are exact, and held-out words and numbers never occur in training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gptjax.data.synthetic import SKILLS, WORDS, plural, skills
 from gptjax.errors import UserError
 
 
-def asked(talk):
-    """(skill, question, answer)"""
+def question_of(talk):
+    """(skill, question, answer) of a conversation with one question."""
     user, assistant = talk.messages
     assert (user["role"], assistant["role"]) == ("user", "assistant")
     return talk.where.partition(":")[0], user["content"], assistant["content"]
@@ -23,11 +23,11 @@ def words_in(question):
     return [word for word in re.findall(r"\b[a-z]{3,}\b", question) if word in WORDS]
 
 
-def spaced(question):
+def spaced_letters(question):
     return re.search(r"\b([a-z](?: [a-z]){2,})\b", question)[1]
 
 
-def hyphened(question):
+def hyphenated(question):
     return re.search(r"\b[a-z](?:-[a-z]){2,}\b", question)[0]
 
 
@@ -35,15 +35,15 @@ def numbers(question):
     return [int(n) for n in re.findall(r"\d+", question)]
 
 
-TIMES = {("meters", "centimeters"): 100, ("kilometers", "meters"): 1000, ("kilograms", "grams"): 1000}
-TIMES |= {("centimeters", "millimeters"): 10, ("dollars", "cents"): 100}
+FACTORS = {("meters", "centimeters"): 100, ("kilometers", "meters"): 1000, ("kilograms", "grams"): 1000}
+FACTORS |= {("centimeters", "millimeters"): 10, ("dollars", "cents"): 100}
 
 
 def convert(question):
     [n] = numbers(question)
     big = re.search(r"\d+ (\w+)", question)[1]
-    [times] = [times for (b, small), times in TIMES.items() if b == big and re.search(rf"\b{small}\b", question)]
-    return str(n * times)
+    [factor] = [factor for (b, small), factor in FACTORS.items() if b == big and re.search(rf"\b{small}\b", question)]
+    return str(n * factor)
 
 
 def the_word(question):
@@ -55,11 +55,11 @@ def the_list(question):
     return re.search(r"[a-z]+(?:, [a-z]+){2,}", question)[0].split(", ")
 
 
-ANSWERS = {  # read from the question alone
-    "uppercase": lambda q: spaced(q).upper(),
-    "spell": lambda q: hyphened(q).replace("-", " "),
-    "reverse": lambda q: spaced(q)[::-1],
-    "count_letters": lambda q: str(len(spaced(q).split())),
+ANSWERS = {  # computed from the text of the question
+    "uppercase": lambda q: spaced_letters(q).upper(),
+    "spell": lambda q: hyphenated(q).replace("-", " "),
+    "reverse": lambda q: spaced_letters(q)[::-1],
+    "count_letters": lambda q: str(len(spaced_letters(q).split())),
     "plural": lambda q: plural(the_word(q)),
     "sort": lambda q: ", ".join(map(str, sorted(numbers(q)))),
     "first_word": lambda q: the_list(q)[0],
@@ -74,7 +74,7 @@ ANSWERS = {  # read from the question alone
 @pytest.mark.parametrize("seed", range(3))
 def test_every_answer_is_exact(seed, held_out):
     for talk in skills(1300, seed, held_out):
-        name, question, answer = asked(talk)
+        name, question, answer = question_of(talk)
         assert answer == ANSWERS[name](question), (name, question)
 
 
@@ -91,8 +91,8 @@ def test_the_list_of_words():
 
 
 def keys(talk):
-    """The arguments of a question: its words, its pair of numbers or its measure."""
-    name, question, _ = asked(talk)
+    """What a question is about: its words, its pair of numbers or its measure."""
+    name, question, _ = question_of(talk)
     if name == "add":
         return {"{} + {}".format(*sorted(numbers(question)))}
     if name == "subtract":
@@ -102,25 +102,25 @@ def keys(talk):
     if name == "sort":
         return {", ".join(map(str, sorted(numbers(question))))}
     if name == "spell":
-        return {hyphened(question).replace("-", "")}
+        return {hyphenated(question).replace("-", "")}
     if name in ("uppercase", "reverse", "count_letters"):
-        return {spaced(question).replace(" ", "")}
+        return {spaced_letters(question).replace(" ", "")}
     if name in ("first_word", "last_word"):
         return set(the_list(question))
     return {the_word(question)}
 
 
-def test_what_is_held_out_is_never_seen_in_training():
+def test_held_out_words_and_numbers_are_not_in_training():
     train = set().union(*(keys(talk) for seed in range(5) for talk in skills(2600, seed)))
     test = set().union(*(keys(talk) for seed in range(5) for talk in skills(650, seed, held_out=True)))
     assert not train & test and len(test) > 150 and len(train) > 800
     assert all(is_held_out(key) for key in test) and not any(is_held_out(key) for key in train)
 
 
-def test_the_same_everywhere():
+def test_questions_depend_on_the_seed_only():
     assert skills(100, 0) == skills(100, 0) and skills(50, 0) == skills(100, 0)[:50]
     assert skills(100, 0) != skills(100, 1)
-    assert [asked(talk) for talk in skills(3, 0)] == FIRST
+    assert [question_of(talk) for talk in skills(3, 0)] == FIRST
 
 
 FIRST = [
@@ -131,26 +131,26 @@ FIRST = [
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_as_many_of_each_and_no_question_twice(held_out):
-    found = [asked(talk) for talk in skills(330, 0, held_out)]
-    assert set(Counter(name for name, _, _ in found).values()) == {30} and len(SKILLS) == 11
-    assert len({question for _, question, _ in found}) == 330
-    phrasings = Counter(re.sub(r"\d+", "#", question) for name, question, _ in found if name == "add")
+def test_skills_are_equally_frequent_and_questions_are_not_repeated(held_out):
+    questions = [question_of(talk) for talk in skills(330, 0, held_out)]
+    assert set(Counter(name for name, _, _ in questions).values()) == {30} and len(SKILLS) == 11
+    assert len({question for _, question, _ in questions}) == 330
+    phrasings = Counter(re.sub(r"\d+", "#", question) for name, question, _ in questions if name == "add")
     assert len(phrasings) == 3
 
 
-def test_several_questions_a_conversation():
-    alone, found = skills(100, 0), skills(100, 0, turns=4)
-    assert [message for talk in found for message in talk.messages] == [m for talk in alone for m in talk.messages]
-    assert {len(talk.messages) for talk in found} == {2, 4, 6, 8} and found[0].where.startswith(alone[0].where)
+def test_several_questions_per_conversation():
+    single, multi = skills(100, 0), skills(100, 0, turns=4)
+    assert [m for talk in multi for m in talk.messages] == [m for talk in single for m in talk.messages]
+    assert {len(talk.messages) for talk in multi} == {2, 4, 6, 8} and multi[0].where.startswith(single[0].where)
 
 
 @pytest.mark.slow
-def test_more_questions_than_there_are():
+def test_more_questions_than_exist():
     assert len(skills(6_000, 0, held_out=True)) == 6_000
 
 
-def test_none():
+def test_no_questions():
     with pytest.raises(UserError, match="at least 1"):
         skills(0, 0)
     assert ONE_OF == 5

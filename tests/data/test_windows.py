@@ -1,3 +1,5 @@
+"""Sliding windows of token ids and their targets."""
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def test_drop_last_false_reaches_the_last_token():
     assert windows(range(7), 3, 3, drop_last=False)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-def test_too_short_names_both_numbers():
+def test_too_few_tokens_and_invalid_strides():
     with pytest.raises(UserError, match="4 tokens, and one window of 4 needs at least 5"):
         windows(range(4), 4, 1)
     with pytest.raises(UserError, match="at least 1"):

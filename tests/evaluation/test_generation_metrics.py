@@ -1,4 +1,4 @@
-"""What answers are worth."""
+"""Metrics of generated answers: scores, win rate, constraints, and what `gptjax compare` writes."""
 
 import json
 
@@ -6,7 +6,15 @@ import pytest
 
 from gptjax import UserError
 from gptjax.__main__ import main
-from gptjax.evaluation.generation_metrics import check_constraints, held, read, scores, side_by_side, token_f1, win_rate
+from gptjax.evaluation.generation_metrics import (
+    check_constraints,
+    is_met,
+    read,
+    scores,
+    side_by_side,
+    token_f1,
+    win_rate,
+)
 
 
 def rows(*answers, nats=1.0):
@@ -17,10 +25,10 @@ def rows(*answers, nats=1.0):
 
 
 def test_scores():
-    found = scores(rows("Two cats", " Two cats\n", "two  cats.", "three"))
-    assert found.pop("exact_interval") == pytest.approx([0.15, 0.85], abs=1e-3)  # Wilson, 2 of 4
-    assert found.pop("normalised_interval")[1] < 1
-    assert found == {"n": 4, "exact": 0.5, "normalised": 0.75, "token_f1": 0.75, "nats_per_token": 0.5}
+    metrics = scores(rows("Two cats", " Two cats\n", "two  cats.", "three"))
+    assert metrics.pop("exact_interval") == pytest.approx([0.15, 0.85], abs=1e-3)  # Wilson interval of 2 out of 4
+    assert metrics.pop("normalised_interval")[1] < 1
+    assert metrics == {"n": 4, "exact": 0.5, "normalised": 0.75, "token_f1": 0.75, "nats_per_token": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -31,16 +39,16 @@ def test_token_f1(answer, f1):
 
 
 def test_win_rate():
-    one, two = rows("x", "x", "x"), rows("x", "x", "x", nats=2.0)
-    found = win_rate(one, two)
-    assert (found["n"], found["win_rate"]) == (3, 1) and found["win_rate_interval"][0] < 0.5
-    assert win_rate(one, one)["win_rate"] == 0.5
+    better, worse = rows("x", "x", "x"), rows("x", "x", "x", nats=2.0)
+    result = win_rate(better, worse)
+    assert (result["n"], result["win_rate"]) == (3, 1) and result["win_rate_interval"][0] < 0.5
+    assert win_rate(better, better)["win_rate"] == 0.5
     with pytest.raises(UserError, match="without nats"):
-        win_rate(one, [{k: v for k, v in row.items() if k != "nats"} for row in one])
-    two[0]["nats"] = 0.5
-    assert win_rate(one, two)["win_rate"] == pytest.approx(2 / 3)
+        win_rate(better, [{k: v for k, v in row.items() if k != "nats"} for row in better])
+    worse[0]["nats"] = 0.5
+    assert win_rate(better, worse)["win_rate"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no question in common"):
-        win_rate(one, [row | {"where": "elsewhere"} for row in two])
+        win_rate(better, [row | {"where": "elsewhere"} for row in worse])
 
 
 @pytest.mark.parametrize(
@@ -63,19 +71,22 @@ def test_win_rate():
     ],
 )
 def test_constraints(kind, value, yes, no):
-    one = {"kind": kind, "value": value}
-    assert held(yes, one) and not held(no, one) and not check_constraints([one], "here")
-    assert check_constraints([one | {"value": [value]}], "a.jsonl:3")[0].startswith(f"a.jsonl:3: {kind} needs a value")
+    constraint = {"kind": kind, "value": value}
+    assert is_met(yes, constraint) and not is_met(no, constraint)
+    assert not check_constraints([constraint], "here")
+    assert check_constraints([constraint | {"value": [value]}], "a.jsonl:3")[0].startswith(
+        f"a.jsonl:3: {kind} needs a value"
+    )
 
 
-def test_shares_of_constraints():
-    some = rows("one two", "one")
-    for row in some:
+def test_proportions_of_constraints_that_are_met():
+    answers = rows("one two", "one")
+    for row in answers:
         row["constraints"] = [{"kind": "min_words", "value": 2}, {"kind": "lowercase", "value": True}]
-    found = scores(some)
-    assert found["constraints"] == 0.75 and found["all_constraints"] == 0.5
-    assert 0 < found["all_constraints_interval"][0] < 0.5
-    assert "no constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
+    metrics = scores(answers)
+    assert metrics["constraints"] == 0.75 and metrics["all_constraints"] == 0.5
+    assert 0 < metrics["all_constraints_interval"][0] < 0.5
+    assert "unknown constraint" in check_constraints([{"kind": "max_word", "value": 1}], "here")[0]
 
 
 def test_compare(tmp_path, capsys):
@@ -95,7 +106,7 @@ def test_compare(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "invalid",
     [
         {"history": "x"}, {"history": [{"role": "user"}]}, {"system": 3}, {"constraints": 3},
         {"constraints": None}, {"constraints": [{"kind": ["json"], "value": True}]},
@@ -103,23 +114,23 @@ def test_compare(tmp_path, capsys):
         {"nats": 1.0, "tokens": True}, {"nats": -1.0, "tokens": 1},
     ],
 )  # fmt: skip
-def test_broken_numbers_and_constraints_are_named(tmp_path, more):
+def test_invalid_values_are_reported_with_their_line(tmp_path, invalid):
     row = {"where": "a", "prompt": "b", "expected": "c", "answer": "d"}
-    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | more) + "\n")
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | invalid) + "\n")
     with pytest.raises(UserError, match="x.jsonl:2: "):
         read(str(tmp_path / "x.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: no text answer"),
+        ('{"where": "a", "prompt": "b", "expected": "c"}\n', "x.jsonl:1: expected texts under the keys answer"),
         ('{"where": \n', "x.jsonl:1: not valid JSON"),
         ("", "no answers"),
     ],
 )
-def test_files_that_are_no_answers(tmp_path, text, says):
+def test_files_without_valid_answers(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read(str(tmp_path / "x.jsonl"))
     assert main(["compare", str(tmp_path)]) == 2
