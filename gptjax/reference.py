@@ -15,7 +15,9 @@ from typing import Any
 
 from gptjax.errors import UserError
 
-_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
+_STYLE = "font-size: 75%; white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
+_EXTENSION = '<span class="o">.</span><span class="n">jaxlib</span><span class="o">.</span><span class="n">_jax</span>'
+# jax.jaxlib._jax.Array, which is the repr of jax.Array, becomes jax.Array
 
 
 def build(folder: str | Path) -> Path:
@@ -32,6 +34,9 @@ def build(folder: str | Path) -> Path:
     pdoc.render.configure(docformat="markdown", footer_text="gptjax")
     pdoc.render.env.filters |= {"to_markdown": lambda docstring: docstring, "to_html": _page}
     pdoc.pdoc("gptjax", output_directory=Path(folder))
+    for page in Path(folder).rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace(_EXTENSION, "").replace(".jaxlib._jax", ""), encoding="utf-8")
     return Path(folder) / "index.html"
 
 
@@ -61,6 +66,7 @@ def _page(docstring: str) -> Any:
     from markupsafe import Markup
 
     text = re.sub("`([^`\n]+)`", r"<code>\1</code>", html.escape(docstring))
+    text = re.sub(r"(?<=\s)\.(?=\w)", "<span>.</span>", text)  # a file suffix such as .gguf is not the name of a module
     return Markup(f'<pre style="{_STYLE}">{text}</pre>')
 
 
