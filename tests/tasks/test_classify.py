@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
         shutil.rmtree(folder / "again" / name)
     (folder / "again" / "test.json").unlink()
     assert run(folder, "again") == 0
-    assert "going on from step 15" in capsys.readouterr().out
+    assert "resuming from step 15" in capsys.readouterr().out
     for name in ("final/model.safetensors", "final/adapter/adapter_model.safetensors", "test.json"):
         assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 

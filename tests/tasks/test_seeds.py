@@ -74,7 +74,7 @@ def test_it_goes_on(folder, capsys):
     for name in ("final", "checkpoints/6", "seed-3", "seed-4"):
         shutil.rmtree(folder / "again" / name)
     assert run(folder, "classify", "again", "true") == 0
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
     for seed in ("seed-3", "seed-4"):
         name = f"{seed}/final/model.safetensors"
         assert (folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes()

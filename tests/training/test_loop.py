@@ -366,7 +366,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(copy, make, whole):
     lines: list[str] = []
     gptjax.train(make(copy), log=lines.append)
     assert any("checkpoints/40 is damaged: meta.json" in line for line in lines)
-    assert any("going on from step 30 of 40" in line for line in lines)
+    assert any("resuming from step 30 of 40" in line for line in lines)
     assert curve(copy) == curve(whole[0].run_dir)
     assert final_state(copy) == final_state(whole[0].run_dir)
 
