@@ -60,7 +60,7 @@ def refuse(cfg: Config) -> bool:
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
         refuse_unwritable(folder.path)
-        refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
+        refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
     if is_vmapped(cfg):
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [

@@ -518,7 +518,7 @@ def test_out_of_memory_ends_with_what_would_fit(make, tmp_path, monkeypatch):
         gptjax.train(cfg, log=quiet)
     text = str(raised.value)
     assert "8 rows of" in text and "Out of memory allocating 123 bytes.)" in text and "\nmore" not in text
-    assert "train.accumulation=2: the same batch in parts of 4 rows" in text and "train.batch_size=4" in text
+    assert "train.accumulation=2: the same batch in micro-batches of 4 rows" in text and "train.batch_size=4" in text
 
 
 def test_what_fits_is_the_least_change():
@@ -526,13 +526,13 @@ def test_what_fits_is_the_least_change():
 
     cfg = load_config("gpt2-124m", "model.vocab_size=50257", "train.batch_size=16", "train.accumulation=1")
     act = activation_bytes(cfg.model, 16, 1024)
-    lines = what_fits(cfg, 1024, rows_a_device=16, lasting_bytes=2**30, limit=round((2**30 + act / 5) / 0.85))
+    lines = what_fits(cfg, 1024, rows_per_device=16, lasting_bytes=2**30, limit=round((2**30 + act / 5) / 0.85))
     assert [line.split(":")[0] for line in lines] == [
         "train.accumulation=8", "train.batch_size=2", "model.remat=full"
     ]  # fmt: skip
-    assert what_fits(cfg, 1024, rows_a_device=16, lasting_bytes=2**40, limit=2**30) == []
+    assert what_fits(cfg, 1024, rows_per_device=16, lasting_bytes=2**40, limit=2**30) == []
     full = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="full"))
-    assert not any("remat" in line for line in what_fits(full, 1024, rows_a_device=16))
+    assert not any("remat" in line for line in what_fits(full, 1024, rows_per_device=16))
 
 
 def poison(monkeypatch, steps: range) -> None:
