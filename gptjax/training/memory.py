@@ -104,8 +104,8 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 
 
 def block_elements(model: ModelConfig) -> int:
-    """Activations per token and block that tensor parallelism shards, in elements: queries, keys and values before and
-    after RoPE and QK-norm, and hidden units before and after the activation function."""
+    """Activations per token and block that tensor parallelism shards, in elements: queries, keys, values and hidden
+    units, each before and after the element-wise operations on them."""
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff
 
