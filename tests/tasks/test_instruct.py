@@ -45,7 +45,7 @@ def run(folder, name, *more):
 def test_it_learns_answers_and_writes_them(folder, capsys):
     assert run(folder, "full") == 0
     out = capsys.readouterr().out
-    assert "what is learned is green" in out and "«" in out and "\x1b" not in out
+    assert "tokens in the loss are green" in out and "«" in out and "\x1b" not in out
     found = json.loads((folder / "full" / "test.json").read_text())
     assert found["n"] == 9 and found["exact"] >= 0.8
     rows = [json.loads(line) for line in (folder / "full" / "responses.jsonl").read_text().splitlines()]
