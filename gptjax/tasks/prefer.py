@@ -61,8 +61,8 @@ def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str],
 
 def summary(scores: dict[str, Any]) -> str:
     return (
-        f"test    {scores['pairs']} held-out pairs: accuracy {scores['accuracy']:.1%} (chosen answer has larger reward), "
-        f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
+        f"test    {scores['pairs']} held-out pairs: accuracy {scores['accuracy']:.1%} (chosen answer has larger reward)"
+        f", margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
     )
 
 
