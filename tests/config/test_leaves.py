@@ -66,7 +66,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
     ],
     ids=range(17),
 )
-def test_hostile_yaml_is_one_error_within_a_second(write, tmp_path, text, words):
+def test_malicious_yaml_gives_an_error_within_a_second(write, tmp_path, text, words):
     path = write(tmp_path, "x.yaml", text)
     start = time.process_time()
     with pytest.raises(UserError) as error:
@@ -75,13 +75,13 @@ def test_hostile_yaml_is_one_error_within_a_second(write, tmp_path, text, words)
     assert words in str(error.value) and len(str(error.value)) < 2000
 
 
-def test_a_merge_and_an_alias_are_read(write, tmp_path):
+def test_aliases_and_merge_keys_are_supported(write, tmp_path):
     text = "optim: &o {lr: 1e-2}\nmodel: {n_layer: &n 3, n_head: *n, d_model: 12}\n"
     cfg = load_config(write(tmp_path, "x.yaml", text))
     assert (cfg.optim.lr, cfg.model.n_layer, cfg.model.n_head) == (1e-2, 3, 3)
 
 
-def test_deep_dicts():
+def test_deeply_nested_dicts_are_refused():
     deep: dict = {"n_layer": 1}
     for _ in range(900):
         deep = {"model": deep}
@@ -89,7 +89,7 @@ def test_deep_dicts():
         from_dict(deep)
 
 
-def test_yaml_that_is_not_text(complaint, tmp_path):
+def test_files_that_are_not_utf8_or_missing_are_refused(complaint, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"seed: \xff\xfe")
     assert "UTF-8" in complaint(path)
