@@ -7,10 +7,10 @@
       500/
       corrupt-750/         a damaged checkpoint, kept for inspection
 
-Orbax does not detect flipped bits in array data, takes every folder with a number for a step, never falls back to an
-older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed atomically. On
-restore, every file is compared with the manifest, the folder's name with the step in meta.json, and every leaf with its
-fingerprint. Before a checkpoint is deleted, it is renamed.
+Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
+falls back to an older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed
+atomically. On restore, every file is compared with the manifest, the folder's name with the step in meta.json, and
+every leaf with its fingerprint. Before a checkpoint is deleted, it is renamed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gptjax.files import sha256, sync
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
-AT_LEAST = 2  # steps to keep: a fallback if the newest is damaged
+MIN_KEEP = 2  # minimum number of checkpoints to keep, so that there is another if the newest is damaged
 
 
 class Restored(NamedTuple):
@@ -63,7 +63,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, log: Callable[[str], None] = print):
-        self.folder, self.keep, self.log = Path(folder).absolute(), max(keep, AT_LEAST), log
+        self.folder, self.keep, self.log = Path(folder).absolute(), max(keep, MIN_KEEP), log
         self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -115,7 +115,7 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"cannot write checkpoint {target}: {_reason(error)}\n"
-                "  the checkpoints before it are unharmed; free some space (or choose another run_dir) and start again"
+                "  earlier checkpoints are unharmed; free disk space (or choose another run_dir) and run again"
             ) from error
         finally:
             if writes:
@@ -231,7 +231,7 @@ class Checkpoints:
             raise Damaged(f"Orbax: {_reason(error)}") from error
         for name, value in fingerprints(leaves).items():
             if value != stored["leaves"][name]["fingerprint"]:
-                raise Damaged(f"{name} is not what was saved")
+                raise Damaged(f"{name} does not match its fingerprint")
         counted = leaves.get("step") if "step" not in stored else None
         if counted is not None and counted.ndim == 0 and int(counted) != step:
             raise Damaged(f"it contains step {int(counted)}, but its folder is {step}")
@@ -308,11 +308,11 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-# ---------------------------------------------------------------- trees of plain arrays
+# ---------------------------------------------------------------- flattened states and metadata
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """({path: array}, {path: PRNG implementation} of the random keys), with random keys as key data."""
+    """Flatten a pytree: ({path: array}, {path: PRNG implementation}). Random keys are replaced by their key data."""
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -345,8 +345,8 @@ def _stored(body: Any, step: int) -> dict[str, Any]:
     for name, leaf in body["leaves"].items():
         require(isinstance(leaf, dict), f"leaves: expected an object at {name}")
         shape, dtype = leaf.get("shape"), leaf.get("dtype")
-        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-        require(whole, f"leaves: expected a list of sizes at {name}/shape")
+        is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        require(is_shape, f"leaves: expected a list of sizes at {name}/shape")
         require(isinstance(dtype, str) and dtype in _DTYPES, f"leaves: unknown dtype {dtype!r} at {name}")
         require(type(leaf.get("fingerprint")) is int, f"leaves: expected an integer at {name}/fingerprint")
         parents = [name[:i] for i, letter in enumerate(name) if letter == "/"]
@@ -371,13 +371,13 @@ def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str,
     saved = {name: kind(name, leaf["shape"], leaf["dtype"], stored["keys"]) for name, leaf in stored["leaves"].items()}
     expected = {name: kind(name, leaf.shape, np.dtype(leaf.dtype).name, impls) for name, leaf in wanted.items()}
     lines = [
-        f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {expected.get(name, 'not there')} expected"
+        f"  {name}: {saved.get(name, 'nothing')} in the checkpoint, {expected.get(name, 'nothing')} expected"
         for name in sorted(saved.keys() | expected.keys())
         if saved.get(name) != expected.get(name)
     ]
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise UserError.all([f"checkpoint {folder} is of another model or optimizer:", *lines[:20], *more])
+        raise UserError.all([f"checkpoint {folder} is from another model or optimizer:", *lines[:20], *more])
 
 
 # ---------------------------------------------------------------- Orbax
@@ -436,7 +436,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-DISK_WORDS = (  # in the messages of Orbax's errors for a full or read-only disk, which are ValueError and others
+DISK_WORDS = (  # Orbax's errors for a full or read-only disk have no common type, but contain one of these words
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
 )  # fmt: skip

@@ -572,8 +572,10 @@ class InstructConfig:
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several examples per row; padded: one.")
     context_length: int = setting(512, "Tokens per row; longer examples are dropped and counted.", COUNT)
-    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
-    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
+    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    test_fraction: float = setting(
+        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+    )
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
@@ -595,8 +597,10 @@ class PreferConfig:
     context_length: int = setting(
         512, "Tokens per row, which holds both answers of a pair; longer pairs are dropped and counted.", COUNT
     )
-    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
-    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
+    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    test_fraction: float = setting(
+        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+    )
     examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
 

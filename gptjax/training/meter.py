@@ -38,9 +38,10 @@ class Meter:
             self.file = loggers.JsonLines(run.dir.metrics)
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
-        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; time of the last reading
-        self.rate = 0.0  # tokens per second, in the last row
-        self.eval_s = self.sample_s = 0.0  # of a full evaluation, estimated; without compilation
+        self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row
+        self.mark = 0.0  # time at which metrics were last read
+        self.rate = 0.0  # tokens per second in the last row
+        self.eval_s = self.sample_s = 0.0  # estimated seconds of a full evaluation and of sampling, without compilation
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
