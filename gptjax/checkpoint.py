@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.files import sha256, sync
 
@@ -86,7 +87,7 @@ class Checkpoints:
             UserError: it could not be written (no space, no permission); older checkpoints are unchanged.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
-        writes = jax.process_index() == 0  # Orbax writes the shards of every process; the rest is written once
+        writes = jax.process_index() == 0  # Orbax saves the shards of every process; process 0 writes the other files
         try:
             leaves, impls = _plain(state)
             if writes:
@@ -422,7 +423,7 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        with warnings.catch_warnings():  # free the coroutines in its frames, which were never awaited
+        with warnings.catch_warnings():  # freeing coroutines that were never awaited would warn
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
@@ -483,3 +484,7 @@ def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -64,7 +64,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # larger ints do not fit a float or an array
+            if isinstance(number, int):  # larger integers would overflow a float or an array
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -93,7 +93,7 @@ def shown(value: object) -> str:
     """A value as an error message shows it: shortened, with its length, if it has more than 200 characters."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python prints, a list that contains itself
+    except (ValueError, RecursionError):  # too many digits to print, or a list that contains itself
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 

@@ -248,7 +248,7 @@ class ModelConfig(Computation, Architecture):
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` gives its changes first, then a copy of every other field, `_derived` before all
+        # `dataclasses.replace` passes the changed fields first, then copies of the others, beginning with `_derived`
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)

@@ -36,8 +36,8 @@ __all__ = [
     "classify_texts", "evaluate", "load_classifier", "loss", "new_head", "plan", "prepare", "probabilities",
     "refuse_missing",
 ]  # fmt: skip
-BATCH_SIZE, PAD_TO = 16, 64  # of `load_classifier`: texts per batch; rows are padded to a multiple of PAD_TO tokens
-MIN_TEXT_TOKENS = 16  # assumed for the number of texts in a packed row, in `batch_shapes`
+BATCH_SIZE, PAD_TO = 16, 64  # `load_classifier`: texts per batch; tokens per row are a multiple of PAD_TO
+MIN_TEXT_TOKENS = 16  # assumed length of a text, to estimate how many texts fit a packed row
 BATCH_TOKENS = 2048  # approximate tokens per batch in `probabilities`
 
 

@@ -28,7 +28,7 @@ from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-MIN_PAIR_TOKENS = 64  # assumed for the number of pairs in a packed row, in `batch_shapes`
+MIN_PAIR_TOKENS = 64  # assumed length of a pair, to estimate how many pairs fit a packed row
 RESULTS = "test.json"
 
 

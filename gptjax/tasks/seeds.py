@@ -65,7 +65,7 @@ def refuse(cfg: Config) -> bool:
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [
         resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
-    ]  # all of them, so that every problem is reported
+    ]  # check all seeds, so that all problems are reported
     return all(finished)
 
 

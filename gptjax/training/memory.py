@@ -10,7 +10,7 @@ from gptjax.config import Config, ModelConfig
 GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
-_MAX_SHARE = 0.75  # of the activations before a change; a change that saves less is not proposed
+_MAX_SHARE = 0.75  # a change is only proposed if it shrinks the activations to at most this fraction
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
 WORKSPACE_BYTES = 2**30  # logits of one chunk, their exponentials and gradients
 _PROGRAM_BYTES = 2**28

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax._moved import moved_name
 from gptjax.files import replacing
 from gptjax.show import log_ticks
 
-MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # of a legend; a larger legend would hide the curves
+MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # number and length of legend entries; a larger legend would hide the curves
 MAX_NEIGHBOURS = 50  # points on each side that the smoothed training loss averages over
 
 
@@ -149,3 +150,7 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))
     return out
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

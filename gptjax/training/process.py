@@ -12,7 +12,7 @@ from gptjax import assets
 from gptjax.signals import HEARD
 from gptjax.signals import Stopped as Stopped
 
-NON_FINITE = 3  # exit code
+NON_FINITE = 3  # exit code after train.max_nonfinite consecutive non-finite steps
 HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glibc.malloc.hugetlb"
 
 

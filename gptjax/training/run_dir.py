@@ -33,7 +33,7 @@ from gptjax.files import user_path, write_text
 
 try:
     import fcntl
-except ImportError:  # Windows: the lock's age alone decides
+except ImportError:  # Windows has no fcntl: only the lock's age shows whether it is held
     fcntl = None  # type: ignore[assignment]
 
 OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # test results of the final model of a fine-tuning
@@ -236,7 +236,7 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
         except BlockingIOError:
             held = True
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system does not support locks
     try:
         owner = json.loads(lock.read() or "{}")
     except (ValueError, RecursionError):
