@@ -331,7 +331,7 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """Validate meta.json. Raises Damaged. Older releases wrote no step."""
+    """Validate meta.json. Raises Damaged. Files of older releases have no step."""
 
     def require(valid: bool, problem: str) -> None:
         if not valid:

@@ -41,8 +41,8 @@ def resolve(
     leaves: Iterable[Leaf] = (),
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """`load_config`, which also returns where each value was set. Verbs of the command line use the stricter
-    `uses.resolve`.
+    """Like `load_config`, but also return where each value was set. Verbs of the command line use `uses.resolve`, which
+    is stricter.
 
     Args:
         leaves: further overrides, already read.
@@ -82,7 +82,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
-    """Write a config as YAML, with all values, so that a later change of the defaults does not affect it.
+    """The config as YAML text. It has all values, so that a later change of the defaults does not affect it.
 
     Args:
         provenance: if given, a comment after each value says where it was set.

@@ -74,8 +74,8 @@ FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. The
-    choices of a single value are its type (a `Literal`)."""
+    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. A
+    setting with a single value has its choices in its type (a `Literal`)."""
     return field(default=default, metadata={"help": text, "range": range, "choices": choices})
 
 
@@ -389,7 +389,7 @@ class TrainConfig:
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """max_steps, or the steps of `epochs` passes over `size` tokens, texts or rows, `per_step` per step."""
+        """Number of steps: max_steps, or that of `epochs` passes over `size` tokens or rows, `per_step` per step."""
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
@@ -424,7 +424,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text generation by `gptjax sample`, and of the samples during training."""
+    """Text generation, by `gptjax sample` and during training."""
 
     prompt: str = setting("\n", "Prompt to continue.")
     prompts: Optional[str] = setting(

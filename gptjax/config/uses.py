@@ -60,7 +60,7 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """`load.resolve` for a verb of the command line.
+    """Like `load.resolve`, for a verb of the command line: also refuse settings that its task does not read.
 
     Args:
         source: a preset, YAML file or run directory; None: the defaults.

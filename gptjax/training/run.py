@@ -35,7 +35,7 @@ class TrainResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal was received. Raised only where the run can be stopped."""
+    """A signal was received. Raised by `Run.poll`, which is called only where the run can be stopped."""
 
 
 @dataclasses.dataclass

@@ -283,7 +283,7 @@ def _dropped(path: Path, damaged: int) -> str:
 def changes(stored: Config, cfg: Config) -> list[str]:
     """The changed settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
 
-    A larger number of steps is no such change.
+    A larger number of steps or epochs is allowed.
 
     Args:
         stored: the resolved config of the run.
