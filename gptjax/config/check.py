@@ -74,7 +74,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Check the types in a config constructed in Python. Raises UserError. Tracers, which have no value, are skipped."""
+    """Check the types in a config constructed in Python. Raises UserError. Skips tracers, which have no value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):

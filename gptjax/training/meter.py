@@ -118,7 +118,7 @@ class Meter:
 
     def _line(self, row: dict[str, Any]) -> str:
         step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
-        parts = [
+        fields = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
             f"val {val_loss:.4f}" if math.isfinite(val_loss) else "",
@@ -129,7 +129,7 @@ class Meter:
             f"{row['skipped']} skipped" if row["skipped"] else "",
             f"ETA {duration(self._eta(step))}" if self.rate else "",
         ]
-        return "  ".join(part for part in parts if part)
+        return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
         """Seconds that the rest of the run takes, its evaluations included."""
