@@ -52,7 +52,7 @@ def test_the_default_run_dir_is_named_after_the_config(write, tmp_path):
 
 def test_a_run_directory_is_a_config(write, tmp_path):
     write(tmp_path, "config.yaml", to_yaml(load_config("tiny-llama", "seed=5")))
-    assert load_config(tmp_path) == load_config("tiny-llama", "seed=5", f"run_dir={tmp_path}")  # its new path
+    assert load_config(tmp_path) == load_config("tiny-llama", "seed=5", f"run_dir={tmp_path}")
 
 
 TYPED = [
@@ -169,11 +169,7 @@ def test_malicious_settings_give_an_error_within_a_second(setting):
 
 OVERRULING = [  # (text of a file, settings of a later layer, expected values)
     ("train: {epochs: 2}", ["train.max_steps=7"], {"train.max_steps": 7, "train.epochs": None}),
-    (
-        "train: {max_steps: 7}",
-        ["train.epochs=2"],
-        {"train.max_steps": 7, "train.epochs": 2.0},
-    ),  # epochs overrides
+    ("train: {max_steps: 7}", ["train.epochs=2"], {"train.max_steps": 7, "train.epochs": 2.0}),
     ("data: {split: document}", ["data.source=a.txt"], {"data.split": "auto", "data.source": ("a.txt",)}),
     ("data: {val_source: b.txt}", ["data.source=a.txt"], {"data.val_source": (), "data.source": ("a.txt",)}),
     ("data: {val_source: b.txt}", ["data.split=tail"], {"data.val_source": (), "data.split": "tail"}),

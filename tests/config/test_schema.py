@@ -18,7 +18,7 @@ def test_replace_derives_values_again():
     assert (small.d_ff, small.n_kv_head) == (128, 2)
     wide = dataclasses.replace(small, d_model=64, n_head=4)
     assert wide == ModelConfig(n_layer=1, n_head=4, d_model=64) and (wide.d_ff, wide.n_kv_head) == (256, 4)
-    for arch in ("llama", "modern", "gpt2"):  # repeatedly
+    for arch in ("llama", "modern", "gpt2"):
         wide = dataclasses.replace(wide, arch=arch)
         assert wide == ModelConfig(arch=arch, n_layer=1, n_head=4, d_model=64)
     assert hash(wide) == hash(ModelConfig(n_layer=1, n_head=4, d_model=64))
@@ -29,9 +29,9 @@ def test_replace_keeps_values_that_were_given():
     explicit = ModelConfig(n_layer=1, n_head=2, d_model=32, d_ff=128, tie_embeddings=True)
     other = dataclasses.replace(explicit, d_model=64, arch="llama")
     assert other.d_ff == 128 and other.tie_embeddings and other.norm == "rmsnorm"
-    grouped = dataclasses.replace(ModelConfig(n_head=4, d_model=32), n_head=8, n_kv_head=4)  # was 4, but derived
+    grouped = dataclasses.replace(ModelConfig(n_head=4, d_model=32), n_head=8, n_kv_head=4)  # n_kv_head is now given
     assert grouped.n_kv_head == 4
-    biased = dataclasses.replace(ModelConfig(), arch="llama", qkv_bias=True)  # the value that gpt2 derives
+    biased = dataclasses.replace(ModelConfig(), arch="llama", qkv_bias=True)  # equals the default of gpt2
     assert biased.qkv_bias and not biased.bias
     assert dataclasses.replace(explicit, d_ff=None, d_model=64).d_ff == 256
     written = from_yaml(to_yaml(Config(model=biased))).model

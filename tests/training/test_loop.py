@@ -144,15 +144,8 @@ def test_the_remaining_time_includes_evaluations_and_samples(make, tmp_path, mon
     n = 11
     assert evaluations == [2, n, n, n, n]
     left = {int(m[1]): m[2] for line in lines if (m := re.match(r"step (\d+)/40 .*ETA ([\d:]+)", line))}
-    known = {
-        10: 0,
-        15: 0,
-        20: 0,
-        25: 100,
-        30: 100,
-        35: 100,
-        40: 100,
-    }  # seconds of sampling; unknown until it has run once without compiling
+    # seconds of sampling: unknown until it has run once without compiling
+    known = {10: 0, 15: 0, 20: 0, 25: 100, 30: 100, 35: 100, 40: 100}
     want = {step: (4 - (step - 1) // 10) * (10 * n + s) for step, s in known.items()}
     assert left == {step: progress.duration(seconds) for step, seconds in want.items()}
 
@@ -237,7 +230,7 @@ def test_a_run_whose_learning_rate_has_decayed_is_not_extended(make, tmp_path, s
     (run.checkpoints / "40").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"schedule={schedule}: .* planned for 40 steps.*pretrain.base="):
         run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
-    (run.checkpoints / "40").rename(run.checkpoints / "30")  # wsd: before step 32
+    (run.checkpoints / "40").rename(run.checkpoints / "30")  # before step 32, where wsd starts to decay
     if schedule == "wsd":
         run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
 
@@ -584,7 +577,7 @@ def test_five_consecutive_non_finite_steps_stop_the_run_with_exit_code_3(make, t
         gptjax.train(make(tmp_path / "run", "train.checkpoint_every=5"), log=lines.append)
     assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 consecutive steps" in lines[-1]
     kept = [json.loads((path / "meta.json").read_text()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert len(kept) == 2  # of steps 5 and 10; none is saved after them
+    assert len(kept) == 2  # the checkpoints of steps 5 and 10: no later one is saved
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["10", "5"]
 
 
