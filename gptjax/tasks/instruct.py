@@ -70,8 +70,8 @@ def _answer(
 def summary(results: dict[str, Any]) -> list[str]:
     def line(scores: dict[str, Any]) -> str:
         return (
-            f"exact match {scores['exact']:.1%} ({scores['normalised']:.1%} ignoring case, whitespace and a final full stop), "
-            f"token F1 {scores['token_f1']:.3f}, loss {scores['nats_per_token']:.4f} per response token"
+            f"exact match {scores['exact']:.1%} ({scores['normalised']:.1%} ignoring case, whitespace and a final "
+            f"full stop), token F1 {scores['token_f1']:.3f}, loss {scores['nats_per_token']:.4f} per response token"
         )
 
     lines = [f"test    {results['n']} held-out questions: {line(results)}"]
