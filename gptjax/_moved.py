@@ -41,6 +41,7 @@ MOVED: dict[str, str] = {  # old path: new path
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }
 NAMES: dict[str, str] = {  # old path of a function or constant: new path
+    "gptjax.checkpoint.AT_LEAST": "gptjax.checkpoint.MIN_KEEP",
     "gptjax.config_io.ALIASES": "gptjax.config.aliases.ALIASES",
     "gptjax.config_io.did_you_mean": "gptjax.errors.did_you_mean",
     "gptjax.config_io.unknown_key": "gptjax.config.aliases.unknown_key",
@@ -70,8 +71,18 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.model.gpt.layers_apart": "gptjax.model.gpt.unstack_layers",
     "gptjax.model.gpt.layers_stacked": "gptjax.model.gpt.stack_layers",
     "gptjax.research.influence.just_trained": "gptjax.training.task.identity",
+    **{
+        f"gptjax.tasks.classify.{old}": f"gptjax.tasks.classify.{new}"
+        for old, new in {
+            "AT_ONCE": "BATCH_SIZE",
+            "ROW_TOKENS": "BATCH_TOKENS",
+            "TEXT": "MIN_TEXT_TOKENS",
+            "WIDTH": "PAD_TO",
+        }.items()
+    },
     "gptjax.tasks.classify.class_logits": "gptjax.losses.class_logits",
     "gptjax.tasks.classify.task": "gptjax.losses.classify",
+    "gptjax.tasks.prefer.PAIR": "gptjax.tasks.prefer.MIN_PAIR_TOKENS",
     "gptjax.tasks.prefer.log_probs": "gptjax.losses.answer_log_probs",
     "gptjax.tasks.prefer.task": "gptjax.losses.preference",
     "gptjax.tasks.pretrain.task": "gptjax.losses.next_token",
@@ -80,6 +91,9 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.tasks.seeds.together": "gptjax.tasks.seeds.is_vmapped",
     "gptjax.tasks.trainable.rules": "gptjax.tasks.trainable.step_functions",
     "gptjax.training.loop.train": "gptjax.tasks.train",
+    "gptjax.training.plot.LONGEST_LABEL": "gptjax.training.plot.MAX_LABEL_LENGTH",
+    "gptjax.training.plot.MOST_LABELS": "gptjax.training.plot.MAX_LABELS",
+    "gptjax.training.plot.MOST_NEIGHBOURS": "gptjax.training.plot.MAX_NEIGHBOURS",
     "gptjax.training.task.Rules": "gptjax.training.task.StepFunctions",
     "gptjax.training.task.just_trained": "gptjax.training.task.identity",
     "gptjax.tree.idle": "gptjax.tree.unmatched",

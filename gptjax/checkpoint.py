@@ -7,10 +7,10 @@
       500/
       corrupt-750/         a damaged checkpoint, kept for inspection
 
-Orbax does not detect flipped bits in array data, takes every folder with a number for a step, never falls back to an
-older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed atomically. On
-restore, every file is compared with the manifest, the folder's name with the step in meta.json, and every leaf with its
-fingerprint. Before a checkpoint is deleted, it is renamed.
+Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
+falls back to an older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed
+atomically. On restore, every file is compared with the manifest, the folder's name with the step in meta.json, and
+every leaf with its fingerprint. Before a checkpoint is deleted, it is renamed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import tree
+from gptjax._moved import moved_name
 from gptjax.errors import UserError
 from gptjax.files import sha256, sync
 
 VERSION = 1
 STATE, META, MANIFEST = "state", "meta.json", "manifest.json"
-AT_LEAST = 2  # steps to keep: a fallback if the newest is damaged
+MIN_KEEP = 2  # minimum number of checkpoints to keep, so that there is another if the newest is damaged
 
 
 class Restored(NamedTuple):
@@ -63,7 +64,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, log: Callable[[str], None] = print):
-        self.folder, self.keep, self.log = Path(folder).absolute(), max(keep, AT_LEAST), log
+        self.folder, self.keep, self.log = Path(folder).absolute(), max(keep, MIN_KEEP), log
         self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -86,7 +87,7 @@ class Checkpoints:
             UserError: it could not be written (no space, no permission); older checkpoints are unchanged.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
-        writes = jax.process_index() == 0  # Orbax writes the shards of every process; the rest is written once
+        writes = jax.process_index() == 0  # Orbax saves the shards of every process; process 0 writes the other files
         try:
             leaves, impls = _plain(state)
             if writes:
@@ -115,7 +116,7 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"cannot write checkpoint {target}: {_reason(error)}\n"
-                "  the checkpoints before it are unharmed; free some space (or choose another run_dir) and start again"
+                "  earlier checkpoints are unharmed; free disk space (or choose another run_dir) and run again"
             ) from error
         finally:
             if writes:
@@ -231,7 +232,7 @@ class Checkpoints:
             raise Damaged(f"Orbax: {_reason(error)}") from error
         for name, value in fingerprints(leaves).items():
             if value != stored["leaves"][name]["fingerprint"]:
-                raise Damaged(f"{name} is not what was saved")
+                raise Damaged(f"{name} does not match its fingerprint")
         counted = leaves.get("step") if "step" not in stored else None
         if counted is not None and counted.ndim == 0 and int(counted) != step:
             raise Damaged(f"it contains step {int(counted)}, but its folder is {step}")
@@ -308,11 +309,11 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-# ---------------------------------------------------------------- trees of plain arrays
+# ---------------------------------------------------------------- flattened states and metadata
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """({path: array}, {path: PRNG implementation} of the random keys), with random keys as key data."""
+    """Flatten a pytree: ({path: array}, {path: PRNG implementation}). Random keys are replaced by their key data."""
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -330,7 +331,7 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """Validate meta.json. Raises Damaged. Older releases wrote no step."""
+    """Validate meta.json. Raises Damaged. Files of older releases have no step."""
 
     def require(valid: bool, problem: str) -> None:
         if not valid:
@@ -345,8 +346,8 @@ def _stored(body: Any, step: int) -> dict[str, Any]:
     for name, leaf in body["leaves"].items():
         require(isinstance(leaf, dict), f"leaves: expected an object at {name}")
         shape, dtype = leaf.get("shape"), leaf.get("dtype")
-        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-        require(whole, f"leaves: expected a list of sizes at {name}/shape")
+        is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        require(is_shape, f"leaves: expected a list of sizes at {name}/shape")
         require(isinstance(dtype, str) and dtype in _DTYPES, f"leaves: unknown dtype {dtype!r} at {name}")
         require(type(leaf.get("fingerprint")) is int, f"leaves: expected an integer at {name}/fingerprint")
         parents = [name[:i] for i, letter in enumerate(name) if letter == "/"]
@@ -371,13 +372,13 @@ def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str,
     saved = {name: kind(name, leaf["shape"], leaf["dtype"], stored["keys"]) for name, leaf in stored["leaves"].items()}
     expected = {name: kind(name, leaf.shape, np.dtype(leaf.dtype).name, impls) for name, leaf in wanted.items()}
     lines = [
-        f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {expected.get(name, 'not there')} expected"
+        f"  {name}: {saved.get(name, 'nothing')} in the checkpoint, {expected.get(name, 'nothing')} expected"
         for name in sorted(saved.keys() | expected.keys())
         if saved.get(name) != expected.get(name)
     ]
     if lines:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise UserError.all([f"checkpoint {folder} is of another model or optimizer:", *lines[:20], *more])
+        raise UserError.all([f"checkpoint {folder} is from another model or optimizer:", *lines[:20], *more])
 
 
 # ---------------------------------------------------------------- Orbax
@@ -422,7 +423,7 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        with warnings.catch_warnings():  # free the coroutines in its frames, which were never awaited
+        with warnings.catch_warnings():  # freeing coroutines that were never awaited would warn
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
@@ -436,7 +437,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-DISK_WORDS = (  # in the messages of Orbax's errors for a full or read-only disk, which are ValueError and others
+DISK_WORDS = (  # Orbax's errors for a full or read-only disk have no common type, but contain one of these words
     "RESOURCE_EXHAUSTED", "OUT_OF_RANGE", "os_error_code", "No space left", "File too large", "PERMISSION_DENIED",
     "Read-only file system", "Disk quota",
 )  # fmt: skip
@@ -483,3 +484,7 @@ def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -20,7 +20,7 @@ from gptjax.types import Params
 if TYPE_CHECKING:
     from jax.memory import Space
 
-# (path pattern, parameter group). Shapes would not do: the biases and scales of stacked layers are matrices too.
+# (path pattern, parameter group). Shapes cannot decide: stacked biases and scales are matrices too.
 GROUPS = (
     ("*/kernel/a | */kernel/b | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),

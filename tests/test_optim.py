@@ -1,4 +1,4 @@
-"""Which leaf is moved by which rule, at which rate, and how the rate goes."""
+"""The optimizer: update rules, learning rates and weight decay per parameter group, clipping, schedules."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ FLAT = OptimConfig(schedule="constant", clip_norm=0.0, weight_decay=0.0, lr=0.5)
 
 
 def tree_of(std=1.0, seed=0):
-    """The tree of a small model by its paths, with numbers in it."""
+    """The params of a small model, with random values."""
     shapes = {
         "wte/embedding": (7, 8), "wpe/embedding": (4, 8), "lm_head/kernel": (8, 7),
         "blocks/attn/q/kernel": (3, 8, 8), "blocks/mlp/up/kernel": (3, 8, 24), "blocks/mlp/down/kernel": (3, 24, 8),
@@ -36,8 +36,8 @@ GROUP = {"embed": "wte/* | wpe/*", "head": "lm_head/*", "matrix": "blocks/*/kern
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "modern"])
-def test_every_leaf_has_the_group_of_its_path(arch):
-    """Stacked vectors are vectors, though they have two axes."""
+def test_parameter_groups_follow_from_paths(arch):
+    """Stacked biases and scales are in the group `vector`, although they have two axes."""
     shapes = abstract_params(
         ModelConfig(arch=arch, vocab_size=11, n_layer=2, n_head=2, d_model=8, tie_embeddings=False)
     )
@@ -49,7 +49,7 @@ def test_every_leaf_has_the_group_of_its_path(arch):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_decay(name, decay):
-    """With no gradient a step is -lr * decay * parameter where it decays, else nothing."""
+    """With a zero gradient, the update is -lr * weight_decay * parameter if the parameter is decayed, otherwise 0."""
     cfg = dataclasses.replace(FLAT, name=name, weight_decay=0.2, decay=decay)
     params = tree_of()
     updates = first_update(cfg, params, jax.tree.map(jnp.zeros_like, params))
@@ -72,17 +72,17 @@ def test_adamw_equals_the_formula_for_three_steps():
     np.testing.assert_allclose(params["ln_f"]["scale"], p, rtol=1e-5)
 
 
-def test_each_group_has_its_rate():
+def test_each_group_has_its_learning_rate():
     cfg = dataclasses.replace(FLAT, lr=1.0, embed_lr=2.0, head_lr=3.0, vector_lr=4.0)
     params = tree_of()
     for path, update in first_update(cfg, params, tree_of(seed=1)).items():
         rate = {"wte": 2.0, "wpe": 2.0, "lm_head": 3.0}.get(path.split("/")[0], 1.0 if "kernel" in path else 4.0)
-        np.testing.assert_allclose(np.abs(update), rate, rtol=1e-3, err_msg=path)  # Adam's first step is the sign
+        np.testing.assert_allclose(np.abs(update), rate, rtol=1e-3, err_msg=path)  # Adam's first update is lr * sign
 
 
 @pytest.fixture(scope="module")
 def updates():
-    """path -> first update, by Muon, by Muon with layer 0's gradients enlarged, and by AdamW."""
+    """The first update of each path: by Muon, by Muon with larger gradients in layer 0, and by AdamW; the gradient."""
     params, grads = tree_of(), tree_of(seed=1)
     large = tree.map_paths(lambda path, g: g.at[0].multiply(1000.0) if "blocks" in path else g, grads)
     muon = dataclasses.replace(FLAT, name="muon")
@@ -98,65 +98,66 @@ def matrices(updates):
     return {path: leaf for path, leaf in updates["muon"].items() if path.startswith("blocks/") and "kernel" in path}
 
 
-def test_muon_makes_each_layer_of_each_matrix_orthogonal(updates):
-    """All singular values within the band of five Newton-Schulz steps, in units of lr * 0.2 * sqrt(longer side)."""
-    found = matrices(updates)
-    assert len(found) == 3
-    for path, update in found.items():
+def test_muon_orthogonalises_each_layer_of_each_matrix(updates):
+    """Divided by lr * 0.2 * sqrt(max(in, out)), all singular values are in the range that five Newton-Schulz iterations
+    reach."""
+    matrix_updates = matrices(updates)
+    assert len(matrix_updates) == 3
+    for path, update in matrix_updates.items():
         singular = np.linalg.svd(update / (0.5 * 0.2 * max(update.shape[-2:]) ** 0.5), compute_uv=False)
         assert singular.shape == (3, 8)
         assert singular.min() > 0.4 and singular.max() < 1.35, path
 
 
-def test_muon_updates_have_the_size_of_adamws(updates):
+def test_muon_updates_have_the_root_mean_square_of_adamw(updates):
     for path, update in matrices(updates).items():
         assert np.sqrt((update**2).mean()) == pytest.approx(0.5 * 0.2, rel=0.2), path
 
 
-def test_muon_goes_down(updates):
+def test_muon_updates_are_descent_directions(updates):
     for path, update in matrices(updates).items():
         assert (np.sum(update * updates["gradient"][path], (1, 2)) < 0).all(), path
 
 
-def test_muon_keeps_layers_apart(updates):
-    """A large gradient in one layer leaves the others' updates, and its own direction, as they were."""
+def test_muon_treats_layers_separately(updates):
+    """A larger gradient in one layer changes neither the other layers' updates nor its own."""
     for path, update in matrices(updates).items():
         np.testing.assert_allclose(updates["layer 0 large"][path], update, atol=2e-3, err_msg=path)
 
 
-def test_muon_leaves_embeddings_head_and_vectors_to_adamw(updates):
+def test_muon_applies_adamw_to_embeddings_head_and_vectors(updates):
     for path in updates["muon"].keys() - matrices(updates).keys():
         np.testing.assert_array_equal(updates["muon"][path], updates["adamw"][path], err_msg=path)
 
 
-def test_clipping_is_by_the_norm_of_the_whole_tree():
+def test_clipping_uses_the_global_norm():
     tx = optim.make_optimizer(dataclasses.replace(FLAT, clip_norm=1.0, eps=1e3, lr=1e3), 10)
     grads = {"lm_head": {"kernel": jnp.full((2, 2), 3.0)}, "ln_f": {"scale": jnp.full(4, 4.0)}}  # norm 10
-    updates, _ = tx.update(grads, tx.init(grads), grads)  # eps is so large that Adam's step is the gradient
+    updates, _ = tx.update(grads, tx.init(grads), grads)  # with a large eps, Adam is close to SGD
     np.testing.assert_allclose(updates["lm_head"]["kernel"], -0.3, rtol=1e-2)
     np.testing.assert_allclose(updates["ln_f"]["scale"], -0.4, rtol=1e-2)
 
 
-def test_the_clip_equals_optax_and_takes_a_norm_that_is_known():
+def test_clip_by_norm_equals_optax_and_accepts_a_precomputed_norm():
     grads = tree_of()
-    known = float(optax.tree.norm(grads))
-    for limit in (0.5 * known, 2 * known):
+    norm = float(optax.tree.norm(grads))
+    for limit in (0.5 * norm, 2 * norm):
         ours, theirs = optim.clip_by_norm(limit), optax.clip_by_global_norm(limit)
         expected = theirs.update(grads, theirs.init(grads))[0]
-        for options in ({}, {"grad_norm": known}):
+        for options in ({}, {"grad_norm": norm}):
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
                 ours.update(grads, ours.init(grads), **options)[0],
                 expected,
             )
-    told = optim.clip_by_norm(1.0).update(grads, optax.EmptyState(), grad_norm=4.0)[0]
-    np.testing.assert_allclose(told["ln_f"]["scale"], grads["ln_f"]["scale"] / 4, rtol=1e-6)
+    clipped = optim.clip_by_norm(1.0).update(grads, optax.EmptyState(), grad_norm=4.0)[0]
+    np.testing.assert_allclose(clipped["ln_f"]["scale"], grads["ln_f"]["scale"] / 4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        # of 100 steps, 20 of warmup from 0.1; the end is 0.2; wsd decays over the last 40
+        # 100 steps with 20 steps of warmup from 0.1 to 1; the decay ends at 0.2; wsd decays over the last 40 steps
         ("constant", {0: 0.1, 10: 0.55, 20: 1.0, 99: 1.0}),
         ("linear", {0: 0.1, 20: 1.0, 60: 0.6, 100: 0.2, 120: 0.2}),
         ("cosine", {0: 0.1, 20: 1.0, 40: 0.8828, 60: 0.6, 100: 0.2, 120: 0.2}),
@@ -180,6 +181,6 @@ def test_schedules(schedule, expected):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
-def test_schedules_without_warmup_and_of_one_step_start_at_the_peak(schedule):
+def test_schedules_without_warmup_start_at_the_peak(schedule):
     for steps in (1, 10):
         assert float(optim.make_schedule(OptimConfig(schedule=schedule), steps)(0)) == 1.0

@@ -1,13 +1,13 @@
-"""The configuration: one schema, filled in layers, checked as a whole. Nothing here imports jax.
+"""The configuration: one schema, filled in from several layers and validated as a whole. Nothing here imports jax.
 
-schema    the settings: dataclasses, each field with its help and range
-leaves    YAML, `a.b=c` and dicts -> (key, value, where) one by one
-load      leaves -> Config, and back to YAML; presets
-check     what must hold
-aliases   other tools' names, the nearest spelling
-uses      which verb and task reads which setting
+schema    the settings: dataclasses whose fields have a help text and a range
+leaves    reads YAML, `a.b=c` and dicts into leaves (key, value, where)
+load      builds a `Config` from leaves; writes YAML; presets
+check     ranges and rules
+aliases   suggestions for unknown keys: other tools' names, and the nearest spelling
+uses      which settings each verb and task reads
 
-`gptjax.config.schema` read as an attribute is the function; `from gptjax.config.schema import ..` is the module.
+The attribute `gptjax.config.schema` is the function; `from gptjax.config.schema import ..` imports from the module.
 """
 
 from gptjax.config.check import WITHOUT_EFFECT, validate

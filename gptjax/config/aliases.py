@@ -1,4 +1,4 @@
-"""What to say about a key that the schema does not have: our name for another tool's, or the nearest spelling."""
+"""Error texts for unknown keys: gptjax's name for another tool's setting, or the nearest spelling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gptjax.errors import did_you_mean, nearest
 
-# What peers (nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl, the book) call the same thing.
+# Names of the same settings in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl and the book.
 ALIASES: dict[str, str] = {
     "learning_rate": "optim.lr", "max_lr": "optim.lr", "peak_lr": "optim.lr", "embedding_lr": "optim.embed_lr",
     "unembedding_lr": "optim.head_lr", "matrix_lr": "optim.lr", "optimizer": "optim.name", "optim": "optim.name",
@@ -58,22 +58,23 @@ ALIASES: dict[str, str] = {
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
-# What peers have and this has not, with the way out.
+# Settings of other tools that gptjax does not have, with the alternative.
 NOT_HERE: dict[str, str] = {
     "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(
         ("device", "device_type", "accelerator"),
-        "JAX takes the best device it finds; JAX_PLATFORMS=cpu in front forces one",
+        "JAX uses the best available device; the environment variable JAX_PLATFORMS=cpu selects another",
     ),
-    "compile": "every step is compiled",
-    "precision": "model.dtype=bfloat16 multiplies in bfloat16; model.precision says how exactly float32 is multiplied",
-    "eval_iters": "validation always reads the whole validation set",
-    "eval_iter": "validation always reads the whole validation set",
+    "compile": "training steps are always compiled",
+    "precision": "model.dtype=bfloat16 computes in bfloat16; model.precision sets the precision of float32 products",
+    "eval_iters": "evaluation always uses the whole validation set",
+    "eval_iter": "evaluation always uses the whole validation set",
 }  # fmt: skip
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """What to say about a key that the schema does not have: ours for a peer's name, or the nearest spelling."""
+    """The error text for a key that is not in the schema; suggests gptjax's name of another tool's setting, or the
+    nearest spelling."""
     last = key.rpartition(".")[2].lower()
     groups = {name.partition(".")[0] for name in known if "." in name}
     if key in groups:
@@ -86,11 +87,11 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     if ALIASES.get(last) in known:
         return f"unknown key {key}; here it is called {ALIASES[last]}"
     group = key.partition(".")[0]
-    pool = [name for name in known if name.startswith(group + ".")] or known
-    hint = did_you_mean(key, pool) or did_you_mean(key, known)
+    same_group = [name for name in known if name.startswith(group + ".")] or known
+    hint = did_you_mean(key, same_group) or did_you_mean(key, known)
     leaves = {name.rpartition(".")[2]: name for name in known} | {
-        peer: ours for peer, ours in ALIASES.items() if ours in known
+        alias: name for alias, name in ALIASES.items() if name in known
     }
     if not hint and (near := nearest(last, leaves, cutoff=0.7)):
         hint = f"; did you mean {leaves[near]}?"
-    return f"unknown key {key}{hint or '; `gptjax VERB --help` lists what a verb reads'}"
+    return f"unknown key {key}{hint or '; `gptjax VERB --help` lists the settings of a verb'}"

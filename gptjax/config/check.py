@@ -34,12 +34,12 @@ Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a c
 
 
 def validate(cfg: Config) -> None:
-    """Raises UserError that lists all invalid values and combinations."""
+    """Check all ranges and rules. Raises UserError that lists all invalid values and combinations."""
     Problems(text for _, text in complaints(cfg, {})).raise_if_any()
 
 
 def validate_model(model: ModelConfig) -> None:
-    """`validate` for a model alone."""
+    """Check the ranges and rules of a model's settings only. Raises UserError like `validate`."""
     Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
 
 
@@ -64,7 +64,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # larger ints do not fit a float or an array
+            if isinstance(number, int):  # larger integers would overflow a float or an array
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -74,7 +74,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Raises UserError for wrong types in a config constructed in Python. Tracers pass: they have no value yet."""
+    """Check the types in a config constructed in Python. Raises UserError. Skips tracers, which have no value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):
@@ -90,10 +90,10 @@ def validate_types(model: ModelConfig) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: shortened, with its length, if it has more than 200 characters."""
+    """Format a value for an error message. Texts of more than 200 characters are shortened, with their length."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python prints, a list that contains itself
+    except (ValueError, RecursionError):  # too many digits to print, or a list that contains itself
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 

@@ -1,6 +1,6 @@
-"""Reading a configuration: leaves from files and command lines -> `Config`, and back to YAML.
+"""Load a `Config` from presets, YAML files and command lines, and write it as YAML.
 
-default < arch < preset < YAML (each may name its `base:`) < `a.b=c` on the command line.
+Later layers override earlier ones: defaults, arch, preset, YAML file (each may name a `base:`), command line (`a.b=c`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from gptjax.files import user_path
 
 
 def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str) -> Config:
-    """A preset or YAML file, changed by `"optim.lr=3e-4"` strings.
+    """Load a preset or a YAML file, with overrides such as "optim.lr=3e-4".
 
-    Raises UserError that lists every unknown key, wrong type and impossible combination at once.
+    Args:
+        source: name of a preset, a YAML file, or a run directory; None: the defaults.
+        overrides: strings "key=value".
+
+    Raises:
+        UserError: unknown keys, wrong types and invalid combinations; lists all of them.
     """
     return resolve(source, *overrides)[0]
 
@@ -34,46 +39,55 @@ def resolve(
     source: Optional[str | os.PathLike[str]] = None,
     *overrides: str,
     leaves: Iterable[Leaf] = (),
-    under: Iterable[Leaf] = (),
+    defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """`load_config`, and where each value came from. `leaves` are overrides that were read already, `under` goes below
-    all others. Of a command line, `uses.resolve` refuses more."""
+    """Like `load_config`, but also return where each value was set. Verbs of the command line use `uses.resolve`, which
+    is stricter.
+
+    Args:
+        leaves: further overrides, already read.
+        defaults: leaves below all other layers.
+    """
     for arg in (source, *overrides):
         if not isinstance(arg, str | os.PathLike | None):
             raise UserError(
-                f"load_config: expected a preset's name, a YAML file and texts such as 'optim.lr=3e-4', got "
-                f"{type(arg).__name__}; a nested dict goes to gptjax.config.from_dict"
+                f"load_config: expected a preset's name, a YAML file and strings such as 'optim.lr=3e-4', got "
+                f"{type(arg).__name__}; for a nested dict use gptjax.config.from_dict"
             )
     if source is not None and "=" in str(source) and not Path(source).exists():
         source, overrides = None, (str(source), *overrides)
     given = from_args(overrides, "load_config")
     name = config_file(source).stem if source is not None else "default"
-    return build([*under, *file_layers(source), *given, *leaves], f"runs/{name}")
+    return build([*defaults, *file_layers(source), *given, *leaves], f"runs/{name}")
 
 
 def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
-    """What a preset, a file or a run says, after those of its `base:`; of None nothing."""
+    """The leaves of a preset, file or run directory, after those of its `base:`; [] for None."""
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # a run, wherever it lies now
+    if (Path(source) / "config.yaml").is_file():  # a run directory, which may have been moved
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
 
 def from_yaml(text: str, name: str = "yaml") -> Config:
-    """What `to_yaml` wrote, or any YAML of the schema."""
+    """Load a config from YAML text, such as that of `to_yaml`."""
     return build(leaves_of(text, name))[0]
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """A nested dict of values, as strict as a file, or what `dataclasses.asdict` made of a config."""
+    """Load a config from a nested dict, such as that of `dataclasses.asdict`; checked like a file."""
     return build([leaf for leaf in from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
-    """Every value, so that later defaults cannot change this run; with `# where` when the provenance is given. `keys`:
-    of these settings alone."""
+    """The config as YAML text. It has all values, so that a later change of the defaults does not affect it.
+
+    Args:
+        provenance: if given, a comment after each value says where it was set.
+        keys: the settings to write; None: all.
+    """
     lines, group = [], ""
     values = flat(cfg)
     for key in values if keys is None else keys:
@@ -88,7 +102,7 @@ def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional
 
 
 def diff(a: Config, b: Config) -> list[str]:
-    """["optim.lr: 0.001 -> 0.0003", ..]"""
+    """The settings that differ: ["optim.lr: 0.001 -> 0.0003", ..]."""
     before, after = flat(a), flat(b)
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
 
@@ -97,14 +111,15 @@ def diff(a: Config, b: Config) -> list[str]:
 
 
 def presets() -> dict[str, Path]:
-    """Name -> YAML file: from the checkout's configs/, or from the copy inside an installed package."""
+    """{name: YAML file} of the presets, from configs/ of the checkout or the copy in an installed package."""
     package = Path(__file__).parents[1]
     root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
     return {path.stem: path for path in sorted(root.glob("*/*.yaml"))} if root else {}
 
 
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
-    """The file of a preset's name, a YAML path, or a run directory. Raises UserError with the nearest name."""
+    """The YAML file of a preset, a path or a run directory. Raises UserError, with the most similar name, if there is
+    none."""
     text, path = str(source), near / source
     user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
@@ -115,119 +130,129 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
     if text in known:
         return known[text]
     if text.endswith((".yaml", ".yml")) or "/" in text or path.exists():
-        raise UserError(f"{path}: no such config file; `gptjax presets ls` lists what is here")
+        raise UserError(f"{path}: no such config file; `gptjax presets ls` lists the presets")
     hint = did_you_mean(text, known)
     raise UserError(f"no preset or file {text!r}{hint or '; presets: ' + ', '.join(known)}")
 
 
-def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), inside: tuple[Path, ...] = ()) -> list[Leaf]:
-    """The file's leaves after those of its `base:`."""
+def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: tuple[Path, ...] = ()) -> list[Leaf]:
+    """The leaves of a file, after those of its `base:`. `parents`: the files that name this one as their base."""
     path = config_file(source, near)
-    if path.resolve() in inside:
+    if path.resolve() in parents:
         raise UserError(f"{path}: its `base:` leads back to itself")
     leaves = leaves_of(read_text(path, "config"), short(path))
     if not leaves:
         raise UserError(f"{path}: the config is empty; `gptjax presets show shakespeare-char` prints one to start from")
     bases = [leaf for leaf in leaves if leaf.key == "base" and leaf.value]
-    own = [leaf for leaf in leaves if leaf.key != "base"]
+    leaves = [leaf for leaf in leaves if leaf.key != "base"]
     if path in presets().values():
-        own = [Leaf("task", path.parent.name, short(path)), *own]
+        leaves = [Leaf("task", path.parent.name, short(path)), *leaves]
     if not bases:
-        return own
+        return leaves
     if not isinstance(bases[0].value, str):
         raise UserError(f"{bases[0].where}: base: expected one preset or file, got {bases[0].value}")
     try:
         config_file(bases[0].value, path.parent)
     except UserError as error:
         raise UserError(f"{bases[0].where}: base: {error}") from error
-    return [*_file_leaves(bases[0].value, path.parent, (*inside, path.resolve())), *own]
+    return [*_file_leaves(bases[0].value, path.parent, (*parents, path.resolve())), *leaves]
 
 
 def short(path: Path) -> str:
-    """The path as seen from here, where that is shorter."""
+    """The path relative to the working directory, if it is inside it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[str] = ()) -> tuple[Config, Provenance]:
-    """Type every leaf by itself, then build, then validate: all problems in one error, after those that are known."""
+    """Build a config from leaves: convert each to the type of its field, construct, validate.
+
+    Args:
+        leaves: later ones override earlier ones.
+        run_dir: the run directory if no leaf sets it.
+        problems: problems found before, which are reported with the others.
+
+    Raises:
+        UserError: lists all problems.
+    """
     problems, bad = Problems(problems), set()
     values: dict[str, Any] = {}
-    where: Provenance = {}
-    for key, value, place in leaves:
+    set_at: Provenance = {}
+    for key, value, location in leaves:
         if key == "mesh" and value == "auto":
             key, value = "mesh.data", -1
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
-                continue  # a group with every line commented out
-            problems.append(f"{place}: {unknown_key(key, list(schema()))}")
+                continue  # a group of which all lines are commented out
+            problems.append(f"{location}: {unknown_key(key, list(schema()))}")
             continue
         try:
-            values[key], where[key] = _typed(key, value), place
+            values[key], set_at[key] = _typed(key, value), location
         except ValueError as error:
             bad.add(key)
-            problems.append(f"{place}: {key}: {error}")
-    problems += _later_wins(leaves, values, where)
+            problems.append(f"{location}: {key}: {error}")
+    problems += _drop_overruled(leaves, values, set_at)
     if run_dir and values.get("run_dir") is None:
-        values["run_dir"], where["run_dir"] = run_dir, "name of the config"
+        values["run_dir"], set_at["run_dir"] = run_dir, "name of the config"
     later = CHECKED_LATER.set(True)
     try:
         cfg = _construct(Config, values, "")
     finally:
         CHECKED_LATER.reset(later)
     derived = {f"model.{name}" for name in ARCHS[cfg.model.arch] if values.get(f"model.{name}") is None}
-    provenance = {key: f"arch={cfg.model.arch}" if key in derived else where.get(key, "default") for key in schema()}
+    provenance = {key: f"arch={cfg.model.arch}" if key in derived else set_at.get(key, "default") for key in schema()}
     if not problems:
-        problems += without_effect(cfg, where)
+        problems += without_effect(cfg, set_at)
     problems += [text for keys, text in complaints(cfg, provenance) if not bad.intersection(keys)]
     problems.raise_if_any()
     return cfg, provenance
 
 
-# (a, b): b rules a or belongs to it, so b of an earlier layer goes back to its default where a later one says a
+# Pairs (a, b) where b takes precedence over a, or depends on it. If a later layer sets a, an earlier layer's b is
+# dropped and has its default again.
 RULED = (
     ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
     ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),
 )  # fmt: skip
 
 
-def _later_wins(leaves: list[Leaf], values: dict[str, Any], where: Provenance) -> Iterator[str]:
-    """Drops what an earlier layer said of a ruling setting, and names two that one command line sets at once."""
+def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
+    """Apply `RULED` and `_drop_base_settings` to `values` and `set_at`; yield error texts."""
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
-    yield from _of_the_base(layers, values, where)
+    yield from _drop_base_settings(layers, values, set_at)
     for key, ruling in RULED:
         if values.get(key) is None or values.get(ruling) is None:
             continue
-        first, second = layers.index(layer(where[key])), layers.index(layer(where[ruling]))
+        first, second = layers.index(layer(set_at[key])), layers.index(layer(set_at[ruling]))
         if first > second:
-            del values[ruling], where[ruling]
-        elif first == second and key == "train.max_steps" and where[key] in ("command line", "load_config"):
+            del values[ruling], set_at[ruling]
+        elif first == second and key == "train.max_steps" and set_at[key] in ("command line", "load_config"):
             both = f"{key}={values[key]} and {ruling}={values[ruling]}"
-            yield f"{where[key]}: {both}: the number of steps twice; give one of them"
+            yield f"{set_at[key]}: {both} both set the number of steps; give one of them"
 
 
-def _of_the_base(layers: list[str], values: dict[str, Any], where: Provenance) -> Iterator[str]:
-    """Drops what earlier layers than pretrain.base said of the model and the tokenizer, and names what others did. A
-    file that `to_yaml` wrote holds both."""
+def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
+    """Drop settings of model and tokenizer from layers before the one that sets pretrain.base, and yield an error text
+    for those from other layers. In a file written by `to_yaml`, which holds all settings, they are no error."""
     if values.get("pretrain.base") is None:
         return
-    own = layers.index(layer(where["pretrain.base"]))
-    written = [key for key in schema() if key in values and layer(where[key]) == layers[own]]
-    whole = len(written) > len(schema()) // 2
+    base_layer = layers.index(layer(set_at["pretrain.base"]))
+    same_layer = [key for key in schema() if key in values and layer(set_at[key]) == layers[base_layer]]
+    is_complete = len(same_layer) > len(schema()) // 2
     computed, clashing = {f"model.{item.name}" for item in fields(Computation)}, []
     for key in [key for key in values if key.startswith(("model.", "tokenizer.")) and key not in computed]:
-        at = layers.index(layer(where[key]))
-        if at < own:
-            del values[key], where[key]
-        elif at > own or not whole:
-            clashing.append(f"{key} ({where[key]})")
+        key_layer = layers.index(layer(set_at[key]))
+        if key_layer < base_layer:
+            del values[key], set_at[key]
+        elif key_layer > base_layer or not is_complete:
+            clashing.append(f"{key} ({set_at[key]})")
     if clashing:
         base = f"pretrain.base={values['pretrain.base']}"
         yield f"{base} brings its own model and tokenizer: leave out {', '.join(clashing)}"
 
 
 def layer(where: str) -> str:
-    """The file of "base.yaml:3"; the command line is a layer of its own."""
+    """The layer of a location: the file "base.yaml" of "base.yaml:3", or "command line"."""
     return re.sub(r":\d+$", "", where)
 
 
@@ -245,7 +270,11 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """The value as the field's type. Text is converted, a lone value is a list of one. Raises ValueError."""
+    """Convert a value to the type of its setting; a single value becomes a list of one item if a list is expected.
+
+    Raises:
+        ValueError: the value cannot be converted.
+    """
     hint = schema()[key]
     kind = without_null(hint)
     written = value if isinstance(value, str) else shown(value)
@@ -265,7 +294,7 @@ def _typed(key: str, value: Any) -> Any:
     elif isinstance(value, str):
         value = value.strip()
         if kind is int and re.fullmatch(r"\d+(\.\d+)?e\d\d?", value) and float(value).is_integer():
-            value = int(float(value))  # 1e3 -> 1000: people write counts so
+            value = int(float(value))  # 1e3 -> 1000
     try:
         return tuple(_scalar(get_args(kind)[0], item) for item in value) if listed else _scalar(kind, value)
     except (ValueError, OverflowError):
@@ -273,21 +302,21 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    """The value as a bool, int, float, str or one of a Literal's words. Raises ValueError, never truncates a number."""
+    """Convert a value to bool, int, float, str or a choice of a Literal. Raises ValueError; never truncates numbers."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if kind is bool and str(value).lower() in _BOOLEANS:
         return str(value).lower() in _BOOLEANS[::2]
     if kind is str and isinstance(value, str | int | float):
         return str(value)
-    if kind is int and type(value) in (str, int):  # a bool is an int to isinstance
+    if kind is int and type(value) in (str, int):  # not isinstance, which accepts a bool
         return int(value)
     if kind is float and type(value) in (str, int, float):
         return float(value)
     raise ValueError
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # by turns true and false
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # alternately true and false
 
 
 def yaml_value(value: object) -> str:

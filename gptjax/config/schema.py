@@ -74,8 +74,8 @@ FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. The
-    choices of a single value are its type (a `Literal`)."""
+    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. A
+    setting with a single value has its choices in its type (a `Literal`)."""
     return field(default=default, metadata={"help": text, "range": range, "choices": choices})
 
 
@@ -248,7 +248,7 @@ class ModelConfig(Computation, Architecture):
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` gives its changes first, then a copy of every other field, `_derived` before all
+        # `dataclasses.replace` passes the changed fields first, then copies of the others, beginning with `_derived`
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -389,7 +389,7 @@ class TrainConfig:
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """max_steps, or the steps of `epochs` passes over `size` tokens, texts or rows, `per_step` per step."""
+        """Number of steps: max_steps, or that of `epochs` passes over `size` tokens or rows, `per_step` per step."""
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
@@ -424,7 +424,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text generation by `gptjax sample`, and of the samples during training."""
+    """Text generation, by `gptjax sample` and during training."""
 
     prompt: str = setting("\n", "Prompt to continue.")
     prompts: Optional[str] = setting(
@@ -572,8 +572,10 @@ class InstructConfig:
     )
     packing: Literal["packed", "padded"] = setting("packed", "packed: several examples per row; padded: one.")
     context_length: int = setting(512, "Tokens per row; longer examples are dropped and counted.", COUNT)
-    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
-    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
+    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    test_fraction: float = setting(
+        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+    )
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
 
@@ -595,8 +597,10 @@ class PreferConfig:
     context_length: int = setting(
         512, "Tokens per row, which holds both answers of a pair; longer pairs are dropped and counted.", COUNT
     )
-    val_fraction: float = setting(0.05, "Fraction to validate on: the end of the source.", FRACTION)
-    test_fraction: float = setting(0.1, "Fraction to test on: before the validation part.", FRACTION)
+    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    test_fraction: float = setting(
+        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+    )
     examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
 

@@ -1,5 +1,5 @@
-"""Which settings a task reads. On a command line one that nothing reads is refused, from whatever layer it came:
-a setting that is ignored in silence looks like one that does not help.
+"""The settings that each task reads. A setting that the task does not read is refused, on the command line and in the
+user's files: if it were ignored silently, it would seem to have no effect on the results.
 
 reads("classify", "lora.rank")          True
 reads("classify", "model.n_layer")      False: the model is that of finetune.base
@@ -20,7 +20,7 @@ TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
-# task -> patterns of settings, in the order of `--help`; sample.* is where `gptjax sample RUN` starts from
+# task -> patterns of settings, in the order of `--help`; sample.* are the defaults of `gptjax sample RUN`
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
@@ -30,6 +30,7 @@ USES: dict[str, tuple[str, ...]] = {
 
 
 def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
+    """Whether the task reads the setting, or it matches one of the patterns `also`."""
     return any(matches(pattern, key) for pattern in (*USES[task], *also))
 
 
@@ -59,74 +60,84 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """`load.resolve` for a verb of the command line.
+    """Like `load.resolve`, for a verb of the command line: also refuse settings that its task does not read.
 
     Args:
-        task: what the verb is for; None: any, as the preset says. also: patterns of what the verb reads beside it.
+        source: a preset, YAML file or run directory; None: the defaults.
+        leaves: the settings of the command line.
+        verb: name of the verb, for error messages.
+        task: the task of the verb; None: any task, which the preset or the settings name.
+        also: patterns of further settings that the verb reads.
 
     Raises:
-        UserError: a preset of another task; settings that the task does not read, in the user's own files or on the
-            command line, at their defaults too; and what `load.resolve` refuses. All of the latter two at once.
+        UserError: a preset of another task. Otherwise one error with all other problems: settings in the user's files
+            or on the command line that the task does not read, even with their default values, and the problems that
+            `load.resolve` reports.
     """
     layers, leaves = file_layers(source), list(leaves)
-    wanted = _task(source, layers, leaves, verb, task)
-    under = [Leaf("task", wanted, f"gptjax {verb}")]
+    resolved_task = _task(source, layers, leaves, verb, task)
+    defaults = [Leaf("task", resolved_task, f"gptjax {verb}")]
     run_dir = None if source is None else f"runs/{config_file(source).stem}"
-    # what the user wrote: neither a preset of the house nor a config.yaml, which holds the settings of all tasks
-    house = {short(path) for path in presets().values()}
+    # only the user's settings are refused: not those of gptjax's presets, nor of a run's config.yaml, which holds the
+    # settings of all tasks
+    preset_files = {short(path) for path in presets().values()}
     groups: dict[str, set[str]] = {}
     for leaf in layers:
         groups.setdefault(layer(leaf.where), set()).add(leaf.key.partition(".")[0])
-    whole = {name for name, found in groups.items() if found.issuperset(TUNINGS)}
-    own = [*(leaf for leaf in layers if layer(leaf.where) not in house | whole), *leaves]
-    unread = [*_unread(own, wanted, verb, also), *_without_adapter(own, [*layers, *leaves], wanted)]
-    return build([*under, *layers, *leaves], run_dir or "runs/default", unread)
+    complete_files = {name for name, names in groups.items() if names.issuperset(TUNINGS)}
+    user_leaves = [*(leaf for leaf in layers if layer(leaf.where) not in preset_files | complete_files), *leaves]
+    unread = [
+        *_unread(user_leaves, resolved_task, verb, also),
+        *_without_adapter(user_leaves, [*layers, *leaves], resolved_task),
+    ]
+    return build([*defaults, *layers, *leaves], run_dir or "runs/default", unread)
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
-    """What is to be trained; a wrong word for it is left to the schema."""
-    stated = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
+    """The task to train. Unknown tasks are ignored here: `build` reports them."""
+    in_files = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
     given = [leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]
-    wanted = [task] if task else given or stated or ["pretrain"]
-    if stated and stated != wanted:
-        hint = f": gptjax {verb_of(stated[0])} {source}" if task else f", not for task={wanted[0]}"
-        raise UserError(f"{source} is for task={stated[0]}{hint}")
-    if given and given != wanted:
+    expected = [task] if task else given or in_files or ["pretrain"]
+    if in_files and in_files != expected:
+        hint = f": gptjax {verb_of(in_files[0])} {source}" if task else f", not for task={expected[0]}"
+        raise UserError(f"{source} is for task={in_files[0]}{hint}")
+    if given and given != expected:
         raise UserError(f"task={given[0]}: this is gptjax {verb}; use gptjax {verb_of(given[0])}")
-    return wanted[0]
+    return expected[0]
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    why = {
-        "model": f"whose model is finetune.base (of model.* it reads {', '.join(_COMPUTATION)})",
+    """An error text for the settings that the task does not read, per place where they were set and reason."""
+    reasons = {
+        "model": f"whose model is finetune.base (it reads only model.{', model.'.join(_COMPUTATION)})",
         "tokenizer": "whose tokenizer is that of finetune.base",
         "data": f"whose data is {task}.source",
         "sample": "which writes no text",
         "pretrain": "only of gptjax pretrain",
     }
-    found: dict[tuple[str, str], list[str]] = {}
+    unread: dict[tuple[str, str], list[str]] = {}
     for leaf in leaves:
         if leaf.key in schema() and not reads(task, leaf.key, also):
             group = leaf.key.partition(".")[0]
             tuning = f"only of gptjax finetune{f' {group}' if group in TUNINGS else ''}"
-            reason = tuning if task == "pretrain" else why.get(group, f"only of gptjax finetune {group}")
-            found.setdefault((leaf.where, reason), []).append(leaf.key)
+            reason = tuning if task == "pretrain" else reasons.get(group, f"only of gptjax finetune {group}")
+            unread.setdefault((leaf.where, reason), []).append(leaf.key)
     return [
-        f"{where}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {reason}"
-        for (where, reason), keys in found.items()
+        f"{location}: {', '.join(dict.fromkeys(keys))}: not a setting of gptjax {verb}, {reason}"
+        for (location, reason), keys in unread.items()
     ]
 
 
-def _without_adapter(own: list[Leaf], every: list[Leaf], task: str) -> list[str]:
-    """The user's lora.* beside or after a finetune.trainable that trains no adapter; what a later layer rules is none
-    of them."""
-    trainable = next((leaf for leaf in reversed(every) if leaf.key == "finetune.trainable"), None)
+def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
+    """An error text for each of the user's lora.* settings if finetune.trainable trains no adapter. Settings of layers
+    before the one that sets finetune.trainable are allowed."""
+    trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):
         return []
-    names = list(dict.fromkeys(layer(leaf.where) for leaf in every))
-    first = names.index(layer(trainable.where))
+    layers = list(dict.fromkeys(layer(leaf.where) for leaf in all_leaves))
+    first = layers.index(layer(trainable.where))
     return [
         f"{leaf.where}: {leaf.key}: finetune.trainable={trainable.value} has no adapter"
-        for leaf in own
-        if matches("lora.*", leaf.key) and leaf.key in schema() and names.index(layer(leaf.where)) >= first
+        for leaf in user_leaves
+        if matches("lora.*", leaf.key) and leaf.key in schema() and layers.index(layer(leaf.where)) >= first
     ]

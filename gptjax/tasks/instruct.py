@@ -1,4 +1,4 @@
-"""Fine-tuning a language model to follow instructions: conversations, rows, run, and answers to what was held out."""
+"""Instruction tuning: fine-tune a language model on conversations, and evaluate its answers to held-out questions."""
 
 from __future__ import annotations
 
@@ -30,108 +30,110 @@ from gptjax.types import Batch, Params
 
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
-TURNS = 8  # of a synthetic conversation to train on, at most
-CHUNK = 256  # tokens whose logits are alive at once, where the head is not trained
+TURNS = 8  # maximum number of questions per synthetic training conversation
+CHUNK = 256  # tokens per chunk of the loss if the output head is frozen: only one chunk's logits are in memory
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
-    """Answer what was held out: responses.jsonl, and the share of exact answers, test.json.
+    """Answer the held-out questions and score the answers. Writes responses.jsonl and test.json; if test.json exists,
+    only prints its summary.
 
     Args:
-        talks: that were held out; None: read again.
+        talks: the held-out conversations; None: read them again.
     """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test = talks or conversations(result.cfg, []).test
-        params, _ = weights.load(folder / "final")  # of plain arrays
+        params, _ = weights.load(folder / "final")  # plain arrays: the adapter is merged
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
-            found = scores(rows)
+            test_scores = scores(rows)
             if result.cfg.instruct.compare:
                 del params
                 base_params = tuning.base_model(result.cfg).params("float32", None)
-                before = _answer(folder / BEFORE, base_params, result, test, progress, "the base")
-                found |= {"before": scores(before), "win_rate": win_rate(rows, before)}
-        write_json(folder / RESULTS, found)
+                before = _answer(folder / BEFORE, base_params, result, test, progress, "the base model")
+                test_scores |= {"before": scores(before), "win_rate": win_rate(rows, before)}
+        write_json(folder / RESULTS, test_scores)
     for line in use_json(folder / RESULTS, summary):
         say(line)
     say(f"        answers in {folder / RESPONSES}")
 
 
 def _answer(
-    file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], progress: Progress, who: str
+    file: Path, params: Params, result: TrainResult, talks: Sequence[Conversation], progress: Progress, name: str
 ) -> list[dict]:
-    rows = answers(params, result.cfg, result.tokenizer, talks, progress, who)
+    rows = answers(params, result.cfg, result.tokenizer, talks, progress, name)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
 
-def summary(found: dict[str, Any]) -> list[str]:
+def summary(results: dict[str, Any]) -> list[str]:
     def line(scores: dict[str, Any]) -> str:
         return (
-            f"{scores['exact']:.1%} exact, {scores['normalised']:.1%} but for case and blanks, token F1 "
-            f"{scores['token_f1']:.3f}, loss {scores['nats_per_token']:.4f} a response token"
+            f"exact match {scores['exact']:.1%} ({scores['normalised']:.1%} ignoring case, whitespace and a final "
+            f"full stop), token F1 {scores['token_f1']:.3f}, loss {scores['nats_per_token']:.4f} per response token"
         )
 
-    lines = [f"test    {found['n']} held out: {line(found)}"]
-    if "before" in found:
-        wins = found["win_rate"]["win_rate"]
+    lines = [f"test    {results['n']} held-out questions: {line(results)}"]
+    if "before" in results:
+        wins = results["win_rate"]["win_rate"]
         lines += [
-            f"        before: {line(found['before'])}",
-            f"        likelier than before: {wins:.1%} of the answers",
+            f"        base model: {line(results['before'])}",
+            f"        expected answers with a higher probability than under the base model: {wins:.1%}",
         ]
     return lines
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """To train, validate and test on. notes: as of `conversations.read`."""
-    parts = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
-    if problems := [line for talk in parts.test for line in check_constraints(talk.constraints, talk.where)]:
+    """The conversations to train, validate and test on; `notes` as in `data.conversations.read`."""
+    splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
+    if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
-    return parts
+    return splits
 
 
 def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
-    """In training several questions a conversation: what a chat template says before the first is read once."""
+    """Synthetic conversations. Those to train on have several questions each, which share the template's system
+    prompt."""
     return synthetic.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    found = tuning.base_model(cfg)
+    base = tuning.base_model(cfg)
     instruct = cfg.instruct
-    model = found.cfg.computed_as(cfg.model)
+    model = base.cfg.computed_as(cfg.model)
     width, notes = tuning.longest_row(cfg, model), list[str]()
     with progress.phase("preparing the data"):
-        tokenizer, about_style = tuning.styled(found, instruct.style)
-        talks = conversations(cfg, notes)
+        tokenizer, style_lines = tuning.styled(base, instruct.style)
+        splits = conversations(cfg, notes)
         encoded = [
             encode(
-                part,
+                talks,
                 tokenizer,
                 context_length=width,
                 loss_on=instruct.loss_on,
                 because=tuning.why_so_long(cfg, model),
             )
-            for part in (talks.train, talks.val)
+            for talks in (splits.train, splits.val)
         ]
-        train, val = (getattr(packing, instruct.packing)(part, width) for part in encoded)
-        example = show(render(talks.train[0], tokenizer), tokenizer)
+        train, val = (getattr(packing, instruct.packing)(examples, width) for examples in encoded)
+        example = show(render(splits.train[0], tokenizer), tokenizer)
     size = cfg.train.batch_size
     resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
-    parts, fingerprint = tuning.load_base(resolved, found, {}, jax.random.key(cfg.seed), progress)
+    trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
 
-    counts = " + ".join(f"{len(part):,}" for part in talks)
+    counts = " + ".join(f"{len(talks):,}" for talks in splits)
     lines = [
         f"data    {instruct.source or 'synthetic skills'}: {counts} conversations to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
-        f"full; {encoded[0].dropped + encoded[1].dropped} conversations do not fit and are left out",
+        f"full; {encoded[0].dropped + encoded[1].dropped} conversations that do not fit a row were dropped",
         *(f"        {note}" for note in notes),
-        *about_style,
-        f"---- an example; what is learned is green, or between « and » ----\n{example}\n----",
+        *style_lines,
+        f"---- an example; tokens in the loss are green, or between « and » ----\n{example}\n----",
     ]
     task = tuning.make_task(
         resolved,
-        parts,
+        trainable,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
@@ -141,7 +143,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
-    return Ready(resolved, task, talks.test)
+    return Ready(resolved, task, splits.test)
 
 
 def loss(cfg: Config) -> Loss:
@@ -154,25 +156,25 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """What a run would do, for --dry-run."""
+    """A summary of the run, for --dry-run."""
     notes: list[str] = []
-    talks, found = conversations(cfg, notes), tuning.base_model(cfg)
-    model = found.cfg.computed_as(cfg.model)
+    splits, base = conversations(cfg, notes), tuning.base_model(cfg)
+    model = base.cfg.computed_as(cfg.model)
     width = tuning.longest_row(cfg, model)
-    tokenizer, about_style = tuning.styled(found, cfg.instruct.style)
+    tokenizer, style_lines = tuning.styled(base, cfg.instruct.style)
     encoded = encode(
-        talks.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
+        splits.train, tokenizer, loss_on=cfg.instruct.loss_on, context_length=width,
         because=tuning.why_so_long(cfg, model),
     )  # fmt: skip
     n_rows = len(getattr(packing, cfg.instruct.packing)(encoded, width).tokens)
-    counts = " + ".join(f"{len(part):,}" for part in talks)
+    counts = " + ".join(f"{len(talks):,}" for talks in splits)
     return [
-        f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit",
+        f"data               {counts} conversations to train, validate and test on; {encoded.dropped} do not fit a row",
         *(f"                   {note}" for note in notes),
-        *(f"{line[:8]:19}{line[8:]}" for line in about_style),
-        tuning.plan(cfg, found, model),
+        *(f"{line[:8]:19}{line[8:]}" for line in style_lines),
+        tuning.plan(cfg, base, model),
         f"steps              {cfg.train.steps(n_rows, cfg.train.batch_size):,} of {cfg.train.batch_size} rows, "
-        f"{n_rows:,} rows an epoch",
+        f"{n_rows:,} rows per epoch",
     ]
 
 
@@ -182,17 +184,20 @@ def answers(
     tokenizer: Tokenizer,
     talks: Sequence[Conversation],
     progress: Progress | None = None,
-    who: str = "",
+    name: str = "",
 ) -> list[dict[str, Any]]:
-    """The model's greedy answer to each conversation's last question, beside the one expected and its loss.
+    """Generate the model's greedy answer to the last question of each conversation, and score the expected answer.
 
     Args:
-        who: whose answers they are, for the sign of life.
+        params: the model's params.
+        talks: conversations that end with the expected answer.
+        progress: prints heartbeat lines.
+        name: name of the model in these lines.
 
     Returns:
-        One a conversation: where, prompt, expected, answer; nats, -log p of the expected answer with its end, and
-        tokens, their number; where the record has them, system, history (the messages before the question) and
-        constraints.
+        A dict per conversation: where, prompt, expected, answer; nats: -log p of the expected answer and its end
+        token; tokens: their number. If the conversation has them: system, history (the messages before the question)
+        and constraints.
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), list[dict[str, Any]]()
@@ -201,50 +206,51 @@ def answers(
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:
-        """As `until`, which the loop asks about the tokens of each row from time to time: they are only counted."""
+        """A stop condition for `generate` that never stops: it only records how many tokens the longest row has."""
         longest[0] = max(longest[0], len(tokens))
         return False
 
-    def doing() -> str:
+    def phase() -> str:
         batch = f"the next {min(size, len(talks) - len(rows))} have {longest[0]} of {cfg.sample.max_new_tokens} tokens"
-        return f"answering{', ' * bool(who)}{who}: {len(rows)} of {len(talks)} done, {batch}"
+        return f"answering{', ' * bool(name)}{name}: {len(rows)} of {len(talks)} done, {batch}"
 
     for first in range(0, len(talks), size):
-        some = rendered[first : first + size]
-        prompts = [[i for piece in talk[:-1] for i in piece.ids] for talk in some]
+        batch_spans = rendered[first : first + size]
+        prompts = [[i for span in spans[:-1] for i in span.ids] for spans in batch_spans]
         longest[0] = 0
-        with progress.phase(doing) if progress else nullcontext():
+        with progress.phase(phase) if progress else nullcontext():
             new = generate(
                 decoding, prompts, cfg.model, max_new_tokens=cfg.sample.max_new_tokens, key=jax.random.key(0),
                 stop=weights.stop_ids(tokenizer), until=count if progress else None,
                 vocab_size=tokenizer.vocab_size,
             )  # fmt: skip
-            batch = _to_score(prompts, [talk[-1].ids for talk in some], size)
+            batch = _scoring_batch(prompts, [spans[-1].ids for spans in batch_spans], size)
             nats = np.asarray(-(log_probs(params, batch) * batch.weights).sum(-1))
-        for talk, ids, loss, learned in zip(talks[first:], new, nats, some, strict=False):
-            score = {"nats": float(loss), "tokens": len(learned[-1].ids)}
+        for talk, ids, loss, spans in zip(talks[first:], new, nats, batch_spans, strict=False):
+            score = {"nats": float(loss), "tokens": len(spans[-1].ids)}
             rows.append(_row(talk, tokenizer.decode(ids)) | score)
     return rows
 
 
-def _to_score(prompts: list[list[int]], expected: list[list[int]], size: int) -> Batch:
-    """`size` rows, one an answer; of few lengths, so that few programs are compiled."""
-    both = list(zip(prompts, expected, strict=True))
-    both += both[:1] * (size - len(both))
-    ids = [np.array(p + e, np.int32) for p, e in both]
-    weights = [np.array([0] * len(p) + [1] * len(e), np.float32) for p, e in both]
+def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: int) -> Batch:
+    """A batch of `size` rows, one per expected answer. Rows are padded to a multiple of 64 tokens, so that few programs
+    are compiled."""
+    pairs = list(zip(prompts, expected, strict=True))
+    pairs += pairs[:1] * (size - len(pairs))
+    ids = [np.array(p + e, np.int32) for p, e in pairs]
+    weights = [np.array([0] * len(p) + [1] * len(e), np.float32) for p, e in pairs]
     longest = max(len(row) - 1 for row in ids)
     return Batch(*packing.padded(packing.Encoded(ids, weights, 0), -(-longest // 64) * 64))
 
 
 def _row(talk: Conversation, answer: str) -> dict[str, Any]:
     *before, question, expected = talk.messages
-    row = {"where": talk.where, "prompt": _said(question), "expected": expected["content"], "answer": answer}
+    row = {"where": talk.where, "prompt": _message_text(question), "expected": expected["content"], "answer": answer}
     system = [message["content"] for message in before if message["role"] == "system"]
-    history = [{"role": m["role"], "content": _said(m)} for m in before if m["role"] != "system"]
-    more = {"system": "".join(system), "history": history, "constraints": list(talk.constraints)}
-    return row | {key: value for key, value in more.items() if value}
+    history = [{"role": m["role"], "content": _message_text(m)} for m in before if m["role"] != "system"]
+    optional = {"system": "".join(system), "history": history, "constraints": list(talk.constraints)}
+    return row | {key: value for key, value in optional.items() if value}
 
 
-def _said(message: dict[str, Any]) -> str:
+def _message_text(message: dict[str, Any]) -> str:
     return "\n".join(filter(None, (message["content"], message.get("input"))))

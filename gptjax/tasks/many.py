@@ -41,7 +41,7 @@ class Many(NamedTuple):
 
     @classmethod
     def of(cls, *, rates: Sequence[float], scales: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Many:
-        """From sequences. Raises UserError if their lengths differ."""
+        """Create from sequences of equal length. Raises UserError if their lengths differ."""
         if len({len(rates), len(scales), len(ranks), len(seeds)}) != 1:
             raise UserError(
                 f"expected as many rates as scales, ranks and seeds; got {len(rates)}, {len(scales)}, {len(ranks)} "

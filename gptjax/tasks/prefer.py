@@ -1,4 +1,4 @@
-"""Fine-tuning on preferences: pairs, their log-probabilities before training, run, and what held-out pairs say."""
+"""Preference tuning (DPO and others): fine-tune on pairs of answers, and evaluate on held-out pairs."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ from gptjax.tasks.tuning import refuse_missing
 from gptjax.tokenizers import Tokenizer
 from gptjax.training.progress import Progress
 from gptjax.training.run import TrainResult
-from gptjax.training.step import evaluate as evaluated
+from gptjax.training.step import evaluate as mean_over
 from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-PAIR = 64  # tokens of a pair, at the least: so many of them are in a packed row
+MIN_PAIR_TOKENS = 64  # assumed length of a pair, to estimate how many pairs fit a packed row
 RESULTS = "test.json"
 
 
 class HeldOut(NamedTuple):
-    """The pairs to test on, and their log-probabilities before training, where the loss needs them."""
+    """The test pairs, and their reference log-probabilities, or None if the loss does not need them."""
 
     rows: PairRows
-    before: np.ndarray | None
+    reference: np.ndarray | None
 
 
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
-    """Score the held-out pairs: loss, how often the chosen answer has the larger reward, by how much; test.json.
+    """Evaluate on the held-out pairs: loss, accuracy (the chosen answer has the larger reward) and reward margin.
+
+    Writes test.json. If it exists, only prints its summary.
 
     Args:
-        held_out: None: made again, of the base before training.
+        held_out: the test pairs; None: prepare them again, with the base model as the reference.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
         if held_out is None:
             with Progress(log=lambda line: None) as silent:
                 held_out = prepare(result.cfg, silent).held_out
-        batches = preferences.eval_batches(held_out.rows, result.cfg.train.batch_size, held_out.before)
-        mean, metrics = evaluated(jax.jit(loss(result.cfg)), result.params, batches)
+        batches = preferences.eval_batches(held_out.rows, result.cfg.train.batch_size, held_out.reference)
+        mean, metrics = mean_over(jax.jit(loss(result.cfg)), result.params, batches)
         scores = {"pairs": int(mean.weight), "loss": mean.value()} | {k: v.value() for k, v in metrics.items()}
         write_json(file, scores)
     say(use_json(file, summary))
@@ -59,13 +61,13 @@ def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str],
 
 def summary(scores: dict[str, Any]) -> str:
     return (
-        f"test    {scores['pairs']} held-out pairs: the chosen answer is preferred in {scores['accuracy']:.1%}, "
-        f"margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
+        f"test    {scores['pairs']} held-out pairs: accuracy {scores['accuracy']:.1%} (chosen answer has larger reward)"
+        f", margin {scores['margin']:.3f}, loss {scores['loss']:.4f}"
     )
 
 
 def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
-    """To train, validate and test on. notes: as of `conversations.read`."""
+    """The pairs to train, validate and test on; `notes` as in `data.conversations.read`."""
     return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
@@ -74,8 +76,8 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
-    """Of a batch; how many pairs a packed row has only the data could tell: little depends on it."""
-    n = max(1, width // PAIR) if cfg.prefer.packing == "packed" else 1
+    """The shapes of a batch. The number of pairs per packed row depends on the data and is estimated."""
+    n = max(1, width // MIN_PAIR_TOKENS) if cfg.prefer.packing == "packed" else 1
     ids, *floats = (
         jax.ShapeDtypeStruct((rows, *shape), dtype)
         for shape, dtype in (((width,), np.int32), ((width,), np.float32), ((n,), np.float32), ((n, 2), np.float32))
@@ -83,83 +85,83 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
     return PairBatch(ids, ids, floats[0], ids, *floats[1:])
 
 
-def _rows(cfg: Config, part: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """The rows of a part, and how many pairs did not fit."""
+def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
+    """The pairs encoded as rows, and the number of pairs that do not fit a row."""
     width = tuning.longest_row(cfg, model)
-    encoded = preferences.encode(part, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
+    encoded = preferences.encode(pairs, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
     packed = cfg.prefer.packing == "packed"
     return preferences.rows(encoded, width if packed else None, packed), encoded.dropped
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
-    found = tuning.base_model(cfg)
+    base = tuning.base_model(cfg)
     size, notes = cfg.train.batch_size, list[str]()
-    model = found.cfg.computed_as(cfg.model)
+    model = base.cfg.computed_as(cfg.model)
     with progress.phase("preparing the data"):
-        tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
-        parts_of_data = pairs(cfg, notes)
-        rows, dropped = zip(*(_rows(cfg, part, tokenizer, model) for part in parts_of_data), strict=True)
+        tokenizer, style_lines = tuning.styled(base, cfg.prefer.style)
+        splits = pairs(cfg, notes)
+        rows, dropped = zip(*(_rows(cfg, subset, tokenizer, model) for subset in splits), strict=True)
     train, val, test = rows
     resolved = resolve(cfg, model, len(train.tokens), cfg.train.batch_size)
-    parts, fingerprint = tuning.load_base(resolved, found, {}, jax.random.key(cfg.seed), progress)
-    before: list[np.ndarray | None] = [None] * 3
+    trainable, fingerprint = tuning.load_base(resolved, base, {}, jax.random.key(cfg.seed), progress)
+    references: list[np.ndarray | None] = [None] * 3
     if cfg.prefer.loss in NEEDS_REFERENCE:
-        with progress.phase("scoring the pairs before training"):
-            start = parts.combine(parts.params, parts.frozen)
-            before = [reference(start, part, model, size) for part in rows]
+        with progress.phase("computing the reference log-probabilities"):
+            start = trainable.combine(trainable.params, trainable.frozen)
+            references = [reference(start, subset, model, size) for subset in rows]
 
-    counts = " + ".join(f"{len(part):,}" for part in parts_of_data)
+    counts = " + ".join(f"{len(subset):,}" for subset in splits)
     lines = [
         f"data    {cfg.prefer.source or 'synthetic skills'}: {counts} pairs to train, validate and test on",
         f"        {len(train.tokens):,} rows of {train.tokens.shape[1]} tokens, {(train.segment_ids > 0).mean():.0%} "
-        f"full; {sum(dropped)} pairs do not fit and are left out",
+        f"full; {sum(dropped)} pairs that do not fit a row were dropped",
         *(f"        {note}" for note in notes),
-        *about_style,
+        *style_lines,
     ]
     task = tuning.make_task(
         resolved,
-        parts,
+        trainable,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
         loss=loss,
-        batch=lambda step: preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=before[0]),
-        eval_batches=lambda: preferences.eval_batches(val, size, before[1]),
+        batch=lambda step: preferences.batch(train, step, batch_size=size, seed=cfg.seed, reference=references[0]),
+        eval_batches=lambda: preferences.eval_batches(val, size, references[1]),
         width=train.tokens.shape[1],
         data=loader.fingerprint(*train, *val),
         lines=lines,
     )
-    return Ready(resolved, task, HeldOut(test, before[2]))
+    return Ready(resolved, task, HeldOut(test, references[2]))
 
 
 def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:
-    """[pairs, 2] float32: log-probabilities of the chosen and the rejected answer of each pair."""
-    scored = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
-    found = [scored(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
-    here = rows.pairs >= 0
-    out = np.zeros((int(here.sum()), 2), np.float32)
-    out[rows.pairs[here]] = np.concatenate(found)[: len(rows.pairs)][here]
+    """Reference log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32."""
+    log_probs = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
+    outputs = [log_probs(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
+    is_pair = rows.pairs >= 0  # the other entries are padding
+    out = np.zeros((int(is_pair.sum()), 2), np.float32)
+    out[rows.pairs[is_pair]] = np.concatenate(outputs)[: len(rows.pairs)][is_pair]
     return out
 
 
 def plan(cfg: Config) -> list[str]:
-    """What a run would do, for --dry-run."""
+    """A summary of the run, for --dry-run."""
     notes: list[str] = []
-    parts, found = pairs(cfg, notes), tuning.base_model(cfg)
-    model = found.cfg.computed_as(cfg.model)
-    tokenizer, about_style = tuning.styled(found, cfg.prefer.style)
-    rows, dropped = _rows(cfg, parts.train, tokenizer, model)
+    splits, base = pairs(cfg, notes), tuning.base_model(cfg)
+    model = base.cfg.computed_as(cfg.model)
+    tokenizer, style_lines = tuning.styled(base, cfg.prefer.style)
+    rows, dropped = _rows(cfg, splits.train, tokenizer, model)
     n, size = len(rows.tokens), cfg.train.batch_size
-    counts = " + ".join(f"{len(part):,}" for part in parts)
+    counts = " + ".join(f"{len(subset):,}" for subset in splits)
     return [
-        f"data               {counts} pairs to train, validate and test on; {dropped} do not fit",
+        f"data               {counts} pairs to train, validate and test on; {dropped} do not fit a row",
         *(f"                   {note}" for note in notes),
-        *(f"{line[:8]:19}{line[8:]}" for line in about_style),
-        tuning.plan(cfg, found, model),
-        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows an epoch; loss {cfg.prefer.loss}",
+        *(f"{line[:8]:19}{line[8:]}" for line in style_lines),
+        tuning.plan(cfg, base, model),
+        f"steps              {cfg.train.steps(n, size):,} of {size} rows, {n:,} rows per epoch; loss {cfg.prefer.loss}",
     ]
 
 
 def __getattr__(name: str) -> Any:
-    """Names that `gptjax.losses` has now."""
+    """Deprecated names that moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

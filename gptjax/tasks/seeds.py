@@ -60,12 +60,12 @@ def refuse(cfg: Config) -> bool:
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
         refuse_unwritable(folder.path)
-        refuse_foreign(folder.path, own=r"seed-\d+|seeds\.json")
+        refuse_foreign(folder.path, allowed=r"seed-\d+|seeds\.json")
     if is_vmapped(cfg):
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [
         resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
-    ]  # all of them, so that every problem is reported
+    ]  # check all seeds, so that all problems are reported
     return all(finished)
 
 
@@ -112,44 +112,44 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     """Combine the tasks of all seeds: trained leaves and batches have a leading seed axis, the frozen base has none.
 
-    Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a run
-    of its own. A step that is not finite for one seed is skipped by all. All train for as many steps as the first.
+    Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a
+    separate run. All seeds skip a step that is not finite for one of them, and train for as many steps as the first.
     """
-    every: list[Task] = []
+    seed_tasks: list[Task] = []
     configs: list[Config] = []
     for seed in _seeds(cfg):
         resolved, task, _ = prepare(_seed_config(cfg, seed), progress)
-        every.append(task._replace(frozen=None) if every else task)  # keep one copy of the base
+        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keep one copy of the base
         configs.append(resolved)
-    first, n = every[0], len(every)
+    first, n = seed_tasks[0], len(seed_tasks)
     configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]
 
-    # closures over `every` would keep the params that training replaces alive
-    batches_of, validations, write_of = zip(
-        *((task.batches, task.validation, task.write) for task in every), strict=True
+    # closures over `seed_tasks` would keep the params that training replaces alive
+    batch_fns, validations, write_fns = zip(
+        *((task.batches, task.validation, task.write) for task in seed_tasks), strict=True
     )
-    build, describe_one = first.build, first.describe
+    build, describe = first.build, first.describe
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
-        return vmapped.stack([batches(step, k, rows) for batches in batches_of], axis=1)
+        return vmapped.stack([batches(step, k, rows) for batches in batch_fns], axis=1)
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        for i, place in [*runs, (0, folder)]:  # the shared folder last: it marks the run as complete
+        for i, run_folder in [*runs, (0, folder)]:  # the shared folder last: it marks the run as complete
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
-            write_of[i](place, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
+            write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 
     shared = dataclasses.replace(configs[0], seed=cfg.seed, run_dir=cfg.run_dir, finetune=cfg.finetune)
     return Ready(shared, first._replace(
         batches=batches,
         validation=Validation(lambda first: vmapped.zip_batches([val.batches(first) for val in validations])),
         build=lambda cfg: vmapped.as_one(build(cfg), n),
-        start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.start for task in every)),
+        start=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(task.start for task in seed_tasks)),
         fingerprints={
-            name: (" ".join(task.fingerprints[name][0] for task in every), setting)
+            name: (" ".join(task.fingerprints[name][0] for task in seed_tasks), setting)
             for name, (_, setting) in first.fingerprints.items()
         },
-        describe=lambda size: [*describe_one(size // n), f"seeds   {n} adapters in one program"],
+        describe=lambda size: [*describe(size // n), f"seeds   {n} adapters in one program"],
         write=write,
     ))  # fmt: skip
 

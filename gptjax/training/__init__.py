@@ -1,1 +1,1 @@
-"""The step, the loop around it, and the directory a run leaves behind."""
+"""Training: the step, the loop around it, and the run directory."""

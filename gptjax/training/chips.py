@@ -1,4 +1,4 @@
-"""Peak figures of accelerators, from their vendors' data sheets: what a measured or planned rate is compared with."""
+"""Peak performance of accelerators, from their vendors' data sheets; used for MFU and plans."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip. Only those that `gptjax plan` knows have all figures.
+    """Specification of one chip. Only the chips that `gptjax plan` supports have all values.
 
-    TPU figures are of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; of v4's interconnect, arXiv:2304.01433, table 4. The
-    interconnect's is what all links of a chip send together, half of the bidirectional figure of those pages.
+    TPU values are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, and v4's interconnect bandwidth from
+    arXiv:2304.01433, table 4. The interconnect bandwidth is that of all links of a chip in the sending direction, half
+    of the bidirectional bandwidth on those pages.
     """
 
-    kinds: tuple[str, ...]  # parts of jax's device_kind
-    tflops: float  # dense bfloat16
-    hbm_gib: float = 0.0
-    hbm_gbps: float = 0.0  # 1e9 bytes a second
-    ici_gbps: float = 0.0
+    kinds: tuple[str, ...]  # substrings of jax's device_kind
+    tflops: float  # peak TFLOP/s, dense bfloat16
+    hbm_gib: float = 0.0  # memory
+    hbm_gbps: float = 0.0  # memory bandwidth in 1e9 bytes per second
+    ici_gbps: float = 0.0  # interconnect bandwidth in 1e9 bytes per second
 
 
 CHIPS = {
@@ -38,7 +39,7 @@ CHIPS = {
 
 
 def peak_flops(platform: str, device_kind: str) -> float | None:
-    """FLOP/s of one chip; None on a CPU or an unknown chip."""
+    """Peak FLOP/s of one chip in bfloat16; None for a CPU or an unknown chip."""
     if platform == "cpu":
         return None
     kind = device_kind.lower()

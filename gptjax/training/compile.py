@@ -1,4 +1,4 @@
-"""The compiled step: how many steps a call has, the first call, and what to do where it does not fit."""
+"""Compiling the training step: number of steps per call, the first call, and the error when memory does not suffice."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # parameters; below it several steps go into one compiled call
+SMALL_MODEL = 20_000_000  # parameters; up to this size a compiled call runs several steps
 MOST_STEPS_PER_CALL = 10
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
-    """How many steps go into one compiled call; evaluations, checkpoints, hooks and the end fall between calls.
+    """Number of training steps per compiled call.
 
-    None in the config: the largest number up to 10 that divides them all, 1 for models above 20 M parameters.
+    It divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of hooks, which all run
+    between calls. If train.steps_per_call is None, it is the largest such number up to 10, and 1 for models with more
+    than 20 million parameters.
+
+    Args:
+        start: the step from which the run is resumed.
+        hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: the given number does not divide them.
+        UserError: train.steps_per_call does not divide them.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
@@ -53,24 +59,24 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """(state, batch of run.k steps) -> (state, metrics), jitted and not compiled yet."""
+    """The jitted function (state, batches of run.k steps) -> (state, metrics). It compiles at its first call."""
     loss, combine, optimizer = run.rules
-    one = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
-    return parallel.jit_step(one if run.k == 1 else make_multi_step(one), run.mesh, run.state)
+    step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
+    return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)
 
 
 def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Metrics]], batch: Any) -> Metrics:
-    """The first call compiles, in a thread: a signal must not wait for XLA. Its metrics."""
+    """Make the first call, which compiles, in a thread, so that a signal need not wait for XLA. Returns its metrics."""
     start, result = time.monotonic(), []
     run.progress.say("compiling the training step ...")
 
-    def first() -> None:
+    def compile_and_run() -> None:
         try:
             result.append(jax.block_until_ready(call(run.state, batch)))
         except BaseException as error:
             result.append(error)
 
-    thread = threading.Thread(target=first, daemon=True, name="gptjax-compile")
+    thread = threading.Thread(target=compile_and_run, daemon=True, name="gptjax-compile")
     with run.progress.phase("compiling the training step"):
         thread.start()
         while thread.is_alive():
@@ -86,7 +92,7 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """XLA cannot be interrupted, and no step has been taken that is not on disk already."""
+    """End the process: XLA cannot be interrupted, and no step has run since the last checkpoint."""
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:
@@ -96,23 +102,23 @@ def _leave(run: Run) -> None:
 
 
 def too_large(run: Run, error: Exception) -> UserError:
-    """A step did not fit into the device's memory: what would."""
+    """The error for a step that does not fit into the device's memory, with changes of the config that should fit."""
     settings, device = run.cfg.train, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     rows = settings.batch_size // settings.accumulation
     width = run.tokens_per_step // settings.batch_size
-    cut = dict(run.mesh.shape) if run.mesh is not None else {}
+    axes = dict(run.mesh.shape) if run.mesh is not None else {}
     weights = sum(leaf.nbytes for leaf in tree.flatten(run.state.params).values())
     lasting = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state.opt_state, run.state.frozen)))
     lines = what_fits(
-        run.cfg, width, rows_a_device=max(1, rows // (cut.get("data", 1) * cut.get("fsdp", 1))),
-        lasting_bytes=(3 * weights + lasting) // cut.get("fsdp", 1), limit=limit,
+        run.cfg, width, rows_per_device=max(1, rows // (axes.get("data", 1) * axes.get("fsdp", 1))),
+        lasting_bytes=(3 * weights + lasting) // axes.get("fsdp", 1), limit=limit,
     )  # fmt: skip
-    size = f" of {limit / GIB:.1f} GiB" if limit else ""
+    size = f" with {limit / GIB:.1f} GiB" if limit else ""
     kept = f"the checkpoint of step {run.saved:,} is kept" if run.saved else "nothing was trained yet"
     return UserError(
-        f"out of memory: {rows} row{'' if rows == 1 else 's'} of {width} tokens at a time did not fit into the "
-        f"{device.device_kind}{size} ({str(error).splitlines()[0]})\n"
-        f"  {kept}; by estimate one of these fits, in another run_dir:\n"
+        f"out of memory: micro-batches of {rows} row{'' if rows == 1 else 's'} of {width} tokens do not fit into the "
+        f"memory of the {device.device_kind}{size} ({str(error).splitlines()[0]})\n"
+        f"  {kept}; each of these changes is estimated to fit, with another run_dir:\n"
         + "\n".join(f"    {line}" for line in lines or ["a smaller model, or more devices (mesh.fsdp)"])
     )

@@ -1,4 +1,4 @@
-"""Operations of training, for MFU and plans."""
+"""FLOPs of training, for MFU and plans."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from gptjax.types import Params
 
 
 def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = None, frozen: float = 0.0) -> float:
-    """6 a weight that is multiplied, and 12 L N H T for attention (N heads of size H). arXiv:2204.02311, appendix B.
+    """FLOPs per token of a training step (arXiv:2204.02311, appendix B).
+
+    6 per weight in a matrix multiplication, and 12 L N H T for attention (L layers, N heads of dimension H).
 
     Args:
-        width: T, tokens of a row; None: the context. frozen: share of the weights that have no gradient: 4 each.
+        width: T, tokens per row; None: the context length.
+        frozen: fraction of the weights without a gradient, which take 4 FLOPs each.
     """
-    idle = ("wte", "wpe", "lm_head") if cfg.n_classes else ("wte", "wpe")
-    n = sum(math.prod(leaf.shape) for name, leaf in tree.flatten(params).items() if not name.startswith(idle))
+    not_multiplied = ("wte", "wpe", "lm_head") if cfg.n_classes else ("wte", "wpe")
+    n = sum(math.prod(leaf.shape) for name, leaf in tree.flatten(params).items() if not name.startswith(not_multiplied))
     if cfg.tie_embeddings and not cfg.n_classes:
         n += cfg.vocab_size * cfg.d_model
     return (6.0 - 2.0 * frozen) * n + 12.0 * cfg.n_layer * cfg.n_head * cfg.head_dim * (width or cfg.context_length)

@@ -1,4 +1,4 @@
-"""Where metrics go. metrics.jsonl always; TensorBoard and Weights & Biases when asked for."""
+"""Metric loggers: metrics.jsonl is always written; TensorBoard and Weights & Biases are optional (train.loggers)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gptjax.errors import UserError
 
 class Logger(Protocol):
     def log(self, row: dict[str, Any]) -> None:
-        """One line of metrics.jsonl: `step` and numbers by name."""
+        """Log a row: `step`, and metrics by name."""
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl. A line is on its way to the disk when `log` returns; `sync` waits for it."""
+    """metrics.jsonl, one JSON object per row. `log` flushes to the operating system, `sync` to the disk."""
 
     def __init__(self, path: Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -43,7 +43,7 @@ class TensorBoard:
         self._writer = _module("tensorboardX", "tensorboardX").SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, row: dict[str, Any]) -> None:
-        for name, value in _numbers(row):
+        for name, value in _scalars(row):
             self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """The project is $WANDB_PROJECT or gptjax; WANDB_MODE=offline keeps everything on this machine."""
+    """Weights & Biases. The project is $WANDB_PROJECT, by default gptjax. WANDB_MODE=offline logs to local files."""
 
     def __init__(self, run_dir: Path, cfg: Config):
         wandb = _module("wandb", "wandb")
@@ -61,7 +61,7 @@ class Wandb:
         )
 
     def log(self, row: dict[str, Any]) -> None:
-        self._run.log(dict(_numbers(row)), step=row["step"])
+        self._run.log(dict(_scalars(row)), step=row["step"])
 
     def close(self) -> None:
         self._run.finish()
@@ -71,7 +71,7 @@ LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoa
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raises UserError for a logger whose package is missing, before anything has run."""
+    """Raise UserError if the package of a logger is not installed."""
     for name in names:
         _module({"tensorboard": "tensorboardX"}.get(name, name), name)
 
@@ -86,5 +86,5 @@ def _module(module: str, name: str) -> Any:
         ) from error
 
 
-def _numbers(row: dict[str, Any]) -> list[tuple[str, float]]:
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, value) for name, value in row.items() if name != "step" and isinstance(value, int | float)]

@@ -1,6 +1,6 @@
-"""The training loop: one compiled call after another, and hooks every so many steps.
+"""The training loop: runs the compiled steps, and calls hooks at fixed intervals of steps.
 
-`gptjax.tasks` says what is trained; `Run` is what hooks see. A hook of a user's:
+`gptjax.tasks` defines what is trained. A hook receives the `Run`. An example of a user's hook:
 
     def histogram(run): print(run.step, jax.tree.map(jnp.std, run.state.params))
     gptjax.train(cfg, hooks=[(100, histogram)])
@@ -38,28 +38,34 @@ def run_task(
     missing: Callable[[Config], None] = lambda cfg: None,
     hooks: Sequence[Hook] = (),
 ) -> tuple[TrainResult, Any]:
-    """Train what `prepare` makes of the config; with the result, what it held out, or None of a finished run.
+    """Train the task that `prepare` builds from the config. Returns the result and the task's held-out test data, which
+    is None if the run was finished already.
 
     Args:
-        written: the config as the user wrote it. `prepare` resolves it: sizes and steps that only the data can tell.
-        prepare: called if there is something left to do; refuses whatever can be wrong before the run directory is
-            made. missing: as in `resume.refuse`.
-        hooks: (every, fn): fn(run) after every so many steps, and after the last.
+        written: the config as the user wrote it. `prepare` resolves the values that depend on the data.
+        prepare: builds the task. Called before the run directory is created, and not at all if the run is finished.
+        log: gets each line that would be printed.
+        missing: as in `resume.refuse`.
+        hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step.
+
+    Raises:
+        UserError: as in `tasks.train`.
+        Stopped: a signal was received, or too many consecutive steps were not finite.
     """
     with catch_signals() as signals:
         try:
-            result, where = _run(written, prepare, log, missing, hooks, signals), "after the last step"
+            result, when = _run(written, prepare, log, missing, hooks, signals), "after the last step"
         except (KeyboardInterrupt, Terminated):
             signals.code = signals.code or INTERRUPTED
-            where = "before the first step: nothing to save"
+            when = "before the first step: nothing to save"
         except Exception:
             if not signals.code or signals.polled:
                 raise
-            where = "before the first step: nothing to save"  # an import that is interrupted can be an ImportError
+            when = "before the first step: nothing to save"  # an interrupted import can raise ImportError
         if signals.code:
-            why = f"{signal_name(signals.code)} {where}; the same command goes on from there"
-            (log or print)(why)
-            raise Stopped(signals.code, why)
+            message = f"{signal_name(signals.code)} {when}; run the same command again to resume"
+            (log or print)(message)
+            raise Stopped(signals.code, message)
         return result
 
 
@@ -81,10 +87,10 @@ def _run(
         distributed.agree_on_settings(written)
         with distributed.together():
             finished = resume.refuse(written, missing)
-            done = resume.finished(dir, log or print) if finished else None
+            result = resume.finished(dir, log or print) if finished else None
         distributed.agree_on({f"{dir.path} is finished": finished}, "the run directories")
-        if done is not None:
-            return done, None
+        if result is not None:
+            return result, None
         use_compile_cache()
         keep_buffers()
         with distributed.together(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
@@ -98,11 +104,11 @@ def _run(
         with distributed.together():
             if writes:
                 stack.enter_context(dir.locked())
-            dir.check(resolved)  # `refuse` did of the written one, when another process could still write here
-        own = Progress(lambda line: dir.append("log.txt", line), log, dir.touch) if writes else Progress(log=log)
-        with own as progress:
+            dir.check(resolved)  # again: `refuse` checked it before the lock was taken
+        to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
+        with to_log_file if writes else Progress(log=log) as progress:
             run = resume.begin(ready, dir, mesh, progress, signals)
-            del ready  # the steps give its memory to their results
+            del ready  # its arrays are donated to the first step
             signals.raise_if_any()
             signals.polled = True
             result = _train(run, hooks)
@@ -119,20 +125,20 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
     run.k = steps_per_call(run.cfg, run.n_params, begin, [every for every, _ in hooks])
     meter, call = Meter(run), make_call(run)
     save = resume.checkpointer(meter)
-    every = [(settings.eval_every, evaluate.evaluator(meter)), (settings.checkpoint_every, save)]
-    own = [(n, lambda run, hook=hook: hook(run) if run.step > begin else None) for n, hook in hooks]
+    built_in = [(settings.eval_every, evaluate.evaluator(meter)), (settings.checkpoint_every, save)]
+    user_hooks = [(n, lambda run, hook=hook: hook(run) if run.step > begin else None) for n, hook in hooks]
     try:
         with run.progress.phase("training"):
-            _until_done(run, meter, call, [*every, *own])
+            _until_done(run, meter, call, [*built_in, *user_hooks])
     except Interrupted:
         code = run.signals.code
         say(f"{signal_name(code)}: saving at step {run.step:,} ...")
         meter.drain()
         if run.step > run.saved:
             save(run)
-        why = f"stopped at step {run.step:,} of {settings.max_steps:,}; the same command goes on from there"
-        say(why)
-        raise Stopped(code, why) from None
+        message = f"stopped at step {run.step:,} of {settings.max_steps:,}; run the same command again to resume"
+        say(message)
+        raise Stopped(code, message) from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -153,7 +159,8 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
 
 
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
-    """One call is in flight: its metrics are read while the next one runs. Hooks find all of them read."""
+    """Run the remaining steps. The metrics of a compiled call are read while the next call runs; before a hook is
+    called, all of them are read."""
     steps = run.cfg.train.max_steps
     while True:
         for every, hook in hooks:

@@ -38,9 +38,10 @@ class Meter:
             self.file = loggers.JsonLines(run.dir.metrics)
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
-        self.busy_s, self.busy_tokens, self.mark = 0.0, 0, 0.0  # since the last row; time of the last reading
-        self.rate = 0.0  # tokens per second, in the last row
-        self.eval_s = self.sample_s = 0.0  # of a full evaluation, estimated; without compilation
+        self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row
+        self.mark = 0.0  # time at which metrics were last read
+        self.rate = 0.0  # tokens per second in the last row
+        self.eval_s = self.sample_s = 0.0  # estimated seconds of a full evaluation and of sampling, without compilation
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
@@ -117,7 +118,7 @@ class Meter:
 
     def _line(self, row: dict[str, Any]) -> str:
         step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
-        parts = [
+        fields = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
             f"val {val_loss:.4f}" if math.isfinite(val_loss) else "",
@@ -128,7 +129,7 @@ class Meter:
             f"{row['skipped']} skipped" if row["skipped"] else "",
             f"ETA {duration(self._eta(step))}" if self.rate else "",
         ]
-        return "  ".join(part for part in parts if part)
+        return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
         """Seconds that the rest of the run takes, its evaluations included."""

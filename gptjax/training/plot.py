@@ -1,4 +1,4 @@
-"""loss.png: training and validation loss over steps; confusion.png: what a classifier takes for what; sweep.png."""
+"""Figures: loss.png (training and validation loss), confusion.png (confusion matrix), sweep.png (a sweep's losses)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from gptjax._moved import moved_name
 from gptjax.files import replacing
 from gptjax.show import log_ticks
 
-MOST_LABELS, LONGEST_LABEL = 12, 60  # in a legend; more would leave no room for the curves
-MOST_NEIGHBOURS = 50  # of a point in the smoothed training loss, on each side
+MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # number and length of legend entries; a larger legend would hide the curves
+MAX_NEIGHBOURS = 50  # points on each side that the smoothed training loss averages over
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the rows of metrics.jsonl into `path`, through a rename."""
+    """Plot the losses in the rows of metrics.jsonl. The file `path` is replaced atomically."""
     figure, axes = _figure(8, 4.8)
     train, val = _series(rows, "train/loss"), _series(rows, "val/loss")
     if train:
@@ -36,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A table [C, C] of counts, rows the true classes; colours are shares of a row."""
+    """Plot a confusion matrix [C, C] of counts, with one row per true class. Colours show the fraction of each row."""
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
     shares = table / table.sum(1, keepdims=True).clip(1)
@@ -58,11 +59,16 @@ def draw_sweep(
     curves: Mapping[tuple, Sequence[np.ndarray]],
     path: Path,
 ) -> None:
-    """Left, validation loss: a dot a run, a line through the means with their intervals, over the first of `names` that
-    has several numbers; one line for each combination of the others. Right, training loss: a curve a combination.
+    """Plot a sweep.
+
+    Left: validation loss over the first of `names` with several numeric values: one dot per run, and a line through the
+    means with their intervals per combination of the other names. Right: one curve of the training loss per
+    combination of all names.
 
     Args:
-        rows, table, names: of `research.sweep`. curves: values of the names -> training losses of its runs.
+        rows, table, names: the results of `research.sweep`.
+        path: the .png file.
+        curves: values of the names -> training losses of each run.
     """
     figure, (left, right) = _figure(12, 4.8, columns=2)
     numeric = [name for name in names if len(_values(rows, name)) > 1 and all(map(_is_number, _values(rows, name)))]
@@ -70,24 +76,26 @@ def draw_sweep(
     groups = list(dict.fromkeys(tuple(row[name] for name in others) for row in rows))
     for g, group in enumerate(groups):
         color, label = f"C{g % 10}", ", ".join(f"{n}={_short(v)}" for n, v in zip(others, group, strict=True))
-        own = [line for line in table if tuple(line[name] for name in others) == group and line["val/loss"] is not None]
-        dots = [row for row in rows if tuple(row[name] for name in others) == group and row["val/loss"] is not None]
-        own.sort(key=lambda line: line[x_name] if x_name else 0)
-        dots_at, own_at = ([row[x_name] if x_name else g for row in some] for some in (dots, own))
-        left.plot(dots_at, [row["val/loss"] for row in dots], ".", color=color, alpha=0.4, markersize=4)
-        halves = [(line["val/loss/high"] or line["val/loss"]) - line["val/loss"] for line in own]
-        means = [line["val/loss"] for line in own]
-        left.errorbar(own_at, means, halves, color=color, marker="o", capsize=3, label=label or None)
+        runs, means = (
+            [row for row in source if tuple(row[name] for name in others) == group and row["val/loss"] is not None]
+            for source in (rows, table)
+        )
+        means.sort(key=lambda row: row[x_name] if x_name else 0)
+        runs_x, means_x = ([row[x_name] if x_name else g for row in points] for points in (runs, means))
+        left.plot(runs_x, [row["val/loss"] for row in runs], ".", color=color, alpha=0.4, markersize=4)
+        half_widths = [(row["val/loss/high"] or row["val/loss"]) - row["val/loss"] for row in means]
+        means_y = [row["val/loss"] for row in means]
+        left.errorbar(means_x, means_y, half_widths, color=color, marker="o", capsize=3, label=label or None)
     if x_name:
         values = _values(rows, x_name)
-        rate = x_name.endswith("lr") or max(values) >= 8 * min(values)
-        if min(values) > 0 and rate:
+        wide = x_name.endswith("lr") or max(values) >= 8 * min(values)
+        if min(values) > 0 and wide:
             left.set_xscale("log")
             log_ticks(left.xaxis, values)
             left.tick_params(axis="x", labelrotation=30 if len(left.get_xticks()) > 6 else 0)
     else:
         left.set_xticks([])
-    left.set(xlabel=x_name, ylabel="validation loss", title="mean and 95 % interval over seeds, a dot a run")
+    left.set(xlabel=x_name, ylabel="validation loss", title="mean and 95 % interval over seeds; dots are runs")
     for c, (setting, losses) in enumerate(curves.items()):
         mean = np.mean([run[: min(map(len, losses))] for run in losses], 0)
         points = _smooth([*enumerate(mean.tolist(), 1)])
@@ -97,7 +105,7 @@ def draw_sweep(
     for axes in (left, right):
         axes.grid(alpha=0.25)
         labels = axes.get_legend_handles_labels()[1]
-        if 1 <= len(labels) <= MOST_LABELS and max(map(len, labels)) <= LONGEST_LABEL:
+        if 1 <= len(labels) <= MAX_LABELS and max(map(len, labels)) <= MAX_LABEL_LENGTH:
             axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
@@ -133,12 +141,16 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Each loss averaged with its neighbours on both sides, so that the curve does not lag."""
-    width = min(MOST_NEIGHBOURS, len(points) // 20)
+    """Average each loss with its neighbours on both sides, so that the curve does not lag."""
+    width = min(MAX_NEIGHBOURS, len(points) // 20)
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        reach = min(width, i, len(points) - 1 - i)  # as many before as after, or the ends would be pulled
-        near = losses[i - reach : i + reach + 1]
-        out.append((step, sum(near) / len(near)))
+        reach = min(width, i, len(points) - 1 - i)  # equally many on both sides; otherwise the ends are biased
+        window = losses[i - reach : i + reach + 1]
+        out.append((step, sum(window) / len(window)))
     return out
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: rich on a terminal, plain lines elsewhere, never silent for more than 10 s."""
+"""Progress output of a run: a rich progress bar on a terminal, plain lines elsewhere, at least one line every 10 s."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from gptjax.training.chips import peak_flops as peak_flops
 
-LINE_EVERY_S = 5.0  # plain progress lines
-SILENCE_S = 8.0  # then a sign of life: some runners kill what is silent for long
+LINE_EVERY_S = 5.0  # interval of plain progress lines
+SILENCE_S = 8.0  # after this time without output a heartbeat line is printed: some CI systems kill silent jobs
 
 
 class Progress:
-    """Prints, keeps log.txt, and shows that the process lives.
+    """Prints lines and a progress bar, writes log.txt, and prints heartbeat lines during long phases.
 
     Args:
-        write: gets each line for log.txt.
-        log: gets each line in the place of the screen.
-        alive: called about once a second.
+        write: called with each line for log.txt.
+        log: called with each line instead of printing it.
+        alive: called about once per second.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """One line, on the screen and in log.txt."""
+        """Print a line and write it to log.txt."""
         self._spoke = time.monotonic()
         plain = without_colours(line)
         self._write(f"{time.strftime('%H:%M:%S')} {plain}\n")
@@ -65,7 +65,7 @@ class Progress:
             print(line if self._rich else plain, flush=True)
 
     def status(self, step: int, total: int, line: str) -> None:
-        """Where the training stands: the bar on a terminal, a line every few seconds elsewhere."""
+        """Show the progress of training: update the bar on a terminal, or print a line every few seconds."""
         if self._rich:
             if not self._bar:
                 from rich.progress import BarColumn, Progress, TextColumn
@@ -76,12 +76,12 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            self._told = now  # not the last sign of life: a slow run would never come to say how it goes
+            self._told = now  # not `_spoke`: in a slow run, heartbeat lines would suppress all progress lines
             self.say(line)
 
     @contextmanager
     def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """What is going on, for the sign of life; a function says it anew each time."""
+        """Name the current phase for heartbeat lines. A function is called for each line."""
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield
@@ -98,13 +98,13 @@ class Progress:
 
 
 def without_colours(text: str) -> str:
-    """For a file or a pipe: what is green on a terminal stands between « and », other escape sequences go."""
+    """The text for a file or a pipe: green text is put between « and », other escape sequences are removed."""
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
 
 def duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """Format a duration: "1:05" (m:ss) or "2:03:04" (h:mm:ss)."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

@@ -1,4 +1,4 @@
-"""Where a run stands: whether it is finished, what it may go on from, what goes into a checkpoint."""
+"""Starting, resuming and checkpointing a run."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ from gptjax.weights.native import recover_folder
 
 
 def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
-    """What can be refused before any data is read: it costs a second, and nothing is written.
+    """Run the checks that need no data. Takes about a second and writes nothing.
 
     Args:
-        written: the config before the data have resolved it. missing: raises UserError for data, tokenizer or base
-            that are not there.
+        written: the config before it is resolved by the data.
+        missing: raises UserError if data, tokenizer or base model do not exist.
 
     Returns:
-        Whether the run is finished already, which needs nothing of these: final/ has all the steps that are asked for.
+        Whether the run is finished already: final/ was written after at least `train.max_steps` steps. `missing` is
+        not called then.
 
     Raises:
-        UserError: all that it finds, at once.
+        UserError: lists all problems.
     """
     run = RunDir(written.run_dir or "runs/default")
-    taken, result = complaints(run.check, written), run.final / "result.json"
-    if not taken and result.exists():
+    run_problems, result = complaints(run.check, written), run.final / "result.json"
+    if not run_problems and result.exists():
         (step, _), stored = use_json(result, result_of), run.stored()
         if not longer(stored, written) and step >= stored.train.max_steps:
             return True
@@ -58,29 +59,29 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
         problems += complaints(lambda: make_mesh(written.mesh, rows=rows, even_one=written.optim.offload))
     if settings.epochs is None:
         problems += complaints(steps_per_call, written, 0)
-    if problems := [*problems, *(taken or complaints(run.refuse_busy))]:
+    if problems := [*problems, *(run_problems or complaints(run.refuse_busy))]:
         raise UserError.all(problems)
     return False
 
 
 def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
-    """The result of a run that `refuse` has found finished."""
+    """The result of a run that is finished according to `refuse`."""
     (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
-    say(f"  for another run choose another run_dir=FOLDER; to let it write: gptjax sample {run.path}")
+    say(f"  for another run choose another run_dir=FOLDER; to generate text: gptjax sample {run.path}")
     if cfg.optim.schedule == "constant":
-        say("  to make it longer: train.max_steps=N")
+        say("  to train for more steps: train.max_steps=N")
     else:
         say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
     return TrainResult(run.path, params, cfg, tokenizers.load(run.final), step, loss)
 
 
 def result_of(result: dict[str, Any]) -> tuple[int, float]:
-    """(step, validation loss) of a result.json. Raises TypeError, ValueError or LookupError where it is damaged."""
+    """(step, validation loss) in a result.json. Raises TypeError, ValueError or LookupError if it is damaged."""
     step, loss = number(result["step"]), float(number(result["val/loss"]))
     if type(step) is not int or step < 0:
-        raise ValueError(f"expected a whole number at step, got {step}")
+        raise ValueError(f"step: expected a non-negative integer, got {step}")
     return step, loss
 
 
@@ -88,16 +89,16 @@ def result_of(result: dict[str, Any]) -> tuple[int, float]:
 
 
 def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, signals: Signals) -> Run:
-    """The run with its state: fresh, or of the newest checkpoint."""
+    """Create the run, with a newly initialised state or the state of the newest checkpoint."""
     cfg, task, _ = ready
-    rules, (init, start) = task.build(cfg), task.initial()
+    functions, (init, start) = task.build(cfg), task.initial()
 
-    def fresh(start: Any) -> TrainState:
-        return init_state(init, rules.optimizer, cfg.seed, start)
+    def new_state(start: Any) -> TrainState:
+        return init_state(init, functions.optimizer, cfg.seed, start)
 
-    abstract = parallel.abstract_on(fresh, mesh, start, offload=cfg.optim.offload)
+    abstract = parallel.abstract_on(new_state, mesh, start, offload=cfg.optim.offload)
     run = Run(
-        cfg, task._replace(start=None, frozen=None), rules, dir, mesh, progress, signals,
+        cfg, task._replace(start=None, frozen=None), functions, dir, mesh, progress, signals,
         Checkpoints(dir.checkpoints, cfg.train.keep_checkpoints, progress.say), environment(), distributed.is_writer(),
         abstract, tree.size(abstract.params), task.batches(0, 1, slice(0, 1)).tokens.size * cfg.train.batch_size,
     )  # fmt: skip
@@ -106,15 +107,15 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
         progress.say("mesh    " + " x ".join(f"{name} {n}" for name, n in mesh.shape.items()) + " devices")
     for line in task.describe(run.n_params):
         progress.say(line)
-    found = run.checkpoints.restore(abstract, lambda meta: accept(dir, cfg, task, meta))
+    restored = run.checkpoints.restore(abstract, lambda meta: accept(dir, cfg, task, meta))
     if run.writes:
         dir.begin(cfg, run.environment)
         recover_folder(dir.best)
-    if found:
-        go_on(run, found, abstract)
+    if restored:
+        go_on(run, restored, abstract)
     else:
         with progress.phase("compiling the initialisation"):
-            run.state = parallel.init_on(fresh, mesh, start, donate=(0,), offload=cfg.optim.offload)
+            run.state = parallel.init_on(new_state, mesh, start, donate=(0,), offload=cfg.optim.offload)
         if run.writes:
             dir.cut_metrics(-1, progress.say)
             (dir.path / "samples.txt").unlink(missing_ok=True)
@@ -124,7 +125,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 
 
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
-    """The hook that saves the state, with what a resumed run is held against."""
+    """The hook that saves a checkpoint: the state, the counters, and what a resumed run is compared with."""
 
     def save(run: Run) -> None:
         if run.saved == run.step:
@@ -136,7 +137,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
             run.counters.seconds = run.seconds()
             meta = {
                 "identity": hashes(run.task),
-                "counters": {  # JSON has no inf and nan
+                "counters": {  # inf and nan as text: JSON has no numbers for them
                     name: value if math.isfinite(value) else str(value)
                     for name, value in dataclasses.asdict(run.counters).items()
                 },
@@ -150,24 +151,24 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 
 def hashes(task: Task) -> dict[str, str]:
-    """Of what a checkpoint belongs to, by name."""
+    """Name -> hash of the data or weights that a checkpoint depends on."""
     return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 
 def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other data, another vocabulary or other settings."""
+    """Raise UserError if a checkpoint was saved with other data, another tokenizer or other settings."""
     stored = meta_config(meta)
     if bad := [name for name, (digest, _) in task.fingerprints.items() if meta["identity"].get(name) != digest]:
         settings = dict.fromkeys(task.fingerprints[name][1] for name in bad)
         raise UserError(
-            f"{dir.path} was trained with another {' and another '.join(bad)}: what is behind "
-            f"{' or '.join(settings)} has changed\n"
-            "  nothing was overwritten. Bring the old files back, or choose another run_dir=FOLDER"
+            f"{dir.path} was trained with another {' and another '.join(bad)}: the files of "
+            f"{' or '.join(settings)} have changed\n"
+            "  nothing was overwritten. Restore the old files, or choose another run_dir=FOLDER"
         )
     if changed := changes(stored, cfg):
         raise UserError.all(
             [
-                f"{dir.checkpoints}: the newest checkpoint is of a run with other settings (there -> here):",
+                f"{dir.checkpoints}: the newest checkpoint is from a run with other settings (checkpoint -> now):",
                 *(f"  {line}" for line in changed),
                 "  nothing was overwritten. Move that checkpoint back to its own run, or choose another run_dir=FOLDER",
             ]
@@ -175,10 +176,10 @@ def accept(dir: RunDir, cfg: Config, task: Task, meta: dict[str, Any]) -> None:
 
 
 def meta_config(meta: dict[str, Any]) -> Config:
-    """The settings of the run that wrote a checkpoint, after a look at all that `checkpointer` put into its meta.
+    """Validate the metadata of a checkpoint and return the config in it.
 
     Raises:
-        Damaged: a part is missing, or of another type.
+        Damaged: a field is missing or has the wrong type.
     """
     for key, kind in (("identity", dict), ("counters", dict), ("environment", dict), ("config", str)):
         if not isinstance(meta.get(key), kind):
@@ -190,29 +191,29 @@ def meta_config(meta: dict[str, Any]) -> Config:
         raise Damaged(f"meta.json: {error}") from error
 
 
-def go_on(run: Run, found: Restored, abstract: TrainState) -> None:
-    """From a checkpoint: its state and counters, and no line of metrics or samples that came after it."""
-    run.step = run.saved = found.step
-    run.state = found.state
+def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
+    """Resume from a checkpoint: take its state and counters, and drop metrics and samples of later steps."""
+    run.step = run.saved = restored.step
+    run.state = restored.state
     if run.mesh is not None:
-        run.state = place(found.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    run.counters = _counters(found.meta["counters"])
+        run.state = place(restored.state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    run.counters = _counters(restored.meta["counters"])
     samples = run.dir.path / "samples.txt"
     if run.writes:
         run.dir.cut_metrics(run.step, run.progress.say)
     if run.writes and samples.exists() and samples.stat().st_size > run.counters.samples_bytes:
         os.truncate(samples, run.counters.samples_bytes)
-    run.progress.say(f"going on from step {run.step:,} of {run.cfg.train.max_steps:,}")
-    before = found.meta["environment"]
+    run.progress.say(f"resuming from step {run.step:,} of {run.cfg.train.max_steps:,}")
+    before = restored.meta["environment"]
     if changed := [name for name in BITWISE if before.get(name) != run.environment[name]]:
         run.progress.say(
-            f"WARNING: {', '.join(changed)} changed since the checkpoint (environment.json): the run goes on, but "
-            "not bitwise as if it had never stopped"
+            f"WARNING: {', '.join(changed)} changed since the checkpoint (environment.json): the run resumes, but "
+            "its results are not bitwise equal to those of an uninterrupted run"
         )
 
 
 def _counters(values: dict[str, Any]) -> Counters:
-    """What `checkpointer` wrote. Raises ValueError, TypeError or OverflowError where it did not."""
+    """The counters in a checkpoint's metadata. Raises ValueError, TypeError or OverflowError if they are invalid."""
     fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(f"unknown counters {', '.join(unknown)}")

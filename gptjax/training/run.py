@@ -35,19 +35,19 @@ class TrainResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal was received. Raised only where the run can be stopped."""
+    """A signal was received. Raised by `Run.poll`, which is called only where the run can be stopped."""
 
 
 @dataclasses.dataclass
 class Counters:
-    """Values that are carried from step to step besides the TrainState; saved in every checkpoint."""
+    """State of the run besides the TrainState; saved in every checkpoint."""
 
     evaluated: int = -1  # step of the last evaluation
     val_loss: float = math.nan
     best_loss: float = math.inf
     best_step: int = -1
-    loss_total: float = 0.0  # since the last line of metrics
-    loss_weight: float = 0.0
+    loss_total: float = 0.0  # sum of training losses since the last row of metrics
+    loss_weight: float = 0.0  # sum of their weights
     samples_bytes: int = 0  # length of samples.txt
     seconds: float = 0.0  # wall time of the run so far
 
@@ -61,7 +61,7 @@ class Run:
     dir               the run directory
     mesh              None on one device
     writes            whether this process writes files
-    state, step       after the last call that was started
+    state, step       TrainState and step after the last compiled call that was started
     saved             step of the last checkpoint
     k                 steps per compiled call
     n_params          number of trained parameters

@@ -1,11 +1,11 @@
 """The directory of one run.
 
-config.yaml        every setting, resolved
-environment.json   versions, device, command, of the last start
-metrics.jsonl      one JSON object a line
+config.yaml        all settings, resolved
+environment.json   versions, device and command of the last start
+metrics.jsonl      one JSON object per line
 log.txt  samples.txt  loss.png
-checkpoints/       to go on from
-best/  final/      models that need nothing else: lowest validation loss, last step
+checkpoints/       training states, to resume from
+best/  final/      self-contained models: the one with the lowest validation loss, and the one of the last step
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gptjax.files import user_path, write_text
 
 try:
     import fcntl
-except ImportError:  # Windows: the lock's age alone decides
+except ImportError:  # Windows has no fcntl: only the lock's age shows whether it is held
     fcntl = None  # type: ignore[assignment]
 
-OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # what a fine-tuning says of the model it ended with
-LOCK_STALE_S = 180  # a trainer touches its lock at least every 10 s
+OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # test results of the final model of a fine-tuning
+LOCK_STALE_S = 180  # a training process touches its lock at least every 10 s
 
-# What a resumed run may change: it decides when something is written, not what is learned.
+# Settings that may differ when a run is resumed. They do not affect the trained weights.
 MAY_CHANGE = (
     "run_dir", "train.eval_every", "train.checkpoint_every", "train.log_every", "train.keep_checkpoints",
     "train.max_nonfinite", "train.resume", "train.loggers", "data.cache_dir", "sample.*", "mesh.*",
@@ -48,7 +48,7 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    """Paths and files of one run; make it with `check`, write only inside `locked`."""
+    """Paths and files of one run. Call `check` first, and write only inside `locked`."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -62,10 +62,11 @@ class RunDir:
         return self.config.exists() or self.checkpoints.exists() or self.final.exists()
 
     def check(self, cfg: Config) -> None:
-        """Nothing is written here.
+        """Check that a run of `cfg` can be started or resumed here. Writes nothing.
 
         Raises:
-            UserError: the directory holds another run, or `train.resume=never` and it holds any.
+            UserError: the directory holds a run of another config, or any run with `train.resume=never`, or other
+                files; or it cannot be written to.
         """
         user_path(self.path, "run_dir")
         if not self.exists():
@@ -75,34 +76,35 @@ class RunDir:
         if cfg.train.resume == "never":
             raise UserError(
                 f"{self.path} already holds a run and train.resume=never: nothing was overwritten\n"
-                "  choose another run_dir=FOLDER, or train.resume=auto to go on with it"
+                "  choose another run_dir=FOLDER, or train.resume=auto to resume it"
             )
         if not self.config.exists():
             raise UserError(f"{self.path} holds a run without its config.yaml: choose another run_dir=FOLDER")
         stored = self.stored()
-        if differ := changes(stored, cfg):
-            differ += [f"  {why}"] if longer(stored, cfg) and (why := self._ended(stored)) else []
-        elif longer(stored, cfg) and (why := self._ended(stored)):
-            differ = [f"train.max_steps: {stored.train.max_steps} -> more", why]
-        if differ:
+        if lines := changes(stored, cfg):
+            lines += [f"  {reason}"] if longer(stored, cfg) and (reason := self._ended(stored)) else []
+        elif longer(stored, cfg) and (reason := self._ended(stored)):
+            lines = [f"train.max_steps: {stored.train.max_steps} -> more", reason]
+        if lines:
             raise UserError.all(
                 [
-                    f"{self.path} was made with another config (there -> here); nothing was overwritten:",
-                    *(f"  {line}" for line in differ),
-                    "  for a new run choose another run_dir=FOLDER; to go on with this one leave these as they were",
+                    f"{self.path} was made with another config (run -> now); nothing was overwritten:",
+                    *(f"  {line}" for line in lines),
+                    "  for a new run choose another run_dir=FOLDER; to resume this one keep its settings",
                 ]
             )
 
     def _ended(self, stored: Config) -> str:
-        """Why the run's learning rates do not allow more steps than it was planned for; "" where they do."""
+        """Why the learning rate schedule does not allow more steps than planned; "" if it allows them."""
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
-        flat = steps - max(1, round(optim.decay_fraction * steps))
-        if optim.schedule == "constant" or (optim.schedule == "wsd" and saved <= flat):
+        decay_start = steps - max(1, round(optim.decay_fraction * steps))
+        if optim.schedule == "constant" or (optim.schedule == "wsd" and saved <= decay_start):
             return ""
-        begun = f" and step {saved} is past step {flat}, where they begin to fall" if optim.schedule == "wsd" else ""
+        begun = f", and step {saved} is past step {decay_start}, where the decay starts"
         return (
-            f"optim.schedule={optim.schedule}: its learning rates were planned for {steps} steps{begun}; "
+            f"optim.schedule={optim.schedule}: the learning rate schedule was planned for {steps} steps"
+            f"{begun if optim.schedule == 'wsd' else ''}; "
             f"to train the model further: gptjax pretrain pretrain.base={self.path} run_dir=FOLDER"
         )
 
@@ -115,18 +117,18 @@ class RunDir:
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         except (OSError, ValueError) as error:  # a UserError is a ValueError
-            why = "\n".join(f"  {line}" for line in str(error).splitlines())
+            details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
-                f"run_dir={self.path} is taken: its config.yaml is not one that gptjax wrote, or is damaged; "
-                f"nothing was overwritten\n  choose another run_dir=FOLDER\n{why}"
+                f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
+                f"nothing was overwritten\n  choose another run_dir=FOLDER\n{details}"
             ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The only trainer here, until the end of the block.
+        """Hold the lock of the run directory, so that no other process trains in it.
 
         Raises:
-            UserError: another one runs, or the directory cannot be written.
+            UserError: another process holds the lock, or the directory cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -149,21 +151,21 @@ class RunDir:
                     lock.truncate()
 
     def refuse_busy(self) -> None:
-        """What `locked` says of another trainer here, without a lock of our own; nothing is written.
+        """Check, without taking the lock or writing anything, that no other process trains here.
 
         Raises:
-            UserError: another one runs.
+            UserError: another process holds the lock.
         """
         with suppress(FileNotFoundError, PermissionError), open(self.path / ".lock", encoding="utf-8") as lock:
             _refuse_owner(self.path, lock)
 
     def touch(self) -> None:
-        """Say that the owner of the lock lives."""
+        """Update the lock's modification time, which shows that its owner is alive."""
         with suppress(OSError):
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml and environment.json. A run that is made longer loses what was said of its end."""
+        """Write config.yaml and environment.json. If max_steps is increased, delete the old test results."""
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
@@ -175,7 +177,7 @@ class RunDir:
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
-        """Drop the lines after `step`, one that was cut off while it was written, and, with a warning, damaged ones."""
+        """Remove the metrics of steps after `step`, an incomplete last line and, with a warning, damaged lines."""
         if not self.metrics.exists():
             return
         lines, damaged = _lines(self.metrics)
@@ -194,24 +196,30 @@ class RunDir:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raises UserError if no folder can be made there: something on the way is a file, or not ours to write in."""
+    """Raise UserError if the folder cannot be created: a parent is a file or not writable."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir={path} is a file: choose another run_dir=FOLDER")
-    there = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
-    why = "is a file" if not there.is_dir() else "" if os.access(there, os.W_OK | os.X_OK) else "cannot be written to"
-    if why:
-        raise UserError(f"cannot write to run_dir={path}: {there} {why}; choose another run_dir=FOLDER")
+    nearest = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
+    if not nearest.is_dir():
+        reason = "is a file"
+    else:
+        reason = "" if os.access(nearest, os.W_OK | os.X_OK) else "cannot be written to"
+    if reason:
+        raise UserError(f"cannot write to run_dir={path}: {nearest} {reason}; choose another run_dir=FOLDER")
 
 
-def refuse_foreign(path: Path, own: str = "") -> None:
-    """Raises UserError if the directory holds anything but what a run leaves that was killed at its start, and names
-    that match `own`."""
+def refuse_foreign(path: Path, allowed: str = "") -> None:
+    """Raise UserError if the directory holds files other than those of a run that was killed while it started.
+
+    Args:
+        allowed: regular expression of further names that the directory may hold.
+    """
     try:
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     except OSError as error:
         raise UserError(f"run_dir={path} cannot be read: {error.strerror or error}") from error
-    ours = r"\.lock|\..+\.partial" + (f"|{own}" if own else "")
-    if names := [name for name in names if not re.fullmatch(ours, name)]:
+    known = r"\.lock|\..+\.partial" + (f"|{allowed}" if allowed else "")
+    if names := [name for name in names if not re.fullmatch(known, name)]:
         listed = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
         raise UserError(
             f"run_dir={path} is not empty and holds no run of gptjax ({listed}): nothing was overwritten\n"
@@ -220,7 +228,7 @@ def refuse_foreign(path: Path, own: str = "") -> None:
 
 
 def _refuse_owner(path: Path, lock: TextIO) -> None:
-    """Take the lock of this file, or raise UserError that names who has it."""
+    """Lock this file, or raise UserError that names the process that holds it."""
     held = False
     if fcntl:
         try:
@@ -228,25 +236,25 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
         except BlockingIOError:
             held = True
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system does not support locks
     try:
         owner = json.loads(lock.read() or "{}")
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # The system drops our lock when we die; across machines only the lock's age tells.
-    elsewhere = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
-    if held or (elsewhere and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+    # The system releases the lock of a dead process on this machine; for other machines the lock's age decides.
+    other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
+    if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
+        process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
         raise UserError(
-            f"{path} is in use: {who} trains there since {owner.get('since', '?')}\n"
+            f"{path} is in use: {process} has been training there since {owner.get('since', '?')}\n"
             "  wait for it, or choose another run_dir=FOLDER; "
-            f"a machine that is gone frees it after {LOCK_STALE_S} s"
+            f"if that machine is down, the directory is free after {LOCK_STALE_S} s"
         )
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is cut off is left out, and, with a Python warning, damaged ones."""
+    """The rows of metrics.jsonl, without an incomplete last line and, with a Python warning, without damaged lines."""
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -257,15 +265,15 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """([(line, what it says)], how many are damaged); the last is none while it lacks its end."""
-    *whole, _ = path.read_bytes().split(b"\n")
+    """([(line, parsed row)], number of damaged lines); an incomplete last line is left out."""
+    *complete, _ = path.read_bytes().split(b"\n")
     rows = []
-    for line in whole:
+    for line in complete:
         with suppress(ValueError, RecursionError):
             row = json.loads(line.decode())
             if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append((line + b"\n", row))
-    return rows, len(whole) - len(rows)
+    return rows, len(complete) - len(rows)
 
 
 def _dropped(path: Path, damaged: int) -> str:
@@ -273,10 +281,13 @@ def _dropped(path: Path, damaged: int) -> str:
 
 
 def changes(stored: Config, cfg: Config) -> list[str]:
-    """["optim.lr: 0.001 -> 0.0003", ..]: settings of a run that may not change and do. More steps may be asked for.
+    """The changed settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
+
+    A larger number of steps or epochs is allowed.
 
     Args:
-        stored: of the run, resolved. cfg: as written, or resolved, which compares what only the data can tell too.
+        stored: the resolved config of the run.
+        cfg: the new config. If it is not resolved yet, values that depend on the data are not compared.
     """
     cfg = _resolve_like(stored, cfg)
     if longer(stored, cfg):
@@ -287,7 +298,7 @@ def changes(stored: Config, cfg: Config) -> list[str]:
 
 
 def longer(stored: Config, cfg: Config) -> bool:
-    """Whether `cfg` asks for more steps, or epochs, than the run was planned for."""
+    """Whether `cfg` has more steps or epochs than the stored config."""
     before, now = stored.train, cfg.train
     if before.epochs is None or now.epochs is None:
         return before.epochs is now.epochs is None and now.max_steps > before.max_steps
@@ -295,10 +306,10 @@ def longer(stored: Config, cfg: Config) -> bool:
 
 
 def _resolve_like(stored: Config, written: Config) -> Config:
-    """`written` with what only the data can tell taken from the stored config, and checked again when they have."""
+    """`written`, completed by the values of the stored config that depend on the data or the base model."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # the base's model, which a command does not name
+    if written.task != "pretrain" or pretrain.base is not None:  # the architecture is that of the base model
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -312,12 +323,12 @@ def _resolve_like(stored: Config, written: Config) -> Config:
 
 
 def may_change(key: str) -> bool:
-    """Whether the key says when or where, not what is learned."""
+    """Whether the setting may differ when a run is resumed."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
 
 
 def environment() -> dict[str, Any]:
-    """What the result may depend on besides the config. Imports jax."""
+    """What the results may depend on besides the config: versions, device, flags. Imports jax."""
     import jax
 
     device = jax.devices()[0]
@@ -336,7 +347,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-# Only on the same of these is a resumed run bitwise the uninterrupted one.
+# A resumed run is bitwise equal to an uninterrupted one only if none of these has changed.
 BITWISE = ("versions", "backend", "device", "devices", "XLA_FLAGS")
 
 

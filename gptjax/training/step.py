@@ -1,4 +1,4 @@
-"""One training step as a pure function of (state, batch), for any loss over any tree of parameters."""
+"""The training step: a pure function of (state, batch), for any loss and any pytree of parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything a step reads and writes; a pytree of arrays alone, so that it saves, donates and shards as one.
+    """The state of training: a pytree of arrays, so that it can be saved, donated and sharded as a whole.
 
-    `key` never changes: the randomness of step n is `fold_in(key, n)`. `frozen` is what the loss reads and the
-    optimizer never sees. A step whose loss or gradient is not finite leaves params and opt_state as they were and
-    counts in `skipped` and `skipped_in_a_row`.
+    `key` never changes: step n uses `fold_in(key, n)`. `frozen` holds params that the loss reads and the optimizer does
+    not update. A step with a loss or gradient that is not finite leaves params and opt_state unchanged and increments
+    `skipped` and `skipped_in_a_row`.
     """
 
     step: jax.Array
@@ -40,8 +40,10 @@ class TrainState(struct.PyTreeNode):
         """The state before the first step.
 
         Args:
-            params: what is trained, any tree of arrays. tx: whose state starts here.
-            key: of dropout; each step folds its number in. frozen: what the loss reads beside it, never updated.
+            params: the trained params, any pytree of arrays.
+            tx: the optimizer, which initialises opt_state.
+            key: random key for dropout; each step folds in its step number.
+            frozen: params that the loss reads and the optimizer does not update.
         """
         return cls(
             step=jnp.int32(0), params=params, opt_state=tx.init(params), key=key, frozen=frozen,
@@ -52,19 +54,19 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     init: Callable[[jax.Array, Any], Any], tx: optax.GradientTransformation, seed: int | jax.Array, start: Any
 ) -> TrainState:
-    """The state that a run of this seed starts from; `init` and `start` as of `Task.initial`."""
+    """The initial state of a run with this seed; `init` and `start` as returned by `Task.initial`."""
     init_key, key = jax.random.split(jax.random.key(seed))
     return TrainState.create(init(init_key, start), tx=tx, key=key)
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
-    """What a loss returned. Raises UserError if it has another form; runs while the step is traced."""
+    """Check the result of a loss while the step is traced, and return it. Raises UserError for another type."""
     pair = type(result) is tuple and len(result) == 2
     if pair and isinstance(result[0], Mean) and isinstance(result[1], dict):
         return result
-    got = f"({', '.join(type(part).__name__ for part in result)})" if type(result) is tuple else type(result).__name__
+    got = f"({', '.join(type(item).__name__ for item in result)})" if type(result) is tuple else type(result).__name__
     raise UserError(
-        f"loss: expected (Mean(total, weight), metrics dict), got {got}; a mean over n targets is "
+        f"loss: expected (Mean(total, weight), metrics dict), got {got}; for a mean over n targets, "
         "`return gptjax.types.Mean(total, n), {}`"
     )
 
@@ -77,18 +79,23 @@ def make_train_step(
     accumulation: int = 1,
     transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The step for `loss`: gradient of the total, divided once by the weight of the whole batch, then `tx`, which is
-    told the gradient's norm as `grad_norm` where it takes extra arguments.
+    """Build the training step for a loss.
+
+    The step computes the gradient of the loss's total, divides it once by the weight of the whole batch, and applies
+    `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are `Mean` are divided too.
-        combine: (trained, frozen) -> the params the loss reads; LoRA attaches here.
-        accumulation: micro-batches; every leaf of the batch has a leading axis that it divides. The result equals
-            the undivided batch up to rounding, whatever the weights in each part.
-        transform: of the function that gives the whole batch's gradient, such as `research.curvature.sam`.
+        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided as well.
+        tx: the optimizer.
+        combine: (trained, frozen) -> the params that the loss reads; LoRA is applied here.
+        accumulation: number of micro-batches (gradient accumulation); must divide the leading axis of every leaf of
+            the batch. Up to rounding, the result does not depend on it, even if the micro-batches differ in weight.
+        transform: transforms the function that computes the gradient of the whole batch, such as
+            `research.curvature.sam`.
 
     Returns:
-        step(state, batch) -> (state, metrics): loss, weight, grad_norm, skipped, and what the loss reports.
+        step(state, batch) -> (state, metrics). Metrics: loss, weight, grad_norm, skipped, skipped_in_a_row, and those
+        of the loss.
     """
 
     def total(params, frozen, batch, key):
@@ -101,51 +108,51 @@ def make_train_step(
     def accumulated(params, frozen, batch, key):
         if accumulation == 1:
             return gradient(params, frozen, batch, key)
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
+        micro_batches = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
 
-        def body(carry, part_and_index):
-            part, index = part_and_index
-            result = gradient(params, frozen, part, jax.random.fold_in(key, index))
+        def body(carry, batch_and_index):
+            micro_batch, index = batch_and_index
+            result = gradient(params, frozen, micro_batch, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, carry, result), None
 
-        first = jax.tree.map(lambda x: x[0], parts)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, frozen, first, key)
         )
-        return jax.lax.scan(body, zeros, (parts, jnp.arange(accumulation)))[0]
+        return jax.lax.scan(body, zeros, (micro_batches, jnp.arange(accumulation)))[0]
 
-    whole = transform(accumulated)
+    batch_gradient = transform(accumulated)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, (mean, metrics) = whole(state.params, state.frozen, batch, key)
+        grads, (mean, metrics) = batch_gradient(state.params, state.frozen, batch, key)
         scale = 1.0 / jnp.maximum(mean.weight, 1e-9)
         norm = optax.tree.norm(grads) * scale
-        good = jnp.isfinite(mean.total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(mean.total) & jnp.isfinite(norm)
 
-        def update(operands):  # grads are scaled in here, so that XLA fuses it with the optimizer's arithmetic
+        def update(operands):  # scales the gradients in here, so that XLA fuses the scaling with the optimizer
             grads, scale, norm, params, opt_state = operands
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
             return optax.apply_updates(params, updates), opt_state
 
         operands = (grads, scale, norm, state.params, state.opt_state)
-        # On a GPU a branch copies all of the state in and out, and the host waits for `good`. Of moments in host memory
-        # (optim.offload) only copies can be made.
+        # On a GPU, lax.cond would copy the whole state and make the host wait for `finite`, so jnp.where is used.
+        # It does not work on optimizer state in host memory (optim.offload), which can only be copied.
         spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
         if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(good, new, old), update(operands), operands[-2:]
+                lambda new, old: jnp.where(finite, new, old), update(operands), operands[-2:]
             )
         else:
-            params, opt_state = jax.lax.cond(good, update, lambda operands: operands[-2:], operands)
-        bad = 1 - good.astype(jnp.int32)
+            params, opt_state = jax.lax.cond(finite, update, lambda operands: operands[-2:], operands)
+        skipped = 1 - finite.astype(jnp.int32)
         state = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            skipped=state.skipped + bad,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            skipped=state.skipped + skipped,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
         )
         divided = {k: v.value() if isinstance(v, Mean) else v for k, v in metrics.items()}
         return state, {
@@ -161,7 +168,7 @@ def make_train_step(
 
 
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """steps(state, batches [K, ...]) -> (state, metrics [K]): K steps inside one compiled call."""
+    """steps(state, batches [K, ...]) -> (state, metrics [K]): K steps in one compiled call."""
 
     def steps(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(step, state, batches)
@@ -170,16 +177,19 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
 
 
 def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
-    """The sum of losses and of weights over all batches, on the host in float64: divide for the mean; and the same of
-    each metric that is a `Mean`.
+    """Sum totals and weights of the loss over all batches, and of each metric that is a `Mean`.
 
-    Token-weighted: a short last batch counts for what it holds. `loss` should be jitted by the caller.
+    The sums are computed on the host in float64. Their quotient, `Mean.value()`, is the token-weighted mean, in which a
+    short last batch has a smaller weight. `loss` should be jitted by the caller.
+
+    Returns:
+        The sums of the loss, and of each metric by name.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:
         mean, metrics = loss(params, batch, None)
-        for name, part in {"": mean, **metrics}.items():
-            if isinstance(part, Mean):
+        for name, value in {"": mean, **metrics}.items():
+            if isinstance(value, Mean):
                 before = sums.get(name, Mean(0.0, 0.0))
-                sums[name] = Mean(before.total + float(part.total), before.weight + float(part.weight))
+                sums[name] = Mean(before.total + float(value.total), before.weight + float(value.weight))
     return sums.pop(""), sums

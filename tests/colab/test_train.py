@@ -128,5 +128,5 @@ def test_it_outlives_its_terminal_and_goes_on_after_its_machine(tmp_path):
 
     more = subprocess.run(run, timeout=100, **options)
     assert more.returncode == 0, more.stdout
-    assert "going on from step" in more.stdout and "done: 80 steps" in more.stdout
+    assert "resuming from step" in more.stdout and "done: 80 steps" in more.stdout
     assert [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "lr" in row][-1] == 80

@@ -16,7 +16,7 @@ def write():
 
 @pytest.fixture(scope="session")
 def complaint():
-    """What `load_config` says of arguments that it refuses."""
+    """complaint(*args) -> the error text of `load_config(*args)`."""
 
     def complaint(*args):
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""Unknown keys: what they are called here."""
+"""Unknown keys: the error suggests gptjax's name of the setting."""
 
 import pytest
 
@@ -32,12 +32,12 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("override", "ours"), UNKNOWN, ids=[text for text, _ in UNKNOWN])
-def test_an_unknown_key_names_ours(complaint, override, ours):
-    assert ours in complaint("tiny-gpt2", override)
+@pytest.mark.parametrize(("override", "suggestion"), UNKNOWN, ids=[text for text, _ in UNKNOWN])
+def test_an_unknown_key_gets_a_suggestion(complaint, override, suggestion):
+    assert suggestion in complaint("tiny-gpt2", override)
 
 
-def test_every_alias_leads_to_a_key():
+def test_every_alias_names_an_existing_setting():
     from gptjax.config.aliases import ALIASES
 
     assert set(ALIASES.values()) <= set(config.schema())

@@ -1,4 +1,4 @@
-"""Ranges, combinations, settings without effect; a ModelConfig that is made by hand is checked too."""
+"""Validation: ranges, combinations, settings without effect, and configs constructed in Python."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ def test_large_numbers_have_a_short_list_of_divisors(complaint):
     assert time.process_time() - start < 1.0 and "must be divisible" in text and "must divide" in text
 
 
-IMPOSSIBLE = [
+INVALID = [
     (("model.n_head=3", "model.d_model=32"), "n_head can be 1, 2, 4, 8, 16, 32"),
     (("model.n_head=12", "model.d_model=48", "model.n_kv_head=5"), "use one of 1, 2, 3, 4, 6, 12"),
     (("model.arch=llama", "model.d_model=30", "model.n_head=10"), "must be even"),
@@ -57,8 +57,8 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), IMPOSSIBLE, ids=[" ".join(o) for o, _ in IMPOSSIBLE])
-def test_the_impossible_is_refused(complaint, overrides, words):
+@pytest.mark.parametrize(("overrides", "words"), INVALID, ids=[" ".join(o) for o, _ in INVALID])
+def test_invalid_values_and_combinations_are_refused(complaint, overrides, words):
     text = complaint("tiny-gpt2", *overrides)
     assert words in text and "[" in text and "load_config" in text
 
@@ -81,26 +81,26 @@ NO_EFFECT = [
 ]
 
 
-@pytest.mark.parametrize(("rules", "asked"), NO_EFFECT, ids=[" ".join(pair) for pair in NO_EFFECT])
-def test_a_setting_without_effect_is_refused_where_it_is_asked_for(complaint, rules, asked):
-    task = ["task=prefer"] if asked.startswith("prefer.") else []
-    text = complaint(None, *task, rules, asked)
-    assert f"{asked.partition('=')[0]} would have no effect: {rules.partition('=')[0]}=" in text
+@pytest.mark.parametrize(("disabling", "given"), NO_EFFECT, ids=[" ".join(pair) for pair in NO_EFFECT])
+def test_a_setting_without_effect_is_refused_on_the_command_line(complaint, disabling, given):
+    task = ["task=prefer"] if given.startswith("prefer.") else []
+    text = complaint(None, *task, disabling, given)
+    assert f"{given.partition('=')[0]} would have no effect: {disabling.partition('=')[0]}=" in text
 
 
-def test_every_rule_of_settings_without_effect_has_its_case():
-    tried = {rules.partition("=")[0] for rules, _ in NO_EFFECT}
-    assert {ruling for _, ruling, _ in config.WITHOUT_EFFECT} == tried
+def test_every_rule_about_settings_without_effect_is_tested():
+    tested = {disabling.partition("=")[0] for disabling, _ in NO_EFFECT}
+    assert {disabling for _, disabling, _ in config.WITHOUT_EFFECT} == tested
 
 
-def test_every_rule_and_range_is_about_settings_that_are_there():
+def test_rules_and_ranges_are_about_existing_settings():
     named = [keys for keys, _, _ in (*check.MODEL_RULES, *check.RULES) if not callable(keys)]
     assert {key for keys in named for key in keys} <= set(config.schema())
     bounded = [key for key, item in leaf_fields().items() if item.metadata["range"] != NOT_NEGATIVE]
     assert len(bounded) > 60 and all(re.search("int|float", config.type_name(config.schema()[key])) for key in bounded)
 
 
-def test_notebook_configs_are_checked_by_the_same_rules():
+def test_configs_constructed_in_python_are_checked_by_the_same_rules():
     cfg = dataclasses.replace(Config(), train=TrainConfig(batch_size=7, accumulation=2))
     with pytest.raises(UserError, match="accumulation .* must divide"):
         validate(cfg)
@@ -108,7 +108,7 @@ def test_notebook_configs_are_checked_by_the_same_rules():
         dataclasses.replace(ModelConfig(), n_head=7)
 
 
-BY_HAND = [
+INVALID_MODELS = [
     (dict(arch="lama"), "model.arch: expected gpt2, llama or modern, got 'lama'"),
     (dict(n_head=5, d_model=32), "must be divisible by model.n_head"),
     (dict(n_layer="2"), "model.n_layer: expected int, got '2'"),
@@ -125,13 +125,13 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize(("values", "words"), BY_HAND, ids=[str(values) for values, _ in BY_HAND])
-def test_a_model_config_made_by_hand_is_checked(values, words):
+@pytest.mark.parametrize(("values", "words"), INVALID_MODELS, ids=[str(values) for values, _ in INVALID_MODELS])
+def test_a_model_config_constructed_in_python_is_checked(values, words):
     with pytest.raises(UserError, match=words):
         ModelConfig(**values)
 
 
-def test_what_is_traced_is_not_checked():
+def test_tracers_are_not_checked():
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Layers, types, provenance, errors of the configuration, and back to YAML; none of it needs jax."""
+"""Loading configs: layers, types, provenance, errors, and writing YAML."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ from gptjax.config import Config, diff, from_dict, from_yaml, load_config, resol
 from gptjax.errors import UserError
 
 
-def test_later_layers_win_and_every_value_says_where_it_is_from(write, tmp_path):
+def test_later_layers_override_and_the_provenance_says_where_values_were_set(write, tmp_path):
     write(tmp_path, "base.yaml", "model:\n  arch: modern\n  n_layer: 3\noptim: {lr: 1e-2}\n")
     top = write(tmp_path, "top.yaml", "base: base.yaml\n\nmodel:\n  n_layer: 5\n")
     cfg, where = resolve(top, "optim.beta2=0.98")
@@ -25,13 +25,13 @@ def test_later_layers_win_and_every_value_says_where_it_is_from(write, tmp_path)
     assert set(where) == set(config.schema())
 
 
-def test_arch_switches_follow_the_finally_chosen_arch():
+def test_switches_follow_the_arch_of_the_last_layer():
     assert load_config("tiny-gpt2", "model.arch=llama").model.norm == "rmsnorm"
     assert load_config("tiny-gpt2", "model.arch=llama", "model.norm=layernorm").model.norm == "layernorm"
     assert load_config("tiny-gpt2", "model.norm=null").model.norm == "layernorm"
 
 
-def test_base_may_be_a_preset_and_sits_beside_its_file(write, tmp_path):
+def test_base_may_be_a_preset_or_a_file_relative_to_its_own(write, tmp_path):
     child = write(tmp_path, "x.yaml", "base: tiny-llama\nseed: 7\n")
     assert (load_config(child).model.n_kv_head, load_config(child).seed) == (1, 7)
     deeper = tmp_path / "deeper"
@@ -39,12 +39,12 @@ def test_base_may_be_a_preset_and_sits_beside_its_file(write, tmp_path):
     assert load_config(write(deeper, "y.yaml", "base: ../x.yaml\n")).seed == 7
 
 
-def test_base_that_leads_back_to_itself(complaint, write, tmp_path):
+def test_a_circular_base_is_refused(complaint, write, tmp_path):
     write(tmp_path, "a.yaml", "base: b.yaml\n")
     assert "leads back" in complaint(write(tmp_path, "b.yaml", "base: a.yaml\n"))
 
 
-def test_run_dir_is_named_after_the_config(write, tmp_path):
+def test_the_default_run_dir_is_named_after_the_config(write, tmp_path):
     assert load_config("tiny-gpt2").run_dir == "runs/tiny-gpt2"
     assert load_config(write(tmp_path, "mine.yaml", "seed: 1")).run_dir == "runs/mine"
     assert load_config("tiny-gpt2", "run_dir=elsewhere").run_dir == "elsewhere"
@@ -52,7 +52,7 @@ def test_run_dir_is_named_after_the_config(write, tmp_path):
 
 def test_a_run_directory_is_a_config(write, tmp_path):
     write(tmp_path, "config.yaml", to_yaml(load_config("tiny-llama", "seed=5")))
-    assert load_config(tmp_path) == load_config("tiny-llama", "seed=5", f"run_dir={tmp_path}")  # wherever it lies now
+    assert load_config(tmp_path) == load_config("tiny-llama", "seed=5", f"run_dir={tmp_path}")
 
 
 TYPED = [
@@ -84,10 +84,10 @@ TYPED = [
 
 
 @pytest.mark.parametrize(("override", "value"), TYPED, ids=[text for text, _ in TYPED])
-def test_text_becomes_the_type_of_its_field(override, value):
+def test_text_is_converted_to_the_type_of_its_setting(override, value):
     key = override.removeprefix("--").partition("=")[0].replace("-", "_")
-    got = config.flat(load_config("tiny-gpt2", override))[key]
-    assert got == value and type(got) is type(value)
+    loaded = config.flat(load_config("tiny-gpt2", override))[key]
+    assert loaded == value and type(loaded) is type(value)
 
 
 def test_lists_of_numbers():
@@ -95,7 +95,7 @@ def test_lists_of_numbers():
     assert load_config(None, "data.weights=0.5").data.weights == (0.5,)
 
 
-def test_yaml_reads_values_by_the_schema_not_by_yaml(write, tmp_path):
+def test_values_in_yaml_are_converted_by_the_schema(write, tmp_path):
     text = "optim:\n  lr: 1e-3\nsample: {prompt: on}\ndata:\ntrain.max_steps: 010\n"
     cfg = load_config(write(tmp_path, "x.yaml", text))
     assert (cfg.optim.lr, cfg.sample.prompt, cfg.train.max_steps) == (1e-3, "on", 10)
@@ -120,7 +120,7 @@ BAD_TYPES = [
 
 
 @pytest.mark.parametrize(("override", "expected"), BAD_TYPES, ids=[text for text, _ in BAD_TYPES])
-def test_a_wrong_type_names_key_value_and_what_was_expected(complaint, override, expected):
+def test_the_error_for_a_wrong_type_names_key_and_expected_type(complaint, override, expected):
     text = complaint("tiny-gpt2", override)
     assert text.startswith(f"load_config: {override.partition('=')[0]}: ") and expected in text
     assert len(text.splitlines()) == 1
@@ -128,14 +128,14 @@ def test_a_wrong_type_names_key_value_and_what_was_expected(complaint, override,
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(config.schema())), st.text(max_size=12))
-def test_no_text_whatsoever_makes_the_loader_fall_over(key, text):
+def test_any_text_is_loaded_or_refused_with_a_user_error(key, text):
     try:
         load_config(None, f"{key}={text}")
     except UserError as error:
         assert str(error)
 
 
-def test_all_problems_at_once_with_file_and_line(complaint, write, tmp_path):
+def test_all_problems_are_listed_with_file_and_line(complaint, write, tmp_path):
     path = write(tmp_path, "x.yaml", "model:\n  n_layr: 2\n  n_head: 5\n  d_model: 32\noptim:\n  lr: fast\n")
     text = complaint(path, "train.accumulation=5")
     assert "x.yaml:2: unknown key model.n_layr; did you mean model.n_layer?" in text
@@ -145,7 +145,7 @@ def test_all_problems_at_once_with_file_and_line(complaint, write, tmp_path):
     assert len(text.splitlines()) == 4
 
 
-def test_a_value_that_failed_brings_no_follow_up_complaints(complaint):
+def test_an_invalid_value_causes_no_further_complaints(complaint):
     assert len(complaint("tiny-gpt2", "model.n_head=x", "model.n_kv_head=3").splitlines()) == 1
 
 
@@ -159,7 +159,7 @@ def test_a_value_that_failed_brings_no_follow_up_complaints(complaint):
     ],
     ids=range(10),
 )  # fmt: skip
-def test_hostile_settings_are_one_error_within_a_second(setting):
+def test_malicious_settings_give_an_error_within_a_second(setting):
     start = time.process_time()
     with pytest.raises(UserError) as error:
         load_config("tiny-gpt2", setting)
@@ -167,9 +167,9 @@ def test_hostile_settings_are_one_error_within_a_second(setting):
     assert len(str(error.value)) < 2000
 
 
-RULING = [  # (what a file says, what a later layer says, what holds then)
+OVERRULING = [  # (text of a file, settings of a later layer, expected values)
     ("train: {epochs: 2}", ["train.max_steps=7"], {"train.max_steps": 7, "train.epochs": None}),
-    ("train: {max_steps: 7}", ["train.epochs=2"], {"train.max_steps": 7, "train.epochs": 2.0}),  # epochs rule
+    ("train: {max_steps: 7}", ["train.epochs=2"], {"train.max_steps": 7, "train.epochs": 2.0}),
     ("data: {split: document}", ["data.source=a.txt"], {"data.split": "auto", "data.source": ("a.txt",)}),
     ("data: {val_source: b.txt}", ["data.source=a.txt"], {"data.val_source": (), "data.source": ("a.txt",)}),
     ("data: {val_source: b.txt}", ["data.split=tail"], {"data.val_source": (), "data.split": "tail"}),
@@ -180,15 +180,17 @@ RULING = [  # (what a file says, what a later layer says, what holds then)
 ]
 
 
-@pytest.mark.parametrize(("file", "later", "holds"), RULING, ids=[f"{file} {later[0]}" for file, later, _ in RULING])
-def test_what_a_later_layer_says_wins_over_what_would_rule_it(write, tmp_path, file, later, holds):
+@pytest.mark.parametrize(
+    ("file", "later", "expected"), OVERRULING, ids=[f"{file} {later[0]}" for file, later, _ in OVERRULING]
+)
+def test_a_later_layer_overrules_settings_that_would_take_precedence(write, tmp_path, file, later, expected):
     values = config.flat(load_config(write(tmp_path, "mine.yaml", file + "\n"), *later))
-    assert {key: values[key] for key in holds} == holds
+    assert {key: values[key] for key in expected} == expected
     pairs = {(a, b) for a, b in config.RULED}
     assert {pair[0] for pair in pairs} <= {"train.max_steps", "data.source", "data.split", "data.val_fraction"}
 
 
-def test_a_config_is_found_by_name_and_not_by_value():
+def test_load_config_refuses_other_types():
     for wrong in ({"optim": {"lr": 1e-3}}, 3, Config()):
         with pytest.raises(UserError, match="expected a preset's name"):
             load_config(wrong)
@@ -197,7 +199,7 @@ def test_a_config_is_found_by_name_and_not_by_value():
 
 
 @pytest.mark.parametrize("name", sorted(config.presets()))
-def test_yaml_and_dict_bring_the_same_config_back(name):
+def test_a_config_survives_yaml_and_dict(name):
     cfg = load_config(name)
     assert from_yaml(to_yaml(cfg)) == cfg
     assert from_yaml(to_yaml(cfg, resolve(name)[1])) == cfg
@@ -206,7 +208,7 @@ def test_yaml_and_dict_bring_the_same_config_back(name):
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=20))
-def test_any_prompt_survives_the_yaml(prompt):
+def test_any_prompt_survives_yaml(prompt):
     cfg = from_dict({"sample": {"prompt": prompt}})
     assert cfg.sample.prompt == prompt
     try:
@@ -216,12 +218,12 @@ def test_any_prompt_survives_the_yaml(prompt):
     assert from_yaml(to_yaml(cfg)).sample.prompt == prompt
 
 
-def test_diff_names_what_changed():
+def test_diff_lists_changed_settings():
     assert diff(load_config("tiny-gpt2"), load_config("tiny-gpt2", "optim.lr=1e-4")) == ["optim.lr: 0.003 -> 0.0001"]
     assert diff(Config(), Config()) == []
 
 
-def test_a_later_layer_wins_over_what_rules_it(tmp_path):
+def test_a_later_layer_overrules_its_base_and_preset(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: classify\ntrain:\n  max_steps: 30\n")
     for cfg in (config.load_config("classify", "train.max_steps=30"), config.load_config(mine)):
@@ -232,10 +234,10 @@ def test_a_later_layer_wins_over_what_rules_it(tmp_path):
     assert cfg.data.split == config.DataConfig().split
     assert config.load_config("shakespeare-char", "data.source=my.txt", "data.split=document").data.split == "document"
     assert config.load_config("shakespeare-char", "seed=1").data.split == "document"
-    again = config.from_yaml(config.to_yaml(config.load_config("classify")))  # a run's own file says both
-    assert again.train.epochs == config.load_config("classify").train.epochs
+    reloaded = config.from_yaml(config.to_yaml(config.load_config("classify")))  # a run's config.yaml sets both
+    assert reloaded.train.epochs == config.load_config("classify").train.epochs
 
 
-def test_both_on_one_command_line_are_named(complaint):
+def test_max_steps_and_epochs_on_one_command_line_are_refused(complaint):
     text = complaint("classify", "train.max_steps=20", "train.epochs=3")
     assert "train.max_steps=20 and train.epochs=3.0" in text

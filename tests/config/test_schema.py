@@ -1,4 +1,4 @@
-"""The dataclasses: static arguments, `dataclasses.replace`, and their help."""
+"""The schema: configs as static arguments, `dataclasses.replace`, and help texts."""
 
 import copy
 import dataclasses
@@ -13,24 +13,25 @@ def test_a_model_config_is_a_static_argument():
     assert dataclasses.replace(ModelConfig(), n_layer=3).n_layer == 3
 
 
-def test_replace_derives_anew_what_was_derived():
+def test_replace_derives_values_again():
     small = ModelConfig(n_layer=1, n_head=2, d_model=32)
     assert (small.d_ff, small.n_kv_head) == (128, 2)
     wide = dataclasses.replace(small, d_model=64, n_head=4)
     assert wide == ModelConfig(n_layer=1, n_head=4, d_model=64) and (wide.d_ff, wide.n_kv_head) == (256, 4)
-    for arch in ("llama", "modern", "gpt2"):  # again and again
+    for arch in ("llama", "modern", "gpt2"):
         wide = dataclasses.replace(wide, arch=arch)
         assert wide == ModelConfig(arch=arch, n_layer=1, n_head=4, d_model=64)
     assert hash(wide) == hash(ModelConfig(n_layer=1, n_head=4, d_model=64))
 
 
-def test_replace_keeps_what_was_given_even_where_it_is_what_would_be_derived():
+def test_replace_keeps_values_that_were_given():
+    """Also if they equal the derived values."""
     explicit = ModelConfig(n_layer=1, n_head=2, d_model=32, d_ff=128, tie_embeddings=True)
     other = dataclasses.replace(explicit, d_model=64, arch="llama")
     assert other.d_ff == 128 and other.tie_embeddings and other.norm == "rmsnorm"
-    grouped = dataclasses.replace(ModelConfig(n_head=4, d_model=32), n_head=8, n_kv_head=4)  # 4 was derived before
+    grouped = dataclasses.replace(ModelConfig(n_head=4, d_model=32), n_head=8, n_kv_head=4)  # n_kv_head is now given
     assert grouped.n_kv_head == 4
-    biased = dataclasses.replace(ModelConfig(), arch="llama", qkv_bias=True)  # as gpt2 had it
+    biased = dataclasses.replace(ModelConfig(), arch="llama", qkv_bias=True)  # equals the default of gpt2
     assert biased.qkv_bias and not biased.bias
     assert dataclasses.replace(explicit, d_ff=None, d_model=64).d_ff == 256
     written = from_yaml(to_yaml(Config(model=biased))).model
@@ -39,7 +40,7 @@ def test_replace_keeps_what_was_given_even_where_it_is_what_would_be_derived():
     assert kept == dataclasses.replace(ModelConfig(), qkv_bias=True)
 
 
-def test_every_setting_has_a_sentence_of_help():
+def test_every_setting_has_a_help_text():
     rows = {row[0]: row for _, _, rows in config.describe() for row in rows}
     assert set(rows) == set(config.schema())
     short = [key for key, (_, _, text) in rows.items() if len(text) < 10 or not text.endswith(".")]
@@ -50,6 +51,6 @@ def test_every_setting_has_a_sentence_of_help():
     )
 
 
-def test_the_styles_are_explained_in_the_help():
+def test_the_help_explains_prompt_styles():
     texts = {key: text for _, _, rows in config.describe() for key, _, text in rows}
     assert all("null: chat, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))

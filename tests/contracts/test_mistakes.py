@@ -69,7 +69,7 @@ MISTAKES = {
     "missing config": (["absent.yaml"], "absent.yaml: no such config file"),
     "empty config": (["empty.yaml"], "empty.yaml: the config is empty"),
     "YAML syntax": (["broken.yaml"], "broken.yaml:3"),
-    "key twice": (["twice.yaml"], "twice.yaml:2: seed is given twice, first in line 1"),
+    "key twice": (["twice.yaml"], "twice.yaml:2: seed is set twice, first in line 1"),
     "unknown preset": (["tiny-gpt3"], "did you mean tiny-gpt2?"),
     "unknown tokenizer": (["tokenizer.name=gpt3"], "gpt3"),
     "vocabulary too small": (["model.vocab_size=3"], "model.vocab_size"),

@@ -114,7 +114,7 @@ def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
     assert codes == [RESTART, -signal.SIGKILL] and "another process is gone" in log, (codes, log[-2000:])
     assert losses(tmp_path)[-1] != losses(tmp_path / "whole")[-1]
     codes, logs = ended(tmp_path, processes(tmp_path, 2, "mesh.fsdp=2", *LONGER))
-    assert codes == [0, 0] and "going on from step" in logs[0], logs[0][-2000:]
+    assert codes == [0, 0] and "resuming from step" in logs[0], logs[0][-2000:]
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""`gptjax finetune classify` from a file to a model that classifies, on a tiny base; and the measures."""
+"""`gptjax finetune classify` with a tiny base model, from the data file to the classifier; classification metrics."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def finished(folder):
     return folder / "lora"
 
 
-def test_the_run_directory_holds_all_of_it(finished):
+def test_the_run_directory_holds_results_plots_and_labels(finished):
     scores = json.loads((finished / "test.json").read_text())
     assert scores["accuracy"] >= 0.9 and scores["n"] == 24
     assert set(scores) >= {"naive_bayes", "majority", "macro_f1", "calibration_error", "confusion", "leaked"}
@@ -59,7 +59,7 @@ def test_the_run_directory_holds_all_of_it(finished):
     assert json.loads((finished / "final" / "labels.json").read_text())["labels"] == ["down", "up"]
 
 
-def test_the_head_is_saved_and_read_again(finished):
+def test_the_head_is_saved_and_loaded(finished):
     params, cfg = gptjax.load(finished)
     assert cfg.n_classes == 2 and params["cls_head"]["kernel"].shape == (32, 2)
     up, down = classify_texts(finished, ["ABCABC", "fedfed"])
@@ -67,16 +67,16 @@ def test_the_head_is_saved_and_read_again(finished):
     assert sum(up.values()) == pytest.approx(1)
 
 
-def test_the_adapter_by_itself(finished, folder):
-    """In peft's format, for the base it was trained on; with the base it is the body of the merged model."""
+def test_the_adapter_is_also_saved_in_the_format_of_peft(finished, folder):
+    """Merged into the base, it gives the weights of the final model, except the classification head."""
     base, cfg = gptjax.load(folder / "base")
     adapter, settings = weights.load_peft(finished / "final" / "adapter", cfg, base=base)
-    merged, whole = gptjax.lora.merge(base, adapter, settings), gptjax.load(finished)[0]
-    whole.pop("cls_head")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, whole)
+    merged, final = gptjax.lora.merge(base, adapter, settings), gptjax.load(finished)[0]
+    final.pop("cls_head")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), merged, final)
 
 
-def test_the_verb_that_uses_it(finished, folder, capsys):
+def test_the_verb_classify(finished, folder, capsys):
     assert main(["classify", str(finished), "ABCABC", "fedfed"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("up ") and lines[1].startswith("down ")
@@ -85,7 +85,7 @@ def test_the_verb_that_uses_it(finished, folder, capsys):
     assert main(["classify", str(finished)]) == 2
 
 
-def test_again_it_is_finished(finished, folder, capsys):
+def test_a_finished_run_is_not_repeated(finished, folder, capsys):
     assert run(folder, "lora") == 0
     out = capsys.readouterr().out
     assert "is finished" in out and "accuracy" in out
@@ -94,14 +94,14 @@ def test_again_it_is_finished(finished, folder, capsys):
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_is_uninterrupted(finished, folder, capsys):
-    """From the checkpoint in the middle, with the base read again: the same weights to the bit."""
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, folder, capsys):
+    """Resumed from the checkpoint of step 15, it ends with bitwise equal weights."""
     shutil.copytree(finished, folder / "again")
     for name in ("final", "checkpoints/30"):
         shutil.rmtree(folder / "again" / name)
     (folder / "again" / "test.json").unlink()
     assert run(folder, "again") == 0
-    assert "going on from step 15" in capsys.readouterr().out
+    assert "resuming from step 15" in capsys.readouterr().out
     for name in ("final/model.safetensors", "final/adapter/adapter_model.safetensors", "test.json"):
         assert (folder / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -111,9 +111,9 @@ def test_several_seeds(folder, capsys):
     assert run(folder, "seeds", "finetune.seeds=2", "train.max_steps=15") == 0
     assert "95 % interval" in capsys.readouterr().out
     table = json.loads((folder / "seeds" / "seeds.json").read_text())
-    each = [json.loads((folder / "seeds" / f"seed-{k}" / "test.json").read_text()) for k in (0, 1)]
+    scores = [json.loads((folder / "seeds" / f"seed-{k}" / "test.json").read_text()) for k in (0, 1)]
     low, high = table["accuracy"]["interval"]
-    assert table["accuracy"]["values"] == [row["accuracy"] for row in each] and low <= each[0]["accuracy"] <= high
+    assert table["accuracy"]["values"] == [row["accuracy"] for row in scores] and low <= scores[0]["accuracy"] <= high
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_several_seeds(folder, capsys):
     ],
     ids=["full", "last layer", "qdora", "pissa", "dropout"],
 )
-def test_other_ways(folder, settings, capsys, tmp_path):
+def test_other_settings(folder, settings, capsys, tmp_path):
     assert run(folder, tmp_path / "run", "train.max_steps=4", "train.eval_every=4", *settings) == 0
     assert "naive Bayes" in capsys.readouterr().out
     assert gptjax.load(tmp_path / "run")[1].n_classes == 2
@@ -160,7 +160,7 @@ def test_dry_run(folder, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_confusion_table_says_which_way_it_is_read():
+def test_the_confusion_table_names_its_axes():
     scores = {"n": 9, "accuracy": 1, "accuracy_interval": [0, 1], "macro_f1": 1, "calibration_error": 0}
     scores |= {"naive_bayes": 1, "majority": 1, "labels": ["ham", "unwanted"], "confusion": [[812, 3], [5, 110]]}
     assert classify.summary(scores)[2:] == [
@@ -170,33 +170,33 @@ def test_the_confusion_table_says_which_way_it_is_read():
     ]
 
 
-def test_measures():
+def test_metrics():
     labels, p = np.array([0, 0, 1, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
     scores = metrics.report(p, labels, ("a", "b"))
     assert scores["confusion"] == [[1, 1], [0, 2]] and scores["accuracy"] == 0.75
     assert scores["f1"] == pytest.approx({"a": 2 / 3, "b": 0.8})
     assert scores["calibration_error"] == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)
-    low, high = interval(285, 300)  # 95 %: Wilson's interval by hand
+    low, high = interval(285, 300)  # the 95 % Wilson interval, computed by hand
     assert (low, high) == pytest.approx((0.9191, 0.9694), abs=1e-3)
 
 
 @pytest.mark.slow
-def test_a_classifier_as_it_is_made_by_default_leaves_and_comes_back(folder, tmp_path, capsys):
+def test_a_classifier_with_default_settings_survives_an_export_to_hugging_face(folder, tmp_path, capsys):
     assert run(folder, "default", "classify.bias=false", "train.max_steps=5", "optim.warmup_steps=0") == 0
     assert main(["export", "hf", str(folder / "default"), str(tmp_path / "hf")]) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
-    here, there = classify_texts(folder / "default", ["ABCABC"]), classify_texts(tmp_path / "hf", ["ABCABC"])
-    assert here[0] == pytest.approx(there[0], abs=1e-5)
+    before, after = classify_texts(folder / "default", ["ABCABC"]), classify_texts(tmp_path / "hf", ["ABCABC"])
+    assert before[0] == pytest.approx(after[0], abs=1e-5)
     assert main(["export", "peft", str(folder / "default"), str(tmp_path / "peft")]) == 0
     assert "bias" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):
+def test_the_adapter_is_exported_for_peft(finished, folder, tmp_path, capsys):
     assert main(["export", "peft", str(finished), str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert "peft.PeftModel.from_pretrained" in said.out and "AutoModelForSequenceClassification" in said.out
-    assert "classify.bias=false" in said.err and f"gptjax export hf {folder / 'base'}" in said.err
+    printed = capsys.readouterr()
+    assert "peft.PeftModel.from_pretrained" in printed.out and "AutoModelForSequenceClassification" in printed.out
+    assert "classify.bias=false" in printed.err and f"gptjax export hf {folder / 'base'}" in printed.err
     base, cfg = gptjax.load(folder / "base")
     ours, settings = weights.load_peft(tmp_path / "out", cfg, base=base)
     kept, _ = weights.load_peft(finished / "final" / "adapter", cfg)
@@ -205,11 +205,11 @@ def test_the_adapter_goes_out_for_peft(finished, folder, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", "peft", str(folder / "base"), str(tmp_path / "none")]) == 2
     assert "only fine-tuning makes one" in capsys.readouterr().err
-    whole = tmp_path / "whole"
-    shutil.copytree(finished, whole, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
-    config = (whole / "config.yaml").read_text()
-    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    copied = tmp_path / "copied"
+    shutil.copytree(finished, copied, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    config = (copied / "config.yaml").read_text()
+    assert main(["export", "peft", str(copied), str(tmp_path / "none")]) == 2
     assert "peft's format cannot hold it" in capsys.readouterr().err
-    (whole / "config.yaml").write_text(config.replace("trainable: lora", "trainable: all"))
-    assert main(["export", "peft", str(whole), str(tmp_path / "none")]) == 2
+    (copied / "config.yaml").write_text(config.replace("trainable: lora", "trainable: all"))
+    assert main(["export", "peft", str(copied), str(tmp_path / "none")]) == 2
     assert "finetune.trainable=all" in capsys.readouterr().err

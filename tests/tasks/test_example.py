@@ -1,6 +1,6 @@
-"""A task of one's own: predict whether a digit is even, by logistic regression on made-up pixels.
+"""A user-defined task: logistic regression on random vectors ("pixels") with two classes.
 
-Everything between the two lines is the whole task; it registers itself in `TASKS` under a name.
+The section "the task" is a complete task; the fixture `parity` registers it in `TASKS`.
 """
 
 import sys
@@ -26,24 +26,24 @@ WIDTH, WEIGHTS = 8, np.random.default_rng(0).normal(size=8).astype(np.float32)
 
 
 class Pixels(NamedTuple):
-    tokens: np.ndarray  # [B, WIDTH] float32: any leaf of this name counts what a step reads
+    tokens: np.ndarray  # [B, WIDTH] float32: the size of the leaf `tokens` is the number of tokens per step
     labels: np.ndarray  # [B] int32
 
 
-def made(key, n):
+def make_pixels(key, n):
     pixels = np.random.default_rng(key).normal(size=(n, WIDTH)).astype(np.float32)
     return Pixels(pixels, (pixels @ WEIGHTS > 0).astype(np.int32))
 
 
 def loss(cfg):
-    def of(params, batch, key):
+    def cross_entropy(params, batch, key):
         logits = batch.tokens @ params["w"] + params["b"]
         nats = -jax.nn.log_sigmoid(jnp.where(batch.labels == 1, logits, -logits))
-        right = (logits > 0) == (batch.labels == 1)
+        correct = (logits > 0) == (batch.labels == 1)
         n = jnp.float32(len(batch.labels))
-        return Mean(nats.sum(), n), {"accuracy": Mean(right.sum(), n)}
+        return Mean(nats.sum(), n), {"accuracy": Mean(correct.sum(), n)}
 
-    return of
+    return cross_entropy
 
 
 def write(folder, trained, frozen, files):
@@ -57,14 +57,14 @@ def write(folder, trained, frozen, files):
 
 def prepare(cfg, progress):
     def batches(step, k, rows):
-        some = [made([cfg.seed, step + i], cfg.train.batch_size) for i in range(k)]
-        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *some)
+        per_step = [make_pixels([cfg.seed, step + i], cfg.train.batch_size) for i in range(k)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves)[:, rows or slice(None)], *per_step)
 
     return Ready(cfg, Task(
         tokenizer=tokenizers.load("bytes"),
         batches=batches,
         describe_batch=lambda step: f"the pixels of step {step}",
-        validation=Validation(lambda first: [made([cfg.seed, 10**6], 256)]),
+        validation=Validation(lambda first: [make_pixels([cfg.seed, 10**6], 256)]),
         build=lambda cfg: StepFunctions(loss(cfg), identity, make_optimizer(cfg.optim, cfg.train.max_steps)),
         start=lambda key: {"w": 0.01 * jax.random.normal(key, (WIDTH,)), "b": jnp.float32(0)},
         frozen=None,
@@ -72,7 +72,7 @@ def prepare(cfg, progress):
         fingerprints={"data": (str(cfg.seed), "seed")},
         describe=lambda n: [f"model   logistic regression, {n} parameters"],
         write=write,
-    ), held_out=made(1, 64))  # fmt: skip
+    ), held_out=make_pixels(1, 64))  # fmt: skip
 
 
 def evaluate(result, held_out, say):
@@ -84,7 +84,7 @@ def refuse_missing(cfg):
     pass
 
 
-# ---------------------------------------------------------------- what is asked of it
+# ---------------------------------------------------------------- the tests
 
 
 @pytest.fixture
@@ -95,21 +95,21 @@ def parity(monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "pretrain", "parity_task")
 
 
-def test_it_is_trained_resumed_and_scored_like_any_other(parity, tmp_path):
+def test_a_user_defined_task_is_trained_and_evaluated(parity, tmp_path):
     cfg = gptjax.load_config(
         "tiny-gpt2", f"run_dir={tmp_path / 'run'}", "train.max_steps=40", "train.eval_every=20", "optim.lr=0.1",
         "train.checkpoint_every=20", "train.batch_size=32", "optim.warmup_steps=0",
     )  # fmt: skip
     lines: list[str] = []
-    seen: list[int] = []
-    result = gptjax.train(cfg, log=lines.append, hooks=[(20, lambda run: seen.append(run.step))])
-    assert seen == [20, 40] and result.step == 40
+    hook_steps: list[int] = []
+    result = gptjax.train(cfg, log=lines.append, hooks=[(20, lambda run: hook_steps.append(run.step))])
+    assert hook_steps == [20, 40] and result.step == 40
     assert result.val_loss < 0.3 and any(line.startswith("test    accuracy 0.9") or "1.00" in line for line in lines)
     assert read_metrics(tmp_path / "run")[-1]["val/accuracy"] > 0.9
     assert np.load(tmp_path / "run/final/weights.npz")["w"].shape == (WIDTH,)
 
 
-def test_a_task_has_few_parts():
+def test_a_task_has_at_most_12_fields():
     assert len(Task._fields) <= 12
 
 
@@ -121,9 +121,9 @@ def test_old_names_warn_and_work(name, new):
     with pytest.warns(DeprecationWarning, match=rf"gptjax.tasks.{name}.task is now gptjax.losses.{new}"):
         old = module.task
     cfg = gptjax.ModelConfig(n_layer=1, n_head=1, d_model=8, vocab_size=5, context_length=4, n_classes=2)
-    made = old(cfg)
-    assert callable(made.loss) and made.prepare(3) == 3
-    assert jax.tree.structure(jax.eval_shape(made.init, jax.random.key(0))) == jax.tree.structure(
+    task = old(cfg)
+    assert callable(task.loss) and task.prepare(3) == 3
+    assert jax.tree.structure(jax.eval_shape(task.init, jax.random.key(0))) == jax.tree.structure(
         gptjax.abstract_params(cfg)
     )
     with pytest.raises(AttributeError, match="nothing"):

@@ -1,4 +1,4 @@
-"""`gptjax finetune instruct` from conversations to answers, on a tiny base."""
+"""`gptjax finetune instruct` with a tiny base model, from the conversations to the generated answers."""
 
 import contextlib
 import dataclasses
@@ -45,16 +45,16 @@ def run(folder, name, *more):
 def test_it_learns_answers_and_writes_them(folder, capsys):
     assert run(folder, "full") == 0
     out = capsys.readouterr().out
-    assert "what is learned is green" in out and "«" in out and "\x1b" not in out
-    found = json.loads((folder / "full" / "test.json").read_text())
-    assert found["n"] == 9 and found["exact"] >= 0.8
+    assert "tokens in the loss are green" in out and "«" in out and "\x1b" not in out
+    scores = json.loads((folder / "full" / "test.json").read_text())
+    assert scores["n"] == 9 and scores["exact"] >= 0.8
     rows = [json.loads(line) for line in (folder / "full" / "responses.jsonl").read_text().splitlines()]
     assert rows[0].keys() == {"where", "prompt", "expected", "answer", "nats", "tokens"}
     assert rows[0]["prompt"].startswith("say ") and rows[0]["tokens"] == 3
     before = [json.loads(line) for line in (folder / "full" / "responses-before.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in before] == [row["prompt"] for row in rows]
-    assert found["before"]["exact"] < 0.5 and found["win_rate"]["win_rate"] == 1
-    assert found["nats_per_token"] < 0.2 * found["before"]["nats_per_token"]
+    assert scores["before"]["exact"] < 0.5 and scores["win_rate"]["win_rate"] == 1
+    assert scores["nats_per_token"] < 0.2 * scores["before"]["nats_per_token"]
     losses = [row["val/loss"] for row in read_metrics(folder / "full") if "val/loss" in row]
     assert losses[-1] < 0.2 * losses[0]
     assert run(folder, "full") == 0
@@ -71,9 +71,9 @@ def test_it_learns_answers_and_writes_them(folder, capsys):
     ],
     ids=["qlora", "padded"],
 )
-def test_other_ways(folder, settings, tmp_path, capsys):
+def test_other_settings(folder, settings, tmp_path, capsys):
     assert run(folder, tmp_path / "run", "train.max_steps=2", *settings) == 0
-    assert "held out" in capsys.readouterr().out
+    assert "held-out" in capsys.readouterr().out
     assert (tmp_path / "run" / "final" / "adapter").exists() == ("lora" in settings[0])
 
 
@@ -98,13 +98,13 @@ def test_dry_run(folder, tmp_path, capsys):
     assert "81 + 6 + 9 conversations" in capsys.readouterr().out
 
 
-def test_the_skills_hold_out_what_they_ask_about():
+def test_synthetic_questions_to_validate_and_test_on_are_not_in_the_training_data():
     cfg = config.load_config(None, "task=instruct", "instruct.examples=200")
-    talks = instruct.conversations(cfg)
-    assert sum(map(_questions, talks.train)) == 200 and max(map(_questions, talks.train)) > 1
-    assert [len(part) for part in talks[1:]] == [10, 20] and max(map(_questions, talks.test)) == 1
-    shown = {message["content"] for talk in talks.train for message in talk.messages[::2]}
-    assert not shown & {talk.messages[0]["content"] for talk in (*talks.val, *talks.test)}
+    splits = instruct.conversations(cfg)
+    assert sum(map(_questions, splits.train)) == 200 and max(map(_questions, splits.train)) > 1
+    assert [len(talks) for talks in splits[1:]] == [10, 20] and max(map(_questions, splits.test)) == 1
+    trained = {message["content"] for talk in splits.train for message in talk.messages[::2]}
+    assert not trained & {talk.messages[0]["content"] for talk in (*splits.val, *splits.test)}
 
 
 def _questions(talk):
@@ -121,7 +121,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A model without a template; one whose template ends an answer with a token that none of its eos_ids is."""
+    """Two models: one without a chat template, one whose template ends an answer with a token not in its eos_ids."""
     folder = tmp_path_factory.mktemp("bases")
     plain = gptjax.tokenizers.load("bytes")
     chatty = gptjax.tokenizers.extend(plain, ["<|im_start|>", "<|im_end|>"])
@@ -142,19 +142,19 @@ def bases(tmp_path_factory):
     ("base", "style", "end", "eos"),
     [("plain", "alpaca", "<|endoftext|>", [256]), ("chatty", None, "<|im_end|>", [258, 256])],
 )
-def test_a_tuned_model_and_what_follows_it_write_and_stop_as_it_learned(
+def test_tuned_and_exported_models_stop_at_the_end_of_an_answer(
     bases, base, style, end, eos, tmp_path, capsys, monkeypatch
 ):
     rows = bases / "rows.jsonl"
     lengths = ["context_length=384", "val_fraction=0.2", "test_fraction=0.2", f"source={rows}"]
-    after = [("prefer", tmp_path / "instruct")] if base == "plain" else []
-    for task, of in (("instruct", bases / base), *after):
+    then_prefer = [("prefer", tmp_path / "instruct")] if base == "plain" else []
+    for task, task_base in (("instruct", bases / base), *then_prefer):
         given = [f"instruct.style={style}"] if style and task == "instruct" else []
         settings = (
             [f"{task}.{setting}" for setting in lengths] + given + ["instruct.compare=false"] * (task == "instruct")
         )
         run_dir = tmp_path / task
-        assert main(["finetune", task, f"finetune.base={of}", f"run_dir={run_dir}", *SHORT, *settings]) == 0
+        assert main(["finetune", task, f"finetune.base={task_base}", f"run_dir={run_dir}", *SHORT, *settings]) == 0
         out = capsys.readouterr().out
         assert f"an answer ends with {end}" in out and "other (8 of 8, first" in out
         for saved in ("final", "best"):
@@ -165,22 +165,22 @@ def test_a_tuned_model_and_what_follows_it_write_and_stop_as_it_learned(
         assert capsys.readouterr().err.count("[2 tokens after") == 2
         params, cfg = gptjax.load(run_dir)
         gptjax.weights.export_hf(run_dir / "hf", params, cfg, tokenizer)
-        said = json.loads((run_dir / "hf" / "generation_config.json").read_text())["eos_token_id"]
-        assert said == (eos if len(eos) > 1 else eos[0])
+        hf_eos = json.loads((run_dir / "hf" / "generation_config.json").read_text())["eos_token_id"]
+        assert hf_eos == (eos if len(eos) > 1 else eos[0])
         assert json.loads((run_dir / "hf" / "tokenizer_config.json").read_text())["eos_token"] == end
         path = gptjax.weights.export_gguf(run_dir / "m.gguf", params, cfg, tokenizer)
         assert list(gptjax.tokenizers.load(path).eos_ids) == eos
 
 
-def test_the_test_stops_where_training_ended_an_answer(bases):
-    """Also where the template ends none: end-of-text does then, not the last token of an answer."""
+def test_the_evaluation_stops_at_the_token_that_ended_answers_in_training(bases):
+    """If the template has no such token, it is end-of-text, not the last token of the answer."""
     params, model = gptjax.load(bases / "plain")
     template = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}{{ 'a' if add_generation_prompt }}"
     tokenizer = gptjax.tokenizers.load(bases / "plain").replace(chat_template=template)
-    asked = []
+    stops = []
 
     def generate(params, prompts, cfg, *, stop, **more):
-        asked.append(stop)
+        stops.append(stop)
         return [[*b"no"]] * len(prompts)
 
     cfg = dataclasses.replace(config.load_config(None, "task=instruct"), model=model)
@@ -191,27 +191,27 @@ def test_the_test_stops_where_training_ended_an_answer(bases):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instruct, "generate", generate)
         [row] = instruct.answers(params, cfg, tokenizer, [instruct.Conversation(tuple(talk), "here")])
-    assert asked == [[256]] and row["tokens"] == 2
+    assert stops == [[256]] and row["tokens"] == 2
     assert row["system"] == "s" and row["history"] == talk[1:3] and row["prompt"] == "now?"
 
 
-def test_a_sign_of_life_says_whose_answers_and_how_many(bases):
+def test_heartbeat_lines_name_the_model_and_the_number_of_answers(bases):
     params, model = gptjax.load(bases / "plain")
     talks = [
         instruct.Conversation(({"role": "user", "content": c}, {"role": "assistant", "content": c}), c) for c in "abc"
     ]
-    said = []
+    lines = []
 
     class Progress:
         @contextlib.contextmanager
-        def phase(self, what):
-            said.append(what())
+        def phase(self, description):
+            lines.append(description())
             yield
-            said.append(what())
+            lines.append(description())
 
     cfg = config.load_config(None, "task=instruct", "sample.batch_size=2", "sample.max_new_tokens=9")
     cfg = dataclasses.replace(cfg, model=model)
     instruct.answers(params, cfg, gptjax.tokenizers.load("bytes"), talks, Progress(), "the base")
-    assert said[0] == "answering, the base: 0 of 3 done, the next 2 have 0 of 9 tokens"
-    assert said[1] == "answering, the base: 0 of 3 done, the next 2 have 9 of 9 tokens"
-    assert said[2] == "answering, the base: 2 of 3 done, the next 1 have 0 of 9 tokens"
+    assert lines[0] == "answering, the base: 0 of 3 done, the next 2 have 0 of 9 tokens"
+    assert lines[1] == "answering, the base: 0 of 3 done, the next 2 have 9 of 9 tokens"
+    assert lines[2] == "answering, the base: 2 of 3 done, the next 1 have 0 of 9 tokens"

@@ -1,5 +1,7 @@
-"""SIGKILL at every kind of moment, then the same command again: prefer, several seeds and sweeps end as if nothing had
-been. GPTJAX_KILLS=1 runs it, as .ci/run does: a start takes some seconds."""
+"""Runs killed by SIGKILL and started again end with the same results: prefer, several seeds, sweeps.
+
+These tests take minutes and run only with GPTJAX_KILLS=1, as in .ci/run.
+"""
 
 import json
 import os
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.skipif(not os.environ.get("GPTJAX_KILLS"), reason="minu
 CLOCK = ("seconds", "tokens_per_s")
 BASE = gptjax.ModelConfig(arch="llama", n_layer=1, n_head=2, d_model=16, d_ff=24, context_length=128, vocab_size=257)
 
-# Every file of a run appears by a rename: it dies before (odd) or after (even) the one that is counted down to.
+# All files of a run are written by renaming. This program kills itself before (odd) or after (even) a chosen rename.
 PROGRAM = """
 import os, signal, sys
 left = int(sys.argv.pop(1))
@@ -82,7 +84,7 @@ def start(folder: Path, kind: str, run_dir: Path, left: int) -> subprocess.Compl
 
 
 def result(run_dir: Path) -> dict:
-    """What a run leaves, without what the clock and the names of folders say."""
+    """The models, metrics, file names and sweep rows of a run, without timings."""
     models = {
         str(path.relative_to(run_dir)): path.read_bytes()
         for path in run_dir.rglob("*.safetensors")
@@ -95,14 +97,14 @@ def result(run_dir: Path) -> dict:
         for path in run_dir.rglob("metrics.jsonl")
     }
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
-    whole = run_dir / "sweep.json"
-    table = json.loads(whole.read_text())["rows"] if whole.exists() else []
+    sweep = run_dir / "sweep.json"
+    table = json.loads(sweep.read_text())["rows"] if sweep.exists() else []
     return {"models": models, "rows": rows, "names": {n for n in names if "checkpoints/" not in n}, "table": table}
 
 
 @pytest.fixture(scope="module")
 def oracle(folder):
-    """oracle(kind) -> (the folder of a run that nobody killed, what it left)."""
+    """oracle(kind) -> (folder, `result`) of an uninterrupted run."""
     done: dict = {}
 
     def make(kind):
@@ -118,28 +120,28 @@ def oracle(folder):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("kind", "kills", "most"), [("prefer", 8, 16), ("seeds", 10, 16), ("together", 8, 16), ("sweep", 4, 4)]
+    ("kind", "kills", "max_renames"), [("prefer", 8, 16), ("seeds", 10, 16), ("together", 8, 16), ("sweep", 4, 4)]
 )
-def test_sigkill_is_invisible(kind, kills, most, folder, oracle, tmp_path):
+def test_killed_runs_end_like_uninterrupted_ones(kind, kills, max_renames, folder, oracle, tmp_path):
     whole, expected = oracle(kind)
     run_dir, draw, killed = tmp_path / whole.name, random.Random(kills), 0
     while killed < kills:
-        ended = start(folder, kind, run_dir, draw.randint(1, most))
+        ended = start(folder, kind, run_dir, draw.randint(1, max_renames))
         if ended.returncode == 0:
-            break  # it had come to its end
+            break  # the run ended before the chosen rename
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         killed += 1
     ended = start(folder, kind, run_dir, 10**9)
     print(f"{kind}: {killed} kills")
-    held = kind == "sweep" and ended.returncode == 2 and "holds a sweep already" in ended.stderr
-    assert killed and (ended.returncode == 0 or held), ended.stderr
+    sweep_complete = kind == "sweep" and ended.returncode == 2 and "holds a sweep already" in ended.stderr
+    assert killed and (ended.returncode == 0 or sweep_complete), ended.stderr
     assert "Traceback" not in ended.stderr and "damaged" not in ended.stdout
     assert result(run_dir) == expected
     for name in ("test.json", "seeds.json"):
         for path in whole.rglob(name):
-            mine = json.loads((run_dir / path.relative_to(whole)).read_text())
-            assert numbers(mine) == pytest.approx(numbers(json.loads(path.read_text())), abs=1e-4)
+            scores = json.loads((run_dir / path.relative_to(whole)).read_text())
+            assert numeric(scores) == pytest.approx(numeric(json.loads(path.read_text())), abs=1e-4)
 
 
-def numbers(scores: dict) -> dict:
+def numeric(scores: dict) -> dict:
     return {name: value for name, value in scores.items() if isinstance(value, int | float)}

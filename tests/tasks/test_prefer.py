@@ -1,4 +1,4 @@
-"""`gptjax finetune prefer` from pairs to a model that prefers, on a tiny base."""
+"""`gptjax finetune prefer` with a tiny base model, from the pairs to the tuned model."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def run(folder, name, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("simpo", marks=pytest.mark.slow)])
-def test_it_learns_to_prefer(folder, capsys, loss):
+def test_the_tuned_model_prefers_the_chosen_answers(folder, capsys, loss):
     assert run(folder, loss, f"prefer.loss={loss}") == 0
     out = capsys.readouterr().out
     first, *_, last = [row for row in read_metrics(folder / loss) if "val/loss" in row]
@@ -45,13 +45,13 @@ def test_it_learns_to_prefer(folder, capsys, loss):
         assert math.isclose(first["val/loss"], math.log(2), abs_tol=1e-5)
         assert math.isclose(first["val/margin"], 0, abs_tol=1e-5)
     assert last["val/loss"] < first["val/loss"] and last["val/margin"] > first["val/margin"]
-    found = json.loads((folder / loss / "test.json").read_text())
-    assert found["pairs"] == 4 and found["accuracy"] == 1 and "held-out pairs" in out
-    (folder / loss / "test.json").rename(folder / "before.json")  # killed before it was written
+    scores = json.loads((folder / loss / "test.json").read_text())
+    assert scores["pairs"] == 4 and scores["accuracy"] == 1 and "held-out pairs" in out
+    (folder / loss / "test.json").rename(folder / "before.json")  # as if killed before it was written
     assert run(folder, loss, f"prefer.loss={loss}") == 0
     assert "is finished" in capsys.readouterr().out
-    again = json.loads((folder / loss / "test.json").read_text())
-    assert again == pytest.approx(json.loads((folder / "before.json").read_text()), abs=1e-4)
+    repeated = json.loads((folder / loss / "test.json").read_text())
+    assert repeated == pytest.approx(json.loads((folder / "before.json").read_text()), abs=1e-4)
 
 
 def test_dry_run_and_mistakes(folder, capsys):

@@ -1,4 +1,4 @@
-"""Seeds in one compiled program give what they give one after the other, for every kind of fine-tuning."""
+"""Fine-tuning with several seeds: vmapped in one program, the results equal those of sequential runs."""
 
 import json
 import shutil
@@ -49,32 +49,32 @@ def run(folder, kind, name, together, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_program_is_one_after_the_other(folder, kind, capsys):
-    assert run(folder, kind, f"{kind}-one", "true") == 0
+def test_vmapped_seeds_equal_sequential_seeds(folder, kind, capsys):
+    assert run(folder, kind, f"{kind}-vmapped", "true") == 0
     assert "2 adapters in one program" in capsys.readouterr().out
-    assert run(folder, kind, f"{kind}-turn", "false") == 0
+    assert run(folder, kind, f"{kind}-sequential", "false") == 0
     for seed in (3, 4):
-        one, turn = folder / f"{kind}-one" / f"seed-{seed}", folder / f"{kind}-turn" / f"seed-{seed}"
-        (a, _), (b, _) = gptjax.load(one), gptjax.load(turn)
+        vmapped, sequential = (folder / f"{kind}-{how}" / f"seed-{seed}" for how in ("vmapped", "sequential"))
+        (a, _), (b, _) = gptjax.load(vmapped), gptjax.load(sequential)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
-        assert f"seed: {seed}" in (one / "final" / "config.yaml").read_text()
-        before, after = (json.loads((path / "test.json").read_text()) for path in (turn, one))
-        assert {k: v for k, v in after.items() if isinstance(v, int | float)} == pytest.approx(
-            {k: v for k, v in before.items() if isinstance(v, int | float)}, abs=1e-4
+        assert f"seed: {seed}" in (vmapped / "final" / "config.yaml").read_text()
+        expected, scores = (json.loads((path / "test.json").read_text()) for path in (sequential, vmapped))
+        assert {k: v for k, v in scores.items() if isinstance(v, int | float)} == pytest.approx(
+            {k: v for k, v in expected.items() if isinstance(v, int | float)}, abs=1e-4
         )
-    table = json.loads((folder / f"{kind}-one" / "seeds.json").read_text())
+    table = json.loads((folder / f"{kind}-vmapped" / "seeds.json").read_text())
     assert all(len(row["values"]) == 2 for row in table.values())
 
 
 @pytest.mark.slow
-def test_it_goes_on(folder, capsys):
-    """From the checkpoint in the middle, to the bit; and again there is nothing to do."""
+def test_vmapped_seeds_are_resumed_bitwise_equal(folder, capsys):
+    """Resumed from the checkpoint of step 3. Afterwards the run is finished and not repeated."""
     assert run(folder, "classify", "whole", "true") == 0
     shutil.copytree(folder / "whole", folder / "again")
     for name in ("final", "checkpoints/6", "seed-3", "seed-4"):
         shutil.rmtree(folder / "again" / name)
     assert run(folder, "classify", "again", "true") == 0
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
     for seed in ("seed-3", "seed-4"):
         name = f"{seed}/final/model.safetensors"
         assert (folder / "again" / name).read_bytes() == (folder / "whole" / name).read_bytes()
@@ -82,11 +82,11 @@ def test_it_goes_on(folder, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_other_weights_share_no_base(folder, capsys):
+def test_only_adapters_can_be_vmapped(folder, capsys):
     assert run(folder, "classify", "all", "true", "finetune.trainable=all") == 2
     assert "finetune.together=true needs finetune.trainable=lora" in capsys.readouterr().err
 
 
-def test_stack_fills_up():
+def test_stack_pads_with_zeros():
     a, b = np.ones((2, 3), np.int32), np.ones((1, 4), np.int32)
     np.testing.assert_array_equal(stack([[a], [b]])[0], [[[1, 1, 1, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]])

@@ -1,4 +1,4 @@
-"""The small files of a run, damaged: one error that names the file, never a traceback, never an odd figure."""
+"""Damaged JSON files of a run give an error that names the file, not a traceback or a wrong value."""
 
 import json
 
@@ -22,29 +22,29 @@ FILES = {
     "seeds": (seeds._numbers, {"accuracy": 0.5}),
     "result": (result_of, {"step": 40, "val/loss": 1.5}),
 }  # fmt: skip
-ODD = ("x", None, [], {}, [[1]])
+WRONG_TYPES = ("x", None, [], {}, [[1]])
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_part_that_is_missing_or_odd_is_damage(kind, tmp_path):
+def test_a_missing_field_or_wrong_type_is_reported(kind, tmp_path):
     make, body = FILES[kind]
     path = tmp_path / "file.json"
     write_json(path, body)
     use_json(path, make)
     for key in body:
-        for other in ({}, *({key: value} for value in ODD)):
+        for other in ({}, *({key: value} for value in WRONG_TYPES)):
             changed = {name: value for name, value in body.items() if name != key} | other
             write_json(path, changed)
             try:
                 use_json(path, make)
             except UserError as error:
                 assert f"{path} is damaged" in str(error) and "delete it" in str(error)
-            else:  # a count that is only shown, a text for a text
+            else:  # not noticed: a count that is only printed, or another text
                 assert other and (key in ("n", "pairs") or other[key] == "x"), (key, other)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", "[" * 100_000, '{"step": true, "val/loss": 1}'])
-def test_a_file_that_is_none_is_damage(text, tmp_path):
+def test_invalid_json_is_reported(text, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(text)
     with pytest.raises(UserError, match="result.json is damaged"):
@@ -52,7 +52,7 @@ def test_a_file_that_is_none_is_damage(text, tmp_path):
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "40", True])
-def test_a_finished_run_has_a_whole_number_of_steps(step, tmp_path):
+def test_the_step_of_a_result_must_be_a_non_negative_integer(step, tmp_path):
     path = tmp_path / "result.json"
     path.write_text(json.dumps({"step": step, "val/loss": 1.0}))
     with pytest.raises(UserError, match="result.json is damaged"):

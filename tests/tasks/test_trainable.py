@@ -1,4 +1,4 @@
-"""A model taken apart for training, and put together again."""
+"""Partitioning a model into trainable and frozen params, and combining them again."""
 
 import jax
 import jax.numpy as jnp
@@ -34,62 +34,62 @@ def configured(*overrides):
     return config.load_config(None, "task=classify", "classify.source=x.csv", "lora.rank=4", *overrides)
 
 
-def taken_apart(model, way):
+def partitioned(model, way):
     cfg, params = model
     return trainable.partition(configured(*WAYS[way]), *trainable.split_heads(params), cfg, KEY)
 
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("way", WAYS)
-def test_put_together_it_is_the_same_model(model, way):
+def test_combined_and_merged_params_give_the_same_logits(model, way):
     cfg, params = model
-    parts = taken_apart(model, way)
+    split = partitioned(model, way)
     tokens = np.arange(12).reshape(2, 6)
     want = gptjax.forward(params, tokens, cfg)
     tolerance = 5e-2 * np.abs(want).max() if "int8" in way else 1e-4
-    for together in (parts.combine, parts.merge):
-        whole = together(parts.params, parts.frozen)
-        np.testing.assert_allclose(gptjax.forward(whole, tokens, cfg), want, atol=tolerance)
-        np.testing.assert_array_equal(whole["cls_head"]["kernel"], params["cls_head"]["kernel"])
-    plain = parts.merge(parts.params, parts.frozen)
-    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, params)
+    for combine in (split.combine, split.merge):
+        combined = combine(split.params, split.frozen)
+        np.testing.assert_allclose(gptjax.forward(combined, tokens, cfg), want, atol=tolerance)
+        np.testing.assert_array_equal(combined["cls_head"]["kernel"], params["cls_head"]["kernel"])
+    merged = split.merge(split.params, split.frozen)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
     body = {name: node for name, node in params.items() if name != "cls_head"}
     if "dora" not in way:
         shapes = trainable.abstract_trained(configured(*WAYS[way]), body, {"cls_head": params["cls_head"]}, cfg)
-        assert tree.size(shapes) == tree.size(parts.params)
+        assert tree.size(shapes) == tree.size(split.params)
 
 
-def test_the_base_is_quantized_whatever_the_adapter_starts_from(model):
+def test_the_base_is_quantised_with_every_adapter_initialisation(model):
     from gptjax.ops.quant import Int8
 
     for way in ("lora on int8", "pissa on int8"):
-        assert isinstance(taken_apart(model, way).frozen["blocks"]["attn"]["q"]["kernel"], Int8)
+        assert isinstance(partitioned(model, way).frozen["blocks"]["attn"]["q"]["kernel"], Int8)
 
 
-def test_gradients_and_optimizer_state_exist_only_for_what_is_trained(model):
+def test_gradients_and_optimizer_state_exist_only_for_trained_params(model):
     cfg, _ = model
-    parts = taken_apart(model, "the last layer")
-    assert {path.split("/")[0] for path in tree.flatten(parts.params)} == {"blocks_1", "ln_f", "cls_head"}
+    split = partitioned(model, "the last layer")
+    assert {path.split("/")[0] for path in tree.flatten(split.params)} == {"blocks_1", "ln_f", "cls_head"}
     state = gptjax.TrainState.create(
-        parts.params, frozen=parts.frozen, tx=trainable.optimizer(configured(*WAYS["the last layer"])), key=KEY
+        split.params, frozen=split.frozen, tx=trainable.optimizer(configured(*WAYS["the last layer"])), key=KEY
     )
-    n = tree.size(parts.params)
+    n = tree.size(split.params)
     assert 2 * n <= tree.size([a for a in jax.tree.leaves(state.opt_state) if hasattr(a, "size")]) <= 2 * n + 20
 
     def loss(params, batch, key):
         logits = class_logits(params, batch, jnp.ones_like(batch), cfg)
         return Mean(jax.nn.logsumexp(logits), jnp.float32(2)), {}
 
-    step = jax.jit(gptjax.make_train_step(loss, trainable.optimizer(configured()), combine=parts.combine))
-    before = jax.tree.map(np.asarray, parts.frozen)
-    state = gptjax.TrainState.create(parts.params, frozen=parts.frozen, tx=trainable.optimizer(configured()), key=KEY)
+    step = jax.jit(gptjax.make_train_step(loss, trainable.optimizer(configured()), combine=split.combine))
+    before = jax.tree.map(np.asarray, split.frozen)
+    state = gptjax.TrainState.create(split.params, frozen=split.frozen, tx=trainable.optimizer(configured()), key=KEY)
     state, _ = step(state, np.arange(12).reshape(2, 6))
     jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, parts.params)
-    assert all(jax.tree.leaves(moved["blocks_1"]["attn"]))
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, split.params)
+    assert all(jax.tree.leaves(changed["blocks_1"]["attn"]))
 
 
-def test_a_larger_rate_for_b():
+def test_lora_plus_multiplies_the_learning_rate_of_b():
     adapter = {"adapter": {"q": {"kernel": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 3))}}}}
     updates = []
     for ratio in (1, 16):
@@ -100,10 +100,10 @@ def test_a_larger_rate_for_b():
 
 
 @pytest.mark.parametrize("pattern", ["blocks/7/*", "blocks/1/attn/z/*", "nothing"])
-def test_a_pattern_that_matches_nothing(model, pattern):
+def test_a_pattern_without_a_match_is_refused(model, pattern):
     with pytest.raises(UserError, match=r"finetune.trainable: .* matches no parameter; there are"):
         WAYS["bad"] = [f"finetune.trainable={pattern}"]
         try:
-            taken_apart(model, "bad")
+            partitioned(model, "bad")
         finally:
             del WAYS["bad"]

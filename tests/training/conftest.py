@@ -1,6 +1,6 @@
-"""A run small enough to be killed many times: one block of width 16.
+"""A run small enough to be killed many times: a model of one block with d_model 16.
 
-Every test compiles the same program, and finds it in the cache: the schedule is constant and 5 steps are one call.
+All tests compile the same program, with a constant schedule and 5 steps per call, and share it through the cache.
 """
 
 import random
@@ -24,9 +24,9 @@ def cache_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(cache_folder):
-    """Compiled programs and tokens of these tests, not in the user's folder; subprocesses use it too. Tests of other
-    folders find their assets in the user's."""
+def separate_cache(cache_folder):
+    """Use a temporary cache folder for compiled programs and tokens, also in subprocesses. Tests of other folders use
+    the user's cache folder, which holds their assets."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPTJAX_CACHE", str(cache_folder))
         yield

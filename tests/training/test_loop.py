@@ -1,4 +1,4 @@
-"""The loop from data to final/, and all the ways in which it ends."""
+"""The training loop: complete, resumed, interrupted, refused and failed runs."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def quiet(line: str) -> None:
 
 
 def curve(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what the clock said, floats by their bits."""
+    """The rows of metrics.jsonl without timings; floats as hex, to compare them bitwise."""
     return [
         {name: value.hex() if isinstance(value, float) else value for name, value in row.items() if name not in CLOCK}
         for row in read_metrics(run_dir)
@@ -47,7 +47,7 @@ def curve(run_dir: Path) -> list[dict]:
 
 
 def final_state(run_dir: Path) -> tuple:
-    """Step and fingerprints of every leaf of the last checkpoint, and the bytes of the last model."""
+    """Step and leaf fingerprints of the last checkpoint, and the hash of the final model's weights."""
     step = Checkpoints(run_dir / "checkpoints").steps()[-1]
     leaves = json.loads((run_dir / "checkpoints" / str(step) / "meta.json").read_text())["leaves"]
     weights = (run_dir / "final" / "model.safetensors").read_bytes()
@@ -67,7 +67,7 @@ def copy(whole, tmp_path):
     return Path(shutil.copytree(whole[0].run_dir, tmp_path / "run"))
 
 
-# ---------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------- files and metrics of a run
 
 
 def test_a_run_directory_holds_everything(whole):
@@ -94,7 +94,7 @@ def test_metrics(whole):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(5, 41, 5))
     val = [row for row in rows if "val/loss" in row]
     assert [row["step"] for row in val] == [0, 20, 40]
-    assert abs(val[0]["val/loss"] - np.log(257)) < 0.1  # knows nothing yet
+    assert abs(val[0]["val/loss"] - np.log(257)) < 0.1  # an untrained model predicts uniformly
     assert val[-1]["val/loss"] == whole[0].val_loss < val[0]["val/loss"] - 1
     assert val[-1]["val/perplexity"] == pytest.approx(np.exp(val[-1]["val/loss"]))
     row = rows[-2]
@@ -103,11 +103,12 @@ def test_metrics(whole):
 
 
 @pytest.mark.slow
-def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make, tmp_path, monkeypatch):
-    """By a clock of the test: a step takes 1 ms, a batch of an evaluation 10 s, sampling 100 s, and the first of each
-    1,000 s more, as it compiles.
+def test_the_remaining_time_includes_evaluations_and_samples(make, tmp_path, monkeypatch):
+    """With a simulated clock: a step takes 1 ms, an evaluation batch 10 s, sampling 100 s, and the first evaluation
+    batch and the first sampling 1,000 s more for compilation.
 
-    11 batches, 2 of them before the first step; 40 steps, evaluations at 10, 20, 30 and 40.
+    There are 11 evaluation batches, of which 2 are used before the first step, and 40 steps with evaluations at 10, 20,
+    30 and 40.
     """
     now, evaluations, samples = [0.0], [], []
     for module in (compile, evaluate, meter, resume, run):
@@ -143,13 +144,14 @@ def test_the_time_left_has_evaluations_and_samples_as_far_as_they_are_known(make
     n = 11
     assert evaluations == [2, n, n, n, n]
     left = {int(m[1]): m[2] for line in lines if (m := re.match(r"step (\d+)/40 .*ETA ([\d:]+)", line))}
-    known = {10: 0, 15: 0, 20: 0, 25: 100, 30: 100, 35: 100, 40: 100}  # of sampling: the first time it compiles
+    # seconds of sampling: unknown until it has run once without compiling
+    known = {10: 0, 15: 0, 20: 0, 25: 100, 30: 100, 35: 100, 40: 100}
     want = {step: (4 - (step - 1) // 10) * (10 * n + s) for step, s in known.items()}
     assert left == {step: progress.duration(seconds) for step, seconds in want.items()}
 
 
 def test_validation_loss_is_that_of_every_token_once(whole):
-    """The mean over tokens, computed here by forward alone."""
+    """It equals the mean over tokens, computed here with `forward` only."""
     result, _ = whole
     tokens = gptjax.data.prepare(result.cfg).val.tokens.astype(np.int32)
     forward = jax.jit(lambda params, tokens: gptjax.forward(params, tokens, result.cfg.model))
@@ -167,7 +169,7 @@ def test_validation_loss_is_that_of_every_token_once(whole):
     assert row["val/bits_per_byte"] == pytest.approx(result.val_loss / np.log(2) * len(store) / store.n_bytes)
 
 
-def test_final_gives_the_logits_of_the_run_and_a_moved_folder_still_works(copy, whole, tmp_path):
+def test_the_final_model_has_the_logits_of_the_run_and_can_be_moved(copy, whole, tmp_path):
     moved = tmp_path / "elsewhere" / "model"
     moved.parent.mkdir()
     copy.rename(moved)
@@ -181,7 +183,7 @@ def test_final_gives_the_logits_of_the_run_and_a_moved_folder_still_works(copy, 
     assert len(new) == 5
 
 
-# ---------------------------------------------------------------- finished, refused
+# ---------------------------------------------------------------- finished and refused runs
 
 
 def test_a_finished_run_is_not_trained_again(copy, make, whole):
@@ -206,8 +208,8 @@ def test_another_config_is_refused_with_the_difference(copy, make, change):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_made_longer_where_its_rates_do_not_fall(copy, make, tmp_path, whole):
-    (copy / "test.json").write_text("{}")  # as a fine-tuning leaves it
+def test_a_finished_run_can_be_extended_if_the_learning_rate_is_constant(copy, make, tmp_path, whole):
+    (copy / "test.json").write_text("{}")  # test results of a fine-tuning
     longer = gptjax.train(make(copy, "train.max_steps=60"), log=quiet)
     at_once = gptjax.train(make(tmp_path / "at once", "train.max_steps=60"), log=quiet)
     assert longer.step == at_once.step == 60 and longer.val_loss == pytest.approx(at_once.val_loss, rel=1e-5)
@@ -220,7 +222,7 @@ def test_a_finished_run_is_made_longer_where_its_rates_do_not_fall(copy, make, t
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_a_run_whose_rates_fell_says_why_it_is_not_made_longer(make, tmp_path, schedule):
+def test_a_run_whose_learning_rate_has_decayed_is_not_extended(make, tmp_path, schedule):
     cfg = make(tmp_path / "run", f"optim.schedule={schedule}")
     run = RunDir(cfg.run_dir)
     run.path.mkdir()
@@ -228,7 +230,7 @@ def test_a_run_whose_rates_fell_says_why_it_is_not_made_longer(make, tmp_path, s
     (run.checkpoints / "40").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"schedule={schedule}: .* planned for 40 steps.*pretrain.base="):
         run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
-    (run.checkpoints / "40").rename(run.checkpoints / "30")  # wsd: before step 32
+    (run.checkpoints / "40").rename(run.checkpoints / "30")  # before step 32, where wsd starts to decay
     if schedule == "wsd":
         run.check(make(tmp_path / "run", f"optim.schedule={schedule}", "train.max_steps=80"))
 
@@ -242,8 +244,9 @@ CONTINUED = (
 
 
 @pytest.mark.slow
-def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
-    """The base's shape and tokenizer, windows of another length; the first loss is the base's own."""
+def test_continued_pretraining_on_other_text(whole, tmp_path):
+    """It keeps the base's architecture and tokenizer, with windows of another length. The first loss is that of the
+    base."""
     base, (other, window) = whole[0], (tmp_path / "other.txt", 8)
     other.write_text("the same letters in another order: hgfedcba " * 60)
     sources = (f"pretrain.base={base.run_dir}", f"data.source={other}", f"pretrain.context_length={window}")
@@ -262,13 +265,13 @@ def test_pretraining_goes_on_from_a_model_with_other_text(whole, tmp_path):
     lines: list[str] = []
     again = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
     assert gptjax.train(again, log=lines.append).step == 20 and "is finished" in lines[0]
-    assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # by its own config.yaml
+    assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # from the run's config.yaml
     with pytest.raises(UserError, match="must be at most model.context_length"):
         gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
 
 
 @pytest.mark.slow
-def test_continued_pretraining_survives_a_stop(whole, tmp_path):
+def test_continued_pretraining_can_be_resumed(whole, tmp_path):
     sources = (f"pretrain.base={whole[0].run_dir}", f"data.source={whole[0].cfg.data.source[0]}")
 
     def run(name, *more):
@@ -299,19 +302,19 @@ def test_a_base_brings_its_model_and_tokenizer(tmp_path):
         load_config("classify", "pretrain.base=x")
 
 
-def test_never_means_never(copy, make):
+def test_resume_never_refuses_an_existing_run(copy, make):
     with pytest.raises(UserError, match="train.resume=never: nothing was overwritten"):
         gptjax.train(make(copy, "train.resume=never"), log=quiet)
 
 
-def test_what_only_decides_when_something_is_written_may_change(copy, make):
+def test_settings_that_do_not_affect_training_may_change(copy, make):
     shutil.rmtree(copy / "final")
     change = ["train.log_every=10", "train.eval_every=40", "sample.max_new_tokens=4", "train.keep_checkpoints=3"]
     assert gptjax.train(make(copy, *change), log=quiet).step == 40
 
 
 def relabel(copy: Path, *changes: tuple[str, str]) -> None:
-    """A run that is not finished, and whose config says something else than it was trained with."""
+    """Make the run unfinished, and change its stored config without training again."""
     shutil.rmtree(copy / "final")
     stored = (copy / "config.yaml").read_text()
     for old, new in changes:
@@ -321,11 +324,11 @@ def relabel(copy: Path, *changes: tuple[str, str]) -> None:
 
 
 def test_other_data_under_the_same_name_are_refused(copy, make, tmp_path, text):
-    own = tmp_path / "own.txt"
-    own.write_text(text.read_text().replace("a", "z"))
-    relabel(copy, (str(text), str(own)))
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("a", "z"))
+    relabel(copy, (str(text), str(other)))
     with pytest.raises(UserError, match="another training data and another validation data"):
-        gptjax.train(make(copy, f"data.source={own}"), log=quiet)
+        gptjax.train(make(copy, f"data.source={other}"), log=quiet)
 
 
 def test_another_vocabulary_is_refused(copy, make):
@@ -336,7 +339,7 @@ def test_another_vocabulary_is_refused(copy, make):
         gptjax.train(make(copy, "tokenizer.name=chars", "sample.prompt=a", "model.vocab_size=257"), log=quiet)
 
 
-def test_all_checkpoints_damaged_is_refused_and_nothing_changes(copy, make):
+def test_a_run_without_an_intact_checkpoint_is_refused_and_unchanged(copy, make):
     shutil.rmtree(copy / "final")
     for step in ("30", "40"):
         (copy / "checkpoints" / step / "manifest.json").write_bytes(b"")
@@ -347,10 +350,10 @@ def test_all_checkpoints_damaged_is_refused_and_nothing_changes(copy, make):
     assert sorted(os.listdir(copy / "checkpoints")) == ["30", "40"]
 
 
-# ---------------------------------------------------------------- interrupted and resumed
+# ---------------------------------------------------------------- interrupted and resumed runs
 
 
-def test_a_moved_run_goes_on_from_its_own_config(copy, tmp_path, whole):
+def test_a_moved_run_can_be_resumed_from_its_config(copy, tmp_path, whole):
     shutil.rmtree(copy / "final")
     moved = copy.rename(tmp_path / "moved")
     cfg = gptjax.load_config(moved)
@@ -359,28 +362,28 @@ def test_a_moved_run_goes_on_from_its_own_config(copy, tmp_path, whole):
     assert final_state(moved) == final_state(whole[0].run_dir)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_only(copy, make, whole):
+def test_a_damaged_newest_checkpoint_is_skipped(copy, make, whole):
     path = copy / "checkpoints" / "40" / "meta.json"
     path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
     shutil.rmtree(copy / "final")
     lines: list[str] = []
     gptjax.train(make(copy), log=lines.append)
     assert any("checkpoints/40 is damaged: meta.json" in line for line in lines)
-    assert any("going on from step 30 of 40" in line for line in lines)
+    assert any("resuming from step 30 of 40" in line for line in lines)
     assert curve(copy) == curve(whole[0].run_dir)
     assert final_state(copy) == final_state(whole[0].run_dir)
 
 
 def change_meta(step: Path, change) -> None:
-    """As `change` has it, under a manifest that agrees."""
+    """Apply `change` to a checkpoint's metadata, and update its manifest."""
     body = json.loads((step / "meta.json").read_text())
     change(body["meta"])
     checkpoint._write_json(step / "meta.json", body)
     checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
 
 
-def test_a_step_under_another_number_costs_its_steps_only(copy, make, whole):
-    """Step 30 as 40, which would have been the end of the run."""
+def test_a_checkpoint_with_the_number_of_another_step_is_skipped(copy, make, whole):
+    """Step 30 is stored as 40, which would be the last step of the run."""
     shutil.rmtree(copy / "final")
     shutil.rmtree(copy / "checkpoints" / "40")
     shutil.copytree(copy / "checkpoints" / "30", copy / "checkpoints" / "40")
@@ -390,7 +393,7 @@ def test_a_step_under_another_number_costs_its_steps_only(copy, make, whole):
     assert final_state(copy) == final_state(whole[0].run_dir)
 
 
-def test_a_step_of_another_run_is_refused_with_the_difference(copy, make):
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(copy, make):
     shutil.rmtree(copy / "final")
     change_meta(
         copy / "checkpoints" / "40", lambda meta: meta.update(config=meta["config"].replace("seed: 0", "seed: 1", 1))
@@ -409,7 +412,7 @@ def test_a_step_of_another_run_is_refused_with_the_difference(copy, make):
         {"config": "optim: {lr: x}"},
     ],
 )  # fmt: skip
-def test_a_hostile_meta_is_damage(other, whole):
+def test_invalid_metadata_counts_as_damage(other, whole):
     meta = json.loads((whole[0].run_dir / "checkpoints" / "40" / "meta.json").read_text())["meta"]
     resume.meta_config(meta)
     with pytest.raises(checkpoint.Damaged, match="meta.json: "):
@@ -417,7 +420,7 @@ def test_a_hostile_meta_is_damage(other, whole):
 
 
 def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> None:
-    """A signal to this process while the line of `at_step` is written."""
+    """Send a signal to this process while the metrics of step `at_step` are logged."""
     log = loggers.JsonLines.log
 
     def log_and_kill(self, row):
@@ -437,7 +440,7 @@ def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> Non
         (signal.SIGTERM, 143, 0, "val/loss"),
     ],
 )
-def test_a_signal_saves_and_the_run_goes_on_bitwise(make, tmp_path, monkeypatch, whole, number, code, at, key):
+def test_a_run_stopped_by_a_signal_resumes_bitwise_equal(make, tmp_path, monkeypatch, whole, number, code, at, key):
     cfg, before = make(tmp_path / "run"), signal.getsignal(number)
     with monkeypatch.context() as patch:
         send(patch, at, number, key)
@@ -445,7 +448,7 @@ def test_a_signal_saves_and_the_run_goes_on_bitwise(make, tmp_path, monkeypatch,
             gptjax.train(cfg, log=quiet)
     assert stopped.value.code == code and signal.getsignal(number) is before
     saved = Checkpoints(tmp_path / "run" / "checkpoints").newest()
-    assert (saved[0] if saved else 0) in (at, at + 5)  # the call that was under way is finished
+    assert (saved[0] if saved else 0) in (at, at + 5)  # the call in flight is completed
     gptjax.train(cfg, log=quiet)
     assert curve(tmp_path / "run") == curve(whole[0].run_dir)
     assert final_state(tmp_path / "run") == final_state(whole[0].run_dir)
@@ -458,7 +461,7 @@ def start(config: Path, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
+def test_runs_killed_at_random_times_end_bitwise_equal(make, tmp_path):
     more = ["train.max_steps=600", "train.eval_every=200", "train.checkpoint_every=40"]
     gptjax.train(make(tmp_path / "oracle", *more), log=quiet)
     cfg, run = make(tmp_path / "killed", *more), tmp_path / "killed"
@@ -468,7 +471,7 @@ def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
         process = start(tmp_path / "config.yaml")
         lines = (run / "metrics.jsonl").read_bytes() if (run / "metrics.jsonl").exists() else b""
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # until this one has trained, too
+        while process.poll() is None and time.monotonic() < deadline:  # until this process has trained, too
             if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes()) > len(lines):
                 break
             time.sleep(0.02)
@@ -486,7 +489,7 @@ def test_sigkill_at_random_moments_is_bitwise_invisible(make, tmp_path):
     assert (run / "samples.txt").read_bytes() == (tmp_path / "oracle" / "samples.txt").read_bytes()
 
 
-def test_a_second_trainer_is_refused_and_sigterm_ends_with_143(make, tmp_path):
+def test_a_second_process_is_refused_and_sigterm_exits_with_143(make, tmp_path):
     run = tmp_path / "run"
     cfg = make(run, "train.max_steps=1000000", "train.checkpoint_every=1000000", "train.eval_every=1000000")
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
@@ -505,10 +508,10 @@ def test_a_second_trainer_is_refused_and_sigterm_ends_with_143(make, tmp_path):
     assert step >= read_metrics(run)[-1]["step"] > 0
 
 
-# ---------------------------------------------------------------- not finite
+# ---------------------------------------------------------------- out of memory, non-finite losses
 
 
-def test_out_of_memory_ends_with_what_would_fit(make, tmp_path, monkeypatch):
+def test_an_out_of_memory_error_lists_changes_that_fit(make, tmp_path, monkeypatch):
     def call(run, call, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
 
@@ -518,25 +521,25 @@ def test_out_of_memory_ends_with_what_would_fit(make, tmp_path, monkeypatch):
         gptjax.train(cfg, log=quiet)
     text = str(raised.value)
     assert "8 rows of" in text and "Out of memory allocating 123 bytes.)" in text and "\nmore" not in text
-    assert "train.accumulation=2: the same batch in parts of 4 rows" in text and "train.batch_size=4" in text
+    assert "train.accumulation=2: the same batch in micro-batches of 4 rows" in text and "train.batch_size=4" in text
 
 
-def test_what_fits_is_the_least_change():
+def test_what_fits_lists_the_smallest_sufficient_changes():
     from gptjax.training.memory import activation_bytes, what_fits
 
     cfg = load_config("gpt2-124m", "model.vocab_size=50257", "train.batch_size=16", "train.accumulation=1")
     act = activation_bytes(cfg.model, 16, 1024)
-    lines = what_fits(cfg, 1024, rows_a_device=16, lasting_bytes=2**30, limit=round((2**30 + act / 5) / 0.85))
+    lines = what_fits(cfg, 1024, rows_per_device=16, lasting_bytes=2**30, limit=round((2**30 + act / 5) / 0.85))
     assert [line.split(":")[0] for line in lines] == [
         "train.accumulation=8", "train.batch_size=2", "model.remat=full"
     ]  # fmt: skip
-    assert what_fits(cfg, 1024, rows_a_device=16, lasting_bytes=2**40, limit=2**30) == []
+    assert what_fits(cfg, 1024, rows_per_device=16, lasting_bytes=2**40, limit=2**30) == []
     full = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="full"))
-    assert not any("remat" in line for line in what_fits(full, 1024, rows_a_device=16))
+    assert not any("remat" in line for line in what_fits(full, 1024, rows_per_device=16))
 
 
 def poison(monkeypatch, steps: range) -> None:
-    """The loss of these steps is NaN: a token of their batch is marked, and the loss looks for the mark."""
+    """Make the loss of these steps NaN: their batches have a token -1, which the patched loss looks for."""
     from gptjax.data import Loader
     from gptjax.training import step as module
 
@@ -560,25 +563,25 @@ def poison(monkeypatch, steps: range) -> None:
     monkeypatch.setattr(Loader, "batches", bad_batches)
 
 
-def test_one_bad_step_changes_nothing_and_the_run_goes_on(make, tmp_path, monkeypatch):
+def test_non_finite_steps_are_skipped(make, tmp_path, monkeypatch):
     poison(monkeypatch, range(12, 14))
     result = gptjax.train(make(tmp_path / "run"), log=quiet)
     assert result.step == 40 and np.isfinite(result.val_loss)
     assert read_metrics(tmp_path / "run")[-2]["skipped"] == 2
 
 
-def test_five_in_a_row_stop_with_code_3_and_the_last_good_state(make, tmp_path, monkeypatch):
+def test_five_consecutive_non_finite_steps_stop_the_run_with_exit_code_3(make, tmp_path, monkeypatch):
     poison(monkeypatch, range(10, 40))
     lines: list[str] = []
     with pytest.raises(Stopped) as stopped:
         gptjax.train(make(tmp_path / "run", "train.checkpoint_every=5"), log=lines.append)
     assert stopped.value.code == 3 and "stopped at step 15" in lines[-1] and "5 consecutive steps" in lines[-1]
     kept = [json.loads((path / "meta.json").read_text()) for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert len(kept) == 2  # steps 5 and 10: nothing is saved after that
+    assert len(kept) == 2  # the checkpoints of steps 5 and 10: no later one is saved
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["10", "5"]
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- further settings and errors
 
 
 def test_steps_per_call(make, tmp_path):
@@ -586,18 +589,18 @@ def test_steps_per_call(make, tmp_path):
     assert compile.steps_per_call(cfg, 1000) == 5
     assert compile.steps_per_call(cfg, 30_000_000) == 1
     assert compile.steps_per_call(cfg, 1000, start=8) == 1
-    one = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps_per_call=4))
+    four = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps_per_call=4))
     with pytest.raises(UserError, match=r"must divide .*checkpoint_every \(10\).*log_every \(5\): use one of 1, 5"):
-        compile.steps_per_call(one, 1000)
+        compile.steps_per_call(four, 1000)
 
 
 @pytest.mark.slow
-def test_steps_in_one_call_are_steps_one_by_one(make, tmp_path, whole):
+def test_several_steps_per_call_give_the_same_loss(make, tmp_path, whole):
     result = gptjax.train(make(tmp_path / "run", "train.steps_per_call=1"), log=quiet)
     assert result.val_loss == pytest.approx(whole[0].val_loss, rel=1e-5)
 
 
-def test_epochs_set_the_steps(make, tmp_path, whole):
+def test_epochs_determine_max_steps(make, tmp_path, whole):
     cfg = make(tmp_path / "run")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, epochs=0.5))
     ready = gptjax.data.prepare(cfg)
@@ -617,7 +620,7 @@ def test_a_full_disk_ends_the_run_with_one_error(make, tmp_path, monkeypatch):
         gptjax.train(make(tmp_path / "run"), log=quiet)
 
 
-def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_path, monkeypatch):
+def test_an_invalid_prompt_and_a_missing_logger_are_refused_before_training(make, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="sample.prompt"):
         gptjax.train(make(tmp_path / "run", "tokenizer.name=chars", "sample.prompt=%"), log=quiet)
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -629,9 +632,9 @@ def test_bad_prompt_and_missing_logger_are_said_before_anything_runs(make, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="there a CPU has one kind of memory")
-def test_an_optimizer_in_the_hosts_memory(make, tmp_path, monkeypatch, whole):
-    """The same run, also when it goes on from a checkpoint."""
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="a CPU has no separate host memory in older versions of jax")
+def test_an_optimizer_state_in_host_memory(make, tmp_path, monkeypatch, whole):
+    """The losses are the same as on the device, also after resuming from a checkpoint."""
     cfg = make(tmp_path / "run", "optim.offload=true")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         send(patch, 15, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a person sees where there is no terminal."""
+"""Progress output without a terminal."""
 
 import time
 
@@ -6,18 +6,18 @@ from gptjax.training import progress
 from gptjax.training.progress import Progress
 
 
-def test_signs_of_life_do_not_displace_what_the_run_says(monkeypatch):
-    """A run whose steps are slower than the heartbeat still says its loss."""
+def test_heartbeat_lines_do_not_suppress_progress_lines(monkeypatch):
+    """A run whose steps take longer than the heartbeat interval still prints its loss."""
     monkeypatch.setattr(progress, "SILENCE_S", 0.0)
     lines = []
     with Progress(log=lines.append) as shown, shown.phase("training"):
         time.sleep(1.2)
         shown.status(10, 20, "step 10/20 loss 1.0")
-        shown.status(11, 20, "too soon after the last")
+        shown.status(11, 20, "not printed: too soon after the previous line")
     assert lines[0].startswith("... training") and lines[-1] == "step 10/20 loss 1.0"
 
 
-def test_phases_end(monkeypatch):
+def test_a_phase_ends_with_its_block(monkeypatch):
     written = []
     with Progress(written.append, lambda line: None) as shown:
         with shown.phase("one"):
@@ -26,7 +26,7 @@ def test_phases_end(monkeypatch):
     assert len(written) == 1 and written[0].endswith(" inside\n")
 
 
-def test_escape_sequences_are_for_terminals(capsys):
+def test_escape_sequences_are_removed_without_a_terminal(capsys):
     kept: list[str] = []
     Progress(kept.append).say("learned: \x1b[32mIn\nFrance\x1b[0m, \x1b[1mbold")
     assert capsys.readouterr().out == "learned: «In\nFrance», bold\n"

@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, its metrics, its plot, its loggers."""
+"""The run directory: lock, metrics, plots and loggers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from gptjax.training.process import keep_buffers
 from gptjax.training.run_dir import LOCK_STALE_S, RunDir, read_metrics
 
 
-def test_only_one_trainer_at_a_time(tmp_path):
+def test_only_one_process_holds_the_lock(tmp_path):
     with RunDir(tmp_path / "run").locked():
         refused = pytest.raises(UserError, match=f"is in use: process {os.getpid()} on {socket.gethostname()}")
         with refused, RunDir(tmp_path / "run").locked():
@@ -28,7 +28,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
-def test_the_lock_of_another_machine_counts_while_it_is_fresh(tmp_path):
+def test_the_lock_of_another_machine_expires(tmp_path):
     lock = tmp_path / ".lock"
     lock.write_text(json.dumps({"pid": 7, "host": "elsewhere", "since": "then"}))
     with pytest.raises(UserError, match="process 7 on elsewhere"), RunDir(tmp_path).locked():
@@ -40,13 +40,13 @@ def test_the_lock_of_another_machine_counts_while_it_is_fresh(tmp_path):
         assert lock.stat().st_mtime > old + 10
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to run_dir"), RunDir(tmp_path / "file" / "run").locked():
         pass
 
 
-def test_metrics_after_the_step_and_a_torn_line_are_dropped(tmp_path):
+def test_metrics_after_the_step_and_an_incomplete_line_are_removed(tmp_path):
     run = RunDir(tmp_path)
     whole = "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in (5, 10, 15))
     run.metrics.write_text(whole + '{"step": 10, "val/lo')
@@ -58,7 +58,7 @@ def test_metrics_after_the_step_and_a_torn_line_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     "damage", [b"\x00" * 20, b'{"step": 10, "tr\xff": 1}', b'{"step": true}', b"[" * 5000, b'{"st', b"", b"[10]"]
 )
-def test_damaged_lines_of_the_metrics_are_counted_wherever_they_are_read(damage, tmp_path):
+def test_damaged_lines_of_the_metrics_are_skipped_with_a_warning(damage, tmp_path):
     run = RunDir(tmp_path)
     good = [json.dumps({"step": step}).encode() for step in (5, 10, 15)]
     run.metrics.write_bytes(b"\n".join([good[0], damage, good[1], damage, good[2], b'{"step": 20']))
@@ -71,7 +71,7 @@ def test_damaged_lines_of_the_metrics_are_counted_wherever_they_are_read(damage,
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "val/loss": 4.0}], [{"step": 1, "train/loss": None}]])
-def test_a_plot_of_little(tmp_path, rows):
+def test_a_plot_with_few_or_no_points(tmp_path, rows):
     plot.draw(rows, tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -89,7 +89,7 @@ def test_tensorboard(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_peaks():
+def test_peak_flops_and_durations():
     assert progress.peak_flops("tpu", "TPU v5 lite") == 197e12
     assert progress.peak_flops("tpu", "TPU v6 lite") == 918e12
     assert progress.peak_flops("gpu", "NVIDIA A100-SXM4-80GB") == 312e12
@@ -97,7 +97,7 @@ def test_peaks():
     assert progress.duration(65.4) == "1:05" and progress.duration(7384) == "2:03:04"
 
 
-def test_silence_is_broken(monkeypatch):
+def test_a_heartbeat_line_is_printed_after_silence(monkeypatch):
     monkeypatch.setattr(progress, "SILENCE_S", 0.5)
     lines, alive = [], []
     shown = progress.Progress(lambda line: None, lines.append, lambda: alive.append(1))
@@ -108,5 +108,5 @@ def test_silence_is_broken(monkeypatch):
     assert lines[0].startswith("... compiling, ") and alive
 
 
-def test_buffers():
+def test_keep_buffers():
     assert keep_buffers() in (True, False)

@@ -1,4 +1,4 @@
-"""The step, on a straight line: whatever holds here holds for any loss over any tree."""
+"""The training step, on a linear regression: these properties hold for any loss and any pytree of parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ TX = optax.adam(0.1)
 
 def batch(seed=0, n=12):
     rng = np.random.default_rng(seed)
-    weights = np.where(np.arange(n) % 5 == 0, 0, rng.uniform(0.1, 3, n))  # unequal, and unequal sums in each part
+    weights = np.where(np.arange(n) % 5 == 0, 0, rng.uniform(0.1, 3, n))  # unequal, with unequal sums per micro-batch
     return {
         k: v.astype(np.float32) for k, v in dict(x=rng.normal(size=(n, 3)), y=rng.normal(size=n), w=weights).items()
     }
@@ -47,7 +47,7 @@ def stacked(n):
 
 
 def assert_same(a, b):
-    """Bit for bit."""
+    """Compare bitwise."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
@@ -56,7 +56,8 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module", params=["cpu", "gpu"])
 def step(request):
-    """As it is compiled for each: a bad step is a branch that is not taken, or a choice of every number."""
+    """The step as compiled for each platform: a non-finite step is skipped by lax.cond on a CPU, by jnp.where on a
+    GPU."""
     compiled = jax.jit(make_train_step(loss, TX))
 
     def call(*args):
@@ -84,12 +85,12 @@ def test_the_gradient_is_that_of_the_weighted_mean():
 def test_accumulation_equals_the_whole_batch(n):
     sgd = optax.sgd(1.0)
     whole, expected = make_train_step(quiet, sgd)(fresh(sgd), batch())
-    parts, metrics = jax.jit(make_train_step(quiet, sgd, accumulation=n))(fresh(sgd), batch())
-    for a, b in zip(jax.tree.leaves((parts.params, metrics)), jax.tree.leaves((whole.params, expected)), strict=True):
+    state, metrics = jax.jit(make_train_step(quiet, sgd, accumulation=n))(fresh(sgd), batch())
+    for a, b in zip(jax.tree.leaves((state.params, metrics)), jax.tree.leaves((whole.params, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rerun_is_the_same_bit_for_bit(step):
+def test_a_rerun_is_bitwise_equal(step):
     def run():
         state, out = fresh(), []
         for i in range(3):
@@ -100,14 +101,14 @@ def test_a_rerun_is_the_same_bit_for_bit(step):
     assert_same(run(), run())
 
 
-def test_each_step_has_its_own_randomness(step):
+def test_each_step_uses_another_random_key(step):
     first = step(fresh(), batch())[1]["loss"]
     later = step(fresh().replace(step=jnp.int32(1)), batch())[1]["loss"]
     other = step(fresh().replace(key=jax.random.key(1)), batch())[1]["loss"]
     assert len({float(first), float(later), float(other)}) == 3
 
 
-def test_several_steps_in_one_call_equal_one_after_the_other(step):
+def test_several_steps_in_one_call_equal_single_steps(step):
     state, metrics = jax.jit(make_multi_step(make_train_step(loss, TX)))(fresh(), stacked(3))
     single, losses = fresh(), []
     for i in range(3):
@@ -120,8 +121,8 @@ def test_several_steps_in_one_call_equal_one_after_the_other(step):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_a_step_that_is_not_finite_changes_nothing_and_counts(step, bad):
-    """1e30: the loss overflows. Counts grow, and the count in a row ends with the next good step."""
+def test_a_non_finite_step_changes_no_parameters_and_is_counted(step, bad):
+    """With 1e30 the loss overflows. The next finite step resets `skipped_in_a_row` but not `skipped`."""
     state, _ = step(fresh(), batch())
     broken = batch(1)
     broken["x"][3] = bad
@@ -134,7 +135,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_counts(step, bad):
     assert np.isfinite(good.params["w"]).all() and (good.params["w"] != state.params["w"]).any()
 
 
-def test_a_gradient_that_is_not_finite_though_the_loss_is():
+def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_is_skipped():
     def root(params, batch, key):
         return Mean(jnp.sqrt(jnp.abs(params["b"])), jnp.float32(1)), {}
 
@@ -145,12 +146,12 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is():
     assert int(state.skipped) == 1
 
 
-def test_a_batch_that_weighs_nothing_stays_finite(step):
+def test_a_batch_with_weight_zero_gives_finite_results(step):
     state, metrics = step(fresh(), {**batch(), "w": np.zeros(12, np.float32)})
     assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and int(state.skipped) == 0
 
 
-def test_frozen_leaves_are_read_and_not_moved():
+def test_frozen_params_are_read_but_not_updated():
     trained, frozen = {"w": PARAMS["w"]}, {"b": PARAMS["b"]}
     step = make_train_step(quiet, TX, combine=lambda params, frozen: {**params, **frozen})
     state, metrics = step(TrainState.create(trained, tx=TX, key=jax.random.key(0), frozen=frozen), batch())
@@ -160,25 +161,25 @@ def test_frozen_leaves_are_read_and_not_moved():
 
 
 def test_evaluation_counts_every_token_once():
-    """Not the mean of the means of batches: the short one counts for what it holds."""
-    parts = [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch()) for a, b in ((0, 5), (5, 10), (10, 12))]
+    """The result is the mean over tokens, not the mean of the batches' means: the last batch is shorter."""
+    batches = [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch()) for a, b in ((0, 5), (5, 10), (10, 12))]
     whole = loss(PARAMS, batch(), None)[0]
-    total, _ = evaluate(loss, PARAMS, parts)
+    total, _ = evaluate(loss, PARAMS, batches)
     assert total.weight == pytest.approx(float(whole.weight))
     assert total.value() == pytest.approx(float(whole.value()), rel=1e-6)
-    means = [float(loss(PARAMS, part, None)[0].value()) for part in parts]
+    means = [float(loss(PARAMS, data, None)[0].value()) for data in batches]
     assert abs(np.mean(means) - total.value()) > 1e-3
 
 
 @pytest.mark.cpu
-@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="a CPU has one kind of memory there")
-def test_moments_in_the_memory_of_the_host_are_left_to_a_branch():
-    """In a GPU's program, where a choice of every number would compute on the host."""
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="a CPU has no separate host memory in older versions of jax")
+def test_an_offloaded_optimizer_state_is_updated_by_lax_cond_on_a_gpu():
+    """jnp.where would compute on the moments in host memory."""
     host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     tx = offloaded(TX)
     state = fresh(tx)
     moments = jax.tree.map(lambda leaf: jax.device_put(leaf, host) if leaf.ndim else leaf, state.opt_state)
     with compiling_for("gpu"):
-        programs = str(jax.make_jaxpr(make_train_step(quiet, tx))(state.replace(opt_state=moments), batch()))
-        here = str(jax.make_jaxpr(make_train_step(quiet, TX))(fresh(), batch()))
-    assert "cond[" in programs and "cond[" not in here
+        offloaded_program = str(jax.make_jaxpr(make_train_step(quiet, tx))(state.replace(opt_state=moments), batch()))
+        program = str(jax.make_jaxpr(make_train_step(quiet, TX))(fresh(), batch()))
+    assert "cond[" in offloaded_program and "cond[" not in program
