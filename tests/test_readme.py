@@ -118,6 +118,7 @@ NEEDS["models"] = NEEDS["pretrain"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_and_python_block_of_a_page_runs(name, folder, capsys):
     done = [("bash", command) for command in NEEDS.get(name, []) if command not in commands(PAGES[name])]
