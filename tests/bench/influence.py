@@ -1,12 +1,12 @@
-"""Does influence find what is known? Test messages of the SMS Spam data that also stand in the training split.
+"""Accuracy of influence estimates, on test messages of the SMS Spam data with an exact copy in the training split.
 
     python tests/bench/influence.py SMSSpamCollection.tsv [--epochs 8] [--dims 1024] [--seeds 3]
 
-A small classifier is trained from scratch on the book's split (1045 texts to train on, 300 to test), as many times as
-there are seeds. For each of the test messages whose very words stand in the training split: is its twin (one of them,
-where there are several) the training message of the largest similarity? Printed for cosines of whole gradients, of
-their sketches, and for TracIn over checkpoints, by plain products and by cosines; then the noise scale, and a step
-of DP-SGD with what its run would spend.
+For each seed, a small classifier is trained from scratch on the book's split (1045 training texts, 300 test texts). For
+each test message that also occurs in the training split, checks whether a copy of it is the most similar training
+message. Prints the hit rate for the cosine similarity of full gradients and of their random projections, and for TracIn
+over checkpoints with dot products and with cosines. Then prints the gradient noise scale, and the epsilon, accuracy and
+time per step of a DP-SGD run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def rows_of(part, tokenizer):
 
 
 def hits(scores, test, train, asked):
-    """Share of the asked test texts (rows of scores) whose nearest training text has the same words."""
+    """Fraction of the test texts `asked` (rows of scores) whose most similar training text is a copy."""
     near = scores.argmax(1)
     return sum(train.texts[k] == test.texts[i] for i, k in zip(asked, near, strict=True)) / len(asked)
 
@@ -112,7 +112,7 @@ def main():
 
 
 def private(loss, cfg, train, test, epochs):
-    """The same model by DP-SGD."""
+    """Train the same model with DP-SGD."""
     n, size = len(train.tokens), 64
     rate, delta, steps = size / n, 1e-4, epochs * n // size
     noise = privacy.noise_for(8.0, rate=rate, steps=steps, delta=delta)
