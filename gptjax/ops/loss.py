@@ -61,7 +61,7 @@ def linear_cross_entropy(
     """`cross_entropy(softcap(hidden @ head), targets, weights)`, computed in chunks of tokens.
 
     Only the logits of one chunk are in memory at a time. Under differentiation the gradients of `hidden` and `head` are
-    computed in the forward pass while the logits of the chunk are there, so nothing is computed twice.
+    computed in the forward pass from the logits of the chunk, so nothing is computed twice.
 
     Args:
         hidden: [.., D].

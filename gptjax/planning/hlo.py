@@ -56,7 +56,7 @@ class Work(NamedTuple):
     flops: float  # of matrix products, without those in custom kernels
     hbm_bytes: float  # bytes read and written; each operation reads and writes each of its arrays once
     collectives: dict[str, float]  # kind -> bytes that the device sends
-    largest_gather_bytes: int  # the size of the largest array that an all-gather returns
+    largest_gather_bytes: int  # size of the largest array that an all-gather returns
     kernels: dict[str, float]  # custom kernel -> number of calls
 
 
@@ -69,22 +69,22 @@ def work(text: str) -> Work:
     collectives: dict[str, float] = {}
     kernels: dict[str, float] = {}
     largest, seen = 0, set()
-    for home, instruction, times in executed(computations):
-        table = computations[home]
-        if (kind := _collective(instruction, home)) is not None:
-            if (mark := _overlapped(instruction, home)) in seen:
+    for comp_name, instruction, times in executed(computations):
+        computation = computations[comp_name]
+        if (kind := _collective(instruction, comp_name)) is not None:
+            if (key := _overlapped(instruction, comp_name)) in seen:
                 continue
-            seen |= {mark} - {None}
-            sent, whole = _sent(instruction, kind, table, n_devices)
+            seen |= {key} - {None}
+            sent, whole = _sent(instruction, kind, computation, n_devices)
             collectives[kind] = collectives.get(kind, 0.0) + times * sent
             largest = max(largest, whole if kind == "all-gather" else 0)
         elif instruction.op in ("dot", "convolution"):
-            flops += times * _product_flops(instruction, table)
+            flops += times * _product_flops(instruction, computation)
         elif instruction.op == "custom-call" and _is_kernel(instruction):
             name = re.sub(r"\.\d+$", "", instruction.name)
             kernels[name] = kernels.get(name, 0.0) + times
-    for home, instruction, times in executed(computations, into_fusions=False):
-        hbm += times * _traffic(instruction, computations[home], computations)
+    for comp_name, instruction, times in executed(computations, into_fusions=False):
+        hbm += times * _traffic(instruction, computations[comp_name], computations)
     return Work(flops, hbm, collectives, largest, kernels)
 
 
@@ -94,14 +94,14 @@ def work(text: str) -> Work:
 def parse(text: str) -> dict[str, Computation]:
     """HLO text -> {computation name: {instruction name: instruction}}. The entry computation is also under "ENTRY"."""
     computations: dict[str, Computation] = {}
-    table: Computation = {}
+    computation: Computation = {}
     for line in text.splitlines():
         if (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)) and not line.startswith(" "):
-            table = computations[head[2]] = {}
+            computation = computations[head[2]] = {}
             if head[1]:
-                computations["ENTRY"] = table
+                computations["ENTRY"] = computation
         elif (match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)) is not None:
-            table[match[2]] = _instruction(match[2], line[match.end() :], bool(match[1]))
+            computation[match[2]] = _instruction(match[2], line[match.end() :], bool(match[1]))
     return computations
 
 
@@ -135,11 +135,11 @@ def _closing(text: str, start: int, mark: str) -> int:
 
 
 def executed(
-    computations: dict[str, Computation], home: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
+    computations: dict[str, Computation], comp_name: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
     """Yields (computation name, instruction, number of executions) for every instruction that runs, entry first."""
-    for instruction in computations[home].values():
-        yield home, instruction, times
+    for instruction in computations[comp_name].values():
+        yield comp_name, instruction, times
         inner, factor = [], 1
         if instruction.op == "while":
             inner, factor = instruction.called("body"), trip_count(instruction, computations)
@@ -165,31 +165,31 @@ def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
 # ---------------------------------------------------------------- cost of one instruction
 
 
-def _collective(instruction: Instruction, home: str) -> str | None:
+def _collective(instruction: Instruction, comp_name: str) -> str | None:
     kind = instruction.op.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    if kind == "all-reduce" and home.startswith("all-reduce-scatter"):
+    if kind == "all-reduce" and comp_name.startswith("all-reduce-scatter"):
         return "reduce-scatter"  # TPU programs: an all-reduce of which each device keeps a slice
     return kind
 
 
-def _overlapped(instruction: Instruction, home: str) -> tuple[str, str, tuple[Array, ...]] | None:
+def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
     """Identifies a collective that overlaps other work, else None.
 
     TPU programs repeat such a collective in the fusion that starts it, in those that run at the same time and in the
     one that ends it, all with the same channel id.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
-    if channel is None or not ("fused_computation" in home or "collective_fusion" in home):
+    if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
         return None
     return channel[1], instruction.op, instruction.results
 
 
-def _sent(instruction: Instruction, kind: str, table: Computation, n_devices: int) -> tuple[float, int]:
+def _sent(instruction: Instruction, kind: str, computation: Computation, n_devices: int) -> tuple[float, int]:
     """(bytes that one device sends with ring algorithms, bytes of the largest result)."""
     n = _group_size(instruction.rest, n_devices)
-    operand_bytes = sum(array.size_bytes for name in instruction.operands for array in table[name].results[:1])
+    operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
     result_bytes = [array.size_bytes for array in instruction.results]
     if kind == "collective-permute":
         return operand_bytes, operand_bytes
@@ -212,8 +212,8 @@ def _group_size(rest: str, n_devices: int) -> int:
     return n_devices
 
 
-def _product_flops(instruction: Instruction, table: Computation) -> float:
-    left, right = (table[name].results[0].shape for name in instruction.operands[:2])
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    left, right = (computation[name].results[0].shape for name in instruction.operands[:2])
     out = instruction.results[0].shape
     if instruction.op == "dot":
         match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
@@ -225,7 +225,7 @@ def _product_flops(instruction: Instruction, table: Computation) -> float:
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
     """FLOPs of a convolution: TPU programs write every matrix product as one.
 
-    In a batched product most positions of the window fall on padding; only the others count.
+    In a batched product most positions of the window fall on padding or dilation gaps; only the others count.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -255,7 +255,7 @@ def _is_kernel(call: Instruction) -> bool:
     return '"tpu_custom_call"' in call.rest
 
 
-def _traffic(instruction: Instruction, table: Computation, computations: dict[str, Computation]) -> float:
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
     """Bytes of HBM that an instruction reads and writes: operands and results once each; of sliced arrays the slice."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
@@ -266,10 +266,10 @@ def _traffic(instruction: Instruction, table: Computation, computations: dict[st
         result = instruction.results[1]
         return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
-        return 2 * _hbm(table[instruction.operands[1]].results)
+        return 2 * _hbm(computation[instruction.operands[1]].results)
     if op.endswith("-start"):  # (operand, result, ..)
         return _hbm(instruction.results[:2])
-    read, written = [_hbm(table[name].results) for name in instruction.operands], _hbm(instruction.results)
+    read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":
         inner = computations[instruction.called("calls")[0]]
         read = [min(size, used) for size, used in zip(read, _read_bytes(inner, len(read), computations), strict=True)]

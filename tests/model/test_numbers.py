@@ -57,7 +57,7 @@ def test_logits_keep_the_float32_sum(tied):
     ("tokens", "text"),
     [
         (np.arange(8), r"expected integer ids \[B, T\], got int64\[8\]"),
-        (np.full((1, 4), 64), "from 64 to 64, and the model has 64 of them"),
+        (np.full((1, 4), 64), "from 64 to 64, but the vocabulary size is 64"),
         (np.full((1, 4), -1), "from -1 to -1"),
         (np.zeros((1, 17), np.int32), "17 per row, and the position table has 16"),
         ([[1, 2]], "got list"),
