@@ -35,7 +35,7 @@ def capability() -> float:
         return target[1] if target[0] == "gpu" else 0.0
     try:
         return float(getattr(jax.devices()[0], "compute_capability", 0.0))
-    except ValueError:  # an AMD GPU: gfx90a
+    except ValueError:  # AMD GPUs have a name instead, such as gfx90a
         return 0.0
 
 

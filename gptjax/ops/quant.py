@@ -204,7 +204,7 @@ def _(leaf: NF4Columns) -> jax.Array:
 
 @matmul.register
 def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    leaf, _ = jax.lax.optimization_barrier((leaf, x))  # as in `_frozen`
+    leaf, _ = jax.lax.optimization_barrier((leaf, x))  # see `_frozen`
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)

@@ -28,7 +28,7 @@ class Array(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)  # f32, s8, u4, f8e4m3fn
+        digits = re.search(r"\d+", self.dtype)  # the bits in dtypes such as f32, s8, u4 and f8e4m3fn
         return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
@@ -47,7 +47,7 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
 
-Computation = dict[str, Instruction]  # by name
+Computation = dict[str, Instruction]  # instruction name -> instruction
 
 
 class Work(NamedTuple):
@@ -262,12 +262,12 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
         return 0
     if op in _SLICES:
         return 2 * _hbm(instruction.results)
-    if op == "slice-start":  # (whole operand, slice, ..)
+    if op == "slice-start":  # its results are (operand, slice, ..)
         result = instruction.results[1]
         return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
         return 2 * _hbm(computation[instruction.operands[1]].results)
-    if op.endswith("-start"):  # (operand, result, ..)
+    if op.endswith("-start"):  # its results are (operand, result, ..)
         return _hbm(instruction.results[:2])
     read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":

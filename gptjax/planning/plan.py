@@ -46,7 +46,7 @@ class Roofline:
 class Plan:
     """Memory and cost of a step on each chip of a slice. If not `fits`, FLOPs, traffic and `roofline` are not set."""
 
-    what: str  # train or decode
+    what: str  # "train" or "decode"
     slice: str
     topology: str
     chips: int
@@ -62,7 +62,7 @@ class Plan:
     parts: dict[str, int]  # bytes per chip: params, optimizer, batch, .., activations and workspace
     compile_s: float
     host_bytes: int = 0  # per chip, offloaded to host memory: optim.offload, model.remat=offload
-    model_flops: float = 0.0  # per step, all chips, by formula: no rematerialisation
+    model_flops: float = 0.0  # per step, all chips; by formula, without rematerialisation
     flops: float = 0.0  # per step and chip, of the compiled program
     hbm_traffic_bytes: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)  # kind -> bytes that a chip sends per step
@@ -299,7 +299,7 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            continue  # too large if its estimate is as wrong as that of an earlier candidate
+            continue  # does not fit if its memory is underestimated as much as that of an earlier candidate
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)
         last, scale = built.seconds, max(scale, result.needed_bytes / c.memory_bytes)
