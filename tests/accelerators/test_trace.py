@@ -114,7 +114,7 @@ def test_a_new_field_without_values_is_an_error():
 
 
 def on_eight(which: str) -> dict[str, Any]:
-    """The output of `eight.py`, run in a process with eight CPU devices."""
+    """Output of `eight.py`, run in a process with eight CPU devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     script = Path(__file__).with_name("eight.py")
@@ -194,7 +194,7 @@ def test_bfloat16_in_a_float32_model_is_detected(monkeypatch):
 
 @pytest.mark.parametrize(("use", "smear"), [("gradient", False), ("gradient", True), ("unstacked layers", False)])
 def test_a_float32_scalar_in_the_residual_stream_is_detected(use, smear, monkeypatch):
-    """It promotes the residual stream to float32.
+    """Without the cast in `scaled`, a float32 scalar promotes the residual stream to float32.
 
     If this happens inside the scan over the layers, jax raises an error, because the carry changes its dtype. If it
     happens before the scan, or without one, the check detects it.

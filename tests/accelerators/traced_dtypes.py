@@ -47,7 +47,7 @@ def is_activations(aval: Any, rows: int) -> bool:
 
 
 def too_wide(aval: Any, limits: Limits) -> bool:
-    """Whether an array is float32 activations.
+    """Whether an array holds float32 activations.
 
     Statistics, with one value per token and head, do not count: those of softmax and norms, scales of an int8 cache.
     """

@@ -72,7 +72,7 @@ def decode(kind: str) -> Any:
             low = tree.map_paths(
                 lambda path, leaf: _quantized(path, leaf, kind if tree.matches(WORDS[kind], path) else "none"), low
             )
-        return low if kind == "as they come" else for_decoding(low, cfg)
+        return low if kind == "as loaded" else for_decoding(low, cfg)
 
     def many(params, token, cache):
         def body(carry, _):
@@ -117,7 +117,7 @@ def main() -> None:
     from gptjax.planning import hlo
 
     cells = {f"train, {name}": (train, documents) for name, documents in (("rows", False), ("documents", True))}
-    cells |= {f"decode, {kind}": (decode, kind) for kind in ("as they come", "for_decoding", "int8", "nf4")}
+    cells |= {f"decode, {kind}": (decode, kind) for kind in ("as loaded", "for_decoding", "int8", "nf4")}
     for name, (make, option) in cells.items():
         if args.what and not name.startswith(args.what):
             continue

@@ -54,7 +54,7 @@ def main():
     splits = split_labelled(data, how="book", deduplicate=False)
     known = set(splits.train.texts)
     asked = [i for i, text in enumerate(splits.test.texts) if text in known]
-    print(f"{len(splits.train.texts)} texts to train on, {len(splits.test.texts)} to test, {len(asked)} in both")
+    print(f"{len(splits.train.texts)} training texts, {len(splits.test.texts)} test texts, {len(asked)} in both")
     tokenizer = tokenizers.build(TokenizerConfig(name="bpe", vocab_size=2048), lambda: iter(splits.train.texts))
     train, test = (rows_of(part, tokenizer) for part in (splits.train, splits.test))
     some = jax.tree.map(lambda leaf: leaf[asked], test)
@@ -94,19 +94,19 @@ def main():
             found[name] = influence.tracin(small, kept, train, some, rates=rates, cosine=cosine)
         print(
             f"seed {seed}: test accuracy {accuracy:.2%}, loss {float(metrics['loss']):.4f} after {steps} steps in "
-            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s whole, "
-            f"{small_s:.1f} s sketched"
+            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s full, "
+            f"{small_s:.1f} s projected"
         )
         for name, scores in found.items():
             second = np.sort(scores, 1)
             gap = np.median(second[:, -1] - second[:, -2])
             share = hits(scores, splits.test, splits.train, asked)
-            print(f"  {name:<34} hit@1 {share:7.2%}   median gap to the second {gap:.3g}", flush=True)
+            print(f"  {name:<34} hit@1 {share:7.2%}   median difference to the second {gap:.3g}", flush=True)
         if seed == 0:
             part = jax.tree.map(lambda leaf: leaf[:512], train)
             for name, params in (("at the start", fresh), ("after a quarter", kept[0]), ("at the end", kept[-1])):
                 noise = influence.gradient_noise(loss, params, part, chunk=32)
-                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can tell"
+                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can measure"
                 print(f"  noise scale {name}: {found} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
     private(loss, cfg, train, test, args.epochs)
 
@@ -129,8 +129,8 @@ def private(loss, cfg, train, test, epochs):
     logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
     accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
     print(
-        f"DP-SGD: {steps} steps of {size} texts drawn of {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "
-        f"{delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms a step"
+        f"DP-SGD: {steps} steps of {size} texts sampled from {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "
+        f"{delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms per step"
     )
 
 

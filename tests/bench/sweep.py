@@ -87,8 +87,8 @@ def main() -> None:
         once = b["rest"] + b["compile once"] + b["steps"]
         print(
             f"{size}: {len(configs)} runs of {args.steps} steps, {program['at_once']} at a time\n"
-            f"  together           {a['whole']:7.1f} s = compiling {a['compile']:.1f}, steps {a['steps']:.1f}, rest\n"
-            f"  one after another  {whole:7.1f} s = compiling {b['compile']:.1f}, steps {b['steps']:.1f}, rest; with "
+            f"  vmapped            {a['whole']:7.1f} s = compilation {a['compile']:.1f}, steps {a['steps']:.1f}, rest\n"
+            f"  sequential         {whole:7.1f} s = compilation {b['compile']:.1f}, steps {b['steps']:.1f}, rest; with "
             f"each different program compiled once {once:.1f} s\n"
             f"  whole runs {whole / a['whole']:.2f} x, with programs compiled once {once / a['whole']:.2f} x, steps "
             f"alone {b['steps'] / a['steps']:.2f} x",

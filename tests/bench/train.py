@@ -1,4 +1,4 @@
-"""Training speed compared with PyTorch, whose side is a copy of nanoGPT's model and training loop.
+"""Training speed compared with PyTorch, which runs a copy of nanoGPT's model and training loop.
 
     python tests/bench/train.py                       all three shapes, f32 and bf16, 3 rounds
     python tests/bench/train.py --shape iii --rounds 1

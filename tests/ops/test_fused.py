@@ -105,7 +105,7 @@ CONTEXT_PARALLEL = {"mesh": (1, 2, 1, 4)}
         (8.0, {}, NO_CUDNN, "flash"),
         (8.0, {}, FLOAT32, "flash"),
         (8.0, {}, {"H": 256}, "flash"),
-        (9.0, {}, {"H": 256}, "flash"),  # cuDNN only if this process has the Hopper GPU: jax checks it
+        (9.0, {}, {"H": 256}, "flash"),  # cuDNN would need a local Hopper GPU: jax checks it
         (8.0, {}, {"H": 288}, None),
         (8.0, {}, {"H": 60}, None),
         (8.0, {"segment_ids": SEGMENTS}, {}, "flash"),

@@ -162,7 +162,7 @@ CASES += [(use, "high") for use in ("forward", "gradient of a jitted loss", "dor
 @pytest.mark.first_cases(12)
 @pytest.mark.parametrize(("use", "precision"), CASES)
 def test_every_product_has_the_requested_precision(build, use, precision):
-    """Except sums that are written as products, which always have the highest precision.
+    """Sums that are written as products are an exception: they always have the highest precision.
 
     These are the sum of log-probabilities and the mean of the hidden states of a text.
     """

@@ -100,7 +100,7 @@ def test_a_slice_in_a_nested_fusion_is_read_with_its_own_size():
 
 
 def test_an_overlapped_all_gather_counts_once():
-    """It is in the fusion that starts it, in those that run at the same time and in the one that ends it."""
+    """HLO repeats it in the fusion that starts it, in those that run at the same time and in the one that ends it."""
     inner = """%NAME (p: bf16[8,16]) -> bf16[64,16] {
   %p = bf16[8,16]{1,0} parameter(0)
   ROOT %g = bf16[64,16]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
