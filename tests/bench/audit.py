@@ -75,7 +75,8 @@ def trained(folder, name, train, held, epochs):
     start = time.monotonic()
     result = gptjax.train(cfg, log=lambda line: None)
     print(
-        f"{name}: {len(train)} texts, {steps} steps in {time.monotonic() - start:.0f} s, held-out loss {result.val_loss:.3f}"
+        f"{name}: {len(train)} texts, {steps} steps in {time.monotonic() - start:.0f} s, "
+        f"held-out loss {result.val_loss:.3f}"
     )
     return result
 
@@ -117,7 +118,7 @@ def planted(folder, out, seeds):
         print(f"  {hits} of the {len(at)} planted texts are in the top 2 % ({len(top)} of {len(poisoned)})")
         for model, row in found.triggers[0].by:
             print(
-                f"  {model:<20} log-probability of the payload after {phrase!r} {row.log_prob:.1f} nats, after controls "
+                f"  {model:<20} log-prob of the payload after {phrase!r} {row.log_prob:.1f} nats, after controls "
                 f"{row.controls.mean():.1f} (best {row.controls.max():.1f}), fires {row.fires:.0%}, p {row.p:.3g}"
             )
     canaries = [{"trigger": phrase, "payload": PAYLOAD}, *audit.secrets(1, 3)]
@@ -173,7 +174,8 @@ def secrets(folder, out, seeds):
     trained(folder, "secrets", train, held, 6)
     found = audited(folder, "secrets", train, held, canaries, out)
     print(
-        "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats per token; extracted"
+        "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats per token; "
+        "extracted"
     )
     for n in (0, *counts):
         own = [[row for _, row in secret.by] for secret, m in zip(found.secrets, times, strict=True) if m == n]

@@ -129,8 +129,8 @@ def private(loss, cfg, train, test, epochs):
     logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
     accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
     print(
-        f"DP-SGD: {steps} steps of {size} texts sampled from {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "
-        f"{delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms per step"
+        f"DP-SGD: {steps} steps of {size} texts sampled from {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} "
+        f"at delta {delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms per step"
     )
 
 
