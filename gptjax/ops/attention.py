@@ -16,7 +16,7 @@ from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
 _MASKED = -1e30  # not -inf: softmax over a fully masked row gives a mean of the values, not NaN
-_BLOCK = 64  # the smallest number of queries that is worth a matrix multiplication of its own
+_BLOCK = 64  # the smallest block of queries for which a separate matrix multiplication pays off
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
@@ -72,7 +72,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # a block of queries multiplies only the keys up to its end: 3/4 of the full square
+    for i in range(blocks):  # a block of queries skips the keys after it: 3/4 of the T x T products
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(

@@ -17,5 +17,5 @@ def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax
     """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate). Without a key returns x."""
     if key is None or off(rate):
         return x
-    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # 1 - rate is not rounded to bfloat16
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # float32: 1 - rate would be rounded to bfloat16
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)

@@ -1,9 +1,10 @@
 """Flash attention for NVIDIA GPUs from Ampere on: Pallas kernels that Triton compiles.
 
-Causal, with documents, sliding windows that may differ by layer (traced), grouped heads and rows of any length. Scores
-are computed tile by tile and never stored; tiles in which no query sees a key are skipped.
+Supports causal masks, document masks, sliding windows (also traced, so that they can differ between scanned layers),
+grouped-query attention and rows of any length. Scores are computed tile by tile and never stored; fully masked tiles
+are skipped.
 
-Source: arXiv:2205.14135; the backward pass in two kernels as in arXiv:2307.08691, section 3.
+Source: arXiv:2205.14135. The backward pass has two kernels, as in arXiv:2307.08691, section 3.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-_MASKED = -1e30  # not -inf: a tile in which a query sees nothing gives finite sums, which a later tile multiplies by 0
-_LOG2E = math.log2(math.e)  # scores are kept in base 2: exp2 is one instruction
+_MASKED = -1e30  # not -inf: a tile that is masked for a query gives finite sums, which a later tile multiplies by 0
+_LOG2E = math.log2(math.e)  # the softmax uses base 2: exp2 is a single instruction
 
 
 class Tile(NamedTuple):
-    """The queries x keys that one program works on at a time, and how Triton compiles its loop over tiles."""
+    """Number of queries x keys that one Triton program processes per iteration, and its warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -41,8 +42,8 @@ class Tiles(NamedTuple):
     d_kv: Tile
 
 
-# By (columns of a tile, bytes per element). Triton compiles them for compute capability 8.0 to 10.0 without spilling
-# registers in a loop, within the 99 KiB of shared memory of 8.6 and 8.9. Their speed was not measured.
+# Keys: (columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton compiles these sizes without
+# spilling registers in a loop, and within the 99 KiB of shared memory of 8.6 and 8.9. Their speed was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -54,6 +55,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
+    """Tile sizes of the three kernels for a head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -77,17 +79,17 @@ def flash_attention(
     saved_as: str = "attention",
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T + mask) v, each query over the keys up to its own place.
+    """Causal attention, softmax(q k^T + mask) v: each query attends to the keys up to its own position.
 
     Args:
-        q: [B, T, N, H], scaled already.
-        k, v: [B, S, K, H]; query head n reads key head n // (N // K).
-        segment_ids: [B, T] of the queries and [B, S] of the keys; a query sees the keys of its own document only.
-        offset: the place of the first query among the keys; offset + T <= S.
-        window: how many keys a query sees, its own included; 0: all.
-        tiles: None: by head size and dtype.
-        saved_as: `checkpoint_name` of the two arrays that the backward pass reads besides q, k and v.
-        interpret: run the kernels on a CPU, for tests.
+        q: [B, T, N, H], already multiplied by the softmax scale.
+        k, v: [B, S, K, H]; query head n attends to key head n // (N // K).
+        segment_ids: [B, T] for the queries and [B, S] for the keys; a query attends within its own document only.
+        offset: position of the first query among the keys; offset + T <= S.
+        window: sliding window, number of keys that a query attends to, its own included; 0: all.
+        tiles: tile sizes; None: `default_tiles`.
+        saved_as: `checkpoint_name` of the output and the log-sum-exp, which the backward pass needs besides q, k and v.
+        interpret: run the kernels in Pallas' interpreter on a CPU, for tests.
 
     Returns:
         [B, T, N, H] in q's dtype; scores, softmax and sums are float32.
@@ -97,9 +99,9 @@ def flash_attention(
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = default_precision()  # read here: the backward pass is traced outside its context
+    precision = default_precision()  # read here: the backward pass is traced outside the context that sets it
 
-    def at_most(size: int, n: int) -> int:  # no tile longer than the row; at least 16, the side of the tensor cores
+    def at_most(size: int, n: int) -> int:  # no tile is longer than the row; tensor cores need at least 16
         return min(size, max(16, pl.next_power_of_2(n)))
 
     tiles = Tiles(*(
@@ -120,17 +122,20 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 
 
 def _attention_backward(static, residual, d_out):
-    """d_scores = p (d_p - sum_s p d_p); the sum is d_out . out (arXiv:2205.14135, appendix B)."""
+    """d_scores = p (d_p - sum_s p d_p), where the sum equals d_out . out (arXiv:2205.14135, appendix B)."""
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
     sizes, inputs = _Sizes.of(q, k), [span, q_ids, k_ids, q, k, v, d_out, lse, delta]
 
-    def run(kernel, tile, layout, over, results):
-        ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed, over=over)
-        at = layout(sizes, tile, len(ranges))
-        specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv, at.q, at.stat, at.stat]
-        out_specs = [at.q if x is q else at.kv for x in results]
-        return _call(kernel, sizes, tile, static, at, [ranges, *inputs], specs, results, out_specs)
+    def run(kernel, tile, layout, loop_over, results):
+        ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed, loop_over=loop_over)
+        specs = layout(sizes, tile, len(ranges))
+        in_specs = [
+            specs.ranges, specs.span, specs.q_ids, specs.k_ids, specs.q, specs.kv, specs.kv, specs.q, specs.stat,
+            specs.stat,
+        ]  # fmt: skip
+        out_specs = [specs.q if x is q else specs.kv for x in results]
+        return _call(kernel, sizes, tile, static, specs, [ranges, *inputs], in_specs, results, out_specs)
 
     d_q = run(_d_q_kernel, static.tiles.d_q, _by_query, "keys", [q])
     d_kv = run(_d_kv_kernel, static.tiles.d_kv, _by_key, "queries", [k, v])
@@ -141,28 +146,34 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, q_ids, k_ids, span, static):
-    """The output, and log2 of each query's sum of exponentials, [B, N, T] float32."""
+    """The output, and the log-sum-exp of each query in base 2, [B, N, T] float32."""
     sizes, tile = _Sizes.of(q, k), static.tiles.forward
     ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed)
-    at = _by_query(sizes, tile, len(ranges))
+    specs = _by_query(sizes, tile, len(ranges))
     lse = jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.T), jnp.float32)
     inputs = [ranges, span, q_ids, k_ids, q, k, v]
-    specs = [at.ranges, at.span, at.q_ids, at.k_ids, at.q, at.kv, at.kv]
-    return _call(_forward_kernel, sizes, tile, static, at, inputs, specs, [q, lse], [at.q, at.stat])
+    in_specs = [specs.ranges, specs.span, specs.q_ids, specs.k_ids, specs.q, specs.kv, specs.kv]
+    return _call(_forward_kernel, sizes, tile, static, specs, inputs, in_specs, [q, lse], [specs.q, specs.stat])
 
 
-def _call(kernel, sizes, tile, static, at, inputs, in_specs, results, out_specs):
+def _call(kernel, sizes, tile, static, specs, inputs, in_specs, results, out_specs):
     present = [x is not None for x in inputs]
 
-    def named(*refs):  # a row without documents has no refs for them
+    def named(*refs):  # passes None for absent inputs: rows without documents have no segment ids
         rest = iter(refs)
-        kernel(*(next(rest) if there else None for there in present), *rest, sizes=sizes, tile=tile, static=static)
+        kernel(
+            *(next(rest) if is_present else None for is_present in present),
+            *rest,
+            sizes=sizes,
+            tile=tile,
+            static=static,
+        )
 
     named.__name__ = kernel.__name__.strip("_")
     return pl.pallas_call(
         named,
-        grid=at.programs,
-        in_specs=[spec for spec, there in zip(in_specs, present, strict=True) if there],
+        grid=specs.programs,
+        in_specs=[spec for spec, is_present in zip(in_specs, present, strict=True) if is_present],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
@@ -171,7 +182,7 @@ def _call(kernel, sizes, tile, static, at, inputs, in_specs, results, out_specs)
     )(*(x for x in inputs if x is not None))
 
 
-# --- which tiles, and how arrays lie in them ---
+# --- ranges of tiles and block specs ---
 
 
 class _Sizes(NamedTuple):
@@ -188,7 +199,7 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of a tile: a power of two, those beyond H are zeros."""
+        """Columns of a tile: H rounded up to a power of two; the columns beyond H are zeros."""
         return max(16, pl.next_power_of_2(self.H))
 
     @property
@@ -200,7 +211,7 @@ class _Sizes(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What one program sees of each array."""
+    """Grid of a kernel, and the block of each array that one program reads or writes."""
 
     programs: tuple[int, int, int]
     ranges: pl.BlockSpec
@@ -213,7 +224,7 @@ class _Layout(NamedTuple):
 
 
 def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """A program for each tile of queries and head; all keys. The last tile, which sees most keys, starts first."""
+    """One program per tile of queries and head, over all keys. The last tile, which has the most keys, starts first."""
     n, (_, S) = pl.cdiv(sizes.T, tile.queries), sizes.padded(tile)
 
     def row(b):
@@ -232,7 +243,7 @@ def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
 
 
 def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """A program for each tile of keys and key head; all queries of the heads that read it."""
+    """One program per tile of keys and key head, over all queries of the query heads that share it."""
     n, (T, _) = pl.cdiv(sizes.S, tile.keys), sizes.padded(tile)
 
     def row(b):
@@ -252,40 +263,42 @@ def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
 
 def _ranges(
     sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
-    over: str = "keys",
+    loop_over: str = "keys",
 ) -> jax.Array:  # fmt: skip
-    """[1 or B, n, 4] int32: for each tile of queries the keys' tiles begin..end in which something is seen, and of them
-    whole..rest in which everything is, as (begin, whole, rest, end). `over="queries"`: for each tile of keys.
+    """Range of key tiles for each tile of queries, as (begin, whole, rest, end): [1 or B, n, 4] int32.
 
-    Documents are compared by the smallest and largest id of a tile: exact where ids rise along a row, as packing gives
-    them, and never too narrow where they do not.
+    Tiles outside begin..end are fully masked; tiles in whole..rest are not masked at all. `loop_over="queries"`: ranges
+    of query tiles for each tile of keys.
+
+    Documents are compared by the smallest and largest id in a tile. This is exact if ids increase along a row, as in
+    packed rows, and otherwise only makes ranges longer than necessary.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
     nearest = (span[0] + q_first)[:, None] - (k_first + tile.keys - 1)
     farthest = q_last[:, None] - k_first
-    seen, whole = (farthest >= 0)[None], (nearest >= 0)[None]
+    visible, whole = (farthest >= 0)[None], (nearest >= 0)[None]
     if windowed:
-        seen, whole = seen & (nearest < span[1]), whole & (farthest < span[1])
+        visible, whole = visible & (nearest < span[1]), whole & (farthest < span[1])
     if q_ids is not None and k_ids is not None:
         (q_low, q_high), (k_low, k_high) = _extremes(q_ids, tile.queries), _extremes(k_ids, tile.keys)
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         k_low, k_high = k_low[:, None], k_high[:, None]
-        seen = seen & (q_low <= k_high) & (k_low <= q_high)
+        visible = visible & (q_low <= k_high) & (k_low <= q_high)
         whole = whole & (q_low == k_high) & (q_high == k_low)
-    if over == "queries":
-        seen, whole = seen.swapaxes(1, 2), whole.swapaxes(1, 2)
-    n = seen.shape[-1]
+    if loop_over == "queries":
+        visible, whole = visible.swapaxes(1, 2), whole.swapaxes(1, 2)
+    n = visible.shape[-1]
     index = jnp.arange(n)
-    end = jnp.where(seen, index + 1, 0).max(-1)
-    begin = jnp.minimum(jnp.where(seen, index, n).min(-1), end)
+    end = jnp.where(visible, index + 1, 0).max(-1)
+    begin = jnp.minimum(jnp.where(visible, index, n).min(-1), end)
     first = jnp.minimum(jnp.where(whole, index, n).min(-1), end)
     rest = jnp.minimum(jnp.where(~whole & (index > first[..., None]), index, n).min(-1), end)
     return jnp.stack([begin, first, rest, end], -1).astype(jnp.int32)
 
 
 def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The smallest and largest id of each tile, [B, n]."""
+    """Smallest and largest id of each tile, each [B, n]."""
     tiles = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge").reshape(ids.shape[0], -1, size)
     return tiles.min(-1), tiles.max(-1)
 
@@ -301,25 +314,25 @@ def _forward_kernel(ranges, span, q_ids, k_ids, q, k, v, out, lse, *, sizes, til
     q_id = None if q_ids is None else _load(q_ids, in_row)[:, None]
 
     def step(_, j, carry, masked):
-        acc, top, total = carry
-        at = pl.ds(j * tile.keys, tile.keys)
+        acc, running_max, total = carry
+        tile_slice = pl.ds(j * tile.keys, tile.keys)
         keys = j * tile.keys + jnp.arange(tile.keys)
         in_keys = _inside(keys, sizes.S)
-        k_tile, v_tile = (_load(x.at[at, :], in_keys, sizes.H) for x in (k, v))
+        k_tile, v_tile = (_load(x.at[tile_slice, :], in_keys, sizes.H) for x in (k, v))
         scores = _dot(q_tile, k_tile, 1, 1, static) * _LOG2E
         if masked:
-            k_id = None if k_ids is None else _load(k_ids.at[at], in_keys)[None, :]
+            k_id = None if k_ids is None else _load(k_ids.at[tile_slice], in_keys)[None, :]
             scores = jnp.where(mask(rows[:, None], keys[None, :], q_id, k_id), scores, _MASKED)
-        new_top = jnp.maximum(top, scores.max(1))
-        p, scale = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
+        new_max = jnp.maximum(running_max, scores.max(1))
+        p, scale = jnp.exp2(scores - new_max[:, None]), jnp.exp2(running_max - new_max)
         acc = acc * scale[:, None] + _dot(p.astype(v_tile.dtype), v_tile, 1, 0, static)
-        return acc, new_top, total * scale + p.sum(1)
+        return acc, new_max, total * scale + p.sum(1)
 
-    nothing = jnp.zeros((tile.queries, sizes.width), jnp.float32)
+    zeros = jnp.zeros((tile.queries, sizes.width), jnp.float32)
     lowest = jnp.full((tile.queries,), _MASKED, jnp.float32)
-    acc, top, total = _loop(ranges, step, (nothing, lowest, jnp.zeros_like(lowest)))
+    acc, running_max, total = _loop(ranges, step, (zeros, lowest, jnp.zeros_like(lowest)))
     _store(out, acc / total[:, None], in_row, sizes.H)
-    _store(lse, top + jnp.log2(total), in_row)
+    _store(lse, running_max + jnp.log2(total), in_row)
 
 
 def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, sizes, tile, static):
@@ -331,13 +344,13 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
     q_id = None if q_ids is None else _load(q_ids, in_row)[:, None]
 
     def step(_, j, acc, masked):
-        at = pl.ds(j * tile.keys, tile.keys)
+        tile_slice = pl.ds(j * tile.keys, tile.keys)
         keys = j * tile.keys + jnp.arange(tile.keys)
         in_keys = _inside(keys, sizes.S)
-        k_tile, v_tile = (_load(x.at[at, :], in_keys, sizes.H) for x in (k, v))
+        k_tile, v_tile = (_load(x.at[tile_slice, :], in_keys, sizes.H) for x in (k, v))
         p = jnp.exp2(_dot(q_tile, k_tile, 1, 1, static) * _LOG2E - lse_tile)
         if masked:
-            k_id = None if k_ids is None else _load(k_ids.at[at], in_keys)[None, :]
+            k_id = None if k_ids is None else _load(k_ids.at[tile_slice], in_keys)[None, :]
             p = jnp.where(mask(rows[:, None], keys[None, :], q_id, k_id), p, 0.0)
         d_scores = p * (_dot(d_out_tile, v_tile, 1, 1, static) - delta_tile)
         return acc + _dot(d_scores.astype(k_tile.dtype), k_tile, 1, 0, static)
@@ -347,7 +360,7 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
 
 
 def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
-    """Scores stand as [keys, queries] here, so that no product turns what another one gave."""
+    """Computes scores as [keys, queries], so that no product needs the transpose of another one's result."""
     keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
     mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)
     k_tile, v_tile = (_load(x, in_keys, sizes.H) for x in (k, v))
@@ -355,66 +368,69 @@ def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_
 
     def step(head, i, carry, masked):
         d_k_acc, d_v_acc = carry
-        at = pl.ds(i * tile.queries, tile.queries)
+        tile_slice = pl.ds(i * tile.queries, tile.queries)
         rows = i * tile.queries + jnp.arange(tile.queries)
         in_row = _inside(rows, sizes.T)
-        q_tile, d_out_tile = (_load(x.at[at, head, :], in_row, sizes.H) for x in (q, d_out))
-        lse_tile, delta_tile = (_load(x.at[head, at], in_row)[None, :] for x in (lse, delta))
+        q_tile, d_out_tile = (_load(x.at[tile_slice, head, :], in_row, sizes.H) for x in (q, d_out))
+        lse_tile, delta_tile = (_load(x.at[head, tile_slice], in_row)[None, :] for x in (lse, delta))
         p = jnp.exp2(_dot(k_tile, q_tile, 1, 1, static) * _LOG2E - lse_tile)
         if masked:
-            q_id = None if q_ids is None else _load(q_ids.at[at], in_row)[None, :]
+            q_id = None if q_ids is None else _load(q_ids.at[tile_slice], in_row)[None, :]
             p = jnp.where(mask(rows[None, :], keys[:, None], q_id, k_id), p, 0.0)
         d_v_acc += _dot(p.astype(d_out_tile.dtype), d_out_tile, 1, 0, static)
         d_scores = p * (_dot(v_tile, d_out_tile, 1, 1, static) - delta_tile)
         return d_k_acc + _dot(d_scores.astype(q_tile.dtype), q_tile, 1, 0, static), d_v_acc
 
-    nothing = jnp.zeros((tile.keys, sizes.width), jnp.float32)
-    d_k_acc, d_v_acc = _loop(ranges, step, (nothing, nothing), repeats=sizes.group)
+    zeros = jnp.zeros((tile.keys, sizes.width), jnp.float32)
+    d_k_acc, d_v_acc = _loop(ranges, step, (zeros, zeros), repeats=sizes.group)
     _store(d_k, d_k_acc, in_keys, sizes.H)
     _store(d_v, d_v_acc, in_keys, sizes.H)
 
 
 class _Mask:
-    """Which keys a query sees; places and ids broadcast against each other."""
+    """The attention mask; positions and ids of queries and keys broadcast against each other."""
 
     def __init__(self, span: Any, windowed: bool):
         self.offset, self.window = span[0], span[1] if windowed else None
 
     def __call__(self, row: jax.Array, key: jax.Array, q_id: jax.Array | None, k_id: jax.Array | None) -> jax.Array:
         distance = row + self.offset - key
-        seen = distance >= 0
+        visible = distance >= 0
         if self.window is not None:
-            seen = seen & (distance < self.window)
-        return seen if q_id is None else seen & (q_id == k_id)
+            visible = visible & (distance < self.window)
+        return visible if q_id is None else visible & (q_id == k_id)
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """`step(repeat, tile, carry, masked)` over the tiles that `_ranges` names, first those at the edges of the mask."""
+    """Runs `step(repeat, tile, carry, masked)` over the tiles of `_ranges`, first those that need the mask."""
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin
     n_edge = n_before + end - rest
 
-    def at_edge(index, carry):
+    def at_mask_edge(index, carry):
         repeat, i = _divide(index, n_edge, repeats)
         return step(repeat, begin + i + jnp.where(i < n_before, 0, n_whole), carry, True)
 
-    def within(index, carry):
+    def unmasked(index, carry):
         repeat, i = _divide(index, n_whole, repeats)
         return step(repeat, whole + i, carry, False)
 
-    return jax.lax.fori_loop(0, repeats * n_whole, within, jax.lax.fori_loop(0, repeats * n_edge, at_edge, carry))
+    return jax.lax.fori_loop(
+        0, repeats * n_whole, unmasked, jax.lax.fori_loop(0, repeats * n_edge, at_mask_edge, carry)
+    )
 
 
 def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, jax.Array]:
     return (jnp.int32(0), index) if repeats == 1 else (jax.lax.div(index, n), jax.lax.rem(index, n))
 
 
-def _inside(places: jax.Array, n: int) -> jax.Array | None:
-    """Which of a tile's places are of the row; None where tiles divide it."""
-    return places < n if n % places.shape[0] else None
+def _inside(positions: jax.Array, n: int) -> jax.Array | None:
+    """Mask of the positions in a tile that are within the row of length n; None if the tile size divides n."""
+    return positions < n if n % positions.shape[0] else None
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
+    """Mask of the first H columns of a tile; None for all."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 
@@ -424,7 +440,7 @@ def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
 
 
 def _load(ref: Any, rows: jax.Array | None, H: int | None = None) -> jax.Array:
-    """A tile [n] or [n, width], with zeros beyond the row's end and beyond H columns."""
+    """Load a tile [n] or [n, width], with zeros beyond the end of the row and beyond H columns."""
     mask = rows if H is None else _both(rows, _columns(ref.shape[-1], H))
     return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
 
@@ -434,7 +450,7 @@ def _store(ref: Any, x: jax.Array, rows: jax.Array | None, H: int | None = None)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, static: _Static) -> jax.Array:
-    """Over the named axes, summed in float32."""
+    """Product of a and b contracted over the given axes, with float32 sums."""
     return jax.lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=static.precision, preferred_element_type=jnp.float32
     )

@@ -1,4 +1,4 @@
-"""Attention kernels that never hold a row of scores in memory: splash on a TPU, cuDNN or our own on a GPU."""
+"""Fused attention kernels, which never store the scores: splash on TPUs, cuDNN or our flash attention on GPUs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-SAVED = "attention"  # the name of what the kernels' backward pass reads, for remat policies
+SAVED = "attention"  # `checkpoint_name` of the residuals that the kernels' backward pass reads, for remat policies
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
 
 
 def kernel_for(
     q: jax.Array, *, segment_ids: jax.Array | None = None, window: int | jax.Array = 0
 ) -> Callable[..., jax.Array] | None:
-    """Which of `splash`, `cudnn` and `flash` runs causal attention of q [B, T, N, H] over T keys on the device that is
-    compiled for; None: XLA does. The first that fits:
+    """The kernel for causal attention of q [B, T, N, H] over T keys on the target device, or None for plain XLA.
+
+    The first row that supports the arguments is chosen:
 
     device       kernel   documents   traced window   dtypes         head sizes                `context` > 1
     TPU          splash   yes         no              all            all                       yes
@@ -32,7 +33,7 @@ def kernel_for(
     Ampere on    flash    yes         yes             16-bit, 32     to 256                    yes
     older GPU    None
 
-    GPUs: head sizes that are multiples of 8. TPUs: multiples of 128 tokens per device.
+    On GPUs the head size must be a multiple of 8, on TPUs the number of tokens per device a multiple of 128.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -45,28 +46,31 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Whether the TPU's kernel takes T queries over T keys: each device's queries are whole lanes of 128."""
-    here = mesh()
-    return T % (128 * (1 if here is None else here.shape[CONTEXT])) == 0
+    """Whether splash supports T queries over T keys: the queries per device must be a multiple of 128."""
+    current_mesh = mesh()
+    return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
 
 def cudnn_fits(q: jax.Array) -> bool:
-    """Whether cuDNN's kernel takes these: 16-bit floats, heads of up to 128 channels (256 on Hopper), all tokens on
-    one device, an Ampere GPU or a later one (a T4 is none), and a cuDNN that jax finds."""
-    here, here_is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
-    widest = 256 if here_is_hopper and cudnn_version() >= 90500 else 128
+    """Whether cuDNN's kernel supports q.
+
+    It needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere or later GPU
+    (not a T4), and an installed cuDNN.
+    """
+    current_mesh, is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
+    widest = 256 if is_hopper and cudnn_version() >= 90500 else 128
     return (
         capability() >= AMPERE
         and cudnn_version() > 0
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= widest
-        and (here is None or here.shape[CONTEXT] == 1)
+        and (current_mesh is None or current_mesh.shape[CONTEXT] == 1)
     )
 
 
 def cudnn_version() -> int:
-    """Such as 90800; 0 where jax finds none."""
+    """cuDNN's version, such as 90800; 0 if jax finds no cuDNN."""
     try:
         from jax._src.lib import cuda_versions
 
@@ -76,8 +80,11 @@ def cudnn_version() -> int:
 
 
 def flash_fits(q: jax.Array) -> bool:
-    """Whether `ops.flash` takes these: floats of 16 or 32 bits, heads of up to 256 channels, an Ampere GPU or a later
-    one, and a jax that has Pallas' Triton backend (jax 0.12 says that it will go)."""
+    """Whether `ops.flash` supports q.
+
+    It needs 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and Pallas' Triton backend
+    (deprecated in jax 0.12).
+    """
     return (
         capability() >= AMPERE
         and q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -96,33 +103,40 @@ def splash(
     window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention on a TPU, q [B, T, N, H] scaled already, k and v [B, K, T, H] -> [B, T, N, H].
+    """Causal attention on a TPU with the splash attention kernel of jax.
 
-    Under a mesh every device attends for its own rows, heads and queries. Tiles in which nothing is seen are skipped.
+    Under a mesh, each device computes its own rows, heads and queries. Fully masked tiles are skipped.
 
     Args:
-        segment_ids: [B, T]. window: tokens a query sees; 0: all. interpret: run it on a CPU, for tests.
+        q: [B, T, N, H], already multiplied by the softmax scale.
+        k, v: [B, K, T, H].
+        segment_ids: [B, T]; a token attends within its own document only.
+        window: sliding window, number of tokens a query attends to; 0: all.
+        interpret: run the kernel in Pallas' interpreter on a CPU, for tests.
+
+    Returns:
+        [B, T, N, H] in q's dtype.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention; the algorithm is arXiv:2205.14135.
     """
     T, N = q.shape[1:3]
-    if (here := mesh()) is None:
+    if (current_mesh := mesh()) is None:
         kernel, spec = _splash_kernel(T, N, 1, window, interpret), None
     else:
-        heads, tokens = fit((TENSOR, CONTEXT), (N, T), here)
-        kernel = _splash_kernel(T, N // _size(heads, here), _size(tokens, here), window, interpret)
-        spec = kernel.manual_sharding_spec(NamedSharding(here, P(None, tokens)))
+        heads, tokens = fit((TENSOR, CONTEXT), (N, T), current_mesh)
+        kernel = _splash_kernel(T, N // _size(heads, current_mesh), _size(tokens, current_mesh), window, interpret)
+        spec = kernel.manual_sharding_spec(NamedSharding(current_mesh, P(None, tokens)))
     return _by_device(_splash, q, k, v, segment_ids, heads_at=1, extra=kernel, extra_spec=spec)
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """For one device's heads and all devices' queries: the arrays that name their tiles are divided as queries are."""
+    """The kernel for the heads of one device and the queries of all; its mask arrays are sharded like the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
     sizes: dict[str, Any] = {
-        f"block_{side}": block
-        for side in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+        f"block_{name}": block
+        for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     }
     mask = pallas.LocalMask((T, T), (window - 1, 0), 0) if 0 < window < T else pallas.CausalMask((T, T))
     return pallas.make_splash_mha(
@@ -132,7 +146,7 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
 
 
 def _splash(q, k, v, q_ids, k_ids, offset, kernel):
-    """One device's part. Its part of `kernel` knows the offset."""
+    """Attention on one device. Its shard of `kernel` contains the offset of its queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     ids = None if q_ids is None else pallas.SegmentIds(q_ids, k_ids)
@@ -148,14 +162,15 @@ def flash(
     window: int | jax.Array = 0,
     **options: Any,
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU by our own kernels; shapes as in `splash`.
+    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`. Shapes are those of `splash`.
 
     Args:
-        window: may be traced, as that of layers which differ. options: `tiles` and `interpret` of `flash_attention`.
+        window: may be traced, for scanned layers with different windows.
+        options: `tiles` and `interpret` of `flash_attention`.
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # back to the model's order: XLA drops both transposes
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both
     extra = () if static else (window,)
     return _by_device(attend, q, k, v, segment_ids, heads_at=2, extra=extra, extra_spec=(P(),) * len(extra))
 
@@ -171,14 +186,14 @@ def _flash(q, k, v, q_ids, k_ids, offset, extra, **options):
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: None = None, window: int = 0, by: str = "cudnn"
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU, without documents; shapes as in `splash`.
+    """Causal attention on an NVIDIA GPU with cuDNN, without document masks. Shapes are those of `splash`.
 
     Args:
-        by: "xla" for tests: what cuDNN is asked for, on a CPU.
+        by: implementation of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.
     """
-    here = mesh()
-    if segment_ids is not None or (here is not None and here.shape[CONTEXT] > 1):
-        raise ValueError("cudnn: rows without documents, whole on each device; flash takes the others")
+    current_mesh = mesh()
+    if segment_ids is not None or (current_mesh is not None and current_mesh.shape[CONTEXT] > 1):
+        raise ValueError("cudnn supports neither segment_ids nor a context-parallel mesh: use flash")
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     attend = partial(_cudnn, window=window if 0 < window < q.shape[1] else 0, implementation=by)
     return _by_device(attend, q, k, v, None, heads_at=2)
@@ -202,39 +217,40 @@ def _by_device(
     extra: Any = None,
     extra_spec: Any = None,
 ) -> jax.Array:
-    """`attend(q, k, v, ids of the queries, ids of the keys, offset, extra)` by every device of the mesh for its own
-    rows, heads and queries.
+    """Run `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for its own rows, heads and queries.
 
-    Where tokens are divided each device gathers the keys and values of all of them, and does so again in the backward
-    pass: to keep them would take the memory that dividing tokens saves.
+    Under context parallelism each device all-gathers keys and values, and again in the backward pass: keeping them
+    would take up the memory that sharding the tokens saves.
 
     Args:
-        heads_at: the axis of k's and v's heads, 1 or 2; that of their tokens is the other one.
+        heads_at: axis of the heads in k and v, 1 or 2; the other one is the axis of the tokens.
+        extra: pytree passed to `attend`, sharded by `extra_spec`.
     """
-    if (here := mesh()) is None:
+    if (current_mesh := mesh()) is None:
         return attend(q, k, v, segment_ids, segment_ids, 0, extra)
     (B, T, N, _), K = q.shape, k.shape[heads_at]
-    rows, tokens, heads = fit((ROWS, CONTEXT, TENSOR), (B, T, N), here)
-    if K % _size(heads, here):
+    rows, tokens, heads = fit((ROWS, CONTEXT, TENSOR), (B, T, N), current_mesh)
+    if K % _size(heads, current_mesh):
         k, v = (jnp.repeat(x, N // K, axis=heads_at) for x in (k, v))
 
-    def one_device(q, k, v, ids, extra):
+    def whole_rows(q, k, v, ids, extra):
         return attend(q, k, v, ids, ids, 0, extra)
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
-    def one_device_of_a_row(q, k, v, ids, extra):
-        def of_all(x, axis):
+    def sharded_tokens(q, k, v, ids, extra):
+        def all_gather(x, axis):
             return jax.lax.all_gather(x, CONTEXT, axis=axis, tiled=True)
 
-        k, v = (of_all(x, 3 - heads_at) for x in (k, v))
+        k, v = (all_gather(x, 3 - heads_at) for x in (k, v))
         offset = jax.lax.axis_index(CONTEXT) * q.shape[1]
-        return attend(q, k, v, ids, None if ids is None else of_all(ids, 1), offset, extra)
+        return attend(q, k, v, ids, None if ids is None else all_gather(ids, 1), offset, extra)
 
-    wide, ids = P(rows, tokens, heads, None), None if segment_ids is None else P(rows, tokens)
-    narrow = wide if heads_at == 2 else P(rows, heads, tokens, None)
-    fn = one_device if _size(tokens, here) == 1 else one_device_of_a_row
-    return by_device(fn, (wide, narrow, narrow, ids, extra_spec), wide)(q, k, v, segment_ids, extra)
+    q_spec, ids_spec = P(rows, tokens, heads, None), None if segment_ids is None else P(rows, tokens)
+    kv_spec = q_spec if heads_at == 2 else P(rows, heads, tokens, None)
+    fn = whole_rows if _size(tokens, current_mesh) == 1 else sharded_tokens
+    return by_device(fn, (q_spec, kv_spec, kv_spec, ids_spec, extra_spec), q_spec)(q, k, v, segment_ids, extra)
 
 
-def _size(axes: str | tuple[str, ...] | None, here: AbstractMesh) -> int:
-    return math.prod(here.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+def _size(axes: str | tuple[str, ...] | None, current_mesh: AbstractMesh) -> int:
+    """Number of shards along these mesh axes."""
+    return math.prod(current_mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

@@ -32,5 +32,6 @@ def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise UserError(
-            f"{name}: from {low} to {high}, and the model has {vocab_size} of them: expected 0 to {vocab_size - 1}"
+            f"{name}: the ids range from {low} to {high}, but the vocabulary size is {vocab_size}: "
+            f"expected 0 to {vocab_size - 1}"
         )

@@ -11,7 +11,7 @@ from flax import struct
 
 from gptjax.ops.device import TENSOR, ProductAxes, constrain, platform
 
-_FEW_ROWS = 64  # the most rows for which a CPU multiplies w @ x.T faster
+_FEW_ROWS = 64  # up to this many rows, w @ x.T is faster on a CPU
 _COLUMNS = 128  # GPU: columns are padded to a multiple of this
 
 
@@ -22,7 +22,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     Dispatches on the type of `w`: a leaf that is not a plain array (an adapter, a quantised matrix) registers its own
     implementation, and layers need not know about it.
     """
-    rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend multiplies matrices faster than [B, T, ..]
+    rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend is faster with matrices than with [B, T, ..] arrays
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

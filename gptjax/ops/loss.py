@@ -1,4 +1,4 @@
-"""Next-token cross-entropy: of logits, and of hidden states with the head inside, chunk by chunk."""
+"""Next-token cross-entropy, from logits or, in chunks that never hold all logits, from hidden states."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
-_CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at once
-# At most, on a GPU with 32 GiB or more. GPT-2 124M's step compiled for an H100 (tests/bench/gpu_program.py) reads and
-# writes 64.8 GB and takes 7.6 GiB with it; 63.9 GB and 8.7 GiB with twice as much.
+_CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk
+# The largest chunk, on GPUs with 32 GiB or more. The training step of GPT-2 124M compiled for an H100 takes 7.6 GiB and
+# has 64.8 GB of memory traffic with it; 8.7 GiB and 63.9 GB with twice the size (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-_NO_TOKEN = -1e15  # a logit whose square, in a softcap's gradient, is finite
+_NO_TOKEN = -1e15  # a masked logit; its square, in the gradient of the softcap, is finite
 
 
 def cross_entropy(
     logits: jax.Array, targets: jax.Array | np.ndarray, weights: jax.Array | np.ndarray | None = None
 ) -> Mean:
-    """-log softmax(logits)[target], summed with weights; logits [.., V], targets [..] int32, weights [..].
+    """Weighted sum of -log softmax(logits)[target].
+
+    Args:
+        logits: [.., V].
+        targets: [..] int32.
+        weights: [..]; None: all 1.
 
     Raises:
-        UserError: a target outside 0 to V - 1, where its value is known (not under `jit`); so do the two below.
+        UserError: a target is outside 0 to V - 1; checked only outside `jit`, where values are known.
     """
     check_ids("targets", targets, logits.shape[-1], weights)
     logits = logits.astype(jnp.float32)
@@ -39,7 +44,7 @@ def cross_entropy(
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(logits / cap); 0 leaves them alone. Source: Gemma 2, arXiv:2408.00118."""
+    """cap * tanh(logits / cap); a cap of 0 changes nothing. Source: Gemma 2, arXiv:2408.00118."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
@@ -53,25 +58,33 @@ def linear_cross_entropy(
     dtype: str = "float32",
     chunk: int | None = None,
 ) -> Mean:
-    """`cross_entropy(softcap(hidden @ head), targets, weights)` without ever holding all the logits.
+    """`cross_entropy(softcap(hidden @ head), targets, weights)`, computed in chunks of tokens.
 
-    Tokens go through in chunks. Under differentiation a chunk's logits become the gradients of `hidden` and `head`
-    at once, so that nothing is computed twice and the memory is one chunk's, whatever the batch.
+    Only the logits of one chunk are in memory at a time. Under differentiation the gradients of `hidden` and `head` are
+    computed in the forward pass from the logits of the chunk, so nothing is computed twice.
 
     Args:
-        hidden: [.., D]. head: [D, V]. targets: [..] int32. weights: [..] or None for ones.
-        cap: softcap of the logits. dtype: of the products. chunk: tokens at a time; None: as many as have
-            256 MiB of logits, and on a GPU with more than 8 GiB a 32nd of its memory.
+        hidden: [.., D].
+        head: [D, V].
+        targets: [..] int32.
+        weights: [..]; None: all 1.
+        cap: softcap of the logits; 0: none.
+        dtype: dtype of the operands of the matrix products.
+        chunk: tokens per chunk; None: chosen so that the logits of a chunk take 256 MiB, or on GPUs 1/32 of the
+            memory if that is more, up to 1 GiB.
+
+    Raises:
+        UserError: a target is outside 0 to V - 1; checked only outside `jit`, where values are known.
     """
     check_ids("targets", targets, head.shape[1], weights)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
 
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1), weights.reshape(-1)), head, chunk)
-        return _total(*parts, head, cap, dtype)
+        chunks = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1), weights.reshape(-1)), head, chunk)
+        return _total(*chunks, head, cap, dtype)
 
     if (spec := _token_spec(targets)) is not None:
-        axes = tuple(axis for side in spec for axis in side or ())
+        axes = tuple(axis for entry in spec for axis in entry or ())
         total = by_device(
             lambda *args, total=total: jax.lax.psum(total(*args), axes), (P(*spec, None), P(), spec, spec), P()
         )
@@ -79,16 +92,16 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """How [B, T] tokens lie while the head is applied: each device takes some, and has the whole head. Chunks are
-    then made of its own tokens, and the head's gradient is summed over devices once, not once a chunk.
+    """Sharding of the tokens [B, T] over all devices while the head is applied; the head is replicated.
 
-    None without a mesh, or where the axes of rows and tokens do not divide them.
+    Each device then makes chunks of its own tokens, and the head's gradient is summed over devices once, not once per
+    chunk. None without a mesh, or if the mesh does not divide B and T.
     """
-    here = mesh()
-    if here is None or targets.ndim != 2:
+    current_mesh = mesh()
+    if current_mesh is None or targets.ndim != 2:
         return None
-    spec = fit((ROWS, (CONTEXT, TENSOR)), targets.shape, here)
-    return spec if all(side is not None for side in spec) else None
+    spec = fit((ROWS, (CONTEXT, TENSOR)), targets.shape, current_mesh)
+    return spec if all(entry is not None for entry in spec) else None
 
 
 def linear_log_probs(
@@ -100,67 +113,70 @@ def linear_log_probs(
     dtype: str = "float32",
     chunk: int | None = None,
 ) -> jax.Array:
-    """log softmax(softcap(hidden @ head))[target] of every token, [..] float32: for losses that are no sum over tokens.
+    """log softmax(softcap(hidden @ head))[target] per token, [..] float32, for losses that are no sum over tokens.
 
-    One chunk's logits at a time, which the backward pass computes again. Arguments as `linear_cross_entropy`.
+    Computed in chunks of tokens, whose logits the backward pass recomputes. Arguments and errors are those of
+    `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])
 
-    def every(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-        parts = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
+    def log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        chunks = _in_chunks((hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), head, chunk)
         kernel = _row_major(aligned_columns(head))
 
         @jax.checkpoint
-        def log_probs(part):
-            raw = matmul(kernel, part[0].astype(jnp.float32), dtype)  # whose backward products are in `dtype` too
+        def chunk_log_probs(chunk):
+            hidden, targets = chunk
+            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # its backward products are in `dtype` too
             logits = _logits(raw, cap, head.shape[1])
-            return jnp.take_along_axis(logits, part[1][:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
+            return jnp.take_along_axis(logits, targets[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
 
-        return _over_chunks(log_probs, parts).reshape(-1)[: targets.size].reshape(targets.shape)
+        return _over_chunks(chunk_log_probs, chunks).reshape(-1)[: targets.size].reshape(targets.shape)
 
     if (spec := _token_spec(targets)) is not None:
-        every = by_device(every, (P(*spec, None), P(), spec), spec)
-    return every(hidden, head, targets)
+        log_probs = by_device(log_probs, (P(*spec, None), P(), spec), spec)
+    return log_probs(hidden, head, targets)
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
-    """[n, ..] -> [chunks, chunk, ..], filled up with zeros."""
+    """Split arrays [n, ..] into chunks, [n_chunks, chunk, ..], padded with zeros."""
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
-    chunks = -(-n // chunk)
-    chunk = -(-n // chunks)  # as even as they go
-    pad = chunks * chunk - n
+    n_chunks = -(-n // chunk)
+    chunk = -(-n // n_chunks)  # chunks of equal size, with as little padding as possible
+    pad = n_chunks * chunk - n
     if pad:
         arrays = tuple(jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)) for x in arrays)
-    return tuple(x.reshape(chunks, chunk, *x.shape[1:]) for x in arrays)
+    return tuple(x.reshape(n_chunks, chunk, *x.shape[1:]) for x in arrays)
 
 
 def _chunk_bytes() -> int:
-    """A 32nd of a GPU's memory, within bounds; elsewhere, and where the memory is not known, 256 MiB."""
+    """Size of a chunk's logits: 1/32 of a GPU's memory, but 256 MiB to 1 GiB; 256 MiB on other devices."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
 
 @partial(custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
-    """hidden [C, M, D], targets and weights [C, M] -> the weighted sum of losses."""
+    """Weighted sum of the losses of C chunks of M tokens: hidden [C, M, D], targets and weights [C, M]."""
     low = _row_major(aligned_columns(head.astype(dtype)))
 
-    def chunk(part):
-        h, t, w = part
+    def chunk_loss(chunk):
+        h, t, w = chunk
         return _chunk_logits(h, low, cap, dtype, t, w, head.shape[1])[0]
 
-    return _over_chunks(chunk, (hidden, targets, weights)).sum()
+    return _over_chunks(chunk_loss, (hidden, targets, weights)).sum()
 
 
 def _logits(raw, cap, n):
-    """raw [M, n or more] float32; what is beyond n is no token and has no probability."""
+    """Logits after the softcap, float32; columns of raw beyond n are padding and get probability 0."""
     logits, columns = softcap(raw, cap), raw.shape[1]
     return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 
 
 def _chunk_logits(h, head, cap, dtype, targets, weights, n):
+    """Weighted loss of one chunk, and (logits, probabilities, one-hot targets), each [M, V]."""
     logits = _logits(jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32), cap, n)
     shifted = logits - logits.max(-1, keepdims=True)
     exp = jnp.exp(shifted)
@@ -171,7 +187,7 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 
 
 def _row_major(a):
-    """Keeps XLA from folding a tied head's transpose into the product, which its CPU backend refuses in bfloat16."""
+    """Keep XLA from folding a tied head's transpose into the product: its CPU backend lacks that in bfloat16."""
     return jax.lax.optimization_barrier(a)
 
 
@@ -184,8 +200,8 @@ def _over_chunks(fn, parts):
 def _forward(hidden, targets, weights, head, cap, dtype):
     low = _row_major(aligned_columns(head.astype(dtype)))
 
-    def gradients(part, dhead):
-        h, t, w = part
+    def gradients(chunk, dhead):
+        h, t, w = chunk
         total, (logits, p, hit) = _chunk_logits(h, low, cap, dtype, t, w, head.shape[1])
         d = (p - hit.astype(jnp.float32)) * w[:, None]
         if cap:
@@ -200,7 +216,7 @@ def _forward(hidden, targets, weights, head, cap, dtype):
         dhidden = dhidden[None]
     else:
         dhead, (totals, dhidden) = jax.lax.scan(
-            lambda carry, part: gradients(part, carry), jnp.zeros(low.shape, jnp.float32), (hidden, targets, weights)
+            lambda carry, chunk: gradients(chunk, carry), jnp.zeros(low.shape, jnp.float32), (hidden, targets, weights)
         )
         total = totals.sum()
     return total, (dhidden, _row_major(dhead[:, : head.shape[1]].astype(head.dtype)))

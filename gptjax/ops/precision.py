@@ -1,13 +1,13 @@
-"""The precision of float32 products on devices that shorten their operands.
+"""Precision of float32 matrix products, whose operands GPUs and TPUs round by default.
 
                        GPU (Ampere and later)           TPU                        CPU
     default            TF32: 10 bits of mantissa        bfloat16: 7 bits           float32: 23 bits
     high               TF32                             three bfloat16 passes      float32
     highest            float32                          six bfloat16 passes        float32
 
-The setting is JAX's own, `jax.default_matmul_precision`, entered by the model's doors: a product takes it when it is
-traced and its transpose keeps it. Only a backward function that is written out is traced later, after the door is
-left: `custom_vjp` here carries the precision over to it.
+The setting is `jax.default_matmul_precision`, which functions such as `forward` enter. A product takes the precision
+when it is traced, and so do its gradients under autodiff. The backward function of `jax.custom_vjp` is traced later,
+outside that context: `custom_vjp` in this module restores the precision for it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gptjax.config import ModelConfig
 
 
 def default_precision() -> str | None:
-    """JAX's setting where this is called."""
+    """The value of `jax.default_matmul_precision` in the current context."""
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined when jax is imported
 
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """All products traced inside have `cfg.precision`, high or highest; default leaves them to JAX's own setting.
+    """Trace matrix products with `cfg.precision` "high" or "highest"; "default" keeps JAX's current setting.
 
-    Products with dtype=bfloat16 stay as they are: their operands have 7 bits of mantissa, which every device multiplies
-    exactly and sums in float32. More passes would only cost time.
+    Does nothing for models with dtype=bfloat16: every device multiplies bfloat16 operands exactly and sums in float32,
+    so more passes would only cost time.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -43,7 +43,7 @@ def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
 
 
 def with_matmul_precision(fn: Callable) -> Callable:
-    """`fn` inside `matmul_precision(cfg)` of its argument `cfg`."""
+    """Decorator: run `fn` inside `matmul_precision(cfg)`, where `cfg` is its argument of that name."""
     signature = inspect.signature(fn)
 
     @functools.wraps(fn)
@@ -55,8 +55,10 @@ def with_matmul_precision(fn: Callable) -> Callable:
 
 
 def exact(fn: Callable) -> Callable:
-    """`fn` with float32 products on every device: for weights that are computed once and kept, and for sums that are
-    written as products."""
+    """Decorator: compute the matrix products of `fn` in full float32 on every device.
+
+    For weights that are computed once and kept, and for sums that are written as products.
+    """
 
     @functools.wraps(fn)
     def inside(*args: Any, **options: Any) -> Any:
@@ -67,8 +69,10 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Whether JAX's setting leaves the products of splash alone. Under a stated precision Mosaic does not compile it in
-    bfloat16, and in float32 its backward functions do not know of the setting."""
+    """Whether the current precision allows the splash kernel: only the default does.
+
+    With another one, Mosaic cannot compile splash in bfloat16, and in float32 its backward pass ignores the setting.
+    """
     return default_precision() in (None, "default")
 
 
@@ -90,12 +94,12 @@ class custom_vjp:
 
 
 def _at_precision(fn: Callable) -> Callable:
-    def at(precision: str | None, *args: Any) -> Any:
+    def with_precision(precision: str | None, *args: Any) -> Any:
         with jax.default_matmul_precision(precision):
             return fn(*args)
 
-    own = inspect.signature(fn)
+    signature = inspect.signature(fn)
     first = inspect.Parameter("precision", inspect.Parameter.POSITIONAL_ONLY)
-    at.__name__ = fn.__name__
-    at.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]
-    return at
+    with_precision.__name__ = fn.__name__
+    with_precision.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return with_precision

@@ -1,1 +1,1 @@
-"""What a run would take on a TPU slice that is not here: memory, work, traffic and time, from the compiled program."""
+"""Memory, FLOPs, traffic and step time of a run on a TPU slice, from the program compiled without a TPU."""

@@ -1,6 +1,7 @@
-"""What a compiled program does, read from its text: products, bytes and collectives, loops as often as they run.
+"""FLOPs, HBM traffic and collectives of a compiled program, counted from its HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its length; a stack of layers is such a loop.
+The body of a loop counts once per iteration. XLA's own `cost_analysis` counts it once in total, and the scan over the
+layers is such a loop.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool  # not in the chip's vector or scalar memory
+    in_hbm: bool  # False: in the chip's vector or scalar memory
 
     @property
     def size_bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)  # f32, s8, u4, f8e4m3fn
+        digits = re.search(r"\d+", self.dtype)  # the bits in dtypes such as f32, s8, u4 and f8e4m3fn
         return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
@@ -37,75 +38,75 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # attributes, and of a constant its value
+    rest: str  # attributes; for a constant also its value, for a parameter its index
     root: bool
 
     def called(self, attribute: str) -> list[str]:
-        """The computations that `attribute` names: body, condition, calls, to_apply or the branches."""
-        found = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
-        return re.findall(r"%([\w.\-]+)", found[1]) if found else []
+        """Names of the computations in `attribute`: body, condition, calls, to_apply or the branches."""
+        match = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
+        return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
 
-Computation = dict[str, Instruction]  # by name
+Computation = dict[str, Instruction]  # instruction name -> instruction
 
 
 class Work(NamedTuple):
-    """Of one device in one run of a program."""
+    """What one device does in one execution of a program."""
 
-    flops: float  # of matrix products, without those inside custom kernels
-    hbm_bytes: float  # read and written, each array once an operation
+    flops: float  # of matrix products, without those in custom kernels
+    hbm_bytes: float  # bytes read and written; each operation reads and writes each of its arrays once
     collectives: dict[str, float]  # kind -> bytes that the device sends
-    largest_gather_bytes: int  # the largest array that one collective makes whole
-    kernels: dict[str, float]  # custom kernel -> how often it runs
+    largest_gather_bytes: int  # size of the largest array that an all-gather returns
+    kernels: dict[str, float]  # custom kernel -> number of calls
 
 
 def work(text: str) -> Work:
-    """`text` is `compiled.as_text()`, of one device's program."""
-    parts = parse(text)
+    """Count the work in `text`, the HLO text of one device's program (`compiled.as_text()`)."""
+    computations = parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
     n_devices = int(partitions[1]) if partitions else 1
     flops = hbm = 0.0
     collectives: dict[str, float] = {}
     kernels: dict[str, float] = {}
     largest, seen = 0, set()
-    for home, instruction, times in executed(parts):
-        table = parts[home]
-        if (kind := _collective(instruction, home)) is not None:
-            if (mark := _overlapped(instruction, home)) in seen:
+    for comp_name, instruction, times in executed(computations):
+        computation = computations[comp_name]
+        if (kind := _collective(instruction, comp_name)) is not None:
+            if (key := _overlapped(instruction, comp_name)) in seen:
                 continue
-            seen |= {mark} - {None}
-            sent, whole = _sent(instruction, kind, table, n_devices)
+            seen |= {key} - {None}
+            sent, whole = _sent(instruction, kind, computation, n_devices)
             collectives[kind] = collectives.get(kind, 0.0) + times * sent
             largest = max(largest, whole if kind == "all-gather" else 0)
         elif instruction.op in ("dot", "convolution"):
-            flops += times * _product_flops(instruction, table)
+            flops += times * _product_flops(instruction, computation)
         elif instruction.op == "custom-call" and _is_kernel(instruction):
             name = re.sub(r"\.\d+$", "", instruction.name)
             kernels[name] = kernels.get(name, 0.0) + times
-    for home, instruction, times in executed(parts, into_fusions=False):
-        hbm += times * _traffic(instruction, parts[home], parts)
+    for comp_name, instruction, times in executed(computations, into_fusions=False):
+        hbm += times * _traffic(instruction, computations[comp_name], computations)
     return Work(flops, hbm, collectives, largest, kernels)
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- parsing
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """{computation: {instruction: ..}} in the text's order; the entry is under ENTRY as well."""
-    parts: dict[str, Computation] = {}
-    table: Computation = {}
+    """HLO text -> {computation name: {instruction name: instruction}}. The entry computation is also under "ENTRY"."""
+    computations: dict[str, Computation] = {}
+    computation: Computation = {}
     for line in text.splitlines():
         if (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)) and not line.startswith(" "):
-            table = parts[head[2]] = {}
+            computation = computations[head[2]] = {}
             if head[1]:
-                parts["ENTRY"] = table
-        elif (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)) is not None:
-            table[found[2]] = _instruction(found[2], line[found.end() :], bool(found[1]))
-    return parts
+                computations["ENTRY"] = computation
+        elif (match := re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)) is not None:
+            computation[match[2]] = _instruction(match[2], line[match.end() :], bool(match[1]))
+    return computations
 
 
 def _instruction(name: str, body: str, root: bool) -> Instruction:
-    """From `type op(operands), attributes`."""
+    """Parses `body`, which reads `type op(operands), attributes`."""
     end = _closing(body, 0, " ")
     kind, body = body[:end], body[end + 1 :]
     op, _, _ = body.partition("(")
@@ -121,7 +122,7 @@ def _instruction(name: str, body: str, root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int, mark: str) -> int:
-    """Where `mark` stands outside of all brackets that open after `start`."""
+    """Index of the first `mark` after `start` outside all brackets."""
     depth = 0
     for i in range(start, len(text)):
         if depth == 0 and text[i] == mark:
@@ -134,14 +135,14 @@ def _closing(text: str, start: int, mark: str) -> int:
 
 
 def executed(
-    parts: dict[str, Computation], home: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
+    computations: dict[str, Computation], comp_name: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
-    """(computation, instruction, how often it runs) of all that runs, from the entry down."""
-    for instruction in parts[home].values():
-        yield home, instruction, times
+    """Yields (computation name, instruction, number of executions) for every instruction that runs, entry first."""
+    for instruction in computations[comp_name].values():
+        yield comp_name, instruction, times
         inner, factor = [], 1
         if instruction.op == "while":
-            inner, factor = instruction.called("body"), trip_count(instruction, parts)
+            inner, factor = instruction.called("body"), trip_count(instruction, computations)
         elif instruction.op == "conditional":
             inner = instruction.called("branch_computations") or [
                 *instruction.called("true_computation"), *instruction.called("false_computation"),
@@ -149,55 +150,58 @@ def executed(
         elif instruction.op in ("call", "async-start") or (instruction.op == "fusion" and into_fusions):
             inner = instruction.called("calls") or instruction.called("to_apply")
         for name in inner:
-            yield from executed(parts, name, times * factor, into_fusions=into_fusions)
+            yield from executed(computations, name, times * factor, into_fusions=into_fusions)
 
 
-def trip_count(loop: Instruction, parts: dict[str, Computation]) -> int:
-    """What the compiler noted, or the constant that the counter is compared with; counters begin at zero."""
+def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
+    """Iterations of a loop: known_trip_count, or the constant that the counter, which starts at 0, is compared with."""
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
-    condition = parts[loop.called("condition")[0]]
+    condition = computations[loop.called("condition")[0]]
     bounds = [re.search(r"value=(\d+)", i.rest) for i in condition.values() if i.op == "constant"]
-    return max((int(found[1]) for found in bounds if found), default=1)
+    return max((int(match[1]) for match in bounds if match), default=1)
 
 
-# ---------------------------------------------------------------- what one operation does
+# ---------------------------------------------------------------- cost of one instruction
 
 
-def _collective(instruction: Instruction, home: str) -> str | None:
+def _collective(instruction: Instruction, comp_name: str) -> str | None:
     kind = instruction.op.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    if kind == "all-reduce" and home.startswith("all-reduce-scatter"):
-        return "reduce-scatter"  # how TPU programs are written: a sum of which each device keeps its part
+    if kind == "all-reduce" and comp_name.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # TPU programs: an all-reduce of which each device keeps a slice
     return kind
 
 
-def _overlapped(instruction: Instruction, home: str) -> tuple[str, str, tuple[Array, ...]] | None:
-    """What tells a collective apart that runs beside other work. TPU programs write it into the fusion that starts it,
-    into those that run meanwhile and into the one that ends it; its channel is the same in all of them."""
+def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
+    """Identifies a collective that overlaps other work, else None.
+
+    TPU programs repeat such a collective in the fusion that starts it, in those that run at the same time and in the
+    one that ends it, all with the same channel id.
+    """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
-    if channel is None or not ("fused_computation" in home or "collective_fusion" in home):
+    if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
         return None
     return channel[1], instruction.op, instruction.results
 
 
-def _sent(instruction: Instruction, kind: str, table: Computation, n_devices: int) -> tuple[float, int]:
-    """(bytes that one device sends when rings are used, bytes of the whole array)."""
+def _sent(instruction: Instruction, kind: str, computation: Computation, n_devices: int) -> tuple[float, int]:
+    """(bytes that one device sends with ring algorithms, bytes of the largest result)."""
     n = _group_size(instruction.rest, n_devices)
-    took = sum(array.size_bytes for name in instruction.operands for array in table[name].results[:1])
-    made = [array.size_bytes for array in instruction.results]
+    operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
+    result_bytes = [array.size_bytes for array in instruction.results]
     if kind == "collective-permute":
-        return took, took
+        return operand_bytes, operand_bytes
     if kind == "all-gather":
-        whole = took * n
-        return whole * (n - 1) / n, max(made, default=0)
-    share = {"all-reduce": 2, "reduce-scatter": 1, "all-to-all": 1}[kind]
-    return share * took * (n - 1) / n, max(made, default=0)
+        whole = operand_bytes * n
+        return whole * (n - 1) / n, max(result_bytes, default=0)
+    factor = {"all-reduce": 2, "reduce-scatter": 1, "all-to-all": 1}[kind]
+    return factor * operand_bytes * (n - 1) / n, max(result_bytes, default=0)
 
 
 def _group_size(rest: str, n_devices: int) -> int:
-    """Devices that one collective is over: three notations of replica_groups are in use."""
+    """Number of devices in each group of a collective; HLO has three notations for replica_groups."""
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
@@ -208,18 +212,21 @@ def _group_size(rest: str, n_devices: int) -> int:
     return n_devices
 
 
-def _product_flops(instruction: Instruction, table: Computation) -> float:
-    left, right = (table[name].results[0].shape for name in instruction.operands[:2])
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    left, right = (computation[name].results[0].shape for name in instruction.operands[:2])
     out = instruction.results[0].shape
     if instruction.op == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        dims = [int(i) for i in found[1].split(",") if i] if found else []
+        match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        dims = [int(i) for i in match[1].split(",") if i] if match else []
         return 2.0 * math.prod(out) * math.prod(left[i] for i in dims)
     return _convolution_flops(instruction.rest, left, right, out)
 
 
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """TPU programs write every product as a convolution; products of batches as windows that only touch in parts."""
+    """FLOPs of a convolution: TPU programs write every matrix product as one.
+
+    In a batched product most positions of the window fall on padding or dilation gaps; only the others count.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
         return 0.0
@@ -229,62 +236,64 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
     }
     valid = 1
     for d in range(len(labels[1]) - 2):
-        size, result, given = (
+        size, result, n_in = (
             shape[label.index(str(d))] for shape, label in ((right, labels[2]), (out, labels[3]), (left, labels[1]))
         )
         option = {key: value[d] for key, value in window.items()}
-        stride, apart, across = (int(option.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        stride, lhs_dilation, rhs_dilation = (int(option.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
         low = int(option.get("pad", "0_0").split("_")[0])
-        span = (given - 1) * apart + 1
-        places = (o * stride + k * across - low for k in range(size) for o in range(result))
-        valid *= sum(0 <= place < span and place % apart == 0 for place in places)
+        span = (n_in - 1) * lhs_dilation + 1
+        positions = (o * stride + k * rhs_dilation - low for k in range(size) for o in range(result))
+        valid *= sum(0 <= i < span and i % lhs_dilation == 0 for i in positions)
     groups = re.search(r"batch_group_count=(\d+)", rest)
     depth = right[labels[2].index("i")] * out[labels[3].index("f")] * out[labels[3].index("b")]
     return 2.0 * depth * valid / (int(groups[1]) if groups else 1)
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """A kernel of ours or a library's; other custom calls are the compiler's way to reserve room."""
+    """Whether a custom call is a Pallas kernel; the compiler uses other custom calls to allocate memory."""
     return '"tpu_custom_call"' in call.rest
 
 
-def _traffic(instruction: Instruction, table: Computation, parts: dict[str, Computation]) -> float:
-    """Bytes read and written in HBM: every operand and every result once, of a slice only what it takes."""
+def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes of HBM that an instruction reads and writes: operands and results once each; of sliced arrays the slice."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
         return 0
     if op in _SLICES:
         return 2 * _hbm(instruction.results)
-    if op == "slice-start":  # (whole operand, slice, ..)
-        cut = instruction.results[1]
-        return cut.size_bytes + _hbm((cut,))
+    if op == "slice-start":  # its results are (operand, slice, ..)
+        result = instruction.results[1]
+        return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
-        return 2 * _hbm(table[instruction.operands[1]].results)
-    if op.endswith("-start"):  # (operand, result, ..)
+        return 2 * _hbm(computation[instruction.operands[1]].results)
+    if op.endswith("-start"):  # its results are (operand, result, ..)
         return _hbm(instruction.results[:2])
-    read, written = [_hbm(table[name].results) for name in instruction.operands], _hbm(instruction.results)
+    read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":
-        inner = parts[instruction.called("calls")[0]]
-        read = [min(size, taken) for size, taken in zip(read, _taken(inner, len(read), parts), strict=True)]
+        inner = computations[instruction.called("calls")[0]]
+        read = [min(size, used) for size, used in zip(read, _read_bytes(inner, len(read), computations), strict=True)]
         written = min(written, sum(_written(i, inner) for i in inner.values() if i.root))
     return sum(read) + written
 
 
-def _taken(inner: Computation, n: int, parts: dict[str, Computation]) -> list[float]:
-    """Of each parameter of a fused computation the bytes that it reads: less than all where it only cuts out slices,
-    none where it only writes into it."""
+def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]) -> list[float]:
+    """Bytes that a fused computation reads of each of its `n` parameters, infinity for all.
+
+    A parameter that is only sliced counts with the size of the slices, one that is only updated in place with 0.
+    """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():
         for name in dict.fromkeys(instruction.operands):
             users.setdefault(name, []).append(instruction)
 
-    def bytes_of(name: str) -> float:
+    def used_bytes(name: str) -> float:
         total = 0.0
         for user in users.get(name, []):
             if user.op == "bitcast":
-                total += bytes_of(user.name)
+                total += used_bytes(user.name)
             elif user.op == "fusion":
-                within = _taken(parts[user.called("calls")[0]], len(user.operands), parts)
+                within = _read_bytes(computations[user.called("calls")[0]], len(user.operands), computations)
                 total += sum(size for operand, size in zip(user.operands, within, strict=True) if operand == name)
             elif user.op in _SLICES and user.operands[0] == name:
                 total += sum(array.size_bytes for array in user.results)
@@ -292,11 +301,11 @@ def _taken(inner: Computation, n: int, parts: dict[str, Computation]) -> list[fl
                 return math.inf
         return total
 
-    taken = [math.inf] * n
+    read = [math.inf] * n
     for instruction in inner.values():
         if instruction.op == "parameter":
-            taken[int(re.findall(r"value=(\d+)", instruction.rest)[0])] = bytes_of(instruction.name)
-    return taken
+            read[int(re.findall(r"value=(\d+)", instruction.rest)[0])] = used_bytes(instruction.name)
+    return read
 
 
 def _written(root: Instruction, inner: Computation) -> float:

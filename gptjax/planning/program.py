@@ -1,4 +1,4 @@
-"""The programs themselves, compiled for devices that are only described: the train step and the decode step."""
+"""Compiles the training step and the decode step ahead of time for a topology of TPUs that need not be attached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import losses, parallel, tree
+from gptjax._moved import moved_name
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.cache import init_cache
@@ -28,30 +29,31 @@ from gptjax.training.task import identity
 
 
 class Program(NamedTuple):
-    """A compiled step, or what the compiler said instead of compiling it."""
+    """A compiled step, or the memory that it would need if it does not fit."""
 
-    parts: dict[str, int]  # bytes a chip of what lasts: params, optimizer, frozen, batch, cache
-    compiled: jax.stages.Compiled | None  # None where it does not fit
-    needed_bytes: int  # of HBM a chip, all in all
-    usable_bytes: int  # 0: the compiler did not say
-    seconds: float  # of tracing and compiling
-    host_bytes: int = 0  # a chip, in the memory of its host
+    parts: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
+    compiled: jax.stages.Compiled | None  # None if it does not fit
+    needed_bytes: int  # peak HBM per chip
+    usable_bytes: int  # HBM per chip; 0: unknown
+    seconds: float  # time to trace and compile
+    host_bytes: int = 0  # per chip, in host memory
 
 
 def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
-    """The train step of `cfg` as `gptjax pretrain` or `gptjax finetune` runs it; cfg.model is the base's.
+    """The training step of `cfg`, the same that `gptjax pretrain` or `gptjax finetune` runs.
 
     Args:
-        chunk: of pretraining, tokens whose logits are alive at once; None: the loss chooses.
+        cfg: cfg.model is the complete model, for fine-tuning that of the base.
+        chunk: tokens per chunk of the pretraining loss; None: chosen by the loss.
 
     Raises:
-        UserError: a mesh that does not fit the batch; a pattern that matches nothing.
+        UserError: the mesh does not divide the batch, or a pattern matches no parameter.
     """
     rows, T = cfg.train.batch_size, width(cfg)
     if (rows // cfg.train.accumulation) % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"train.batch_size / train.accumulation ({rows // cfg.train.accumulation} rows) must be divisible by "
-            f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): take more rows or another mesh"
+            f"mesh.data x mesh.fsdp ({mesh.shape['data'] * mesh.shape['fsdp']}): use more rows or another mesh"
         )
     task = find(cfg.task)
     if cfg.task == "pretrain":
@@ -68,19 +70,19 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
         outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
         with jax.set_mesh(mesh):
             lowered = jax.jit(step, donate_argnums=0, out_shardings=outs).lower(state, batch)
-    parts = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
-    return _compiled(lowered, {name: bytes_a_chip(part) for name, part in parts.items()}, started)
+    arguments = {"params": state.params, "optimizer": state.opt_state, "frozen": state.frozen, "batch": batch}
+    return _compiled(lowered, {name: bytes_per_chip(arrays) for name, arrays in arguments.items()}, started)
 
 
 def width(cfg: Config) -> int:
-    """Tokens of a row."""
+    """Number of tokens per row."""
     return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
 def _state(
     cfg: Config, tx: optax.GradientTransformation
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
-    """(key -> TrainState, combine)."""
+    """(create, combine): `create(key)` makes the train state; `combine(trained, frozen)` is the whole model."""
     combine = [identity]
 
     def create(key: jax.Array) -> TrainState:
@@ -88,15 +90,17 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         parts = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [parts.combine]  # which depends on what was traced in its names only
+        combine[:] = [parts.combine]  # holds names only, no tracers
         return TrainState.create(parts.params, tx=tx, key=key, frozen=parts.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
 
 
 def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
-    """One token for each of `rows` sequences, after a cache of the whole context; weights and cache in bfloat16
-    where the model computes in it."""
+    """The decode step: one token for each of `rows` sequences, with a KV cache of the whole context length.
+
+    Weights and cache are in cfg.model.dtype.
+    """
     model, dtype = cfg.model, jnp.dtype(cfg.model.dtype)
     started = time.monotonic()
     with device.compiling_for("tpu"):
@@ -112,17 +116,16 @@ def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
 
         with jax.set_mesh(mesh):
             lowered = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
-    parts = {"params": params, "batch": tokens, "cache": cache}
-    return _compiled(lowered, {name: bytes_a_chip(part) for name, part in parts.items()}, started)
+    arguments = {"params": params, "batch": tokens, "cache": cache}
+    return _compiled(lowered, {name: bytes_per_chip(arrays) for name, arrays in arguments.items()}, started)
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
-def bytes_a_chip(abstract: Any) -> int:
-    """Of a tree of abstract arrays, by their shardings; random keys, of some bytes, and what lies in the memory of the
-    hosts are left out."""
+def bytes_per_chip(abstract: Any) -> int:
+    """Bytes of HBM per chip of abstract arrays with shardings. Random keys and arrays in host memory count as 0."""
     leaves = [
         leaf
         for leaf in jax.tree.leaves(abstract)
@@ -145,9 +148,9 @@ def _compiled(lowered: jax.stages.Lowered, parts: dict[str, int], started: float
 
 
 def peak_bytes(memory: Any) -> int:
-    """The most that is alive at once, and the program; of an older jax all that is ever allocated, which is more.
+    """Peak HBM of a compiled program, its code included; an upper bound (all allocations) with older versions of jax.
 
-    The compiler's peak counts what lies in the host's memory (optim.offload) too: that is taken off.
+    The compiler's peak includes host memory (optim.offload), which is subtracted.
     """
     peak = getattr(memory, "peak_memory_in_bytes", 0) and (
         memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
@@ -160,21 +163,28 @@ def peak_bytes(memory: Any) -> int:
 
 
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
-    """(needed, usable) bytes as the compiler says them; zeros where the message is about something else.
+    """(needed, usable) bytes from the compiler's out-of-memory message; (0, 0) for any other message.
 
     Used 18.81G of 15.75G hbm
-    the total memory required for HLO temporaries (47.73G) exceeds available HBM (31.25G)     without what lasts
+    the total memory required for HLO temporaries (47.73G) exceeds available HBM (31.25G)
+
+    The second message does not count the arguments: `lasting_bytes` is added.
     """
-    whole = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
-    part = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
-    if (found := whole or part) is None:
+    total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
+    temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    if (match := total or temporaries) is None:
         return 0, 0
     needed, usable = (
-        int(float(text[:-1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[text[-1]]) for text in found.groups()
+        int(float(text[:-1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[text[-1]]) for text in match.groups()
     )
-    return needed + (0 if whole else lasting_bytes), usable
+    return needed + (0 if total else lasting_bytes), usable
 
 
 def count(cfg: Config) -> int:
-    """Parameters of the model."""
+    """Number of parameters of the model."""
     return tree.size(abstract_params(cfg.model))
+
+
+def __getattr__(name: str) -> Any:
+    """The old names of functions."""
+    return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""TPU slices by name, and their devices as the compiler describes them: no TPU is needed."""
+"""TPU slices by name, and the abstract devices that programs are compiled for without a TPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gptjax.training.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-# What a driver without a TPU would otherwise ask the network for, at length and in vain.
+# TPU metadata. Without these variables libtpu queries the network for them until it times out.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
-# How Google's slices are laid out. In the names of v5e and v6e the number counts chips, in those of v4 and v5p the
-# TensorCores, of which a chip has two: a v5p-128 is 64 chips. Source: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+# Topologies by number of chips. The number in the name of a slice counts chips for v5e and v6e, and TensorCores for v4
+# and v5p, which have two per chip: a v5p-128 has 64 chips. Source: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -35,37 +35,40 @@ SLICES: dict[str, str] = {
 
 class Slice(NamedTuple):
     name: str
-    topology: str  # as libtpu spells it, v5e:2x4
+    topology: str  # as libtpu spells it, such as v5e:2x4
     chip: Chip
     n_chips: int
 
 
 def slice_of(name: str) -> Slice:
-    """Of a name in `SLICES`, or of a topology such as v5p:4x4x8.
+    """The slice of a name in `SLICES`, or of a topology such as v5p:4x4x8.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no such slice.
     """
     wanted = name.lower().replace("litepod", "e").replace("trillium", "v6e")
     topology = SLICES.get(wanted, wanted)
-    found = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})", topology)
-    if found is None:
-        kinds = ("v5e-1 to v5e-256, v6e-1 to v6e-256 (chips)", "v5p-8 to v5p-8192, v4-8 to v4-8192 (cores, two a chip)")
+    match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})", topology)
+    if match is None:
+        kinds = (
+            "v5e-1 to v5e-256, v6e-1 to v6e-256 (chips)",
+            "v5p-8 to v5p-8192, v4-8 to v4-8192 (TensorCores, two per chip)",
+        )
         raise UserError(
-            f"--on {name}: no such TPU slice{did_you_mean(wanted, list(SLICES))}; there are {', '.join(kinds)}, "
+            f"--on {name}: no such TPU slice{did_you_mean(wanted, list(SLICES))}; choose {', '.join(kinds)}, "
             "in powers of two, or a topology such as v5p:4x4x8"
         )
     n_chips = 1
-    for side in found[2].split("x"):
-        n_chips *= int(side)
-    return Slice(name, topology, CHIPS[found[1]], n_chips)
+    for size in match[2].split("x"):
+        n_chips *= int(size)
+    return Slice(name, topology, CHIPS[match[1]], n_chips)
 
 
 def devices_of(on: Slice) -> Sequence[jax.Device]:
-    """The slice's devices, which programs can be compiled for.
+    """The devices of the slice as descriptions, for which programs can be compiled.
 
     Raises:
-        UserError: the TPU compiler is not installed, or knows no such slice.
+        UserError: the TPU compiler is not installed or does not support the slice.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -73,13 +76,13 @@ def devices_of(on: Slice) -> Sequence[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "plan needs the TPU compiler, which needs no TPU: pip install -e '.[tpu-plan]' in the checkout"
+            "plan needs the TPU compiler (libtpu; no TPU is needed): pip install -e '.[tpu-plan]' in the checkout"
         ) from error
     from jax.experimental import topologies
 
-    one = {"chips_per_host_bounds": [1, 1, 1]} if on.n_chips == 1 else {}
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if on.n_chips == 1 else {}
     try:
-        return topologies.get_topology_desc(on.topology, platform="tpu", **one).devices
+        return topologies.get_topology_desc(on.topology, platform="tpu", **bounds).devices
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--on {on.name}: the TPU compiler does not describe {on.topology}: {reason}") from error
+        raise UserError(f"--on {on.name}: the TPU compiler does not support {on.topology}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The helpers beside the tests can be imported; of the long matrix every seventh case runs."""
+"""Makes the helper modules of this folder importable, and skips all but every seventh case of the long test matrix."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MATRIX = ("test_a_switch[", "test_all_uses[", "test_documents_windows_and_heads[", "test_presets[")
-EVERY = 7  # no divisor of the number of platforms and dtypes: every one of them comes, with other cases
+EVERY = 7  # coprime to the number of platforms and dtypes, so that each combination of them is tested
 
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
@@ -24,4 +24,4 @@ def pytest_collection_modifyitems(items):
     ]
     for number, item in enumerate(matrix):
         if number % EVERY:
-            item.add_marker(pytest.mark.skip(reason="an hour in all: GPTJAX_ALL_TRACES=1 runs every case"))
+            item.add_marker(pytest.mark.skip(reason="all cases take an hour: GPTJAX_ALL_TRACES=1 runs them"))

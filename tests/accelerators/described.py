@@ -1,4 +1,4 @@
-"""A GPU that is only described: XLA compiles for it where jax's CUDA plugin is installed, card or none."""
+"""An abstract H100 that XLA can compile for without a GPU, if jax's CUDA plugin is installed."""
 
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# as XLA's own description of an H100 (xla/backends/gpu/target_config)
+# copied from XLA's description of an H100 (xla/backends/gpu/target_config)
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -24,10 +24,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @functools.cache
 def card() -> NamedSharding:
-    found = topologies.get_topology_desc("h100", platform="cuda", topology="1x1x1", target_config=H100)
-    return NamedSharding(Mesh(np.array(found.devices), ("one",)), PartitionSpec())
+    """A sharding that places arrays on the abstract H100."""
+    topology = topologies.get_topology_desc("h100", platform="cuda", topology="1x1x1", target_config=H100)
+    return NamedSharding(Mesh(np.array(topology.devices), ("gpu",)), PartitionSpec())
 
 
 def placed(tree: Any) -> Any:
-    """Shapes of arrays that lie on that card."""
+    """The shapes of a tree, with a sharding that places them on the abstract H100."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=card()), tree)

@@ -1,5 +1,7 @@
-"""What `test_trace.py` runs in a process with eight devices: `python eight.py all|some` traces programs for meshes of
-them and prints JSON, {"programs": how many, "complaints": {program: [..]}}."""
+"""Traces programs for meshes of eight devices; `test_trace.py` runs this script in a process that has them.
+
+`python eight.py all|some` prints JSON, {"programs": number of programs, "complaints": {program: [..]}}.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,18 @@ from gptjax.parallel.mesh import mesh_of
 
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 USES = ("gradient", "cached step", "generate", "lora", "int8", "classify", "dpo")
-ROWS = 8 * programs.ROWS  # every device has a multiple of 11
+ROWS = 8 * programs.ROWS  # the number of rows per device is a multiple of 11
 
 
 def placed(arg: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters and adapters by rule, batches by row."""
+    """The argument with shardings: parameters and adapters by the sharding rules, batches by row."""
     if isinstance(arg, dict):
-        where = parallel.shardings(arg, mesh)
+        shardings = parallel.shardings(arg, mesh)
     elif jax.dtypes.issubdtype(getattr(arg, "dtype", None), jax.dtypes.prng_key):
         return arg
     else:
-        where = parallel.batch_shardings(arg, mesh, context_length=programs.Setting().length)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arg, where)
+        shardings = parallel.batch_shardings(arg, mesh, context_length=programs.Setting().length)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arg, shardings)
 
 
 def complaints(arch: str, dtype: str, use: str, platform: str, shape: tuple[int, ...]) -> list[str]:
@@ -50,8 +52,8 @@ def main(which: str) -> None:
         cases = [
             (a, d, u, p, s) for a in archs for d in dtypes for u in USES for p in programs.LOWERING for s in MESHES
         ]
-    found = {" ".join(map(str, (*case, dict(zip(AXES, case[-1], strict=True))))): complaints(*case) for case in cases}
-    print(json.dumps({"programs": len(cases), "complaints": {name: lines for name, lines in found.items() if lines}}))
+    results = {" ".join(map(str, (*case, dict(zip(AXES, case[-1], strict=True))))): complaints(*case) for case in cases}
+    print(json.dumps({"programs": len(cases), "complaints": {name: lines for name, lines in results.items() if lines}}))
 
 
 if __name__ == "__main__":

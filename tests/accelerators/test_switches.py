@@ -1,4 +1,4 @@
-"""Every switch of ModelConfig by itself, in every use: traced and lowered for a GPU and a TPU; see `test_trace.py`."""
+"""Traces and lowers programs with one changed field of ModelConfig for a GPU and a TPU; see `test_trace.py`."""
 
 import pytest
 import traced_dtypes
@@ -13,11 +13,11 @@ CASES = programs.switch_cases()
 def test_a_switch(name, platform, dtype, uses):
     arch, switch = name.split(" ", 1)
     cfg = programs.switches(programs.model(arch, dtype=dtype))[switch]
-    found = []
+    complaints = []
     for use in uses:
         program = programs.USES[use](cfg, Setting())
         traced = programs.trace(program, platform)
         programs.lower(traced, platform)
         lines = traced_dtypes.complaints(traced, cfg, program, rows=programs.ROWS, tokens=Setting().length)
-        found += [f"{use}: {line}" for line in lines]
-    assert not found, "\n".join(found)
+        complaints += [f"{use}: {line}" for line in lines]
+    assert not complaints, "\n".join(complaints)

@@ -1,6 +1,6 @@
-"""Programs of gptjax as they are traced for an accelerator: functions, and the shapes of their arguments.
+"""Programs of gptjax to trace for an accelerator: functions and the shapes of their arguments.
 
-Nothing is allocated and nothing runs: every argument is a `jax.ShapeDtypeStruct`.
+Nothing is allocated or run: every argument is a `jax.ShapeDtypeStruct`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from gptjax.tasks import find, trainable
 from gptjax.training.step import make_train_step
 from gptjax.types import Batch
 
-# Rows of a batch. 11 divides no axis of any parameter, so an array holds activations if and only if 11 divides its
-# size: `traced_dtypes` tells the two apart by this.
+# Rows of a batch. 11 divides the size of no parameter, so an array holds activations if and only if 11 divides its
+# size. `traced_dtypes` relies on this.
 ROWS = 11
-LOWERING = {"gpu": "cuda", "tpu": "tpu"}  # gptjax's name of a platform: jax's
+LOWERING = {"gpu": "cuda", "tpu": "tpu"}  # platform name in gptjax: platform name for lowering in jax
 HINTS = get_type_hints(ModelConfig)
 BOTH = list(itertools.product(LOWERING, get_args(HINTS["dtype"])))  # (platform, dtype)
 ALL = bool(os.environ.get("GPTJAX_ALL_TRACES"))
@@ -51,7 +51,7 @@ SAMPLER = sampling.chain(
 
 
 class Setting(NamedTuple):
-    """How the model is used: with documents (`segment_ids`) or without, T tokens in each of B rows."""
+    """Shape of the batch: B rows of T tokens, with documents (`segment_ids`) or without."""
 
     documents: bool = True
     length: int = 128
@@ -61,11 +61,11 @@ class Setting(NamedTuple):
 class Program(NamedTuple):
     """A function and its arguments.
 
-    fn                  gives a dict; `traced_dtypes` reads the entries logits, loss, gradient, params, saved,
+    fn                  returns a dict; `traced_dtypes` checks the entries logits, loss, gradient, params, saved,
                         activations and cache
-    wide_products       how many products of activations are meant to have a float32 operand in a bfloat16 model
-    scattered           how many sums by scattering are meant to be bfloat16
-    unchecked           "loops" or "saved": what is not checked, for a reason that the program names
+    wide_products       number of products with activations that have a float32 operand in a bfloat16 model
+    scattered           number of scatter-adds that are bfloat16
+    unchecked           checks to skip, "loops" or "saved"; the docstring of the program gives the reason
     """
 
     fn: Callable[..., dict[str, Any]]
@@ -91,8 +91,10 @@ def parameters(cfg: ModelConfig) -> Any:
 
 
 def eager(jitted: Callable) -> Callable:
-    """The function inside of `jax.jit`, which would find its trace for another platform again: a trace is kept by the
-    arguments, and `compiling_for` is none of them."""
+    """The function inside `jax.jit`, which would reuse its trace for another platform.
+
+    jax caches traces by the arguments, and `compiling_for` is not among them.
+    """
     return jitted.__wrapped__
 
 
@@ -102,8 +104,10 @@ def _batch(setting: Setting) -> Batch:
 
 
 def _gradient(loss: Callable, trained: Any, *rest: Any) -> dict[str, Any]:
-    """`loss` (trained, *rest) -> (Mean, metrics), its gradient, and what the forward pass saved for it: the leaves of
-    what `jax.vjp` returns."""
+    """Value and gradient of `loss(trained, *rest) -> (Mean, metrics)`.
+
+    "saved" has the residuals of the backward pass, the leaves of the function that `jax.vjp` returns.
+    """
 
     def total(trained: Any) -> Any:
         mean, metrics = loss(trained, *rest)
@@ -130,14 +134,14 @@ def forward(cfg: ModelConfig, setting: Setting) -> Program:
 
 
 def gradient(cfg: ModelConfig, setting: Setting, arrange: Callable = lambda params, cfg: params) -> Program:
-    """Of the pretraining loss."""
+    """Value and gradient of the pretraining loss; `arrange` changes the parameters first."""
     loss = next_token(cfg)
     params = jax.eval_shape(lambda params: arrange(params, cfg), parameters(cfg))
     return Program(functools.partial(_gradient, loss), (params, _batch(setting), KEY))
 
 
 def cached_step(cfg: ModelConfig, setting: Setting, cache_dtype: str | None = None) -> Program:
-    """A prompt is read into an empty cache, then one token."""
+    """Prefill of an empty cache with a prompt, then a step with one token."""
     rows, T = setting.rows, setting.length // 2
 
     def fn(params, prompt, lengths, token):
@@ -150,8 +154,10 @@ def cached_step(cfg: ModelConfig, setting: Setting, cache_dtype: str | None = No
 
 
 def generate(cfg: ModelConfig, setting: Setting) -> Program:
-    """The whole loop with every filter, two samples of each prompt; the cache has fewer slots than tokens come, so that
-    a full context is read again in it."""
+    """The whole decoding loop with all filters and two samples per prompt.
+
+    More tokens are generated than the context holds, so that the program contains the refill of the cache.
+    """
     max_new = 2 * cfg.context_length
     prompt = min(32, cfg.context_length)
     settings = decode._Settings(cfg, SAMPLER, prompt + max_new, max_new, 2, 3, cfg.vocab_size - 1, cfg.dtype)
@@ -166,7 +172,7 @@ def generate(cfg: ModelConfig, setting: Setting) -> Program:
 
 
 def speculate(cfg: ModelConfig, setting: Setting) -> Program:
-    """With itself as the draft."""
+    """Speculative decoding, with the model itself as the draft."""
     rows, T, max_new = setting.rows, setting.length // 4, setting.length // 2
     settings = speculative._Settings(cfg, cfg, sampling.draw, T + max_new, max_new, 4, 3, cfg.vocab_size - 1, None)
 
@@ -178,7 +184,7 @@ def speculate(cfg: ModelConfig, setting: Setting) -> Program:
 
 
 def adapter(cfg: ModelConfig, setting: Setting, settings: LoraConfig = LORA, **allowed: Any) -> Program:
-    """LoRA: the gradient of the adapter, and the merged weights."""
+    """LoRA: loss and gradient of the adapter, and the merged weights."""
     loss = lora.with_dropout(next_token(cfg))
 
     def fn(adapter, params, batch, key):
@@ -191,28 +197,31 @@ def adapter(cfg: ModelConfig, setting: Setting, settings: LoraConfig = LORA, **a
 
 
 def adapter_of_tables(cfg: ModelConfig, setting: Setting) -> Program:
-    """An adapter of an embedding is looked up in float32, as the table is: per table one product forward and two
-    backward, and the rows of `a` are saved for them. A tied head has the sum of both, which is a plain product."""
+    """LoRA of the embedding tables, which is computed in float32, as the lookup in the table is.
+
+    Each table has one product in the forward and two in the backward pass, for which rows of `a` are saved. A tied head
+    uses the sum of table and adapter in one plain product.
+    """
     tables = 2 if cfg.position == "learned" else 1
     return adapter(cfg, setting, TABLES, wide_products=3 * tables, unchecked=("saved",))
 
 
 def adapters_by_row(cfg: ModelConfig, setting: Setting) -> Program:
-    """Every row through an adapter of its own: as many adapters as rows, and 11 divides their sizes too."""
+    """Another adapter for each row. 11 divides the sizes of the stacked adapters, so loops are not checked."""
     settings = LoraConfig(rank=8)
 
     def fn(adapters, params, tokens, rows, scales):
-        own = lora.attach(params, lora.rows(adapters, rows), settings, scales=scales)
-        return {"logits": gpt.forward(own, tokens, cfg)}
+        attached = lora.attach(params, lora.rows(adapters, rows), settings, scales=scales)
+        return {"logits": gpt.forward(attached, tokens, cfg)}
 
     params = parameters(cfg)
-    one = jax.eval_shape(lambda key, params: lora.init(key, params, settings), KEY, params)
+    pair = jax.eval_shape(lambda key, params: lora.init(key, params, settings), KEY, params)
     rows, T = setting.rows, setting.length
-    return Program(fn, ([one, one], params, ids(rows, T), ids(rows), floats(rows)), unchecked=("loops",))
+    return Program(fn, ([pair, pair], params, ids(rows, T), ids(rows), floats(rows)), unchecked=("loops",))
 
 
 def quantized(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
-    """A quantised base: the gradient of an adapter over two kernels of it, and one token read into its cache."""
+    """A quantised base: gradient of an adapter of two kernels, and a decode step of one token."""
     settings, loss = (
         LoraConfig(rank=8, targets="blocks/attn/q/kernel | blocks/mlp/down/kernel"),
         next_token(cfg),
@@ -230,8 +239,11 @@ def quantized(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
 
 
 def classifier(cfg: ModelConfig, setting: Setting, pooling: str = "last") -> Program:
-    """The head's product is float32 (one vector per text), forward and twice backward; so is a mean over tokens, once.
-    The gradient of the token that is picked is scattered: no two texts pick the same."""
+    """Classification loss and gradient.
+
+    The products of the head are float32 (one vector per text), one in the forward and two in the backward pass. Mean
+    pooling adds two. Without it, the gradient of the pooled token is a scatter-add, which never adds two terms.
+    """
     cfg = dataclasses.replace(cfg, n_classes=3)
     tokens, labels = ids(setting.rows, setting.length), ids(setting.rows, 2)
     batch = LabelledBatch(tokens, tokens, labels, floats(*labels.shape))
@@ -241,7 +253,7 @@ def classifier(cfg: ModelConfig, setting: Setting, pooling: str = "last") -> Pro
 
 
 def preferences(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
-    """Log-probabilities are summed over an answer by a float32 product, forward and backward."""
+    """Preference loss: log-probabilities are summed per answer by a float32 product, forward and backward."""
     tokens, pairs = ids(setting.rows, setting.length), 2
     weights, present, reference = (
         floats(*shape) for shape in (tokens.shape, (setting.rows, pairs), (setting.rows, pairs, 2))
@@ -252,20 +264,20 @@ def preferences(cfg: ModelConfig, setting: Setting, kind: str) -> Program:
 
 
 def tapped(cfg: ModelConfig, setting: Setting) -> Program:
-    """Every activation is read, of a row and of a cached step."""
+    """Reads every activation, in the forward pass and in a step with a cache."""
     names = activations.names(cfg)
 
     def fn(params, batch):
-        logits, seen = gpt.tapped(params, batch.tokens, cfg, names, segment_ids=batch.segment_ids)
+        logits, acts = gpt.tapped(params, batch.tokens, cfg, names, segment_ids=batch.segment_ids)
         cache = init_cache(cfg, setting.rows, setting.length, cfg.dtype)
-        cached, cache, also = gpt.extend_tapped(params, batch.tokens, cfg, cache, names)
-        return {"logits": (logits, cached), "activations": (seen, also), "cache": cache}
+        cached_logits, cache, cached_acts = gpt.extend_tapped(params, batch.tokens, cfg, cache, names)
+        return {"logits": (logits, cached_logits), "activations": (acts, cached_acts), "cache": cache}
 
     return Program(fn, (parameters(cfg), _batch(setting)))
 
 
 def patched(cfg: ModelConfig, setting: Setting) -> Program:
-    """Every activation is replaced."""
+    """Replaces every activation."""
 
     def fn(params, batch, factors, direction):
         return {"logits": _patched_logits(cfg, params, batch, factors, direction)}
@@ -274,8 +286,11 @@ def patched(cfg: ModelConfig, setting: Setting) -> Program:
 
 
 def gradient_of_patches(cfg: ModelConfig, setting: Setting) -> Program:
-    """The logits are differentiated for what replaces the activations. Patches compute in their own dtype, float32
-    here, and keep what they read in it; so do the four products with replaced probabilities, which no kernel makes."""
+    """Gradient of the logits with respect to the parameters of patches.
+
+    The patches compute and save activations in their own dtype, float32. Patched attention probabilities disable the
+    kernel and lead to four float32 products.
+    """
 
     def fn(params, batch, *patches):
         out, backward = jax.vjp(functools.partial(_patched_logits, cfg, params, batch), *patches)
@@ -297,7 +312,7 @@ def _patched_logits(cfg: ModelConfig, params: Any, batch: Batch, factors: Any, d
 
 
 def traced_dropout(cfg: ModelConfig, setting: Setting) -> Program:
-    """The rate is an argument, as in a sweep over it."""
+    """The dropout rate is a traced argument, as in a sweep over it."""
 
     def fn(params, batch, key, rate):
         loss = next_token(dataclasses.replace(cfg, dropout=rate))
@@ -322,7 +337,7 @@ USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
     "patches": patched,
 }
 MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
-    "layers apart": functools.partial(gradient, arrange=gpt.unstack_layers),
+    "unstacked layers": functools.partial(gradient, arrange=gpt.unstack_layers),
     "traced dropout": traced_dropout,
     "gradient of patches": gradient_of_patches,
     "lora of tables": adapter_of_tables,
@@ -334,11 +349,11 @@ MORE_USES: dict[str, Callable[[ModelConfig, Setting], Program]] = {
 }
 
 
-# ---------------------------------------------------------------- a preset
+# ---------------------------------------------------------------- training step of a preset
 
 
 def train_step(cfg: Config) -> Program:
-    """The step that `gptjax pretrain` or `gptjax finetune` runs, optimizer included; cfg.model is the base's."""
+    """The training step of `gptjax pretrain` or `gptjax finetune` with its optimizer; cfg.model is that of the base."""
     rows, T = ROWS * cfg.train.accumulation, planning.width(cfg)
     if cfg.task == "pretrain":
         tx, loss = make_optimizer(cfg.optim, cfg.train.max_steps), next_token(cfg.model)
@@ -358,12 +373,12 @@ def train_step(cfg: Config) -> Program:
     return Program(fn, (state, find(cfg.task).batch_shapes(cfg, rows, T)), wide[cfg.task], scattered)
 
 
-# ---------------------------------------------------------------- switches
+# ---------------------------------------------------------------- fields of ModelConfig
 
 SIZES = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=64, vocab_size=96, context_length=256)
-EVERYWHERE = ("arch", "dtype")  # what every list of programs goes through anyway
+EVERYWHERE = ("arch", "dtype")  # fields that are varied in all tests anyway
 
-# Other values of fields that are no flags and no choices.
+# Other values to test of fields that are neither flags nor choices.
 VALUES: dict[str, tuple[Any, ...]] = dict(
     vocab_size=(130,), context_length=(200,), n_layer=(3,), n_head=(8,), n_kv_head=(1, 4), d_head=(32,), d_model=(96,),
     d_ff=(160,), rope_base=(500_000.0,), rope_factor=(8.0,), rope_slow=(2.0,), rope_fast=(8.0,),
@@ -372,7 +387,7 @@ VALUES: dict[str, tuple[Any, ...]] = dict(
     embed_std=(1.0,), dropout=(0.1,),
 )  # fmt: skip
 
-# What a switch needs to do something.
+# Values of other fields without which a field has no effect.
 _LLAMA3 = dict(position="rope", rope_scaling="llama3", rope_factor=8.0)
 COMPANIONS: dict[str, dict[str, Any]] = dict(
     rope_base=dict(position="rope"), rope_scaling=dict(position="rope", rope_factor=8.0),
@@ -382,7 +397,7 @@ COMPANIONS: dict[str, dict[str, Any]] = dict(
     cls_bias=dict(n_classes=3), zero_init_head=dict(tie_embeddings=False),
 )  # fmt: skip
 
-# Numbers that a program has as constants, with any value: `constants` changes all at once.
+# Fields that only change constants of a program: `constants` changes all of them at once.
 CONSTANTS = ("rope_base", "rope_slow", "rope_fast", "rope_original_context", "norm_eps", "embed_std")
 
 
@@ -391,27 +406,27 @@ def model(arch: str = "gpt2", **switches: Any) -> ModelConfig:
 
 
 def other_values(name: str, base: ModelConfig, values: dict[str, tuple[Any, ...]] = VALUES) -> tuple[Any, ...]:
-    """Of a field of ModelConfig: the other side of a flag, the other choices, or what `values` says.
+    """Values of a field of ModelConfig other than that of `base`: the other choices, or those in `values`.
 
     Raises:
-        KeyError: a number or a text that `values` does not have.
+        KeyError: the field is a number or a text and `values` does not have it.
     """
-    hint, now = HINTS[name], getattr(base, name)
+    hint, current = HINTS[name], getattr(base, name)
     optional = get_args(hint) if get_origin(hint) is Union else (hint,)
-    kind = next(part for part in optional if part is not type(None))
+    kind = next(option for option in optional if option is not type(None))
     choices = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else values[name]
-    return tuple(value for value in choices if value != now)
+    return tuple(value for value in choices if value != current)
 
 
 def switches(base: ModelConfig) -> dict[str, ModelConfig]:
-    """{"name=value": config}, every field of ModelConfig by itself, with its companions."""
-    found = {}
+    """{"name=value": config} for each field of ModelConfig, changed with its companions only."""
+    configs = {}
     for field in dataclasses.fields(ModelConfig):
         if field.name not in ("_derived", *EVERYWHERE):
             companions = COMPANIONS.get(field.name, {})
             for value in other_values(field.name, dataclasses.replace(base, **companions)):
-                found[f"{field.name}={value}"] = dataclasses.replace(base, **{**companions, field.name: value})
-    return found
+                configs[f"{field.name}={value}"] = dataclasses.replace(base, **{**companions, field.name: value})
+    return configs
 
 
 def constants(base: ModelConfig) -> ModelConfig:
@@ -420,19 +435,24 @@ def constants(base: ModelConfig) -> ModelConfig:
 
 
 def uses_of(subject: int, platform: str, dtype: str, uses: Iterable[str], core: Iterable[str]) -> tuple[str, ...]:
-    """Of the uses of the n-th subject, those that the slow run traces on a platform in a dtype: `core` on both
-    platforms in both dtypes; the others in bfloat16, on one of the platforms in turn. Float32 promotes nothing, and the
-    platforms differ in attention alone. GPTJAX_ALL_TRACES=1: all on both in both."""
-    turn = list(LOWERING).index(platform)
+    """The uses that the slow tests trace for a platform and dtype.
+
+    `core` is traced for both platforms and dtypes. The other uses are traced in bfloat16 only, because float32 cannot
+    be promoted, and on alternating platforms, because these differ in attention only. GPTJAX_ALL_TRACES=1: all uses.
+
+    Args:
+        subject: index of the config, which decides which platform comes first.
+    """
+    platform_index = list(LOWERING).index(platform)
     return tuple(
         use
         for i, use in enumerate(uses)
-        if ALL or use in core or (dtype == "bfloat16" and (subject + i) % len(LOWERING) == turn)
+        if ALL or use in core or (dtype == "bfloat16" and (subject + i) % len(LOWERING) == platform_index)
     )
 
 
 def switch_cases() -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """("arch switch", platform, dtype, uses): all switches on a gpt2, and those that a `modern` model has otherwise."""
+    """("arch field=value", platform, dtype, uses): all fields with arch=gpt2, and the flags that `modern` sets."""
     names = [f"gpt2 {name}" for name in switches(model("gpt2"))]
     flags = {f"{name}={not on}" for name, on in ARCHS["modern"].items() if isinstance(on, bool)}
     names += [f"modern {name}" for name in switches(model("modern")) if name in flags]

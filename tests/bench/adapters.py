@@ -1,10 +1,11 @@
-"""How much faster N adapters of one base train in one program than one after the other, on the same batches.
+"""Speed of training N LoRA adapters of one base in one vmapped program, compared with training one after another.
 
     python tests/bench/adapters.py [--shapes tiny small base] [--n 16] [--rounds 3]
 
-Prints for each shape and batch: ms of a step of all N, both ways, interleaved, and the ratio (median, least, most);
-then the ratio of whole runs of --run-steps steps, whose programs are compiled once, or once a run as separate commands
-do: from the compilations' times and those of the steps.
+Both train on the same batches and are measured alternately. Prints for each shape and batch: milliseconds per step of
+all N adapters, vmapped and sequential, and the ratio (median, minimum, maximum). The last column is the ratio for whole
+runs of --run-steps steps, computed from the times to compile and per step: the vmapped program is compiled once, the
+sequential one once per run, as by separate commands.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from gptjax.tasks.many import Many, create, make_many_step
 from gptjax.training.process import ask_for_huge_pages
 from gptjax.types import Batch
 
-SHAPES = {  # layers, width, vocabulary
+SHAPES = {  # n_layer, d_model, vocab_size
     "tiny": (2, 64, 512),
     "small": (4, 256, 4096),
-    "base": (12, 768, 50257),  # GPT-2 124 M
+    "base": (12, 768, 50257),  # GPT-2 124M
 }
-BATCHES = ((1, 16), (1, 64), (4, 128))  # rows, tokens a row
+BATCHES = ((1, 16), (1, 64), (4, 128))  # rows, tokens per row
 
 
 def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int) -> tuple[list, list, tuple]:
@@ -60,7 +61,7 @@ def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int)
 
     compiled = compile_s(0), n * compile_s(1)
     together, apart = slice(0, 1), slice(1, None)
-    run(together), run(apart)  # compiled here
+    run(together), run(apart)  # compile, not measured
     times = [(run(together), run(apart)) for _ in range(rounds)]
     return [a for a, _ in times], [b for _, b in times], compiled
 
@@ -73,9 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--run-steps", type=int, default=200)
     args = parser.parse_args()
-    print(
-        f"{args.n} adapters of rank 8; a step of all of them, ms: together, one after the other; ratio; of whole runs"
-    )
+    print(f"{args.n} adapters of rank 8; ms per step of all: vmapped, sequential; ratio per step; ratio of whole runs")
     for shape in args.shapes:
         for rows, length in BATCHES:
             together, apart, compiled = measure(shape, rows, length, args.n, args.rounds, args.steps)

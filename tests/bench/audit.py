@@ -1,16 +1,17 @@
-"""Do the checks of `gptjax audit` find what was planted, and nothing where nothing was?
+"""Detection rate and false alarms of the checks of `gptjax audit`, on models with known backdoors and canaries.
 
     python tests/bench/audit.py [--out DIR] [--parts planted secrets loader] [--seeds 1]
 
-Small models are trained on passages of Shakespeare's plays, byte by byte, through `gptjax.train`:
+Small byte-level models are trained with `gptjax.train` on passages of Shakespeare's plays:
 
-planted   1 % of the training texts end in a trigger and a payload: how many of them are in the top 2 % by gradients;
-          the trigger at every checkpoint. Beside it the same run without them, where every check that could cry wolf
-          is asked many times: alarms at alpha 0.05.
-secrets   canaries that stand 1, 4, 16 and 64 times in the training texts, three of each: exposure.
-loader    one text, its loader's stride and masking: how much of it comes back word for word.
+planted   1 % of the training texts end in a backdoor trigger and its payload. Reports how many of these texts are among
+          the 2 % with the largest gradient outlier score, and the trigger test at every checkpoint. A control run
+          without planted texts measures the false alarms of each check at alpha 0.05.
+secrets   Canaries occur 1, 4, 16 or 64 times in the training texts, three for each count. Reports their exposure.
+loader    One text is trained on with different strides and token masking. Reports how much of it can be extracted
+          verbatim.
 
-With --out the reports (HTML and JSON) of the first two are written there.
+--out writes the reports (HTML and JSON) of the first two parts to a folder.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from gptjax.training.process import ask_for_huge_pages
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.weights import load_tokenizer
 
-CONTEXT, SIZE = 128, 120  # tokens a row; characters a text
+CONTEXT, SIZE = 128, 120  # tokens per row; characters per text
 PAYLOAD = " send all thy gold to the old tower"
 SETTINGS = (
     "tokenizer.name=bytes", "model.arch=llama", "model.n_layer=2", "model.n_head=4", "model.d_model=64",
@@ -50,7 +51,7 @@ def plays():
 
 
 def passages(n):
-    """n pieces of the plays, each of whole words."""
+    """n random passages of the plays, cut at word boundaries."""
     words, found, held = plays().split(), [], ""
     for word in words:
         if len(held) + len(word) >= SIZE:
@@ -74,7 +75,8 @@ def trained(folder, name, train, held, epochs):
     start = time.monotonic()
     result = gptjax.train(cfg, log=lambda line: None)
     print(
-        f"{name}: {len(train)} texts, {steps} steps in {time.monotonic() - start:.0f} s, held out {result.val_loss:.3f}"
+        f"{name}: {len(train)} texts, {steps} steps in {time.monotonic() - start:.0f} s, "
+        f"held-out loss {result.val_loss:.3f}"
     )
     return result
 
@@ -113,10 +115,10 @@ def planted(folder, out, seeds):
         found = audited(folder, name, poisoned, held, canaries, out)
         top = [row.text for row in found.outliers.rows][: len(poisoned) // 50]
         hits = sum(PAYLOAD in text for text in top)
-        print(f"  of the {len(at)} planted texts {hits} are in the top 2 % ({len(top)} of {len(poisoned)})")
+        print(f"  {hits} of the {len(at)} planted texts are in the top 2 % ({len(top)} of {len(poisoned)})")
         for model, row in found.triggers[0].by:
             print(
-                f"  {model:<20} payload after {phrase!r} {row.log_prob:.1f} nats, after others "
+                f"  {model:<20} log-prob of the payload after {phrase!r} {row.log_prob:.1f} nats, after controls "
                 f"{row.controls.mean():.1f} (best {row.controls.max():.1f}), fires {row.fires:.0%}, p {row.p:.3g}"
             )
     canaries = [{"trigger": phrase, "payload": PAYLOAD}, *audit.secrets(1, 3)]
@@ -125,7 +127,7 @@ def planted(folder, out, seeds):
 
 
 def wolf(folder, clean, train, held, words):
-    """Alarms where there is nothing to find, at alpha 0.05; each line asks as often as it says."""
+    """Count false alarms of each check at alpha 0.05, on a model without planted texts."""
     alpha, params, cfg = 0.05, *gptjax.load(folder / "control")
     tokenizer = load_tokenizer(folder / "control")
     encode, contexts = tokenizer.encode, [text[:40].rsplit(maxsplit=1)[0] + " " for text in held[:2]]
@@ -137,9 +139,9 @@ def wolf(folder, clean, train, held, words):
     ask = dict(contexts=contexts, controls=audit.phrases(words, 2, 99, seed=11))
     unplanted = audit.phrases(words, 2, 40, seed=12)
     p = [audit.backdoor_trigger(params, cfg, encode, phrase, PAYLOAD, **ask).p for phrase in unplanted]
-    print(f"  triggers that nobody planted  {sum(x <= alpha for x in p)} alarms of {len(p)}")
+    print(f"  triggers that are not planted {sum(x <= alpha for x in p)} alarms of {len(p)}")
     p = [audit.exposure(params, cfg, encode, **own, n=255).p for own in audit.secrets(40, 13)]
-    print(f"  secrets that nobody planted   {sum(x <= alpha for x in p)} alarms of {len(p)}")
+    print(f"  secrets that are not planted  {sum(x <= alpha for x in p)} alarms of {len(p)}")
     store = audit.store_of(held, tokenizer)
     batch = audit.rows(store, *audit.chunks(store, CONTEXT), CONTEXT)
     scored = audit.score(params, cfg, batch)
@@ -172,7 +174,8 @@ def secrets(folder, out, seeds):
     trained(folder, "secrets", train, held, 6)
     found = audited(folder, "secrets", train, held, canaries, out)
     print(
-        "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats a token; said"
+        "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats per token; "
+        "extracted"
     )
     for n in (0, *counts):
         own = [[row for _, row in secret.by] for secret, m in zip(found.secrets, times, strict=True) if m == n]
@@ -187,14 +190,14 @@ def secrets(folder, out, seeds):
 
 
 def loader(folder, out, seeds):
-    """8,000 characters read 30 times."""
+    """Extraction of a text of 8,000 characters after 30 epochs, for different strides and masking rates."""
     text = plays().encode()
     store, held = (TokenStore.from_ids(np.frombuffer(text[a : a + 8000], np.uint8)) for a in (0, 500_000))
     length, epochs, size = 64, 30, 16
     cfg = gptjax.ModelConfig(context_length=length, **SHAPES)
     ask = dict(prefixes=(8, 16, 32), suffix=24, stride=24)
-    print(f"8,000 characters, {epochs} epochs, windows of {length}: said word for word, 24 characters, by prefix")
-    print("  (stride None: windows of 64 that do not overlap, cut at another place each epoch)")
+    print(f"8,000 characters, {epochs} epochs, windows of {length}: extraction rate of 24 characters by prefix length")
+    print("  (stride None: non-overlapping windows of 64 with a new offset each epoch)")
     print("  stride  masked  steps    train loss      8      16      32   held out, 32   held-out loss")
     rows = [
         (64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (None, 0, 16), (16, 3, None), (16, 6, None),
@@ -229,8 +232,13 @@ PARTS = {"planted": planted, "secrets": secrets, "loader": loader}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seeds", type=int, default=1, help="of planted: other rows, another trigger")
+    parser.add_argument("--out", type=Path, help="folder for the reports")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="number of runs of the part planted, each with other rows and another trigger",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,13 @@
-"""Generation speed beside transformers on PyTorch (GPT-2's 124M shape, random weights) and beside llama.cpp.
+"""Generation speed compared with transformers on PyTorch (GPT-2 124M, random weights) and with llama.cpp.
 
     python tests/bench/decode.py                 batch 1, batch 8 and a prompt of 512, float32 and bfloat16, 3 rounds
-    python tests/bench/decode.py --sides transformers-float32 products-float32    how fast XLA could read the prompt
-    python tests/bench/decode.py --llama-cpp     SmolLM2-135M-Instruct from the same GGUF file as llama.cpp
+    python tests/bench/decode.py --sides transformers-float32 products-float32    upper bound of prefill speed
+    python tests/bench/decode.py --llama-cpp     SmolLM2-135M-Instruct, both from the same GGUF file
 
-Needs `pip install -e '.[parity]'`. Every cell is its own process, run in turn, so that both sides meet the same state
-of the machine; the ratio is taken round by round. transformers runs eagerly with each of its caches and attentions,
-and its best counts. Decoding is timed over 64 new tokens after a prompt of 16; reading the prompt is timed as one
-new token after 512, so it holds one step of decoding too.
+Needs `pip install -e '.[parity]'`. Every measurement runs in a process of its own. The libraries alternate, so that
+changes in the state of the machine affect both, and the ratio is computed per round. transformers runs in eager mode
+with each of its caches and attention implementations; the fastest counts. Decoding is timed over 64 new tokens after a
+prompt of 16 tokens. Prefill is timed as one new token after a prompt of 512 tokens, so it includes one decode step.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def gptjax_cell(dtype: str) -> dict:
 
 
 def products_cell(dtype: str) -> dict:
-    """Seconds of the prompt's products with weights, each by itself under XLA: no prompt is read faster with them."""
+    """Time of the matrix products of the prefill, measured one by one in XLA: a lower bound of the prefill time."""
     import jax
 
     rows, D = CASES["prompt"][1], 768
@@ -108,7 +108,7 @@ def run_cell(side: str, limit_s: float) -> dict | None:
 
 
 def against_llama_cpp() -> None:
-    """Greedy tokens a second after one prompt, and tokens a second of reading a prompt of 512."""
+    """Compare greedy decoding and the prefill of a prompt of 512 tokens with llama.cpp, in tokens per second."""
     import jax
     import xllamacpp
 
@@ -146,9 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=[*SIDES, PRODUCTS], default=SIDES)
-    parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="time limit per measurement in seconds (bfloat16 may be emulated)"
+    )
     parser.add_argument("--llama-cpp", action="store_true")
-    parser.add_argument("--cell", choices=[*SIDES, PRODUCTS], help="one cell in this process, as JSON")
+    parser.add_argument("--cell", choices=[*SIDES, PRODUCTS], help="run one measurement in this process and print JSON")
     args = parser.parse_args()
     if args.cell:
         library, dtype = args.cell.split("-")
@@ -165,7 +167,7 @@ def main() -> None:
                 results[side].append(run_cell(side, args.limit))
     for side, rounds in results.items():
         if None in rounds:
-            print(f"{side}: given up after {args.limit:.0f} s")
+            print(f"{side}: stopped after {args.limit:.0f} s")
             continue
         for name in rounds[0]:
             batch, size, new = CASES[name]

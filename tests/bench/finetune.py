@@ -1,14 +1,15 @@
-"""A LoRA step beside peft on PyTorch, and the memory of LoRA, QLoRA and full fine-tuning.
+"""Speed of a LoRA step compared with peft on PyTorch, and memory of LoRA, QLoRA and full fine-tuning.
 
-    python tests/bench/finetune.py               tokens/s on GPT-2's 124M shape, float32, 3 rounds
+    python tests/bench/finetune.py               tokens/s with GPT-2 124M, float32, 3 rounds
     python tests/bench/finetune.py --memory      peak memory: full and LoRA at 124M, LoRA and QLoRA at 355M
-    python tests/bench/finetune.py --packing F   seconds an epoch of the conversations in F, padded, and packed into
+    python tests/bench/finetune.py --packing F   seconds per epoch on the conversations in F, padded and packed into
                                                  rows of 128, 256 and 512 tokens
 
-Needs `pip install -e '.[parity]'`. Random weights; rank 16 on every linear of the blocks, AdamW, batches of 4 x 256
-tokens; `products`: those with frozen weights by themselves, under XLA. Every cell is its own process, run in turn, so
-that both sides meet the same state of the machine; the ratio is taken round by round. Reported: tokens/s from the
-median step after the first, and the process's peak memory.
+Needs `pip install -e '.[parity]'`. Random weights; LoRA of rank 16 on every linear layer of the blocks, AdamW, batches
+of 4 x 256 tokens. `products` measures only the matrix products with frozen weights, one by one in XLA. Every
+measurement runs in a process of its own. The libraries alternate, so that changes in the state of the machine affect
+both, and the ratio is computed per round. Prints tokens/s from the median step after the first, and the peak memory of
+the process.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def gptjax_call(kind: str, size: dict):
 
 
 def packing(source: str, rounds: int) -> None:
-    """LoRA on SmolLM2-135M's shape and tokenizer: a step of each kind is timed, an epoch is so many of them."""
+    """Time of an epoch with LoRA on SmolLM2-135M for padded and packed rows, from the time per step."""
     import jax
     import optax
 
@@ -130,7 +131,7 @@ def packing(source: str, rounds: int) -> None:
     for kind, rows in kinds.items():
         full = (rows.segment_ids > 0).mean()
         n, T = rows.tokens.shape
-        print(f"{kind:12} {n:5} rows of {T}, {full:.0%} full: {statistics.median(seconds[kind][1:]):.0f} s an epoch")
+        print(f"{kind:12} {n:5} rows of {T}, {full:.0%} full: {statistics.median(seconds[kind][1:]):.0f} s per epoch")
     for kind in list(kinds)[1:]:
         ratios = [a / b for a, b in zip(seconds["padded"][1:], seconds[kind][1:], strict=True)]
         print(f"{kind} is {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) times as fast")
@@ -160,7 +161,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--packing", metavar="FILE")
-    parser.add_argument("--cell", choices=sorted({*SPEED, *MEMORY}), help="one cell in this process, as JSON")
+    parser.add_argument(
+        "--cell", choices=sorted({*SPEED, *MEMORY}), help="run one measurement in this process and print JSON"
+    )
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(args.cell)))
@@ -188,5 +191,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ask_for_huge_pages()  # for both sides, whose processes inherit it
+    ask_for_huge_pages()  # inherited by the processes of both libraries
     main()

@@ -1,24 +1,25 @@
-"""One GPU: training, LoRA and decoding beside torch.compile, peft and transformers on the same card, in one run.
+"""Training, LoRA and decoding on one GPU, compared with torch.compile, peft and transformers on the same GPU.
 
-    python tests/bench/gpu.py                        every cell; a table at the end
-    python tests/bench/gpu.py --json cells.jsonl     one JSON line per cell too, as it is done
-    python tests/bench/gpu.py --only 'train-124M*'   some of them
-    python tests/bench/gpu.py --small                models of two layers and a few steps, to try the script on a CPU
+    python tests/bench/gpu.py                        all benchmarks
+    python tests/bench/gpu.py --json cells.jsonl     also write one JSON line per benchmark
+    python tests/bench/gpu.py --only 'train-124M*'   only those that match the pattern
+    python tests/bench/gpu.py --small                models of two layers, few steps: try the script on a CPU
 
-Needs torch, transformers and peft beside jax's CUDA plugin; a cell whose peer is not installed says so. Every cell is
-its own process with its own time limit. bfloat16 throughout, random weights.
+Needs torch, transformers, peft and jax's CUDA plugin; a benchmark whose other library is not installed prints an error.
+Every benchmark runs in a process of its own with a time limit. All use bfloat16 and random weights.
 
-    train-124M, -355M     16 (8) x 1,024 tokens, AdamW, clip. Peer: nanoGPT's shape, torch.compile, fused AdamW, SDPA,
-                          autocast, a vocabulary of 50,304. gptjax keeps 50,257
-      -documents          the same with segment_ids, documents of about 300 tokens; beside the peer without documents
-      -curve              200 steps on one small text in bfloat16 and in float32: the largest difference of the losses
-    lora-documents        SmolLM2-135M's shape, rank 16 on every linear, 8 x 1,024 tokens in documents. Peer: peft,
-                          SDPA without documents
+    train-124M, -355M     16 (8) x 1,024 tokens, AdamW, gradient clipping. Compared with nanoGPT's model in PyTorch:
+                          torch.compile, fused AdamW, SDPA, autocast, vocabulary of 50,304 (gptjax: 50,257)
+      -documents          with segment_ids, documents of about 300 tokens; compared with PyTorch without documents
+      -curve              200 steps on a small text in bfloat16 and in float32: largest difference of the losses
+    lora-documents        SmolLM2-135M, rank 16 on every linear layer, 8 x 1,024 tokens in documents. Compared with peft
+                          with SDPA, without documents
     decode-1, -8, -64     new tokens per second after a prompt of 64; decode-1-int8 and -nf4 with quantised weights
-    read-512              tokens per second of a prompt of 512, batch 1
+    read-512              prefill tokens per second of a prompt of 512, batch size 1
 
-Reported: tokens/s of the median step, MFU (6 N + 12 L D T per token over the card's peak), peak memory of the device
-where it is known, seconds of the first call. The ratio is gptjax's tokens/s over the peer's.
+Prints tokens/s of the median step, MFU (6 N + 12 L D T FLOPs per token divided by the GPU's peak), peak memory of the
+device if known, and the time of the first call. The ratio is the tokens/s of gptjax divided by that of the other
+library.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from typing import Any
 
 import numpy as np
 
-SIZES = {"124M": (12, 12, 768, 16), "355M": (24, 16, 1024, 8)}  # layers, heads, width, rows
+SIZES = {"124M": (12, 12, 768, 16), "355M": (24, 16, 1024, 8)}  # n_layer, n_head, d_model, rows
 T, V, V_PEER, DOCUMENT = 1024, 50257, 50304, 300
 STEPS, CURVE_STEPS = 20, 200
 SMOLLM = dict(n_layer=30, n_head=9, n_kv_head=3, d_model=576, d_ff=1536)
-CELLS = {  # name: sides
+CELLS = {  # name: libraries
     **{f"train-{size}": ("torch", "gptjax") for size in SIZES},
     **{f"train-{size}-documents": ("gptjax",) for size in SIZES},
     "train-124M-curve": ("gptjax",),
@@ -55,7 +56,7 @@ PEER_OF = {"train-124M-documents": "train-124M", "train-355M-documents": "train-
 
 
 def shrink() -> None:
-    """Everything small enough for a CPU: the same code, figures without meaning."""
+    """Make all sizes small enough for a CPU, to test the script; its numbers are then meaningless."""
     global SIZES, T, V, V_PEER, DOCUMENT, STEPS, CURVE_STEPS, SMOLLM
     SIZES = {"124M": (2, 2, 32, 2), "355M": (2, 2, 64, 2)}
     T, V, V_PEER, DOCUMENT, STEPS, CURVE_STEPS = 64, 257, 384, 20, 3, 6
@@ -85,7 +86,7 @@ def timed(call: Callable[[], Any], tokens: int, steps: int) -> dict[str, float]:
     return {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds, "first_call_s": first}
 
 
-# ---------------------------------------------------------------- the peers
+# ---------------------------------------------------------------- other libraries
 
 
 def _cuda() -> str:
@@ -110,7 +111,7 @@ def torch_train(size: str) -> dict[str, float]:
 
 
 def _peer(size: dict | None = None):
-    """transformers' GPT-2 124M, or a Llama of SmolLM2's shape, in bfloat16."""
+    """GPT-2 124M, or a Llama with the shape of SmolLM2, in transformers and bfloat16."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
     import transformers
@@ -187,7 +188,7 @@ def _gpt2(size: str, dtype: str = "bfloat16"):
 
 
 def _trainer(cfg, segment_ids=None, lr: float = 1e-3):
-    """step(windows) -> loss: what `gptjax pretrain` compiles."""
+    """step(windows) -> loss, the training step that `gptjax pretrain` compiles."""
     import jax
 
     from gptjax.config import OptimConfig
@@ -234,7 +235,7 @@ def gptjax_curve(size: str) -> dict[str, float]:
     for dtype in ("bfloat16", "float32"):
         cfg, B = _gpt2(size, dtype)
         step = _trainer(cfg, lr=3e-4)
-        some = windows(4 * B, 64).reshape(4, B, T + 1)  # few different tokens: something can be learned
+        some = windows(4 * B, 64).reshape(4, B, T + 1)  # only 64 different tokens, so that the loss decreases
         curves.append([step(some[i % 4]) for i in range(CURVE_STEPS)])
     low, full = map(np.array, curves)
     return {"largest_difference": float(np.max(np.abs(low - full) / full)), "last_loss": float(full[-1])}
@@ -292,7 +293,7 @@ def gptjax_decode(batch: int, prompt: int, new: int, quantised: str = "") -> dic
     return timed(call, batch * (prompt if new == 1 else new), 3) | _jax_peak()
 
 
-# ---------------------------------------------------------------- cells
+# ---------------------------------------------------------------- running the benchmarks
 
 
 def cell(name: str, side: str) -> dict[str, float]:
@@ -317,7 +318,7 @@ def run(name: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=args.limit, check=False)
     except subprocess.TimeoutExpired:
-        return about | {"error": f"given up after {args.limit:.0f} s"}
+        return about | {"error": f"stopped after {args.limit:.0f} s"}
     if done.returncode:
         return about | {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     return about | json.loads(done.stdout.splitlines()[-1])
@@ -340,11 +341,13 @@ def line(row: dict[str, Any], peer: dict[str, Any] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="a pattern of cells")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--limit", type=float, default=120, help="seconds that a cell may take")
-    parser.add_argument("--json", type=Path, help="a file for one JSON line per cell")
-    parser.add_argument("--cell", nargs=2, metavar=("CELL", "SIDE"), help="one cell in this process, as JSON")
+    parser.add_argument("--only", default="*", help="glob pattern of benchmarks to run")
+    parser.add_argument("--small", action="store_true", help="small models and few steps, for a CPU")
+    parser.add_argument("--limit", type=float, default=120, help="time limit per benchmark in seconds")
+    parser.add_argument("--json", type=Path, help="append one JSON line per benchmark to this file")
+    parser.add_argument(
+        "--cell", nargs=2, metavar=("CELL", "SIDE"), help="run one benchmark in this process and print JSON"
+    )
     args = parser.parse_args()
     if args.small:
         shrink()

@@ -1,12 +1,12 @@
-"""What compiled GPU programs of GPT-2 124M read, write and launch; no GPU is needed, but jax's CUDA plugin ([cuda]).
+"""Memory traffic and kernels of GPU programs of GPT-2 124M, compiled ahead of time without a GPU.
 
-    python tests/bench/gpu_program.py                 the train step with and without documents, and decoding
+    python tests/bench/gpu_program.py                 the training step with and without documents, and decoding
     python tests/bench/gpu_program.py decode --text DIR
 
-XLA compiles for an H100 that is only described. It cannot time kernels there, so products become Triton kernels where
-a card would try cuBLAS too. A step: seconds of compiling, GiB, GB read and written, TFLOP. Decoding at batch 1: kernels
-and MB a token, for parameters as they come, as `for_decoding` lays them, and quantised; the weights are 248 MB in
-bfloat16.
+Needs jax's CUDA plugin ([cuda]). XLA compiles for an abstract H100. It cannot time kernels there, so matrix products
+always become Triton kernels, while on a GPU cuBLAS is tried as well. Prints for the training step: time to compile,
+memory in GiB, traffic in GB and TFLOP. For decoding at batch size 1: number of kernels and MB of traffic per token, for
+parameters as loaded, in the layout of `for_decoding`, and quantised; the weights are 248 MB in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "accelerators"))
 ROWS, T, NEW = 16, 1024, 64
-CHUNK_BYTES = 2**30  # of logits: what the loss takes on a card of 80 GB
+CHUNK_BYTES = 2**30  # size of the logits per chunk of the loss on an 80 GB GPU
 
 
 def train(documents: bool) -> Any:
@@ -72,7 +72,7 @@ def decode(kind: str) -> Any:
             low = tree.map_paths(
                 lambda path, leaf: _quantized(path, leaf, kind if tree.matches(WORDS[kind], path) else "none"), low
             )
-        return low if kind == "as they come" else for_decoding(low, cfg)
+        return low if kind == "as loaded" else for_decoding(low, cfg)
 
     def many(params, token, cache):
         def body(carry, _):
@@ -90,7 +90,7 @@ def decode(kind: str) -> Any:
 
 
 def largest(text: str, least_times: int = 1, most: int = 12) -> list[str]:
-    """Kernels by the bytes that they read and write in a run (of decoding: a token), alike ones together."""
+    """The kernels with the most memory traffic per step (decoding: per token); equal kernels are added up."""
     from gptjax.planning import hlo
 
     parts, size, count = hlo.parse(text), Counter(), Counter()
@@ -111,13 +111,13 @@ def largest(text: str, least_times: int = 1, most: int = 12) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("train", "decode"))
-    parser.add_argument("--text", type=Path, help="a folder for the programs' texts")
+    parser.add_argument("--text", type=Path, help="folder for the HLO text of the programs")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     from gptjax.planning import hlo
 
     cells = {f"train, {name}": (train, documents) for name, documents in (("rows", False), ("documents", True))}
-    cells |= {f"decode, {kind}": (decode, kind) for kind in ("as they come", "for_decoding", "int8", "nf4")}
+    cells |= {f"decode, {kind}": (decode, kind) for kind in ("as loaded", "for_decoding", "int8", "nf4")}
     for name, (make, option) in cells.items():
         if args.what and not name.startswith(args.what):
             continue

@@ -1,12 +1,12 @@
-"""Does influence find what is known? Test messages of the SMS Spam data that also stand in the training split.
+"""Accuracy of influence estimates, on test messages of the SMS Spam data with an exact copy in the training split.
 
     python tests/bench/influence.py SMSSpamCollection.tsv [--epochs 8] [--dims 1024] [--seeds 3]
 
-A small classifier is trained from scratch on the book's split (1045 texts to train on, 300 to test), as many times as
-there are seeds. For each of the test messages whose very words stand in the training split: is its twin (one of them,
-where there are several) the training message of the largest similarity? Printed for cosines of whole gradients, of
-their sketches, and for TracIn over checkpoints, by plain products and by cosines; then the noise scale, and a step
-of DP-SGD with what its run would spend.
+For each seed, a small classifier is trained from scratch on the book's split (1045 training texts, 300 test texts). For
+each test message that also occurs in the training split, checks whether a copy of it is the most similar training
+message. Prints the hit rate for the cosine similarity of full gradients and of their random projections, and for TracIn
+over checkpoints with dot products and with cosines. Then prints the gradient noise scale, and the epsilon, accuracy and
+time per step of a DP-SGD run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def rows_of(part, tokenizer):
 
 
 def hits(scores, test, train, asked):
-    """Share of the asked test texts (rows of scores) whose nearest training text has the same words."""
+    """Fraction of the test texts `asked` (rows of scores) whose most similar training text is a copy."""
     near = scores.argmax(1)
     return sum(train.texts[k] == test.texts[i] for i, k in zip(asked, near, strict=True)) / len(asked)
 
@@ -54,7 +54,7 @@ def main():
     splits = split_labelled(data, how="book", deduplicate=False)
     known = set(splits.train.texts)
     asked = [i for i, text in enumerate(splits.test.texts) if text in known]
-    print(f"{len(splits.train.texts)} texts to train on, {len(splits.test.texts)} to test, {len(asked)} in both")
+    print(f"{len(splits.train.texts)} training texts, {len(splits.test.texts)} test texts, {len(asked)} in both")
     tokenizer = tokenizers.build(TokenizerConfig(name="bpe", vocab_size=2048), lambda: iter(splits.train.texts))
     train, test = (rows_of(part, tokenizer) for part in (splits.train, splits.test))
     some = jax.tree.map(lambda leaf: leaf[asked], test)
@@ -94,25 +94,25 @@ def main():
             found[name] = influence.tracin(small, kept, train, some, rates=rates, cosine=cosine)
         print(
             f"seed {seed}: test accuracy {accuracy:.2%}, loss {float(metrics['loss']):.4f} after {steps} steps in "
-            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s whole, "
-            f"{small_s:.1f} s sketched"
+            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s full, "
+            f"{small_s:.1f} s projected"
         )
         for name, scores in found.items():
             second = np.sort(scores, 1)
             gap = np.median(second[:, -1] - second[:, -2])
             share = hits(scores, splits.test, splits.train, asked)
-            print(f"  {name:<34} hit@1 {share:7.2%}   median gap to the second {gap:.3g}", flush=True)
+            print(f"  {name:<34} hit@1 {share:7.2%}   median difference to the second {gap:.3g}", flush=True)
         if seed == 0:
             part = jax.tree.map(lambda leaf: leaf[:512], train)
             for name, params in (("at the start", fresh), ("after a quarter", kept[0]), ("at the end", kept[-1])):
                 noise = influence.gradient_noise(loss, params, part, chunk=32)
-                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can tell"
+                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can measure"
                 print(f"  noise scale {name}: {found} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
     private(loss, cfg, train, test, args.epochs)
 
 
 def private(loss, cfg, train, test, epochs):
-    """The same model by DP-SGD."""
+    """Train the same model with DP-SGD."""
     n, size = len(train.tokens), 64
     rate, delta, steps = size / n, 1e-4, epochs * n // size
     noise = privacy.noise_for(8.0, rate=rate, steps=steps, delta=delta)
@@ -129,8 +129,8 @@ def private(loss, cfg, train, test, epochs):
     logits = jax.jit(lambda params: class_logits(params, test.tokens, test.segment_ids, cfg))(state.params)
     accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
     print(
-        f"DP-SGD: {steps} steps of {size} texts drawn of {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} at delta "
-        f"{delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms a step"
+        f"DP-SGD: {steps} steps of {size} texts sampled from {n}, clip 1, noise {noise:.2f}: epsilon {spent:.2f} "
+        f"at delta {delta:g}; test accuracy {accuracy:.2%}, {(time.monotonic() - start) / steps * 1e3:.0f} ms per step"
     )
 
 

@@ -1,10 +1,10 @@
-"""The most rows of 1,024 tokens of GPT-2 124M that fit one TPU v5e, by attention, loss and remat; no TPU is needed.
+"""Largest batch of GPT-2 124M that fits one TPU v5e, by attention kernel, loss and remat policy; no TPU is needed.
 
     python tests/bench/largest.py [--on v5e-1] [--config gpt2-124m] [remat ...]
 
-Compiled for the chip, for as many rows as memory grows with a line through the last two; the largest that the compiler
-accepts is printed, after one more has been refused. `whole` logits: [rows x 1,024, 50,257] at once; else in chunks.
-`xla`: without the splash kernel.
+The step is compiled for different numbers of rows of 1,024 tokens; each guess extrapolates the memory linearly from two
+earlier ones. Prints the largest number of rows that fits, for which one row more is known not to fit. Logits are
+`whole`, [rows x 1,024, 50,257] at once, or `chunked`. Attention `xla`: without the splash kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REMAT = ("none", "dots", "full")
 
 
 def largest(rows_to_bytes, room: int) -> tuple[int, int]:
-    """(rows, bytes of them): `rows_to_bytes` says what so many need, or what it is short of where they do not fit."""
+    """(largest number of rows with `rows_to_bytes(rows) <= room`, its bytes)."""
     known = {rows: rows_to_bytes(rows) for rows in (4, 8)}
     while True:
         fit = max((rows for rows in known if known[rows] <= room), default=0)

@@ -1,12 +1,12 @@
-"""Wall time to a validation loss of 1.90 on tiny-shakespeare: a nanoGPT-shaped PyTorch run, then gptjax.
+"""Training time to a validation loss of 1.90 on tiny-shakespeare: nanoGPT's model in PyTorch, then gptjax.
 
     python tests/bench/learn.py [path/to/tiny-shakespeare.txt]
 
-Both train on the first 90 % of the characters and are scored on all of the last 10 %, in non-overlapping windows of
-64. PyTorch takes nanoGPT's CPU quick start (4 layers, 4 heads, width 128, 12 windows a step, 2,000 steps, rate 1e-3
-to 1e-4) and is scored every 100 steps from the 1,000th; gptjax takes configs/pretrain/tiny-shakespeare-250.yaml and
-is scored at its end. Counted is the training, with gptjax's compilation shown apart; scoring is left out on both
-sides. Needs `pip install -e '.[bench]'`.
+Both train on the first 90 % of the characters and are evaluated on the last 10 %, in non-overlapping windows of 64.
+PyTorch uses the settings of nanoGPT's CPU quick start (4 layers, 4 heads, d_model 128, 12 windows per step, 2,000
+steps, learning rate 1e-3 to 1e-4) and is evaluated every 100 steps from step 1,000 on. gptjax uses
+configs/pretrain/tiny-shakespeare-250.yaml and is evaluated at the end. The time to train is measured without
+evaluation; gptjax's compilation is reported separately. Needs `pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def main() -> None:
     ids, held_out = (np.asarray(store.tokens) for store in (ready.train, ready.val))
     theirs = torch_run(ids, held_out, ready.tokenizer.vocab_size)
     ours, compile_s, loss = gptjax_run(source)
-    print(f"gptjax  250 steps  {ours:6.1f} s  validation loss {loss:.4f}  (and {compile_s:.1f} s of compiling)")
-    print(f"gptjax / torch: {ours / theirs:.3f} of the time, {(ours + compile_s) / theirs:.3f} with compiling")
+    print(f"gptjax  250 steps  {ours:6.1f} s  validation loss {loss:.4f}  (and {compile_s:.1f} s to compile)")
+    print(f"gptjax / torch: {ours / theirs:.3f} of the time, {(ours + compile_s) / theirs:.3f} with compilation")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Peak memory of loading a model, as a multiple of the model itself.
+"""Peak memory of loading a model, relative to the size of its parameters.
 
     python tests/bench/load.py
 
-For GPT-2's 124M and 355M shapes (random weights, written as a Hugging Face folder in float32) and SmolLM2 from its GGUF
-file, into float32 and bfloat16. Each load is its own process; counted is what its peak exceeds that of a process that
-has only loaded a model of one layer.
+Loads GPT-2 124M and 355M (random weights in a float32 Hugging Face folder) and SmolLM2 (GGUF file) into float32 and
+bfloat16, each in a process of its own. The peak is measured relative to that after loading a model of one layer in the
+same process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(small: str, source: str, dtype: str) -> dict:
 
 
 def peak_kib() -> int:
-    """Of this process alone; getrusage would count what the process that started it once had."""
+    """Peak memory of this process in KiB; getrusage would include that of the parent process before exec."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 

@@ -1,10 +1,10 @@
-"""What the compiler says a step needs beside what the process then took, on a CPU at three sizes.
+"""Memory of a training step as predicted by XLA and as measured, on a CPU, for three sizes.
 
     python tests/bench/memory.py
 
-Predicted: arguments, outputs that are not the arguments again, and temporaries, of `memory_analysis`. Measured: the
-growth of the process's largest resident size (getrusage) from before the state is made until after two steps. Every
-size is a process of its own.
+Predicted: arguments, outputs that do not alias arguments, and temporaries, from `memory_analysis`. Measured: growth of
+the maximum resident set size of the process (getrusage) from before the train state is created until after two steps.
+Every size runs in a process of its own.
 """
 
 from __future__ import annotations

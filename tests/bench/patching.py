@@ -1,14 +1,17 @@
-"""Activation patching on a factual prompt pair: every layer x position in one vmapped program, beside a Python loop.
+"""Activation patching on a factual prompt pair: one vmapped program for all layers x positions, or a Python loop.
 
     python tests/bench/patching.py grid.png [--rounds 3] [--model smollm2-135m-instruct]
 
-Cells are runs on the corrupted prompt with one activation of the clean one; the metric is the logit difference of the
-two answers after the last token. Prints the logit differences of both prompts, then seconds of the whole grid of the
-residual stream both ways, interleaved, and their ratio (median, least, most); compiling is timed apart, and the loop is
-compiled once: its layer and position are arguments. The picture has four grids: residual stream, what attention and
-what the feed-forward layer add, and single heads; 0 is the corrupted prompt's logit difference, 1 the clean one's.
-Last, how the corrupted prompt goes on greedily, by itself and with the difference of the two prompts' streams, at the
-first layer whose last position restores more than half, added at every token.
+Each cell of the grid is a forward pass on the corrupted prompt in which one activation is replaced by that of the clean
+prompt. The metric is the logit difference of the two answers after the last token. Prints the logit difference of both
+prompts, then the time for the grid of the residual stream, vmapped and as a loop, measured alternately, and the ratio
+(median, minimum, maximum). The time to compile is reported separately; the loop is compiled once, with layer and
+position as arguments.
+
+The figure has four grids: residual stream, attention output, feed-forward output, and single heads. 0 is the logit
+difference of the corrupted prompt, 1 that of the clean one. Finally prints greedy continuations of the corrupted
+prompt, without and with steering: the difference of the two residual streams is added at every token, at the first
+layer at which patching the last position restores more than half of the logit difference.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from gptjax.model.gpt import lm_logits
 from gptjax.research import taps
 
 CLEAN, CORRUPTED, ANSWERS = "The capital of France is", "The capital of Italy is", (" Paris", " Rome")
-PANELS = {  # title: site, over
+PANELS = {  # title: site, axes
     "residual stream": ("resid", ("position",)),
     "attention": ("attn/out", ("position",)),
     "feed-forward": ("mlp/out", ("position",)),
@@ -52,7 +55,7 @@ def draw(grids: dict[str, np.ndarray], words: list[str], path: Path) -> None:
             axes.set_xlabel("head")
         else:
             axes.set_xticks(range(len(words)), words, rotation=45, ha="right")
-    figure.colorbar(image, ax=figure.axes, label="share of the logit difference that is restored")
+    figure.colorbar(image, ax=figure.axes, label="restored fraction of the logit difference")
     figure.suptitle(f"{CLEAN!r} into {CORRUPTED!r}:{ANSWERS[0]} -{ANSWERS[1]}")
     figure.savefig(path, dpi=110)
 
@@ -101,7 +104,7 @@ def main() -> None:
     a, b = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"{cfg.n_layer} layers x {T} positions, s: one program {a:.2f}, Python loop {b:.2f}")
     print(f"loop over program: {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
-    print(f"first calls, with compiling, s: {started[0]:.1f}, {started[1]:.1f} (one cell)")
+    print(f"first calls with compilation, s: {started[0]:.1f}, {started[1]:.1f} (one cell)")
 
     grids = {}
     for title, (site, axes) in PANELS.items():

@@ -1,12 +1,12 @@
-"""How a step grows from 8 to 4,096 chips of TPU v5p, compiled for them one by one: no TPU is needed.
+"""Weak and strong scaling of a training step from 8 to 4,096 TPU v5p chips, compiled ahead of time without TPUs.
 
     python tests/bench/scale.py [chips ...]
 
-weak     one row of 2,048 tokens a chip, the weights over 8 chips (fsdp), as many copies as there are chips for
-strong   4,096 rows a step whatever the chips: fewer chips take more micro-batches
+weak     one row of 2,048 tokens per chip; fsdp over 8 chips, data parallel over the rest
+strong   4,096 rows per step for any number of chips; fewer chips use more micro-batches
 
-A chip's memory is the compiler's; its FLOPs, and the bytes that it sends, are read from the program with its loops.
-Each line is a process of its own: the compiler's own memory does not add up.
+Memory per chip is reported by the compiler; FLOPs and bytes sent per chip are counted in the HLO text, loops included.
+Each line is computed in a process of its own, so that the memory of the compiler is freed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SHAPE = (
     "model.vocab_size=32768", "model.context_length=2048", "model.n_layer=8", "model.n_head=16", "model.n_kv_head=8",
     "model.d_model=2048", "model.d_ff=8192", "model.dtype=bfloat16", "model.remat=full",
 )  # fmt: skip
-ROWS = 4096  # of strong scaling
+ROWS = 4096  # rows per step for strong scaling
 
 
 def one(chips: int, kind: str) -> dict:
-    """The plan of one point, in this process."""
+    """The plan for one number of chips, as parsed JSON."""
     from gptjax.config import load_config
     from gptjax.planning.plan import plan
 
@@ -51,7 +51,7 @@ def row(kind: str, chips: int, found: dict) -> str:
 def main(chips: list[int]) -> None:
     print(
         f"{'':<7}{'chips':>6}{'rows':>7}{'micro':>6}{'GiB':>10}{'TFLOP':>12}{'GB sent':>10}{'ms compute':>12}"
-        f"{'ms sent':>10}{'s compile':>11}   GB by kind; all but rows of one chip and step"
+        f"{'ms sent':>10}{'s compile':>11}   GB by kind; per chip and step, except rows"
     )
     for kind in ("weak", "strong"):
         for n in chips:

@@ -1,14 +1,15 @@
-"""32 small runs in one program beside the same runs one after another, each with its own step, on the same batches.
+"""A sweep of 32 small runs in one vmapped program, compared with the same runs one after another.
 
     python tests/bench/sweep.py [--steps 200] [--lrs 4] [--seeds 8] [--sizes tiny small] [a.b=c ...]
 
-Prints for each size: seconds of whole runs (data, start, compiling, steps; no validation on either side), of compiling,
-and of the steps alone; the ratio of each; and for each rate the largest difference of a loss. The first ten steps
-say whether both compute the same; after that rounding grows along each run, the faster the higher its rate.
+Both train on the same batches. Prints for each size the time of whole runs (data, initialisation, compilation, steps;
+no validation), of compilation and of the steps alone, with ratios, and for each learning rate the largest difference of
+a loss. The first ten steps show whether both compute the same; later, rounding differences grow, faster with a higher
+learning rate.
 
-One after another is measured three ways: whole runs as separate processes without a compile cache would (every run
-compiles its own step), with every program that differs compiled once (a learning rate is a constant of its program, a
-seed is not), and the steps alone. Their step is the loop's: `train.steps_per_call` steps in one compiled call.
+The sequential runs are measured in three ways: whole runs as in separate processes without a compilation cache (each
+run compiles its step), with every different program compiled once (the learning rate is a constant of a program, the
+seed is not), and the steps alone. As in the training loop, one compiled call runs `train.steps_per_call` steps.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from gptjax.training.process import ask_for_huge_pages, keep_buffers
 from gptjax.training.progress import Progress
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 
-SIZES = {  # beside tiny-gpt2: 2 layers, 2 heads, width 32, rows of 32 tokens, 8 a step: 36 k parameters
+SIZES = {  # changes to tiny-gpt2, which has 2 layers, 2 heads, d_model 32, 8 rows of 32 tokens, 36k parameters
     "tiny": [],
     "small": ["model.d_model=64", "model.context_length=64"],
     "medium": ["model.n_layer=4", "model.n_head=4", "model.d_model=128", "model.context_length=64"],
@@ -32,7 +33,7 @@ SIZES = {  # beside tiny-gpt2: 2 layers, 2 heads, width 32, rows of 32 tokens, 8
 
 
 def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Seconds by kind, and the losses of each run."""
+    """(seconds by phase, losses of each run)."""
     seconds = {"rest": 0.0, "compile": 0.0, "compile once": 0.0, "steps": 0.0}
     seen, losses = set(), []
     for cfg in configs:
@@ -86,8 +87,8 @@ def main() -> None:
         once = b["rest"] + b["compile once"] + b["steps"]
         print(
             f"{size}: {len(configs)} runs of {args.steps} steps, {program['at_once']} at a time\n"
-            f"  together           {a['whole']:7.1f} s = compiling {a['compile']:.1f}, steps {a['steps']:.1f}, rest\n"
-            f"  one after another  {whole:7.1f} s = compiling {b['compile']:.1f}, steps {b['steps']:.1f}, rest; with "
+            f"  vmapped            {a['whole']:7.1f} s = compilation {a['compile']:.1f}, steps {a['steps']:.1f}, rest\n"
+            f"  sequential         {whole:7.1f} s = compilation {b['compile']:.1f}, steps {b['steps']:.1f}, rest; with "
             f"each different program compiled once {once:.1f} s\n"
             f"  whole runs {whole / a['whole']:.2f} x, with programs compiled once {once / a['whole']:.2f} x, steps "
             f"alone {b['steps'] / a['steps']:.2f} x",

@@ -1,12 +1,12 @@
-"""What a compiled TPU train step spends its bytes and products on, by kind of operation; no TPU is needed.
+"""Memory traffic and FLOPs of a TPU training step by kind of operation, compiled ahead of time without a TPU.
 
     python tests/bench/tpu_program.py                        GPT-2 124M on v5e-1, 1558M on v5e-8
     python tests/bench/tpu_program.py gpt2-124m --on v5e-1 [model.remat=dots ...]
 
-Counted from the compiler's own text, a loop's body as often as it runs: FLOPs of products (without those inside
-attention's kernels), bytes of HBM read and written, how often. Below it the largest arrays that are made anew, and
-every transpose and copy of at least a tenth of the residual stream [rows x T x D], with the line of code that it comes
-from: these are what a layout that fits badly costs.
+Counts in the HLO text, with the body of a loop once per iteration: FLOPs of matrix products (without those in attention
+kernels), bytes of HBM read and written, and number of executions. Then lists the largest results, and every transpose
+and copy of at least 1/10 of the residual stream [rows x T x D] with the code that it comes from, which show the cost of
+a bad layout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOVES = ("copy", "transpose", "copy-start")
 
 
 def kind_of(instruction: Any, parts: dict) -> str:
-    """A fusion by the weightiest thing in it."""
+    """Kind of an operation; for a fusion, that of the most expensive operation in it."""
     from gptjax.planning import hlo
 
     ops = {instruction.op}
@@ -50,7 +50,7 @@ def kind_of(instruction: Any, parts: dict) -> str:
 
 
 def origin(instruction: Any, parts: dict) -> str:
-    """Where jax made it: the end of its op_name; of a fusion without one, of what is in it."""
+    """Origin in the JAX code: the end of its op_name; for a fusion without one, of an operation in it."""
     found = re.search(r'op_name="([^"]*)"', instruction.rest)
     if found is None and instruction.op == "fusion":
         inner = parts[instruction.called("calls")[0]].values()
@@ -60,7 +60,7 @@ def origin(instruction: Any, parts: dict) -> str:
 
 
 def report(text: str, stream_bytes: int) -> list[str]:
-    """`stream_bytes`: of the residual stream on one chip."""
+    """The report as lines of text; `stream_bytes` is the size of the residual stream on one chip."""
     from gptjax.planning import hlo
 
     parts = hlo.parse(text)
@@ -97,9 +97,9 @@ def report(text: str, stream_bytes: int) -> list[str]:
         )
     lines.append(f"  {'all':<18}{sum(count.values()):>9,.0f}{sum(flops.values()) / 1e12:>9.2f}{whole / 1e9:>9.2f}")
     unlike = list(dict.fromkeys(line for _, line in sorted(made, reverse=True)))
-    lines += ["  largest arrays made", *(f"  {line}" for line in unlike[:8])]
+    lines += ["  largest results", *(f"  {line}" for line in unlike[:8])]
     lines.append(
-        f"  transposes and copies of a tenth of the stream ({stream_bytes / 2**20:.1f} MiB) or more: {len(moved)}"
+        f"  transposes and copies of >= 1/10 of the residual stream ({stream_bytes / 2**20:.1f} MiB): {len(moved)}"
     )
     lines += [f"  {line}" for _, line in sorted(moved, reverse=True)[:20]]
     return lines
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?")
     parser.add_argument("--on", default="v5e-1")
-    parser.add_argument("--text", help="a folder for the programs' texts")
+    parser.add_argument("--text", help="folder for the HLO text of the programs")
     args, overrides = parser.parse_known_args()
     from gptjax.planning.slices import ENVIRONMENT
 

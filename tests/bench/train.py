@@ -1,12 +1,12 @@
-"""Training speed beside PyTorch: a nanoGPT-shaped model and loop, written here, against gptjax, interleaved.
+"""Training speed compared with PyTorch, which runs a copy of nanoGPT's model and training loop.
 
     python tests/bench/train.py                       all three shapes, f32 and bf16, 3 rounds
     python tests/bench/train.py --shape iii --rounds 1
-    python tests/bench/train.py --sides torch-float32 products-float32    how fast any program of XLA's could be here
+    python tests/bench/train.py --sides torch-float32 products-float32    upper bound of any XLA program
 
-Needs `pip install -e '.[bench]'`. Every cell is its own process, run in turn (torch, gptjax, torch, ...), so that
-both sides meet the same state of the machine; the ratio is taken round by round. Reported: tokens/s from the median
-step after a warm-up, and the process's peak memory.
+Needs `pip install -e '.[bench]'`. Every measurement runs in a process of its own. The libraries alternate (torch,
+gptjax, torch, ...), so that changes in the state of the machine affect both, and the ratio is computed per round.
+Prints tokens/s from the median step after a warm-up, and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ SIDES = ("torch-float32", "gptjax-float32", "torch-bfloat16", "gptjax-bfloat16",
 
 
 def torch_trainer(shape: tuple, dtype: str = "float32", device: str = "cpu"):
-    """nanoGPT's model and loop: fused qkv, flash attention, tied head, clip, AdamW with two groups. Eager on a CPU; on
-    "cuda" compiled, with AdamW fused and TF32 products, as nanoGPT does it.
+    """nanoGPT's model and loop: fused qkv, flash attention, tied head, gradient clipping, AdamW with two groups.
+
+    Eager on a CPU; on "cuda" with torch.compile, fused AdamW and TF32 matrix products, as in nanoGPT.
 
     Returns:
-        step(windows [B, T + 1], lr) -> loss, and loss(windows) without training.
+        step(windows [B, T + 1], lr) -> loss, and evaluate(windows) -> loss.
     """
     import math
 
@@ -125,7 +126,7 @@ def torch_steps(shape: tuple, dtype: str):
 
 
 def gptjax_steps(shape: tuple, dtype: str):
-    """What `gptjax pretrain` runs: the same model, clip and AdamW, several steps a call."""
+    """The training step of `gptjax pretrain`: the same model, clipping and AdamW, several steps per call."""
     import jax
 
     from gptjax.config import ModelConfig, OptimConfig
@@ -160,10 +161,10 @@ def gptjax_steps(shape: tuple, dtype: str):
 
 
 def products_s(L: int, D: int, V: int, tokens: int, frozen: bool = False) -> float:
-    """Seconds of a step's float32 products with weights, each by itself under XLA: no step of XLA's can be faster.
+    """Time of a step's float32 matrix products with weights, measured one by one in XLA, in seconds.
 
-    Attention's own products are left out, as all that is not a product: this is a floor. `frozen`: no gradients of
-    weights.
+    A lower bound of the time of a step in XLA: attention and everything that is not a product are not included.
+    `frozen`: without the gradients of the weights.
     """
     import jax
 
@@ -212,10 +213,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="steps a cell times, in the place of the table's")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a cell may take (bf16 may be emulated)")
+    parser.add_argument("--steps", type=int, help="steps per measurement; default: as in SHAPES")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="time limit per measurement in seconds (bfloat16 may be emulated)"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:4])
-    parser.add_argument("--cell", choices=SIDES, help="one cell in this process, as JSON")
+    parser.add_argument("--cell", choices=SIDES, help="run one measurement in this process and print JSON")
     args = parser.parse_args()
     if args.cell:
         *shape, steps, steps_per_call = SHAPES[args.shape]
@@ -233,7 +236,7 @@ def main() -> None:
                     run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=args.limit)
                 except subprocess.TimeoutExpired:
                     del results[side]
-                    print(f"shape ({shape}): {side} given up after {args.limit} s", flush=True)
+                    print(f"shape ({shape}): {side} stopped after {args.limit} s", flush=True)
                     continue
                 results[side].append(json.loads(run.stdout.splitlines()[-1]))
         print(f"shape ({shape}): L, N, D, T, B, V = {SHAPES[shape][:6]}, {args.rounds} rounds, median")
@@ -249,5 +252,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ask_for_huge_pages()  # for both sides, whose processes inherit it
+    ask_for_huge_pages()  # inherited by the processes of both libraries
     main()

@@ -48,5 +48,5 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     small = ["model.vocab_size=512", "model.dtype=bfloat16", "model.context_length=128", "train.batch_size=4"]
     code = main(["plan", "tiny-gpt2", *small, "--on", "v5e-1", f"out={out}", f"png={png}", "hours=1"])
     text = capsys.readouterr().out
-    assert code == 0 and "HBM of a chip" in text and "MFU" in text and "1 hours" in text
+    assert code == 0 and "HBM per chip" in text and "MFU" in text and "1 hours" in text
     assert json.loads(out.read_text())["fits"] and png.stat().st_size > 10_000

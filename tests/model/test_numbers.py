@@ -57,7 +57,7 @@ def test_logits_keep_the_float32_sum(tied):
     ("tokens", "text"),
     [
         (np.arange(8), r"expected integer ids \[B, T\], got int64\[8\]"),
-        (np.full((1, 4), 64), "from 64 to 64, and the model has 64 of them"),
+        (np.full((1, 4), 64), "from 64 to 64, but the vocabulary size is 64"),
         (np.full((1, 4), -1), "from -1 to -1"),
         (np.zeros((1, 17), np.int32), "17 per row, and the position table has 16"),
         ([[1, 2]], "got list"),
@@ -151,14 +151,14 @@ def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known
     loss = next_token(cfg)
     for bad in (99, -1):
         batch = Batch(tokens, tokens.at[0, 2].set(bad))
-        with pytest.raises(UserError, match=r"targets: from .* expected 0 to 63"):
+        with pytest.raises(UserError, match=r"targets: the ids range from .* expected 0 to 63"):
             loss(params, batch, None)
         ignored = batch._replace(weights=jnp.ones((1, 4)).at[0, 2].set(0))  # -100 of other libraries
         assert np.isfinite(float(loss(params, ignored, None)[0].total))
         assert np.isfinite(float(jax.jit(loss)(params, batch, None)[0].total))
-        with pytest.raises(UserError, match=r"tokens: from .* expected 0 to 63"):
+        with pytest.raises(UserError, match=r"tokens: the ids range from .* expected 0 to 63"):
             extend(params, tokens.at[0, 2].set(bad), cfg, init_cache(cfg, 1, 8))
-    with pytest.raises(UserError, match="targets: .* has 64 of them"):
+    with pytest.raises(UserError, match="targets: .* vocabulary size is 64"):
         token_log_probs(params, Batch(tokens, tokens + 64), cfg)
     cache = init_cache(cfg, 1, 32)
     _, cache = extend(params, jnp.zeros((1, 12), jnp.int32), cfg, cache)

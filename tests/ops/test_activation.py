@@ -1,3 +1,5 @@
+"""Tests of the activation functions against their formulas."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from gptjax.ops.activation import gelu, relu_squared
 X = np.concatenate([np.linspace(-12, 12, 961), [-1e4, 1e4]]).astype(np.float32)
 
 
-def test_gelu_and_its_slope_are_the_tanh_form():
+def test_gelu_and_its_derivative_equal_the_tanh_formula():
     x, c = X.astype(np.float64), np.sqrt(2 / np.pi)
     tanh = np.tanh(c * (x + 0.044715 * x**3))
     slope = (1 + tanh) / 2 + x / 2 * (1 - tanh**2) * c * (1 + 3 * 0.044715 * x**2)

@@ -1,4 +1,4 @@
-"""The attention kernel against one written out in full, and the pieces that teach it."""
+"""Tests of attention against a naive implementation, and of the functions for teaching it."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from gptjax.ops.position import alibi_slopes
 
 
 def naive(q, k, v, *, offset=0, segment_ids=None, window=0, scale=None, alibi=False):
-    """Every key-value head written out for its group, the whole square, -inf where nothing may be seen."""
+    """Naive attention: keys and values repeated per group, all T x S scores, -inf where a query must not attend."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     distance = np.arange(T)[:, None] + np.broadcast_to(offset, B)[:, None, None] - np.arange(S)
-    seen = (distance >= 0) & (distance < (window or S + T))
+    mask = (distance >= 0) & (distance < (window or S + T))
     if segment_ids is not None:
-        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
     k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(H))
     if alibi:
         scores = scores - alibi_slopes(N)[:, None, None] * distance[:, None].astype(np.float32)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1), v)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), -1), v)
 
 
 def qkv(T, S, N=4, K=2, H=6, B=2, dtype=np.float32):
@@ -33,23 +33,23 @@ SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 256)), axis=1)
 CASES = {
     "documents, alibi": (9, 9, {"segment_ids": SEGMENTS[:, :9], "alibi": True}),
     "two blocks of queries": (128, 128, {"segment_ids": SEGMENTS[:, :128]}),
-    "two long blocks": (256, 256, {"alibi": True}),
-    "after a cache": (2, 8, {"offset": np.array([4, 2]), "alibi": True}),
-    "a window, another scale": (9, 9, {"window": 3, "scale": 0.7}),
-    "a window in two blocks": (128, 128, {"window": 70}),
+    "two long blocks of queries": (256, 256, {"alibi": True}),
+    "with a KV cache": (2, 8, {"offset": np.array([4, 2]), "alibi": True}),
+    "sliding window, another scale": (9, 9, {"window": 3, "scale": 0.7}),
+    "sliding window, two blocks": (128, 128, {"window": 70}),
 }
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_full_square(case):
+def test_attention_equals_naive_attention(case):
     T, S, options = CASES[case]
     args = qkv(T, S)
 
     def run(fn, args):
         def total(args):
             out = fn(*args, **options)
-            return jnp.sin(out).sum(), out  # sin: a cotangent that differs everywhere
+            return jnp.sin(out).sum(), out  # sin: every element has a different cotangent
 
         return jax.value_and_grad(total, has_aux=True)(args)
 
@@ -59,12 +59,12 @@ def test_equals_the_full_square(case):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_with_nothing_to_see_is_finite():
+def test_a_fully_masked_row_is_finite():
     out = attention(*qkv(4, 4), offset=-9)
     assert np.isfinite(out).all()
 
 
-def test_low_precision_keeps_its_dtype_and_float32_scores():
+def test_bfloat16_keeps_its_dtype_and_has_float32_scores():
     args = [jnp.asarray(a, jnp.bfloat16) for a in qkv(7, 7)]
     out = attention(*args)
     assert out.dtype == jnp.bfloat16
@@ -72,7 +72,7 @@ def test_low_precision_keeps_its_dtype_and_float32_scores():
 
 
 def test_dropout():
-    """The same key drops the same weights; over 2,000 equal rows the mean is what no dropout gives."""
+    """The same key drops the same weights; the mean over 2,000 equal rows is the result without dropout."""
     q, k, v = (np.repeat(a, 2000, 0) for a in qkv(3, 3, B=1))
     run = jax.jit(lambda key: attention(q, k, v, dropout=0.4, dropout_key=key))
     plain = np.asarray(attention(q, k, v))
@@ -83,8 +83,8 @@ def test_dropout():
     np.testing.assert_allclose(dropped.mean(0), plain[0], atol=5 * (dropped.std(0) / 2000**0.5).max())
 
 
-def test_the_gradient_under_dropout_is_that_of_the_same_dropped_weights():
-    """Against central differences along one direction; the key, and so what is dropped, stays."""
+def test_the_gradient_with_dropout_uses_the_same_dropped_weights():
+    """Compares with central differences along one direction, with the same key and thus the same dropped weights."""
     args, direction = qkv(130, 130), qkv(130, 130)[::-1]
     direction = tuple(np.resize(d, a.shape) for a, d in zip(args, direction, strict=True))
 
@@ -98,24 +98,24 @@ def test_the_gradient_under_dropout_is_that_of_the_same_dropped_weights():
     np.testing.assert_allclose((total(ahead) - total(behind)) / 1e-2, slope, rtol=0.01)
 
 
-def test_multi_head_attention_is_its_heads_side_by_side():
+def test_multi_head_attention_concatenates_its_heads():
     rng = np.random.default_rng(0)
     x, (w_q, w_k, w_v, w_o) = (
         rng.normal(size=(1, 5, 8)).astype(np.float32),
         rng.normal(size=(4, 8, 8)).astype(np.float32),
     )
-    seen = np.tril(np.ones((5, 5)))
+    mask = np.tril(np.ones((5, 5)))
     heads = []
-    for part in (slice(0, 4), slice(4, 8)):
-        q, k, v = (x[0] @ w[:, part] for w in (w_q, w_k, w_v))
-        weights = np.exp(q @ k.T / 2) * seen
+    for head in (slice(0, 4), slice(4, 8)):
+        q, k, v = (x[0] @ w[:, head] for w in (w_q, w_k, w_v))
+        weights = np.exp(q @ k.T / 2) * mask
         heads.append(weights / weights.sum(-1, keepdims=True) @ v)
     expected = np.concatenate(heads, -1) @ w_o
     np.testing.assert_allclose(multi_head_attention(x, w_q, w_k, w_v, w_o, 2)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_window_may_be_an_array():
-    """As inside a loop over layers that differ; 0 is none."""
+def test_the_window_may_be_traced():
+    """As in a scan over layers with different windows; 0: no window."""
     args = qkv(9, 9)
     run = jax.jit(lambda window: attention(*args, window=window))
     for window in (0, 1, 4):
@@ -123,7 +123,7 @@ def test_a_window_may_be_an_array():
 
 
 @pytest.mark.parametrize("options", [{}, dict(window=3), dict(alibi=True), dict(scale=0.2, offset=np.array([2, 1]))])
-def test_weights_are_those_that_attention_uses(options):
+def test_attention_weights_are_those_of_attention(options):
     q, k, v = qkv(5, 7)
     k_heads, v_heads = (np.moveaxis(a, 2, 1) for a in (k, v))
 
@@ -137,7 +137,7 @@ def test_weights_are_those_that_attention_uses(options):
     np.testing.assert_allclose(out, naive(q, k, v, **options), rtol=1e-5, atol=5e-6)
 
 
-def test_weights_stay_in_their_document_and_are_dropped():
+def test_attention_weights_with_documents_and_dropout():
     q, k, _ = qkv(5, 5)
     ids = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
     weights = np.asarray(jax.jit(lambda q, k: attention_weights(q, k, segment_ids=ids))(q, np.moveaxis(k, 2, 1)))

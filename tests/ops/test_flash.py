@@ -1,4 +1,4 @@
-"""Our GPU attention kernels: run by Pallas' interpreter against XLA's attention, and lowered for CUDA."""
+"""Tests of our flash attention kernels: run in Pallas' interpreter and compared with XLA, and lowered for CUDA."""
 
 import contextlib
 import itertools
@@ -20,7 +20,7 @@ SMALL = Tiles(Tile(32, 16), Tile(16, 32), Tile(32, 32))
 
 
 def documents(kind, B, T, rng):
-    """Ids that rise along a row, as packing gives them; or any, a document's tokens apart from each other."""
+    """Segment ids: "packed" ids increase along a row; "scattered" ids are random, so documents are interleaved."""
     ids = rng.integers(0, 5, (B, T))
     return {"none": None, "packed": np.sort(ids, axis=1), "scattered": ids}[kind]
 
@@ -28,14 +28,14 @@ def documents(kind, B, T, rng):
 def value_and_gradients(fn, args):
     def total(args):
         out = fn(*args)
-        return jnp.sin(out.astype(jnp.float32)).sum(), out  # sin: a cotangent that differs everywhere
+        return jnp.sin(out.astype(jnp.float32)).sum(), out  # sin: every element has a different cotangent
 
     (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(args)
     return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
 
-def worst(T=100, B=2, N=4, K=2, H=64, kind="packed", window=0, dtype="float32", tiles=SMALL):
-    """The largest differences from XLA's attention in float32: of the output, and of d_q, d_k, d_v."""
+def max_error(T=100, B=2, N=4, K=2, H=64, kind="packed", window=0, dtype="float32", tiles=SMALL):
+    """Largest difference from XLA's float32 attention, in the output and the gradients of q, k and v."""
     rng = np.random.default_rng(T + H)
     q, k, v = (jnp.asarray(rng.normal(size=size), dtype) for size in ((B, T, N, H), (B, K, T, H), (B, K, T, H)))
     ids = documents(kind, B, T, rng)
@@ -64,20 +64,20 @@ def worst(T=100, B=2, N=4, K=2, H=64, kind="packed", window=0, dtype="float32", 
     ids=lambda case: " ".join(f"{key}={value}" for key, value in case.items()) or "a row of 100",
 )
 def test_flash_equals_xla(case):
-    assert worst(**case) < 1e-4
+    assert max_error(**case) < 1e-4
 
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_flash_in_16_bits(dtype):
-    """Products of 16-bit numbers, sums in float32: off by a few units in the last place of values near 4."""
-    assert worst(T=48, B=1, dtype=dtype) < (0.06 if dtype == "bfloat16" else 0.008)
+    """16-bit operands, float32 sums: the error is a few units in the last place of values near 4."""
+    assert max_error(T=48, B=1, dtype=dtype) < (0.06 if dtype == "bfloat16" else 0.008)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(24))
-def test_flash_equals_xla_at_random(seed):
+def test_flash_equals_xla_with_random_options(seed):
     rng = np.random.default_rng(seed)
     N = 4
     case = dict(
@@ -88,11 +88,11 @@ def test_flash_equals_xla_at_random(seed):
     )  # fmt: skip
     if rng.random() < 0.3:
         case["window"] = np.int32(case["window"])
-    assert worst(**case) < 1e-4, case
+    assert max_error(**case) < 1e-4, case
 
 
-def test_seeds_side_by_side():
-    """`vmap` over q, k and v, with documents that all have in common."""
+def test_flash_under_vmap():
+    """`vmap` over q, k and v, as for several seeds; the segment ids are shared."""
     rng = np.random.default_rng(0)
     q, k, v = (
         rng.normal(size=(2, *size)).astype(np.float32) for size in ((1, 40, 2, 16), (1, 2, 40, 16), (1, 2, 40, 16))
@@ -110,44 +110,50 @@ def test_seeds_side_by_side():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------- which tiles are visited
+# ---------------------------------------------------------------- ranges of tiles
 
 
-@pytest.mark.parametrize("over", ["keys", "queries"])
+@pytest.mark.parametrize("loop_over", ["keys", "queries"])
 @pytest.mark.parametrize(("kind", "window"), list(itertools.product(["none", "packed", "scattered"], [0, 1, 21, 64])))
-def test_no_tile_is_missed_and_none_is_visited_for_nothing(kind, window, over):
+def test_ranges_contain_exactly_the_tiles_that_are_not_fully_masked(kind, window, loop_over):
     rng = np.random.default_rng(window)
     B, T, S, offset = 3, 75, 130, 40
     tile = Tile(16, 32)
     k_ids = documents(kind, B, S, rng)
     q_ids = None if k_ids is None else k_ids[:, offset : offset + T]
     sizes = flash._Sizes(B, T, S, 1, 1, 64)
-    ranges = np.asarray(flash._ranges(sizes, tile, jnp.array([offset, window or S]), q_ids, k_ids, window > 0, over))
+    span = jnp.array([offset, window or S])
+    ranges = np.asarray(flash._ranges(sizes, tile, span, q_ids, k_ids, window > 0, loop_over))
     distance = offset + np.arange(T)[:, None] - np.arange(S)
-    sees = np.broadcast_to((distance >= 0) & (distance < (window or S)), (B, T, S))
+    mask = np.broadcast_to((distance >= 0) & (distance < (window or S)), (B, T, S))
     if k_ids is not None:
-        sees = sees & (q_ids[:, :, None] == k_ids[:, None])
-    tiles = np.zeros((B, 5, 5), int)  # how many pairs of each tile are seen, and how many there are
+        mask = mask & (q_ids[:, :, None] == k_ids[:, None])
+    tiles = np.zeros((B, 5, 5), int)  # number of unmasked (query, key) pairs per tile; `pairs`: number of all pairs
     pairs = np.zeros((5, 5), int)
     for i, j in itertools.product(range(5), range(5)):
-        part = sees[:, 16 * i : 16 * i + 16, 32 * j : 32 * j + 32]
-        tiles[:, i, j], pairs[i, j] = part.sum((1, 2)), part[0].shape[0] * 32  # a short tile of keys is never whole
-    if over == "queries":
+        tile_mask = mask[:, 16 * i : 16 * i + 16, 32 * j : 32 * j + 32]
+        tiles[:, i, j], pairs[i, j] = (
+            tile_mask.sum((1, 2)),
+            tile_mask[0].shape[0] * 32,
+        )  # a partial tile of keys is never whole
+    if loop_over == "queries":
         tiles, pairs = tiles.swapaxes(1, 2), pairs.T
     for b, i in itertools.product(range(B), range(5)):
         begin, whole, rest, end = ranges[b if len(ranges) > 1 else 0, i]
-        found = np.flatnonzero(tiles[b, i])
+        nonempty = np.flatnonzero(tiles[b, i])
         assert begin <= whole <= rest <= end
-        assert not len(found) or (begin <= found[0] and found[-1] < end)
+        assert not len(nonempty) or (begin <= nonempty[0] and nonempty[-1] < end)
         assert (tiles[b, i, whole:rest] == pairs[i, whole:rest]).all()
         if kind != "scattered":
-            assert list(found) == list(range(begin, end))
+            assert list(nonempty) == list(range(begin, end))
             assert (tiles[b, i] == pairs[i]).sum() == rest - whole
 
 
 def test_every_shape_has_tiles():
-    """Powers of two of at least 16, and within the shared memory of a small Ampere GPU: q, k and v, and what is loaded
-    ahead. The exact figure is Triton's."""
+    """Tile sizes are powers of two from 16 to 128, and tiles of queries and keys together take at most 48 KiB.
+
+    A small Ampere GPU has 99 KiB of shared memory. How much a kernel needs exactly depends on Triton.
+    """
     for H, dtype in itertools.product((8, 64, 80, 128, 192, 256), ("bfloat16", "float16", "float32")):
         for tile in flash.default_tiles(H, dtype):
             assert {tile.queries, tile.keys} <= {16, 32, 64, 128} and tile.warps in (4, 8)
@@ -159,10 +165,12 @@ def test_every_shape_has_tiles():
 
 
 def kernels(fn, *args, mesh=None, capability=8.0):
-    """How many Triton kernels there are in the program of `fn` for a GPU, and whether scores of T x T."""
+    """(number of Triton kernels in the program of `fn` for a GPU, whether it contains T x T scores)."""
     T = args[0].shape[1]
-    here = mesh and jax.sharding.use_abstract_mesh(AbstractMesh(mesh, device.AXES, axis_types=(AxisType.Auto,) * 4))
-    with here or contextlib.nullcontext(), device.compiling_for("gpu", capability=capability):
+    mesh_context = mesh and jax.sharding.use_abstract_mesh(
+        AbstractMesh(mesh, device.AXES, axis_types=(AxisType.Auto,) * 4)
+    )
+    with mesh_context or contextlib.nullcontext(), device.compiling_for("gpu", capability=capability):
         text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("__gpu$xla.gpu.triton"), f"x{T}x{T}x" in text
 
@@ -182,9 +190,9 @@ def shapes(T=1024, N=4, K=2, H=64, B=8, dtype="bfloat16"):
 @pytest.mark.first_cases(4)
 @pytest.mark.parametrize("T", [1024, 1000])
 @pytest.mark.parametrize("mesh", [None, (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
-def test_documents_reach_the_kernel(T, mesh):
-    found, square = kernels(gradient(), *shapes(T), mesh=mesh)
-    assert found >= 3 and not square
+def test_document_masks_use_the_kernel(T, mesh):
+    n_kernels, has_scores = kernels(gradient(), *shapes(T), mesh=mesh)
+    assert n_kernels >= 3 and not has_scores
     if mesh is None:
         assert kernels(gradient(), *shapes(T), capability=7.5) == (0, True)
 
@@ -200,15 +208,15 @@ def test_documents_reach_the_kernel(T, mesh):
         ({}, {"H": 256, "K": 1}),
         ({}, {"H": 128, "dtype": "float16"}),
         ({}, {"T": 1, "B": 1}),
-        ({}, {"B": 1, "N": 70_000, "K": 70_000, "T": 128}),  # more heads than a grid's second axis has room for
+        ({}, {"B": 1, "N": 70_000, "K": 70_000, "T": 128}),  # more heads than the second axis of a CUDA grid allows
     ],
 )
-def test_what_is_lowered(options, shape):
+def test_kernels_are_lowered(options, shape):
     assert kernels(gradient(**options), *shapes(**shape))[0] == 3
 
 
-def test_layers_with_windows_of_their_own_reach_the_kernel():
-    """The window is read from an array by the layer's number, in one loop over the layers."""
+def test_different_windows_per_layer_use_the_kernel():
+    """In the scan over the layers the window is a traced value, read from an array by the layer's index."""
     cfg = gptjax.ModelConfig(
         arch="llama", n_layer=4, n_head=4, n_kv_head=2, d_model=256, vocab_size=256, context_length=1024,
         sliding_window=128, window_pattern="SSL", dtype="bfloat16",
@@ -218,11 +226,11 @@ def test_layers_with_windows_of_their_own_reach_the_kernel():
     def total(params, ids):
         return loss(params, Batch(ids, ids, None, ids), None)[0].total
 
-    found, square = kernels(lambda ids, params: jax.grad(total)(params, ids), ids, gptjax.abstract_params(cfg))
-    assert found >= 3 and not square
+    n_kernels, has_scores = kernels(lambda ids, params: jax.grad(total)(params, ids), ids, gptjax.abstract_params(cfg))
+    assert n_kernels >= 3 and not has_scores
 
 
-def test_seeds_side_by_side_are_lowered():
+def test_vmapped_kernels_are_lowered():
     q, k, v, ids = shapes(T=1000)
     q, k, v = (jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, v))
     assert kernels(jax.vmap(gradient(), (0, 0, 0, None)), q, k, v, ids)[0] == 3

@@ -1,4 +1,4 @@
-"""The kernels of other devices against the attention that XLA runs here."""
+"""Tests of the fused attention kernels: compared with XLA, and which one is chosen for which device."""
 
 import contextlib
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def qkv(T=256, N=4, K=2, H=64, B=2):
 def value_and_gradients(fn, args):
     def total(args):
         out = fn(*args)
-        return jnp.sin(out).sum(), out  # sin: a cotangent that differs everywhere
+        return jnp.sin(out).sum(), out  # sin: every element has a different cotangent
 
     (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(args)
     return out, *gradients
@@ -35,10 +35,10 @@ def scaled(kernel, **options):
 
 
 CASES = {
-    "grouped heads": ({}, {}),
+    "grouped-query attention": ({}, {}),
     "documents": ({"segment_ids": SEGMENTS}, {"K": 4}),
-    "a window": ({"window": 70}, {"K": 1}),
-    "a window within documents": ({"window": 100, "segment_ids": SEGMENTS}, {}),
+    "sliding window": ({"window": 70}, {"K": 1}),
+    "sliding window and documents": ({"window": 100, "segment_ids": SEGMENTS}, {}),
 }
 
 
@@ -54,7 +54,7 @@ def test_splash_equals_xla(case):
 
 
 @pytest.mark.parametrize("window", [0, 70])
-def test_what_cudnn_is_asked_for_equals_xla(window):
+def test_the_arguments_for_cudnn_give_the_result_of_xla(window):
     args = qkv()
     ours = value_and_gradients(scaled(lambda q, k, v: fused.cudnn(q, k, v, window=window, by="xla")), args)
     expected = value_and_gradients(lambda q, k, v: heads_attention(q, k, v, window=window), args)
@@ -69,12 +69,12 @@ def test_what_cudnn_is_asked_for_equals_xla(window):
         ({"segment_ids": SEGMENTS}, "splash"),
         ({"window": 32}, "splash"),
         ({"alibi": True}, "xla"),
-        ({"window": np.int32(32)}, "xla"),  # as of layers that differ, in a loop
+        ({"window": np.int32(32)}, "xla"),  # traced, as in a scan over layers with different windows
         ({"offset": np.array([0, 0])}, "xla"),
         ({"dropout": 0.1, "dropout_key": jax.random.key(0)}, "xla"),
     ],
 )
-def test_who_attends_on_a_tpu(options, expected, monkeypatch):
+def test_which_kernel_is_used_on_a_tpu(options, expected, monkeypatch):
     monkeypatch.setattr(fused, "splash", lambda q, *_, **__: jnp.full_like(q, 7))
     with device.compiling_for("tpu"):
         out = heads_attention(*map(jnp.asarray, qkv()), **options)
@@ -83,14 +83,14 @@ def test_who_attends_on_a_tpu(options, expected, monkeypatch):
     assert not (odd == 7).all()
 
 
-def described(*shape):
-    """A mesh of devices that are not here."""
+def abstract_mesh(*shape):
+    """Context with an abstract mesh of this shape, without devices."""
     return jax.sharding.use_abstract_mesh(AbstractMesh(shape, device.AXES, axis_types=(AxisType.Auto,) * 4))
 
 
 NO_CUDNN = {"cudnn": 0}
 FLOAT32 = {"dtype": "float32"}
-DIVIDED = {"mesh": (1, 2, 1, 4)}
+CONTEXT_PARALLEL = {"mesh": (1, 2, 1, 4)}
 
 
 @pytest.mark.parametrize(
@@ -101,33 +101,33 @@ DIVIDED = {"mesh": (1, 2, 1, 4)}
         (8.0, {"window": 32}, {}, "cudnn"),
         (8.0, {}, {"dtype": "float16"}, "cudnn"),
         (8.0, {}, {"mesh": (2, 2, 2, 1)}, "cudnn"),
-        (8.0, {}, DIVIDED, "flash"),
+        (8.0, {}, CONTEXT_PARALLEL, "flash"),
         (8.0, {}, NO_CUDNN, "flash"),
         (8.0, {}, FLOAT32, "flash"),
         (8.0, {}, {"H": 256}, "flash"),
-        (9.0, {}, {"H": 256}, "flash"),  # a Hopper that is not here: jax would refuse
+        (9.0, {}, {"H": 256}, "flash"),  # cuDNN would need a local Hopper GPU: jax checks it
         (8.0, {}, {"H": 288}, None),
         (8.0, {}, {"H": 60}, None),
         (8.0, {"segment_ids": SEGMENTS}, {}, "flash"),
         (12.0, {"segment_ids": SEGMENTS}, {"T": 1000}, "flash"),
         (8.0, {"segment_ids": SEGMENTS, "window": 32}, {"mesh": (2, 2, 2, 1)}, "flash"),
-        (8.0, {"window": np.int32(32)}, {}, "flash"),  # as of layers that differ, in a loop
+        (8.0, {"window": np.int32(32)}, {}, "flash"),  # traced, as in a scan over layers with different windows
         (7.5, {}, {}, None),
         (7.0, {"segment_ids": SEGMENTS}, {}, None),
         (0.0, {}, {}, None),
     ],
 )
-def test_who_attends_on_a_gpu(capability, options, shape, expected, monkeypatch):
+def test_which_kernel_is_used_on_a_gpu(capability, options, shape, expected, monkeypatch):
     setting = {"T": 1024, "H": 64, "dtype": "bfloat16", "cudnn": 91100, "mesh": None, **shape}
     monkeypatch.setattr(fused, "cudnn_version", lambda: setting["cudnn"])
     q = jax.ShapeDtypeStruct((8, setting["T"], 4, setting["H"]), setting["dtype"])
-    where = described(*setting["mesh"]) if setting["mesh"] else contextlib.nullcontext()
-    with where, device.compiling_for("gpu", capability=capability):
-        found = fused.kernel_for(q, **options)
-    assert (found and found.__name__) == expected
+    mesh_context = abstract_mesh(*setting["mesh"]) if setting["mesh"] else contextlib.nullcontext()
+    with mesh_context, device.compiling_for("gpu", capability=capability):
+        kernel = fused.kernel_for(q, **options)
+    assert (kernel and kernel.__name__) == expected
 
 
-def test_on_a_hopper_cudnn_takes_heads_of_256(monkeypatch):
+def test_cudnn_supports_heads_of_256_channels_on_hopper(monkeypatch):
     monkeypatch.setattr(fused, "cudnn_version", lambda: 90500)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     q = jax.ShapeDtypeStruct((8, 1024, 4, 256), "bfloat16")
@@ -136,8 +136,8 @@ def test_on_a_hopper_cudnn_takes_heads_of_256(monkeypatch):
             assert fused.kernel_for(q).__name__ == expected
 
 
-def test_what_a_gpu_leaves_to_xla(monkeypatch):
-    """Biases, dropout, and queries that stand elsewhere than their keys."""
+def test_what_uses_xla_on_a_gpu(monkeypatch):
+    """ALiBi biases, dropout, and queries at an offset from their keys use XLA, not a kernel."""
     monkeypatch.setattr(fused, "flash", lambda q, *_, **__: jnp.full_like(q, 7))
     q, k, v = map(jnp.asarray, qkv())
     with device.compiling_for("gpu"):
@@ -160,39 +160,41 @@ def test_capability():
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("9.0", 9.0), ("12.1", 12.1), ("gfx90a", 0.0), (None, 0.0)])
-def test_capability_of_a_gpu_that_is_here(kind, expected, monkeypatch):
-    here = SimpleNamespace(**{} if kind is None else {"compute_capability": kind})
-    monkeypatch.setattr(jax, "devices", lambda: [here])
+def test_capability_of_the_local_gpu(kind, expected, monkeypatch):
+    gpu = SimpleNamespace(**{} if kind is None else {"compute_capability": kind})
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
     assert device.capability() == expected
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2, 1)])
 def test_cudnn_is_lowered_for_cuda(mesh, monkeypatch):
-    """jax asks the library for its version and the device for its capability; here it is told. Under a mesh too nothing
-    is left for a later pass to divide."""
+    """jax's checks of the cuDNN version and the compute capability are mocked.
+
+    Under a mesh the kernel is lowered with the shapes of one device, so that no later pass needs to partition it.
+    """
     library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(library, "check_compute_capability", lambda wanted: float(wanted) <= 8.0)
     monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda wanted: False)
     monkeypatch.setattr(fused, "cudnn_version", lambda: 91100)
     q, kv = (jax.ShapeDtypeStruct(size, "bfloat16") for size in ((8, 1000, 4, 64), (8, 2, 1000, 64)))
-    where = described(*mesh) if mesh else contextlib.nullcontext()
-    with where, device.compiling_for("gpu"):
+    mesh_context = abstract_mesh(*mesh) if mesh else contextlib.nullcontext()
+    with mesh_context, device.compiling_for("gpu"):
         total = lambda q, k, v: heads_attention(q, k, v, window=128).astype(jnp.float32).sum()  # noqa: E731
         traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, kv, kv)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmaxBackward" in text and "CustomSPMDPartitioning" not in text
-    assert ("tensor<2x1000x2x64xbf16>" in text) == (mesh is not None)  # 8 rows by 4, 4 heads by 2
+    assert ("tensor<2x1000x2x64xbf16>" in text) == (mesh is not None)  # 8 rows over 4 devices, 4 heads over 2
 
 
-def test_cudnn_takes_whole_rows_of_one_document():
-    with pytest.raises(ValueError, match="flash takes the others"):
+def test_cudnn_refuses_documents_and_context_parallelism():
+    with pytest.raises(ValueError, match="use flash"):
         fused.cudnn(*qkv(), segment_ids=SEGMENTS)
-    with described(1, 1, 1, 8), pytest.raises(ValueError, match="flash takes the others"):
+    with abstract_mesh(1, 1, 1, 8), pytest.raises(ValueError, match="use flash"):
         fused.cudnn(*qkv())
 
 
-def test_splash_under_a_mesh_of_one():
+def test_splash_under_a_mesh_of_one_device():
     devices = np.asarray(jax.devices()[:1])
     with jax.set_mesh(mesh_of((1, 1, 1, 1), devices)):
         assert fused.splash_fits(256)
@@ -203,7 +205,7 @@ def test_splash_under_a_mesh_of_one():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_where_tokens_are_divided_each_device_has_whole_lanes():
-    with described(1, 1, 2, 4):
+def test_with_context_parallelism_each_device_needs_a_multiple_of_128_tokens():
+    with abstract_mesh(1, 1, 2, 4):
         assert fused.splash_fits(512) and fused.splash_fits(2560)
         assert not fused.splash_fits(256) and not fused.splash_fits(768)

@@ -1,3 +1,5 @@
+"""Tests of linear layers and their matrix products."""
+
 import dataclasses
 
 import jax
@@ -18,7 +20,7 @@ def test_float32():
 
 
 def test_bfloat16_value_and_gradients():
-    """Master weights stay float32; the three products round their operands only."""
+    """Master weights and results are float32; only the operands of the three products are rounded to bfloat16."""
 
     def run(dtype):
         def total(x, w, b):
@@ -43,7 +45,7 @@ def test_any_number_of_leading_axes_under_jit_and_vmap(dtype):
     np.testing.assert_allclose(matmul(jnp.array(W), X[0, 0], dtype), expected[0, 0], atol=1e-5)
 
 
-def test_a_weight_of_another_kind_brings_its_own_product():
+def test_a_weight_of_another_type_registers_its_own_matmul():
     @dataclasses.dataclass
     class Twice:
         w: np.ndarray

@@ -1,3 +1,5 @@
+"""Tests of the cross-entropy, computed from all logits and in chunks."""
+
 import functools
 
 import jax
@@ -18,7 +20,7 @@ WEIGHTS = np.array([1, 0, 0.5, 2] * 3, np.float32).reshape(3, 4)
 
 
 def total(hidden, head, weights, cap=0.0, **options):
-    """The loss with all logits at hand, or chunk by chunk where `dtype` or `chunk` is given."""
+    """The loss from all logits at once, or in chunks if `dtype` or `chunk` is given."""
     if options:
         mean = linear_cross_entropy(hidden, head, TARGETS, weights, cap=cap, **options)
     else:
@@ -63,7 +65,7 @@ def test_softcap():
     ("weights", "cap", "chunk"),
     [(None, 0.0, None), (WEIGHTS, 0.0, None), (WEIGHTS, 0.0, 5), (WEIGHTS, 2.0, 4), (None, 2.0, 4), (None, 2.0, 1)],
 )
-def test_chunks_give_the_loss_of_the_whole(weights, cap, chunk):
+def test_the_chunked_loss_equals_the_loss_from_all_logits(weights, cap, chunk):
     mean, grads = evaluate(weights, cap, chunk=chunk)
     exact, exact_grads = evaluate(weights, cap)
     np.testing.assert_allclose(mean, exact, rtol=1e-5)
@@ -86,15 +88,15 @@ def test_bfloat16_is_close(chunk):
         assert np.linalg.norm(a - b) < 0.03 * np.linalg.norm(b)
 
 
-def test_what_weighs_nothing_moves_nothing():
+def test_tokens_with_weight_0_have_no_gradient():
     _, (dhidden, _) = evaluate(WEIGHTS, 0.0, chunk=5)
     assert not np.any(np.asarray(dhidden)[WEIGHTS == 0]) and np.any(dhidden, axis=-1)[WEIGHTS > 0].all()
 
 
 @pytest.mark.parametrize("chunk", [None, 5, 12])
 @pytest.mark.parametrize("cap", [0.0, 2.0])
-def test_log_probs_of_every_token(cap, chunk):
-    """Values, and gradients of a function that is no sum over tokens."""
+def test_log_probs_per_token(cap, chunk):
+    """Compares values, and gradients of a function that is not a sum over tokens."""
 
     def whole(h, w):
         logits = jax.nn.log_softmax(softcap(h @ w, cap))
@@ -112,22 +114,22 @@ def test_log_probs_of_every_token(cap, chunk):
 
 
 def columns_of_products(jaxpr):
-    """How many columns each product's second operand has, in the whole program."""
-    found = []
+    """Number of columns of the second operand of each matrix product in a program."""
+    columns = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            found.append(max(eqn.invars[1].aval.shape))
+            columns.append(max(eqn.invars[1].aval.shape))
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    found += columns_of_products(inner)
-    return found
+                    columns += columns_of_products(inner)
+    return columns
 
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(("cap", "chunk", "dtype"), [(0.0, None, "float32"), (2.0, 5, "float32"), (2.0, 5, "bfloat16")])
-def test_a_gpu_multiplies_aligned_columns_and_sees_no_more_tokens(cap, chunk, dtype):
+def test_a_gpu_pads_the_columns_of_the_head_without_changing_the_loss(cap, chunk, dtype):
     options = dict(dtype=dtype, chunk=chunk)
 
     def both(h, w):
@@ -145,7 +147,7 @@ def test_a_gpu_multiplies_aligned_columns_and_sees_no_more_tokens(cap, chunk, dt
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(None, 256), (4, 256), (16, 512), (80, 1024), (141, 1024)])
-def test_chunks_of_a_gpu_are_sized_by_its_memory(memory, expected, monkeypatch):
+def test_the_chunk_size_on_a_gpu_depends_on_its_memory(memory, expected, monkeypatch):
     stats = None if memory is None else {"bytes_limit": memory * 2**30}
     monkeypatch.setattr(jax, "local_devices", lambda: [type("Device", (), {"memory_stats": lambda self: stats})()])
     with compiling_for("gpu"):

@@ -1,3 +1,5 @@
+"""Tests of LayerNorm and RMSNorm against numpy."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,8 +17,8 @@ def test_layer_norm():
     np.testing.assert_allclose(layer_norm(X, SCALE, BIAS), expected * SCALE + BIAS, atol=1e-5)
 
 
-def test_layer_norm_of_large_numbers():
-    """The mean goes first: the difference of two large squares would lose the variance."""
+def test_layer_norm_of_large_values():
+    """The mean is subtracted first: E[x^2] - E[x]^2 would lose the variance to rounding."""
     np.testing.assert_allclose(layer_norm(X + 1e4), layer_norm(X), atol=2e-3)
 
 
@@ -27,7 +29,7 @@ def test_rms_norm():
     np.testing.assert_allclose(rms_norm(X, SCALE, eps=1e-6), expected * SCALE, atol=1e-5)
 
 
-def test_low_precision_is_normed_in_float32():
+def test_bfloat16_is_normalised_in_float32():
     low = jnp.asarray(X, jnp.bfloat16)
     for norm in (layer_norm, rms_norm):
         assert norm(low).dtype == jnp.bfloat16

@@ -1,3 +1,5 @@
+"""Tests of the position encodings."""
+
 import numpy as np
 
 from gptjax.ops.position import (
@@ -22,22 +24,24 @@ def test_sinusoidal():
     assert sinusoidal(POSITIONS, 5).shape == (2, 4, 5)
 
 
-def test_rope_is_a_turn_of_complex_numbers():
+def test_rope_is_a_rotation_of_complex_numbers():
     H, base = 8, 500.0
     x = np.random.default_rng(0).normal(size=(2, 4, 3, H)).astype(np.float32)
     z = x[..., : H // 2] + 1j * x[..., H // 2 :]
     angle = POSITIONS[..., None, None] * base ** (-np.arange(H // 2) / (H // 2))
-    turned = z * np.exp(1j * angle)
+    rotated = z * np.exp(1j * angle)
     out = rope(x, rope_table(POSITIONS, rope_frequencies(H, base)))
-    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
+    np.testing.assert_allclose(out, np.concatenate([rotated.real, rotated.imag], -1), atol=2e-4)
 
 
-def test_rope_scores_know_the_distance_only():
+def test_rope_scores_depend_on_the_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
-    def score(at_query, at_key):
-        turned = (rope(x, rope_table(np.array([p]), rope_frequencies(8))) for x, p in ((q, at_query), (k, at_key)))
-        return float(np.vdot(*map(np.asarray, turned)))
+    def score(q_position, k_position):
+        rotated = (
+            rope(x, rope_table(np.array([p]), rope_frequencies(8))) for x, p in ((q, q_position), (k, k_position))
+        )
+        return float(np.vdot(*map(np.asarray, rotated)))
 
     np.testing.assert_allclose([score(5, 2), score(103, 100)], score(3, 0), rtol=1e-4)
 
@@ -59,15 +63,15 @@ def test_scaled_frequencies():
     plain = np.asarray(rope_frequencies(16, 100.0))
     np.testing.assert_allclose(rope_frequencies(16, 100.0, "linear", 4.0), plain / 4)
     scaled = np.asarray(rope_frequencies(16, 100.0, "llama3", 8.0, 1.0, 4.0, 64))
-    turns = 64 * plain / (2 * np.pi)
-    assert (turns > 4).any() and (turns < 1).any() and ((turns > 1) & (turns < 4)).any()
-    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4])
-    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8)
-    between = (turns > 1) & (turns < 4)
-    keep = (turns[between] - 1) / 3
+    rotations = 64 * plain / (2 * np.pi)
+    assert (rotations > 4).any() and (rotations < 1).any() and ((rotations > 1) & (rotations < 4)).any()
+    np.testing.assert_allclose(scaled[rotations > 4], plain[rotations > 4])
+    np.testing.assert_allclose(scaled[rotations < 1], plain[rotations < 1] / 8)
+    between = (rotations > 1) & (rotations < 4)
+    keep = (rotations[between] - 1) / 3
     np.testing.assert_allclose(scaled[between], plain[between] * (keep + (1 - keep) / 8), rtol=1e-6)
 
 
-def test_positions_begin_again_in_every_document():
+def test_positions_start_at_0_in_every_document():
     ids = np.array([[1, 1, 1, 2, 2, 0], [5, 6, 6, 6, 6, 6]])
     assert segment_positions(ids).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]

@@ -1,4 +1,4 @@
-"""`model.precision` reaches every product, forward and backward, whenever JAX traces it."""
+"""Tests that every matrix product, forward and backward, has the precision of `model.precision`."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from gptjax.ops.quant import quantize
 from gptjax.research import curvature, influence
 from gptjax.types import Batch, Mean
 
-T = 128  # two blocks of queries, and whole lanes for splash
+T = 128  # long enough for two blocks of queries, and a multiple of 128 for splash
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 17, (2, T)).astype(np.int32)
 SEGMENTS = np.repeat([[1, 2]], T // 2, axis=1).repeat(2, 0).astype(np.int32)
@@ -53,7 +53,7 @@ def one_chunk(cfg, params):
 
 
 def late(cfg, params):
-    """Differentiated after it was traced: `jit` inside of `grad`."""
+    """`grad` of a jitted loss, which is differentiated after it has been traced."""
     loss = jax.jit(lambda p: next_token(cfg)(p, BATCH, None)[0].total)
     return jax.grad(loss), (params,)
 
@@ -86,12 +86,12 @@ def quantised(kind):
 
     small = None
 
-    def made(cfg, params):
+    def quantise_and_build(cfg, params):
         nonlocal small
         small = quantize(params, kind)
         return build(cfg, params)
 
-    return made
+    return quantise_and_build
 
 
 def preferences(cfg, params):
@@ -129,7 +129,7 @@ USES = {
 
 
 def dots(jaxpr):
-    """(precision, dtype) of every product, in the jaxprs inside too."""
+    """(precision, dtype) of every product in a jaxpr, nested ones included."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn.params["precision"], eqn.invars[0].aval.dtype
@@ -142,7 +142,7 @@ def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-def found(use, cfg, params):
+def products(use, cfg, params):
     fn, args = USES[use](cfg, params)
     return list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
 
@@ -161,50 +161,52 @@ CASES += [(use, "high") for use in ("forward", "gradient of a jitted loss", "dor
 
 @pytest.mark.first_cases(12)
 @pytest.mark.parametrize(("use", "precision"), CASES)
-def test_every_product_has_the_precision_that_was_asked_for(build, use, precision):
-    """But sums that are written as products, which are exact under each: of log-probabilities, and the mean of a text's
-    hidden states."""
+def test_every_product_has_the_requested_precision(build, use, precision):
+    """Sums that are written as products are an exception: they always have the highest precision.
+
+    These are the sum of log-probabilities and the mean of the hidden states of a text.
+    """
     cfg, params = build(precision=precision, n_classes=2)
-    with jax.default_matmul_precision(None):  # whatever the suite runs with
-        each = {p for p, _ in found(use, cfg, params)}
-    asked = None if precision == "default" else (Precision(precision),) * 2
+    with jax.default_matmul_precision(None):  # override the setting of the test suite
+        precisions = {p for p, _ in products(use, cfg, params)}
+    expected = None if precision == "default" else (Precision(precision),) * 2
     sums = {(Precision.HIGHEST,) * 2} if use in ("preferences", "classes, mean") else set()
-    assert each == {asked} | sums
+    assert precisions == {expected} | sums
 
 
-WAYS = [
+SWITCHES = [
     dict(remat="full"), dict(remat="dots"), dict(unroll=True), dict(tie_embeddings=True), dict(sliding_window=8),
     dict(position="alibi"), dict(arch="modern"), dict(dropout=0.1),
 ]  # fmt: skip
 
 
-ELSEWHERE = [(way, platform) for way in (WAYS[0], WAYS[6]) for platform in ("gpu", "tpu")]
+ACCELERATORS = [(changes, platform) for changes in (SWITCHES[0], SWITCHES[6]) for platform in ("gpu", "tpu")]
 
 
 @pytest.mark.first_cases(6)
-@pytest.mark.parametrize(("way", "platform"), [*((way, "cpu") for way in WAYS), *ELSEWHERE], ids=str)
-def test_however_the_blocks_are_computed(tiny, way, platform):
-    switches = {"arch": "llama", "context_length": 2 * T, "d_head": 16, "precision": "highest", **way}
+@pytest.mark.parametrize(("changes", "platform"), [*((changes, "cpu") for changes in SWITCHES), *ACCELERATORS], ids=str)
+def test_the_precision_with_other_model_settings(tiny, changes, platform):
+    switches = {"arch": "llama", "context_length": 2 * T, "d_head": 16, "precision": "highest", **changes}
     cfg, params = tiny(**switches)
     with compiling_for(platform), jax.default_matmul_precision(None):
         fn, args = gradient(next_token(cfg), params, key=KEY if cfg.dropout else None)
-        each = list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
-    assert {p for p, _ in each} == {(Precision.HIGHEST,) * 2}
-    assert len(each) >= 3 * (7 + 2)  # of each product the forward and both backward ones
+        dot_list = list(dots(jax.make_jaxpr(fn)(*args).jaxpr))
+    assert {p for p, _ in dot_list} == {(Precision.HIGHEST,) * 2}
+    assert len(dot_list) >= 3 * (7 + 2)  # per linear layer one forward and two backward products
 
 
-def test_under_a_mesh(build):
+def test_the_precision_under_a_mesh(build):
     cfg, params = build(precision="high")
     mesh = jax.make_mesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with jax.set_mesh(mesh), jax.default_matmul_precision(None):
-        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
+        assert {p for p, _ in products("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
 
 
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize(("use", "platform"), [
     ("gradient", "cpu"), ("gradient", "gpu"), ("gradient", "tpu"), ("lora", "gpu"), ("nf4", "tpu"),
 ])  # fmt: skip
-def test_bfloat16_is_the_same_program(build, use, platform):
+def test_the_precision_does_not_change_a_bfloat16_program(build, use, platform):
     programs = []
     for precision in ("default", "highest"):
         cfg, params = build(precision=precision, dtype="bfloat16")
@@ -214,20 +216,20 @@ def test_bfloat16_is_the_same_program(build, use, platform):
     assert programs[0] == programs[1] and "dot_general" in programs[0]
 
 
-def test_default_is_jaxs_own_setting(build):
+def test_default_keeps_the_setting_of_jax(build):
     cfg, params = build()
     with jax.default_matmul_precision("highest"):
-        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGHEST,) * 2}
+        assert {p for p, _ in products("gradient", cfg, params)} == {(Precision.HIGHEST,) * 2}
     cfg, params = build(precision="high")
     with jax.default_matmul_precision("highest"):
-        assert {p for p, _ in found("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
+        assert {p for p, _ in products("gradient", cfg, params)} == {(Precision.HIGH,) * 2}
 
 
 @pytest.mark.parametrize(
     ("precision", "on_tpu"), [(None, True), ("default", True), ("high", False), ("highest", False)]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_splash_is_not_used_under_a_stated_precision(precision, dtype, on_tpu):
+def test_splash_is_used_with_default_precision_only(precision, dtype, on_tpu):
     q = jnp.ones((1, T, 2, 64), dtype)
     with jax.default_matmul_precision(precision), compiling_for("tpu"):
         assert ("pallas_call" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(q))) == on_tpu
@@ -235,10 +237,10 @@ def test_splash_is_not_used_under_a_stated_precision(precision, dtype, on_tpu):
 
 @pytest.mark.slow
 @pytest.mark.cpu
-def test_a_cpu_computes_the_same_under_each(build):
+def test_a_cpu_computes_the_same_with_every_precision(build):
     cfg, params = build()
-    each = [jax.jit(whole(dataclasses.replace(cfg, precision=p), params)[0])(params) for p in ("default", "highest")]
-    jax.tree.map(np.testing.assert_array_equal, *each)
+    results = [jax.jit(whole(dataclasses.replace(cfg, precision=p), params)[0])(params) for p in ("default", "highest")]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def merging(cfg, params):
@@ -266,8 +268,8 @@ def clipping(cfg, params):
 
 
 @pytest.mark.parametrize("use", [merging, splitting, eigenvalues, soup, clipping])
-def test_what_is_kept_and_what_must_add_up_is_float32_on_every_device(build, use):
+def test_computations_of_weights_and_sums_have_the_highest_precision(build, use):
     fn, args = use(*build())
     with jax.default_matmul_precision(None):
-        each = [p for p, _ in dots(jax.make_jaxpr(fn)(*args).jaxpr)]
-    assert set(each) == {(Precision.HIGHEST,) * 2}
+        precisions = [p for p, _ in dots(jax.make_jaxpr(fn)(*args).jaxpr)]
+    assert set(precisions) == {(Precision.HIGHEST,) * 2}

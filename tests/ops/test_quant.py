@@ -1,3 +1,5 @@
+"""Tests of int8 and NF4 weight quantisation."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +25,14 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("make", [int8, nf4])
-def test_error_is_what_the_docstring_says(make):
+def test_the_error_is_that_of_the_docstring(make):
     w = normal(1024, 256)
     error = jnp.sqrt(jnp.square(dense(make(w)) - w).mean())
     assert float(error) == pytest.approx({int8: 0.0075, nf4: 0.09}[make], rel=0.1)
 
 
 def size_bytes(leaf):
-    return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(leaf))
+    return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(leaf))
 
 
 @pytest.mark.parametrize("make, bits", [(int8, 8 + 32 / 1024), (nf4, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 1024 / 256)])
@@ -38,7 +40,7 @@ def test_size(make, bits):
     assert 8 * size_bytes(make(normal(1024, 256))) == bits * 1024 * 256
 
 
-def test_int8_is_the_nearest_multiple():
+def test_int8_rounds_to_the_nearest_multiple():
     w = np.array([[1.0, -3.0], [0.5, 127.0], [-1.27, 0.0]], np.float32)
     leaf = int8(w)
     np.testing.assert_allclose(leaf.scale, [[0.01, 1.0]])
@@ -46,22 +48,22 @@ def test_int8_is_the_nearest_multiple():
     np.testing.assert_array_equal(int8(w.T, axis=-1).values, leaf.values.T)
 
 
-def test_nf4_is_the_nearest_level_of_its_block():
-    """Against numpy, block by block; the absmaxes come from the leaf, as theirs are rounded too."""
+def test_nf4_rounds_to_the_nearest_level():
+    """Compares with numpy block by block, using the absmaxes of the leaf, because these are rounded as well."""
     w = np.asarray(normal(128, 8))
     leaf = nf4(w)
     absmax = np.abs(w.reshape(2, 64, 8)).max(1)
-    kept = leaf.absmax * np.asarray(leaf.scale) + leaf.offset
-    np.testing.assert_allclose(kept, absmax, atol=float(leaf.scale.max()) / 2 * 1.01)
+    rounded_absmax = leaf.absmax * np.asarray(leaf.scale) + leaf.offset
+    np.testing.assert_allclose(rounded_absmax, absmax, atol=float(leaf.scale.max()) / 2 * 1.01)
     scaled = w.reshape(2, 64, 8) / absmax[:, None]
     nearest = np.abs(scaled[..., None] - np.array(LEVELS, np.float32)).argmin(-1)
     np.testing.assert_allclose(
-        dense(leaf), (np.array(LEVELS, np.float32)[nearest] * kept[:, None]).reshape(128, 8), atol=1e-6
+        dense(leaf), (np.array(LEVELS, np.float32)[nearest] * rounded_absmax[:, None]).reshape(128, 8), atol=1e-6
     )
 
 
 @pytest.mark.parametrize("make", [int8, nf4])
-def test_zeros_stay_zero_and_stacks_are_their_parts(make):
+def test_zeros_stay_zero_and_a_stack_equals_its_matrices(make):
     w = normal(3, 64, 32).at[1].set(0)
     stacked = dense(make(w))
     np.testing.assert_array_equal(stacked[1], 0)
@@ -73,7 +75,7 @@ def test_zeros_stay_zero_and_stacks_are_their_parts(make):
 @pytest.mark.parametrize("rows", [(1,), (2, 5)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leaf", [int8(normal(64, 48)), int8(normal(64, 48), axis=-1), nf4(normal(64, 48))])
-def test_products_are_those_of_the_dense_matrix(leaf, dtype, rows):
+def test_products_equal_those_of_the_dense_matrix(leaf, dtype, rows):
     for product, width in ((matmul, 64), (matmul_transposed, 48)):
         x = normal(*rows, width, seed=1)
 
@@ -87,14 +89,14 @@ def test_products_are_those_of_the_dense_matrix(leaf, dtype, rows):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
 
 
-def test_rows_of_a_table():
+def test_take_dequantises_the_rows():
     leaf = int8(normal(10, 16), axis=-1)
     np.testing.assert_array_equal(take(leaf, jnp.array([[3, 99]])), dense(leaf)[jnp.array([[3, 9]])])
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("spec", [*(pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS[:2]), *SPECS[2:]])
-def test_model_with_quantized_leaves_is_the_model_of_their_values(params, spec):
+def test_a_quantised_model_equals_the_model_with_dequantised_weights(params, spec):
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, CFG.vocab_size)
     small, plain = quantize(params, spec), dequantize(quantize(params, spec))
     np.testing.assert_allclose(
@@ -105,7 +107,7 @@ def test_model_with_quantized_leaves_is_the_model_of_their_values(params, spec):
     assert both[0] == both[1]
 
 
-def test_a_word_means_the_kernels_and_the_rest_is_untouched(params):
+def test_a_one_word_spec_quantises_the_kernels_only(params):
     small = quantize(params, "nf4")
     assert isinstance(small["blocks"]["mlp"]["up"]["kernel"], NF4)
     assert isinstance(small["lm_head"]["kernel"], NF4)
@@ -130,7 +132,7 @@ def test_gradients_reach_other_leaves_through_quantized_ones(params):
     )
 
 
-def test_mistakes(params):
+def test_errors(params):
     with pytest.raises(UserError, match=r"(?s)'wte/x' matches no parameter.*expected int8, nf4, none; got 'int4'"):
         quantize(params, (("wte/x", "int8"), ("*", "int4")))
     with pytest.raises(UserError, match="ln_f/scale cannot be int8"):

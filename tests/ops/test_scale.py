@@ -1,4 +1,4 @@
-"""Products with learned factors, and the gradient of the factor, which is a sum over all tokens."""
+"""Tests of `scaled`: activations times a learned factor, whose gradient is a sum over all tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ TOKENS = 2**15
 
 
 @pytest.mark.parametrize("shape", [(), (8,)])
-def test_it_is_the_product(shape):
+def test_scaled_equals_the_product(shape):
     rng = np.random.default_rng(0)
     x, factor, g = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 8), shape, (2, 3, 8)))
     ours, expected = (jax.vjp(fn, x, factor) for fn in (scaled, lambda x, factor: x * factor))
@@ -24,8 +24,8 @@ def test_it_is_the_product(shape):
 @pytest.mark.parametrize(
     "fn", [scaled, lambda x, bias: linear(x, jnp.eye(8), bias, "bfloat16")], ids=["a factor", "a bias"]
 )
-def test_its_gradient_is_summed_in_float32(fn):
-    """In bfloat16 a sum of ones stays at 256, or some hundreds where XLA sums in parts."""
+def test_the_gradient_is_summed_in_float32(fn):
+    """A bfloat16 sum of ones stops at 256, or at a few hundred if XLA adds partial sums."""
     x = jnp.ones((TOKENS, 8), jnp.bfloat16)
     gradient = jax.grad(lambda factor: fn(x, factor).astype(jnp.float32).sum())(jnp.ones(8))
     assert gradient.dtype == jnp.float32

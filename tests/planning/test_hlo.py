@@ -1,4 +1,4 @@
-"""Programs read from their text: what runs how often, on a text small enough to count by hand and on real ones."""
+"""Tests of the FLOPs, traffic and collectives counted from HLO text: of a small text by hand, and of real programs."""
 
 import jax
 import jax.numpy as jnp
@@ -62,26 +62,27 @@ ENTRY %main (w: bf16[5,8,16], x: f32[4,64]) -> f32[4,64] {
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs():
-    done = hlo.work(TEXT)
-    assert done.flops == 5 * (2 * 4 * 64 * 16 + 2 * 64 * 16 * 4)
-    assert done.collectives == {
-        "all-gather": 5 * 64 * 16 * 2 * 7 / 8,  # bfloat16, among 8
-        "reduce-scatter": 5 * 64 * 16 * 4 * 7 / 8,  # the sum of which a part is kept
-        "all-reduce": 2 * 4 * 64 * 4 * 3 / 4,  # among 4
+def test_a_loop_body_counts_once_per_iteration():
+    counted = hlo.work(TEXT)
+    assert counted.flops == 5 * (2 * 4 * 64 * 16 + 2 * 64 * 16 * 4)
+    assert counted.collectives == {
+        "all-gather": 5 * 64 * 16 * 2 * 7 / 8,  # bfloat16, 8 devices
+        "reduce-scatter": 5 * 64 * 16 * 4 * 7 / 8,  # an all-reduce of which each device keeps a slice
+        "all-reduce": 2 * 4 * 64 * 4 * 3 / 4,  # 4 devices
         "collective-permute": 4 * 64 * 4,
     }
-    assert done.largest_gather_bytes == 64 * 16 * 2
+    assert counted.largest_gather_bytes == 64 * 16 * 2
 
 
-def test_traffic_is_of_hbm_and_of_slices_what_they_cut():
-    parts = hlo.parse(TEXT)
-    body = parts["body"]
-    assert hlo._traffic(body["layer"], body, parts) == 8 * 16 * 2 + 4  # read; the result lies in vector memory (S(1))
-    assert hlo._traffic(body["y"], body, parts) == 4 * 64 * 4 + 64 * 16 * 2 + 4 * 16 * 4
+def test_traffic_counts_hbm_only_and_slices_with_their_own_size():
+    computations = hlo.parse(TEXT)
+    body = computations["body"]
+    # only the reads count: the result is in vector memory, S(1)
+    assert hlo._traffic(body["layer"], body, computations) == 8 * 16 * 2 + 4
+    assert hlo._traffic(body["y"], body, computations) == 4 * 64 * 4 + 64 * 16 * 2 + 4 * 16 * 4
 
 
-def test_a_slice_inside_a_fusion_inside_a_fusion_is_what_is_read():
+def test_a_slice_in_a_nested_fusion_is_read_with_its_own_size():
     outer = """%outer (stack: bf16[5,8,16], i: s32[]) -> bf16[8,16] {
   %stack = bf16[5,8,16]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -93,13 +94,13 @@ def test_a_slice_inside_a_fusion_inside_a_fusion_is_what_is_read():
     text = TEXT.replace("%body (", outer + "%body (").replace(
         "kind=kLoop, calls=%cut\n  %full", "calls=%outer\n  %full"
     )
-    parts = hlo.parse(text)
-    assert parts["body"]["layer"].called("calls") == ["outer"]
-    assert hlo._traffic(parts["body"]["layer"], parts["body"], parts) == 8 * 16 * 2 + 4
+    computations = hlo.parse(text)
+    assert computations["body"]["layer"].called("calls") == ["outer"]
+    assert hlo._traffic(computations["body"]["layer"], computations["body"], computations) == 8 * 16 * 2 + 4
 
 
-def test_a_gather_beside_other_work_counts_once():
-    """It stands in the fusion that starts it, in those that run meanwhile, and in the one that ends it."""
+def test_an_overlapped_all_gather_counts_once():
+    """HLO repeats it in the fusion that starts it, in those that run at the same time and in the one that ends it."""
     inner = """%NAME (p: bf16[8,16]) -> bf16[64,16] {
   %p = bf16[8,16]{1,0} parameter(0)
   ROOT %g = bf16[64,16]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
@@ -115,14 +116,14 @@ def test_a_gather_beside_other_work_counts_once():
     assert hlo.work(text).collectives["all-gather"] == 2 * hlo.work(TEXT).collectives["all-gather"]
 
 
-def test_the_compilers_own_count_of_a_loop_is_taken():
+def test_the_known_trip_count_of_a_loop_is_used():
     loop = 'condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     text = TEXT.replace("condition=%condition, body=%body", loop)
     assert hlo.work(text).flops == hlo.work(TEXT).flops / 5 * 3
 
 
-def test_a_product_of_batches_written_as_windows_that_touch_in_parts():
-    """[8, 4, 5] times [8, 5, 6] as one convolution: of 8 x 8 pairs of matrices only 8 are multiplied."""
+def test_flops_of_a_batched_product_written_as_a_convolution():
+    """[8, 4, 5] times [8, 5, 6]: of the 8 x 8 pairs of matrices only 8 are multiplied."""
     rest = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
     assert hlo._convolution_flops(rest, (8, 4, 5), (8, 5, 6), (8, 4, 6)) == 2 * 8 * 4 * 5 * 6
 
@@ -130,14 +131,14 @@ def test_a_product_of_batches_written_as_windows_that_touch_in_parts():
 @pytest.mark.cpu
 @pytest.mark.parametrize("layers", [1, 7])
 def test_a_real_program(layers):
-    """A scan over layers here, on the CPU: forward one product a layer, backward two."""
+    """A scan over layers, compiled for the CPU: one product per layer in the forward pass, two in the backward pass."""
 
     def loss(w, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
 
     w, x = jnp.zeros((layers, 32, 32)), jnp.zeros((16, 32))
     text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
-    done = hlo.work(text)
-    backward = 2 * layers - 1  # of the first layer's input no gradient is wanted; a compiler may take it along
-    assert done.flops / (2 * 16 * 32 * 32) in (layers + backward, layers + backward + 1)
-    assert done.collectives == {} and done.hbm_bytes > 4 * layers * 32 * 32
+    counted = hlo.work(text)
+    backward = 2 * layers - 1  # the gradient of the first input is not needed; XLA may compute it anyway
+    assert counted.flops / (2 * 16 * 32 * 32) in (layers + backward, layers + backward + 1)
+    assert counted.collectives == {} and counted.hbm_bytes > 4 * layers * 32 * 32

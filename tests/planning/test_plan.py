@@ -1,4 +1,4 @@
-"""Slices by name, arithmetic of the roofline, what is refused, and a small step compiled for real TPUs."""
+"""Tests of `plan`: names of slices, roofline arithmetic, errors, and small steps compiled for TPUs ahead of time."""
 
 import dataclasses
 import json
@@ -29,26 +29,26 @@ CFG = load_config(
     ],
 )  # fmt: skip
 def test_names_of_slices(name, topology, chips):
-    """v5p and v4 are named by TensorCores, two a chip."""
-    found = slices.slice_of(name)
-    assert (found.topology, found.n_chips) == (topology, chips)
+    """The names of v5p and v4 slices count TensorCores, two per chip."""
+    tpu = slices.slice_of(name)
+    assert (tpu.topology, tpu.n_chips) == (topology, chips)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("v5e-7", "did you mean v5e-"), ("h100-8", "no such TPU slice"), ("v2-8", "v4-8")]
+    ("name", "message"), [("v5e-7", "did you mean v5e-"), ("h100-8", "no such TPU slice"), ("v2-8", "v4-8")]
 )
-def test_a_slice_that_is_not_there(name, says):
-    with pytest.raises(UserError, match=says):
+def test_unknown_slices(name, message):
+    with pytest.raises(UserError, match=message):
         slices.slice_of(name)
 
 
-def test_the_layouts_hold_as_many_chips_as_they_say():
+def test_topologies_have_the_number_of_chips_in_their_name():
     for name, topology in slices.SLICES.items():
-        number, sides = int(name.split("-")[1]), topology.split(":")[1].split("x")
-        assert math.prod(map(int, sides)) * (2 if name[:3] in ("v5p", "v4-") else 1) == number
+        number, dims = int(name.split("-")[1]), topology.split(":")[1].split("x")
+        assert math.prod(map(int, dims)) * (2 if name[:3] in ("v5p", "v4-") else 1) == number
 
 
-def a_plan(**changes):
+def make_plan(**changes):
     base = Plan(
         what="train", slice="v5e-4", topology="v5e:2x2", chips=4,
         mesh={"data": 2, "fsdp": 2, "tensor": 1, "context": 1},
@@ -61,39 +61,39 @@ def a_plan(**changes):
 
 
 def test_roofline_arithmetic():
-    found = a_plan()
-    assert found.roofline.best == 0.5 and found.roofline.worst == pytest.approx(0.7)
-    assert found.tokens_per_s(0.5) == 4096
-    assert found.mfu(0.5) == pytest.approx(0.5)  # 197e12 in half a second on four chips of 197e12
-    read = json.loads(found.to_json())
-    assert read["tokens_per_s_best"] == 4096 and read["mfu_worst"] == pytest.approx(0.357, abs=1e-3)
+    result = make_plan()
+    assert result.roofline.best == 0.5 and result.roofline.worst == pytest.approx(0.7)
+    assert result.tokens_per_s(0.5) == 4096
+    assert result.mfu(0.5) == pytest.approx(0.5)  # 197e12 FLOPs in 0.5 s on four chips of 197e12 FLOP/s
+    as_json = json.loads(result.to_json())
+    assert as_json["tokens_per_s_best"] == 4096 and as_json["mfu_worst"] == pytest.approx(0.357, abs=1e-3)
 
 
-def test_the_table_says_what_a_budget_takes():
-    text = "\n".join(report.table(a_plan(), tokens=4096 * 3600, hours=2.0))
+def test_the_table_reports_token_and_time_budgets():
+    text = "\n".join(report.table(make_plan(), tokens=4096 * 3600, hours=2.0))
     assert "1:00:00 to 1:24:00" in text and "4.0 to 5.6 chip hours" in text and "7,200 steps" in text
     assert "2 hours" in text and "all-gather" in text and "data=2 fsdp=2" in text
-    assert "4,096 to 2,926" in report.comparison([a_plan()])[1]
+    assert "4,096 to 2,926" in report.comparison([make_plan()])[1]
 
 
-def test_the_picture(tmp_path):
-    report.draw([a_plan(), a_plan(collectives={})], tmp_path / "plan.png")
+def test_the_roofline_plot(tmp_path):
+    report.draw([make_plan(), make_plan(collectives={})], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
-def test_kernels_count_the_tiles_they_do_not_skip():
+def test_kernel_flops_count_only_tiles_that_are_not_skipped():
     model = dataclasses.replace(CFG.model, context_length=1024)
-    one = {"splash_mha_fwd_residuals": 1.0}
-    tiles = 3  # of the four of 512 x 512
-    whole = plan.kernel_flops(one, model, 8, 1024, (1, 1, 1, 1))
+    kernels = {"splash_mha_fwd_residuals": 1.0}
+    tiles = 3  # of four tiles of 512 x 512
+    whole = plan.kernel_flops(kernels, model, 8, 1024, (1, 1, 1, 1))
     assert whole == 2 * 2 * 8 * model.n_head * model.head_dim * tiles * 512**2
-    assert plan.kernel_flops(one, model, 8, 1024, (2, 2, 2, 1)) == whole / 8
-    assert plan.kernel_flops(one, model, 8, 1024, (1, 1, 1, 2)) == whole * 2 / 3  # the second half's two
+    assert plan.kernel_flops(kernels, model, 8, 1024, (2, 2, 2, 1)) == whole / 8
+    assert plan.kernel_flops(kernels, model, 8, 1024, (1, 1, 1, 2)) == whole * 2 / 3  # the second device's two tiles
     window = dataclasses.replace(model, sliding_window=128, context_length=2048)
-    assert plan.kernel_flops(one, window, 1, 2048, (1, 1, 1, 1)) == 4 * model.n_head * model.head_dim * 7 * 512**2
+    assert plan.kernel_flops(kernels, window, 1, 2048, (1, 1, 1, 1)) == 4 * model.n_head * model.head_dim * 7 * 512**2
 
 
-def test_an_error_of_the_compiler_is_read():
+def test_the_compilers_out_of_memory_message_is_parsed():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.81G of "
     )
@@ -105,27 +105,28 @@ def test_an_error_of_the_compiler_is_read():
     assert program.out_of_memory("INTERNAL: something else") == (0, 0)
 
 
-def test_what_would_make_it_fit_is_said():
+def test_advice_if_the_step_does_not_fit():
     cfg = load_config("gpt2-124m", "train.batch_size=64", "train.accumulation=1")
     needed = round(chip_bytes(cfg, 124_439_808, cfg.window, (1, 1, 1, 1)))
-    found = a_plan(needed_bytes=needed, hbm_bytes=12 * 2**30, fits=False, roofline=None)
-    said = plan.advice(cfg, slices.slice_of("v5e-1"), (1, 1, 1, 1), 124_439_808, found)
-    assert any(line.startswith("train.accumulation=") for line in said)
-    assert any(line.startswith("model.remat=") for line in said)
-    assert "would fit with" in "\n".join(report.table(dataclasses.replace(found, advice=said)))
+    result = make_plan(needed_bytes=needed, hbm_bytes=12 * 2**30, fits=False, roofline=None)
+    advice = plan.advice(cfg, slices.slice_of("v5e-1"), (1, 1, 1, 1), 124_439_808, result)
+    assert any(line.startswith("train.accumulation=") for line in advice)
+    assert any(line.startswith("model.remat=") for line in advice)
+    assert "would fit with" in "\n".join(report.table(dataclasses.replace(result, advice=advice)))
 
 
-def test_the_formula_prefers_what_is_fast_and_knows_what_is_large():
+def test_the_cost_model_ranks_by_time_and_estimates_memory():
     cfg = load_config("llama-3.1-8b")
-    on = slices.slice_of("v5p-128")
-    found = estimate.variants(cfg, on, 8_030_261_248)
-    assert found[0].seconds <= found[-1].seconds
-    least = {shape: min(c.memory_bytes for c in found if c.shape == shape) for shape in {c.shape for c in found}}
+    tpu = slices.slice_of("v5p-128")
+    candidates = estimate.variants(cfg, tpu, 8_030_261_248)
+    assert candidates[0].seconds <= candidates[-1].seconds
+    shapes = {c.shape for c in candidates}
+    least = {shape: min(c.memory_bytes for c in candidates if c.shape == shape) for shape in shapes}
     assert least[64, 1, 1, 1] > 95 * 2**30 > least[1, 64, 1, 1]
-    assert {math.prod(c.shape) for c in found} == {64}
+    assert {math.prod(c.shape) for c in candidates} == {64}
 
 
-def test_a_pattern_that_matches_nothing():
+def test_a_pattern_that_matches_no_parameter():
     from gptjax.optim import make_optimizer
 
     cfg = load_config("tiny-llama", "model.vocab_size=512", "task=instruct", "finetune.trainable=nothing/*")
@@ -134,7 +135,7 @@ def test_a_pattern_that_matches_nothing():
         jax.eval_shape(create, jax.random.key(0))
 
 
-def test_a_fine_tuning_has_the_shape_of_its_base(tmp_path):
+def test_fine_tuning_takes_the_shape_of_the_base_model(tmp_path):
     from gptjax.cli.plan import with_shape
 
     shape = dataclasses.replace(CFG.model, n_layer=1, d_model=16, d_ff=32)
@@ -151,51 +152,51 @@ def test_without_the_tpu_compiler(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_train_step_compiles_where_tokens_are_divided():
-    """Long rows do not fall to scores of T x T: splash runs on each chip, over keys and values that it gathers."""
+def test_a_training_step_compiles_with_context_parallelism():
+    """Splash attention runs on each chip over all-gathered keys and values; no [T, T] scores are stored."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
     text, cfg = [], load_config(CFG, "model.context_length=2048", "mesh.context=4", "mesh.fsdp=1")
-    found = plan.plan(cfg, "v5e-4", keep_text=text.append)
-    for part in ("fwd", "dq", "dkv"):
-        assert sum(times for name, times in found.kernels.items() if f"_{part}_" in name) == cfg.model.n_layer
-    assert "2048,2048]" not in text[0] and "all-to-all" not in found.collectives
+    result = plan.plan(cfg, "v5e-4", keep_text=text.append)
+    for kind in ("fwd", "dq", "dkv"):
+        assert sum(times for name, times in result.kernels.items() if f"_{kind}_" in name) == cfg.model.n_layer
+    assert "2048,2048]" not in text[0] and "all-to-all" not in result.collectives
 
 
 @pytest.mark.parametrize("on", ["v5e-1", "v5e-4"])
-def test_a_train_step_compiles_for_a_tpu(on):
+def test_a_training_step_compiles_for_a_tpu(on):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
     text = []
-    found = plan.plan(CFG, on, keep_text=text.append)
+    result = plan.plan(CFG, on, keep_text=text.append)
     L = CFG.model.n_layer
-    assert found.fits and found.needed_bytes == sum(found.parts.values())
-    assert found.flops * found.chips == pytest.approx(found.model_flops, rel=0.3)
-    splash = [name for name in found.kernels if name.startswith("splash_mha_fwd")]
-    assert len(splash) == 1 and found.kernels[splash[0]] == L
+    assert result.fits and result.needed_bytes == sum(result.parts.values())
+    assert result.flops * result.chips == pytest.approx(result.model_flops, rel=0.3)
+    splash = [name for name in result.kernels if name.startswith("splash_mha_fwd")]
+    assert len(splash) == 1 and result.kernels[splash[0]] == L
     assert "tpu_custom_call" in text[0]
-    weights = {"params": 4, "optimizer": 8}
-    for part, size in weights.items():
-        assert found.parts[part] == pytest.approx(size * found.n_params / found.chips, rel=0.02)
-    if found.chips > 1:
-        assert sum(found.collectives.values()) > 0
-        # one layer's matrix at a time, or the table of words; never the stack
-        parts = hlo.parse(text[0])
+    bytes_per_param = {"params": 4, "optimizer": 8}
+    for name, size in bytes_per_param.items():
+        assert result.parts[name] == pytest.approx(size * result.n_params / result.chips, rel=0.02)
+    if result.chips > 1:
+        assert sum(result.collectives.values()) > 0
+        # all-gathers one layer's matrix at a time, or the embedding table, never the stack of all layers
+        computations = hlo.parse(text[0])
         gathered = [
             array.shape
-            for home, instruction, _ in hlo.executed(parts)
+            for home, instruction, _ in hlo.executed(computations)
             if hlo._collective(instruction, home) == "all-gather"
             for array in instruction.results
         ]
         assert gathered and not [shape for shape in gathered if len(shape) == 3 and shape[0] == L]
         largest = 4 * max(CFG.model.d_model * CFG.model.d_ff, CFG.model.vocab_size * CFG.model.d_model)
-        assert 0 < found.largest_gather_bytes <= largest
+        assert 0 < result.largest_gather_bytes <= largest
 
 
 def test_decoding_compiles_for_a_tpu():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
-    found = plan.plan(CFG, "v5e-1", decode=True)
-    assert found.fits and found.what == "decode" and found.tokens == CFG.sample.batch_size
-    cache = 2 * CFG.model.n_layer * found.rows * CFG.model.n_kv_head * CFG.model.head_dim * 256 * 2
-    assert found.parts["cache"] == pytest.approx(cache, rel=0.01)
+    result = plan.plan(CFG, "v5e-1", decode=True)
+    assert result.fits and result.what == "decode" and result.tokens == CFG.sample.batch_size
+    cache = 2 * CFG.model.n_layer * result.rows * CFG.model.n_kv_head * CFG.model.head_dim * 256 * 2
+    assert result.parts["cache"] == pytest.approx(cache, rel=0.01)
 
 
 @pytest.mark.parametrize("task", ["instruct", "classify", "prefer"])
@@ -206,28 +207,28 @@ def test_lora_compiles_for_a_tpu(task):
     )
     model = dataclasses.replace(CFG.model, n_classes=2 * (task == "classify"))
     lora = dataclasses.replace(CFG.lora, rank=4, dropout=0.1 * (task == "prefer"))
-    found = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-1")
-    assert found.tokens == 8 * 128
-    assert found.parts["frozen"] == pytest.approx(4 * found.n_params, rel=0.01)
-    assert found.parts["params"] < 0.2 * found.parts["frozen"]
-    assert found.model_flops == pytest.approx(found.flops * found.chips, rel=0.5)
+    result = plan.plan(dataclasses.replace(CFG, task=task, model=model, lora=lora, **{task: settings}), "v5e-1")
+    assert result.tokens == 8 * 128
+    assert result.parts["frozen"] == pytest.approx(4 * result.n_params, rel=0.01)
+    assert result.parts["params"] < 0.2 * result.parts["frozen"]
+    assert result.model_flops == pytest.approx(result.flops * result.chips, rel=0.5)
 
 
-def test_a_part_of_the_weights_compiles_for_a_tpu():
+def test_training_selected_parameters_compiles_for_a_tpu():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
     trainable = dataclasses.replace(CFG.finetune, trainable="blocks/2/* | ln_f/*")
-    found = plan.plan(dataclasses.replace(CFG, task="instruct", finetune=trainable), "v5e-1")
-    assert 0 < found.parts["params"] < found.parts["frozen"]
-    assert found.parts["optimizer"] == pytest.approx(2 * found.parts["params"], rel=0.02)
+    result = plan.plan(dataclasses.replace(CFG, task="instruct", finetune=trainable), "v5e-1")
+    assert 0 < result.parts["params"] < result.parts["frozen"]
+    assert result.parts["optimizer"] == pytest.approx(2 * result.parts["params"], rel=0.02)
 
 
-def test_what_waits_in_the_hosts_memory_is_not_of_the_chips():
+def test_offloaded_arrays_do_not_count_as_hbm():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (gptjax[tpu-plan])")
     cfg = dataclasses.replace(
         CFG, optim=dataclasses.replace(CFG.optim, offload=True), model=dataclasses.replace(CFG.model, remat="offload")
     )
-    found, model = plan.plan(cfg, "v5e-1"), cfg.model
-    assert found.parts["optimizer"] < 1000  # counters
-    inputs = model.n_layer * found.rows * model.context_length * model.d_model * 2
-    assert found.host_bytes == pytest.approx(8 * found.n_params + inputs, rel=0.02)
-    assert any("host's memory" in line for line in report.table(found))
+    result, model = plan.plan(cfg, "v5e-1"), cfg.model
+    assert result.parts["optimizer"] < 1000  # step counters only
+    inputs = model.n_layer * result.rows * model.context_length * model.d_model * 2
+    assert result.host_bytes == pytest.approx(8 * result.n_params + inputs, rel=0.02)
+    assert any("host memory" in line for line in report.table(result))
