@@ -59,7 +59,7 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def room():
+def release_programs():
     """Every program that was compiled stays in memory: where that comes to 3 GiB, they are let go."""
     yield
     pages = Path("/proc/self/statm")

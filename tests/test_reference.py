@@ -40,7 +40,7 @@ def test_every_name_of_the_front_door_shows(site):
 def test_every_module_has_its_page(site):
     modules = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
     modules = [path.parent if path.name == "__init__.py" else path.with_suffix("") for path in modules]
-    public = {str(path) for path in modules if path.name and not any(part.startswith("_") for part in path.parts)}
+    public = {str(path) for path in modules if path.name and not any(name.startswith("_") for name in path.parts)}
     assert len(public) > 80
     assert public == {str(path.relative_to(site / "gptjax").with_suffix("")) for path in site.glob("gptjax/**/*.html")}
 

@@ -15,8 +15,8 @@ def test_every_token_is_shown_with_its_id_and_nothing_of_it_is_read_as_html():
 
 def test_tokens_by_value_go_from_white_to_red():
     text = show.tokens(BYTES, BYTES.encode("abc"), values=[0.0, 0.5, 1.0])._repr_html_()
-    at = [text.index(part) for part in ("#ffffff", "#ffb2b2", "#ff6464")]
-    assert at == sorted(at)
+    positions = [text.index(color) for color in ("#ffffff", "#ffb2b2", "#ff6464")]
+    assert positions == sorted(positions)
     assert "98: 0.5" in text
     assert show.tokens(BYTES, [97, 98], values=[2, 2])._repr_html_().count("#ffffff") == 2
 

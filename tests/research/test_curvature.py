@@ -37,12 +37,12 @@ def test_the_product_is_the_hessian_s(model):
     loss, params, whole = model
     flat, unravel = ravel_pytree(params)
     v = np.random.default_rng(1).normal(size=flat.shape).astype(np.float32)
-    found = ravel_pytree(jax.jit(lambda v: curvature.hvp(loss, params, unravel(v)))(v))[0]
-    np.testing.assert_allclose(found, whole @ v, atol=1e-4 * np.abs(whole @ v).max())
+    product = ravel_pytree(jax.jit(lambda v: curvature.hvp(loss, params, unravel(v)))(v))[0]
+    np.testing.assert_allclose(product, whole @ v, atol=1e-4 * np.abs(whole @ v).max())
     gradient = jax.jit(lambda x: ravel_pytree(jax.grad(loss)(unravel(x)))[0])
     step = 1e-2 / np.linalg.norm(v)
     differences = (gradient(flat + step * v) - gradient(flat - step * v)) / (2 * step)
-    np.testing.assert_allclose(found, differences, atol=5e-3 * np.abs(whole @ v).max())
+    np.testing.assert_allclose(product, differences, atol=5e-3 * np.abs(whole @ v).max())
 
 
 @pytest.mark.first_cases(1)

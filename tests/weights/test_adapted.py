@@ -58,9 +58,9 @@ def test_it_is_what_the_merged_copy_is(folder, more):
     whole = tune(folder, f"{name}-whole", *more)
     assert (alone / "final" / native.ADAPTER).exists() and not (alone / "final" / native.WEIGHTS).exists()
     assert (whole / "final" / native.WEIGHTS).exists() and not (whole / "final" / native.ADAPTER).exists()
-    for part in ("final", "best"):
-        (params, cfg), (expected, same) = weights.load(alone / part), weights.load(whole / part)
-        assert cfg == same
+    for subfolder in ("final", "best"):
+        (params, cfg), (expected, expected_cfg) = weights.load(alone / subfolder), weights.load(whole / subfolder)
+        assert cfg == expected_cfg
         leaves = tree.flatten(params)
         assert leaves.keys() == tree.flatten(expected).keys()
         for path, leaf in tree.flatten(expected).items():
@@ -134,7 +134,7 @@ def test_damage_is_named(copy):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("lora", {"rank": 4, "alpha": 99.0}, "the settings of the adapter"),
         ("lora", {"rank": "four"}, "lora.rank"),
@@ -143,9 +143,9 @@ def test_damage_is_named(copy):
         ("fingerprint", 3, "expected strings"),
     ],
 )
-def test_a_changed_description_is_refused(copy, key, value, said):
+def test_a_changed_description_is_refused(copy, key, value, message):
     change(copy, lambda base: base | {key: value})
-    with pytest.raises(gptjax.UserError, match=said):
+    with pytest.raises(gptjax.UserError, match=message):
         weights.load(copy / "final")
 
 

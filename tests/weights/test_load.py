@@ -42,10 +42,10 @@ def places(model, tmp_path_factory):
 def test_the_tokenizer_of_a_model(model, places, place):
     *_, tokenizer = model
     for load in (weights.load_tokenizer, tokenizers.load):
-        found = load(places / place)
-        assert found.encode(TEXT) == tokenizer.encode(TEXT)
-        assert found.vocab_size == tokenizer.vocab_size
-        assert weights.stop_ids(found) == weights.stop_ids(tokenizer)
+        loaded = load(places / place)
+        assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+        assert loaded.vocab_size == tokenizer.vocab_size
+        assert weights.stop_ids(loaded) == weights.stop_ids(tokenizer)
 
 
 def test_a_named_asset(model, places, monkeypatch):
@@ -77,17 +77,17 @@ def test_windows_are_refused_where_llama_cpp_has_none(model, tmp_path):
 
 def test_every_file_of_a_family_is_registered():
     names = [f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)]
-    found = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
-    assert {family.name: family for family in found} == families.FAMILIES
+    in_files = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
+    assert {family.name: family for family in in_files} == families.FAMILIES
 
 
 @pytest.fixture
 def changed(places, tmp_path):
     """The file with other metadata."""
 
-    def write(**own):
+    def write(**changes):
         file = gguf.read(places / "m.gguf")
-        metadata = file.metadata | {key.replace("__", "."): value for key, value in own.items()}
+        metadata = file.metadata | {key.replace("__", "."): value for key, value in changes.items()}
         tensors = [(t.name, t.shape, t.type, lambda t=t: file.array(t.name)) for t in file.tensors.values()]
         gguf.write(tmp_path / "changed.gguf", metadata, tensors)
         return tmp_path / "changed.gguf"
@@ -145,8 +145,8 @@ def test_folders_and_files_behind_links(tiny, tmp_path):
         (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / str(i))
     (tmp_path / "link").symlink_to(tmp_path / "snapshot", target_is_directory=True)
     for source in ("snapshot", "link", "run"):
-        again, _ = gptjax.load(tmp_path / source)
-        assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+        loaded, _ = gptjax.load(tmp_path / source)
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
         assert gptjax.weights.load_tokenizer(tmp_path / source).encode("abc") == [97, 98, 99]
 
 

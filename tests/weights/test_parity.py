@@ -126,9 +126,9 @@ def test_out_again(pair, tmp_path):
     model, folder = pair
     params, cfg = load(folder)
     export_hf(tmp_path / "out", params, cfg)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     tokens = tokens_of(2, 24)
-    np.testing.assert_allclose(theirs(again, tokens), theirs(model, tokens), atol=1e-5)
+    np.testing.assert_allclose(theirs(reloaded, tokens), theirs(model, tokens), atol=1e-5)
     back, back_cfg = load(tmp_path / "out")
     assert not families.differences(back_cfg, cfg)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), params, back))
@@ -138,8 +138,8 @@ def test_several_shards_and_other_dtypes(pair, tmp_path):
     model, folder = pair
     model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    whole, parts = load(folder)[0], load(tmp_path / "shards")[0]
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole, parts))
+    whole, sharded = load(folder)[0], load(tmp_path / "shards")[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, sharded))
     low = load(folder, dtype="bfloat16")[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype("bfloat16")}
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a.astype(jnp.bfloat16), b), whole, low))

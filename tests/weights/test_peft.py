@@ -49,10 +49,10 @@ def test_there_and_back(tiny, arch, form, tmp_path):
     want = run(lora.merge(params, adapter, lcfg), cfg)
     np.testing.assert_allclose(run(lora.attach(params, back, back_cfg), cfg), want, atol=1e-4)
     export_peft(tmp_path / "two", back, back_cfg, cfg, base=params)
-    one, two = (safetensors.open_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    assert one.shapes() == two.shapes()
-    again, again_cfg = load_peft(tmp_path / "two", cfg)
-    np.testing.assert_allclose(run(lora.merge(params, again, again_cfg), cfg), want, atol=1e-4)
+    first, second = (safetensors.open_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    assert first.shapes() == second.shapes()
+    reloaded, reloaded_cfg = load_peft(tmp_path / "two", cfg)
+    np.testing.assert_allclose(run(lora.merge(params, reloaded, reloaded_cfg), cfg), want, atol=1e-4)
 
 
 @pytest.fixture
@@ -208,8 +208,8 @@ def test_an_adapter_that_peft_made(name, tmp_path):
     assert np.abs(run(params, cfg) - want).max() > 0.01
     export_peft(tmp_path / "back", adapter, lcfg, cfg, base=params)
     _, fresh = base_model(name, tmp_path / "base2")
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
-    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, reloaded, TOKENS), want, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -268,8 +268,8 @@ def test_a_classifier_with_its_head(kind, tmp_path):
     head = adapter.pop("cls_head")
     export_peft(tmp_path / "back", adapter, lcfg, cfg, head=head, base=params)
     fresh = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
-    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, reloaded, TOKENS), want, atol=1e-4)
     with pytest.raises(UserError, match=r"classify.bias=false"):
         export_peft(tmp_path / "biased", adapter, lcfg, cfg, head=head | {"bias": jnp.ones(3)})
 

@@ -77,11 +77,11 @@ def test_the_caches_that_are_made_have_these_sizes():
     small = ModelConfig(arch="llama", d_model=32, n_head=4, n_kv_head=2, n_layer=3, context_length=24)
     made = init_cache(small, 5, dtype=jnp.bfloat16)
     assert made.k.nbytes + made.v.nbytes == costs.kv_cache_bytes(small, 5)
-    one, shelf = dataclasses.replace(small, n_layer=1), attention.Config(32, 4, 2)
-    assert size_bytes(lambda: attention.init_cache(shelf, 5, 24)) == costs.kv_cache_bytes(one, 5, 4)
-    windowed = dataclasses.replace(one, sliding_window=8)
-    found = size_bytes(lambda: sliding_window.init_cache(sliding_window.Config(32, 4, 2, window=8), 5))
-    assert found == costs.kv_cache_bytes(windowed, 5, 4) * 7 / 8  # the newest token comes with the call
+    one_layer, layer_cfg = dataclasses.replace(small, n_layer=1), attention.Config(32, 4, 2)
+    assert size_bytes(lambda: attention.init_cache(layer_cfg, 5, 24)) == costs.kv_cache_bytes(one_layer, 5, 4)
+    windowed = dataclasses.replace(one_layer, sliding_window=8)
+    size = size_bytes(lambda: sliding_window.init_cache(sliding_window.Config(32, 4, 2, window=8), 5))
+    assert size == costs.kv_cache_bytes(windowed, 5, 4) * 7 / 8  # the newest token comes with the call
     latent = mla.Config(32, n_head=4, d_head=8, d_latent=6, d_rope=2)
     assert size_bytes(lambda: mla.init_cache(latent, 5, 24)) == costs.mla_cache_bytes(latent, 1, 24, 5, 4)
     delta = deltanet.Config(32, n_head=4, d_head=8)

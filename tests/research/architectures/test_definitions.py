@@ -20,8 +20,8 @@ def given(member, cfg):
     return x.astype(np.float64), jax.tree.map(lambda a: np.asarray(a, np.float64), params), np.asarray(y)
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def softmax(scores):
@@ -37,7 +37,7 @@ def rms(x, scale, eps=1e-5):
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
-def turned(x, position, base=10_000.0):
+def rotate(x, position, base=10_000.0):
     """Rotary embedding as complex numbers: element i with i + H/2, times exp(i position base^(-2i/H))."""
     half = len(x) // 2
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * base ** (-2 * np.arange(half) / len(x)))
@@ -58,16 +58,16 @@ def test_attention(n_kv_head, window):
         for t in range(T):
             heads = []
             for n in range(4):
-                own = slice(n * H, (n + 1) * H)
+                head = slice(n * H, (n + 1) * H)
                 kv = n * n_kv_head // 4
                 shared = slice(kv * H, (kv + 1) * H)
-                q = turned(x[b, t] @ p["q"]["kernel"][:, own], t)
+                q = rotate(x[b, t] @ p["q"]["kernel"][:, head], t)
                 seen = [s for s in range(t + 1) if not window or s > t - window]
-                k = [turned(x[b, s] @ p["k"]["kernel"][:, shared], s) for s in seen]
+                k = [rotate(x[b, s] @ p["k"]["kernel"][:, shared], s) for s in seen]
                 v = [x[b, s] @ p["v"]["kernel"][:, shared] for s in seen]
                 heads.append(softmax(np.array(k) @ q / np.sqrt(H)) @ np.array(v))
             expected[b, t] = np.concatenate(heads) @ p["o"]["kernel"]
-    close(y, expected)
+    assert_close(y, expected)
 
 
 @pytest.mark.parametrize("d_query_latent", [None, 7])
@@ -80,16 +80,16 @@ def test_latent_attention(d_query_latent):
     expected = np.zeros((B, T, D))
     for b in range(B):
         c = [rms(h @ w["kv_down"], p["kv_norm"]["scale"]) for h in x[b]]
-        k_r = [turned(h @ w["k_rope"], s) for s, h in enumerate(x[b])]
+        k_r = [rotate(h @ w["k_rope"], s) for s, h in enumerate(x[b])]
         for t in range(T):
             c_q = x[b, t] if d_query_latent is None else rms(x[b, t] @ w["q_down"], p["q_norm"]["scale"])
             for n in range(N):
-                own, turns = slice(n * H, (n + 1) * H), slice(n * P, (n + 1) * P)
-                q = np.concatenate([c_q @ w["q_up"][:, own], turned(c_q @ w["q_rope"][:, turns], t)])
-                k = [np.concatenate([c[s] @ w["k_up"][:, own], k_r[s]]) for s in range(t + 1)]
-                v = [c[s] @ w["v_up"][:, own] for s in range(t + 1)]
-                expected[b, t] += softmax(np.array(k) @ q / np.sqrt(H + P)) @ np.array(v) @ w["o"][own]
-    close(y, expected)
+                head, rope_dims = slice(n * H, (n + 1) * H), slice(n * P, (n + 1) * P)
+                q = np.concatenate([c_q @ w["q_up"][:, head], rotate(c_q @ w["q_rope"][:, rope_dims], t)])
+                k = [np.concatenate([c[s] @ w["k_up"][:, head], k_r[s]]) for s in range(t + 1)]
+                v = [c[s] @ w["v_up"][:, head] for s in range(t + 1)]
+                expected[b, t] += softmax(np.array(k) @ q / np.sqrt(H + P)) @ np.array(v) @ w["o"][head]
+    assert_close(y, expected)
 
 
 @pytest.mark.parametrize("n_active", [1, 2, 4])
@@ -104,7 +104,7 @@ def test_experts(n_active):
             for weight, e in zip(softmax(scores[best]), best, strict=True):
                 hidden = silu(x[b, t] @ p["gate"]["kernel"][e]) * (x[b, t] @ p["up"]["kernel"][e])
                 expected[b, t] += weight * (hidden @ p["down"]["kernel"][e])
-    close(y, expected)
+    assert_close(y, expected)
 
 
 def test_even_and_uneven_routing():
@@ -143,7 +143,7 @@ def test_gated_delta(conv_width):
                 S[n] = a[n] * S[n] @ (np.eye(H) - write[n] * np.outer(key, key)) + write[n] * np.outer(v[n], key)
                 heads.append(rms(S[n] @ query, p["norm"]["scale"]) * gate[n])
             expected[b, t] = np.concatenate(heads) @ p["o"]["kernel"]
-    close(y, expected)
+    assert_close(y, expected)
 
 
 def test_delta_rule_remembers_and_replaces():

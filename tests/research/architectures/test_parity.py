@@ -92,6 +92,6 @@ def test_the_delta_rule_is_qwen3_nexts():
     expected, after = torch_recurrent_gated_delta_rule(
         *(torch.tensor(z) for z in (q, k, v, np.log(a), b, state)), output_final_state=True
     )
-    o, found = deltanet.gated_delta_rule(q, k, v, a, b, state)
+    o, final_state = deltanet.gated_delta_rule(q, k, v, a, b, state)
     np.testing.assert_allclose(o, expected * H**0.5, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found, after, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(final_state, after, rtol=1e-5, atol=1e-5)

@@ -224,11 +224,11 @@ def test_every_attribute_gives_the_same_logits_or_is_refused_by_name(family, tmp
                 if neutral and result == "refused":
                     neutral_but_refused.append(shown)
     shutil.rmtree(folder)
-    said = {"attributes": len(names), "values": sum(counts.values())} | {k: counts[k] for k in ("equal", "refused")}
-    for key, value in said.items():
+    summary = {"attributes": len(names), "values": sum(counts.values())} | {k: counts[k] for k in ("equal", "refused")}
+    for key, value in summary.items():
         record_property(key, value)
     with capsys.disabled():
-        print(f"\n{family}: " + ", ".join(f"{value} {key}" for key, value in said.items()))
+        print(f"\n{family}: " + ", ".join(f"{value} {key}" for key, value in summary.items()))
     assert not wrong, "\n".join(wrong)
     assert not neutral_but_refused
 

@@ -64,8 +64,10 @@ def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
             with pytest.raises(UserError, match=f"has {rows + 1} ids, the model {rows} rows"):
                 weights.load_tokenizer(folder)
             continue
-        found = weights.load_tokenizer(folder)
-        assert found.kind == "hf" and found == tokenizers.loads(plain.dumps()).replace(eos_ids=found.eos_ids)
-        assert max(found.encode(f"To be {name}")) < rows and found.decode(found.encode(name)) == name
-        gptjax.save(tmp_path / "own", params, cfg, found)
-        assert weights.load_tokenizer(tmp_path / "own") == found
+        tokenizer = weights.load_tokenizer(folder)
+        assert tokenizer.kind == "hf" and tokenizer == tokenizers.loads(plain.dumps()).replace(
+            eos_ids=tokenizer.eos_ids
+        )
+        assert max(tokenizer.encode(f"To be {name}")) < rows and tokenizer.decode(tokenizer.encode(name)) == name
+        gptjax.save(tmp_path / "own", params, cfg, tokenizer)
+        assert weights.load_tokenizer(tmp_path / "own") == tokenizer
