@@ -1,4 +1,4 @@
-"""A checkpoint is right or refused: no damage goes unnoticed, and none costs more than one step."""
+"""A checkpoint is restored exactly or refused: all damage is detected, and costs at most one checkpoint."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def two_steps(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def steps(two_steps, tmp_path) -> Path:
-    """A copy to break: steps 1 and 2."""
+    """A copy of the checkpoints of steps 1 and 2, which the test may damage."""
     return Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
 
 
@@ -91,7 +91,7 @@ def test_a_step_is_read_without_knowing_its_tree(steps):
 
 def test_no_step_at_all_is_a_fresh_start(tmp_path):
     assert Checkpoints(tmp_path / "absent").restore(ABSTRACT) is None
-    (tmp_path / ".partial-5").mkdir()  # killed while it wrote its first one
+    (tmp_path / ".partial-5").mkdir()  # left by a run that was killed while writing its first checkpoint
     assert Checkpoints(tmp_path).restore(ABSTRACT) is None
 
 
@@ -138,7 +138,7 @@ def test_the_step_before_is_taken_with_a_warning(steps, name):
 
 
 def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two_steps, tmp_path):
-    """Arrays that Orbax reads without complaint, under a manifest that agrees with the files."""
+    """The arrays are damaged and the manifest is recomputed; Orbax reads them, but the fingerprint differs."""
     draw, refused = random.Random(1), 0
     data = [path for path in files_of(two_steps / "2") if path.parent.name == "d"]
     for i in range(12):
@@ -156,7 +156,7 @@ def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two
 
 
 def sign(step: Path) -> None:
-    """A manifest that agrees with whatever lies there."""
+    """Write a manifest that matches the files as they are."""
     checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
 
 
@@ -188,7 +188,7 @@ def test_a_step_of_an_older_release_says_its_number_by_its_state(tmp_path):
 
 
 def hostile(value):
-    """The same JSON with one part of it removed or of another type, each."""
+    """Yield the JSON value with one member removed, or replaced by another type."""
     if isinstance(value, dict):
         for key in value:
             yield {name: member for name, member in value.items() if name != key}
@@ -298,13 +298,13 @@ def test_two_whole_steps_stay_and_damaged_ones_do_not_count(tmp_path):
 
 @pytest.mark.parametrize("moment", ["_orbax_save", "_write_json", "_manifest", "_sync_tree", "rename", "_collect"])
 def test_killed_while_saving(steps, monkeypatch, moment):
-    """Whatever is left behind, the newest whole step is found, and the next save cleans up."""
+    """After a kill at any moment the newest complete step is restored, and the next save cleans up."""
 
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # the dead do not tidy up
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process does not clean up
         if moment == "rename":
             patch.setattr(checkpoint.os, "rename", die)
         else:

@@ -1,4 +1,4 @@
-"""The API reference is built without a warning, and what one looks for is there."""
+"""The API reference builds without warnings and has a page for every module and public name."""
 
 import html
 import re
@@ -46,7 +46,7 @@ def test_every_module_has_its_page(site):
 
 
 def test_a_docstring_is_as_it_was_written(site):
-    """Lines, columns, and asterisks that are products; a known name is a link."""
+    """Line breaks, columns and asterisks of a docstring are kept, and known names become links."""
     text = page(site, "from_scratch")
     assert "causal_mask(3, 3)   1 0 0\n                    1 1 0\n" in text
     assert "w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]" in text

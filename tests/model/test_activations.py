@@ -67,7 +67,7 @@ def test_without_patches_it_is_the_same_program(tiny, switches):
 @pytest.mark.first_cases(1)
 @MODELS
 def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
-    """Activations have the documented shapes and add up to the residual stream; stacked and per-layer paths agree, as do
+    """Activations have the documented shapes and sum to the residual stream; stacked and per-layer paths agree, as do
     stacked and unstacked parameters; replacing an activation by itself does not change the logits."""
     cfg, params = tiny(**switches)
     singles = tuple(name.replace("*", "1") for name in activations.names(cfg))
@@ -271,7 +271,7 @@ def test_adapters_and_quantised_leaves(tiny):
 
 @pytest.mark.slow
 def test_order_and_dropout(tiny):
-    """Patches of one activation apply in order, single-layer ones last; segment ids and dropout work as without them."""
+    """Patches of an activation apply in order, single-layer ones last; segment ids and dropout work as without them."""
     cfg, params = tiny("gpt2", dropout=0.5)
     ids, key = jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2), jax.random.key(0)
     patches = {

@@ -112,7 +112,7 @@ def test_quantised_matrices_side_by_side(make, widths):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [int8, nf4])
 def test_one_row_on_a_gpu_reads_no_float_matrix(make, dtype):
-    """A single row is multiplied as a sum over the integers: the program has no matrix product and no dequantised copy."""
+    """A single row is multiplied as a sum over the integers; the program has no `dot_general` with a float matrix."""
     leaf, x = make(jax.random.normal(jax.random.key(0), (128, 48))), jax.random.normal(jax.random.key(1), (1, 1, 128))
     with compiling_for("gpu"):
         x, want = x.astype(dtype), x.astype(dtype).astype(jnp.float32) @ dense(leaf)

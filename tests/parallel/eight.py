@@ -123,8 +123,8 @@ def pmapped() -> dict[str, float]:
 
 
 def checkpointed() -> dict[str, Any]:
-    """Save and restore while the mesh changes, 8 -> 4 -> 2 -> 1 -> 8 devices: whether each restored state is bitwise equal,
-    and the largest difference in loss from a single device."""
+    """Save and restore on 8 -> 4 -> 2 -> 1 -> 8 devices: whether each restored state is bitwise equal, and the largest
+    difference in loss from a single device."""
     case = CASES["pretrain"]()
     alone, state, losses, identical = case.losses(None), None, [], []
     shapes = [(2, 2, 2, 1), (1, 2, 1, 2), (2, 1, 1, 1), None, (1, 8, 1, 1)]
@@ -172,8 +172,8 @@ def generated() -> bool:
 
 
 def attention() -> dict[str, float]:
-    """Largest difference of the attention kernels, run by Pallas interpreters on a mesh, from XLA's attention on one device:
-    output and gradients."""
+    """Largest difference, in output and gradients, between the attention kernels on a mesh (run by interpreters) and
+    XLA's attention on one device."""
     small = Tiles(*[Tile(32, 32)] * 3)
     runs = {
         "splash 1,1,2,4": (fused.splash, 512, {"interpret": True}),

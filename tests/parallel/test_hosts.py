@@ -83,7 +83,7 @@ def test_several_processes_are_one(alone, tmp_path, n):
     whole = json.loads((alone / "0.json").read_text())
     results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(n)]
     assert [result["val_loss"] for result in results] == pytest.approx([whole["val_loss"]] * n, abs=1e-5)
-    # training batches are read in calls of 2 steps x 8 rows, split over the processes; each process reads all validation
+    # training rows are read in calls of 2 steps x 8 rows, split over the processes; validation rows by each process
     calls = [starts for starts in whole["read"] if len(starts) == 16]
     calls_of = [[starts for starts in result["read"] if len(starts) == 16 // n] for result in results]
     assert len(calls) == 6

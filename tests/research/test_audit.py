@@ -29,7 +29,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Letters:
-    """Characters as ids 1 to 37; 0 ends a text."""
+    """A tokenizer with characters as ids 1 to 37; id 0 ends a text."""
 
     eot_id = 0
     vocab_size = 38
@@ -70,7 +70,12 @@ def trained(tiny):
 def test_chunks_cover_documents_and_never_span_two():
     store = TokenStore.from_ids([1, 2, 3, 4, 5, 6, 7, 8, 9], doc_starts=(0, 4, 5))
     starts, ends = audit.chunks(store, 2)
-    assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]  # the document [5] predicts nothing
+    assert list(zip(starts, ends, strict=True)) == [
+        (0, 3),
+        (2, 4),
+        (5, 8),
+        (7, 9),
+    ]  # the one-token document [5] is dropped
     batch = audit.rows(store, starts, ends)
     assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
     assert batch.targets.tolist() == [[2, 3], [4, 4], [7, 8], [9, 9]]
@@ -158,9 +163,9 @@ def test_exposure_of_what_was_learned_and_of_what_was_not(trained):
 def test_exposure_by_enumeration():
     """Definition 5: log2 of the size of the space minus log2 of the rank; the extrapolation agrees within one bit."""
     losses = np.random.default_rng(0).normal(10, 2, 100_000)
-    value = float(np.sort(losses)[24])  # rank 25
+    value = float(np.sort(losses)[24])  # the 25th lowest loss
     assert _extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
-    assert _extrapolated(-100.0, losses[::50]) > 500  # where a float would underflow
+    assert _extrapolated(-100.0, losses[::50]) > 500  # a probability that would underflow
 
 
 def test_secrets_are_of_their_kind():
@@ -189,7 +194,9 @@ def test_auc_and_min_k_by_hand():
     scored = audit.Scored(np.float32([[-1, -2, -3, -4, -5, -9]]), np.zeros((1, 6), bool))
     batch = Batch(None, None, np.float32([[1, 1, 1, 1, 1, 0]]))
     mean, lowest = _evidence(scored, batch, 0.4)
-    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)  # the two least likely of the five
+    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(
+        -4.5
+    )  # mean of the two least likely of five tokens
 
 
 def test_membership_sees_training_text_and_no_difference_between_unseen_ones(trained):
@@ -206,7 +213,8 @@ def test_membership_sees_training_text_and_no_difference_between_unseen_ones(tra
 
 
 def test_rows_of_one_document_are_not_taken_for_many():
-    """Documents that differ from each other, but not by membership: only the test over rows sees a difference."""
+    """Rows of a document are correlated: without any membership effect the test over rows raises false alarms, the test
+    over documents does not."""
     rng = np.random.default_rng(0)
     alarms = {"rows": 0, "documents": 0}
     for _ in range(100):

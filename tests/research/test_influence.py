@@ -19,7 +19,7 @@ from gptjax.types import Batch, Mean
 
 
 def linear(params, batch, key):
-    """A loss whose gradients are known: sum of weights * (x . w - y)^2 / 2."""
+    """A loss with known gradients: the weighted mean of (x . w - y)^2 / 2."""
     x, y, weights = batch
     error = x @ params["w"] - y
     return Mean((weights * error**2 / 2).sum(), weights.sum()), {}

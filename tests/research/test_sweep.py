@@ -1,4 +1,4 @@
-"""A run inside a sweep equals the run alone; settings that cannot be swept are refused."""
+"""A run in a sweep equals the same run alone; settings that cannot be swept are refused."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def alone(cfg, prepare):
-    """Losses, final state and validation of one run alone, with the training loop's own task and step."""
+    """(losses, final state, validation) of one run, with the task and step of the training loop."""
     with Progress(log=lambda line: None) as progress:
         cfg, task, _ = prepare(cfg, progress)
     init_key, key = jax.random.split(jax.random.key(cfg.seed))
@@ -105,7 +105,7 @@ def test_every_run_is_the_run_by_itself(swept, i):
 
 @pytest.mark.slow
 def test_it_is_what_train_does(swept):
-    """Against the public function, with its own validation."""
+    """Compares a run with `gptjax.train`, including its validation loss."""
     result = gptjax.train(load(*GROUPS, *RUNS[1], "run_dir=alone"), log=lambda line: None)
     assert swept.rows[1]["val/loss"] == pytest.approx(result.val_loss, rel=1e-5)
     for path, leaf in tree.flatten(result.params).items():
@@ -114,7 +114,7 @@ def test_it_is_what_train_does(swept):
 
 @pytest.mark.slow
 def test_two_devices_share_the_runs(swept):
-    """A chunk of two runs, one on each; they never speak to each other."""
+    """A chunk of two runs, one per device, without communication."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     settings = json.dumps([[*SMALL, *GROUPS, *overrides] for overrides in RUNS])
@@ -134,7 +134,7 @@ def test_a_run_that_explodes_is_said_to(swept):
 
 
 def test_memory_decides_how_many_at_a_time(swept, monkeypatch):
-    assert swept.programs[0]["at_once"] == 2 and swept.programs[0]["runs"] == 4  # four in parts of at most three
+    assert swept.programs[0]["at_once"] == 2 and swept.programs[0]["runs"] == 4  # four runs in chunks of at most three
     assert sweep.chunks([5, 6, 7, 8, 9], 2) == [(5, 6), (7, 8), (9, 9)]
     assert sweep.chunks([5, 6, 7, 8, 9], 9) == [(5, 6, 7, 8, 9)]
     small, large = load(), load("train.batch_size=8")
@@ -151,7 +151,7 @@ ADAPTERS = (
 
 @pytest.mark.slow
 def test_adapters_of_several_ranks(folder):
-    """Scale by their own rank, start as a smaller adapter starts, validated on their own seed's split."""
+    """Each adapter has the scale and initialisation of its own rank, and the validation split of its own seed."""
     tuned = partial(
         gptjax.load_config, "classify", "classify.source=texts.tsv", "classify.packing=padded", "finetune.base=base",
         "train.epochs=null", f"train.max_steps={STEPS}", "train.batch_size=4", "optim.warmup_steps=0", "optim.eps=1e-4",
@@ -176,7 +176,7 @@ def test_a_grid_is_every_combination():
     assert len(configs) == 12 and {cfg.train.max_steps for cfg in configs} == {7}
     assert [cfg.seed for cfg in configs[:4]] == [0, 1, 2, 0] and configs[-1].optim.lr == 3e-3
     assert sweep.axes_of(configs) == ("seed", "model.n_layer", "optim.lr")
-    assert [len(runs) for runs in sweep.programs(configs)] == [6, 6]  # a program for each shape
+    assert [len(runs) for runs in sweep.programs(configs)] == [6, 6]  # one program per model shape
 
 
 def test_what_is_left_out_is_another_program_than_what_is_small():
@@ -234,7 +234,7 @@ def row(lr, seed, loss, stopped=False):
 
 
 def test_the_table_has_means_and_intervals():
-    """Of 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653: +- 4.302653 / sqrt(3)."""
+    """1, 2, 3 have mean 2 and standard deviation 1: with t(0.975, 2) = 4.302653, +- 4.302653 / sqrt(3)."""
     rows = [row(0.1, s, x) for s, x in enumerate((1.0, 2.0, 3.0))] + [row(0.2, 0, 1.5), row(0.3, 0, None, True)]
     lines = sweep.table(rows, ("optim.lr", "seed"))
     assert [line["optim.lr"] for line in lines] == [0.2, 0.1, 0.3]
@@ -268,7 +268,7 @@ def test_a_sweep_of_too_many_runs_is_refused_at_once(settings, words):
 
 
 def test_a_sweep_that_is_killed_while_it_writes_is_no_sweep(tmp_path, monkeypatch):
-    """Its json comes last and whole, so the same command can be started again."""
+    """sweep.json is written last and atomically, so an interrupted sweep can be started again."""
     replace = os.replace
 
     def die(source, target):

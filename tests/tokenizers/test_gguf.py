@@ -388,8 +388,8 @@ os._exit(0)
 
 @pytest.mark.parametrize("style", ["alpaca", "chatml", "phi3"])
 def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
-    """Template markers that the vocabulary lacks are plain text, and every answer ends with end-of-text; this also works
-    for a file name such as phi3, for which llama.cpp expects certain tokens."""
+    """Template markers that the vocabulary lacks are plain text, and every answer ends with end-of-text. This also
+    works for a file named phi3, a name for which llama.cpp requires certain tokens."""
     pytest.importorskip("xllamacpp")
     import jax
 

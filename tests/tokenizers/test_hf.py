@@ -119,8 +119,8 @@ def test_bytes_that_are_no_token_are_left_out_as_tokenizers_does():
 
 
 def _random_vocabulary(rng: random.Random) -> dict:
-    """A random BPE vocabulary over a and b: merges in order, redundant, exhaustive or shuffled, and tokens that no merge
-    forms."""
+    """A random BPE vocabulary over a and b: its merges are in order, redundant, exhaustive or shuffled, and some tokens
+    are formed by no merge."""
     vocab = {char: i for i, char in enumerate(bpe.alphabet())}
     pieces, merges = ["a", "b"], []
     mode = rng.choice(["in order", "doubled", "all", "any order"])
@@ -329,7 +329,7 @@ def test_gpt2_files_without_a_tokenizer_json(tmp_path, gpt2):
 
 
 def test_merges_are_cut_at_line_feeds_alone(tmp_path):
-    """merges.txt is not split at U+2028 or U+0085, which a token may contain; a UTF-16 file is an error that names it."""
+    """merges.txt is not split at U+2028 or U+0085, which tokens may contain; a UTF-16 file is refused by its name."""
     pieces = ["a", "\u2028", "\x85", "a\u2028", "a\u2028\x85"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = "#version: 0.2\r\na \u2028\r\na\u2028 \x85\r\n"

@@ -1,4 +1,4 @@
-"""A fine-tuned model that is kept as its adapter: read with its base it is what the merged copy would be."""
+"""A fine-tuned model that is stored as an adapter loads, with its base, as the merged model."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ def test_every_verb_reads_it(folder, run):
 
 @pytest.fixture
 def copy(folder, run, tmp_path):
-    """The run and its base somewhere else, the run with the base's new place."""
+    """A copy of the run and of its base, in which the run refers to the copied base."""
     shutil.copytree(run / "final", tmp_path / "final")
     shutil.copytree(folder / "base", tmp_path / "base")
     change(tmp_path, lambda base: base | {"source": str(tmp_path / "base")})

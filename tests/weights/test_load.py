@@ -1,4 +1,4 @@
-"""`load` reads every place a model can lie in, and its tokenizer comes with it."""
+"""`load` and `load_tokenizer` for every kind of model source."""
 
 import dataclasses
 import importlib
@@ -83,7 +83,7 @@ def test_every_file_of_a_family_is_registered():
 
 @pytest.fixture
 def changed(places, tmp_path):
-    """The file with other metadata."""
+    """write(**metadata): a copy of the GGUF file with changed metadata."""
 
     def write(**changes):
         file = gguf.read(places / "m.gguf")
@@ -118,13 +118,15 @@ def test_hostile_metadata(changed, case):
 
 def test_arrays_where_numbers_belong(changed, places):
     for key in [*gguf.read(places / "m.gguf").metadata, "llama.attention.sliding_window_pattern"]:
-        if key.startswith("llama.") and key != "llama.vocab_size":  # the table's rows say that
+        if (
+            key.startswith("llama.") and key != "llama.vocab_size"
+        ):  # vocab_size is read from the shape of the embedding instead
             with pytest.raises(UserError, match=key.removeprefix("llama.")):
                 gptjax.load(changed(**{key: [1, 2]}))
 
 
 def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
-    """It looks for <s> and </s> in every model called phi3, and does not load one without them."""
+    """llama.cpp requires <s> and </s> in every model named phi3, and refuses to load one without them."""
     params, cfg, tokenizer = model
     weights.export_gguf(tmp_path / "My-Phi-3-chat.gguf", params, cfg, tokenizer)
     assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
@@ -133,7 +135,7 @@ def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
 
 
 def test_folders_and_files_behind_links(tiny, tmp_path):
-    """As the cache of the hub keeps them: every file a link to a blob without an ending."""
+    """The layout of the Hugging Face cache: every file is a link to a blob without a file extension."""
     cfg, params = tiny("llama", vocab_size=257)
     gptjax.weights.export_hf(tmp_path / "hf", params, cfg, gptjax.tokenizers.load("bytes"))
     gptjax.save(tmp_path / "run" / "kept", params, cfg, gptjax.tokenizers.load("bytes"))
@@ -183,4 +185,6 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(model, places, tmp_pa
         (tmp_path / "hf" / name).write_text(text)
     with pytest.raises(UserError, match=words):
         weights.load_tokenizer(tmp_path / "hf")
-    assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1  # for `grow_vocabulary`
+    assert (
+        tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1
+    )  # still loadable by itself, as input to `grow_vocabulary`

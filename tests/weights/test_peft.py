@@ -1,4 +1,4 @@
-"""Adapters in peft's format: our own way there and back here, and against peft itself where it is installed."""
+"""Adapters in PEFT's format: export and import by gptjax, and against the peft library where it is installed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run(params, cfg, tokens=TOKENS):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_there_and_back(tiny, arch, form, tmp_path):
-    """The same logits; and a second time out, the same files."""
+    """A round trip keeps the logits, and a second export writes the same files."""
     cfg, params = tiny(arch, n_kv_head=4 if arch == "gpt2" else 2, d_ff=128 if arch == "gpt2" else 48)
     lcfg = FORMS[form]
     adapter = moved(lora.init(KEY, params, lcfg))
@@ -100,7 +100,7 @@ def test_a_bit_of_an_adapter_is_noticed(name, folder, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("GPTJAX_VERIFY", "0")
         load_peft(folder, cfg)
-    (folder / HASHES).unlink()  # as another tool's folder
+    (folder / HASHES).unlink()  # as in a folder of another tool
     load_peft(folder, cfg)
 
 
@@ -192,7 +192,7 @@ def logits(torch, model, tokens):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", THEIRS)
 def test_an_adapter_that_peft_made(name, tmp_path):
-    """Loads here with the same logits, and goes back to peft with the same logits."""
+    """An adapter of peft loads with the same logits, and its export loads in peft with the same logits."""
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
     torch, model = base_model(name, tmp_path / "base")
     made = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **THEIRS[name][2])).eval()
@@ -239,7 +239,7 @@ def test_peft_loads_what_was_trained_here(name, form, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
 def test_a_classifier_with_its_head(kind, tmp_path):
-    """Both ways: peft's module to save is our head."""
+    """The classification head is stored as peft's modules_to_save, in both directions."""
     torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
     transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")

@@ -1,4 +1,4 @@
-"""What every architecture promises, one table."""
+"""Properties of every architecture: the cache, causality, gradients, LoRA and config errors."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def case(name):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("name", SHELF)
 def test_cached_equals_uncached(name):
-    """However the text is cut: in one, a piece and single tokens, pieces that fill a window and more."""
+    """`extend` equals `apply` for several ways to split the tokens into chunks, shorter and longer than a window."""
     member, cfg, params, x = case(name)
 
     @jax.jit
@@ -75,14 +75,16 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
     assert not np.asarray(of_x[:, position + 1 :]).any()
     assert np.asarray(of_x[:, position]).all()
     for path, leaf in jax.tree_util.tree_leaves_with_path(of_params):
-        dead = {"a window of one": "qk", "one expert": ["router"]}.get(name, ())  # softmax of a single score
+        dead = {"a window of one": "qk", "one expert": ["router"]}.get(
+            name, ()
+        )  # a softmax over a single score has no gradient
         expected = leaf.size > 0 and path[0].key not in dead
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
-def test_an_adapter_fits_and_starts_as_nothing(name):
+def test_a_new_adapter_changes_nothing(name):
     member, cfg, params, x = case(name)
     settings = LoraConfig(rank=2, targets="*/kernel")
     fitting = {path: leaf for path, leaf in params.items() if "kernel" not in leaf or leaf["kernel"].size}

@@ -11,7 +11,7 @@ B, T, D = 2, 7, 16
 
 
 def given(member, cfg):
-    """x, params as float64 numpy, and what the member makes of them; every leaf random."""
+    """(x, params as float64 numpy arrays, output of `apply`); every leaf is random."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
     params = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape), member.init(jax.random.key(0), cfg))
@@ -38,7 +38,7 @@ def rms(x, scale, eps=1e-5):
 
 
 def rotate(x, position, base=10_000.0):
-    """Rotary embedding as complex numbers: element i with i + H/2, times exp(i position base^(-2i/H))."""
+    """RoPE with complex numbers: channels j and j + H/2 are multiplied by exp(i position base^(-2j/H))."""
     half = len(x) // 2
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * base ** (-2 * np.arange(half) / len(x)))
     return np.concatenate([z.real, z.imag])
@@ -108,8 +108,7 @@ def test_experts(n_active):
 
 
 def test_even_and_uneven_routing():
-    """With a router at zero every expert is as likely, and the loss 1; where all tokens choose one of four it is
-    near 4."""
+    """The balance loss is 1 for a zero router (uniform routing), near 4 if all tokens choose one of four experts."""
     cfg = moe.Config(D, d_ff=12, n_expert=4, n_active=1)
     x = jnp.ones((B, T, D))
     params = moe.init(jax.random.key(0), cfg)
@@ -121,7 +120,7 @@ def test_even_and_uneven_routing():
 
 @pytest.mark.parametrize("conv_width", [1, 4])
 def test_gated_delta(conv_width):
-    """S_t = a S_t-1 (I - b k k^T) + b v k^T, o_t = S_t q_t, with S from keys to values as in the paper."""
+    """S_t = a S_t-1 (I - b k k^T) + b v k^T, o_t = S_t q_t; S maps keys to values, as in the paper."""
     N, H = 2, 6
     cfg = deltanet.Config(D, n_head=N, d_head=H, conv_width=conv_width)
     x, p, y = given(deltanet, cfg)
@@ -147,8 +146,8 @@ def test_gated_delta(conv_width):
 
 
 def test_delta_rule_remembers_and_replaces():
-    """With nothing forgotten and all written, a key gives back the last value that was put there, exactly."""
-    keys = jnp.eye(4)[jnp.array([0, 1, 2, 0])][None, :, None]  # the first key once more at the end
+    """Without decay and with write strength 1, a key retrieves exactly the last value stored for it."""
+    keys = jnp.eye(4)[jnp.array([0, 1, 2, 0])][None, :, None]  # the last token repeats the first key
     values = jnp.arange(16.0).reshape(1, 4, 1, 4)
     ones = jnp.ones((1, 4, 1))
     o, state = deltanet.gated_delta_rule(keys, keys, values, ones, ones, jnp.zeros((1, 1, 4, 4)))
