@@ -68,6 +68,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.model.activations.of_one_layer": "gptjax.model.activations.layer_patches",
     "gptjax.model.gpt.layers_apart": "gptjax.model.gpt.unstack_layers",
     "gptjax.model.gpt.layers_stacked": "gptjax.model.gpt.stack_layers",
+    "gptjax.parallel.distributed.together": "gptjax.parallel.distributed.synchronise_errors",
     "gptjax.research.influence.just_trained": "gptjax.training.task.identity",
     "gptjax.tasks.classify.class_logits": "gptjax.losses.class_logits",
     "gptjax.tasks.classify.task": "gptjax.losses.classify",

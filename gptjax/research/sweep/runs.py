@@ -25,8 +25,8 @@ TRACED_OF_ADAPTERS = (
     "lora.alpha",
     "lora.rank",
     "lora.dropout",
-)  # unless initialised from the weights
-MAX_PROBLEMS = 20  # listed in one error
+)  # traced too, unless lora.init computes the adapter from the weights
+MAX_PROBLEMS = 20  # number of problems listed in one error
 MAX_RUNS = 10_000
 
 Hyperparameters = dict[str, Any]  # "optim.lr" -> [N]
