@@ -89,11 +89,8 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-_QUESTION, _ANSWER, _NEXT = (
-    "first-question",
-    "first-reply",
-    "second-question",
-)  # marker texts that are searched in rendered templates
+# marker texts that are searched in rendered templates
+_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:

@@ -36,9 +36,8 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
     out = capsys.readouterr().out
     tuned = [key for key in schema() if key.startswith(TUNED)]
     assert all((f"  {key}=" in out) != (key in tuned) for key in schema())
-    assert (
-        "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out
-    )  # the preset's values, not the defaults
+    # the preset's values, not the defaults
+    assert "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out
     assert "Gradient accumulation: micro-batches per step" in out
     main(["pretrain", "tiny-gpt2", "optim.lr=0.5", "--help"])
     out = capsys.readouterr().out

@@ -173,9 +173,8 @@ def test_a_dry_run_shows_what_differs_and_the_summary(here, base, capsys):
     args = ["finetune", "classify", "classify.source=rows.jsonl", f"finetune.base={base}", "seed=0", "--dry-run"]
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert (
-        len(out.splitlines()) < 30 and "seed: 0 " in out and "no step was taken" in out
-    )  # seed was given, so it is printed even at its default
+    # seed was given, so it is printed even at its default
+    assert len(out.splitlines()) < 30 and "seed: 0 " in out and "no step was taken" in out
     assert not re.search(r"^  (n_layer|eps|source: .shak)", out, re.MULTILINE) and "lr: 0.0005" in out
     assert not Path("runs").exists()
 

@@ -333,9 +333,8 @@ def test_gguf_py_reads_what_we_write(oracle, tmp_path):
     reader = oracle.GGUFReader(tmp_path / "m.gguf")
     ours = gguf.read(tmp_path / "m.gguf")
     for key in metadata:
-        as_stored = (
-            np.float32 if isinstance(ours.metadata[key], float) else np.asarray
-        )  # gptjax returns the shortest decimal of a float32
+        # gptjax returns the shortest decimal of a float32
+        as_stored = np.float32 if isinstance(ours.metadata[key], float) else np.asarray
         theirs = reader.fields[key].contents()
         np.testing.assert_array_equal(as_stored(theirs), as_stored(ours.metadata[key]), key)
     assert len(reader.tensors) == len(arrays)

@@ -42,9 +42,8 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
 
 def test_parameters_stay_as_they_came_where_a_second_layout_has_no_room(model, expected, monkeypatch):
     cfg, params = model
-    monkeypatch.setattr(
-        decode, "device", SimpleNamespace(platform=lambda: "gpu")
-    )  # simulates a GPU without free memory
+    # simulates a GPU without free memory
+    monkeypatch.setattr(decode, "device", SimpleNamespace(platform=lambda: "gpu"))
     monkeypatch.setattr(decode, "_COPIED_BYTES", 0)
     monkeypatch.setattr(module, "for_decoding", lambda params, cfg: pytest.fail("copied into the decoding layout"))
     assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=20).tokens == expected

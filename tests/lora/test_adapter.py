@@ -196,9 +196,8 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     adapter = lora.init(KEY, params, lcfg)
     loss = jax.jit(lora.bind(next_token(cfg), params, lcfg))
     plain = loss(adapter, BATCH, None)[0].total
-    assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(
-        float(plain), rel=1e-6
-    )  # b is zero, and dropout does not affect the base branch
+    # b is zero, and dropout does not affect the base branch
+    assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(float(plain), rel=1e-6)
     adapter = moved(adapter)
     values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
     assert len(values) == 3

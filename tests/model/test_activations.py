@@ -174,9 +174,8 @@ def test_cached_is_uncached(tiny, switches):
     logits, acts, last = both(params, for_decoding(params, cfg))
     whole, seen = jax.jit(lambda p: tapped(p, TOKENS, cfg, paths, patches=patches))(params)
     np.testing.assert_allclose(logits, whole, **CLOSE)
-    assert (
-        np.abs(whole - jax.jit(lambda p: forward(p, TOKENS, cfg))(params)).max() > 0.1
-    )  # the patches change the logits
+    # the patches change the logits
+    assert np.abs(whole - jax.jit(lambda p: forward(p, TOKENS, cfg))(params)).max() > 0.1
     for path, value in seen.items():
         time = 2 if "*" in path else 1
         np.testing.assert_allclose(acts[path], np.take(value, range(5), time), **CLOSE)

@@ -188,7 +188,7 @@ def test_devices_that_rows_cannot_feed_are_left_idle():
 
 def test_config_refuses(capsys):
     for words, *args in (
-        ("only one of mesh.data, mesh.fsdp can take", "mesh.fsdp=-1"),
+        ("only one of mesh.data, mesh.fsdp can be -1", "mesh.fsdp=-1"),
         ("mesh.tensor must be at least 1", "mesh.tensor=0"),
         ("mesh.context (3) must divide model.context_length (1024)", "mesh.context=3"),
     ):

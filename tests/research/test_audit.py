@@ -194,9 +194,8 @@ def test_auc_and_min_k_by_hand():
     scored = audit.Scored(np.float32([[-1, -2, -3, -4, -5, -9]]), np.zeros((1, 6), bool))
     batch = Batch(None, None, np.float32([[1, 1, 1, 1, 1, 0]]))
     mean, lowest = _evidence(scored, batch, 0.4)
-    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(
-        -4.5
-    )  # mean of the two least likely of five tokens
+    # mean of the two least likely of five tokens
+    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)
 
 
 def test_membership_sees_training_text_and_no_difference_between_unseen_ones(trained):

@@ -52,9 +52,8 @@ def test_the_grid_is_a_loop(tiny, site, axes):
         run = jax.jit(lambda p, tokens: at_end(p, cfg, tokens, {}))
         clean, corrupted = run(params, CLEAN), run(params, CORRUPTED)
         np.testing.assert_allclose(got[-1, -1], clean, **CLOSE)
-        np.testing.assert_allclose(
-            got[:, :3], np.full((2, 3), corrupted), **CLOSE
-        )  # before the first position where the prompts differ
+        # before the first position where the prompts differ
+        np.testing.assert_allclose(got[:, :3], np.full((2, 3), corrupted), **CLOSE)
         assert abs(clean - corrupted) > 0.1
 
 

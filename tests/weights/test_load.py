@@ -185,6 +185,5 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(model, places, tmp_pa
         (tmp_path / "hf" / name).write_text(text)
     with pytest.raises(UserError, match=words):
         weights.load_tokenizer(tmp_path / "hf")
-    assert (
-        tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1
-    )  # still loadable by itself, as input to `grow_vocabulary`
+    # still loadable by itself, as input to `grow_vocabulary`
+    assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1

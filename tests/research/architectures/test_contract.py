@@ -75,9 +75,8 @@ def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
     assert not np.asarray(of_x[:, position + 1 :]).any()
     assert np.asarray(of_x[:, position]).all()
     for path, leaf in jax.tree_util.tree_leaves_with_path(of_params):
-        dead = {"a window of one": "qk", "one expert": ["router"]}.get(
-            name, ()
-        )  # a softmax over a single score has no gradient
+        # a softmax over a single score has no gradient
+        dead = {"a window of one": "qk", "one expert": ["router"]}.get(name, ())
         expected = leaf.size > 0 and path[0].key not in dead
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
