@@ -19,10 +19,8 @@ from pathlib import Path
 import pytest
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (
-    0,
-    11,
-):  # XLA aborts on a flag it does not know
+# only for releases that know the flag: XLA aborts on an unknown one
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # compiles three times faster
 
 

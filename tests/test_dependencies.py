@@ -9,13 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_DEVELOPERS = {"test", "parity", "bench", "dev"}
-TOOLS = {
-    "mypy",
-    "pytest-timeout",
-    "pytest-xdist",
-    "ruff",
-    "types-pyyaml",
-}  # plugins and commands, which no file imports
+# plugins and commands, which no file imports
+TOOLS = {"mypy", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}
 PACKAGE = {  # module: package, where the names differ
     "yaml": "pyyaml", "orbax": "orbax-checkpoint", "tiktoken_ext": "tiktoken", "IPython": "ipykernel",
     "libtpu": "jax", "jax_cuda12_plugin": "jax",  # extras of jax

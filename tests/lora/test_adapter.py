@@ -118,7 +118,7 @@ def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
 
     loss = next_token(cfg)
     assert not products(lambda a: lora.bind(loss, params, lcfg)(a, BATCH)[0].total, adapter)
-    assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # the check fails if the weights are trained
+    assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # training the weights needs such a product
 
 
 @pytest.mark.first_cases(1)

@@ -70,12 +70,8 @@ def trained(tiny):
 def test_chunks_cover_documents_and_never_span_two():
     store = TokenStore.from_ids([1, 2, 3, 4, 5, 6, 7, 8, 9], doc_starts=(0, 4, 5))
     starts, ends = audit.chunks(store, 2)
-    assert list(zip(starts, ends, strict=True)) == [
-        (0, 3),
-        (2, 4),
-        (5, 8),
-        (7, 9),
-    ]  # the one-token document [5] is dropped
+    # the one-token document [5] is dropped
+    assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]
     batch = audit.rows(store, starts, ends)
     assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
     assert batch.targets.tolist() == [[2, 3], [4, 4], [7, 8], [9, 9]]

@@ -329,7 +329,7 @@ def test_gpt2_files_without_a_tokenizer_json(tmp_path, gpt2):
 
 
 def test_merges_are_cut_at_line_feeds_alone(tmp_path):
-    """merges.txt is not split at U+2028 or U+0085, which tokens may contain; a UTF-16 file is refused by its name."""
+    """merges.txt is not split at U+2028 or U+0085, which tokens may contain; a UTF-16 file is refused by name."""
     pieces = ["a", "\u2028", "\x85", "a\u2028", "a\u2028\x85"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = "#version: 0.2\r\na \u2028\r\na\u2028 \x85\r\n"

@@ -1,6 +1,6 @@
 """Settings that occur in published config files: each gives transformers' logits within 1e-4, or an error names it.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json

@@ -118,9 +118,8 @@ def test_hostile_metadata(changed, case):
 
 def test_arrays_where_numbers_belong(changed, places):
     for key in [*gguf.read(places / "m.gguf").metadata, "llama.attention.sliding_window_pattern"]:
-        if (
-            key.startswith("llama.") and key != "llama.vocab_size"
-        ):  # vocab_size is read from the shape of the embedding instead
+        # vocab_size is read from the shape of the embedding instead
+        if key.startswith("llama.") and key != "llama.vocab_size":
             with pytest.raises(UserError, match=key.removeprefix("llama.")):
                 gptjax.load(changed(**{key: [1, 2]}))
 

@@ -1,6 +1,6 @@
 """Every family against transformers: import, export, packed and ragged batches, decoding; and against llama.cpp.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json

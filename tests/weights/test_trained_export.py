@@ -1,6 +1,6 @@
 """GGUF exports of models and tokenizers trained by `gptjax.train`, compared with llama.cpp.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json

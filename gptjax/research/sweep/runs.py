@@ -22,11 +22,7 @@ TRACED = (
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
 # traced too, unless lora.init computes the adapter from the weights
-TRACED_OF_ADAPTERS = (
-    "lora.alpha",
-    "lora.rank",
-    "lora.dropout",
-)
+TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
 MAX_PROBLEMS = 20  # number of problems listed in one error
 MAX_RUNS = 10_000
 

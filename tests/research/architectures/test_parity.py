@@ -1,6 +1,6 @@
 """The architectures against transformers' layers with the same weights: experts, latent attention, gated delta rule.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import os

@@ -2,7 +2,7 @@
 transformers: either the logits agree within 1e-4, or an error names the attribute.
 
 The attributes are read from transformers' own classes, so that a release which adds one is tested too. Needs the
-extra `parity`; where it is not installed these tests are skipped by name.
+extra `parity`; without it these tests are skipped.
 """
 
 import dataclasses
