@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import gptjax
 from gptjax import tree, weights
 from gptjax.__main__ import main
-from gptjax.tasks.tuning import _base_to_name
+from gptjax.tasks.tuning import _base_reference
 from gptjax.weights import native
 
 BASE = gptjax.ModelConfig(
@@ -158,7 +158,7 @@ def test_no_description_is_refused(copy, value):
 
 def kept(*settings):
     cfg = gptjax.load_config("classify", "classify.source=x.csv", *settings)
-    return _base_to_name(cfg, "f")
+    return _base_reference(cfg, "f")
 
 
 def test_which_bases_are_named(tmp_path, monkeypatch):
