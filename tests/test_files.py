@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and the hashes that are kept on disk stay what they are."""
+"""Files are written atomically, and the hash functions whose results are stored on disk do not change."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_several_writers_of_one_file_do_not_mix(tmp_path):
 
 
 def test_a_run_that_was_killed_while_it_wrote_a_file_can_start_again(tmp_path):
-    """Its run directory holds a rest that `refuse_foreign` knows."""
+    """The run directory contains a partial file, which `refuse_foreign` accepts."""
     from gptjax.training.run_dir import refuse_foreign
 
     code = (

@@ -1,4 +1,4 @@
-"""Imports point one way: from what comes late on the way of the data to what comes early."""
+"""Import rules: packages import only packages of lower layers, and there are no cycles."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "gptjax"
 
-# a part may import parts of a lower number
+# a package may import packages with a lower number
 LEVEL = {
     "_moved": -1, "errors": -1,
     "types": 0, "signals": 0, "files": 0, "tree": 0, "config": 0, "assets": 0, "formats": 0,
@@ -23,8 +23,8 @@ LEVEL = {
 }  # fmt: skip
 SAME_LEVEL = {  # (from, to) within one level
     ("assets", "files"), ("config", "files"), ("formats", "files"),
-    ("weights", "lora"),  # a model that is kept as an adapter
-    ("research", "training"), ("research", "generation"),  # on top of both, for notebooks
+    ("weights", "lora"),  # for models stored as an adapter
+    ("research", "training"), ("research", "generation"),  # research builds on both
 }  # fmt: skip
 NEVER = {
     "model": {"lora", "optim", "parallel", "tasks", "losses", "data", "tokenizers"},
@@ -39,22 +39,22 @@ NEVER = {
 }
 
 
-def part_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     relative = path.relative_to(ROOT)
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages, and for our own the part: {"jax", "gptjax.data", ..}; imports inside functions too."""
-    found = set()
+    """The packages that a file imports, also inside functions, such as jax or gptjax.data."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute"
             plain = node.module != "gptjax"
-            found |= {node.module} if plain else {f"gptjax.{alias.name}" for alias in node.names}
-    return {".".join(name.split(".")[:2]) if name.startswith("gptjax") else name.split(".")[0] for name in found}
+            modules |= {node.module} if plain else {f"gptjax.{alias.name}" for alias in node.names}
+    return {".".join(name.split(".")[:2]) if name.startswith("gptjax") else name.split(".")[0] for name in modules}
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -62,37 +62,37 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 def test_imports_point_one_way(path):
-    here = part_of(path)
+    here = package_of(path)
     assert here in LEVEL, f"{here} has no place in the house: add it to LEVEL"
     for name in imported(path):
-        part = name.removeprefix("gptjax.")
-        assert part not in NEVER.get(here, set()), f"{path.name} must not import {name}"
-        if name.startswith("gptjax.") and part in LEVEL and part != here:
-            lower = LEVEL[part] < LEVEL[here]
-            assert lower or (here, part) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
+        package = name.removeprefix("gptjax.")
+        assert package not in NEVER.get(here, set()), f"{path.name} must not import {name}"
+        if name.startswith("gptjax.") and package in LEVEL and package != here:
+            lower = LEVEL[package] < LEVEL[here]
+            assert lower or (here, package) in SAME_LEVEL, f"{path.name} ({here}) imports {name}, which comes after it"
 
 
 def modules_imported(path: Path) -> set[str]:
-    """Our own modules that a file imports, inside functions too: gptjax.data for a package, gptjax.data.split."""
+    """The modules of gptjax that a file imports, also inside functions, such as gptjax.data or gptjax.data.split."""
     files = {
         ".".join(("gptjax", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__") for file in FILES
     }
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & files
+            modules |= {alias.name for alias in node.names} & files
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} & files
-            found |= (
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names} & files
+            modules |= (
                 {node.module} & files
                 if any(f"{node.module}.{alias.name}" not in files for alias in node.names)
                 else set()
             )
-    return found
+    return modules
 
 
 def test_no_files_import_each_other_in_a_circle():
-    """The faces of packages (`__init__.py`) are left out: they only hand names on."""
+    """`__init__.py` files are ignored, because they only re-export names."""
     graph = {}
     for path in FILES:
         name = ".".join(("gptjax", *path.relative_to(ROOT).with_suffix("").parts))
@@ -104,24 +104,24 @@ def test_no_files_import_each_other_in_a_circle():
     assert not graph, f"these import each other, or what does: {sorted(graph)}"
 
 
-CONFIG = ("aliases", "leaves", "schema", "check", "load", "uses")  # each may import those before it
+CONFIG = ("aliases", "leaves", "schema", "check", "load", "uses")  # each module may import those before it
 
 
-def test_the_parts_of_config_point_one_way():
-    """While they are loaded: a ModelConfig that is made calls the checks."""
+def test_the_modules_of_config_import_in_one_direction():
+    """Only top-level imports count: creating a ModelConfig calls the checks, which are imported later."""
     files = {path.stem: path for path in (ROOT / "config").glob("*.py")}
     assert set(files) == {*CONFIG, "__init__"}
     for i, name in enumerate(CONFIG):
         loading = ast.parse(files[name].read_text(encoding="utf-8")).body
-        found = {node.module for node in loading if isinstance(node, ast.ImportFrom)}
-        ours = {module for module in found if f"{module}.".startswith("gptjax.config.")}
+        modules = {node.module for node in loading if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in modules if f"{module}.".startswith("gptjax.config.")}
         assert ours <= {f"gptjax.config.{earlier}" for earlier in CONFIG[:i]}, name
 
 
 def test_every_name_of_config_is_found_in_the_package():
     from gptjax import config
 
-    assert callable(config.schema)  # which has the name of its module
+    assert callable(config.schema)  # the function, not the module of the same name
     assert all(getattr(config, name) is not None for name in config.__all__)
 
 

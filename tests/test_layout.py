@@ -1,15 +1,15 @@
-"""tests/ mirrors gptjax/: the tests of gptjax/a/b.py are in tests/a/test_b.py."""
+"""tests/ mirrors gptjax/: gptjax/a/b.py is tested in tests/a/test_b.py."""
 
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "gptjax"
-OTHERS = {  # folders that mirror nothing, and why they are there
+OTHERS = {  # folders without a counterpart in gptjax/, and their purpose
     "accelerators": "programs traced and compiled for GPUs and TPUs",
     "bench": "benchmarks, run by hand",
     "colab": "the notebooks and recipes",
     "contracts": "properties and mistakes that concern several parts",
-    "golden": "published figures",
+    "golden": "published numbers",
 }
 
 
@@ -20,8 +20,8 @@ def test_every_folder_of_tests_is_one_of_the_package():
 
 
 def test_no_module_is_tested_in_another_folder():
-    """A test file that is named for no module of its folder covers several of them; it must not have the name of a
-    module elsewhere."""
+    """A test file without a module of the same name in its folder covers several modules. Its name must not be that of
+    a module in another folder."""
     modules = {path.stem: path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
     for path in TESTS.rglob("test_*.py"):
         folder, name = path.parent.relative_to(TESTS), path.stem.removeprefix("test_")

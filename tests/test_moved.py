@@ -1,4 +1,4 @@
-"""Old module paths work for one more release: the same module, and a warning that names the new path."""
+"""Old module paths keep working for one release, with a warning that names the new path."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ def gone(monkeypatch):
 
 @contextmanager
 def forgotten():
-    """What is imported under an old path is forgotten at the end."""
+    """Remove modules imported under an old path from sys.modules after the test."""
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
@@ -43,7 +43,7 @@ def forgotten():
         ("from gptjax import old_files as got", "gptjax.files"),
         ("import gptjax.gone.deep as got", "gptjax.files"),
         ("from gptjax.gone import deep as got", "gptjax.files"),
-        ("from gptjax.gone import fit as got", "gptjax.planning.fit"),  # of a package's row
+        ("from gptjax.gone import fit as got", "gptjax.planning.fit"),  # mapped by the row of the package
         ("import gptjax.gone.fit as got", "gptjax.planning.fit"),
     ],
 )
@@ -53,11 +53,11 @@ def test_every_form_of_import_gives_the_same_module_and_names_the_new_path(gone,
         exec(statement, seen)
     assert f" is now {new};" in str(warned[-1].message)
     assert seen["got"] is importlib.import_module(new) and seen["got"].__spec__.name == new
-    assert warned[0].filename == "<string>"  # the line that imports is named
+    assert warned[0].filename == "<string>"  # the warning points to the importing line
 
 
 def test_a_package_that_is_gone(gone):
-    """Its modules are where their rows say, and where the package's row says if they have none."""
+    """A module of a removed package is found by its own row, else by the row of the package."""
     from gptjax import files
     from gptjax.planning import fit
 
@@ -118,7 +118,7 @@ def test_a_name_that_left_its_module_is_found_and_its_new_path_named(old, new):
     with forgotten(), pytest.warns(DeprecationWarning) as warned:
         exec(f"from {module} import {name} as got", seen)
     assert f"{old} is now {new};" in str(warned[-1].message) and warned[-1].filename == "<string>"
-    if name != "task":  # which wraps the new function: tests/tasks/test_example.py
+    if name != "task":  # a wrapper of the new function: see tests/tasks/test_example.py
         assert seen["got"] is getattr(importlib.import_module(home), new_name)
     with pytest.raises(AttributeError, match="nothing"):
         _ = importlib.import_module("gptjax.training.loop").nothing

@@ -1,4 +1,4 @@
-"""The API reference is built without a warning, and what one looks for is there."""
+"""The API reference builds without warnings and has a page for every module and public name."""
 
 import html
 import re
@@ -40,13 +40,13 @@ def test_every_name_of_the_front_door_shows(site):
 def test_every_module_has_its_page(site):
     modules = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
     modules = [path.parent if path.name == "__init__.py" else path.with_suffix("") for path in modules]
-    public = {str(path) for path in modules if path.name and not any(part.startswith("_") for part in path.parts)}
+    public = {str(path) for path in modules if path.name and not any(name.startswith("_") for name in path.parts)}
     assert len(public) > 80
     assert public == {str(path.relative_to(site / "gptjax").with_suffix("")) for path in site.glob("gptjax/**/*.html")}
 
 
 def test_a_docstring_is_as_it_was_written(site):
-    """Lines, columns, and asterisks that are products; a known name is a link."""
+    """Line breaks, columns and asterisks of a docstring are kept, and known names become links."""
     text = page(site, "from_scratch")
     assert "causal_mask(3, 3)   1 0 0\n                    1 1 0\n" in text
     assert "w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]" in text

@@ -15,8 +15,8 @@ def test_every_token_is_shown_with_its_id_and_nothing_of_it_is_read_as_html():
 
 def test_tokens_by_value_go_from_white_to_red():
     text = show.tokens(BYTES, BYTES.encode("abc"), values=[0.0, 0.5, 1.0])._repr_html_()
-    at = [text.index(part) for part in ("#ffffff", "#ffb2b2", "#ff6464")]
-    assert at == sorted(at)
+    positions = [text.index(color) for color in ("#ffffff", "#ffb2b2", "#ff6464")]
+    assert positions == sorted(positions)
     assert "98: 0.5" in text
     assert show.tokens(BYTES, [97, 98], values=[2, 2])._repr_html_().count("#ffffff") == 2
 
@@ -88,7 +88,7 @@ def test_a_logarithmic_axis_has_numbers_as_they_are_written(low, high):
     picture.figure.canvas.draw()
     (axis,) = picture.figure.axes
     inside = [t.get_text() for t in axis.get_yticklabels(which="both") if low / 2 <= t.get_position()[1] <= high * 2]
-    assert len(inside) >= 3 and all(float(text) > 0 for text in inside)  # 0.5, and not 5 x 10^-1
+    assert len(inside) >= 3 and all(float(text) > 0 for text in inside)  # plain decimals such as 0.5, not 5 x 10^-1
 
 
 def test_the_rates_of_a_sweep_are_on_a_logarithmic_axis_and_their_labels_apart(tmp_path, monkeypatch):
@@ -105,5 +105,5 @@ def test_the_rates_of_a_sweep_are_on_a_logarithmic_axis_and_their_labels_apart(t
     assert left.get_xscale() == "log"
     texts = left.get_xticklabels(which="both")
     assert [t.get_text() for t in texts] == [f"{r:g}" for r in rates if r != 0.00101]
-    starts = [t.get_window_extent().x1 for t in texts]  # rotated, each ends below its place
+    starts = [t.get_window_extent().x1 for t in texts]  # rotated labels, right-aligned at their ticks
     assert np.diff(starts).min() > 10

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a program with their code, whenever they come, without a traceback."""
+"""Ctrl-C and SIGTERM end a program with their exit code at any moment, without a traceback."""
 
 import gc
 import os
@@ -32,7 +32,7 @@ def test_a_signal_raises_unless_somebody_looks_at_it(number):
 
 
 def in_a_collection(number: int):
-    """Sends the signal inside a callback of the garbage collector, where an exception would be dropped."""
+    """Send the signal inside a garbage collector callback, where Python ignores exceptions."""
 
     sent = []
 
@@ -81,7 +81,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 sys.exit(__main__.main())
 """
-IN_C = (  # a mutex that is locked twice: no handler of Python runs, and nothing wakes it
+IN_C = (  # blocks in C on a mutex locked twice, where no Python signal handler can run
     "import ctypes, threading; lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None); "
     "threading.Timer(0.2, os.kill, (os.getpid(), signal.{name})).start(); "
     "libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)"

@@ -10,9 +10,9 @@ TREE = {"wte": {"embedding": np.zeros((3, 2))}, "blocks": {"attn": {"q": {"kerne
 def test_flatten_names_and_unflatten_restores():
     flat = tree.flatten(TREE)
     assert set(flat) == {"wte/embedding", "blocks/attn/q/kernel", "blocks/ln"}
-    again = tree.unflatten(flat)
-    assert again["blocks"]["attn"]["q"]["kernel"] is TREE["blocks"]["attn"]["q"]["kernel"]
-    assert tree.flatten(again).keys() == flat.keys()
+    restored = tree.unflatten(flat)
+    assert restored["blocks"]["attn"]["q"]["kernel"] is TREE["blocks"]["attn"]["q"]["kernel"]
+    assert tree.flatten(restored).keys() == flat.keys()
 
 
 def test_map_paths_and_size():

@@ -26,7 +26,7 @@ MAX_PROBLEMS = 20
 
 
 class Row(NamedTuple):
-    where: str
+    location: str
     text: str
     columns: dict[str, Any]  # all columns of the row, unchanged
 
@@ -46,7 +46,7 @@ def run(args: list[str]) -> int:
     from gptjax.training.process import use_compile_cache
 
     folder = Path(request.run)
-    read_labels(folder)  # raises UserError where the model is no classifier
+    read_labels(folder)  # raises UserError if the model is not a classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
     trained = {leaf.key: leaf.value for leaf in leaves}  # settings in the config.yaml of the run
@@ -122,7 +122,7 @@ def _kind(arg: str) -> str:
         raise UserError(f"{arg!r}: the text is empty")
     try:
         is_file = path.is_file()
-    except OSError:  # too long for a name
+    except OSError:  # the text is too long for a file name
         return "text"
     if is_file and suffix not in known:
         raise UserError(f"{arg}: expected a {', '.join(known)} file; to classify this as a text, use text={arg}")
@@ -159,17 +159,17 @@ def _rows(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterat
     else:
         table = tables.tsv(name) if name.lower().endswith(".tsv") else tables.read(name)
         field = None
-        for where, row in table:
+        for location, row in table:
             if isinstance(row, UserError):
-                yield UserError(f"{where}: {row}")
+                yield UserError(f"{location}: {row}")
                 continue
             field = field or _field(row, fields, name)
             text = row.get(field)
             if not isinstance(text, str) or not text.strip():
                 problem = f"no text in column {field!r}" if field in row else f"no column {field!r}"
-                yield UserError(f"{where}: {problem}; there are {', '.join(map(repr, row))}")
+                yield UserError(f"{location}: {problem}; there are {', '.join(map(repr, row))}")
             else:
-                yield Row(where, text, row)
+                yield Row(location, text, row)
 
 
 def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str) -> str:

@@ -43,7 +43,8 @@ def run(args: list[str]) -> int:
         if i and "nats_per_token" in metrics and "nats_per_token" in results[0]:
             metrics["win_rate"] = win_rate(rows, runs[0])["win_rate"]
         results.append(metrics)
-    for metrics, rows in zip(results, runs if settings.get("judge") else (), strict=False):  # last: it may cost money
+    # the judge runs last, as its calls may cost money
+    for metrics, rows in zip(results, runs if settings.get("judge") else (), strict=False):
         verdicts = judge(rows, settings["judge"], settings["judge_model"], log=note)
         if valid := [score for score in verdicts if score is not None]:
             metrics["judge"] = sum(valid) / len(valid)

@@ -60,7 +60,7 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
     """Reasons for which jax cannot use the GPU.
 
     Args:
-        versions: of jax, jaxlib and `PACKAGES`; "" if not installed.
+        versions: the versions of jax, jaxlib and `PACKAGES`; "" if not installed.
     """
     plugins = [cuda for cuda in NEEDS if versions.get(f"jax-cuda{cuda}-plugin")]
     jaxlib = versions.get("jaxlib", "")

@@ -75,8 +75,8 @@ def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
     for t in range(min(most, cfg.model.context_length)):
         token, target = int(batch.tokens[0, t]), int(batch.targets[0, t])
         weight = 1.0 if batch.weights is None else float(batch.weights[0, t])
-        masked = "" if weight else " not in the loss"
-        rows.append(f"  {token:>6} {show([token])!r:<12} -> {target:>6} {show([target])!r:<12}{masked}")
+        suffix = "" if weight else " not in the loss"
+        rows.append(f"  {token:>6} {show([token])!r:<12} -> {target:>6} {show([target])!r:<12}{suffix}")
     return rows
 
 

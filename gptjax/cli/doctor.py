@@ -71,13 +71,13 @@ def tpu_here() -> bool:
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
-def holders(proc: Path = Path("/proc"), own: int | None = None) -> list[str]:
+def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]:
     """Other processes that have a TPU's device file open: "python (pid 123)". Only one process can hold a TPU."""
     processes = []
     for folder in proc.glob("[0-9]*"):
-        if int(folder.name) == (os.getpid() if own is None else own):
+        if int(folder.name) == (os.getpid() if own_pid is None else own_pid):
             continue
-        with suppress(OSError):  # gone, or another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
                 processes.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
     return processes

@@ -104,16 +104,16 @@ def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefi
     """
     short = [key.removeprefix(prefix) for key in known]
     problems = Problems()
-    for key, _, where in leaves:
+    for key, _, location in leaves:
         if key in short or key in known:
             continue
         if key in schema():
-            problems.append(f"{where}: {key}: not a setting of gptjax {verb}, which reads {', '.join(short)}")
+            problems.append(f"{location}: {key}: not a setting of gptjax {verb}, which reads {', '.join(short)}")
         elif ALIASES.get(key) in known:
-            problems.append(f"{where}: unknown setting {key}; here it is called {ALIASES[key]}")
+            problems.append(f"{location}: unknown setting {key}; here it is called {ALIASES[key]}")
         else:
             hint = did_you_mean(key, short) or f"; gptjax {verb} reads {', '.join(short)}"
-            problems.append(f"{where}: unknown setting {key}{hint}")
+            problems.append(f"{location}: unknown setting {key}{hint}")
     problems.raise_if_any()
 
 
@@ -141,7 +141,7 @@ def show_only(
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    lines = report(cfg) if args.dry_run else []  # before anything is printed: it raises the errors of a run
+    lines = report(cfg) if args.dry_run else []  # built before anything is printed, as it raises the errors of a run
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())
         given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]

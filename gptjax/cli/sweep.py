@@ -12,7 +12,7 @@ from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
 AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the default axes
-SHOWN = 20  # printed rows of the table
+SHOWN = 20  # rows of the table that are printed
 
 
 def run(args: list[str]) -> int:

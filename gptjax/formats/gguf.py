@@ -37,10 +37,10 @@ ALIGNMENT = 32  # default of general.alignment
 
 MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # in all arrays together; the largest vocabularies have 0.65 million tokens and merges
+MAX_STRINGS = 1 << 20  # total number of strings in arrays; the largest vocabularies have 0.65 million tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
-MAX_NAME_BYTES = 63  # of a tensor name when writing: llama.cpp refuses longer ones
+MAX_NAME_BYTES = 63  # longest tensor name to write: llama.cpp refuses longer ones
 MAX_SHOWN = 20  # problems per error
 
 CHUNK = 1 << 16  # values converted at once: fits in the CPU cache
@@ -55,8 +55,8 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     type: str  # a key of TYPES
-    offset: int  # of its data, from the start of the file
-    size_bytes: int  # in the file
+    offset: int  # byte offset of the data, from the start of the file
+    size_bytes: int  # size of the stored data
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +291,7 @@ class _Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type_id: int
-    offset: int  # from the start of the data
+    offset: int  # byte offset from the start of the data section
 
 
 def _entry(cursor: _Cursor, index: int) -> _Entry:
@@ -451,9 +451,9 @@ Encode = Callable[[np.ndarray], np.ndarray]  # [n, block] float32 -> blocks [n] 
 
 class _Type(NamedTuple):
     name: str
-    id: int  # ggml's
+    id: int  # number of the type in ggml
     block: int  # values per block
-    layout: np.dtype  # of one block
+    layout: np.dtype  # structured dtype of one block
     decode: Decode
     encode: Encode | None = None
 
@@ -471,7 +471,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # a scale may be infinite or NaN; so are the values then
+        with np.errstate(invalid="ignore"):  # scales, and therefore values, may be infinite or NaN
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -479,7 +479,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
 
 
 def _encode(array: np.ndarray, kind: _Type) -> Iterator[bytes]:
-    assert kind.encode is not None  # `_writable` has passed it
+    assert kind.encode is not None  # checked by `_writable`
     flat = array.reshape(-1)
     for start in range(0, flat.size, CHUNK):
         yield kind.encode(flat[start : start + CHUNK].astype(np.float32, copy=False).reshape(-1, kind.block)).tobytes()

@@ -54,7 +54,7 @@ _MAGIC = {
 class Entry:
     dtype: str
     shape: Shape
-    offset: int  # from the start of the file
+    offset: int  # byte offset of the data, from the start of the file
     size_bytes: int
 
 

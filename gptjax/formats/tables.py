@@ -22,7 +22,7 @@ from gptjax.formats import json as strict_json
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-MAX_FIELD_CHARACTERS = 1 << 30  # per CSV cell; the default of the csv module is 131,072
+MAX_FIELD_CHARACTERS = 1 << 30  # largest CSV cell; the csv module's default is 131,072
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 class Stored(ABC):
     """Base class of tensor files in row-major order. Subclasses set `entries`, by tensor name, and define `_read`."""
 
-    entries: Mapping[str, Any]  # with shape, offset and size_bytes
+    entries: Mapping[str, Any]  # objects with shape, offset and size_bytes
 
     @abstractmethod
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:

@@ -285,8 +285,8 @@ def negate(adapter: Adapter) -> Adapter:
 def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
     """Zeroes all but the first `rank` columns of a and rows of b; the shapes do not change and `rank` may be traced.
 
-    The zeros stay zero in training, as their gradients are zero. Adapters of different ranks can so be trained in one
-    vmapped program.
+    The zeros stay zero in training, as their gradients are zero. This allows adapters of different ranks to be trained
+    in one vmapped program.
     """
     pairs = tree.by_parent(adapter)
     for pair in pairs.values():

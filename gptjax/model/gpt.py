@@ -29,7 +29,7 @@ from gptjax.types import Params
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Initial parameters: a nested dict of float32 arrays; the blocks' are stacked [L, ..].
+    """Initial parameters: a nested dict of float32 arrays; those of the blocks are stacked [L, ..].
 
     init=gpt2: N(0, 0.02), output projections 0.02 / sqrt(2L), embeddings N(0, embed_std), biases 0 (GPT-2's code).
     init=torch: embeddings N(0, 1), linear layers U(+-1/sqrt(in)), PyTorch's defaults; the expected initial loss of gpt2

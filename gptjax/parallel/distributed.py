@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import config
+from gptjax._moved import moved_name
 from gptjax.config import Config, DistributedConfig
 from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
@@ -139,8 +140,8 @@ def agree_on_settings(cfg: Config) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A UserError raised inside by one process is raised in all processes at the end of the block."""
+def synchronise_errors() -> Iterator[None]:
+    """Context manager: a UserError raised inside by one process is raised in all processes at the end of the block."""
     failure: UserError | None = None
     try:
         yield
@@ -239,3 +240,8 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def __getattr__(name: str) -> Any:
+    """The old names of functions that were renamed."""
+    return moved_name(__name__, name)

@@ -30,7 +30,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# Arrays of an adapter or a quantised matrix: for each of their last two axes, the axis of the matrix it corresponds to.
+# For the arrays of an adapter or a quantised matrix: the axis of the matrix that each of their last two axes shares.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 

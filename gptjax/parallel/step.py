@@ -68,7 +68,7 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
     return on_mesh(jax.jit(step, donate_argnums=0, out_shardings=outs), mesh)
 
 
-def place(tree: Any, where: Any) -> Any:
+def place(tree: Any, shardings: Any) -> Any:
     """Put arrays onto shardings. With several processes each passes the whole array and keeps its own shards."""
 
     def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -82,7 +82,7 @@ def place(tree: Any, where: Any) -> Any:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf[index]))
 
-    return jax.tree.map(place_leaf, tree, where)
+    return jax.tree.map(place_leaf, tree, shardings)
 
 
 def place_params(params: Any, mesh: Mesh | None) -> Any:

@@ -86,8 +86,8 @@ def gradient_features(
 
     Args:
         dims: sketch size. None: full gradients, flattened and concatenated in the tree's order, [n, P].
-        seed: of the sketch's random signs and positions.
-        chunk: number of examples per call of the compiled function. None: as many as have 256 MiB of gradients.
+        seed: seed of the sketch's random signs and positions.
+        chunk: number of examples per call of the compiled function. None: as many as fit in 256 MiB of gradients.
     """
 
     @jax.jit

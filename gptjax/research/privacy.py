@@ -51,7 +51,7 @@ def private(
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier: standard deviation of the Gaussian noise, in units of `clip`.
         batch_size: the expected number of rows, `rate * n` of `poisson_sample`: a constant, whatever the sample's size.
-        accumulation: micro-batches per step, as of `make_train_step`. They share the noise.
+        accumulation: micro-batches per step, as in `make_train_step`. The noise of a step is divided among them.
 
     Raises:
         UserError: `clip`, `batch_size` or `accumulation` <= 0, `noise` < 0; the loss is called without a key.

@@ -110,7 +110,7 @@ def _limit(timeout_s: float) -> None:
 
 def main() -> None:
     sys.path += sys.argv[1:]
-    _environment()  # imports
+    _environment()  # imports jinja2 before the limits apply
     request = json.loads(sys.stdin.buffer.read())
     _limit(request["timeout_s"])
     sys.stdout.buffer.write(READY)

@@ -38,7 +38,7 @@ from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whol
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
-START_TIMEOUT_S = 20.0  # until the rendering process has started; a busy machine may delay it
+START_TIMEOUT_S = 20.0  # limit on the start of the rendering process, which a busy machine may delay
 
 Message = dict[str, Any]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -89,7 +89,8 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"  # to look for in rendered text
+# marker texts that are searched in rendered templates
+_QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:

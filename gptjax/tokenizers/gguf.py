@@ -115,7 +115,7 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     return tokens, [NORMAL] * len(tokens) if types is None else types
 
 
-_PADDING = "[PAD{i}]"  # llama.cpp's converters name padding rows of the embedding matrix so
+_PADDING = "[PAD{i}]"  # name that llama.cpp's converters give to padding rows of the embedding matrix
 _PER_TOKEN = ("tokens", "token_type", "scores")
 
 

@@ -50,7 +50,7 @@ from gptjax.tokenizers.chars import Bytes, Chars
 from gptjax.tokenizers.patterns import SCHEMES
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean fields of an added token
 
 
 class HF(Base):
@@ -406,7 +406,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """The set of the numbers of pieces into which the merges split the tokens."""
+    """The set of piece counts: into how many pieces the merges split each of the tokens."""
     from tokenizers import models
 
     with rust("model"):

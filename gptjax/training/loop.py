@@ -85,7 +85,7 @@ def _run(
     dir = RunDir(written.run_dir or "runs/default")
     with distributed.peers(say), ExitStack() as stack:
         distributed.agree_on_settings(written)
-        with distributed.together():
+        with distributed.synchronise_errors():
             finished = resume.refuse(written, missing)
             result = resume.finished(dir, log or print) if finished else None
         distributed.agree_on({f"{dir.path} is finished": finished}, "the run directories")
@@ -93,7 +93,7 @@ def _run(
             return result, None
         use_compile_cache()
         keep_buffers()
-        with distributed.together(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
+        with distributed.synchronise_errors(), Progress(log=log, alive=dir.touch if writes else _nothing) as progress:
             ready = prepare(written, progress)
             resolved, held_out = ready.cfg, ready.held_out
             steps_per_call(resolved, 0, hooks=[every for every, _ in hooks])
@@ -101,7 +101,7 @@ def _run(
         signals.raise_if_any()
         rows = resolved.train.batch_size // resolved.train.accumulation
         mesh = make_mesh(resolved.mesh, rows=rows, even_one=resolved.optim.offload)
-        with distributed.together():
+        with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
             dir.check(resolved)  # again: `refuse` checked it before the lock was taken

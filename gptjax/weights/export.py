@@ -155,7 +155,7 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """llama.cpp requires the tokens of Phi-3 in every model whose name contains phi-3: renames a model without them."""
+    """Renames a model whose name contains phi-3 but which lacks Phi-3's tokens: llama.cpp would require them."""
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name
     return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)

@@ -33,7 +33,7 @@ from gptjax.weights.native import check_vocabulary
 from gptjax.weights.rules import Source, read, shardings_by_path
 
 CONFIG = "config.json"
-LABELS = "labels.json"  # of a classifier: class names, pooling, maximum length and prompt template
+LABELS = "labels.json"  # describes a classifier: class names, pooling, maximum length and prompt template
 MAX_CONFIG_BYTES = 16 << 20
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -143,7 +143,7 @@ def _from_hub(name: str) -> Path:
     patterns += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # of many types: no network, no such name, no access
+    except Exception as error:  # the Hub's client raises many types: no network, no such name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"hf:{name} could not be downloaded: {reason}. Use a local folder, or "

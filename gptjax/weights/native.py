@@ -90,8 +90,8 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # a folder that replaces itself is not compared
-            _share(new / weights, hashes[weights], twin / weights)
+        if twin not in (None, folder):  # skipped if the folder replaces its own twin
+            _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
             "format": FORMAT, "version": VERSION, "files": hashes, "model_sha256": json_sha256(model), "model": model,
@@ -117,7 +117,7 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "")
         )
 
 
-def _share(file: Path, digest: str, twin: Path) -> None:
+def _hard_link(file: Path, digest: str, twin: Path) -> None:
     """Replaces `file` with a hard link to `twin` if both have the same bytes. Neither is ever modified in place."""
     try:
         if twin.stat().st_size != file.stat().st_size or sha256(twin) != digest:

@@ -360,7 +360,7 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
             ("", ""),
         )
         if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") in modules:
-            continue  # PEFT's copy of the head, the same as in the base
+            continue  # PEFT's copy of the head, identical to the base's
         if module not in modules:
             problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
             continue

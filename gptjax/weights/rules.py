@@ -67,7 +67,7 @@ class Rule(NamedTuple):
     ours: str
     theirs: str
     form: Form = identity
-    part: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal slices of theirs, along the last axis
+    slice: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal slices of theirs, along the last axis
     fill: float | None = None  # value to write if our model lacks the leaf; None: the rule is skipped
 
 
@@ -97,7 +97,7 @@ def _their_shape(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Sh
     for rule in tensor.rules:
         shape = ours[rule.ours].shape[tensor.layer is not None :] if rule.ours in ours else optional[rule.ours]
         shapes.append(tuple(shape))
-    joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes)) if tensor.rules[0].part else shapes[0]
+    joined = (*shapes[0][:-1], sum(shape[-1] for shape in shapes)) if tensor.rules[0].slice else shapes[0]
     return tensor.rules[0].form.shape(joined)
 
 
@@ -186,10 +186,10 @@ def is_float(array: np.ndarray) -> bool:
 def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
     """Yields (index into our array, values). A large matrix, such as an embedding, is read a few rows at a time."""
     rows = getattr(source, "rows", None)
-    if rule.part or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
+    if rule.slice or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
         array = rule.form.read(source.array(name))
-        if rule.part:
-            k, n = rule.part
+        if rule.slice:
+            k, n = rule.slice
             width = array.shape[-1] // n
             array = array[..., k * width : (k + 1) * width]
         yield ..., array
@@ -236,5 +236,5 @@ def _their_array(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Sh
             arrays.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
         else:
             arrays.append(np.full(optional[rule.ours], rule.fill, np.float32))
-    joined = np.concatenate(arrays, -1) if tensor.rules[0].part else arrays[0]
+    joined = np.concatenate(arrays, -1) if tensor.rules[0].slice else arrays[0]
     return np.ascontiguousarray(tensor.rules[0].form.write(joined))

@@ -1,4 +1,4 @@
-"""`gptjax audit`: on a run with checkpoints, and what it refuses."""
+"""`gptjax audit` on a run with checkpoints, and its error messages."""
 
 import json
 import shutil
@@ -38,10 +38,10 @@ def test_a_run(folder, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
     assert "membership" in out and "audit.html" in out
-    found = json.loads((folder / "run/audit.json").read_text(encoding="utf-8"))
-    assert found["models"] == ["step 5", "step 10, the last"]
-    assert [row["model"] for row in found["membership"]] == found["models"]
-    assert found["drift"]["kl"] == pytest.approx(0, abs=1e-6)  # the base is the run itself
+    report = json.loads((folder / "run/audit.json").read_text(encoding="utf-8"))
+    assert report["models"] == ["step 5", "step 10, the last"]
+    assert [row["model"] for row in report["membership"]] == report["models"]
+    assert report["drift"]["kl"] == pytest.approx(0, abs=1e-6)  # the base is the run itself
     assert "<svg" in (folder / "run/audit.html").read_text(encoding="utf-8")
     assert main(args) == 2
     assert "exists already" in capsys.readouterr().err
@@ -49,7 +49,7 @@ def test_a_run(folder, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_the_model_that_was_saved(folder):
-    """The last step, from its checkpoint, is the model in final/."""
+    """The parameters in the last checkpoint equal those in final/."""
     import jax
     import numpy as np
 

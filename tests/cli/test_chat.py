@@ -1,4 +1,4 @@
-"""`gptjax chat` on a model that was never trained: history, commands, stop strings, and what it forgets."""
+"""`gptjax chat` with an untrained model: history, commands, stop strings, and dropping of the oldest turns."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def chat(tokenizer, params):
     return Chat(params, CFG, tokenizer, settings, None)
 
 
-def said(chat, *lines):
+def talk_with(chat, *lines):
     lines = iter(lines)
 
     def read(prompt):
@@ -52,29 +52,29 @@ def said(chat, *lines):
 
 
 def test_answers_belong_to_the_conversation(chat, capsys):
-    said(chat, "hi", "", "you")
+    talk_with(chat, "hi", "", "you")
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     assert capsys.readouterr().out == "".join(turn["content"] + "\n" for turn in chat.turns[1::2])
 
 
 def test_commands(chat, capsys):
-    said(chat, "hi", "/new", "/system Be brief", "/what", "you", "/quit", "never")
+    talk_with(chat, "hi", "/new", "/system Be brief", "/what", "you", "/quit", "never")
     assert chat.messages()[:2] == [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "you"}]
     assert "/system TEXT" in capsys.readouterr().err
 
 
 def test_a_stop_string_is_neither_shown_nor_remembered(chat, capsys):
-    said(chat, "hi")
+    talk_with(chat, "hi")
     answer = chat.turns[1]["content"]
-    again = Chat(chat.params, CFG, chat.tokenizer, dataclasses.replace(chat.settings, stop=(answer[3:5],)), None)
+    stopping = Chat(chat.params, CFG, chat.tokenizer, dataclasses.replace(chat.settings, stop=(answer[3:5],)), None)
     capsys.readouterr()
-    said(again, "hi")
-    assert again.turns[1]["content"] == answer[: answer.index(answer[3:5])]
-    assert capsys.readouterr().out == again.turns[1]["content"] + "\n"
+    talk_with(stopping, "hi")
+    assert stopping.turns[1]["content"] == answer[: answer.index(answer[3:5])]
+    assert capsys.readouterr().out == stopping.turns[1]["content"] + "\n"
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(chat, capsys):
-    said(chat, "x" * 30, "y" * 30)
+    talk_with(chat, "x" * 30, "y" * 30)
     assert chat.turns[0]["content"] == "y" * 30
     assert "the oldest turn is forgotten" in capsys.readouterr().err
 
@@ -90,7 +90,7 @@ def test_the_verb(tokenizer, params, tmp_path, capsys, monkeypatch):
 
 
 def test_commands_are_acknowledged_in_a_line(chat, capsys):
-    said(chat, "/system Be brief", "/system", "/new")
+    talk_with(chat, "/system Be brief", "/system", "/new")
     assert capsys.readouterr().err.splitlines() == [
         "(system prompt: Be brief)",
         "(no system prompt)",
@@ -98,9 +98,9 @@ def test_commands_are_acknowledged_in_a_line(chat, capsys):
     ]
 
 
-def test_of_one_token_there_is_no_rate(chat, capsys):
-    one = Chat(chat.params, CFG, chat.tokenizer, dataclasses.replace(chat.settings, max_new_tokens=1), None)
-    said(one, "hi")
+def test_no_rate_is_printed_for_one_token(chat, capsys):
+    short = Chat(chat.params, CFG, chat.tokenizer, dataclasses.replace(chat.settings, max_new_tokens=1), None)
+    talk_with(short, "hi")
     error = capsys.readouterr().err
     assert "[1 token after " in error and "tok/s" not in error and "\x1b" not in error
 
@@ -129,14 +129,14 @@ def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, t
     seen = b""
     try:
         for prompts, line in enumerate(typed, 1):
-            while seen.count(b"> ") < prompts:  # readline writes the line after the prompt, so no answer holds one
+            while seen.count(b"> ") < prompts:  # readline echoes the line after each prompt; no answer contains "> "
                 assert select.select([main_fd], [], [], 60)[0], seen
                 seen += os.read(main_fd, 4096)
             os.write(main_fd, line)
         while select.select([main_fd], [], [], 60)[0]:
             try:
                 seen += os.read(main_fd, 4096)
-            except OSError:  # Linux: the other side is closed
+            except OSError:  # on Linux, reading fails once the child has closed its end
                 break
         assert process.wait(60) == 0
     finally:
@@ -145,17 +145,17 @@ def test_on_a_terminal_a_line_can_be_edited_and_comes_again(tokenizer, params, t
         os.close(main_fd)
     text = seen.decode(errors="replace")
     assert "^[[A" not in text and "^[[D" not in text
-    assert "> abc" in text, text  # the second line is the first again, with the b where the cursor was
+    assert "> abc" in text, text  # the up arrow recalled the edited first line
     assert "... compiling, " in text and "(system prompt: Be brief)" in text
 
 
 def test_an_answer_stops_where_the_template_ends_it_and_is_stored_without_special_tokens(params, tokenizer, capsys):
-    """Of a model that does not say that its template's end is an end; what else is special is not shown either."""
+    """The end-of-turn token of the chat template is a stop token even if the tokenizer does not list it as one."""
     settings = gptjax.SampleConfig(max_new_tokens=30, temperature=5.0, seed=3)
     made = tokenizer.replace(eos_ids=(256,))
     chatting = Chat(params, CFG, made, settings, None)
     assert chatting.stop == [256, 258]
-    said(chatting, *["hi"] * 6)
+    talk_with(chatting, *["hi"] * 6)
     assert not any("<|" in turn["content"] for turn in chatting.turns)
     assert "error" not in capsys.readouterr().err
 

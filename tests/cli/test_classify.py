@@ -1,4 +1,4 @@
-"""`gptjax classify`: texts from the command line, files and a pipe; what is done is kept."""
+"""`gptjax classify`: texts from the command line, files and standard input; finished rows are kept after an error."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ CFG = gptjax.ModelConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A classifier that was never trained."""
+    """The run directory of an untrained classifier."""
     folder = tmp_path_factory.mktemp("classifier") / "run"
     params = jax.tree.map(lambda leaf: 10 * leaf, gptjax.init_params(jax.random.key(0), CFG))
     about = {"labels": ["ham", "spam"], "pooling": "last", "max_length": 100, "prompt": "{text}"}
@@ -39,11 +39,11 @@ def here(tmp_path, monkeypatch):
 TEXTS = [f"text {i} {'long ' * (i % 7)}" for i in range(40)]
 
 
-def test_many_calls_are_one(run):
+def test_several_calls_give_the_same_as_one(run):
     classify = load_classifier(run)
-    apart = [row for i in range(0, 40, 7) for row in classify(TEXTS[i : i + 7])]
-    for row, same in zip(classify_texts(run, TEXTS), apart, strict=True):
-        assert row == pytest.approx(same, abs=1e-5)
+    separately = [row for i in range(0, 40, 7) for row in classify(TEXTS[i : i + 7])]
+    for row, expected in zip(classify_texts(run, TEXTS), separately, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.first_cases(5)
@@ -65,14 +65,14 @@ def test_a_file_keeps_its_columns(run, kind, out, here, capsys):
     assert "40 texts in new/out" in capsys.readouterr().out
     text = (here / "new" / f"out.{out}").read_text()
     if out == "jsonl":
-        found = list(map(json.loads, text.splitlines()))
+        written = list(map(json.loads, text.splitlines()))
     else:
-        found = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if out == "tsv" else ","))
+        written = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if out == "tsv" else ","))
     label, probability = ("label", "probability") if kind == "jsonl" else ("predicted_label", "predicted_probability")
-    for row, own, probabilities in zip(rows, found, classify_texts(run, TEXTS), strict=True):
-        assert {key: own[key] for key in row} == row
-        assert own[label] == max(probabilities, key=probabilities.get)
-        assert float(own[probability]) == pytest.approx(max(probabilities.values()), abs=1e-5)
+    for row, result, probabilities in zip(rows, written, classify_texts(run, TEXTS), strict=True):
+        assert {key: result[key] for key in row} == row
+        assert result[label] == max(probabilities, key=probabilities.get)
+        assert float(result[probability]) == pytest.approx(max(probabilities.values()), abs=1e-5)
 
 
 def test_text_files_pipes_and_literals(run, here, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""What doctor says of a GPU, with the GPU, its driver and the packages made up."""
+"""The GPU checks of `gptjax doctor`, with a simulated GPU, driver and set of packages."""
 
 import importlib.metadata
 import re
@@ -21,7 +21,7 @@ FITS = {"jax": "0.10.2", "jaxlib": "0.10.2", "jax-cuda12-plugin": "0.10.2", "jax
 
 
 def smi(monkeypatch, answer):
-    """nvidia-smi prints `answer`, or fails so."""
+    """Make nvidia-smi print `answer`, or raise it if it is an exception."""
 
     def run(command, **_):
         assert command[0] == "nvidia-smi"
@@ -113,14 +113,14 @@ def test_what_float32_means(backend, capability, setting, words):
     assert words in doctor.precision_line(backend, capability, setting)
 
 
-CUDA13 = {name.replace("cuda12", "cuda13"): found for name, found in FITS.items()}
+CUDA13 = {name.replace("cuda12", "cuda13"): version for name, version in FITS.items()}
 
 
 @pytest.mark.parametrize(
     ("versions", "cards", "words"),
     [
         (FITS, [H200], []),
-        ({"jax": "0.10.2", "jaxlib": "0.10.2"}, [H200], []),  # no plugin: `backend_problem` says so
+        ({"jax": "0.10.2", "jaxlib": "0.10.2"}, [H200], []),  # no plugin: reported by `backend_problem`
         (FITS | {"jax-cuda12-plugin": "0.7.2"}, [],
          ["jax-cuda12-plugin 0.7.2 does not fit jaxlib 0.10.2", "'jax[cuda12]==0.10.2'"]),
         (FITS | {"jax-cuda12-pjrt": "0.10.1"}, [], ["jax-cuda12-pjrt 0.10.1 does not fit"]),

@@ -20,7 +20,7 @@ def test_prepare_says_what_there_is(here, capsys):
 def test_inspect_shows_the_first_window(here, capsys):
     assert main(["data", "inspect", "tiny-gpt2", "data.source=a.txt", "model.context_length=8"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "->" in line][-8:]
-    inputs, targets = zip(*(tuple(int(part.split()[0]) for part in row.split("->")) for row in rows), strict=True)
+    inputs, targets = zip(*(tuple(int(pair.split()[0]) for pair in row.split("->")) for row in rows), strict=True)
     assert inputs[1:] == targets[:-1]
 
 

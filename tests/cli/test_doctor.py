@@ -74,7 +74,7 @@ def test_who_holds_a_tpu(tmp_path):
         (tmp_path / str(pid) / "fd").mkdir(parents=True)
         (tmp_path / str(pid) / "comm").write_text("python3\n")
         (tmp_path / str(pid) / "fd" / "3").symlink_to(target)
-    assert sorted(doctor.holders(tmp_path, own=9)) == ["python3 (pid 7)"]
+    assert sorted(doctor.holders(tmp_path, own_pid=9)) == ["python3 (pid 7)"]
 
 
 def test_which_libtpu_jax_wants():

@@ -1,4 +1,4 @@
-"""The command line's frame: help, versions, typos, exit codes, pipes."""
+"""The command line in general: help, versions, typos, exit codes, pipes."""
 
 import os
 import re
@@ -34,9 +34,10 @@ def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
 
     main(["pretrain", "--help"])
     out = capsys.readouterr().out
-    own = [key for key in schema() if key.startswith(TUNED)]
-    assert all((f"  {key}=" in out) != (key in own) for key in schema())
-    assert "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out  # what runs
+    tuned = [key for key in schema() if key.startswith(TUNED)]
+    assert all((f"  {key}=" in out) != (key in tuned) for key in schema())
+    # the preset's values, not the defaults
+    assert "model.arch=modern" in out and "optim.name=muon" in out and "train.max_steps=1200" in out
     assert "Gradient accumulation: micro-batches per step" in out
     main(["pretrain", "tiny-gpt2", "optim.lr=0.5", "--help"])
     out = capsys.readouterr().out
@@ -54,7 +55,7 @@ def test_finetune_help_is_of_its_task(task, capsys):
     others = {"classify", "instruct", "prefer", "data", "tokenizer"} - {task}
     assert not [key for key in keys if key.partition(".")[0] in others]
     assert [key for key in keys if key.startswith("model.")] == [f"model.{item.name}" for item in fields(Computation)]
-    assert "  train.epochs=" in out and "train.epochs=null" not in out  # the preset's
+    assert "  train.epochs=" in out and "train.epochs=null" not in out  # the value of the preset
     examples = re.findall(r"^  gptjax finetune (\w+)", out, re.MULTILINE)
     assert set(examples) == {task}
 
@@ -114,7 +115,7 @@ def test_a_full_disk_is_no_bug(monkeypatch, capsys):
     [
         ("always [madvise] never", "", "pretrain", "glibc.malloc.hugetlb=1"),
         ("always [madvise] never", "glibc.malloc.check=1", "finetune", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.hugetlb=0", "pretrain", None),  # somebody has chosen
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "pretrain", None),  # set by the user: left alone
         ("[always] madvise never", "", "pretrain", None),
         ("always [madvise] never", "", "presets", None),
         (None, "", "pretrain", None),

@@ -1,4 +1,4 @@
-"""`gptjax plan`: its own words on the command line, and what it refuses."""
+"""`gptjax plan`: its own arguments on the command line, and its error messages."""
 
 import json
 

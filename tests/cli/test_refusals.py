@@ -1,4 +1,4 @@
-"""What nothing would read is refused, from whatever layer it came; a dry run refuses what the run would."""
+"""Settings that a command would not use are errors, whichever layer set them; a dry run reports the same errors."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_the_task_of_a_file_is_as_good(here, capsys):
     Path("mine.yaml").write_text("task: classify\n")
     assert "mine.yaml is for task=classify: gptjax finetune classify" in says(capsys, "pretrain", "mine.yaml")
     assert "use gptjax finetune classify" in says(capsys, "pretrain", "task=classify")
-    Path("mine.yaml").write_text("train:\n  max_steps: 3\n")  # says nothing of a task: any verb's
+    Path("mine.yaml").write_text("train:\n  max_steps: 3\n")  # sets no task, so every verb accepts it
     assert main(["finetune", "classify", "mine.yaml", "--print-config"]) == 0
     assert main(["pretrain", "mine.yaml", "--print-config"]) == 0
 
@@ -84,7 +84,7 @@ def test_the_task_of_a_file_is_as_good(here, capsys):
 @pytest.mark.parametrize(
     ("verb", "settings", "words"),
     [
-        ("pretrain tiny-gpt2", "finetune.base=smollm2-135m-instruct", "only of gptjax finetune"),  # at its default
+        ("pretrain tiny-gpt2", "finetune.base=smollm2-135m-instruct", "only of gptjax finetune"),  # equals the default
         ("pretrain tiny-gpt2", "lora.rank=16", "only of gptjax finetune"),
         ("pretrain tiny-gpt2", "classify.bias=true", "only of gptjax finetune classify"),
         ("finetune classify", "model.n_layer=12", "whose model is finetune.base"),
@@ -149,7 +149,7 @@ def test_settings_of_an_adapter_that_is_none(here, capsys):
     assert "lora.rank: " + words in says(capsys, *verb, "finetune.trainable=all", "lora.rank=4")
     assert words in says(capsys, *verb, "all.yaml", "lora.rank=4")
     assert "ln_f/* has no adapter" in says(capsys, *verb, "book-spam", "lora.rank=4")
-    assert main([*verb, "rank.yaml", "finetune.trainable=all", "--print-config"]) == 0  # the later layer rules
+    assert main([*verb, "rank.yaml", "finetune.trainable=all", "--print-config"]) == 0  # the later layer wins
     out = capsys.readouterr().out
     assert "lora:" not in out
     Path("mine.yaml").write_text(out)
@@ -173,7 +173,8 @@ def test_a_dry_run_shows_what_differs_and_the_summary(here, base, capsys):
     args = ["finetune", "classify", "classify.source=rows.jsonl", f"finetune.base={base}", "seed=0", "--dry-run"]
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) < 30 and "seed: 0 " in out and "no step was taken" in out  # given, at its default too
+    # seed was given, so it is printed even at its default
+    assert len(out.splitlines()) < 30 and "seed: 0 " in out and "no step was taken" in out
     assert not re.search(r"^  (n_layer|eps|source: .shak)", out, re.MULTILINE) and "lr: 0.0005" in out
     assert not Path("runs").exists()
 
@@ -241,7 +242,7 @@ def test_a_finished_run_is_said_to_be_finished(here, capsys):
     Path("run/final").mkdir(parents=True)
     Path("run/config.yaml").write_text(config.to_yaml(config.load_config(*TINY, "run_dir=run")))
     Path("run/final/result.json").write_text('{"step": 2, "val/loss": 1.0}')
-    Path("a.txt").unlink()  # a run would not need it
+    Path("a.txt").unlink()  # not needed: the run is finished
     assert main(["pretrain", *TINY, "run_dir=run", "--dry-run"]) == 0
     assert "is finished" in capsys.readouterr().out
 
@@ -280,7 +281,7 @@ VERBS = (
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
-    """It is refused before a tensor is read: there are none."""
+    """The error is raised before any tensor is read: the model folder has none."""
     cfg = dataclasses.replace(BASE, vocab_size=256, n_classes=2 * verb.startswith("classify"))
     labels = {"labels": ["a", "b"], "pooling": "last", "max_length": 9, "prompt": "{text}"}
     gptjax.save("m", {"ln_f": {"scale": np.ones(1)}}, cfg, files={"labels.json": json.dumps(labels)})
@@ -296,7 +297,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(verb, here, capsys):
 # ---------------------------------------------------------------- a classifier where a model that writes is needed
 
 
-CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model"  # it was fine-tuned from
+# parts of the two messages; the second asks for the model that the classifier was fine-tuned from
+CLASSIFY, NAME = 'gptjax classify MODEL "TEXT"', "name the model"
 WRITING = {
     "sample MODEL": CLASSIFY, "sample MODEL --dry-run": CLASSIFY, "chat MODEL": CLASSIFY, "audit MODEL": CLASSIFY,
     "audit base train=a.txt held_out=a.txt prompts=a.txt base=MODEL": NAME, "data check a.txt model=MODEL": NAME,
@@ -308,7 +310,7 @@ WRITING = {
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
-    """A run's, with an LM head beside its classes, and the same in the form of Hugging Face, which has none."""
+    """A classifier run, which also has an LM head, and its Hugging Face export, which has none."""
     folder = tmp_path_factory.mktemp("classifiers")
     cfg = dataclasses.replace(BASE, n_classes=2, cls_bias=False)
     params = gptjax.init_params(jax.random.key(0), cfg)

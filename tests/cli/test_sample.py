@@ -1,4 +1,4 @@
-"""`gptjax sample` on a model that was never trained: what it reads, takes and prints."""
+"""`gptjax sample` with an untrained model: inputs, settings and output."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_a_setting_can_be_written_in_these_ways(run, prompt, capsys):
     assert main(["sample", str(run), *prompt, "--max-new-tokens", "2", "--print-config"]) == 0
     out = capsys.readouterr().out
     assert "prompt: a " in out and "max_new_tokens: 2 " in out
-    assert "temperature: 0.0" in out and "config.yaml:" in out  # the run's own
+    assert "temperature: 0.0" in out and "config.yaml:" in out  # from the run's config
 
 
 def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_it_works_after_the_folder_was_moved(run, tmp_path, capsys):
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("settings", [["quantize=int8", "cache_dtype=int8"], ["cache_dtype=bfloat16"]])
-def test_in_few_bits(run, settings, capsys):
+def test_quantized_weights_and_cache(run, settings, capsys):
     assert main(["sample", str(run), "prompt=a", *settings]) == 0
     assert "5 tokens" in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_prompts_of_any_line_end(tmp_path):
 
 
 def test_rows_beyond_the_tokenizer_are_not_drawn(tmp_path, capsys):
-    """257 tokens, 4,096 rows: without care nearly every drawn id would have no text."""
+    """257 tokens, 4,096 embedding rows: unrestricted sampling would almost always draw an id without a token."""
     import dataclasses
 
     wide = dataclasses.replace(MODEL, vocab_size=4096)

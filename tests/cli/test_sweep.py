@@ -1,4 +1,4 @@
-"""`gptjax sweep`: the default, what is written, and what it refuses."""
+"""`gptjax sweep`: the default axes, the files it writes, and its error messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`gptjax import`, `export` and `chat` from outside."""
+"""`gptjax import`, `gptjax export` and prompt files of `gptjax sample`, end to end."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_out_and_in_again(run, tmp_path, capsys, form):
     tokenizer = gptjax.tokenizers.load(tmp_path / "back")
     assert tokenizer.encode("héllo") == gptjax.tokenizers.load(run).encode("héllo")
     capsys.readouterr()
-    assert main(["export", form, str(run), str(target)]) == 2  # nothing is overwritten
+    assert main(["export", form, str(run), str(target)]) == 2  # an existing target is never overwritten
     assert str(target) in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""colab/README.md names every notebook there is, by the badge that opens it."""
+"""colab/README.md lists every notebook, with the badge that opens it in Colab."""
 
 import importlib.util
 import re

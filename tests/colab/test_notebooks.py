@@ -1,4 +1,4 @@
-"""Every notebook agrees with its source; with GPTJAX_NOTEBOOKS=1 each is also run from top to bottom."""
+"""Every notebook matches its source file; GPTJAX_NOTEBOOKS=1 also runs each from top to bottom."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def text(cell):
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """colab/build.py as a module whose folder is empty but for `first_cells.py`."""
+    """colab/build.py as a module that works in a temporary folder with only `first_cells.py`."""
     spec = importlib.util.spec_from_file_location("colab_build", BUILD)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -121,7 +121,7 @@ def test_beginning_and_end(name):
     badges = title.splitlines()[2]
     assert f"colab.research.google.com/github/gptjax/gptjax/blob/main/colab/{name}.ipynb)" in badges
     assert f"kaggle.com/kernels/welcome?src=https://github.com/gptjax/gptjax/blob/main/colab/{name}.ipynb)" in badges
-    for word in ("v5e-1", "CPU"):  # what it costs
+    for word in ("v5e-1", "CPU"):  # the title cell states the run time on both
         assert word in title
     install, mount = text(cells[1]), text(cells[2])
     assert "    %pip install --quiet --constraint as-it-is.txt {SOURCE}" in install.splitlines()
@@ -134,10 +134,10 @@ def test_beginning_and_end(name):
 def test_every_exercise_has_a_solution(name):
     cells = [text(cell) for cell in read(name)["cells"] if cell["cell_type"] == "markdown"]
     (exercises,) = (cell.partition("## Exercises")[2] for cell in cells if "## Exercises" in cell)
-    numbers = re.findall(r"^(\d+)\. ", exercises, re.MULTILINE)
+    exercise_numbers = re.findall(r"^(\d+)\. ", exercises, re.MULTILINE)
     solutions = [cell for cell in cells if cell.startswith("**Exercise ")]
     assert cells[-len(solutions) - 1].startswith("## Solutions")
-    assert numbers == [re.match(r"\*\*Exercise (\d+)\*\*", cell)[1] for cell in solutions]
+    assert exercise_numbers == [re.match(r"\*\*Exercise (\d+)\*\*", cell)[1] for cell in solutions]
     for cell in solutions:
         assert cell.count("<details><summary>Solution</summary>\n") == 1 and cell.endswith("\n</details>")
         for code in re.findall(r"^```python\n(.*?)^```$", cell, re.MULTILINE | re.DOTALL):
@@ -145,7 +145,7 @@ def test_every_exercise_has_a_solution(name):
 
 
 def test_a_script_saves_its_pictures(tmp_path):
-    """As `python colab/NN_name.py` does: in the folder it was started in."""
+    """`python colab/NN_name.py` saves its figures in the current directory."""
     lines = (
         "import save_pictures",
         "import matplotlib.pyplot as plt",
@@ -165,7 +165,7 @@ def test_a_script_saves_its_pictures(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_from_top_to_bottom(name, tmp_path):
-    """As a reader runs it, in a new folder, and without the flags that make this test suite compile faster."""
+    """Run in a new folder, as a reader would, without the XLA flags that speed up compilation in this test suite."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, str(BUILD), "--run", str(tmp_path), name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

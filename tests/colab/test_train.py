@@ -1,4 +1,4 @@
-"""colab/train.py: its arguments, and that it survives the loss of its terminal, its reader and its machine."""
+"""colab/train.py: its arguments, and that a run survives a closed terminal, a closed pipe and a lost machine."""
 
 import importlib.util
 import io
@@ -67,7 +67,7 @@ def test_a_stream_without_a_reader(script):
     assert not out.isatty()
 
 
-def test_something_is_said_in_every_silence(script, monkeypatch):
+def test_a_message_is_printed_during_long_silences(script, monkeypatch):
     monkeypatch.setattr(script, "SILENCE_S", 0.1)
     out, end = script.Steady(io.StringIO()), threading.Event()
     speaker = threading.Thread(target=script.speak, args=(out, end))
@@ -101,7 +101,7 @@ def test_the_lock_of_another_machine(script, monkeypatch, host, age_s, waits):
 
 @pytest.mark.slow
 def test_it_outlives_its_terminal_and_goes_on_after_its_machine(tmp_path):
-    """Hung up, without a reader, killed after a checkpoint: the second start resumes and finishes the run."""
+    """After SIGHUP, a closed stdout and SIGKILL after a checkpoint, a second start resumes and finishes the run."""
     (tmp_path / "my.txt").write_text("The more I give to thee, the more I have, for both are infinite.\n" * 90)
     root, metrics = str(SCRIPT.parents[1]), tmp_path / "run/metrics.jsonl"
     environment = os.environ | {"PYTHONPATH": root, "GPTJAX_CACHE": str(tmp_path / "cache")}
@@ -120,8 +120,8 @@ def test_it_outlives_its_terminal_and_goes_on_after_its_machine(tmp_path):
             time.sleep(0.05)
         seen = len(metrics.read_text())
         while len(metrics.read_text()) == seen and time.monotonic() < deadline:
-            time.sleep(0.05)  # it goes on to write
-        assert first.poll() is None, "hung up or unread, it must live"
+            time.sleep(0.05)  # it keeps writing metrics
+        assert first.poll() is None, "the process must survive SIGHUP and a closed stdout"
     finally:
         first.kill()
         first.wait()

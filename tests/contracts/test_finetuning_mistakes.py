@@ -1,4 +1,4 @@
-"""The mistakes people make with data to fine-tune on. Each one: a clear message with its place, exit code 2, no run."""
+"""Common mistakes in fine-tuning data: a clear message with the file and line, exit code 2, no run directory."""
 
 import json
 

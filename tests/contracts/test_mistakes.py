@@ -1,4 +1,4 @@
-"""The mistakes people make. Each one: a clear message, exit code 2, no traceback, and nothing overwritten."""
+"""Common user mistakes: a clear message, exit code 2, no traceback, and nothing overwritten."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ RUN = ["run_dir=runs/x", "train.checkpoint_every=1", "train.eval_every=1", "trai
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with files good and bad, and a cache of its own."""
+    """A working directory with valid and invalid files, and its own cache."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "here"
     folder.mkdir()
@@ -83,15 +83,15 @@ def test_pretrain(here, capsys, name):
     before = snapshot(here)
     given = [*args[:1], *TINY[1:]] if "=" not in args[0] and not args[0].startswith("-") else [*TINY, *args]
     assert main(["pretrain", *given]) == 2
-    said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
     assert snapshot(here) == before
 
 
 def test_several_at_once_are_all_named(here, capsys):
     main(["pretrain", *TINY, *MISTAKES["several at once"][0]])
-    said = capsys.readouterr().err
-    assert all(word in said for word in ("optim.lr?", "'x'", "optim.beta1 (2.0)"))
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("optim.lr?", "'x'", "optim.beta1 (2.0)"))
 
 
 def test_an_equals_sign_in_a_value_is_no_mistake(here, capsys):
@@ -114,7 +114,7 @@ def test_sampling_from_a_run_that_is_not_there(here, capsys):
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory):
-    """A folder with a run that was cut off after the first of its two steps."""
+    """A folder with a run that was interrupted after the first of its two steps."""
     folder = tmp_path_factory.mktemp("half_way")
     (folder / "a.txt").write_text(TEXT * 60, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -147,8 +147,8 @@ def test_resuming_as_something_else_shows_the_difference(trained, change, words,
     (trained / "b.txt").write_text(TEXT.upper() * 60 + "é§")
     before = snapshot(trained)
     assert main(["pretrain", *TINY, *RUN, *change]) == 2
-    said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
     assert snapshot(trained / "runs") == {
         k.removeprefix("runs/"): v for k, v in before.items() if k.startswith("runs/")
     }
@@ -158,8 +158,8 @@ def test_the_text_changed_under_a_run(trained, capsys):
     (trained / "a.txt").write_text(TEXT.upper() * 60 + "é§", encoding="utf-8")
     before = snapshot(trained / "runs")
     assert main(["pretrain", *TINY, *RUN]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and ("vocab" in said or "data" in said or "tokenizer" in said)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and ("vocab" in error or "data" in error or "tokenizer" in error)
     assert snapshot(trained / "runs") == before
 
 
@@ -182,7 +182,7 @@ def test_a_prompt_outside_the_vocabulary(trained, capsys):
 
 @pytest.mark.slow
 def test_a_full_disk(here):
-    """Files may not grow beyond 20 kB in a process of its own: what a full disk looks like to a program."""
+    """Simulates a full disk: a subprocess whose files are limited to 20 kB."""
     import subprocess
     import sys
 

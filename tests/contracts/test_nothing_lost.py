@@ -1,4 +1,4 @@
-"""Nothing of a user's is overwritten or deleted: a foreign folder or file in the way is byte-identical afterwards."""
+"""No user file is overwritten or deleted: a foreign file or folder at the target is byte-identical afterwards."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ VERBS = {
     "classify file": ["classify", "MODEL", "a text", "out=OUT.csv"],
     "compare": ["compare", "TEXT", "out=OUT"],
 }
-# what lies in the way of a verb that adds an ending, or a name of its own to a folder
+# the existing target of a verb that adds a suffix to its output, or a file name to an output folder
 IN_THE_WAY = {
     "audit": "OUT.json",
     "presets cp": "OUT/tiny-gpt2.yaml",
@@ -126,11 +126,11 @@ def test_save_refuses_what_it_did_not_write(foreign, model, tmp_path, monkeypatc
         with pytest.raises(UserError, match=r"did not write|is a file"):
             weights.save(target, params, cfg)
     assert snapshot(foreign) == before
-    own = weights.save(tmp_path / "own", params, cfg)
-    weights.save(own, params, cfg)  # its own it replaces
-    (own / "notes.md").write_text("mine")
+    folder = weights.save(tmp_path / "own", params, cfg)
+    weights.save(folder, params, cfg)  # a folder written by save is replaced
+    (folder / "notes.md").write_text("mine")
     with pytest.raises(UserError, match=r"notes\.md"):
-        weights.save(own, params, cfg)
+        weights.save(folder, params, cfg)
     monkeypatch.chdir(foreign)
     with pytest.raises(UserError, match="name a new folder"):
         weights.save(".", params, cfg)
@@ -138,12 +138,12 @@ def test_save_refuses_what_it_did_not_write(foreign, model, tmp_path, monkeypatc
 
 def test_a_model_of_before_is_replaced(model, tmp_path):
     _, params, cfg = model
-    own = weights.save(tmp_path / "own", params, cfg, load_tokenizer("bytes"))
-    body = json.loads((own / "model.json").read_text())
+    folder = weights.save(tmp_path / "own", params, cfg, load_tokenizer("bytes"))
+    body = json.loads((folder / "model.json").read_text())
     del body["files"], body["model_sha256"]
-    (own / "model.json").write_text(json.dumps(body))
-    weights.load(own)
-    weights.save(own, params, cfg)
+    (folder / "model.json").write_text(json.dumps(body))
+    weights.load(folder)
+    weights.save(folder, params, cfg)
 
 
 def test_a_foreign_config_is_said_to_be_in_the_way(foreign, tmp_path, capsys):
@@ -247,7 +247,7 @@ def test_names_on_the_hub_have_their_form(name, tmp_path, monkeypatch):
     for read in (lambda: sources.documents(gptjax.DataConfig(source=(name,))), lambda: list(tables.read(name))):
         with pytest.raises(UserError, match="expected hf:org/name"):
             read()
-    if name != "hf:a":  # "gpt2" is a model's name
+    if name != "hf:a":  # a model on the Hub may lack an organisation, such as "gpt2"
         with pytest.raises(UserError, match="expected hf:org/name"):
             gptjax.load(name)
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -297,7 +297,7 @@ def test_the_same_weights_of_best_and_final_lie_on_the_disk_once(tmp_path):
     file = "model.safetensors"
     assert (best / file).samefile(final / file)
     other = jax.tree.map(lambda a: a + 1, params)
-    weights.save(final, other, cfg, twin=best)  # replaced, not written into
+    weights.save(final, other, cfg, twin=best)  # must replace the hard-linked file instead of writing into it
     assert not (best / file).samefile(final / file)
     for folder, tree in ((best, params), (final, other)):
         jax.tree.map(np.testing.assert_array_equal, gptjax.load(folder)[0], tree)

@@ -1,4 +1,4 @@
-"""What must hold for every architecture and every kind of position, each from one compiled program."""
+"""Properties of every architecture and position encoding, computed by one compiled program per case."""
 
 import dataclasses
 
@@ -20,12 +20,12 @@ MEMBERS = {
     "modern, learned": ("modern", {"position": "learned"}),
 }
 T = 12
-SPLIT = 5  # the first document's length; what the cache reads at once
+SPLIT = 5  # length of the first document, and of the cache's prefill
 
 
 @pytest.fixture(scope="module", params=MEMBERS)
 def results(request, tiny):
-    """name -> array, computed once for each member."""
+    """{name: array}, computed once per case."""
     arch, switches = MEMBERS[request.param]
     cfg, params = tiny(arch, **switches)
     tokens = jnp.array(np.random.default_rng(1).permutation(17)[:T])[None]
@@ -33,21 +33,21 @@ def results(request, tiny):
     def cached(params):
         logits, cache = extend(params, tokens[:, :SPLIT], cfg, init_cache(cfg, 1))
 
-        def one(cache, token):
+        def step(cache, token):
             logits, cache = extend(params, token[None, None], cfg, cache)
             return cache, logits[0, 0]
 
-        _, rest = jax.lax.scan(one, cache, tokens[0, SPLIT:])
+        _, rest = jax.lax.scan(step, cache, tokens[0, SPLIT:])
         return jnp.concatenate([logits[0], rest])
 
     def sensitivity(params):
-        """[T, T]: how much the last hidden state at t moves with the embedding of the token at s."""
+        """[T, T]: gradient of the last hidden state at position t with respect to the embedding at position s."""
 
-        def at(embedding, t):
+        def hidden_at(embedding, t):
             hidden = backbone({**params, "wte": {"embedding": embedding}}, tokens, cfg)
             return jnp.vdot(hidden[0, t], jnp.arange(1.0, cfg.d_model + 1))
 
-        rows = jax.vmap(jax.grad(at), (None, 0))(params["wte"]["embedding"], jnp.arange(T))
+        rows = jax.vmap(jax.grad(hidden_at), (None, 0))(params["wte"]["embedding"], jnp.arange(T))
         return jnp.abs(rows[:, tokens[0]]).max(-1)
 
     @jax.jit
@@ -67,7 +67,7 @@ def results(request, tiny):
 
 @pytest.mark.first_cases(2)
 def test_no_gradient_from_the_future(results):
-    """Exactly zero above the diagonal, and something on and below it."""
+    """The gradient is exactly zero above the diagonal and non-zero on and below it."""
     seen = np.tril(np.ones((T, T), bool))
     assert not results["sensitivity"][~seen].any()
     assert (results["sensitivity"][seen] > 1e-6).all()
@@ -88,11 +88,11 @@ def test_packed_equals_separate(results):
 
 @pytest.fixture(scope="module", params=["gpt2", "modern"])
 def gradients(request, tiny):
-    """name -> (logits, gradients) with the same numbers computed in different ways."""
+    """{name: (logits, gradients)} of the same model, with different execution settings."""
     cfg, params = tiny(request.param, dropout=0.1 if request.param == "gpt2" else 0.0)
     tokens = jnp.arange(2 * T).reshape(2, T) % 17
 
-    def run(**how):  # one program each, or XLA would share what they have in common
+    def run(**how):  # a separate program per setting: in one program XLA would share common subexpressions
         def total(params):
             logits = forward(params, tokens, dataclasses.replace(cfg, **how), dropout_key=jax.random.key(3))
             return jnp.sin(logits).sum(), logits
@@ -110,7 +110,7 @@ WAYS |= {"offload": {"remat": "offload"}}
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
 def test_how_it_is_computed_changes_nothing(gradients, way):
-    """Unrolled or not, recomputed or kept, with the same dropout."""
+    """Unrolling and rematerialisation change neither logits nor gradients, with the same dropout key."""
     ours, expected = (jax.tree_util.tree_leaves_with_path(gradients[name]) for name in (way, "plain"))
     for (path, a), (_, b) in zip(ours, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 2e-5, path

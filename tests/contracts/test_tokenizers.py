@@ -1,4 +1,4 @@
-"""One table: every kind of tokenizer has the same properties."""
+"""Properties that every kind of tokenizer has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRANGE = "naïve café 日本 😀\x00\r\n\u2028 \t\n\n  x ## ##a ###b _ __init
 
 
 def loaded_bpe():
-    """As a model brings it: special tokens first, then bytes and merges, one more piece, a begin token."""
+    """A BPE tokenizer as loaded with a model: special tokens first, then bytes and merges, then an added token."""
     learned = tokenizers.train("bpe", [TEXT], 300, special=())
     pieces = [bpe.printable(token) for token in learned.ranks]
     ids = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_end|>", *pieces, "<think>"])}
@@ -38,7 +38,7 @@ def loaded_bpe():
 
 
 def sentencepiece():
-    """Llama 2's kind: blanks as `▁`, other characters as bytes."""
+    """A SentencePiece tokenizer as in Llama 2: spaces are `▁`, unknown characters are encoded as bytes."""
     pieces = ["▁", *sorted(set(TEXT) - {" ", "\n"}), "▁t", "he", "▁the", "lo", "low", "▁low", "er", "lower", "est"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return gguf.from_metadata(
@@ -68,7 +68,7 @@ KINDS = {
     "gpt2": None,
 }
 LOADED = ("loaded-bpe", "sentencepiece")
-OF_BYTES = (  # hold any text, give it back exactly
+OF_BYTES = (  # byte-level kinds: encode any text and decode it exactly
     "bpe", "wordpiece", "unigram", "bytes", "gpt2", "loaded-bpe", "sentencepiece", "extended",
 )  # fmt: skip
 made: dict[str, tokenizers.Tokenizer] = {}
@@ -99,7 +99,7 @@ def test_array_is_the_list(tok):
 
 def test_text_comes_back(tok, kind):
     back = tok.decode(tok.encode(TEXT))
-    if kind.startswith("words"):  # white space is not kept: nothing else may be lost
+    if kind.startswith("words"):  # whitespace is not preserved, but everything else is
         assert tok.encode(back) == tok.encode(TEXT)
     else:
         assert back == TEXT
@@ -157,7 +157,7 @@ def test_special_text_is_refused_until_its_meaning_is_said(tok, kind):
             assert tok.encode(text, allowed_special=allowed).count(i) == 1
         assert tok.encode_array(text, allowed_special="all").tolist() == tok.encode(text, allowed_special="all")
         plain = tok.encode(text, disallowed_special=())
-        if not kind.startswith("words"):  # an unknown word is [UNK] there
+        if not kind.startswith("words"):  # these encode an unknown word as [UNK]
             assert i not in plain and tok.decode(plain) == text
         others = set(tok.special_tokens) - {name}
         assert tok.encode(text, disallowed_special=others) == plain
@@ -180,14 +180,14 @@ def test_added_tokens_are_ids_in_any_text(tok):
 def test_what_a_model_says_of_its_tokenizer(tok, kind):
     if kind in LOADED:
         assert tok.bos_id in tok.special_tokens.values() and len(tok.eos_ids) == 1 and tok.add_bos
-        assert tok.encode("the")[0] != tok.bos_id  # never written by itself
+        assert tok.encode("the")[0] != tok.bos_id  # encode does not add it by itself
     else:
         assert (tok.bos_id, tok.eos_ids, tok.pad_id, tok.add_bos, tok.chat_template) == (None, (), None, False, None)
     other = tok.replace(bos_id=1, eos_ids=[0, 2], pad_id=3, add_bos=True, chat_template="{{ 2 }}")
     assert other != tok and other.encode("the") == tok.encode("the") and tok.chat_template != "{{ 2 }}"
-    again = tokenizers.loads(other.dumps())
-    assert again == other and again.replace() == other
-    settings = (again.bos_id, again.eos_ids, again.pad_id, again.add_bos, again.chat_template)
+    reloaded = tokenizers.loads(other.dumps())
+    assert reloaded == other and reloaded.replace() == other
+    settings = (reloaded.bos_id, reloaded.eos_ids, reloaded.pad_id, reloaded.add_bos, reloaded.chat_template)
     assert settings == (1, (0, 2), 3, True, "{{ 2 }}")
     with pytest.raises(UserError) as caught:
         tok.replace(bos_id=-1, eos_ids=[tok.vocab_size], pad_id="1", add_bos=1, chat_template=b"", nonsense=3)
@@ -228,10 +228,14 @@ def test_saved_is_loaded(tok, tmp_path):
     path = tok.save(tmp_path)
     assert path == tmp_path / "tokenizer.json" and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
     for place in (path, tmp_path, str(tmp_path)):
-        again = tokenizers.load(place)
-        assert again == tok and again.fingerprint == tok.fingerprint
-        assert (again.name, again.vocab_size, again.special_tokens) == (tok.name, tok.vocab_size, tok.special_tokens)
-        assert again.eot_id == tok.eot_id and again.encode(TEXT) == tok.encode(TEXT)
+        reloaded = tokenizers.load(place)
+        assert reloaded == tok and reloaded.fingerprint == tok.fingerprint
+        assert (reloaded.name, reloaded.vocab_size, reloaded.special_tokens) == (
+            tok.name,
+            tok.vocab_size,
+            tok.special_tokens,
+        )
+        assert reloaded.eot_id == tok.eot_id and reloaded.encode(TEXT) == tok.encode(TEXT)
     assert tok.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -255,8 +259,8 @@ def _entries(data: dict) -> str:
 def test_a_truncated_file_is_refused(tok, tmp_path):
     path = tok.save(tmp_path)
     whole = path.read_bytes()
-    for part in (0, 1, 10, len(whole) // 2, len(whole) - 3):
-        path.write_bytes(whole[:part])
+    for size in (0, 1, 10, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"tokenizer\.json"):
             tokenizers.load(path)
 

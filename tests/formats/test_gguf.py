@@ -1,4 +1,4 @@
-"""GGUF files come in and go out the same; a bad one costs one error message, never a crash, a hang or the memory."""
+"""GGUF files round-trip; an invalid file gives one error message, never a crash, a hang or a huge allocation."""
 
 import contextlib
 import random
@@ -33,7 +33,7 @@ def entry(name="w", dims=(4,), type_id=0, offset=0) -> bytes:
 
 
 def build(pairs=(), tensors=(), data=b"", version=3, n_pairs=None, n_tensors=None, pad=32) -> bytes:
-    """A file of raw parts: pairs are (key, type and value as bytes)."""
+    """Assemble a file from raw bytes; pairs are (key, type and value as bytes)."""
     counts = (len(tensors) if n_tensors is None else n_tensors, len(pairs) if n_pairs is None else n_pairs)
     head = b"GGUF" + struct.pack("<IQQ", version, *counts)
     head += b"".join(text(key) + value for key, value in pairs) + b"".join(tensors)
@@ -52,7 +52,7 @@ def array(type_id: int, n: int, content: bytes = b"") -> bytes:
 def put(tmp_path):
     def put(content: bytes):
         path = tmp_path / "model.gguf"
-        with open(path, "r+b" if path.exists() else "wb") as file:  # cheaper than a new file each time
+        with open(path, "r+b" if path.exists() else "wb") as file:  # faster than creating a new file each time
             file.write(content)
             file.truncate()
         return path
@@ -65,7 +65,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def raw_blocks(type: str, n_values: int, seed: int = 0) -> np.ndarray:
-    """Random bytes of a type; its scales are small ordinary numbers."""
+    """Random blocks of a quantisation type, with small finite scales."""
     kind = gguf.TYPES[type]
     rng = np.random.default_rng(seed)
     n = n_values // kind.block
@@ -252,7 +252,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         ("Q4_1", struct.pack("<ee16B", 2, -1, *[0xF1] * 16), [1] * 16 + [29] * 16),
         ("Q5_0", struct.pack("<eI16B", 1, 1, *[0xF1] * 16), [1] + [-15] * 15 + [-1] * 16),
         ("Q5_1", struct.pack("<eeI16B", 1, 3, 1 << 31, *[0xF1] * 16), [4] * 16 + [18] * 15 + [34]),
-        # scales 0..3 are 2, 4..7 are 1 + 16; minima 0..3 are 3, 4..7 are 4
+        # scales 0..3 are 2 and 4..7 are 1 + 16; minima 0..3 are 3 and 4..7 are 4
         (
             "Q4_K",
             struct.pack("<ee12B128B", 1, 1, *[0x42] * 4, *[3] * 4, *[0x41] * 4, *[0x21] * 128),
@@ -321,7 +321,7 @@ def test_values_equal_gguf_py(oracle, type):
 @pytest.mark.parametrize("type", WRITABLE)
 def test_bytes_equal_gguf_py(oracle, type):
     x = normal(300, 512)
-    x[0, :32] = np.arange(32) - 15.5  # ties
+    x[0, :32] = np.arange(32) - 15.5  # halves, to test rounding of ties
     expected = oracle.quants.quantize(x, oracle.GGMLQuantizationType[type])
     np.testing.assert_array_equal(gguf.quantize(x, type), expected.reshape(-1).view(np.uint8))
 
@@ -333,7 +333,8 @@ def test_gguf_py_reads_what_we_write(oracle, tmp_path):
     reader = oracle.GGUFReader(tmp_path / "m.gguf")
     ours = gguf.read(tmp_path / "m.gguf")
     for key in metadata:
-        as_stored = np.float32 if isinstance(ours.metadata[key], float) else np.asarray  # we give it as a decimal
+        # gptjax returns the shortest decimal of a float32
+        as_stored = np.float32 if isinstance(ours.metadata[key], float) else np.asarray
         theirs = reader.fields[key].contents()
         np.testing.assert_array_equal(as_stored(theirs), as_stored(ours.metadata[key]), key)
     assert len(reader.tensors) == len(arrays)
@@ -485,7 +486,7 @@ def test_a_header_beyond_its_bound_is_refused(tmp_path):
     path = tmp_path / "m.gguf"
     with open(path, "wb") as file:
         file.write(build([("k", array(0, 65 << 20))]))
-        file.truncate(1 << 30)  # a hole: it takes no room
+        file.truncate(1 << 30)  # a sparse file: takes no disk space
     with pytest.raises(UserError, match="the header may have 67108864 in all"):
         gguf.read(path)
 
@@ -525,23 +526,23 @@ NUMBERS = [0, 1, 2, 3, 31, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """One or two changes, mostly in the header."""
+    """Change one or two random bytes or ranges, mostly in the header."""
     out = bytearray(content)
     for _ in range(rng.randint(1, 2)):
-        at = rng.randrange(1, len(out) if rng.random() < 0.1 else min(len(out), HEADER))
+        position = rng.randrange(1, len(out) if rng.random() < 0.1 else min(len(out), HEADER))
         match rng.randrange(10):
             case 0:
-                out[at:at] = rng.randbytes(rng.randint(1, 16))
+                out[position:position] = rng.randbytes(rng.randint(1, 16))
             case 1:
-                del out[at : at + rng.randint(1, 16)]
+                del out[position : position + rng.randint(1, 16)]
             case 2:
-                del out[at + 1 :]
+                del out[position + 1 :]
             case 3 | 4:
-                out[at : at + 8] = struct.pack("<Q", rng.choice(NUMBERS))
+                out[position : position + 8] = struct.pack("<Q", rng.choice(NUMBERS))
             case 5 | 6:
-                out[at] = rng.randrange(256)
+                out[position] = rng.randrange(256)
             case _:
-                out[at] ^= 1 << rng.randrange(8)
+                out[position] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
@@ -550,7 +551,7 @@ HEADER = one_of_each().index(b"blk.Q6_K") + 40
 
 @contextlib.contextmanager
 def at_most(n_bytes: int):
-    """A larger allocation is a MemoryError, where the system can do that."""
+    """Make larger allocations raise MemoryError, where the operating system supports a limit."""
     resource = pytest.importorskip("resource")
     statm = Path("/proc/self/statm")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -578,5 +579,5 @@ def test_ten_thousand_mutations_read_or_are_refused(put):
             except UserError as error:
                 assert str(error).startswith(f"{path}: ")
             slowest_s = max(slowest_s, time.process_time() - start)
-    assert 0.05 * N < n_read < 0.95 * N  # both ends are seen
+    assert 0.05 * N < n_read < 0.95 * N  # many mutants are accepted and many are refused
     assert slowest_s < 2

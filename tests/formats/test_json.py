@@ -1,4 +1,4 @@
-"""JSON from elsewhere: strict where `json.loads` is not."""
+"""The JSON reader for foreign files, which is stricter than `json.loads`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""safetensors files in and out; a bad one costs one error message, never a crash, a hang or the memory."""
+"""safetensors files round-trip; an invalid file gives one error message, never a crash, a hang or a huge allocation."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def test_out_and_in_and_through_the_formats_own_library(tmp_path, dtype):
     save_file(
         {name: array.astype(dtype) for name, array in TENSORS.items() if array.ndim}, tmp_path / "their.safetensors"
     )
-    again = safetensors.open_file(tmp_path / "their.safetensors")
-    np.testing.assert_array_equal(again.array("a"), TENSORS["a"].astype(dtype))
+    reopened = safetensors.open_file(tmp_path / "their.safetensors")
+    np.testing.assert_array_equal(reopened.array("a"), TENSORS["a"].astype(dtype))
 
 
 def test_shards(tmp_path):
@@ -128,7 +128,7 @@ def test_malformed_files(tmp_path, monkeypatch, case):
 
 
 def test_nesting_of_every_depth(tmp_path):
-    """Just below the depth that json refuses, whoever shows the value must not fall over it."""
+    """JSON nested just below json's recursion limit must not make the error message itself fail."""
     path = tmp_path / "model.safetensors"
     for depth in range(850, 1010):
         for key in ("dtype", "shape", "data_offsets"):
@@ -168,27 +168,27 @@ def test_values_of_another_shape_are_not_written(tmp_path):
 
 
 def test_ten_thousand_mutations(good, tmp_path):
-    """Every one reads, or is refused; most of them hit the header, where the format is decided."""
+    """Every mutant is read or refused; most mutations hit the header, which is what the reader parses."""
     content = good.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     rng = random.Random(0)
     path = tmp_path / "mutant.safetensors"
     path.write_bytes(b"")
     refused = 0
-    with open(path, "r+b", buffering=0) as out:  # cheaper than a new file each time
+    with open(path, "r+b", buffering=0) as out:  # faster than creating a new file each time
         for _ in range(N):
             mutant = bytearray(content)
             for _ in range(rng.randint(1, 3)):
-                at = rng.randrange(header if rng.random() < 0.9 else len(mutant)) % max(len(mutant), 1)
+                position = rng.randrange(header if rng.random() < 0.9 else len(mutant)) % max(len(mutant), 1)
                 kind = rng.randrange(4)
                 if kind == 0 and mutant:
-                    mutant[at] = rng.randrange(256)
+                    mutant[position] = rng.randrange(256)
                 elif kind == 1:
-                    mutant[at:at] = rng.randbytes(rng.randint(1, 8))
+                    mutant[position:position] = rng.randbytes(rng.randint(1, 8))
                 elif kind == 2:
-                    del mutant[at : at + rng.randint(1, 40)]
+                    del mutant[position : position + rng.randint(1, 40)]
                 else:
-                    mutant[at : at + 1] = rng.choice(b'0123456789[]{}":,-e').to_bytes(1, "little")
+                    mutant[position : position + 1] = rng.choice(b'0123456789[]{}":,-e').to_bytes(1, "little")
             out.seek(0)
             out.truncate(out.write(mutant))
             try:
@@ -251,14 +251,14 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
 
 
 def test_the_single_file_comes_before_an_index(tmp_path):
-    """As in transformers: an index that an older save left behind does not count."""
+    """As in transformers: if model.safetensors exists, an index left by an older save is ignored."""
     safetensors.save(tmp_path, outs(), shard_bytes=24)
     safetensors.save(tmp_path, outs({"only": np.ones(1, np.float32)}))
     assert safetensors.open_folder(tmp_path).shapes() == {"only": (1,)}
 
 
 def test_links_into_a_cache_are_followed(tmp_path):
-    """As the hub's cache lays them: the folder's files are links to blobs elsewhere."""
+    """The layout of the Hugging Face cache: the folder's files are links to blobs elsewhere."""
     (tmp_path / "blobs").mkdir()
     safetensors.save(tmp_path / "blobs", outs())
     (tmp_path / "snapshot").mkdir()
@@ -304,7 +304,7 @@ def test_malformed_configs(good, config, words):
 
 @pytest.mark.parametrize(("label", "dtype"), [(b'"I32"', "int32"), (b'"U32"', "uint32")])
 def test_integers_are_no_weights(tmp_path, label, dtype):
-    """One letter of the header, and a weight would be read as a number of nine digits."""
+    """One changed letter in the header would make the reader interpret float bits as huge integers."""
     import jax
 
     import gptjax

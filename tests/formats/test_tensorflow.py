@@ -1,6 +1,6 @@
-"""TensorFlow checkpoints are read as TensorFlow writes them; a bad one costs an error message, never a crash or a hang.
+"""TensorFlow checkpoints are read correctly; an invalid one gives an error message, never a crash or a hang.
 
-The writer here is made after the description of the format alone. The golden files were written by TensorFlow 2.21
+The writer in this file follows the format's specification alone. The golden files were written by TensorFlow 2.21
 (`tf.compat.v1.train.Saver`).
 """
 
@@ -46,7 +46,7 @@ GOLDEN = {
 
 
 def crc32c(data: bytes) -> int:
-    """Bit by bit, the definition."""
+    """CRC-32C by its bitwise definition."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -55,7 +55,7 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-def masked(data: bytes, crc=crc32c) -> bytes:
+def masked_crc(data: bytes, crc=crc32c) -> bytes:
     value = crc(data)
     return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) % (1 << 32))
 
@@ -82,7 +82,7 @@ def entry(shape=(2,), dtype=1, shard=0, offset=0, size=8, crc=bytes(4), more=b""
 
 
 def block(pairs, interval=3) -> bytes:
-    """Keys share what they can with the one before, but for every `interval`-th."""
+    """A table block with prefix-compressed keys; every `interval`-th key is stored in full (a restart point)."""
     out, restarts, before = b"", [], b""
     for i, (key, value) in enumerate(pairs):
         shared = 0
@@ -98,22 +98,22 @@ def block(pairs, interval=3) -> bytes:
 
 
 def table(blocks, kind=0, crc=crc32c, handles=None, index=None) -> bytes:
-    """A whole table of the contents of its blocks."""
-    out, found = b"", []
+    """A whole table file, from the contents of its blocks."""
+    out, block_handles = b"", []
     for content in blocks:
-        found.append(varint(len(out)) + varint(len(content)))
-        out += content + bytes([kind]) + masked(content + bytes([kind]), crc)
-    found = found if handles is None else handles
-    index = block([(b"%05d" % i, handle) for i, handle in enumerate(found)], 1) if index is None else index
+        block_handles.append(varint(len(out)) + varint(len(content)))
+        out += content + bytes([kind]) + masked_crc(content + bytes([kind]), crc)
+    block_handles = block_handles if handles is None else handles
+    index = block([(b"%05d" % i, handle) for i, handle in enumerate(block_handles)], 1) if index is None else index
     places = b""
     for content in (block([]), index):
         places += varint(len(out)) + varint(len(content))
-        out += content + b"\0" + masked(content + b"\0", crc)
+        out += content + b"\0" + masked_crc(content + b"\0", crc)
     return out + places.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
 
 
-def one(value=None, key=b"w", head=None) -> bytes:
-    """A table of the header and one entry."""
+def one_tensor(value=None, key=b"w", head=None) -> bytes:
+    """A table with the header and one tensor entry."""
     return table([block([(b"", header() if head is None else head), (key, entry() if value is None else value)])])
 
 
@@ -121,12 +121,12 @@ NUMBER = {np.float32: 1, np.int32: 3, np.int64: 9, ml_dtypes.bfloat16: 14, np.fl
 
 
 def save(folder, arrays, shards=1, per_block=4):
-    """A checkpoint as TensorFlow lays it out: sorted names, several blocks, tensors dealt to the shards."""
+    """Write a checkpoint in TensorFlow's layout: sorted names, several blocks, tensors distributed over the shards."""
     pairs, data = [(b"", header(shards))], [b""] * shards
     for i, (name, array) in enumerate(sorted(arrays.items())):
         raw, shard = array.tobytes(), i % shards
         number = NUMBER[array.dtype.type]
-        pairs.append((name.encode(), entry(array.shape, number, shard, len(data[shard]), len(raw), masked(raw))))
+        pairs.append((name.encode(), entry(array.shape, number, shard, len(data[shard]), len(raw), masked_crc(raw))))
         data[shard] += raw
     blocks = [block(pairs[i : i + per_block]) for i in range(0, len(pairs), per_block)]
     return put(folder, table(blocks), *data)
@@ -140,12 +140,12 @@ def put(folder, index, *data, state=STATE):
     return folder
 
 
-def same(source, arrays):
+def assert_same(source, arrays):
     assert source.shapes() == {name: array.shape for name, array in arrays.items()}
     for name, array in arrays.items():
-        found = source.array(name)
-        assert found.dtype == array.dtype and found.shape == array.shape
-        np.testing.assert_array_equal(found, array)
+        values = source.array(name)
+        assert values.dtype == array.dtype and values.shape == array.shape
+        np.testing.assert_array_equal(values, array)
 
 
 # --- in
@@ -153,7 +153,7 @@ def same(source, arrays):
 
 def test_what_tensorflow_wrote(tmp_path):
     source = tensorflow.open_checkpoint(put(tmp_path, GOLDEN_INDEX, GOLDEN_DATA))
-    same(source, GOLDEN)
+    assert_same(source, GOLDEN)
     np.testing.assert_array_equal(source.rows("model/wte", 1, 3), GOLDEN["model/wte"][1:3])
 
 
@@ -161,16 +161,16 @@ def test_what_tensorflow_wrote(tmp_path):
 @pytest.mark.parametrize("per_block", [1, 4, 100])
 def test_names_share_their_beginnings_over_blocks_and_shards(tmp_path, shards, per_block):
     rng = np.random.default_rng(0)
-    arrays = {f"model/h{i}/{part}": rng.normal(size=(3, i)).astype(np.float32) for i in range(12) for part in "abc"}
+    arrays = {f"model/h{i}/{letter}": rng.normal(size=(3, i)).astype(np.float32) for i in range(12) for letter in "abc"}
     arrays["model/größe"] = np.array(5, np.int64)
-    same(tensorflow.open_checkpoint(save(tmp_path, arrays, shards, per_block)), arrays)
+    assert_same(tensorflow.open_checkpoint(save(tmp_path, arrays, shards, per_block)), arrays)
 
 
 def test_rows_are_compared_with_the_checksum_of_the_whole(tmp_path):
     array = np.arange(1 << 18, dtype=np.float32).reshape(-1, 64)
     raw = array.tobytes()
-    crc = masked(raw, tensorflow.crc32c)
-    put(tmp_path, one(entry(array.shape, size=len(raw), crc=crc)), raw)
+    crc = masked_crc(raw, tensorflow.crc32c)
+    put(tmp_path, one_tensor(entry(array.shape, size=len(raw), crc=crc)), raw)
     source = tensorflow.open_checkpoint(tmp_path)
     np.testing.assert_array_equal(source.rows("w", 5, 8), array[5:8])
     (tmp_path / "model.ckpt.data-00000-of-00001").write_bytes(raw[:-1] + b"\1")
@@ -215,7 +215,7 @@ def test_a_checksum_from_the_standard():
 # --- hostile
 
 
-GOOD = one()
+GOOD = one_tensor()
 END = len(GOOD) - 48
 BAD = {
     "empty": (b"", "cut off"),
@@ -240,7 +240,7 @@ BAD = {
     "no blocks": (table([]), "a block has no entries"),
     "shares more than there is": (table([b"\5\1\1ab" + bytes(4) + b"\1\0\0\0"]), "exceeds the block"),
     "value past the end": (table([b"\0\1\x7fab" + bytes(4) + b"\1\0\0\0"]), "exceeds the block"),
-    "long key": (one(key=b"k" * 1025), "a key of 1,025 bytes"),
+    "long key": (one_tensor(key=b"k" * 1025), "a key of 1,025 bytes"),
     "keys descend": (table([block([(b"", header()), (b"b", entry()), (b"a", entry())])]), "keys must ascend"),
     "key twice": (table([block([(b"", header()), (b"b", entry()), (b"b", entry())])]), "keys must ascend"),
     "keys descend over blocks": (table([block([(b"b", entry())]), block([(b"", header())])]), "keys must ascend"),
@@ -249,34 +249,34 @@ BAD = {
     ),
     "3 MB": (bytes(3 << 20), "3,145,728 bytes, at most 2,097,152 are read"),
     "no header": (table([block([(b"w", entry())])]), "entry about the whole checkpoint is missing"),
-    "header is text": (one(head=b"hello"), "entry about the whole checkpoint"),
-    "big-endian": (one(head=header(endian=1)), "big-endian"),
-    "no shards": (one(head=header(0)), "0 data files"),
-    "2^40 shards": (one(head=header(1 << 40)), "1,099,511,627,776 data files"),
-    "2 shards": (one(head=header(2)), "model.ckpt.data-00000-of-00002 is missing"),
-    "a text": (one(entry(dtype=7)), "'w': TensorFlow's dtype number 7 is not supported: DT_FLOAT (1)"),
-    "slices": (one(entry(more=field(7, b""))), "'w': saved in slices"),
-    "another size": (one(entry(size=7)), "'w': float32 [2] takes 8 bytes, got 7"),
-    "a smaller shape": (one(entry(shape=(1,))), "'w': float32 [1] takes 4 bytes, got 8"),
-    "dims of 2^40": (one(entry(shape=(1 << 40, 1 << 40))), "is too large"),
-    "empty, but huge": (one(entry(shape=(0, HUGE), size=0)), "is too large"),
-    "negative dim": (one(entry(shape=((1 << 64) - 1,))), "is too large"),
-    "33 dims": (one(entry(shape=(1,) * 33, size=4)), "is too large"),
+    "header is text": (one_tensor(head=b"hello"), "entry about the whole checkpoint"),
+    "big-endian": (one_tensor(head=header(endian=1)), "big-endian"),
+    "no shards": (one_tensor(head=header(0)), "0 data files"),
+    "2^40 shards": (one_tensor(head=header(1 << 40)), "1,099,511,627,776 data files"),
+    "2 shards": (one_tensor(head=header(2)), "model.ckpt.data-00000-of-00002 is missing"),
+    "a text": (one_tensor(entry(dtype=7)), "'w': TensorFlow's dtype number 7 is not supported: DT_FLOAT (1)"),
+    "slices": (one_tensor(entry(more=field(7, b""))), "'w': saved in slices"),
+    "another size": (one_tensor(entry(size=7)), "'w': float32 [2] takes 8 bytes, got 7"),
+    "a smaller shape": (one_tensor(entry(shape=(1,))), "'w': float32 [1] takes 4 bytes, got 8"),
+    "dims of 2^40": (one_tensor(entry(shape=(1 << 40, 1 << 40))), "is too large"),
+    "empty, but huge": (one_tensor(entry(shape=(0, HUGE), size=0)), "is too large"),
+    "negative dim": (one_tensor(entry(shape=((1 << 64) - 1,))), "is too large"),
+    "33 dims": (one_tensor(entry(shape=(1,) * 33, size=4)), "is too large"),
     "500,000 dims": (
         table([block([(b"", header()), (b"w", entry((0,) * 500_000))])], crc=tensorflow.crc32c), "is too large",
     ),
-    "unknown rank": (one(field(1, 1) + field(2, field(3, 1))), "number of dimensions is unknown"),
-    "past the end of the data": (one(entry(offset=1)), "'w': ends at byte 9 of model.ckpt.data-00000-of-00001"),
-    "offset of 2^62": (one(entry(offset=HUGE)), "ends at byte"),
-    "negative offset": (one(entry(offset=(1 << 64) - 8)), "ends at byte"),
-    "shard 1 of 1": (one(entry(shard=1)), "'w': in data file 1, there are 1"),
-    "unknown field": (one(entry(more=field(9, 1))), "'w': field 9 of kind 0 is unknown"),
-    "shape is a number": (one(field(1, 1) + field(2, 2)), "'w': field 2 of kind 0 is unknown"),
-    "field cut off": (one(entry(more=varint(2 << 3 | 2) + b"\5ab")), "'w': field 2 is cut off"),
-    "checksum cut off": (one(entry()[:-1]), "'w': field 6 is cut off"),
-    "11 bytes of a number": (one(field(1, 1)[:1] + b"\xff" * 10 + b"\1"), "'w': a number of more than 10 bytes"),
-    "name not UTF-8": (one(key=b"\xff"), "a name must be printable UTF-8"),
-    "NUL in a name": (one(key=b"a\0b"), "a name must be printable UTF-8"),
+    "unknown rank": (one_tensor(field(1, 1) + field(2, field(3, 1))), "number of dimensions is unknown"),
+    "past the end of the data": (one_tensor(entry(offset=1)), "'w': ends at byte 9 of model.ckpt.data-00000-of-00001"),
+    "offset of 2^62": (one_tensor(entry(offset=HUGE)), "ends at byte"),
+    "negative offset": (one_tensor(entry(offset=(1 << 64) - 8)), "ends at byte"),
+    "shard 1 of 1": (one_tensor(entry(shard=1)), "'w': in data file 1, there are 1"),
+    "unknown field": (one_tensor(entry(more=field(9, 1))), "'w': field 9 of kind 0 is unknown"),
+    "shape is a number": (one_tensor(field(1, 1) + field(2, 2)), "'w': field 2 of kind 0 is unknown"),
+    "field cut off": (one_tensor(entry(more=varint(2 << 3 | 2) + b"\5ab")), "'w': field 2 is cut off"),
+    "checksum cut off": (one_tensor(entry()[:-1]), "'w': field 6 is cut off"),
+    "11 bytes of a number": (one_tensor(field(1, 1)[:1] + b"\xff" * 10 + b"\1"), "'w': a number of more than 10 bytes"),
+    "name not UTF-8": (one_tensor(key=b"\xff"), "a name must be printable UTF-8"),
+    "NUL in a name": (one_tensor(key=b"a\0b"), "a name must be printable UTF-8"),
 }  # fmt: skip
 
 
@@ -332,7 +332,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_ten_thousand_mutations(tmp_path):
-    """Half of them with checksums made anew, so that what stands behind these is reached."""
+    """Half of the mutants have recomputed checksums, so that the parser behind the checksum test is reached too."""
     pairs = [(b"", header())]
     for i, (name, array) in enumerate(sorted(GOLDEN.items())):
         number = NUMBER[array.dtype.type]
@@ -347,27 +347,27 @@ def test_ten_thousand_mutations(tmp_path):
     def mutated(content: bytes) -> bytes:
         content = bytearray(content)
         for _ in range(rng.randint(1, 3)):
-            at, kind = rng.randrange(len(content)), rng.randrange(4)
+            position, kind = rng.randrange(len(content)), rng.randrange(4)
             if kind == 0:
-                content[at] ^= 1 << rng.randrange(8)
+                content[position] ^= 1 << rng.randrange(8)
             elif kind == 1:
-                content[at] = rng.choice([0, 1, 127, 128, 255])
+                content[position] = rng.choice([0, 1, 127, 128, 255])
             elif kind == 2:
-                content[at:at] = rng.randbytes(rng.randint(1, 4))
+                content[position:position] = rng.randbytes(rng.randint(1, 4))
             else:
-                del content[at : at + rng.randint(1, 4)]
+                del content[position : position + rng.randint(1, 4)]
         return bytes(content)
 
     def mutant() -> bytes:
         if rng.random() < 0.5:
             return mutated(whole)
-        parts = [*blocks, index]
+        contents = [*blocks, index]
         which = rng.randrange(3)
-        parts[which] = mutated(parts[which])
-        return table(parts[:2], index=parts[2], crc=tensorflow.crc32c)
+        contents[which] = mutated(contents[which])
+        return table(contents[:2], index=contents[2], crc=tensorflow.crc32c)
 
     refused = 0
-    with open(tmp_path / "model.ckpt.index", "r+b", buffering=0) as file:  # cheaper than a new file each time
+    with open(tmp_path / "model.ckpt.index", "r+b", buffering=0) as file:  # faster than creating a new file each time
         for _ in range(N):
             file.seek(0)
             file.truncate(file.write(mutant()))

@@ -1,4 +1,4 @@
-"""The compiled loop against a plain one that reads everything again for every token."""
+"""The compiled decoding loop against a plain loop that recomputes all tokens at every step, without a cache."""
 
 import dataclasses
 
@@ -30,10 +30,10 @@ whole = jax.jit(lambda params, tokens, cfg: forward(params, tokens[None], cfg)[0
 
 
 def plain_loop(cfg, params, prompt, n, context=CONTEXT):
-    """Greedy and without a cache. A full context is cut to its last half, and goes on from there."""
+    """Greedy decoding without a cache. When the context is full, only its last half is kept."""
     history, window = list(prompt), list(prompt[-context:])
     for _ in range(n):
-        padded = np.array(window + [0] * (context - len(window)))  # to the right: the future is not seen
+        padded = np.array(window + [0] * (context - len(window)))  # padded on the right, which causal attention ignores
         token = int(whole(params, padded, cfg)[len(window) - 1].argmax())
         history.append(token)
         window = history[-(context // 2) :] if len(window) == context else [*window, token]
@@ -49,13 +49,13 @@ def model(request, tiny):
 @pytest.mark.first_cases(1)
 def test_ragged_rows_are_what_each_is_alone(model):
     cfg, params = model
-    together = generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY)
-    assert together == [plain_loop(cfg, params, prompt, NEW) for prompt in PROMPTS]
+    batched = generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY)
+    assert batched == [plain_loop(cfg, params, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.mark.first_cases(1)
 def test_past_the_context_it_goes_on_from_the_last_half(model):
-    """Twice over; and a prompt longer than the context counts by its end."""
+    """The context fills up twice; of a prompt longer than the context the last tokens are used."""
     cfg, params = model
     out = generate(params, [PROMPTS[1]], cfg, max_new_tokens=20, key=KEY)
     assert out == [plain_loop(cfg, params, PROMPTS[1], 20)]
@@ -95,7 +95,7 @@ def test_rows_with_the_same_prompt_draw_apart(gpt2_model):
 
 
 def test_the_sampler_sees_the_models_logits(gpt2_model):
-    """A sampler of one's own: the last but likeliest token."""
+    """With a custom sampler that picks the second most likely token."""
     cfg, params = gpt2_model
 
     def second(logits, key):
@@ -133,11 +133,11 @@ def test_every_row_meets_the_end_of_its_context_by_itself(gpt2_model):
 def test_a_stream_gives_what_generate_gives(model):
     cfg, params = model
     whole = generate(params, [PROMPTS[0]], cfg, max_new_tokens=17, key=KEY)[0]
-    parts = list(stream(params, PROMPTS[0], cfg, max_new_tokens=17, key=KEY, every=5))
-    assert [t for part in parts for t in part] == whole and [len(part) for part in parts] == [5, 5, 5, 2]
+    chunks = list(stream(params, PROMPTS[0], cfg, max_new_tokens=17, key=KEY, every=5))
+    assert [t for chunk in chunks for t in chunk] == whole and [len(chunk) for chunk in chunks] == [5, 5, 5, 2]
     first = whole.index(whole[7])
     cut = stream(params, PROMPTS[0], cfg, max_new_tokens=17, key=KEY, stop=[whole[7]])
-    assert [t for part in cut for t in part] == whole[:first]
+    assert [t for chunk in cut for t in chunk] == whole[:first]
 
 
 def test_log_probabilities_are_the_models(gpt2_model):
@@ -165,7 +165,7 @@ def test_several_samples_of_a_prompt_and_why_they_ended(gpt2_model):
 
 
 def test_repetition_is_held_down(gpt2_model):
-    """With a penalty that nothing outweighs no token comes twice, those of the prompt included."""
+    """With a very large penalty no token is repeated, including the tokens of the prompt."""
     cfg, params = gpt2_model
     sampler = chain(repetition_penalty(1e6), pick=greedy)
     rows = generate(params, PROMPTS, cfg, max_new_tokens=6, key=KEY, sampler=sampler)
@@ -194,10 +194,10 @@ def test_other_lengths_find_the_compiled_programs(tiny):
     run(20, 12)
     before = programs()
     for i in range(50):
-        run(17 + i % 8, 1 + i % 16)  # all within the buckets 24 and 16
+        run(17 + i % 8, 1 + i % 16)  # all lengths fall into the buckets 24 and 16
     assert programs() == before
     run(25, 12)
-    assert programs() == before + 1  # another prompt to read, the same loop
+    assert programs() == before + 1  # one more prefill program, the same decoding loop
 
 
 def test_buckets():
@@ -207,14 +207,14 @@ def test_buckets():
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("sampler", [greedy, chain(temperature(3.0)), chain(repetition_penalty(1.5), temperature(3.0))])
 def test_rows_that_belong_to_no_token_are_never_drawn(model, sampler):
-    """A tokenizer of 5 tokens and a model of 17 rows; log-probabilities stay those of all rows."""
+    """5 tokens in the tokenizer, 17 embedding rows in the model; log-probabilities are still over all 17."""
     cfg, params = model
     settings = dict(max_new_tokens=24, key=KEY, sampler=sampler, vocab_size=5)
     done = complete(params, PROMPTS, cfg, n=2, logprobs=8, **settings)
     assert max(max(row.tokens) for row in done) < 5
     assert all(len(top) == 5 and max(i for i, _ in top) < 5 for row in done for top in row.top)
     assert all(sum(np.exp([p for _, p in top])) < 0.999 for row in done for top in row.top)
-    assert [t for some in stream(params, PROMPTS[0], cfg, **settings) for t in some] == generate(
+    assert [t for chunk in stream(params, PROMPTS[0], cfg, **settings) for t in chunk] == generate(
         params, PROMPTS[:1], cfg, **settings
     )[0]
     with pytest.raises(UserError, match="vocab_size=0"):

@@ -1,4 +1,4 @@
-"""Filters and samplers against distributions worked out in numpy."""
+"""Filters and samplers against distributions computed with numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ DRAWS = 20_000
 
 
 def reference(t=1.0, k=9, p=1.0, least=0.0, penalty=1.0):
-    """The distribution that is meant: the penalty, temperature, the k likeliest, the fewest that reach p, and of
-    those no token less than `least` times as likely as the first."""
+    """The expected distribution after repetition penalty, temperature, top-k, top-p and min-p (`least`), in this
+    order."""
     lowered = np.where(LOGITS > 0, LOGITS / penalty, LOGITS * penalty)
     scaled = np.where(SEEN, lowered, LOGITS).astype(np.float64) / t
     order = np.argsort(-scaled)
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_draws_follow_the_distribution(case):
-    """Chi-square of 20,000 draws: at most 8 degrees of freedom, of which 32 is exceeded once in 10,000."""
+    """Chi-square test of 20,000 draws: with 8 degrees of freedom, 32 is exceeded once in 10,000 trials."""
     filters, meant = CASES[case]
     draw = jax.jit(chain(*filters))
     many, seen = (jnp.broadcast_to(a, (DRAWS, 9)) for a in (LOGITS, SEEN))
@@ -62,7 +62,7 @@ def kept(keep, logits):
 
 def test_top_k():
     assert kept(top_k(2), [[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]]) == [[False, True, True], [True, False, True]]
-    assert kept(top_k(2), [[1.0, 2.0, 2.0, 2.0]]) == [[False, True, True, True]]  # ties stay
+    assert kept(top_k(2), [[1.0, 2.0, 2.0, 2.0]]) == [[False, True, True, True]]  # tokens tied with the k-th are kept
     assert kept(top_k(100), [[1.0, 2.0]]) == [[True, True]]
 
 
@@ -84,7 +84,7 @@ def test_greedy_takes_the_first_of_equals():
 
 
 def test_the_same_settings_are_the_same_function():
-    """So that a compiled loop is found again."""
+    """Equal arguments give the same object, so that a compiled decoding loop is reused."""
     assert chain(temperature(0.8), top_k(50)) is chain(temperature(0.8), top_k(50))
     assert from_config(SampleConfig(top_p=0.9)) is from_config(SampleConfig(top_p=0.9, seed=3))
 

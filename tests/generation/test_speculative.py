@@ -1,4 +1,4 @@
-"""The draft may guess well or badly: the tokens are the large model's own."""
+"""Speculative decoding gives the target model's tokens, however good or bad the draft is."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -36,15 +36,16 @@ def test_the_tokens_are_those_of_greedy_decoding(model, expected, noise):
     draft = jax.tree.map(lambda a: a + noise * jax.random.normal(jax.random.key(a.size), a.shape), params)
     out = speculate(params, draft, PROMPTS, cfg, cfg, max_new_tokens=20)
     assert out.tokens == expected
-    if noise == 0:  # all proposals stand: five tokens a round after the first token
+    if noise == 0:  # all proposals are accepted: five tokens per round after the first token
         assert out.rounds == 4 and out.accepted == 1
 
 
 def test_parameters_stay_as_they_came_where_a_second_layout_has_no_room(model, expected, monkeypatch):
     cfg, params = model
-    monkeypatch.setattr(decode, "device", SimpleNamespace(platform=lambda: "gpu"))  # one that is full
+    # simulates a GPU without free memory
+    monkeypatch.setattr(decode, "device", SimpleNamespace(platform=lambda: "gpu"))
     monkeypatch.setattr(decode, "_COPIED_BYTES", 0)
-    monkeypatch.setattr(module, "for_decoding", lambda params, cfg: pytest.fail("laid out anew"))
+    monkeypatch.setattr(module, "for_decoding", lambda params, cfg: pytest.fail("copied into the decoding layout"))
     assert speculate(params, params, PROMPTS, cfg, cfg, max_new_tokens=20).tokens == expected
 
 
@@ -61,10 +62,10 @@ def test_proposals_from_the_row_itself_change_no_token(model, expected, ngram):
 def test_what_was_said_before_is_proposed():
     rows = np.array(
         [
-            [1, 2, 3, 9, 1, 2, 3, 0, 0, 0],  # after 1 2 3 came 9 1 2
-            [5, 6, 7, 5, 6, 7, 5, 0, 0, 0],  # with a period of three, begun anew where it ends
-            [4, 2, 8, 1, 2, 0, 0, 0, 0, 0],  # only the last token agrees
-            [1, 2, 3, 4, 0, 0, 0, 0, 0, 0],  # nothing does
+            [1, 2, 3, 9, 1, 2, 3, 0, 0, 0],  # 1 2 3 was followed by 9 1 2
+            [5, 6, 7, 5, 6, 7, 5, 0, 0, 0],  # period of three: the continuation is repeated cyclically
+            [4, 2, 8, 1, 2, 0, 0, 0, 0, 0],  # only the last token matches
+            [1, 2, 3, 4, 0, 0, 0, 0, 0, 0],  # no match: the last token is repeated
             [3, 3, 3, 3, 0, 0, 0, 0, 0, 0],
         ]
     )
@@ -76,8 +77,8 @@ def test_what_was_said_before_is_proposed():
 @pytest.mark.parametrize("sampler", [draw, chain(temperature(1.5), top_k(6))], ids=["draw", "filtered"])
 @pytest.mark.parametrize("drafted", ["a draft", "the row"])
 def test_tokens_have_the_probabilities_of_the_model(tiny, sampler, drafted):
-    """4,000 rows: how often each continuation of three tokens came, beside its exact probability (chi-square, 5
-    standard deviations). Where all stand, where none does, and where the draft gives a token no probability."""
+    """4,000 rows: the frequency of each three-token continuation against its exact probability (chi-square, within 5
+    standard deviations)."""
     cfg, params = tiny("gpt2", context_length=32, vocab_size=9)
     params = jax.tree.map(lambda a: 0.6 * a, params)
     draft = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
@@ -116,7 +117,7 @@ def test_a_smaller_draft_and_a_stop(model, expected, tiny):
 
 @pytest.mark.slow
 def test_rows_that_belong_to_no_token(tiny):
-    """The model has 17 rows, the draft 20; the tokenizer 6 tokens."""
+    """The model has 17 embedding rows, the draft 20, the tokenizer 6 tokens."""
     cfg, params = tiny("gpt2", context_length=64)
     draft_cfg, draft = tiny("gpt2", n_layer=1, context_length=64, vocab_size=20)
     prompts = [[3, 1, 4], [1, 5]]
@@ -127,7 +128,7 @@ def test_rows_that_belong_to_no_token(tiny):
 
 @pytest.mark.slow
 def test_a_draft_with_a_smaller_context_than_the_bucket_of_the_prompt(tiny):
-    """49 tokens are padded to 64 where the context allows; the draft's does not, and all that is asked fits in it."""
+    """A prompt of 49 tokens is padded to 64, which exceeds the draft's context of 60; the request itself fits."""
     cfg, params = tiny("llama", vocab_size=37, context_length=64)
     draft_cfg, draft = tiny("llama", vocab_size=37, context_length=60, n_layer=1)
     prompt = [i % 37 for i in range(49)]

@@ -1,4 +1,4 @@
-"""From tokens to text: stop strings, and chunks that can be shown as they come."""
+"""From tokens to text: stop strings, and text chunks for streaming."""
 
 import jax
 import pytest
@@ -20,7 +20,7 @@ def utf8(tokens):
 
 
 def first(row, until):
-    """The row up to the token that is enough."""
+    """The shortest prefix of the row for which `until` is true; the whole row if there is none."""
     return next((row[:n] for n in range(1, len(row) + 1) if until(row[:n])), row)
 
 
@@ -31,7 +31,7 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def rows(model):
-    """Sampled, so that they vary."""
+    """New tokens of every prompt, sampled so that they differ."""
     cfg, params = model
     return generate(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler())
 
@@ -43,10 +43,10 @@ def sampler():
 
 
 def test_a_row_ends_with_the_token_that_completes_a_stop_string(model, rows):
-    """Also one that spans two tokens, and one past the first question to `until`; other rows go on."""
+    """Stop strings that span two tokens, before and after the first call of `until`; the other rows continue."""
     cfg, params = model
-    for at in (2, 11):
-        string = decode(rows[0][at : at + 2])
+    for start in (2, 11):
+        string = decode(rows[0][start : start + 2])
         until = stop_strings(decode, [string, "never"])
         got = complete(params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=until, logprobs=2)
         assert [c.tokens for c in got] == [first(row, until) for row in rows]
@@ -62,22 +62,22 @@ def test_ragged_rows_are_what_each_is_alone(model):
     options = dict(
         max_new_tokens=NEW, key=KEY, logprobs=0, until=lambda tokens: len(tokens) > 2 and sum(tokens) % 7 == 0
     )
-    together = complete(params, PROMPTS, cfg, **options)
+    batched = complete(params, PROMPTS, cfg, **options)
     alone = [complete(params, [prompt], cfg, **options)[0] for prompt in PROMPTS]
-    assert [(c.tokens, c.finish) for c in together] == [(c.tokens, c.finish) for c in alone]
-    assert len({len(c.tokens) for c in together}) > 1
-    for c, other in zip(together, alone, strict=True):
+    assert [(c.tokens, c.finish) for c in batched] == [(c.tokens, c.finish) for c in alone]
+    assert len({len(c.tokens) for c in batched}) > 1
+    for c, other in zip(batched, alone, strict=True):
         assert c.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_all_rows_done_is_the_end(model, rows):
     cfg, params = model
-    asked = []
+    lengths = []
     got = complete(
-        params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=lambda t: not asked.append(len(t))
+        params, PROMPTS, cfg, max_new_tokens=NEW, key=KEY, sampler=sampler(), until=lambda t: not lengths.append(len(t))
     )
     assert [c.tokens for c in got] == [row[:1] for row in rows]
-    assert asked == [1, 1, 1]
+    assert lengths == [1, 1, 1]
 
 
 @pytest.mark.first_cases(1)

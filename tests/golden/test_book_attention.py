@@ -1,4 +1,4 @@
-"""Chapter 3 of the book: self-attention without weights, its causal mask, and heads; chapter 4's norm."""
+"""Chapter 3 of the book: self-attention without weights, causal mask and heads; layer norm of chapter 4."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from gptjax.from_scratch import causal_mask, simple_attention
 from gptjax.ops.attention import attention
 from gptjax.ops.norm import layer_norm
 
-# Your journey starts with one step, a made-up vector for each word.
+# The book's embedding vectors for "Your journey starts with one step", one per word.
 X = np.array(
     [
         [0.43, 0.15, 0.89], [0.55, 0.87, 0.66], [0.57, 0.85, 0.64],
@@ -51,7 +51,7 @@ def test_product_of_heads():
 
 
 def test_variance_after_layer_norm():
-    """eps keeps it below one: v / (v + 1e-5), with v divided by D and not by D - 1."""
+    """The variance is v / (v + 1e-5), slightly below one because of eps; v is the biased variance (divided by D)."""
     out = np.array([[0.2260, 0.3470, 0, 0.2216, 0, 0], [0.2133, 0.2394, 0, 0.5198, 0.3297, 0]], np.float32)
     normed = np.asarray(layer_norm(out))
     assert normed.mean(-1) == pytest.approx([0, 0], abs=1e-6)

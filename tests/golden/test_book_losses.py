@@ -1,4 +1,4 @@
-"""Cross-entropy figures of the book (chapters 5 and 7)."""
+"""Cross-entropy values from the book (chapters 5 and 7)."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_log_probabilities_that_are_gathered():
 
 
 def test_toy_loss_and_perplexity():
-    """Six target probabilities that an untrained model gave; each stands here as one of two outcomes."""
+    """Six target probabilities of an untrained model, each written as a two-class distribution."""
     p = jnp.array([7.4541e-05, 3.1061e-05, 1.1563e-05, 1.0337e-05, 5.6776e-05, 4.7559e-06])
     value = loss(jnp.log(jnp.stack([p, 1 - p], -1)), [0] * 6)
     assert value == pytest.approx(10.7940, abs=5e-5)

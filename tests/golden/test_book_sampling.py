@@ -26,6 +26,6 @@ def test_pizza_at_temperature_5():
     [(1.0, [73, 0, 0, 582, 2, 0, 0, 343, 0]), (5.0, [165, 75, 42, 239, 71, 46, 32, 227, 103])],
 )
 def test_the_books_thousand_draws_fit(t, counts):
-    """The book's counts lie within four standard deviations of ours; it drew 1,000."""
+    """The book's counts in 1,000 draws lie within four standard deviations of the expected counts."""
     p = np.asarray(jax.nn.softmax(temperature(t)(LOGITS))[0], np.float64)
     assert (np.abs(np.array(counts) - 1000 * p) <= 4 * np.sqrt(1000 * p * (1 - p)) + 1).all()

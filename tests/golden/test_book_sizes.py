@@ -1,4 +1,4 @@
-"""Parameter counts of the book, of GPT-2 and of SmolLM2, from shapes alone."""
+"""Parameter counts of the book's models, GPT-2 and SmolLM2, from shapes alone."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from gptjax import tree
 from gptjax.config import ModelConfig, load_config
 from gptjax.model.gpt import abstract_params
 
-# The book's model: an untied head, no bias in q, k and v.
+# The book's model has an untied head and no biases in q, k and v.
 BOOK = ModelConfig(vocab_size=50257, qkv_bias=False, tie_embeddings=False)
 
 
@@ -17,7 +17,7 @@ def count(cfg, **changes):
 
 
 def sized(n_layer, n_head, d_model, **changes):
-    """The book's model in another size; None lets the widths follow."""
+    """The book's config with another size; `changes` sets other fields."""
     return dataclasses.replace(
         BOOK, n_layer=n_layer, n_head=n_head, n_kv_head=n_head, d_model=d_model, d_ff=4 * d_model, **changes
     )

@@ -1,4 +1,4 @@
-"""Appendix D: warmup, cosine, clipping."""
+"""Appendix D of the book: warmup, cosine decay, gradient clipping."""
 
 import math
 
@@ -14,7 +14,7 @@ PEAK, INITIAL, MIN, STEPS, WARMUP = 1e-3, 1e-5, 1e-5, 135, 27
 
 
 def books_rate(step):
-    """Step 0 is the first update."""
+    """The learning rate of the book's code; step 0 is the first update."""
     if step < WARMUP:
         return INITIAL + step * (PEAK - INITIAL) / WARMUP
     progress = (step - WARMUP) / (STEPS - WARMUP)

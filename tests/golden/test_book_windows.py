@@ -1,4 +1,4 @@
-"""Figures of "Build a Large Language Model (From Scratch)", chapters 2.6 and 5.1, and of nanoGPT's split."""
+"""Numbers from "Build a Large Language Model (From Scratch)", chapters 2.6 and 5.1, and nanoGPT's data split."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_eight_windows_of_length_4_stride_4():
 
 
 def test_split_of_the_verdict():
-    """4,612 tokens of training text and 534 of validation: 9 and 1 batches of [2, 256], 4,608 and 512 tokens."""
+    """4,612 training and 534 validation tokens give 9 and 1 batches of [2, 256]: 4,608 and 512 tokens."""
     cfg = DataConfig(stride=256)
     train = data.Loader(
         data.TokenStore.from_ids(np.arange(4612)), cfg, batch_size=2, context_length=256, seed=0, vocab_size=50257
@@ -63,5 +63,5 @@ def test_split_of_the_verdict():
 def test_last_tenth_by_characters(characters, train, val):
     text = "x" * characters
     source = Source("one", (("one.txt", lambda: iter([Document("one.txt", text, "one.txt")])),), "")
-    parts = data.split(Documents((source,)), DataConfig())[:2]
-    assert [len(document.text) for part in parts for document in part] == [train, val]
+    splits = data.split(Documents((source,)), DataConfig())[:2]
+    assert [len(document.text) for split in splits for document in split] == [train, val]

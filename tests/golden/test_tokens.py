@@ -1,4 +1,4 @@
-"""Token ids that the book prints (chapter 2) and that GPT-2 users know."""
+"""Token ids from chapter 2 of the book, and well-known token ids and counts of GPT-2."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gpt2_ids(gpt2, verdict):
 
 
 def test_gpt2_tokens_of_tiny_shakespeare(gpt2, tiny_shakespeare):
-    """nanoGPT prints 301,966 and 36,059 for its split at 90 % of the characters."""
+    """nanoGPT reports 301,966 and 36,059 tokens for its split at 90 % of the characters."""
     cut = int(len(tiny_shakespeare) * 0.9)
     assert len(gpt2.encode_array(tiny_shakespeare[:cut])) == 301_966
     assert len(gpt2.encode_array(tiny_shakespeare[cut:])) == 36_059

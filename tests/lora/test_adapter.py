@@ -1,4 +1,4 @@
-"""Every member of the family against the matrix it stands for, and every function of trees against its definition."""
+"""Every LoRA variant against its dense matrix, and every function on adapter trees against its definition."""
 
 import dataclasses
 import re
@@ -37,7 +37,7 @@ def start(params, cfg):
 
 
 def moved(adapter, seed=0):
-    """Away from the start, so that nothing is hidden by zeros."""
+    """Perturb an adapter randomly, so that zeros from initialisation hide nothing."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), adapter)
 
@@ -59,8 +59,8 @@ def run(params, cfg):
 
 @pytest.mark.first_cases(3)
 def test_at_the_start_nothing_changes(member):
-    """Where the weights stay as they are, what is added is zero, and only another fusion could round otherwise; DoRA
-    divides lengths, and `init_from_weights` adds what it subtracted."""
+    """A new adapter adds exactly zero, up to different fusion. DoRA (division by norms) and `init_from_weights` (adds
+    what it subtracted) have rounding errors."""
     cfg, params, lcfg, base, adapter = member
     got, want = run(lora.attach(base, adapter, lcfg), cfg), run(params, cfg)
     np.testing.assert_allclose(got, want, atol=2e-5 if lcfg.dora or lcfg.init != "lora" else 1e-5)
@@ -79,7 +79,7 @@ def test_attached_is_merged(member):
 
 @pytest.mark.first_cases(1)
 def test_gradients_are_those_of_the_merged_matrices(member):
-    """With the column norms of DoRA held constant on both sides."""
+    """DoRA's column norms are treated as constants on both sides."""
     cfg, _, lcfg, base, adapter = member
     loss = next_token(cfg)
     adapter = moved(adapter)
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_merged_matrices(member):
 
 
 def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
-    """Compiled: the gradient of a frozen weight would be a product [in, out], and there is none."""
+    """The compiled program has no [in, out] product, which the gradient of a frozen weight would be."""
     cfg, params = tiny("gpt2", d_model=40, d_ff=56, n_head=4, n_kv_head=4, tie_embeddings=False)
     lcfg = LoraConfig(rank=4)
     adapter = lora.init(KEY, params, lcfg)
@@ -118,7 +118,7 @@ def test_no_product_of_the_weights_shape_in_the_backward_pass(tiny):
 
     loss = next_token(cfg)
     assert not products(lambda a: lora.bind(loss, params, lcfg)(a, BATCH)[0].total, adapter)
-    assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # the check can fail
+    assert products(lambda p: loss(p, BATCH, None)[0].total, params)  # training the weights needs such a product
 
 
 @pytest.mark.first_cases(1)
@@ -133,8 +133,8 @@ def test_vmap_over_adapters_is_a_loop(model, name):
     def logits(adapter, scale):
         return gptjax.forward(lora.attach(params, adapter, lcfg, scales=scale), BATCH.tokens, cfg)
 
-    together = jax.jit(jax.vmap(logits))(stacked, scales)
-    for adapter, scale, row in zip(adapters, scales, together, strict=True):
+    vmapped = jax.jit(jax.vmap(logits))(stacked, scales)
+    for adapter, scale, row in zip(adapters, scales, vmapped, strict=True):
         np.testing.assert_allclose(row, logits(adapter, scale), atol=1e-4)
 
 
@@ -146,15 +146,15 @@ def test_rows_of_a_batch_through_adapters_of_their_own(model):
     ids, tokens = [2, 0, 1, 2], np.random.default_rng(1).integers(0, 17, (4, 9))
     scales = jnp.array([0.5, 1.0, 2.0])
     both = lora.attach(params, lora.rows(adapters, ids), lcfg, scales=scales[jnp.array(ids)])
-    together = gptjax.forward(both, tokens, cfg)
+    logits = gptjax.forward(both, tokens, cfg)
     prompts = [row[: 3 + i].tolist() for i, row in enumerate(tokens)]
     written = gptjax.generate(both, prompts, cfg, max_new_tokens=5, key=KEY)
     for i, k in enumerate(ids):
-        one = lora.attach(params, adapters[k], lcfg, scales=scales[k])
-        np.testing.assert_allclose(together[i], gptjax.forward(one, tokens[i : i + 1], cfg)[0], atol=1e-4)
-        assert written[i] == gptjax.generate(one, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
+        single = lora.attach(params, adapters[k], lcfg, scales=scales[k])
+        np.testing.assert_allclose(logits[i], gptjax.forward(single, tokens[i : i + 1], cfg)[0], atol=1e-4)
+        assert written[i] == gptjax.generate(single, [prompts[i]], cfg, max_new_tokens=5, key=KEY)[0]
     merged = lora.merge(params, adapters[2], lcfg, scales=scales[2])
-    np.testing.assert_allclose(together[0], gptjax.forward(merged, tokens[:1], cfg)[0], atol=1e-4)
+    np.testing.assert_allclose(logits[0], gptjax.forward(merged, tokens[:1], cfg)[0], atol=1e-4)
     with pytest.raises(UserError, match="for kernels without DoRA only"):
         lora.rows([lora.init(KEY, params, MEMBERS["dora"])], [0])
 
@@ -196,9 +196,8 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
     adapter = lora.init(KEY, params, lcfg)
     loss = jax.jit(lora.bind(next_token(cfg), params, lcfg))
     plain = loss(adapter, BATCH, None)[0].total
-    assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(
-        float(plain), rel=1e-6
-    )  # b is zero, the base sees all of x
+    # b is zero, and dropout does not affect the base branch
+    assert loss(adapter, BATCH, KEY)[0].total == pytest.approx(float(plain), rel=1e-6)
     adapter = moved(adapter)
     values = {float(loss(adapter, BATCH, key)[0].total) for key in (KEY, KEY, jax.random.key(9), None)}
     assert len(values) == 3
@@ -208,7 +207,7 @@ def test_dropout_is_in_the_low_rank_branch_and_follows_the_key(model):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_reaches_the_head_inside_the_loss(dora, dtype):
-    """The loss takes the head in pieces; with the same key it is the loss of `forward`, whose head drops its input."""
+    """The loss, which computes logits in chunks, equals the loss from `forward` with the same dropout key."""
     cfg = ModelConfig(arch="llama", vocab_size=37, context_length=16, n_layer=1, n_head=2, d_model=16, dtype=dtype)
     params = gptjax.init_params(KEY, cfg)
     lcfg = LoraConfig(rank=3, targets="lm_head/kernel", dropout=0.5, dora=dora)
@@ -272,7 +271,7 @@ def test_layers_that_are_not_there_and_dora_on_some():
 
 
 def test_parameter_counts_of_the_book():
-    """2,666,528: GPT-2 small with two classes in the head's place, rank 16 on every linear, the new head's too."""
+    """2,666,528: GPT-2 small with a two-class head, rank 16 on every linear layer including the head."""
     shapes = gptjax.abstract_params(ModelConfig(vocab_size=50257))
     count = tree.size(jax.eval_shape(lambda: lora.init(KEY, shapes, LoraConfig(rank=16))))
     assert count + 16 * (768 + 2) == 2_666_528
@@ -295,14 +294,14 @@ def delta(params, adapter, lcfg):
 def test_algebra(model):
     _, params = model
     lcfg = MEMBERS["lora"]
-    one, two = (moved(lora.init(KEY, params, lcfg), seed) for seed in (1, 2))
-    d1, d2 = delta(params, one, lcfg), delta(params, two, lcfg)
+    first, second = (moved(lora.init(KEY, params, lcfg), seed) for seed in (1, 2))
+    d1, d2 = delta(params, first, lcfg), delta(params, second, lcfg)
     for made, want in (
-        (lora.concatenate([one, two]), lambda a, b: a + b),
-        (lora.concatenate([one, two], [2.0, -0.5]), lambda a, b: 2 * a - b / 2),
-        (lora.average([one, two]), lambda a, b: (a + b) / 2),
-        (lora.interpolate(one, two, 0.25), lambda a, b: 0.75 * a + 0.25 * b),
-        (lora.negate(one), lambda a, b: -a),
+        (lora.concatenate([first, second]), lambda a, b: a + b),
+        (lora.concatenate([first, second], [2.0, -0.5]), lambda a, b: 2 * a - b / 2),
+        (lora.average([first, second]), lambda a, b: (a + b) / 2),
+        (lora.interpolate(first, second, 0.25), lambda a, b: 0.75 * a + 0.25 * b),
+        (lora.negate(first), lambda a, b: -a),
     ):
         jax.tree.map(
             lambda got, a, b, want=want: np.testing.assert_allclose(got, want(a, b), atol=2e-5),

@@ -1,4 +1,4 @@
-"""Next-token prediction: the loss of the task is the model's logits against the targets."""
+"""Next-token prediction: the loss is the cross-entropy of the model's logits and the targets."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def batch(seed=0, B=4, T=8):
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
 def test_loss_is_the_cross_entropy_of_the_logits(tiny, arch):
-    """modern: with its softcap and head of its own."""
+    """arch=modern has a logit softcap and an untied head."""
     cfg, params = tiny(arch)
     data = batch()
 
@@ -62,7 +62,7 @@ def steps_of(tiny, tx, **how):
 
 
 def test_accumulation_equals_the_whole_batch(tiny):
-    """Rows whose targets weigh differently: the same loss and gradient from 4 parts as from one."""
+    """With unequal target weights, four micro-batches give the same loss and gradient as one batch."""
 
     def run(n):
         step, state = steps_of(tiny, optax.sgd(1.0), accumulation=n)
@@ -74,11 +74,11 @@ def test_accumulation_equals_the_whole_batch(tiny):
 
 
 def test_it_learns_and_does_so_again_bit_for_bit(tiny):
-    """Sixty steps in one call on one batch; the second run ends in the same bits."""
+    """Sixty steps on one batch, in one call; a second run ends with bitwise equal parameters."""
     step, state = steps_of(tiny, optax.adam(1e-2))
     many = jax.jit(make_multi_step(step))
     batches = jax.tree.map(lambda x: np.repeat(x[None], 60, 0), batch())
-    (end, metrics), (again, _) = many(state, batches), many(state, batches)
+    (end, metrics), (repeated, _) = many(state, batches), many(state, batches)
     assert metrics["loss"][-1] < 0.3 * metrics["loss"][0]
-    for a, b in zip(jax.tree.leaves(end.params), jax.tree.leaves(again.params), strict=True):
+    for a, b in zip(jax.tree.leaves(end.params), jax.tree.leaves(repeated.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""The losses on preferences: against their formulas, and what cannot change them."""
+"""Preference losses against their formulas, and their independence of padding, packing and prompt targets."""
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def before():
 def log_probs(model):
     cfg, params = model
     out = np.zeros((3, 2, 2))
-    for i, sides in enumerate(PAIRS.pairs):
-        for j, (ids, weights) in enumerate(sides):
+    for i, pair in enumerate(PAIRS.pairs):
+        for j, (ids, weights) in enumerate(pair):
             logp = jax.nn.log_softmax(forward(params, ids[None, :-1], cfg)[0])
             each = np.asarray(logp)[np.arange(len(ids) - 1), ids[1:]] * weights[1:]
             out[i, j] = each.sum(), weights.sum()
@@ -64,7 +64,7 @@ def test_log_probs_are_those_of_each_answer_alone(model):
 
 
 def by_formula(kind, now, before, length, beta, margin=1.0):
-    """In float64, from the papers."""
+    """The losses in float64, by the formulas of the papers."""
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
@@ -102,10 +102,10 @@ def test_losses_are_their_formulas(model, before, kind):
 def test_neither_padding_nor_packing_changes_anything(model, before, kind, other):
     cfg, params = model
     gradient = jax.jit(jax.value_and_grad(lambda p, b: preference(cfg, kind)(p, b, None)[0].total))
-    one, two = gradient(params, batch(reference=before)), gradient(params, batch(reference=before, **other))
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-4)
-    for path, leaf in tree.flatten(one[1]).items():
-        np.testing.assert_allclose(tree.flatten(two[1])[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
+    expected, got = gradient(params, batch(reference=before)), gradient(params, batch(reference=before, **other))
+    np.testing.assert_allclose(expected[0], got[0], rtol=1e-4)
+    for path, leaf in tree.flatten(expected[1]).items():
+        np.testing.assert_allclose(tree.flatten(got[1])[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
 @pytest.mark.first_cases(1)
@@ -114,21 +114,21 @@ def test_parts_of_a_batch_add_up(model, before, kind):
     cfg, params = model
     whole = batch(reference=before)
     loss = jax.jit(lambda b: preference(cfg, kind)(params, b, None)[0])
-    parts = [loss(jax.tree.map(lambda x, i=i: x[i : i + 1], whole)) for i in range(3)]
-    np.testing.assert_allclose(sum(p.total for p in parts), loss(whole).total, rtol=1e-5)
+    totals = [loss(jax.tree.map(lambda x, i=i: x[i : i + 1], whole)) for i in range(3)]
+    np.testing.assert_allclose(sum(p.total for p in totals), loss(whole).total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_prompt_is_not_learned(model, before, kind):
-    """Another target inside the question changes nothing."""
+    """Changing the targets inside the prompt does not change the loss."""
     cfg, params = model
-    one = batch(reference=before)
-    other = one._replace(targets=np.where(one.weights > 0, one.targets, 9))
+    original = batch(reference=before)
+    other = original._replace(targets=np.where(original.weights > 0, original.targets, 9))
 
     def loss(b):
         return preference(cfg, kind)(params, b, None)[0].total
 
-    np.testing.assert_array_equal(loss(one), loss(other))
+    np.testing.assert_array_equal(loss(original), loss(other))
 
 
 def test_dpo_begins_at_ln_2_with_no_margin(model):
@@ -143,14 +143,14 @@ def test_dpo_begins_at_ln_2_with_no_margin(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_down_makes_the_chosen_answers_likelier_than_the_others(model, before, kind):
     cfg, params = model
-    some = batch(reference=before)
+    examples = batch(reference=before)
 
     def loss(p):
-        return preference(cfg, kind, beta=0.5)(p, some, None)
+        return preference(cfg, kind, beta=0.5)(p, examples, None)
 
     grads = jax.grad(lambda p: loss(p)[0].total)(params)
     after = jax.tree.map(lambda p, g: p - 1e-4 * g, params, grads)
     assert loss(after)[0].total < loss(params)[0].total
-    if kind != "kto":  # which may lower both
+    if kind != "kto":  # KTO may lower both log-probabilities
         assert loss(after)[1]["margin"].total > loss(params)[1]["margin"].total
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

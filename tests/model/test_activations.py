@@ -1,4 +1,4 @@
-"""Reading and replacing activations: what is read is what flows, and what is put in its place flows on."""
+"""Reading and replacing activations with `tapped` and `patches`."""
 
 import math
 
@@ -28,7 +28,7 @@ MODELS = pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.key
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 7))
 EVERYTHING = ("*", "blocks/*/attn/weights")
 CLOSE = dict(rtol=1e-4, atol=1e-4)
-SAME = dict(rtol=1e-5, atol=1e-5)  # the same operations, in a program that an accelerator may fuse otherwise
+SAME = dict(rtol=1e-5, atol=1e-5)  # the same operations; an accelerator may fuse the two programs differently
 
 
 def noise(*shape, seed=1):
@@ -36,7 +36,7 @@ def noise(*shape, seed=1):
 
 
 def some_patches(cfg):
-    """One of each kind: stacks and single layers, data and functions, replacing, adding and scaling; no time axis."""
+    """One patch of each kind: all layers or one, arrays or functions, replace, add or scale; none has a time axis."""
     L, N, K, H = cfg.n_layer, cfg.n_head, cfg.n_kv_head, cfg.head_dim
     heads = np.ones((L, N, 1), np.float32)
     heads[0, 1], heads[1, 2] = 0, 0.5
@@ -67,8 +67,8 @@ def test_without_patches_it_is_the_same_program(tiny, switches):
 @pytest.mark.first_cases(1)
 @MODELS
 def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
-    """Shapes as documented; stacks are the single layers; the stream is the sum of what is added to it; stacked
-    parameters as those that lie apart; each of the run's own activations, in its own place, changes nothing."""
+    """Activations have the documented shapes and sum to the residual stream; stacked and per-layer paths agree, as do
+    stacked and unstacked parameters; replacing an activation by itself does not change the logits."""
     cfg, params = tiny(**switches)
     singles = tuple(name.replace("*", "1") for name in activations.names(cfg))
 
@@ -78,16 +78,16 @@ def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
 
     @jax.jit
     def put_back(params, acts):
-        """One run for each path, in which it alone is replaced."""
+        """Logits [n, B, T, V] of one run per path, in which only that activation is replaced."""
 
-        def one(chosen):
+        def replace_one(chosen):
             patches = {}
             for on, (path, value) in zip(chosen, acts.items(), strict=True):
                 mask = jnp.full((len(value),) + (1,) * (value.ndim - 1), on) if "*" in path else on
                 patches[path] = replace(value, mask)
             return forward(params, TOKENS, cfg, patches=patches)
 
-        return jax.vmap(one)(jnp.eye(len(acts), dtype=bool))
+        return jax.vmap(replace_one)(jnp.eye(len(acts), dtype=bool))
 
     logits, acts = run(params)
     plain = jax.jit(lambda p: forward(p, TOKENS, cfg))(params)
@@ -104,29 +104,29 @@ def test_every_activation_is_read_and_put_back_unchanged(tiny, switches):
         assert value.shape == ((L,) if layer else ()) + (B, *special.get(site, (T, D))), path
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(acts[path.replace("*", "1")], value[1] if layer else value, **SAME)
-    again = put_back(params, stacks)
-    np.testing.assert_allclose(again, np.broadcast_to(plain, again.shape), rtol=2e-5, atol=2e-5)
+    replaced = put_back(params, stacks)
+    np.testing.assert_allclose(replaced, np.broadcast_to(plain, replaced.shape), rtol=2e-5, atol=2e-5)
     for a, b in zip(jax.tree.leaves(run(unstack_layers(params, cfg))), jax.tree.leaves((logits, acts)), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
 
-    at = {path.removeprefix("blocks/*/"): np.asarray(value) for path, value in stacks.items()}
-    np.testing.assert_allclose(at["resid_pre"] + at["attn/out"], at["resid_mid"], **CLOSE)
-    np.testing.assert_allclose(at["resid_mid"] + at["mlp/out"], at["resid"], **CLOSE)
+    stacked = {path.removeprefix("blocks/*/"): np.asarray(value) for path, value in stacks.items()}
+    np.testing.assert_allclose(stacked["resid_pre"] + stacked["attn/out"], stacked["resid_mid"], **CLOSE)
+    np.testing.assert_allclose(stacked["resid_mid"] + stacked["mlp/out"], stacked["resid"], **CLOSE)
     if not cfg.residual_lambdas:
-        np.testing.assert_allclose(at["resid_pre"][0], at["embed"], **SAME)
-        np.testing.assert_allclose(at["resid_pre"][1:], at["resid"][:-1], **SAME)
-    np.testing.assert_allclose(jax.jit(lambda p, h: lm_logits(p, h, cfg))(params, at["ln_f/out"]), logits, **CLOSE)
+        np.testing.assert_allclose(stacked["resid_pre"][0], stacked["embed"], **SAME)
+        np.testing.assert_allclose(stacked["resid_pre"][1:], stacked["resid"][:-1], **SAME)
+    np.testing.assert_allclose(jax.jit(lambda p, h: lm_logits(p, h, cfg))(params, stacked["ln_f/out"]), logits, **CLOSE)
 
 
 def test_a_patched_model_by_hand(tiny):
-    """GPT-2 in plain operations, with each patch written where it belongs."""
+    """A patched GPT-2 against a reimplementation in plain operations with the patches written into it."""
     cfg, params = tiny("gpt2", n_kv_head=4)
     patches = {
         "embed": add(noise(32)),
-        "blocks/0/attn/heads": replace(0.0, np.arange(4)[:, None] == 2),  # head 2 of layer 0 is gone
-        "blocks/1/attn/weights": np.full((2, 4, 7, 7), 1 / 7, np.float32),  # layer 1 looks everywhere alike
+        "blocks/0/attn/heads": replace(0.0, np.arange(4)[:, None] == 2),  # head 2 of layer 0 is ablated
+        "blocks/1/attn/weights": np.full((2, 4, 7, 7), 1 / 7, np.float32),  # uniform attention in layer 1
         "blocks/*/mlp/hidden": scale(noise(2, 48)),
-        "blocks/1/resid": replace(noise(32, seed=3), np.arange(7)[:, None] == 5),  # one position
+        "blocks/1/resid": replace(noise(32, seed=3), np.arange(7)[:, None] == 5),  # only position 5
     }
 
     def linear(x, node):
@@ -158,23 +158,24 @@ def test_a_patched_model_by_hand(tiny):
 @pytest.mark.first_cases(1)
 @MODELS
 def test_cached_is_uncached(tiny, switches):
-    """Patched, in pieces: as a prompt, then token by token from the layout for decoding; activations too."""
+    """With patches, prefill and then single tokens in the decoding layout give the uncached logits and activations."""
     cfg, params = tiny(**switches)
     patches = some_patches(cfg)
-    asked = ("blocks/*/resid", "blocks/1/attn/k", "embed")
+    paths = ("blocks/*/resid", "blocks/1/attn/k", "embed")
 
     @jax.jit
-    def both(params, quick):
+    def both(params, decode_params):
         cache = init_cache(cfg, 2, 10)
-        first, cache, acts = extend_tapped(params, TOKENS[:, :5], cfg, cache, asked, patches=patches)
-        second, cache = extend(quick, TOKENS[:, 5:6], cfg, cache, patches=patches)
-        third, _, last = extend_tapped(quick, TOKENS[:, 6:], cfg, cache, asked, patches=patches)
+        first, cache, acts = extend_tapped(params, TOKENS[:, :5], cfg, cache, paths, patches=patches)
+        second, cache = extend(decode_params, TOKENS[:, 5:6], cfg, cache, patches=patches)
+        third, _, last = extend_tapped(decode_params, TOKENS[:, 6:], cfg, cache, paths, patches=patches)
         return jnp.concatenate([first, second, third], 1), acts, last
 
     logits, acts, last = both(params, for_decoding(params, cfg))
-    whole, seen = jax.jit(lambda p: tapped(p, TOKENS, cfg, asked, patches=patches))(params)
+    whole, seen = jax.jit(lambda p: tapped(p, TOKENS, cfg, paths, patches=patches))(params)
     np.testing.assert_allclose(logits, whole, **CLOSE)
-    assert np.abs(whole - jax.jit(lambda p: forward(p, TOKENS, cfg))(params)).max() > 0.1  # the patches did something
+    # the patches change the logits
+    assert np.abs(whole - jax.jit(lambda p: forward(p, TOKENS, cfg))(params)).max() > 0.1
     for path, value in seen.items():
         time = 2 if "*" in path else 1
         np.testing.assert_allclose(acts[path], np.take(value, range(5), time), **CLOSE)
@@ -182,7 +183,7 @@ def test_cached_is_uncached(tiny, switches):
 
 
 def test_weights_over_a_cache(tiny):
-    """They span its slots, and what is not there yet has none; replaced by themselves they change nothing."""
+    """Attention weights span all cache slots and are 0 on empty ones; replacing them by themselves changes nothing."""
     cfg, params = tiny("llama", sliding_window=3)
     path = "blocks/*/attn/weights"
 
@@ -190,17 +191,17 @@ def test_weights_over_a_cache(tiny):
     def run(params):
         _, cache = extend(params, TOKENS[:, :5], cfg, init_cache(cfg, 2, 10))
         logits, _, acts = extend_tapped(params, TOKENS[:, 5:], cfg, cache, (path,))
-        again, _ = extend(params, TOKENS[:, 5:], cfg, cache, patches=acts)
-        return logits, acts[path], again, tapped(params, TOKENS, cfg, (path,))[1][path]
+        replaced, _ = extend(params, TOKENS[:, 5:], cfg, cache, patches=acts)
+        return logits, acts[path], replaced, tapped(params, TOKENS, cfg, (path,))[1][path]
 
-    logits, weights, again, maps = map(np.asarray, run(params))
+    logits, weights, replaced, maps = map(np.asarray, run(params))
     assert weights.shape == (2, 2, 4, 2, 10) and not weights[..., 7:].any()
     np.testing.assert_allclose(weights[..., :7], maps[..., 5:, :], **CLOSE)
-    np.testing.assert_allclose(again, logits, **CLOSE)
+    np.testing.assert_allclose(replaced, logits, **CLOSE)
 
 
 def test_patches_are_data(tiny):
-    """One program serves all values; vmapped over them it gives what a loop gives; gradients flow into them."""
+    """Patches are traced: new values do not recompile, and vmap over patches or tokens equals a loop."""
     cfg, params = tiny("llama")
     values = noise(3, 2, 32)
     traces = []
@@ -216,14 +217,14 @@ def test_patches_are_data(tiny):
     np.testing.assert_allclose(jax.jit(jax.vmap(run, (None, 0)))(params, many), np.stack(loop), **CLOSE)
     tokens = np.random.default_rng(0).integers(0, 17, (3, 2, 7))
     shared = {"blocks/1/resid": add(noise(32))}
-    one = jax.jit(lambda p, t: forward(p, t, cfg, patches=shared))
-    np.testing.assert_allclose(jax.vmap(one, (None, 0))(params, tokens)[2], one(params, tokens[2]), **CLOSE)
+    single = jax.jit(lambda p, t: forward(p, t, cfg, patches=shared))
+    np.testing.assert_allclose(jax.vmap(single, (None, 0))(params, tokens)[2], single(params, tokens[2]), **CLOSE)
 
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_gradients_with_respect_to_an_activation(tiny, remat):
-    """Of what is added to the embedding: the gradient of the position table. Through a replaced activation: none."""
+    """The gradient of an offset to the embedding equals that of the position table; a replaced activation blocks it."""
     cfg, params = tiny("gpt2", remat=remat)
 
     def loss(params, delta, patches):
@@ -249,11 +250,11 @@ def test_adapters_and_quantised_leaves(tiny):
     def run(params):
         return tapped(params, TOKENS, cfg, ("*",), patches=patches)
 
-    for one, other in (
+    for params_a, params_b in (
         (lora.attach(params, adapter, lcfg), lora.merge(params, adapter, lcfg)),
         (quantize(params, "int8"), gptjax.dequantize(quantize(params, "int8"))),
     ):
-        for a, b in zip(jax.tree.leaves(run(one)), jax.tree.leaves(run(other)), strict=True):
+        for a, b in zip(jax.tree.leaves(run(params_a)), jax.tree.leaves(run(params_b)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
     def loss(adapter):
@@ -269,7 +270,7 @@ def test_adapters_and_quantised_leaves(tiny):
 
 @pytest.mark.slow
 def test_order_and_dropout(tiny):
-    """Several at one place go in the order given, a single layer's after the stack's; documents and dropout as ever."""
+    """Patches of an activation apply in order, single-layer ones last; segment ids and dropout work as without them."""
     cfg, params = tiny("gpt2", dropout=0.5)
     ids, key = jnp.array([[0, 0, 0, 1, 1, 1, 1]] * 2), jax.random.key(0)
     patches = {

@@ -1,4 +1,4 @@
-"""The cache as a value: what is written where, and what padding does."""
+"""The KV cache: which slots are written, and the effect of padding."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_every_row_is_written_from_its_own_length_on(rows):
     assert not any(a.any() for a in cache.read(0, jnp.float32))
 
 
-def test_int8_keeps_each_heads_numbers_to_a_127th_of_their_largest():
+def test_int8_error_is_at_most_half_a_step_of_each_head():
     cfg = ModelConfig(vocab_size=5, n_layer=1, n_head=3, d_model=24, context_length=6)
     k, v = np.random.default_rng(0).normal(size=(2, 2, 3, 6, 8)).astype(np.float32)
     cache = init_cache(cfg, 2, dtype="int8").write(0, jnp.array(k), jnp.array(v))
@@ -54,15 +54,15 @@ SWITCHES = {
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
 def test_padding_on_the_right_is_never_seen(tiny, switches):
-    """A short row beside a long one reads what it reads alone, in two calls as in one; layers stacked or apart."""
+    """A short row in a ragged batch gives the same logits as alone, in one call or two, with layers stacked or not."""
     cfg, params = tiny(**switches)
     tokens = np.random.default_rng(0).integers(0, 17, (2, 7))
 
     @jax.jit
-    def both(params, quick):
+    def both(params, decode_params):
         first, cache = extend(params, tokens[:, :5], cfg, init_cache(cfg, 2, 10), lengths=jnp.array([5, 2]))
         rest = np.stack([tokens[0, 5:], tokens[1, 2:4]])
-        second, cache = extend(quick, rest, cfg, cache)
+        second, cache = extend(decode_params, rest, cfg, cache)
         return first, second, cache.length, forward(params, tokens, cfg)
 
     first, second, length, whole = both(params, for_decoding(params, cfg))

@@ -1,4 +1,4 @@
-"""Parameters laid out for one token a turn: the same numbers as before, on a CPU and in the programs of a GPU."""
+"""`for_decoding`, the parameter layout for single tokens: the same logits, on a CPU and in the programs of a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def in_steps(params, cfg, tokens=TOKENS):
-    """Logits of all tokens, read one by one; the first three at once."""
+    """Logits of all tokens through the cache: the first three in one call, then one token per call."""
     logits, cache = extend(params, tokens[:, :3], cfg, init_cache(cfg, 1, 12))
     step = jax.jit(lambda params, token, cache: extend(params, token, cfg, cache))
     for i in range(3, tokens.shape[1]):
@@ -49,7 +49,7 @@ def test_it_reads_as_before(tiny, name, kind):
     cfg, params = tiny(**SWITCHES[name], d_ff=64)
     params = KINDS[kind](params)
     want = forward(params, TOKENS, cfg)
-    with compiling_for("gpu", capability=7.5):  # whose attention a CPU can run
+    with compiling_for("gpu", capability=7.5):  # a GPU without cuDNN attention: its program runs on a CPU too
         laid = for_decoding(params, cfg)
         got = in_steps(laid, cfg)
     assert "blocks" not in laid and ("qkv" in laid["blocks_0"]["attn"]) == (kind in ("plain", "int8", "nf4"))
@@ -60,7 +60,7 @@ def test_it_reads_as_before(tiny, name, kind):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_low_matrices_give_the_same_logits(tiny, tied):
-    """Products take their operands in bfloat16 whatever the parameters are kept in."""
+    """With dtype=bfloat16 the decoding layout stores matrices in bfloat16; the logits hardly change."""
     cfg, params = tiny("llama", tie_embeddings=tied, dtype="bfloat16")
     with compiling_for("gpu", capability=7.5):
         laid = for_decoding(params, cfg)
@@ -70,7 +70,7 @@ def test_low_matrices_give_the_same_logits(tiny, tied):
         assert {leaf.dtype.name for leaf in matrices.values()} == {"bfloat16"}
         head = laid["wte"]["embedding"].shape[0] if tied else laid["lm_head"]["kernel"].shape[1]
         assert head == 128
-        # XLA leaves out other roundings to bfloat16 in other programs
+        # XLA elides different bfloat16 roundings in the two programs
         np.testing.assert_allclose(forward(laid, TOKENS, cfg), forward(params, TOKENS, cfg), atol=0.1)
         got = generate(laid, [[3, 1, 4]], cfg, max_new_tokens=8, key=jax.random.key(0))
         assert got == generate(params, [[3, 1, 4]], cfg, max_new_tokens=8, key=jax.random.key(0))
@@ -112,7 +112,7 @@ def test_quantised_matrices_side_by_side(make, widths):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [int8, nf4])
 def test_one_row_on_a_gpu_reads_no_float_matrix(make, dtype):
-    """The sum over the integers is the product, and no array of floats as large as the matrix goes into one."""
+    """A single row is multiplied as a sum over the integers; the program has no `dot_general` with a float matrix."""
     leaf, x = make(jax.random.normal(jax.random.key(0), (128, 48))), jax.random.normal(jax.random.key(1), (1, 1, 128))
     with compiling_for("gpu"):
         x, want = x.astype(dtype), x.astype(dtype).astype(jnp.float32) @ dense(leaf)

@@ -1,4 +1,4 @@
-"""The decoder's doors: what it starts from, what each switch does, and that it is made of the pieces in `ops`."""
+"""The decoder: initialisation, the effect of each config switch, and its equality with the functions in `ops`."""
 
 import dataclasses
 import itertools
@@ -37,19 +37,19 @@ def test_shapes_and_dtypes(tiny):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(cfg))} == {"float32"}
 
 
-@pytest.mark.parametrize("at", ["learned", "sinusoidal", "alibi"])
-def test_gpt2_is_made_of_the_pieces(tiny, at):
-    """A GPT-2 without biases in ten lines, from functions of plain arrays."""
-    cfg, params = tiny("gpt2", bias=False, qkv_bias=False, n_kv_head=4, position=at)
+@pytest.mark.parametrize("position_kind", ["learned", "sinusoidal", "alibi"])
+def test_gpt2_is_made_of_the_pieces(tiny, position_kind):
+    """GPT-2 without biases against ten lines that compose functions of `ops`."""
+    cfg, params = tiny("gpt2", bias=False, qkv_bias=False, n_kv_head=4, position=position_kind)
 
     def by_hand(params):
         x = params["wte"]["embedding"][TOKENS]
-        x = x + params["wpe"]["embedding"][:12] if at == "learned" else x
-        x = x + position.sinusoidal(jnp.arange(12), 32) if at == "sinusoidal" else x
+        x = x + params["wpe"]["embedding"][:12] if position_kind == "learned" else x
+        x = x + position.sinusoidal(jnp.arange(12), 32) if position_kind == "sinusoidal" else x
         for i in range(cfg.n_layer):
             p = layer(params, i)
             w = [p["attn"][name]["kernel"] for name in "qkvo"]
-            x = x + multi_head_attention(layer_norm(x, **p["ln_1"]), *w, cfg.n_head, alibi=at == "alibi")
+            x = x + multi_head_attention(layer_norm(x, **p["ln_1"]), *w, cfg.n_head, alibi=position_kind == "alibi")
             x = x + feed_forward(layer_norm(x, **p["ln_2"]), p["mlp"]["up"]["kernel"], p["mlp"]["down"]["kernel"])
         return layer_norm(x, **params["ln_f"]) @ params["wte"]["embedding"].T
 
@@ -57,7 +57,7 @@ def test_gpt2_is_made_of_the_pieces(tiny, at):
 
 
 def test_llamas_feed_forward_is_the_gated_piece(tiny):
-    """With attention's output at zero a one-layer model is its feed-forward."""
+    """With a zero attention output, a one-layer model is its feed-forward layer."""
     cfg, params = tiny("llama", n_layer=1, norm_scale=False)
     params["blocks"]["attn"]["o"]["kernel"] *= 0
 
@@ -72,9 +72,9 @@ def test_llamas_feed_forward_is_the_gated_piece(tiny):
     np.testing.assert_allclose(run(cfg, params), jax.jit(by_hand)(params), rtol=1e-4, atol=1e-4)
 
 
-# One switch at a time, away from what the arch says.
+# One switch at a time, set to another value than the default of the arch.
 SWITCHES = [
-    *[("gpt2", {"position": at}) for at in ("sinusoidal", "rope", "alibi")],
+    *[("gpt2", {"position": kind}) for kind in ("sinusoidal", "rope", "alibi")],
     ("gpt2", {"norm": "rmsnorm"}), ("gpt2", {"norm_scale": False}), ("gpt2", {"norm_bias": False}),
     ("gpt2", {"norm_eps": 0.5}), ("gpt2", {"activation": "swiglu"}), ("gpt2", {"activation": "relu2"}),
     ("gpt2", {"qkv_bias": False}), ("gpt2", {"bias": False}), ("gpt2", {"tie_embeddings": False}),
@@ -89,7 +89,7 @@ SWITCHES = [
 
 @pytest.fixture(scope="module")
 def base(tiny):
-    """(arch, layers) -> logits; one layer is quicker to compile, but the values of the first reach a second only."""
+    """{(arch, n_layer): logits}. One layer compiles faster, but value_residual needs two."""
     return {
         (arch, n): run(*tiny(arch, n_layer=n, unroll=True)) for arch, n in itertools.product(("gpt2", "modern"), (1, 2))
     }
@@ -110,7 +110,7 @@ def test_each_switch_alone_works_and_does_something(tiny, base, arch, switch):
     assert np.isfinite(loss) and np.abs(logits - before).max() > 1e-3
     for path, grad in tree.flatten(grads).items():
         assert np.isfinite(grad).all(), path
-        # softmax does not see a constant, nor one layer its own values twice
+        # softmax is invariant to a constant, and value_mix has no effect in the first layer
         no_effect = path.endswith("attn/k/bias") or (n_layer == 1 and path.endswith("value_mix"))
         assert np.any(grad) or no_effect, f"{path} is never read"
     if "dtype" in switch:
@@ -119,11 +119,11 @@ def test_each_switch_alone_works_and_does_something(tiny, base, arch, switch):
 
 def test_every_switch_of_the_archs_is_in_the_table():
     tested = {name for _, switch in SWITCHES for name in switch}
-    assert set().union(*ARCHS.values()) - tested == {"zero_init_proj", "zero_init_head"}  # below
+    assert set().union(*ARCHS.values()) - tested == {"zero_init_proj", "zero_init_head"}  # tested below
 
 
 def test_dropout(tiny):
-    """Without a key none; with one, the same key the same result, another key another."""
+    """No dropout without a key; equal keys give equal results, different keys different ones."""
     cfg, params = tiny("gpt2", dropout=0.3)
     plain, _ = tiny("gpt2")
     np.testing.assert_array_equal(run(cfg, params), run(plain, params))
@@ -133,8 +133,8 @@ def test_dropout(tiny):
     assert np.abs(a - c).max() > 0.1 and np.abs(a - run(plain, params)).max() > 0.1
 
 
-def test_dropout_differs_between_layers_and_places(tiny):
-    """The hidden state of two equal layers' dropout: a repeated mask would show as equal rows."""
+def test_dropout_masks_differ_between_positions(tiny):
+    """Dropout on equal rows: a mask that repeats would give equal outputs."""
     from gptjax.model.layers import dropout
 
     x = jnp.ones((200, 50))
@@ -163,12 +163,12 @@ def first_loss(cfg):
     [
         ({"init": "torch", "qkv_bias": False}, 1 / 6),  # logits of variance 1/3
         ({"init": "gpt2"}, 64 * 0.02**2 / 2),  # D * 0.02^2
-        ({"arch": "modern", "logit_softcap": 15.0}, 0.0),  # the head starts at zero
+        ({"arch": "modern", "logit_softcap": 15.0}, 0.0),  # the LM head is initialised to zero
     ],
     ids=["torch", "gpt2", "modern"],
 )
 def test_first_loss(changes, excess):
-    """ln V and half the variance of the logits."""
+    """The initial loss is ln V plus half the variance of the logits."""
     assert first_loss(dataclasses.replace(SMALL, **changes)) == pytest.approx(math.log(2000) + excess, abs=0.02)
 
 
@@ -178,7 +178,7 @@ def spreads(cfg):
 
 
 def test_init_gpt2():
-    """N(0, 0.02); what adds to the residual stream by sqrt(2L) less; biases 0, scales 1. Layers differ."""
+    """Weights N(0, 0.02), divided by sqrt(2L) where they write to the residual stream; biases 0, norm scales 1."""
     params, std = spreads(dataclasses.replace(SMALL, d_model=64, embed_std=0.1))
     assert std["wte/embedding"] == pytest.approx(0.1, rel=0.05)
     assert std["wpe/embedding"] == pytest.approx(0.02, rel=0.1)
@@ -198,9 +198,12 @@ def test_init_torch():
     params, std = spreads(dataclasses.replace(SMALL, init="torch"))
     assert std["wte/embedding"] == pytest.approx(1, rel=0.05) and std["wpe/embedding"] == pytest.approx(1, rel=0.05)
     for name, d_in in (("attn/q", 64), ("attn/o", 64), ("mlp/up", 64), ("mlp/down", 256)):
-        for part in ("kernel", "bias"):
-            leaf = tree.flatten(params)[f"blocks/{name}/{part}"]
-            assert std[f"blocks/{name}/{part}"] == pytest.approx(d_in**-0.5 / 3**0.5, rel=0.15), (name, part)
+        for leaf_name in ("kernel", "bias"):
+            leaf = tree.flatten(params)[f"blocks/{name}/{leaf_name}"]
+            assert std[f"blocks/{name}/{leaf_name}"] == pytest.approx(d_in**-0.5 / 3**0.5, rel=0.15), (
+                name,
+                leaf_name,
+            )
             assert np.abs(leaf).max() <= d_in**-0.5
 
 
@@ -218,7 +221,7 @@ def test_logits_are_capped(tiny):
 
 
 def test_positions_move_a_document(tiny):
-    """Given positions are what counts, not the place in the row: one shared row of them is enough."""
+    """The argument `positions` replaces the index in the row; [T] is broadcast over the batch."""
     cfg, params = tiny("gpt2")
     whole = run(cfg, params, TOKENS, positions=jnp.arange(3, 15))
     alone = run(cfg, params, TOKENS, positions=jnp.broadcast_to(jnp.arange(3, 15), (2, 12)))
@@ -236,8 +239,8 @@ def test_new_tokens_leave_old_logits(tiny, arch):
     np.testing.assert_allclose(new[..., :17], old, rtol=1e-5, atol=1e-5)
     assert new[..., 17:].max() <= old.max()
     np.testing.assert_allclose(bigger["wte"]["embedding"][19], params["wte"]["embedding"].mean(0), rtol=1e-6)
-    same, unchanged = grow_vocabulary(params, cfg, 16)  # the rows are there already
-    assert unchanged == cfg and jax.tree.all(jax.tree.map(np.array_equal, same, params))
+    grown, unchanged = grow_vocabulary(params, cfg, 16)  # the embedding already has enough rows
+    assert unchanged == cfg and jax.tree.all(jax.tree.map(np.array_equal, grown, params))
     for wrong in (dict(vocab_size=20, used=18), dict(vocab_size=15, used=16), dict(vocab_size=0)):
         with pytest.raises(UserError, match="the model has 17 rows"):
             grow_vocabulary(params, cfg, **wrong)
@@ -245,7 +248,7 @@ def test_new_tokens_leave_old_logits(tiny, arch):
 
 @pytest.mark.parametrize(("arch", "vocab_size"), [("gpt2", 14), ("llama", 17), ("modern", 20)])
 def test_new_tokens_take_the_spare_rows_first(tiny, arch, vocab_size):
-    """A model of 17 rows whose tokenizer had 12 tokens."""
+    """A model with 17 embedding rows whose tokenizer had 12 tokens."""
     cfg, params = tiny(arch)
     bigger, larger = grow_vocabulary(params, cfg, vocab_size, used=12)
     assert larger.vocab_size == max(17, vocab_size)
@@ -260,7 +263,7 @@ def test_new_tokens_take_the_spare_rows_first(tiny, arch, vocab_size):
 
 @pytest.mark.cpu
 def test_new_tokens_of_a_large_vocabulary():
-    """Other shapes take other kernels of the backend: on a CPU not a bit of the sums changes with them."""
+    """The backend may choose other kernels for other shapes; on a CPU the sums are bitwise equal."""
     cfg = ModelConfig(vocab_size=5003, n_layer=1, d_model=128, n_head=4, context_length=32)
     params = init_params(jax.random.key(0), cfg)
     bigger, larger = grow_vocabulary(params, cfg, 5005)

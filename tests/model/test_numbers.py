@@ -1,4 +1,4 @@
-"""What an accelerator's program computes in bfloat16, traced here, and wrong input that is named."""
+"""Numerics of programs traced for accelerators in bfloat16, and error messages for wrong input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_logits_keep_the_float32_sum(tied):
     cfg = config("llama", dtype="bfloat16", tie_embeddings=tied, unroll=False)
     params = init_params(jax.random.key(0), cfg)
     ids = jnp.arange(16)[None]
-    with compiling_for("gpu", capability=7.5):  # whose attention is XLA's, which runs here
+    with compiling_for("gpu", capability=7.5):  # uses XLA attention, which runs on a CPU
         logits = np.asarray(jax.jit(lambda p: forward(p, ids, cfg))(params))
     rounded = logits.astype(jnp.bfloat16).astype(np.float32)
     assert (logits != rounded).mean() > 0.9
@@ -130,7 +130,7 @@ def test_olora_is_the_qr_of_the_stored_orientation():
     np.testing.assert_allclose(rest["q"]["kernel"] + pair["a"] @ pair["b"], w.T, atol=1e-4)
 
 
-def test_adapters_are_decayed_and_take_the_rate_of_matrices():
+def test_adapters_are_decayed_and_use_the_learning_rate_of_matrices():
     from gptjax.config import OptimConfig
     from gptjax.optim import make_optimizer
 
@@ -153,7 +153,7 @@ def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known
         batch = Batch(tokens, tokens.at[0, 2].set(bad))
         with pytest.raises(UserError, match=r"targets: the ids range from .* expected 0 to 63"):
             loss(params, batch, None)
-        ignored = batch._replace(weights=jnp.ones((1, 4)).at[0, 2].set(0))  # -100 of other libraries
+        ignored = batch._replace(weights=jnp.ones((1, 4)).at[0, 2].set(0))  # as other libraries do with target -100
         assert np.isfinite(float(loss(params, ignored, None)[0].total))
         assert np.isfinite(float(jax.jit(loss)(params, batch, None)[0].total))
         with pytest.raises(UserError, match=r"tokens: the ids range from .* expected 0 to 63"):
@@ -170,7 +170,7 @@ def test_targets_and_cached_tokens_out_of_range_are_noticed_where_they_are_known
 
 
 def test_top_p_reaches_p_in_exact_numbers():
-    """5 of 50 equal tokens make up 0.1; their float32 sum is a little less."""
+    """5 of 50 equally likely tokens have probability 0.1, but their float32 sum is slightly less."""
     from gptjax.generation.sampling import top_p
 
     for n, p, kept in ((50, 0.1, 5), (10, 0.3, 3), (20, 0.95, 19), (7, 0.5, 4)):
@@ -215,7 +215,7 @@ def test_logits_of_a_gpu_are_those_of_the_vocabulary(tied):
     cfg = config("llama", tie_embeddings=tied)
     params, ids = init_params(jax.random.key(0), cfg), jnp.arange(16)[None]
     want = forward(params, ids, cfg)
-    with compiling_for("gpu", capability=7.5):  # whose attention a CPU can run
+    with compiling_for("gpu", capability=7.5):  # uses XLA attention, which runs on a CPU
         got = forward(params, ids, cfg)
         lowered = jax.make_jaxpr(lambda p: forward(p, ids, cfg))(params)
     assert got.shape == want.shape == (1, 16, 64) and "pad" in str(lowered)

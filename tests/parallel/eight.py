@@ -1,4 +1,4 @@
-"""What `test_mesh.py` runs in processes that have eight devices: `python eight.py CASE ...` prints JSON."""
+"""Run by `test_mesh.py` in processes with eight CPU devices: `python eight.py CASE [MESH ...]` prints JSON."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CFG = gptjax.ModelConfig(
     arch="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64, context_length=T, vocab_size=V
 )
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
-# eps: Adam would make a step of full size of a gradient that is rounding error
+# eps is large, because Adam would turn a gradient of pure rounding error into a full step
 TX = make_optimizer(gptjax.OptimConfig(lr=1e-2, eps=1e-4, warmup_steps=3), STEPS)
 LORA = LoraConfig(rank=4, dora=True)
 RNG = np.random.default_rng(0)
 
 
 class Case:
-    """What is trained, on what: params and frozen are made by functions of a key."""
+    """A training case: a loss, its batches, a config, and whether a LoRA adapter is trained."""
 
     def __init__(self, loss: Callable, batches: list, cfg=CFG, adapter: bool = False):
         self.loss, self.batches, self.cfg, self.adapter = loss, batches, cfg, adapter
@@ -56,11 +56,11 @@ class Case:
     def losses(self, mesh: Any, accumulation: int = 1) -> np.ndarray:
         state = self.state(mesh)
         step = parallel.jit_step(self.step(accumulation), mesh, state)
-        found = []
+        values = []
         for batch in self.batches:
             state, metrics = step(state, parallel.place_batch(batch, mesh))
-            found.append(float(metrics["loss"]))
-        return np.array(found)
+            values.append(float(metrics["loss"]))
+        return np.array(values)
 
 
 def tokens() -> np.ndarray:
@@ -95,7 +95,7 @@ def mesh(shape: tuple[int, ...]) -> Any:
 
 
 def equal(kind: str, shapes: list) -> dict[str, float]:
-    """Largest difference in loss from one device, over all steps, for each mesh."""
+    """{mesh shape: largest difference in loss, over all steps, from a single device}."""
     case = CASES[kind]()
     alone = case.losses(None)
     assert alone[-1] != alone[0] and np.isfinite(alone).all()
@@ -108,24 +108,25 @@ def accumulated() -> float:
 
 
 def pmapped() -> dict[str, float]:
-    """`pmap_step` against `jit` on one device: losses and params."""
+    """Largest differences in loss and params between `pmap_step` and `jit` on one device."""
     case = CASES["instruct"]()
     states = [case.state(None), case.state(None)]
-    many, one = parallel.pmap_step(case.step()), jax.jit(case.step())
+    pmap_step, jit_step = parallel.pmap_step(case.step()), jax.jit(case.step())
     worst = 0.0
     for batch in case.batches:
-        parts = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
-        states[0], a = many(states[0], parts)
-        states[1], b = one(states[1], batch)
+        shards = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), batch)
+        states[0], a = pmap_step(states[0], shards)
+        states[1], b = jit_step(states[1], batch)
         worst = max(worst, abs(float(a["loss"]) - float(b["loss"])))
-    gap = jax.tree.map(lambda x, y: float(abs(np.asarray(x) - np.asarray(y)).max()), *(s.params for s in states))
-    return {"loss": worst, "params": max(jax.tree.leaves(gap))}
+    difference = jax.tree.map(lambda x, y: float(abs(np.asarray(x) - np.asarray(y)).max()), *(s.params for s in states))
+    return {"loss": worst, "params": max(jax.tree.leaves(difference))}
 
 
 def checkpointed() -> dict[str, Any]:
-    """8 -> 4 -> 2 -> 1 -> 8 devices, saved and read again at each: bitwise the same state, and the losses of one."""
+    """Save and restore on 8 -> 4 -> 2 -> 1 -> 8 devices: whether each restored state is bitwise equal, and the largest
+    difference in loss from a single device."""
     case = CASES["pretrain"]()
-    alone, state, found, same = case.losses(None), None, [], []
+    alone, state, losses, identical = case.losses(None), None, [], []
     shapes = [(2, 2, 2, 1), (1, 2, 1, 2), (2, 1, 1, 1), None, (1, 8, 1, 1)]
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(folder)
@@ -136,20 +137,20 @@ def checkpointed() -> dict[str, Any]:
             else:
                 shapes_of = jax.eval_shape(case.state, None) if here is None else _abstract(case, here)
                 read = checkpoints.restore(shapes_of).state
-                same.append(_bits(read) == _bits(state))
+                identical.append(_bits(read) == _bits(state))
                 state = read if here is None else parallel.place(read, parallel.shardings(read, here))
             step = parallel.jit_step(case.step(), here, state)
             for batch in case.batches[4 * i : 4 * i + 4]:
                 state, metrics = step(state, parallel.place_batch(batch, here))
-                found.append(float(metrics["loss"]))
+                losses.append(float(metrics["loss"]))
             checkpoints.save(4 * (i + 1), state, {})
-    return {"same": same, "loss": float(np.abs(np.array(found) - alone).max())}
+    return {"same": identical, "loss": float(np.abs(np.array(losses) - alone).max())}
 
 
 def _abstract(case: Case, here: Any) -> Any:
     shapes = jax.eval_shape(lambda: case.state(None))
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes, parallel.shardings(shapes, here),
     )  # fmt: skip
 
@@ -160,7 +161,7 @@ def _bits(state: Any) -> dict[str, bytes]:
 
 
 def generated() -> bool:
-    """Greedy tokens from params that are cut over heads and words, of a ragged batch."""
+    """Whether tensor-parallel params generate the same greedy tokens for a ragged batch as unsharded ones."""
     params = gptjax.init_params(jax.random.key(3), CFG)
     prompts = [RNG.integers(0, V, n).tolist() for n in (3, 7, 5, 4)]
     options = dict(max_new_tokens=12, key=jax.random.key(0))
@@ -171,7 +172,8 @@ def generated() -> bool:
 
 
 def attention() -> dict[str, float]:
-    """The attention kernels, by interpreters of them, against XLA's on one device: output and gradients."""
+    """Largest difference, in output and gradients, between the attention kernels on a mesh (run by interpreters) and
+    XLA's attention on one device."""
     small = Tiles(*[Tile(32, 32)] * 3)
     runs = {
         "splash 1,1,2,4": (fused.splash, 512, {"interpret": True}),
@@ -189,7 +191,7 @@ def attention() -> dict[str, float]:
         (_, out), gradients = jax.jit(jax.value_and_grad(total, has_aux=True), out_shardings=where)(args)
         return [np.asarray(x) for x in (out, *gradients)]
 
-    found = {}
+    errors = {}
     for name, (kernel, length, options) in runs.items():
         here = mesh(tuple(map(int, name.split()[1].split(","))))
         args = tuple(RNG.normal(size=s).astype(np.float32) for s in ((2, length, 4, 16), *[(2, 2, length, 16)] * 2))
@@ -199,8 +201,8 @@ def attention() -> dict[str, float]:
         with jax.set_mesh(here):
             whole = jax.NamedSharding(here, jax.P())
             got = both(lambda q, k, v, f=kernel, o={**seen, **options}: f(q / 4, k, v, **o), args, whole)
-        found[name] = max(float(np.abs(a - b).max()) for a, b in zip(want, got, strict=True))
-    return found
+        errors[name] = max(float(np.abs(a - b).max()) for a, b in zip(want, got, strict=True))
+    return errors
 
 
 OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generated, attention)}
@@ -209,10 +211,10 @@ OTHERS = {fn.__name__: fn for fn in (accumulated, pmapped, checkpointed, generat
 def main() -> None:
     case, *shapes = sys.argv[1:]
     if case in OTHERS:
-        found = OTHERS[case]()
+        result = OTHERS[case]()
     else:
-        found = equal(case, [tuple(map(int, shape.split(","))) for shape in shapes] or MESHES)
-    print(json.dumps(found))
+        result = equal(case, [tuple(map(int, shape.split(","))) for shape in shapes] or MESHES)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `test_hosts.py` runs as one of several processes: a run of a config, and which windows this one read."""
+"""Run by `test_hosts.py` in each of several processes: trains a config and records which windows the process read."""
 
 import json
 import sys

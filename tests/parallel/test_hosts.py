@@ -1,4 +1,4 @@
-"""Several processes train as one: the same losses, no window read twice, and nobody waits for the dead."""
+"""Multi-process training: the losses of one process, every window read once, and no waiting for dead processes."""
 
 import json
 import os
@@ -18,15 +18,17 @@ from gptjax.training.run_dir import read_metrics
 
 HOST = Path(__file__).with_name("host.py")
 HEARTBEAT_S = 10
-ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # as .ci/run does; four processes take half a minute on two cores
+ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # set by .ci/run; four processes take half a minute on two cores
 
 
 def processes(folder, n, *more, own_settings=None, command=None, only=None, cwd=None):
-    """n of them, or one where n is 1; each with one device of the CPU.
+    """Start n processes with one CPU device each; n=1 starts a single process without `distributed` settings.
 
     Args:
-        own_settings: {process: its own ones}. command: in the place of `host.py`. only: these processes.
-        cwd: the working directory of process {}, in `folder`.
+        own_settings: additional settings, {process index: settings}.
+        command: command line to run instead of `host.py`.
+        only: indices of the processes to start; the default is all.
+        cwd: working directory below `folder`; {} is replaced by the process index.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,20 +38,20 @@ def processes(folder, n, *more, own_settings=None, command=None, only=None, cwd=
         "train.checkpoint_every=4", "train.steps_per_call=2", "train.log_every=2", "data.mask_tokens=1",
         "sample.max_new_tokens=8", *more,
     ]  # fmt: skip
-    found = []
+    started = []
     for i in only or range(n):
-        own = [
+        process_settings = [
             f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={n}",
             f"distributed.process_id={i}", f"distributed.heartbeat_s={HEARTBEAT_S}", "distributed.timeout_s=60",
         ]  # fmt: skip
-        own += [*more, *(own_settings or {}).get(i, [])]
+        process_settings += [*more, *(own_settings or {}).get(i, [])]
         words = command or [str(HOST), str(folder / f"{i}.json")]
-        command_line = [sys.executable, *words, *settings, *(own if n > 1 else [])]
+        command_line = [sys.executable, *words, *settings, *(process_settings if n > 1 else [])]
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         with open(folder / f"{i}.log", "w") as log:
             here = folder / cwd.format(i) if cwd else None
-            found.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=here))
-    return found
+            started.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=here))
+    return started
 
 
 def ended(folder, running, timeout_s=200):
@@ -74,21 +76,21 @@ def losses(folder):
     "n", [2, pytest.param(4, marks=pytest.mark.skipif(not ALL, reason="GPTJAX_ALL_MESHES=1 runs it"))]
 )
 def test_several_processes_are_one(alone, tmp_path, n):
-    """fsdp over two of the processes, so that no process has all of the weights."""
+    """FSDP over two processes, so that no process holds all weights."""
     codes, logs = ended(tmp_path, processes(tmp_path, n, "mesh.fsdp=2"))
     assert codes == [0] * n, "\n".join(log[-1500:] for log in logs)
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
     whole = json.loads((alone / "0.json").read_text())
-    parts = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(n)]
-    assert [part["val_loss"] for part in parts] == pytest.approx([whole["val_loss"]] * n, abs=1e-5)
-    # the ledger: batches of training are read in whole calls of 2 steps x 8 rows; evaluations are read by all
+    results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(n)]
+    assert [result["val_loss"] for result in results] == pytest.approx([whole["val_loss"]] * n, abs=1e-5)
+    # training rows are read in calls of 2 steps x 8 rows, split over the processes; validation rows by each process
     calls = [starts for starts in whole["read"] if len(starts) == 16]
-    own = [[starts for starts in part["read"] if len(starts) == 16 // n] for part in parts]
+    calls_of = [[starts for starts in result["read"] if len(starts) == 16 // n] for result in results]
     assert len(calls) == 6
     for k, starts in enumerate(calls):
-        together = [start for step in (0, 1) for part in own for start in _half(part[k], step)]
-        assert together == starts  # 0 repeated, 0 skipped
-    assert all("step " not in log for log in logs[1:])  # one of them speaks
+        merged = [start for step in (0, 1) for result in calls_of for start in _half(result[k], step)]
+        assert merged == starts  # no window is repeated or skipped
+    assert all("step " not in log for log in logs[1:])  # only process 0 logs the steps
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
@@ -102,7 +104,7 @@ LONGER = ("train.max_steps=100", "train.eval_every=100", "train.checkpoint_every
 
 @pytest.mark.slow
 def test_when_one_is_killed_the_others_end_and_all_go_on(tmp_path):
-    """Started again, they go on from the last checkpoint, to the losses of a run that was never stopped."""
+    """After a restart they resume from the last checkpoint and reach the losses of an uninterrupted run."""
     (tmp_path / "whole").mkdir()
     assert ended(tmp_path / "whole", processes(tmp_path / "whole", 2, "mesh.fsdp=2", *LONGER))[0] == [0, 0]
     running = processes(tmp_path, 2, "mesh.fsdp=2", *LONGER)
@@ -123,26 +125,26 @@ CLI = ("-m", "gptjax", "pretrain", "tiny-gpt2")
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
-    ("differ", "said"),
+    ("differ", "lines"),
     [
         (["optim.lr=1e-4", "run_dir=OTHER"], ["optim.lr: ", "run_dir: "]),
         (["train.max_steps=10", "model.d_model=16"], ["train.max_steps: 12 in process 0; 10 in process 1", "model.d_"]),
         (["data.text_field=x", "distributed.heartbeat_s=11"], ["data.text_field: 'text' in process 0; 'x' in process"]),
     ],
 )
-def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, differ, said):
+def test_processes_with_other_settings_all_end_with_the_difference(tmp_path, differ, lines):
     differ = [setting.replace("OTHER", str(tmp_path / "other")) for setting in differ]
     codes, logs = ended(tmp_path, processes(tmp_path, 2, command=CLI, own_settings={1: differ}), 40)
     assert codes == [2, 2], logs
     for log in logs:
         assert "the settings of the 2 processes of this run differ:" in log and "Traceback" not in log
-        assert all(text in log for text in said) and "heartbeat_s:" not in log
+        assert all(text in log for text in lines) and "heartbeat_s:" not in log
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_processes_with_other_data_all_end_with_the_difference(tmp_path):
-    """The same settings, and another text under the same name on the second host."""
+    """Equal settings, but the file of that name has other text on the second host."""
     for i in range(2):
         (tmp_path / f"host-{i}").mkdir()
         (tmp_path / f"host-{i}" / "my.txt").write_text(f"To be, or not to be, {i}.\n" * 200)
@@ -159,10 +161,10 @@ def test_processes_with_other_data_all_end_with_the_difference(tmp_path):
 
 @pytest.mark.slow
 def test_what_one_process_cannot_do_none_does(tmp_path):
-    """The second host cannot write where its tokens should go."""
+    """The second host cannot write to its token cache."""
     (tmp_path / "file").write_text("")
-    own = {1: [f"data.cache_dir={tmp_path / 'file' / 'cache'}"]}
-    codes, logs = ended(tmp_path, processes(tmp_path, 2, command=CLI, own_settings=own), 40)
+    second = {1: [f"data.cache_dir={tmp_path / 'file' / 'cache'}"]}
+    codes, logs = ended(tmp_path, processes(tmp_path, 2, command=CLI, own_settings=second), 40)
     assert codes == [2, 2], logs
     assert "process 1: " in logs[0] and all("Traceback" not in log for log in logs)
     assert not (tmp_path / "run").exists()
@@ -185,7 +187,7 @@ def test_a_process_that_stands_still(tmp_path):
         while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
             time.sleep(0.05)
         running[1].send_signal(signal.SIGSTOP)
-        old = jax.__version_info__ < (0, 8)  # jaxlib 0.7 leaves by _exit(1), which nobody hears
+        old = jax.__version_info__ < (0, 8)  # jaxlib 0.7 ends with _exit(1), which cannot be intercepted
         assert running[0].wait(HEARTBEAT_S + 10) == (1 if old else RESTART)
     finally:
         running[1].kill()

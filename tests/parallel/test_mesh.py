@@ -1,4 +1,4 @@
-"""Every mesh gives what one device gives: losses, checkpoints, generated tokens. Eight devices of the CPU."""
+"""Every mesh gives the results of a single device: losses, checkpoints, generated tokens. Uses eight CPU devices."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from gptjax.parallel.mesh import make_mesh, sizes
 from gptjax.parallel.rules import product_axes
 
 EIGHT = Path(__file__).with_name("eight.py")
-ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # all 20 meshes of eight devices; otherwise those named here
+ALL = bool(os.environ.get("GPTJAX_ALL_MESHES"))  # test all 20 meshes of eight devices instead of those in SOME
 SOME = {
     "pretrain": ["1,8,1,1", "1,1,4,2", "1,2,2,2"],
     "lora": ["2,2,2,1"],
@@ -43,9 +43,9 @@ def on_eight(*args):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", [pytest.param("pretrain", marks=pytest.mark.slow), "lora", "classify", "instruct"])
 def test_every_mesh_gives_the_losses_of_one_device(kind):
-    found = on_eight(kind, *([] if ALL else SOME[kind]))
-    assert len(found) == (20 if ALL else len(SOME[kind]))
-    assert max(found.values()) < 1e-5, found
+    errors = on_eight(kind, *([] if ALL else SOME[kind]))
+    assert len(errors) == (20 if ALL else len(SOME[kind]))
+    assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.slow
@@ -55,9 +55,9 @@ def test_accumulation_and_sharding_commute():
 
 @pytest.mark.slow
 def test_attention_kernels_divide_rows_heads_and_tokens():
-    """splash and flash gather keys and values where tokens are divided; cuDNN's place is taken by XLA."""
-    found = on_eight("attention")
-    assert len(found) == 5 and max(found.values()) < 1e-4, found
+    """splash and flash all-gather keys and values under context parallelism; XLA stands in for cuDNN."""
+    errors = on_eight("attention")
+    assert len(errors) == 5 and max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.slow
@@ -67,9 +67,9 @@ def test_pmap_step_is_jit():
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_anywhere():
-    """8 -> 4 -> 2 -> 1 -> 8 devices."""
-    found = on_eight("checkpointed")
-    assert found["same"] == [True] * 4 and found["loss"] < 1e-5
+    """A checkpoint is restored on 8 -> 4 -> 2 -> 1 -> 8 devices."""
+    result = on_eight("checkpointed")
+    assert result["same"] == [True] * 4 and result["loss"] < 1e-5
 
 
 @pytest.mark.slow
@@ -137,17 +137,17 @@ def test_a_product_keeps_a_kernels_tensor_axis_and_gathers_the_other(path, axes)
 
 def test_a_side_that_does_not_divide_stays_whole():
     leaves = {"lm_head": {"kernel": np.zeros((6, 65))}}
-    found = parallel.shardings(leaves, described(1, 2, 2, 1))
-    assert found["lm_head"]["kernel"].spec == P(("fsdp",), None)
+    shardings = parallel.shardings(leaves, described(1, 2, 2, 1))
+    assert shardings["lm_head"]["kernel"].spec == P(("fsdp",), None)
 
 
 def test_cache_and_batches():
     cfg = gptjax.ModelConfig(n_layer=2, n_head=4, d_model=32, vocab_size=8, context_length=16)
-    found = parallel.cache_shardings(init_cache(cfg, 4), described(2, 2, 2, 1))
-    assert found.k.spec == P(None, ("data", "fsdp"), ("tensor",)) and found.length.spec == P(("data", "fsdp"))
+    specs = parallel.cache_shardings(init_cache(cfg, 4), described(2, 2, 2, 1))
+    assert specs.k.spec == P(None, ("data", "fsdp"), ("tensor",)) and specs.length.spec == P(("data", "fsdp"))
     batch = {"tokens": np.zeros((8, 16)), "labels": np.zeros((8, 3))}
-    found = parallel.batch_shardings(batch, described(2, 2, 1, 2), context_length=16)
-    assert found["tokens"].spec == P(("data", "fsdp"), ("context",)) and found["labels"].spec == P(
+    specs = parallel.batch_shardings(batch, described(2, 2, 1, 2), context_length=16)
+    assert specs["tokens"].spec == P(("data", "fsdp"), ("context",)) and specs["labels"].spec == P(
         ("data", "fsdp"), None
     )
 
@@ -181,14 +181,14 @@ def test_sizes_that_cannot_be(mesh, n, rows, words):
 
 
 def test_devices_that_rows_cannot_feed_are_left_idle():
-    """12 rows on 8 devices: 6 of them take 2 each, if nobody said how many."""
+    """12 rows on 8 devices: with an automatic mesh, 6 devices take 2 rows each."""
     assert dict(make_mesh(MeshConfig(), [Device() for _ in range(8)], rows=12).shape)["data"] == 6
     assert make_mesh(MeshConfig(), [Device()] * 8, rows=1) is None
 
 
 def test_config_refuses(capsys):
     for words, *args in (
-        ("only one of mesh.data, mesh.fsdp can take", "mesh.fsdp=-1"),
+        ("only one of mesh.data, mesh.fsdp can be -1", "mesh.fsdp=-1"),
         ("mesh.tensor must be at least 1", "mesh.tensor=0"),
         ("mesh.context (3) must divide model.context_length (1024)", "mesh.context=3"),
     ):

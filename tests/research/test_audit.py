@@ -29,7 +29,7 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Letters:
-    """Characters as ids 1 to 37; 0 ends a text."""
+    """A tokenizer with characters as ids 1 to 37; id 0 ends a text."""
 
     eot_id = 0
     vocab_size = 38
@@ -70,7 +70,8 @@ def trained(tiny):
 def test_chunks_cover_documents_and_never_span_two():
     store = TokenStore.from_ids([1, 2, 3, 4, 5, 6, 7, 8, 9], doc_starts=(0, 4, 5))
     starts, ends = audit.chunks(store, 2)
-    assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]  # the document [5] predicts nothing
+    # the one-token document [5] is dropped
+    assert list(zip(starts, ends, strict=True)) == [(0, 3), (2, 4), (5, 8), (7, 9)]
     batch = audit.rows(store, starts, ends)
     assert batch.tokens.tolist() == [[1, 2], [3, 4], [6, 7], [8, 9]]
     assert batch.targets.tolist() == [[2, 3], [4, 4], [7, 8], [9, 9]]
@@ -120,13 +121,13 @@ def test_rows_that_agree_stand_out():
 
 def test_false_alarms_come_at_the_stated_rate():
     """Exchangeable scores: the fraction of flagged rows is alpha, and p <= alpha in that fraction of trials."""
-    rng, alpha, shares, alarms = np.random.default_rng(0), 0.05, [], 0
+    rng, alpha, fractions, alarms = np.random.default_rng(0), 0.05, [], 0
     for _ in range(400):
-        found = audit.tail(rng.normal(size=100), rng.normal(size=199), alpha)
-        shares.append(len(found.flagged) / 100)
-        alarms += found.p <= alpha
-    assert found.expected == pytest.approx(5)
-    assert np.mean(shares) == pytest.approx(alpha, abs=0.01)
+        tail = audit.tail(rng.normal(size=100), rng.normal(size=199), alpha)
+        fractions.append(len(tail.flagged) / 100)
+        alarms += tail.p <= alpha
+    assert tail.expected == pytest.approx(5)
+    assert np.mean(fractions) == pytest.approx(alpha, abs=0.01)
     assert alarms / 400 <= alpha + 0.03
     result = audit.tail(np.float64([3, 9, 8, 1]), np.float64([2, 4]), alpha)
     assert result.beyond == 2 and result.flagged.tolist() == [1, 2]
@@ -137,9 +138,9 @@ def test_a_trigger_fires_where_it_was_planted_and_nowhere_else(trained):
     cfg, fresh, _, params, _ = trained
     controls = audit.phrases(["ab", "cd", "ea", "bc", "dd"], 2, 39, seed=1)
     ask = dict(contexts=["abc bcd ", "dea "], controls=controls)
-    found = audit.backdoor_trigger(params, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
-    assert found.p == pytest.approx(1 / 40) and found.fires == 1.0
-    assert found.log_prob > found.controls.max()
+    effect = audit.backdoor_trigger(params, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
+    assert effect.p == pytest.approx(1 / 40) and effect.fires == 1.0
+    assert effect.log_prob > effect.controls.max()
     before = audit.backdoor_trigger(fresh, cfg, Letters().encode, PHRASE, f" {PAYLOAD}", **ask)
     assert before.p > 0.05 and before.fires == 0.0
 
@@ -158,9 +159,9 @@ def test_exposure_of_what_was_learned_and_of_what_was_not(trained):
 def test_exposure_by_enumeration():
     """Definition 5: log2 of the size of the space minus log2 of the rank; the extrapolation agrees within one bit."""
     losses = np.random.default_rng(0).normal(10, 2, 100_000)
-    value = float(np.sort(losses)[24])  # rank 25
+    value = float(np.sort(losses)[24])  # the 25th lowest loss
     assert _extrapolated(value, losses[::50]) == pytest.approx(math.log2(100_000 / 25), abs=1.0)
-    assert _extrapolated(-100.0, losses[::50]) > 500  # where a float would underflow
+    assert _extrapolated(-100.0, losses[::50]) > 500  # a probability that would underflow
 
 
 def test_secrets_are_of_their_kind():
@@ -189,7 +190,8 @@ def test_auc_and_min_k_by_hand():
     scored = audit.Scored(np.float32([[-1, -2, -3, -4, -5, -9]]), np.zeros((1, 6), bool))
     batch = Batch(None, None, np.float32([[1, 1, 1, 1, 1, 0]]))
     mean, lowest = _evidence(scored, batch, 0.4)
-    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)  # the two least likely of the five
+    # mean of the two least likely of five tokens
+    assert mean[0] == pytest.approx(-3) and lowest[0] == pytest.approx(-4.5)
 
 
 def test_membership_sees_training_text_and_no_difference_between_unseen_ones(trained):
@@ -199,14 +201,15 @@ def test_membership_sees_training_text_and_no_difference_between_unseen_ones(tra
         for store in stores
         for batch in [audit.rows(store, *audit.chunks(store, 32), 32)]
     )
-    found = audit.membership(seen, unseen)
-    assert found.loss_auc > 0.9 and found.p < 1e-3 and found.tpr > 0.5
+    result = audit.membership(seen, unseen)
+    assert result.loss_auc > 0.9 and result.p < 1e-3 and result.tpr > 0.5
     halves = [jax.tree.map(lambda leaf, rows=rows: leaf[rows], unseen) for rows in (slice(0, 20), slice(20, 40))]
     assert audit.membership(*halves).p > 0.01
 
 
 def test_rows_of_one_document_are_not_taken_for_many():
-    """Documents that differ from each other, but not by membership: only the test over rows sees a difference."""
+    """Rows of a document are correlated: without any membership effect the test over rows raises false alarms, the test
+    over documents does not."""
     rng = np.random.default_rng(0)
     alarms = {"rows": 0, "documents": 0}
     for _ in range(100):
@@ -219,29 +222,29 @@ def test_rows_of_one_document_are_not_taken_for_many():
             samples.append((row, which))
         (members, first), (others, second) = samples
         alarms["rows"] += audit.membership(members, others).p <= 0.05
-        found = audit.membership(members, others, documents=(first, second))
-        alarms["documents"] += found.p <= 0.05
-        assert found.units == 16
+        result = audit.membership(members, others, documents=(first, second))
+        alarms["documents"] += result.p <= 0.05
+        assert result.units == 16
     assert alarms["documents"] <= 8 and alarms["rows"] > 15, alarms
 
 
 def test_drift_is_zero_without_tuning_and_kl_by_hand(trained):
     cfg, fresh, _, params, (_, held) = trained
     batch = audit.rows(held, *audit.chunks(held, 32, most=4), 32)
-    same = audit.drift((params, cfg), (params, cfg), batch)
-    assert np.abs(same.kl).max() < 1e-6 and same.agree.min() == pytest.approx(1)
-    found = audit.drift((fresh, cfg), (params, cfg), batch)
+    unchanged = audit.drift((params, cfg), (params, cfg), batch)
+    assert np.abs(unchanged.kl).max() < 1e-6 and unchanged.agree.min() == pytest.approx(1)
+    drift = audit.drift((fresh, cfg), (params, cfg), batch)
     from gptjax.model.gpt import forward
 
     p, q = (jax.nn.log_softmax(forward(x, batch.tokens, cfg)) for x in (fresh, params))
     kl = (jnp.exp(p) * (p - q)).sum(-1)
-    np.testing.assert_allclose(found.kl, (kl * batch.weights).sum(1) / batch.weights.sum(1), rtol=1e-4)
+    np.testing.assert_allclose(drift.kl, (kl * batch.weights).sum(1) / batch.weights.sum(1), rtol=1e-4)
     with pytest.raises(UserError, match="one vocabulary"):
         audit.drift((params, cfg), (params, type(cfg)(vocab_size=5)), batch)
 
 
 @pytest.fixture(scope="module")
-def found(trained):
+def whole_report(trained):
     cfg, fresh, early, params, (train, held) = trained
     models = [audit.Checkpoint("step 16", lambda: early), audit.Checkpoint("step 250, the last", lambda: params)]
     canaries = [
@@ -254,8 +257,8 @@ def found(trained):
     return audit.audit(models, cfg, Letters(), settings)
 
 
-def test_all_of_it(found, trained):
-    whole = audit.to_json(found)
+def test_all_of_it(whole_report, trained):
+    whole = audit.to_json(whole_report)
     assert json.loads(json.dumps(whole)) == whole
     alarms = {(row["check"], row["alarm"]) for row in whole["checks"]}
     assert ("trigger", True) in alarms and ("membership", True) in alarms and ("verbatim text", True) in alarms
@@ -270,15 +273,15 @@ def test_all_of_it(found, trained):
     assert whole["drift"]["kl"] > 0.1 and len(whole["drift"]["prompts"]) == 2
 
 
-def test_the_page_needs_nothing_else(found):
-    page = report.page(found, run="<script>alert(1)</script>")
+def test_the_page_needs_nothing_else(whole_report):
+    page = report.page(whole_report, run="<script>alert(1)</script>")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert page.count("<svg") == page.count("</svg>") == 6
     for loads in ('src="', "@import", "<link", "url(http", 'href="http'):
         assert loads not in page
     for title in ("gradients stand out", "Triggers", "Secrets", "Verbatim text", "Membership", "Drift from the base"):
         assert title in page
-    assert len(report.lines(found)) == len(audit.to_json(found)["checks"]) + 1
+    assert len(report.lines(whole_report)) == len(audit.to_json(whole_report)["checks"]) + 1
 
 
 def test_canaries_that_are_none(tmp_path):
@@ -308,9 +311,9 @@ def test_the_checkpoints_of_an_adapter_are_read_with_its_base(tiny, tmp_path):
     adapter = jax.tree.map(lambda x: x + 0.1, lora.init(jax.random.key(0), params, run.lora))
     state = TrainState.create({"adapter": adapter}, tx=optax.sgd(0.1), key=jax.random.key(0))
     Checkpoints(tmp_path / "run/checkpoints").save(5, state, {})
-    (found,), read, notes = audit.checkpoints(tmp_path / "run")
-    assert (found.name, read.task, notes) == ("step 5", "instruct", [])
-    jax.tree.map(np.testing.assert_array_equal, found.params(), lora.merge(params, adapter, run.lora))
+    (checkpoint,), read, notes = audit.checkpoints(tmp_path / "run")
+    assert (checkpoint.name, read.task, notes) == ("step 5", "instruct", [])
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.params(), lora.merge(params, adapter, run.lora))
     for other, why in (
         ("lora.init=pissa", "changed (lora.init) or quantised"),
         ("finetune.trainable=ln_f/*", "a part of the weights"),

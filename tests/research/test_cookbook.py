@@ -1,4 +1,4 @@
-"""Every recipe of the cookbook runs after its setup alone, has at most 15 lines, and prints the text under it."""
+"""Every recipe of the cookbook needs only the setup, has at most 15 lines, and prints the output shown below it."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def start():
 
 
 def printed(start, code):
-    """The output of a recipe after the setup alone; a recipe with XLA_FLAGS runs in a new process."""
+    """The output of the setup and one recipe; a recipe that sets XLA_FLAGS runs in a new process."""
     if flags := re.match(r"# XLA_FLAGS=(\S+)\n", code):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {flags[1]}"
         command = [sys.executable, "-W", "error", "-c", block("python", START) + code]

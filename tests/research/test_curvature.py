@@ -1,4 +1,4 @@
-"""Curvature against the dense Hessian, SAM against its two steps by hand, mixtures against a loop."""
+"""Curvature against the dense Hessian, SAM against its two gradient steps written out, mixtures against a loop."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ CFG = gptjax.ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    """loss, params and the whole Hessian [P, P] of a model of about 150 parameters."""
+    """(loss, params, dense Hessian [P, P]) of a model with about 150 parameters."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: gptjax.init_params(jax.random.key(0), CFG))
     params = jax.tree.map(lambda x: jnp.float32(0.5 * rng.normal(size=x.shape)), shapes)
@@ -37,12 +37,12 @@ def test_the_product_is_the_hessian_s(model):
     loss, params, whole = model
     flat, unravel = ravel_pytree(params)
     v = np.random.default_rng(1).normal(size=flat.shape).astype(np.float32)
-    found = ravel_pytree(jax.jit(lambda v: curvature.hvp(loss, params, unravel(v)))(v))[0]
-    np.testing.assert_allclose(found, whole @ v, atol=1e-4 * np.abs(whole @ v).max())
+    product = ravel_pytree(jax.jit(lambda v: curvature.hvp(loss, params, unravel(v)))(v))[0]
+    np.testing.assert_allclose(product, whole @ v, atol=1e-4 * np.abs(whole @ v).max())
     gradient = jax.jit(lambda x: ravel_pytree(jax.grad(loss)(unravel(x)))[0])
     step = 1e-2 / np.linalg.norm(v)
     differences = (gradient(flat + step * v) - gradient(flat - step * v)) / (2 * step)
-    np.testing.assert_allclose(found, differences, atol=5e-3 * np.abs(whole @ v).max())
+    np.testing.assert_allclose(product, differences, atol=5e-3 * np.abs(whole @ v).max())
 
 
 @pytest.mark.first_cases(1)
@@ -91,7 +91,7 @@ def test_too_many_eigenvalues():
 
 
 def line_loss(params, batch, key):
-    """A weighted sum over rows; w is trained, b is frozen."""
+    """A weighted mean over rows; w is trained, b is frozen."""
     error = batch["x"] @ params["w"] + params["b"] - batch["y"]
     return Mean((batch["weight"] * error**4).sum(), batch["weight"].sum()), {}
 

@@ -19,7 +19,7 @@ from gptjax.types import Batch, Mean
 
 
 def linear(params, batch, key):
-    """A loss whose gradients are known: sum of weights * (x . w - y)^2 / 2."""
+    """A loss with known gradients: the weighted mean of (x . w - y)^2 / 2."""
     x, y, weights = batch
     error = x @ params["w"] - y
     return Mean((weights * error**2 / 2).sum(), weights.sum()), {}
@@ -42,7 +42,7 @@ def model(tiny):
 def test_gradients_of_a_model_equal_a_loop(model):
     cfg, params, batch = model
     loss = next_token(cfg)
-    found = influence.gradient_features(loss, dims=None, chunk=2)(params, batch)
+    features = influence.gradient_features(loss, dims=None, chunk=2)(params, batch)
 
     @jax.jit
     def alone(row):
@@ -53,9 +53,9 @@ def test_gradients_of_a_model_equal_a_loop(model):
         return jax.grad(value)(params)
 
     for i in range(5):
-        one = alone(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))
-        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(one)])
-        np.testing.assert_allclose(found[i], flat, atol=1e-5)
+        gradient = alone(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+        np.testing.assert_allclose(features[i], flat, atol=1e-5)
 
 
 def test_gradients_of_an_adapter_leave_the_base_out(model):
@@ -71,8 +71,8 @@ def test_gradients_of_an_adapter_leave_the_base_out(model):
 def test_a_row_without_weight_has_no_gradient():
     x, y, weights = points()
     weights[2] = 0
-    found = influence.example_gradients(linear, {"w": jnp.ones(3)}, (x, y, weights))["w"]
-    np.testing.assert_allclose(found, np.where(weights[:, None] > 0, (x.sum(1) - y)[:, None] * x, 0), rtol=1e-5)
+    gradients = influence.example_gradients(linear, {"w": jnp.ones(3)}, (x, y, weights))["w"]
+    np.testing.assert_allclose(gradients, np.where(weights[:, None] > 0, (x.sum(1) - y)[:, None] * x, 0), rtol=1e-5)
 
 
 def test_a_sketch_keeps_products_on_average():

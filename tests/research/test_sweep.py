@@ -1,4 +1,4 @@
-"""A run inside a sweep equals the run alone; settings that cannot be swept are refused."""
+"""A run in a sweep equals the same run alone; settings that cannot be swept are refused."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def alone(cfg, prepare):
-    """Losses, final state and validation of one run alone, with the training loop's own task and step."""
+    """(losses, final state, validation) of one run, with the task and step of the training loop."""
     with Progress(log=lambda line: None) as progress:
         cfg, task, _ = prepare(cfg, progress)
     init_key, key = jax.random.split(jax.random.key(cfg.seed))
@@ -73,25 +73,25 @@ def alone(cfg, prepare):
     return losses, state, evaluate(loss, state.params, task.validation.batches(False))
 
 
-def assert_as_alone(found, i, cfg, prepare):
+def assert_as_alone(result, i, cfg, prepare):
     losses, state, (mean, metrics) = alone(cfg, prepare)
-    np.testing.assert_allclose(found.losses[i], losses, rtol=1e-5)
-    own = tree.flatten(found.state(i).params)
+    np.testing.assert_allclose(result.losses[i], losses, rtol=1e-5)
+    params_by_path = tree.flatten(result.state(i).params)
     for path, leaf in tree.flatten(state.params).items():
-        here = own[path]
+        here = params_by_path[path]
         if here.shape != leaf.shape:  # an adapter of a smaller rank is zero-padded
             small = tuple(map(slice, leaf.shape))
             assert np.abs(here).sum() == pytest.approx(np.abs(here[small]).sum(), rel=1e-6)
             here = here[small]
         np.testing.assert_allclose(here, leaf, atol=1e-5, err_msg=path)
-    assert found.rows[i]["val/loss"] == pytest.approx(mean.value(), rel=1e-5)
+    assert result.rows[i]["val/loss"] == pytest.approx(mean.value(), rel=1e-5)
     for name, value in metrics.items():
-        assert found.rows[i][f"val/{name}"] == pytest.approx(value.value(), abs=1e-5)
+        assert result.rows[i][f"val/{name}"] == pytest.approx(value.value(), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
-def found():
-    configs = [load(*GROUPS, *own) for own in RUNS]
+def swept():
+    configs = [load(*GROUPS, *overrides) for overrides in RUNS]
     assert sweep.programs(configs) == [(0, 1, 2, 3)]
     return sweep.sweep(configs, at_once=3)
 
@@ -99,42 +99,42 @@ def found():
 @pytest.mark.slow
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("i", range(3))
-def test_every_run_is_the_run_by_itself(found, i):
-    assert_as_alone(found, i, load(*GROUPS, *RUNS[i]), pretrain.prepare)
+def test_every_run_is_the_run_by_itself(swept, i):
+    assert_as_alone(swept, i, load(*GROUPS, *RUNS[i]), pretrain.prepare)
 
 
 @pytest.mark.slow
-def test_it_is_what_train_does(found):
-    """Against the public function, with its own validation."""
+def test_it_is_what_train_does(swept):
+    """Compares a run with `gptjax.train`, including its validation loss."""
     result = gptjax.train(load(*GROUPS, *RUNS[1], "run_dir=alone"), log=lambda line: None)
-    assert found.rows[1]["val/loss"] == pytest.approx(result.val_loss, rel=1e-5)
+    assert swept.rows[1]["val/loss"] == pytest.approx(result.val_loss, rel=1e-5)
     for path, leaf in tree.flatten(result.params).items():
-        np.testing.assert_allclose(tree.flatten(found.state(1).params)[path], leaf, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(tree.flatten(swept.state(1).params)[path], leaf, atol=1e-5, err_msg=path)
 
 
 @pytest.mark.slow
-def test_two_devices_share_the_runs(found):
-    """A chunk of two runs, one on each; they never speak to each other."""
+def test_two_devices_share_the_runs(swept):
+    """A chunk of two runs, one per device, without communication."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    settings = json.dumps([[*SMALL, *GROUPS, *own] for own in RUNS])
+    settings = json.dumps([[*SMALL, *GROUPS, *overrides] for overrides in RUNS])
     script = Path(__file__).with_name("two.py")
     run = subprocess.run([sys.executable, script, settings], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     there = json.loads(run.stdout.splitlines()[-1])
     assert there["devices"] == 2
-    np.testing.assert_allclose(there["losses"], found.losses, rtol=1e-5)
+    np.testing.assert_allclose(there["losses"], swept.losses, rtol=1e-5)
 
 
-def test_a_run_that_explodes_is_said_to(found):
+def test_a_run_that_explodes_is_said_to(swept):
     """The other runs of the program are unaffected."""
-    row = found.rows[3]
+    row = swept.rows[3]
     assert row["skipped"] == STEPS - 1 and row["stopped"] and row["val/loss"] is None and row["train/loss"] is None
-    assert [row["skipped"] for row in found.rows[:3]] == [0, 0, 0]
+    assert [row["skipped"] for row in swept.rows[:3]] == [0, 0, 0]
 
 
-def test_memory_decides_how_many_at_a_time(found, monkeypatch):
-    assert found.programs[0]["at_once"] == 2 and found.programs[0]["runs"] == 4  # four in parts of at most three
+def test_memory_decides_how_many_at_a_time(swept, monkeypatch):
+    assert swept.programs[0]["at_once"] == 2 and swept.programs[0]["runs"] == 4  # four runs in chunks of at most three
     assert sweep.chunks([5, 6, 7, 8, 9], 2) == [(5, 6), (7, 8), (9, 9)]
     assert sweep.chunks([5, 6, 7, 8, 9], 9) == [(5, 6, 7, 8, 9)]
     small, large = load(), load("train.batch_size=8")
@@ -151,19 +151,19 @@ ADAPTERS = (
 
 @pytest.mark.slow
 def test_adapters_of_several_ranks(folder):
-    """Scale by their own rank, start as a smaller adapter starts, validated on their own seed's split."""
+    """Each adapter has the scale and initialisation of its own rank, and the validation split of its own seed."""
     tuned = partial(
         gptjax.load_config, "classify", "classify.source=texts.tsv", "classify.packing=padded", "finetune.base=base",
         "train.epochs=null", f"train.max_steps={STEPS}", "train.batch_size=4", "optim.warmup_steps=0", "optim.eps=1e-4",
         "optim.lr=1e-2", "lora.targets=blocks/attn/*/kernel",
     )  # fmt: skip
-    configs = [tuned(*own) for own in ADAPTERS]
+    configs = [tuned(*overrides) for overrides in ADAPTERS]
     assert sweep.programs(configs) == [(0, 1)]
-    found = sweep.sweep(configs)
-    assert found.states[0][1].frozen is None
-    for i, own in enumerate(ADAPTERS):
-        assert_as_alone(found, i, tuned(*own), classify.prepare)
-    assert "val/accuracy" in found.rows[0]
+    result = sweep.sweep(configs)
+    assert result.states[0][1].frozen is None
+    for i, overrides in enumerate(ADAPTERS):
+        assert_as_alone(result, i, tuned(*overrides), classify.prepare)
+    assert "val/accuracy" in result.rows[0]
 
 
 # ---------------------------------------------------------------- which runs
@@ -176,7 +176,7 @@ def test_a_grid_is_every_combination():
     assert len(configs) == 12 and {cfg.train.max_steps for cfg in configs} == {7}
     assert [cfg.seed for cfg in configs[:4]] == [0, 1, 2, 0] and configs[-1].optim.lr == 3e-3
     assert sweep.axes_of(configs) == ("seed", "model.n_layer", "optim.lr")
-    assert [len(runs) for runs in sweep.programs(configs)] == [6, 6]  # a program for each shape
+    assert [len(runs) for runs in sweep.programs(configs)] == [6, 6]  # one program per model shape
 
 
 def test_what_is_left_out_is_another_program_than_what_is_small():
@@ -234,7 +234,7 @@ def row(lr, seed, loss, stopped=False):
 
 
 def test_the_table_has_means_and_intervals():
-    """Of 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653: +- 4.302653 / sqrt(3)."""
+    """1, 2, 3 have mean 2 and standard deviation 1: with t(0.975, 2) = 4.302653, +- 4.302653 / sqrt(3)."""
     rows = [row(0.1, s, x) for s, x in enumerate((1.0, 2.0, 3.0))] + [row(0.2, 0, 1.5), row(0.3, 0, None, True)]
     lines = sweep.table(rows, ("optim.lr", "seed"))
     assert [line["optim.lr"] for line in lines] == [0.2, 0.1, 0.3]
@@ -245,13 +245,13 @@ def test_the_table_has_means_and_intervals():
     assert "2.0000 +- 2.4841" in text[2] and "1 stopped" in text[3]
 
 
-def test_files(found, tmp_path):
-    sweep.write(found, tmp_path)
+def test_files(swept, tmp_path):
+    sweep.write(swept, tmp_path)
     with open(tmp_path / "sweep.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["val/loss"]) for row in rows[:3]] == [row["val/loss"] for row in found.rows[:3]]
+    assert [float(row["val/loss"]) for row in rows[:3]] == [row["val/loss"] for row in swept.rows[:3]]
     whole = json.loads((tmp_path / "sweep.json").read_text())
-    assert whole["rows"] == found.rows and whole["programs"][0]["runs"] == 4
+    assert whole["rows"] == swept.rows and whole["programs"][0]["runs"] == 4
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
@@ -268,7 +268,7 @@ def test_a_sweep_of_too_many_runs_is_refused_at_once(settings, words):
 
 
 def test_a_sweep_that_is_killed_while_it_writes_is_no_sweep(tmp_path, monkeypatch):
-    """Its json comes last and whole, so the same command can be started again."""
+    """sweep.json is written last and atomically, so an interrupted sweep can be started again."""
     replace = os.replace
 
     def die(source, target):

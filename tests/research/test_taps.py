@@ -1,4 +1,4 @@
-"""Activation patching, ablation and steering, against the same computed one run at a time."""
+"""Activation patching, ablation and steering against loops with one run at a time."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def at_end(params, cfg, tokens, patches):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("site, axes", [("resid", (1,)), ("attn/v", (1, 2)), ("attn/weights", (2, 1))])
 def test_the_grid_is_a_loop(tiny, site, axes):
-    """All cells, however many are vmapped together; the last layer's last position restores the clean run."""
+    """Every cell equals one patched run, for any memory limit; the last cell restores the clean run."""
     cfg, params = tiny("llama")
     path = f"blocks/*/{site}"
     value = jax.jit(lambda p: tapped(p, CLEAN, cfg, (path,))[1][path])(params)
@@ -52,7 +52,8 @@ def test_the_grid_is_a_loop(tiny, site, axes):
         run = jax.jit(lambda p, tokens: at_end(p, cfg, tokens, {}))
         clean, corrupted = run(params, CLEAN), run(params, CORRUPTED)
         np.testing.assert_allclose(got[-1, -1], clean, **CLOSE)
-        np.testing.assert_allclose(got[:, :3], np.full((2, 3), corrupted), **CLOSE)  # before they differ
+        # before the first position where the prompts differ
+        np.testing.assert_allclose(got[:, :3], np.full((2, 3), corrupted), **CLOSE)
         assert abs(clean - corrupted) > 0.1
 
 
@@ -102,7 +103,7 @@ def test_attention_maps(tiny):
 
 @pytest.mark.slow
 def test_steering_while_generating(tiny):
-    """Greedy tokens of the steered model: those of its forward pass; the same programs at every strength."""
+    """Greedy decoding with steering matches the steered forward pass; another strength does not recompile."""
     cfg, params = tiny("llama")
     stack, prompts, strengths = "blocks/*/resid", [TOKENS[0, :4].tolist(), TOKENS[1, :2].tolist()], (0.0, 4.0, -4.0)
 

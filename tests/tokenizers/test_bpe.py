@@ -61,7 +61,7 @@ def test_long_runs_of_blanks_are_cut_without_changing_an_id(gpt2, blanks, after)
 
 
 def test_two_million_blanks_before_a_letter(gpt2):
-    """More than tiktoken's regular expressions can take in one piece."""
+    """More than tiktoken's regular expressions can process at once."""
     text = " " * 2_000_000 + "x"
     assert gpt2.decode(gpt2.encode_array(text)) == text
 

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers makes of them, within limits, and no message that acts as more than text."""
+"""Chat templates: rendered as by transformers, within time and size limits, and safe against injected tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tok():
 
 
 def test_a_conversation_becomes_the_text_the_model_knows(tok):
-    """SmolLM2 puts a system message of its own before a conversation without one."""
+    """SmolLM2's template adds a default system message to a conversation without one."""
     system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     user = "<|im_start|>user\nWhere is Paris?<|im_end|>\n"
     assert chat.apply(tok, USER) == system + user + "<|im_start|>assistant\n"
@@ -108,7 +108,7 @@ def test_built_in_templates():
     }
     for name, template in chat.BUILTIN.items():
         begun = chat.render(template, USER, **names)
-        assert made[name].startswith(begun), name  # what is asked for is what was trained on
+        assert made[name].startswith(begun), name  # the generation prompt is a prefix of the training text
 
 
 def test_without_a_template_the_built_in_ones_are_named(tok):
@@ -118,7 +118,7 @@ def test_without_a_template_the_built_in_ones_are_named(tok):
         chat.apply(tok, USER, "chatlm")
 
 
-# --- what a message may not do
+# --- special tokens in messages
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_render_takes_little_time():
     start = time.monotonic()
     for _ in range(5):
         chat.render(SMOLLM2, USER)
-    assert (time.monotonic() - start) / 5 < 10  # 0.1 s on a machine at rest
+    assert (time.monotonic() - start) / 5 < 10  # 0.1 s on an idle machine
 
 
 # --- where an answer ends

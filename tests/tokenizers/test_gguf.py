@@ -1,4 +1,4 @@
-"""Vocabularies of GGUF files, both ways, and llama.cpp as the judge."""
+"""Vocabularies of GGUF files, reading and writing, compared with llama.cpp."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def learned() -> bpe.BPE:
 
 
 def byte_level(name: str, **more) -> dict:
-    """Special tokens first, a piece that always means its id, one unused."""
+    """GGUF metadata of a byte-level BPE: special tokens, learned tokens, one user-defined token, one unused token."""
     pieces = [bpe.printable(token) for token in learned().ranks]
     return {
         KEY + "model": "gpt2",
@@ -120,7 +120,7 @@ def test_ids_are_read_from_the_file():
     ):
         assert back[KEY + key] == metadata[KEY + key], key
     types = metadata[KEY + "token_type"].copy()
-    types[-1] = 3  # what is unused stays out of texts like what is special
+    types[-1] = 3  # unused tokens are written as control tokens, which text cannot contain either
     assert back[KEY + "token_type"].tolist() == types.tolist() and back["tokenizer.chat_template"] == "{{ 1 }}"
 
 
@@ -144,9 +144,9 @@ def test_sentencepiece_goes_out_as_it_came(prefix):
     for key, value in metadata.items():
         if key != KEY + "scores":
             assert np.array_equal(back[key], value), key
-    again = from_metadata(back)
+    reloaded = from_metadata(back)
     for text in TEXTS:
-        assert again.encode(text, allowed_special="all") == tok.encode(text, allowed_special="all")
+        assert reloaded.encode(text, allowed_special="all") == tok.encode(text, allowed_special="all")
 
 
 @pytest.mark.parametrize("where", [None, "first", "always", "never"])
@@ -155,12 +155,12 @@ def test_the_other_ways_to_write_sentencepiece(where):
     if where:
         metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": where, "split": False}
         data = data | {"normalizer": None, "pre_tokenizer": metaspace}
-    else:  # Gemma
+    else:  # the form of Gemma
         split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         data = data | {"normalizer": data["normalizer"]["normalizers"][0], "pre_tokenizer": split}
     tok = hf.from_hf(json.dumps(data))
     back = from_metadata(to_metadata(tok))
-    for text in (text.lstrip() for text in TEXTS[:17]):  # before a blank Metaspace puts no other
+    for text in (text.lstrip() for text in TEXTS[:17]):  # Metaspace adds no space before text that begins with one
         assert back.encode(text, disallowed_special=()) == tok.encode(text, disallowed_special=()), text
 
 
@@ -180,7 +180,7 @@ def test_kinds_without_a_place_in_a_gguf_file_are_refused():
     for change in ({"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFKC"}}):
         with pytest.raises(UserError, match="cannot go into a GGUF file"):
             to_metadata(hf.from_hf(json.dumps(data | change)))
-    model = data["model"] | {"merges": data["model"]["merges"][1:]}  # "▁l", which has no other way to be made
+    model = data["model"] | {"merges": data["model"]["merges"][1:]}  # the only merge that forms "▁l"
     with pytest.raises(UserError, match="cannot go into a GGUF file"):
         to_metadata(hf.from_hf(json.dumps(data | {"model": model})))
 
@@ -283,7 +283,7 @@ def test_changed_metadata_load_or_are_refused(make, capfd):
 
 
 class LlamaCpp:
-    """Its tokenizer, through the server that `xllamacpp` has inside."""
+    """llama.cpp's tokenizer, through the HTTP server of `xllamacpp`."""
 
     def __init__(self, path) -> None:
         xllamacpp = pytest.importorskip("xllamacpp")
@@ -311,7 +311,7 @@ def agrees(tokenizer, path, texts) -> None:
 
 
 def write(path, tokenizer) -> None:
-    """A model of one narrow layer with this vocabulary."""
+    """Write a GGUF model with this vocabulary and one narrow layer."""
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 32}
     sizes |= {"attention.head_count": 1, "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5}
     metadata = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in sizes.items()}}
@@ -363,7 +363,7 @@ def test_smollm2(smollm2):
     assert (tok.bos_id, tok.eos_ids, tok.eot_id, tok.pad_id, tok.add_bos) == (1, (2,), 0, 2, False)
     assert tok.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert tok.encode(" Paris") == [7042] and tok.encode(" the") == [260] and tok.encode(" London") == [4528]
-    assert tok.merges == metadata[KEY + "merges"]  # derived from the tokens
+    assert tok.merges == metadata[KEY + "merges"]  # merges are derived from the tokens
     assert tokenizers.loads(tok.dumps()) == tok
     back = to_metadata(tok)
     for key, value in back.items():
@@ -374,7 +374,7 @@ def test_smollm2_in_llama_cpp(smollm2):
     agrees(tokenizers.load(smollm2), smollm2, TEXTS + _more_texts(150))
 
 
-# In a process of its own: where JAX has worked for long, the server's end waits for ever (xllamacpp 2026.10).
+# Run in a subprocess: after much work by JAX in one process, shutting down the server hangs (xllamacpp 2026.10).
 CHAT = """
 import os, sys, urllib.request, xllamacpp
 params = xllamacpp.CommonParams()
@@ -388,8 +388,8 @@ os._exit(0)
 
 @pytest.mark.parametrize("style", ["alpaca", "chatml", "phi3"])
 def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
-    """Markers that the vocabulary lacks are plain text, and end-of-text follows every answer; also in a file whose name
-    is that of a model from which llama.cpp expects more."""
+    """Template markers that the vocabulary lacks are plain text, and every answer ends with end-of-text. This also
+    works for a file named phi3, a name for which llama.cpp requires certain tokens."""
     pytest.importorskip("xllamacpp")
     import jax
 
@@ -409,7 +409,7 @@ def test_llama_cpp_writes_the_style_that_a_tuned_model_keeps(style, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_a_model_with_more_rows_than_tokens(kind, tiny, tmp_path):
-    """llama.cpp loads it and gives the same ids; read back, the tokenizer ends where its tokens do."""
+    """llama.cpp loads the file and gives the same ids; loaded again, the tokenizer has no padding tokens."""
     from gptjax.weights import export_gguf, load
 
     tok, path = OUT[kind](), tmp_path / "model.gguf"

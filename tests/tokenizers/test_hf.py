@@ -1,4 +1,4 @@
-"""tokenizer.json of Hugging Face: the ids that `tokenizers` and transformers give; bad files are refused."""
+"""tokenizer.json of Hugging Face: the same ids as `tokenizers` and transformers; invalid files are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HARD = [
 
 
 def _texts(seed: int, n: int) -> list[str]:
-    """Pieces of many alphabets in a row."""
+    """n random texts that mix pieces of many alphabets."""
     rng = random.Random(seed)
     pools = [
         "abcdefgABC", " \t\n\r", "0123456789", ".,;:!?'\"(){}<>|/\\-_=+*&", "éüñßç", "абв", "日本한", "😀👍🏽\u200d",
@@ -59,9 +59,9 @@ def _texts(seed: int, n: int) -> list[str]:
 
 @functools.cache
 def trained(scheme: str, nfc: bool = False) -> str:
-    """A tokenizer.json with 700 pieces, three special tokens before them and two more pieces after."""
-    parts = hf.byte_level_parts(scheme, nfc)
-    learner = Tokenizer.from_str(json.dumps({"added_tokens": [], **parts, "model": hf.bpe_model({}, [], False)}))
+    """A tokenizer.json with 700 tokens, the first three of them special, and two added tokens after them."""
+    components = hf.byte_level_parts(scheme, nfc)
+    learner = Tokenizer.from_str(json.dumps({"added_tokens": [], **components, "model": hf.bpe_model({}, [], False)}))
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=list(bpe.alphabet()), special_tokens=[END, "<|im_start|>", TURN],
         show_progress=False,
@@ -73,7 +73,7 @@ def trained(scheme: str, nfc: bool = False) -> str:
     return json.dumps(data)
 
 
-def same(tokenizer, reference, texts) -> None:
+def assert_same_ids(tokenizer, reference, texts) -> None:
     for text in texts:
         ids = reference.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text, allowed_special="all") == ids, text
@@ -89,7 +89,7 @@ def test_byte_level_bpe_runs_in_tiktoken_with_the_same_ids(scheme, nfc):
     tok = hf.from_hf(text, {"eos_token": TURN})
     assert tok.kind == "bpe" and tok.scheme == scheme
     assert (tok.eot_id, tok.eos_ids) == (0, (2,)) and dict(tok.added_tokens) == {"<think>": 700, "    ": 701}
-    same(tok, Tokenizer.from_str(text), HARD + _texts(2, 400))
+    assert_same_ids(tok, Tokenizer.from_str(text), HARD + _texts(2, 400))
 
 
 def test_every_block_of_unicode_is_cut_the_same_way():
@@ -113,11 +113,14 @@ def test_bytes_that_are_no_token_are_left_out_as_tokenizers_does():
         token["id"] -= len(vocab) - len(kept)
     tok = hf.from_hf(json.dumps(data))
     assert tok.kind == "bpe" and tok.encode("\x04") == []
-    same(tok, Tokenizer.from_str(json.dumps(data)), [*HARD, "!\x04!", "\x04\x04 \x04\n", " \x04x\x06", "\U00040000"])
+    assert_same_ids(
+        tok, Tokenizer.from_str(json.dumps(data)), [*HARD, "!\x04!", "\x04\x04 \x04\n", " \x04x\x06", "\U00040000"]
+    )
 
 
 def _random_vocabulary(rng: random.Random) -> dict:
-    """Pieces of a and b; merges in order, doubled, all there can be, or in any order; words that no merge makes."""
+    """A random BPE vocabulary over a and b: its merges are in order, redundant, exhaustive or shuffled, and some tokens
+    are formed by no merge."""
     vocab = {char: i for i, char in enumerate(bpe.alphabet())}
     pieces, merges = ["a", "b"], []
     mode = rng.choice(["in order", "doubled", "all", "any order"])
@@ -130,7 +133,7 @@ def _random_vocabulary(rng: random.Random) -> dict:
     for word in {"".join(rng.choices("ab", k=rng.randint(2, 6))) for _ in range(rng.randint(0, 2))} - vocab.keys():
         vocab[word] = len(vocab)
     if mode == "all":
-        cuts = [(word[:at], word[at:]) for word in vocab for at in range(1, len(word))]
+        cuts = [(word[:position], word[position:]) for word in vocab for position in range(1, len(word))]
         merges = [[left, right] for left, right in cuts if left in vocab and right in vocab]
     if mode == "any order":
         rng.shuffle(merges)
@@ -139,7 +142,7 @@ def _random_vocabulary(rng: random.Random) -> dict:
 
 
 def test_tiktoken_is_used_only_where_it_is_the_same():
-    """The three conditions in hf.py against all words of up to 7 letters, and the merges that an export derives."""
+    """Checks the three conditions in hf.py, and the merges derived in an export, on all words of up to 7 letters."""
     words = ["".join(letters) for n in range(1, 8) for letters in itertools.product("ab", repeat=n)]
     kinds = {"bpe": 0, "hf": 0}
     for seed in range(200):
@@ -182,7 +185,7 @@ def test_everything_else_runs_in_tokenizers(change):
             data[key] = value
     tok = hf.from_hf(json.dumps(data))
     assert tok.kind == "hf" and tokenizers.loads(tok.dumps()) == tok
-    same(tok, Tokenizer.from_str(json.dumps(data)), HARD[:40])
+    assert_same_ids(tok, Tokenizer.from_str(json.dumps(data)), HARD[:40])
 
 
 def _replace(pattern, content):
@@ -215,7 +218,7 @@ def test_chains_that_blow_texts_up_are_refused(key, value, words):
 
 
 def test_chains_of_real_tokenizers_are_read():
-    """Llama 2's, Gemma's, XLM-R's with a decoder of replacements."""
+    """The normalizers of Llama 2, Gemma and XLM-R, with a decoder that replaces their space marker."""
     chains = {
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "\u2581"}, _replace({"String": " "}, "\u2581"), {"type": "NFKC"},
@@ -326,7 +329,7 @@ def test_gpt2_files_without_a_tokenizer_json(tmp_path, gpt2):
 
 
 def test_merges_are_cut_at_line_feeds_alone(tmp_path):
-    """Not at U+2028 or U+0085, which may stand in a piece; the file of an editor that writes UTF-16 is named."""
+    """merges.txt is not split at U+2028 or U+0085, which tokens may contain; a UTF-16 file is refused by name."""
     pieces = ["a", "\u2028", "\x85", "a\u2028", "a\u2028\x85"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = "#version: 0.2\r\na \u2028\r\na\u2028 \x85\r\n"
@@ -371,7 +374,7 @@ def test_out_is_the_same_in_transformers(kind, tmp_path):
     for text in HARD:
         ids = tok.encode(text, allowed_special="all")
         assert theirs.encode(text, add_special_tokens=False) == ids == back.encode(text, allowed_special="all"), text
-        if kind != "hf":  # that one has no decoder
+        if kind != "hf":  # this one has no decoder
             assert theirs.decode(ids) == tok.decode(ids) == back.decode(ids)
     begin = [tok.bos_id] if tok.add_bos else []
     assert theirs.encode("The low") == [*begin, *tok.encode("The low", disallowed_special=())]
@@ -399,7 +402,7 @@ def test_kinds_that_no_tokenizer_json_describes_are_refused(kind):
 
 @functools.cache
 def small() -> dict:
-    """Byte-level, a few letters and merges, two special tokens."""
+    """The data of a small byte-level BPE tokenizer: a few letters and merges, two special tokens."""
     merges = [["l", "o"], ["lo", "w"], ["e", "r"], ["Ġ", "low"], ["e", "s"], ["es", "t"]]
     tokens = [*"lowerst!aĠ", *map("".join, merges), END, TURN]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -532,7 +535,7 @@ def test_two_megabytes_without_a_break(scheme, text):
     assert time.process_time() - start < 15 and tok.decode(ids) == text
 
 
-# what a value may become
+# values that replace a random value of the file
 VALUES = [
     None, True, 0, -1, 2**31, 2**32 - 1, 2**63, 1e308, float("nan"), "", "a", "\ud800", "Ġ" * 50, [], {}, [[]], [None],
     "x" * 999, {"type": "Sequence"}, {"type": "BPE"}, {"type": "ByteLevel"}, {"id": 1},
@@ -548,7 +551,7 @@ def _paths(value, path=()):
 
 
 def _change(data: dict, path: tuple, rng: random.Random) -> str:
-    """The text of the file with one value replaced, gone, doubled, or under another name."""
+    """The file's text with one value replaced, removed, duplicated or renamed, or with bytes changed."""
     data = copy.deepcopy(data)
     parent = functools.reduce(lambda inner, key: inner[key], path[:-1], data)
     key, what = path[-1], rng.randrange(4)
@@ -566,13 +569,15 @@ def _change(data: dict, path: tuple, rng: random.Random) -> str:
 def _scramble(text: str, rng: random.Random) -> str:
     raw = bytearray(text.encode())
     for _ in range(rng.randint(1, 5)):
-        at, what = rng.randrange(len(raw)), rng.randrange(4)
+        position, what = rng.randrange(len(raw)), rng.randrange(4)
         if what == 0:
-            raw[at] = rng.randrange(256)
+            raw[position] = rng.randrange(256)
         elif what == 1:
-            del raw[at : at + rng.randint(1, 30)]
+            del raw[position : position + rng.randint(1, 30)]
         else:
-            raw[at:at] = rng.choice(SNIPPETS) if what == 2 else raw[at : at + rng.randint(1, 40)]
+            raw[position:position] = (
+                rng.choice(SNIPPETS) if what == 2 else raw[position : position + rng.randint(1, 40)]
+            )
     return raw.decode(errors="replace")
 
 
@@ -593,11 +598,11 @@ def test_ten_thousand_changed_files_load_or_are_refused(capfd):
             pass
         slowest = max(slowest, time.process_time() - start)
     assert 1000 < loaded < 9000 and slowest < 2
-    capfd.readouterr()  # where `tokenizers` gives up it says so
+    capfd.readouterr()  # `tokenizers` prints a message when it panics
 
 
 def qwen_folder(folder, added_file: bool, **config):
-    """As Qwen's own slow tokenizer saves it: vocab.json, merges.txt, and the special tokens elsewhere."""
+    """The files of Qwen's slow tokenizer: vocab.json, merges.txt, and special tokens in other files."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -628,7 +633,7 @@ def qwen_folder(folder, added_file: bool, **config):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("added_file", [True, False])
 def test_the_slow_files_of_qwen(added_file, tmp_path):
-    """Qwen's pattern, NFC, and tokens that stand in tokenizer_config.json alone."""
+    """Qwen's regular expression, NFC, and tokens that only tokenizer_config.json lists."""
     folder = qwen_folder(tmp_path / "q", added_file)
     tok = tokenizers.load(folder)
     assert tok.scheme == "qwen2" and tok.nfc

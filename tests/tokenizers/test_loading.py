@@ -1,4 +1,4 @@
-"""tokenizers.load, train and build: names, paths, and what is said when there is nothing."""
+"""tokenizers.load, train and build: names, paths, and error messages for missing files."""
 
 from __future__ import annotations
 

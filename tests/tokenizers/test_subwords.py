@@ -27,7 +27,7 @@ def test_wordpiece_marks_do_not_mix_with_the_text():
 def test_unigram_takes_the_most_probable_cut():
     pieces = [*SINGLE, "low", "lo", "wer", "er"]
     tok = subwords.Unigram(pieces, [-10.0] * 256 + [-2.0, -2.5, -2.0, -3.0])
-    assert [tok.pieces[i] for i in tok.encode("lower")] == ["lo", "wer"]  # -4.5; low + er gives -5
+    assert [tok.pieces[i] for i in tok.encode("lower")] == ["lo", "wer"]  # score -4.5; low + er has -5
 
 
 @pytest.mark.parametrize("scores", [None, [], [-1.0], [float("-inf")] * 256, [1.0] * 256, ["a"] * 256, [True] * 256])

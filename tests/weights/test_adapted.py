@@ -1,4 +1,4 @@
-"""A fine-tuned model that is kept as its adapter: read with its base it is what the merged copy would be."""
+"""A fine-tuned model that is stored as an adapter loads, with its base, as the merged model."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 import gptjax
 from gptjax import tree, weights
 from gptjax.__main__ import main
-from gptjax.tasks.tuning import _base_to_name
+from gptjax.tasks.tuning import _base_reference
 from gptjax.weights import native
 
 BASE = gptjax.ModelConfig(
@@ -58,9 +58,9 @@ def test_it_is_what_the_merged_copy_is(folder, more):
     whole = tune(folder, f"{name}-whole", *more)
     assert (alone / "final" / native.ADAPTER).exists() and not (alone / "final" / native.WEIGHTS).exists()
     assert (whole / "final" / native.WEIGHTS).exists() and not (whole / "final" / native.ADAPTER).exists()
-    for part in ("final", "best"):
-        (params, cfg), (expected, same) = weights.load(alone / part), weights.load(whole / part)
-        assert cfg == same
+    for subfolder in ("final", "best"):
+        (params, cfg), (expected, expected_cfg) = weights.load(alone / subfolder), weights.load(whole / subfolder)
+        assert cfg == expected_cfg
         leaves = tree.flatten(params)
         assert leaves.keys() == tree.flatten(expected).keys()
         for path, leaf in tree.flatten(expected).items():
@@ -95,7 +95,7 @@ def test_every_verb_reads_it(folder, run):
 
 @pytest.fixture
 def copy(folder, run, tmp_path):
-    """The run and its base somewhere else, the run with the base's new place."""
+    """A copy of the run and of its base, in which the run refers to the copied base."""
     shutil.copytree(run / "final", tmp_path / "final")
     shutil.copytree(folder / "base", tmp_path / "base")
     change(tmp_path, lambda base: base | {"source": str(tmp_path / "base")})
@@ -134,7 +134,7 @@ def test_damage_is_named(copy):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "message"),
     [
         ("lora", {"rank": 4, "alpha": 99.0}, "the settings of the adapter"),
         ("lora", {"rank": "four"}, "lora.rank"),
@@ -143,9 +143,9 @@ def test_damage_is_named(copy):
         ("fingerprint", 3, "expected strings"),
     ],
 )
-def test_a_changed_description_is_refused(copy, key, value, said):
+def test_a_changed_description_is_refused(copy, key, value, message):
     change(copy, lambda base: base | {key: value})
-    with pytest.raises(gptjax.UserError, match=said):
+    with pytest.raises(gptjax.UserError, match=message):
         weights.load(copy / "final")
 
 
@@ -158,7 +158,7 @@ def test_no_description_is_refused(copy, value):
 
 def kept(*settings):
     cfg = gptjax.load_config("classify", "classify.source=x.csv", *settings)
-    return _base_to_name(cfg, "f")
+    return _base_reference(cfg, "f")
 
 
 def test_which_bases_are_named(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
-"""Classifiers as transformers' ForSequenceClassification, both ways: every family, right- and left-padded batches.
+"""Export to and import from transformers' ForSequenceClassification: every family, right- and left-padded batches.
 
-What needs transformers is skipped by name where the extra `parity` is not installed.
+Tests that need transformers are skipped where the extra `parity` is not installed.
 """
 
 import json
@@ -48,7 +48,7 @@ def built(tiny, name):
 
 
 def ours(params, cfg, rows):
-    """Class logits of each text by itself."""
+    """Class logits of each text, computed separately."""
     run = jax.jit(lambda params, tokens: class_logits(params, tokens, jnp.ones_like(tokens), cfg)[:, 0])
     return np.concatenate([run(params, jnp.array([row])) for row in rows])
 
@@ -76,7 +76,7 @@ def test_transformers_gives_the_same_logits(name, tiny, tmp_path):
         gaps = [[model.config.pad_token_id] * (width - len(row)) for row in TEXTS]
         ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(TEXTS, gaps, strict=True)])
         mask = (ids != model.config.pad_token_id).long()
-        places = (mask.cumsum(-1) - 1).clamp(min=0)  # GPT-2 counts padding on the left as positions otherwise
+        places = (mask.cumsum(-1) - 1).clamp(min=0)  # otherwise GPT-2 counts left padding as positions
         with torch.no_grad():
             got = model.eval()(ids, attention_mask=mask, position_ids=places).logits.numpy()
         np.testing.assert_allclose(got, want, atol=1e-4)
@@ -134,7 +134,7 @@ def test_what_no_class_holds_is_refused_by_the_reason(tiny, tmp_path):
 
 
 def test_a_token_that_no_text_ends_with_fills_rows(tiny, tmp_path):
-    """The tokenizer's own; else its end token; else a row of the model without a token."""
+    """The padding token is the tokenizer's, else its end token, else an embedding row without a token."""
     cfg, params = built(tiny, "llama")
     spare = tokenizers.train("chars", ["abc"])
     for name, words, pad in (("a", tokenizer(), 257), ("b", tokenizers.load("bytes"), 256), ("c", spare, 3)):

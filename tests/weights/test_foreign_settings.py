@@ -1,6 +1,6 @@
-"""Settings in other people's config files: each gives transformers' logits within 1e-4, or is refused by name.
+"""Settings that occur in published config files: each gives transformers' logits within 1e-4, or an error names it.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json
@@ -31,7 +31,7 @@ OLD = dict(
     output_hidden_states=False, torchscript=False, use_bfloat16=False, pruned_heads={}, finetuning_task=None,
     do_sample=False, max_length=20, num_beams=1, temperature=1.0, top_k=50, tie_encoder_decoder=False,
 )  # fmt: skip
-CASES = {  # class, its arguments, what is edited in config.json, what is dropped there
+CASES = {  # (class, its arguments, edits of config.json, keys removed from it)
     "gpt2 of 2019": ("GPT2", GPT2, OLD, ()),
     "qwen2 without mrope": ("Qwen2", SIZES, dict(use_mrope=False), ()),
     "qwen2, windows used nowhere": (

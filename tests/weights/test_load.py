@@ -1,4 +1,4 @@
-"""`load` reads every place a model can lie in, and its tokenizer comes with it."""
+"""`load` and `load_tokenizer` for every kind of model source."""
 
 import dataclasses
 import importlib
@@ -42,10 +42,10 @@ def places(model, tmp_path_factory):
 def test_the_tokenizer_of_a_model(model, places, place):
     *_, tokenizer = model
     for load in (weights.load_tokenizer, tokenizers.load):
-        found = load(places / place)
-        assert found.encode(TEXT) == tokenizer.encode(TEXT)
-        assert found.vocab_size == tokenizer.vocab_size
-        assert weights.stop_ids(found) == weights.stop_ids(tokenizer)
+        loaded = load(places / place)
+        assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+        assert loaded.vocab_size == tokenizer.vocab_size
+        assert weights.stop_ids(loaded) == weights.stop_ids(tokenizer)
 
 
 def test_a_named_asset(model, places, monkeypatch):
@@ -77,17 +77,17 @@ def test_windows_are_refused_where_llama_cpp_has_none(model, tmp_path):
 
 def test_every_file_of_a_family_is_registered():
     names = [f"{families.__name__}.{module.name}" for module in pkgutil.iter_modules(families.__path__)]
-    found = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
-    assert {family.name: family for family in found} == families.FAMILIES
+    in_files = [module.FAMILY for module in map(importlib.import_module, names) if hasattr(module, "FAMILY")]
+    assert {family.name: family for family in in_files} == families.FAMILIES
 
 
 @pytest.fixture
 def changed(places, tmp_path):
-    """The file with other metadata."""
+    """write(**metadata): a copy of the GGUF file with changed metadata."""
 
-    def write(**own):
+    def write(**changes):
         file = gguf.read(places / "m.gguf")
-        metadata = file.metadata | {key.replace("__", "."): value for key, value in own.items()}
+        metadata = file.metadata | {key.replace("__", "."): value for key, value in changes.items()}
         tensors = [(t.name, t.shape, t.type, lambda t=t: file.array(t.name)) for t in file.tensors.values()]
         gguf.write(tmp_path / "changed.gguf", metadata, tensors)
         return tmp_path / "changed.gguf"
@@ -118,13 +118,14 @@ def test_hostile_metadata(changed, case):
 
 def test_arrays_where_numbers_belong(changed, places):
     for key in [*gguf.read(places / "m.gguf").metadata, "llama.attention.sliding_window_pattern"]:
-        if key.startswith("llama.") and key != "llama.vocab_size":  # the table's rows say that
+        # vocab_size is read from the shape of the embedding instead
+        if key.startswith("llama.") and key != "llama.vocab_size":
             with pytest.raises(UserError, match=key.removeprefix("llama.")):
                 gptjax.load(changed(**{key: [1, 2]}))
 
 
 def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
-    """It looks for <s> and </s> in every model called phi3, and does not load one without them."""
+    """llama.cpp requires <s> and </s> in every model named phi3, and refuses to load one without them."""
     params, cfg, tokenizer = model
     weights.export_gguf(tmp_path / "My-Phi-3-chat.gguf", params, cfg, tokenizer)
     assert gguf.read(tmp_path / "My-Phi-3-chat.gguf").metadata["general.name"] == "My-Phi-chat"
@@ -133,7 +134,7 @@ def test_a_name_that_means_more_to_llama_cpp_is_changed(model, tmp_path):
 
 
 def test_folders_and_files_behind_links(tiny, tmp_path):
-    """As the cache of the hub keeps them: every file a link to a blob without an ending."""
+    """The layout of the Hugging Face cache: every file is a link to a blob without a file extension."""
     cfg, params = tiny("llama", vocab_size=257)
     gptjax.weights.export_hf(tmp_path / "hf", params, cfg, gptjax.tokenizers.load("bytes"))
     gptjax.save(tmp_path / "run" / "kept", params, cfg, gptjax.tokenizers.load("bytes"))
@@ -145,8 +146,8 @@ def test_folders_and_files_behind_links(tiny, tmp_path):
         (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / str(i))
     (tmp_path / "link").symlink_to(tmp_path / "snapshot", target_is_directory=True)
     for source in ("snapshot", "link", "run"):
-        again, _ = gptjax.load(tmp_path / source)
-        assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+        loaded, _ = gptjax.load(tmp_path / source)
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
         assert gptjax.weights.load_tokenizer(tmp_path / source).encode("abc") == [97, 98, 99]
 
 
@@ -183,4 +184,5 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(model, places, tmp_pa
         (tmp_path / "hf" / name).write_text(text)
     with pytest.raises(UserError, match=words):
         weights.load_tokenizer(tmp_path / "hf")
-    assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1  # for `grow_vocabulary`
+    # still loadable by itself, as input to `grow_vocabulary`
+    assert tokenizers.load(tmp_path / "hf").vocab_size == cfg.vocab_size + 1

@@ -1,4 +1,4 @@
-"""A finished model goes into a folder and comes out the same, or is refused by name."""
+"""A saved model loads unchanged, or an error names what is wrong."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_out_and_in_is_the_same(folder):
 
 
 def test_more_layers_than_tensors(tmp_path):
-    """Layers are stacked: there may be many more of them than there are files' entries."""
+    """Layers are stacked in one tensor, so the number of layers may exceed the number of tensors."""
     deep = gptjax.ModelConfig(n_layer=40, n_head=2, d_model=8, context_length=16, vocab_size=11)
     gptjax.save(tmp_path / "deep", gptjax.init_params(jax.random.key(0), deep), deep)
     assert gptjax.load(tmp_path / "deep")[1] == deep
@@ -90,7 +90,7 @@ def test_replacing_is_all_or_nothing(folder, monkeypatch):
 
     before = (folder / "model.safetensors").read_bytes()
     other = gptjax.init_params(jax.random.key(1), CFG)
-    with monkeypatch.context() as patch:  # killed between the two renames
+    with monkeypatch.context() as patch:  # simulates a kill between the two renames
         rename = os.rename
         patch.setattr(native.os, "rename", lambda a, b: rename(a, b) if ".partial" not in str(a) else 1 / 0)
         with pytest.raises(ZeroDivisionError):

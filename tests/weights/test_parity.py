@@ -1,6 +1,6 @@
-"""Every family against transformers: in, out, packed, ragged, and token by token; and against llama.cpp.
+"""Every family against transformers: import, export, packed and ragged batches, decoding; and against llama.cpp.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json
@@ -97,7 +97,7 @@ def test_logits_of_padded_and_packed_batches(pair):
     run = jax.jit(lambda params, tokens, segments: forward(params, tokens, cfg, segment_ids=segments))
     whole = theirs(model, tokens)
     np.testing.assert_allclose(run(params, tokens, np.ones((2, 24), int)), whole, atol=1e-4)
-    mask = (np.arange(24) < [[24], [15]]).astype(int)  # padded on the right
+    mask = (np.arange(24) < [[24], [15]]).astype(int)  # right padding
     padded = np.where(mask, tokens, 0)
     ours = run(params, padded, mask)
     np.testing.assert_allclose(ours[1, :15], theirs(model, padded, mask)[1, :15], atol=1e-4)
@@ -122,13 +122,13 @@ def test_greedy_tokens_of_a_ragged_batch(pair):
 
 
 def test_out_again(pair, tmp_path):
-    """Their own loader reads what we write, and our config.json is one of the same model."""
+    """transformers loads our export with the same logits, and our config.json describes the same model."""
     model, folder = pair
     params, cfg = load(folder)
     export_hf(tmp_path / "out", params, cfg)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     tokens = tokens_of(2, 24)
-    np.testing.assert_allclose(theirs(again, tokens), theirs(model, tokens), atol=1e-5)
+    np.testing.assert_allclose(theirs(reloaded, tokens), theirs(model, tokens), atol=1e-5)
     back, back_cfg = load(tmp_path / "out")
     assert not families.differences(back_cfg, cfg)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), params, back))
@@ -138,8 +138,8 @@ def test_several_shards_and_other_dtypes(pair, tmp_path):
     model, folder = pair
     model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    whole, parts = load(folder)[0], load(tmp_path / "shards")[0]
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole, parts))
+    whole, sharded = load(folder)[0], load(tmp_path / "shards")[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, sharded))
     low = load(folder, dtype="bfloat16")[0]
     assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype("bfloat16")}
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a.astype(jnp.bfloat16), b), whole, low))
@@ -170,7 +170,7 @@ LLAMA_CPP = [
 
 @pytest.mark.parametrize("name", LLAMA_CPP)
 def test_llama_cpp_continues_the_same(name, tmp_path):
-    """A file of ours in llama.cpp: the same greedy tokens after five prompts."""
+    """llama.cpp loads our GGUF file and generates the same greedy tokens after five prompts."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="extra 'parity' is not installed")
     kind, values = MODELS[name]
     sizes = dict(n_embd=64, n_head=4) if kind == "GPT2" else dict(hidden_size=64, intermediate_size=96)
@@ -193,7 +193,7 @@ def test_llama_cpp_continues_the_same(name, tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), params, back))
     prompts = [tokenizer.encode(text) for text in ("To be", "x", "JAX and ", "0123", "The way of the data")]
 
-    def no_end(logits, key):  # as ignore_eos does there
+    def no_end(logits, key):  # as llama.cpp's ignore_eos does
         return logits[:, :-1].argmax(-1)
 
     ours = generate(params, prompts, cfg, max_new_tokens=12, key=jax.random.key(0), sampler=no_end)
@@ -205,12 +205,12 @@ def test_llama_cpp_continues_the_same(name, tmp_path):
 def llama_cpp_server(xllamacpp, path):
     common = xllamacpp.CommonParams()
     common.model.path, common.n_ctx, common.n_parallel, common.warmup = str(path), 256, 1, False
-    common.cache_type_k = common.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # it is float16 otherwise
+    common.cache_type_k = common.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # the default is float16
     return xllamacpp.Server(common)
 
 
 def continued(server, prompt, n):
-    """llama.cpp's greedy tokens, each with its likeliest five."""
+    """llama.cpp's greedy tokens, each with its five most likely candidates."""
     request = dict(prompt=prompt, max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=5, cache_prompt=False)
     return server.handle_completions(request)["choices"][0]["logprobs"]["content"]
 
@@ -227,8 +227,8 @@ and|I would like a cup of|The square root of 81 is|You should never give
 
 
 def test_smollm2_from_its_gguf_file():
-    """Log-probabilities within 0.1 of llama.cpp's, which rounds activations to 8 bits; on 30 prompts the same first
-    token and on average four of the likeliest five."""
+    """Log-probabilities are within 0.1 of llama.cpp's, which rounds activations to 8 bits. On 30 prompts the most
+    likely token is the same, and on average four of the five most likely ones."""
     from gptjax import assets
 
     xllamacpp = pytest.importorskip("xllamacpp", reason="extra 'parity' is not installed")

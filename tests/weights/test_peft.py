@@ -1,4 +1,4 @@
-"""Adapters in peft's format: our own way there and back here, and against peft itself where it is installed."""
+"""Adapters in PEFT's format: export and import by gptjax, and against the peft library where it is installed."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run(params, cfg, tokens=TOKENS):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_there_and_back(tiny, arch, form, tmp_path):
-    """The same logits; and a second time out, the same files."""
+    """A round trip keeps the logits, and a second export writes the same files."""
     cfg, params = tiny(arch, n_kv_head=4 if arch == "gpt2" else 2, d_ff=128 if arch == "gpt2" else 48)
     lcfg = FORMS[form]
     adapter = moved(lora.init(KEY, params, lcfg))
@@ -49,10 +49,10 @@ def test_there_and_back(tiny, arch, form, tmp_path):
     want = run(lora.merge(params, adapter, lcfg), cfg)
     np.testing.assert_allclose(run(lora.attach(params, back, back_cfg), cfg), want, atol=1e-4)
     export_peft(tmp_path / "two", back, back_cfg, cfg, base=params)
-    one, two = (safetensors.open_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    assert one.shapes() == two.shapes()
-    again, again_cfg = load_peft(tmp_path / "two", cfg)
-    np.testing.assert_allclose(run(lora.merge(params, again, again_cfg), cfg), want, atol=1e-4)
+    first, second = (safetensors.open_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    assert first.shapes() == second.shapes()
+    reloaded, reloaded_cfg = load_peft(tmp_path / "two", cfg)
+    np.testing.assert_allclose(run(lora.merge(params, reloaded, reloaded_cfg), cfg), want, atol=1e-4)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_bit_of_an_adapter_is_noticed(name, folder, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("GPTJAX_VERIFY", "0")
         load_peft(folder, cfg)
-    (folder / HASHES).unlink()  # as another tool's folder
+    (folder / HASHES).unlink()  # as in a folder of another tool
     load_peft(folder, cfg)
 
 
@@ -192,7 +192,7 @@ def logits(torch, model, tokens):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", THEIRS)
 def test_an_adapter_that_peft_made(name, tmp_path):
-    """Loads here with the same logits, and goes back to peft with the same logits."""
+    """An adapter of peft loads with the same logits, and its export loads in peft with the same logits."""
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
     torch, model = base_model(name, tmp_path / "base")
     made = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **THEIRS[name][2])).eval()
@@ -208,8 +208,8 @@ def test_an_adapter_that_peft_made(name, tmp_path):
     assert np.abs(run(params, cfg) - want).max() > 0.01
     export_peft(tmp_path / "back", adapter, lcfg, cfg, base=params)
     _, fresh = base_model(name, tmp_path / "base2")
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
-    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, reloaded, TOKENS), want, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -239,7 +239,7 @@ def test_peft_loads_what_was_trained_here(name, form, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
 def test_a_classifier_with_its_head(kind, tmp_path):
-    """Both ways: peft's module to save is our head."""
+    """The classification head is stored as peft's modules_to_save, in both directions."""
     torch = pytest.importorskip("torch", reason="extra 'parity' is not installed")
     transformers = pytest.importorskip("transformers", reason="extra 'parity' is not installed")
     peft = pytest.importorskip("peft", reason="extra 'parity' is not installed")
@@ -268,8 +268,8 @@ def test_a_classifier_with_its_head(kind, tmp_path):
     head = adapter.pop("cls_head")
     export_peft(tmp_path / "back", adapter, lcfg, cfg, head=head, base=params)
     fresh = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
-    np.testing.assert_allclose(logits(torch, again, TOKENS), want, atol=1e-4)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "back").eval()
+    np.testing.assert_allclose(logits(torch, reloaded, TOKENS), want, atol=1e-4)
     with pytest.raises(UserError, match=r"classify.bias=false"):
         export_peft(tmp_path / "biased", adapter, lcfg, cfg, head=head | {"bias": jnp.ones(3)})
 

@@ -1,6 +1,6 @@
-"""Models trained here, by `train`, and their tokenizer: what llama.cpp makes of the file that we write.
+"""GGUF exports of models and tokenizers trained by `gptjax.train`, compared with llama.cpp.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import json
@@ -44,10 +44,10 @@ def test_llama_cpp_continues_a_model_trained_here(shape, tmp_path):
     path = export_gguf(tmp_path / "model.gguf", params, model, tokenizer)
     common = xllamacpp.CommonParams()
     common.model.path, common.n_ctx, common.n_parallel, common.warmup = str(path), 64, 1, False
-    common.cache_type_k = common.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # it is float16 otherwise
+    common.cache_type_k = common.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # the default is float16
     server = xllamacpp.Server(common)
 
-    def not_the_end(logits, key):  # as ignore_eos does there
+    def not_the_end(logits, key):  # as llama.cpp's ignore_eos does
         return logits.at[:, tokenizer.eot_id].set(-jax.numpy.inf).argmax(-1)
 
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -61,7 +61,7 @@ def test_llama_cpp_continues_a_model_trained_here(shape, tmp_path):
 
 
 def ids_of(server, text):
-    """llama.cpp's own cutting of a text."""
+    """Token ids of a text from llama.cpp's tokenizer."""
     request = urllib.request.Request(server.listening_address + "/tokenize", json.dumps({"content": text}).encode())
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)["tokens"]

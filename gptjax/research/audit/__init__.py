@@ -1,4 +1,4 @@
-"""Audits of memorisation and data poisoning: `audit` runs every check; each check is also a function of its own.
+"""Audits of memorisation and data poisoning: `audit` runs every check; each is also a function.
 
 outlier_scores    training rows whose gradients are unusually similar to a few others: poisoned rows, duplicates
 backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases

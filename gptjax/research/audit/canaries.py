@@ -114,9 +114,9 @@ def space_bits(secret: str) -> float:
 def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
     """n canaries to plant and to audit afterwards: each has a unique prefix and a secret number."""
     names = phrases([a + b for a in ("bo", "ka", "lu", "mi", "ra", "so", "te", "vi") for b in "dgklmnrst"], 2, n, seed)
-    numbers = random_candidates("0" * digits * n, 1, seed + 1)[0]
+    all_digits = random_candidates("0" * digits * n, 1, seed + 1)[0]
     return [
-        {"prefix": f"The number of {name} is ", "secret": numbers[i * digits : (i + 1) * digits]}
+        {"prefix": f"The number of {name} is ", "secret": all_digits[i * digits : (i + 1) * digits]}
         for i, name in enumerate(names)
     ]
 

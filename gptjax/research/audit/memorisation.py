@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # on each side, for a test over documents
+MIN_DOCUMENTS = 4  # of members and of non-members, for a test on per-document means
 MIN_K = 0.2  # fraction of a text's tokens that Min-K% Prob averages, the least likely ones: arXiv:2310.16789, fig. 4
 
 
@@ -48,7 +48,7 @@ def extraction(
 
     Args:
         prefixes: prefix lengths, in tokens; one result for each.
-        most: at most so many suffixes, drawn at random.
+        most: maximum number of suffixes; if there are more, a random selection is used.
 
     Raises:
         UserError: the longest prefix and the suffix do not fit into the context.

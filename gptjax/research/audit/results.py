@@ -30,7 +30,7 @@ class Backdoor(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A training row; where: its location for people; start: index of its first token in the store."""
+    """A training row; where: its location, for messages; start: index of its first token in the store."""
 
     where: str
     start: int
@@ -83,12 +83,12 @@ class Report(NamedTuple):
 
     alpha: float
     models: list[str]
-    rows: dict[str, int]  # by TEXTS
-    suffix: int  # tokens to extract
+    rows: dict[str, int]  # number of rows of each text in TEXTS
+    suffix: int  # length of the suffixes to extract, in tokens
     secrets: list[Secret]
     triggers: list[Backdoor]
-    extraction: list[tuple[str, Extraction]]  # by TEXTS
-    membership: list[tuple[str, Membership]]  # by model
+    extraction: list[tuple[str, Extraction]]  # (text in TEXTS, result)
+    membership: list[tuple[str, Membership]]  # (model, result)
     outliers: Outliers
     comparison: Comparison | None
 
@@ -106,10 +106,10 @@ def checks(report: Report) -> list[Check]:
         )
         results.append(("gradient outliers", what, tail.p))
     for backdoor in report.triggers:
-        trigger = backdoor.by[-1][1]
-        controls = float(trigger.controls.mean())
-        what = f"{backdoor.trigger!r}: payload log-probability {trigger.log_prob:.1f} nats, controls {controls:.1f}"
-        results.append(("trigger", what, trigger.p))
+        effect = backdoor.by[-1][1]
+        controls = float(effect.controls.mean())
+        what = f"{backdoor.trigger!r}: payload log-probability {effect.log_prob:.1f} nats, controls {controls:.1f}"
+        results.append(("trigger", what, effect.p))
     for secret in report.secrets:
         exposure = secret.by[-1][1]
         what = f"{secret.prefix!r}: {exposure.sampled:.1f} bits, {exposure.extrapolated:.1f} extrapolated"

@@ -93,10 +93,10 @@ class Settings:
     """Settings of `audit`.
 
     train, held_out   token stores: the training text, and text from the same distribution that was not trained on
-    canaries          {"prefix", "secret"} or {"trigger", "payload"} each: see `read_canaries`
+    canaries          dicts with the keys "prefix" and "secret", or "trigger" and "payload": see `read_canaries`
     base, prompts     (params, cfg) of the base model, and prompts, for `drift`
     rows              maximum number of rows from each store
-    of                pattern of the parameters whose gradients are compared
+    of                pattern of the parameters whose gradients are compared by the outlier check
     dims              size of the gradient sketches
     prefixes, suffix, strides   lengths in tokens, for `extraction`; None: chosen to fit the context
     alpha             false alarm rate per check

@@ -48,7 +48,7 @@ def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int
     is dropped, because it predicts nothing.
 
     Args:
-        most: keep at most so many chunks, drawn at random in order. None: all.
+        most: maximum number of chunks; if there are more, a random selection is kept in order. None: all.
 
     Returns:
         (starts, ends), [n] int64 each.

@@ -21,12 +21,9 @@ TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-TRACED_OF_ADAPTERS = (
-    "lora.alpha",
-    "lora.rank",
-    "lora.dropout",
-)  # unless initialised from the weights
-MAX_PROBLEMS = 20  # listed in one error
+# traced too, unless lora.init computes the adapter from the weights
+TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
+MAX_PROBLEMS = 20  # number of problems listed in one error
 MAX_RUNS = 10_000
 
 Hyperparameters = dict[str, Any]  # "optim.lr" -> [N]

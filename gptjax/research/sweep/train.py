@@ -30,7 +30,7 @@ from gptjax.types import Mean, Metrics
 
 INTEGERS = ("optim.warmup_steps", "lora.rank")  # int32; the other hyperparameters are float32
 MAX_STEPS_PER_CALL = 25
-FINAL_FRACTION = 0.1  # of the steps: the final training loss is their average
+FINAL_FRACTION = 0.1  # the final training loss is the average over this last fraction of the steps
 
 
 class Sweep(NamedTuple):

@@ -47,7 +47,8 @@ class Family(NamedTuple):
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    fills: frozenset[str] = frozenset()  # switches that may be off here: missing vectors are written as constants
+    # ModelConfig switches that may be off: the missing vectors are exported as constants
+    fills: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()  # suffixes of tensors that hold no parameters
     prefix: str = ""  # common prefix of the names in `rules`, which a file may omit
     placeholder: str = ""  # last token of the tokenizer that may lack a row in the embedding

@@ -1,4 +1,4 @@
-"""What every architecture promises, one table."""
+"""Properties of every architecture: the cache, causality, gradients, LoRA and config errors."""
 
 import jax
 import jax.numpy as jnp
@@ -37,52 +37,53 @@ def case(name):
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize("name", SHELF)
 def test_cached_equals_uncached(name):
-    """However the text is cut: in one, a piece and single tokens, pieces that fill a window and more."""
+    """`extend` equals `apply` for several ways to split the tokens into chunks, shorter and longer than a window."""
     member, cfg, params, x = case(name)
 
     @jax.jit
     def both(params, x):
-        found = []
-        for pieces in ((T,), (4, 1, 1, 3), (1, 5, 2, 1)):
+        outputs = []
+        for chunks in ((T,), (4, 1, 1, 3), (1, 5, 2, 1)):
             cache, y, first = member.init_cache(cfg, B, T + 2), [], 0
-            for size in pieces:
-                part, cache = member.extend(params, x[:, first : first + size], cfg, cache)
-                y, first = [*y, part], first + size
-            found.append(jnp.concatenate(y, 1))
-        return member.apply(params, x, cfg), found
+            for size in chunks:
+                out, cache = member.extend(params, x[:, first : first + size], cfg, cache)
+                y, first = [*y, out], first + size
+            outputs.append(jnp.concatenate(y, 1))
+        return member.apply(params, x, cfg), outputs
 
-    whole, found = both(params, x)
+    whole, outputs = both(params, x)
     assert whole.shape == (B, T, D) and whole.dtype == jnp.float32
     assert float(jnp.abs(whole).max()) > 0.1
-    for pieces in found:
-        np.testing.assert_allclose(pieces, whole, rtol=1e-5, atol=1e-5)
+    for out in outputs:
+        np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
 def test_no_gradient_from_the_future_and_one_to_every_parameter(name):
     member, cfg, params, x = case(name)
-    at = 5
+    position = 5
 
     @jax.jit
     def gradients(params, x):
         def value(params, x, place):
             return jnp.sin(member.apply(params, x, cfg)[:, place]).sum()
 
-        return jax.grad(value, 1)(params, x, at), jax.grad(value)(params, x, slice(None))
+        return jax.grad(value, 1)(params, x, position), jax.grad(value)(params, x, slice(None))
 
     of_x, of_params = gradients(params, x)
-    assert not np.asarray(of_x[:, at + 1 :]).any()
-    assert np.asarray(of_x[:, at]).all()
+    assert not np.asarray(of_x[:, position + 1 :]).any()
+    assert np.asarray(of_x[:, position]).all()
     for path, leaf in jax.tree_util.tree_leaves_with_path(of_params):
-        dead = {"a window of one": "qk", "one expert": ["router"]}.get(name, ())  # softmax of a single score
+        # a softmax over a single score has no gradient
+        dead = {"a window of one": "qk", "one expert": ["router"]}.get(name, ())
         expected = leaf.size > 0 and path[0].key not in dead
         assert np.isfinite(leaf).all() and bool(np.asarray(leaf).any()) == expected, path
 
 
 @pytest.mark.first_cases(3)
 @pytest.mark.parametrize("name", SHELF)
-def test_an_adapter_fits_and_starts_as_nothing(name):
+def test_a_new_adapter_changes_nothing(name):
     member, cfg, params, x = case(name)
     settings = LoraConfig(rank=2, targets="*/kernel")
     fitting = {path: leaf for path, leaf in params.items() if "kernel" not in leaf or leaf["kernel"].size}

@@ -1,4 +1,4 @@
-"""Costs by formula: the published figures, the arrays that are really made, and the programs that are compiled."""
+"""The cost formulas against published numbers, allocated caches, and compiled programs."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ def gigabytes(n):
     return round(n / 1e9, 2)
 
 
-# the book's example: 32 layers of 32 heads, width 4096, 32,768 tokens, bfloat16
+# the book's example: 32 layers, 32 heads, d_model 4096, 32,768 tokens, bfloat16
 BIG = ModelConfig(arch="llama", d_model=4096, n_head=32, n_layer=32, context_length=32768)
 GQA = dataclasses.replace(BIG, n_kv_head=8)
 FIVE_TO_ONE = dict(sliding_window=1024, window_pattern="SSSSSL")
@@ -32,7 +32,7 @@ def test_grouped_queries():
 
 
 def test_sliding_windows():
-    """Five layers of 1,024 tokens to one of all: 27 and 5."""
+    """Five layers with a window of 1,024 per full-attention layer: 27 and 5 of 32 layers."""
     narrow, both = (dataclasses.replace(cfg, **FIVE_TO_ONE) for cfg in (BIG, GQA))
     assert (narrow.windows.count(1024), narrow.windows.count(0)) == (27, 5)
     assert costs.kv_cache_bytes(narrow) == 3_137_339_392 and gigabytes(costs.kv_cache_bytes(narrow)) == 3.14
@@ -40,7 +40,7 @@ def test_sliding_windows():
 
 
 def test_latent_attention():
-    """24 heads of a width of 2048 are rounded up to 86 numbers each there."""
+    """The book rounds the size of 24 heads of a d_model of 2048 up to 86 channels."""
     heads = ModelConfig(
         arch="llama", d_model=2048, n_head=24, n_kv_head=24, d_head=math.ceil(2048 / 24), n_layer=48,
         context_length=8192,
@@ -54,7 +54,7 @@ def test_latent_attention():
 
 
 def test_experts():
-    """8 experts, 2 of them active, together as wide as one layer of 14,336."""
+    """8 experts, 2 of them active, with a total hidden size of 14,336."""
     cfg = moe.Config(7168, d_ff=14336 // 8, n_expert=8, n_active=2)
     assert cfg.d_ff == 1792
     assert costs.moe_params(cfg) == (38_535_168, 57_344, 308_338_688, 77_127_680)
@@ -63,7 +63,7 @@ def test_experts():
 
 
 def test_deltanet_state():
-    """B h d d numbers a layer, beside 2 B T h d of keys and values: as much after d / 2 tokens."""
+    """The state has B h d d elements per layer, a KV cache 2 B T h d: the same size at d / 2 tokens."""
     cfg = deltanet.Config(2048, n_head=16, d_head=128, conv_width=1)
     heads = ModelConfig(arch="llama", d_model=2048, n_head=16, n_kv_head=16, n_layer=1, context_length=64)
     assert costs.deltanet_state_bytes(cfg, 1, batch=3) == 3 * 16 * 128 * 128 * 2 == costs.kv_cache_bytes(heads, 3)
@@ -77,11 +77,11 @@ def test_the_caches_that_are_made_have_these_sizes():
     small = ModelConfig(arch="llama", d_model=32, n_head=4, n_kv_head=2, n_layer=3, context_length=24)
     made = init_cache(small, 5, dtype=jnp.bfloat16)
     assert made.k.nbytes + made.v.nbytes == costs.kv_cache_bytes(small, 5)
-    one, shelf = dataclasses.replace(small, n_layer=1), attention.Config(32, 4, 2)
-    assert size_bytes(lambda: attention.init_cache(shelf, 5, 24)) == costs.kv_cache_bytes(one, 5, 4)
-    windowed = dataclasses.replace(one, sliding_window=8)
-    found = size_bytes(lambda: sliding_window.init_cache(sliding_window.Config(32, 4, 2, window=8), 5))
-    assert found == costs.kv_cache_bytes(windowed, 5, 4) * 7 / 8  # the newest token comes with the call
+    one_layer, layer_cfg = dataclasses.replace(small, n_layer=1), attention.Config(32, 4, 2)
+    assert size_bytes(lambda: attention.init_cache(layer_cfg, 5, 24)) == costs.kv_cache_bytes(one_layer, 5, 4)
+    windowed = dataclasses.replace(one_layer, sliding_window=8)
+    size = size_bytes(lambda: sliding_window.init_cache(sliding_window.Config(32, 4, 2, window=8), 5))
+    assert size == costs.kv_cache_bytes(windowed, 5, 4) * 7 / 8  # the cache has window - 1 slots
     latent = mla.Config(32, n_head=4, d_head=8, d_latent=6, d_rope=2)
     assert size_bytes(lambda: mla.init_cache(latent, 5, 24)) == costs.mla_cache_bytes(latent, 1, 24, 5, 4)
     delta = deltanet.Config(32, n_head=4, d_head=8)
@@ -96,7 +96,7 @@ SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 128
     [("small", 5.1e11, 15.3), ("medium", 1.4e12, 14.2), ("large", 3.2e12, 12.2), ("xl", 6.4e12, 10.1)],
 )
 def test_the_flops_of_two_rows_of_1024(size, linear, attention_percent):
-    """The book's figures are of weights alone; attention adds so many per cent to them."""
+    """The book's numbers are without attention, which adds `attention_percent` per cent."""
     n_layer, n_head, d_model = SIZES[size]
     cfg = ModelConfig(n_layer=n_layer, n_head=n_head, d_model=d_model, vocab_size=50257)
     flops = costs.forward_flops(cfg, 2, 1024)
@@ -118,7 +118,7 @@ PROGRAMS = {
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_formula_is_what_xla_counts(name):
-    """The products to the last one; XLA's own total, which has norms, softmax and activations too, within 3 %."""
+    """Matrix products agree exactly; XLA's total, which includes norms, softmax and activations, within 3 %."""
     cfg, length, share = PROGRAMS[name]
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
     compiled = (
@@ -131,7 +131,7 @@ def test_the_formula_is_what_xla_counts(name):
 
 @pytest.mark.cpu
 def test_the_formula_at_the_size_of_gpt2():
-    """124 M parameters, 1,024 tokens, not compiled: what is no product is less than 0.5 %."""
+    """124 M parameters, 1,024 tokens, lowered only: operations other than matrix products are below 0.5 %."""
     cfg, tokens = ModelConfig(vocab_size=50257, unroll=True), jax.ShapeDtypeStruct((1, 1024), jnp.int32)
     lowered = jax.jit(lambda params, tokens: forward(params, tokens, cfg)).lower(abstract_params(cfg), tokens)
     flops = costs.forward_flops(cfg, 1, 1024, pairs=3 * 1024**2 // 4)

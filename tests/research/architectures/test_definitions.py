@@ -11,7 +11,7 @@ B, T, D = 2, 7, 16
 
 
 def given(member, cfg):
-    """x, params as float64 numpy, and what the member makes of them; every leaf random."""
+    """(x, params as float64 numpy arrays, output of `apply`); every leaf is random."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
     params = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape), member.init(jax.random.key(0), cfg))
@@ -20,8 +20,8 @@ def given(member, cfg):
     return x.astype(np.float64), jax.tree.map(lambda a: np.asarray(a, np.float64), params), np.asarray(y)
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def softmax(scores):
@@ -37,8 +37,8 @@ def rms(x, scale, eps=1e-5):
     return x / np.sqrt(np.mean(x * x) + eps) * scale
 
 
-def turned(x, position, base=10_000.0):
-    """Rotary embedding as complex numbers: element i with i + H/2, times exp(i position base^(-2i/H))."""
+def rotate(x, position, base=10_000.0):
+    """RoPE with complex numbers: channels j and j + H/2 are multiplied by exp(i position base^(-2j/H))."""
     half = len(x) // 2
     z = (x[:half] + 1j * x[half:]) * np.exp(1j * position * base ** (-2 * np.arange(half) / len(x)))
     return np.concatenate([z.real, z.imag])
@@ -58,16 +58,16 @@ def test_attention(n_kv_head, window):
         for t in range(T):
             heads = []
             for n in range(4):
-                own = slice(n * H, (n + 1) * H)
+                head = slice(n * H, (n + 1) * H)
                 kv = n * n_kv_head // 4
                 shared = slice(kv * H, (kv + 1) * H)
-                q = turned(x[b, t] @ p["q"]["kernel"][:, own], t)
+                q = rotate(x[b, t] @ p["q"]["kernel"][:, head], t)
                 seen = [s for s in range(t + 1) if not window or s > t - window]
-                k = [turned(x[b, s] @ p["k"]["kernel"][:, shared], s) for s in seen]
+                k = [rotate(x[b, s] @ p["k"]["kernel"][:, shared], s) for s in seen]
                 v = [x[b, s] @ p["v"]["kernel"][:, shared] for s in seen]
                 heads.append(softmax(np.array(k) @ q / np.sqrt(H)) @ np.array(v))
             expected[b, t] = np.concatenate(heads) @ p["o"]["kernel"]
-    close(y, expected)
+    assert_close(y, expected)
 
 
 @pytest.mark.parametrize("d_query_latent", [None, 7])
@@ -80,16 +80,16 @@ def test_latent_attention(d_query_latent):
     expected = np.zeros((B, T, D))
     for b in range(B):
         c = [rms(h @ w["kv_down"], p["kv_norm"]["scale"]) for h in x[b]]
-        k_r = [turned(h @ w["k_rope"], s) for s, h in enumerate(x[b])]
+        k_r = [rotate(h @ w["k_rope"], s) for s, h in enumerate(x[b])]
         for t in range(T):
             c_q = x[b, t] if d_query_latent is None else rms(x[b, t] @ w["q_down"], p["q_norm"]["scale"])
             for n in range(N):
-                own, turns = slice(n * H, (n + 1) * H), slice(n * P, (n + 1) * P)
-                q = np.concatenate([c_q @ w["q_up"][:, own], turned(c_q @ w["q_rope"][:, turns], t)])
-                k = [np.concatenate([c[s] @ w["k_up"][:, own], k_r[s]]) for s in range(t + 1)]
-                v = [c[s] @ w["v_up"][:, own] for s in range(t + 1)]
-                expected[b, t] += softmax(np.array(k) @ q / np.sqrt(H + P)) @ np.array(v) @ w["o"][own]
-    close(y, expected)
+                head, rope_dims = slice(n * H, (n + 1) * H), slice(n * P, (n + 1) * P)
+                q = np.concatenate([c_q @ w["q_up"][:, head], rotate(c_q @ w["q_rope"][:, rope_dims], t)])
+                k = [np.concatenate([c[s] @ w["k_up"][:, head], k_r[s]]) for s in range(t + 1)]
+                v = [c[s] @ w["v_up"][:, head] for s in range(t + 1)]
+                expected[b, t] += softmax(np.array(k) @ q / np.sqrt(H + P)) @ np.array(v) @ w["o"][head]
+    assert_close(y, expected)
 
 
 @pytest.mark.parametrize("n_active", [1, 2, 4])
@@ -104,12 +104,11 @@ def test_experts(n_active):
             for weight, e in zip(softmax(scores[best]), best, strict=True):
                 hidden = silu(x[b, t] @ p["gate"]["kernel"][e]) * (x[b, t] @ p["up"]["kernel"][e])
                 expected[b, t] += weight * (hidden @ p["down"]["kernel"][e])
-    close(y, expected)
+    assert_close(y, expected)
 
 
 def test_even_and_uneven_routing():
-    """With a router at zero every expert is as likely, and the loss 1; where all tokens choose one of four it is
-    near 4."""
+    """The balance loss is 1 for a zero router (uniform routing), near 4 if all tokens choose one of four experts."""
     cfg = moe.Config(D, d_ff=12, n_expert=4, n_active=1)
     x = jnp.ones((B, T, D))
     params = moe.init(jax.random.key(0), cfg)
@@ -121,7 +120,7 @@ def test_even_and_uneven_routing():
 
 @pytest.mark.parametrize("conv_width", [1, 4])
 def test_gated_delta(conv_width):
-    """S_t = a S_t-1 (I - b k k^T) + b v k^T, o_t = S_t q_t, with S from keys to values as in the paper."""
+    """S_t = a S_t-1 (I - b k k^T) + b v k^T, o_t = S_t q_t; S maps keys to values, as in the paper."""
     N, H = 2, 6
     cfg = deltanet.Config(D, n_head=N, d_head=H, conv_width=conv_width)
     x, p, y = given(deltanet, cfg)
@@ -143,12 +142,12 @@ def test_gated_delta(conv_width):
                 S[n] = a[n] * S[n] @ (np.eye(H) - write[n] * np.outer(key, key)) + write[n] * np.outer(v[n], key)
                 heads.append(rms(S[n] @ query, p["norm"]["scale"]) * gate[n])
             expected[b, t] = np.concatenate(heads) @ p["o"]["kernel"]
-    close(y, expected)
+    assert_close(y, expected)
 
 
 def test_delta_rule_remembers_and_replaces():
-    """With nothing forgotten and all written, a key gives back the last value that was put there, exactly."""
-    keys = jnp.eye(4)[jnp.array([0, 1, 2, 0])][None, :, None]  # the first key once more at the end
+    """Without decay and with write strength 1, a key retrieves exactly the last value stored for it."""
+    keys = jnp.eye(4)[jnp.array([0, 1, 2, 0])][None, :, None]  # the last token repeats the first key
     values = jnp.arange(16.0).reshape(1, 4, 1, 4)
     ones = jnp.ones((1, 4, 1))
     o, state = deltanet.gated_delta_rule(keys, keys, values, ones, ones, jnp.zeros((1, 1, 4, 4)))

@@ -1,6 +1,6 @@
 """The architectures against transformers' layers with the same weights: experts, latent attention, gated delta rule.
 
-Needs the extra `parity`; where it is not installed these tests are skipped by name.
+Needs the extra `parity`; without it these tests are skipped.
 """
 
 import os
@@ -46,10 +46,10 @@ def test_experts_are_mixtrals():
 
 
 def test_latent_attention_is_deepseeks():
-    """Their rope pairs neighbours, ours i with i + P/2: columns change places."""
+    """DeepSeek's RoPE rotates adjacent channels, ours i and i + P/2: the columns are permuted."""
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
-    N, H, R, P, Q = 4, 4, 6, 4, 7  # R + P even: theirs views pairs of a slice as complex numbers
+    N, H, R, P, Q = 4, 4, 6, 4, 7  # R + P is even, because DeepSeek's code views pairs of channels as complex numbers
     cfg = mla.Config(D, n_head=N, d_head=H, d_latent=R, d_rope=P, d_query_latent=Q)
     params = mla.init(jax.random.key(1), cfg)
     w = {name: np.array(node["kernel"]) for name, node in params.items() if "kernel" in node}
@@ -81,7 +81,7 @@ def test_latent_attention_is_deepseeks():
 
 
 def test_the_delta_rule_is_qwen3_nexts():
-    """Theirs takes log a, and divides the queries by sqrt(H)."""
+    """Qwen3-Next's function takes log a, and divides the queries by sqrt(H)."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
     N, H = 3, 8
@@ -92,6 +92,6 @@ def test_the_delta_rule_is_qwen3_nexts():
     expected, after = torch_recurrent_gated_delta_rule(
         *(torch.tensor(z) for z in (q, k, v, np.log(a), b, state)), output_final_state=True
     )
-    o, found = deltanet.gated_delta_rule(q, k, v, a, b, state)
+    o, final_state = deltanet.gated_delta_rule(q, k, v, a, b, state)
     np.testing.assert_allclose(o, expected * H**0.5, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found, after, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(final_state, after, rtol=1e-5, atol=1e-5)

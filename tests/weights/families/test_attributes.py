@@ -1,8 +1,8 @@
 """Every attribute of every family's config class, at its default, absent, null and at other values, against
-transformers: the same logits within 1e-4, or a refusal that names the attribute. Nothing between.
+transformers: either the logits agree within 1e-4, or an error names the attribute.
 
 The attributes are read from transformers' own classes, so that a release which adds one is tested too. Needs the
-extra `parity`; where it is not installed these tests are skipped by name.
+extra `parity`; without it these tests are skipped.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ SIZES = dict(
 )  # fmt: skip
 GPT2 = dict(vocab_size=61, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
 WINDOWS = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-MODELS = {  # family -> its class, and what the tiny model is made of
+MODELS = {  # family: (transformers class, settings of the tiny model)
     "gpt2": ("GPT2", GPT2),
     "llama": ("Llama", SIZES),
     "mistral": ("Mistral", SIZES | dict(sliding_window=8)),
@@ -45,7 +45,7 @@ MODELS = {  # family -> its class, and what the tiny model is made of
     "gemma3_text": ("Gemma3Text", SIZES | dict(head_dim=8, sliding_window=8)),
     "olmo2": ("Olmo2", SIZES),
 }
-# As earlier releases of transformers wrote the same model: what newer ones added is not there.
+# Attributes that earlier releases of transformers did not write: the `old` form of a config lacks them.
 NEW = ("rope_parameters", "layer_types")
 NOT_THERE = object()
 ROPES = [
@@ -63,7 +63,7 @@ BY_LAYER = [
     dict(sliding_attention=dict(rope_type="linear", factor=4.0)), dict(full_attention=None),
 ]  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
-OTHERS = {  # where the type of the default does not say what else to try
+OTHERS = {  # values to try where the default's type does not suggest any
     "transformers_version": ["3.0.2"], "architectures": [["OtherForCausalLM"], []], "model_type": ["other"],
     "dtype": ["bfloat16", "float16"], "torch_dtype": ["bfloat16"], "id2label": [{"0": "a", "1": "b", "2": "c"}],
     "label2id": [{"a": 0, "b": 1}], "problem_type": ["regression"], "num_labels": [3], "_num_labels": [3],
@@ -90,7 +90,7 @@ OTHERS = {  # where the type of the default does not say what else to try
     "diversity_penalty": [0.5], "temperature": [0.5], "top_p": [0.5], "typical_p": [0.5], "repetition_penalty": [1.5],
     "length_penalty": [1.5],
 }  # fmt: skip
-SWITCHES = {  # old ones, of which no class has a default any more
+SWITCHES = {  # old boolean attributes without a default in any current class
     "gradient_checkpointing", "_attn_implementation_autoset", "is_llama_config", "output_past", "unsloth_fixed",
     "torchscript", "use_bfloat16", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder", "do_sample",
     "early_stopping", "output_scores", "return_dict_in_generate", "remove_invalid_values", "summary_use_proj",
@@ -102,13 +102,13 @@ IDS = np.random.default_rng(0).integers(3, 61, (2, 30))
 
 
 def attributes(config) -> list[str]:
-    """Of the class and its parents, those that files of earlier releases have, and those that gptjax knows."""
+    """All attribute names to test: of the config class, of older releases, and those that gptjax knows."""
     fields = {field.name for field in dataclasses.fields(type(config))} | set(config.to_dict())
     return sorted(fields | set(config.attribute_map) | NEUTRAL | set(OTHERS) | SWITCHES | FRACTIONS)
 
 
 def others(name, default) -> list:
-    """At least one value beside the default."""
+    """One or more values other than the default."""
     if name in OTHERS:
         return OTHERS[name]
     if name in SWITCHES or isinstance(default, bool):
@@ -120,21 +120,21 @@ def others(name, default) -> list:
 
 
 class Theirs:
-    """transformers' logits of the model in a folder; one that has the same config object as before is not run again."""
+    """transformers' logits of the model in a folder, cached by the config object."""
 
     def __init__(self, folder):
         self.folder, self.known = folder, {}
         self.stored = safetensors.open_file(folder / "model.safetensors").shapes()
 
     def logits(self):
-        """None: they take no such value, or their model is another than the file's."""
+        """The logits; None if transformers refuses the value, or it changes the parameters of the model."""
         try:
             config = transformers.AutoConfig.from_pretrained(self.folder)
             key = repr(sorted(vars(config).items(), key=str))
             if key not in self.known:
                 self.known[key] = self._run(config)
             return self.known[key]
-        except Exception:  # whatever kind: a value that its classes or its model do not take
+        except Exception:  # of any type: transformers does not support the value
             return None
 
     def _run(self, config):
@@ -153,7 +153,7 @@ class Theirs:
 
 
 class Ours:
-    """Our logits of it, or the text of the refusal; the same ModelConfig reads the same file to the same logits."""
+    """gptjax's logits of the model in a folder, cached by ModelConfig, or the error message if it is refused."""
 
     def __init__(self, folder):
         self.folder, self.known = folder, {}
@@ -163,7 +163,7 @@ class Ours:
             model = open_model(self.folder)
             if model.cfg not in self.known:
                 params = model.params("float32", None)
-                with jax.disable_jit():  # one by one: compiling every config would take ten times as long
+                with jax.disable_jit():  # compiling every config would take ten times as long
                     logits = forward(params, jnp.array(IDS), model.cfg)
                 self.known[model.cfg] = np.asarray(logits)
             return self.known[model.cfg]
@@ -183,13 +183,13 @@ def made(folder, kind, settings):
 
 
 def outcome(ours, theirs, name, values, usual) -> str:
-    """equal, refused, or what is wrong."""
+    """One of "equal", "refused", or a description of the mismatch."""
     (ours.folder / "config.json").write_text(json.dumps(values))
     got = ours.logits()
     want = None if isinstance(got, str) else theirs.logits()
     if isinstance(got, str):
         return "refused" if name in got else f"refused without its name: {got}"
-    if want is None:  # they take no such value; here it says nothing
+    if want is None:  # transformers cannot load the value: gptjax must ignore it
         return "equal" if np.abs(got - usual).max() < 1e-6 else "transformers cannot load it, gptjax gives other logits"
     return "equal" if np.abs(got - want).max() <= 1e-4 else f"logits differ by {np.abs(got - want).max():.1g}"
 
@@ -224,11 +224,11 @@ def test_every_attribute_gives_the_same_logits_or_is_refused_by_name(family, tmp
                 if neutral and result == "refused":
                     neutral_but_refused.append(shown)
     shutil.rmtree(folder)
-    said = {"attributes": len(names), "values": sum(counts.values())} | {k: counts[k] for k in ("equal", "refused")}
-    for key, value in said.items():
+    summary = {"attributes": len(names), "values": sum(counts.values())} | {k: counts[k] for k in ("equal", "refused")}
+    for key, value in summary.items():
         record_property(key, value)
     with capsys.disabled():
-        print(f"\n{family}: " + ", ".join(f"{value} {key}" for key, value in said.items()))
+        print(f"\n{family}: " + ", ".join(f"{value} {key}" for key, value in summary.items()))
     assert not wrong, "\n".join(wrong)
     assert not neutral_but_refused
 

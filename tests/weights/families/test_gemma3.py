@@ -1,4 +1,4 @@
-"""Gemma 3's text models: what their GGUF files can say of windows and scales, and the token without a row."""
+"""Gemma 3 text models: windows and attention scales in GGUF files, and the token without an embedding."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ GEMMA = gptjax.ModelConfig(
         ({"sliding_window": 0}, None),
         ({"sliding_window": 64}, None),
         ({"window_pattern": "SL"}, "model.windows=(4, 0, 4, 0, 4, 0)"),
-        ({"window_pattern": "S", "sliding_window": 64}, "model.windows=(64, 64, 64, 64, 64, 64)"),  # another rope base
+        ({"window_pattern": "S", "sliding_window": 64}, "model.windows=(64, 64, 64, 64, 64, 64)"),  # another RoPE base
         ({"rope_local_base": 500.0}, "model.rope_local_base=500.0"),
         ({"attention_scale": 0.1}, "model.attention_scale="),
     ],
@@ -48,9 +48,10 @@ def test_the_scale_that_llama_cpp_gives_to_62_layers_of_gemma():
 
 
 def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
-    """As the text models are published: the tokenizer is that of the others. Elsewhere such a token is refused."""
+    """The text models are published with the multimodal tokenizer, whose image token has no embedding in them; in other
+    families such a token is an error."""
     data = json.loads(hf.to_hf(tokenizers.train("bpe", [TEXT] * 8, 280))["tokenizer.json"])
-    data["model"]["byte_fallback"] = True  # runs in `tokenizers`, as Gemma's does
+    data["model"]["byte_fallback"] = True  # needs the `tokenizers` library, like Gemma's tokenizer
     plain = hf.from_hf(json.dumps(data))
     rows = plain.vocab_size
     cfg = dataclasses.replace(GEMMA, vocab_size=rows, tie_embeddings=True)
@@ -64,8 +65,10 @@ def test_the_images_of_gemma_have_no_row_in_its_text_models(tmp_path):
             with pytest.raises(UserError, match=f"has {rows + 1} ids, the model {rows} rows"):
                 weights.load_tokenizer(folder)
             continue
-        found = weights.load_tokenizer(folder)
-        assert found.kind == "hf" and found == tokenizers.loads(plain.dumps()).replace(eos_ids=found.eos_ids)
-        assert max(found.encode(f"To be {name}")) < rows and found.decode(found.encode(name)) == name
-        gptjax.save(tmp_path / "own", params, cfg, found)
-        assert weights.load_tokenizer(tmp_path / "own") == found
+        tokenizer = weights.load_tokenizer(folder)
+        assert tokenizer.kind == "hf" and tokenizer == tokenizers.loads(plain.dumps()).replace(
+            eos_ids=tokenizer.eos_ids
+        )
+        assert max(tokenizer.encode(f"To be {name}")) < rows and tokenizer.decode(tokenizer.encode(name)) == name
+        gptjax.save(tmp_path / "own", params, cfg, tokenizer)
+        assert weights.load_tokenizer(tmp_path / "own") == tokenizer
