@@ -52,4 +52,4 @@ def test_every_setting_has_a_sentence_of_help():
 
 def test_the_styles_are_explained_in_the_help():
     texts = {key: text for _, _, rows in config.describe() for key, _, text in rows}
-    assert all("null: chat, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))
+    assert all("null: chat if it has one, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))
