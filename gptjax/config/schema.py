@@ -222,8 +222,8 @@ class Computation:
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
         "Rematerialisation (gradient checkpointing): recompute activations in the backward pass to save memory. none:"
-        " keep all; dots: keep the results of matrix products; full: keep only the input of each block; offload: keep that"
-        " input in host memory.",
+        " keep all; dots: keep the results of matrix products; full: keep only the input of each block; offload: keep"
+        " that input in host memory.",
     )
     unroll: Optional[bool] = setting(
         None,
@@ -519,7 +519,8 @@ class FinetuneConfig:
     save_merged: Optional[bool] = setting(
         None,
         "Whether to save the adapter merged into the full weights. false: save the adapter only, which cannot be "
-        "loaded without its base. null: true, unless the base can be fetched again (smollm2-135m-instruct or hf:org/name).",
+        "loaded without its base. null: true, unless the base can be fetched again (smollm2-135m-instruct or "
+        "hf:org/name).",
     )
     seeds: int = setting(
         1,
