@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
         ("prepare", "inspect", "check"),
     ),
     "presets": Verb(
-        "gptjax.cli.presets", FILES, "List, print or copy the settings that come with gptjax.", ("ls", "show", "cp")
+        "gptjax.cli.presets", FILES, "List, print or copy the presets: files of settings.", ("ls", "show", "cp")
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }

@@ -161,7 +161,9 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
         section: a section whose name is omitted, such as "sample".
         width: columns per line.
     """
-    titles = {group: f"{group}: {doc}".replace("None", "null") for group, doc, _ in describe()} | {"": "The run itself"}
+    titles = {group: f"Section {group}. {doc}".replace("None", "null") for group, doc, _ in describe()} | {
+        "": "The run itself."
+    }
     rows = {row[0]: row for _, _, rows in describe() for row in rows}
     values, lines, last = flat(cfg), [], None
     for key, kind, text in (rows[key] for pattern in patterns for key in rows if matches(pattern, key)):

@@ -142,9 +142,9 @@ Interrupt and resume
   interruption. A damaged checkpoint is set aside and the one before it is used.
 
   A folder with other settings is refused, and the differences are shown: choose
-  another run_dir. Nothing is overwritten. A finished run can be made longer with
-  a larger train.max_steps if optim.schedule is constant, or wsd and the decay
-  has not begun; otherwise start a new run with pretrain.base=RUN.
+  another run_dir. Nothing is overwritten. A run can be made longer with a larger
+  train.max_steps if optim.schedule is constant, or wsd and the decay has not
+  begun; otherwise start a new run with pretrain.base=RUN.
 
 Exit codes
   0      done

@@ -145,10 +145,10 @@ def need(shell):
 
 def bash_offers(line, env):
     """COMPREPLY of the function in the script, with the cursor at the end of the line."""
-    code = f"""eval "$(gptjax completion bash)"
-COMP_LINE=$1 COMP_POINT=${{#1}}
+    code = """eval "$(gptjax completion bash)"
+COMP_LINE=$1 COMP_POINT=${#1}
 _gptjax
-printf '%s\\n' "${{COMPREPLY[@]}}" """
+printf '%s\\n' "${COMPREPLY[@]}" """
     done = subprocess.run(["bash", "-c", code, "bash", line], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.split()
