@@ -88,7 +88,7 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
         lines.append("")
         for line in note.splitlines():
             lines += [line] if line.startswith("  ") else _wrapped(line, width)
-    if page.settings:
+    if page.settings or page.reads not in ("", "*"):
         from gptjax.cli import options
 
         lines += ["", options.values_help(page, args, width)]

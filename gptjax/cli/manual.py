@@ -1,14 +1,13 @@
 """What `gptjax VERB --help` says: a page per verb, and per action of a verb such as `data check`.
 
 The examples of a page run as they stand in an empty folder, after the commands of `needs`, on a CPU and without a
-network. The settings of a page come from `gptjax.config.schema`, which has their help.
+network. The settings of a page come from `gptjax.config.schema`, which has their help; it is not imported here, so that
+`gptjax completion` is fast.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-from gptjax.config.uses import USES
 
 
 class Option(NamedTuple):
@@ -28,9 +27,9 @@ class Page(NamedTuple):
     examples   (command, what it does)
     needs      commands that make the files and runs that the examples use
     options    words of this verb that are no settings
-    settings   patterns of the settings that the help lists
+    reads      the task whose settings it reads (`gptjax.config.uses`); "*": any task
+    settings   patterns of the settings that the help lists; (): all that the task reads
     section    the section of the settings whose name may be left out
-    accepts    patterns of settings that are offered for completion; (): those of `settings`
     preset     the preset that is used if none is named; "": the verb takes none
     tasks      the tasks whose presets it takes
     words      what the first word can be, beside a preset
@@ -42,9 +41,9 @@ class Page(NamedTuple):
     examples: tuple[tuple[str, str], ...]
     needs: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
+    reads: str = ""
     settings: tuple[str, ...] = ()
     section: str = ""
-    accepts: tuple[str, ...] = ()
     preset: str = ""
     tasks: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
@@ -110,7 +109,7 @@ PAGES: dict[str, Page] = {
             ),
         ),
         options=SWITCHES,
-        settings=USES["pretrain"],
+        reads="pretrain",
         preset="shakespeare-char",
         tasks=("pretrain",),
         notes=(
@@ -159,7 +158,7 @@ PAGES: dict[str, Page] = {
             ),
         ),
         options=SWITCHES,
-        settings=USES["classify"],
+        reads="classify",
         preset="classify",
         tasks=("classify",),
         notes=(FINETUNED, "Use the result with `gptjax classify runs/classify TEXT`.", LAYERS),
@@ -178,7 +177,7 @@ PAGES: dict[str, Page] = {
             ),
         ),
         options=SWITCHES,
-        settings=USES["instruct"],
+        reads="instruct",
         preset="instruct",
         tasks=("instruct",),
         notes=(
@@ -210,7 +209,7 @@ PAGES: dict[str, Page] = {
             ),
         ),
         options=SWITCHES,
-        settings=USES["prefer"],
+        reads="prefer",
         preset="prefer",
         tasks=("prefer",),
         notes=(
@@ -378,7 +377,7 @@ PAGES: dict[str, Page] = {
             Option("png=", "FILE", "Draw the roofline to a new picture."),
             *SWITCHES,
         ),
-        accepts=("*",),
+        reads="*",
         preset="gpt2-124m",
         tasks=("pretrain", "classify", "instruct", "prefer"),
         notes=(
@@ -418,7 +417,7 @@ PAGES: dict[str, Page] = {
             ),
             *SWITCHES,
         ),
-        accepts=("*",),
+        reads="*",
         preset="tiny-gpt2",
         tasks=("pretrain", "classify", "instruct", "prefer"),
         notes=(
@@ -699,7 +698,7 @@ PAGES: dict[str, Page] = {
         ),
         options=SWITCHES,
         settings=("data.*", "tokenizer.*"),
-        accepts=USES["pretrain"],
+        reads="pretrain",
         preset="shakespeare-char",
         tasks=("pretrain",),
         notes=("Without a preset it uses shakespeare-char, whose text is downloaded once.", LAYERS),
@@ -720,7 +719,7 @@ PAGES: dict[str, Page] = {
         ),
         options=SWITCHES,
         settings=("data.*", "tokenizer.*", "seed", "model.context_length", "train.batch_size"),
-        accepts=USES["pretrain"],
+        reads="pretrain",
         preset="shakespeare-char",
         tasks=("pretrain",),
         notes=("Without a preset it uses shakespeare-char, whose text is downloaded once.", LAYERS),
@@ -838,11 +837,11 @@ PAGES: dict[str, Page] = {
             """zsh: add these lines to ~/.zshrc, and open a new terminal:
   autoload -Uz compinit && compinit
   eval "$(gptjax completion zsh)\"""",
-            """fish: run this once:
-  mkdir -p ~/.config/fish/completions; gptjax completion fish > ~/.config/fish/completions/gptjax.fish""",
+            """fish: add this line to ~/.config/fish/config.fish, and open a new terminal:
+  gptjax completion fish | source""",
             "Settings are completed in two steps, section and name: `gptjax pretrain opt` TAB gives optim., and"
             " `optim.na` TAB gives optim.name=. After the = the choices of the setting are completed, or files where it"
-            " has none. The script asks gptjax for the words, so it need not be made again for a new version.",
+            " has none.",
         ),
     ),
 }

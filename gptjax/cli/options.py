@@ -180,8 +180,9 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
     """The settings of a verb with the values that these arguments give; if they are invalid, the values of the default
     preset. A verb that takes no preset: with the defaults."""
+    patterns = page.settings or uses.USES[page.reads]
     if not page.preset:
-        return f"Settings, with their defaults:\n\n{settings_help(Config(), page.settings, page.section, width)}"
+        return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"
     (task,) = page.tasks
     verb = uses.verb_of(task)
     try:
@@ -191,7 +192,7 @@ def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
         parsed = Args([], [], False, False)
         cfg, _ = configure(parsed, page.preset, verb, task)
     source = parsed.words[0] if parsed.words else page.preset
-    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, page.settings, page.section, width)}"
+    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, patterns, page.section, width)}"
 
 
 # ---------------------------------------------------------------- dry run
