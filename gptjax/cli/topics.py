@@ -103,7 +103,8 @@ Preferences: prefer.source (.jsonl .json .csv .parquet)
   prompt, chosen and rejected may also be lists of messages.
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
-the first tokens, gptjax data check my.jsonl finds duplicates and secrets.
+the first tokens, gptjax data check my.jsonl finds duplicates and secrets. The
+verb data is explained by `gptjax data --help`.
 """
 
 RUNS = """\
