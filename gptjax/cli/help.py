@@ -7,17 +7,19 @@ import textwrap
 from collections.abc import Sequence
 
 from gptjax.cli import ALL_VERBS, GROUPS
+from gptjax.cli.manual import PAGES
+from gptjax.cli.topics import TOPICS
 from gptjax.errors import UserError, did_you_mean
 
 
 def run(args: list[str]) -> int:
-    from gptjax.cli.topics import TOPICS
-
     if not args:
         print(overview())
         return 0
     name = args[0]
-    if name in TOPICS and len(args) == 1:
+    if name in TOPICS and (len(args) == 1 or name not in ALL_VERBS):
+        if args[1:]:
+            raise UserError(f"help {name}: expected no further word, got {args[1]}")
         print(topic(name), end="")
     elif name in ALL_VERBS:
         if len(args) > 1 and args[1] not in ALL_VERBS[name].actions:
@@ -35,8 +37,6 @@ def run(args: list[str]) -> int:
 
 def overview() -> str:
     """The text of `gptjax --help`: the verbs by group, and the topics."""
-    from gptjax.cli.topics import TOPICS
-
     lines = [
         "gptjax trains, fine-tunes and runs GPT-style language models in JAX.",
         "",
@@ -56,16 +56,12 @@ def overview() -> str:
 
 
 def topic(name: str) -> str:
-    from gptjax.cli.topics import TOPICS
-
     title, text = TOPICS[name]
     return f"{title}\n\n{text}"
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
     """The text of `gptjax NAME ARGS --help`; the settings are shown with the values that ARGS give."""
-    from gptjax.cli.manual import PAGES
-
     args = list(args)
     title = name
     if args and args[0] in ALL_VERBS[name].actions and f"{name} {args[0]}" in PAGES:

@@ -116,6 +116,7 @@ def check_names(text):
         (["help", "pretrian"], "did you mean pretrain?"),
         (["help", "data", "chekc"], "did you mean check?"),
         (["help", "doctor", "who"], "gptjax doctor has no actions"),
+        (["help", "runs", "now"], "expected no further word, got now"),
         (["help", "xyzzy"], "topics: config, data, runs"),
     ],
 )
