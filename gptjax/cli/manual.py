@@ -65,7 +65,7 @@ MODEL = (
     " (downloaded from the Hugging Face Hub), or smollm2-135m-instruct (98 MB, downloaded once)."
 )
 TINY = "gptjax pretrain tiny-gpt2"
-BASE = "gptjax pretrain tiny-gpt2 model.context_length=256 data.max_documents=20 run_dir=runs/base"
+BASE = "gptjax pretrain tiny-gpt2 model.context_length=512 data.max_documents=20 run_dir=runs/base"
 CSV = (
     '(echo label,text; for i in 1 2 3 4 5 6 7 8 9; do echo "fruit,apple number $i"; echo "tool,saw number $i"; done)'
     " > my.csv"
