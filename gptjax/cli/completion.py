@@ -52,7 +52,7 @@ ZSH = r"""#compdef gptjax
 _gptjax_names='NAMES'
 _gptjax() {
   local -a candidates unfinished finished typed
-  typed=("${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}")
+  typed=(${(Q)words[2,CURRENT-1]} "${(Q)PREFIX}")
   candidates=(${(f)"$(VARIABLE=$_gptjax_names command gptjax completion --words "${(@)typed}" 2>/dev/null)"})
   unfinished=(${(M)candidates:#*[.=]})
   finished=(${candidates:#*[.=]})
@@ -76,7 +76,8 @@ set -g __gptjax_names 'NAMES'
 function __gptjax_words
     set -l words (commandline -opc)
     set -l current (commandline -ct)
-    env VARIABLE=$__gptjax_names gptjax completion --words $words[2..-1] "$current" 2>/dev/null
+    set -e words[1]
+    env VARIABLE=$__gptjax_names gptjax completion --words $words "$current" 2>/dev/null
 end
 complete -c gptjax -a '(__gptjax_words)'
 """
