@@ -73,13 +73,14 @@ fi
 
 FISH = r"""# fish completion of gptjax; load it with: gptjax completion fish | source
 set -g __gptjax_names 'NAMES'
-function __gptjax_words
+function __gptjax_find_words
     set -l words (commandline -opc)
     set -l current (commandline -ct)
     set -e words[1]
-    env VARIABLE=$__gptjax_names gptjax completion --words $words "$current" 2>/dev/null
+    set -g __gptjax_found (env VARIABLE=$__gptjax_names gptjax completion --words $words "$current" 2>/dev/null)
+    test -n "$__gptjax_found[1]"
 end
-complete -c gptjax -a '(__gptjax_words)'
+complete -c gptjax -n __gptjax_find_words -f -a '$__gptjax_found'  # files only where there are no words
 """
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
