@@ -69,11 +69,11 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
     page = PAGES[title]
     width = columns()
     lines = [*_wrapped(page.about, width), "", *_usage(page.usage)]
+    if page.needs:
+        lines += ["", "To try the examples, first make what they use:", *(f"  {command}" for command in page.needs)]
     lines += ["", "Examples:"]
     for command, what in page.examples:
         lines += [f"  {command}", *_wrapped(what, width, "      ")]
-    if page.needs:
-        lines += ["", "The examples use what these commands make:", *(f"  {command}" for command in page.needs)]
     if page.options:
         lines += ["", "Options:"]
         for option in page.options:

@@ -623,8 +623,9 @@ PAGES: dict[str, Page] = {
                 "Train a BPE tokenizer with 500 tokens.",
             ),
             (
-                "gptjax tokenizer train unigram data.source=python-docs vocab_size=500 out=my-unigram.json",
-                "Train a Unigram tokenizer; vocab_size= and source= need no section.",
+                "gptjax tokenizer train unigram data.source=python-docs data.max_documents=50 vocab_size=500"
+                " out=my-unigram.json",
+                "Train a Unigram tokenizer on a part of the text; vocab_size= and source= need no section.",
             ),
             (
                 "gptjax tokenizer train chars data.source=python-docs out=my-chars.json --dry-run",

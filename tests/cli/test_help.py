@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def commands(line):
         elif command is not None:
             command.append(word)
     return found
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-gpt2").mkdir(parents=True)
+    (tmp_path / "my.csv").write_text("label,text\na,b\n")
+    return tmp_path
 
 
 def test_every_verb_and_action_has_a_page():
@@ -109,6 +119,31 @@ def check_names(text):
         assert preset in config.presets()
 
 
+def test_the_file_of_help_config_is_one(here):
+    text = TOPICS["config"][1]
+    block = textwrap.dedent("\n".join(line for line in text.splitlines() if line.startswith("    ")))
+    Path("mine.yaml").write_text(block[: block.index("1e-3") + 4])
+    cfg = config.load_config("mine.yaml")
+    assert (cfg.model.n_layer, cfg.optim.lr, cfg.model.d_model) == (6, 1e-3, 32)
+
+
+def test_the_records_of_help_data_are_read(here):
+    from gptjax.data import classification, conversations, preferences, sources
+
+    records = [line.strip() for line in TOPICS["data"][1].splitlines() if line.startswith("    {")]
+    kinds = {"text": [], "chosen": [], "": []}
+    for record in records:
+        kinds[next((key for key in ("text", "chosen") if f'"{key}"' in record), "")].append(record)
+    for name, lines in kinds.items():
+        Path(f"of-{name}.jsonl").write_text("\n".join(lines) + "\n")
+    assert len(list(sources.documents(config.DataConfig(source=("of-text.jsonl",))))) == 2
+    assert len(preferences.read("of-chosen.jsonl")) == 1
+    assert len(conversations.read("of-.jsonl")) == len(conversations.FORMATS) == 5
+    Path("a.csv").write_text("text,label\nYou have won a prize,spam\nSee you,ham\n")
+    assert classification.read("a.csv").names == ("ham", "spam")
+    assert all(kind in TOPICS["data"][1] for kind in sources.READERS)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -130,15 +165,6 @@ def test_an_unknown_topic(args, words, capsys):
 
 
 LINES = sorted({line for page in PAGES.values() for line in (*page.needs, *(command for command, _ in page.examples))})
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "tiny-gpt2").mkdir(parents=True)
-    (tmp_path / "my.csv").write_text("label,text\na,b\n")
-    return tmp_path
 
 
 @pytest.mark.parametrize("line", LINES)
