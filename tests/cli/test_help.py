@@ -225,6 +225,7 @@ def test_quick_examples_run(name, run_examples):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page can train several models
 @pytest.mark.parametrize("name", [name for name in PAGES if name not in QUICK])
 def test_all_other_examples_run(name, run_examples):
     if name == "plan":
