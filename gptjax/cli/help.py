@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
         title = f"{name} {args.pop(0)}"
     page = PAGES[title]
     width = columns()
-    lines = [*_wrapped(page.about, width), "", *_usage(page.usage)]
+    lines = [*_wrapped(page.about, width), "", *_usage(page.usage, width)]
     if page.needs:
         lines += ["", "To try the examples, first make what they use:", *(f"  {command}" for command in page.needs)]
     lines += ["", "Examples:"]
@@ -91,9 +92,15 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _usage(usage: str) -> list[str]:
-    first, *rest = usage.splitlines()
-    return [f"Usage: {first}", *(f"       {line}" for line in rest)]
+def _usage(usage: str, width: int) -> list[str]:
+    """The lines of the usage; a line is wrapped between its parts, not inside brackets."""
+    lines = []
+    for line in usage.splitlines():
+        kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda part: part[0].replace(" ", "\0"), line)
+        first, *rest = _wrapped(kept, width - 9)
+        lines += [first, *(f"  {line}" for line in rest)]
+    starts = ["Usage: ", *["       "] * (len(lines) - 1)]
+    return [start + line.replace("\0", " ") for start, line in zip(starts, lines, strict=True)]
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:

@@ -66,16 +66,11 @@ MODEL = (
 )
 TINY = "gptjax pretrain tiny-gpt2"
 BASE = "gptjax pretrain tiny-gpt2 model.context_length=512 data.max_documents=20 run_dir=runs/base"
-CSV = (
-    '(echo label,text; for i in 1 2 3 4 5 6 7 8 9; do echo "fruit,apple number $i"; echo "tool,saw number $i"; done)'
-    " > my.csv"
-)
-JSONL = (
-    'for i in 1 2 3 4 5 6 7 8 9; do echo "{\\"prompt\\": \\"Say $i.\\", \\"completion\\": \\"$i\\"}"; done > my.jsonl'
-)
+CSV = '(echo label,text; for i in $(seq 20); do echo "fruit,apple number $i"; echo "tool,saw number $i"; done) > my.csv'
+JSONL = r"""for i in $(seq 40); do echo "{\"prompt\": \"Say $i.\", \"completion\": \"$i\"}"; done > my.jsonl"""
 PAIRS = (
-    'for i in 1 2 3 4 5 6 7 8 9; do echo "{\\"prompt\\": \\"Say $i.\\", \\"chosen\\": \\"$i\\", \\"rejected\\":'
-    ' \\"No.\\"}"; done > pairs.jsonl'
+    r"""for i in $(seq 40); do echo "{\"prompt\": \"Say $i.\", \"chosen\": \"$i\", \"rejected\": \"No.\"}"; done"""
+    " > pairs.jsonl"
 )
 CLASSIFIER = "gptjax finetune classify classify.source=my.csv finetune.base=runs/base"
 INSTRUCTED = "gptjax finetune instruct finetune.base=runs/base instruct.examples=100"
@@ -90,7 +85,7 @@ CHAT = tuple(
         "cache_dtype", "seed",
     )
 )  # fmt: skip
-SAMPLING = "These are the settings with their defaults. The config.yaml of a run overrides the defaults."
+SAMPLING = "The config.yaml of a run overrides the defaults of the settings below."
 
 PAGES: dict[str, Page] = {
     "pretrain": Page(
@@ -759,7 +754,8 @@ PAGES: dict[str, Page] = {
             Option("out=", "REPORT.json", "Write all findings to a new file."),
         ),
         notes=(
-            "It reads .txt (a record per paragraph), .tsv, .csv, .json, .jsonl and .parquet files, and hf:ORG/NAME.",
+            "It reads .txt files (a paragraph is a record) and .tsv, .csv, .json, .jsonl and .parquet files. Findings"
+            " are no errors: the exit code is 0.",
         ),
     ),
     "presets": Page(
