@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import textwrap
 from collections.abc import Sequence
 
 from gptjax.cli import ALL_VERBS, GROUPS
-from gptjax.cli.manual import PAGES
 from gptjax.cli.topics import TOPICS
 from gptjax.errors import UserError, did_you_mean
 
@@ -63,6 +61,8 @@ def topic(name: str) -> str:
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
     """The text of `gptjax NAME ARGS --help`; the settings are shown with the values that ARGS give."""
+    from gptjax.cli.manual import PAGES
+
     args = list(args)
     title = name
     if args and args[0] in ALL_VERBS[name].actions and f"{name} {args[0]}" in PAGES:
@@ -111,4 +111,6 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def columns() -> int:
     """Columns of the help: the width of the terminal, within limits."""
+    import shutil  # takes 10 ms, which `gptjax --help` does not need
+
     return min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)
