@@ -179,6 +179,11 @@ def _help_words(before: Sequence[str]) -> Iterator[str]:
 
 
 def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names) -> Iterator[str]:
+    if before[-1:] == ["--on"]:
+        from gptjax.planning.slices import SLICES
+
+        yield from SLICES
+        return
     key, is_set, _ = current.partition("=")
     if not is_set and not any("=" not in word and not word.startswith("-") for word in before):
         yield from page.words

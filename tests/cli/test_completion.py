@@ -61,6 +61,7 @@ def words(typed):
         ("chat runs/x sy", "system="),
         ("chat runs/x prompt", ""),  # a setting of sample, which chat does not read
         ("plan gpt2-124m --s", "--search"),
+        ("plan gpt2-124m --on v5e-1", "v5e-1 v5e-16 v5e-128"),
         ("sweep instruct lora.r", "lora.rank="),
         ("sweep tiny-gpt2 at", "at_once="),
         ("tokenizer train uni", "unigram"),
