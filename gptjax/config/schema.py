@@ -87,7 +87,7 @@ class Architecture:
         default=(), repr=False, compare=False, kw_only=True
     )  # fields that were None at construction
     arch: Literal["gpt2", "llama", "modern"] = setting(
-        "gpt2", "Model family, which determines every setting of the model that is null."
+        "gpt2", "Model family. It sets the defaults of settings such as position, norm and activation."
     )
     vocab_size: int = setting(0, "Number of rows of the token embedding. 0: the tokenizer's vocabulary size.")
     context_length: int = setting(1024, "Maximum sequence length in tokens, for training and generation.", COUNT)
@@ -319,10 +319,12 @@ class DataConfig:
         True, "Keep the tokens of a document from attending to other documents in the same window."
     )
     mask_tokens: int = setting(
-        0, "Replace this many random input tokens per window (at most 3), against memorisation.", Range(0, 3)
+        0, "Replace this many input tokens per window (at most 3) by random others, against memorisation.", Range(0, 3)
     )
     max_documents: Optional[int] = setting(None, "Maximum number of documents to read. null: all.", COUNT)
-    streaming: bool = setting(False, "Stream hf: sources during training instead of downloading them first.")
+    streaming: bool = setting(
+        False, "Read hf: sources row by row, up to max_documents, instead of downloading whole data sets."
+    )
     cache_dir: Optional[str] = setting(None, "Folder of the tokenised data. null: the user's cache folder.")
 
 
