@@ -94,7 +94,7 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
 
 def _usage(usage: str, width: int) -> list[str]:
     """The lines of the usage; a line is wrapped between its parts, not inside brackets."""
-    lines = []
+    lines: list[str] = []
     for line in usage.splitlines():
         kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda part: part[0].replace(" ", "\0"), line)
         first, *rest = _wrapped(kept, width - 9)
