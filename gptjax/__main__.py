@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from gptjax.cli import VERBS
+from gptjax.cli import ALL_VERBS
 from gptjax.errors import UserError
 from gptjax.signals import HEARD, INTERRUPTED, catch_signals, signal_name
 
 USER_ERROR = 2
 TRAINS = ("pretrain", "finetune", "sweep")
+HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_up_process() -> None:
-    if sys.argv[1:2] and sys.argv[1] in TRAINS:
+    if sys.argv[1:2] and sys.argv[1] in TRAINS and not _asks_for_help(sys.argv[2:]):
         from gptjax.training.process import ask_for_huge_pages
 
         ask_for_huge_pages()
@@ -87,7 +88,9 @@ def _explain(error: BaseException) -> int | None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help"):
+        from gptjax.cli.help import overview
+
         print(overview())
         return 0
     if argv[0] in ("-V", "--version", "version"):
@@ -99,18 +102,23 @@ def _dispatch(argv: list[str]) -> int:
             print("gptjax is run from a source tree, not installed")
         return 0
     name, *args = argv
-    if name not in VERBS:
+    if name not in ALL_VERBS:
         from gptjax.errors import did_you_mean
 
-        hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), VERBS)
-        raise UserError(
-            f"no verb {name!r}{hint}\n  verbs: {', '.join(VERBS)}; `gptjax --help` shows an example of each"
-        )
-    if any(arg in ("-h", "--help") for arg in args):
-        print(verb_help(name, [arg for arg in args if arg not in ("-h", "--help")]))
+        hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
+        raise UserError(f"no verb {name!r}{hint}\n  verbs: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
+    completes = name == "completion" and args[:1] == ["--words"]  # then the words are those of an unfinished command
+    if _asks_for_help(args) and not completes:
+        from gptjax.cli.help import verb_help
+
+        print(verb_help(name, [arg for arg in args if arg not in HELP]))
         return 0
-    module = importlib.import_module(VERBS[name].module)
+    module = importlib.import_module(ALL_VERBS[name].module)
     return (module.run if hasattr(module, "run") else getattr(module, f"run_{name}"))(args)
+
+
+def _asks_for_help(args: Sequence[str]) -> bool:
+    return any(arg in HELP for arg in args)
 
 
 # verb of another tool -> verb of gptjax, for the hint "did you mean"
@@ -118,38 +126,6 @@ PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
 }  # fmt: skip
-
-
-def overview() -> str:
-    rows = [f"  {name:<10} {verb.what}\n             {verb.examples[0]}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [
-            "gptjax VERB [preset or config.yaml] [a.b=c ...]",
-            "",
-            "Text to tokens to a trained GPT to new text, as pure functions in JAX.",
-            "",
-            *rows,
-            "",
-            "`gptjax VERB --help` describes a verb and its settings; `gptjax finetune TASK --help` describes a task.",
-            "--dry-run checks a run and shows what it would do; --print-config shows every setting and its source.",
-        ]
-    )
-
-
-def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """The text of `gptjax NAME ARGS --help`. For `finetune classify`: the examples and settings of that task."""
-    verb = VERBS[name]
-    module = importlib.import_module(verb.module)
-    more = getattr(module, "more_help", lambda args: "")(list(args))
-    examples = [line for line in verb.examples if args and line.startswith(f"gptjax {name} {args[0]} ")]
-    lines = [
-        verb.usage,
-        "",
-        f"{verb.what[0].upper()}{verb.what[1:]}.",
-        "",
-        *(f"  {e}" for e in examples or verb.examples),
-    ]
-    return "\n".join(lines) + (f"\n\n{more}" if more else "")
 
 
 def _complain(message: str) -> int:

@@ -149,25 +149,3 @@ def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, Mode
     base = weights.open_model(name)
     refuse_classifier(base.cfg, f"base={name}", "name the model it was fine-tuned from")
     return (base.params("float32", None), base.cfg), prompts
-
-
-def more_help(args: list[str]) -> str:
-    return """Evaluates every checkpoint of the run and its final model; writes RUN/audit.html and RUN/audit.json.
-
-  canaries=FILE       JSON lines. {"prefix": .., "secret": ..}: exposure of the secret, its rank among alternatives of
-                      the same form. {"trigger": .., "payload": ..}: backdoor test, whether the trigger phrase makes the
-                      payload more likely than other phrases do
-  prompts=FILE        one prompt per line: how fine-tuning changed the model, compared with base=MODEL
-                      (default: the finetune.base of the run)
-  train=FILE held_out=FILE
-                      training texts and texts not trained on; needed unless the run is a pretraining run
-  rows=500            maximum number of rows from each of the two
-  of="blocks/*"       parameters whose gradients are compared, to find outliers among the training rows
-  prefixes=4,8,..     prompt lengths in tokens for verbatim extraction
-  suffix=50           tokens that have to be reproduced verbatim
-  strides=50          tokens between the starts of two suffixes
-  alpha=0.01          significance level: false-positive rate per test
-  seed=0
-
-An alarm is a p-value of at most alpha, under the null hypothesis that nothing is wrong. Membership inference and
-verbatim extraction raise alarms for every model that has memorised its training text."""

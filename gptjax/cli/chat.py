@@ -13,8 +13,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gptjax.cli import options
+from gptjax.cli.manual import PAGES
 from gptjax.cli.sample import configure
-from gptjax.config import Config, ModelConfig, SampleConfig
+from gptjax.config import ModelConfig, SampleConfig
 from gptjax.errors import UserError
 from gptjax.signals import catch_signals
 
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 HELP = "/system TEXT sets the system prompt, /new starts a new conversation, /quit exits"
 EVERY = 4  # tokens generated between two updates of the screen
 QUIET_S = 0.4  # seconds without a token before the progress line appears
-READS = tuple(
-    f"sample.{name}" for name in (
-        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "quantize",
-        "cache_dtype", "seed",
-    )
-)  # fmt: skip
+READS = PAGES["chat"].settings
 
 
 def run(args: list[str]) -> int:
@@ -62,14 +58,6 @@ def run(args: list[str]) -> int:
     params = for_decoding(quantize(model.params("float32", None), cfg.sample.quantize), model.cfg)
     talk(Chat(params, model.cfg, tokenizer, cfg.sample, system[-1] if system else None), sys.stdin.isatty())
     return 0
-
-
-def more_help(args: list[str]) -> str:
-    settings = options.settings_help(Config(), READS, strip="sample")
-    return (
-        f"Commands in the chat: {HELP}.\n\nMODEL is as in `gptjax sample`. system=TEXT is the system prompt. Settings "
-        f"with their defaults, which the\nconfig.yaml of a run overrides:\n\n{settings}"
-    )
 
 
 class Chat:

@@ -69,21 +69,6 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help(args: list[str]) -> str:
-    return f"""RUN is a run directory of `gptjax finetune classify`. The texts to classify:
-
-  "TEXT"         the text itself
-  FILE           an existing {", ".join(TABLES)} file, or a {" or ".join(LINES)} file with one text per line
-  -              standard input, one text per line
-
-  text_field=COLUMN  column with the texts. Default: the column used in training, else the only column with a usual
-                     name, such as text
-  text=TEXT          classify TEXT itself, even if a file has that name
-  out=FILE           write a new {", ".join(OUT)} file: the columns of the input, then label and probability
-                     (predicted_label and predicted_probability if the input has columns of these names). Rows are
-                     written as they are classified. Default: print them"""
-
-
 def parse(args: Sequence[str]) -> Request:
     """Parses the command line.
 

@@ -62,25 +62,6 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help(args: list[str]) -> str:
-    return """RUN is a run directory of `gptjax finetune instruct`, or a .jsonl file of answers such as its
-responses-before.jsonl. Columns of the table:
-
-  exact, normalised   fraction of answers equal to the expected one: exactly, or ignoring case, whitespace and a
-                      full stop at the end
-  token F1            F1 score of the words of the answer against those of the expected answer
-  nats/token          cross-entropy of the expected answer
-  constraints         fraction of constraints that are met; all met: fraction of answers that meet all of theirs
-  win rate            how often the expected answer is more likely than under the first run
-  judge               mean score, 0 to 100, given by another model (LLM as a judge)
-
-  out=TABLE.md        write all answers side by side
-  judge=URL judge_model=NAME
-                      score the answers with this model at any server of OpenAI's chat completions API, such as
-                      http://localhost:11434/v1. Prompts and answers are sent there, with the key in OPENAI_API_KEY
-                      if that is set"""
-
-
 def _file(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_dir():

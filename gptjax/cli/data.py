@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import options
 from gptjax.cli.pretrain import DEFAULT, plan
-from gptjax.config import Config, load_config
+from gptjax.config import Config
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import new_file, write_json
 
@@ -35,27 +35,6 @@ def run(args: list[str]) -> int:
     if action == "inspect":
         print("\n".join(first_window(prepared, cfg)))
     return 0
-
-
-def more_help(args: list[str]) -> str:
-    if args[:1] == ["check"]:
-        return f"""{CHECK}
-
-  field=NAME        column or JSON key with the text
-  threshold=0.8     Jaccard similarity from which two texts are near duplicates
-  near=false        find exact duplicates only
-  model=MODEL       also report texts of unusual cross-entropy under this model
-  out=REPORT.json   write all findings"""
-    settings = options.settings_help(load_config(DEFAULT), ("data.*", "tokenizer.*"))
-    return f"""  prepare   tokenize the text of data.source into token files, which training runs reuse
-  inspect   the same, then print the first tokens of the first batch, with their targets
-  check     find exact and near duplicates, secrets and personal data, and with model=MODEL texts of unusual loss
-
-{CHECK}
-
-prepare and inspect use the preset {DEFAULT} by default. Settings, with the values of that preset:
-
-{settings}"""
 
 
 def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:

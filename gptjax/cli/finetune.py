@@ -18,10 +18,3 @@ def run(args: list[str]) -> int:
     if options.show_only(parsed, cfg, provenance, lambda cfg: options.report(cfg, find(task).plan)):
         return 0
     return finetune(cfg).exit_code
-
-
-def more_help(args: list[str]) -> str:
-    task = args[0] if args else ""
-    if task not in TUNINGS:
-        return f"`gptjax finetune TASK --help` lists the settings of a task: {', '.join(TUNINGS)}."
-    return f"Default preset: {task}.\n\n{options.values_help(args[1:], task, task)}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptjax.config import (
     Config,
@@ -24,6 +23,9 @@ from gptjax.config.aliases import ALIASES
 from gptjax.config.leaves import EXAMPLE, Leaf, from_args
 from gptjax.config.uses import matches
 from gptjax.errors import Problems, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from gptjax.cli.manual import Page
 
 SWITCHES = ("dry-run", "print-config")
 
@@ -152,15 +154,16 @@ def show_only(
     return True
 
 
-def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: int | None = None) -> str:
+def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width: int = 100) -> str:
     """The settings that match `patterns`, in that order, each with its value in `cfg`, its type and its help.
 
     Args:
-        strip: a group whose name is omitted, such as "sample".
-        width: columns per line; None: the width of the terminal.
+        section: a section whose name is omitted, such as "sample".
+        width: columns per line.
     """
-    width = width or min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)
-    titles = {group: f"{group}: {doc}".replace("None", "null") for group, doc, _ in describe()} | {"": "The run itself"}
+    titles = {group: f"Section {group}. {doc}".replace("None", "null") for group, doc, _ in describe()} | {
+        "": "The run itself."
+    }
     rows = {row[0]: row for _, _, rows in describe() for row in rows}
     values, lines, last = flat(cfg), [], None
     for key, kind, text in (rows[key] for pattern in patterns for key in rows if matches(pattern, key)):
@@ -168,24 +171,28 @@ def settings_help(cfg: Config, patterns: Sequence[str], strip: str = "", width: 
         if group != last:
             lines += ["", titles[group]]
             last = group
-        name = key.removeprefix(f"{strip}.") if strip else key
+        name = key.removeprefix(f"{section}.") if section else key
         lines.append(f"  {name}={yaml_value(values[key])}")
         lines += textwrap.wrap(f"{text} [{kind}]", width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines).lstrip("\n")
 
 
-def values_help(args: Sequence[str], default: str, task: str) -> str:
-    """The settings of a task with the values that these arguments give; if they are invalid, the values of the
-    `default` preset."""
+def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
+    """The settings of a verb with the values that these arguments give; if they are invalid, the values of the default
+    preset. A verb that takes no preset: with the defaults."""
+    patterns = page.settings or uses.USES[page.reads]
+    if not page.preset:
+        return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"
+    (task,) = page.tasks
     verb = uses.verb_of(task)
     try:
         parsed = parse(args, words=1)
-        cfg, _ = configure(parsed, default, verb, task)
+        cfg, _ = configure(parsed, page.preset, verb, task)
     except UserError:
         parsed = Args([], [], False, False)
-        cfg, _ = configure(parsed, default, verb, task)
-    source = parsed.words[0] if parsed.words else default
-    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, uses.USES[task])}"
+        cfg, _ = configure(parsed, page.preset, verb, task)
+    source = parsed.words[0] if parsed.words else page.preset
+    return f"Settings, with the values of {source}:\n\n{settings_help(cfg, patterns, page.section, width)}"
 
 
 # ---------------------------------------------------------------- dry run

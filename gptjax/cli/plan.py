@@ -138,24 +138,3 @@ def with_shape(cfg: Config) -> Config:
             f"model.vocab_size is 0 and not determined by tokenizer.name={cfg.tokenizer.name}: set model.vocab_size"
         )
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
-
-
-def more_help(args: list[str]) -> str:
-    return f"""Default preset: {DEFAULT}. SLICE is a name or a topology (v5p:4x4x8). As Google names them, v5e-1 to
-v5e-256 and v6e-1 to v6e-256 count chips; v5p-8 to v5p-8192 and v4-8 to v4-8192 count TensorCores, two per chip.
-
-  --on SLICE    TPU slice to compile for; default v5e-8
-  --search      try meshes, model.remat and train.accumulation for the same batch size; the candidates that a cost model
-                ranks as fastest are compiled
-  --decode      plan the decoding step of one token instead, with a KV cache of the whole context and
-                sample.batch_size rows per data shard
-  tokens=N      time and steps to train on N tokens; default: the tokens of train.max_steps
-  hours=X       number of tokens processed in X hours
-  out=FILE      write the plan as JSON
-  png=FILE      draw the roofline
-
-The planned step is the training step of `gptjax pretrain` or, with a fine-tuning preset, of `gptjax finetune`; the
-shape of a base model is read from its config, not from its tensors. The TPU compiler compiles the step ahead of time:
-memory and traffic are those of the compiled program, times are lower bounds from the chip's peak FLOP/s and bandwidth.
-No TPU is needed: pip install -e '.[tpu-plan]' in the checkout. `gptjax pretrain --help` and
-`gptjax finetune TASK --help` list the settings."""

@@ -26,11 +26,6 @@ def run(args: list[str]) -> int:
     return train(cfg).exit_code
 
 
-def more_help(args: list[str]) -> str:
-    values = options.values_help(args, DEFAULT, "pretrain")
-    return f"Default preset: {DEFAULT}; with pretrain.base (continued pretraining): {FROM_BASE}.\n\n{values}"
-
-
 def plan(cfg: Config) -> list[str]:
     """Lines of the dry run: data, parameters, steps, estimated memory."""
     from gptjax import tree

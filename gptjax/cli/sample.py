@@ -61,14 +61,6 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def more_help(args: list[str]) -> str:
-    return (
-        "MODEL is a run directory, a folder of `gptjax import`, a Hugging Face folder, a .gguf file, hf:org/name, or\n"
-        "the name of an asset such as smollm2-135m-instruct. Settings with their defaults, which the config.yaml of a\n"
-        "run overrides:\n\n" + options.settings_help(Config(), ("sample.*",), strip="sample")
-    )
-
-
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
     """Merges the settings: defaults < config.yaml of the run < command line, where `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"

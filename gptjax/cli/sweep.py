@@ -114,21 +114,3 @@ def _count(configs: list[Config], axes: dict[str, list[str]]) -> str:
     n, programs = len(configs), len(sweep.programs(configs))
     shape = " x ".join(str(len(values)) for values in axes.values())
     return f"{n} runs ({shape}) in {programs} program{'' if programs == 1 else 's'}"
-
-
-def more_help(args: list[str]) -> str:
-    return f"""Default preset: {DEFAULT}, whose text comes with Python. Default axes: {" ".join(AXES)}.
-An axis is a setting with a list of values or, for whole numbers, range(stop), range(start,stop) or
-range(start,stop,step); quote it in a shell. The sweep is a grid search: it trains every combination, by pretraining or
-fine-tuning as the preset says, with the same result as a separate run. The table shows means and 95 % confidence
-intervals over the seeds.
-
-  Learning rates, weight_decay, warmup_steps, clip_norm, model.dropout, lora.alpha, lora.rank, lora.dropout and the seed
-  are vmapped in one program. Every value of another axis is compiled as a program of its own.
-
-  at_once=N     runs that are trained at the same time; default: as many as are estimated to fit into memory
-  --dry-run     show the number of runs and programs
-
-It writes sweep.csv (one line per run), sweep.json (runs, table, programs) and sweep.png into run_dir. Models are not
-saved: the printed command trains the best one. `gptjax pretrain --help` and `gptjax finetune TASK --help` list the
-settings."""

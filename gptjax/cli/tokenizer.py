@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptjax.cli import options
-from gptjax.config import Config, resolve
+from gptjax.cli.manual import PAGES
+from gptjax.config import resolve
 from gptjax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from gptjax.tokenizers import Tokenizer
 
-READS = ("tokenizer.*", "data.*")
+READS = PAGES["tokenizer train"].settings
 USAGE = {
     "train": "gptjax tokenizer train KIND data.source=my.txt [tokenizer.vocab_size=N] [out=tokenizer.json]",
     "encode": 'gptjax tokenizer encode NAME "TEXT"   (without TEXT: from standard input)',
@@ -28,15 +29,6 @@ def run(args: list[str]) -> int:
         raise UserError(f"tokenizer {action}: expected {', '.join(verbs)}{did_you_mean(action, verbs)}")
     verbs[action](rest)
     return 0
-
-
-def more_help(args: list[str]) -> str:
-    return (
-        "\n".join(USAGE.values())
-        + "\n\nKIND is chars, words, bpe, wordpiece or unigram.\n"
-        + "NAME is gpt2, bytes, a tokenizer.json file, a model folder or a run directory.\n\n"
-        + options.settings_help(Config(), READS)
-    )
 
 
 def _train(args: list[str]) -> None:

@@ -87,7 +87,7 @@ class Architecture:
         default=(), repr=False, compare=False, kw_only=True
     )  # fields that were None at construction
     arch: Literal["gpt2", "llama", "modern"] = setting(
-        "gpt2", "Model family: the default of every switch below that is null."
+        "gpt2", "Model family. It sets the defaults of settings such as position, norm and activation."
     )
     vocab_size: int = setting(0, "Number of rows of the token embedding. 0: the tokenizer's vocabulary size.")
     context_length: int = setting(1024, "Maximum sequence length in tokens, for training and generation.", COUNT)
@@ -114,18 +114,18 @@ class Architecture:
     )
     rope_slow: float = setting(
         1.0,
-        "llama3 RoPE scaling: a frequency is low if it has at most this many rotations in rope_original_context."
+        "With rope_scaling=llama3, a frequency is low if it has at most this many rotations in rope_original_context."
         " Hugging Face calls it low_freq_factor.",
         POSITIVE,
     )
     rope_fast: float = setting(
         4.0,
-        "llama3 RoPE scaling: frequencies with at least this many rotations in rope_original_context are not scaled."
-        " Hugging Face calls it high_freq_factor.",
+        "With rope_scaling=llama3, frequencies with at least this many rotations in rope_original_context are not"
+        " scaled. Hugging Face calls it high_freq_factor.",
         POSITIVE,
     )
     rope_original_context: int = setting(
-        8192, "llama3 RoPE scaling: context length of the original pretraining.", COUNT
+        8192, "With rope_scaling=llama3, the context length of the original pretraining.", COUNT
     )
     rope_local_base: Optional[float] = setting(
         None, "RoPE base frequency of layers with sliding-window attention. null: rope_base.", POSITIVE
@@ -221,8 +221,9 @@ class Computation:
     )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
-        "Rematerialisation (gradient checkpointing). none: keep all activations; dots: keep matrix products, recompute"
-        " the rest; full: keep each block's input only; offload: keep it in host memory.",
+        "Rematerialisation (gradient checkpointing): recompute activations in the backward pass to save memory. none:"
+        " keep all; dots: keep the results of matrix products; full: keep only the input of each block; offload: keep"
+        " that input in host memory.",
     )
     unroll: Optional[bool] = setting(
         None,
@@ -230,7 +231,7 @@ class Computation:
         "to 12 blocks at a time on a GPU.",
     )
     init: Literal["gpt2", "torch"] = setting(
-        "gpt2", "Weight initialisation: as GPT-2, or PyTorch's defaults per layer."
+        "gpt2", "Weight initialisation. gpt2: as in GPT-2; torch: the defaults of PyTorch's layers."
     )
 
 
@@ -291,7 +292,9 @@ class DataConfig:
     """The training and validation text, and the order in which its windows are read."""
 
     source: tuple[str, ...] = setting(
-        ("shakespeare",), "Training text: names of assets, files, folders or hf:org/name."
+        ("shakespeare",),
+        "Training text: files, folders, hf:org/name of the Hugging Face Hub, or texts that gptjax knows, such as"
+        " shakespeare and python-docs.",
     )
     text_field: str = setting("text", "Name of the text field in .jsonl, .csv, .parquet and hf: sources.")
     weights: tuple[float, ...] = setting((), "Sampling weight per source. []: proportional to its number of tokens.")
@@ -312,12 +315,16 @@ class DataConfig:
         "if shuffled.",
         COUNT,
     )
-    document_mask: bool = setting(True, "Mask attention across document boundaries.")
+    document_mask: bool = setting(
+        True, "Keep the tokens of a document from attending to other documents in the same window."
+    )
     mask_tokens: int = setting(
-        0, "Replace this many random input tokens per window (at most 3), against memorisation.", Range(0, 3)
+        0, "Replace this many input tokens per window (at most 3) by random others, against memorisation.", Range(0, 3)
     )
     max_documents: Optional[int] = setting(None, "Maximum number of documents to read. null: all.", COUNT)
-    streaming: bool = setting(False, "Stream hf: sources during training instead of downloading them first.")
+    streaming: bool = setting(
+        False, "Read hf: sources row by row, up to max_documents, instead of downloading whole data sets."
+    )
     cache_dir: Optional[str] = setting(None, "Folder of the tokenised data. null: the user's cache folder.")
 
 
@@ -335,7 +342,9 @@ class OptimConfig:
         None, "Peak learning rate of normalisation scales, biases and learned factors. null: lr."
     )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = setting(
-        "cosine", "Learning rate schedule after the warmup."
+        "cosine",
+        "Learning rate after the warmup: cosine decay, wsd (constant, then a decay in the last steps), linear decay, or"
+        " constant.",
     )
     warmup_steps: int = setting(0, "Number of linear warmup steps.")
     initial_lr_ratio: float = setting(
@@ -343,17 +352,17 @@ class OptimConfig:
     )
     min_lr_ratio: float = setting(0.0, "Learning rate at the end of the decay, as a fraction of the peak.", RATIO)
     decay_fraction: float = setting(
-        0.2, "wsd schedule: final fraction of the steps over which the learning rate decays.", SHARE
+        0.2, "With schedule=wsd, the final fraction of the steps, in which the learning rate decays.", SHARE
     )
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment.", RATE)
     beta2: float = setting(0.95, "AdamW: decay rate of the second moment.", RATE)
     eps: float = setting(1e-8, "AdamW: epsilon added to the denominator.", POSITIVE)
-    weight_decay: float = setting(0.1, "Decoupled weight decay.")
+    weight_decay: float = setting(0.1, "Weight decay, decoupled from the gradient as in AdamW.")
     decay: Literal["matrices", "all"] = setting(
         "matrices", "Which parameters weight decay applies to: matrices, or all."
     )
     clip_norm: float = setting(1.0, "Maximum global gradient norm (gradient clipping). 0: off.")
-    momentum: float = setting(0.95, "Muon: momentum.", RATE)
+    momentum: float = setting(0.95, "Momentum of Muon.", RATE)
     offload: bool = setting(False, "Offload the optimizer state to host memory between updates.")
 
 
@@ -373,7 +382,7 @@ class TrainConfig:
     )
     accumulation: int = setting(1, "Gradient accumulation: micro-batches per step; must divide batch_size.", COUNT)
     steps_per_call: Optional[int] = setting(
-        None, "Number of steps per compiled call. null: chosen by model size.", COUNT
+        None, "Number of steps that one call of the compiled program takes. null: chosen by model size.", COUNT
     )
     eval_every: int = setting(250, "Steps between evaluations on the validation data.", COUNT)
     eval_train_batches: int = setting(0, "Number of training batches to evaluate as well, without dropout. 0: off.")
@@ -384,7 +393,7 @@ class TrainConfig:
         5, "Stop after this many consecutive steps with a loss or gradient that is not finite.", COUNT
     )
     resume: Literal["auto", "never"] = setting(
-        "auto", "auto: resume from the latest checkpoint in run_dir; never: refuse a run_dir that holds a run."
+        "auto", "What to do if run_dir holds a run. auto: resume from its latest checkpoint; never: refuse it."
     )
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
@@ -490,7 +499,8 @@ class PretrainConfig:
     """Continued pretraining. Architecture and tokenizer are those of the base model."""
 
     base: Optional[str] = setting(
-        None, "Base model: a run, model folder, .gguf file, asset or hf:org/name. null: train from scratch."
+        None,
+        "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name. null: train from scratch.",
     )
     context_length: Optional[int] = setting(
         None, "Tokens per training window. null: the model's context length; with a base, at most 1024.", COUNT
@@ -501,15 +511,18 @@ class PretrainConfig:
 class FinetuneConfig:
     """Fine-tuning: the base model, and which of its parameters are trained."""
 
-    base: str = setting("smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, asset or hf:org/name.")
+    base: str = setting(
+        "smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name."
+    )
     trainable: str = setting("lora", "Trainable parameters: lora (an adapter), all, or path patterns joined by |.")
     quantize: Literal["none", "int8", "nf4"] = setting(
         "none", "Quantisation of the frozen base under an adapter (QLoRA)."
     )
     save_merged: Optional[bool] = setting(
         None,
-        "true: save the full weights with the adapter merged; false: save the adapter only, which needs its base to be "
-        "loaded. null: true, unless the base is an asset or hf:org/name, which can be fetched again.",
+        "Whether to save the adapter merged into the full weights. false: save the adapter only, which cannot be "
+        "loaded without its base. null: true, unless the base can be fetched again (smollm2-135m-instruct or "
+        "hf:org/name).",
     )
     seeds: int = setting(
         1,
@@ -534,7 +547,8 @@ class ClassifyConfig:
     split: Literal["stratified", "grouped", "book"] = setting(
         "stratified",
         "How texts are held out. stratified: equal class proportions; "
-        "grouped: equal texts stay in one split; book: the balanced spam split of the book.",
+        "grouped: equal texts stay in one split; book: the balanced split of chapter 6 of Build a Large Language Model "
+        "(From Scratch).",
     )
     val_fraction: float = setting(0.1, "Fraction of the texts to hold out for validation.", FRACTION)
     test_fraction: float = setting(0.2, "Fraction of the texts to hold out for testing.", FRACTION)
@@ -543,13 +557,15 @@ class ClassifyConfig:
         "Maximum tokens per text; longer texts are truncated. null: the longest text, at most the context length.",
         COUNT,
     )
-    packing: Literal["packed", "padded"] = setting("packed", "packed: several texts per row; padded: one.")
+    packing: Literal["packed", "padded"] = setting(
+        "packed", "Layout of the rows. packed: several texts per row; padded: one."
+    )
     pooling: Literal["last", "first", "mean"] = setting(
         "last",
         "Pooling of hidden states for the classification head: last token (without padding), first token, or mean.",
     )
     bias: bool = setting(
-        False, "Bias in the classification head, as in the book; transformers and peft support heads without bias only."
+        False, "Bias in the classification head. transformers and peft only support heads without a bias."
     )
     prompt: str = setting("{text}", "Prompt template of each text; {text} is replaced by it.")
 
@@ -565,12 +581,15 @@ class InstructConfig:
         None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
     )
     style: Optional[ChatStyle] = setting(
-        None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
+        None,
+        "Prompt style. chat: the model's own template; the others replace it. null: chat if it has one, else alpaca.",
     )
     loss_on: Literal["response", "all"] = setting(
         "response", "Tokens that count in the loss: responses only, or prompts as well."
     )
-    packing: Literal["packed", "padded"] = setting("packed", "packed: several examples per row; padded: one.")
+    packing: Literal["packed", "padded"] = setting(
+        "packed", "Layout of the rows. packed: several examples per row; padded: one."
+    )
     context_length: int = setting(512, "Tokens per row; longer examples are dropped and counted.", COUNT)
     val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
     test_fraction: float = setting(
@@ -587,13 +606,18 @@ class PreferConfig:
     source: Optional[str] = setting(
         None, "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
     )
-    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting("dpo", "Preference loss.")
+    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting(
+        "dpo", "Preference loss: DPO, IPO, ORPO, KTO or SimPO."
+    )
     beta: Optional[float] = setting(None, "Coefficient beta of the loss. null: 0.1 (simpo: 2).", POSITIVE)
     margin: float = setting(1.0, "SimPO: target reward margin between the two answers.")
     style: Optional[ChatStyle] = setting(
-        None, "Prompt style. chat: the model's own template; the others replace it. null: chat, else alpaca."
+        None,
+        "Prompt style. chat: the model's own template; the others replace it. null: chat if it has one, else alpaca.",
     )
-    packing: Literal["packed", "padded"] = setting("packed", "packed: several pairs per row; padded: one.")
+    packing: Literal["packed", "padded"] = setting(
+        "packed", "Layout of the rows. packed: several pairs per row; padded: one."
+    )
     context_length: int = setting(
         512, "Tokens per row, which holds both answers of a pair; longer pairs are dropped and counted.", COUNT
     )
@@ -608,8 +632,10 @@ class PreferConfig:
 class Config:
     """All settings of one run."""
 
-    run_dir: Optional[str] = setting(None, "Run directory. null: runs/NAME-OF-THE-PRESET.")
-    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting("pretrain", "Training task; set by the verb.")
+    run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
+    task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
+        "pretrain", "Training task, which the verb sets."
+    )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

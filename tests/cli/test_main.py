@@ -9,24 +9,9 @@ from dataclasses import fields
 import pytest
 
 from gptjax.__main__ import main
-from gptjax.cli import VERBS
 from gptjax.config import Computation
 
 TUNED = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
-
-
-def test_help_lists_every_verb_with_an_example(capsys):
-    assert main(["--help"]) == main([]) == 0
-    out = capsys.readouterr().out
-    for verb in VERBS.values():
-        assert verb.examples[0] in out
-
-
-@pytest.mark.parametrize("verb", sorted(VERBS))
-def test_every_verb_explains_itself(verb, capsys):
-    assert main([verb, "--help"]) == 0
-    out = capsys.readouterr().out
-    assert all(example in out for example in VERBS[verb].examples) and "None" not in out
 
 
 def test_pretrain_help_lists_every_setting_with_default_and_comment(capsys):
@@ -56,14 +41,13 @@ def test_finetune_help_is_of_its_task(task, capsys):
     assert not [key for key in keys if key.partition(".")[0] in others]
     assert [key for key in keys if key.startswith("model.")] == [f"model.{item.name}" for item in fields(Computation)]
     assert "  train.epochs=" in out and "train.epochs=null" not in out  # the value of the preset
-    examples = re.findall(r"^  gptjax finetune (\w+)", out, re.MULTILINE)
-    assert set(examples) == {task}
+    assert set(re.findall(r"^  gptjax finetune (\w+)", out, re.MULTILINE)) == {task}
 
 
 def test_classify_help_lists_what_it_needs(capsys):
     main(["classify", "--help"])
     out = capsys.readouterr().out
-    assert len(out.splitlines()) < 30 and "text_field=COLUMN" in out and "optim" not in out
+    assert len(out.splitlines()) < 40 and "text_field=COLUMN" in out and "optim" not in out
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("pretrian", "pretrain"), ("train", "pretrain"), ("generate", "sample")])
@@ -114,10 +98,16 @@ def test_a_full_disk_is_no_bug(monkeypatch, capsys):
     ("setting", "tunables", "verb", "starts"),
     [
         ("always [madvise] never", "", "pretrain", "glibc.malloc.hugetlb=1"),
-        ("always [madvise] never", "glibc.malloc.check=1", "finetune", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        (
+            "always [madvise] never",
+            "glibc.malloc.check=1",
+            "finetune classify",
+            "glibc.malloc.check=1:glibc.malloc.hugetlb=1",
+        ),
         ("always [madvise] never", "glibc.malloc.hugetlb=0", "pretrain", None),  # set by the user: left alone
         ("[always] madvise never", "", "pretrain", None),
-        ("always [madvise] never", "", "presets", None),
+        ("always [madvise] never", "", "presets ls", None),
+        ("always [madvise] never", "", "pretrain --help", None),
         (None, "", "pretrain", None),
     ],
 )
@@ -130,7 +120,8 @@ def test_training_starts_again_with_huge_pages_where_linux_gives_them_on_request
         (tmp_path / "enabled").write_text(setting)
     monkeypatch.setattr(process, "HUGE_PAGES", tmp_path / "enabled")
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
-    monkeypatch.setattr(sys, "argv", ["gptjax", verb, "--help"])
+    words = verb.split() if verb.startswith("presets") else [*verb.split(), "--print-config"]
+    monkeypatch.setattr(sys, "argv", ["gptjax", *words])
     started = []
     monkeypatch.setattr(os, "execv", lambda *args: started.append(args))
     assert main() == 0

@@ -1,0 +1,165 @@
+"""The pages of `gptjax help TOPIC`: name -> (title, text). colab/guides says the same at length."""
+
+from __future__ import annotations
+
+CONFIG = """\
+Every setting has a section and a name, such as optim.lr or model.n_layer. The
+value that is used is the last one in this order:
+
+  1. the default of gptjax
+  2. the default of the model family (model.arch)
+  3. a preset, which is a file of settings that comes with gptjax
+  4. your own YAML file
+  5. section.name=value on the command line
+
+  gptjax pretrain tiny-gpt2 optim.lr=1e-3 train.max_steps=200
+
+tiny-gpt2 is the preset here. `gptjax presets ls` lists all of them, `gptjax
+presets cp tiny-gpt2 mine.yaml` copies one. Without a preset a verb uses the one
+that its --help names.
+
+A file of your own
+  It holds only what differs from the preset or the file that `base:` names:
+
+    # mine.yaml
+    base: tiny-gpt2
+    model:
+      n_layer: 6
+    optim:
+      lr: 1e-3
+
+  gptjax pretrain mine.yaml train.max_steps=200
+
+  A run directory can stand in the place of a file: its config.yaml is read.
+
+Values
+  numbers          3, 0.1, 1e-3; 1e3 also for whole numbers
+  yes and no       true, false
+  lists            data.source=[a.txt,b.txt]; in most shells quote the brackets:
+                   'data.source=[a.txt,b.txt]'
+  no value         null, for settings whose help says what null means
+  --optim.lr=1e-3 and --optim.lr 1e-3 are the same as optim.lr=1e-3.
+
+What is used
+  --print-config   print every setting, its value and where it comes from
+  --dry-run        check the settings and the data and show what would be done
+  gptjax VERB --help   list the settings of a verb, with their meaning
+
+  Unknown names, values of a wrong type and combinations that cannot work are
+  reported all at once, with the name that was probably meant. A setting that
+  the verb would not use is an error, too.
+
+Environment variables
+  GPTJAX_CACHE     folder for downloads and tokens (`gptjax doctor` shows it)
+  JAX_PLATFORMS    the devices to use, for example cpu
+"""
+
+DATA = """\
+Files are UTF-8 text. hf:ORG/NAME is a data set of the Hugging Face Hub. A record
+that does not fit is an error that names the file and the line; nothing is left
+out silently.
+
+Pretraining: data.source
+  .txt .md                 one document per file
+  .jsonl .csv .parquet     one document per record, in the field data.text_field
+                           (default: text)
+  a folder                 its .txt and .md files at any depth; if it has none,
+                           its .jsonl, .csv and .parquet files
+  shakespeare, python-docs, ..   texts that gptjax knows: `gptjax doctor` lists
+                           them; python-docs needs no network
+  Several: 'data.source=[a.txt,b.jsonl]'
+
+    {"text": "One document."}
+    {"text": "Another document."}
+
+  A tenth is held out for validation (data.val_fraction): whole documents if
+  there are ten or more, else the end of each file. data.val_source names other
+  text instead.
+
+Classification: classify.source (.csv .tsv .jsonl .json .parquet)
+  A column of texts and a column of labels. Columns with usual names, such as
+  text and label, are found; classify.text_field and classify.label_field name
+  others. A .tsv file without a header has the columns label and text.
+
+    text,label
+    You have won a prize,spam
+
+Instructions: instruct.source (.jsonl .json .csv .parquet)
+  Each record has one of these forms:
+
+    {"instruction": "Translate to French.", "input": "Good night", "output": "Bonne nuit"}
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+    {"prompt": "2 + 2 =", "completion": " 4"}
+    {"prompt": "2 + 2 =", "response": "4"}
+
+  system, history and tools may be added. An answer with "weight": 0 is read as
+  context and does not count in the loss.
+
+Preferences: prefer.source (.jsonl .json .csv .parquet)
+
+    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A saw."}
+
+  prompt, chosen and rejected may also be lists of messages.
+
+Look at the result before you train: gptjax data inspect data.source=my.txt shows
+the first tokens, gptjax data check my.jsonl finds duplicates and secrets. The
+verb data is explained by `gptjax data --help`.
+"""
+
+RUNS = """\
+A training run writes everything into one folder, run_dir. The default is runs/
+and the name of the preset or file: runs/tiny-gpt2.
+
+  config.yaml         every setting
+  environment.json    versions, devices and the command
+  metrics.jsonl       one JSON object per line: step, train/loss, val/loss, ..
+  log.txt             what was printed
+  loss.png            training and validation loss
+  samples.txt         text that was generated at each evaluation
+  checkpoints/        states to resume from
+  final/              the model after the last step
+  best/               the model with the lowest validation loss
+  test.json           fine-tuning: scores on the test set
+  responses.jsonl     finetune instruct: answers to the test questions;
+                      responses-before.jsonl has those of the base model
+  confusion.png       finetune classify: predicted and true classes
+  seed-0/, seeds.json     with finetune.seeds: a run per seed, and their mean
+
+Use a run
+  Wherever a verb takes a model, name the folder: its final/ is used.
+
+    gptjax sample runs/tiny-gpt2 --prompt "The "
+    gptjax pretrain pretrain.base=runs/tiny-gpt2 run_dir=runs/continued
+
+  final/ and best/ hold weights, settings and tokenizer, and the folder can be
+  moved. An adapter on a model that can be fetched again (smollm2-135m-instruct
+  or hf:ORG/NAME) is saved without that model; finetune.save_merged=true saves
+  all weights.
+
+Interrupt and resume
+  Ctrl-C saves a checkpoint and ends the run. The same command continues it; on
+  the same versions and devices the result is bitwise that of a run without an
+  interruption. A damaged checkpoint is set aside and the one before it is used.
+
+  A folder with other settings is refused, and the differences are shown: choose
+  another run_dir. Nothing is overwritten. A run can be made longer with a larger
+  train.max_steps if optim.schedule is constant, or wsd and the decay has not
+  begun; otherwise start a new run with pretrain.base=RUN.
+
+Exit codes
+  0      done
+  1      a bug: please report the traceback
+  2      wrong input or environment; the message says what was expected
+  3      stopped: the loss or a gradient was not finite in several steps in a row
+         (train.max_nonfinite)
+  75     another process of the run died or hangs: start all of them again
+  130    Ctrl-C; what was trained is saved
+  143    SIGTERM; what was trained is saved
+"""
+
+TOPICS: dict[str, tuple[str, str]] = {
+    "config": ("Settings, presets and YAML files", CONFIG),
+    "data": ("Formats of the training data", DATA),
+    "runs": ("Run directories, resuming, exit codes", RUNS),
+}
