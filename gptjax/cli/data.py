@@ -105,8 +105,8 @@ def check(args: list[str]) -> int:
 
 def _report(report: dict[str, Any]) -> list[str]:
     lines = [
-        f"{row['file']}: {row['records']:,} records, {row['characters']:,} characters, {row['bytes']:,} bytes, "
-        f"sha256 {row['sha256'][:16]}..."
+        f"{row['file']}: {row['records']:,} records, {row['characters']:,} characters"
+        + (f", {row['bytes']:,} bytes, sha256 {row['sha256'][:16]}..." if "bytes" in row else "")
         for row in report["files"]
     ]
     for kind, title in (("exact", "groups of exact duplicates"), ("near", "pairs of near duplicates")):

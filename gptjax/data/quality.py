@@ -212,15 +212,18 @@ def outliers(losses: np.ndarray) -> list[int]:
 
 
 def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
-    """Size in bytes, SHA-256, number of records and number of characters of each file."""
+    """Size in bytes, SHA-256, number of records and number of characters of each file; of an `hf:` data set the last two."""
     rows = []
     for file in texts:
+        counts = {"records": len(file.records), "characters": sum(len(text) for _, text in file.records)}
+        if file.file.startswith("hf:"):
+            rows.append({"file": file.file, **counts})
+            continue
         path = Path(file.file).expanduser()
         digest = hashlib.sha256()
         with path.open("rb") as data:
             while chunk := data.read(1 << 20):
                 digest.update(chunk)
-        counts = {"records": len(file.records), "characters": sum(len(text) for _, text in file.records)}
         rows.append({"file": file.file, "bytes": path.stat().st_size, "sha256": digest.hexdigest(), **counts})
     return rows
 

@@ -94,6 +94,11 @@ def test_records_of_many_kinds(tmp_path):
             quality.records_of(str(tmp_path / name))
 
 
+def test_manifest_of_a_hub_data_set_has_no_bytes():
+    report = quality.check([quality.Texts("hf:org/name", [("hf:org/name:1", "One."), ("hf:org/name:2", "Two.")])])
+    assert report["files"] == [{"file": "hf:org/name", "records": 2, "characters": 8}]
+
+
 def test_outliers():
     losses = np.array([2.0, 2.1, 1.9, 2.05, 9.0, 0.01, np.nan, 2.0])
     assert quality.outliers(losses) == [4, 5] and quality.outliers(np.ones(4)) == []
