@@ -193,7 +193,7 @@ def install() -> None:
 
 
 def moved_name(module: str, name: str) -> Any:
-    """What NAMES has for `name` of `module`, with a DeprecationWarning."""
+    """The object that NAMES gives for `name` of `module`, with a DeprecationWarning."""
     old = f"{module}.{name}"
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -204,7 +204,7 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """What `task` of a task's module was: prepare, init and loss in one, made for a config."""
+    """The earlier `task(cfg)` of a task's module: prepare, init and loss in one namespace."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

@@ -106,7 +106,7 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-current: Signals | None = None  # of the innermost `catch_signals`
+current: Signals | None = None  # those of the innermost `catch_signals`
 
 
 @contextmanager

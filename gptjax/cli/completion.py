@@ -88,7 +88,7 @@ HELP = "--help"
 
 
 class Names(NamedTuple):
-    """What the words are made of.
+    """The data that completions are made of.
 
     settings   the choices of each setting; [] if it has none
     uses       the patterns of the settings that each task reads

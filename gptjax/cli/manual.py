@@ -1,4 +1,4 @@
-"""What `gptjax VERB --help` says: a page per verb, and per action of a verb such as `data check`.
+"""The text of `gptjax VERB --help`: a page per verb, and per action of a verb such as `data check`.
 
 The examples of a page run as they stand in an empty folder, after the commands of `needs`, on a CPU and without a
 network. The settings of a page come from `gptjax.config.schema`, which has their help; it is not imported here, so that

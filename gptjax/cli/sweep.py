@@ -56,7 +56,7 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""  # of a sweep that was interrupted
+        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""  # files of an interrupted sweep
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()

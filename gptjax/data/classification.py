@@ -94,7 +94,7 @@ def read(
     """
     rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
     texts: list[str] = []
-    classes: list[str] = []  # of each text
+    classes: list[str] = []  # the class of each text
     problems: list[str] = []
     for location, row in rows:
         if len(problems) >= MAX_PROBLEMS:

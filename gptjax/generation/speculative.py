@@ -130,7 +130,7 @@ class _Settings(NamedTuple):
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
     sampler: Sampler
-    slots: int  # of each KV cache
+    slots: int  # capacity of each KV cache, in tokens
     max_new: int  # slots for new tokens
     ahead: int
     ngram: int

@@ -51,9 +51,9 @@ Computation = dict[str, Instruction]  # instruction name -> instruction
 
 
 class Work(NamedTuple):
-    """What one device does in one execution of a program."""
+    """The work of one device in one execution of a program."""
 
-    flops: float  # of matrix products, without those in custom kernels
+    flops: float  # matrix products only, custom kernels not counted
     hbm_bytes: float  # bytes read and written; each operation reads and writes each of its arrays once
     collectives: dict[str, float]  # kind -> bytes that the device sends
     largest_gather_bytes: int  # size of the largest array that an all-gather returns

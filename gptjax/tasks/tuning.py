@@ -73,7 +73,7 @@ def longest_row(cfg: Config, model: ModelConfig) -> int:
 
 
 def why_so_long(cfg: Config, model: ModelConfig) -> str:
-    """Which setting determines `longest_row`, for an error message."""
+    """The setting that determines `longest_row`, for an error message."""
     requested = getattr(cfg, cfg.task).context_length
     if requested > model.context_length:
         return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {requested})"

@@ -328,7 +328,7 @@ def may_change(key: str) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What the results may depend on besides the config: versions, device, flags. Imports jax."""
+    """Versions, device and flags, on which results may depend besides the config. Imports jax."""
     import jax
 
     device = jax.devices()[0]

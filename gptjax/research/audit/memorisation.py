@@ -14,12 +14,12 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # of members and of non-members, for a test on per-document means
+MIN_DOCUMENTS = 4  # members, and non-members, for a test on per-document means
 MIN_K = 0.2  # fraction of a text's tokens that Min-K% Prob averages, the least likely ones: arXiv:2310.16789, fig. 4
 
 
 class Extraction(NamedTuple):
-    """Of n prefixes, `extracted` are continued verbatim. low, high: 95 % Wilson interval of the rate."""
+    """The number of prefixes, n, and of those continued verbatim, `extracted`; the 95 % Wilson interval of the rate."""
 
     prefix: int
     stride: int
