@@ -212,7 +212,7 @@ def outliers(losses: np.ndarray) -> list[int]:
 
 
 def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
-    """Size in bytes, SHA-256, number of records and number of characters of each file; the latter two for `hf:` data."""
+    """Size in bytes, SHA-256, records and characters of each file; of an `hf:` data set the last two only."""
     rows = []
     for file in texts:
         counts = {"records": len(file.records), "characters": sum(len(text) for _, text in file.records)}
