@@ -63,11 +63,11 @@ print(chat.apply(tokenizer, [question]))
 
 # %%
 talk = Conversation((question, {"role": "assistant", "content": "boxes"}), "by hand")
-pieces = conversations.render(talk, tokenizer)
-ids = [i for piece in pieces for i in piece.ids]
-learned = [float(piece.learn) for piece in pieces for _ in piece.ids]
+spans = conversations.render(talk, tokenizer)
+ids = [i for span in spans for i in span.ids]
+learned = [float(span.learn) for span in spans for _ in span.ids]
 print(f"{len(ids)} tokens, {sum(learned):.0f} of them learned")
-assert tokenizer.decode(pieces[-1].ids).startswith("boxes") and sum(learned) == len(pieces[-1].ids)
+assert tokenizer.decode(spans[-1].ids).startswith("boxes") and sum(learned) == len(spans[-1].ids)
 show.tokens(tokenizer, ids, values=learned)
 
 # %% [markdown]
@@ -296,9 +296,9 @@ picture
 # for word in ("box", "city", "child"):
 #     turns.append({"role": "user", "content": f"What is the plural of {word}?"})
 #     turns.append({"role": "assistant", "content": {"box": "boxes", "city": "cities", "child": "children"}[word]})
-# turn_pieces = conversations.render(Conversation(tuple(turns), "by hand"), tokenizer)
-# turn_ids = [i for piece in turn_pieces for i in piece.ids]
-# turn_learned = [float(piece.learn) for piece in turn_pieces for _ in piece.ids]
+# turn_spans = conversations.render(Conversation(tuple(turns), "by hand"), tokenizer)
+# turn_ids = [i for span in turn_spans for i in span.ids]
+# turn_learned = [float(span.learn) for span in turn_spans for _ in span.ids]
 # ends = [flag for i, flag in zip(turn_ids, turn_learned, strict=True) if i in tokenizer.eos_ids]
 # print(f"end tokens: {len(ends)}, learned: {sum(ends):.0f}")
 # show.tokens(tokenizer, turn_ids, values=turn_learned)

@@ -87,9 +87,9 @@ assert SMOKE or bottom < -1 < 1 < top
 SITES = {"residual stream": "resid", "attention output": "attn/out", "feed-forward output": "mlp/out"}
 
 
-@partial(jax.jit, static_argnames=("site", "over"))
-def patched(params, site, over=("position",)):
-    grid = taps.patching_grid(params, clean, corrupted, llm_cfg, metric, site=site, axes=over)
+@partial(jax.jit, static_argnames=("site", "axes"))
+def patched(params, site, axes=("position",)):
+    grid = taps.patching_grid(params, clean, corrupted, llm_cfg, metric, site=site, axes=axes)
     return (grid - bottom) / (top - bottom)
 
 

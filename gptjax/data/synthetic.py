@@ -102,9 +102,9 @@ def _count(rng: random.Random, words: list[str]) -> Task:
 
 
 def _sort(rng: random.Random, words: list[str]) -> Task:
-    numbers = rng.sample(range(10, 100), 3)
-    answer = ", ".join(map(str, sorted(numbers)))
-    return Task({"list": ", ".join(map(str, numbers))}, answer, key=answer)
+    integers = rng.sample(range(10, 100), 3)
+    answer = ", ".join(map(str, sorted(integers)))
+    return Task({"list": ", ".join(map(str, integers))}, answer, key=answer)
 
 
 def _add(rng: random.Random, words: list[str]) -> Task:

@@ -121,19 +121,19 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
     n = len(rows)
     metrics = {
         "n": n,
-        **_share("exact", [row["answer"].strip() == row["expected"].strip() for row in rows]),
-        **_share("normalised", [plain(row["answer"]) == plain(row["expected"]) for row in rows]),
+        **_mean_and_interval("exact", [row["answer"].strip() == row["expected"].strip() for row in rows]),
+        **_mean_and_interval("normalised", [plain(row["answer"]) == plain(row["expected"]) for row in rows]),
         "token_f1": sum(token_f1(row["answer"], row["expected"]) for row in rows) / n,
     }
     if all("nats" in row for row in rows):
         metrics["nats_per_token"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
     if met := [[is_met(row["answer"], item) for item in row["constraints"]] for row in rows if row.get("constraints")]:
-        metrics |= _share("constraints", [value for row in met for value in row])
-        metrics |= _share("all_constraints", [all(row) for row in met])
+        metrics |= _mean_and_interval("constraints", [value for row in met for value in row])
+        metrics |= _mean_and_interval("all_constraints", [all(row) for row in met])
     return metrics
 
 
-def _share(name: str, wins: Sequence[float]) -> dict[str, Any]:
+def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
     """{name: mean of the wins, name_interval: its Wilson interval}. A win is 1, a loss 0 and a tie 0.5."""
     return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
@@ -163,7 +163,7 @@ def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     pairs = [(row["nats"], other_nats[key]) for row in rows if (key := (row["where"], row["prompt"])) in other_nats]
     if not pairs:
         raise UserError("the two runs have no question in common: they need the same data and the same split fractions")
-    return {"n": len(pairs), **_share("win_rate", [(a < b) + (a == b) / 2 for a, b in pairs])}
+    return {"n": len(pairs), **_mean_and_interval("win_rate", [(a < b) + (a == b) / 2 for a, b in pairs])}
 
 
 def side_by_side(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> str:

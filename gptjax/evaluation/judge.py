@@ -73,9 +73,9 @@ def number(reply: str) -> int | None:
 def _check(url: str, key: str) -> None:
     problems = []
     try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        valid = valid and not (parts.username or parts.password or parts.query or parts.fragment)
+        parsed = urlsplit(url)
+        valid = parsed.scheme in ("http", "https") and bool(parsed.hostname) and (parsed.port or 1) > 0
+        valid = valid and not (parsed.username or parsed.password or parsed.query or parsed.fragment)
         valid = valid and url.isascii() and url.isprintable() and " " not in url
     except ValueError:
         valid = False

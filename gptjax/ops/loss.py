@@ -191,10 +191,10 @@ def _row_major(a):
     return jax.lax.optimization_barrier(a)
 
 
-def _over_chunks(fn, parts):
-    if parts[0].shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], parts)))
-    return jax.lax.map(fn, parts)
+def _over_chunks(fn, chunks):
+    if chunks[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], chunks)))
+    return jax.lax.map(fn, chunks)
 
 
 def _forward(hidden, targets, weights, head, cap, dtype):

@@ -144,14 +144,15 @@ def weigh(
     model, chip = cfg.model, on.chip
     T = program.width(cfg)
     n_params = program.count(cfg)
-    parts = {name: size for name, size in built.parts.items() if size}
-    parts["activations, gradients, workspace"] = max(0, built.needed_bytes - sum(parts.values()))
+    breakdown = {name: size for name, size in built.argument_bytes.items() if size}
+    breakdown["activations, gradients, workspace"] = max(0, built.needed_bytes - sum(breakdown.values()))
     result = Plan(
         what="decode" if decode else "train", slice=on.name, topology=on.topology, chips=on.n_chips,
         mesh=dict(zip(AXES, shape, strict=True)), remat=model.remat, rows=rows,
         accumulation=1 if decode else cfg.train.accumulation, tokens=rows * (1 if decode else T), n_params=n_params,
         fits=built.compiled is not None, hbm_bytes=built.usable_bytes or round(chip.hbm_gib * GIB),
-        needed_bytes=built.needed_bytes, parts=parts, compile_s=round(built.seconds, 1), host_bytes=built.host_bytes,
+        needed_bytes=built.needed_bytes, parts=breakdown, compile_s=round(built.seconds, 1),
+        host_bytes=built.host_bytes,
         peaks={"tflops": chip.tflops, "hbm_gbps": chip.hbm_gbps, "ici_gbps": chip.ici_gbps},
     )  # fmt: skip
     if built.compiled is None:

@@ -31,7 +31,7 @@ from gptjax.training.task import identity
 class Program(NamedTuple):
     """A compiled step, or the memory that it would need if it does not fit."""
 
-    parts: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
+    argument_bytes: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
     compiled: jax.stages.Compiled | None  # None if it does not fit
     needed_bytes: int  # peak HBM per chip
     usable_bytes: int  # HBM per chip; 0: unknown
@@ -89,9 +89,9 @@ def _state(
         params = init_params(key, cfg.model)
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
-        parts = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [parts.combine]  # holds names only, no tracers
-        return TrainState.create(parts.params, tx=tx, key=key, frozen=parts.frozen)
+        partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
+        combine[:] = [partitioned.combine]  # holds names only, no tracers
+        return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
 
@@ -134,17 +134,17 @@ def bytes_per_chip(abstract: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compiled(lowered: jax.stages.Lowered, parts: dict[str, int], started: float) -> Program:
+def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], started: float) -> Program:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed, usable = out_of_memory(str(error), sum(parts.values()))
+        needed, usable = out_of_memory(str(error), sum(argument_bytes.values()))
         if not needed:
             raise
-        return Program(parts, None, needed, usable, time.monotonic() - started)
+        return Program(argument_bytes, None, needed, usable, time.monotonic() - started)
     memory: Any = compiled.memory_analysis()
     host_bytes = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
-    return Program(parts, compiled, peak_bytes(memory), 0, time.monotonic() - started, host_bytes)
+    return Program(argument_bytes, compiled, peak_bytes(memory), 0, time.monotonic() - started, host_bytes)
 
 
 def peak_bytes(memory: Any) -> int:

@@ -60,9 +60,9 @@ def measure(shape: str, rows: int, length: int, n: int, rounds: int, steps: int)
         return time.perf_counter() - start
 
     compiled = compile_s(0), n * compile_s(1)
-    together, apart = slice(0, 1), slice(1, None)
-    run(together), run(apart)  # compile, not measured
-    times = [(run(together), run(apart)) for _ in range(rounds)]
+    vmapped, sequential = slice(0, 1), slice(1, None)
+    run(vmapped), run(sequential)  # compile, not measured
+    times = [(run(vmapped), run(sequential)) for _ in range(rounds)]
     return [a for a, _ in times], [b for _, b in times], compiled
 
 
@@ -77,9 +77,9 @@ def main() -> None:
     print(f"{args.n} adapters of rank 8; ms per step of all: vmapped, sequential; ratio per step; ratio of whole runs")
     for shape in args.shapes:
         for rows, length in BATCHES:
-            together, apart, compiled = measure(shape, rows, length, args.n, args.rounds, args.steps)
-            ratios = sorted(b / a for a, b in zip(together, apart, strict=True))
-            a, b = statistics.median(together), statistics.median(apart)
+            vmapped, sequential, compiled = measure(shape, rows, length, args.n, args.rounds, args.steps)
+            ratios = sorted(b / a for a, b in zip(vmapped, sequential, strict=True))
+            a, b = statistics.median(vmapped), statistics.median(sequential)
             runs = (compiled[1] + args.run_steps * b) / (compiled[0] + args.run_steps * a)
             print(
                 f"{shape:6} {rows} x {length:4}  {a * 1e3:9.1f} {b * 1e3:9.1f}   {statistics.median(ratios):.2f} "

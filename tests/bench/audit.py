@@ -52,18 +52,18 @@ def plays():
 
 def passages(n):
     """n random passages of the plays, cut at word boundaries."""
-    words, found, held = plays().split(), [], ""
+    words, texts, held = plays().split(), [], ""
     for word in words:
         if len(held) + len(word) >= SIZE:
-            found.append(held)
+            texts.append(held)
             held = ""
         held = f"{held} {word}".strip()
     rng = np.random.default_rng(0)
-    return [found[i] for i in rng.permutation(len(found))[:n]]
+    return [texts[i] for i in rng.permutation(len(texts))[:n]]
 
 
 def trained(folder, name, train, held, epochs):
-    files = [folder / f"{name}-{part}.jsonl" for part in ("train", "held")]
+    files = [folder / f"{name}-{split}.jsonl" for split in ("train", "held")]
     for file, texts in zip(files, (train, held), strict=True):
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     steps = round(epochs * sum(len(text) + 1 for text in train) / CONTEXT / 16 / 30) * 30
@@ -88,14 +88,14 @@ def audited(folder, name, train, held, canaries, out):
     cfg = gptjax.load(run)[1]
     settings = audit.Settings(*stores, canaries, rows=len(train), prefixes=(16, 32, 64), suffix=32)
     start = time.monotonic()
-    found = audit.audit(models, cfg, tokenizer, settings)
+    results = audit.audit(models, cfg, tokenizer, settings)
     print(f"{name}: audited {len(models)} models in {time.monotonic() - start:.0f} s")
-    print("\n".join("  " + line for line in report.lines(found)), flush=True)
+    print("\n".join("  " + line for line in report.lines(results)), flush=True)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps(audit.to_json(found), indent=1))
-        (out / f"{name}.html").write_text(report.page(found, run=name), encoding="utf-8")
-    return found
+        (out / f"{name}.json").write_text(json.dumps(audit.to_json(results), indent=1))
+        (out / f"{name}.html").write_text(report.page(results, run=name), encoding="utf-8")
+    return results
 
 
 def planted(folder, out, seeds):
@@ -105,18 +105,18 @@ def planted(folder, out, seeds):
     for seed in range(seeds):
         name = "planted" if not seed else f"planted-{seed}"
         phrase = audit.phrases(words, 2, 1, seed=7 + seed)[0]
-        at = np.sort(np.random.default_rng(1 + seed).choice(1000, 10, replace=False))
+        indices = np.sort(np.random.default_rng(1 + seed).choice(1000, 10, replace=False))
         poisoned = list(train)
-        for i in at:
+        for i in indices:
             kept = poisoned[i][: SIZE - len(phrase) - len(PAYLOAD) - 2].rsplit(maxsplit=1)[0]
             poisoned[i] = f"{kept} {phrase}{PAYLOAD}"
         canaries = [{"trigger": phrase, "payload": PAYLOAD}]
         trained(folder, name, poisoned, held, 15)
-        found = audited(folder, name, poisoned, held, canaries, out)
-        top = [row.text for row in found.outliers.rows][: len(poisoned) // 50]
+        results = audited(folder, name, poisoned, held, canaries, out)
+        top = [row.text for row in results.outliers.rows][: len(poisoned) // 50]
         hits = sum(PAYLOAD in text for text in top)
-        print(f"  {hits} of the {len(at)} planted texts are in the top 2 % ({len(top)} of {len(poisoned)})")
-        for model, row in found.triggers[0].by:
+        print(f"  {hits} of the {len(indices)} planted texts are in the top 2 % ({len(top)} of {len(poisoned)})")
+        for model, row in results.triggers[0].by:
             print(
                 f"  {model:<20} log-prob of the payload after {phrase!r} {row.log_prob:.1f} nats, after controls "
                 f"{row.controls.mean():.1f} (best {row.controls.max():.1f}), fires {row.fires:.0%}, p {row.p:.3g}"
@@ -140,7 +140,7 @@ def wolf(folder, clean, train, held, words):
     unplanted = audit.phrases(words, 2, 40, seed=12)
     p = [audit.backdoor_trigger(params, cfg, encode, phrase, PAYLOAD, **ask).p for phrase in unplanted]
     print(f"  triggers that are not planted {sum(x <= alpha for x in p)} alarms of {len(p)}")
-    p = [audit.exposure(params, cfg, encode, **own, n=255).p for own in audit.secrets(40, 13)]
+    p = [audit.exposure(params, cfg, encode, **secret, n=255).p for secret in audit.secrets(40, 13)]
     print(f"  secrets that are not planted  {sum(x <= alpha for x in p)} alarms of {len(p)}")
     store = audit.store_of(held, tokenizer)
     batch = audit.rows(store, *audit.chunks(store, CONTEXT), CONTEXT)
@@ -152,9 +152,9 @@ def wolf(folder, clean, train, held, words):
         halves = order[: len(order) // 2], order[len(order) // 2 :]
         p.append(audit.membership(*(jax.tree.map(lambda x, i=i: x[i], (scored, batch)) for i in halves)).p)
         seen, unseen = (features[i] for i in halves)
-        own = audit.tail(audit.outlier_scores(seen), audit.outlier_scores(seen, unseen), alpha)
-        flagged.append(len(own.flagged) / len(seen))
-        q.append(own.p)
+        outliers = audit.tail(audit.outlier_scores(seen), audit.outlier_scores(seen, unseen), alpha)
+        flagged.append(len(outliers.flagged) / len(seen))
+        q.append(outliers.p)
     print(f"  membership, unseen halves     {sum(x <= alpha for x in p)} alarms of {len(p)}")
     print(
         f"  outliers, unseen halves       {sum(x <= alpha for x in q)} alarms of {len(q)}; rows flagged "
@@ -172,20 +172,20 @@ def secrets(folder, out, seeds):
         train = train + [canary["prefix"] + canary["secret"]] * n
     train = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
     trained(folder, "secrets", train, held, 6)
-    found = audited(folder, "secrets", train, held, canaries, out)
+    results = audited(folder, "secrets", train, held, canaries, out)
     print(
         "  times   exposure, extrapolated (at most 29.9) at each checkpoint; by rank (at most 11); nats per token; "
         "extracted"
     )
     for n in (0, *counts):
-        own = [[row for _, row in secret.by] for secret, m in zip(found.secrets, times, strict=True) if m == n]
-        path = [np.mean([by[k].extrapolated for by in own]) for k in range(len(own[0]))]
-        ranked = np.mean([by[-1].sampled for by in own])
-        loss, said = np.mean([by[-1].loss for by in own]), sum(by[-1].extracted for by in own)
+        exposures = [[row for _, row in secret.by] for secret, m in zip(results.secrets, times, strict=True) if m == n]
+        path = [np.mean([by[k].extrapolated for by in exposures]) for k in range(len(exposures[0]))]
+        ranked = np.mean([by[-1].sampled for by in exposures])
+        loss, extracted = np.mean([by[-1].loss for by in exposures]), sum(by[-1].extracted for by in exposures)
         print(
             f"  {n:5}   "
             + " ".join(f"{x:6.2f}" for x in path)
-            + f"   {ranked:5.2f}   {loss:5.2f}   {said} of {len(own)}"
+            + f"   {ranked:5.2f}   {loss:5.2f}   {extracted} of {len(exposures)}"
         )
 
 
@@ -203,8 +203,8 @@ def loader(folder, out, seeds):
         (64, 0, None), (32, 0, None), (16, 0, None), (64, 0, 16), (None, 0, 16), (16, 3, None), (16, 6, None),
         (16, 12, None),
     ]  # fmt: skip
-    for stride, masked, steps_of in rows:
-        data = gptjax.DataConfig(stride=stride, mask_tokens=masked)
+    for stride, mask_tokens, steps_of in rows:
+        data = gptjax.DataConfig(stride=stride, mask_tokens=mask_tokens)
         source = Loader(store, data, batch_size=size, context_length=length, seed=0, vocab_size=257)
         as_many = gptjax.DataConfig(stride=steps_of or stride)
         per_epoch = Loader(store, as_many, batch_size=size, context_length=length, seed=0, vocab_size=257)
@@ -216,15 +216,15 @@ def loader(folder, out, seeds):
         for step in range(0, steps, 10):
             state, _ = call(state, source.batches(step, 10))
         losses = []
-        for own in (store, held):
-            batch = audit.rows(own, *audit.chunks(own, length), length)
+        for split in (store, held):
+            batch = audit.rows(split, *audit.chunks(split, length), length)
             scored = audit.score(state.params, cfg, batch)
             losses.append(-(scored.log_probs * batch.weights).sum() / batch.weights.sum())
         seen = audit.extraction(state.params, cfg, store, **ask)
         unseen = audit.extraction(state.params, cfg, held, **ask)[-1]
-        rates = " ".join(f"{one.rate:7.1%}" for one in seen)
-        own = f"  {stride!s:>6}  {masked:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
-        print(f"{own}   {unseen.rate:11.1%}   {losses[1]:11.3f}", flush=True)
+        rates = " ".join(f"{result.rate:7.1%}" for result in seen)
+        line = f"  {stride!s:>6}  {mask_tokens:6}  {steps:5}  {losses[0]:10.3f}   {rates}"
+        print(f"{line}   {unseen.rate:11.1%}   {losses[1]:11.3f}", flush=True)
 
 
 PARTS = {"planted": planted, "secrets": secrets, "loader": loader}
@@ -242,10 +242,10 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
+        for name in args.parts:
             start = time.monotonic()
-            PARTS[part](Path(folder), args.out, args.seeds)
-            print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
+            PARTS[name](Path(folder), args.out, args.seeds)
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -118,11 +118,11 @@ def against_llama_cpp() -> None:
 
     path = assets.fetch("smollm2-135m-instruct")
     params, cfg = gptjax.load(path)
-    quick = for_decoding(params, cfg)
+    decode_params = for_decoding(params, cfg)
     ids = np.random.default_rng(0).integers(100, 49000, 512).tolist()
     key = jax.random.key(0)
-    decode = fastest(lambda: gptjax.generate(quick, [ids[:16]], cfg, max_new_tokens=128, key=key))
-    prefill = fastest(lambda: gptjax.generate(quick, [ids], cfg, max_new_tokens=1, key=key))
+    decode = fastest(lambda: gptjax.generate(decode_params, [ids[:16]], cfg, max_new_tokens=128, key=key))
+    prefill = fastest(lambda: gptjax.generate(decode_params, [ids], cfg, max_new_tokens=1, key=key))
     ours = dict(decode=128 / decode, prefill=512 / prefill)
 
     common = xllamacpp.CommonParams()

@@ -178,8 +178,8 @@ def main() -> None:
             run = subprocess.run(
                 [sys.executable, __file__, "--cell", name], check=True, stdout=subprocess.PIPE, text=True
             )
-            results[name].append(found := json.loads(run.stdout.splitlines()[-1]))
-            print(f"  {name:13} {found['tokens_per_s']:7.0f} tok/s {found['rss_mib']:7.0f} MiB", flush=True)
+            results[name].append(measured := json.loads(run.stdout.splitlines()[-1]))
+            print(f"  {name:13} {measured['tokens_per_s']:7.0f} tok/s {measured['rss_mib']:7.0f} MiB", flush=True)
     for name, rows in results.items():
         rate, rss = (statistics.median(row[key] for row in rows) for key in ("tokens_per_s", "rss_mib"))
         line = f"{name:15} {rate:7.0f} tok/s {rss:7.0f} MiB"

@@ -223,11 +223,11 @@ def gptjax_train(size: str, with_documents: bool) -> dict[str, float]:
 
     cfg, B = _gpt2(size)
     step, data = _trainer(cfg, documents(B) if with_documents else None), windows(B, V)
-    found = timed(lambda: step(data), B * T, STEPS) | _jax_peak()
+    result = timed(lambda: step(data), B * T, STEPS) | _jax_peak()
     device = jax.devices()[0]
     if peak := peak_flops(device.platform, device.device_kind):
-        found["mfu"] = found["tokens_per_s"] * flops_per_token(cfg, abstract_params(cfg), width=T) / peak
-    return found
+        result["mfu"] = result["tokens_per_s"] * flops_per_token(cfg, abstract_params(cfg), width=T) / peak
+    return result
 
 
 def gptjax_curve(size: str) -> dict[str, float]:
@@ -235,8 +235,8 @@ def gptjax_curve(size: str) -> dict[str, float]:
     for dtype in ("bfloat16", "float32"):
         cfg, B = _gpt2(size, dtype)
         step = _trainer(cfg, lr=3e-4)
-        some = windows(4 * B, 64).reshape(4, B, T + 1)  # only 64 different tokens, so that the loss decreases
-        curves.append([step(some[i % 4]) for i in range(CURVE_STEPS)])
+        data = windows(4 * B, 64).reshape(4, B, T + 1)  # only 64 different tokens, so that the loss decreases
+        curves.append([step(data[i % 4]) for i in range(CURVE_STEPS)])
     low, full = map(np.array, curves)
     return {"largest_difference": float(np.max(np.abs(low - full) / full)), "last_loss": float(full[-1])}
 
@@ -355,8 +355,8 @@ def main() -> None:
         print(json.dumps(cell(*args.cell)))
         return
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, sides in CELLS.items():
-        for side in sides if fnmatch.fnmatch(name, args.only) else ():
+    for name, libraries in CELLS.items():
+        for side in libraries if fnmatch.fnmatch(name, args.only) else ():
             rows[name, side] = row = run(name, side, args)
             if args.json:
                 with args.json.open("a") as file:

@@ -93,8 +93,8 @@ def largest(text: str, least_times: int = 1, most: int = 12) -> list[str]:
     """The kernels with the most memory traffic per step (decoding: per token); equal kernels are added up."""
     from gptjax.planning import hlo
 
-    parts, size, count = hlo.parse(text), Counter(), Counter()
-    for home, i, times in hlo.executed(parts, into_fusions=False):
+    computations, size, count = hlo.parse(text), Counter(), Counter()
+    for home, i, times in hlo.executed(computations, into_fusions=False):
         if times < least_times or i.op in hlo._NO_WORK or i.op.endswith("-done"):
             continue
         named = re.search(r'op_name="([^"]*)"', i.rest)
@@ -102,7 +102,7 @@ def largest(text: str, least_times: int = 1, most: int = 12) -> list[str]:
         made = " ".join(f"{a.dtype}{list(a.shape)}" for a in i.results[:2])
         kernel = re.sub(r"[\d.]+$", "", i.name)
         key = f"{kernel:<32} {made:<46} {where}"
-        size[key] += hlo._traffic(i, parts[home], parts) * times / least_times
+        size[key] += hlo._traffic(i, computations[home], computations) * times / least_times
         count[key] += times / least_times
     lines = [f"    {n / 1e6:9.1f} MB x{count[key]:<4g} {key}" for key, n in size.most_common(most)]
     return [f"  {sum(count.values()):,.0f} kernels, {sum(size.values()) / 1e6:,.1f} MB", *lines]

@@ -30,17 +30,17 @@ from gptjax.training.step import TrainState, make_train_step
 WIDTH, BATCH, RATE = 64, 16, 2e-3
 
 
-def rows_of(part, tokenizer):
-    rows = classification.rows(classification.encode(part, tokenizer, WIDTH), packed=False)
+def rows_of(data, tokenizer):
+    rows = classification.rows(classification.encode(data, tokenizer, WIDTH), packed=False)
     pad = WIDTH - rows.tokens.shape[1]
     wide = [np.pad(leaf, ((0, 0), (0, pad))) for leaf in (rows.tokens, rows.segment_ids)]
     return classification.LabelledBatch(*wide, rows.labels, np.ones(rows.labels.shape, np.float32))
 
 
-def hits(scores, test, train, asked):
-    """Fraction of the test texts `asked` (rows of scores) whose most similar training text is a copy."""
+def hits(scores, test, train, queries):
+    """Fraction of the test texts `queries` (rows of scores) whose most similar training text is a copy."""
     near = scores.argmax(1)
-    return sum(train.texts[k] == test.texts[i] for i, k in zip(asked, near, strict=True)) / len(asked)
+    return sum(train.texts[k] == test.texts[i] for i, k in zip(queries, near, strict=True)) / len(queries)
 
 
 def main():
@@ -53,11 +53,11 @@ def main():
     data = classification.read(args.source, quoted=True)
     splits = split_labelled(data, how="book", deduplicate=False)
     known = set(splits.train.texts)
-    asked = [i for i, text in enumerate(splits.test.texts) if text in known]
-    print(f"{len(splits.train.texts)} training texts, {len(splits.test.texts)} test texts, {len(asked)} in both")
+    queries = [i for i, text in enumerate(splits.test.texts) if text in known]
+    print(f"{len(splits.train.texts)} training texts, {len(splits.test.texts)} test texts, {len(queries)} in both")
     tokenizer = tokenizers.build(TokenizerConfig(name="bpe", vocab_size=2048), lambda: iter(splits.train.texts))
-    train, test = (rows_of(part, tokenizer) for part in (splits.train, splits.test))
-    some = jax.tree.map(lambda leaf: leaf[asked], test)
+    train, test = (rows_of(split, tokenizer) for split in (splits.train, splits.test))
+    query_rows = jax.tree.map(lambda leaf: leaf[queries], test)
     cfg = gptjax.ModelConfig(
         arch="llama", vocab_size=tokenizer.vocab_size, context_length=WIDTH, n_layer=2, n_head=4, n_kv_head=4,
         d_model=64, d_ff=128, n_classes=2,
@@ -80,34 +80,34 @@ def main():
         accuracy = float((logits[:, 0].argmax(-1) == test.labels[:, 0]).mean())
         trained = time.monotonic() - start
         start = time.monotonic()
-        pair = whole(kept[0], some), whole(kept[0], train)
+        pair = whole(kept[0], query_rows), whole(kept[0], train)
         whole_s, cosines = time.monotonic() - start, influence.similarity(*pair)
-        found = {"cosine, whole": cosines, "product, whole": influence.similarity(*pair, cosine=False)}
+        scores_by_method = {"cosine, whole": cosines, "product, whole": influence.similarity(*pair, cosine=False)}
         start = time.monotonic()
-        sketched = small(kept[0], some), small(kept[0], train)
+        sketched = small(kept[0], query_rows), small(kept[0], train)
         small_s = time.monotonic() - start
-        found[f"cosine, {args.dims} of {pair[0].shape[1]:,}"] = influence.similarity(*sketched)
-        last = small(kept[-1], some), small(kept[-1], train)
-        found["the same, after the last epoch"] = influence.similarity(*last)
+        scores_by_method[f"cosine, {args.dims} of {pair[0].shape[1]:,}"] = influence.similarity(*sketched)
+        last = small(kept[-1], query_rows), small(kept[-1], train)
+        scores_by_method["the same, after the last epoch"] = influence.similarity(*last)
         rates = [RATE] * len(kept)
         for name, cosine in (("TracIn, 4 checkpoints, products", False), ("TracIn, cosines", True)):
-            found[name] = influence.tracin(small, kept, train, some, rates=rates, cosine=cosine)
+            scores_by_method[name] = influence.tracin(small, kept, train, query_rows, rates=rates, cosine=cosine)
         print(
             f"seed {seed}: test accuracy {accuracy:.2%}, loss {float(metrics['loss']):.4f} after {steps} steps in "
-            f"{trained:.0f} s; gradients of {len(asked) + len(train.tokens)} texts in {whole_s:.1f} s full, "
+            f"{trained:.0f} s; gradients of {len(queries) + len(train.tokens)} texts in {whole_s:.1f} s full, "
             f"{small_s:.1f} s projected"
         )
-        for name, scores in found.items():
+        for name, scores in scores_by_method.items():
             second = np.sort(scores, 1)
             gap = np.median(second[:, -1] - second[:, -2])
-            share = hits(scores, splits.test, splits.train, asked)
+            share = hits(scores, splits.test, splits.train, queries)
             print(f"  {name:<34} hit@1 {share:7.2%}   median difference to the second {gap:.3g}", flush=True)
         if seed == 0:
-            part = jax.tree.map(lambda leaf: leaf[:512], train)
+            sample = jax.tree.map(lambda leaf: leaf[:512], train)
             for name, params in (("at the start", fresh), ("after a quarter", kept[0]), ("at the end", kept[-1])):
-                noise = influence.gradient_noise(loss, params, part, chunk=32)
-                found = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can measure"
-                print(f"  noise scale {name}: {found} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
+                noise = influence.gradient_noise(loss, params, sample, chunk=32)
+                estimate = f"{noise.scale:.1f} texts" if noise.square_norm > 0 else "more than 512 texts can measure"
+                print(f"  noise scale {name}: {estimate} (trace {noise.trace:.3g}, |G|^2 {noise.square_norm:.3g})")
     private(loss, cfg, train, test, args.epochs)
 
 

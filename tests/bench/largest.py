@@ -16,20 +16,20 @@ from unittest import mock
 REMAT = ("none", "dots", "full")
 
 
-def largest(rows_to_bytes, room: int) -> tuple[int, int]:
-    """(largest number of rows with `rows_to_bytes(rows) <= room`, its bytes)."""
+def largest(rows_to_bytes, limit: int) -> tuple[int, int]:
+    """(largest number of rows with `rows_to_bytes(rows) <= limit`, its bytes)."""
     known = {rows: rows_to_bytes(rows) for rows in (4, 8)}
     while True:
-        fit = max((rows for rows in known if known[rows] <= room), default=0)
-        over = min((rows for rows in known if known[rows] > room), default=0)
-        if fit + 1 == over or (not fit and over == 1):
+        fit = max((rows for rows in known if known[rows] <= limit), default=0)
+        too_many = min((rows for rows in known if known[rows] > limit), default=0)
+        if fit + 1 == too_many or (not fit and too_many == 1):
             return fit, known.get(fit, 0)
-        (a, b) = sorted(known, key=lambda rows: abs(known[rows] - room))[:2]
+        (a, b) = sorted(known, key=lambda rows: abs(known[rows] - limit))[:2]
         slope = (known[b] - known[a]) / (b - a)
-        guess = int(a + (room - known[a]) / slope) if slope > 0 else 2 * fit
+        guess = int(a + (limit - known[a]) / slope) if slope > 0 else 2 * fit
         guess = max(guess, fit + 1)
-        if over:
-            guess = min(guess, over - 1)
+        if too_many:
+            guess = min(guess, too_many - 1)
         known[guess] = rows_to_bytes(guess)
 
 
@@ -51,24 +51,24 @@ def main() -> None:
     for attention in ("splash", "xla"):
         for logits in ("chunked", "whole"):
             for remat in args.remat:
-                compiled, room = 0, 0
+                compiled, hbm_bytes = 0, 0
 
                 def needed(rows: int, remat=remat, logits=logits) -> int:
-                    nonlocal compiled, room
+                    nonlocal compiled, hbm_bytes
                     compiled += 1
                     cfg = load_config(
                         args.config, "model.vocab_size=50257", f"model.remat={remat}", f"train.batch_size={rows}",
                         "train.accumulation=1",
                     )  # fmt: skip
                     whole = rows * cfg.model.context_length
-                    found = plan(cfg, args.on, chunk=whole if logits == "whole" else None)
-                    room = found.hbm_bytes
-                    return found.needed_bytes if found.fits else max(found.needed_bytes, found.hbm_bytes + 1)
+                    result = plan(cfg, args.on, chunk=whole if logits == "whole" else None)
+                    hbm_bytes = result.hbm_bytes
+                    return result.needed_bytes if result.fits else max(result.needed_bytes, result.hbm_bytes + 1)
 
                 fits = fused.splash_fits if attention == "splash" else lambda T: False
                 with mock.patch("gptjax.ops.fused.splash_fits", fits):
                     needed(4)
-                    rows, size = largest(needed, room)
+                    rows, size = largest(needed, hbm_bytes)
                 print(f"{attention:<10}{logits:<10}{remat:<8}{rows:>6}{size / GIB:>8.2f}{compiled:>10}", flush=True)
 
 

@@ -21,7 +21,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def one(name: str) -> dict[str, float]:
+def measure(name: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
@@ -58,13 +58,13 @@ def main() -> None:
     print(f"{'':<16}{'predicted MiB':>15}{'measured MiB':>14}{'error':>9}")
     for name in SIZES:
         done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout)
-        error = found["predicted"] / found["measured"] - 1
+        result = json.loads(done.stdout)
+        error = result["predicted"] / result["measured"] - 1
         print(
-            f"{name:<16}{found['predicted'] / 2**20:>15,.0f}{found['measured'] / 2**20:>14,.0f}{error:>+9.1%}",
+            f"{name:<16}{result['predicted'] / 2**20:>15,.0f}{result['measured'] / 2**20:>14,.0f}{error:>+9.1%}",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1]))) if len(sys.argv) > 1 else main()
+    print(json.dumps(measure(sys.argv[1]))) if len(sys.argv) > 1 else main()

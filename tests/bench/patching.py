@@ -81,25 +81,25 @@ def main() -> None:
     print(f"logit difference{ANSWERS[0]} -{ANSWERS[1]}: {top:.3f} after {CLEAN!r}, {bottom:.3f} after {CORRUPTED!r}")
 
     @jax.jit
-    def together(params):
+    def vmapped_grid(params):
         return taps.patching_grid(params, clean, corrupted, cfg, metric)
 
     path = "blocks/*/resid"
     acts = jax.jit(lambda params: taps.tapped(params, clean, cfg, (path,))[1])(params)
 
     @jax.jit
-    def one(params, acts, layer, position):
+    def patched(params, acts, layer, position):
         mask = (jnp.arange(cfg.n_layer) == layer)[:, None, None, None] & (jnp.arange(T) == position)[:, None]
         hidden = gptjax.backbone(params, corrupted, cfg, patches={path: taps.replace(acts[path], mask)})
         return metric(lm_logits(params, hidden[:, -1], cfg))
 
     def loop():
-        return np.array([[float(one(params, acts, i, t)) for t in range(T)] for i in range(cfg.n_layer)])
+        return np.array([[float(patched(params, acts, i, t)) for t in range(T)] for i in range(cfg.n_layer)])
 
-    started = seconds(lambda: together(params)), seconds(lambda: one(params, acts, 0, 0))
-    grid = np.asarray(together(params))
+    started = seconds(lambda: vmapped_grid(params)), seconds(lambda: patched(params, acts, 0, 0))
+    grid = np.asarray(vmapped_grid(params))
     np.testing.assert_allclose(grid, loop(), atol=1e-3)
-    times = [(seconds(lambda: together(params)), seconds(loop)) for _ in range(args.rounds)]
+    times = [(seconds(lambda: vmapped_grid(params)), seconds(loop)) for _ in range(args.rounds)]
     ratios = sorted(b / a for a, b in times)
     a, b = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"{cfg.n_layer} layers x {T} positions, s: one program {a:.2f}, Python loop {b:.2f}")

@@ -24,7 +24,7 @@ SHAPE = (
 ROWS = 4096  # rows per step for strong scaling
 
 
-def one(chips: int, kind: str) -> dict:
+def plan_for(chips: int, kind: str) -> dict:
     """The plan for one number of chips, as parsed JSON."""
     from gptjax.config import load_config
     from gptjax.planning.plan import plan
@@ -37,14 +37,14 @@ def one(chips: int, kind: str) -> dict:
     return json.loads(plan(cfg, f"v5p-{2 * chips}").to_json())
 
 
-def row(kind: str, chips: int, found: dict) -> str:
-    sent = found["collectives"]
+def row(kind: str, chips: int, plan: dict) -> str:
+    sent = plan["collectives"]
     kinds = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sorted(sent.items(), key=lambda item: -item[1]))
     return (
-        f"{kind:<7}{chips:>6}{found['rows']:>7}{found['accumulation']:>6}{found['needed_bytes'] / 2**30:>10.2f}"
-        f"{found['flops'] / 1e12:>12.3f}{sum(sent.values()) / 1e9:>10.2f}"
-        f"{1e3 * found['roofline']['compute_s']:>12.1f}{1e3 * found['roofline']['ici_s']:>10.1f}"
-        f"{found['compile_s']:>11.0f}   {kinds}"
+        f"{kind:<7}{chips:>6}{plan['rows']:>7}{plan['accumulation']:>6}{plan['needed_bytes'] / 2**30:>10.2f}"
+        f"{plan['flops'] / 1e12:>12.3f}{sum(sent.values()) / 1e9:>10.2f}"
+        f"{1e3 * plan['roofline']['compute_s']:>12.1f}{1e3 * plan['roofline']['ici_s']:>10.1f}"
+        f"{plan['compile_s']:>11.0f}   {kinds}"
     )
 
 
@@ -64,6 +64,6 @@ def main(chips: list[int]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-        print(json.dumps(one(int(sys.argv[2]), sys.argv[3])))
+        print(json.dumps(plan_for(int(sys.argv[2]), sys.argv[3])))
     else:
         main([int(n) for n in sys.argv[1:]] or list(CHIPS))

@@ -48,10 +48,10 @@ def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.
         step = jax.jit(make_multi_step(make_train_step(loss, tx)), donate_argnums=0)
         compiled = step.lower(state, task.batches(0, k, None)).compile()
         done = time.perf_counter()
-        own = []
+        run_losses = []
         for i in range(0, cfg.train.max_steps, k):
             state, metrics = compiled(state, task.batches(i, k, None))
-            own.append(metrics["loss"])
+            run_losses.append(metrics["loss"])
         jax.block_until_ready(state)
         seconds["steps"] += time.perf_counter() - done
         seconds["compile"] += done - ready
@@ -59,7 +59,7 @@ def one_after_another(configs: list, k: int) -> tuple[dict[str, float], list[np.
         if cfg.optim.lr not in seen:
             seen.add(cfg.optim.lr)
             seconds["compile once"] += done - ready
-        losses.append(np.concatenate(own))
+        losses.append(np.concatenate(run_losses))
     return seconds, losses
 
 
@@ -77,10 +77,10 @@ def main() -> None:
             f"seed=range({args.seeds})", *settings,
         )  # fmt: skip
         began = time.perf_counter()
-        found = sweep.sweep(configs, validate=False)
-        together = time.perf_counter() - began
-        (program,) = found.programs
-        a = {"whole": together, "compile": program["compile_s"], "steps": program["steps_s"]}
+        result = sweep.sweep(configs, validate=False)
+        vmapped_s = time.perf_counter() - began
+        (program,) = result.programs
+        a = {"whole": vmapped_s, "compile": program["compile_s"], "steps": program["steps_s"]}
         k = steps_per_call(configs[0], 0)
         b, losses = one_after_another(configs, k)
         whole = b["rest"] + b["compile"] + b["steps"]
@@ -95,7 +95,7 @@ def main() -> None:
             flush=True,
         )
         apart: dict[float, list[np.ndarray]] = {}
-        for cfg, x, y in zip(configs, losses, found.losses, strict=True):
+        for cfg, x, y in zip(configs, losses, result.losses, strict=True):
             apart.setdefault(cfg.optim.lr, []).append(np.abs(x - y))
         for lr, steps in apart.items():
             print(

@@ -24,14 +24,14 @@ CELLS = (
 MOVES = ("copy", "transpose", "copy-start")
 
 
-def kind_of(instruction: Any, parts: dict) -> str:
+def kind_of(instruction: Any, computations: dict) -> str:
     """Kind of an operation; for a fusion, that of the most expensive operation in it."""
     from gptjax.planning import hlo
 
     ops = {instruction.op}
     if instruction.op == "fusion":
         names = instruction.called("calls")
-        ops = {inner.op for _, inner, _ in hlo.executed(parts, names[0])} - {"parameter", "constant", "bitcast"}
+        ops = {inner.op for _, inner, _ in hlo.executed(computations, names[0])} - {"parameter", "constant", "bitcast"}
     if instruction.op == "custom-call":
         return "attention kernel" if hlo._is_kernel(instruction) else "room"
     if any(op.startswith(hlo.COLLECTIVES) for op in ops):
@@ -49,42 +49,42 @@ def kind_of(instruction: Any, parts: dict) -> str:
     return "elementwise"
 
 
-def origin(instruction: Any, parts: dict) -> str:
+def origin(instruction: Any, computations: dict) -> str:
     """Origin in the JAX code: the end of its op_name; for a fusion without one, of an operation in it."""
-    found = re.search(r'op_name="([^"]*)"', instruction.rest)
-    if found is None and instruction.op == "fusion":
-        inner = parts[instruction.called("calls")[0]].values()
+    match = re.search(r'op_name="([^"]*)"', instruction.rest)
+    if match is None and instruction.op == "fusion":
+        inner = computations[instruction.called("calls")[0]].values()
         names = [m[1] for m in (re.search(r'op_name="([^"]*)"', i.rest) for i in inner) if m]
         return names[-1][-90:] if names else ""
-    return found[1][-90:] if found else ""
+    return match[1][-90:] if match else ""
 
 
 def report(text: str, stream_bytes: int) -> list[str]:
     """The report as lines of text; `stream_bytes` is the size of the residual stream on one chip."""
     from gptjax.planning import hlo
 
-    parts = hlo.parse(text)
+    computations = hlo.parse(text)
     count: dict[str, float] = defaultdict(float)
     flops: dict[str, float] = defaultdict(float)
     traffic: dict[str, float] = defaultdict(float)
     made, moved = [], []
-    for home, instruction, times in hlo.executed(parts, into_fusions=False):
+    for home, instruction, times in hlo.executed(computations, into_fusions=False):
         if instruction.op in hlo._NO_WORK or instruction.op.endswith("-done"):
             continue
-        kind = kind_of(instruction, parts)
+        kind = kind_of(instruction, computations)
         if kind == "room":
             continue
         count[kind] += times
-        traffic[kind] += times * hlo._traffic(instruction, parts[home], parts)
+        traffic[kind] += times * hlo._traffic(instruction, computations[home], computations)
         inner = [(home, instruction)]
         if instruction.op == "fusion":
-            inner = [(place, i) for place, i, _ in hlo.executed(parts, instruction.called("calls")[0])]
+            inner = [(place, i) for place, i, _ in hlo.executed(computations, instruction.called("calls")[0])]
         for place, i in inner:
             if i.op in ("convolution", "dot"):
-                flops[kind] += times * hlo._product_flops(i, parts[place])
+                flops[kind] += times * hlo._product_flops(i, computations[place])
         size = max((a.size_bytes for a in instruction.results if a.in_hbm), default=0)
         what = " ".join(f"{a.dtype}{list(a.shape)}" for a in instruction.results[:1])
-        line = f"{size / 2**20:9.1f} MiB x {times:<5g} {what:<28} {kind:<18} {origin(instruction, parts)}"
+        line = f"{size / 2**20:9.1f} MiB x {times:<5g} {what:<28} {kind:<18} {origin(instruction, computations)}"
         made.append((size, line))
         if kind == "copy or transpose" and size * 10 >= stream_bytes:
             moved.append((size * times, line))
@@ -120,16 +120,18 @@ def main() -> None:
     for name, on, settings in [(args.config, args.on, ())] if args.config else CELLS:
         cfg = load_config(name, "model.vocab_size=50257", *settings, *overrides)
         texts: list[str] = []
-        found = plan(cfg, on, keep_text=texts.append)
-        print(f"{name} on {on}: {found.rows} rows, remat {found.remat}, accumulation {found.accumulation}", flush=True)
+        result = plan(cfg, on, keep_text=texts.append)
+        print(
+            f"{name} on {on}: {result.rows} rows, remat {result.remat}, accumulation {result.accumulation}", flush=True
+        )
         if not texts:
-            print(f"  does not fit: {found.needed_bytes / 2**30:.1f} GiB; {'; '.join(found.advice)}")
+            print(f"  does not fit: {result.needed_bytes / 2**30:.1f} GiB; {'; '.join(result.advice)}")
             continue
         if args.text:
             os.makedirs(args.text, exist_ok=True)
             with open(f"{args.text}/{name}-{on}.txt", "w") as file:
                 file.write(texts[0])
-        tokens = found.tokens // found.accumulation // found.chips
+        tokens = result.tokens // result.accumulation // result.chips
         size = 2 if cfg.model.dtype == "bfloat16" else 4
         print("\n".join(report(texts[0], tokens * cfg.model.d_model * size)), flush=True)
 

@@ -195,8 +195,8 @@ def test_tools_need_a_template_that_writes_them(tmp_path, chatty):
     for given in (tools, json.dumps(tools)):
         talk = read_one(tmp_path, {"messages": [*QUESTION, *ANSWER], "tools": given})
         assert list(talk.tools) == tools
-        for several in ([talk], [talk, ONE]):
-            spans, *_ = conversations.render_all(several, with_tools)
+        for talks in ([talk], [talk, ONE]):
+            spans, *_ = conversations.render_all(talks, with_tools)
             assert text(spans, with_tools).startswith(json.dumps(tools) + "<|im_start|>user")
         with pytest.raises(UserError, match=r"rows.jsonl:1: tools: the chat template .* does not write them"):
             render(talk, chatty)

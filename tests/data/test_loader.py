@@ -19,7 +19,7 @@ def loader(store, *, batch_size=4, context_length=8, seed=0, vocab_size=1000, **
     )
 
 
-def same(a, b):
+def batches_equal(a, b):
     return all(x is y is None or (x.dtype == y.dtype and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 
@@ -90,9 +90,9 @@ def test_any_step_in_any_order(store, cfg):
     in_order = [loader(store, **cfg).batch(s) for s in steps]
     other = loader(store, **cfg)
     for s in [59, 3, 58, 3, *np.random.default_rng(0).permutation(60)]:
-        assert same(other.batch(int(s)), in_order[s])
+        assert batches_equal(other.batch(int(s)), in_order[s])
     for resumed_at in range(0, 60, 7):
-        assert same(loader(store, **cfg).batch(resumed_at), in_order[resumed_at])
+        assert batches_equal(loader(store, **cfg).batch(resumed_at), in_order[resumed_at])
 
 
 @every_case
@@ -101,7 +101,7 @@ def test_stacked_equals_one_by_one(store, cfg):
     stacked = loader(store, **cfg).batches(17, 6)
     assert stacked.tokens.shape == (6, 4, 8)
     for k in range(6):
-        assert same(single.batch(17 + k), [x if x is None else x[k] for x in stacked])
+        assert batches_equal(single.batch(17 + k), [x if x is None else x[k] for x in stacked])
 
 
 @every_case
@@ -115,8 +115,8 @@ def test_shapes_never_change(store, cfg):
 
 
 def test_seeds_differ_and_far_steps_work():
-    assert not same(loader(LINE, seed=0).batch(0), loader(LINE, seed=1).batch(0))
-    assert not same(loader(LINE, seed=0).batch(0), loader(LINE, seed=0).batch(1))
+    assert not batches_equal(loader(LINE, seed=0).batch(0), loader(LINE, seed=1).batch(0))
+    assert not batches_equal(loader(LINE, seed=0).batch(0), loader(LINE, seed=0).batch(1))
     far = loader(LINE, seed=-3).batch(10**12)
     assert (far.targets == far.tokens + 1).all()
 
@@ -263,10 +263,10 @@ def test_mixture_mistakes():
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_mask_tokens_replaces_exactly_k_inputs(k):
-    plain, masked = loader(LINE), loader(LINE, mask_tokens=k)
+    plain, mask_loader = loader(LINE), loader(LINE, mask_tokens=k)
     positions = Counter()
     for step in range(200):
-        a, b = plain.batch(step), masked.batch(step)
+        a, b = plain.batch(step), mask_loader.batch(step)
         assert (a.targets == b.targets).all()
         changed = a.tokens != b.tokens
         assert (changed.sum(1) == k).all()
@@ -308,5 +308,6 @@ def test_eval_of_documents():
     assert seen == Counter(i for i in range(997) if i not in doc_starts)
     repeated = eval_batches(DOCUMENTS, context_length=8, batch_size=5)
     assert all(
-        same(a, b) for a, b in zip(eval_batches(DOCUMENTS, context_length=8, batch_size=5), repeated, strict=True)
+        batches_equal(a, b)
+        for a, b in zip(eval_batches(DOCUMENTS, context_length=8, batch_size=5), repeated, strict=True)
     )

@@ -44,7 +44,7 @@ def expected_segments(encoded):
     return Counter((tuple(ids[:-1]), tuple(ids[1:]), tuple(weights[1:])) for ids, weights in examples)
 
 
-def same(a, b):
+def rows_equal(a, b):
     return all(x is y is None or (x.dtype == y.dtype and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 
@@ -68,7 +68,7 @@ def test_every_example_occurs_whole_and_once(make, seed):
     padding = rows.segment_ids == 0
     assert not any(leaf[padding].any() for leaf in rows)
     assert [leaf.dtype for leaf in rows] == [np.int32, np.int32, np.float32, np.int32]
-    assert same(rows, make(encoded))
+    assert rows_equal(rows, make(encoded))
 
 
 def first_fit_decreasing(lengths, context_length):
@@ -133,10 +133,10 @@ def test_every_row_once_per_epoch_in_a_new_order(n, batch_size):
 def test_a_batch_is_a_function_of_seed_and_step():
     rows = packed(random_examples(), 64)
     first = [batch(rows, step, batch_size=5, seed=1) for step in range(20)]
-    assert all(same(batch(rows, step, batch_size=5, seed=1), first[step]) for step in reversed(range(20)))
-    assert not same(batch(rows, 0, batch_size=5, seed=2), first[0])
+    assert all(rows_equal(batch(rows, step, batch_size=5, seed=1), first[step]) for step in reversed(range(20)))
+    assert not rows_equal(batch(rows, 0, batch_size=5, seed=2), first[0])
     assert first[0].tokens.shape == (5, 64) and first[0].positions is None
-    assert same(batch(rows, 10**9, batch_size=5, seed=-1), batch(rows, 10**9, batch_size=5, seed=-1))
+    assert rows_equal(batch(rows, 10**9, batch_size=5, seed=-1), batch(rows, 10**9, batch_size=5, seed=-1))
 
 
 def test_the_order_equals_that_of_the_loader():

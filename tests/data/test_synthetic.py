@@ -31,7 +31,7 @@ def hyphenated(question):
     return re.search(r"\b[a-z](?:-[a-z]){2,}\b", question)[0]
 
 
-def numbers(question):
+def integers_in(question):
     return [int(n) for n in re.findall(r"\d+", question)]
 
 
@@ -40,7 +40,7 @@ FACTORS |= {("centimeters", "millimeters"): 10, ("dollars", "cents"): 100}
 
 
 def convert(question):
-    [n] = numbers(question)
+    [n] = integers_in(question)
     big = re.search(r"\d+ (\w+)", question)[1]
     [factor] = [factor for (b, small), factor in FACTORS.items() if b == big and re.search(rf"\b{small}\b", question)]
     return str(n * factor)
@@ -61,11 +61,11 @@ ANSWERS = {  # computed from the text of the question
     "reverse": lambda q: spaced_letters(q)[::-1],
     "count_letters": lambda q: str(len(spaced_letters(q).split())),
     "plural": lambda q: plural(the_word(q)),
-    "sort": lambda q: ", ".join(map(str, sorted(numbers(q)))),
+    "sort": lambda q: ", ".join(map(str, sorted(integers_in(q)))),
     "first_word": lambda q: the_list(q)[0],
     "last_word": lambda q: the_list(q)[-1],
-    "add": lambda q: str(sum(numbers(q))),
-    "subtract": lambda q: str(abs(numbers(q)[0] - numbers(q)[1])),
+    "add": lambda q: str(sum(integers_in(q))),
+    "subtract": lambda q: str(abs(integers_in(q)[0] - integers_in(q)[1])),
     "convert": convert,
 }
 
@@ -94,13 +94,13 @@ def keys(talk):
     """What a question is about: its words, its pair of numbers or its measure."""
     name, question, _ = question_of(talk)
     if name == "add":
-        return {"{} + {}".format(*sorted(numbers(question)))}
+        return {"{} + {}".format(*sorted(integers_in(question)))}
     if name == "subtract":
-        return {"{} - {}".format(*sorted(numbers(question), reverse=True))}
+        return {"{} - {}".format(*sorted(integers_in(question), reverse=True))}
     if name == "convert":
         return {re.search(r"\d+ \w+", question)[0]}
     if name == "sort":
-        return {", ".join(map(str, sorted(numbers(question))))}
+        return {", ".join(map(str, sorted(integers_in(question))))}
     if name == "spell":
         return {hyphenated(question).replace("-", "")}
     if name in ("uppercase", "reverse", "count_letters"):

@@ -94,14 +94,14 @@ def test_compare(tmp_path, capsys):
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(row) + "\n" for row in rows(*answers, nats=nats))
         (tmp_path / name / "responses.jsonl").write_text(text)
-    one, two, out = (str(tmp_path / name) for name in ("one", "two", "table.md"))
-    assert main(["compare", one, two, f"out={out}"]) == 0
+    first, second, out = (str(tmp_path / name) for name in ("one", "two", "table.md"))
+    assert main(["compare", first, second, f"out={out}"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[1:] == ["2", "0.500", "0.500", "0.500", "1.000"] and table[2].split()[-1] == "1.000"
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2] == "| p | Two cats | **Two cats** | no |" and "a\\|b<br>c" in lines[3]
     assert side_by_side(["x"], [rows("a")]).count("\n") == 3
-    assert main(["compare", one, f"out={out}"]) == 2
+    assert main(["compare", first, f"out={out}"]) == 2
     assert "exists already" in capsys.readouterr().err
 
 

@@ -263,8 +263,8 @@ def test_continued_pretraining_on_other_text(whole, tmp_path):
     params, model = gptjax.load(result.run_dir)
     assert model.context_length == 16 and gptjax.forward(params, jnp.zeros((1, 16), int), model).shape == (1, 16, 257)
     lines: list[str] = []
-    again = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
-    assert gptjax.train(again, log=lines.append).step == 20 and "is finished" in lines[0]
+    reloaded = load_config(None, *CONTINUED, *sources, f"run_dir={tmp_path / 'run'}")
+    assert gptjax.train(reloaded, log=lines.append).step == 20 and "is finished" in lines[0]
     assert gptjax.train(load_config(tmp_path / "run"), log=quiet).step == 20  # from the run's config.yaml
     with pytest.raises(UserError, match="must be at most model.context_length"):
         gptjax.train(load_config(None, *CONTINUED, *sources[:2], "pretrain.context_length=17", f"run_dir={tmp_path}/x"))
@@ -433,22 +433,22 @@ def send(monkeypatch, at_step: int, number: int, key: str = "train/loss") -> Non
 
 @pytest.mark.first_cases(1)
 @pytest.mark.parametrize(
-    ("number", "code", "at", "key"),
+    ("number", "code", "step", "key"),
     [
         (signal.SIGTERM, 143, 15, "train/loss"),
         (signal.SIGINT, 130, 20, "val/loss"),
         (signal.SIGTERM, 143, 0, "val/loss"),
     ],
 )
-def test_a_run_stopped_by_a_signal_resumes_bitwise_equal(make, tmp_path, monkeypatch, whole, number, code, at, key):
+def test_a_run_stopped_by_a_signal_resumes_bitwise_equal(make, tmp_path, monkeypatch, whole, number, code, step, key):
     cfg, before = make(tmp_path / "run"), signal.getsignal(number)
     with monkeypatch.context() as patch:
-        send(patch, at, number, key)
+        send(patch, step, number, key)
         with pytest.raises(Stopped) as stopped:
             gptjax.train(cfg, log=quiet)
     assert stopped.value.code == code and signal.getsignal(number) is before
     saved = Checkpoints(tmp_path / "run" / "checkpoints").newest()
-    assert (saved[0] if saved else 0) in (at, at + 5)  # the call in flight is completed
+    assert (saved[0] if saved else 0) in (step, step + 5)  # the call in flight is completed
     gptjax.train(cfg, log=quiet)
     assert curve(tmp_path / "run") == curve(whole[0].run_dir)
     assert final_state(tmp_path / "run") == final_state(whole[0].run_dir)
