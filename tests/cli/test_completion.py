@@ -203,10 +203,11 @@ def test_the_tab_key_in_bash(shell_env, tmp_path):
         "gptjax pretrain mine\t": "gptjax pretrain mine.yaml ",
         "gptjax finetune cl\tlora.sc\talpha/s\t": "gptjax finetune classify lora.scaling=alpha/sqrt\\(r\\) ",
     }
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(tmp_path)
-        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], shell_env)
+    terminal, inside = pty.openpty()
+    command = ["bash", "--norc", "--noprofile", "-i"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    bash = subprocess.Popen(command, **streams, cwd=tmp_path, env=shell_env, start_new_session=True)
+    os.close(inside)
 
     def read(until, timeout_s=20.0):
         seen, end = "", time.monotonic() + timeout_s
@@ -231,8 +232,8 @@ def test_the_tab_key_in_bash(shell_env, tmp_path):
             assert f"\n{line}" in read(r"\nready> ").replace("\r", ""), keys
     finally:
         send("exit\n")
+        bash.wait(timeout=20)
         os.close(terminal)
-        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
