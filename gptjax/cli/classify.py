@@ -162,6 +162,9 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
+        if requested not in row and not name.lower().endswith((".json", ".jsonl")):  # whose rows may differ
+            hint = did_you_mean(requested, map(str, row))
+            raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
         return requested
     if trained is not None and trained in row:
         return trained

@@ -11,7 +11,8 @@ def run(args: list[str]) -> int:
     parsed = options.parse(args, words=2)
     task, *rest = parsed.words or [""]
     if task not in TUNINGS:
-        raise UserError(f"finetune {task or 'what'}: expected one of {', '.join(TUNINGS)}{did_you_mean(task, TUNINGS)}")
+        problem = f"finetune {task}: no such task" if task else "finetune: no task is named"
+        raise UserError(f"{problem}; expected one of {', '.join(TUNINGS)}{did_you_mean(task, TUNINGS)}")
     cfg, provenance = options.configure(parsed._replace(words=rest), task, f"finetune {task}", task)
     from gptjax.tasks import find, finetune
 

@@ -30,7 +30,8 @@ A file of your own
 
   gptjax pretrain mine.yaml train.max_steps=200
 
-  A run directory can stand in the place of a file: its config.yaml is read.
+  A run directory can be named instead of a file; its config.yaml is read:
+  gptjax pretrain runs/tiny-gpt2 seed=1 run_dir=runs/seed-1
 
 Values
   numbers          3, 0.1, 1e-3; 1e3 also for whole numbers
@@ -103,8 +104,9 @@ Preferences: prefer.source (.jsonl .json .csv .parquet)
   prompt, chosen and rejected may also be lists of messages.
 
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
-the first tokens, gptjax data check my.jsonl finds duplicates and secrets. The
-verb data is explained by `gptjax data --help`.
+the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
+duplicates need the extra [check], or near=false). `gptjax data --help` explains
+the verb data.
 """
 
 RUNS = """\
@@ -139,8 +141,8 @@ Use a run
 
 Interrupt and resume
   Ctrl-C saves a checkpoint and ends the run. The same command continues it; on
-  the same versions and devices the result is bitwise that of a run without an
-  interruption. A damaged checkpoint is set aside and the one before it is used.
+  the same versions and devices the result is bitwise equal to that of a run
+  without an interruption. A damaged checkpoint is set aside and the one before it is used.
 
   A folder with other settings is refused, and the differences are shown: choose
   another run_dir. Nothing is overwritten. A run can be made longer with a larger
@@ -153,7 +155,7 @@ Exit codes
   2      wrong input or environment; the message says what was expected
   3      stopped: the loss or a gradient was not finite in several steps in a row
          (train.max_nonfinite)
-  75     another process of the run died or hangs: start all of them again
+  75     a run with several processes: one died or hangs; start all of them again
   130    Ctrl-C; what was trained is saved
   143    SIGTERM; what was trained is saved
 """

@@ -177,7 +177,8 @@ RULES: tuple[Rule, ...] = (
      f"use one of {_divisors(c.train.batch_size)}"),
     (("optim.warmup_steps", "train.max_steps"),
      lambda c: c.train.epochs is None and c.optim.warmup_steps >= c.train.max_steps >= 1,
-     lambda c: f"optim.warmup_steps ({c.optim.warmup_steps}) must be below train.max_steps ({c.train.max_steps})"),
+     lambda c: f"optim.warmup_steps ({c.optim.warmup_steps}) must be below train.max_steps ({c.train.max_steps}): "
+     "use more steps, or optim.warmup_steps=0"),
     (("distributed.coordinator", "distributed.num_processes", "distributed.process_id"),
      lambda c: _is_manual(c.distributed) and not _is_complete(c.distributed),
      lambda c: f"distributed.coordinator={c.distributed.coordinator} must be HOST:PORT, and needs "

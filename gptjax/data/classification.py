@@ -103,8 +103,8 @@ def read(
         if isinstance(row, UserError):
             problems.append(f"{location}: {row}")
             continue
-        text = text or _column(row, tables.TEXT, "text", "classify.text_field", source)
-        label = label or _column(row, tables.LABEL, "label", "classify.label_field", source)
+        if not (text and label):
+            text, label = _columns(row, text, label, source)
         if missing := [name for name in (text, label) if name not in row]:
             raise UserError(f"{location}: no column {', '.join(map(repr, missing))}; there are {tables.names(row)}")
         invalid = _check_row(row[text], row[label], labels)
@@ -117,10 +117,29 @@ def read(
     names = tuple(labels) or tuple(sorted(set(classes), key=lambda name: (int(name) if name.isdecimal() else -1, name)))
     if len(names) < 2:
         raise UserError(f"{source}: {len(texts)} texts of {len(names)} class ({', '.join(names)}); two are needed")
+    if len(names) == len(texts) > 2 and not labels:
+        raise UserError(
+            f"{source}: column {label!r} has a different value in each of its {len(texts)} rows: is it the label? "
+            "Name the column with classify.label_field=NAME"
+        )
     if len(names) > MOST_CLASSES:
         raise UserError(f"{source}: column {label!r} has {len(names)} different values: is it the label?")
     index = {name: i for i, name in enumerate(names)}
     return Labelled(texts, np.array([index[name] for name in classes], np.int32), names)
+
+
+def _columns(row: dict[str, Any], text: str | None, label: str | None, source: str) -> tuple[str, str]:
+    """The columns of the text and of the label, where None by their usual names."""
+    settings = ((text, tables.TEXT, "text"), (label, tables.LABEL, "label"))
+    columns, problems = [], []
+    for column, known, content in settings:
+        try:
+            columns.append(column or _column(row, known, content, f"classify.{content}_field", source))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError.all(problems)
+    return columns[0], columns[1]
 
 
 def _column(row: dict[str, Any], known: Sequence[str], content: str, setting: str, source: str) -> str:

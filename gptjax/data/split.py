@@ -230,7 +230,10 @@ def split_labelled(
         splits = [data.take(rows) for rows in divide(data, fractions, np.random.default_rng(seed))]
     for name, split in zip(("train", "validate", "test"), splits, strict=True):
         if not split.texts:
-            raise UserError(f"{len(data.texts)} texts leave none to {name} on: give more, or other fractions")
+            raise UserError(
+                f"{len(data.texts)} texts of {len(data.names)} classes leave none to {name} on: give more texts, or "
+                "larger fractions (classify.val_fraction, classify.test_fraction)"
+            )
     train, val, test = splits
     lacking = [train.names[k] for k in range(len(data.names)) if not (train.labels == k).any()]
     if lacking:

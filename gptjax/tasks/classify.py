@@ -63,7 +63,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
 def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
-        raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
+        raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
     quoted = settings.split == "book"  # the book reads the file with pandas, which interprets quotes
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted

@@ -38,7 +38,7 @@ def refuse_missing(cfg: Config) -> None:
     """
     name, source, problems = cfg.finetune.base, getattr(cfg, cfg.task).source, []
     if cfg.task == "classify" and not source:
-        problems.append("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
+        problems.append("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
     if source and not source.startswith("hf:") and not Path(source).expanduser().exists():
         problems.append(f"{cfg.task}.source={source}: no such file")
     if not name.startswith("hf:") and name not in assets.ASSETS:

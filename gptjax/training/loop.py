@@ -26,7 +26,7 @@ from gptjax.training.process import keep_buffers, use_compile_cache
 from gptjax.training.progress import Progress, duration
 from gptjax.training.run import Hook, Interrupted, Run, TrainResult
 from gptjax.training.run_dir import RunDir
-from gptjax.training.task import Ready
+from gptjax.training.task import Ready, short_run
 
 Prepare = Callable[[Config, Progress], Ready]
 
@@ -110,6 +110,8 @@ def _run(
             run = resume.begin(ready, dir, mesh, progress, signals)
             del ready  # its arrays are donated to the first step
             signals.raise_if_any()
+            if warning := short_run(resolved):
+                progress.say(warning)
             signals.polled = True
             result = _train(run, hooks)
             signals.polled = False

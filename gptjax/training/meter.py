@@ -118,16 +118,17 @@ class Meter:
 
     def _line(self, row: dict[str, Any]) -> str:
         step, total, val_loss = row["step"], self.run.cfg.train.max_steps, self.run.counters.val_loss
+        evaluated = "" if self.run.counters.evaluated == step else f" (step {self.run.counters.evaluated:,})"
         fields = [
             f"step {step:,}/{total:,} {step / total:4.0%}",
             f"loss {row['train/loss']:.4f}" if row["train/loss"] is not None else "loss not finite",
-            f"val {val_loss:.4f}" if math.isfinite(val_loss) else "",
+            f"val {val_loss:.4f}{evaluated}" if math.isfinite(val_loss) else "",
             f"lr {row['lr']:.2e}",
             f"grad {row['grad_norm']:.2f}" if row["grad_norm"] is not None else "grad not finite",
             f"{self.rate:,.0f} tok/s" if self.rate else "",
             f"MFU {row['mfu']:.1%}" if "mfu" in row else "",
             f"{row['skipped']} skipped" if row["skipped"] else "",
-            f"ETA {duration(self._eta(step))}" if self.rate else "",
+            f"ETA {duration(self._eta(step))}" if self.rate and step < total else "",
         ]
         return "  ".join(field for field in fields if field)
 

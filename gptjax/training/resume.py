@@ -24,7 +24,7 @@ from gptjax.training.compile import steps_per_call
 from gptjax.training.meter import Meter
 from gptjax.training.progress import Progress
 from gptjax.training.run import Counters, Run, TrainResult
-from gptjax.training.run_dir import BITWISE, RunDir, changes, environment, longer
+from gptjax.training.run_dir import BITWISE, RunDir, changes, environment, longer, train_further
 from gptjax.training.step import TrainState, init_state
 from gptjax.training.task import Ready, Task
 from gptjax.weights.native import recover_folder
@@ -73,7 +73,7 @@ def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
     if cfg.optim.schedule == "constant":
         say("  to train for more steps: train.max_steps=N")
     else:
-        say(f"  to train it further: gptjax pretrain pretrain.base={run.path}")
+        say(f"  {train_further(cfg, run.path)}")
     return TrainResult(run.path, params, cfg, tokenizers.load(run.final), step, loss)
 
 

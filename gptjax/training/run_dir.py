@@ -84,7 +84,8 @@ class RunDir:
         if lines := changes(stored, cfg):
             lines += [f"  {reason}"] if longer(stored, cfg) and (reason := self._ended(stored)) else []
         elif longer(stored, cfg) and (reason := self._ended(stored)):
-            lines = [f"train.max_steps: {stored.train.max_steps} -> more", reason]
+            name = "max_steps" if cfg.train.epochs is None else "epochs"
+            lines = [f"train.{name}: {getattr(stored.train, name)} -> {getattr(cfg.train, name)}", reason]
         if lines:
             raise UserError.all(
                 [
@@ -104,8 +105,7 @@ class RunDir:
         begun = f", and step {saved} is past step {decay_start}, where the decay starts"
         return (
             f"optim.schedule={optim.schedule}: the learning rate schedule was planned for {steps} steps"
-            f"{begun if optim.schedule == 'wsd' else ''}; "
-            f"to train the model further: gptjax pretrain pretrain.base={self.path} run_dir=FOLDER"
+            f"{begun if optim.schedule == 'wsd' else ''}; {train_further(stored, self.path)}"
         )
 
     def stored(self) -> Config:
@@ -295,6 +295,15 @@ def changes(stored: Config, cfg: Config) -> list[str]:
             cfg, train=dataclasses.replace(cfg.train, max_steps=stored.train.max_steps, epochs=stored.train.epochs)
         )
     return [line for line in config.diff(stored, cfg) if not may_change(line.partition(":")[0])]
+
+
+def train_further(stored: Config, path: Path) -> str:
+    """How to train the model of a finished run further, where the run itself cannot be extended."""
+    if stored.task == "classify":
+        return "for more steps run the same command with another run_dir=FOLDER"
+    if stored.task == "pretrain":
+        return f"to train the model further: gptjax pretrain pretrain.base={path} run_dir=FOLDER"
+    return f"to train the model further: gptjax finetune {stored.task} finetune.base={path} run_dir=FOLDER"
 
 
 def longer(stored: Config, cfg: Config) -> bool:

@@ -95,6 +95,18 @@ def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Co
     return dataclasses.replace(written, model=model, train=train)
 
 
+def short_run(cfg: Config) -> str:
+    """A warning if the learning rate is still in its warmup when the run ends, as with little data; else ""."""
+    steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
+    if warmup < steps:
+        return ""
+    more = "train.max_steps" if cfg.train.epochs is None else "train.epochs"
+    return (
+        f"warning: the run has {steps:,} steps, but the warmup of the learning rate takes {warmup:,} "
+        f"(optim.warmup_steps): set a larger {more}, or optim.warmup_steps=0"
+    )
+
+
 class Ready(NamedTuple):
     """The result of a task's `prepare`.
 
