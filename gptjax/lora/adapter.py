@@ -5,7 +5,8 @@
     merged   = merge(params, adapter, cfg)      params with the adapter added to the weights, as plain arrays
     adapter_loss = bind(loss, params, cfg)      loss as a function of the adapter, for `jax.grad`, `vmap` or optax
 
-The model, the losses, the optimizer and the checkpoints contain no LoRA code: they see a parameter tree.
+The model, the losses, the optimizer and the checkpoints contain no LoRA code, because an adapted model is an ordinary
+parameter tree.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     for DoRA the magnitude vector m = column norms of the weight.
 
     Raises:
-        UserError: as `targets`, or cfg.init is pissa or olora, which need `init_from_weights`.
+        UserError: `targets` raises it, or cfg.init is pissa or olora, which need `init_from_weights`.
     """
     if cfg.init != "lora":
         raise UserError(f"lora.init={cfg.init} starts from the weights: use lora.init_from_weights(params, cfg)")
@@ -114,7 +115,7 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
         (residual params, adapter). To export the adapter for the original weights, see `to_lora`.
 
     Raises:
-        UserError: as `targets`, or cfg.init is lora, which needs `init`.
+        UserError: `targets` raises it, or cfg.init is lora, which needs `init`.
     """
     residual, adapter = dict(tree.flatten_nodes(params)), {}
     factors = {"pissa": _pissa, "olora": _olora}.get(cfg.init)
@@ -162,7 +163,7 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
         scales: replacement of `cfg.scale`: a scalar, which may be traced, or [B] for an adapter made by `rows`.
 
     Raises:
-        UserError: the adapter has a path that the base model lacks, or its shapes do not fit.
+        UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
     """
     leaves = tree.flatten_nodes(params)
     pairs = tree.by_parent(adapter)
@@ -183,7 +184,7 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    axes = pair["a"].shape[:-2]  # [L], [B] or [L, B]
+    axes = pair["a"].shape[:-2]  # leading axes: [L], [B] or [L, B]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
     rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
@@ -237,8 +238,8 @@ def with_dropout(loss: Callable) -> Callable:
 def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
     """Returns a batched adapter, with which row i of a batch uses adapters[ids[i]] (multi-LoRA serving).
 
-    The adapters must have the same rank and targets. If their scales differ, pass the scale of each row to `attach` as
-    `scales` [B].
+    The adapters must have the same rank and targets. If the adapters' scales differ, pass the scale of each row to
+    `attach` as `scales` [B].
 
     Raises:
         UserError: an adapter uses DoRA or adapts an embedding.
@@ -251,10 +252,10 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """The exact weighted sum of adapters, by concatenation along the rank axis.
+    """The exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    Attach the result with the config of the input adapters. Their targets may differ, because an adapter does not
-    change a weight that it has no entry for.
+    Attach the result with the config of the input adapters. The adapters' targets may differ, because an adapter does
+    not change a weight that it has no entry for.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.
@@ -276,12 +277,12 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """The mean of adapters. Its rank is the sum of their ranks."""
+    """The mean of the adapters; its rank is the sum of the adapters' ranks."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Linear interpolation of adapters, (1 - t) * first + t * second. Its rank is the sum of their ranks."""
+    """Linear interpolation (1 - t) * first + t * second of two adapters, of rank rank(first) + rank(second)."""
     return concatenate([first, second], [1 - t, t])
 
 

@@ -15,7 +15,7 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) its columns are rescaled to norm m.
+    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) the columns are rescaled to norm m.
 
     w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
     a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]

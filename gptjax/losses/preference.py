@@ -1,4 +1,4 @@
-"""Preference optimisation on chosen and rejected answers: DPO, IPO, ORPO, KTO and SimPO."""
+"""Losses for preference optimisation on chosen and rejected answers (DPO, IPO, ORPO, KTO and SimPO)."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """KTO: chosen and rejected answers each have their own loss term, relative to a KL reference point.
 
     The reference point of the chosen answers is the mean log-ratio of the rejected answers in the batch, but at least
-    0, and vice versa, as in TRL's kto_pair. The paper uses mismatched questions and answers instead. Hence the loss
-    depends on which pairs are in a batch. Source: arXiv:2402.01306, eq. 8.
+    0, and vice versa, as in TRL's kto_pair. The loss of a pair therefore depends on the other pairs in the batch. The
+    KTO paper estimates the reference point from mismatched questions and answers. Source: arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
@@ -105,8 +105,8 @@ def answer_log_probs(
     For the reference log-probabilities, pass the params without their adapter; no second model is needed.
 
     Args:
-        batch: tokens, targets, weights, segment_ids [B, T]; segment 2 p + 1 is the chosen and 2 p + 2 the rejected
-            answer of pair p; present [B, P].
+        batch: batch with tokens, targets, weights and segment_ids [B, T], and present [B, P]. Segment 2 p + 1 is the
+            chosen answer of pair p, and segment 2 p + 2 the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]

@@ -1,6 +1,6 @@
 """Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.loss_on_batch(task.loss, batch)      function params -> mean loss: `loss` of the functions below
+value  = curvature.loss_on_batch(task.loss, batch)      function params -> mean loss, passed as `loss` below
 hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
 top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
 step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
@@ -27,7 +27,7 @@ from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
-Scalar = Callable[[Any], jax.Array]  # maps params to a loss, [] float32
+Scalar = Callable[[Any], jax.Array]  # function params -> loss, [] float32
 
 # Full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32 or bfloat16.
 _dot = partial(jnp.dot, precision="highest")
@@ -69,7 +69,7 @@ def eigenvalues(
     steps: int = 30,
     which: Literal["largest", "smallest", "magnitude"] = "largest",
 ) -> Eigen:
-    """Extreme eigenvalues of the Hessian of `loss` at `params`, by Lanczos iteration.
+    """Extreme eigenvalues of the Hessian of `loss` at `params`, computed by Lanczos iteration.
 
     Args:
         key: random key of the start vector.
@@ -142,7 +142,8 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
     """Returns the gradient transform of sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
 
     The transform replaces the gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as
-    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. A step costs two gradients.
+    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. Each step
+    computes two gradients.
     Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 
@@ -161,8 +162,8 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 def mix(stacked: Any, weights: jax.Array) -> Any:
     """Weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
 
-    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters this averages a and b
-    separately, not their product: use `lora.average`, or mix merged params.
+    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters, `mix` averages a and b
+    separately instead of their product: use `lora.average`, or mix merged params.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
@@ -187,8 +188,9 @@ def linear_interpolation(
 ) -> jax.Array:
     """The losses of the models (1 - t) * first + t * second, one for each element of t [M]: [M] float32.
 
-    They show whether a loss barrier lies between the two models. `at_once` is as in `mixtures`. Source:
-    arXiv:1412.6544.
+    The losses show whether a loss barrier lies between the two models. `at_once` is as in `mixtures`.
+
+    Source: arXiv:1412.6544.
 
     Raises:
         UserError: the two trees have different shapes.

@@ -8,8 +8,8 @@ noise    = gradient_noise(loss, params, batch)               noise.scale: critic
 A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To
 differentiate only a part of a model or an adapter, pass the other parameters as `frozen`, and a function
 `combine(params, frozen)` that returns the params of the loss: `tree.join` for a part of a model, and
-`lambda adapter, base: lora.attach(base, adapter, cfg)` for an adapter. An example is one row of the batch, whose leaves
-are [B, ..].
+`lambda adapter, base: lora.attach(base, adapter, cfg)` for an adapter. An example is one row of a batch: every leaf of
+the batch is [B, ..].
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 def gradient_features(
     loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
-    """Returns a function features(params, examples, frozen=None) -> [n, dims] float32: a `sketch` of each gradient.
+    """Returns a function features(params, examples, frozen=None) -> [n, dims] float32.
+
+    The features of an example are the `sketch` of its gradient.
 
     Args:
         dims: sketch size. None: the full gradients of all P parameters, flattened and concatenated in the tree's order,
@@ -110,7 +112,7 @@ def gradient_features(
 
 
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
-    """Apply `fn` to chunks of `size` rows and concatenate its outputs on the host.
+    """Applies `fn` to chunks of `size` rows and concatenates the outputs on the host.
 
     The last chunk is padded to `size` rows, so that `fn` is compiled once; the padding is removed from its output.
     """
@@ -142,7 +144,7 @@ def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarr
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Normalise each row to length 1; a row of zeros stays zero."""
+    """Normalises each row to length 1; a row of zeros stays zero."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
@@ -159,14 +161,14 @@ def tracin(
 ) -> np.ndarray:
     """TracIn influence [n_test, n_train] float32: how much training on each example lowered each test example's loss.
 
-    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. It is positive if the
-    training example helped.
+    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive
+    influence means that the training example helped.
 
     Args:
         features: function returned by `gradient_features`.
         checkpoints: params of each checkpoint, in any order; possibly a generator that loads one checkpoint at a time.
         rates: learning rate at each checkpoint.
-        cosine: use cosine similarity, so that examples with large gradients do not dominate.
+        cosine: whether to use cosine similarity, so that examples with large gradients do not dominate.
 
     Raises:
         UserError: the numbers of rates and checkpoints differ.
@@ -202,7 +204,7 @@ class Noise(NamedTuple):
 
 
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
-    """Estimate the noise scale from mean squared gradient norms at two batch sizes.
+    """Estimates the gradient noise scale from mean squared gradient norms at two batch sizes.
 
     `trace` and `square_norm` are unbiased estimates, but their quotient is not. With several steps, average `trace` and
     `square_norm` over the steps, then divide.

@@ -3,7 +3,7 @@
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-Losses, `frozen` and `combine` are as in `research.influence`. Its function `clipped_sum` clips the gradients.
+Losses, `frozen` and `combine` are as in `research.influence`, and `influence.clipped_sum` clips the gradients.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def private(
 
     Args:
         clip: maximum L2 norm of an example's gradient.
-        noise: noise multiplier: standard deviation of the Gaussian noise, in units of `clip`.
-        batch_size: expected number of rows of a batch, `rate * n` for `poisson_sample`. It does not depend on how many
-            rows a sample has.
+        noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
+        batch_size: expected number of rows of a batch, `rate * n` for `poisson_sample`. A constant, which does
+            not depend on the number of rows in a sample.
         accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
             the micro-batches.
 
@@ -112,8 +112,8 @@ def poisson_sample(
     """Draws a Poisson sample, as the accountant assumes: each of n rows is drawn independently with probability `rate`.
 
     Args:
-        capacity: size of the result. None: the expected number of rows plus six standard deviations, at most n. If more
-            rows than `capacity` are drawn, a random selection of them is kept.
+        capacity: number of rows in the result, including padding. None: the expected number of rows plus six standard
+            deviations, at most n. If more rows than `capacity` are drawn, a random selection of them is kept.
 
     Returns:
         (indices of rows [capacity] int64, mask [capacity] float32). The mask is 0 for padding: multiply the batch's
@@ -131,7 +131,7 @@ def poisson_sample(
 def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
     """The privacy loss epsilon of `steps` training steps with `private` on batches drawn by `poisson_sample`.
 
-    It bounds how much adding or removing one training row can change the distribution of the trained model.
+    Epsilon bounds how much adding or removing one training row can change the distribution of the trained model.
 
     Raises:
         UserError: dp-accounting is not installed.

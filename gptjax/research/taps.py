@@ -1,4 +1,4 @@
-"""Interpretability: read and patch activations, ablate heads, logit lens, attention maps, steering vectors.
+"""Tools for interpretability: activation patching, head ablation, logit lens, attention maps, steering vectors.
 
     logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out",))       read activations
     logits = forward(params, tokens, cfg, patches={"blocks/3/resid": ...})   replace activations
@@ -63,8 +63,8 @@ def patching_grid(
     `memory_bytes` limits how many are computed at the same time.
 
     Args:
-        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap them to see what breaks the answer instead
-            of what restores it.
+        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the prompts to see which
+            activations break the answer instead of restoring it.
         metric: function that is applied to the logits [B, V] at `position`.
         site: activation to patch, one of `gptjax.model.activations.SITES`.
         axes: axes of the grid besides the layers: ("position",), ("head",) or both.
@@ -129,7 +129,7 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """The metric of one run for every layer and every index along `axes`, with only that entry patched with `value`.
+    """Computes the metric of one run for every layer and every index along `axes`, at which `value` is patched in.
 
     `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
     """
@@ -169,7 +169,7 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
     arguments are those of `tapped`.
 
     Returns:
-        [L + 1, B, T, V] float32.
+        Logits [L + 1, B, T, V] float32.
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); arXiv:2303.08112, eq. 2.
     """
     _, acts = tapped(params, tokens, cfg, ("embed", "blocks/*/resid"), **context)

@@ -95,7 +95,7 @@ def project_qkv(
 
 
 def project_output(params: Params, y: jax.Array) -> jax.Array:
-    """Concatenate the heads' outputs [B, T, N, H] and apply the output projection: [B, T, D]."""
+    """Concatenates the heads' outputs [B, T, N, H] and applies the output projection: [B, T, D]."""
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])
 
 

@@ -27,7 +27,7 @@ def require(*conditions: tuple[bool, str]) -> None:
     """Checks that every condition holds, given as (condition, error message) pairs.
 
     Raises:
-        UserError: lists the message of every condition that is false.
+        UserError: a condition is false; the error lists the messages of all conditions that are false.
     """
     if problems := [text for holds, text in conditions if not holds]:
         raise UserError.all(problems)

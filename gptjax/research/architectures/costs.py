@@ -14,7 +14,8 @@ from gptjax.research.architectures import deltanet, mla, moe
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
     """Bytes of a KV cache of `cfg.context_length` tokens in all layers; sliding-window layers cache only their window.
 
-    MHA, GQA and MQA differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern have a window of cfg.sliding_window.
+    Multi-head, grouped-query and multi-query attention differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern
+    have a window of cfg.sliding_window.
     The cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
@@ -83,8 +84,8 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
     """FLOPs of `gptjax.forward` on [batch, length] tokens.
 
     A training step takes three times as many FLOPs, without rematerialisation. XLA's `cost_analysis` reports a few per
-    cent more, because it includes norms, softmax and activations. It counts the body of a loop only once, so compare
-    with a model that is compiled with `unroll=True`.
+    cent more, because it includes norms, softmax and activations. XLA counts the body of a loop only once, so
+    compare with a model that is compiled with `unroll=True`.
 
     Args:
         pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal

@@ -74,7 +74,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """An empty cache. Its size is constant, so `length` is ignored."""
+    """An empty cache, whose size does not depend on `length`."""
     wide = 3 * cfg.n_head * cfg.d_head
     return Cache(jnp.zeros((batch, cfg.n_head, cfg.d_head, cfg.d_head)), jnp.zeros((batch, cfg.conv_width - 1, wide)))
 
@@ -107,7 +107,7 @@ def gated_delta_rule(
     The inputs are q, k, v [B, T, N, H], a and b [B, T, N], and the initial state [B, N, H, H], as in `Cache`.
 
     Returns:
-        o [B, T, N, H] and the state after the last token.
+        Outputs o [B, T, N, H], and the state after the last token.
     """
 
     def step(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

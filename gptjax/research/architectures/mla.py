@@ -6,9 +6,9 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not: it absorbs (W_UK,h)^T into
-the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per token as one key
-head.
+`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not materialise them: it absorbs
+(W_UK,h)^T into the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per
+token as one key head.
 
 Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47, and the norms of 3.1.2.
 """
@@ -33,7 +33,7 @@ from gptjax.types import Params
 class Config:
     """Sizes of the layer: d_latent is R, d_rope is P (0: no position embedding) and d_head is H.
 
-    d_query_latent is the size of c_q; None: queries are projected from x directly. Raises UserError if d_rope is odd.
+    d_query_latent is the size of c_q, or None to project queries from x directly. Raises UserError if d_rope is odd.
     """
 
     d_model: int

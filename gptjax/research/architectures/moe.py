@@ -46,7 +46,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Applies the mixture of experts to each token independently: x [B, T, D] -> [B, T, D]."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
-    # Sort by expert. Entry i of the flattened `experts` belongs to token i // n_active.
+    # Sort the flattened entries of `experts` by expert. Entry i belongs to token i // n_active.
     order = experts.reshape(-1).argsort()
     sizes = jnp.bincount(experts.reshape(-1), length=cfg.n_expert).astype(jnp.int32)
     token = order // cfg.n_active
@@ -63,7 +63,7 @@ def init_cache(cfg: Config, batch: int, length: int = 0) -> tuple[()]:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-    """Returns `apply` of x [B, T, D], the next T tokens, and the unchanged cache."""
+    """Returns `apply(params, x, cfg)` for the next T tokens x [B, T, D], and the unchanged cache."""
     return apply(params, x, cfg), cache
 
 
@@ -75,10 +75,11 @@ def route(params: Params, x: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Arr
 
 
 def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Load balancing loss, [] float32: E * sum over experts e of (fraction of choices of e) * (mean probability of e).
+    """Load balancing loss of the router, [] float32.
 
-    The loss is 1 if the load is uniform, and at most E, if all tokens go to one expert. Source: arXiv:2101.03961,
-    eq. 4-6, with n_active choices of experts per token.
+    The loss is E times the sum over the E experts of (fraction of choices of the expert) * (mean router probability of
+    the expert). The loss is 1 if the load is uniform, and at most E, if all tokens go to one expert. Source:
+    arXiv:2101.03961, eq. 4-6, with n_active choices of experts per token.
     """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
     fraction = chosen.reshape(-1, cfg.n_expert).mean(0)

@@ -2,7 +2,7 @@
 
 After L layers the receptive field is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
 
-With a window of 3, the tokens 0 to 4 attend to the tokens after the colon:
+With a window of 3, each of the tokens 0 to 4 attends to the tokens after its colon:
 
     0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
 """

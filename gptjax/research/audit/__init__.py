@@ -1,6 +1,6 @@
 """Audits of memorisation and data poisoning: `audit` runs every check, and each check is also a function.
 
-outlier_scores    training rows whose gradients are unusually similar to a few others: poisoned rows, duplicates
+outlier_scores    how similar the gradient of a row is to those of a few others: finds poisoned rows and duplicates
 backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
 exposure          how much likelier a secret is than random candidates of the same format
 extraction        how often greedy decoding reproduces training text verbatim, by prefix length

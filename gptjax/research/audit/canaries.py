@@ -25,7 +25,7 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """Reads a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
 
     Raises:
-        UserError: a line is neither (the message lists at most 20 such lines), or the file has no canaries.
+        UserError: a line has another form (the message lists at most 20 such lines), or the file has no canaries.
     """
     canaries, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
@@ -73,8 +73,8 @@ def backdoor_trigger(
 ) -> Trigger:
     """Tests whether `phrase` makes `payload` likelier than the control phrases do, in the same contexts.
 
-    The p-value comes from the rank of `phrase` among the control phrases. It is exact if `phrase` was drawn from the
-    same distribution as they were, by the function `phrases`.
+    The p-value comes from the rank of `phrase` among the control phrases. The p-value is exact if `phrase` and the
+    control phrases were drawn from the same distribution, by the function `phrases`.
     """
     texts = [
         (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)

@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # minimum number of member documents, and of others, for a test on per-document means
+MIN_DOCUMENTS = 4  # minimum number of documents, of members and of others each, for a test on per-document means
 MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
 
 
@@ -49,8 +49,8 @@ def extraction(
 ) -> list[Extraction]:
     """Measures how often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
 
-    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. They do not overlap if
-    stride >= suffix.
+    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. Suffixes do not
+    overlap if stride >= suffix.
 
     Args:
         prefixes: prefix lengths, in tokens; one result is returned for each.

@@ -20,11 +20,11 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] features of other rows. If given, these rows are scored instead, against the training rows:
-            the result is [m].
+        reference: [m, K] features of other rows. With `reference`, the scores are [m], those of the other rows, whose
+            neighbours are training rows. None: the training rows are scored.
 
     Raises:
-        UserError: there are not more than k training rows.
+        UserError: there are k training rows or fewer.
     """
     if len(features) <= k:
         raise UserError(f"{len(features)} rows: more than {k} are needed to have {k} neighbours")

@@ -44,7 +44,7 @@ class Checkpoint(NamedTuple):
 def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
     """Lists the models of a run, in the order of their steps.
 
-    If `run_dir` is a model and not the directory of a run, the list has one entry and the config is None.
+    If `run_dir` holds a model but is not the directory of a run, the list has one entry and the config is None.
 
     Returns:
         (checkpoints, the run's config, notes on checkpoints that were left out and why).
@@ -92,7 +92,7 @@ def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
 class Settings:
     """Settings of `audit`.
 
-    train, held_out   token stores: the training text, and text from the same distribution that was not trained on
+    train, held_out   token stores: the training text, and text of the same distribution that was not trained on
     canaries          dicts with the keys "prefix" and "secret", or "trigger" and "payload": see `read_canaries`
     base, prompts     (params, cfg) of the base model, and the prompts that `drift` compares the models on
     rows              maximum number of rows from each store
@@ -125,8 +125,9 @@ def audit(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Runs every check that the settings allow. `report.page` renders the report as HTML, `to_json` as audit.json.
+    """Runs every check that the settings allow, and returns the report.
 
+    `report.page` renders the report as HTML; `to_json` returns the contents of audit.json.
     Each model is read from disk once. The outlier check concatenates the gradient features of all models.
 
     Args:

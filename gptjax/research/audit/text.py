@@ -1,4 +1,4 @@
-"""Batches of text, and the log-probability that a model assigns to them."""
+"""Batches of text, and the log-probabilities that a model assigns to the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ CHUNK_BYTES = 128 * 2**20  # maximum size of the logits in memory at the same ti
 
 
 def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
-    """Returns a store with one document per text; each ends with the tokenizer's end-of-text token, if it has one."""
+    """Returns a token store with one document per text.
+
+    Every document ends with the end-of-text token, if the tokenizer has one.
+    """
     end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     ids = [[*tokenizer.encode(text), *end] for text in texts]
     starts = np.cumsum([0, *map(len, ids)])
@@ -30,7 +33,7 @@ def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
 
 
 def document_spans(store: TokenStore) -> Iterator[tuple[int, int]]:
-    """Iterates over the documents: (index of the first token, index after the last token) of each."""
+    """Iterates over the documents as pairs (index of the first token, index after the last token)."""
     return zip(store.doc_starts, np.append(store.doc_starts[1:], len(store)), strict=True)
 
 
@@ -103,7 +106,7 @@ class Scored(NamedTuple):
 
 
 def score(params: Params, cfg: ModelConfig, batch: Batch) -> Scored:
-    """Computes `Scored` for every row of a batch, in chunks of rows whose logits fit into `CHUNK_BYTES`."""
+    """Computes the log-probability of every target of a batch, in chunks of rows whose logits fit in `CHUNK_BYTES`."""
     size = max(1, CHUNK_BYTES // (4 * batch.tokens.shape[1] * cfg.vocab_size))
     return Scored(*in_chunks(lambda chunk: _score(params, chunk, cfg), batch, size))
 
@@ -118,8 +121,8 @@ def _score(params: Params, batch: Batch, cfg: ModelConfig) -> tuple[jax.Array, j
 def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Returns ([n] log-probability of each row's continuation, [n] whether greedy decoding produces it exactly).
 
-    Greedy decoding need not be run: it produces the continuation exactly if every target of the continuation is the
-    most likely token (argmax).
+    No decoding is run, because greedy decoding produces the continuation exactly if every target of the continuation is
+    the most likely token (argmax).
     """
     counts = batch.weights > 0
     return np.where(counts, scored.log_probs, 0).sum(1), (scored.top1 | ~counts).all(1)

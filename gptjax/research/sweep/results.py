@@ -44,7 +44,7 @@ def _mean_and_half_width(line: dict[str, Any], key: str) -> str:
 
 
 def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
-    """Write sweep.csv (one line per run), sweep.json (rows, table, programs, config of run 0) and sweep.png."""
+    """Writes sweep.csv (one line per run), sweep.json (rows, table, programs, config of run 0) and sweep.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WRITING).touch()
@@ -64,7 +64,7 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
 
 
 def draw(result: Sweep, path: Path) -> None:
-    """Plots the validation loss and the training loss.
+    """Plots the validation loss and the training loss of the runs.
 
     The validation loss is plotted against the first numeric axis with several values: one dot per run, and a line with
     the mean and its interval. The training loss curve of each combination of values is averaged over seeds.

@@ -70,7 +70,7 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
 
 
 def _values(leaf: Leaf) -> list[str] | None:
-    """The values of an axis as strings; None if the setting has a single value.
+    """The values of an axis as strings, or None if the setting has a single value.
 
     Raises ValueError if the values cannot be parsed.
     """
@@ -168,7 +168,7 @@ def check(configs: Sequence[Config]) -> None:
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
     """Returns `cfg` with the given hyperparameter values, without validation.
 
-    The values may be tracers. In this case the returned config is not hashable.
+    The values may be tracers, but then the returned config is not hashable.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

@@ -94,7 +94,7 @@ def make_sweep_loss(
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
     """Initial states of N runs, leaves [N, ..], each as the training loop creates it for one run.
 
-    `start` holds values to start from, with leaves [N, ..]; None: parameters are initialised from the seeds.
+    `start` holds the parameters to start from, with leaves [N, ..], or is None to initialise them from the seeds.
     """
     init, _ = task.initial()
 
@@ -304,7 +304,7 @@ class _Program:
         step = make_sweep_step(task.build, cfg, batches=by_seed)
 
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
-            """Trains N runs for K steps on `batches` [K, N, ..] (or [K, ..]): new states and metrics [K, N]."""
+            """Trains N runs for K steps on `batches` [K, N, ..] or [K, ..]; the metrics are [K, N]."""
             return make_multi_step(lambda s, b: step(s, values, frozen, b))(states, batches)
 
         runs, replicated = P("runs"), P()
