@@ -85,7 +85,8 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     for DoRA the magnitude vector m = column norms of the weight.
 
     Raises:
-        UserError: `targets` raises it, or cfg.init is pissa or olora, which need `init_from_weights`.
+        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is pissa or olora, which need
+            `init_from_weights`.
     """
     if cfg.init != "lora":
         raise UserError(f"lora.init={cfg.init} starts from the weights: use lora.init_from_weights(params, cfg)")
@@ -115,7 +116,7 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
         (residual params, adapter). To export the adapter for the original weights, see `to_lora`.
 
     Raises:
-        UserError: `targets` raises it, or cfg.init is lora, which needs `init`.
+        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
     """
     residual, adapter = dict(tree.flatten_nodes(params)), {}
     factors = {"pissa": _pissa, "olora": _olora}.get(cfg.init)
@@ -282,7 +283,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Linear interpolation (1 - t) * first + t * second of two adapters, of rank rank(first) + rank(second)."""
+    """Linear interpolation of two adapters, (1 - t) * first + t * second; its rank is the sum of the adapters' ranks."""
     return concatenate([first, second], [1 - t, t])
 
 

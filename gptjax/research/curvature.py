@@ -76,7 +76,7 @@ def eigenvalues(
         n: number of eigenvalues.
         steps: number of Lanczos steps. Each step computes one Hessian-vector product and keeps one vector of the size
             of the params in memory. Increase the number if `errors` are too large.
-        which: eigenvalues to return, in this order: the largest, the smallest, or those of largest magnitude first.
+        which: eigenvalues to return: the n largest, the n smallest, or the n of largest magnitude, sorted accordingly.
 
     Raises:
         UserError: n is larger than `steps` or than the number of parameters.
@@ -142,8 +142,8 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
     """Returns the gradient transform of sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
 
     The transform replaces the gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as
-    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. Each step
-    computes two gradients.
+    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. Each training step computes
+    two gradients.
     Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 

@@ -5,11 +5,10 @@ cosines  = similarity(features(params, test), features(params, train))       [te
 scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      [test, train]
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To
-differentiate only a part of a model or an adapter, pass the other parameters as `frozen`, and a function
-`combine(params, frozen)` that returns the params of the loss: `tree.join` for a part of a model, and
-`lambda adapter, base: lora.attach(base, adapter, cfg)` for an adapter. An example is one row of a batch: every leaf of
-the batch is [B, ..].
+A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To take
+them with respect to an adapter or a part of the model only, pass the other parameters as `frozen`, and a function
+`combine(params, frozen)` that returns the params of the loss: `lambda adapter, base: lora.attach(base, adapter, cfg)`
+for an adapter, `tree.join` for a part of the model. An example is one row of a batch, all of whose leaves are [B, ..].
 """
 
 from __future__ import annotations
@@ -161,8 +160,8 @@ def tracin(
 ) -> np.ndarray:
     """TracIn influence [n_test, n_train] float32: how much training on each example lowered each test example's loss.
 
-    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive
-    influence means that the training example helped.
+    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive influence
+    means that the training example helped.
 
     Args:
         features: function returned by `gradient_features`.

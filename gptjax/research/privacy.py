@@ -52,8 +52,8 @@ def private(
     Args:
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
-        batch_size: expected number of rows of a batch, `rate * n` for `poisson_sample`. A constant, which does
-            not depend on the number of rows in a sample.
+        batch_size: expected number of rows of a batch, a constant: `rate * n` for `poisson_sample`, however many rows
+            a sample has.
         accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
             the micro-batches.
 

@@ -63,8 +63,8 @@ def patching_grid(
     `memory_bytes` limits how many are computed at the same time.
 
     Args:
-        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the prompts to see which
-            activations break the answer instead of restoring it.
+        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the prompts to see which activations break
+            the answer instead of restoring it.
         metric: function that is applied to the logits [B, V] at `position`.
         site: activation to patch, one of `gptjax.model.activations.SITES`.
         axes: axes of the grid besides the layers: ("position",), ("head",) or both.

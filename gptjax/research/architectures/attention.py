@@ -1,7 +1,7 @@
 """Attention with rotary position embeddings; n_kv_head selects multi-head, grouped-query or multi-query attention.
 
     n_kv_head = n_head   multi-head      arXiv:1706.03762, 3.2.2
-    between              grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
+    values in between    grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
     n_kv_head = 1        multi-query     arXiv:1911.02150
 
 The KV cache holds 2 * n_kv_head * head_dim elements per token.

@@ -1,7 +1,8 @@
 """Mixture of experts in place of the feed-forward layer: each token is routed to its top n_active of n_expert experts.
 
     scores = x W_R                                        [E]
-    y      = sum over the n_active experts e with the highest scores of softmax(their scores)_e expert_e(x)
+    y      = sum_e p_e expert_e(x)                        over the n_active experts e with the highest scores
+    p      = softmax(scores of these experts)             [n_active]
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
 Tokens are sorted by expert and multiplied with a grouped matrix multiplication (`jax.lax.ragged_dot`): there is no
