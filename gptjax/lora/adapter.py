@@ -283,7 +283,7 @@ def average(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Linear interpolation of two adapters, (1 - t) * first + t * second; its rank is the sum of the adapters' ranks."""
+    """Linear interpolation of two adapters, (1 - t) * first + t * second; its rank is the sum of their ranks."""
     return concatenate([first, second], [1 - t, t])
 
 

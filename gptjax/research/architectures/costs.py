@@ -84,8 +84,8 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
     """FLOPs of `gptjax.forward` on [batch, length] tokens.
 
     A training step takes three times as many FLOPs, without rematerialisation. XLA's `cost_analysis` reports a few per
-    cent more, because it includes norms, softmax and activations. XLA counts the body of a loop only once, so compare with a
-    model that is compiled with `unroll=True`.
+    cent more, because it includes norms, softmax and activations. XLA counts the body of a loop only once, so
+    that only a model compiled with `unroll=True` can be compared.
 
     Args:
         pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal

@@ -49,8 +49,8 @@ def extraction(
 ) -> list[Extraction]:
     """Measures how often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
 
-    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. Suffixes do not overlap if
-    stride >= suffix.
+    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. If stride >= suffix, the
+    suffixes do not overlap.
 
     Args:
         prefixes: prefix lengths, in tokens; one result is returned for each.
