@@ -1,11 +1,12 @@
 """LoRA as pure functions on parameter trees. An adapter is a tree of arrays with the paths of the adapted weights:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
-    adapted  = attach(params, adapter, cfg)     tree of the base, with a LoraWeight at every adapted weight; no compute
-    merged   = merge(params, adapter, cfg)      tree of the base, with plain arrays
+    adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight; no compute
+    merged   = merge(params, adapter, cfg)      params with the adapter added to the weights, as plain arrays
     adapter_loss = bind(loss, params, cfg)      loss as a function of the adapter, for `jax.grad`, `vmap` or optax
 
-The model, the losses, the optimizer and the checkpoints contain no LoRA code: they see a parameter tree.
+The model, the losses, the optimizer and the checkpoints contain no LoRA code, because an adapted model is an ordinary
+parameter tree.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ Adapter = dict[str, Any]
 
 
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
-    """{path: weight} of the weights that match `cfg.targets`, in the order of the tree.
+    """Returns {path: weight} for the weights that match `cfg.targets`, in the order of the tree.
 
     A pattern may select layers: blocks/3/attn/q/kernel, blocks/[0-3]/*/kernel. In the other layers of the stack a and b
-    are zero and stay zero: neither factor has a gradient while the other is zero.
+    are zero and stay zero, because neither factor has a gradient while the other is zero.
 
     Raises:
-        UserError: a pattern that matches no weight; DoRA on an embedding, or on some layers of a stack only.
+        UserError: a pattern matches no weight, or DoRA is to adapt an embedding or only some layers of a stack.
     """
     matrices = {
         path: leaf
@@ -61,14 +62,17 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
 
 
 def _layer_paths(path: str, leaf: Any) -> list[str]:
-    """blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..]; [] for a weight that is not stacked over layers."""
+    """The paths of the single layers of a stacked weight: blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..].
+
+    The list is empty for a weight that is not stacked over layers.
+    """
     group, _, rest = path.partition("/")
     shape = jax.eval_shape(dense, leaf).shape
     return [f"{group}/{n}/{rest}" for n in range(shape[0])] if group == "blocks" and len(shape) > 2 else []
 
 
 def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
-    """Mask of the layers that `cfg.targets` selects: bool [L] for a stack of layers, [] for a single weight."""
+    """Mask of the layers that `cfg.targets` selects: bool [L] for a stack of L layers, a scalar for a single weight."""
     names = _layer_paths(path, leaf)
     whole = tree.matches(cfg.targets, path)
     if not names:
@@ -81,7 +85,8 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
     for DoRA the magnitude vector m = column norms of the weight.
 
     Raises:
-        UserError: as `targets`; or cfg.init is pissa or olora, for which use `init_from_weights`.
+        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is pissa or olora, which need
+            `init_from_weights`.
     """
     if cfg.init != "lora":
         raise UserError(f"lora.init={cfg.init} starts from the weights: use lora.init_from_weights(params, cfg)")
@@ -101,15 +106,17 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
     """Initialises an adapter from the weights and subtracts it from them, so that the sum is the original weight.
 
-    init=pissa: the `rank` largest singular triplets, a = u sqrt(s), b = sqrt(s) v (arXiv:2404.02948, eq. 2-4).
-    init=olora: QR decomposition of W [out, in] = w.T: b.T = the first columns of Q, a.T = the first rows of R
-    (arXiv:2406.01775, 3.1; as in PEFT).
+    init=pissa: the adapter is a = u sqrt(s) and b = sqrt(s) v, where u, s and v hold the `rank` largest singular values
+    of the weight and their singular vectors (arXiv:2404.02948, eq. 2-4).
+
+    init=olora: the adapter comes from the QR decomposition of W [out, in] = w.T, where b.T is the first `rank` columns
+    of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
     Returns:
         (residual params, adapter). To export the adapter for the original weights, see `to_lora`.
 
     Raises:
-        UserError: as `targets`; or cfg.init is lora, for which use `init`.
+        UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
     """
     residual, adapter = dict(tree.flatten_nodes(params)), {}
     factors = {"pissa": _pissa, "olora": _olora}.get(cfg.init)
@@ -139,11 +146,11 @@ def _olora(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
-    """Converts a PiSSA or OLoRA adapter into a LoRA adapter of twice the rank for the original weights.
+    """Converts a PiSSA or OLoRA adapter into a LoRA adapter for the original weights, of twice the rank.
 
     Args:
-        adapter: the trained adapter, for the residual weights.
-        start: the adapter that `init_from_weights` returned.
+        adapter: the trained adapter, which belongs to the residual weights.
+        start: the adapter before training, as `init_from_weights` returned it.
     """
     return concatenate([adapter, start], [1.0, -1.0])
 
@@ -154,10 +161,10 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
     Other leaves of the adapter, such as a new head ({"cls_head": {"kernel": ..}}), are put into the tree unchanged.
 
     Args:
-        scales: replaces `cfg.scale`: [], which may be traced, or [B] with an adapter of `rows`.
+        scales: replacement of `cfg.scale`: a scalar, which may be traced, or [B] for an adapter made by `rows`.
 
     Raises:
-        UserError: the adapter has a path that the base lacks, or its shapes do not fit.
+        UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
     """
     leaves = tree.flatten_nodes(params)
     pairs = tree.by_parent(adapter)
@@ -178,15 +185,17 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    axes = pair["a"].shape[:-2]  # [L], [B] or [L, B]
+    axes = pair["a"].shape[:-2]  # leading axes: [L], [B] or [L, B]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
     rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
 
 
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Merges the adapter into the weights, to export them or to decode fastest. Each weight keeps its dtype; quantised
-    ones become float32. `scales` as in `attach`."""
+    """Merges the adapter into the weights, to export them or to decode fastest.
+
+    Each weight keeps its dtype, but quantised weights become float32. `scales` is as in `attach`.
+    """
 
     def merged(leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
@@ -204,13 +213,13 @@ def _is_leaf(node: Any) -> bool:
 
 
 def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
-    """The loss as a function of the adapter: (adapter, batch, key) -> the result of `loss`, for frozen `params`."""
+    """Returns the loss as a function of the adapter, (adapter, batch, key=None), with `params` frozen."""
     loss = with_dropout(loss)
     return lambda adapter, batch, key=None: loss(attach(params, adapter, cfg), batch, key)
 
 
 def with_dropout(loss: Callable) -> Callable:
-    """`loss` with its PRNG key also used for the dropout of the adapters, if their config has any."""
+    """Returns `loss` with its PRNG key also used for the adapters' dropout, if their config has a dropout rate."""
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
         if key is None:
@@ -228,12 +237,13 @@ def with_dropout(loss: Callable) -> Callable:
 
 
 def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter:
-    """A batched adapter with one adapter per row of the batch: row i uses adapters[ids[i]] (multi-LoRA serving).
+    """Returns a batched adapter, with which row i of a batch uses adapters[ids[i]] (multi-LoRA serving).
 
-    The adapters must have the same rank and targets. If their scales differ, attach the result with `scales=` [B].
+    The adapters must have the same rank and targets. If the adapters' scales differ, pass the scale of each row to
+    `attach` as `scales` [B].
 
     Raises:
-        UserError: DoRA, or an adapter on an embedding.
+        UserError: an adapter uses DoRA or adapts an embedding.
     """
     for path, pair in (item for adapter in adapters for item in tree.by_parent(adapter).items()):
         if "m" in pair or path.endswith("/embedding"):
@@ -243,13 +253,13 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """The exact weighted sum of adapters, by concatenation along the rank axis.
+    """The exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    Attach the result with the config of the inputs. Their targets may differ: an adapter does not change a weight that
-    it has no entry for.
+    Attach the result with the config of the input adapters. The adapters' targets may differ, because an adapter does
+    not change a weight that it has no entry for.
 
     Raises:
-        UserError: DoRA, whose magnitude vectors cannot be added, or whole weights in an adapter, such as a new head.
+        UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.
     """
     weights = [1.0] * len(adapters) if weights is None else weights
     factors: dict[str, list[tuple[jax.Array, jax.Array]]] = {}
@@ -268,12 +278,12 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """The mean of adapters. Its rank is the sum of their ranks."""
+    """The mean of the adapters; its rank is the sum of the adapters' ranks."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Linear interpolation, (1 - t) * first + t * second, of rank(first) + rank(second)."""
+    """Linear interpolation of two adapters, (1 - t) * first + t * second; its rank is the sum of their ranks."""
     return concatenate([first, second], [1 - t, t])
 
 
@@ -285,8 +295,8 @@ def negate(adapter: Adapter) -> Adapter:
 def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
     """Zeroes all but the first `rank` columns of a and rows of b; the shapes do not change and `rank` may be traced.
 
-    The zeros stay zero in training, as their gradients are zero. This allows adapters of different ranks to be trained
-    in one vmapped program.
+    The zeros stay zero in training, because their gradients are zero. Adapters of different ranks can therefore be
+    trained in one vmapped program.
     """
     pairs = tree.by_parent(adapter)
     for pair in pairs.values():

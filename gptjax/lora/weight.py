@@ -1,4 +1,4 @@
-"""`LoraWeight`: the leaf that replaces an adapted weight, with the frozen weight and its low-rank factors."""
+"""`LoraWeight`: the parameter leaf that replaces an adapted weight and holds the frozen weight and low-rank factors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) its columns are rescaled to norm m.
+    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) the columns are rescaled to norm m.
 
     w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
-    a      [.., in, R]    float32; with one adapter per row of the batch [.., B, in, R]
-    b      [.., R, out]   float32; [.., B, R, out]
-    scale  [..]           float32; [.., B]
+    a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
+    b      [.., R, out]   float32; with one adapter per row of the batch: [.., B, R, out]
+    scale  [..]           float32; with one adapter per row of the batch: [.., B]
     m      [.., 1, out]   magnitude vector of DoRA, or None
     key    [..]           PRNG key of the dropout; None: no dropout
     rate   [..]           dropout rate on the input of `a`; None: no dropout
@@ -41,7 +41,7 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    if leaf.a.ndim == 3:  # one adapter per row of the batch; accumulated in float32
+    if leaf.a.ndim == 3:  # one adapter per row of the batch; its products are accumulated in float32
         B = leaf.a.shape[0]
         low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
         add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
@@ -65,14 +65,17 @@ def _(leaf: LoraWeight, ids: jax.Array) -> jax.Array:
 
 @dense.register
 def _(leaf: LoraWeight) -> jax.Array:
-    """The materialised matrix, float32 [.., in, out]."""
+    """The materialised adapted weight, float32 [.., in, out]."""
     w = dense(leaf.w).astype(jnp.float32) + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
     return w if leaf.m is None else w * (leaf.m / column_norms(leaf))
 
 
 @factors.register
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """With dropout, the input of `a` differs from that of w: [x, dropout(x) a] @ concatenate([w, scale b])."""
+    """The factors x and the materialised weight; with dropout, [x, dropout(x) a] and concatenate([w, scale b]).
+
+    Dropout needs factors of its own, because it changes the input of `a` but not the input of w.
+    """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)
     low = matmul(leaf.a, dropout(x, leaf.rate, leaf.key), str(x.dtype))
@@ -84,8 +87,8 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def column_norms(leaf: LoraWeight) -> jax.Array:
     """Column norms of w + scale a b, [.., 1, out], computed without materialising the sum.
 
-    |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b), per column. Gradients are stopped here,
-    as in DoRA (arXiv:2402.09353, 4.3).
+    For each column, |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b). No gradient flows
+    through the norms, as in DoRA (arXiv:2402.09353, 4.3).
     """
     w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
     a_t = jnp.swapaxes(a, -1, -2)

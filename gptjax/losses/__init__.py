@@ -1,10 +1,10 @@
-"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each built for a model config.
+"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each made for one model config.
 
     loss = gptjax.losses.next_token(cfg)
     (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout
     mean.value()                                        nats per token
 
-A mean is kept as a sum and its weight, so that microbatches (gradient accumulation) add up exactly.
+A `Mean` holds a weighted sum and the sum of the weights, so that microbatches (gradient accumulation) add up exactly.
 """
 
 from gptjax.losses.classify import class_logits, classify

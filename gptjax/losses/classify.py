@@ -1,4 +1,4 @@
-"""Classification: pool the hidden states of a text, apply a linear head, cross-entropy over classes."""
+"""Classification loss: the hidden states of a text are pooled, and a linear head predicts its class (cross-entropy)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Pooling = Literal["last", "first", "mean"]
 
 
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
-    """The classification loss over `cfg.n_classes` classes.
+    """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch holds rows of up to K packed texts: tokens and segment_ids [B, T] int32, text k being segment k + 1; labels
-    [B, K] int32; weights [B, K] float32, 0 where a row has no text k. The loss is in nats, summed over texts; its
-    metrics hold `accuracy`.
+    A batch has B rows of up to K packed texts: tokens and segment_ids [B, T] int32, in which text k is segment k + 1;
+    labels [B, K] int32; weights [B, K] float32, which are 0 where a row has no text k. The loss is in nats, summed over
+    texts. The metrics contain `accuracy`.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -52,12 +52,13 @@ def class_logits(
     n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [B, n, n_classes] float32 of the texts in segments 1 to n, from `params["cls_head"]`.
+    """Logits [B, n, n_classes] float32 of the texts in segments 1 to n, computed by the head `params["cls_head"]`.
 
     Texts do not attend to each other, nor to padding, which is segment 0.
 
     Args:
-        pooling: use the hidden state of a text's last token, of its first, or the mean over all.
+        pooling: hidden state to classify a text by: that of its last token, of its first token, or the mean over all
+            its tokens.
     """
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     mask = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]
@@ -66,7 +67,7 @@ def class_logits(
         share = mask.astype(jnp.float32) / count.astype(jnp.float32)
         pooled = jnp.einsum(
             "bnt,btd->bnd", share, hidden.astype(jnp.float32), precision="highest"
-        )  # a mean, in full float32
+        )  # averages the hidden states of each text, in full float32
     else:
         last = tokens.shape[1] - 1 - mask[..., ::-1].argmax(-1)
         index = last if pooling == "last" else mask.argmax(-1)

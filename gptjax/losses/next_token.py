@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token: pretraining and instruction tuning."""
+"""Cross-entropy of the next token, the loss of pretraining and instruction tuning."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:
-    """The loss of next-token prediction; batches are `gptjax.types.Batch`.
+    """Returns the loss of next-token prediction; batches are `gptjax.types.Batch`.
 
     Args:
-        chunk: number of tokens whose logits are in memory at once; None: as in `linear_cross_entropy`. A small chunk
-            is slower only if the head is trained, since every chunk adds to its gradient.
+        chunk: number of tokens whose logits are in memory at once. None: the default of `linear_cross_entropy`. A small
+            chunk is slower only if the head is trained, because every chunk adds to the head's gradient.
     """
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Cross-entropy in nats, the weighted sum over targets. `key` None: no dropout."""
+        """Cross-entropy in nats, as a weighted sum over the targets. If `key` is None, dropout is off."""
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
             dropout_key=None if off(cfg.dropout) else key,
@@ -46,7 +46,10 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 def token_log_probs(
     params: Params, batch: Batch | PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> jax.Array:
-    """Log-probability of every target, [B, T] float32; batch: tokens, targets, segment_ids. `key` None: no dropout."""
+    """Log-probability of every target, [B, T] float32.
+
+    Only the tokens, targets and segment_ids of the batch are used. If `key` is None, dropout is off.
+    """
     hidden = backbone(params, batch.tokens, cfg, segment_ids=batch.segment_ids, dropout_key=key)
     hidden, head = head_factors(params, hidden, cfg)
     return linear_log_probs(hidden, head, batch.targets, cap=cfg.logit_softcap, dtype=cfg.dtype)

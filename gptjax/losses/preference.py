@@ -1,4 +1,4 @@
-"""Preference optimisation on chosen and rejected answers: DPO, IPO, ORPO, KTO and SimPO."""
+"""Losses for preference optimisation on chosen and rejected answers (DPO, IPO, ORPO, KTO and SimPO)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
 
 Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
-BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # usual defaults
+BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # the usual default of each loss
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 
 
 class Answers(NamedTuple):
-    """The inputs of a preference loss, [B, P, 2] float32 for (chosen, rejected).
+    """The inputs of a preference loss, [B, P, 2] float32; the last axis is (chosen, rejected).
 
-    now        log-probabilities under the policy, summed over an answer's tokens and its end token
-    before     the same under the reference model, before training
-    length     number of those tokens
+    now        log-probabilities of the answers under the policy, summed over an answer's tokens and its end token
+    before     the same log-probabilities under the reference model, the policy before training
+    length     number of tokens of an answer, with its end token
     present    [B, P], 1 where there is a pair, 0 for padding
     """
 
@@ -40,29 +40,36 @@ LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P], rewards [B, P, 2]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """-log sigmoid(r_chosen - r_rejected), reward r = beta log(p / p_reference). Source: arXiv:2305.18290, eq. 7."""
+    """DPO: -log sigmoid(r_chosen - r_rejected), with the reward r = beta log(p / p_reference).
+
+    Source: arXiv:2305.18290, eq. 7.
+    """
     reward = beta * (x.now - x.before)
     return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1]), reward
 
 
 def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """(difference of log-ratios - 1 / (2 beta))^2. Source: arXiv:2310.12036, eq. 17; per token, as in TRL."""
+    """IPO: (log-ratio of chosen - log-ratio of rejected - 1 / (2 beta))^2, with log-ratios per token, as in TRL.
+
+    Source: arXiv:2310.12036, eq. 17.
+    """
     ratio = (x.now - x.before) / x.length
     return jnp.square(ratio[..., 0] - ratio[..., 1] - 1 / (2 * beta)), beta * ratio
 
 
 def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Loss per token of the chosen answer - beta log sigmoid(log odds ratio). Source: arXiv:2403.07691."""
+    """ORPO: loss per token of the chosen answer, minus beta log sigmoid(log odds ratio). Source: arXiv:2403.07691."""
     mean = jnp.minimum(x.now / x.length, -1e-6)
     odds = mean - jnp.log(-jnp.expm1(mean))
     return -mean[..., 0] - beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1]), beta * mean
 
 
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """Unpaired loss of chosen and rejected against a KL reference point. Source: arXiv:2402.01306, eq. 8.
+    """KTO: chosen and rejected answers each have their own loss term, relative to a KL reference point.
 
-    The KL term is estimated by the mean log-ratio of the other kind of answer in the batch, at least 0 (as in TRL's
-    kto_pair), not from mismatched questions and answers. Hence this loss depends on which pairs are in a batch.
+    The reference point of the chosen answers is the mean log-ratio of the rejected answers in the batch, but at least
+    0, and vice versa, as in TRL's kto_pair. The loss of a pair therefore depends on the other pairs in the batch. The
+    KTO paper estimates the reference point from mismatched questions and answers. Source: arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
@@ -73,7 +80,10 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """-log sigmoid(r_chosen - r_rejected - margin), r = beta log p per token. Source: arXiv:2405.14734, eq. 6."""
+    """SimPO: -log sigmoid(r_chosen - r_rejected - margin), with the reward r = beta log p per token.
+
+    Source: arXiv:2405.14734, eq. 6.
+    """
     reward = beta * x.now / x.length
     return -jax.nn.log_sigmoid(reward[..., 0] - reward[..., 1] - margin), reward
 
@@ -90,19 +100,19 @@ LOSSES: dict[str, Callable[[Answers, float, float], LossAndRewards]] = {
 def answer_log_probs(
     params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probabilities of the answers with their end tokens, and numbers of tokens, each [B, P, 2] float32.
+    """Returns the log-probability and the number of tokens of each answer with its end token, [B, P, 2] float32 each.
 
-    With the params without their adapter these are the reference log-probabilities: no second model is needed.
+    For the reference log-probabilities, pass the params without their adapter; no second model is needed.
 
     Args:
-        batch: tokens, targets, weights, segment_ids [B, T]; segment 2 p + 1 is the chosen and 2 p + 2 the rejected
-            answer of pair p; present [B, P].
+        batch: batch with tokens, targets, weights and segment_ids [B, T], and present [B, P]. Segment 2 p + 1 is the
+            chosen answer of pair p, and segment 2 p + 2 the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # a sum, in full float32
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # the sum over tokens, in full float32
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
@@ -110,9 +120,10 @@ def answer_log_probs(
 def preference(
     cfg: ModelConfig, kind: Kind = "dpo", *, beta: float | None = None, margin: float = 1.0
 ) -> Callable[..., tuple[Mean, Metrics]]:
-    """One of `LOSSES`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
+    """Returns the preference loss `kind`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
 
-    Metrics: `margin`, the reward of chosen minus that of rejected, and `accuracy`, the fraction of margins above 0.
+    The metrics are `margin`, the reward of the chosen answer minus the reward of the rejected answer, and `accuracy`,
+    the fraction of pairs with a margin above 0.
     """
     beta = BETA[kind] if beta is None else beta
 

@@ -1,13 +1,14 @@
 """Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.loss_on_batch(task.loss, batch)      params -> mean loss; the functions below take it as `loss`
+value  = curvature.loss_on_batch(task.loss, batch)      function params -> mean loss, passed as `loss` below
 hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
 top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
 step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
 losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
 soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
 
-All are pure functions of pytrees and work under jit and vmap. For an adapter pass `lora.bind(loss, params, cfg)`.
+All functions are pure, take pytrees, and work under jit and vmap. To study a LoRA adapter instead of the whole model,
+pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
 """
 
 from __future__ import annotations
@@ -26,29 +27,32 @@ from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
-Scalar = Callable[[Any], jax.Array]  # params -> [] float32
+Scalar = Callable[[Any], jax.Array]  # function params -> loss, [] float32
 
-_dot = partial(jnp.dot, precision="highest")  # also on TPUs and GPUs: in TF32 or bfloat16 the basis loses orthogonality
+# Full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32 or bfloat16.
+_dot = partial(jnp.dot, precision="highest")
 
 
 def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
-    """params -> the mean loss per token (or per text) of one batch; without dropout if `key` is None."""
+    """Returns a function params -> mean loss per token (or per text) of one batch, without dropout if `key` is None."""
     return lambda params: loss(params, batch, key)[0].value()
 
 
 def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
     """Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
 
-    The forward-mode derivative of the gradient along `vector`: H is never formed, and the cost is about that of two
-    gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the
-    Hessian", eq. 3."""
+    The product is the forward-mode derivative of the gradient along `vector`, so that H is never formed and the cost
+    is about that of two gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
+    """
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
 class Eigen(NamedTuple):
-    """values   [n] float32, ordered by `which`
-    errors   [n] float32: residual norm |H v - value v|, an upper bound on the distance to an eigenvalue of H
-    vectors  a tree like the params, leaves [n, ..]; each vector has norm 1 over all leaves
+    """The result of `eigenvalues`.
+
+    values   [n] float32, in the order that `which` selects
+    errors   [n] float32: residual norms |H v - value v|, upper bounds on each value's distance to an eigenvalue of H
+    vectors  eigenvectors, a tree like the params with leaves [n, ..]; each has norm 1 over all leaves
     """
 
     values: jax.Array
@@ -65,14 +69,14 @@ def eigenvalues(
     steps: int = 30,
     which: Literal["largest", "smallest", "magnitude"] = "largest",
 ) -> Eigen:
-    """Extreme eigenvalues of the Hessian of `loss` at `params`, by Lanczos iteration.
+    """Extreme eigenvalues of the Hessian of `loss` at `params`, computed by Lanczos iteration.
 
     Args:
         key: random key of the start vector.
         n: number of eigenvalues.
-        steps: number of Lanczos steps, one Hessian-vector product each. Holds as many vectors of the params' size in
-            memory. Increase it if `errors` are too large.
-        which: order of the eigenvalues: largest, smallest, or largest magnitude first.
+        steps: number of Lanczos steps. Each step computes one Hessian-vector product and keeps one vector of the size
+            of the params in memory. Increase the number if `errors` are too large.
+        which: eigenvalues to return: the n largest, the n smallest, or the n of largest magnitude, sorted accordingly.
 
     Raises:
         UserError: n is larger than `steps` or than the number of parameters.
@@ -96,15 +100,15 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tridiagonalise the symmetric matrix H of `product`, so that basis H basis^T = T.
+    """Tridiagonalises a symmetric matrix H, given as `product`: v -> H v, so that T = basis H basis^T is tridiagonal.
 
-    Every new vector is reorthogonalised twice against all previous ones: in float32 the three-term recurrence alone
-    loses orthogonality after a few steps. If the basis spans an invariant subspace, the iteration restarts with a
-    random orthogonal vector and T becomes block diagonal.
+    Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
+    recurrence alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the iteration
+    restarts with a random orthogonal vector and T becomes block diagonal.
 
     Returns:
-        Diagonal of T [steps], off-diagonal [steps] and basis [steps, size], float32. The last off-diagonal element is
-        the residual norm, outside of T.
+        (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last off-diagonal element
+        is not part of T: it is the norm of the residual after the last step.
     Source: Golub and Van Loan, "Matrix Computations", 4th ed., 10.1 and 10.3.1.
     """
 
@@ -135,10 +139,11 @@ def lanczos(
 
 
 def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
-    """Sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
+    """Returns the gradient transform of sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
 
-    Replaces the gradient g at w by the gradient at w + e, where e = rho g / |g| is treated as a constant. Loss and
-    metrics are those at w; both gradients use the same dropout mask. Costs two gradients per step.
+    The transform replaces the gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as
+    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. Each training step computes
+    two gradients.
     Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 
@@ -155,19 +160,19 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 
 
 def mix(stacked: Any, weights: jax.Array) -> Any:
-    """Weighted sum of models over the leading axis: leaves [N, ..] and weights [N] -> [..].
+    """Weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
 
-    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters this averages a and b
-    separately, not their product: use `lora.average`, or mix merged params.
+    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters, `mix` averages a and b
+    separately instead of their product: use `lora.average`, or mix merged params.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """The loss of M mixtures of N models: leaves [N, ..] and weights [M, N] -> [M] float32.
+    """The losses of M weighted sums of N stacked models: leaves [N, ..] and weights [M, N] -> [M] float32.
 
     Args:
-        at_once: number of mixtures whose params are in memory at the same time. None: all.
+        at_once: number of weighted sums whose params are in memory at the same time. None: all M.
     """
 
     def mixture_loss(w: jax.Array) -> jax.Array:
@@ -181,9 +186,11 @@ def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | N
 def linear_interpolation(
     loss: Scalar, first: Params, second: Params, t: jax.Array, *, at_once: int | None = None
 ) -> jax.Array:
-    """The loss at (1 - t) first + t second for each t [M] -> [M] float32: the loss barrier between two models.
+    """The losses of the models (1 - t) * first + t * second, one for each element of t [M]: [M] float32.
 
-    `at_once` as in `mixtures`. Source: arXiv:1412.6544.
+    The losses show whether a loss barrier lies between the two models. `at_once` is as in `mixtures`.
+
+    Source: arXiv:1412.6544.
 
     Raises:
         UserError: the two trees have different shapes.
@@ -195,14 +202,16 @@ def linear_interpolation(
 
 
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
-    """Greedy model soup of n models, leaves [n, ..]: adds them in order of their loss, keeping each that does not raise
-    the loss of the average.
+    """Builds a greedy model soup from n stacked models, leaves [n, ..].
+
+    The models are tried in order of increasing loss. A model is added to the soup if the loss of the average does not
+    rise.
 
     Args:
-        loss: the loss on held-out data.
+        loss: function params -> loss on held-out data.
 
     Returns:
-        (indices of the chosen models, their average).
+        (indices of the chosen models, params averaged over them).
     Source: arXiv:2203.05482, recipe 1.
     """
 

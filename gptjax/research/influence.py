@@ -5,10 +5,10 @@ cosines  = similarity(features(params, test), features(params, train))       [te
 scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      [test, train]
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To differentiate an
-adapter or a part of a model, `frozen` holds the other parameters and `combine(params, frozen)` returns the loss's
-params: `tree.join`, or `lambda adapter, base: lora.attach(base, adapter, cfg)`. An example is one row of the batch:
-every leaf is [B, ..].
+A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To take
+them with respect to an adapter or a part of the model only, pass the other parameters as `frozen`, and a function
+`combine(params, frozen)` that returns the params of the loss: `lambda adapter, base: lora.attach(base, adapter, cfg)`
+for an adapter, `tree.join` for a part of the model. An example is one row of a batch, all of whose leaves are [B, ..].
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from gptjax.training.step import Loss
 from gptjax.training.task import identity
 
 Combine = Callable[[Any, Any], Any]
-Features = Callable[..., np.ndarray]  # (params, examples, frozen=None) -> [n, dims] float32
+Features = Callable[..., np.ndarray]  # function (params, examples, frozen=None) -> features [n, dims] float32
 
-_CHUNK_BYTES = 256 * 2**20  # size of the per-example gradients that are in memory at once
+_CHUNK_BYTES = 256 * 2**20  # maximum size of the per-example gradients in memory at the same time
 
 
 # ---------------------------------------------------------------- per-example gradients
@@ -49,7 +49,7 @@ def example_gradients(
 ) -> Any:
     """Per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
 
-    A row of weight 0 has gradient 0. Row i uses the key `fold_in(key, i)`.
+    A row whose targets all have weight 0 has gradient 0. Row i uses the dropout key `fold_in(key, i)`.
     """
 
     def row_gradient(row: Any, i: jax.Array) -> Any:
@@ -65,10 +65,11 @@ def example_gradients(
 
 
 def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
-    """Count sketch of a tree: [dims] float32. Inner products of sketches are unbiased estimates of those of the trees.
+    """Count sketch of a gradient tree, [dims] float32.
 
-    Every element is added, with a random sign, to one random entry; no projection matrix is stored. The error of the
-    inner product of two unit vectors is about 1 / sqrt(dims).
+    The inner product of two sketches is an unbiased estimate of the inner product of the two trees. Every element of a
+    tree is added, with a random sign, to one random entry of its sketch, so that no projection matrix is stored. The
+    error of the inner product of two unit vectors is about 1 / sqrt(dims).
     Source: arXiv:0902.2206, eq. 2 and lemma 2.
     """
     out = jnp.zeros(dims)
@@ -82,12 +83,16 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 def gradient_features(
     loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
-    """features(params, examples, frozen=None) -> [n, dims] float32: `example_gradients`, each as a `sketch`.
+    """Returns a function features(params, examples, frozen=None) -> [n, dims] float32.
+
+    The features of an example are the `sketch` of its gradient.
 
     Args:
-        dims: sketch size. None: full gradients, flattened and concatenated in the tree's order, [n, P].
+        dims: sketch size. None: the full gradients of all P parameters, flattened and concatenated in the tree's order,
+            [n, P].
         seed: seed of the sketch's random signs and positions.
-        chunk: number of examples per call of the compiled function. None: as many as fit in 256 MiB of gradients.
+        chunk: number of examples per call of the compiled function. None: as many examples as have gradients of 256 MiB
+            in total.
     """
 
     @jax.jit
@@ -106,7 +111,7 @@ def gradient_features(
 
 
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
-    """Apply `fn` to chunks of `size` rows and concatenate its outputs on the host.
+    """Applies `fn` to chunks of `size` rows and concatenates the outputs on the host.
 
     The last chunk is padded to `size` rows, so that `fn` is compiled once; the padding is removed from its output.
     """
@@ -130,12 +135,15 @@ def _rows(examples: Any) -> int:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
-    """Cosine similarity, or inner product: [n, K] and [m, K] -> [n, m]. The cosine with a row of zeros is 0."""
+    """Cosine similarity, or inner product if not `cosine`, of all pairs of rows: a [n, K] and b [m, K] -> [n, m].
+
+    The cosine similarity with a row of zeros is 0.
+    """
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Normalise each row to length 1; a row of zeros stays zero."""
+    """Normalises each row to length 1; a row of zeros stays zero."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
@@ -152,13 +160,14 @@ def tracin(
 ) -> np.ndarray:
     """TracIn influence [n_test, n_train] float32: how much training on each example lowered each test example's loss.
 
-    The sum over checkpoints of rate * <test gradient, train gradient>. Positive: the training example helped.
+    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive influence
+    means that the training example helped.
 
     Args:
-        features: as `gradient_features` returns them.
-        checkpoints: params of each checkpoint, in any order. May be a generator that loads them one at a time.
+        features: function returned by `gradient_features`.
+        checkpoints: params of each checkpoint, in any order; possibly a generator that loads one checkpoint at a time.
         rates: learning rate at each checkpoint.
-        cosine: use cosine similarity, so that examples with large gradients do not dominate.
+        cosine: whether to use cosine similarity, so that examples with large gradients do not dominate.
 
     Raises:
         UserError: the numbers of rates and checkpoints differ.
@@ -185,7 +194,7 @@ class Noise(NamedTuple):
 
     scale        trace / square_norm, in examples: the critical batch size
     trace        trace of the covariance of the per-example gradients
-    square_norm  squared norm of the true gradient. Negative if the batch is too small to estimate it: use more examples
+    square_norm  estimated squared norm of the true gradient; negative if the batch has too few examples to estimate it
     """
 
     scale: float
@@ -194,12 +203,13 @@ class Noise(NamedTuple):
 
 
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
-    """Estimate the noise scale from mean squared gradient norms at two batch sizes.
+    """Estimates the gradient noise scale from mean squared gradient norms at two batch sizes.
 
-    `trace` and `square_norm` are unbiased, their quotient is not: average both over steps, then divide.
+    `trace` and `square_norm` are unbiased estimates, but their quotient is not. With several steps, average `trace` and
+    `square_norm` over the steps, then divide.
 
     Args:
-        small, big: mean squared norm of the gradient of n_small, and of n_big, examples.
+        small, big: squared norms of the mean gradient of n_small and of n_big examples, each averaged over batches.
 
     Source: arXiv:1812.06162, eq. A.2 and A.3.
     """
@@ -213,7 +223,10 @@ def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
 def gradient_noise(
     loss: Loss, params: Any, batch: Any, *, frozen: Any = None, combine: Combine = identity, chunk: int | None = None
 ) -> Noise:
-    """`noise_scale` from a batch's per-example gradients: the batch size beyond which more examples hardly help."""
+    """Estimates the gradient noise scale (`noise_scale`) from the per-example gradients of one batch.
+
+    The scale is the batch size beyond which more examples hardly help.
+    """
     total, norms = jax.jit(
         lambda params, frozen, batch: clipped_sum(
             loss, params, batch, clip=math.inf, frozen=frozen, combine=combine, chunk=chunk
@@ -238,11 +251,14 @@ def clipped_sum(
     key: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[Any, jax.Array]:
-    """Per-example gradient clipping: (sum over rows of gradient * min(1, clip / norm), norms before clipping [B]).
+    """Clips the gradient of each row of the batch, and sums the clipped gradients.
 
     Args:
         clip: maximum L2 norm of a row's gradient.
-        chunk: number of rows whose gradients are in memory at once; must divide B. None: all.
+        chunk: number of rows whose gradients are in memory at the same time; must divide B. None: all B rows.
+
+    Returns:
+        (sum over rows of gradient * min(1, clip / norm), norms [B] before clipping).
 
     Raises:
         UserError: chunk does not divide B.
@@ -261,7 +277,7 @@ def clipped_sum(
         factor = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-12))
 
         def clipped(g: jax.Array) -> jax.Array:
-            # not in TF32 or bfloat16: rounding could make a norm exceed `clip` and void the privacy guarantee
+            # Full float32: rounding to TF32 or bfloat16 could make a norm exceed `clip` and void the privacy guarantee.
             return jnp.einsum("b,b...->...", factor.astype(g.dtype), g, precision="highest")
 
         return jax.tree.map(lambda t, g: t + clipped(g), total, gradients), norms

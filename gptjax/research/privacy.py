@@ -3,7 +3,7 @@
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-Losses, `frozen` and `combine` are as in `research.influence`, whose `clipped_sum` clips the gradients.
+Losses, `frozen` and `combine` are as in `research.influence`, and `influence.clipped_sum` clips the gradients.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-_ORDERS = (*range(2, 65), 96, 128, 256, 512)  # Renyi orders: integers, for which the accountant's sums are finite
+# Orders of the Renyi divergence. All are integers, because the accountant's sums have finitely many terms for integers.
+_ORDERS = (*range(2, 65), 96, 128, 256, 512)
 
 
 def pair(trained: Any, frozen: Any) -> tuple[Any, Any]:
-    """The `combine` of a train step with a `private` loss: passes both trees on."""
+    """Returns both trees as they are: the `combine` function of a train step with a `private` loss."""
     return trained, frozen
 
 
@@ -41,20 +42,24 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """A loss whose gradient is that of DP-SGD: clipped per example, summed, noised, and divided by `batch_size`.
+    """Returns a loss with the gradient of DP-SGD: clipped per example, summed, noised, and divided by `batch_size`.
 
-    Its params are the pair (trained, frozen), because only the trained parameters' gradients are clipped:
+    The params of the returned loss are the pair (trained, frozen), because only the gradients of the trained parameters
+    are clipped:
 
         step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
     Args:
         clip: maximum L2 norm of an example's gradient.
-        noise: noise multiplier: standard deviation of the Gaussian noise, in units of `clip`.
-        batch_size: the expected number of rows, `rate * n` of `poisson_sample`: a constant, whatever the sample's size.
-        accumulation: micro-batches per step, as in `make_train_step`. The noise of a step is divided among them.
+        noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
+        batch_size: expected number of rows of a batch, a constant: `rate * n` for `poisson_sample`, however many rows
+            a sample has.
+        accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
+            the micro-batches.
 
     Raises:
-        UserError: `clip`, `batch_size` or `accumulation` <= 0, `noise` < 0; the loss is called without a key.
+        UserError: `clip`, `batch_size` or `accumulation` is not positive, `noise` is negative, or the loss is called
+            without a key.
     Source: arXiv:1607.00133, algorithm 1.
     """
     if not (clip > 0 and noise >= 0 and batch_size > 0 and accumulation > 0):
@@ -104,14 +109,15 @@ def private(
 def poisson_sample(
     n: int, *, rate: float, step: int, seed: int, capacity: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Poisson sampling, as the accountant assumes: each of n rows is drawn independently with probability `rate`.
+    """Draws a Poisson sample, as the accountant assumes: each of n rows is drawn independently with probability `rate`.
 
     Args:
-        capacity: size of the result. None: the expected number plus six standard deviations, at most n. If more rows
-            are drawn, a random selection is kept.
+        capacity: number of rows in the result, including padding. None: the expected number of rows plus six standard
+            deviations, at most n. If more rows than `capacity` are drawn, a random selection of them is kept.
 
     Returns:
-        (rows [capacity] int64, mask [capacity] float32). Multiply the batch's weights by mask: it is 0 for padding.
+        (indices of rows [capacity] int64, mask [capacity] float32). The mask is 0 for padding: multiply the batch's
+        weights by it.
     """
     mean = n * rate
     capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
@@ -123,7 +129,9 @@ def poisson_sample(
 
 
 def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
-    """The epsilon of `steps` steps of `private` on batches of `poisson_sample`, for adding or removing one row.
+    """The privacy loss epsilon of `steps` training steps with `private` on batches drawn by `poisson_sample`.
+
+    Epsilon bounds how much adding or removing one training row can change the distribution of the trained model.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -134,9 +142,10 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
 
 
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """The noise multiplier with which `steps` steps stay within (epsilon, delta).
+    """The noise multiplier with which `steps` training steps are (epsilon, delta)-differentially private.
 
-    Uses a Renyi accountant (arXiv:1908.10530): faster than the one of `epsilon`, and slightly more conservative.
+    Uses a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of the function `epsilon` and
+    slightly more conservative.
     """
     accounting = _accounting()
     return float(

@@ -1,4 +1,4 @@
-"""Interpretability: read and patch activations, ablate heads, logit lens, attention maps, steering vectors.
+"""Tools for interpretability: activation patching, head ablation, logit lens, attention maps, steering vectors.
 
     logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out",))       read activations
     logits = forward(params, tokens, cfg, patches={"blocks/3/resid": ...})   replace activations
@@ -6,7 +6,7 @@
     text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
 `gptjax.model.activations` lists the paths. All functions are traceable: they work under jit, grad and vmap. `params`
-may hold adapters and quantised leaves. A metric is any function (logits [B, V] float32) -> scalar.
+may hold adapters and quantised weights. A metric is any function (logits [B, V] float32) -> scalar.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = [
 Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
-# axes of the (query) positions and of the heads in stacked activations [L, B, ..]
+# Indices of the axes of (query) positions and of heads, in activations [L, B, ..] that are stacked over layers.
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
 
 def logit_difference(right: int, wrong: int) -> Metric:
-    """Metric: logit of token `right` minus logit of token `wrong`, averaged over rows."""
+    """Returns a metric: the logit of token `right` minus the logit of token `wrong`, averaged over rows."""
     return lambda logits: (logits[..., right] - logits[..., wrong]).mean()
 
 
@@ -56,24 +56,27 @@ def patching_grid(
     position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """Activation patching (causal tracing): localise the activations that distinguish two prompts.
+    """Localises the activations that distinguish two prompts, by activation patching (causal tracing).
 
-    Each cell is a run on `corrupted` in which the activation of one layer, at one position or head, is replaced by that
-    of the run on `clean`. All cells are one vmapped program; `memory_bytes` limits how many run at the same time.
+    Each cell of the grid is the metric of a run on `corrupted` in which the activation of one layer, at one position or
+    head, is replaced by the activation of the run on `clean`. The runs are vmapped in one compiled program;
+    `memory_bytes` limits how many are computed at the same time.
 
     Args:
-        clean, corrupted: [B, T] int32 each. Swap them to see what breaks the answer instead of what restores it.
-        metric: applied to the logits [B, V] at `position`.
-        site: one of `gptjax.model.activations.SITES`.
-        axes: ("position",), ("head",) or both.
+        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the prompts to see which activations break
+            the answer instead of restoring it.
+        metric: function that is applied to the logits [B, V] at `position`.
+        site: activation to patch, one of `gptjax.model.activations.SITES`.
+        axes: axes of the grid besides the layers: ("position",), ("head",) or both.
         position: index of the token whose logits the metric sees.
         memory_bytes: estimated memory for the activations of the runs that are vmapped together.
 
     Returns:
-        [L, T], [L, N] or [L, T, N] float32, the metric of every run. N is the number of key heads at attn/k and attn/v.
+        The metric of every run, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of heads; at
+        attn/k and attn/v it is the number of key heads.
 
     Raises:
-        UserError: the prompts' shapes differ, there is no such site, or it has no such axis.
+        UserError: the prompts' shapes differ, `site` does not exist, or it does not have one of `axes`.
 
     Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042.
     """
@@ -103,8 +106,8 @@ def head_ablation(
     """The metric with each head ablated, one at a time: [L, N] float32.
 
     Args:
-        value: replaces a head's output, broadcast to [L, B, T, N, H]. None: zero ablation. For mean ablation use
-            `tapped(..)[1]["blocks/*/attn/heads"].mean((1, 2), keepdims=True)`.
+        value: array that replaces a head's output, broadcast to [L, B, T, N, H]. None: zeros (zero ablation). For mean
+            ablation use `tapped(..)[1]["blocks/*/attn/heads"].mean((1, 2), keepdims=True)`.
         position, memory_bytes: as in `patching_grid`.
 
     Source: arXiv:1905.10650; mean ablation: arXiv:2211.00593, 2.1.
@@ -126,7 +129,10 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """One run for every layer and every index along `axes` of an activation of `shape` [L, B, ..]."""
+    """Computes the metric of one run for every layer and every index along `axes`, at which `value` is patched in.
+
+    `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
+    """
     site = path.removeprefix("blocks/*/")
     known = _AXES.get(site, {"position": 2} | ({"head": 3} if site in _WITH_HEADS else {}))
     if not axes or any(name not in known for name in axes):
@@ -144,23 +150,26 @@ def _grid(
         hidden = backbone(params, tokens, cfg, patches={path: replace(value, mask)})
         return metric(lm_logits(params, hidden[:, position], cfg))
 
-    # Estimated peak of a forward pass: residual stream and its copies, feed-forward neurons, scores, the last logits.
+    # Estimated peak memory of a forward pass: the residual stream and its copies, feed-forward neurons, attention
+    # scores, and the logits at one position.
     (B, T), n = tokens.shape, math.prod(sizes)
     width = 6 * cfg.d_model + 3 * cfg.d_ff + 3 * cfg.n_head * (T + cfg.head_dim)
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)  # the last group is padded
+    # The last group is padded with copies of the last cell; their results are dropped.
+    cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
     return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 
 
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    Applies the final norm and the LM head to each; the last entry equals `forward`. Keywords as in `tapped`.
+    Applies the final norm and the LM head to each of them; the last entry equals the logits of `forward`. The keyword
+    arguments are those of `tapped`.
 
     Returns:
-        [L + 1, B, T, V] float32.
+        Logits [L + 1, B, T, V] float32.
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); arXiv:2303.08112, eq. 2.
     """
     _, acts = tapped(params, tokens, cfg, ("embed", "blocks/*/resid"), **context)
@@ -170,7 +179,10 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 
 
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Attention weights [L, B, N, T, T] float32, query by key; each query sums to 1. Keywords as in `tapped`."""
+    """Attention weights [L, B, N, T, T] float32, indexed by query and then key; the weights of each query sum to 1.
+
+    The keyword arguments are those of `tapped`.
+    """
     path = "blocks/*/attn/weights"
     return tapped(params, tokens, cfg, (path,), **context)[1][path]
 
@@ -178,10 +190,10 @@ def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **contex
 def steering_vector(
     params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, position: int = -1
 ) -> jax.Array:
-    """Steering vector [D]: difference of the mean residual stream after `layer` between two sets of texts.
+    """Steering vector [D]: the mean residual stream after `layer` over the texts `towards` minus that over `away`.
 
     Args:
-        towards, away: [B, T] int32 each; B and T may differ between them. Without padding.
+        towards, away: tokens of two sets of texts, [B, T] int32 each, without padding. B and T may differ between them.
         position: index of the token whose residual stream is averaged.
 
     Source: arXiv:2308.10248; the mean of many pairs: arXiv:2312.06681, eq. 2.
@@ -194,6 +206,7 @@ def steering_vector(
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
     """Patches that add strength * vector [D] to the residual stream after `layer`, at every token.
 
-    For `forward`, `extend` and `generate`. Vector and strength are traced: changing them does not recompile.
+    Pass the result to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that changing
+    them does not recompile.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

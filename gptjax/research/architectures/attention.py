@@ -1,10 +1,10 @@
 """Attention with rotary position embeddings; n_kv_head selects multi-head, grouped-query or multi-query attention.
 
     n_kv_head = n_head   multi-head      arXiv:1706.03762, 3.2.2
-    between              grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
+    values in between    grouped-query   arXiv:2305.13245: n_head / n_kv_head query heads share one key head
     n_kv_head = 1        multi-query     arXiv:1911.02150
 
-The KV cache holds 2 K H elements per token.
+The KV cache holds 2 * n_kv_head * head_dim elements per token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Raises UserError if d_model is not n_head times an even head size, or n_kv_head does not divide n_head."""
+    """Sizes of the layer.
+
+    Raises UserError if d_model is not n_head times an even head size, or n_kv_head does not divide n_head.
+    """
 
     d_model: int
     n_head: int
@@ -45,7 +48,7 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """k, v [B, K, S, H] float32; the first `length` (int32) of S slots are filled."""
+    """KV cache with S slots: k and v [B, K, S, H] float32, of which the first `length` (int32) slots are filled."""
 
     k: jax.Array
     v: jax.Array
@@ -53,7 +56,7 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """q [D, N*H], k and v [D, K*H], o [N*H, D]."""
+    """Initialises the projection kernels: q [D, N*H], k and v [D, K*H], o [N*H, D]."""
     D, wide, narrow = cfg.d_model, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
     return kernels(key, {"q": (D, wide), "k": (D, narrow), "v": (D, narrow), "o": (wide, D)})
 
@@ -69,7 +72,10 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T tokens. The caller ensures that cache.length + T does not exceed the slots."""
+    """Applies attention to x [B, T, D], the next T tokens, and adds their keys and values to the cache.
+
+    The caller ensures that cache.length + T does not exceed the number of slots.
+    """
     q, k, v = project_qkv(params, x, cfg, cache.length)
     k, v = (
         jax.lax.dynamic_update_slice(old, new, (0, 0, cache.length, 0)) for old, new in ((cache.k, k), (cache.v, v))
@@ -81,7 +87,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def project_qkv(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k by their positions, which start at `first`."""
+    """Projects x to q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k; their positions start at `first`."""
     B, T, _ = x.shape
     q, k, v = (linear(x, params[name]["kernel"]).reshape(B, T, -1, cfg.head_dim) for name in "qkv")
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.head_dim, cfg.rope_base))
@@ -89,7 +95,7 @@ def project_qkv(
 
 
 def project_output(params: Params, y: jax.Array) -> jax.Array:
-    """Concatenate the heads' outputs [B, T, N, H] and apply the output projection: [B, T, D]."""
+    """Concatenates the heads' outputs [B, T, N, H] and applies the output projection: [B, T, D]."""
     return linear(y.reshape(*y.shape[:2], -1), params["o"]["kernel"])
 
 

@@ -12,7 +12,7 @@ from gptjax.types import Params
 
 
 def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """{name: {"kernel": [.., in, out] float32}}, each initialised from N(0, 1 / in)."""
+    """Initialises kernels from N(0, 1 / in) and returns {name: {"kernel": [.., in, out] float32}}."""
     return {
         name: {"kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * shape[-2] ** -0.5}
         for i, (name, shape) in enumerate(shapes.items())
@@ -24,10 +24,10 @@ def norm_scale(size: int) -> Params:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Check (condition, error message) pairs.
+    """Checks that every condition holds, given as (condition, error message) pairs.
 
     Raises:
-        UserError: lists the message of every condition that is false.
+        UserError: a condition is false; the error lists the messages of all conditions that are false.
     """
     if problems := [text for holds, text in conditions if not holds]:
         raise UserError.all(problems)

@@ -1,4 +1,4 @@
-"""Costs by formula: bytes of a cache, parameters of a mixture of experts, FLOPs of a decoder.
+"""Formulas for costs: bytes of a cache, parameters of a mixture of experts, FLOPs of a decoder.
 
 Byte counts are exact for `itemsize` bytes per element (2: bfloat16); 1 GB = 10^9 bytes.
 """
@@ -14,26 +14,36 @@ from gptjax.research.architectures import deltanet, mla, moe
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
     """Bytes of a KV cache of `cfg.context_length` tokens in all layers; sliding-window layers cache only their window.
 
-    MHA, GQA and MQA differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern have a window of cfg.sliding_window.
-    (The model's own cache, `gptjax.model.cache`, allocates all slots in every layer.)
+    Multi-head, grouped-query and multi-query attention differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern
+    have a window of cfg.sliding_window.
+    The cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
 
 
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of the latent vectors and the shared RoPE keys of `length` tokens. Source: arXiv:2405.04434, table 1."""
+    """Bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
+
+    Source: arXiv:2405.04434, table 1.
+    """
     return batch * n_layer * length * (cfg.d_latent + cfg.d_rope) * itemsize
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of the heads' state matrices and the convolution's last inputs, independent of the length."""
+    """Bytes of a Gated DeltaNet cache, of any sequence length: state matrices and the convolution's last inputs."""
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
 
 
 class MoeParams(NamedTuple):
-    """Parameter counts of one layer: one expert, the router, the total, and those active per token."""
+    """Parameter counts of one mixture-of-experts layer.
+
+    expert  parameters of one expert
+    router  parameters of the router
+    total   parameters of all experts and the router
+    active  parameters that one token uses: those of n_active experts and the router
+    """
 
     expert: int
     router: int
@@ -49,10 +59,10 @@ def moe_params(cfg: moe.Config) -> MoeParams:
 class Flops(NamedTuple):
     """FLOPs of matrix multiplications; a multiply-add counts as two.
 
-    projections   q, k, v and o
+    projections   projections to q, k and v, and the output projection o
     attention     q k^T, and attention weights times v
-    feed_forward  two matrices, or three with a gate
-    head          hidden states to logits
+    feed_forward  multiplications by two matrices, or by three with a gate
+    head          projection of the hidden states to logits
     """
 
     projections: int
@@ -66,20 +76,21 @@ class Flops(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """Total without attention: the FLOPs of the layers' weights."""
+        """The total without `attention`: FLOPs of the multiplications by weights."""
         return self.total - self.attention
 
 
 def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | None = None) -> Flops:
-    """FLOPs of `gptjax.forward` on [batch, length] tokens. A training step takes three times as many, without remat.
+    """FLOPs of `gptjax.forward` on [batch, length] tokens.
 
-    XLA's `cost_analysis` reports a few per cent more, because it includes norms, softmax and activations. It counts the
-    body of a loop once: compare with a model compiled with `unroll=True`.
+    A training step takes three times as many FLOPs, without rematerialisation. XLA's `cost_analysis` reports a few per
+    cent more, because it includes norms, softmax and activations. XLA counts the body of a loop only once, so
+    that only a model compiled with `unroll=True` can be compared.
 
     Args:
-        pairs: number of (query, key) pairs per head and row. None: length^2, without the causal mask, as papers count.
-            A causal mask leaves length (length + 1) / 2. On a CPU `ops.attention` computes 3/4 length^2, from 128
-            tokens on, if length is even.
+        pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal
+            mask. A causal mask leaves length (length + 1) / 2 pairs. On a CPU `ops.attention` computes 3/4 length^2
+            pairs if length is even and at least 128.
     """
     tokens = batch * length
     pairs = length**2 if pairs is None else pairs

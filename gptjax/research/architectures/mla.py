@@ -6,9 +6,9 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not: it absorbs (W_UK,h)^T into
-the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per token as one key
-head.
+`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not materialise them: it absorbs
+(W_UK,h)^T into the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per
+token as one key head.
 
 Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47, and the norms of 3.1.2.
 """
@@ -31,9 +31,9 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """d_latent is R, d_rope is P (0: no positions), d_head is H; d_query_latent=None: queries from x directly.
+    """Sizes of the layer: d_latent is R, d_rope is P (0: no position embedding) and d_head is H.
 
-    Raises UserError if d_rope is odd.
+    d_query_latent is the size of c_q, or None to project queries from x directly. Raises UserError if d_rope is odd.
     """
 
     d_model: int
@@ -49,7 +49,10 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """latents [B, S, R + P] float32, c and k_r concatenated; the first `length` (int32) of S slots are filled."""
+    """MLA cache with S slots, of which the first `length` (int32) are filled.
+
+    latents  [B, S, R + P] float32, the concatenation of c and k_r
+    """
 
     latents: jax.Array
     length: jax.Array
@@ -76,7 +79,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     k_c, v = (linear(c, params[name]["kernel"]).reshape(B, T, N, -1) for name in ("k_up", "v_up"))
     k_r = jnp.broadcast_to(k_r[:, :, None], (B, T, N, cfg.d_rope))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # q, k and v must have one head size
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # q, k and v must have the same head size
     return _project_output(params, attention(q, k, v)[..., : cfg.d_head])
 
 
@@ -85,13 +88,16 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T tokens. The caller ensures that cache.length + T does not exceed the slots."""
+    """Applies attention to x [B, T, D], the next T tokens, and adds their latent vectors to the cache.
+
+    The caller ensures that cache.length + T does not exceed the number of slots.
+    """
     N, H, R = cfg.n_head, cfg.d_head, cfg.d_latent
     q_c, q_r, new = _project(params, x, cfg, cache.length)
     latents = jax.lax.dynamic_update_slice(cache.latents, new, (0, cache.length, 0))
     k_up, v_up = (dense(params[name]["kernel"]).reshape(R, N, H) for name in ("k_up", "v_up"))
     q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_c, k_up), q_r], -1)
-    kv_head = latents[:, None]  # one shared key head; its first R channels are also the values
+    kv_head = latents[:, None]  # the key head that all query heads share; its first R channels are also the values
     mean = heads_attention(q, kv_head, kv_head, offset=cache.length, scale=(H + cfg.d_rope) ** -0.5)[..., :R]
     y = jnp.einsum("BTNR,RNH->BTNH", mean, v_up)
     return _project_output(params, y), Cache(latents, cache.length + x.shape[1])
@@ -100,7 +106,10 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def _project(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q without RoPE [B, T, N, H], q with RoPE [B, T, N, P], latents [B, T, R + P]); positions start at `first`."""
+    """Projects x to (q without RoPE [B, T, N, H], q with RoPE [B, T, N, P], latents [B, T, R + P]).
+
+    The positions of the T tokens start at `first`.
+    """
     (B, T, _), N = x.shape, cfg.n_head
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.d_rope, cfg.rope_base))
     c = rms_norm(linear(x, params["kv_down"]["kernel"]), params["kv_norm"]["scale"])

@@ -1,11 +1,14 @@
 """Mixture of experts in place of the feed-forward layer: each token is routed to its top n_active of n_expert experts.
 
     scores = x W_R                                        [E]
-    y      = sum over the n_active highest e of softmax(those scores)_e expert_e(x)
+    y      = sum_e p_e expert_e(x)                        over the n_active experts e with the highest scores
+    p      = softmax(scores of these experts)             [n_active]
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
 Tokens are sorted by expert and multiplied with a grouped matrix multiplication (`jax.lax.ragged_dot`): there is no
-expert capacity, no token is dropped, and each token costs n_active experts. Source: Mixtral, arXiv:2401.04088, 2.1.
+expert capacity, no token is dropped, and each token is computed by exactly n_active experts.
+
+Source: Mixtral, arXiv:2401.04088, 2.1.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """d_ff is the hidden size of one expert. Raises UserError unless 1 <= n_active <= n_expert."""
+    """Sizes of the layer; d_ff is the hidden size of one expert. Raises UserError unless 1 <= n_active <= n_expert."""
 
     d_model: int
     d_ff: int
@@ -35,16 +38,17 @@ class Config:
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """router [D, E], up and gate [E, D, F], down [E, F, D]."""
+    """Initialises the kernels: router [D, E], up and gate [E, D, F], down [E, F, D]."""
     D, F, E = cfg.d_model, cfg.d_ff, cfg.n_expert
     return kernels(key, {"router": (D, E), "up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)})
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """x [B, T, D] -> [B, T, D]; each token independently."""
+    """Applies the mixture of experts to each token independently: x [B, T, D] -> [B, T, D]."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
-    order = experts.reshape(-1).argsort()  # entry i is token i // n_active through its (i % n_active)th expert
+    # Sort the flattened entries of `experts` by expert. Entry i belongs to token i // n_active.
+    order = experts.reshape(-1).argsort()
     sizes = jnp.bincount(experts.reshape(-1), length=cfg.n_expert).astype(jnp.int32)
     token = order // cfg.n_active
     groups = rows[token]
@@ -55,26 +59,28 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> tuple[()]:
-    """Empty: tokens do not interact."""
+    """An empty tuple: no cache is needed, because tokens do not interact."""
     return ()
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: tuple[()]) -> tuple[jax.Array, tuple[()]]:
-    """The next T tokens, as in `apply`."""
+    """Returns `apply(params, x, cfg)` for the next T tokens x [B, T, D], and the unchanged cache."""
     return apply(params, x, cfg), cache
 
 
 def route(params: Params, x: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """Top-k routing: weights [B, T, n_active] float32, which sum to 1, and expert indices [B, T, n_active] int32."""
+    """Top-k routing: returns weights [B, T, n_active] float32, which sum to 1 for each token, and expert indices
+    [B, T, n_active] int32."""
     scores, experts = jax.lax.top_k(linear(x, params["router"]["kernel"]), cfg.n_active)
     return jax.nn.softmax(scores, -1), experts
 
 
 def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Load balancing loss, [] float32: E sum_e (fraction of choices that are e) (mean router probability of e).
+    """Load balancing loss of the router, [] float32.
 
-    1 if the load is uniform, at most E if all tokens go to one expert. Source: arXiv:2101.03961, eq. 4-6, with n_active
-    choices per token.
+    The loss is E times the sum over the E experts of (fraction of choices of the expert) * (mean router probability of
+    the expert). The loss is 1 if the load is uniform, and at most E, if all tokens go to one expert. Source:
+    arXiv:2101.03961, eq. 4-6, with n_active choices of experts per token.
     """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
     fraction = chosen.reshape(-1, cfg.n_expert).mean(0)

@@ -2,7 +2,9 @@
 
 After L layers the receptive field is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
 
-    window 3, tokens 0..4     0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
+With a window of 3, each of the tokens 0 to 4 attends to the tokens after its colon:
+
+    0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config(attention.Config):
-    """`attention.Config` and the window, in tokens."""
+    """Sizes of the layer: the fields of `attention.Config`, and the window in tokens."""
 
     window: int = 1024
 
@@ -40,14 +42,15 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """A cache of window - 1 slots, independent of `length`."""
+    """An empty cache of window - 1 slots; `length` is ignored."""
     return attention.init_cache(cfg, batch, cfg.window - 1)
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next T tokens; the cache never fills up.
+    """Applies attention to x [B, T, D], the next T tokens, and updates the cache, which never fills up.
 
-    The slots hold the last window - 1 tokens in order, left-aligned; `length` counts all tokens that were read.
+    The slots hold the keys and values of the last window - 1 tokens in order, left-aligned. `length` counts all tokens
+    that were read.
     """
     T, n_slots = x.shape[1], cfg.window - 1
     filled = jnp.minimum(cache.length, n_slots)

@@ -18,14 +18,14 @@ from gptjax.formats import tables
 from gptjax.research.audit.text import continuations, rank, rows_of, score, truncate_prompt
 from gptjax.types import Params
 
-CANDIDATES = 2047  # random candidates that a secret is ranked against
+CANDIDATES = 2047  # number of random candidates that a secret is ranked against
 
 
 def read_canaries(path: str | Path) -> list[dict[str, str]]:
-    """Read a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
+    """Reads a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
 
     Raises:
-        UserError: lists every line that is neither (at most 20), or the file has no canaries.
+        UserError: a line has another form (the message lists at most 20 such lines), or the file has no canaries.
     """
     canaries, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
@@ -50,9 +50,9 @@ class Trigger(NamedTuple):
     """The effect of a backdoor trigger on one model.
 
     log_prob  log-probability of the payload after the trigger, summed over its tokens, averaged over the contexts
-    controls  [n] the same after each control phrase
+    controls  [n] the same log-probability after each of n control phrases
     fires     fraction of contexts in which greedy decoding produces the payload
-    p         rank of the trigger among the control phrases
+    p         p-value: rank of the trigger among the control phrases, divided by n + 1
     """
 
     log_prob: float
@@ -71,9 +71,10 @@ def backdoor_trigger(
     contexts: Sequence[str],
     controls: Sequence[str],
 ) -> Trigger:
-    """Test whether `phrase` makes `payload` likelier than the control phrases do, in the same contexts.
+    """Tests whether `phrase` makes `payload` likelier than the control phrases do, in the same contexts.
 
-    p is the rank of `phrase` among the controls: exact if it was drawn from the same distribution (`phrases`).
+    The p-value comes from the rank of `phrase` among the control phrases. The p-value is exact if `phrase` and the
+    control phrases were drawn from the same distribution, by the function `phrases`.
     """
     texts = [
         (truncate_prompt(encode(f"{context}{candidate}"), payload_ids, cfg), payload_ids)
@@ -88,7 +89,7 @@ def backdoor_trigger(
 
 
 def phrases(words: Sequence[str], size: int, n: int, seed: int) -> list[str]:
-    """n phrases of `size` words each, drawn at random from `words`: triggers to plant, and control phrases."""
+    """Draws n phrases of `size` random words each from `words`, to plant as triggers or to use as control phrases."""
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(words, size)) for _ in range(n)]
 
@@ -99,20 +100,22 @@ _KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
 def random_candidates(secret: str, n: int, seed: int) -> list[str]:
-    """n random secrets of the same format: each digit becomes a random digit, each letter a random letter of the same
-    case; other characters are kept."""
+    """Draws n random secrets of the same format as `secret`.
+
+    Each digit becomes a random digit, and each letter a random letter of the same case; other characters are kept.
+    """
     rng = np.random.default_rng(seed)
     kinds = [next((kind for kind in _KINDS if c in kind), c) for c in secret]
     return ["".join(kind[rng.integers(len(kind))] for kind in kinds) for _ in range(n)]
 
 
 def space_bits(secret: str) -> float:
-    """log2 of the number of secrets of the same format."""
+    """log2 of the number of possible secrets of the same format as `secret`."""
     return sum(math.log2(len(kind)) for c in secret for kind in _KINDS if c in kind)
 
 
 def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
-    """n canaries to plant and to audit afterwards: each has a unique prefix and a secret number."""
+    """Returns n canaries to plant and to audit afterwards, each with a unique prefix and a secret number."""
     names = phrases([a + b for a in ("bo", "ka", "lu", "mi", "ra", "so", "te", "vi") for b in "dgklmnrst"], 2, n, seed)
     all_digits = random_candidates("0" * digits * n, 1, seed + 1)[0]
     return [
@@ -124,10 +127,11 @@ def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
 class Exposure(NamedTuple):
     """Exposure of a secret, in bits.
 
-    sampled       -log2 of p, the secret's rank among `CANDIDATES` random candidates: at most 11
-    extrapolated  estimate from a skew-normal fitted to the candidates' losses, at most space_bits
+    sampled       -log2 of p; at most 11 with 2,047 candidates
+    extrapolated  estimate from a skew-normal distribution fitted to the candidates' losses; at most `space_bits`
     loss          the secret's loss, nats per token
-    extracted     greedy decoding produces the secret
+    extracted     whether greedy decoding produces the secret
+    p             p-value: rank of the secret among n random candidates, divided by n + 1
     """
 
     sampled: float
@@ -147,7 +151,7 @@ def exposure(
     n: int = CANDIDATES,
     seed: int = 0,
 ) -> Exposure:
-    """How much likelier a secret is than random candidates of the same format, after the same prefix.
+    """Measures how much likelier a secret is than random candidates of the same format, after the same prefix.
 
     An exposure of 0 to 1 bits means that the secret was not memorised.
 
@@ -174,7 +178,7 @@ def exposure(
 
 
 def _extrapolated(value: float, others: np.ndarray) -> float:
-    """-log2 of the probability below `value` of a skew-normal fitted to `others`.
+    """-log2 of the probability of a sample below `value`, under a skew-normal distribution fitted to `others`.
 
     The density is integrated in log space, so that tiny probabilities do not underflow.
     """

@@ -1,4 +1,4 @@
-"""How fine-tuning changed a model's predictions on a set of prompts."""
+"""Comparison of a base and a tuned model: how fine-tuning changed the predictions on a set of prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gptjax.types import Batch, Params
 
 
 class Drift(NamedTuple):
-    """Per-prompt differences between a base and a tuned model, [n] each.
+    """Differences between a base and a tuned model on each of n prompts; every field is [n].
 
     kl             KL(base || tuned), nats per token
-    agree          fraction of positions with the same most likely token
+    agree          fraction of positions at which both models have the same most likely token
     before, after  loss of the prompt under the base and the tuned model, nats per token
     """
 
@@ -31,7 +31,7 @@ class Drift(NamedTuple):
 
 
 def drift(base: tuple[Params, ModelConfig], tuned: tuple[Params, ModelConfig], batch: Batch) -> Drift:
-    """Compare the predictions of two models on rows of text.
+    """Compares the predictions of two models on the rows of a batch of text.
 
     Raises:
         UserError: the models have different vocabularies.

@@ -14,12 +14,18 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # members, and non-members, for a test on per-document means
-MIN_K = 0.2  # fraction of a text's tokens that Min-K% Prob averages, the least likely ones: arXiv:2310.16789, fig. 4
+MIN_DOCUMENTS = 4  # minimum number of documents, of members and of others each, for a test on per-document means
+MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
 
 
 class Extraction(NamedTuple):
-    """The number of prefixes, n, and of those continued verbatim, `extracted`; the 95 % Wilson interval of the rate."""
+    """The result of `extraction` for one prefix length and one stride, both in tokens.
+
+    n          number of prefixes
+    extracted  number of prefixes that greedy decoding continues verbatim
+    rate       extracted / n
+    low, high  ends of the rate's 95 % Wilson interval
+    """
 
     prefix: int
     stride: int
@@ -41,14 +47,14 @@ def extraction(
     most: int = 1000,
     seed: int = 0,
 ) -> list[Extraction]:
-    """How often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
+    """Measures how often greedy decoding, given a prefix of the text, produces the next `suffix` tokens exactly.
 
-    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. If stride >= suffix they
-    do not overlap.
+    Suffixes begin every `stride` tokens of a document and are the same for all prefix lengths. If stride >= suffix, the
+    suffixes do not overlap.
 
     Args:
-        prefixes: prefix lengths, in tokens; one result for each.
-        most: maximum number of suffixes; if there are more, a random selection is used.
+        prefixes: prefix lengths, in tokens; one result is returned for each.
+        most: maximum number of suffixes; if the text has more, a random selection is used.
 
     Raises:
         UserError: the longest prefix and the suffix do not fit into the context.
@@ -75,7 +81,7 @@ def extraction(
 
 
 def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
-    """(n, hits, rate, and the low and high end of its 95 % Wilson interval)."""
+    """Returns (n, number of hits, rate of hits, low end and high end of the rate's 95 % Wilson interval)."""
     from scipy.stats import binomtest
 
     n, k = len(hits), int(hits.sum())
@@ -86,13 +92,13 @@ def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
 
 class Membership(NamedTuple):
-    """Membership inference by two scores.
+    """The result of `membership`: how well two scores, the loss and Min-K% Prob, identify members.
 
-    loss_auc, min_k_auc  AUC: probability that a member scores above a non-member
+    loss_auc, min_k_auc  AUC of each score: probability that a member scores above a non-member
     sd                   standard deviation of the AUC under the null hypothesis
-    tpr                  true positive rate at a false positive rate of 1 %
-    p                    see `membership`
-    units                number of members in the test: rows or documents
+    tpr                  true positive rate of the loss at a false positive rate of 1 %
+    p                    p-value of the test described in `membership`
+    units                number of members in the test, counted in rows or in documents
     """
 
     loss_auc: float
@@ -110,14 +116,15 @@ def membership(
     *,
     documents: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Membership:
-    """How well the loss, and Min-K% Prob (the mean over the least likely fraction k of the tokens), separate members
-    from non-members.
+    """Measures how well two scores separate members (training text) from others (held-out text).
 
+    The scores are the loss and Min-K% Prob, the mean log-probability over the least likely fraction k of the tokens.
     p: one-sided Mann-Whitney U test (normal approximation) on the larger AUC, Bonferroni-corrected for two tests.
 
     Args:
-        documents: the document index of each row, for members and for others. Rows of one document are correlated, so
-            p and sd are then computed from per-document means, if both sides have at least `MIN_DOCUMENTS` documents.
+        documents: (document index of each row of `members`, document index of each row of `others`). Rows of one
+            document are correlated. With `documents`, p and sd are therefore computed from per-document means, if
+            members and others have at least `MIN_DOCUMENTS` documents each.
 
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
     """
@@ -147,7 +154,8 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """[n] mean log-probability, and [n] mean over the least likely fraction k, of each row's weighted tokens."""
+    """Scores of each of n rows: the mean log-probability [n] of its tokens of weight > 0, and the mean [n] over the
+    least likely fraction k of these tokens."""
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)
     ordered = np.sort(np.where(counts, scored.log_probs, np.inf), 1)

@@ -1,4 +1,4 @@
-"""Gradient outliers: training rows whose gradients agree with those of a few others (poisoned rows, duplicates)."""
+"""Gradient outliers: training rows whose gradients agree with a few others, such as poisoned rows and duplicates."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.research.influence import unit
 
-NEIGHBOURS = 5  # k of the nearest neighbours: assumes that at least k other rows carry the same poison
+NEIGHBOURS = 5  # number k of nearest neighbours: a poisoned row scores high if at least k other rows are poisoned alike
 
 
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """[n] float32: mean cosine similarity of each row to its k nearest neighbours, after centring the directions.
+    """Mean cosine similarity of each row to its k nearest neighbours, [n] float32, after the mean direction is removed.
 
-    A high score means that a row's gradient differs from the average but agrees with a few others, as those of poisoned
-    rows and duplicates do.
+    A high score means that the gradient of a row differs from the average but agrees with a few others, as the
+    gradients of poisoned rows and duplicates do.
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] features of other rows. If given, these are scored against the training rows: [m].
+        reference: [m, K] features of other rows. With `reference`, the scores are [m], those of the other rows, whose
+            neighbours are training rows. None: the training rows are scored.
 
     Raises:
-        UserError: there are not more than k training rows.
+        UserError: there are k training rows or fewer.
     """
     if len(features) <= k:
         raise UserError(f"{len(features)} rows: more than {k} are needed to have {k} neighbours")
@@ -38,10 +39,10 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
 
 class Tail(NamedTuple):
-    """The upper tail of the training scores, relative to a reference.
+    """The upper tail of the training scores, relative to reference scores, as computed by `tail`.
 
-    threshold  see `tail`
-    flagged    rows above the threshold, highest score first
+    threshold  score above which a row is flagged
+    flagged    indices of the rows above the threshold, highest score first
     expected   expected number of flagged rows under the null hypothesis
     beyond     number of rows above every reference score
     p          probability of at least `beyond` such rows under the null hypothesis
@@ -55,11 +56,12 @@ class Tail(NamedTuple):
 
 
 def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
-    """Flag the scores above a threshold, with a false positive rate of `alpha` per row if all rows are exchangeable.
+    """Flags the scores above a threshold, with a false positive rate of `alpha` per row if all rows are exchangeable.
 
-    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1: a
-    conformal test, exact for exchangeable rows. p = C(n, x) / C(n + m, x) is the probability that the x largest of all
-    n + m scores are training rows. Ten planted rows are detected with m = n, but hardly with m = n / 2.
+    The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1. The
+    test is conformal and exact for exchangeable rows. For n training scores, of which x = `beyond` exceed every
+    reference score, p = C(n, x) / C(n + m, x) is the probability that the x largest of all n + m scores are training
+    scores. Ten planted rows are detected with m = n, but hardly with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

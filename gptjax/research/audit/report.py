@@ -1,4 +1,7 @@
-"""An audit as one self-contained HTML page: tables and inline SVG figures, no scripts, no network access."""
+"""The report of an audit as one self-contained HTML page, with tables and inline SVG figures.
+
+The page has no scripts and needs no network access.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .
 
 
 def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> str:
-    """The HTML page of a report. Text from the data is escaped.
+    """Renders a report as an HTML page. Text that comes from the data is escaped.
 
     Args:
         run: name of the audited run, for the title.
-        notes: remarks on what was left out.
+        notes: remarks to print below the summary, such as which checkpoints were left out.
     """
     results = checks(report)
     n, alarms = len(results), sum(check.alarm for check in results)
@@ -59,7 +62,7 @@ def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> 
 
 
 def lines(report: Report) -> list[str]:
-    """The checks as lines for a terminal."""
+    """The results of all checks as lines of text for a terminal."""
     results = checks(report)
     width, alarms, n = max(len(check.check) for check in results), sum(check.alarm for check in results), len(results)
     return [
@@ -258,7 +261,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]], *, number: Seq
 
 
 def _figure(draw: Callable[[Any], None]) -> str:
-    """One figure as an <svg> element, with text as outlines."""
+    """Renders one figure as an <svg> element, with its text drawn as outlines."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

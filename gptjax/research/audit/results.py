@@ -14,7 +14,7 @@ TEXTS = ("train", "held out")
 
 
 class Secret(NamedTuple):
-    """A planted secret and its exposure in each model; by: (model name, exposure)."""
+    """A planted secret and its exposure in each model; `by` holds pairs (model name, exposure)."""
 
     prefix: str
     secret: str
@@ -22,7 +22,7 @@ class Secret(NamedTuple):
 
 
 class Backdoor(NamedTuple):
-    """A planted trigger with its payload, and its effect on each model; by: (model name, effect)."""
+    """A planted trigger with its payload, and its effect on each model; `by` holds pairs (model name, effect)."""
 
     trigger: str
     payload: str
@@ -30,7 +30,12 @@ class Backdoor(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A training row; where: its location, for messages; start: index of its first token in the store."""
+    """A training row with its outlier score.
+
+    where  location of the row, as text for the report
+    start  index of the row's first token in the token store
+    text   excerpt of the row
+    """
 
     where: str
     start: int
@@ -39,7 +44,11 @@ class Row(NamedTuple):
 
 
 class Outliers(NamedTuple):
-    """Outlier scores of n training rows and of the reference; tail: None if there are too few; rows: highest first."""
+    """Outlier scores of n training rows and of the reference rows.
+
+    tail  None if there are too few training rows
+    rows  training rows with the highest scores, highest first
+    """
 
     n: int
     tail: Tail | None
@@ -49,7 +58,7 @@ class Outliers(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The answers of the base and the tuned model to one prompt; other fields as in `Drift`."""
+    """The answers of the base model and of the tuned model to one prompt; the other fields are as in `Drift`."""
 
     prompt: str
     base: str
@@ -61,7 +70,11 @@ class Prompt(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """`Drift` averaged over the prompts; same_answer: fraction of prompts; prompts: largest KL divergence first."""
+    """The fields of `Drift`, averaged over the prompts.
+
+    same_answer  fraction of prompts to which both models give the same answer
+    prompts      the prompts with their answers, largest KL divergence first
+    """
 
     kl: float
     agree: float
@@ -79,16 +92,16 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The results of every check. With several models, alarms are computed for the last."""
+    """The results of every check. With several models, alarms are computed for the last model only."""
 
     alpha: float
     models: list[str]
-    rows: dict[str, int]  # number of rows of each text in TEXTS
+    rows: dict[str, int]  # name of each text in TEXTS -> number of rows that were audited
     suffix: int  # length of the suffixes to extract, in tokens
     secrets: list[Secret]
     triggers: list[Backdoor]
-    extraction: list[tuple[str, Extraction]]  # (text in TEXTS, result)
-    membership: list[tuple[str, Membership]]  # (model, result)
+    extraction: list[tuple[str, Extraction]]  # pairs (name of a text in TEXTS, result)
+    membership: list[tuple[str, Membership]]  # pairs (model name, result)
     outliers: Outliers
     comparison: Comparison | None
 
@@ -97,7 +110,7 @@ class Report(NamedTuple):
 
 
 def checks(report: Report) -> list[Check]:
-    """Every check with a description of its result, its p-value, and whether it is an alarm."""
+    """Lists every check with a description of its result, its p-value, and whether it raises an alarm."""
     results: list[tuple[str, str, float]] = []
     if (tail := report.outliers.tail) is not None:
         what = (
@@ -129,7 +142,7 @@ def checks(report: Report) -> list[Check]:
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """One-sided p-value that training text is extracted more often than held-out text (Fisher's exact test)."""
+    """p-value of Fisher's exact test, one-sided: is training text extracted more often than held-out text?"""
     from scipy.stats import hypergeom
 
     hits = seen.extracted + unseen.extracted

@@ -1,4 +1,4 @@
-"""`audit`: every check on every checkpoint of a run."""
+"""Runs the checks of an audit on the checkpoints of a training run."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
-CONTROLS, CONTEXTS = 199, 4  # control phrases per trigger; held-out contexts in front of each
-EXCERPT = 80  # characters at each end of a row's text in the report
+CONTROLS, CONTEXTS = 199, 4  # numbers of control phrases per trigger, and of held-out texts that precede each phrase
+EXCERPT = 80  # number of characters that the report shows from each end of a row's text
 
 
 class Checkpoint(NamedTuple):
-    """A model of a run at one step; `params` reads it when it is called."""
+    """A model of a run at one step; `params` is a function that reads the parameters from disk."""
 
     name: str
     params: Callable[[], Params]
 
 
 def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
-    """List the models of a run, in the order of their steps.
+    """Lists the models of a run, in the order of their steps.
 
-    A model that is not the directory of a run has one entry, and no config.
+    If `run_dir` holds a model but is not the directory of a run, the list has one entry and the config is None.
 
     Returns:
         (checkpoints, the run's config, notes on checkpoints that were left out and why).
@@ -72,13 +72,13 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
             models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
         models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    if not models:  # only final/ or best/ is left, or neither: then this raises
+    if not models:  # read final/ or best/ instead; if neither exists, `weights.load` raises an error
         models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
     return models, cfg, notes
 
 
 def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
-    """The params of a checkpoint; an adapter is merged into its base."""
+    """Reads the params of a checkpoint; an adapter is merged into its base model."""
     params = saved.read(step).get("params")
     if not isinstance(params, dict):
         raise UserError(f"{saved.folder / str(step)} holds no parameters")
@@ -92,13 +92,13 @@ def _merged_params(saved: Checkpoints, step: int, cfg: Config) -> Params:
 class Settings:
     """Settings of `audit`.
 
-    train, held_out   token stores: the training text, and text from the same distribution that was not trained on
+    train, held_out   token stores: the training text, and text of the same distribution that was not trained on
     canaries          dicts with the keys "prefix" and "secret", or "trigger" and "payload": see `read_canaries`
-    base, prompts     (params, cfg) of the base model, and prompts, for `drift`
+    base, prompts     (params, cfg) of the base model, and the prompts that `drift` compares the models on
     rows              maximum number of rows from each store
     of                pattern of the parameters whose gradients are compared by the outlier check
     dims              size of the gradient sketches
-    prefixes, suffix, strides   lengths in tokens, for `extraction`; None: chosen to fit the context
+    prefixes, suffix, strides   arguments of `extraction`, in tokens; None: chosen to fit the context length
     alpha             false alarm rate per check
     """
 
@@ -125,12 +125,13 @@ def audit(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Run every check that the settings allow. `report.page` renders the report as HTML, `to_json` as audit.json.
+    """Runs every check that the settings allow, and returns the report.
 
-    Each model is read once. The outlier check concatenates the gradient features of all models.
+    `report.page` renders the report as HTML; `to_json` returns the contents of audit.json.
+    Each model is read from disk once. The outlier check concatenates the gradient features of all models.
 
     Args:
-        say: receives progress messages.
+        say: function that receives progress messages.
 
     Raises:
         UserError: the text is too short, or the settings do not fit the context.
@@ -193,7 +194,7 @@ def audit(
 def _contexts(
     tokenizer: Tokenizer, store: TokenStore, spans: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """(beginnings of held-out chunks, cut at a word boundary; the distinct words in them)."""
+    """Returns (beginnings of held-out chunks, each cut at a word boundary; the distinct words in these beginnings)."""
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())
         for start, end in zip(*spans, strict=True)

@@ -1,4 +1,4 @@
-"""Batches of text, and the log-probability that a model assigns to them."""
+"""Batches of text, and the log-probabilities that a model assigns to the text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from gptjax.research.influence import in_chunks
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Batch, Params
 
-CHUNK_BYTES = 128 * 2**20  # size of the logits that are in memory at once
+CHUNK_BYTES = 128 * 2**20  # maximum size of the logits in memory at the same time
 
 
 def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
-    """A store with one document per text, each terminated by the tokenizer's end-of-text token, if it has one."""
+    """Returns a token store with one document per text.
+
+    Every document ends with the end-of-text token, if the tokenizer has one.
+    """
     end = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     ids = [[*tokenizer.encode(text), *end] for text in texts]
     starts = np.cumsum([0, *map(len, ids)])
@@ -30,28 +33,28 @@ def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
 
 
 def document_spans(store: TokenStore) -> Iterator[tuple[int, int]]:
-    """(start, end) of each document, in tokens."""
+    """Iterates over the documents as pairs (index of the first token, index after the last token)."""
     return zip(store.doc_starts, np.append(store.doc_starts[1:], len(store)), strict=True)
 
 
 def sample(values: np.ndarray, max_n: int, seed: int) -> np.ndarray:
-    """At most `max_n` values, drawn at random without replacement; their order is kept."""
+    """Returns at most `max_n` of the values, drawn at random without replacement; their order is kept."""
     if len(values) <= max_n:
         return values
     return values[np.sort(np.random.default_rng(seed).choice(len(values), max_n, replace=False))]
 
 
 def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Split every document into chunks of at most length + 1 tokens; no chunk spans two documents.
+    """Splits every document into chunks of at most length + 1 tokens; no chunk spans two documents.
 
     Consecutive chunks share one token: the last target of a chunk is the first input of the next. A chunk of one token
     is dropped, because it predicts nothing.
 
     Args:
-        most: maximum number of chunks; if there are more, a random selection is kept in order. None: all.
+        most: maximum number of chunks; if there are more, a random selection is kept, in order. None: all chunks.
 
     Returns:
-        (starts, ends), [n] int64 each.
+        (starts, ends) of the chunks as token indices, [n] int64 each.
 
     Raises:
         UserError: no document has two tokens.
@@ -68,7 +71,10 @@ def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int
 
 
 def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | None = None) -> Batch:
-    """One chunk per row: tokens and targets [n, T] int32, weights [n, T] float32, 0 for padding."""
+    """Returns a batch with one chunk per row: tokens and targets [n, T] int32, weights [n, T] float32.
+
+    The weights are 0 for padding. T is `length`; None: the length of the longest chunk, minus 1.
+    """
     length = length or int((ends - starts).max()) - 1
     positions = starts[:, None] + np.arange(length + 1)
     ids = store.tokens[np.minimum(positions, ends[:, None] - 1)].astype(np.int32)
@@ -76,7 +82,7 @@ def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | 
 
 
 def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | None = None) -> Batch:
-    """One (prompt, continuation) pair of token ids per row; only the continuation's targets have weight 1.
+    """Returns a batch with one (prompt, continuation) pair per row; only the continuation's targets have weight 1.
 
     Rows are padded to a multiple of 16 tokens, but to no more than `most`, so that batches of similar lengths share one
     compiled program.
@@ -93,14 +99,14 @@ def rows_of(texts: Sequence[tuple[Sequence[int], Sequence[int]]], most: int | No
 
 
 class Scored(NamedTuple):
-    """[n, T]: log-probability of each target, and whether the target is the most likely token (argmax)."""
+    """The log-probability of each target, and whether the target is the most likely token (argmax), [n, T] each."""
 
     log_probs: np.ndarray
     top1: np.ndarray
 
 
 def score(params: Params, cfg: ModelConfig, batch: Batch) -> Scored:
-    """Score the targets of every row, in chunks of rows that fit `CHUNK_BYTES`."""
+    """Computes the log-probability of every target of a batch, in chunks of rows whose logits fit in `CHUNK_BYTES`."""
     size = max(1, CHUNK_BYTES // (4 * batch.tokens.shape[1] * cfg.vocab_size))
     return Scored(*in_chunks(lambda chunk: _score(params, chunk, cfg), batch, size))
 
@@ -113,16 +119,17 @@ def _score(params: Params, batch: Batch, cfg: ModelConfig) -> tuple[jax.Array, j
 
 
 def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """([n] log-probability of each row's continuation, [n] whether greedy decoding produces exactly that continuation).
+    """Returns ([n] log-probability of each row's continuation, [n] whether greedy decoding produces it exactly).
 
-    The second needs no decoding: if every target is the argmax, greedy decoding would have read the same tokens.
+    No decoding is run, because greedy decoding produces the continuation exactly if every target of the continuation is
+    the most likely token (argmax).
     """
     counts = batch.weights > 0
     return np.where(counts, scored.log_probs, 0).sum(1), (scored.top1 | ~counts).all(1)
 
 
 def truncate_prompt(prompt: Sequence[int], continuation: Sequence[int], cfg: ModelConfig) -> Sequence[int]:
-    """The last tokens of `prompt`, as many as fit into the context together with `continuation`."""
+    """The last tokens of `prompt`, as many tokens as fit into the context together with `continuation`."""
     max_prompt = cfg.context_length + 1 - len(continuation)
     if max_prompt < 1:
         raise UserError(f"{len(continuation)} tokens to predict do not fit into a context of {cfg.context_length}")

@@ -6,10 +6,10 @@ result.rows                                             a dict per run: its hype
 sweep.table(result.rows, result.axes)                   a dict per combination: mean and interval over seeds
 result.state(5).params                                  params of run 5
 
-The hyperparameters in `TRACED` (learning rates, weight decay, warmup, clipping, dropout, an adapter's alpha and rank)
-and the seed are arrays with one entry per run; the step of `make_train_step` is vmapped over them. Runs that differ in
-any other setting need another program: runs are grouped, with one program per group. Each program trains as many runs
-at a time as fit into memory.
+The hyperparameters in `TRACED` and `TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an
+adapter's alpha and rank) and the seed are arrays with one entry per run; the step of `make_train_step` is vmapped over
+them. Runs that differ in any other setting cannot share a compiled program. Runs are therefore grouped, and one program
+is compiled per group. Each program trains as many runs at a time as fit into memory.
 """
 
 from typing import Any

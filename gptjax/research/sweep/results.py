@@ -15,11 +15,11 @@ from gptjax import config
 from gptjax.files import write_json, write_text
 from gptjax.research.sweep.train import Sweep, table
 
-WRITING = ".sweep.partial"  # marker file: if it exists, writing sweep.csv and sweep.png was interrupted
+WRITING = ".sweep.partial"  # marker file, removed when all files are written: if it exists, `write` was interrupted
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """Format `table` as aligned text: mean +- half the width of the interval."""
+    """Formats `summary`, as returned by `table`, as lines of aligned text: mean +- half the width of the interval."""
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
     cells = [[*names, "n", *measures]]
@@ -44,7 +44,7 @@ def _mean_and_half_width(line: dict[str, Any], key: str) -> str:
 
 
 def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
-    """Write sweep.csv (one line per run), sweep.json (rows, table, programs, config of run 0) and sweep.png."""
+    """Writes sweep.csv (one line per run), sweep.json (rows, table, programs, config of run 0) and sweep.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WRITING).touch()
@@ -59,13 +59,16 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
         "axes": list(result.axes), "rows": result.rows, "table": summary, "programs": result.programs,
         "config": config.to_yaml(result.configs[0]),
     }  # fmt: skip
-    write_json(folder / "sweep.json", contents)  # written last: its existence marks a complete sweep
+    write_json(folder / "sweep.json", contents)  # written last, so that its existence marks a complete sweep
     (folder / WRITING).unlink(missing_ok=True)
 
 
 def draw(result: Sweep, path: Path) -> None:
-    """Plot the validation loss against the first numeric axis with several values (a dot per run, mean and interval as
-    a line), and the training loss curve of each combination, averaged over seeds."""
+    """Plots the validation loss and the training loss of the runs.
+
+    The validation loss is plotted against the first numeric axis with several values: one dot per run, and a line with
+    the mean and its interval. The training loss curve of each combination of values is averaged over seeds.
+    """
     from gptjax.training.plot import draw_sweep
 
     names = [key for key in result.axes if key != "seed"]

@@ -21,27 +21,28 @@ TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-# traced too, unless lora.init computes the adapter from the weights
+# Hyperparameters of an adapter that are arrays too, unless lora.init computes the adapter from the weights.
 TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
-MAX_PROBLEMS = 20  # number of problems listed in one error
+MAX_PROBLEMS = 20  # maximum number of problems listed in one error
 MAX_RUNS = 10_000
 
-Hyperparameters = dict[str, Any]  # "optim.lr" -> [N]
+Hyperparameters = dict[str, Any]  # key such as "optim.lr" -> values [N] of N runs, or the value of one run
 
 
 def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
-    """Every combination of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`; the last axis varies fastest.
+    """One config for every combination of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`.
 
-    Overrides with one value are as in `load_config`.
+    The last axis varies fastest. Overrides with one value apply to all configs, as in `load_config`.
 
     Raises:
-        UserError: lists the mistakes of all runs; an axis cannot be swept.
+        UserError: the config of a run is invalid (the message lists the mistakes of all runs), or an axis cannot be
+            swept.
     """
     return combinations(source, *split_axes(from_args(overrides, "grid")))
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
-    """Separate the settings with several values, {key: values}, from those with one.
+    """Separates the settings with several values, returned as {key: values}, from the settings with one value.
 
     Raises:
         UserError: an axis has no values, has a value twice, or cannot be swept.
@@ -69,7 +70,10 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
 
 
 def _values(leaf: Leaf) -> list[str] | None:
-    """The values of an axis as text; None if the setting has one value. Raises ValueError if they cannot be parsed."""
+    """The values of an axis as strings, or None if the setting has a single value.
+
+    Raises ValueError if the values cannot be parsed.
+    """
     text = leaf.value.strip() if isinstance(leaf.value, str) else ""
     if match := re.fullmatch(r"range\(\s*(-?\d+(?:\s*,\s*-?\d+){0,2})\s*\)", text):
         values = range(*map(int, match[1].split(",")))
@@ -88,7 +92,7 @@ def _values(leaf: Leaf) -> list[str] | None:
 
 
 def _why_not(key: str) -> str:
-    """The reason that this key cannot be swept; empty if it can."""
+    """The reason why `key` cannot be swept; an empty string if it can be swept."""
     if key.startswith("finetune.") and key.rpartition(".")[2] in ("seeds", "together"):
         return f"{key} cannot be swept: use seed=range(8) to repeat a run"
     if key == "task":
@@ -101,7 +105,7 @@ def _why_not(key: str) -> str:
 def combinations(
     source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
 ) -> list[Config]:
-    """A config for each combination of the axes, validated as by `load_config`."""
+    """One config for each combination of the axes' values, validated as by `load_config`."""
     configs, problems = [], dict[str, None]()
     if (n := math.prod(map(len, axes.values()))) > MAX_RUNS:
         raise UserError(f"{n:,} runs: a sweep has at most {MAX_RUNS:,}; give fewer values, or several sweeps")
@@ -116,13 +120,16 @@ def combinations(
 
 
 def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The keys that differ between the configs, except run_dir, in the schema's order."""
+    """The keys whose values differ between the configs, except run_dir, in the schema's order."""
     flat = [config.flat(cfg) for cfg in configs]
     return tuple(key for key, value in flat[0].items() if any(row[key] != value for row in flat) and key != "run_dir")
 
 
 def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
-    """Group the runs that can share a program: those that differ only in `traceable` hyperparameters and the seed."""
+    """Groups the runs that can share a compiled program; returns the indices of the runs in each group.
+
+    Runs of one group differ only in their `traceable` hyperparameters and in the seed.
+    """
     groups: dict[Any, list[int]] = {}
     for i, cfg in enumerate(configs):
         values = config.flat(cfg) | {"run_dir": None, "seed": 0}
@@ -134,7 +141,7 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 
 
 def traceable(cfg: Config) -> tuple[str, ...]:
-    """The hyperparameters that a program of this config can take as arrays."""
+    """The keys of the hyperparameters that a program compiled for this config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
@@ -159,7 +166,10 @@ def check(configs: Sequence[Config]) -> None:
 
 
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
-    """`cfg` with other values, without validation. Values may be tracers; the config is then not hashable."""
+    """Returns `cfg` with the given hyperparameter values, without validation.
+
+    The values may be tracers, but then the returned config is not hashable.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")

@@ -28,19 +28,23 @@ from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
-INTEGERS = ("optim.warmup_steps", "lora.rank")  # int32; the other hyperparameters are float32
+INTEGERS = ("optim.warmup_steps", "lora.rank")  # int32 hyperparameters; all others are float32
 MAX_STEPS_PER_CALL = 25
-FINAL_FRACTION = 0.1  # the final training loss is the average over this last fraction of the steps
+FINAL_FRACTION = 0.1  # the final training loss of a run is the average over the last 10 % of its steps
 
 
 class Sweep(NamedTuple):
-    """configs   as they were trained, with the settings that depend on the data resolved
+    """The result of `sweep`.
+
+    configs   the config of each run as it was trained, with the settings that depend on the data resolved
     axes      keys that differ between runs, including the seed
-    rows      a dict per run: run, program, the axes' values, losses, skipped steps, whether it would have been stopped
-    losses    for each run [steps] float32, the training loss of every step
-    states    (runs, TrainState with leaves [len(runs), ..]), one pair per program; an adapter whose rank is below the
-              program's largest is zero-padded
-    programs  a dict per program: runs, at_once, steps, compile time, step time and total time in seconds, bytes
+    rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
+              skipped steps, and whether training would have been stopped
+    losses    the training loss of every step, one array [steps] float32 per run
+    states    one pair per program: (indices of its runs, TrainState with leaves [len(runs), ..]); adapters are
+              zero-padded to the largest rank in the program
+    programs  one dict per program: number of runs, number of runs at a time, steps, compile time, step time and total
+              time in seconds, bytes of memory
     """
 
     configs: list[Config]
@@ -62,14 +66,15 @@ class Sweep(NamedTuple):
 def make_sweep_step(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
-    """`make_train_step` vmapped over N runs: step(states, values, frozen, batch) -> (states, metrics [N]).
+    """Returns `make_train_step` vmapped over N runs: step(states, values, frozen, batch) -> (states, metrics [N]).
 
     The step takes states with leaves [N, ..], hyperparameter values {key: [N]}, and `frozen`, which is shared by all
     runs without copies.
 
     Args:
-        build: as `Task.build`: config -> (loss, combine, optimizer).
-        batches: every leaf of the batch has a leading axis N, one batch per run. False: all runs see the same batch.
+        build: function config -> (loss, combine, optimizer), such as `Task.build`.
+        batches: whether every leaf of `batch` has a leading axis N, with one batch per run. False: all runs share one
+            batch.
     """
     return vmapped.make_step(
         lambda values: build(with_hyperparameters(cfg, values)), batches=batches, accumulation=cfg.train.accumulation
@@ -79,12 +84,18 @@ def make_sweep_step(
 def make_sweep_loss(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Hyperparameters, Any, Any], tuple[Mean, Metrics]]:
-    """(params, values, frozen, batch) -> losses [N] and metrics, without dropout; arguments as in `make_sweep_step`."""
+    """Returns loss(params, values, frozen, batch) -> (losses [N], metrics [N]) of N runs, without dropout.
+
+    All arguments are as in `make_sweep_step`.
+    """
     return vmapped.make_loss(lambda values: build(with_hyperparameters(cfg, values)), batches=batches)
 
 
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
-    """Initial states with leaves [N, ..], as the training loop makes them. `start`: leaves [N, ..], or None."""
+    """Initial states of N runs, leaves [N, ..], each as the training loop creates it for one run.
+
+    `start` holds the parameters to start from, with leaves [N, ..], or is None to initialise them from the seeds.
+    """
     init, _ = task.initial()
 
     def fresh(seeds: jax.Array, values: Hyperparameters, start: Any) -> TrainState:
@@ -99,8 +110,12 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 
 
 def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
-    """Estimated memory of one run: `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter,
-    and activations), plus twice the logits of a micro-batch or validation batch, at most 256 MiB each."""
+    """Estimated memory of one run, in bytes.
+
+    The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
+    activations), plus twice the logits of a micro-batch or of a validation batch, whichever is larger. The logits count
+    as at most 256 MiB.
+    """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
     logits = min(4 * tokens * cfg.model.vocab_size, 2**28)
@@ -108,7 +123,7 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory available to a sweep: 80 % of the device's free memory; on a CPU, half of the available RAM."""
+    """Memory available to a sweep, in bytes: 80 % of the device's free memory; on a CPU, half of the available RAM."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -120,7 +135,10 @@ def free_bytes() -> int:
 
 
 def chunks(runs: Sequence[int], at_once: int) -> list[tuple[int, ...]]:
-    """Split runs into the fewest chunks of at most `at_once`, all of one size: the last run is repeated as padding."""
+    """Splits the runs into as few chunks of equal size as possible, with at most `at_once` runs in a chunk.
+
+    The last chunk is padded to this size with copies of the last run.
+    """
     n = -(-len(runs) // at_once)
     size = -(-len(runs) // n)
     return [(*runs[i : i + size], *[runs[-1]] * (i + size - len(runs))) for i in range(0, n * size, size)]
@@ -137,30 +155,33 @@ def sweep(
     validate: bool = True,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Train all runs, and evaluate each on its whole validation set after its last step.
+    """Trains all runs, and evaluates each on its whole validation set after its last step.
 
-    Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: the same initialisation, data
-    order, dropout and schedule. Nothing is written. If that run would have been stopped (`train.max_nonfinite`
-    consecutive non-finite steps), its row has `stopped` set and no losses.
+    Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: it has the same initialisation,
+    data order, dropout and schedule. No files are written. If `gptjax.train` would have stopped a run, after
+    `train.max_nonfinite` consecutive non-finite steps, its row has `stopped` set and no losses.
 
     Args:
-        axes: keys to list in the rows. None: all that differ between runs.
-        at_once: number of runs to train together. None: as many as fit, (free_bytes() - shared) / bytes_per_run(..).
-        validate: False: rows have the training loss only.
+        axes: keys to list in the rows. None: all keys that differ between runs.
+        at_once: number of runs to train at the same time. None: as many runs as fit into `free_bytes()` on each device,
+            next to the frozen parameters that all runs share, if a run takes `bytes_per_run(..)`.
+        validate: whether to evaluate on the validation set. False: the rows have only the training loss.
         progress: a `training.progress.Progress`. None: nothing is printed.
 
     Raises:
-        UserError: the configs cannot be swept together; bad data.
+        UserError: the configs cannot be swept together, or the data are invalid.
     """
     check(configs)
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
     no_losses = [np.empty(0, np.float32)] * len(configs)
-    result = Sweep(list(configs), tuple(axes or axes_of(configs)), [], no_losses, [], [])  # filled program by program
+    # The lists in `result` are filled each time that a program has trained its runs.
+    result = Sweep(list(configs), tuple(axes or axes_of(configs)), [], no_losses, [], [])
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
-        same_steps: dict[int, list[int]] = {}  # with train.epochs the number of steps depends on a seed's split
+        # Number of steps -> runs. With train.epochs, the number of steps depends on how the seed splits the data.
+        same_steps: dict[int, list[int]] = {}
         for i in runs:
             same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
         for group in same_steps.values():
@@ -170,17 +191,20 @@ def sweep(
 
 
 class _Prepared(NamedTuple):
-    """The runs of one program: the distinct tasks, ignoring traced hyperparameters, and the task of each run."""
+    """The prepared runs of one compiled program, with one task for each combination of seed and adapter rank."""
 
     tasks: list[Task]
-    task_of: dict[int, int]  # run -> index into tasks
-    configs: dict[int, Config]  # run -> resolved config
+    task_of: dict[int, int]  # index of a run -> index of its task in `tasks`
+    configs: dict[int, Config]  # index of a run -> its resolved config
     frozen: Any
     max_rank: int
 
 
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
-    """Prepare data, base and initial values. The data depend on the seed, initial values on seed and adapter rank."""
+    """Prepares the data, the base model and the initial values of the runs of one compiled program.
+
+    The data depend on the seed; the initial values depend on the seed and the adapter's rank.
+    """
     first = configs[runs[0]]
     prepare = find(first.task).prepare
     keys = [key for key in traceable(first) if key != "lora.rank"]
@@ -195,7 +219,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
             ready_cfg, task, _ = prepare(with_hyperparameters(first, changes), progress)
             frozen = frozen if tasks else task.frozen
             ready[variant] = len(tasks), ready_cfg
-            tasks.append(task._replace(frozen=None))  # all share one frozen base
+            tasks.append(task._replace(frozen=None))  # all tasks share one frozen base model, kept in `frozen`
         task_of[i], ready_cfg = ready[variant]
         values = config.flat(cfg)
         resolved[i] = with_hyperparameters(ready_cfg, {key: values[key] for key in keys} | {"run_dir": cfg.run_dir})
@@ -206,7 +230,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
 def _train(
     prepared: _Prepared, runs: tuple[int, ...], result: Sweep, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
-    """Train the runs of one program: compile once, then run each chunk."""
+    """Trains the runs of one program: compiles it once, then trains the runs chunk by chunk."""
     began = time.perf_counter()
     cfg, task = prepared.configs[runs[0]], prepared.tasks[prepared.task_of[runs[0]]]
     flat = [config.flat(prepared.configs[i]) for i in runs]
@@ -265,12 +289,12 @@ def _row(
 
 
 class _Program:
-    """The step and the loss of one program, compiled on first use.
+    """The training step and the loss of one group of runs, compiled on first use.
 
     Args:
-        k: steps per call.
-        validate: evaluate at the end.
-        by_seed: the runs differ in their seeds, and therefore in their batches.
+        k: number of training steps per call of the compiled step.
+        validate: whether to evaluate the runs after their last step.
+        by_seed: whether the runs differ in their seeds, and therefore in their batches.
     """
 
     def __init__(self, task: Task, cfg: Config, mesh: Mesh | None, k: int, validate: bool, by_seed: bool):
@@ -280,7 +304,7 @@ class _Program:
         step = make_sweep_step(task.build, cfg, batches=by_seed)
 
         def steps(states: TrainState, values: Hyperparameters, frozen: Any, batches: Any) -> Any:
-            """`batches` [K, N, ..] or [K, ..] -> metrics [K, N]."""
+            """Trains N runs for K steps on `batches` [K, N, ..] or [K, ..]; the metrics are [K, N]."""
             return make_multi_step(lambda s, b: step(s, values, frozen, b))(states, batches)
 
         runs, replicated = P("runs"), P()
@@ -305,10 +329,13 @@ class _Program:
         progress: Progress,
         place: tuple[int, ...],
     ) -> tuple[TrainState, np.ndarray, np.ndarray, list[dict[str, float]]]:
-        """(states, losses [steps, N], consecutive non-finite steps [steps, N], validation metrics of each run)."""
+        """Trains the N runs of `group`, and evaluates them if `validate` is set.
+
+        Returns (states, losses [steps, N], consecutive non-finite steps [steps, N], validation metrics of each run).
+        """
         cfg, (chunk, n_chunks, number) = self.cfg, place
         configs = [prepared.configs[i] for i in group]
-        # adapters of one seed and several ranks share their data
+        # Runs with the same seed share their data, even if their adapters differ in rank.
         seed_tasks = {prepared.configs[i].seed: prepared.tasks[prepared.task_of[i]] for i in group}
         tasks = [seed_tasks[c.seed] for c in configs] if self.by_seed else [self.task]
         flat = [config.flat(c) for c in configs]
@@ -328,7 +355,7 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        previous: Metrics = {}  # read one call late, so that the device is never idle
+        previous: Metrics = {}  # metrics of the last call, read after the next call starts so that the device is busy
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
@@ -362,7 +389,7 @@ class _Program:
                 self.compiled_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def _batches(self, tasks: Sequence[Task], step: int) -> Any:
-        """Batches [K, N, ..], made once per seed; [K, ..] if all runs have one seed."""
+        """Batches of K steps, [K, N, ..], made once per seed; [K, ..] if all runs have the same seed."""
         if not self.by_seed:
             return tasks[0].batches(step, self.k, None)
         made = {id(task): task.batches(step, self.k, None) for task in tasks}
@@ -393,7 +420,10 @@ class _Program:
 
 
 def _starts(starts: Sequence[Any], max_rank: int) -> Any:
-    """Stack initial values to leaves [N, ..]. Adapters are zero-padded to `max_rank`; the padding has zero gradient."""
+    """Stacks the initial values of N runs to leaves [N, ..], with adapters zero-padded to `max_rank`.
+
+    The padding stays zero in training, because its gradient is zero.
+    """
     if starts[0] is None:
         return None
 
@@ -411,10 +441,11 @@ def _starts(starts: Sequence[Any], max_rank: int) -> Any:
 
 
 def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Aggregate over seeds: a dict per combination of the other axes, sorted by validation loss.
+    """Aggregates the rows over seeds: one dict per combination of the other axes, sorted by validation loss.
 
-    Each dict has n, stopped, and for every metric its mean over the seeds and a 95 % t interval, `NAME/low` and
-    `NAME/high`. The mean is None if any run lacks the metric, because it was stopped or is not finite.
+    Each dict has `n` (number of runs), `stopped` (number of stopped runs), and for every metric its mean over the seeds
+    and a 95 % t interval, `NAME/low` and `NAME/high`. The mean is None if a run lacks the metric, because the run was
+    stopped or the metric is not finite.
     """
     names = [key for key in axes if key != "seed"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
