@@ -1,4 +1,4 @@
-"""Prepares the data of a config: reads and splits text, trains or loads the tokenizer, encodes and caches the tokens."""
+"""Prepares the data of a config: reads and splits text, trains or loads the tokenizer, encodes and caches tokens."""
 
 from __future__ import annotations
 
