@@ -86,9 +86,9 @@ def read(
     A .tsv without a header has two columns, label and text. Values are not interpreted: "NA" and "null" are texts.
 
     Args:
-        text: name of the column with the text. None: the only column that has a usual name of one, such as "text".
-        label: name of the column with the label. None: the only column that has a usual name of one, such as "label".
-        labels: names of the classes, in the order of their indices. Empty: the labels that occur, sorted.
+        text: name of the column with the text. None: the only column with a usual name (`tables.TEXT`).
+        label: name of the column with the label. None: the only column with a usual name (`tables.LABEL`).
+        labels: names of the classes, in the order of their indices. If empty, the labels in the data, sorted.
         quoted: whether quotes in a .tsv enclose a text, which may then span several lines, as pandas reads it.
 
     Raises:

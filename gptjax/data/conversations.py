@@ -34,9 +34,9 @@ COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 class Conversation(NamedTuple):
     """One conversation.
 
-    messages     {"role": .., "content": ..} each, with the roles [system,] user, assistant, user, assistant, .. in
-                 order. The user's message of an Alpaca record has its input under "input". An answer with "learn" False
-                 is excluded from the loss.
+    messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
+                 in this order. The user's message of an Alpaca record has the record's input under "input". An answer
+                 with "learn" False is excluded from the loss.
     where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """Counts the records that have a key that is ignored."""
+    """Counts the records that have a certain key, which is ignored."""
 
     first: str  # location of the first record with the key
     records: int  # number of records with the key
@@ -355,7 +355,7 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 
 
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
-    """Returns which of two synonymous keys a message has. If it has both, returns the key whose value is not null."""
+    """Returns which of two synonymous keys a message has. If both, the key whose value is not null."""
     present = [name for name in names if name in turn]
     if len(present) == 2:
         present = [name for name in present if turn[name] is not None] or present[:1]
@@ -437,7 +437,7 @@ def render_all(
     """Renders several conversations as `render` does, but faster, as one process renders many of them."""
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
-    assert template is not None and end is not None  # `chat.styled` raises an error otherwise
+    assert template is not None and end is not None  # `chat.styled` refuses tokenizers that lack one of these
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
     return [_encode_spans(spans, tokenizer) for spans in _chat(conversations, tokenizer, end)]
 
@@ -463,7 +463,7 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
 
     SentencePiece encodes a text at the beginning, or after some special tokens, differently than in the middle. The ids
     of a span are therefore taken from the encoding of the whole conversation so far, if the ids before the span are the
-    same there. Otherwise its text is encoded on its own.
+    same there. Otherwise the text of the span is encoded on its own.
 
         <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
     """
@@ -586,7 +586,7 @@ def _limits(jobs: list[_Job]) -> dict[str, Any]:
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """Renders all jobs at once, with one template that loops over them and contains the tokenizer's own template.
 
-    The jobs are passed to it as `tools`. It writes a line of JSON per job.
+    The jobs are passed to this template as `tools`, and its output is a line of JSON per job.
     """
     wrapper = (
         "{% for job_ in tools %}"

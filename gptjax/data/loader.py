@@ -245,8 +245,9 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
     """Returns the indices [B] int64 of the rows in the batch of `step`.
 
-    Each of n rows occurs once per epoch, in a new order every epoch: element i = step * batch_size + b of the run is
-    row i % n of epoch i // n, permuted as `Loader` permutes n windows. A batch may span two epochs.
+    Each of n rows occurs once per epoch, in a new order every epoch: row b of the batch has the number
+    i = step * batch_size + b in the run, and is row i % n of epoch i // n, permuted as `Loader` permutes n windows. A
+    batch may span two epochs.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -287,7 +288,7 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 def _mix(x: np.ndarray) -> np.ndarray:
     """Applies the splitmix64 finaliser, a hash, to each element of a uint64 array.
 
-    It takes an array, because numpy warns about overflow of scalars, but not of arrays.
+    The argument is always an array, because numpy warns when scalars overflow, but not when arrays do.
     """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -309,5 +310,5 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one window fewer than fit, so that they all fit at any offset
+    n_windows = max(1, (n - t) // t)  # one window fewer than n tokens hold, so that all fit at any offset
     return Lane(begin, n_windows, t, n - n_windows * t)

@@ -59,7 +59,7 @@ def packed(encoded: Encoded, context_length: int) -> Rows:
 def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
     """Returns rows of one example each, in input order, padded to `context_length` tokens.
 
-    If it is None, rows have the length of the longest example.
+    If `context_length` is None, rows have the length of the longest example.
 
     Raises:
         UserError: an example is longer than a row.

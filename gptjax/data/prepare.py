@@ -36,14 +36,14 @@ def prepare(
 ) -> Prepared:
     """Encode the text of `cfg.data` with `tokenizer`, or load the tokens from the cache.
 
-    The cache key covers the contents of all sources, the split and the tokenizer. It does not cover the seed, because
+    The cache key covers the contents of all sources, the split and the tokenizer. The seed is not in the key, because
     the tokens do not depend on it. The tokenizer chars is fitted on all text, as the characters of the validation text
     need an id too; the other trained tokenizers are fitted on the training text only.
 
     Args:
-        tokenizer: None: the tokenizer that `cfg.tokenizer` describes.
-        log: called with a line about each slow step.
-        progress: called with (bytes encoded, total bytes) after each document.
+        tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
+        log: function that is called with a line about each slow step.
+        progress: function that is called with (bytes encoded, total bytes) after each document.
 
     Raises:
         UserError: a text cannot be read, there is too little text, or the tokenizer has more than model.vocab_size
@@ -198,7 +198,8 @@ def _describe_sources(documents: Documents) -> list[dict]:
 def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
     """Returns a hash of all that the tokens depend on.
 
-    A tokenizer that is still to be trained enters by its settings: the text it is trained on is in the hash anyway.
+    A tokenizer that is still to be trained is represented by its settings, as the hash covers the text that it is
+    trained on.
     """
     data = cfg.data
     if loaded:

@@ -3,7 +3,7 @@
     files  = [records_of("train.jsonl"), records_of("test.jsonl")]
     report = check(files)                      a dict with all findings and their locations
 
-The text of a record is all strings in it, without the keys. In a .txt file each paragraph is a record.
+The text of a record consists of all string values in it, without the keys. In a .txt file each paragraph is a record.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A document is a (name, text, group), where group is the name of the file it came
 that the user gave, so that the same corpus has the same names, and the same held-out documents, on every machine. The
 sources that data.source may name:
 
-    shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder or file of the
-                           same name: write ./shakespeare for that
+    shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
+                           name: write ./shakespeare for the folder
     notes.txt  notes.md    one document
     folder/                its .txt and .md files at any depth; if there are none, its .jsonl, .csv and .parquet files
     rows.jsonl .csv .parquet   one document per row, in the column data.text_field
@@ -105,7 +105,7 @@ def _open(name: str, cfg: DataConfig) -> Source:
 def missing(name: str) -> str:
     """Returns an error message if `name` is a file or folder that does not exist.
 
-    Returns "" if it exists, or if `name` is an asset or a dataset on the hub.
+    Returns "" if the file or folder exists, or if `name` is an asset or a dataset on the hub.
     """
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
@@ -308,7 +308,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    except Exception as error:  # no network or an unknown name or config: the user can fix these
+    except Exception as error:  # such as no network, an unknown name or config: the user can fix these
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
     if columns is not None and cfg.text_field not in columns:

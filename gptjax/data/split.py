@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-HELD_OUT = 80, 200  # most synthetic questions for validation and for test, as each answer must be generated
+HELD_OUT = 80, 200  # maximum numbers of synthetic questions for validation and test, as their answers must be generated
 ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out from training
 
 
@@ -57,7 +57,7 @@ class Subset:
 
         `begins` and `ends` tell whether this text starts and ends where the document does: a held-out tail does not
         begin, and the text before it does not end. In a corpus of a single document both are false, because a model
-        could not learn from its only beginning and end where documents begin and end.
+        cannot learn from one example where documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -76,15 +76,16 @@ def split_documents(
 ) -> tuple[Subset, Subset, list[dict]]:
     """Returns (train, val, how). Each source is split separately, so that val represents all of them.
 
-    Held out for val, by data.split:
+    data.split says what is held out for val:
+
     tail      the last val_fraction of the characters of each file
     document  whole documents, in the order of a hash of their names, until their bytes are as close to val_fraction of
               all bytes as possible. The choice depends on neither the seed nor the order of the documents, so runs
               with different seeds can be compared.
     file      whole files, chosen in the same way
     auto      as document for a source with 10 or more documents, else as tail
-    If `val`, the documents of data.val_source, is given, nothing is split, and the split is called none.
 
+    If `val`, the documents of data.val_source, is given, nothing is held out, and the split is called none.
     `how` has a dict per source, with the keys source, split, documents, bytes and, unless the split is none, held_out:
     the names of the first 100 documents or files that are held out, at least in part.
     """
@@ -180,7 +181,7 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the `names` to hold out, at least one and never all.
 
-    Takes names, in the order of their hashes, while they bring the sum of their `sizes` closer to `fraction` of all.
+    Takes names, in the order of their hashes, while they bring their share of the `sizes` closer to `fraction`.
     """
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
@@ -227,7 +228,7 @@ def split_labelled(
                 book's seed, and split by the book's fractions (`fractions` and `seed` are not used)
 
     Args:
-        how: one of these three.
+        how: the kind of split, see above.
         fractions: proportions of train, validation and test.
         deduplicate: whether to keep only the first of several texts that are equal up to case and whitespace. With
             `book` the texts are deduplicated after the split: duplicates are removed within each split, and texts that
@@ -337,8 +338,8 @@ def split_records(
 ) -> Splits[T]:
     """Split the records of the file settings.source, in order, into train, test and validation, as the book does.
 
-    If settings.source is None, make synthetic records instead. Those of validation and test are about words and numbers
-    that never occur in training.
+    If settings.source is None, make synthetic records instead. The records of validation and test are then about words
+    and numbers that never occur in training.
 
     Args:
         read: function (source, notes) -> records.

@@ -44,8 +44,9 @@ class TokenStore:
     source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
     n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
     fingerprint    hash of the contents
-    begin_id       id of the begin token, which precedes the text of every document. It is the document's first token,
-                   or the last token of the previous document, if that ends with the same id. None: no begin token
+    begin_id       id of the begin token, which precedes the text of every document. The begin token is the document's
+                   first token, or the last token of the previous document, if that is the same id. None: there is no
+                   begin token
     """
 
     tokens: np.ndarray
@@ -118,13 +119,14 @@ def write(
 ) -> dict:
     """Encode texts, and write their ids to `split`.bin and the starts of documents to `split`.starts.npy.
 
-    A text with `ends` is followed by the end-of-text id, if the tokenizer has one. A text with `begins` is preceded by
-    `begin_id`, unless the previous document ended with the same id, which then serves as both. Text that looks like a
-    special token is encoded as plain text, so that no text can end its own document. Empty documents are skipped.
+    A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
+    true is preceded by the id of the begin token, unless the previous document ended with the same id, which then is
+    both. Text that looks like a special token is encoded as plain text, so that no text can end its own document.
+    Empty documents are skipped.
 
     Args:
         sources: for each source, (text, begins, ends) of each document, as from `Subset.source`.
-        progress: called with the number of UTF-8 bytes of each document after it is encoded.
+        progress: function that is called with the number of UTF-8 bytes of each document, once it is encoded.
 
     Returns:
         The entry of this split in the manifest.
@@ -183,7 +185,7 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically, with its own SHA-256 inside."""
+    """Write manifest.json atomically, with a SHA-256 of its contents in it."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
@@ -209,7 +211,7 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """Returns the verified folder root/KEY and its manifest. A missing or damaged folder is built first.
+    """Returns the folder root/KEY, whose files are verified, and its manifest. Builds it if it is missing or damaged.
 
     Several processes may build at once: each fills a temporary folder, and the first rename wins.
 

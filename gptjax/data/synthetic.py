@@ -3,9 +3,9 @@
     skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
     skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
 
-A skill is a type of question, such as forming a plural. A hash assigns every word, pair of numbers and measure either
-to training or to the held-out questions, independently of the seed. Questions about spelling give the letters
-separately, because a small model cannot learn from other words how to spell a word that is a single token.
+A skill is a type of question, such as forming a plural. A hash assigns every word, pair of numbers and measure (such as
+7 meters) either to training or to the held-out questions, independently of the seed. Questions about spelling give the
+letters separately, because a small model cannot learn from other words how to spell a word that is a single token.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def judge(
         rows: answers to score, with the keys prompt, expected and answer.
         url: base URL of the API, without /chat/completions, such as http://localhost:11434/v1.
         model: name of the model on the server.
-        key: API key, sent as a bearer token and never printed. None: the environment variable OPENAI_API_KEY.
+        key: API key, sent as a bearer token and never printed. None: the value of OPENAI_API_KEY.
         log: function that is called with progress messages.
 
     Raises:
@@ -110,7 +110,7 @@ def question(row: dict[str, Any]) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: the key and the texts are sent only to the address that the user gave."""
+    """Turns a redirect into an error, so that key and texts are sent only to the address that the user gave."""
 
     def redirect_request(self, *args: Any) -> None:
         return None

@@ -377,7 +377,7 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """Returns (the header as bytes, padded to the alignment; the alignment). It is validated by parsing it."""
+    """Returns (header as bytes, padded to the alignment; alignment in bytes). The header is parsed, to validate it."""
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -472,7 +472,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
     """Decode a tensor chunk by chunk.
 
     Args:
-        read: function that returns the bytes start .. stop - 1 of the tensor. It is called in ascending order.
+        read: function (start, stop) -> bytes start .. stop - 1 of the tensor, called for one range after the other.
     """
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)

@@ -58,7 +58,7 @@ def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
         what: name of the text in these messages.
 
     Raises:
-        UserError: the text is not such an object.
+        UserError: the text is not a JSON object, or has too many values.
     """
     if other := other_encoding(text):
         raise UserError(f"{location}: {other}")

@@ -1,7 +1,7 @@
 """Readers of tabular data: .json (an array), .jsonl, .csv, .tsv and .parquet files, and Hugging Face hub datasets.
 
-`read` yields whole records. For an invalid record it yields a UserError, instead of raising it, so that callers can
-report all invalid records at once. `jsonl`, `delimited`, `parquet` and `hub` are lower-level functions, for callers
+`read` yields whole records. For an invalid record, `read` yields a UserError, instead of raising it, so that callers
+can report all invalid records at once. `jsonl`, `delimited`, `parquet` and `hub` are lower-level functions, for callers
 that read one column or report errors in more detail.
 """
 
@@ -51,7 +51,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON value strictly (no duplicate keys, no NaN). If it is invalid, return a UserError, not raised."""
+    """Parse a JSON value strictly (no duplicate keys, no NaN). If the text is invalid, return a UserError."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -196,7 +196,8 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the row's first line, cells of the row) for each row that is not blank.
 
-    `dialect` has the formatting parameters of `csv.reader`. After a csv.Error, it is yielded as the last row.
+    `dialect` has the formatting parameters of `csv.reader`. A csv.Error is yielded in place of the
+    cells, and ends the iteration.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
@@ -214,7 +215,7 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
 
 
 def header(row: list[str], location: str) -> list[str]:
-    """Returns the column names in a header row. A column without a name gets one by its position, as "column 2".
+    """Returns the column names in a header row. An unnamed column is named by its position, such as "column 2".
 
     Raises:
         UserError: a column name occurs twice.
@@ -262,7 +263,7 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """Load a split of a dataset of the Hugging Face hub; "" is the split train. Errors of `datasets` are not caught."""
+    """Load a split ("": train) of a dataset on the Hugging Face hub. Errors of `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
