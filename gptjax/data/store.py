@@ -120,9 +120,9 @@ def write(
     """Encode texts, and write their ids to `split`.bin and the starts of documents to `split`.starts.npy.
 
     A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
-    true is preceded by the id of the begin token, unless the previous document ended with the same id, which then is
-    both. Text that looks like a special token is encoded as plain text, so that no text can end its own document.
-    Empty documents are skipped.
+    true is preceded by the id of the begin token, unless the previous document ended with the same id, which then
+    counts as both. Text that looks like a special token is encoded as plain text, so that no text can end its own
+    document. Empty documents are skipped.
 
     Args:
         sources: for each source, (text, begins, ends) of each document, as from `Subset.source`.
@@ -211,7 +211,7 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """Returns the folder root/KEY, whose files are verified, and its manifest. Builds it if it is missing or damaged.
+    """Returns the folder root/KEY, whose files are verified, and its manifest. A missing or damaged folder is built.
 
     Several processes may build at once: each fills a temporary folder, and the first rename wins.
 

@@ -41,7 +41,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def report(probabilities: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns all metrics as a dict that can be written as JSON. probabilities [n, C], labels [n], names of classes."""
+    """Returns all metrics, given probabilities [n, C] and labels [n], as a dict that can be written as JSON."""
     table = confusion(labels, probabilities.argmax(-1), len(names))
     correct, n = int(np.trace(table)), len(labels)
     return {

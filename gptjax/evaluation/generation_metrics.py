@@ -44,7 +44,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, location: str) -> list[str]:
-    """Returns error messages about constraints that are not a valid list of {"kind": .., "value": ..}."""
+    """Returns error messages about what is invalid in a list of constraints {"kind": .., "value": ..}."""
     if not isinstance(constraints, list | tuple):
         return [f"{location}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []

@@ -46,7 +46,7 @@ MAX_SHOWN = 20  # number of problems listed in an error message
 
 CHUNK = 1 << 16  # number of values converted at once, so that they fit in the CPU cache
 
-# name, shape, type, and a function that computes the values
+# a tensor to write: name, shape, type, and a function that computes the values
 NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
@@ -56,9 +56,9 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: str  # a key of TYPES
-    offset: int  # byte offset of the data, from the start of the file
-    size_bytes: int  # size of the stored data
+    type: str  # name of the type, a key of TYPES
+    offset: int  # byte offset of the tensor's data, from the start of the file
+    size_bytes: int  # size of the tensor's data in the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +298,7 @@ class _Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type_id: int
-    offset: int  # byte offset from the start of the data section
+    offset: int  # byte offset of the tensor's data, from the start of the data section
 
 
 def _entry(cursor: _Cursor, index: int) -> _Entry:
@@ -674,7 +674,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # unsupported ggml types, for the error message
+_OTHER = {  # number -> name of ggml types that are not supported, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

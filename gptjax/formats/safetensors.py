@@ -38,7 +38,8 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-MAX_HEADER = MAX_INDEX = 32 << 20  # in bytes; 50,000 tensors take 5 MB (the format allows headers of 100 MB)
+# Maximum size of a header and of an index in bytes. The header of 50,000 tensors has 5 MB; the format allows 100 MB.
+MAX_HEADER = MAX_INDEX = 32 << 20
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -312,7 +312,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # then the first word is paired with a zero word before it
+            odd = len(words) % 2  # 1 if the first word has no partner and is kept as it is
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1
@@ -349,7 +349,7 @@ def _tables() -> tuple[list[int], list[np.ndarray]]:
     crc: np.ndarray = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
-    table = np.stack([crc, byte, byte << 8, byte << 16])  # the map of a state to the state after one zero byte
+    table = np.stack([crc, byte, byte << 8, byte << 16])  # table that advances a CRC state by one zero byte
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]
