@@ -1,6 +1,6 @@
 """The data pipeline, from text to tokens to batches. It uses numpy only and does not import jax.
 
-prepared = data.prepare(cfg)                      tokenizer, token stores of train and val, manifest
+prepared = data.prepare(cfg)                      the tokenizer, token stores of train and val, and a manifest
 loader   = data.Loader(prepared.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)
 batch    = loader.batch(step)                     a pure function of (seed, step)
 for batch in data.eval_batches(prepared.val, context_length=64, batch_size=12): ...

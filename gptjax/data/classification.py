@@ -1,6 +1,6 @@
 """Text classification data: reading, encoding, packing, and batches as a pure function of (seed, step).
 
-data   = read("SMSSpamCollection.tsv")              texts, labels [n], names ("ham", "spam")
+data   = read("SMSSpamCollection.tsv")              texts, labels [n] and the class names ("ham", "spam")
 splits = split_labelled(data, seed=0)               train, val, test; duplicates removed
 train  = encode(splits.train, tokenizer, 120)       token ids and labels
 train  = rows(train)                                tokens [n, T], several texts per row, one segment each
@@ -26,7 +26,7 @@ MOST_CLASSES = 1000
 
 
 class Labelled(NamedTuple):
-    """texts[i] has class names[labels[i]]; labels [n] int32."""
+    """Texts with their classes: texts[i] has the class named names[labels[i]]; labels [n] int32."""
 
     texts: list[str]
     labels: np.ndarray
@@ -45,12 +45,12 @@ class Examples(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of T tokens with up to K texts.
+    """Rows of T tokens, each of which holds up to K texts.
 
     tokens       [n, T] int32
-    segment_ids  [n, T] int32: k + 1 for text k of the row, 0 for padding
-    texts        [n, K] int32: indices of the texts, -1 for none
-    labels       [n, K] int32
+    segment_ids  [n, T] int32: k + 1 for the tokens of text k of the row, 0 for padding
+    texts        [n, K] int32: indices of the row's texts in the data set, -1 where a row has fewer than K texts
+    labels       [n, K] int32: labels of these texts
     """
 
     tokens: np.ndarray
@@ -60,7 +60,9 @@ class Rows(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """tokens, segment_ids [B, T] and labels [B, K] as in `Rows`; weights [B, K] float32, 0 where there is no text."""
+    """A batch of rows: tokens, segment_ids [B, T] and labels [B, K] as in `Rows`; weights [B, K] float32, 1 for a
+    text and 0 where a row has fewer than K texts.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -84,13 +86,14 @@ def read(
     A .tsv without a header has two columns, label and text. Values are not interpreted: "NA" and "null" are texts.
 
     Args:
-        text: column of the text. None: the only column with a usual name.
-        label: column of the label. None: the only column with a usual name.
-        labels: the classes in order. Empty: the labels that occur, sorted.
-        quoted: whether quotes in a .tsv enclose a text, which may span lines, as pandas reads it.
+        text: name of the column with the text. None: the only column with a usual name (`tables.TEXT`).
+        label: name of the column with the label. None: the only column with a usual name (`tables.LABEL`).
+        labels: names of the classes, in the order of their indices. If empty, the labels in the data, sorted.
+        quoted: whether quotes in a .tsv enclose a text, which may then span several lines, as pandas reads it.
 
     Raises:
-        UserError: broken rows, empty texts or unknown labels (the first 20), missing columns, fewer than two classes.
+        UserError: rows are broken, texts are empty or labels are unknown (the first 20 are listed), a column is
+            missing, or there are fewer than two classes.
     """
     rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
     texts: list[str] = []
@@ -169,7 +172,7 @@ def _name(label: str | int) -> str:
 
 
 def balanced(data: Labelled, seed: int) -> Labelled:
-    """Undersample every class, without replacement, to the size of the rarest. The order is kept."""
+    """Undersample every class, without replacement, to the size of the rarest class. The order of texts is kept."""
     rng = np.random.default_rng(seed)
     size = np.min(np.bincount(data.labels, minlength=len(data.names)))
     rows = [rng.permutation(np.flatnonzero(data.labels == k))[:size] for k in range(len(data.names))]
@@ -185,7 +188,8 @@ def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = 
     The beginning-of-text token is added if `tokenizer.add_bos` is set.
 
     Raises:
-        UserError: a prompt without exactly one "{text}", or as long as `max_length`; a text without tokens.
+        UserError: the prompt does not contain "{text}" exactly once, or is too long to leave space for a text, or a
+            text has no tokens.
     """
     affixes = prompt.split("{text}")
     if len(affixes) != 2:
@@ -204,7 +208,10 @@ def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = 
 
 
 def rows(examples: Examples, packed: bool = True) -> Rows:
-    """Rows as long as the longest text, packed first-fit-decreasing, or one text per row in order."""
+    """Arranges the texts in rows of the longest text's length.
+
+    If `packed`, several texts share a row (first-fit decreasing); otherwise each row has one text, in input order.
+    """
     lengths = np.array([len(text_ids) for text_ids in examples.ids])
     width = int(lengths.max())
     places = packing.first_fit(lengths, width) if packed else [(i, 0) for i in range(len(lengths))]
@@ -220,12 +227,15 @@ def rows(examples: Examples, packed: bool = True) -> Rows:
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
-    """The batch of `step`: each row once per epoch, in a new order every epoch. A batch may span two epochs."""
+    """Returns the batch of `step`. Each row occurs once per epoch, in a new order every epoch.
+
+    A batch may contain the last rows of one epoch and the first rows of the next.
+    """
     return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[LabelledBatch]:
-    """All rows once, in order; the last batch is padded with rows of weight 0."""
+    """Yields batches with all rows once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)
@@ -242,12 +252,12 @@ def _batch(rows: Rows, index: np.ndarray) -> LabelledBatch:
 
 
 def majority(train: Labelled, test: Labelled) -> float:
-    """Accuracy on `test` of always predicting the most frequent class of `train`."""
+    """Returns the accuracy on `test` of always predicting the most frequent class of `train`."""
     return float((test.labels == np.argmax(np.bincount(train.labels))).mean())
 
 
 def naive_bayes(train: Labelled, test: Labelled, tokenizer: Tokenizer) -> float:
-    """Accuracy on `test` of multinomial naive Bayes over tokens, with Laplace (add-one) smoothing."""
+    """Returns the accuracy on `test` of multinomial naive Bayes over tokens, with Laplace (add-one) smoothing."""
     counts = [Counter[int]() for _ in train.names]
     for text, k in zip(train.texts, train.labels, strict=True):
         counts[k].update(tokenizer.encode(text))

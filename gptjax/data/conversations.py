@@ -5,8 +5,8 @@
     encoded = encode(talks, tok, context_length=256)
     rows    = packing.packed(encoded, 256)
 
-The loss mask follows the position in the conversation, never token ids: the token that ends an answer is a target,
-although padding or a user turn may hold the same id.
+The loss mask is set by the position of a token in the conversation, never by its id: the token that ends an answer is a
+target, while the same id in the padding or in a user turn is not.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's names of the roles
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's role names -> usual role names
 MAX_PROBLEMS = 20
-RENDER_BATCH = 2048  # texts rendered per process: starting one takes 0.1 s, a text less than 1 ms
+RENDER_BATCH = 2048  # texts rendered per process, as a process takes 0.1 s to start, and a text less than 1 ms
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 class Conversation(NamedTuple):
     """One conversation.
 
-    messages     [system,] user, assistant, user, assistant, ..: {"role": .., "content": ..}. The input of an Alpaca
-                 record is the "input" of the user's message. An answer with "learn" False is excluded from the loss.
-    where        its location in the source, such as rows.jsonl:3
+    messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
+                 in this order. The user's message of an Alpaca record has the record's input under "input". An answer
+                 with "learn" False is excluded from the loss.
+    where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
     """
@@ -48,43 +49,45 @@ class Conversation(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive token ids of a conversation; `learn`: whether they are targets of the loss."""
+    """Consecutive token ids of a conversation. `learn` tells whether they are targets of the loss."""
 
     ids: list[int]
     learn: bool
 
 
 class Unused(NamedTuple):
-    """Usage of an ignored key: the first and the last record that have it, and how many records do."""
+    """Counts the records that have a certain key, which is ignored."""
 
-    first: str
-    records: int
-    last: str
+    first: str  # location of the first record with the key
+    records: int  # number of records with the key
+    last: str  # location of the last record with the key
 
 
 # --- records
 
 
 def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
-    """The conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+    """Reads the conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
-    Each record has one of `FORMATS`. Optional keys of a record: system (system_prompt, system_message), tools,
-    constraints, and history, [[question, answer], ..]. Optional keys of a message: weight (0 or 1) or train (training,
-    loss; true or false), which include an answer in the loss or exclude it. The answers of a prompt that is a list of
-    messages are excluded. Keys of METADATA and empty values are ignored. Keys of UNUSABLE would change the prompt or
-    the loss in an unsupported way: they are an error.
+    Each record has one of `FORMATS`. Optional keys of a record are system (or system_prompt or system_message), tools,
+    constraints, and history, which is [[question, answer], ..]. Optional keys of a message are weight (0 or 1) and
+    train (or training or loss; true or false), which include an answer in the loss or exclude it. If the prompt is a
+    list of messages, the answers in it are excluded. Keys in METADATA and keys with empty values are ignored.
+    Keys in UNUSABLE raise an error, because they would change the prompt or the loss in an unsupported way.
 
     Args:
-        notes: a list that receives a line about all other, ignored keys. None: print it to stderr.
+        notes: a list to which a line is added that names all other keys, which are ignored too. None: print the line
+            to stderr.
 
     Raises:
-        UserError: no such file, or records that are broken, of no known format or without a response: the first 20.
+        UserError: the file does not exist, or records are broken, have no known format or have no response (the first
+            20 are listed).
     """
     return [talk for (talk,) in read_as(source, FORMATS, notes)]
 
 
 def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> list[tuple[Conversation, ...]]:
-    """The conversations of each record: one, or several for formats such as preference pairs. Errors as in `read`."""
+    """Returns the conversations of each record: one, or two for preference pairs. Raises the same errors as `read`."""
     records: list[tuple[Conversation, ...]] = []
     problems: list[str] = []
     unused: dict[str, Unused] = {}
@@ -121,7 +124,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
 
 
 def _report_unused(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
-    """Report the ignored keys of n records in one line."""
+    """Reports the ignored keys of n records in one line, in `notes` or on stderr."""
     if not unused:
         return
     shown = [f"{key} ({use.records:,} of {n:,}, first {use.first})" for key, use in list(unused.items())[:10]]
@@ -136,12 +139,12 @@ def _keys(record: dict) -> str:
     return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
-Turns = list[tuple[str, dict[str, Any]]]  # (location within the record, message); messages are not validated yet
-Parsed = Turns | str  # the messages of one conversation, or an error text
+Turns = list[tuple[str, dict[str, Any]]]  # (location in the record, message) of each turn, not yet validated
+Parsed = Turns | str  # the turns of one conversation, or an error message
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
-Formats = dict[tuple[str, ...], tuple[str, Parse]]  # required keys -> (example, parser)
+Formats = dict[tuple[str, ...], tuple[str, Parse]]  # required keys of a record -> (example of a record, parser)
 
-# Metadata, ignored silently: it is part of neither the prompt nor the answer.
+# Keys that are ignored silently, because metadata is part of neither the prompt nor the answer.
 _METADATA = """
 id idx index uid uuid guid conversation_id conv_id dialogue_id prompt_id question_id message_id parent_id source dataset
 origin subset split category categories topic subject domain task task_type task_name type tags tag keywords language
@@ -183,7 +186,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 def _conversations(
     record: dict, keys: tuple[str, ...], parse: Parse, location: str, unused: dict[str, Unused]
 ) -> tuple[Conversation, ...] | list[str]:
-    """The conversations of a record, or its problems. Ignored keys are added to `unused`."""
+    """Returns the conversations of a record, or else a list of error messages. Adds ignored keys to `unused`."""
     parsed = parse(record)
     parsed = parsed if isinstance(parsed, tuple) else (parsed,)
     known = {*keys, *SYSTEM, "history", "tools", "constraints"} | ({"input"} if keys[0] == "instruction" else set())
@@ -216,7 +219,10 @@ def _conversations(
 def _unused_keys(
     record: dict, known: Collection[str], location: str, unused: dict[str, Unused], prefix: str = ""
 ) -> list[str]:
-    """Problems with keys that are not `known` and must not be ignored; other ignored keys are added to `unused`."""
+    """Returns error messages about the keys that are in UNUSABLE. Adds ignored keys not in METADATA to `unused`.
+
+    Keys in `known` are read elsewhere.
+    """
     problems = []
     for key, value in record.items():
         if key in known or value in (None, "", [], {}):
@@ -231,7 +237,7 @@ def _unused_keys(
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | str:
-    """JSON schemas of functions, from a list or JSON text; or an error text."""
+    """Returns JSON schemas of functions, given as a list or as JSON text; or else an error message."""
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
@@ -243,7 +249,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
 
 
 def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
-    """The turns, preceded by the record's system message and history."""
+    """Returns the turns, preceded by the record's system message and history; or else an error message."""
     start: Turns = []
     if history := record.get("history"):
         if not single_turn:
@@ -266,12 +272,12 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
     return start + turns
 
 
-LOSS_FLAGS = ("weight", "train", "training", "loss")  # as in OpenAI, axolotl, ms-swift
+LOSS_FLAGS = ("weight", "train", "training", "loss")  # keys of OpenAI's fine-tuning API, axolotl and ms-swift
 TURN_KEYS = ("role", "content", "input", *LOSS_FLAGS)
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
-    """Problems with the flags (weight, train) that include an answer in the loss."""
+    """Returns error messages about LOSS_FLAGS, keys of a message that include an answer in the loss or exclude it."""
     problems = []
     for place, message in turns:
         for key, value in _loss_flags(message).items():
@@ -296,7 +302,7 @@ def _learn(message: dict[str, Any]) -> bool:
 
 
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
-    """The messages up to the last answer in the loss: later ones have no effect."""
+    """Returns the messages up to the last answer in the loss, because later messages have no effect."""
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _learn(m))
     messages = []
     for _, message in turns[: last + 1]:
@@ -307,14 +313,14 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
 
 
 def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Record], Parsed]:
-    """Parser of a question and its answer: two strings, or two lists of messages."""
+    """Returns a parser of records with a question and its answer, two strings or two lists of messages."""
 
     def parse(record: tables.Record) -> Parsed:
         if not extra and (isinstance(record[question], list) or isinstance(record[answer], list)):
             prompt, response = turns(question)(record), turns(answer)(record)
             if isinstance(prompt, str) or isinstance(response, str):
                 return prompt if isinstance(prompt, str) else response
-            # answers within a prompt are excluded from the loss
+            # weight 0 excludes the answers within a prompt from the loss
             prompt = [(place, m | {"weight": 0} if m["role"] == "assistant" else m) for place, m in prompt]
             return [*prompt, *response]
         user = {"role": "user", "content": record[question]}
@@ -326,7 +332,10 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
 
 
 def turns(key: str) -> Callable[[tables.Record], Parsed]:
-    """Parser of a list of messages: {"role": .., "content": ..}, or {"from": .., "value": ..}."""
+    """Returns a parser of records with a list of messages under `key`.
+
+    A message is {"role": .., "content": ..} or {"from": .., "value": ..}.
+    """
 
     def parse(record: tables.Record) -> Parsed:
         messages = record[key]
@@ -346,7 +355,7 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 
 
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
-    """Whichever of two synonymous keys is present; if both are, the one that is not null."""
+    """Returns which of two synonymous keys a message has. If both, the key whose value is not null."""
     present = [name for name in names if name in turn]
     if len(present) == 2:
         present = [name for name in present if turn[name] is not None] or present[:1]
@@ -406,16 +415,18 @@ def _text_problem(text: Any) -> str | None:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Span]:
-    """The ids of a conversation as spans inside and outside the loss. The last span is the last answer with its end.
+    """Returns the token ids of a conversation as spans, each inside or outside the loss.
 
-    The ids before an answer are exactly the prompt that the model gets when it generates that answer.
+    The last span is the last answer with its end token. The ids before an answer are exactly the prompt that the model
+    gets when it generates this answer.
 
     Args:
         style: as in `chat.styled`.
 
     Raises:
-        UserError: as in `chat.styled`; a special token inside a message, which could end a turn; a template that
-            renders earlier turns differently when more follow, or that does not support tools where there are some.
+        UserError: as in `chat.styled`, or a message contains a special token, which could end a turn, or the chat
+            template renders earlier turns differently when more follow, or the conversation has tools, which the
+            template does not support.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -423,10 +434,10 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
 def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
-    """`render` of several conversations; a process renders many templates."""
+    """Renders several conversations as `render` does, but faster, as one process renders many of them."""
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
-    assert template is not None and end is not None  # `styled` refuses a tokenizer without them
+    assert template is not None and end is not None  # `chat.styled` refuses tokenizers that lack one of these
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
     return [_encode_spans(spans, tokenizer) for spans in _chat(conversations, tokenizer, end)]
 
@@ -448,18 +459,20 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) ->
 
 
 def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[Span]:
-    """Encode consecutive texts. SentencePiece encodes a text differently at the beginning, and after some special
-    tokens, than in the middle. A span is therefore taken from the encoding of the whole text so far, if that leaves the
-    ids before it unchanged.
+    """Encode the consecutive texts of a conversation as spans.
 
-        <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if " Hello" came alone
+    SentencePiece encodes a text at the beginning, or after some special tokens, differently than in the middle. The ids
+    of a span are therefore taken from the encoding of the whole conversation so far, if the ids before the span are the
+    same there. Otherwise the text of the span is encoded on its own.
+
+        <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
     """
     spans: list[Span] = []
     prefix, ids = "", list[int]()
-    in_context = getattr(tokenizer, "kind", "") == "hf"  # the encoding of other tokenizers does not depend on it
+    in_context = getattr(tokenizer, "kind", "") == "hf"  # other tokenizers encode a text regardless of its context
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, allowed_special="all")  # messages contain none: see _unfit
+        return tokenizer.encode(text, allowed_special="all")  # `_unfit` refuses messages that contain special tokens
 
     for text, learn in texts:
         prefix += text
@@ -476,12 +489,14 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, str]]
-    begin: bool  # add the generation prompt: the text ends where the answer begins
+    begin: bool  # whether to add the generation prompt, so that the text ends where the answer begins
     tools: list[dict[str, Any]] | None = None
 
 
 def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[tuple[str, bool]]]:
-    """(text, learn) of each span. An answer is what the template adds to the prompt, up to and including the end token.
+    """Returns (text, learn) of each span of each conversation.
+
+    An answer is the text that the template adds to the prompt, up to and including the end token.
 
     prompt  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     full    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
@@ -511,7 +526,7 @@ def _answers(talk: Conversation) -> list[int]:
 
 
 def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
-    """Alternating prompts and answers as (text, learn), from (prompt, full text, learn) of each answer."""
+    """Returns alternating prompts and answers as (text, learn), given (prompt, full text, learn) for each answer."""
     spans: list[tuple[str, bool]] = []
     before = ""
     for prompt, full, learn in turns:
@@ -522,16 +537,19 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
                 f"tokens of an answer are not fixed: {longer[-60:]!r} does not begin with {shorter[-60:]!r}; choose "
                 "style alpaca or phi3, or other data (one turn each, without thinking)"
             )
-        answer, _, _ = full[len(prompt) :].partition(end)  # some templates omit the end of the last answer
+        answer, _, _ = full[len(prompt) :].partition(end)  # some templates omit `end` after the last answer
         spans += [(prompt[len(before) :], False), (answer + end, learn)]
-        before = prompt + answer + end  # generation stops here: the rest belongs to the next turn
+        before = prompt + answer + end  # generation stops after `end`, so the rest is in the next prompt
     return spans
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """`chat.apply` of each job, many per process. A batch that fails is bisected down to the jobs that are at fault."""
+    """Renders each job with `chat.apply`, many jobs per process.
+
+    A batch of jobs that fails is halved repeatedly, to find the jobs that cause the error.
+    """
     problems: dict[str, None] = {}
-    builtin = chat.is_builtin(tokenizer.chat_template or "")  # needs no process
+    builtin = chat.is_builtin(tokenizer.chat_template or "")  # a built-in template is rendered without a process
 
     def render_or_bisect(jobs: list[_Job]) -> list[str]:
         if len(problems) >= MAX_PROBLEMS:
@@ -559,16 +577,16 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 
 
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
-    """Limits of time and output length, which grow with the number of jobs and the length of their messages."""
+    """Returns limits of time and output length, which grow with the number of jobs and the length of their messages."""
     n_chars = sum(len(message["content"]) for job in jobs for message in job.messages)
     n_chars += sum(len(text) + 64 for job in jobs for text in chat.strings(job.tools))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * n_chars}
 
 
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Render all jobs with one template that loops over them (passed as `tools`) around the tokenizer's own.
+    """Renders all jobs at once, with one template that loops over them and contains the tokenizer's own template.
 
-    Its output is a JSON line per job.
+    The jobs are passed to this template as `tools`, and its output is a line of JSON per job.
     """
     wrapper = (
         "{% for job_ in tools %}"
@@ -597,19 +615,19 @@ def encode(
 ) -> Encoded:
     """Encode each conversation as one training example. Conversations that are too long are dropped and counted.
 
-    An example of n ids has n - 1 inputs, each with the next id as its target. Its last id (the end of the answer) is
-    only a target, so the example fits if n <= context_length + 1.
+    An example of n ids has n - 1 inputs, each with the next id as its target. The last id, the end of the answer, is
+    only a target, so that the example fits if n <= context_length + 1.
 
-        ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end 1; fits a context of 5
-        weights   0  0  0  1  1  1     loss_on="all": 1 everywhere
+        ids      10 11 12 20 21  1     prompt 10 11 12, answer 20 21, end token 1; fits a context of 5 tokens
+        weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
     Args:
         style: as in `chat.styled`.
-        loss_on: compute the loss on the answers with their ends, or on every token.
-        because: explains context_length in the error raised when nothing fits.
+        loss_on: "response": compute the loss on the answers and their end tokens; "all": on every token.
+        because: text appended to context_length in the error message if nothing fits, to say where the value is from.
 
     Raises:
-        UserError: as in `render`, for up to 20 conversations; no example fits.
+        UserError: as in `render` (the message lists up to 20 conversations), or no conversation fits.
     """
     if loss_on not in ("response", "all"):
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")
@@ -636,7 +654,10 @@ def encode(
 
 
 def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
-    """The text of one example for a terminal, with the spans in the loss in green. Control characters are escaped."""
+    """Returns the text of one example for a terminal, with the spans in the loss in green.
+
+    Control characters are escaped.
+    """
     text = ""
     for span in spans:
         plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in tokenizer.decode(span.ids))

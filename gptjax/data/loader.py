@@ -1,8 +1,8 @@
-"""Training batches as a pure function of (seed, step): there is no iterator state to checkpoint.
+"""Training batches as a pure function of (seed, step), so that there is no iterator state to checkpoint.
 
 With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
-permutation keyed by (seed, epoch) maps it to a start in the token array, so every step can be computed directly, at the
-same cost.
+permutation keyed by (seed, epoch) maps this number to the window's start in the token array, so the batch of any step
+can be computed directly, at the same cost.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MASK_64 = (1 << 64) - 1
 ROUNDS = 3
 FEW = 256  # permutations of at most this many indices are computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches: older checkpoints are then refused
+ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches, so that older checkpoints are refused
 AHEAD = 512  # number of window starts computed at once, because numpy's overhead per call dominates
-ORDER, OFFSET, POSITION, TOKEN = range(4)  # purpose of a random number; part of its key
+ORDER, OFFSET, POSITION, TOKEN = range(4)  # purposes of random numbers; the purpose is part of the hash key
 
 
 class Lane(NamedTuple):
-    """The windows of one source: window j of an epoch starts at begin + offset + j * stride."""
+    """The windows of one data source: window j of an epoch starts at token begin + offset + j * stride."""
 
     begin: int
     n_windows: int
@@ -47,11 +47,11 @@ class Loader:
                       token becomes a target.
     order=sequential  Windows are read from the first to the last, then again from the first.
     stride=n          Windows start every n tokens; the last incomplete batch of an epoch is dropped.
-    weights, temperature   With several sources, they are interleaved deterministically (`mixture.assign`), and each
-                      source has its own epochs. If neither is given, one pass over all sources is an epoch.
+    weights, temperature   If either is given, several sources are interleaved deterministically (`mixture.assign`),
+                      and each source has its own epochs. If neither is given, one pass over all sources is an epoch.
 
-    Batch leaves are [B, T]. segment_ids, positions and weights are None if there is a single document or
-    document_mask=False. Otherwise they are arrays in every batch, so shapes never change during a run.
+    The arrays of a batch are [B, T]. segment_ids, positions and weights are None if there is a single document or
+    document_mask=False. Otherwise they are arrays in every batch, so that shapes never change during a run.
 
     Raises:
         UserError: a source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.
@@ -96,7 +96,7 @@ class Loader:
 
     @property
     def n_windows(self) -> int:
-        """Number of windows per epoch, over all sources."""
+        """The number of windows per epoch, summed over the sources."""
         return sum(lane.n_windows for k, lane in enumerate(self.lanes) if self.shares[k] > 0)
 
     @property
@@ -104,24 +104,25 @@ class Loader:
         return self.n_windows // self.batch_size if self._whole_batches else self.n_windows / self.batch_size
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`, leaves [B, T]."""
+        """Returns the batch of `step`, with arrays of shape [B, T]."""
         return self._rows(step, 1, slice(None))
 
     def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
-        """The k batches from `step` on, stacked: leaves [k, B, T]. Only `rows` of each batch are read and returned."""
+        """Returns the k batches from `step` on, stacked into arrays of shape [k, B, T].
+
+        Only the slice `rows` of each batch is read and returned.
+        """
         flat = self._rows(step, k, rows)
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
-        """Start index in `store.tokens` of each row of the k batches from `step` on, [k * B] int64."""
+        """Returns where in `store.tokens` each row of the k batches from `step` on starts, [k * B] int64."""
         first, n = step * self.batch_size, k * self.batch_size
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
             begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            self._ahead = (
-                begin,
-                starts,
-            )  # one assignment: other threads see either the old or the new pair
+            # one assignment, so that another thread sees either the old or the new pair, never a mixture
+            self._ahead = (begin, starts)
         return starts[first - begin : first - begin + n]
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
@@ -148,7 +149,7 @@ class Loader:
         return start
 
     def _random(self, purpose: int, counters: np.ndarray) -> np.ndarray:
-        """Counter-based random uint64 values from (seed, purpose, counter); the result has the shape of `counters`."""
+        """Returns a random uint64 value per counter, a hash of (seed, purpose, counter), in the shape of `counters`."""
         return _mix(counters.astype(np.uint64) + np.uint64(_mix_int(self.seed ^ _mix_int(purpose + 1))))
 
     def _rows(self, step: int, k: int, rows: slice) -> Batch:
@@ -161,7 +162,10 @@ class Loader:
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replace `mask_tokens` inputs per row, in place, by random other ids: one in each of k equal sections."""
+        """Replace k = `mask_tokens` inputs of every row by random other ids, in place.
+
+        A row is divided into k sections of equal length, and one input of each section is replaced.
+        """
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
         edges = np.arange(k + 1, dtype=np.uint64) * np.uint64(t) // np.uint64(k)
@@ -174,10 +178,10 @@ class Loader:
 def eval_batches(
     store: TokenStore, *, context_length: int, batch_size: int, document_mask: bool = True
 ) -> Iterator[Batch]:
-    """Batches for evaluation: every target of the store once, in non-overlapping windows.
+    """Yields batches for evaluation, in which every target of the store occurs once, in non-overlapping windows.
 
-    Leaves are [B, T], and `weights` is always an array. The last window and the last batch are padded with weight 0 if
-    they are incomplete.
+    The arrays of a batch are [B, T], and `weights` is never None. The last window and the last batch are padded with
+    tokens of weight 0 if they are incomplete.
         6 tokens, T 3, B 1    targets [1 2 3], [4 5 .]    weights [1 1 1], [1 1 0]
     """
     t, n = context_length, len(store)
@@ -197,11 +201,11 @@ def eval_batches(
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
-    """The batch of the windows that start at `starts` [B]. Past the end of the store the last token is repeated.
+    """Returns the batch of the windows that start at `starts` [B]. Past the store's end, its last token is repeated.
 
-    tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; E ends a document and begins the next one
+    tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the next
     targets      8 9 E 3 4 5
-    weights      1 1 1 1 1 1     0 at the end of a document if the next one starts with a separate begin token
+    weights      1 1 1 1 1 1     0 at the end of a document if the next document has its own begin token
     segment_ids  1 1 1 2 2 2
     positions    0 1 2 0 1 2     counted from the start of the document, or of the window if that is later
     """
@@ -231,7 +235,7 @@ def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
-    """SHA-256 of the shapes and bytes of arrays."""
+    """Returns the SHA-256, in hexadecimal, of the shapes and bytes of the arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -239,10 +243,11 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
-    """Indices [B] int64 of the rows in the batch of `step`: each of n rows once per epoch, in a new order every epoch.
+    """Returns the indices [B] int64 of the rows in the batch of `step`.
 
-    Sample i = step * batch_size + b is row i % n of epoch i // n, permuted as `Loader` permutes n windows. A batch may
-    span two epochs.
+    Each of n rows occurs once per epoch, in a new order every epoch: row b of the batch has the number
+    i = step * batch_size + b in the run, and is row i % n of epoch i // n, permuted as `Loader` permutes n windows. A
+    batch may span two epochs.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -250,12 +255,13 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Apply the pseudorandom permutation of range(n) given by `key` to each index: int64, same shape.
+    """Apply the pseudorandom permutation of range(n) given by `key` to each index. The result is int64, same shape.
 
-    For n <= 256 the permutation is the argsort of splitmix64 values from the key: all permutations are equally likely.
-    A larger n uses a Feistel network, which needs no table: an index is split into two digits (mixed radix a, b), and
-    each digit in turn is shifted by a hash of the other, which is invertible for any hash. The domain a * b exceeds n
-    by at most sqrt(n); an output outside of range(n) is permuted again until it falls inside (cycle walking).
+    For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
+    permutations are equally likely. For a larger n it is a Feistel network, which needs no table: an index is split
+    into two digits (mixed radix a, b), and each digit in turn is shifted by a hash of the other digit, a step that is
+    invertible for any hash. The network permutes range(a * b), which exceeds n by at most sqrt(n); an output of n or
+    more is permuted again until it is below n (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -280,7 +286,10 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, key: np.ndarray) -> np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser of a uint64 array (numpy warns about overflow for scalars, but not for arrays)."""
+    """Applies the splitmix64 finaliser, a hash, to each element of a uint64 array.
+
+    The argument is always an array, because numpy warns when scalars overflow, but not when arrays do.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -301,5 +310,5 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one fewer than fit, so that all windows fit at every offset
+    n_windows = max(1, (n - t) // t)  # one window fewer than n tokens hold, so that all fit at any offset
     return Lane(begin, n_windows, t, n - n_windows * t)

@@ -1,9 +1,10 @@
-"""Packing and padding of examples into rows of one length, and batches as a pure function of (seed, step).
+"""Packing and padding of examples into rows of equal length, and batches as a pure function of (seed, step).
 
-Each example is shifted before it is packed, so that no target comes from another example:
+Each example is split into inputs and next-token targets before it is packed, so that no target comes from another
+example:
 
     examples      a b c d E    p q E       lower case: inputs, E: end of the answer
-    tokens        a b c d p q . .          both in one row of 8
+    tokens        a b c d p q . .          both examples in one row of 8 tokens
     targets       b c d E q E . .
     segment_ids   1 1 1 1 2 2 0 0          0: padding, with weight 0
 """
@@ -21,36 +22,44 @@ from gptjax.types import Batch
 
 
 class Encoded(NamedTuple):
-    """Examples as ids [n] int32, and their loss weights as targets, [n] float32 (the first id is never a target)."""
+    """Encoded examples.
+
+    rows     token ids of each example, [n] int32
+    weights  loss weight of each id as a target, [n] float32; that of the first id is not used, as it is no target
+    dropped  number of examples left out because they are longer than the context
+    """
 
     rows: list[np.ndarray]
     weights: list[np.ndarray]
-    dropped: int  # number of examples that did not fit
+    dropped: int
 
 
 class Rows(NamedTuple):
-    """Rows of T tokens, all leaves [n, T]."""
+    """n rows of T tokens; all arrays are [n, T]."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
     weights: np.ndarray  # float32
-    segment_ids: np.ndarray  # int32: from 1 in every row, 0: padding
+    segment_ids: np.ndarray  # int32: 1, 2, .. for the examples of a row, 0 for padding
 
 
 def packed(encoded: Encoded, context_length: int) -> Rows:
-    """Pack whole examples, several per row, by first-fit-decreasing.
+    """Pack whole examples, several per row, by first-fit decreasing.
 
-    Longest first, each example goes into the first row with enough space; equal lengths keep their order.
+    From the longest example to the shortest, each goes into the first row with enough space. Examples of equal length
+    keep their order.
 
     Raises:
         UserError: an example is longer than a row.
-    Source: Johnson (1973); at most 11/9 of the fewest rows possible, plus 6/9: Dosa (2007).
+    Source: Johnson (1973). Dosa (2007) proves that at most 11/9 of the fewest possible rows, plus 6/9, are used.
     """
     return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
 
 def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
-    """One example per row, in order. Rows have `context_length` tokens; None: the length of the longest example.
+    """Returns rows of one example each, in input order, padded to `context_length` tokens.
+
+    If `context_length` is None, rows have the length of the longest example.
 
     Raises:
         UserError: an example is longer than a row.
@@ -61,7 +70,10 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
 
 
 def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
-    """(row, start) of each example by first-fit-decreasing. No example may be longer than a row."""
+    """Returns (row, start within the row) of each example by first-fit decreasing.
+
+    `lengths` [n] are the numbers of inputs of the examples, at most `context_length` each.
+    """
     free = np.full(len(lengths), context_length)
     places = [(0, 0)] * len(lengths)
     first, n_rows, last = 0, 0, None
@@ -76,7 +88,7 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
 
 
 def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
-    """Number of inputs of each example: one less than its ids."""
+    """Returns the number of inputs of each example, which is one less than the number of its ids."""
     lengths = np.array([len(row) - 1 for row in encoded.rows])
     if not len(lengths):
         raise UserError("no examples to make rows of")
@@ -91,7 +103,7 @@ def _lengths(encoded: Encoded, context_length: int | None) -> np.ndarray:
 
 
 def members(places: list[tuple[int, int]]) -> list[list[int]]:
-    """The examples of each row, in order of their start."""
+    """Returns the indices of the examples in each row, in the order of their start."""
     rows: list[list[int]] = [[] for _ in range(1 + max(row for row, _ in places))]
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         rows[places[i][0]].append(i)
@@ -99,7 +111,7 @@ def members(places: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
-    """Write example i at places[i] = (row, start). The examples of a row are contiguous from 0 on."""
+    """Writes example i at places[i] = (row, start). The examples of a row leave no gaps; the padding is at its end."""
     rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)
     for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
@@ -112,17 +124,17 @@ def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
 
 
 def empty(n: int, length: int) -> Rows:
-    """Rows of padding."""
+    """Returns n rows of padding."""
     return Rows(*(np.zeros((n, length), kind) for kind in (np.int32, np.int32, np.float32, np.int32)))
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
-    """The batch of `step`, leaves [B, T]: each row once per epoch, in a new order every epoch."""
+    """Returns the batch of `step`, arrays [B, T]. Each row occurs once per epoch, in a new order every epoch."""
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """All rows once, in order; the last batch is padded with rows of weight 0."""
+    """Yields batches with all rows once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
     filler = empty(-n % batch_size, rows.tokens.shape[1])
     for first in range(0, n, batch_size):
@@ -133,5 +145,5 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
 
 
 def _batch(rows: Rows, index: np.ndarray) -> Batch:
-    """`positions` is None: the model derives them from the segment ids."""
+    """Returns the batch of the rows `index`. Its `positions` are None, as the model derives them from segment_ids."""
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

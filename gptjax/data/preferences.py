@@ -1,4 +1,4 @@
-"""Preference pairs (a chosen and a rejected answer to the same prompt) for DPO, packed into rows of one length.
+"""Preference pairs (a chosen and a rejected answer to the same prompt) for DPO, packed into rows of equal length.
 
     pairs = read("preferences.jsonl")                 {"prompt": .., "chosen": .., "rejected": ..}
     rows_ = rows(encode(pairs, tok, context_length=256), 256)
@@ -6,8 +6,9 @@
 
 Both answers of a pair are in the same row, each as a segment with its own copy of the prompt:
 
-    tokens        a b c a b d   e f g h e f h .       pair 0: prompt "ab", answers "cE" and "dE"
-    segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       pair p: chosen 2 p + 1, rejected 2 p + 2
+    tokens        a b c a b d   e f g h e f h .       pair 0: prompt "ab", answers "cE" and "dE", where E ends an
+    segment_ids   1 1 1 2 2 2   3 3 3 3 4 4 4 0       answer and is only a target; pair p of a row has the segment ids
+                                                      2 p + 1 (chosen) and 2 p + 2 (rejected); 0 is padding
 """
 
 from __future__ import annotations
@@ -29,24 +30,26 @@ RESPONSES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """Two conversations that differ in the last answer only."""
+    """Two conversations that differ only in their last answer."""
 
     chosen: Conversation
     rejected: Conversation
 
 
-Example = tuple[np.ndarray, np.ndarray]  # (ids, weights): weight 1 on the last answer and its end
+Example = tuple[np.ndarray, np.ndarray]  # (ids, loss weights); weight 1 on the last answer and its end token
 
 
 class EncodedPairs(NamedTuple):
-    """pairs[i]: the examples of chosen and rejected of pair i."""
+    """Encoded pairs: pairs[i] holds the chosen and the rejected example of pair i."""
 
     pairs: list[tuple[Example, Example]]
-    dropped: int  # pairs that did not fit
+    dropped: int  # number of pairs left out because they are longer than the context
 
 
 class PairRows(NamedTuple):
-    """Leaves [n, T] as in `packing.Rows`; pairs [n, P] int32: indices of the pairs in each row, -1 for none."""
+    """Rows of pairs: the first four arrays are [n, T], as in `packing.Rows`; pairs [n, P] int32 has the indices of the
+    pairs in each row, filled up with -1.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -56,9 +59,13 @@ class PairRows(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """tokens, targets, segment_ids [B, T] int32, weights [B, T] float32; present [B, P] float32, 0 where there is no
-    pair; reference [B, P, 2] float32: log-probabilities of chosen and rejected under the reference model, 0 if the loss
-    needs none.
+    """A batch of rows of pairs.
+
+    tokens, targets, segment_ids   [B, T] int32
+    weights                        [B, T] float32, the loss weights of the targets
+    present                        [B, P] float32, 1 for a pair, 0 where a row has fewer than P pairs
+    reference                      [B, P, 2] float32, log-probabilities of the chosen and the rejected answer under the
+                                   reference model; 0 if the loss needs no reference model
     """
 
     tokens: Any
@@ -73,7 +80,10 @@ class PairBatch(NamedTuple):
 
 
 def _pair(prompt: str, extra: str = "") -> Parse:
-    """Parser of two answers to a prompt: strings, or lists of messages that may begin with the prompt's messages."""
+    """Returns a parser of records with a prompt and two answers.
+
+    An answer is a string, or a list of messages that may begin with the messages of the prompt.
+    """
 
     def parse(record: Record) -> tuple[Parsed, ...]:
         if any(isinstance(record[response], list) for response in RESPONSES):
@@ -95,7 +105,7 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 
 
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
-    """The messages of the prompt and a response, whose messages may include the prompt's already."""
+    """Returns the messages of the prompt and a response; those of the response may begin with the prompt's."""
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
         return response_turns
@@ -109,7 +119,7 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
         return response_turns
     if contents[0][0] == "assistant":
         return [*prompt_turns, *response_turns]
-    if as_text and ("user", record[prompt]) in contents:  # the prompt is the last question of several turns
+    if as_text and ("user", record[prompt]) in contents:  # the prompt is one of the response's user turns
         return response_turns
     return (
         f"{response}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; "
@@ -138,13 +148,14 @@ FORMATS: Formats = {
 
 
 def read(source: str, notes: list[str] | None = None) -> list[Pair]:
-    """The pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
+    """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
         notes: as in `conversations.read`, which also lists the optional keys of a record.
 
     Raises:
-        UserError: as in `conversations.read`; pairs with different prompts or with equal answers: the first 20.
+        UserError: as in `conversations.read`, or the two conversations of a pair have different prompts or the same
+            answer (the first 20 such pairs are listed).
     """
     pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
     problems = []
@@ -160,7 +171,10 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 
 
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
-    """Pairs from `synthetic.skills`. The rejected answer is a different one, from the next question of the skill."""
+    """Returns pairs made from the questions and answers of `synthetic.skills`.
+
+    The rejected answer is the answer to the next question of the same skill that has a different answer.
+    """
     talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
     for talk in talks:
@@ -185,21 +199,21 @@ def encode(
     context_length: int,
     because: str = "",
 ) -> EncodedPairs:
-    """Encode both conversations of each pair. The loss is on the last answer with its end only, not on earlier answers.
+    """Encode both conversations of each pair. Only the last answer and its end token are in the loss.
 
-    Pairs whose two conversations do not fit in one row are dropped and counted.
+    Pairs whose two conversations together do not fit in `context_length` tokens are dropped and counted.
 
     Args:
-        because: explains context_length in the error raised when nothing fits.
+        because: text appended to context_length in the error message if no pair fits, to say where the value is from.
 
     Raises:
-        UserError: as in `conversations.render`; no pair fits.
+        UserError: as in `conversations.render`, or no pair fits.
     """
     talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
     encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
     examples = []
     for ids, weights in zip(encoded.rows, encoded.weights, strict=True):
-        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # start of the last run of ones
+        last = np.flatnonzero(np.diff(weights, prepend=0) > 0)[-1]  # index of the first token of the last answer
         examples.append((ids, np.where(np.arange(len(weights)) < last, 0, weights).astype(np.float32)))
     all_pairs = list(zip(examples[::2], examples[1::2], strict=True))
     lengths = [sum(len(ids) - 1 for ids, _ in pair) for pair in all_pairs]
@@ -213,7 +227,10 @@ def encode(
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
-    """Rows of `context_length` tokens (None: the longest pair), packed first-fit-decreasing, or one pair per row."""
+    """Arranges the pairs in rows of `context_length` tokens (None: the length of the longest pair).
+
+    If `packed`, several pairs share a row (first-fit decreasing); otherwise each row has one pair, in input order.
+    """
     lengths = np.array([sum(len(ids) - 1 for ids, _ in pair) for pair in encoded.pairs])
     width = context_length or int(lengths.max())
     places = packing.first_fit(lengths, width) if packed else [(i, 0) for i in range(len(lengths))]
@@ -232,16 +249,16 @@ def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool 
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
-    """The batch of `step`: each row once per epoch, in a new order every epoch.
+    """Returns the batch of `step`. Each row occurs once per epoch, in a new order every epoch.
 
     Args:
-        reference: [pairs, 2] reference log-probabilities, see `PairBatch`.
+        reference: log-probabilities [pairs, 2] under the reference model, as in `PairBatch`. None: zeros.
     """
     return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed), reference)
 
 
 def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
-    """All rows once, in order; the last batch is padded with pairs of weight 0."""
+    """Yields batches with all rows once, in order; the last batch is padded with rows whose `present` is 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)

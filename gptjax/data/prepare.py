@@ -1,4 +1,4 @@
-"""Prepare the data of a config: read, split, train or load the tokenizer, encode once, cache on disk."""
+"""Prepares the data of a config: reads and splits text, trains or loads the tokenizer, encodes and caches tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptjax.tokenizers import Tokenizer
 
 
 class Prepared(NamedTuple):
-    """The prepared data. `manifest["key"]` identifies sources, split and tokenizer."""
+    """The prepared data. `manifest["key"]` is a hash of the text of all sources, the split and the tokenizer."""
 
     tokenizer: Tokenizer
     train: TokenStore
@@ -34,18 +34,20 @@ def prepare(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
-    """Encode `cfg.data` with `tokenizer` (None: the one of `cfg.tokenizer`), or load the tokens from the cache.
+    """Encode the text of `cfg.data` with `tokenizer`, or load the tokens from the cache.
 
-    The cache key covers the contents of all sources, the split and the tokenizer, but not the seed: nothing here
-    depends on it. The tokenizer chars is fitted on all text (characters of the validation text need an id too), trained
-    vocabularies on the training text only.
+    The cache key covers the contents of all sources, the split and the tokenizer. The seed is not in the key, because
+    the tokens do not depend on it. The tokenizer chars is fitted on all text, as the characters of the validation text
+    need an id too; the other trained tokenizers are fitted on the training text only.
 
     Args:
-        log: called with a line about each slow step.
-        progress: called with (bytes encoded, total bytes) after each document.
+        tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
+        log: function that is called with a line about each slow step.
+        progress: function that is called with (bytes encoded, total bytes) after each document.
 
     Raises:
-        UserError: unreadable or too little text, or more ids than model.vocab_size.
+        UserError: a text cannot be read, there is too little text, or the tokenizer has more than model.vocab_size
+            ids.
     """
     refuse_missing(cfg)
     train_documents = documents(cfg.data)
@@ -95,10 +97,12 @@ def prepare(
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply that sources and tokenizer exist, before any text is read or downloaded.
+    """Check cheaply that the sources and the tokenizer exist, before any text is read or downloaded.
+
+    With pretrain.base, the tokenizer is that of the base model and is not checked.
 
     Raises:
-        UserError: all missing sources and a missing tokenizer. With pretrain.base the tokenizer is the base model's.
+        UserError: sources or the tokenizer do not exist; the message names all of them.
     """
     problems = [problem for name in (*cfg.data.source, *cfg.data.val_source) if (problem := missing(name))]
     name = cfg.tokenizer.name
@@ -112,10 +116,10 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def check(ready: Prepared, cfg: Config) -> None:
-    """Check that there is enough text for one window, and an embedding for every id.
+    """Check that there is enough text for one window, and a row of the embedding table for every token id.
 
     Raises:
-        UserError: all problems at once.
+        UserError: at least one check fails; the message lists all problems.
     """
     needed, problems = cfg.window + 1, []
     if len(ready.train) < needed:
@@ -139,7 +143,7 @@ def check(ready: Prepared, cfg: Config) -> None:
 
 
 def describe(ready: Prepared, *, context_length: int = 64) -> Iterator[str]:
-    """Lines for `gptjax data inspect`."""
+    """Yields the lines that `gptjax data inspect` prints about the prepared data."""
     manifest, tokenizer = ready.manifest, ready.tokenizer
     yield f"tokenizer   {tokenizer.name}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint[:12]}"
     for source in manifest["sources"]:
@@ -192,7 +196,11 @@ def _describe_sources(documents: Documents) -> list[dict]:
 
 
 def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
-    """Hash of all that the tokens depend on. A trained tokenizer enters by its settings: its text is in the key."""
+    """Returns a hash of all that the tokens depend on.
+
+    A tokenizer that is still to be trained is represented by its settings, as the hash covers the text that it is
+    trained on.
+    """
     data = cfg.data
     if loaded:
         tokenizer: str | list[str | int] = loaded.fingerprint

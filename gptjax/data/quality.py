@@ -1,9 +1,9 @@
 """Quality checks of a data set before training: duplicates, near duplicates, secrets, personal data and outliers.
 
     files  = [records_of("train.jsonl"), records_of("test.jsonl")]
-    report = check(files)                      all findings, with the location of each
+    report = check(files)                      a dict with all findings and their locations
 
-The text of a record is all strings in it, without the keys. In a .txt file each paragraph is a record.
+The text of a record consists of all string values in it, without the keys. In a .txt file each paragraph is a record.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gptjax.files import user_path
 from gptjax.formats import tables
 
 MAX_PROBLEMS = 20
-EXCERPT = 60  # characters of a text shown in the report
-PERMUTATIONS, WORDS = 128, 3  # permutations of MinHash; words per shingle
+EXCERPT = 60  # number of characters of a text that are shown in the report
+PERMUTATIONS, WORDS = 128, 3  # hash permutations per MinHash signature; words per shingle
 OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
 
 
@@ -38,10 +38,10 @@ def records_of(file: str, field: str | None = None) -> Texts:
     """Read the texts of a .txt, .tsv, .csv, .json, .jsonl or .parquet file. Empty records are skipped.
 
     Args:
-        field: key of the text to read. None: all strings of a record.
+        field: key of the text within a record. None: all strings of the record.
 
     Raises:
-        UserError: the file does not exist, has invalid records (the first 20 are named), or has no text.
+        UserError: the file does not exist, has invalid records (the first 20 are listed), or has no text.
     """
     records, problems = [], []
     for location, row in _rows(file):
@@ -96,7 +96,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def exact(texts: Sequence[Texts]) -> list[list[str]]:
-    """Groups of records with the same text up to case and whitespace; each group is a list of locations."""
+    """Returns groups of records with the same text up to case and whitespace; a group is a list of their locations."""
     groups: dict[str, list[str]] = {}
     for file in texts:
         for location, text in file.records:
@@ -105,11 +105,11 @@ def exact(texts: Sequence[Texts]) -> list[list[str]]:
 
 
 def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str, float]]:
-    """Pairs of similar records as (location, location, similarity), most similar first, without exact duplicates.
+    """Returns pairs of similar records as (location, location, similarity), most similar first.
 
-    The similarity is the Jaccard index of the sets of 3-word shingles, and a pair is reported if it is at least the
-    threshold. MinHash (Broder 1997) finds the candidates and may miss a few per cent of the pairs; the similarity of
-    each candidate is then computed exactly.
+    The similarity is the Jaccard index of the records' sets of 3-word shingles (runs of 3 words), and a pair is
+    returned if it is at least the threshold. MinHash (Broder 1997) finds candidate pairs and may miss a few per cent of
+    the similar ones; the similarity of each candidate is then computed exactly. Exact duplicates are left out.
 
     Raises:
         UserError: the datasketch library is not installed.
@@ -164,8 +164,8 @@ def _public(address: str) -> bool:
     return all(octet < 256 for octet in octets) and not private and not (octets[0] == 172 and 16 <= octets[1] < 32)
 
 
-# name -> (regular expression, additional check of a match). Every repetition is bounded: the time to search a text is
-# linear in its length.
+# name -> (regular expression, function that checks a match further, or None). Every repetition in an expression is
+# bounded, so that the time to search a text is linear in its length.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),
@@ -184,9 +184,9 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 
 
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
-    """Possible secrets and personal data: (kind, location, the match with asterisks in place of its middle).
+    """Returns possible secrets and personal data as (kind, location, the match with asterisks in place of its middle).
 
-    A version number with four components, such as 1.2.3.4, is reported as an IP address.
+    The kinds are the names in PATTERNS. A version number of four components, such as 1.2.3.4, counts as an IP address.
     """
     findings = []
     for location, text in (record for file in texts for record in file.records):
@@ -204,7 +204,10 @@ def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
 
 
 def outliers(losses: np.ndarray) -> list[int]:
-    """Indices of the losses more than 3.5 robust standard deviations from the median, the furthest first."""
+    """Returns the indices of the losses more than 3.5 robust standard deviations from the median, furthest first.
+
+    The robust standard deviation is the median absolute deviation, divided by 0.6745.
+    """
     deviation = np.nan_to_num(losses - np.nanmedian(losses))
     robust_std = np.median(np.abs(deviation)) / 0.6745
     score = deviation / robust_std if robust_std > 0 else np.zeros_like(deviation)
@@ -212,7 +215,10 @@ def outliers(losses: np.ndarray) -> list[int]:
 
 
 def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
-    """Size in bytes, SHA-256, records and characters of each file; of an `hf:` data set the last two only."""
+    """Returns the size in bytes, the SHA-256 and the numbers of records and characters of each file.
+
+    For an `hf:` data set there are only the numbers of records and characters.
+    """
     rows = []
     for file in texts:
         counts = {"records": len(file.records), "characters": sum(len(text) for _, text in file.records)}
@@ -229,11 +235,11 @@ def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
 
 
 def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.ndarray | None = None) -> dict[str, Any]:
-    """Run all checks; return the findings as a JSON object.
+    """Run all checks, and return the findings as a dict that can be written as JSON.
 
     Args:
-        threshold: similarity threshold of `near`. None: do not search for near duplicates.
-        losses: loss of every record in nats per token, in order, to report outliers. None: do not report them.
+        threshold: similarity from which `near` reports two records. None: do not search for near duplicates.
+        losses: loss of every record, in order, in nats per token. None: do not search for outliers of the loss.
     """
     records = [record for file in texts for record in file.records]
     text_of = dict(records)

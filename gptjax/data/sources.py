@@ -1,10 +1,11 @@
-"""Text from files, folders, named assets and the Hugging Face hub, read lazily; invalid files are errors.
+"""Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
-A document is a (name, text, group), where group is the file it came from. Names are relative to the path that the user
-gave, so the same corpus has the same names, and the same held-out documents, on every machine. Sources:
+A document is a (name, text, group), where group is the name of the file it came from. Names are relative to the path
+that the user gave, so that the same corpus has the same names, and the same held-out documents, on every machine. The
+sources that data.source may name:
 
-    shakespeare            a named asset (`gptjax.assets.ASSETS`); assets take precedence: write ./shakespeare for a
-                           folder of that name
+    shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
+                           name: write ./shakespeare for the folder
     notes.txt  notes.md    one document
     folder/                its .txt and .md files at any depth; if there are none, its .jsonl, .csv and .parquet files
     rows.jsonl .csv .parquet   one document per row, in the column data.text_field
@@ -35,7 +36,7 @@ MAX_FILES = 1_000_000  # maximum number of files in a folder
 
 
 class Document(NamedTuple):
-    """One text, its name within the source, and the file it came from."""
+    """A text, its name within the source, and the name of the file it came from (`group`)."""
 
     name: str
     text: str
@@ -46,7 +47,7 @@ class Document(NamedTuple):
 class Source:
     """One entry of data.source. Every iteration reads the files again; the text is not kept in memory.
 
-    files: (name, function that reads the documents of the file). fingerprint: hash of the names and contents.
+    files: (name, function that reads the documents) of each file. fingerprint: hash of the file names and contents.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Documents:
-    """All sources of a data set, in the order of data.source."""
+    """All sources of a data set, in the order in which data.source names them."""
 
     sources: tuple[Source, ...]
 
@@ -69,10 +70,10 @@ class Documents:
 
 
 def documents(cfg: DataConfig, names: Iterable[str] | None = None) -> Documents:
-    """Open the sources in data.source, or those in `names`. Files are hashed here, and read during iteration.
+    """Open the sources in data.source, or those in `names`. Files are hashed here, and their text is read on iteration.
 
     Raises:
-        UserError: sources that do not exist or cannot be read; all of them are named.
+        UserError: sources do not exist or cannot be read; the message names all of them.
     """
     names = cfg.source if names is None else names
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -102,7 +103,10 @@ def _open(name: str, cfg: DataConfig) -> Source:
 
 
 def missing(name: str) -> str:
-    """An error message if a file or folder does not exist; "" if it does, or for an asset or a name on the hub."""
+    """Returns an error message if `name` is a file or folder that does not exist.
+
+    Returns "" if the file or folder exists, or if `name` is an asset or a dataset on the hub.
+    """
     if name.startswith("hf:") or name in assets.ASSETS or user_path(name, "data.source").exists():
         return ""
     hint = did_you_mean(name, assets.ASSETS, " Did you mean {!r}?")
@@ -134,7 +138,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """The text files of a folder; if there are none, its .jsonl, .csv and .parquet files. Skips runs of gptjax."""
+    """Returns (name, path) of each .txt and .md file of a folder, or else of its .jsonl, .csv and .parquet files.
+
+    Skips run directories and saved models of gptjax.
+    """
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
     if folder.resolve() in (Path(folder.resolve().anchor), Path(os.path.expanduser("~")).resolve()):
@@ -152,7 +159,9 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _walk(name: str, folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
-    """The files of a folder at any depth. Follows symbolic links; skips hidden files and runs of gptjax.
+    """Yields the files of a folder at any depth.
+
+    Follows symbolic links. Skips hidden files, and run directories and saved models of gptjax.
 
     Raises:
         UserError: a symbolic link is broken, or leads back to a folder that contains it.
@@ -219,7 +228,10 @@ def _no_field(location: str, field: str, fields: Iterable[str]) -> str:
 
 
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
-    """Rows of a CSV file with a header. Values are not interpreted: NA and null are texts, numbers stay as written."""
+    """Yields a document per row of a CSV file with a header.
+
+    Values are not interpreted: NA and null are texts, and numbers stay as written.
+    """
     header: list[str] = []
     for start, row in tables.delimited(tables.lines(path), strict=True):
         location = f"{path}:{start}"
@@ -278,8 +290,8 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 def _open_hub(name: str, cfg: DataConfig) -> Source:
     """Open a dataset on the hub, hf:org/name[:config][@split]; the default split is train.
 
-    data.streaming=true downloads only the first data.max_documents rows. They are stored as .jsonl in the cache
-    folder, so a rerun reads the same text and needs no network.
+    data.streaming=true downloads only the first data.max_documents rows. These are stored as .jsonl in the cache
+    folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
@@ -296,7 +308,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    except Exception as error:  # no network, unknown name, unknown config: all are user errors
+    except Exception as error:  # such as no network, an unknown name or config: the user can fix these
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
     if columns is not None and cfg.text_field not in columns:
@@ -340,7 +352,7 @@ def _hub_error(name: str, error: Exception) -> UserError:
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """The folder of the token cache and of streamed rows: data.cache_dir, or the user's cache folder."""
+    """Returns the folder for encoded tokens and streamed rows: data.cache_dir, or the user's cache folder."""
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else assets.cache_dir()
 
 

@@ -1,8 +1,10 @@
 """Train, validation and test splits for every kind of data.
 
-split_documents   pretraining           the tail of each file, whole documents or files; or a separate source
-split_labelled    classification        stratified by class, grouped by equal texts, or as in the book
-split_records     instructions, pairs   the end of a file; synthetic skills by `is_held_out`
+split_documents   pretraining           holds out the tail of each file, or whole documents or files
+split_labelled    classification        splits stratified by class, grouped by equal texts, or as in the book
+split_records     instructions, pairs   splits a file in order, or synthetic questions by `is_held_out`
+
+The book is "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-HELD_OUT = 80, 200  # most synthetic questions for validation and test: each one is answered by generation
-ONE_OF = 5  # one in so many words of the synthetic skills is held out
+HELD_OUT = 80, 200  # maximum numbers of synthetic questions for validation and test, as their answers must be generated
+ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out from training
 
 
 # --- pretraining
@@ -38,7 +40,8 @@ class Subset:
     """The training or the held-out subset of documents.
 
     n_documents  number of documents of all sources, before the split
-    cuts         cuts[k][i]: number of characters of document i of source k that are for training; None: no split
+    cuts         cuts[k][i]: number of characters at the start of document i of source k that are for training, while
+                 the rest is held out; None: the documents are not split
     """
 
     documents: Documents
@@ -50,10 +53,11 @@ class Subset:
         return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
 
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
-        """(document, begins, ends) of source k: whether the text starts and ends where the document does.
+        """Yields (document, begins, ends) for each document of source k that has text in this subset.
 
-        A held-out tail does not begin and the text before it does not end. Both are false in a corpus of a single
-        document: its only beginning and end could not be learned.
+        `begins` and `ends` tell whether this text starts and ends where the document does: a held-out tail does not
+        begin, and the text before it does not end. In a corpus of a single document both are false, because a model
+        cannot learn from one example where documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -70,15 +74,20 @@ class Subset:
 def split_documents(
     documents: Documents, cfg: DataConfig, val: Documents | None = None
 ) -> tuple[Subset, Subset, list[dict]]:
-    """(train, val, how). Each source is split separately, so that val represents all of them.
+    """Returns (train, val, how). Each source is split separately, so that val represents all of them.
+
+    data.split says what is held out for val:
 
     tail      the last val_fraction of the characters of each file
-    document  whole documents, in the order of a hash of their names, up to the number of bytes closest to
-              val_fraction. It depends on neither the seed nor the order, so runs with different seeds compare.
-    file      the same with whole files
-    auto      document for sources with 10 or more documents, else tail
-    none      no split: `val`, the documents of data.val_source, is given
-    `how` describes the split of each source: source, split, documents, bytes and the names held_out (the first 100).
+    document  whole documents, in the order of a hash of their names, until their bytes are as close to val_fraction of
+              all bytes as possible. The choice depends on neither the seed nor the order of the documents, so runs
+              with different seeds can be compared.
+    file      whole files, chosen in the same way
+    auto      as document for a source with 10 or more documents, else as tail
+
+    If `val`, the documents of data.val_source, is given, nothing is held out, and the split is called none.
+    `how` has a dict per source, with the keys source, split, documents, bytes and, unless the split is none, held_out:
+    the names of the first 100 documents or files that are held out, at least in part.
     """
     if val is not None:
         how, counts = [], [0, 0]
@@ -97,7 +106,7 @@ def split_documents(
 
 
 class Sizes(NamedTuple):
-    """Per document: name, length in characters and bytes, and the index of its file."""
+    """The name of each document, its length in characters and in bytes, and the index of its file."""
 
     names: list[str]
     characters: np.ndarray
@@ -109,7 +118,7 @@ def measure(source: Source) -> Sizes:
     """Measure all documents of a source in one pass over the text, which also validates it.
 
     Raises:
-        UserError: unreadable files (the first 10).
+        UserError: files cannot be read (the first 10 are listed).
     """
     names: list[str] = []
     sizes: list[tuple[int, int, int]] = []
@@ -158,7 +167,10 @@ def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
-    """Cut each file after int((1 - fraction) * characters), wherever in a document that is."""
+    """Cuts each file after int((1 - fraction) * characters), even inside a document.
+
+    Returns the number of characters of each document before the cut, [n] int64.
+    """
     totals = np.bincount(sizes.groups, sizes.characters) if len(sizes.names) else np.zeros(1)
     begin = np.cumsum(sizes.characters) - sizes.characters
     first = np.r_[0, np.cumsum(totals)][sizes.groups]
@@ -167,7 +179,10 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 
 
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Mask [n] bool of the `names` to hold out: at least one, never all."""
+    """Returns a mask [n] bool of the `names` to hold out, at least one and never all.
+
+    Takes names, in the order of their hashes, while they bring their share of the `sizes` closer to `fraction`.
+    """
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
     chosen = np.zeros(len(names), bool)
@@ -189,7 +204,7 @@ def _hash(name: str) -> bytes:
 
 
 class LabelledSplits(NamedTuple):
-    """leaked: number of texts of val and test that are also in train."""
+    """Training, validation and test texts. leaked: number of texts of val and test that are also in train."""
 
     train: Labelled
     val: Labelled
@@ -208,15 +223,19 @@ def split_labelled(
     """Split labelled texts into train, validation and test.
 
     stratified  each class is split by `fractions`
-    grouped     equal texts are always in the same split, also without deduplication
-    book        chapter 6 of the book: balanced, shuffled with pandas and its seed, cut at its own fractions
+    grouped     all texts are split by `fractions`, but equal texts are always in the same split
+    book        as in chapter 6 of the book: the classes are undersampled to equal size, shuffled with pandas and the
+                book's seed, and split by the book's fractions (`fractions` and `seed` are not used)
 
     Args:
-        deduplicate: keep only the first of texts that are equal up to case and whitespace. With `book` this happens
-            after the split: repetitions are removed from each split, and texts of train from val and test.
+        how: the kind of split, see above.
+        fractions: proportions of train, validation and test.
+        deduplicate: whether to keep only the first of several texts that are equal up to case and whitespace. With
+            `book` the texts are deduplicated after the split: duplicates are removed within each split, and texts that
+            also occur in an earlier split are removed from validation and test.
 
     Raises:
-        UserError: an empty split, or a class without training texts.
+        UserError: a split is empty, or a class has no training texts.
     """
     seen: set[str] = set()
     if how == "book":
@@ -243,12 +262,12 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """The text in lower case with single spaces: texts with equal results count as duplicates."""
+    """Returns the text in lower case with single spaces. Texts with equal results count as duplicates."""
     return " ".join(text.casefold().split())
 
 
 def _unseen(texts: Sequence[str], seen: set[str]) -> list[int]:
-    """Indices of the texts that are not in `seen`; their normalised texts are added to it."""
+    """Returns the indices of the texts whose normalised form is not in `seen`, and adds these forms to `seen`."""
     rows = []
     for i, text in enumerate(texts):
         if (key := normalized(text)) not in seen:
@@ -282,9 +301,9 @@ def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generato
 
 
 def _book(data: Labelled) -> list[np.ndarray]:
-    """Undersample the common class, append the rare one, shuffle, and cut at 70 and 80 per cent.
+    """Undersample the common class, append the rare class, shuffle, and cut at 70 and 80 per cent.
 
-    Source: the book's code for chapter 6, with the same pandas calls and seed.
+    Source: the book's code for chapter 6; the pandas calls and the seed are the same.
     """
     import pandas
 
@@ -320,12 +339,14 @@ def split_records(
     made: Callable[..., list[T]],
     notes: list[str] | None = None,
 ) -> Splits[T]:
-    """Split the records of a file in order into train, test, validation, as the book does. Without a source, make
-    synthetic skills: validation and test ask about words and numbers that training never shows.
+    """Split the records of the file settings.source, in order, into train, test and validation, as the book does.
+
+    If settings.source is None, make synthetic records instead. The records of validation and test are then about words
+    and numbers that never occur in training.
 
     Args:
-        read: (source, notes) -> records.
-        made: (n, seed, held_out) -> synthetic records.
+        read: function (source, notes) -> records.
+        made: function (n, seed, held_out) -> n synthetic records.
         notes: as in `conversations.read`.
     """
     if settings.source is None:
@@ -348,7 +369,7 @@ def split_records(
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a subject of the synthetic skills (a word, "3 + 4", "9 - 2", "7 meters") is held out from training."""
+    """Whether a subject of synthetic questions (a word, "3 + 4", "9 - 2", "7 meters") is held out from training."""
     return _hash(key)[0] % ONE_OF == 0
 
 

@@ -1,8 +1,8 @@
-"""The on-disk token cache: the token ids of each split as a memory-mapped array.
+"""The on-disk token cache, which holds the token ids of each split as an array that is memory-mapped.
 
     tokens/KEY/  train.bin  train.starts.npy  val.bin  val.starts.npy  tokenizer.json  manifest.json
 
-A folder appears atomically by one rename, with its manifest written last: a reader sees all of it or nothing.
+A complete folder appears atomically, by one rename, so that a reader sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from gptjax.files import json_sha256, sha256, sync, umask, write_text
 from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
-STALE_S = 24 * 3600  # an unfinished folder this old belongs to a process that died
-PARTIAL = re.compile(
-    r"\.partial-([0-9a-f]{12}|damaged)-\w{8}"
-)  # the names that `build` gives; others may be the user's
+STALE_S = 24 * 3600  # seconds after which an unfinished folder is deleted, as the process that wrote it must have died
+# names that `build` gives to unfinished folders; folders with other names may be the user's
+PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")
 FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
 FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
 
@@ -43,9 +42,11 @@ class TokenStore:
     tokens         [N] uint16 or uint32, memory-mapped if loaded from disk
     doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
     source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
-    n_bytes        UTF-8 bytes of the text, for bits per byte
-    begin_id       the token that every document begins with: its own first token, or shared with the previous
-                   document if that ends with the same token. None: documents begin with their text
+    n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
+    fingerprint    hash of the contents
+    begin_id       id of the begin token, which precedes the text of every document. The begin token is the document's
+                   first token, or the last token of the previous document, if that is the same id. None: there is no
+                   begin token
     """
 
     tokens: np.ndarray
@@ -63,7 +64,10 @@ class TokenStore:
         return len(self.source_starts) - 1
 
     def begins_before(self, documents: np.ndarray) -> np.ndarray:
-        """Whether each of `documents` (indices, int64) shares its begin token with the previous document: bool."""
+        """Returns, for each document, whether its begin token is the last token of the previous document.
+
+        `documents` are indices, int64; the result is bool, of the same shape.
+        """
         if self.begin_id is None:
             return np.zeros(documents.shape, bool)
         first = self.doc_starts[documents]
@@ -72,7 +76,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """Number of targets: tokens of the text and end tokens, without tokens that only begin a document."""
+        """The number of targets: tokens of the text and end tokens, but not tokens that only begin a document."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -85,9 +89,10 @@ class TokenStore:
         n_bytes: int = 0,
         begin_id: int | None = None,
     ) -> TokenStore:
-        """A store in memory, for notebooks and tests.
+        """Makes a store in memory, for notebooks and tests.
 
-        If `begin_id` is None and all documents end with the same token, they begin with it too, as on disk.
+        If `begin_id` is None and all documents end with the same token, this is also their begin token, as it is in a
+        store on disk.
         """
         ids = np.asarray(ids)
         tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
@@ -101,7 +106,7 @@ class TokenStore:
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """uint16 if every id fits, else uint32."""
+    """Returns uint16 if it can hold every id, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -112,18 +117,19 @@ def write(
     tokenizer: Tokenizer,
     progress: Callable[[int], None],
 ) -> dict:
-    """Encode texts into `split`.bin and `split`.starts.npy.
+    """Encode texts, and write their ids to `split`.bin and the starts of documents to `split`.starts.npy.
 
-    A document that ends is followed by the end-of-text id, if the tokenizer has one. A document that begins is preceded
-    by `begin_id`, unless the end-of-text id of the previous document is the same and serves as both. Text that looks
-    like a special token is encoded as plain text: a corpus cannot end its own document. Empty documents are skipped.
+    A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
+    true is preceded by the id of the begin token, unless the previous document ended with the same id, which then
+    counts as both. Text that looks like a special token is encoded as plain text, so that no text can end its own
+    document. Empty documents are skipped.
 
     Args:
-        sources: (text, begins, ends) of each document of each source.
-        progress: called with the bytes of each encoded document.
+        sources: for each source, (text, begins, ends) of each document, as from `Subset.source`.
+        progress: function that is called with the number of UTF-8 bytes of each document, once it is encoded.
 
     Returns:
-        The split's entry of the manifest.
+        The entry of this split in the manifest.
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
     starts, source_starts, shared = array("q"), [0], False
@@ -166,7 +172,7 @@ def write(
 def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -> TokenStore:
     entry = manifest[split]
     path, dtype = folder / f"{split}.bin", np.dtype(entry["dtype"])
-    # A plain array over the memory map: indexing an np.memmap costs several microseconds per call.
+    # A plain array that shares the memory map, because indexing an np.memmap costs several microseconds per call.
     tokens = np.asarray(np.memmap(path, dtype, "r")) if entry["tokens"] else np.zeros(0, dtype)
     return TokenStore(
         tokens,
@@ -179,14 +185,14 @@ def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically, with its own SHA-256 inside."""
+    """Write manifest.json atomically, with a SHA-256 of its contents in it."""
     body = dict(manifest, version=VERSION)
     body["manifest_sha256"] = _manifest_hash(body)
     write_text(folder / "manifest.json", json.dumps(body, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
-    """(manifest, "") if every file has its recorded hash, else (None, the problem)."""
+    """Returns (manifest, "") if every file has the hash that the manifest records, else (None, the problem)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["manifest_sha256"] != _manifest_hash(manifest):
@@ -205,12 +211,16 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """The verified folder root/KEY and its manifest. `make(folder) -> manifest` fills a missing or damaged folder.
+    """Returns the folder root/KEY, whose files are verified, and its manifest. A missing or damaged folder is built.
 
     Several processes may build at once: each fills a temporary folder, and the first rename wins.
 
+    Args:
+        make: function that writes all files into the folder it is given, and returns the manifest.
+
     Raises:
-        UserError: the folder cannot be written (no space, no permission), or a damaged folder contains foreign files.
+        UserError: the folder cannot be written (no space, no permission), or a damaged folder contains files that
+            gptjax did not write.
     """
     folder = root / key
     if folder.exists():
@@ -230,7 +240,7 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         manifest, problem = verify(partial)
         if not manifest:
             raise UserError(f"the tokens just written to {root} cannot be read back ({problem}): check the disk")
-        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes it private, but a cache may be shared
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes folders private, but the cache may be shared
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error
@@ -246,12 +256,12 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        existing, _ = verify(folder)  # another process was first, or a damaged folder is in the way
+        existing, _ = verify(folder)  # the folder exists: another process was first, or it is damaged
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # another process moved it
-            os.rename(folder, trash / "tokens")  # processes that have it open keep their files
+        with contextlib.suppress(FileNotFoundError):  # raised if another process has moved the folder
+            os.rename(folder, trash / "tokens")  # processes that have its files open can still read them
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 

@@ -1,11 +1,11 @@
-"""Synthetic instruction data with exact answers: the default of a run without instruct.source.
+"""Synthetic questions with exact answers, on which a run without instruct.source is fine-tuned.
 
     skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
-    skills(4, seed=0, held_out=True)    the same kinds of questions, about words and numbers that are not in training
+    skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
 
-A hash assigns every word, pair of numbers and measure either to training or to the held-out questions, independently
-of the seed. Questions about spelling give the letters separately: a small model cannot learn from other words how to
-spell a word that is a single token.
+A skill is a type of question, such as forming a plural. A hash assigns every word, pair of numbers and measure (such as
+7 meters) either to training or to the held-out questions, independently of the seed. Questions about spelling give the
+letters separately, because a small model cannot learn from other words how to spell a word that is a single token.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from gptjax.data.conversations import Conversation
 from gptjax.data.split import is_held_out
 from gptjax.errors import UserError
 
-ATTEMPTS = 100  # number of tries to find a question that is not used yet
+ATTEMPTS = 100  # maximum number of random draws to find a question that is not used yet
 VOWELS = "aeiou"
-LETTERS = 5  # longest word whose letters are to be counted
-LARGEST = 12  # largest number to add or subtract
+LETTERS = 5  # length of the longest word in a question that asks for the number of letters
+LARGEST = 12  # largest number in a question that asks for a sum or difference
 
 # Nouns of 3 to 8 letters whose plural is regular. Words that occur in the questions, such as "letter", are left out.
 NOUNS = """
@@ -46,7 +46,7 @@ tube tunnel turkey turtle uncle valley vase vest village violin wagon wall walle
 wing wire witch world worm year zebra
 """
 WORDS = tuple(NOUNS.split())
-MEASURES = (  # larger unit, smaller unit, smaller units per larger one
+MEASURES = (  # larger unit, smaller unit, number of smaller units per larger unit
     ("meters", "centimeters", 100),
     ("kilometers", "meters", 1000),
     ("kilograms", "grams", 1000),
@@ -58,7 +58,8 @@ MEASURES = (  # larger unit, smaller unit, smaller units per larger one
 class Task(NamedTuple):
     """The values that a question is formatted with, and its answer.
 
-    The hash of `key` decides whether the question is held out. "": its words are already of the right kind.
+    The hash of `key` decides whether the question is held out. If `key` is "", the question needs no such check,
+    because its words were drawn from the right set, training or held-out.
     """
 
     slots: dict[str, str]
@@ -67,14 +68,14 @@ class Task(NamedTuple):
 
 
 class Skill(NamedTuple):
-    """A kind of question: a function that draws a `Task`, and different wordings of the question."""
+    """A type of question: a function that draws a random `Task`, and different wordings of the question."""
 
     make: Callable[[random.Random, list[str]], Task]
     phrasings: tuple[str, ...]
 
 
 def plural(noun: str) -> str:
-    """The regular plural: cats, boxes, ladies."""
+    """Returns the regular plural of a noun, as in cats, boxes, ladies."""
     if noun.endswith("y") and noun[-2] not in VOWELS:
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -191,14 +192,14 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """n questions with their answers; the numbers of questions per skill differ by at most one.
+    """Returns n questions with their answers. The numbers of questions per skill differ by at most one.
 
-    `where` of a conversation names the skills: "plural:17" is question 17. A question is repeated only if `ATTEMPTS`
-    draws in a row gave questions that are used already.
+    `where` of a conversation names the skill and number of its questions: "plural:17" is question 17, about a plural.
+    A question is repeated only if `ATTEMPTS` draws in a row gave questions that are used already.
 
     Args:
-        held_out: questions about the held-out words and numbers instead of those for training.
-        turns: maximum number of questions per conversation; the number is uniform in 1 .. turns.
+        held_out: whether to ask about the held-out words and numbers instead of those for training.
+        turns: maximum number of questions per conversation; their number is drawn uniformly from 1 .. turns.
 
     Raises:
         UserError: n is below 1.

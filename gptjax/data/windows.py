@@ -1,4 +1,4 @@
-"""Sliding windows over token ids: inputs and next-token targets."""
+"""Cuts token ids into sliding windows of inputs and next-token targets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """Number of full windows of `length` inputs and their targets, one every `stride` tokens."""
+    """Returns the number of windows, of `length` inputs and their targets each, that start every `stride` tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
 def windows(
     ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `ids` [N] into inputs and targets, both [n, length]; read-only views if `ids` is an array.
+    """Cut `ids` [N] into inputs and targets, both [n, length]. If `ids` is an array, both are read-only views of it.
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
-    With `drop_last=False`, remaining tokens get one more full window that ends at the last token.
+    With `drop_last=False`, tokens that remain at the end get one more full window, which ends at the last token and
+    overlaps the window before it.
 
     Raises:
-        UserError: fewer than length + 1 ids, or length or stride below 1.
+        UserError: there are fewer than length + 1 ids, or length or stride is below 1.
     Source: the counts and tables of "Build a Large Language Model (From Scratch)", chapter 2.6.
     """
     if length < 1 or stride < 1:

@@ -1,4 +1,4 @@
-"""Metrics of a classifier: accuracy with its confidence interval, F1, calibration error and confusion matrix."""
+"""Metrics of a classifier: accuracy with a confidence interval, F1, calibration error and confusion matrix."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from gptjax.evaluation.intervals import interval
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Confusion matrix, [n_classes, n_classes] int64: rows are the true classes, columns the predicted ones."""
+    """Returns the confusion matrix [n_classes, n_classes] int64. Rows are true classes, columns predicted classes."""
     table = np.zeros((n_classes, n_classes), np.int64)
     np.add.at(table, (labels, predicted), 1)
     return table
 
 
 def f1(table: np.ndarray) -> np.ndarray:
-    """F1 score of each class, [n_classes]: 2 tp / (2 tp + fp + fn); 0 if a class neither occurs nor is predicted."""
+    """Returns the F1 score of each class, [n_classes], from a confusion matrix: 2 tp / (2 tp + fp + fn).
+
+    tp, fp and fn are the numbers of true positives, false positives and false negatives of the class. The score is 0 if
+    the class neither occurs nor is predicted.
+    """
     correct = np.diag(table)
     return 2 * correct / np.maximum(table.sum(0) + table.sum(1), 1)
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over bins of confidence, weighted by their sizes.
+    """Returns the expected calibration error: the mean of |accuracy - confidence| over bins of equal width.
 
-    The bins have equal width. Source: arXiv:1706.04599, eq. 3.
+    A prediction falls into a bin by its confidence, and a bin is weighted by its number of predictions.
+    Source: arXiv:1706.04599, eq. 3.
     """
     confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -36,7 +41,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def report(probabilities: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """All metrics as a JSON object. probabilities [n, C], labels [n]."""
+    """Returns all metrics, given probabilities [n, C] and labels [n], as a dict that can be written as JSON."""
     table = confusion(labels, probabilities.argmax(-1), len(names))
     correct, n = int(np.trace(table)), len(labels)
     return {

@@ -15,7 +15,7 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-Row = dict[str, Any]  # keys: where, prompt, expected, answer, nats, tokens; optional: system, history, constraints
+Row = dict[str, Any]  # keys: where, prompt, expected, answer; optional: nats, tokens, system, history, constraints
 MAX_PROBLEMS = 20
 
 
@@ -23,8 +23,8 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-# Verifiable constraints on an answer, after IFEval (arXiv:2311.07911, table 3):
-# kind -> (type of the value, function that takes the answer and the value and tells whether the constraint is met)
+# Verifiable constraints on an answer, after IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to (type
+# of its value, function (answer, value) -> whether the answer meets the constraint).
 CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
     "max_words": (int, lambda text, n: len(text.split()) <= n),
@@ -44,7 +44,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, location: str) -> list[str]:
-    """Error messages about constraints, which must be a list of {"kind": .., "value": ..}."""
+    """Returns error messages about what is invalid in a list of constraints {"kind": .., "value": ..}."""
     if not isinstance(constraints, list | tuple):
         return [f"{location}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []
@@ -65,10 +65,10 @@ def is_met(answer: str, constraint: dict[str, Any]) -> bool:
 
 
 def read(path: str) -> list[Row]:
-    """Read the answers in a responses.jsonl.
+    """Read the answers in a file responses.jsonl, as `gptjax finetune instruct` writes it.
 
     Raises:
-        UserError: the file does not exist, has no answers, or has invalid lines (the first 20 are named).
+        UserError: the file does not exist, has no answers, or has invalid lines (the first 20 are listed).
     """
     rows, problems = [], []
     for location, row in tables.read(path):
@@ -87,7 +87,7 @@ def read(path: str) -> list[Row]:
 
 
 def _check_optional(row: Row, location: str) -> list[str]:
-    """Error messages about keys that older files lack: nats and tokens (both or neither), history, system."""
+    """Returns error messages about the optional keys nats and tokens (both or neither), history and system."""
     problems, turns = [], row.get("history", [])
     nats: Any = row.get("nats")
     tokens: Any = row.get("tokens")
@@ -105,14 +105,14 @@ def _check_optional(row: Row, location: str) -> list[str]:
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Metrics of the answers, averaged over rows. Each proportion has a 95 % interval under NAME_interval.
+    """Returns metrics of the answers, averaged over rows. A proportion NAME has its 95 % interval in NAME_interval.
 
-    exact            proportion of answers that equal the expected one, ignoring whitespace around them
-    normalised       the same, also ignoring case, all differences in whitespace and a full stop at the end
-    token_f1         mean F1 score of the words (arXiv:1606.05250, section 4.1, but articles count)
-    nats_per_token   loss of the expected answers, if rows have nats and tokens
+    exact            proportion of answers that equal the expected answer, ignoring whitespace around them
+    normalised       the same proportion, ignoring also case, all differences in whitespace and full stops at the end
+    token_f1         mean F1 score of the answers' words (arXiv:1606.05250, section 4.1, except that articles count)
+    nats_per_token   mean loss of the expected answers' tokens, if rows have nats and tokens
     constraints      proportion of constraints that are met, if rows have constraints
-    all_constraints  proportion of the rows with constraints that meet all of theirs
+    all_constraints  proportion of rows whose answer meets all constraints, among the rows that have constraints
     """
 
     def plain(text: str) -> str:
@@ -134,12 +134,15 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
-    """{name: mean of the wins, name_interval: its Wilson interval}. A win is 1, a loss 0 and a tie 0.5."""
+    """Returns {name: mean of `wins`, name_interval: its Wilson interval}. A win is 1, a loss 0 and a tie 0.5."""
     return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """F1 score of the words of the answer, as bags of words; case and punctuation are ignored."""
+    """Returns the F1 score of the answer's words against the expected words, both taken as bags of words.
+
+    Case and punctuation are ignored.
+    """
     actual, wanted = (
         Counter(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
         for text in (answer, expected)
@@ -150,10 +153,12 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
-    """How often the expected answer is more likely in `rows` than in `others`; a tie counts as half a win.
+    """Returns how often the expected answer is more likely under the model of `rows` than under that of `others`.
+
+    A tie counts as half a win.
 
     Raises:
-        UserError: the two have no question in common, or one of them has no nats.
+        UserError: `rows` and `others` have no question in common, or a row lacks nats.
     """
     if not all("nats" in row for row in (*rows, *others)):
         raise UserError(
@@ -167,7 +172,10 @@ def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
 
 
 def side_by_side(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> str:
-    """A Markdown table with one row per question: the expected answer and that of each run, in bold if it is exact."""
+    """Returns a Markdown table with a row per question: the question, the expected answer and the answer of each run.
+
+    An answer that equals the expected answer is in bold.
+    """
 
     def cell(text: str) -> str:
         return text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")

@@ -9,14 +9,17 @@ import numpy as np
 
 
 def interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's confidence interval of a proportion, successes out of n (Wilson 1927); 95 % for z = 1.96."""
+    """Returns Wilson's confidence interval (Wilson 1927) of the proportion successes / n, at 95 % for z = 1.96."""
     p, s = successes / n, z * z / n
     center, half_width = (p + s / 2) / (1 + s), z * math.sqrt(p * (1 - p) / n + s / (4 * n)) / (1 + s)
     return center - half_width, center + half_width
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """(mean, lower, upper): the mean and its 95 % confidence interval by Student's t, None for a single value."""
+    """Returns (mean, lower, upper), the mean and its 95 % confidence interval by Student's t distribution.
+
+    For a single value, lower and upper are None.
+    """
     from scipy import stats
 
     n, mean = len(values), sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""LLM as a judge: another model scores answers, through any server with OpenAI's chat completions API."""
+"""LLM as a judge: another model, on any server with OpenAI's chat completions API, scores answers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gptjax.errors import UserError
 
-TIMEOUT_S = 60.0  # timeout of a request
+TIMEOUT_S = 60.0  # timeout of a request to the server
 LOG_EVERY_S = 10.0
-PAUSE_S = 1.0  # pause before a retry
+PAUSE_S = 1.0  # pause before a failed request is sent again
 TRIES = 3
 MAX_REPLY_BYTES = 1 << 22
 
@@ -33,20 +33,21 @@ AGAIN = "Reply with one integer from 0 to 100 and nothing else."
 def judge(
     rows: Sequence[dict[str, Any]], url: str, model: str, *, key: str | None = None, log: Callable[[str], None]
 ) -> list[int | None]:
-    """Score the answer of each row from 0 to 100, at temperature 0; None if three replies contain no such number.
+    """Score the answer of each row from 0 to 100, with the judge at temperature 0.
 
-    The method follows chapter 7 of Raschka's Build a Large Language Model (From Scratch).
+    The score is None if three replies of the judge contain no number from 0 to 100. The method follows chapter 7 of
+    Raschka's Build a Large Language Model (From Scratch).
 
     Args:
-        rows: answers, with the keys prompt, expected and answer.
+        rows: answers to score, with the keys prompt, expected and answer.
         url: base URL of the API, without /chat/completions, such as http://localhost:11434/v1.
         model: name of the model on the server.
-        key: API key, sent as a bearer token and never printed. None: the environment variable OPENAI_API_KEY.
-        log: receives progress messages.
+        key: API key, sent as a bearer token and never printed. None: the value of OPENAI_API_KEY.
+        log: function that is called with progress messages.
 
     Raises:
         UserError: the URL or the key is invalid, the server cannot be reached or refuses a request, or its reply is not
-            one of this API.
+            a chat completion.
     """
     key = os.environ.get("OPENAI_API_KEY", "") if key is None else key
     _check(url, key)
@@ -63,7 +64,7 @@ def judge(
 
 
 def number(reply: str) -> int | None:
-    """The first number in a reply, if it is an integer from 0 to 100; else None."""
+    """Returns the first number in a reply, if it is an integer from 0 to 100; else None."""
     first = re.search(r"[-\u2212]?[0-9]+([.,][0-9]+)*", reply)
     if first is None or not re.fullmatch("[0-9]{1,3}", first[0]) or int(first[0]) > 100:
         return None
@@ -81,7 +82,7 @@ def _check(url: str, key: str) -> None:
         valid = False
     if not valid:  # the message does not repeat the URL, which may contain a password
         problems.append("the judge's URL: expected one such as http://localhost:11434/v1, without name, password or ?")
-    if not (key.isascii() and key.isprintable() and " " not in key):  # http.client would print the key in its error
+    if not (key.isascii() and key.isprintable() and " " not in key):  # http.client's error would contain the key
         problems.append("OPENAI_API_KEY contains whitespace or a character that is not ASCII: set it again")
     if problems:
         raise UserError.all(problems)
@@ -100,7 +101,7 @@ def _score(row: dict[str, Any], url: str, model: str, key: str) -> int | None:
 
 
 def question(row: dict[str, Any]) -> str:
-    """The prompt of a row, preceded by its system message and earlier turns if it has any."""
+    """Returns the prompt of a row, preceded by the row's system message and earlier turns, if there are any."""
     context = [("system", row["system"])] if row.get("system") else []
     context += [(turn["role"], turn["content"]) for turn in row.get("history", [])]
     if not context:
@@ -109,14 +110,17 @@ def question(row: dict[str, Any]) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: the key and the texts are sent only to the address that the user gave."""
+    """Turns a redirect into an error, so that key and texts are sent only to the address that the user gave."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
 
 
 def _ask(url: str, body: dict[str, Any], key: str) -> str:
-    """The text of the reply. Temporary errors (a busy server, a lost connection) are retried."""
+    """Sends a request and returns the text of the reply.
+
+    After a temporary error, such as a busy server or a lost connection, the request is sent again.
+    """
     address = url.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
@@ -153,7 +157,7 @@ def _content(reply: bytes, address: str) -> str:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError, model: str) -> str:
-    """The error message for an HTTP status. It leaves out the body of the reply, where a server may repeat the key."""
+    """Returns the error message for an HTTP status. It omits the reply's body, where a server may repeat the key."""
     code = error.code
     if code in (401, 403):
         hint = "set the environment variable OPENAI_API_KEY to a key that this server accepts"

@@ -1,4 +1,4 @@
-"""The loss of a model on single texts, to find outliers in a data set."""
+"""Computes the loss of a model on each text of a data set, to find outliers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def losses(
     texts: Sequence[str],
     say: Callable[[str], None] | None = None,
 ) -> np.ndarray:
-    """Mean loss of each text in nats per token, [n] float32.
+    """Returns the mean loss of each text in nats per token, [n] float32.
 
-    A text is truncated to the context length of the model, at most 512 tokens. A text of one token has loss nan. `say`
-    receives progress messages.
+    A text is truncated to the context length of the model, at most 512 tokens. The loss of a text of one token is nan,
+    because nothing in it is predicted. `say` is called with progress messages.
     """
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

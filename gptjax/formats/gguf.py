@@ -4,15 +4,16 @@
     file.metadata["general.architecture"]      # "llama"
     file.array("token_embd.weight")            # [49152, 576] float32, dequantised
 
-A file is little-endian: a header with typed key-value pairs and the list of tensors, padding to the alignment, then the
-data of each tensor at an aligned offset. Quantised types store blocks of values along the last axis, each with its own
-scale; `TYPES` has the layout of a block.
+A file is little-endian. It has a header with typed key-value pairs (the metadata) and the list of tensors, padding to
+the alignment, and the data of each tensor at an aligned offset. A quantised tensor is stored in blocks of values along
+its last axis, each with its own scale; `TYPES` has the layout of a block of each type.
 
 Files are untrusted: every count and length is compared with the remaining size of the file before anything is
-allocated, so a bad file raises an error. The data is read, not memory-mapped: this process would be killed if another
-one truncated a mapped file.
+allocated, so that a bad file raises an error. The data is read, not memory-mapped, because this process would be killed
+if another process truncated a mapped file.
 
-Source: docs/gguf.md of ggml (format), ggml-quants.c of ggml (block layouts); values equal gguf-py's to the bit.
+Source: docs/gguf.md of ggml for the format, ggml-quants.c of ggml for the block layouts. Values equal those of the
+package gguf-py to the bit.
 """
 
 from __future__ import annotations
@@ -33,38 +34,39 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
-ALIGNMENT = 32  # default of general.alignment
+ALIGNMENT = 32  # in bytes, used if the metadata has no general.alignment
 
-MAX_HEADER_BYTES = 64 << 20  # metadata and tensor list; the largest vocabularies need 20 MB
+MAX_HEADER_BYTES = 64 << 20  # maximum size of metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # total number of strings in arrays; the largest vocabularies have 0.65 million tokens and merges
+MAX_STRINGS = 1 << 20  # total number of strings in arrays; the largest tokenizers have 0.65 million tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
-MAX_NAME_BYTES = 63  # longest tensor name to write: llama.cpp refuses longer ones
-MAX_SHOWN = 20  # problems per error
+MAX_NAME_BYTES = 63  # longest tensor name that is written, because llama.cpp refuses longer names
+MAX_SHOWN = 20  # number of problems listed in an error message
 
-CHUNK = 1 << 16  # values converted at once: fits in the CPU cache
+CHUNK = 1 << 16  # number of values converted at once, so that they fit in the CPU cache
 
-NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]  # name, shape, type, function for the values
+# a tensor to write: name, shape, type, and a function that computes the values
+NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Location and type of a tensor. `shape` is in numpy's order, the reverse of the file's: rows are the last axis."""
+    """Location and type of a tensor. `shape` is in numpy's order, which is the reverse of the order in the file."""
 
     name: str
     shape: tuple[int, ...]
-    type: str  # a key of TYPES
-    offset: int  # byte offset of the data, from the start of the file
-    size_bytes: int  # size of the stored data
+    type: str  # name of the type, a key of TYPES
+    offset: int  # byte offset of the tensor's data, from the start of the file
+    size_bytes: int  # size of the tensor's data in the file
 
 
 @dataclass(frozen=True, eq=False)
 class File:
     """The header of a GGUF file.
 
-    metadata  bool, int, float and str; arrays of strings are lists, arrays of numbers numpy arrays of the file's dtype
-    tensors   by name, in the file's order
+    metadata  key -> bool, int, float, str, list of str, or numpy array of numbers in the dtype of the file
+    tensors   name -> location and type, in the order of the file
     """
 
     path: Path
@@ -72,7 +74,9 @@ class File:
     tensors: dict[str, Tensor]
 
     def array(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
-        """Read one tensor, dequantise it to float32 and cast it to `dtype`. Needs 1 MB of memory beside the result.
+        """Read one tensor, dequantise it to float32 and cast it to `dtype`.
+
+        Reading takes 1 MB of memory besides the result.
 
         Raises:
             UserError: there is no such tensor, or the file has changed since the header was read.
@@ -93,7 +97,8 @@ def read(path: str | os.PathLike[str]) -> File:
     """Read the metadata and the tensor list of a GGUF file, version 2 or 3.
 
     Raises:
-        UserError: not a GGUF file, truncated, or a value of the header is out of bounds; all bad tensors are named.
+        UserError: the file is not a GGUF file or is truncated, or a value in the header is out of bounds. The message
+            lists all bad tensors.
     """
     path = Path(path)
     try:
@@ -109,15 +114,17 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
     """Write a GGUF file, version 3, atomically.
 
     Args:
-        metadata: values of type bool; int (written as uint32, else the first of int32, int64, uint64 that holds it);
-            float (float32); str; or a list of str, bool, int (the first of int32, int64, uint64 that holds all) or
-            float (float32). A numpy scalar or 1-d array keeps its dtype. "general.alignment" is used if given.
-        tensors: (name, shape, type, values). values() is called lazily, and its result is freed before the next call.
-            The type is one of F32, F16, BF16, Q8_0.
+        metadata: key -> bool, int, float, str or a list of these. An int is written as uint32, or else as the first of
+            int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64 that can
+            hold all of them; float as float32. A numpy scalar or 1-d array keeps its dtype. The key "general.alignment"
+            sets the alignment of the file.
+        tensors: (name, shape, type, values) of each tensor. values() is called when the tensor is written, and its
+            result is freed before the next call. The type is one of F32, F16, BF16, Q8_0.
 
     Raises:
-        UserError: metadata or tensors that the format, the reader or llama.cpp does not accept (raised before any
-            values() is called); values of another shape, or too large for their type; the file cannot be written.
+        UserError: metadata or tensors are not accepted by the format, by `read` or by llama.cpp (raised before any
+            values() is called), values have another shape or are too large for their type, or the file cannot be
+            written.
     """
     path, tensors = Path(path), list(tensors)
     try:
@@ -133,7 +140,7 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
 
 
 def quantize(array: np.ndarray, type: str) -> np.ndarray:
-    """Encode an array as the bytes [N] uint8 of a GGUF type: F32, F16, BF16 or Q8_0.
+    """Encode an array in a GGUF type (F32, F16, BF16 or Q8_0), and return its bytes, [N] uint8.
 
     Raises:
         UserError: the type cannot be written or cannot represent the values, or the last axis is not a multiple of the
@@ -145,7 +152,7 @@ def quantize(array: np.ndarray, type: str) -> np.ndarray:
 
 
 def dequantize(raw: Any, type: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Decode the bytes of a tensor to an array of `shape`: the inverse of `quantize`, for every type of TYPES."""
+    """Decode the bytes of a tensor, of any type in TYPES, to an array of `shape`. The inverse of `quantize`."""
     kind, raw = _known(type), memoryview(raw).cast("B")
     _check_rows(kind, shape)
     if len(raw) != _size_bytes(kind, shape):
@@ -179,7 +186,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 class _Cursor:
-    """Sequential reader of a header that checks every read against the file size and MAX_HEADER_BYTES."""
+    """Reads a header from start to end, and checks every read against the file size and MAX_HEADER_BYTES."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file, self.size, self.position, self.strings = file, size, 0, 0
@@ -221,7 +228,7 @@ class _Cursor:
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS: dict[int, np.dtype[Any]] = {  # numeric metadata types
+_NUMBERS: dict[int, np.dtype[Any]] = {  # number of a numeric metadata type in the file -> dtype
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
@@ -261,7 +268,7 @@ def _value(cursor: _Cursor, what: str) -> Any:
         return cursor.text(what)
     if kind != _ARRAY:
         scalar = _number_array(cursor, kind, 1, what)[0]
-        # float32 through its shortest decimal representation: 1e-05, not 9.99999974e-06
+        # a float32 is converted through its shortest decimal representation, to get 1e-05 and not 9.99999974e-06
         return float(str(scalar)) if scalar.dtype == np.float32 else scalar.item()
     kind, n = cursor.u32(what), cursor.u64(what)
     if kind != _STRING:
@@ -286,12 +293,12 @@ def _number_array(cursor: _Cursor, kind: int, n: int, what: str) -> np.ndarray:
 
 
 class _Entry(NamedTuple):
-    """One entry of the tensor list."""
+    """An entry of a file's tensor list, not yet validated."""
 
     name: str
     shape: tuple[int, ...]
     type_id: int
-    offset: int  # byte offset from the start of the data section
+    offset: int  # byte offset of the tensor's data, from the start of the data section
 
 
 def _entry(cursor: _Cursor, index: int) -> _Entry:
@@ -313,7 +320,7 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
-    """Yield at most one problem of an entry."""
+    """Yields an error message about the first thing that is wrong with an entry of the tensor list, if any."""
     name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
     if not all(entry.shape):
         yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
@@ -329,8 +336,11 @@ def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str
 
 
 def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, problems: list[str]) -> dict[str, Tensor]:
-    """The entries by name. Overlaps and gaps larger than the alignment are added to `problems`: a wrong type or
-    dimension leaves a gap."""
+    """Returns the tensors by name, and adds error messages to `problems`.
+
+    Tensors that overlap are an error, and so is a gap of at least the alignment, because a wrong type or dimension of a
+    tensor leaves one.
+    """
     tensors: dict[str, Tensor] = {}
     for name, shape, type_id, offset in entries:
         kind = _BY_ID[type_id]
@@ -355,7 +365,7 @@ def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, probl
 
 
 def _quote(name: str) -> str:
-    """A name from a file for an error message: on one line, and truncated."""
+    """Returns a name from a file in a form for error messages: quoted, on one line, and truncated."""
     return repr(name[:100])[:120]
 
 
@@ -367,7 +377,7 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """(the padded header, the alignment). The header is validated by parsing it."""
+    """Returns (header as bytes, padded to the alignment; alignment in bytes). The header is parsed, to validate it."""
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -398,7 +408,7 @@ def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, 
 
 
 def _pack(value: Any, what: str) -> bytes:
-    """A metadata value, preceded by its type."""
+    """Returns the bytes of a metadata value, preceded by those of its type."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value, what)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -416,7 +426,7 @@ _NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBE
 
 
 def _typed(value: Any, what: str) -> np.ndarray:
-    """A Python number, or a list of numbers, as a numpy array."""
+    """Converts a Python number, or a list of numbers, to a numpy array of the dtype that is written."""
     items = value if isinstance(value, list | tuple) else [value]
     kinds = {type(item) for item in items}
     if kinds == {bool}:
@@ -445,21 +455,25 @@ def _text(text: str, what: str) -> bytes:
 
 # --- from blocks to values and back
 
-Decode = Callable[[np.ndarray, np.ndarray], None]  # blocks [n] of the layout -> fills out [n, block] float32
-Encode = Callable[[np.ndarray], np.ndarray]  # [n, block] float32 -> blocks [n] of the layout
+Decode = Callable[[np.ndarray, np.ndarray], None]  # (blocks [n], out [n, block] float32): writes the values to out
+Encode = Callable[[np.ndarray], np.ndarray]  # values [n, block] float32 -> blocks [n], with the layout as dtype
 
 
 class _Type(NamedTuple):
     name: str
     id: int  # number of the type in ggml
-    block: int  # values per block
-    layout: np.dtype  # structured dtype of one block
+    block: int  # number of values per block
+    layout: np.dtype  # dtype of a block, structured unless a block is a single value
     decode: Decode
     encode: Encode | None = None
 
 
 def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Decode a tensor chunk by chunk. `read(start, stop)` returns these bytes of the tensor; called in order."""
+    """Decode a tensor chunk by chunk.
+
+    Args:
+        read: function (start, stop) -> bytes start .. stop - 1 of the tensor, called for one range after the other.
+    """
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
     n_bytes = kind.layout.itemsize
@@ -471,7 +485,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # scales, and therefore values, may be infinite or NaN
+        with np.errstate(invalid="ignore"):  # the scales in a file, and so the values, may be infinite or NaN
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -513,7 +527,7 @@ def _decode_plain(blocks: np.ndarray, out: np.ndarray) -> None:
 def _decode_bf16(blocks: np.ndarray, out: np.ndarray) -> None:
     words = out.view(np.uint32)
     words[:, 0] = blocks
-    words <<= 16  # a bfloat16 is the upper half of a float32
+    words <<= 16  # the bits of a bfloat16 are the upper half of those of a float32
 
 
 def _decode_q8_0(b: np.ndarray, out: np.ndarray) -> None:
@@ -554,7 +568,7 @@ def _decode_q4_k(b: np.ndarray, out: np.ndarray) -> None:
 
 def _decode_q5_k(b: np.ndarray, out: np.ndarray) -> None:
     _nibbles(b["q"], 32, out)
-    high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # bit g of byte i: value i of group g
+    high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # bit g of byte i: for value i of group g
     out += high.reshape(out.shape) << 4
     _scale_groups(b, out)
 
@@ -573,7 +587,10 @@ def _column(halves: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
-    """Unpack 4-bit values. Every `width` bytes hold 2 * width values: first all low nibbles, then all high nibbles."""
+    """Unpack 4-bit values into `out`.
+
+    Every `width` bytes hold 2 * width values: first those in the low nibbles, then those in the high nibbles.
+    """
     packed = packed.reshape(len(packed), -1, width)
     halves = out.reshape(len(packed), -1, 2, width)
     halves[:, :, 0] = packed & 15
@@ -581,11 +598,13 @@ def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
 
 
 def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
-    """Scale and minimum of the 8 groups of 32 in a block of Q4_K or Q5_K, 6 bits each in 12 bytes.
+    """Multiply `out` by the scales of its groups and subtract their minima, in place, for Q4_K or Q5_K.
 
-    byte  0..3   scales 0..3 in the low 6 bits, top 2 bits of scales 4..7
-          4..7   minima 0..3 in the low 6 bits, top 2 bits of minima 4..7
-          8..11  low 4 bits of scales 4..7 and, above them, of minima 4..7
+    A block has 8 groups of 32 values. The scale and the minimum of each group have 6 bits, packed in 12 bytes:
+
+    byte  0..3   low 6 bits: scales 0..3; top 2 bits: the upper 2 bits of scales 4..7
+          4..7   low 6 bits: minima 0..3; top 2 bits: the upper 2 bits of minima 4..7
+          8..11  low 4 bits: the lower 4 bits of scales 4..7; top 4 bits: the lower 4 bits of minima 4..7
     """
     scales, minima, rest = b["scales"][:, :4], b["scales"][:, 4:8], b["scales"][:, 8:]
     scales = np.concatenate([scales & 63, (scales >> 6 << 4) | (rest & 15)], axis=1)
@@ -605,8 +624,8 @@ def _encode_f16(x: np.ndarray) -> np.ndarray:
 
 def _encode_bf16(x: np.ndarray) -> np.ndarray:
     words = x.view(np.uint32)
-    nearest = words + (0x7FFF + ((words >> 16) & 1))  # ties to even
-    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # a NaN stays one
+    nearest = words + (0x7FFF + ((words >> 16) & 1))  # round to nearest, ties to even
+    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # a NaN stays a NaN
 
 
 def _encode_q8_0(x: np.ndarray) -> np.ndarray:
@@ -655,7 +674,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # unsupported ggml types, for the error message
+_OTHER = {  # number -> name of ggml types that are not supported, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

@@ -1,4 +1,4 @@
-"""Strict parsing of untrusted JSON: duplicate keys and too deep nesting are errors."""
+"""Parses untrusted JSON strictly: duplicate keys and too deep nesting are errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from gptjax.errors import UserError
 from gptjax.files import other_encoding
 
-MAX_VALUES = 500_000  # limit of `parse_json`; a value takes up to 600 bytes of memory
+MAX_VALUES = 500_000  # maximum number of values that `parse_json` reads; a value takes up to 600 bytes of memory
 
 
 class DuplicateKey(ValueError):
-    """An object has a duplicate key."""
+    """Raised if a key occurs twice in a JSON object."""
 
     def __init__(self, key: str):
         super().__init__(f"duplicate key {key!r:.80}")
@@ -23,10 +23,11 @@ def loads(text: str, constants: bool = True) -> Any:
     """Parse a JSON value.
 
     Args:
-        constants: accept NaN and Infinity, which are not valid JSON, but which Python writes.
+        constants: whether to accept NaN and Infinity, which are not valid JSON, but which Python writes.
 
     Raises:
-        ValueError: JSONDecodeError, DuplicateKey, a refused constant, or nested too deeply.
+        ValueError: the text is not valid JSON (JSONDecodeError), a key is duplicate (DuplicateKey), a constant is not
+            accepted, or values are nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=None if constants else _no_constant)
@@ -50,13 +51,14 @@ def _no_constant(name: str) -> None:
 
 
 def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
-    """Parse a UTF-8 JSON object of at most MAX_VALUES values.
+    """Parse UTF-8 text that is a JSON object of at most MAX_VALUES values.
 
     Args:
-        location, what: used in error messages: "{location}: the {what} is not JSON".
+        location: name of the file, for error messages, such as "{location}: the {what} is not JSON".
+        what: name of the text in these messages.
 
     Raises:
-        UserError: the text is anything else.
+        UserError: the text is not a JSON object, or has too many values.
     """
     if other := other_encoding(text):
         raise UserError(f"{location}: {other}")

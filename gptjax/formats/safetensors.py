@@ -1,12 +1,12 @@
-"""safetensors files, and Hugging Face folders of them: lazy, with one tensor in memory at a time, and validated.
+"""Reads and writes safetensors files and Hugging Face folders of them, with one tensor in memory at a time.
 
     8 bytes  length of the header, little-endian
     header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
     data     the tensors, without gaps or overlaps
 
-The package `safetensors` is not used: it allows a header of 100 MB, and memory-maps the file. Here every length and
-count is checked before anything is allocated, and a file that is truncated while it is read raises an error instead of
-killing the process. `tests/formats/test_safetensors.py` tests that each implementation reads the other's files.
+The package `safetensors` is not used, because it allows a header of 100 MB, and memory-maps the file. Here every length
+and count is checked before anything is allocated, and a file that is truncated while it is read raises an error instead
+of killing the process. `tests/formats/test_safetensors.py` tests that each implementation reads the other's files.
 
 Source: the format description in the safetensors repository.
 """
@@ -38,7 +38,8 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-MAX_HEADER = MAX_INDEX = 32 << 20  # bytes; the format allows 100 MB; 50,000 tensors take 5 MB
+# Maximum size of a header and of an index in bytes. The header of 50,000 tensors has 5 MB; the format allows 100 MB.
+MAX_HEADER = MAX_INDEX = 32 << 20
 MAX_SHARDS, MAX_DIMS = 10_000, 32
 SHARD_BYTES = 5 << 30
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File(Stored):
-    """One safetensors file: its tensors by name."""
+    """A safetensors file, with an entry for each of its tensors."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -81,7 +82,7 @@ class File(Stored):
 
 @dataclass(frozen=True)
 class Folder:
-    """A sharded checkpoint."""
+    """A checkpoint that is divided among several safetensors files, its shards."""
 
     files: Mapping[str, File]  # tensor name -> its shard
 
@@ -102,7 +103,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     """Read and validate the header of a file; the tensors stay on disk.
 
     Raises:
-        UserError: the file violates the format; all problems are named, with the tensors.
+        UserError: the file violates the format; the message lists the problem of every tensor.
     """
     path = Path(path)
     try:
@@ -113,7 +114,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # the 8 bytes of a header length can begin with any magic
+                # a valid header length can also begin with the magic bytes of another format, so "{" is looked for
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -137,7 +138,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
-    if not name.isprintable():  # NUL, escape sequences, lone surrogates
+    if not name.isprintable():  # it contains NUL, an escape sequence or a lone surrogate
         problems.append(f"{shown}: the name of a tensor must be printable")
         return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
@@ -170,7 +171,7 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """Problems if the tensors do not fill the file exactly, from the header to the end."""
+    """Returns an error message, in a list, unless the tensors fill the file exactly from the header to the end."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:
@@ -180,7 +181,7 @@ def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
 
 
 def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
-    """Open `model.safetensors`, or else the shards that `model.safetensors.index.json` names.
+    """Open `model.safetensors` in a folder, or else the shards that `model.safetensors.index.json` names.
 
     Raises:
         UserError: neither file exists, there are only pickled weights, or the index does not match the shards.
@@ -269,7 +270,7 @@ def save(
 
 
 def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
-    """Write one file atomically."""
+    """Write the tensors to one file, atomically."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -285,7 +286,10 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 
 
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
-    """The bytes of one tensor. A function, so that no local keeps the array alive while the next one is computed."""
+    """Returns the bytes of one tensor.
+
+    This is a function of its own, so that no local variable keeps the array alive while the next array is computed.
+    """
     array = tensor.array()
     if array.shape != tuple(tensor.shape):
         raise UserError(f"the values of {tensor.name} have shape {list(array.shape)}, expected {list(tensor.shape)}")

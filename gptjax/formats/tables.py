@@ -1,8 +1,8 @@
 """Readers of tabular data: .json (an array), .jsonl, .csv, .tsv and .parquet files, and Hugging Face hub datasets.
 
-`read` yields whole records. An invalid record is yielded as a UserError instead of raised, so that callers can report
-all of them at once. `jsonl`, `delimited`, `parquet` and `hub` are the lower level, for callers that read one column or
-report errors in more detail.
+`read` yields whole records. For an invalid record, `read` yields a UserError, instead of raising it, so that callers
+can report all invalid records at once. `jsonl`, `delimited`, `parquet` and `hub` are lower-level functions, for callers
+that read one column or report errors in more detail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptjax.formats import json as strict_json
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-MAX_FIELD_CHARACTERS = 1 << 30  # largest CSV cell; the csv module's default is 131,072
+MAX_FIELD_CHARACTERS = 1 << 30  # maximum length of a CSV cell; the default of the csv module, 131,072, is too small
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
@@ -34,10 +34,10 @@ Record = dict[str, Any]
 def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
     """Yield (location, record) from a .json (array), .jsonl, .parquet or .csv file, or hf:org/name[:config][@split].
 
-    An invalid record is yielded as a UserError.
+    For an invalid record, the UserError that describes it is yielded in its place.
 
     Raises:
-        UserError: no such file, or it cannot be read any further.
+        UserError: the file does not exist, or cannot be read any further.
     """
     if source.startswith("hf:"):
         return _hub_records(source)
@@ -51,7 +51,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON value strictly (no duplicate keys, no NaN); the UserError if it is invalid."""
+    """Parse a JSON value strictly (no duplicate keys, no NaN). If the text is invalid, return a UserError."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -83,7 +83,7 @@ def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
-    """All values are strings; NA and null are not interpreted."""
+    """Yields a record per row. All values are strings, even NA, null and numbers."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
         location = f"{source}:{number}"
@@ -98,10 +98,10 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
-    """Like `read`, for a .tsv file. Without a header, it has two columns, label and text.
+    """Like `read`, for a .tsv file. A file without a header has two columns, label and text.
 
     Args:
-        quoted: a cell that begins with a quote extends to the next quote, even across lines, as in pandas.
+        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as in pandas.
     """
     path = user_path(source)
     if not path.is_file():
@@ -134,7 +134,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    except Exception as error:  # no network, no such dataset, no such config: the user can fix all of them
+    except Exception as error:  # no network or an unknown dataset or config: the user can fix these
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
             "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
@@ -143,14 +143,14 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
         yield f"{source}: record {number}", record
 
 
-# --- the readers below them
+# --- lower-level readers
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file with their ends.
+    """Yield the lines of a file with their line ends.
 
-    Splits at line feeds only (str.splitlines would also split at U+2028), or at carriage returns if there are no line
-    feeds (classic Mac OS).
+    A file is split at line feeds only, while str.splitlines would also split at U+2028. A file without line feeds is
+    split at carriage returns, the line ends of classic Mac OS.
     """
     offset = 0
     with open(path, "rb") as file:
@@ -164,7 +164,10 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def decode(data: bytes, path: Path, offset: int = 0) -> str:
-    """Decode UTF-8, and remove a byte order mark. `offset`: the offset of `data` in the file, for error messages."""
+    """Decode UTF-8 text, and remove a byte order mark at the start of the file.
+
+    `offset` is the position of `data` in the file, in bytes.
+    """
     if offset == 0 and (other := other_encoding(data)):
         raise UserError(f"{path}: {other}")
     if (nul := data.find(b"\0")) >= 0:
@@ -180,7 +183,7 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
 
 
 def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, JSON value) for each line that is not blank; an invalid line yields the ValueError."""
+    """Yield (line number, JSON value) for each line that is not blank. The value of an invalid line is a ValueError."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -191,9 +194,10 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 
 
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield (number of the row's first line, its cells) for each row that is not blank; `dialect` as in `csv.reader`.
+    """Yield (number of the row's first line, cells of the row) for each row that is not blank.
 
-    On a csv.Error, yields the error and ends.
+    `dialect` has the formatting parameters of `csv.reader`. A csv.Error is yielded in place of the
+    cells, and ends the iteration.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
@@ -211,10 +215,10 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
 
 
 def header(row: list[str], location: str) -> list[str]:
-    """The column names of a header row. Columns without a name are called "column 1", "column 2", .. by position.
+    """Returns the column names in a header row. An unnamed column is named by its position, such as "column 2".
 
     Raises:
-        UserError: duplicate column names.
+        UserError: a column name occurs twice.
     """
     columns = [name if name.strip() else f"column {i}" for i, name in enumerate(row, 1)]
     if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
@@ -225,7 +229,12 @@ def header(row: list[str], location: str) -> list[str]:
 def parquet(
     path: Path, location: str, columns: Callable[[Any], list[str] | None] = lambda schema: None
 ) -> Iterator[Any]:
-    """Yield the rows of a parquet file as dicts. `columns`: pyarrow.Schema -> names of columns to read; None: all."""
+    """Yield the rows of a parquet file as dicts.
+
+    Args:
+        location: name of the file in error messages.
+        columns: function from the file's pyarrow.Schema to the names of the columns to read, or None for all columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -238,10 +247,10 @@ def parquet(
 
 
 def hub_name(name: str) -> tuple[str, str, str]:
-    """Parse hf:org/name[:config][@split] to (org/name, config, split). The last two may be empty.
+    """Parse hf:org/name[:config][@split] to (org/name, config, split). config and split are "" if not given.
 
     Raises:
-        UserError: another form, or a local folder has that name, which `datasets` would read instead.
+        UserError: the name has another form, or is that of a local file or folder, which `datasets` would read instead.
     """
     repo, _, split = name.removeprefix("hf:").partition("@")
     repo, _, config = repo.partition(":")
@@ -254,7 +263,7 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """Load a dataset of the Hugging Face hub, by default its split train. Errors of `datasets` are not caught."""
+    """Load a split ("": train) of a dataset on the Hugging Face hub. Errors of `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
@@ -264,7 +273,7 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 
 
 def names(keys: Iterable[object]) -> str:
-    """Keys or columns as a comma-separated list; names with blanks at the ends or commas are quoted."""
+    """Returns keys or column names as a comma-separated list. Names with commas or outer blanks are quoted."""
     keys = list(keys)
     more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
     return ", ".join(map(quoted, keys[:20])) + more

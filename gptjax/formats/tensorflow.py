@@ -1,17 +1,17 @@
-"""Reader of TensorFlow checkpoints, the format of OpenAI's GPT-2 release, without TensorFlow.
+"""Reads TensorFlow checkpoints, the format of OpenAI's GPT-2 release, without the library TensorFlow.
 
     checkpoint                        model_checkpoint_path: "model.ckpt"
     model.ckpt.index                  name -> dtype, shape, shard, offset, size and checksum, as a LevelDB table
     model.ckpt.data-00000-of-00001    the tensor data, one file per shard
 
 A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
-of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: the length of the prefix
-shared with the key before, and the remaining bytes. Each block is followed by a compression byte and a checksum. The
-values are protocol buffers. Every length is checked, and every block and tensor is compared with its checksum. One
-tensor is in memory at a time. The data is read, not memory-mapped: this process would be killed if another one
-truncated a mapped file.
+of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: a key is stored as the length
+of the prefix that it shares with the previous key, and its remaining bytes. Each block is followed by a compression
+byte and a checksum. The values are protocol buffers. Every length is checked, and every block and tensor is compared
+with its checksum. One tensor is in memory at a time. The data is read, not memory-mapped, because this process would be
+killed if another process truncated a mapped file.
 
-Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
+Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; for the checksum RFC 3720, appendix B.4.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ import numpy as np
 from gptjax.errors import UserError, refuse
 from gptjax.formats.tensors import Shape, Stored
 
-DTYPES: dict[int, tuple[str, Any]] = {  # by TensorFlow's DataType number
+DTYPES: dict[int, tuple[str, Any]] = {  # TensorFlow's DataType number -> (name, numpy dtype)
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
     14: ("DT_BFLOAT16", ml_dtypes.bfloat16), 19: ("DT_HALF", np.float16),
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-MAX_INDEX = 2 << 20  # bytes; GPT-2's have 5 kB to 21 kB; the slowest valid index within these limits takes 2 s
+# Maximum size of an index file in bytes; those of GPT-2 have 5 to 21 kB. The slowest valid index takes 2 s.
+MAX_INDEX = 2 << 20
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ \t\r]*$', re.MULTILINE)
@@ -52,15 +53,15 @@ class Entry:
     shard: Path
     offset: int
     size_bytes: int
-    checksum: int  # masked crc32c of its bytes
+    checksum: int  # masked CRC-32C (see `masked`) of the tensor's bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """The tensors of a checkpoint by name. The checksum of a tensor is verified when it is first read."""
+    """The entries of a checkpoint by tensor name. The checksum of a tensor is verified when it is first read."""
 
     entries: Mapping[str, Entry]
-    checked: set[str] = field(default_factory=set)  # tensors whose checksum has been verified
+    checked: set[str] = field(default_factory=set)  # names of tensors whose checksum has been verified
 
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
         entry = self.entries[name]
@@ -82,7 +83,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read and validate the index of the checkpoint that the file `checkpoint` names; the tensors stay on disk.
 
     Raises:
-        UserError: a file is missing, damaged or invalid; the problems of all tensors are named.
+        UserError: a file is missing, damaged or invalid; the message lists the problems of all tensors.
     """
     folder = Path(folder)
     state = folder / "checkpoint"
@@ -122,7 +123,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
-    """Read a whole table as {key: value}."""
+    """Parses the bytes of a table, and returns its contents as {key: value}."""
     try:
         if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
             raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
@@ -148,14 +149,17 @@ def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
 
 
 def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
-    """((offset, size) of a block, the position after this handle)."""
+    """Parses the block handle at `pos`, and returns ((offset, size) of the block, the position after the handle)."""
     offset, pos = _varint(data, pos)
     size, pos = _varint(data, pos)
     return (offset, size), pos
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
-    """The content of a block, verified. A compression byte and a 4-byte checksum follow it."""
+    """Returns the content of the block at `offset`, after verifying it.
+
+    The content is followed by a compression byte and a 4-byte checksum of both.
+    """
     end = offset + size
     if end + 5 > len(data) - FOOTER or size < 4:
         raise UserError(f"a block of {size:,} bytes at byte {offset:,} does not fit into a table of {len(data):,}")
@@ -168,7 +172,10 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (key, value) in order. The restart points at the end of the block are only for binary search: skipped."""
+    """Yield the (key, value) pairs of a block in order.
+
+    The restart points at the end of the block are skipped, because they serve only binary search.
+    """
     end = len(block) - 4 * (1 + int.from_bytes(block[-4:], "little"))
     if end <= 0:
         raise UserError("a block has no entries")
@@ -190,7 +197,7 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
-    """[(data file, its size in bytes; None if it is missing)], by shard."""
+    """Returns (path of the data file, its size in bytes or None if it is missing) for each shard."""
     location = f"{prefix}.index"
     if b"" not in table:
         raise UserError(f"{location}: the entry about the whole checkpoint is missing")
@@ -229,14 +236,14 @@ def _entry(value: bytes, shards: list[tuple[Path, int | None]]) -> Entry:
 
 
 def _shape(message: bytes) -> Shape:
-    """TensorShapeProto: dim = 2 {size = 1; name = 2}, unknown_rank = 3."""
+    """Parses a TensorShapeProto, with the field numbers dim = 2 {size = 1; name = 2} and unknown_rank = 3."""
     shape = []
     for number, value in _messages(message, {2: bytes, 3: int}):
         if number == 3 and value:
             raise UserError("its number of dimensions is unknown")
         if number == 2:
             shape.append(_fields(value, {1: int, 2: bytes}).get(1, 0))
-        if len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 1 << 59:  # beyond what numpy counts in bytes
+        if len(shape) > MAX_DIMS or math.prod(n or 1 for n in shape) >= 1 << 59:  # numpy's limit
             raise UserError(f"shape {shape!r:.80} is too large: expected up to {MAX_DIMS} dimensions")
     return tuple(shape)
 
@@ -246,8 +253,11 @@ def _fields(message: bytes, kinds: Mapping[int, type]) -> dict[int, Any]:
 
 
 def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protocol buffer. `kinds`: the wire type by field number: int is a varint, float
-    4 bytes (returned as an integer), bytes length-delimited."""
+    """Yield (field number, value) for each field of a protocol buffer.
+
+    `kinds` maps a field number to its wire type: int is a varint, float is 4 bytes (the value is returned as an
+    integer), and bytes is length-delimited.
+    """
     pos = 0
     while pos < len(message):
         tag, pos = _varint(message, pos)
@@ -266,7 +276,10 @@ def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, 
 
 
 def _varint(data: bytes, pos: int) -> tuple[int, int]:
-    """(the varint at position `pos`, the position after it): groups of 7 bits, least significant first."""
+    """Returns (the varint at position `pos`, the position after it).
+
+    A varint has groups of 7 bits, the least significant first; the top bit of a byte tells that more bytes follow.
+    """
     value = 0
     for i in range(10):
         if pos + i >= len(data):
@@ -280,16 +293,17 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 # ---------------------------------------------------------------- the checksum
 
-# The CRC of a message of 32-bit words w0 w1 .. wn is linear in each word. Let A_k(x) be the state after x, followed by
-# 2^k zero words. Then A_0(w0) ^ w1, A_0(w2) ^ w3, .. reduces n words to n/2, A_1 reduces these to n/4, and so on, which
-# numpy vectorises. A_k is stored as a lookup table per byte of the word, [4, 256]; A_{k+1} is A_k applied to A_k.
+# The CRC of a message of 32-bit words w0 w1 .. is linear (over GF(2)) in each word, so that numpy can compute it by a
+# tree. Let A_k(x) be the CRC state x after 2^k more zero words. A_0(w0) ^ w1, A_0(w2) ^ w3, .. replaces each pair of
+# words by one word and so reduces n words to n/2, A_1 reduces these to n/4, and so on. A_k is stored as a lookup table
+# for each of the four bytes of a word, [4, 256]; A_{k+1} is A_k applied twice.
 
-_CHUNK = 1 << 18  # bytes processed at once: intermediate results fit in the CPU cache
-_SHORT = 1000  # bytes up to which byte-wise processing is faster
+_CHUNK = 1 << 18  # number of bytes processed at once, so that intermediate results fit in the CPU cache
+_SHORT = 1000  # number of bytes up to which processing byte by byte is faster
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
-    """CRC-32C (Castagnoli). `crc`: the CRC of preceding bytes, to continue from."""
+    """Returns the CRC-32C (Castagnoli) of `data`, or of bytes whose CRC is `crc`, followed by `data`."""
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
     state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
@@ -298,7 +312,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # as if a zero word came first, which does not change the CRC
+            odd = len(words) % 2  # 1 if the first word has no partner and is kept as it is
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1
@@ -317,7 +331,7 @@ def _checksum(file: BinaryIO, entry: Entry) -> int:
 
 
 def masked(crc: int) -> int:
-    """The form in which LevelDB and TensorFlow store a checksum."""
+    """Returns the form in which LevelDB and TensorFlow store a checksum: rotated by 15 bits, plus a constant."""
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -330,12 +344,12 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """(the byte-wise CRC table [256], the tables of A_0, A_1, .., each [4, 256])."""
+    """Returns (the CRC lookup table for single bytes [256], the lookup tables of A_0, A_1, .., each [4, 256])."""
     byte = np.arange(256, dtype=np.uint32)
     crc: np.ndarray = byte
     for _ in range(8):
         crc = (crc >> 1) ^ (np.uint32(0x82F63B78) * (crc & 1))
-    table = np.stack([crc, byte, byte << 8, byte << 16])  # appends one zero byte
+    table = np.stack([crc, byte, byte << 8, byte << 16])  # table that advances a CRC state by one zero byte
     for _ in range(2):
         table = _apply(table, table)
     tables = [table]

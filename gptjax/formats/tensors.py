@@ -1,4 +1,4 @@
-"""Classes shared by the tensor file formats."""
+"""Classes that the readers and writers of tensor files share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Shape = tuple[int, ...]
 
 
 class Stored(ABC):
-    """Base class of tensor files in row-major order. Subclasses set `entries`, by tensor name, and define `_read`."""
+    """Base class of files that store tensors in row-major order. Subclasses set `entries` and define `_read`."""
 
-    entries: Mapping[str, Any]  # objects with shape, offset and size_bytes
+    entries: Mapping[str, Any]  # tensor name -> object with the attributes shape, offset and size_bytes
 
     @abstractmethod
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:
-        """The values of a tensor of this shape, which begin at `offset` in the file."""
+        """Reads values of tensor `name` in the given shape, beginning at byte `offset` of the file."""
 
     def shapes(self) -> dict[str, Shape]:
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -27,20 +27,20 @@ class Stored(ABC):
         """Read one tensor in its stored dtype. The file is read, not memory-mapped.
 
         Raises:
-            UserError: the bytes cannot be read, or are not what the header says.
+            UserError: the bytes cannot be read, or do not match the header.
         """
         entry = self.entries[name]
         return self._read(name, entry.shape, entry.offset)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start .. stop-1 of a tensor."""
+        """Reads the rows start .. stop - 1 of a tensor."""
         entry = self.entries[name]
         shape = (stop - start, *entry.shape[1:])
         return self._read(name, shape, entry.offset + start * (entry.size_bytes // entry.shape[0]))
 
 
 class Out(NamedTuple):
-    """One tensor to write; `array()` computes its values lazily."""
+    """A tensor to write. `array()` computes its values, and is called only when they are written."""
 
     name: str
     shape: Shape
