@@ -1,4 +1,5 @@
-"""The configuration: one schema, filled in from several layers and validated as a whole. Nothing here imports jax.
+"""The configuration: one schema, whose settings are read from several layers and validated together. Nothing in this
+package imports jax.
 
 schema    the settings: dataclasses whose fields have a help text and a range
 leaves    reads YAML, `a.b=c` and dicts into leaves (key, value, where)
@@ -7,7 +8,8 @@ check     ranges and rules
 aliases   suggestions for unknown keys: other tools' names, and the nearest spelling
 uses      which settings each verb and task reads
 
-The attribute `gptjax.config.schema` is the function; `from gptjax.config.schema import ..` imports from the module.
+The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the
+module, write `from gptjax.config.schema import ..`.
 """
 
 from gptjax.config.check import WITHOUT_EFFECT, validate
