@@ -1,4 +1,4 @@
-"""Loads a `Config` from presets, YAML files and command lines, and write it as YAML.
+"""Loads a `Config` from presets, YAML files and command lines, and writes it as YAML.
 
 Later layers override earlier layers. In order, the layers are: the defaults, the defaults of model.arch, the file that
 `base:` of a preset or YAML file names, that preset or YAML file itself, and the command line (`a.b=c`).
@@ -79,7 +79,7 @@ def from_yaml(text: str, name: str = "yaml") -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Loads a config from a nested dict, such as `dataclasses.asdict(cfg)`, and check it like a file."""
+    """Loads a config from a nested dict, such as `dataclasses.asdict(cfg)`, and checks it like a file."""
     return build([leaf for leaf in from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
@@ -169,7 +169,8 @@ def short(path: Path) -> str:
 
 
 def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[str] = ()) -> tuple[Config, Provenance]:
-    """Builds a config from leaves: convert each value to the type of its field, construct the config, and validate it.
+    """Builds a config from leaves: converts values to the types of their fields, constructs the config and validates
+    it.
 
     Returns the config and where each of its values was set.
 
