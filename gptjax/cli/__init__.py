@@ -1,5 +1,5 @@
-"""The verbs of the command line. Each module parses its arguments, calls the library and prints; its entry point is
-`run(args: list[str]) -> int`.
+"""The verbs (subcommands) of the command line. The module of a verb parses the arguments, calls the library and prints
+the results. Its entry point is `run(args: list[str]) -> int`, which returns the exit code.
 
 The module `manual` holds the text that `gptjax VERB --help` prints, and `topics` holds the pages of `gptjax help
 TOPIC`. `help` prints both, and `completion` makes the scripts with which a shell completes command lines.

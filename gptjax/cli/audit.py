@@ -82,7 +82,7 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
     """Parses NAME=VALUE arguments into the settings of this verb.
 
     Raises:
-        UserError: unknown names and invalid values, all in one message.
+        UserError: a name is unknown or a value is invalid; the message lists all problems.
     """
     given: dict[str, Any] = {}
     problems, known = [], (*TEXTS, *NUMBERS, *LISTS, "alpha")

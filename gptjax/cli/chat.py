@@ -231,7 +231,8 @@ class Wrap:
                 self._blanks += char
             else:
                 self._word += char
-                if columns(char) == 2 or columns(self._word) >= self._width:  # Chinese and Japanese have no spaces
+                # wide characters, as of Chinese, count as words, because such scripts have no spaces between words
+                if columns(char) == 2 or columns(self._word) >= self._width:
                     out += self._place()
         return out
 

@@ -1,4 +1,4 @@
-"""`gptjax help`, `gptjax --help` and `gptjax VERB --help`: prints the pages of `manual` and `topics`."""
+"""`gptjax help`, `gptjax --help` and `gptjax VERB --help`: print the pages of the modules `manual` and `topics`."""
 
 from __future__ import annotations
 

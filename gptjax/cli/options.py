@@ -81,7 +81,7 @@ def configure(
 
     Args:
         default: the preset that is used if the arguments name none. None: the defaults of gptjax.
-        task, also: as for `uses.resolve`.
+        task, also: see `uses.resolve`, which has the same arguments.
     """
     source = args.words[0] if args.words else default
     leaves = args.leaves
@@ -146,7 +146,7 @@ def show_only(
         keys: the settings that the verb reads. None: the settings that cfg.task reads.
 
     Returns:
-        Whether one of the two options was given. If so, the verb should do nothing else.
+        Whether --print-config or --dry-run was given. If so, the verb should do nothing else.
     """
     if not (args.print_config or args.dry_run):
         return False

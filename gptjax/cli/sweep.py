@@ -18,7 +18,8 @@ SHOWN = 20  # maximum number of rows of the table that are printed
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]  # at_once is no setting of the schema
+    # at_once is an option of this verb, not a setting of the schema
+    values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]
     if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
         raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")
     at_once = int(values[-1]) if values else None
@@ -58,7 +59,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""  # an interrupted sweep left them
+        # pattern of the files that an interrupted sweep left in the folder, which may be overwritten
+        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()

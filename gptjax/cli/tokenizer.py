@@ -80,7 +80,7 @@ def _inspect(args: list[str]) -> None:
 
 def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
     """Returns the tokenizer that `args` name, and the text in `args`, or None if there is none. The text may contain
-    `=`, because this verb takes no settings."""
+    `=`, because `encode` and `inspect` take no settings."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

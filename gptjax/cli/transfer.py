@@ -137,7 +137,7 @@ def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> t
     """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the verb.
 
     Args:
-        known: the values that are allowed, in any case.
+        known: the allowed values; upper and lower case are not distinguished.
         default: the value if the setting is not given.
     """
     words, value = [], default

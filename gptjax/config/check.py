@@ -1,4 +1,4 @@
-"""Validation: the range of each setting, combinations of settings, and settings without effect.
+"""Validation of a config: the range of each setting, combinations of settings, and settings without effect.
 
 A complaint is (keys of the settings concerned, error text), so that `load.build` can add where each key was set.
 """

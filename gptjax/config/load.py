@@ -326,7 +326,7 @@ def _scalar(kind: Any, value: Any) -> Any:
     raise ValueError
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # alternately true and false
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # words for true and false, alternately
 
 
 def yaml_value(value: object) -> str:

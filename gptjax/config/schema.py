@@ -516,9 +516,11 @@ class LoraConfig:
     """The LoRA adapter (arXiv:2106.09685): y = x W + scale * x a b, with trained low-rank matrices a and b."""
 
     rank: int = setting(16, "Rank of the adapter.", COUNT)
-    alpha: float = setting(32.0, "Numerator of the adapter's scale, which lora.scaling selects.", POSITIVE)
+    alpha: float = setting(32.0, "Numerator alpha of the adapter's scale; lora.scaling selects the formula.", POSITIVE)
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
-        "alpha/r", "Scale of the low-rank product a b; alpha/sqrt(r) is rsLoRA (arXiv:2312.03732)."
+        "alpha/r",
+        "Scale by which the adapter's low-rank product a b is multiplied, for rank r; alpha/sqrt(r) is rsLoRA"
+        " (arXiv:2312.03732).",
     )
     targets: str = setting(
         "blocks/*/kernel",
@@ -560,7 +562,10 @@ class FinetuneConfig:
     base: str = setting(
         "smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name."
     )
-    trainable: str = setting("lora", "Trainable parameters: lora (an adapter), all, or path patterns joined by |.")
+    trainable: str = setting(
+        "lora",
+        "Parameters to train: lora (a LoRA adapter only), all, or the parameters that match path patterns joined by |.",
+    )
     quantize: Literal["none", "int8", "nf4"] = setting(
         "none", "Quantisation of the frozen base model that an adapter is trained on (QLoRA)."
     )

@@ -20,7 +20,8 @@ TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
-# task -> patterns of settings, in the order of `--help`; sample.* are the defaults of `gptjax sample RUN`
+# task -> patterns of the settings that it reads, in the order of `--help`. The sample.* settings of a run are the
+# defaults of `gptjax sample RUN`.
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
@@ -71,8 +72,8 @@ def resolve(
         also: patterns of further settings that the verb reads.
 
     Raises:
-        UserError: a preset of another task. Otherwise, one error lists all other problems: settings in the user's files
-            or on the command line that the task does not read, even if they have their default values, and the
+        UserError: the preset is for another task. Otherwise, one error lists all other problems: settings in the user's
+            files or on the command line that the task does not read, even if they have their default values, and the
             problems that `load.resolve` reports.
     """
     layers, leaves = file_layers(source), list(leaves)

@@ -18,7 +18,7 @@ from gptjax.tasks.tuning import longest_row
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, WORKSPACE_BYTES, Remat, activation_bytes, param_bytes
 
 _MOST_TOKENS = 2**19  # maximum tokens per step: the batch size of GPT-3 125M (arXiv:2005.14165, table 2.1)
-_FEW_ROWS = 8  # per device; if fewer rows fit, activations are rematerialised
+_FEW_ROWS = 8  # rows per device; if fewer rows fit, activations are rematerialised
 
 
 def fitted(cfg: Config) -> Config:
@@ -30,7 +30,8 @@ def fitted(cfg: Config) -> Config:
     the vocabulary size of the tokenizer is not known yet.
 
     Raises:
-        UserError: not even one row fits, or the run has several processes, which must all use the same batch size.
+        UserError: not even one row fits in memory, or the run has several processes, which must all use the same batch
+            size.
     """
     if cfg.distributed.coordinator is not None:
         raise UserError("train.batch_size=auto: expected a number if several processes share a run")

@@ -181,7 +181,7 @@ def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tup
     """Returns a key that identifies a collective that overlaps other work; None for other collectives.
 
     TPU programs repeat such a collective, with the same channel id, in the fusion that starts it, in the fusions that
-    run at the same time, and in the fusion that ends it. The key is used to count it once.
+    run at the same time, and in the fusion that ends it. With the key, `work` counts the collective only once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -263,8 +263,8 @@ def _is_kernel(call: Instruction) -> bool:
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Returns the bytes of HBM that an instruction reads and writes: every operand and result once, but of a sliced
-    operand only the slice."""
+    """Returns the bytes of HBM that an instruction reads and writes. Every operand and result counts once; an operand
+    that is sliced counts with the size of the slice."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
         return 0

@@ -1,4 +1,4 @@
-"""Compiles the training step and the decode step ahead of time for a topology of TPUs that need not be attached."""
+"""Compiles the training step and the decode step ahead of time for a TPU topology, without a TPU."""
 
 from __future__ import annotations
 
