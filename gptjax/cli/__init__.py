@@ -1,8 +1,8 @@
-"""The verbs of the command line. Each module parses its arguments, calls the library and prints; its entry point is
-`run(args: list[str]) -> int`.
+"""The verbs (subcommands) of the command line. The module of a verb parses the arguments, calls the library and prints
+the results. Its entry point is `run(args: list[str]) -> int`, which returns the exit code.
 
-`manual` holds what `gptjax VERB --help` prints, `topics` the pages of `gptjax help TOPIC`. `help` prints both, and
-`completion` offers the same words to the shell.
+The module `manual` holds the text that `gptjax VERB --help` prints, and `topics` holds the pages of `gptjax help
+TOPIC`. `help` prints both, and `completion` makes the scripts with which a shell completes command lines.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    module: str  # imported only when the verb is called
-    group: str  # heading in `gptjax --help`
-    summary: str  # its line in `gptjax --help`
-    actions: tuple[str, ...] = ()  # the words that can follow the verb, each with its own help
+    module: str  # module with the entry point, imported only when the verb is called
+    group: str  # heading under which `gptjax --help` lists the verb
+    summary: str  # description of the verb in `gptjax --help`
+    actions: tuple[str, ...] = ()  # action words that can follow the verb, each with its own help
 
 
 TRAIN, USE, STUDY, FILES = "Train", "Use a trained model", "Plan and examine", "Prepare and convert files"
@@ -60,7 +60,7 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }
-ABOUT_VERBS: dict[str, Verb] = {  # about the command line itself
+ABOUT_VERBS: dict[str, Verb] = {  # verbs about the command line itself
     "help": Verb("gptjax.cli.help", INSTALLATION, "Explain a verb or a topic."),
     "completion": Verb(
         "gptjax.cli.completion", INSTALLATION, "Print a script for completion with TAB.", ("bash", "zsh", "fish")

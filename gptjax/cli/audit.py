@@ -59,15 +59,16 @@ def run(args: list[str]) -> int:
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """The paths of the report, {"html": .., "json": ..}: in the run directory, or as `out` says.
+    """Returns the paths of the report, {"html": .., "json": ..}: audit.html and audit.json in the run directory, or
+    with the name `out`.
 
     Raises:
-        UserError: one of them exists, or `source` is no folder and `out` is None.
+        UserError: one of the files exists already, or `source` is not a folder and `out` is None.
     """
     if out is None and not Path(source).expanduser().is_dir():
         from gptjax import weights
 
-        location = weights.open_model(source).location  # raises UserError if there is no such model
+        location = weights.open_model(source).location  # raises UserError if the model does not exist
         raise UserError(f"{location} is not a run directory, so the report needs a name: out=NAME")
     path = Path(source if out is None else out).expanduser()
     path = path / "audit" if out is None else path
@@ -81,7 +82,7 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
     """Parses NAME=VALUE arguments into the settings of this verb.
 
     Raises:
-        UserError: unknown names and invalid values, all in one message.
+        UserError: a name is unknown or a value is invalid; the message lists all problems.
     """
     given: dict[str, Any] = {}
     problems, known = [], (*TEXTS, *NUMBERS, *LISTS, "alpha")
@@ -111,7 +112,8 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 
 
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """The training and the held-out texts as token stores: those of the run, or of train=FILE and held_out=FILE."""
+    """Returns the training and the held-out texts as token stores. The texts are read from train=FILE and
+    held_out=FILE; if these are not given, they are the training and validation data of the run."""
     from gptjax import data
     from gptjax.data import quality
     from gptjax.research import audit
@@ -128,7 +130,7 @@ def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> t
 
 
 def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, ModelConfig] | None, list[str]]:
-    """The model before fine-tuning, and the prompts on which the two are compared."""
+    """Returns the model before fine-tuning, and the prompts on which it is compared with the fine-tuned model."""
     file, name = given.pop("prompts", None), given.pop("base", None)
     if file is None:
         if name is not None:

@@ -1,4 +1,4 @@
-"""`gptjax chat MODEL`: a conversation on the terminal, with history."""
+"""`gptjax chat MODEL`: holds a conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gptjax.types import Params
 
 HELP = "/system TEXT sets the system prompt, /new starts a new conversation, /quit exits"
-EVERY = 4  # tokens generated between two updates of the screen
-QUIET_S = 0.4  # seconds without a token before the progress line appears
+EVERY = 4  # number of tokens that are generated between two updates of the screen
+QUIET_S = 0.4  # seconds without a new token until the line `... compiling, 3 s` appears
 READS = PAGES["chat"].settings
 
 
@@ -78,7 +78,8 @@ class Chat:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer in pieces of text as it is generated; at the end it is appended to the conversation."""
+        """Yields the text of the answer in chunks as it is generated, and appends the whole answer to the conversation
+        at the end."""
         import jax
 
         from gptjax.generation import cut, from_config, stop_strings, stream, text_chunks
@@ -119,7 +120,7 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
     """Reads questions from the terminal or a pipe and streams the answers, until the input ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # gives `input` line editing and a history
+            importlib.import_module("readline")  # importing readline gives `input` line editing and a history
         options.note(HELP)
     while True:
         try:
@@ -179,7 +180,8 @@ def _answer(chat: Chat, text: str) -> None:
 
 
 class Waiting:
-    """Shows `... compiling, 3 s` on stderr until `end` is called; does nothing if stderr is not a terminal."""
+    """A progress line such as `... compiling, 3 s` on stderr, until `end` is called. There is no line if stderr is not
+    a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label, self._done, self._shown = label, threading.Event(), False
@@ -194,7 +196,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Erases the line; a second call does nothing."""
+        """Erases the progress line. A second call does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()
@@ -210,14 +212,15 @@ class Waiting:
 
 
 class Wrap:
-    """Wraps streamed text between words, at lines of `width` columns."""
+    """Breaks streamed text between words into lines of at most `width` columns."""
 
     def __init__(self, width: int) -> None:
         self._width, self._column = max(width, 20), 0
         self._blanks = self._word = ""
 
     def feed(self, piece: str) -> str:
-        """Returns the text that can be shown now: all but the last word, which may continue in the next piece."""
+        """Takes the next piece of the text, and returns the text that can be shown now. The last word is held back,
+        because it may continue in the next piece."""
         out = ""
         for char in piece:
             if char == "\n":
@@ -228,7 +231,8 @@ class Wrap:
                 self._blanks += char
             else:
                 self._word += char
-                if columns(char) == 2 or columns(self._word) >= self._width:  # wide scripts have no spaces
+                # wide characters, as of Chinese, count as words, because such scripts have no spaces between words
+                if columns(char) == 2 or columns(self._word) >= self._width:
                     out += self._place()
         return out
 
@@ -247,5 +251,5 @@ class Wrap:
 
 
 def columns(text: str) -> int:
-    """Number of terminal columns that the text takes."""
+    """Returns the number of terminal columns that the text takes."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -21,18 +21,19 @@ USAGE = 'expected: gptjax classify RUN "TEXT"|FILE|- [...] [text_field=COLUMN] [
 SETTINGS = ("text", "text_field", "out")
 LINES, TABLES = (".txt", ".md"), (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 OUT = (".csv", ".tsv", ".jsonl")
-BATCH_SIZE = 16  # texts per call of the model
+BATCH_SIZE = 16  # number of texts per call of the model
 MAX_PROBLEMS = 20
 
 
 class Row(NamedTuple):
     location: str
     text: str
-    columns: dict[str, Any]  # all columns of the row, unchanged
+    columns: dict[str, Any]  # {column name: value} of the whole row, as read
 
 
 class Request(NamedTuple):
-    """The parsed command line. sources: ("text", the text itself), ("file", path) or ("pipe", "-"), in order."""
+    """The parsed command line. Each of `sources` is ("text", the text itself), ("file", path) or ("pipe", "-"), in the
+    order of the command line."""
 
     run: str
     sources: list[tuple[str, str]]
@@ -73,7 +74,7 @@ def parse(args: Sequence[str]) -> Request:
     """Parses the command line.
 
     Raises:
-        UserError: no run, no text, an unknown setting, or a missing file.
+        UserError: no run or no text is given, a setting is unknown, or a file is missing.
     """
     folder, *rest = args or [""]
     given: dict[str, str] = {}
@@ -120,10 +121,10 @@ def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterato
     """Yields the rows of one source.
 
     Args:
-        fields: the text column given on the command line, and the one used in training; each may be None.
+        fields: the text column given on the command line, and the text column used in training; each may be None.
 
     Raises:
-        UserError: at the first row that cannot be classified.
+        UserError: a row cannot be classified; raised at the first such row.
     """
     for row in _rows(kind, name, fields):
         if isinstance(row, UserError):
@@ -177,10 +178,11 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
 
 def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | None]) -> list[str]:
-    """Checks the rows of all files and returns their columns, in the order of appearance; a pipe counts as `text`.
+    """Checks the rows of all files, and returns the names of their columns in the order of appearance. A pipe has one
+    column, `text`, and is not read.
 
     Raises:
-        UserError: rows that cannot be classified, up to MAX_PROBLEMS of them in one message.
+        UserError: some rows cannot be classified; the message lists up to MAX_PROBLEMS of them.
     """
     columns: dict[str, None] = {}
     problems: list[str] = []
@@ -201,7 +203,8 @@ def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | N
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Yields lists of up to `size` rows. If a row raises UserError, the rows before it are yielded first."""
+    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows before it are yielded
+    first."""
     chunk: list[Row] = []
     try:
         for row in rows:
@@ -218,7 +221,11 @@ def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
-    """Prints one line per row. predictions: {class: probability} of each."""
+    """Prints one line per row: the most likely class, the probabilities and the text.
+
+    Args:
+        predictions: {class: probability} for each row.
+    """
     for (_, text, _), probabilities in zip(rows, predictions, strict=True):
         best = max(probabilities, key=probabilities.__getitem__)
         others = ", ".join(f"{name} {p:.1%}" for name, p in probabilities.items() if name != best)
@@ -228,7 +235,8 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
 
 
 def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
-    """A function (rows, predictions) -> None that appends to `out`; after every call the file holds whole rows."""
+    """Creates the file `out`, and returns a function write(rows, predictions) that appends rows to it. After every call
+    the file holds complete rows only."""
     names = ["label", "probability"]
     if set(names) & set(columns):
         names = ["predicted_label", "predicted_probability"]

@@ -1,4 +1,5 @@
-"""`gptjax compare RUN [RUN ...]`: metrics of the answers of several runs to the same questions, and a side-by-side."""
+"""`gptjax compare RUN [RUN ...]`: prints metrics of the answers of several runs to the same questions, and writes the
+answers side by side."""
 
 from __future__ import annotations
 

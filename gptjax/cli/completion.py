@@ -1,8 +1,8 @@
-"""`gptjax completion bash|zsh|fish`: scripts that complete the command line.
+"""`gptjax completion bash|zsh|fish`: prints a script with which the shell completes command lines.
 
-The scripts call `gptjax completion --words WORD ...` with the words before the cursor, the unfinished one last, and get
-the words that it can become, one per line. They pass the names of settings and presets in an environment variable:
-importing the settings would take most of the time of a key press.
+The script calls `gptjax completion --words WORD ...` with the words before the cursor, of which the last is unfinished,
+and gets the possible completions of the last word, one per line. It passes the names of settings and presets in an
+environment variable, because importing them would take most of the time of a key press.
 
     --words pre                             pretrain, presets
     --words pretrain opt                    optim.
@@ -88,11 +88,11 @@ HELP = "--help"
 
 
 class Names(NamedTuple):
-    """The data that completions are made of.
+    """The names that completions are made of.
 
-    settings   the choices of each setting; [] if it has none
-    uses       the patterns of the settings that each task reads
-    presets    the task of each preset
+    settings   {setting: its allowed values}; [] for a setting that takes any number or text
+    uses       {task: the patterns of the settings that the task reads}
+    presets    {preset: its task}
     """
 
     settings: dict[str, list[str]]
@@ -114,7 +114,8 @@ def run(args: list[str]) -> int:
 
 
 def script(shell: str) -> str:
-    text = json.dumps(names(), separators=(",", ":"))  # has no single quotes, which enclose it in all three shells
+    # the JSON contains no single quotes, which enclose it in all three scripts
+    text = json.dumps(names(), separators=(",", ":"))
     return SCRIPTS[shell].replace("VARIABLE", VARIABLE).replace("NAMES", text)
 
 
@@ -131,7 +132,8 @@ def names() -> Names:
 
 
 def choices(key: str) -> list[str]:
-    """The values of a setting that has few: true and false, or the words of a Literal, and null where it is allowed."""
+    """Returns the allowed values of a setting: true and false for a bool, the choices of a Literal, and null if it is
+    allowed. [] for a setting that takes any number or text."""
     from gptjax.config.schema import leaf_fields, without_null
 
     field = leaf_fields()[key]
@@ -142,10 +144,10 @@ def choices(key: str) -> list[str]:
 
 
 def words(typed: Sequence[str], names: Names) -> list[str]:
-    """The words that the last word of `typed` can become.
+    """Returns the possible completions of the last word of `typed`.
 
     Args:
-        typed: the words after `gptjax`; the last is unfinished and may be "".
+        typed: the words after `gptjax` on the command line; the last word is unfinished and may be "".
     """
     *before, current = typed or [""]
     return [word for word in dict.fromkeys(_candidates(before, current, names)) if word.startswith(current)]
@@ -195,7 +197,7 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
             yield from (f"{option.name}{choice}" for choice in option.choices)
         elif not is_set:
             yield option.name
-    flag = "--" if current.startswith("--") else ""  # --optim.lr=1 is the same as optim.lr=1
+    flag = "--" if current.startswith("--") else ""  # settings may be written with dashes: --optim.lr=1
     if flag and "." not in current:
         return
     patterns = page.settings if not page.reads else names.uses.get(page.reads, ["*"])
@@ -205,7 +207,8 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
 
 
 def _settings(keys: Sequence[str], section: str, current: str, names: Names) -> Iterator[str]:
-    """Sections (optim.), the names in a section that is typed (optim.lr=), the values of a name that is typed."""
+    """Yields the completions of a setting: sections (optim.), after a section the names in it (optim.lr=), and after a
+    name its allowed values (optim.name=muon)."""
     typed, is_set, _ = current.partition("=")
     for key in keys:
         short = key.removeprefix(f"{section}.") if section else key

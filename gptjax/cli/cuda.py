@@ -1,4 +1,4 @@
-"""The NVIDIA part of `gptjax doctor`: the GPU, its driver, and whether jax's CUDA plugin supports them."""
+"""The checks of `gptjax doctor` for NVIDIA GPUs: the GPU, its driver, and whether jax's CUDA plugin supports both."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}  # CUDA version: (oldest driver, lo
 PACKAGES = tuple(
     name for cuda in NEEDS for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}")
 )
-AMPERE = 8.0  # first compute capability with bfloat16 and TF32 tensor cores and cuDNN's flash attention
+AMPERE = 8.0  # lowest compute capability with bfloat16 and TF32 tensor cores and cuDNN's flash attention
 
 
 class Card(NamedTuple):
     name: str
-    capability: float  # 0: unknown
-    driver: str  # empty: unknown
+    capability: float  # compute capability, such as 9.0; 0: unknown
+    driver: str  # driver version; empty: unknown
 
 
 def cards() -> list[Card]:
-    """The GPUs that nvidia-smi lists; [] if it is missing or fails."""
+    """Returns the GPUs that nvidia-smi lists; [] if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -35,7 +35,7 @@ def cards() -> list[Card]:
 
 
 def number(text: object) -> float:
-    """Parses a compute capability such as "9.0"; 0 if it is none, such as "gfx942" of an AMD GPU."""
+    """Parses a compute capability such as "9.0". Returns 0 for other text, such as "gfx942" of an AMD GPU."""
     try:
         return float(str(text))
     except ValueError:
@@ -47,7 +47,7 @@ def gpu_here() -> bool:
 
 
 def lines(cards: list[Card]) -> list[str]:
-    """One line per kind of GPU."""
+    """Returns a line of text for each model of GPU, with the number of such GPUs."""
     kinds = {card: cards.count(card) for card in cards}
     return [
         f"{f'{n} x ' if n > 1 else ''}{card.name}, compute capability {card.capability or 'unknown'}, "
@@ -57,10 +57,10 @@ def lines(cards: list[Card]) -> list[str]:
 
 
 def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Reasons for which jax cannot use the GPU.
+    """Returns the reasons for which jax cannot use the GPU, with a solution for each; [] if there are none.
 
     Args:
-        versions: the versions of jax, jaxlib and `PACKAGES`; "" if not installed.
+        versions: {package: version} of jax, jaxlib and `PACKAGES`; "" for a package that is not installed.
     """
     plugins = [cuda for cuda in NEEDS if versions.get(f"jax-cuda{cuda}-plugin")]
     jaxlib = versions.get("jaxlib", "")
@@ -94,11 +94,12 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
 
 
 def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Reports a GPU that jax does not use, with the most likely cause; [] if JAX_PLATFORMS is set (deliberate)."""
+    """Returns an error text, with the most likely cause, if there is a GPU that jax does not use. Returns [] if the
+    user chose the backend with JAX_PLATFORMS."""
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):
-        driver, capability = NEEDS["13"]  # the newest CUDA that every GPU and its driver support
+        driver, capability = NEEDS["13"]  # CUDA 13 is recommended if all GPUs and drivers support it
         supports_13 = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
         best = "13" if cards and supports_13 else "12"
         way_out = f"its plugin is not installed: pip install 'jax[cuda{best}]=={versions['jax']}'"
@@ -113,20 +114,20 @@ def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: l
 
 
 def bfloat16_line(capability: float) -> str:
-    """A warning about bfloat16 without tensor cores; "" for Ampere and later."""
+    """Returns a warning if the GPU has no tensor cores for bfloat16; "" for Ampere and later GPUs."""
     if not 0 < capability < AMPERE:
         return ""
     return f"no bfloat16 tensor cores at compute capability {capability}: model.dtype=float32 is as fast or faster"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The release segment of a version, which jax compares too: "0.10.2.dev1" -> (0, 10, 2)."""
+    """Returns the release segment of a version, which is also what jax compares: "0.10.2.dev1" -> (0, 10, 2)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(segment) for segment in match[0].split(".")) if match else ()
 
 
 def _wanted_cudnn(cuda: str) -> str:
-    """The lowest cuDNN version that the installed plugin requires; "" if it requires none."""
+    """Returns the lowest cuDNN version that the installed CUDA plugin of jax requires; "" if it requires none."""
     with suppress(PackageNotFoundError):
         for line in requires(f"jax-cuda{cuda}-plugin") or []:
             if line.startswith(f"nvidia-cudnn-cu{cuda}") and (match := re.search(r">=([\d.]+)", line)):

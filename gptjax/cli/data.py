@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
-SHOWN = 5  # findings printed per kind
+SHOWN = 5  # number of findings that are printed per kind, such as near duplicates
 
 
 def run(args: list[str]) -> int:
@@ -38,7 +38,8 @@ def run(args: list[str]) -> int:
 
 
 def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
-    """The first `most` tokens of the first row of the first batch: input, target, and whether the loss counts it."""
+    """Returns lines that show the first `most` tokens of the first row of the first training batch: each line has the
+    input token, the target token, and whether the target counts in the loss."""
     from gptjax.data import Loader
 
     batch = Loader(
@@ -60,7 +61,8 @@ def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
 
 
 def check(args: list[str]) -> int:
-    """Reports duplicates, secrets and outliers in files that are splits of one data set. Findings are not errors."""
+    """Reports duplicates, secrets and outliers in files that are splits of one data set. The exit code is 0 even if
+    something was found."""
     given = dict(arg.split("=", 1) for arg in args if options.is_setting(arg))
     files = [arg for arg in args if not options.is_setting(arg)]
     known = ("field", "threshold", "near", "model", "out")

@@ -1,4 +1,5 @@
-"""`gptjax doctor`: checks versions, devices, assets and folders. The exit code is 2 if a problem would affect runs."""
+"""`gptjax doctor`: checks package versions, devices, downloaded assets and folders. The exit code is 2 if there is a
+problem that would affect runs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PACKAGES = (
     "gptjax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "tiktoken",
     "tokenizers",
 )  # fmt: skip
-OPTIONAL = ("libtpu", *cuda.PACKAGES)  # printed only if installed
+OPTIONAL = ("libtpu", *cuda.PACKAGES)  # packages that are printed only if they are installed
 
 
 def run(args: list[str]) -> int:
@@ -57,7 +58,8 @@ def _version(name: str) -> str:
 
 
 def version_problems(versions: dict[str, str]) -> list[str]:
-    """jax and jaxlib must share the minor release; jaxlib may be an older patch release, never a newer one."""
+    """Returns an error text if jax and jaxlib do not fit each other: they must have the same minor release, and the
+    patch release of jaxlib may be older than that of jax but not newer."""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
         return ["jax or jaxlib is not installed: pip install -U jax"]
@@ -67,12 +69,14 @@ def version_problems(versions: dict[str, str]) -> list[str]:
 
 
 def tpu_here() -> bool:
-    """Detects a TPU without its driver: by device files, or by environment variables of Colab and TPU VMs."""
+    """Whether this machine has a TPU, judged by device files or by environment variables of Colab and TPU VMs, because
+    the TPU's driver may be missing."""
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
 def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]:
-    """Other processes that have a TPU's device file open: "python (pid 123)". Only one process can hold a TPU."""
+    """Returns the other processes that have a TPU's device file open, as texts such as "python (pid 123)". Only one
+    process at a time can use a TPU."""
     processes = []
     for folder in proc.glob("[0-9]*"):
         if int(folder.name) == (os.getpid() if own_pid is None else own_pid):
@@ -84,7 +88,7 @@ def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]
 
 
 def wanted_libtpu() -> str:
-    """The libtpu release that the installed jax requires, such as "0.0.42.*"; "" if it requires none."""
+    """Returns the libtpu release that the installed jax requires, such as "0.0.42.*"; "" if jax requires none."""
     with suppress(PackageNotFoundError):
         for line in requires("jax") or []:
             if match := re.match(r"libtpu==([\w.*]+)", line):
@@ -93,7 +97,8 @@ def wanted_libtpu() -> str:
 
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
-    """Reports a TPU that jax does not use (a run would silently use the CPU), with the most likely cause."""
+    """Returns an error text, with the most likely cause, if there is a TPU that jax does not use; otherwise []. Without
+    this report, runs would use the CPU and the user would not notice."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:
@@ -111,10 +116,11 @@ def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: 
 
 
 def precision_line(backend: str, capability: float, setting: str | None) -> str:
-    """The precision of float32 matrix multiplications (model.dtype=float32, model.precision=default) on this backend.
+    """Returns a line about the precision of float32 matrix multiplications on this backend, with model.dtype=float32
+    and model.precision=default.
 
     Args:
-        capability: compute capability of a GPU; 0: unknown.
+        capability: compute capability of the GPU; 0: unknown.
         setting: the value of JAX's jax_default_matmul_precision.
     """
     if setting not in (None, "default"):
@@ -128,7 +134,7 @@ def precision_line(backend: str, capability: float, setting: str | None) -> str:
 
 
 def attention_line(backend: str) -> str:
-    """The attention implementation of a run on this device."""
+    """Returns the name of the attention implementation that a run on this device uses."""
     from gptjax.ops import device, fused
 
     if backend == "tpu":
@@ -137,7 +143,7 @@ def attention_line(backend: str) -> str:
 
 
 def gpu_attention(capability: float, cudnn: int) -> str:
-    """The attention kernels of a run on a GPU (`ops.fused.kernel_for`)."""
+    """Returns the names of the attention kernels that a run on a GPU uses, as `ops.fused.kernel_for` chooses them."""
     if capability < cuda.AMPERE:
         needs = f"the fused kernels need compute capability 8.0 (Ampere), not {capability}"
         return f"XLA, with T x T scores in memory: {needs}"

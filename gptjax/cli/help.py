@@ -1,4 +1,4 @@
-"""`gptjax help`, `gptjax --help` and `gptjax VERB --help`: prints the pages of `manual` and `topics`."""
+"""`gptjax help`, `gptjax --help` and `gptjax VERB --help`: print the pages of the modules `manual` and `topics`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(args: list[str]) -> int:
 
 
 def overview() -> str:
-    """The text of `gptjax --help`: the verbs by group, and the topics."""
+    """Returns the text of `gptjax --help`: the verbs by group, and the topics."""
     lines = [
         "gptjax trains, fine-tunes and runs GPT-style language models in JAX.",
         "",
@@ -60,7 +60,8 @@ def topic(name: str) -> str:
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """The text of `gptjax NAME ARGS --help`; the settings are shown with the values that ARGS give."""
+    """Returns the text of `gptjax NAME ARGS --help`. Settings are shown with the values that the preset and the
+    settings in ARGS give them."""
     from gptjax.cli.manual import PAGES
 
     args = list(args)
@@ -93,7 +94,8 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
 
 
 def _usage(usage: str, width: int) -> list[str]:
-    """The lines of the usage; a line is wrapped between its parts, not inside brackets."""
+    """Returns the usage as lines of at most `width` columns. Lines are not broken inside square brackets, so that
+    optional arguments stay whole."""
     lines: list[str] = []
     for line in usage.splitlines():
         kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda part: part[0].replace(" ", "\0"), line)
@@ -110,7 +112,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def columns() -> int:
-    """Columns of the help: the width of the terminal, within limits."""
-    import shutil  # takes 10 ms, which `gptjax --help` does not need
+    """Returns the number of columns of the help text: the width of the terminal, but at least 60 and at most 120."""
+    import shutil  # imported here because it takes 10 ms and `gptjax --help` does not need it
 
     return min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)

@@ -1,8 +1,8 @@
-"""The text of `gptjax VERB --help`: a page per verb, and per action of a verb such as `data check`.
+"""The text of `gptjax VERB --help`: a page per verb, and per action of a verb, such as `data check`.
 
-The examples of a page run as they stand in an empty folder, after the commands of `needs`, on a CPU and without a
-network. The settings of a page come from `gptjax.config.schema`, which has their help; it is not imported here, so that
-`gptjax completion` is fast.
+The examples of a page can be run unchanged in an empty folder, after the commands of `needs`, on a CPU and without a
+network. The settings of a page and their help texts are defined in `gptjax.config.schema`. That module is not imported
+here, so that `gptjax completion` is fast.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """A word of a verb that is no setting: `out=FILE`, or `--search`, which takes no value."""
+    """An option of a verb that is not a setting of the schema, such as `out=FILE`, or `--search`, which has no
+    value."""
 
-    name: str  # out= or --search
-    value: str  # stands for the value: FILE
+    name: str  # such as `out=` or `--search`
+    value: str  # placeholder of the value in the help, such as FILE; "" if the option has no value
     text: str
     choices: tuple[str, ...] = ()
 
@@ -22,18 +23,18 @@ class Option(NamedTuple):
 class Page(NamedTuple):
     """The help of a verb.
 
-    about      what it does, in one or two sentences
-    usage      its shape
-    examples   (command, what it does)
+    about      what the verb does, in one or two sentences
+    usage      the form of its command lines
+    examples   pairs (command, what the command does)
     needs      commands that make the files and runs that the examples use
-    options    words of this verb that are no settings
-    reads      the task whose settings it reads (`gptjax.config.uses`); "*": any task
-    settings   patterns of the settings that the help lists; (): all that the task reads
-    section    the section of the settings whose name may be left out
-    preset     the preset that is used if none is named; "": the verb takes none
-    tasks      the tasks whose presets it takes
-    words      what the first word can be, beside a preset
-    notes      paragraphs after the options
+    options    options of the verb that are not settings of the schema
+    reads      the task whose settings the verb reads (`gptjax.config.uses`); "*": any task; "": only `settings`
+    settings   patterns of the settings that the help lists; (): all settings that the task reads
+    section    the section whose name may be left out of the settings, such as "sample"
+    preset     the preset that is used if the command names none; "": the verb takes no preset
+    tasks      the tasks whose presets the verb takes
+    words      words that can be the verb's first argument, besides the names of presets
+    notes      paragraphs of text after the options
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""Shared by the verbs: parsing of the command line, the list of settings, the report of a dry run."""
+"""Functions that the verbs share: they parse the command line, list the settings, and report a dry run."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ SWITCHES = ("dry-run", "print-config")
 
 
 class Args(NamedTuple):
-    words: list[str]  # positional arguments, in order
-    leaves: list[Leaf]  # settings, a.b=c
+    words: list[str]  # positional arguments, in the order of the command line
+    leaves: list[Leaf]  # settings, which are written a.b=c
     dry_run: bool
     print_config: bool
 
 
 def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
-    """Parses up to `words` leading positional arguments, then settings; --dry-run and --print-config anywhere.
+    """Parses a command line: up to `words` positional arguments, then settings. --dry-run and --print-config may stand
+    anywhere.
 
     Args:
-        example: a setting to show in errors.
+        words: maximum number of positional arguments.
+        example: a setting that error messages show as an example.
     """
     rest, switches = [], set()
     for arg in args:
@@ -60,22 +62,26 @@ def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
 
 
 def is_setting(arg: str) -> bool:
-    """Whether it is a setting, a.b=c, and not the name of an existing file that contains a `=`."""
+    """Whether the argument is a setting such as a.b=c, and not the name of an existing file that contains `=`."""
     return "=" in arg and not os.path.exists(arg)
 
 
 def keys_of(*patterns: str) -> list[str]:
-    """The settings that match any of the patterns, in the order of the schema."""
+    """Returns the keys of the settings that match any of the patterns, in the order of the schema."""
     return [key for key in schema() if any(matches(pattern, key) for pattern in patterns)]
 
 
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """The configuration of a verb's arguments; `task` and `also` as in `uses.resolve`.
+    """Returns the config that the arguments of a verb give, and where each of its values was set.
 
-    train.batch_size=auto is replaced with the largest batch that fits the devices, and model.remat with the setting
-    that this batch needs.
+    train.batch_size=auto is replaced with the largest batch size that is estimated to fit in device memory, and
+    model.remat with the value that this batch size needs.
+
+    Args:
+        default: the preset that is used if the arguments name none. None: the defaults of gptjax.
+        task, also: see `uses.resolve`, which has the same arguments.
     """
     source = args.words[0] if args.words else default
     leaves = args.leaves
@@ -85,7 +91,8 @@ def configure(
 
         layers = [*file_layers(source), *leaves]
         n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
-        one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]  # per micro-batch
+        # the smallest valid batch size: one row per micro-batch
+        one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
         leaves = [leaf._replace(value=cfg.train.batch_size) if leaf in auto else leaf for leaf in leaves]
@@ -98,11 +105,11 @@ def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefi
     """Refuses settings that the verb does not read.
 
     Args:
-        known: the settings that it reads.
-        prefix: a group, such as "sample.", whose settings may be given without it.
+        known: the settings that the verb reads.
+        prefix: a group such as "sample."; its settings may be written without this prefix.
 
     Raises:
-        UserError: all settings that are not in `known`.
+        UserError: some settings are not in `known`; the message lists all of them.
     """
     short = [key.removeprefix(prefix) for key in known]
     problems = Problems()
@@ -120,7 +127,7 @@ def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefi
 
 
 def note(line: str) -> None:
-    """Prints a progress message to stderr; stdout is for results."""
+    """Prints a progress message to stderr, because stdout is for results only."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -131,19 +138,21 @@ def show_only(
     report: Callable[[Config], list[str]],
     keys: Sequence[str] | None = None,
 ) -> bool:
-    """Handles --print-config (prints all settings) and --dry-run (prints non-default settings and a report).
+    """Handles --print-config, which prints all settings, and --dry-run, which prints the settings that differ from
+    their defaults, and a report.
 
     Args:
-        report: cfg -> lines of the report.
-        keys: the settings that the verb reads; None: those that cfg.task reads.
+        report: a function cfg -> lines of the report.
+        keys: the settings that the verb reads. None: the settings that cfg.task reads.
 
     Returns:
-        Whether either switch was given, after which the verb ends.
+        Whether --print-config or --dry-run was given. If so, the verb should do nothing else.
     """
     if not (args.print_config or args.dry_run):
         return False
     keys = uses.keys_of(cfg) if keys is None else keys
-    lines = report(cfg) if args.dry_run else []  # built before anything is printed, as it raises the errors of a run
+    # the report is made before anything is printed, because it may raise the errors that the run would raise
+    lines = report(cfg) if args.dry_run else []
     if not args.print_config:
         values, defaults = flat(cfg), flat(Config())
         given = [key for key in keys if provenance[key] != "default" and not provenance[key].startswith("arch=")]
@@ -155,11 +164,12 @@ def show_only(
 
 
 def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width: int = 100) -> str:
-    """The settings that match `patterns`, in that order, each with its value in `cfg`, its type and its help.
+    """Returns a list of the settings that match `patterns`, as text: each with its value in `cfg`, its type and its
+    help. The settings are in the order of the patterns.
 
     Args:
-        section: a section whose name is omitted, such as "sample".
-        width: columns per line.
+        section: a section such as "sample", whose settings are listed without its name. "": none.
+        width: maximum number of columns per line.
     """
     titles = {group: f"Section {group}. {doc}".replace("None", "null") for group, doc, _ in describe()} | {
         "": "The run itself."
@@ -178,8 +188,9 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 
 
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
-    """The settings of a verb with the values that these arguments give; if they are invalid, the values of the default
-    preset. A verb that takes no preset: with the defaults."""
+    """Returns the list of the settings of a verb for its help, with the values that `args` give them. If `args` are
+    invalid, the values are those of the verb's default preset. For a verb that takes no preset, they are the
+    defaults."""
     patterns = page.settings or uses.USES[page.reads]
     if not page.preset:
         return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"
@@ -199,10 +210,10 @@ def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
 
 
 def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
-    """The report of a dry run: the run directory and the lines of `plan`.
+    """Returns the lines of the report of a dry run: the run directory, and the lines of `plan(cfg)`.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: the errors that the run itself would raise before its first step.
     """
     from gptjax.tasks import refuse
 

@@ -40,7 +40,8 @@ def run(args: list[str]) -> int:
             new_file(path, name)
     from gptjax.planning import slices
 
-    # before jax is imported: run on the CPU, and keep libtpu from querying the network for TPU metadata
+    # These variables must be set before jax is imported. They make jax use the CPU, and keep libtpu from querying the
+    # network for TPU metadata.
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
     from gptjax.planning.plan import plan, search
@@ -56,7 +57,7 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    unknown = opts.decode or cfg.train.epochs is not None  # the steps per epoch depend on the data
+    unknown = opts.decode or cfg.train.epochs is not None  # with epochs, the steps depend on the data
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
     if opts.search:
@@ -73,10 +74,10 @@ def run(args: list[str]) -> int:
 
 
 def options_of(args: list[str]) -> tuple[Options, list[str]]:
-    """Splits the arguments into the options of this verb and the rest (preset and settings).
+    """Splits the arguments into the options of this verb, such as --on, and the other arguments: preset and settings.
 
     Raises:
-        UserError: a missing or invalid value, or options that exclude each other.
+        UserError: the value of an option is missing or invalid, or two options exclude each other.
     """
     given: dict[str, Any] = {}
     rest, queue = [], list(args)
@@ -108,11 +109,12 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """`cfg` with the complete shape of the model. If model.vocab_size is 0, a fine-tuning run takes the shape of its
-    base (no tensor is read), and a pretraining run the vocabulary size of its tokenizer.
+    """Returns `cfg` with the complete shape of the model. If model.vocab_size is 0, a fine-tuning run takes the shape
+    from the config of its base model, whose tensors are not read, and a pretraining run takes the vocabulary size of
+    its tokenizer.
 
     Raises:
-        UserError: no such base, or the vocabulary size is unknown until the tokenizer is trained.
+        UserError: the base model does not exist, or the vocabulary size is unknown until the tokenizer is trained.
     """
     if cfg.pretrain.base is not None:
         from gptjax.tasks.pretrain import from_base

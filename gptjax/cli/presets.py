@@ -1,4 +1,4 @@
-"""`gptjax presets ls | show | cp`: the built-in configuration files."""
+"""`gptjax presets ls | show | cp`: lists, prints or copies the presets, the config files that come with gptjax."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets: from scratch, with pretrain.base
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets without and with pretrain.base
 
 
 def run(args: list[str]) -> int:
@@ -27,7 +27,7 @@ def run(args: list[str]) -> int:
 
 
 def plan(cfg: Config) -> list[str]:
-    """Lines of the dry run: data, parameters, steps, estimated memory."""
+    """Returns the lines of the report of a dry run: data, number of parameters, steps, estimated memory."""
     from gptjax import tree
     from gptjax.model.gpt import abstract_params
     from gptjax.tasks.pretrain import from_base
@@ -61,7 +61,8 @@ def plan(cfg: Config) -> list[str]:
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """The tokenized data, or the reason why a dry run does not prepare it; a dry run downloads nothing."""
+    """Returns (tokenized data, ""), or (None, the reason why the data is not prepared). A dry run downloads nothing, so
+    it prepares only data that is on this machine."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):

@@ -62,7 +62,8 @@ def run(args: list[str]) -> int:
 
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
-    """Merges the settings: defaults < config.yaml of the run < command line, where `prompt=` means `sample.prompt=`."""
+    """Merges the settings of the command line, the run's config.yaml and the defaults, in this order of precedence. On
+    the command line, `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -73,7 +74,8 @@ def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
 
 
 def read_prompts(cfg: Config) -> list[str]:
-    """Returns [sample.prompt], or the prompts of a file: JSONL with "prompt" in each line, or one prompt per line."""
+    """Returns the prompts of the file sample.prompts, or [sample.prompt] if there is no file. A .jsonl file has the
+    field "prompt" in each record; any other file has one prompt per line."""
     if not cfg.sample.prompts:
         return [cfg.sample.prompt]
     path = Path(cfg.sample.prompts)
@@ -96,10 +98,12 @@ def read_prompts(cfg: Config) -> list[str]:
 
 
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
-    """Opens the draft model of speculative decoding, without reading tensors; None without one, and for draft=ngram.
+    """Opens the draft model for speculative decoding, without reading its tensors. Returns None if sample.draft is not
+    set or is ngram, which needs no model.
 
     Raises:
-        UserError: no such model, another vocabulary, or sampling settings that speculative decoding lacks.
+        UserError: the model does not exist, its tokenizer is not that of the main model, or speculative decoding does
+            not support the sampling settings.
     """
     if not settings.draft:
         return None
@@ -128,7 +132,13 @@ def write(
     ids: list[list[int]],
     draft: Model | None = None,
 ) -> None:
-    """Generates `settings.n` completions per prompt; prints them or appends them to a JSONL file. Speed on stderr."""
+    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file. The speed is
+    reported on stderr.
+
+    Args:
+        ids: the token ids of each prompt.
+        draft: the draft model for speculative decoding; None: no draft model.
+    """
     import jax
 
     from gptjax.generation import complete, cut, for_decoding, from_config, speculate, stop_strings
@@ -163,12 +173,14 @@ def write(
                     prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
                     logprobs=[round(value, 4) for value in completion.logprobs],
                 )  # fmt: skip
-                with open(settings.out, "a", encoding="utf-8") as file:  # completed rows stay if a later one fails
+                # appended one by one, so that an error later does not lose the completed rows
+                with open(settings.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 if row or i:
                     print("-" * 40)
-                # decoded together, as a UTF-8 character may span the two; stop strings are cut from the completion only
+                # Prompt and completion are decoded together, because a UTF-8 character may begin in the prompt and end
+                # in the completion. Stop strings are cut from the completion only.
                 whole = tokenizer.decode([*ids[row], *completion.tokens])
                 print(whole[: len(whole) - len(new) + len(text)], flush=True)
     seconds = time.monotonic() - start
@@ -177,7 +189,8 @@ def write(
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
-    """A completion of tokens generated without `until`: cut after the shortest prefix for which `until` is true."""
+    """Returns the completion for tokens that were generated without the condition `until`: the shortest prefix of the
+    tokens for which `until` is true, or all tokens if there is none."""
     from gptjax.generation import Completion
 
     length = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)

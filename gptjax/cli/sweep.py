@@ -1,4 +1,5 @@
-"""`gptjax sweep`: a hyperparameter sweep in one compiled program; writes a table, two files and a plot."""
+"""`gptjax sweep`: trains with all combinations of hyperparameters, if possible in one compiled program, prints a table
+of the losses and writes the results to files."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from gptjax.config import Config, config_file, to_yaml, uses
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
-AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the default axes
-SHOWN = 20  # rows of the table that are printed
+AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the axes of the sweep if the user gives none
+SHOWN = 20  # maximum number of rows of the table that are printed
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]  # an option of the verb, not a setting
+    # at_once is an option of this verb, not a setting of the schema
+    values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]
     if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
         raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")
     at_once = int(values[-1]) if values else None
@@ -41,13 +43,14 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # settings for the printed command that trains the best run, which gets its own run directory
+    # settings for the printed command that trains the best run again, in a run directory of its own
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
-    """Raises UserError, in one message, for an occupied run directory and for missing data or a missing base."""
+    """Raises UserError if the sweep cannot start: the run directory is in use, or the data or base model is missing.
+    The message lists all problems."""
     from gptjax.research.sweep import WRITING
     from gptjax.tasks import find
     from gptjax.training import run_dir
@@ -56,7 +59,8 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""  # files of an interrupted sweep
+        # pattern of the files that an interrupted sweep left in the folder, which may be overwritten
+        ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)
     Problems(problems).raise_if_any()
@@ -92,7 +96,7 @@ def _sweep(
 
 
 def report(configs: list[Config], axes: dict[str, list[str]], folder: Path) -> list[str]:
-    """The report of a dry run; it does not read the data."""
+    """Returns the lines of the report of a dry run, which does not read the data."""
     from gptjax.research import sweep
 
     groups = sweep.programs(configs)

@@ -1,4 +1,5 @@
-"""The pages of `gptjax help TOPIC`: name -> (title, text). colab/guides says the same at length."""
+"""The pages that `gptjax help TOPIC` prints: name of the topic -> (title, text). The guides in colab/guides explain the
+same topics at length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gptjax import` and `gptjax export`: conversion of models from and to the formats of other tools."""
+"""`gptjax import` and `gptjax export`: convert models from and to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run_import(args: list[str]) -> int:
-    """`gptjax import MODEL DIR [dtype=..]`: writes a gptjax model folder, with the tokenizer of the model."""
+    """`gptjax import MODEL DIR [dtype=..]`: converts a model to a gptjax model folder, with the model's tokenizer."""
     words, dtype = _take(args, "dtype", DTYPES, "float32")
     if len(words) != 2:
         raise UserError("expected: gptjax import MODEL DIR [dtype=float32|bfloat16|float16]")
@@ -40,7 +40,7 @@ def run_import(args: list[str]) -> int:
 
 
 def run_export(args: list[str]) -> int:
-    """`gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=..]`"""
+    """`gptjax export hf|gguf|peft|stablehlo MODEL TARGET [type=..]`: writes a model in another tool's format."""
     words, kind = _take(args, "type", TYPES, "F32")
     if len(words) != 3:
         raise UserError(
@@ -50,7 +50,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # checked before the model is read; nothing is overwritten
+    path = Path(target)  # checked before the model is read, because nothing may be overwritten
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -83,7 +83,7 @@ def run_export(args: list[str]) -> int:
 
 
 def _export_adapter(source: str, target: Path) -> int:
-    """Exports the LoRA adapter that a fine-tuning run stores next to the merged model."""
+    """Exports the LoRA adapter that a fine-tuning run stores beside the merged model."""
     from gptjax import weights
     from gptjax.weights import native, peft
     from gptjax.weights.export import new_folder
@@ -95,7 +95,8 @@ def _export_adapter(source: str, target: Path) -> int:
     native.verify(run)
     body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
     params, cfg = weights.load(run)
-    weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))  # raises UserError if it is damaged
+    # loaded only to check it: raises UserError if the adapter is damaged
+    weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     new_folder(target)
     try:
         for name in (peft.CONFIG, peft.WEIGHTS):
@@ -133,7 +134,12 @@ def _why_none(run: Path) -> str:
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:
-    """Returns the positional arguments, and the value of the only setting, `name=`."""
+    """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the verb.
+
+    Args:
+        known: the allowed values; upper and lower case are not distinguished.
+        default: the value if the setting is not given.
+    """
     words, value = [], default
     for arg in args:
         key, equals, text = arg.removeprefix("--").partition("=")

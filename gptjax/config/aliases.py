@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from gptjax.errors import did_you_mean, nearest
 
-# Names of the same settings in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl and the book.
+# Name of a setting in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl or Build a Large Language Model (From Scratch)
+# -> key of the same setting in gptjax.
 ALIASES: dict[str, str] = {
     "learning_rate": "optim.lr", "max_lr": "optim.lr", "peak_lr": "optim.lr", "embedding_lr": "optim.embed_lr",
     "unembedding_lr": "optim.head_lr", "matrix_lr": "optim.lr", "optimizer": "optim.name", "optim": "optim.name",
@@ -58,7 +59,7 @@ ALIASES: dict[str, str] = {
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
-# Settings of other tools that gptjax does not have, with the alternative.
+# Name of a setting of another tool that gptjax does not have -> what to use in gptjax instead.
 NOT_HERE: dict[str, str] = {
     "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(
@@ -73,8 +74,8 @@ NOT_HERE: dict[str, str] = {
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """The error text for a key that is not in the schema; suggests gptjax's name of another tool's setting, or the
-    nearest spelling."""
+    """Returns the error text for a key that is not in the schema. It suggests gptjax's name if the key is a setting of
+    another tool, otherwise the key with the nearest spelling."""
     last = key.rpartition(".")[2].lower()
     groups = {name.partition(".")[0] for name in known if "." in name}
     if key in groups:

@@ -1,6 +1,6 @@
-"""Validation: the range of each setting, combinations of settings, and settings without effect.
+"""Validation of a config: the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is (keys concerned, text), so that the loader can add where each key was set.
+A complaint is (keys of the settings concerned, error text), so that `load.build` can add where each key was set.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config violates it, error text
+Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config violates the rule, error text
 
 
 def validate(cfg: Config) -> None:
-    """Check all ranges and rules. Raises UserError that lists all invalid values and combinations."""
+    """Checks the ranges and rules of all settings. Raises one UserError that lists all invalid values and
+    combinations."""
     Problems(text for _, text in complaints(cfg, {})).raise_if_any()
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Check the ranges and rules of a model's settings only. Raises UserError like `validate`."""
+    """Checks the ranges and rules of a model's settings only. Raises one UserError that lists all problems."""
     Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
 
 
 def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
-    """(keys concerned, error text with the places where the keys were set) for each problem."""
+    """Yields (keys concerned, error text with the places where the keys were set) for each problem of a config."""
     for keys, text in (*_ranges(flat(cfg)), *_broken(MODEL_RULES, cfg.model), *_broken(RULES, cfg)):
         places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
@@ -74,7 +75,8 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Check the types in a config constructed in Python. Raises UserError. Skips tracers, which have no value."""
+    """Checks the types of the values in a model config that is constructed in Python. Raises UserError. Tracers are not
+    checked, because they have no value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):
@@ -90,7 +92,8 @@ def validate_types(model: ModelConfig) -> None:
 
 
 def shown(value: object) -> str:
-    """Format a value for an error message. Texts of more than 200 characters are shortened, with their length."""
+    """Formats a value for an error message. A text of more than 200 characters is replaced with its beginning and its
+    length."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # too many digits to print, or a list that contains itself
@@ -111,7 +114,7 @@ def _has_heads(model: ModelConfig) -> bool:
 
 
 def _has_head_dim(model: ModelConfig) -> bool:
-    """Whether d_head is given, or n_head divides d_model."""
+    """Whether the head dimension is defined: d_head is given, or n_head divides d_model."""
     return bool(model.d_head) or model.d_model % model.n_head == 0
 
 
@@ -125,7 +128,7 @@ def _is_complete(distributed: DistributedConfig) -> bool:
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
-    """The keys of the mesh axes of this size."""
+    """Returns the keys of the mesh axes that have this size."""
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
@@ -134,7 +137,7 @@ def _local(cfg: Config) -> list[str]:
 
 
 def _finetuning_keys(cfg: Config) -> tuple[str, ...]:
-    """The fine-tuning settings that differ from their defaults."""
+    """Returns the keys of the fine-tuning settings that differ from their defaults."""
     defaults, values = flat(Config()), flat(cfg)
     groups = ("finetune.", "lora.", "classify.", "instruct.", "prefer.")
     return tuple(key for key in values if key.startswith(groups) and values[key] != defaults[key])
@@ -251,7 +254,8 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# (keys, setting that can disable them, whether a value of it does): refused on a command line
+# (keys or prefixes of keys, setting that can leave them without effect, whether a value of that setting does so). Such
+# settings are refused on a command line.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
@@ -269,7 +273,7 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
 
 
 def without_effect(cfg: Config, provenance: Provenance) -> Iterator[str]:
-    """An error text for each setting of the command line that has no effect because of another setting."""
+    """Yields an error text for the settings of the command line that have no effect because of another setting."""
     values = flat(cfg)
     for keys, other, disables in WITHOUT_EFFECT:
         requested = [

@@ -1,6 +1,6 @@
-"""Read settings from YAML, `a.b=c` and dicts into flat leaves that know where they were set.
+"""Reads settings from YAML, `a.b=c` and dicts into a flat list of leaves: key, value, and where the value was set.
 
-This module does not use the schema: text is converted to the type of its field later, by `load.build`.
+This module does not use the schema: `load.build` converts text to the type of its field later.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ EXAMPLE = "optim.lr=3e-4"
 
 
 class Leaf(NamedTuple):
-    """One setting as written: its key, its value (text if read from text, None for YAML's null), and where it was
-    set, such as "x.yaml:12"."""
+    """One setting as the user wrote it: its key, its value (text if it was read from text, None for YAML's null), and
+    where it was set, such as "x.yaml:12"."""
 
     key: str
     value: Any
@@ -34,7 +34,7 @@ Provenance = dict[str, str]
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """Read a text file. Raises UserError if it is missing, a folder, unreadable or not UTF-8."""
+    """Reads a text file. Raises UserError if the file is missing, a folder, unreadable or not UTF-8."""
     try:
         data = path.read_bytes()
         if other := other_encoding(data):
@@ -46,12 +46,13 @@ def read_text(path: Path, what: str = "file") -> str:
         raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
 
 
-MAX_YAML, MAX_VALUES, MAX_DEPTH = 1 << 18, 20_000, 16  # characters, values with aliases expanded, nesting levels
-MAX_KEYS, MAX_KEY = 500, 200  # number of settings, characters per key
+# limits of a config file: characters, values with aliases expanded, nesting levels
+MAX_YAML, MAX_VALUES, MAX_DEPTH = 1 << 18, 20_000, 16
+MAX_KEYS, MAX_KEY = 500, 200  # limits of a config file: number of settings, characters per key
 
 
 def from_yaml(text: str, name: str) -> list[Leaf]:
-    """The leaves of a YAML mapping: every scalar and list, set at `name:line`.
+    """Returns a leaf for every scalar and list of a YAML mapping, with `name:line` as the place where it was set.
 
     Raises:
         UserError: invalid YAML, a duplicate key, or a text too large or too deeply nested for a config.
@@ -86,7 +87,8 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
 
 
 def _fits_depth(text: str, levels: int) -> bool:
-    """Whether mappings and lists are nested at most `levels` deep. Checked before any recursive function sees them."""
+    """Whether mappings and lists of a YAML text are nested at most `levels` deep. Reads the text without recursion, so
+    that recursive functions never get a text that is too deep."""
     import yaml
 
     depth = 0
@@ -98,10 +100,10 @@ def _fits_depth(text: str, levels: int) -> bool:
 
 
 def _refuse_large(root: yaml.Node, name: str) -> None:
-    """Raise UserError if aliases expand to too many values, or an alias contains itself."""
+    """Raises UserError if the aliases of a YAML document expand to too many values, or an alias contains itself."""
     import yaml
 
-    sizes: dict[int, int] = {}  # node id -> number of its values with aliases expanded; 0 while it is counted
+    sizes: dict[int, int] = {}  # node id -> number of the node's values with aliases expanded; 0 while counting
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
@@ -140,8 +142,8 @@ def _walk(
 
 
 def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str] | None:
-    """The text of a scalar, a list of texts, or None. The schema converts texts: YAML itself would read 1e-3 as a
-    string and `on` as a bool."""
+    """Returns the text of a scalar, the list of texts of a sequence, or None for null. `load.build` converts the texts
+    by the schema, because YAML itself would read 1e-3 as a string and `on` as a bool."""
     import yaml
 
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
@@ -156,7 +158,8 @@ def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str
 
 
 def from_args(args: Iterable[str], where: str = "command line", example: str = EXAMPLE) -> list[Leaf]:
-    """The leaves of `a.b=c`, `--a.b=c` and `--a.b c`, split at the first `=`. Raises UserError for other arguments."""
+    """Returns the leaves of the arguments `a.b=c`, `--a.b=c` and `--a.b c`; key and value are split at the first `=`.
+    Raises UserError for other arguments."""
     leaves, problems, rest = [], Problems(), list(args)
     while rest:
         arg = rest.pop(0)
@@ -175,7 +178,7 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
 
 
 def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
-    """The leaves of a nested dict of Python values."""
+    """Yields the leaves of a nested dict of Python values."""
     if prefix.count(".") > MAX_DEPTH:
         raise UserError(f"{where}: {prefix[:80]}..: nested more than {MAX_DEPTH} levels deep, too deep for a config")
     for key, value in values.items():
@@ -186,8 +189,8 @@ def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str 
 
 
 def split_list(text: str) -> list[str]:
-    """Split `[a, "b c"]` or `(a, b)` into its items, as text. Any other text, and the name of an existing file, is a
-    single item. Raises ValueError if the list is not closed or not flat."""
+    """Splits a list such as `[a, "b c"]` or `(a, b)` into its items, as text. Any other text, and the name of an
+    existing file, is a single item. Raises ValueError if the list is not closed or not flat."""
     import yaml
 
     stripped = text.strip()

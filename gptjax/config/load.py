@@ -1,6 +1,7 @@
-"""Load a `Config` from presets, YAML files and command lines, and write it as YAML.
+"""Loads a `Config` from presets, YAML files and command lines, and writes it as YAML.
 
-Later layers override earlier ones: defaults, arch, preset, YAML file (each may name a `base:`), command line (`a.b=c`).
+Later layers override earlier layers. In order, the layers are: the defaults, the defaults of model.arch, the file that
+`base:` of a preset or YAML file names, that preset or YAML file itself, and the command line (`a.b=c`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from gptjax.files import user_path
 
 
 def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str) -> Config:
-    """Load a preset or a YAML file, with overrides such as "optim.lr=3e-4".
+    """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
-        source: name of a preset, a YAML file, or a run directory; None: the defaults.
-        overrides: strings "key=value".
+        source: name of a preset, a YAML file, or a run directory. None: the defaults of gptjax.
+        overrides: settings as strings "key=value".
 
     Raises:
-        UserError: unknown keys, wrong types and invalid combinations; lists all of them.
+        UserError: unknown keys, wrong types or invalid combinations; the message lists all of them.
     """
     return resolve(source, *overrides)[0]
 
@@ -41,12 +42,12 @@ def resolve(
     leaves: Iterable[Leaf] = (),
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """Like `load_config`, but also return where each value was set. Verbs of the command line use `uses.resolve`, which
-    is stricter.
+    """Like `load_config`, but also returns where each value was set. Verbs of the command line use `uses.resolve`,
+    which also refuses settings that the verb's task does not read.
 
     Args:
-        leaves: further overrides, already read.
-        defaults: leaves below all other layers.
+        leaves: further overrides, already parsed; they override `overrides`.
+        defaults: leaves that all other layers override.
     """
     for arg in (source, *overrides):
         if not isinstance(arg, str | os.PathLike | None):
@@ -62,31 +63,33 @@ def resolve(
 
 
 def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
-    """The leaves of a preset, file or run directory, after those of its `base:`; [] for None."""
+    """Returns the leaves of a preset, YAML file or run directory, after those of the file that its `base:` names; []
+    for None."""
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # a run directory, which may have been moved
+    if (Path(source) / "config.yaml").is_file():  # a run directory may have been moved since it was written
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
 
 def from_yaml(text: str, name: str = "yaml") -> Config:
-    """Load a config from YAML text, such as that of `to_yaml`."""
+    """Loads a config from YAML text, such as the text that `to_yaml` returns."""
     return build(leaves_of(text, name))[0]
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Load a config from a nested dict, such as that of `dataclasses.asdict`; checked like a file."""
+    """Loads a config from a nested dict, such as `dataclasses.asdict(cfg)`, and checks it like a file."""
     return build([leaf for leaf in from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
-    """The config as YAML text. It has all values, so that a later change of the defaults does not affect it.
+    """Returns the config as YAML text. By default the text has all settings, also those with their default values, so
+    that a later change of the defaults does not affect it.
 
     Args:
-        provenance: if given, a comment after each value says where it was set.
-        keys: the settings to write; None: all.
+        provenance: where each setting was set, which is written as a comment after its value. None: no comments.
+        keys: the settings to write. None: all settings.
     """
     lines, group = [], ""
     values = flat(cfg)
@@ -102,7 +105,7 @@ def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional
 
 
 def diff(a: Config, b: Config) -> list[str]:
-    """The settings that differ: ["optim.lr: 0.001 -> 0.0003", ..]."""
+    """Returns a line for each setting that differs between two configs: ["optim.lr: 0.001 -> 0.0003", ..]."""
     before, after = flat(a), flat(b)
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in before if before[key] != after[key]]
 
@@ -111,15 +114,15 @@ def diff(a: Config, b: Config) -> list[str]:
 
 
 def presets() -> dict[str, Path]:
-    """{name: YAML file} of the presets, from configs/ of the checkout or the copy in an installed package."""
+    """Returns {name: YAML file} of the presets, which are in configs/ of the checkout, or in the installed package."""
     package = Path(__file__).parents[1]
     root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
     return {path.stem: path for path in sorted(root.glob("*/*.yaml"))} if root else {}
 
 
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
-    """The YAML file of a preset, a path or a run directory. Raises UserError, with the most similar name, if there is
-    none."""
+    """Returns the YAML file of a preset, a path or a run directory. Raises UserError if there is no such file; the
+    message suggests the preset with the most similar name."""
     text, path = str(source), near / source
     user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
@@ -136,7 +139,8 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
 
 
 def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: tuple[Path, ...] = ()) -> list[Leaf]:
-    """The leaves of a file, after those of its `base:`. `parents`: the files that name this one as their base."""
+    """Returns the leaves of a config file, after those of the file that its `base:` names. `parents` are the files
+    whose `base:` led to this file, so that a cycle is detected."""
     path = config_file(source, near)
     if path.resolve() in parents:
         raise UserError(f"{path}: its `base:` leads back to itself")
@@ -159,21 +163,24 @@ def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: t
 
 
 def short(path: Path) -> str:
-    """The path relative to the working directory, if it is inside it."""
+    """Returns the path relative to the working directory if the path is inside that directory, otherwise unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[str] = ()) -> tuple[Config, Provenance]:
-    """Build a config from leaves: convert each to the type of its field, construct, validate.
+    """Builds a config from leaves: converts values to the types of their fields, constructs the config and validates
+    it.
+
+    Returns the config and where each of its values was set.
 
     Args:
-        leaves: later ones override earlier ones.
+        leaves: the settings; a later leaf overrides earlier leaves of the same key.
         run_dir: the run directory if no leaf sets it.
-        problems: problems found before, which are reported with the others.
+        problems: error texts from earlier checks, which are reported in the same UserError.
 
     Raises:
-        UserError: lists all problems.
+        UserError: unknown keys, wrong types or invalid combinations; the message lists all of them.
     """
     problems, bad = Problems(problems), set()
     values: dict[str, Any] = {}
@@ -183,7 +190,7 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
             key, value = "mesh.data", -1
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
-                continue  # a group of which all lines are commented out
+                continue  # a group such as `model:` is null if all lines below it are commented out
             problems.append(f"{location}: {unknown_key(key, list(schema()))}")
             continue
         try:
@@ -208,8 +215,8 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     return cfg, provenance
 
 
-# Pairs (a, b) where b takes precedence over a, or depends on it. If a later layer sets a, an earlier layer's b is
-# dropped and has its default again.
+# Pairs of settings (a, b) where b takes precedence over a, or depends on a. If a later layer sets a, then b from an
+# earlier layer is dropped, so that b has its default again.
 RULED = (
     ("train.max_steps", "train.epochs"), ("data.source", "data.split"), ("data.source", "data.val_source"),
     ("data.split", "data.val_source"), ("data.val_fraction", "data.val_source"),
@@ -217,7 +224,8 @@ RULED = (
 
 
 def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Apply `RULED` and `_drop_base_settings` to `values` and `set_at`; yield error texts."""
+    """Drops settings from `values` and `set_at` that later layers overrule, by `RULED` and `_drop_base_settings`, and
+    yields error texts for settings that exclude each other."""
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _drop_base_settings(layers, values, set_at)
     for key, ruling in RULED:
@@ -232,8 +240,9 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Drop settings of model and tokenizer from layers before the one that sets pretrain.base, and yield an error text
-    for those from other layers. In a file written by `to_yaml`, which holds all settings, they are no error."""
+    """Handles model and tokenizer settings if pretrain.base is set, because the base model brings its own. Settings of
+    layers before the layer that sets pretrain.base are dropped. For other such settings an error text is yielded,
+    except in a file written by `to_yaml`, which holds all settings."""
     if values.get("pretrain.base") is None:
         return
     base_layer = layers.index(layer(set_at["pretrain.base"]))
@@ -252,7 +261,7 @@ def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Prove
 
 
 def layer(where: str) -> str:
-    """The layer of a location: the file "base.yaml" of "base.yaml:3", or "command line"."""
+    """Returns the layer of the place where a setting was set: "base.yaml" for "base.yaml:3", or "command line"."""
     return re.sub(r":\d+$", "", where)
 
 
@@ -270,7 +279,7 @@ def _construct(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Convert a value to the type of its setting; a single value becomes a list of one item if a list is expected.
+    """Converts a value to the type of its setting. If a list is expected, a single value becomes a list of one item.
 
     Raises:
         ValueError: the value cannot be converted.
@@ -302,7 +311,8 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    """Convert a value to bool, int, float, str or a choice of a Literal. Raises ValueError; never truncates numbers."""
+    """Converts a value to bool, int, float, str or a choice of a Literal. Raises ValueError if it cannot be converted
+    exactly; numbers are never truncated."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if kind is bool and str(value).lower() in _BOOLEANS:
@@ -316,7 +326,7 @@ def _scalar(kind: Any, value: Any) -> Any:
     raise ValueError
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # alternately true and false
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # words for true and false, alternately
 
 
 def yaml_value(value: object) -> str:

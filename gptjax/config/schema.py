@@ -1,6 +1,6 @@
 """The settings: nested frozen dataclasses. Each field carries its help text and its valid range.
 
-Frozen means hashable: a `ModelConfig` is a static argument under `jit`.
+They are frozen and thereby hashable, so that a `ModelConfig` can be a static argument under `jit`.
 """
 
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     Filled = Optional
 
-# Defaults per `arch`. A switch that is set explicitly overrides this table.
+# Defaults of the architecture's settings per `arch`. A value that the user sets overrides the default in this table.
 ARCHS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         position="learned", norm="layernorm", norm_scale=True, norm_bias=True, activation="gelu",
@@ -42,7 +42,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Range:
-    """The valid interval of a numeric setting. An open bound is excluded."""
+    """The valid interval of a numeric setting. A bound that is open is excluded from it."""
 
     low: float = 0
     high: float = math.inf
@@ -66,7 +66,7 @@ NOT_NEGATIVE = Range(high_open=True)
 POSITIVE = Range(low_open=True, high_open=True)
 COUNT = Range(1, MOST)
 SEED = Range(0, 2**32 - 1)
-AXIS = Range(-1, MOST)  # size of a mesh axis
+AXIS = Range(-1, MOST)  # size of a mesh axis; -1: all remaining devices
 RATIO = Range(0, 1)  # [0, 1]
 RATE = Range(0, 1, high_open=True)  # [0, 1)
 SHARE = Range(0, 1, low_open=True)  # (0, 1]
@@ -74,18 +74,18 @@ FRACTION = Range(0, 1, low_open=True, high_open=True)  # (0, 1)
 
 
 def setting(default: Any, text: str, range: Range = NOT_NEGATIVE, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its default, its `--help` text, its valid range and, for a list, the allowed items. A
-    setting with a single value has its choices in its type (a `Literal`)."""
+    """Returns a dataclass field with its default, `--help` text, valid range and, for a list, allowed items. The
+    allowed values of a setting that is not a list are in its type, a `Literal`."""
     return field(default=default, metadata={"help": text, "range": range, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The architecture of a model: its sizes and its switches."""
+    """The architecture of a model: its sizes, and variants such as the activation function."""
 
     _derived: tuple[str, ...] = field(
         default=(), repr=False, compare=False, kw_only=True
-    )  # fields that were None at construction
+    )  # names of the fields that were None at construction and took a default
     arch: Literal["gpt2", "llama", "modern"] = setting(
         "gpt2", "Model family. It sets the defaults of settings such as position, norm and activation."
     )
@@ -110,22 +110,25 @@ class Architecture:
         "none", "RoPE scaling method, for contexts longer than in pretraining."
     )
     rope_factor: float = setting(
-        1.0, "RoPE scaling factor: divides the rotation angles; with llama3, only those of low frequencies.", POSITIVE
+        1.0,
+        "RoPE scaling factor: rope_scaling=linear divides all rotation angles by it, llama3 only the angles of low"
+        " frequencies.",
+        POSITIVE,
     )
     rope_slow: float = setting(
         1.0,
-        "With rope_scaling=llama3, a frequency is low if it has at most this many rotations in rope_original_context."
-        " Hugging Face calls it low_freq_factor.",
+        "With rope_scaling=llama3, a frequency is low if it makes at most this many rotations within"
+        " rope_original_context tokens. Hugging Face calls it low_freq_factor.",
         POSITIVE,
     )
     rope_fast: float = setting(
         4.0,
-        "With rope_scaling=llama3, frequencies with at least this many rotations in rope_original_context are not"
-        " scaled. Hugging Face calls it high_freq_factor.",
+        "With rope_scaling=llama3, frequencies that make at least this many rotations within rope_original_context"
+        " tokens are not scaled. Hugging Face calls it high_freq_factor.",
         POSITIVE,
     )
     rope_original_context: int = setting(
-        8192, "With rope_scaling=llama3, the context length of the original pretraining.", COUNT
+        8192, "With rope_scaling=llama3, the context length in tokens of the original pretraining.", COUNT
     )
     rope_local_base: Optional[float] = setting(
         None, "RoPE base frequency of layers with sliding-window attention. null: rope_base.", POSITIVE
@@ -134,7 +137,9 @@ class Architecture:
         0, "Sliding-window attention: number of tokens a query attends to, itself included. 0: full attention."
     )
     window_pattern: str = setting(
-        "S", "Which layers use sliding_window: S does, L attends to the full context. Repeated over the layers."
+        "S",
+        "Attention type of each layer, as letters that are repeated over the layers: S attends to sliding_window"
+        " tokens, L to the full context.",
     )
     norm: Filled[Literal["layernorm", "rmsnorm"]] = setting(None, "Normalisation layer. null: set by arch.")
     norm_scale: Filled[bool] = setting(None, "Learn a scale in normalisation layers. null: set by arch.")
@@ -146,16 +151,20 @@ class Architecture:
     activation: Filled[Literal["gelu", "swiglu", "geglu", "relu2"]] = setting(
         None, "Activation function of the feed-forward layer. null: set by arch."
     )
-    qkv_bias: Filled[bool] = setting(None, "Bias in the query, key and value projections. null: set by arch.")
-    bias: Filled[bool] = setting(None, "Bias in all other linear layers except the output head. null: set by arch.")
+    qkv_bias: Filled[bool] = setting(None, "Learn a bias in the query, key and value projections. null: set by arch.")
+    bias: Filled[bool] = setting(
+        None,
+        "Learn a bias in all linear layers except the query, key and value projections and the output heads. null:"
+        " set by arch.",
+    )
     n_classes: int = setting(0, "Number of classes of an additional classification head. 0: no classification head.")
-    cls_bias: bool = setting(True, "Bias in the classification head.")
+    cls_bias: bool = setting(True, "Learn a bias in the classification head.")
     tie_embeddings: Filled[bool] = setting(
         None, "Share weights between the token embedding and the output head (weight tying). null: set by arch."
     )
     qk_norm: Filled[bool] = setting(None, "Normalise queries and keys (QK-norm). null: set by arch.")
     qk_norm_over: Literal["head", "all"] = setting(
-        "head", "Axis of QK-norm: each head separately, or all heads jointly."
+        "head", "What QK-norm normalises over. head: each head separately; all: all heads jointly."
     )
     qk_gain: Filled[float] = setting(None, "Multiplier of queries and keys after QK-norm. null: set by arch.", POSITIVE)
     attention_scale: Optional[float] = setting(
@@ -168,18 +177,21 @@ class Architecture:
     )
     value_residual: Filled[bool] = setting(
         None,
-        "Value residual: mix each layer's attention values with the first layer's, "
-        "by a learned weight. null: set by arch.",
+        "Value residual: mix each layer's attention values with those of the first layer, with a learned weight."
+        " null: set by arch.",
     )
     residual_lambdas: Filled[bool] = setting(
-        None, "Scale the residual stream before each block by a learned factor. null: set by arch."
+        None, "Multiply the residual stream by a learned factor before each block. null: set by arch."
     )
     x0_lambdas: Filled[bool] = setting(
         None,
-        "Add the token embedding to the residual stream before each block, by a learned factor. null: set by arch.",
+        "Before each block, add the token embedding, multiplied by a learned factor, to the residual stream. null:"
+        " set by arch.",
     )
     smear: Filled[bool] = setting(
-        None, "Add the previous token's embedding, by a learned factor per channel. null: set by arch."
+        None,
+        "Add to each token's embedding that of the previous token, multiplied by a learned factor per channel. null:"
+        " set by arch.",
     )
     # initialisation
     embed_std: float = setting(
@@ -201,34 +213,34 @@ class Architecture:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Sliding-window size of each layer, the query's own token included; 0: full attention."""
+        """Sliding-window size of each layer in tokens, including the query's own token; 0: full attention."""
         pattern = self.window_pattern * self.n_layer
         return tuple(self.sliding_window if mark == "S" else 0 for mark in pattern[: self.n_layer])
 
 
 @dataclass(frozen=True)
 class Computation:
-    """How a model is initialised and computed. None of it is stored in a trained model: fine-tuning takes the
-    `Architecture` from its base model and the `Computation` from its own config."""
+    """How a model is initialised and computed. These settings are not stored with a trained model: fine-tuning takes
+    the `Architecture` from its base model and the `Computation` from its own config."""
 
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "Compute dtype; parameters are stored in float32.")
     precision: Literal["default", "high", "highest"] = setting(
         "default",
-        "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass on a"
-        " TPU (2 to 3 digits); high: TF32, three passes; highest: float32. A CPU always computes float32, and bfloat16"
-        " is the same under all three.",
+        "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass"
+        " on a TPU (2 to 3 digits); high: TF32 on a GPU, three bfloat16 passes on a TPU; highest: float32. It changes"
+        " nothing on a CPU, which always computes float32, nor with dtype=bfloat16.",
     )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
-        "Rematerialisation (gradient checkpointing): recompute activations in the backward pass to save memory. none:"
-        " keep all; dots: keep the results of matrix products; full: keep only the input of each block; offload: keep"
-        " that input in host memory.",
+        "Rematerialisation (gradient checkpointing): recompute activations in the backward pass to save memory."
+        " none: keep all activations; dots: keep the results of matrix multiplications; full: keep only the input of"
+        " each block; offload: keep the input of each block in host memory.",
     )
     unroll: Optional[bool] = setting(
         None,
-        "Unroll the blocks in the compiled program instead of scanning over them. null: for small models on a CPU; up "
-        "to 12 blocks at a time on a GPU.",
+        "Unroll the blocks in the compiled program instead of scanning over them. null: unroll small models on a"
+        " CPU, and up to 12 blocks at a time on a GPU.",
     )
     init: Literal["gpt2", "torch"] = setting(
         "gpt2", "Weight initialisation. gpt2: as in GPT-2; torch: the defaults of PyTorch's layers."
@@ -239,8 +251,8 @@ class Computation:
 class ModelConfig(Computation, Architecture):
     """A decoder-only transformer: its architecture, and how it is computed.
 
-    A switch left at None takes its value from `ARCHS[arch]`: after construction every switch holds a value, so printing
-    the config shows all of them. `dataclasses.replace` derives the fields that were left at None again:
+    A field that is left at None takes its default from `ARCHS[arch]`, n_head or d_model at construction, so that a
+    printed config shows the value that is used. `dataclasses.replace` computes these defaults again: for example,
     replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
 
     Raises:
@@ -269,68 +281,80 @@ class ModelConfig(Computation, Architecture):
             CHECKS["model"](self)
 
     def computed_as(self, other: Computation) -> "ModelConfig":
-        """This architecture with the `Computation` fields of `other`."""
+        """Returns this config with the `Computation` fields of `other`."""
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # filled by `config.check`, which imports this module
-CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)  # True while `load.build` constructs
+CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # checks of a config; `config.check` adds them
+# True while `load.build` constructs a config: `load.build` itself checks the config afterwards
+CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer: gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved one."""
+    """The tokenizer: gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."""
 
     name: str = setting(
         "chars", "Tokenizer: gpt2, chars, bytes, words, bpe, wordpiece, unigram, or the path of a saved tokenizer."
     )
-    vocab_size: int = setting(1024, "Vocabulary size of a tokenizer that is trained: bpe, wordpiece or unigram.", COUNT)
+    vocab_size: int = setting(
+        1024, "Vocabulary size of a bpe, wordpiece or unigram tokenizer, which is trained on the data.", COUNT
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training and validation text, and the order in which its windows are read."""
+    """The training and validation text, and the order in which it is read."""
 
     source: tuple[str, ...] = setting(
         ("shakespeare",),
-        "Training text: files, folders, hf:org/name of the Hugging Face Hub, or texts that gptjax knows, such as"
-        " shakespeare and python-docs.",
+        "Training text: files, folders, hf:org/name of the Hugging Face Hub, or texts that gptjax knows by name,"
+        " such as shakespeare and python-docs.",
     )
     text_field: str = setting("text", "Name of the text field in .jsonl, .csv, .parquet and hf: sources.")
-    weights: tuple[float, ...] = setting((), "Sampling weight per source. []: proportional to its number of tokens.")
-    temperature: float = setting(
-        1.0, "Exponent of the sampling weights: p_i ~ w_i ** temperature; below 1 flattens the distribution."
+    weights: tuple[float, ...] = setting(
+        (), "Sampling weight of each source. []: proportional to the source's number of tokens."
     )
-    val_source: tuple[str, ...] = setting((), "Validation text. []: hold out a part of source.")
-    val_fraction: float = setting(0.1, "Fraction of source to hold out for validation.", FRACTION)
+    temperature: float = setting(
+        1.0,
+        "Exponent of the sampling weights: source i is sampled in proportion to weight_i ** temperature. Values"
+        " below 1 flatten the distribution.",
+    )
+    val_source: tuple[str, ...] = setting((), "Validation text. []: hold out a part of data.source.")
+    val_fraction: float = setting(0.1, "Fraction of data.source to hold out for validation.", FRACTION)
     split: Literal["auto", "document", "file", "tail"] = setting(
         "auto",
-        "How validation text is held out: whole documents, whole files, or the tail of each source. auto: documents if"
-        " there are at least 10, otherwise the tail.",
+        "How validation text is held out: whole documents, whole files, or the tail of each source. auto: whole"
+        " documents if there are at least 10, otherwise the tail.",
     )
     order: Literal["shuffle", "sequential"] = setting("shuffle", "Order of the training windows.")
     stride: Optional[int] = setting(
         None,
-        "Tokens between the starts of consecutive windows. null: context_length, with a random offset per epoch "
-        "if shuffled.",
+        "Number of tokens between the starts of consecutive training windows. null: context_length; with"
+        " order=shuffle, each epoch also starts at a random offset.",
         COUNT,
     )
     document_mask: bool = setting(
         True, "Keep the tokens of a document from attending to other documents in the same window."
     )
     mask_tokens: int = setting(
-        0, "Replace this many input tokens per window (at most 3) by random others, against memorisation.", Range(0, 3)
+        0,
+        "Number of input tokens per window, at most 3, that are replaced with random other tokens, to reduce"
+        " memorisation.",
+        Range(0, 3),
     )
     max_documents: Optional[int] = setting(None, "Maximum number of documents to read. null: all.", COUNT)
     streaming: bool = setting(
         False, "Read hf: sources row by row, up to max_documents, instead of downloading whole data sets."
     )
-    cache_dir: Optional[str] = setting(None, "Folder of the tokenised data. null: the user's cache folder.")
+    cache_dir: Optional[str] = setting(
+        None, "Folder in which the tokenised data is cached. null: the user's cache folder."
+    )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its hyperparameters. Learning rates are peaks of the schedule."""
+    """The optimizer and its hyperparameters. Learning rates are the peaks of the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = setting(
         "adamw", "Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."
@@ -339,12 +363,13 @@ class OptimConfig:
     embed_lr: Optional[float] = setting(None, "Peak learning rate of the embeddings. null: lr.")
     head_lr: Optional[float] = setting(None, "Peak learning rate of the output head. null: lr.")
     vector_lr: Optional[float] = setting(
-        None, "Peak learning rate of normalisation scales, biases and learned factors. null: lr."
+        None,
+        "Peak learning rate of normalisation scales, biases and learned factors such as residual_lambdas. null: lr.",
     )
     schedule: Literal["cosine", "wsd", "linear", "constant"] = setting(
         "cosine",
-        "Learning rate after the warmup: cosine decay, wsd (constant, then a decay in the last steps), linear decay, or"
-        " constant.",
+        "Learning rate after the warmup: cosine decay, wsd (warmup-stable-decay: constant, then a decay in the last"
+        " steps), linear decay, or constant.",
     )
     warmup_steps: int = setting(0, "Number of linear warmup steps.")
     initial_lr_ratio: float = setting(
@@ -352,14 +377,16 @@ class OptimConfig:
     )
     min_lr_ratio: float = setting(0.0, "Learning rate at the end of the decay, as a fraction of the peak.", RATIO)
     decay_fraction: float = setting(
-        0.2, "With schedule=wsd, the final fraction of the steps, in which the learning rate decays.", SHARE
+        0.2,
+        "With schedule=wsd, the fraction of the steps, at the end of training, in which the learning rate decays.",
+        SHARE,
     )
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment.", RATE)
     beta2: float = setting(0.95, "AdamW: decay rate of the second moment.", RATE)
     eps: float = setting(1e-8, "AdamW: epsilon added to the denominator.", POSITIVE)
-    weight_decay: float = setting(0.1, "Weight decay, decoupled from the gradient as in AdamW.")
+    weight_decay: float = setting(0.1, "Weight decay coefficient, decoupled from the gradient as in AdamW.")
     decay: Literal["matrices", "all"] = setting(
-        "matrices", "Which parameters weight decay applies to: matrices, or all."
+        "matrices", "Parameters to which weight decay applies: matrices only, or all parameters."
     )
     clip_norm: float = setting(1.0, "Maximum global gradient norm (gradient clipping). 0: off.")
     momentum: float = setting(0.95, "Momentum of Muon.", RATE)
@@ -372,20 +399,27 @@ class TrainConfig:
 
     max_steps: int = setting(1000, "Number of optimizer steps.", COUNT)
     epochs: Optional[float] = setting(
-        None, "Number of passes over the training data; determines max_steps. null: use max_steps.", POSITIVE
+        None,
+        "Number of passes over the training data, from which the number of steps is computed. null: use max_steps.",
+        POSITIVE,
     )
     batch_size: int = setting(
         12,
-        "Global batch size: rows per optimizer step, over all micro-batches and devices. auto (command line only): as"
-        " many as are estimated to fit.",
+        "Global batch size: rows per optimizer step, over all micro-batches and devices. auto (command line only):"
+        " as many rows as are estimated to fit in device memory.",
         COUNT,
     )
     accumulation: int = setting(1, "Gradient accumulation: micro-batches per step; must divide batch_size.", COUNT)
     steps_per_call: Optional[int] = setting(
-        None, "Number of steps that one call of the compiled program takes. null: chosen by model size.", COUNT
+        None,
+        "Number of optimizer steps per call of the compiled training step. null: up to 10, but 1 for models with"
+        " more than 20 million parameters.",
+        COUNT,
     )
     eval_every: int = setting(250, "Steps between evaluations on the validation data.", COUNT)
-    eval_train_batches: int = setting(0, "Number of training batches to evaluate as well, without dropout. 0: off.")
+    eval_train_batches: int = setting(
+        0, "Number of training batches on which the loss is evaluated as well, without dropout. 0: off."
+    )
     checkpoint_every: int = setting(250, "Steps between checkpoints.", COUNT)
     log_every: int = setting(10, "Steps between log lines in metrics.jsonl.", COUNT)
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep, at least 2.", Range(2, MOST))
@@ -393,18 +427,21 @@ class TrainConfig:
         5, "Stop after this many consecutive steps with a loss or gradient that is not finite.", COUNT
     )
     resume: Literal["auto", "never"] = setting(
-        "auto", "What to do if run_dir holds a run. auto: resume from its latest checkpoint; never: refuse it."
+        "auto",
+        "What to do if run_dir already holds a run. auto: resume from its latest checkpoint; never: stop with an"
+        " error.",
     )
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """Number of steps: max_steps, or that of `epochs` passes over `size` tokens or rows, `per_step` per step."""
+        """Number of steps: max_steps or, if `epochs` is set, `epochs` x `size` / `per_step`, for data of `size` tokens
+        (or rows) of which each step takes `per_step`."""
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh: the product of its axes is the number of devices. mesh=auto: data parallel on all devices."""
+    """The device mesh, whose axis sizes multiply to the number of devices. mesh=auto: data parallel on all devices."""
 
     data: int = setting(
         -1, "Data-parallel size: shards the batch, replicates the parameters. -1: all remaining devices.", AXIS
@@ -420,10 +457,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Multi-process training: run the same command on every host."""
+    """Multi-process training, for which the same command is run on every host."""
 
     coordinator: Optional[str] = setting(
-        None, "HOST:PORT of process 0. auto: detected on a TPU pod or under Slurm; null: a single process."
+        None, "HOST:PORT of process 0. auto: detected on a TPU pod or under Slurm; null: run as a single process."
     )
     num_processes: Optional[int] = setting(None, "Number of processes.", COUNT)
     process_id: Optional[int] = setting(None, "Index of this process, from 0.")
@@ -437,10 +474,12 @@ class SampleConfig:
 
     prompt: str = setting("\n", "Prompt to continue.")
     prompts: Optional[str] = setting(
-        None, 'File of prompts: .jsonl with the field "prompt", or text with one prompt per line. null: only prompt.'
+        None,
+        'File of prompts: .jsonl with the field "prompt", or text with one prompt per line. null: use sample.prompt'
+        " only.",
     )
-    out: Optional[str] = setting(None, "Output .jsonl file, which must not exist. null: print the continuations.")
-    batch_size: int = setting(8, "Prompts per batch.", COUNT)
+    out: Optional[str] = setting(None, "Output .jsonl file, which must not exist yet. null: print the continuations.")
+    batch_size: int = setting(8, "Number of prompts per batch.", COUNT)
     max_new_tokens: int = setting(300, "Maximum number of tokens to generate per continuation.", COUNT)
     n: int = setting(1, "Number of continuations per prompt.", COUNT)
     temperature: float = setting(0.8, "Sampling temperature. 0: greedy decoding.")
@@ -453,30 +492,39 @@ class SampleConfig:
     min_p: float = setting(
         0.0, "Min-p sampling: exclude tokens less likely than min_p times the most likely one. 0: off.", RATE
     )
-    repetition_penalty: float = setting(1.0, "Penalty on tokens that have already occurred. 1: off.", POSITIVE)
+    repetition_penalty: float = setting(
+        1.0, "Penalty on tokens that already occur in the prompt or the continuation. 1: off.", POSITIVE
+    )
     stop: tuple[str, ...] = setting((), "Stop strings: generation ends before the first occurrence of any of them.")
-    quantize: Literal["none", "int8", "nf4"] = setting("none", "Weight quantisation: less memory, slower on a CPU.")
+    quantize: Literal["none", "int8", "nf4"] = setting(
+        "none", "Weight quantisation, which needs less memory but is slower on a CPU."
+    )
     cache_dtype: Optional[Literal["float32", "bfloat16", "int8"]] = setting(
         None, "Dtype of the KV cache. null: float32 on a CPU, model.dtype elsewhere."
     )
     draft: Optional[str] = setting(
-        None, "Speculative decoding: the draft model, or ngram to propose tokens from the text so far. null: off."
+        None,
+        "Speculative decoding: the draft model, or ngram to propose tokens that followed the same n-gram earlier in"
+        " the text. null: off.",
     )
-    ahead: int = setting(4, "Speculative decoding: number of tokens proposed per step.", COUNT)
+    ahead: int = setting(4, "Speculative decoding: number of draft tokens proposed per step.", COUNT)
     seed: int = setting(0, "Random seed of sampling.", SEED)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The LoRA adapter (arXiv:2106.09685): y = x W + scale * x a b."""
+    """The LoRA adapter (arXiv:2106.09685): y = x W + scale * x a b, with trained low-rank matrices a and b."""
 
     rank: int = setting(16, "Rank of the adapter.", COUNT)
-    alpha: float = setting(32.0, "Numerator of the adapter's scale; see scaling.", POSITIVE)
+    alpha: float = setting(32.0, "Numerator alpha of the adapter's scale; lora.scaling selects the formula.", POSITIVE)
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
-        "alpha/r", "Scale of the low-rank product a b; alpha/sqrt(r) is rsLoRA (arXiv:2312.03732)."
+        "alpha/r",
+        "Scale by which the adapter's low-rank product a b is multiplied, for rank r; alpha/sqrt(r) is rsLoRA"
+        " (arXiv:2312.03732).",
     )
     targets: str = setting(
-        "blocks/*/kernel", "Weights to adapt: path patterns joined by |, such as blocks/3/*/kernel for one layer."
+        "blocks/*/kernel",
+        "Weights that get an adapter: parameter path patterns joined by |, such as blocks/3/*/kernel for block 3 only.",
     )
     init: Literal["lora", "pissa", "olora"] = setting(
         "lora",
@@ -485,25 +533,25 @@ class LoraConfig:
     dora: bool = setting(False, "DoRA: also learn a magnitude per output column (arXiv:2402.09353).")
     dropout: float = setting(0.0, "Dropout rate on the adapter's input; not applied to adapters of embeddings.", RATE)
     lr_ratio: float = setting(
-        1.0, "LoRA+: ratio of the learning rates of b and a (arXiv:2402.12354 recommends 16). 1: off.", POSITIVE
+        1.0, "LoRA+: learning rate of b divided by that of a (arXiv:2402.12354 recommends 16). 1: off.", POSITIVE
     )
 
     @property
     def scale(self) -> float:
-        """The multiplier of the low-rank product a b."""
+        """The multiplier of the low-rank product a b in y = x W + scale * x a b."""
         return self.alpha / {"alpha/r": self.rank, "alpha/sqrt(r)": self.rank**0.5, "alpha": 1}[self.scaling]
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Continued pretraining. Architecture and tokenizer are those of the base model."""
+    """Continued pretraining, with the architecture and the tokenizer of the base model."""
 
     base: Optional[str] = setting(
         None,
         "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name. null: train from scratch.",
     )
     context_length: Optional[int] = setting(
-        None, "Tokens per training window. null: the model's context length; with a base, at most 1024.", COUNT
+        None, "Tokens per training window. null: the model's context length, with a base model at most 1024.", COUNT
     )
 
 
@@ -514,23 +562,27 @@ class FinetuneConfig:
     base: str = setting(
         "smollm2-135m-instruct", "Base model: a run, model folder, .gguf file, smollm2-135m-instruct or hf:org/name."
     )
-    trainable: str = setting("lora", "Trainable parameters: lora (an adapter), all, or path patterns joined by |.")
+    trainable: str = setting(
+        "lora",
+        "Parameters to train: lora (a LoRA adapter only), all, or the parameters that match path patterns joined by |.",
+    )
     quantize: Literal["none", "int8", "nf4"] = setting(
-        "none", "Quantisation of the frozen base under an adapter (QLoRA)."
+        "none", "Quantisation of the frozen base model that an adapter is trained on (QLoRA)."
     )
     save_merged: Optional[bool] = setting(
         None,
-        "Whether to save the adapter merged into the full weights. false: save the adapter only, which cannot be "
-        "loaded without its base. null: true, unless the base can be fetched again (smollm2-135m-instruct or "
-        "hf:org/name).",
+        "Whether to save the adapter merged into the full weights. false: save the adapter only, which cannot be"
+        " loaded without its base model. null: true, unless the base model can be fetched again"
+        " (smollm2-135m-instruct or hf:org/name).",
     )
     seeds: int = setting(
         1,
-        "Number of runs, with seeds seed, seed + 1, ..; each in its own folder, with mean scores in seeds.json.",
+        "Number of runs, with random seeds seed, seed + 1, and so on. Each run has its own folder; seeds.json has"
+        " the mean scores.",
         COUNT,
     )
     together: Optional[bool] = setting(
-        None, "Train all seeds in one vmapped program. null: on accelerators only; a CPU gains nothing."
+        None, "Train all seeds in one vmapped program. null: only on accelerators, because a CPU gains nothing from it."
     )
 
 
@@ -539,38 +591,44 @@ class ClassifyConfig:
     """Text classification: the labelled texts, and how hidden states are pooled."""
 
     source: Optional[str] = setting(None, "Labelled texts: .csv, .tsv, .jsonl, .json, .parquet or hf:org/name.")
-    text_field: Optional[str] = setting(None, "Column of the texts. null: detected, if only one column fits.")
-    label_field: Optional[str] = setting(None, "Column of the labels. null: detected, if only one column fits.")
-    labels: tuple[str, ...] = setting((), "Order of the classes. []: sorted.")
-    balance: bool = setting(False, "Balance the classes: undersample each to the size of the rarest.")
-    deduplicate: bool = setting(True, "Remove duplicate texts, which could otherwise be in several splits.")
+    text_field: Optional[str] = setting(
+        None, "Column of the texts. null: the only column with a usual name, such as text."
+    )
+    label_field: Optional[str] = setting(
+        None, "Column of the labels. null: the only column with a usual name, such as label."
+    )
+    labels: tuple[str, ...] = setting((), "Names of the classes, in order. []: the labels that occur, sorted.")
+    balance: bool = setting(False, "Balance the classes: undersample each class to the size of the rarest class.")
+    deduplicate: bool = setting(True, "Remove duplicate texts, so that no text is in several splits.")
     split: Literal["stratified", "grouped", "book"] = setting(
         "stratified",
-        "How texts are held out. stratified: equal class proportions; "
-        "grouped: equal texts stay in one split; book: the balanced split of chapter 6 of Build a Large Language Model "
-        "(From Scratch).",
+        "How texts are split into training, validation and test data. stratified: equal class proportions in all"
+        " splits; grouped: equal texts stay in one split; book: the balanced split of chapter 6 of Build a Large"
+        " Language Model (From Scratch).",
     )
     val_fraction: float = setting(0.1, "Fraction of the texts to hold out for validation.", FRACTION)
     test_fraction: float = setting(0.2, "Fraction of the texts to hold out for testing.", FRACTION)
     max_length: Optional[int] = setting(
         None,
-        "Maximum tokens per text; longer texts are truncated. null: the longest text, at most the context length.",
+        "Maximum tokens per text; longer texts are truncated. null: the length of the longest text, at most the"
+        " context length.",
         COUNT,
     )
     packing: Literal["packed", "padded"] = setting(
-        "packed", "Layout of the rows. packed: several texts per row; padded: one."
+        "packed", "Layout of the rows. packed: several texts per row; padded: one text per row."
     )
     pooling: Literal["last", "first", "mean"] = setting(
         "last",
-        "Pooling of hidden states for the classification head: last token (without padding), first token, or mean.",
+        "Pooling of hidden states for the classification head: last token before the padding, first token, or mean"
+        " over the tokens.",
     )
     bias: bool = setting(
         False, "Bias in the classification head. transformers and peft only support heads without a bias."
     )
-    prompt: str = setting("{text}", "Prompt template of each text; {text} is replaced by it.")
+    prompt: str = setting("{text}", "Prompt template, in which {text} is replaced with the text to classify.")
 
 
-ChatStyle = Literal["chat", "chatml", "alpaca", "phi3"]  # defined in tokenizers/chat.py
+ChatStyle = Literal["chat", "chatml", "alpaca", "phi3"]  # prompt styles, which tokenizers/chat.py defines
 
 
 @dataclass(frozen=True)
@@ -578,22 +636,29 @@ class InstructConfig:
     """Instruction tuning: the conversations, and which of their tokens count in the loss."""
 
     source: Optional[str] = setting(
-        None, "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
+        None,
+        "Conversations: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated questions of small synthetic"
+        " tasks.",
     )
     style: Optional[ChatStyle] = setting(
         None,
-        "Prompt style. chat: the model's own template; the others replace it. null: chat if it has one, else alpaca.",
+        "Prompt style. chat: the model's own chat template, which the other styles replace. null: chat if the model"
+        " has a template, else alpaca.",
     )
     loss_on: Literal["response", "all"] = setting(
-        "response", "Tokens that count in the loss: responses only, or prompts as well."
+        "response", "Tokens that count in the loss: those of the responses only, or those of the prompts as well."
     )
     packing: Literal["packed", "padded"] = setting(
-        "packed", "Layout of the rows. packed: several examples per row; padded: one."
+        "packed", "Layout of the rows. packed: several examples per row; padded: one example per row."
     )
-    context_length: int = setting(512, "Tokens per row; longer examples are dropped and counted.", COUNT)
-    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    context_length: int = setting(
+        512, "Tokens per row. Longer examples are dropped, and their number is reported.", COUNT
+    )
+    val_fraction: float = setting(
+        0.05, "Fraction of the examples to hold out for validation, from the end of the source.", FRACTION
+    )
     test_fraction: float = setting(
-        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+        0.1, "Fraction of the examples to hold out for testing, from just before the validation examples.", FRACTION
     )
     examples: int = setting(2000, "Number of synthetic questions, if source is null.", COUNT)
     compare: bool = setting(True, "Also evaluate the base model on the test questions.")
@@ -604,26 +669,35 @@ class PreferConfig:
     """Preference tuning: the pairs of answers, and the loss."""
 
     source: Optional[str] = setting(
-        None, "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: small synthetic tasks."
+        None,
+        "Preference pairs: .json, .jsonl, .csv, .parquet or hf:org/name. null: generated pairs of small synthetic"
+        " tasks.",
     )
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] = setting(
         "dpo", "Preference loss: DPO, IPO, ORPO, KTO or SimPO."
     )
-    beta: Optional[float] = setting(None, "Coefficient beta of the loss. null: 0.1 (simpo: 2).", POSITIVE)
-    margin: float = setting(1.0, "SimPO: target reward margin between the two answers.")
+    beta: Optional[float] = setting(
+        None, "Coefficient beta of the preference loss. null: 0.1, or 2 with loss=simpo.", POSITIVE
+    )
+    margin: float = setting(1.0, "SimPO: target reward margin between the chosen and the rejected answer.")
     style: Optional[ChatStyle] = setting(
         None,
-        "Prompt style. chat: the model's own template; the others replace it. null: chat if it has one, else alpaca.",
+        "Prompt style. chat: the model's own chat template, which the other styles replace. null: chat if the model"
+        " has a template, else alpaca.",
     )
     packing: Literal["packed", "padded"] = setting(
-        "packed", "Layout of the rows. packed: several pairs per row; padded: one."
+        "packed", "Layout of the rows. packed: several pairs per row; padded: one pair per row."
     )
     context_length: int = setting(
-        512, "Tokens per row, which holds both answers of a pair; longer pairs are dropped and counted.", COUNT
+        512,
+        "Tokens per row, which holds both answers of a pair. Longer pairs are dropped, and their number is reported.",
+        COUNT,
     )
-    val_fraction: float = setting(0.05, "Fraction of the source to hold out for validation: its end.", FRACTION)
+    val_fraction: float = setting(
+        0.05, "Fraction of the pairs to hold out for validation, from the end of the source.", FRACTION
+    )
     test_fraction: float = setting(
-        0.1, "Fraction of the source to hold out for testing: the part before the validation data.", FRACTION
+        0.1, "Fraction of the pairs to hold out for testing, from just before the validation pairs.", FRACTION
     )
     examples: int = setting(1000, "Number of synthetic pairs, if source is null.", COUNT)
 
@@ -634,7 +708,7 @@ class Config:
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
     task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
-        "pretrain", "Training task, which the verb sets."
+        "pretrain", "Training task, which the command-line verb sets: pretrain, or finetune and the name of the task."
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -654,7 +728,7 @@ class Config:
 
     @property
     def window(self) -> int:
-        """Tokens per row in pretraining."""
+        """Number of tokens per row in pretraining."""
         return self.pretrain.context_length or self.model.context_length
 
 
@@ -662,7 +736,7 @@ class Config:
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings as a flat dict, {"optim.lr": 0.001, ..}, in the order of the schema."""
+    """Returns the settings as a flat dict, {"optim.lr": 0.001, ..}, in the order of the schema."""
     out: dict[str, Any] = {}
     for item in fields(cfg):
         value = getattr(cfg, item.name)
@@ -693,7 +767,8 @@ def schema() -> dict[str, Any]:
 
 
 def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
-    """(group, description, [(key, type, help), ..]) per group, for `--help`; top-level settings are the group ""."""
+    """Returns (group, description, [(key, type, help), ..]) per group of settings, for `--help`. Settings without a
+    group, such as seed, are in the group ""."""
     groups = {"": Config} | {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
     rows: dict[str, list[tuple[str, str, str]]] = {group: [] for group in groups}
     for key, item in leaf_fields().items():
@@ -702,14 +777,14 @@ def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
 
 
 def without_null(hint: Any) -> Any:
-    """Optional[X] -> X."""
+    """Returns X for the type Optional[X]; other types are unchanged."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     return next(arg for arg in get_args(hint) if arg is not type(None))
 
 
 def type_name(hint: Any) -> str:
-    """The type as `--help` and errors show it: "int", "list of str", "gpt2, llama or modern", "float or null"."""
+    """Returns a type as `--help` and errors show it: "int", "list of str", "gpt2, llama or modern", "float or null"."""
     kind = without_null(hint)
     if get_origin(kind) is Literal:
         names = list(get_args(kind))

@@ -1,8 +1,8 @@
-"""The settings that each task reads. A setting that the task does not read is refused, on the command line and in the
-user's files: if it were ignored silently, it would seem to have no effect on the results.
+"""The settings that each task reads. A setting that the task does not read is refused on the command line and in the
+user's files, because a user could mistake a setting that is silently ignored for one that does not change the results.
 
 reads("classify", "lora.rank")          True
-reads("classify", "model.n_layer")      False: the model is that of finetune.base
+reads("classify", "model.n_layer")      False, because the model is that of finetune.base
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
-# task -> patterns of settings, in the order of `--help`; sample.* are the defaults of `gptjax sample RUN`
+# task -> patterns of the settings that it reads, in the order of `--help`. The sample.* settings of a run are the
+# defaults of `gptjax sample RUN`.
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
@@ -30,12 +31,12 @@ USES: dict[str, tuple[str, ...]] = {
 
 
 def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
-    """Whether the task reads the setting, or it matches one of the patterns `also`."""
+    """Whether the task reads the setting `key`, or `key` matches one of the patterns `also`."""
     return any(matches(pattern, key) for pattern in (*USES[task], *also))
 
 
 def keys_of(cfg: Config, also: Sequence[str] = ()) -> list[str]:
-    """The settings that a run of `cfg` reads, in the order of the schema."""
+    """Returns the keys of the settings that a run of `cfg` reads, in the order of the schema."""
     adapter = _reads_lora(cfg.task, cfg.finetune.trainable)
     return [key for key in schema() if reads(cfg.task, key, also) and (adapter or not matches("lora.*", key))]
 
@@ -60,26 +61,27 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """Like `load.resolve`, for a verb of the command line: also refuse settings that its task does not read.
+    """Like `load.resolve`, but for a verb of the command line: also refuses settings that the verb's task does not
+    read.
 
     Args:
-        source: a preset, YAML file or run directory; None: the defaults.
+        source: a preset, YAML file or run directory; None: the defaults of gptjax.
         leaves: the settings of the command line.
         verb: name of the verb, for error messages.
-        task: the task of the verb; None: any task, which the preset or the settings name.
+        task: the task of the verb. None: the verb takes any task, and the preset or the settings name it.
         also: patterns of further settings that the verb reads.
 
     Raises:
-        UserError: a preset of another task. Otherwise one error with all other problems: settings in the user's files
-            or on the command line that the task does not read, even with their default values, and the problems that
-            `load.resolve` reports.
+        UserError: the preset is for another task. Otherwise, one error lists all other problems: settings in the user's
+            files or on the command line that the task does not read, even if they have their default values, and the
+            problems that `load.resolve` reports.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)
     defaults = [Leaf("task", resolved_task, f"gptjax {verb}")]
     run_dir = None if source is None else f"runs/{config_file(source).stem}"
-    # only the user's settings are refused: not those of gptjax's presets, nor of a run's config.yaml, which holds the
-    # settings of all tasks
+    # Only settings that the user wrote are refused. Presets of gptjax may hold settings that the task does not read,
+    # and so may the config.yaml of a run, which holds the settings of all tasks.
     preset_files = {short(path) for path in presets().values()}
     groups: dict[str, set[str]] = {}
     for leaf in layers:
@@ -94,7 +96,7 @@ def resolve(
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
-    """The task to train. Unknown tasks are ignored here: `build` reports them."""
+    """Returns the task to train. Names of unknown tasks are ignored here, because `build` reports them."""
     in_files = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
     given = [leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]
     expected = [task] if task else given or in_files or ["pretrain"]
@@ -107,7 +109,8 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    """An error text for the settings that the task does not read, per place where they were set and reason."""
+    """Returns error texts for the settings that the task does not read. Settings that were set in the same place and
+    are not read for the same reason share one text."""
     reasons = {
         "model": f"whose model is finetune.base (it reads only model.{', model.'.join(_COMPUTATION)})",
         "tokenizer": "whose tokenizer is that of finetune.base",
@@ -129,8 +132,8 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 
 
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
-    """An error text for each of the user's lora.* settings if finetune.trainable trains no adapter. Settings of layers
-    before the one that sets finetune.trainable are allowed."""
+    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter. Settings in
+    layers before the layer that sets finetune.trainable are allowed."""
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):
         return []

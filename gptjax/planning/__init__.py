@@ -1,1 +1,1 @@
-"""Memory, FLOPs, traffic and step time of a run on a TPU slice, from the program compiled without a TPU."""
+"""Plans of runs on a TPU slice: memory, FLOPs, traffic and step time, from a program that is compiled without a TPU."""

@@ -1,4 +1,5 @@
-"""A cost model of a training step, memory and time by formula: `search` ranks candidates by it before it compiles."""
+"""A cost model of a training step: estimates of memory and time by formula. `plan.search` ranks its candidates by these
+estimates, so that only the most promising candidates are compiled."""
 
 from __future__ import annotations
 
@@ -16,28 +17,29 @@ from gptjax.training.memory import Shape, block_elements, chip_bytes, itemsize
 class Candidate(NamedTuple):
     cfg: Config
     shape: Shape
-    memory_bytes: float  # per chip
-    seconds: float  # per step
+    memory_bytes: float  # estimated bytes per chip
+    seconds: float  # estimated time per step
 
 
 def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
-    """`cfg` on the mesh `shape` with its estimated memory per chip and time per step."""
+    """Returns a candidate: `cfg` on the mesh `shape`, with its estimated memory per chip and time per step."""
     return Candidate(cfg, shape, chip_bytes(cfg, n_params, width(cfg), shape), seconds(cfg, on, shape, n_params))
 
 
 def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
-    """Estimated time of a step: computation, HBM traffic and communication, added up as if none of them overlapped.
+    """Returns the estimated time of a step in seconds: the sum of the times of computation, HBM traffic and
+    communication, as if none of them overlapped.
 
-    HBM traffic    each activation of a layer is read or written about 12 times, as measured in compiled programs; per
-                   micro-batch, the weights are read three times in bfloat16 and the gradients written in float32
+    HBM traffic    Each activation of a layer is read or written about 12 times, as measured in compiled programs. Per
+                   micro-batch, the weights are read three times in bfloat16 and the gradients are written in float32.
     communication  fsdp: per micro-batch, the bfloat16 weights are all-gathered for the forward pass, the backward pass
-                   and rematerialisation, and the float32 gradients reduce-scattered; data: the gradients are
-                   all-reduced per micro-batch; tensor: the hidden state is sent eight times per layer
+                   and rematerialisation, and the float32 gradients are reduce-scattered. data: the gradients are
+                   all-reduced per micro-batch. tensor: the hidden state is sent eight times per layer.
     """
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape
     tokens = cfg.train.batch_size * width(cfg) / on.n_chips
-    attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)  # causal: half of T x T
+    attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)  # a causal mask leaves half of T x T
     recompute = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * recompute * tokens
     micro, n_local = cfg.train.accumulation, n_params / tensor
@@ -53,7 +55,8 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
 
 
 def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
-    """Mesh shapes (data, fsdp, tensor, 1) of `n_chips` chips that divide the heads and the batch size."""
+    """Yields mesh shapes (data, fsdp, tensor, 1) of `n_chips` chips where tensor, at most 8, divides the number of
+    heads and data x fsdp divides the batch size."""
     for fsdp in _divisors(n_chips):
         for tensor in (t for t in _divisors(n_chips // fsdp) if t <= 8 and cfg.model.n_head % t == 0):
             data = n_chips // fsdp // tensor
@@ -62,7 +65,7 @@ def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
 
 
 def variants(cfg: Config, on: Slice, n_params: int) -> list[Candidate]:
-    """Candidates for all meshes, remat policies and numbers of micro-batches, sorted by estimated time."""
+    """Returns the candidates for all meshes, remat policies and numbers of micro-batches, sorted by estimated time."""
     candidates = []
     for shape in shapes(cfg, on.n_chips):
         rows = cfg.train.batch_size // (shape[0] * shape[1])

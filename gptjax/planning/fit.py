@@ -17,19 +17,21 @@ from gptjax.tasks.pretrain import from_base
 from gptjax.tasks.tuning import longest_row
 from gptjax.training.memory import GIB, MARGIN, SMALLER_REMAT, WORKSPACE_BYTES, Remat, activation_bytes, param_bytes
 
-_MOST_TOKENS = 2**19  # per step: GPT-3's batch size
-_FEW_ROWS = 8  # per device; if fewer fit, activations are rematerialised
+_MOST_TOKENS = 2**19  # maximum tokens per step: the batch size of GPT-3 125M (arXiv:2005.14165, table 2.1)
+_FEW_ROWS = 8  # rows per device; if fewer rows fit, activations are rematerialised
 
 
 def fitted(cfg: Config) -> Config:
-    """The config with the largest train.batch_size that is estimated to fit the memory of this process's devices.
+    """Returns the config with the largest train.batch_size that is estimated to fit the memory of this process's
+    devices.
 
     The batch size is accumulation x data x fsdp times a power of two, up to 524,288 tokens per step. If fewer than 8
     rows per device fit, model.remat becomes dots, or full if dots is not enough. GPT-2's vocabulary size is assumed if
-    the tokenizer's is not known yet.
+    the vocabulary size of the tokenizer is not known yet.
 
     Raises:
-        UserError: not even one row fits, or the run has several processes, which must all use the same batch size.
+        UserError: not even one row fits in memory, or the run has several processes, which must all use the same batch
+            size.
     """
     if cfg.distributed.coordinator is not None:
         raise UserError("train.batch_size=auto: expected a number if several processes share a run")
@@ -44,7 +46,7 @@ def fitted(cfg: Config) -> Config:
         most *= 2
 
     def rows_that_fit(remat: Remat) -> int:
-        """Rows per device and micro-batch."""
+        """Returns the number of rows per device and micro-batch whose activations fit."""
         rows = most
         while rows and activation_bytes(dataclasses.replace(model, remat=remat), rows, width) > free_bytes:
             rows //= 2
@@ -68,7 +70,7 @@ def fitted(cfg: Config) -> Config:
 
 
 def _shape(cfg: Config) -> tuple[ModelConfig, int]:
-    """The config of the model to train, and the number of tokens per row."""
+    """Returns the config of the model to train, and the number of tokens per row."""
     if cfg.task == "pretrain":
         cfg, _ = from_base(cfg)
         model = cfg.model
@@ -79,7 +81,8 @@ def _shape(cfg: Config) -> tuple[ModelConfig, int]:
 
 
 def device_bytes() -> int:
-    """Memory of one device. On a CPU, half the memory of the machine or container, shared by its devices."""
+    """Returns the memory of one device in bytes. On a CPU, the devices share half the memory of the machine or
+    container."""
     device = jax.local_devices()[0]
     if limit := (device.memory_stats() or {}).get("bytes_limit", 0):
         return limit

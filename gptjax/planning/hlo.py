@@ -1,7 +1,7 @@
 """FLOPs, HBM traffic and collectives of a compiled program, counted from its HLO text.
 
-The body of a loop counts once per iteration. XLA's own `cost_analysis` counts it once in total, and the scan over the
-layers is such a loop.
+The body of a loop, such as the scan over the layers, counts once per iteration. XLA's own `cost_analysis` counts it
+only once in total, and therefore reports too little work.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool  # False: in the chip's vector or scalar memory
+    in_hbm: bool  # whether the array is in HBM; False: it is in the chip's vector or scalar memory
 
     @property
     def size_bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)  # the bits in dtypes such as f32, s8, u4 and f8e4m3fn
+        digits = re.search(r"\d+", self.dtype)  # bits per element, in names such as f32, s8, u4 and f8e4m3fn
         return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
@@ -38,11 +38,11 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # attributes; for a constant also its value, for a parameter its index
+    rest: str  # the text of the attributes; for a constant also its value, for a parameter also its index
     root: bool
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations in `attribute`: body, condition, calls, to_apply or the branches."""
+        """Returns the names of the computations that `attribute` lists, such as body, condition, calls or to_apply."""
         match = re.search(attribute + r"=(\{[^}]*\}|%[\w.\-]+)", self.rest)
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
@@ -53,15 +53,15 @@ Computation = dict[str, Instruction]  # instruction name -> instruction
 class Work(NamedTuple):
     """The work of one device in one execution of a program."""
 
-    flops: float  # matrix products only, custom kernels not counted
-    hbm_bytes: float  # bytes read and written; each operation reads and writes each of its arrays once
-    collectives: dict[str, float]  # kind -> bytes that the device sends
+    flops: float  # FLOPs of the matrix multiplications, without those inside custom kernels
+    hbm_bytes: float  # bytes read from and written to HBM, if each operation reads and writes its arrays once
+    collectives: dict[str, float]  # kind of collective, such as all-gather -> bytes that the device sends
     largest_gather_bytes: int  # size of the largest array that an all-gather returns
     kernels: dict[str, float]  # custom kernel -> number of calls
 
 
 def work(text: str) -> Work:
-    """Count the work in `text`, the HLO text of one device's program (`compiled.as_text()`)."""
+    """Counts the work in `text`, the HLO text of one device's program (`compiled.as_text()`)."""
     computations = parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
     n_devices = int(partitions[1]) if partitions else 1
@@ -92,7 +92,8 @@ def work(text: str) -> Work:
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """HLO text -> {computation name: {instruction name: instruction}}. The entry computation is also under "ENTRY"."""
+    """Parses HLO text into {computation name: {instruction name: instruction}}. The entry computation has a second
+    name, "ENTRY"."""
     computations: dict[str, Computation] = {}
     computation: Computation = {}
     for line in text.splitlines():
@@ -106,7 +107,7 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def _instruction(name: str, body: str, root: bool) -> Instruction:
-    """Parses `body`, which reads `type op(operands), attributes`."""
+    """Parses `body`, the text of an instruction after its name: `type op(operands), attributes`."""
     end = _closing(body, 0, " ")
     kind, body = body[:end], body[end + 1 :]
     op, _, _ = body.partition("(")
@@ -122,7 +123,7 @@ def _instruction(name: str, body: str, root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int, mark: str) -> int:
-    """Index of the first `mark` after `start` outside all brackets."""
+    """Returns the index of the first `mark` in `text`, from `start` on, that is outside all brackets."""
     depth = 0
     for i in range(start, len(text)):
         if depth == 0 and text[i] == mark:
@@ -137,7 +138,8 @@ def _closing(text: str, start: int, mark: str) -> int:
 def executed(
     computations: dict[str, Computation], comp_name: str = "ENTRY", times: float = 1, *, into_fusions: bool = True
 ) -> Iterator[tuple[str, Instruction, float]]:
-    """Yields (computation name, instruction, number of executions) for every instruction that runs, entry first."""
+    """Yields (computation name, instruction, number of executions) for every instruction that the program executes,
+    starting with the computation `comp_name`."""
     for instruction in computations[comp_name].values():
         yield comp_name, instruction, times
         inner, factor = [], 1
@@ -154,7 +156,8 @@ def executed(
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Iterations of a loop: known_trip_count, or the constant that the counter, which starts at 0, is compared with."""
+    """Returns the number of iterations of a loop: XLA's known_trip_count, or the constant with which the loop's
+    counter, which starts at 0, is compared."""
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
     condition = computations[loop.called("condition")[0]]
@@ -170,15 +173,15 @@ def _collective(instruction: Instruction, comp_name: str) -> str | None:
     if kind not in COLLECTIVES:
         return None
     if kind == "all-reduce" and comp_name.startswith("all-reduce-scatter"):
-        return "reduce-scatter"  # TPU programs: an all-reduce of which each device keeps a slice
+        return "reduce-scatter"  # TPU programs write it as an all-reduce of which each device keeps a slice
     return kind
 
 
 def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
-    """Identifies a collective that overlaps other work, else None.
+    """Returns a key that identifies a collective that overlaps other work; None for other collectives.
 
-    TPU programs repeat such a collective in the fusion that starts it, in those that run at the same time and in the
-    one that ends it, all with the same channel id.
+    TPU programs repeat such a collective, with the same channel id, in the fusion that starts it, in the fusions that
+    run at the same time, and in the fusion that ends it. With the key, `work` counts the collective only once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -187,7 +190,8 @@ def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tup
 
 
 def _sent(instruction: Instruction, kind: str, computation: Computation, n_devices: int) -> tuple[float, int]:
-    """(bytes that one device sends with ring algorithms, bytes of the largest result)."""
+    """Returns the bytes that one device sends in a collective, assuming ring algorithms, and the size in bytes of the
+    largest result."""
     n = _group_size(instruction.rest, n_devices)
     operand_bytes = sum(array.size_bytes for name in instruction.operands for array in computation[name].results[:1])
     result_bytes = [array.size_bytes for array in instruction.results]
@@ -201,7 +205,8 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
 
 
 def _group_size(rest: str, n_devices: int) -> int:
-    """Number of devices in each group of a collective; HLO has three notations for replica_groups."""
+    """Returns the number of devices in each group of a collective, from replica_groups, which HLO writes in three
+    notations."""
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
@@ -223,9 +228,10 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """FLOPs of a convolution: TPU programs write every matrix product as one.
+    """Returns the FLOPs of a convolution, the operation as which TPU programs write every matrix multiplication.
 
-    In a batched product most positions of the window fall on padding or dilation gaps; only the others count.
+    In a batched matrix multiplication, most positions of the convolution's window fall on padding or on the gaps of a
+    dilation. These positions multiply zeros and are not counted.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -251,23 +257,25 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """Whether a custom call is a Pallas kernel; the compiler uses other custom calls to allocate memory."""
+    """Whether a custom call is a Pallas kernel. Other custom calls do no work: the compiler uses them to allocate
+    memory."""
     return '"tpu_custom_call"' in call.rest
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Bytes of HBM that an instruction reads and writes: operands and results once each; of sliced arrays the slice."""
+    """Returns the bytes of HBM that an instruction reads and writes. Every operand and result counts once; an operand
+    that is sliced counts with the size of the slice."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
         return 0
     if op in _SLICES:
         return 2 * _hbm(instruction.results)
-    if op == "slice-start":  # its results are (operand, slice, ..)
+    if op == "slice-start":  # the results of the operation are (operand, slice, ..)
         result = instruction.results[1]
         return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
         return 2 * _hbm(computation[instruction.operands[1]].results)
-    if op.endswith("-start"):  # its results are (operand, result, ..)
+    if op.endswith("-start"):  # the results of the operation are (operand, result, ..)
         return _hbm(instruction.results[:2])
     read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":
@@ -278,9 +286,11 @@ def _traffic(instruction: Instruction, computation: Computation, computations: d
 
 
 def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]) -> list[float]:
-    """Bytes that a fused computation reads of each of its `n` parameters, infinity for all.
+    """Returns the number of bytes that a fused computation reads of each of its `n` parameters; infinity for a
+    parameter that is read completely.
 
-    A parameter that is only sliced counts with the size of the slices, one that is only updated in place with 0.
+    A parameter that is only sliced counts with the size of the slices. A parameter that is only updated in place counts
+    with 0.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():

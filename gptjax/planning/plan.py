@@ -1,4 +1,5 @@
-"""`plan` compiles a step for a TPU slice and reports its cost; `search` compares meshes, remat and micro-batches."""
+"""`plan` compiles a training or decode step for a TPU slice and reports its cost. `search` compares the costs of
+training steps with different meshes, remat policies and numbers of micro-batches."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ from gptjax.tasks import trainable
 from gptjax.training.flops import flops_per_token
 from gptjax.training.memory import GIB, chip_bytes
 
-_MARGIN = 0.92  # a candidate is compiled only if its estimate is below this fraction of the chip's HBM
+_MARGIN = 0.92  # a candidate is compiled only if its estimated memory is below this fraction of the chip's HBM
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds per step at the chip's peak rates. Real steps take longer than `best`; efficient ones, about `worst`."""
+    """Seconds per step that computation, HBM traffic and communication take at the chip's peak rates. A real step takes
+    longer than `best`, and an efficient step about as long as `worst`."""
 
     compute_s: float
     hbm_s: float
@@ -33,18 +35,19 @@ class Roofline:
 
     @property
     def best(self) -> float:
-        """Lower bound: computation, HBM traffic and communication overlap completely."""
+        """Lower bound of the time of a step: computation, HBM traffic and communication overlap completely."""
         return max(self.compute_s, self.hbm_s, self.ici_s)
 
     @property
     def worst(self) -> float:
-        """The sum of the three: nothing overlaps."""
+        """Time of a step if computation, HBM traffic and communication do not overlap: the sum of the three."""
         return self.compute_s + self.hbm_s + self.ici_s
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory and cost of a step on each chip of a slice. If not `fits`, FLOPs, traffic and `roofline` are not set."""
+    """Memory and cost of a step on each chip of a slice. If the step does not fit in memory (`fits` is False), FLOPs,
+    traffic and `roofline` are not set."""
 
     what: str  # "train" or "decode"
     slice: str
@@ -52,20 +55,20 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
-    rows: int  # per step
+    rows: int  # rows of tokens per step
     accumulation: int
-    tokens: int  # per step
+    tokens: int  # tokens per step
     n_params: int
     fits: bool
-    hbm_bytes: int  # available per chip
-    needed_bytes: int  # per chip
-    parts: dict[str, int]  # bytes per chip: params, optimizer, batch, .., activations and workspace
+    hbm_bytes: int  # HBM available per chip
+    needed_bytes: int  # HBM needed per chip
+    parts: dict[str, int]  # needed_bytes by category: params, optimizer, batch, .., activations and workspace
     compile_s: float
-    host_bytes: int = 0  # per chip, offloaded to host memory: optim.offload, model.remat=offload
-    model_flops: float = 0.0  # per step, all chips; by formula, without rematerialisation
-    flops: float = 0.0  # per step and chip, of the compiled program
+    host_bytes: int = 0  # bytes per chip that optim.offload and model.remat=offload keep in host memory
+    model_flops: float = 0.0  # FLOPs per step on all chips, by formula, not counting rematerialisation
+    flops: float = 0.0  # FLOPs per step and chip, counted in the compiled program
     hbm_traffic_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)  # kind -> bytes that a chip sends per step
+    collectives: dict[str, float] = field(default_factory=dict)  # collective -> bytes that a chip sends per step
     largest_gather_bytes: int = 0
     kernels: dict[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -81,7 +84,7 @@ class Plan:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """(best, worst) time of a step in seconds, see `Roofline`."""
+        """The pair (`Roofline.best`, `Roofline.worst`): bounds of the time of a step in seconds."""
         assert self.roofline is not None
         return self.roofline.best, self.roofline.worst
 
@@ -103,16 +106,16 @@ def plan(
     chunk: int | None = None,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Compile the step of `cfg` ahead of time for a TPU slice, and report its memory, FLOPs, traffic and time.
+    """Compiles the step of `cfg` ahead of time for a TPU slice, and reports its memory, FLOPs, traffic and time.
 
-    No TPU is needed, only libtpu.
+    The step is compiled by libtpu, which needs no TPU.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
-        mesh: None: cfg.mesh.
-        decode: plan the decode step with sample.batch_size rows per data shard instead of the training step.
-        chunk: chunk size of the loss, see `losses.next_token`.
-        keep_text: called with the HLO text of the compiled program.
+        mesh: the device mesh. None: cfg.mesh.
+        decode: True: plan the decode step, with sample.batch_size rows per data shard. False: plan the training step.
+        chunk: number of tokens per chunk of the loss, as for `losses.next_token`.
+        keep_text: a function that is called with the HLO text of the compiled program.
 
     Raises:
         UserError: no such slice, libtpu is missing, or the mesh does not divide the batch size.
@@ -140,7 +143,7 @@ def weigh(
     decode: bool = False,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Make the plan of a program that has been compiled."""
+    """Returns the plan of a step from its compiled program."""
     model, chip = cfg.model, on.chip
     T = program.width(cfg)
     n_params = program.count(cfg)
@@ -178,7 +181,8 @@ def weigh(
 
 
 def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
-    """6 per parameter (4 if frozen) plus 12 L D T for attention; a third of that for decoding."""
+    """Returns the FLOPs per token: 6 per parameter (4 per frozen parameter) plus 12 L D T for attention (L layers, D
+    attention channels, T tokens per row). Decoding, which has no backward pass, takes a third of that."""
     shapes = abstract_params(cfg.model)
     if decode:
         return flops_per_token(cfg.model, shapes) / 3
@@ -189,17 +193,19 @@ def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
     return flops_per_token(cfg.model, shapes, width=T, frozen=frozen)
 
 
-# Matrix products per tile of each splash kernel. Forward: scores and values. Backward: scores, their gradient, and one
-# product per output.
+# Number of matrix multiplications per tile in each splash attention kernel. The forward kernel (fwd) computes scores
+# and weighted values. The backward kernels (dq, dkv) compute the scores, the gradient of the attention weights, and the
+# gradients of q, or of k and v.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(
     kernels: dict[str, float], model: ModelConfig, rows: int, T: int, shape: tuple[int, int, int, int]
 ) -> float:
-    """FLOPs of the splash attention kernels on one chip: every tile that is not skipped counts completely.
+    """Returns the FLOPs of the splash attention kernels on one chip. A tile that the mask covers in part counts in
+    full, because the kernels skip only tiles that it covers completely.
 
-    Under context parallelism, counts the chip with the last tokens, which attend to the most keys.
+    Under context parallelism, the FLOPs are those of the chip with the last tokens, which attend to the most keys.
     """
     block = next((size for size in (512, 256, 128) if T // shape[3] % size == 0), T // shape[3])
     n, window = T // block, model.windows[0]
@@ -216,9 +222,10 @@ def kernel_flops(
 
 
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
-    """Single changes of the config with which the step should fit.
+    """Returns changes of the config, each of which should by itself make the step fit in memory.
 
-    Their memory is estimated by formula and scaled by the ratio of compiled to estimated memory of `result`.
+    The memory of a changed step is estimated by formula, times the ratio of the memory that the compiler reported for
+    `result` to the memory estimated for it.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -247,7 +254,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    smallest = dict(reversed(useful))  # the smallest change of each setting
+    smallest = dict(reversed(useful))  # setting -> its smallest sufficient change, which comes first in `useful`
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
     )
@@ -261,18 +268,19 @@ def search(
     seconds: float = 150.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
-    """Try meshes, remat policies and numbers of micro-batches for the same batch size.
+    """Searches for the mesh, remat policy and number of micro-batches with the fastest step at the same batch size.
 
-    Candidates are sorted by a cost model and compiled in this order.
+    The candidates are sorted by the time that a cost model estimates (`estimate.variants`) and compiled in this order.
 
     Args:
         on: TPU slice, as for `plan`.
-        best: stop after this many candidates that fit.
-        seconds: time limit, checked before each compilation, which is assumed to take twice as long as the last one.
-        say: called with a line of text per compiled candidate.
+        best: number of plans to return: the search stops after this many candidates that fit in memory.
+        seconds: time limit. Once a candidate fits, the next is compiled only if the time left is at least twice the
+            time of the last compilation.
+        say: a function that is called with a line of text about each compiled candidate.
 
     Returns:
-        The plans that fit, fastest first by `Roofline.worst`.
+        The plans of the compiled candidates that fit in memory, sorted by `Roofline.worst`, fastest first.
 
     Raises:
         UserError: no candidate fits.
@@ -300,7 +308,7 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            continue  # does not fit if its memory is underestimated as much as that of an earlier candidate
+            continue  # it would not fit if its memory is underestimated as much as that of an earlier candidate
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)
         last, scale = built.seconds, max(scale, result.needed_bytes / c.memory_bytes)

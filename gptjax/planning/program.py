@@ -1,4 +1,4 @@
-"""Compiles the training step and the decode step ahead of time for a topology of TPUs that need not be attached."""
+"""Compiles the training step and the decode step ahead of time for a TPU topology, without a TPU."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from gptjax.training.task import identity
 
 
 class Program(NamedTuple):
-    """A compiled step, or the memory that it would need if it does not fit."""
+    """A compiled training or decode step. If it does not fit in memory, there is only the memory that it would need."""
 
     argument_bytes: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
-    compiled: jax.stages.Compiled | None  # None if it does not fit
+    compiled: jax.stages.Compiled | None  # None if the step does not fit in memory
     needed_bytes: int  # peak HBM per chip
-    usable_bytes: int  # HBM per chip; 0: unknown
+    usable_bytes: int  # HBM per chip that the compiler can use; 0: unknown
     seconds: float  # time to trace and compile
-    host_bytes: int = 0  # per chip, in host memory
+    host_bytes: int = 0  # bytes of host memory that the step uses per chip
 
 
 def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Program:
-    """The training step of `cfg`, the same that `gptjax pretrain` or `gptjax finetune` runs.
+    """Compiles the training step of `cfg`, which is the step that `gptjax pretrain` or `gptjax finetune` runs.
 
     Args:
-        cfg: cfg.model is the complete model, for fine-tuning that of the base.
-        chunk: tokens per chunk of the pretraining loss; None: chosen by the loss.
+        cfg: the config; cfg.model is complete, so for fine-tuning it is the model config of the base model.
+        chunk: number of tokens per chunk of the pretraining loss. None: chosen by the loss.
 
     Raises:
         UserError: the mesh does not divide the batch, or a pattern matches no parameter.
@@ -75,14 +75,15 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 
 def width(cfg: Config) -> int:
-    """Number of tokens per row."""
+    """Returns the number of tokens per row."""
     return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
 def _state(
     cfg: Config, tx: optax.GradientTransformation
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
-    """(create, combine): `create(key)` makes the train state; `combine(trained, frozen)` is the whole model."""
+    """Returns the functions (create, combine). `create(key)` makes the train state, and `combine(trained, frozen)`
+    merges the trained and the frozen parameters to those of the whole model."""
     combine = [identity]
 
     def create(key: jax.Array) -> TrainState:
@@ -90,16 +91,16 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [partitioned.combine]  # holds names only, no tracers
+        combine[:] = [partitioned.combine]  # may leave the traced function, because it holds names, not tracers
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
 
 
 def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
-    """The decode step: one token for each of `rows` sequences, with a KV cache of the whole context length.
+    """Compiles the decode step: one token for each of `rows` sequences, with a KV cache of the whole context length.
 
-    Weights and cache are in cfg.model.dtype.
+    The parameters and the KV cache are in cfg.model.dtype.
     """
     model, dtype = cfg.model, jnp.dtype(cfg.model.dtype)
     started = time.monotonic()
@@ -125,7 +126,8 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 
 def bytes_per_chip(abstract: Any) -> int:
-    """Bytes of HBM per chip of abstract arrays with shardings. Random keys and arrays in host memory count as 0."""
+    """Returns the bytes of HBM that a pytree of sharded abstract arrays takes per chip. Random keys and arrays in host
+    memory count as 0."""
     leaves = [
         leaf
         for leaf in jax.tree.leaves(abstract)
@@ -148,9 +150,10 @@ def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], start
 
 
 def peak_bytes(memory: Any) -> int:
-    """Peak HBM of a compiled program, its code included; an upper bound (all allocations) with older versions of jax.
+    """Returns the peak HBM of a compiled program in bytes, including its code. Older versions of jax do not report the
+    peak; with them, the result is the sum of all allocations, an upper bound.
 
-    The compiler's peak includes host memory (optim.offload), which is subtracted.
+    Host memory that is used with optim.offload is subtracted, because the compiler's peak includes it.
     """
     peak = getattr(memory, "peak_memory_in_bytes", 0) and (
         memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
@@ -163,12 +166,14 @@ def peak_bytes(memory: Any) -> int:
 
 
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
-    """(needed, usable) bytes from the compiler's out-of-memory message; (0, 0) for any other message.
+    """Returns the (needed, usable) bytes that the compiler's out-of-memory message names; (0, 0) for any other message.
+
+    The message has one of two forms:
 
     Used 18.81G of 15.75G hbm
     the total memory required for HLO temporaries (47.73G) exceeds available HBM (31.25G)
 
-    The second message does not count the arguments: `lasting_bytes` is added.
+    The second form does not count the program's arguments, so their size, `lasting_bytes`, is added.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
@@ -181,10 +186,10 @@ def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
 
 
 def count(cfg: Config) -> int:
-    """Number of parameters of the model."""
+    """Returns the number of parameters of the model."""
     return tree.size(abstract_params(cfg.model))
 
 
 def __getattr__(name: str) -> Any:
-    """The old names of functions."""
+    """Returns a function by its old name, which is deprecated."""
     return moved_name(__name__, name)

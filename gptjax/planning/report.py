@@ -17,11 +17,11 @@ SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect:
 
 
 def table(plan: Plan, *, tokens: float | None = None, hours: float | None = None) -> list[str]:
-    """A plan as lines of text.
+    """Returns a plan as a table of text, a list of lines.
 
     Args:
-        tokens: also report the time to train on this many tokens.
-        hours: also report the number of tokens processed in this time.
+        tokens: number of tokens to train on, for which the table also has the time. None: not shown.
+        hours: time in hours, for which the table also has the number of tokens processed. None: not shown.
     """
     lines = [
         f"{plan.what} step on {plan.slice}: {plan.chips} chips ({plan.topology}), {_mesh(plan) or 'no mesh'}, "
@@ -74,7 +74,7 @@ def _budget(plan: Plan, tokens: float | None, hours: float | None) -> list[str]:
 
 
 def comparison(plans: Sequence[Plan]) -> list[str]:
-    """A table with one line per plan, for the result of `search`."""
+    """Returns a table of the plans that `search` found: a header, and one line per plan."""
     lines = [f"{'mesh':<28}{'remat':<7}{'micro':>6}{'GiB per chip':>14}{'ms per step':>18}{'tokens/s':>24}{'MFU':>16}"]
     for plan in plans:
         mesh = _mesh(plan) or "no mesh"
@@ -96,7 +96,8 @@ def _gib(size_bytes: float) -> str:
 
 
 def draw(plans: Sequence[Plan], path: str | Path) -> None:
-    """Roofline plot: FLOP/s over arithmetic intensity, for HBM and for the interconnect, with a point per plan."""
+    """Draws roofline plots, one for HBM and one for the interconnect, and writes them to the image file `path`. Each
+    plot shows attainable FLOP/s against arithmetic intensity, with a point per plan."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""TPU slices by name, and the abstract devices that programs are compiled for without a TPU."""
+"""TPU slices by name, and abstract devices, for which programs can be compiled without a TPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from gptjax.training.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-# TPU metadata. Without these variables libtpu queries the network for them until it times out.
+# Environment variables with TPU metadata. If they are not set, libtpu queries the network for the metadata until it
+# times out.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
-# Topologies by number of chips. The number in the name of a slice counts chips for v5e and v6e, and TensorCores for v4
-# and v5p, which have two per chip: a v5p-128 has 64 chips. Source: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+# The topology of a slice for each number of chips. The number in the name of a slice is the number of chips for v5e and
+# v6e. For v4 and v5p it is the number of TensorCores, of which a chip has two: a v5p-128 has 64 chips. Source:
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -41,10 +43,10 @@ class Slice(NamedTuple):
 
 
 def slice_of(name: str) -> Slice:
-    """The slice of a name in `SLICES`, or of a topology such as v5p:4x4x8.
+    """Returns the slice for a name in `SLICES`, such as v5e-8, or for a topology, such as v5p:4x4x8.
 
     Raises:
-        UserError: there is no such slice.
+        UserError: there is no slice of this name or topology.
     """
     wanted = name.lower().replace("litepod", "e").replace("trillium", "v6e")
     topology = SLICES.get(wanted, wanted)
@@ -65,7 +67,7 @@ def slice_of(name: str) -> Slice:
 
 
 def devices_of(on: Slice) -> Sequence[jax.Device]:
-    """The devices of the slice as descriptions, for which programs can be compiled.
+    """Returns abstract devices, one per device of the slice, for which programs can be compiled without a TPU.
 
     Raises:
         UserError: the TPU compiler is not installed or does not support the slice.

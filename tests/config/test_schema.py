@@ -53,4 +53,4 @@ def test_every_setting_has_a_help_text():
 
 def test_the_help_explains_prompt_styles():
     texts = {key: text for _, _, rows in config.describe() for key, _, text in rows}
-    assert all("null: chat if it has one, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))
+    assert all("null: chat if the model has a template, else alpaca" in texts[f"{task}.style"] for task in ("instruct", "prefer"))
