@@ -49,7 +49,7 @@ def overview() -> str:
     lines += [
         "",
         "gptjax VERB --help explains a verb, with examples and its settings. --dry-run shows what a command would do.",
-        "To begin: gptjax pretrain (a few minutes), or gptjax pretrain tiny-gpt2 (10 seconds, a test of the installation).",
+        "To begin: gptjax pretrain (a few minutes); gptjax pretrain tiny-gpt2 takes seconds and tests the installation.",
     ]
     return "\n".join(lines)
 
