@@ -49,7 +49,7 @@ def overview() -> str:
     lines += [
         "",
         "gptjax VERB --help explains a verb, with examples and its settings. --dry-run shows what a command would do.",
-        "To begin: gptjax pretrain (a few minutes); gptjax pretrain tiny-gpt2 takes seconds and tests the installation.",
+        "To begin: gptjax pretrain. It takes a few minutes; gptjax pretrain tiny-gpt2, a test, takes seconds.",
     ]
     return "\n".join(lines)
 

@@ -120,7 +120,7 @@ def read(
     names = tuple(labels) or tuple(sorted(set(classes), key=lambda name: (int(name) if name.isdecimal() else -1, name)))
     if len(names) < 2:
         raise UserError(f"{source}: {len(texts)} texts of {len(names)} class ({', '.join(names)}); two are needed")
-    if len(names) == len(texts) > 2 and not labels:
+    if len(names) == len(texts) >= 10 and not labels:
         raise UserError(
             f"{source}: column {label!r} has a different value in each of its {len(texts)} rows: is it the label? "
             "Name the column with classify.label_field=NAME"

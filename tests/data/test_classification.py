@@ -43,6 +43,20 @@ def test_every_file_format_gives_the_same_data(tmp_path):
     assert reordered.labels.tolist() == [0, 1, 1]
 
 
+def test_a_label_that_differs_in_every_row_is_questioned(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("said,ticket\n" + "".join(f"text {i},{i}\n" for i in range(12)), encoding="utf-8")
+    with pytest.raises(UserError, match="'ticket' has a different value in each of its 12 rows: is it the label"):
+        classification.read(str(path), text="said", label="ticket")
+
+
+def test_all_missing_columns_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\nx,y\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"(?s)classify.text_field=NAME.*classify.label_field=NAME"):
+        classification.read(str(path))
+
+
 def test_numeric_labels_are_sorted_by_value(tmp_path):
     rows = "".join(json.dumps({"review": "x" * i, "stars": i}) + "\n" for i in (10, 9, 2))
     assert classification.read(put(tmp_path, "a.jsonl", rows), label="stars").names == ("2", "9", "10")
