@@ -4,7 +4,7 @@
 
 It imports only jinja2 (found in FOLDERS) and the standard library, so that it starts quickly. Jinja's sandbox keeps a
 template from Python's internals, but does not stop endless loops and giant strings. The resource limits that this
-process sets for itself stop them, or its parent process kills it when the time is over.
+process sets for itself stop such templates, or its parent process kills it after the time limit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _environment() -> Any:
 
     class Generation(jinja2.ext.Extension):
         """The Jinja block `{% generation %}..{% endgeneration %}`, which marks the assistant's text; its content is
-        rendered unchanged."""
+        rendered as usual."""
 
         tags = {"generation"}  # noqa: RUF012
 

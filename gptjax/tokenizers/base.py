@@ -34,7 +34,7 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # not the tokens that end a turn in chat models
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # names of tokens that end a document, not a turn
 
 Special = Collection[str] | Literal["all"]
 
@@ -93,8 +93,8 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id of the token that separates documents: of the first token of END_OF_DOCUMENT in the vocabulary, else
-        the first of eos_ids."""
+        """The id of the token that separates documents: the first token of END_OF_DOCUMENT in the vocabulary, else the
+        first of eos_ids."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
 
@@ -169,7 +169,7 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, but returns an array [N] of `self.dtype`. This is faster for whole files."""
+        """Like `encode`, but returns an array [N] of `self.dtype`, which is faster for whole files."""
         arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
             for piece, special in self._split_special(text, allowed_special, disallowed_special)
@@ -335,20 +335,20 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the names that occur in the text. Where several match at one position, only the longest counts."""
+    """Return the names that occur in the text. Where several names match at one position, only the longest counts."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
-    """Return the name that occurs first in the text; None if none of them occurs."""
+    """Return the name that occurs first in the text, or None if no name occurs."""
     names = frozenset(names)
     match = _alternatives(names).search(text) if names else None
     return match and match[0]
 
 
 def read_text(path: Path) -> str:
-    """Read a tokenizer file as UTF-8. Raises UserError if it is larger than MAX_FILE_BYTES or not UTF-8."""
+    """Read a tokenizer file as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES or not UTF-8."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
@@ -362,7 +362,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, location: str) -> Any:
-    """Parse a JSON text. Raises UserError if it is invalid or has duplicate keys."""
+    """Parse a JSON text. Raises UserError if the text is invalid or has duplicate keys."""
     try:
         return loads(text)
     except DuplicateKey as error:
@@ -374,8 +374,8 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    This is bos_id if the tokenizer has add_bos; otherwise eot_id, because the previous document ends with it (as in
-    GPT-2). None if the tokenizer has neither.
+    The id is bos_id if the tokenizer has add_bos; otherwise eot_id, because the previous document ends with it (as in
+    GPT-2). None if the tokenizer has no such token.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 

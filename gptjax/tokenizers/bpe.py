@@ -10,7 +10,7 @@ alphabet (a space is `Ġ`). The first 256 ids are the bytes in the order of that
 and the last ids are the special tokens. A loaded model may order its ids differently; its tokenizer is then saved as
 the list of its tokens, in the order of their ids, instead of its merges.
 
-tiktoken does the encoding. It uses tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
+tiktoken does the encoding, by tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
 first, and does not split a word that is a token. `hf.py` says when that is equivalent to following a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
@@ -75,8 +75,8 @@ def foreign(tokens: Iterable[str], what: str) -> list[str]:
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that it cannot make are
-    omitted.
+    """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that tiktoken cannot
+    make are omitted.
 
     BPE with exactly these merges, in the order of the ids of their tokens, gives the same ids as tiktoken.
     """
@@ -255,7 +255,7 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """Return GPT-2's tokenizer, which has 50,257 ids. Its file is the asset `gpt2`; tiktoken downloads nothing."""
+    """Return GPT-2's tokenizer, which has 50,257 ids. It is built from the asset `gpt2`; tiktoken downloads nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
     return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
 

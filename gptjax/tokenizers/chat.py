@@ -125,7 +125,7 @@ def is_builtin(template: str) -> bool:
 
 
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
-    """Return the token that the tokenizer's chat template writes after every answer; None if it writes none.
+    """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
     A template that omits the token only after the last answer of a conversation counts, too.
 
@@ -173,7 +173,7 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
 def with_end(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
-    That token becomes the first of eos_ids. It is appended to them instead if the template uses the variable eos_token,
+    That token becomes the first of eos_ids, or is appended to eos_ids if the template uses the variable eos_token,
     whose value is the first of eos_ids. A template that writes no token after answers is prefixed with END, which
     appends the end-of-text token to every answer.
 
@@ -235,8 +235,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
                phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
                None    chat if the tokenizer has a template, else alpaca
             Markers that are not in the vocabulary are encoded as ordinary text. Every answer ends with the token that
-            the template writes after it (<|im_end|>, <|end|>, ..). If the template writes none, the answer ends with
-            the tokenizer's end-of-text token.
+            the template writes after it (<|im_end|>, <|end|>, ..). If the template writes no such token, the answer
+            ends with the tokenizer's end-of-text token.
 
     Raises:
         UserError: the style is unknown, the tokenizer has no chat template (style chat), or no token can end an answer.
@@ -343,7 +343,7 @@ def render(
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # an empty one stays undefined, as in transformers
+    context |= {"bos_token": bos_token} if bos_token else {}  # an empty bos_token stays undefined, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:

@@ -32,7 +32,7 @@ BLANK = "▁"
 # Limits on the characters of one token and of all tokens; 262,144 tokens of 8 characters have 2 million.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
 MAX_PAIRS = 1 << 20  # limit on the pairs of pieces whose concatenation is a piece; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these names, too
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these tokens, too
 
 
 class Pre(NamedTuple):
@@ -97,7 +97,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # these add bos_id by default
+_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # names of pre-tokenizers with add_bos by default
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -157,7 +157,7 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
-    """Return the list tokenizer.ggml.`key`, which has one number per token; None if it is missing."""
+    """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
@@ -249,11 +249,11 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF metadata with which llama.cpp gives the same ids. The values are lists of str, numpy arrays, int,
-    bool and str.
+    """Return the GGUF metadata with which llama.cpp gives the same ids. The values of the metadata are lists of str,
+    numpy arrays, int, bool and str.
 
-    llama.cpp stops at id 11 if the tokenizer has no end-of-text token, as a chars tokenizer. `tokenizers.extend` adds
-    such a token.
+    llama.cpp stops at id 11 if the tokenizer has no end-of-text token, which is the case for a chars tokenizer.
+    `tokenizers.extend` adds such a token.
 
     Raises:
         UserError: llama.cpp does not support this kind of tokenizer.
@@ -355,7 +355,7 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind of tokenizer -> funct
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a blank before a text. None: it does not write blanks as `▁`, or it splits
+    """Return whether the tokenizer adds a blank before a text, or None if it does not write blanks as `▁` or splits
     words at them.
 
     Unlike llama.cpp and SentencePiece, Metaspace adds no blank to a text that begins with one, and with "first" none

@@ -112,7 +112,7 @@ class HF(Base):
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4: each may take 200 MB
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4, as each may take 200 MB
         return self._readers[names]
 
 
@@ -213,8 +213,8 @@ def check(data: Any) -> dict[str, int]:
     """Validate a tokenizer.json and return {token: id}, added tokens included.
 
     Raises:
-        UserError: types are wrong, ids are missing or duplicate, or the steps in one of CHAINS exceed the limits; the
-            message lists all problems.
+        UserError: types are wrong, ids are missing or duplicate, or the steps in a chain of CHAINS exceed the limits;
+            the message lists all problems.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -269,7 +269,7 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the steps in each of CHAINS, and on their nesting
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps in a chain of CHAINS, and on their nesting depth
 MAX_GROWTH = 1024  # limit on the output characters of a chain per input character
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
@@ -352,7 +352,7 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
-    """Return the tokenizer.json as a `BPE`; None unless both give the same ids for every text."""
+    """Return the tokenizer.json as a `BPE`, or None unless both give the same ids for every text."""
     scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
     if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
@@ -370,7 +370,7 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 
 def _scheme(data: dict[str, Any]) -> str | None:
-    """Return the key of the file's pre-tokenizer in SCHEMES; None if a `BPE` does not support the file's normalizer,
+    """Return the key of the file's pre-tokenizer in SCHEMES, or None if a `BPE` does not support the file's normalizer,
     pre-tokenizer, decoder or model."""
     model = data["model"]
     before: Any = data.get("pre_tokenizer")

@@ -1,4 +1,5 @@
-"""A word-level tokenizer from the book by S. Raschka: a regular expression splits a text into words and punctuation.
+"""The word-level tokenizer of the book "Build a Large Language Model (From Scratch)": a regular expression splits a
+text into words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
