@@ -1,10 +1,10 @@
-"""Tokenizers: text to token ids and back.
+"""Tokenizers, which convert text to token ids and back.
 
 tok = tokenizers.load("gpt2")               a built-in tokenizer: gpt2 or bytes
 tok = tokenizers.train("bpe", texts, 4096)  train a new one: chars, words, bpe, wordpiece or unigram
-tok.save("here"); tokenizers.load("here")   saved as one file, here/tokenizer.json
+tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
 tok = tokenizers.load("SmolLM2-135M")       a Hugging Face folder with tokenizer.json, or vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         the vocabulary of a GGUF file, or of a named asset
+tok = tokenizers.load("model.gguf")         the tokenizer in a GGUF file; the name of an asset works too
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -43,7 +43,7 @@ __all__ = [
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
-KINDS: dict[str, tuple[str, str]] = {  # kind -> (module, class), imported when needed
+KINDS: dict[str, tuple[str, str]] = {  # kind of tokenizer -> (module, class); a module is imported on first use
     "chars": ("chars", "Chars"),
     "bytes": ("chars", "Bytes"),
     "words": ("words", "Words"),
@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> (module, class), imported when 
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer: built-in, from a saved file, a run directory, a Hugging Face folder or a GGUF file.
+    """Load a built-in tokenizer, or one from a saved file, a run directory, a Hugging Face folder or a GGUF file.
 
     Args:
         name_or_path: "gpt2", "bytes", the name of an asset, or a path.
@@ -91,9 +91,9 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
     Args:
         name: chars, words, bpe, wordpiece or unigram.
         texts: the documents to train on; read once.
-        vocab_size: size of the vocabulary, special tokens included. Required for bpe, wordpiece and unigram. Without
-            it, words keeps every word. chars always keeps every character.
-        options: `special=`, the names of the special tokens (words and bpe).
+        vocab_size: size of the vocabulary, special tokens included. Required for bpe, wordpiece and unigram. None:
+            `words` keeps every word. `chars` ignores this argument and keeps every character.
+        options: `special`, the names of the special tokens; only for `words` and `bpe`.
     """
     texts = _strings(texts)
     if name == "chars":
@@ -110,7 +110,8 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
 
 
 def build(cfg: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that a config names: loaded, or trained on `texts()`, which is called only for training."""
+    """Load the tokenizer that a config names, or train it on the documents that `texts()` returns. `texts` is called
+    only for training."""
     if cfg.name not in TRAINED:
         return load(cfg.name)
     return train(cfg.name, texts(), None if cfg.name in ("chars", "words") else cfg.vocab_size)
@@ -122,7 +123,8 @@ def loads(text: str, location: str = "tokenizer") -> Tokenizer:
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """The same tokenizer with more special tokens. They get the next free ids; all other ids stay the same.
+    """Return a copy of the tokenizer with more special tokens, which get the next free ids. All other ids stay the
+    same.
 
     Raises:
         UserError: a name is in the vocabulary already, is empty, or is repeated.
@@ -149,7 +151,7 @@ def _from_data(data: Any, location: str) -> Tokenizer:
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        problems = []  # the header must agree with the vocabulary: no gaps, no duplicate or missing ids
+        problems = []  # vocab_size and special_tokens in the header must agree with the vocabulary
         if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
             stated = f"{data.get('vocab_size')!r:.40}"
             problems.append(f"vocab_size: the header says {stated}, the entries give {tokenizer.vocab_size}")

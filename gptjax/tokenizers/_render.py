@@ -1,10 +1,10 @@
-"""Render one untrusted Jinja template within limits on time and memory: the program that `chat.py` starts.
+"""A program that renders one untrusted Jinja template within limits on time and memory; `chat.py` starts it.
 
-    python -I _render.py FOLDERS..  < request  > "ready", then {"text": ..} or {"error": ..}
+    python -I _render.py FOLDERS..    stdin: the request, JSON; stdout: "ready", then {"text": ..} or {"error": ..}
 
 It imports only jinja2 (found in FOLDERS) and the standard library, so that it starts quickly. Jinja's sandbox keeps a
-template from Python's internals, but does not stop endless loops and giant strings: these run into the resource limits
-that this process sets for itself, or its parent kills it.
+template from Python's internals, but does not stop endless loops and giant strings. The resource limits that this
+process sets for itself stop such templates, or its parent process kills it after the time limit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def _environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}..{% endgeneration %}` marks the assistant's text; it renders as its body."""
+        """The Jinja block `{% generation %}..{% endgeneration %}`, which marks the assistant's text; its content is
+        rendered as usual."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -59,7 +60,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class PublicNamespace(Namespace):
-        def __init__(*args: Any, **attributes: Any) -> None:  # an attribute may be called `self`
+        def __init__(*args: Any, **attributes: Any) -> None:  # a template may name an attribute `self`
             self, *rest = args
             Namespace.__init__(self)
             for name, value in dict(*rest, **attributes).items():
@@ -83,7 +84,7 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals = {
-        "range": environment.globals["range"],  # refuses more than 100,000
+        "range": environment.globals["range"],  # the sandbox's range, which refuses more than 100,000 elements
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": PublicNamespace,
         "cycler": environment.globals["cycler"],
@@ -95,7 +96,7 @@ def _environment() -> Any:
 
 
 def _limit(timeout_s: float) -> None:
-    with suppress(ImportError):  # not on Windows
+    with suppress(ImportError):  # Windows has no module `resource`
         import resource
 
         seconds = math.ceil(timeout_s) + 1

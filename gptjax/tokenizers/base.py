@@ -1,12 +1,12 @@
 """The tokenizer interface, and the base class of all tokenizers.
 
 A tokenizer maps text to ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are never produced
-from ordinary text: an input that contains their text is refused unless the caller says what it means. Added tokens,
-which only the vocabularies of loaded models have, are never split either, but their text always encodes to their id.
+from ordinary text: `encode` refuses a text that contains one, unless the caller says how to encode it. Added tokens,
+which only the vocabularies of loaded models have, are never split either, but their text is always encoded as their id.
 
-    encode("a<|endoftext|>b")                                      UserError that names the two options below
-    encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   the id of the special token
-    encode("a<|endoftext|>b", disallowed_special=())               encoded as ordinary text
+    encode("a<|endoftext|>b")                                      raises UserError, which names the two options below
+    encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   encodes <|endoftext|> as its id
+    encode("a<|endoftext|>b", disallowed_special=())               encodes <|endoftext|> as ordinary text
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # chat models end a turn with another token
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # names of tokens that end a document, not a turn
 
 Special = Collection[str] | Literal["all"]
 
-# Settings of a model's tokenizer beside its vocabulary, with their defaults. Only other values are saved.
+# Settings of a tokenizer besides its vocabulary, with their default values. A saved file holds only the settings that
+# differ from their defaults.
 SETTINGS = {"bos_id": None, "eos_ids": (), "pad_id": None, "add_bos": False, "chat_template": None}
 
 
@@ -50,14 +51,14 @@ class Tokenizer(Protocol):
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: Mapping[str, int]
-    bos_id: int | None  # `encode` never adds it
-    eos_ids: tuple[int, ...]  # any of them ends generation
+    bos_id: int | None  # beginning-of-sequence token, which `encode` never adds
+    eos_ids: tuple[int, ...]  # end-of-sequence tokens, each of which ends generation
     pad_id: int | None
     add_bos: bool  # whether the model expects bos_id before every text
-    chat_template: str | None  # Jinja, see chat.py
+    chat_template: str | None  # a Jinja template, see chat.py
 
     @property
-    def eot_id(self) -> int | None: ...  # separates documents; None: this tokenizer has no special tokens
+    def eot_id(self) -> int | None: ...  # the token that separates documents; None: there is none
     @property
     def dtype(self) -> type[np.unsignedinteger]: ...
     @property
@@ -92,15 +93,16 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id that separates documents: a token of END_OF_DOCUMENT, else the first of eos_ids."""
+        """The id of the token that separates documents: the first token of END_OF_DOCUMENT in the vocabulary, else the
+        first of eos_ids."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
 
     def replace(self, **settings: Any) -> Self:
-        """The same tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
+        """Return a copy of the tokenizer with other settings: bos_id, eos_ids, pad_id, add_bos, chat_template.
 
         Raises:
-            UserError: no such setting, an id outside the vocabulary, or a template that is not a string.
+            UserError: a setting does not exist, an id is outside the vocabulary, or the template is not a string.
         """
 
         def is_id(value: Any) -> bool:
@@ -129,14 +131,15 @@ class Base(ABC):
         return other
 
     def grow(self, names: Iterable[str]) -> None:
-        """Add special tokens after the last id, in place. Only for a tokenizer just constructed; see `extend`."""
+        """Add special tokens after the last id, in place. Only for a tokenizer that has just been constructed;
+        `tokenizers.extend` returns a new one instead."""
         new = {name: self.vocab_size + i for i, name in enumerate(names)}
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
 
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """The content of the saved file beside the header, as plain JSON values."""
+        """Return the content of the saved file, except its header, as JSON values."""
 
     def _encode_array(self, text: str) -> np.ndarray:
         return np.array(self._encode(text), self.dtype)
@@ -149,8 +152,8 @@ class Base(ABC):
         Args:
             text: any text without lone surrogates.
             allowed_special: special tokens whose text is encoded as their id, or "all".
-            disallowed_special: special tokens whose text raises an error unless allowed, or "all". With (), their
-                text is encoded as ordinary text.
+            disallowed_special: special tokens whose text raises an error, unless they are in allowed_special; or "all".
+                With (), the text of special tokens is encoded as ordinary text.
 
         Raises:
             UserError: the text contains a special token that is not allowed, or cannot be encoded with this vocabulary.
@@ -166,7 +169,7 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, but returns an array [N] of `self.dtype`. Faster for whole files."""
+        """Like `encode`, but returns an array [N] of `self.dtype`, which is faster for whole files."""
         arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
             for piece, special in self._split_special(text, allowed_special, disallowed_special)
@@ -175,11 +178,11 @@ class Base(ABC):
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """uint16 if it holds every id, else uint32."""
+        """The dtype of arrays of ids: uint16 if it can hold every id, else uint32."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """Split a text into (ordinary text, None) and (special or added token, its id), in order."""
+        """Yield the parts of a text in order: (ordinary text, None) or (special or added token, its id)."""
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
         start = 0
@@ -192,7 +195,8 @@ class Base(ABC):
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """The special tokens to encode as their id. Raises UserError if the text contains a disallowed one."""
+        """Return the special tokens to encode as their ids. Raises UserError if the text contains a disallowed special
+        token."""
         if not isinstance(text, str):
             raise UserError(f"encode: expected text (str), got {type(text).__name__}")
         try:
@@ -226,10 +230,10 @@ class Base(ABC):
     # --- ids to text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text. Special tokens decode to their name, invalid UTF-8 to U+FFFD.
+        """Decode ids to text. Special tokens are decoded to their names, and invalid UTF-8 to U+FFFD.
 
         Raises:
-            UserError: an id outside 0 .. vocab_size-1.
+            UserError: an id is outside 0 .. vocab_size-1.
         """
         ids = self._checked(ids)
         names = {i: name for name, i in whole_tokens(self).items()}
@@ -255,7 +259,7 @@ class Base(ABC):
     # --- to a file
 
     def dumps(self) -> str:
-        """The text of the saved file. Deterministic: equal tokenizers give equal text on every machine."""
+        """Return the text of the saved file. Equal tokenizers give the same text on every machine."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -277,7 +281,7 @@ class Base(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the saved file. Tokenizers are equal if their fingerprints are."""
+        """The sha256 hash of the saved file. Two tokenizers are equal if their fingerprints are equal."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -296,14 +300,15 @@ def _alternatives(names: frozenset[str]) -> re.Pattern[str]:
 
 
 def refuse(kind: str, problems: list[str]) -> None:
-    """Raise one UserError that lists the problems of a tokenizer file, the first ten in full."""
+    """Raise one UserError that lists the first ten problems of a tokenizer file and counts the others."""
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise UserError.all([f"{kind} tokenizer: {line}" for line in problems[:10]] + more)
 
 
 def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
-    """The value, if it is a list of distinct, non-empty, valid UTF-8 strings; else [] and an entry in `problems`."""
+    """Return the value if it is a list of distinct, non-empty, valid UTF-8 strings; else add to `problems` and return
+    []."""
     if not isinstance(value, list):
         problems.append(f"{what}: expected a list of strings, got {type(value).__name__}")
         return []
@@ -330,20 +335,20 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """The names that occur in the text; the longest wins where several match at one position."""
+    """Return the names that occur in the text. Where several names match at one position, only the longest counts."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
-    """The name that occurs first in the text; None if none occurs."""
+    """Return the name that occurs first in the text, or None if no name occurs."""
     names = frozenset(names)
     match = _alternatives(names).search(text) if names else None
     return match and match[0]
 
 
 def read_text(path: Path) -> str:
-    """Read a tokenizer file as UTF-8. Raises UserError above MAX_FILE_BYTES."""
+    """Read a tokenizer file as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES or not UTF-8."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
@@ -357,7 +362,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, location: str) -> Any:
-    """Parse JSON; duplicate keys raise UserError."""
+    """Parse a JSON text. Raises UserError if the text is invalid or has duplicate keys."""
     try:
         return loads(text)
     except DuplicateKey as error:
@@ -367,18 +372,19 @@ def parse_json(text: str, location: str) -> Any:
 
 
 def begin_id(tokenizer: Tokenizer) -> int | None:
-    """The token that starts a document in training, and that stands in for an empty prompt.
+    """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    bos_id if the tokenizer has add_bos, else eot_id, which ends the document before (GPT-2). None if there is neither.
+    The id is bos_id if the tokenizer has add_bos; otherwise eot_id, because the previous document ends with it (as in
+    GPT-2). None if the tokenizer has no such token.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end generation: eos_ids, else eot_id."""
+    """Return the ids of the tokens that end generation: eos_ids, or eot_id if there are none."""
     return list(tokenizer.eos_ids) or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
 
 
 def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """All tokens that are never split, {name: id}: special tokens and added tokens."""
+    """Return {name: id} of all tokens that are never split: special tokens and added tokens."""
     return {**tokenizer.added_tokens, **tokenizer.special_tokens}

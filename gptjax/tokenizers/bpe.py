@@ -1,15 +1,16 @@
-"""Byte-level byte-pair encoding (BPE): GPT-2's vocabulary, that of a loaded model, or one trained on any text.
+"""Byte-level byte-pair encoding (BPE) with the vocabulary of GPT-2 or of a loaded model, or one trained on any text.
 
-A regular expression splits the text into words. A word starts as its bytes; then the adjacent pair that was learned
-first is merged, until no adjacent pair is in the list of merges:
+A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair whose
+merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
 A vocabulary is the list of merges in the order in which they were learned. Bytes are written in GPT-2's printable
-alphabet (a space is `Ġ`). The ids are: the 256 bytes in the order of that alphabet, one id per merge, the special
-tokens. A loaded model may order its ids otherwise; then the tokens themselves are kept, in the order of their ids.
+alphabet (a space is `Ġ`). The first 256 ids are the bytes in the order of that alphabet, the next ids are the merges,
+and the last ids are the special tokens. A loaded model may order its ids differently; its tokenizer is then saved as
+the list of its tokens, in the order of their ids, instead of its merges.
 
-tiktoken does the encoding. It uses tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
+tiktoken does the encoding, by tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
 first, and does not split a word that is a token. `hf.py` says when that is equivalent to following a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
@@ -36,22 +37,22 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# tiktoken's regular expressions fail on a million blanks before a letter. Splitting the text before the last blank
-# gives the same ids, because a word takes at most one blank.
+# tiktoken's regular expressions fail on a run of a million blanks before a letter. Splitting a text before the last
+# blank of a long run gives the same ids, because a word begins with at most one blank.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
 
 @functools.cache
 def alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, in the order of the ids: `!` -> 33 ... `Ġ` -> 32 ..."""
+    """Return {printable character: byte} of GPT-2's alphabet, in the order of the ids: {"!": 33, .., "Ġ": 32, ..}."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes of a token that is written in the printable alphabet: `Ġthe` -> b" the"."""
+    """Return the bytes of a token that is written in GPT-2's printable alphabet: `Ġthe` -> b" the"."""
     table = alphabet()
     return bytes([table[char] for char in token])
 
@@ -67,16 +68,17 @@ def _printable() -> dict[int, str]:
 
 
 def foreign(tokens: Iterable[str], what: str) -> list[str]:
-    """An error line for each token that contains a character outside GPT-2's alphabet."""
+    """Return one error message per token that contains a character outside GPT-2's alphabet."""
     known = set(alphabet())
     bad = ((i, token) for i, token in enumerate(tokens) if not known >= set(token))
     return [f"{what}[{i}]: {token!r:.60} is not in the byte alphabet" for i, token in bad]
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """{token: (left, right)}, the last merge of each token under tiktoken's rule; tokens it cannot make are omitted.
+    """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that tiktoken cannot
+    make are omitted.
 
-    BPE with exactly these merges, in the order of the ids, gives the same ids as tiktoken.
+    BPE with exactly these merges, in the order of the ids of their tokens, gives the same ids as tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -93,10 +95,11 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """{token: id} from merges written as `Ġ t`.
+    """Return {token: id} of the bytes and of the tokens that the merges make. A merge is written as `Ġ t`.
 
     Raises:
-        UserError: merges of unknown tokens, or that make a token a second time; all such lines are named.
+        UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists
+            such merges.
     """
     ids = {char: i for i, char in enumerate(alphabet())}
     problems = []
@@ -129,14 +132,15 @@ class BPE(Base):
         scheme: str = "gpt2",
         nfc: bool = False,
     ) -> None:
-        """Give either `merges` or `tokens`.
+        """Build the tokenizer from either `merges` or `tokens`.
 
         Args:
-            special: names of special tokens, whose ids follow the merges; with `tokens`, {name: id}.
-            tokens: tokens in GPT-2's alphabet. They take the ids that `special` and `added` leave free, in order.
+            special: names of the special tokens, whose ids follow those of the merges. With `tokens`: {name: id}.
+            tokens: all other tokens, written in GPT-2's alphabet. Their ids are those that `special` and `added` do not
+                use, in ascending order.
             added: {name: id} of added tokens; only with `tokens`.
             scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
-            nfc: normalise text to Unicode NFC first.
+            nfc: whether a text is normalised to Unicode NFC before it is encoded.
         """
         import tiktoken
 
@@ -196,7 +200,8 @@ class BPE(Base):
 
     @functools.cached_property
     def merges(self) -> list[str]:
-        """The merges as `Ġ t`, in order. Derived with `last_merges` if the tokenizer was built from tokens."""
+        """The merges, each written as `Ġ t`, in the order in which they were learned. If the tokenizer was built from
+        tokens, `last_merges` derives them."""
         if self._tokens is None:
             return self._merges
         return [f"{printable(left)} {printable(right)}" for left, right in last_merges(self.ranks).values()]
@@ -220,16 +225,17 @@ class BPE(Base):
         return [i for word in words if word for i in self._tiktoken._encode_single_piece(word)]
 
     def _lacks(self, text: str) -> bool:
-        """Whether the text has bytes without a token. SmolLM2 has 235 of the 256 and drops the others from a word."""
+        """Return whether the text has bytes that are not in the vocabulary. SmolLM2 has 235 of the 256 bytes and drops
+        the others from a word."""
         raw = text.encode() if self._lacking else b""
         return len(raw.translate(None, self._lacking)) < len(raw)
 
     def _chunks(self, text: str) -> list[str]:
-        """Split a text into chunks that tiktoken can encode: long runs of blanks are split before their last one."""
+        """Split a text into chunks that tiktoken can encode: long runs of blanks are split before their last blank."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        if not any(block.isspace() for block in blocks):  # fast path: a long run fills at least one block
+        if not any(block.isspace() for block in blocks):  # a run of BLANKS blanks would fill at least one block
             return [text]
         cut = SCHEMES[self.scheme].cut
         runs = (run.end() for run in _BLANK_RUN.finditer(text))
@@ -249,7 +255,7 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """GPT-2's tokenizer, 50,257 ids, from the asset `gpt2`; no other network access."""
+    """Return GPT-2's tokenizer, which has 50,257 ids. It is built from the asset `gpt2`; tiktoken downloads nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
     return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
 

@@ -17,7 +17,7 @@ from gptjax.tokenizers.base import END_OF_TEXT, Base, refuse
 
 
 class Chars(Base):
-    """One id per character, no special tokens."""
+    """A tokenizer with one id per character and no special tokens."""
 
     kind = "chars"
     name = "chars"
@@ -28,7 +28,7 @@ class Chars(Base):
         self.vocab_size = len(chars)
         self.special_tokens = {}
         self._code_points = _code_points(chars)  # [V] uint32
-        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # code point -> id, -1: unknown
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # id of each code point, -1 if unknown
         self._ids[self._code_points] = np.arange(self.vocab_size)
 
     @classmethod
@@ -67,7 +67,7 @@ class Chars(Base):
 
 
 class Bytes(Base):
-    """The bytes of UTF-8 as ids 0-255, and <|endoftext|> as id 256."""
+    """A tokenizer of UTF-8 bytes, with ids 0-255, and of <|endoftext|>, with id 256."""
 
     kind = "bytes"
     name = "bytes"
@@ -94,7 +94,7 @@ class Bytes(Base):
 
 
 def train(texts: Iterable[str]) -> Chars:
-    """A tokenizer of all characters in the texts, sorted by code point."""
+    """Return a tokenizer of all distinct characters in the texts, sorted by code point."""
     chars: set[str] = set()
     for text in texts:
         chars.update(text)

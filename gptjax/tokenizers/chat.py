@@ -1,18 +1,18 @@
-"""Chat templates: conversations as the text that a chat model was trained on, and as token ids.
+"""Chat templates, which write a conversation in the text format that a chat model was trained on.
 
     messages = [{"role": "user", "content": "Where is Paris?"}]
     apply(tok, messages)         "<|im_start|>user\\nWhere is Paris?<|im_end|>\\n<|im_start|>assistant\\n"
     encode_chat(tok, messages)   the token ids of that text; special tokens are encoded as their ids
 
 A chat template is a Jinja program that comes with the model, so it is not trusted: `_render.py` renders it in a
-separate process with limits on time and memory, which takes about 0.1 s. Templates of BUILTIN are rendered in this
-process. Messages are not trusted either: `encode_chat` refuses a message that contains a special token, since it
-could end the user's turn and begin another (prompt injection).
+separate process with limits on time and memory, which takes about 0.1 s. The templates in BUILTIN are trusted and
+rendered in this process. Messages are not trusted either: `encode_chat` refuses a message that contains a special
+token, since that token could end the user's turn and begin another (prompt injection).
 
-    end_of_answer(tok)           "<|im_end|>": the token that the template writes after every answer
-    with_end(tok)                the same tokenizer with a template that ends every answer with one of its eos_ids
-    answer_ends(tok)             the stop ids of a chat
-    styled(tok, "alpaca")        the same tokenizer with the template of a prompt style, for fine-tuning
+    end_of_answer(tok)           the token that the template writes after every answer, such as "<|im_end|>"
+    with_end(tok)                a copy of the tokenizer whose template ends every answer with one of its eos_ids
+    answer_ends(tok)             the ids of the tokens that end an answer
+    styled(tok, "alpaca")        a copy of the tokenizer with the template of a prompt style, for fine-tuning
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-# marker texts that are searched in rendered templates
+# Contents of messages in a test conversation. The text after `_ANSWER` shows how a template ends an answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 
 
 def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | None = None, **options: Any) -> str:
-    """Render a conversation as text.
+    """Render a conversation as text with a chat template.
 
     Args:
         template: a key of BUILTIN, or a Jinja template. None: the tokenizer's own chat template.
-        options: passed on to `render`: add_generation_prompt, tools, timeout_s, max_chars.
+        options: arguments that are passed on to `render`: add_generation_prompt, tools, timeout_s, max_chars.
     """
     template = tokenizer.chat_template if template is None else BUILTIN.get(template, template)
     if template is None:
@@ -110,14 +110,14 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
 
 
 def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The values of bos_token and eos_token in a template; "" if the tokenizer has none."""
+    """Return the values of bos_token and eos_token in a template: the texts of these tokens, "" for a missing one."""
     names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = next(iter(stop_ids(tokenizer)), None)
     return names.get(tokenizer.bos_id, ""), names.get(eos, "")
 
 
 def is_builtin(template: str) -> bool:
-    """Whether the template is one of BUILTIN, which are trusted and rendered in this process."""
+    """Return whether the template is one of BUILTIN, which are trusted and rendered in this process."""
     return template.removeprefix(END).removeprefix(BEGIN) in BUILTIN.values()
 
 
@@ -125,12 +125,12 @@ def is_builtin(template: str) -> bool:
 
 
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
-    """The token that the tokenizer's chat template writes after every answer; None if it writes none.
+    """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
-    A template may omit it after the last answer.
+    A template that omits the token only after the last answer of a conversation counts, too.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
-        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": <|endoftext|> ends the text
+        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": <|endoftext|> ends the whole text
         ..ASSISTANT: Hello!                                              None
     """
     if tokenizer.chat_template is None:
@@ -163,17 +163,19 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
         except UserError:  # a single-turn template
             return last
         earlier, before = first_after(text), text.partition(_QUESTION)[0]
+        # A token that also stands before the question begins a turn, so it does not end an answer.
         if last is None and earlier and not before.rstrip().endswith(earlier):
-            return earlier  # omitted after the last answer; a token that also begins a question ends no answer
+            return earlier  # the template omits the token after the last answer
         return last if earlier == last else None
     return None
 
 
 def with_end(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer with a chat template that ends every answer with a token of eos_ids.
+    """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
-    That token becomes the first of eos_ids, unless the template uses eos_token for another one. A template that writes
-    no token after answers is prefixed with END, which appends the end-of-text token.
+    That token becomes the first of eos_ids, or is appended to eos_ids if the template uses the variable eos_token,
+    whose value is the first of eos_ids. A template that writes no token after answers is prefixed with END, which
+    appends the end-of-text token to every answer.
 
     Raises:
         UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.
@@ -196,16 +198,17 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """The stop ids of a chat: `stop_ids`, and the token that the chat template writes after an answer."""
+    """Return the ids of the tokens that end an answer: `stop_ids`, and the token that the chat template writes
+    there."""
     end = end_of_answer(tokenizer)
     return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 
 
 def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
+    """Return the text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    while names := found_in(text, tokenizer.special_tokens):  # spelled out in ordinary tokens
+    while names := found_in(text, tokenizer.special_tokens):  # names that are spelled out in ordinary tokens
         for name in names:
             text = text.replace(name, "")
     return text
@@ -219,10 +222,11 @@ def default_style(tokenizer: Tokenizer) -> Style:
 
 
 def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """The same tokenizer with the chat template of a prompt style, in which every answer ends with one of its eos_ids.
+    """Return a copy of the tokenizer with the chat template of a prompt style. Every answer ends with one of its
+    eos_ids.
 
-    A fine-tuned model is saved with this tokenizer, so `gptjax chat` and exported models use the template and the stop
-    tokens of the training.
+    A fine-tuned model is saved with this tokenizer, so `gptjax chat` and exported models use the same template and stop
+    tokens as its training.
 
     Args:
         style: chat    the tokenizer's own template
@@ -231,10 +235,11 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
                phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
                None    chat if the tokenizer has a template, else alpaca
             Markers that are not in the vocabulary are encoded as ordinary text. Every answer ends with the token that
-            the template writes there (<|im_end|>, <|end|>, ..), else with the tokenizer's end-of-text token.
+            the template writes after it (<|im_end|>, <|end|>, ..). If the template writes no such token, the answer
+            ends with the tokenizer's end-of-text token.
 
     Raises:
-        UserError: no such style; no chat template; no token that could end an answer.
+        UserError: the style is unknown, the tokenizer has no chat template (style chat), or no token can end an answer.
 
     Source: alpaca: chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3: the template of
         microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book omits <|end|>).
@@ -259,7 +264,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Log lines that name the prompt style and the token that ends an answer. `tokenizer`: before `styled`."""
+    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the one that is
+    passed to `styled`, not its result."""
     named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
@@ -271,7 +277,7 @@ def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
 
 
 def with_input(tokenizer: Tokenizer, message: Message) -> str:
-    """The content of a message, followed by the "input" of an Alpaca record, if any, under the template's heading.
+    """Return the content of a message, followed by the "input" of an Alpaca record, if the message has one.
 
     {"content": "Add", "input": "1, 2"}    alpaca "Add\\n\\n### Input:\\n1, 2", other templates "Add\\n1, 2"
     """
@@ -290,10 +296,10 @@ def encode_chat(
     allow_special_in_content: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The token ids of the text of `apply`; special tokens are encoded as their ids.
+    """Return the token ids of the text that `apply` renders; special tokens are encoded as their ids.
 
     Args:
-        allow_special_in_content: allow special tokens inside messages, which may then end a turn.
+        allow_special_in_content: whether messages may contain special tokens, which may then end a turn.
 
     Raises:
         UserError: a message or a tool contains a special token.
@@ -326,18 +332,18 @@ def render(
     """Render a conversation with a chat template, like apply_chat_template of transformers.
 
     Args:
-        add_generation_prompt: end with the header of the assistant's turn.
+        add_generation_prompt: whether the text ends with the header of the assistant's next turn.
         tools: JSON schemas of functions, for templates that support tools.
         timeout_s: limit on the wall-clock time of the rendering.
-        max_chars: limit on the length of the result.
+        max_chars: limit on the number of characters of the rendered text.
 
     Raises:
-        UserError: invalid messages; a template that is invalid, raises an error, or exceeds a limit.
+        UserError: the messages are invalid, or the template is invalid, raises an error, or exceeds a limit.
     """
     _check(template, messages, tools)
     context: dict[str, Any] = {"messages": list(messages), "tools": tools, "documents": None}
     context |= {"add_generation_prompt": add_generation_prompt}
-    context |= {"bos_token": bos_token} if bos_token else {}  # undefined if empty, as in transformers
+    context |= {"bos_token": bos_token} if bos_token else {}  # an empty bos_token stays undefined, as in transformers
     context |= {"eos_token": eos_token} if eos_token else {}
     if is_builtin(template):
         try:
@@ -384,7 +390,7 @@ def _check(template: Any, messages: Any, tools: Any) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings inside a JSON value, including keys."""
+    """Yield all strings inside a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -393,7 +399,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The answer of `_render.py`: {"text": ..} or {"error": ..}."""
+    """Run `_render.py` in a child process and return its answer: {"text": ..} or {"error": ..}."""
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     folders = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
     command = [sys.executable, "-I", "-S", _render.__file__, *dict.fromkeys(folders)]
@@ -409,7 +415,7 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
                 started = child.stdout.readline(len(_render.READY)) == _render.READY
             start = time.monotonic()
             with _deadline(child, timeout_s):
-                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # JSON: up to 12 bytes per character
+                answer = child.stdout.read(12 * request["max_chars"] + 1000)  # a character takes up to 12 bytes in JSON
             seconds = time.monotonic() - start
         finally:
             child.kill()

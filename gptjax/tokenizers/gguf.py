@@ -5,8 +5,8 @@
 
 Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: tokens in GPT-2's alphabet, a list of
 merges, and `pre`, the name of a pre-tokenizer. `llama` is SentencePiece BPE without a list of merges: of all adjacent
-pairs that make a token, the one with the highest score is merged. Blanks are written as `▁`, and characters that are no
-token as bytes such as `<0xE2>`.
+pairs that make a token, the pair whose token has the highest score is merged first. In `llama`, blanks are written as
+`▁`, and characters that are not in the vocabulary as bytes such as `<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
 """
@@ -29,16 +29,17 @@ from gptjax.tokenizers.chars import Chars
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-MAX_TOKEN, MAX_TEXT = 512, 4 << 20  # characters per token, and in total: 262,144 tokens of 8 make 2 million
-MAX_PAIRS = 1 << 20  # pairs of pieces that make a piece; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp also stops at these, by name
+# Limits on the characters of one token and of all tokens; 262,144 tokens of 8 characters have 2 million.
+MAX_TOKEN, MAX_TEXT = 512, 4 << 20
+MAX_PAIRS = 1 << 20  # limit on the pairs of pieces whose concatenation is a piece; Gemma has 0.6 million
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these tokens, too
 
 
 class Pre(NamedTuple):
     """Our equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that GGUF omits."""
 
     scheme: str
-    nfc: bool = False  # the model's own tokenizer normalizes; llama.cpp does not
+    nfc: bool = False  # whether the model's own tokenizer normalises to NFC; llama.cpp does not
     ignore_merges: bool = False
 
 
@@ -59,10 +60,10 @@ PRE = {
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Base:
-    """The tokenizer that the metadata of a GGUF file describe.
+    """Return the tokenizer that the metadata of a GGUF file describe.
 
     Raises:
-        UserError: invalid entries, or an unsupported tokenizer model or pre-tokenizer.
+        UserError: entries are invalid, or the tokenizer model or the pre-tokenizer is not supported.
     """
     kinds: dict[str, type] = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
     kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
@@ -96,7 +97,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # unless the file says otherwise
+_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # names of pre-tokenizers with add_bos by default
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -120,13 +121,14 @@ _PER_TOKEN = ("tokens", "token_type", "scores")
 
 
 def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata without padding tokens: unused tokens at the end of the vocabulary, named after their ids."""
+    """Return the metadata without padding tokens, which are unused tokens named [PAD{id}] at the end of the
+    vocabulary."""
     lists: list[Any] = [metadata.get(f"tokenizer.ggml.{key}") for key in _PER_TOKEN]
     tokens, types, _ = lists
     flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
     if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
-        return dict(metadata)  # `_tokens` and `_per_token` report the problem
+        return dict(metadata)  # unchanged, because `_tokens` and `_per_token` report the problem
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
     entries = zip(_PER_TOKEN, lists, strict=True)
@@ -135,12 +137,12 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The metadata of `to_metadata`, padded with unused tokens to the number of rows of the embedding matrix.
+    """Return the metadata with unused tokens appended, so that there is one token per row of the embedding matrix.
 
-    llama.cpp requires as many tokens as there are rows.
+    llama.cpp requires as many tokens as rows. `metadata` is the result of `to_metadata`.
 
     Raises:
-        UserError: a token with the name of a padding token exists.
+        UserError: the vocabulary has a token with the name of a padding token.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     more = [_PADDING.format(i=i) for i in range(len(tokens), rows)]
@@ -155,7 +157,7 @@ def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, problems: list[str]) -> list[Any] | None:
-    """The list tokenizer.ggml.`key`, with one number per token; None if it is missing."""
+    """Return the list tokenizer.ggml.`key`, which has one number per token, or None if the list is missing."""
     key = f"tokenizer.ggml.{key}"
     if key not in metadata:
         return None
@@ -170,7 +172,8 @@ def _per_token(metadata: Mapping[str, Any], key: str, kinds: str, n: int, proble
 
 
 def _chars(tokens: list[str], types: list[int]) -> Chars | None:
-    """The `Chars` tokenizer that `to_metadata` exported: characters followed by special tokens. Else None."""
+    """Return a `Chars` tokenizer if the tokens are characters followed by special tokens, as `to_metadata` writes them;
+    else None."""
     n = types.count(NORMAL)
     if types[:n] != [NORMAL] * n or not set(types[n:]) <= set(SPECIAL) or foreign(tokens[:n], ""):
         return None
@@ -213,10 +216,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
-    """The merges that the scores imply: all pairs of pieces that make a piece, by descending score of that piece.
+    """Return the merges that the scores imply: all pairs of pieces whose concatenation is a piece, by descending score
+    of that piece.
 
     Raises:
-        UserError: more than MAX_PAIRS pairs.
+        UserError: there are more than MAX_PAIRS pairs.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
     cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
@@ -229,7 +233,8 @@ def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:
-    """Normalizer and decoder that replace blanks by `▁` and back. `prefix`: add a blank before the text."""
+    """Return a normalizer and a decoder that replace blanks by `▁` and back, as in a tokenizer.json. `prefix`: whether
+    a blank is added before the text."""
     before = [{"type": "Prepend", "prepend": BLANK}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     to_blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
@@ -244,9 +249,11 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The GGUF metadata with which llama.cpp gives the same ids. Values: lists of str, numpy arrays, int, bool, str.
+    """Return the GGUF metadata with which llama.cpp gives the same ids. The values of the metadata are lists of str,
+    numpy arrays, int, bool and str.
 
-    A chars tokenizer has no end-of-text token, in which case llama.cpp stops at id 11. `extend` adds one.
+    llama.cpp stops at id 11 if the tokenizer has no end-of-text token, which is the case for a chars tokenizer.
+    `tokenizers.extend` adds such a token.
 
     Raises:
         UserError: llama.cpp does not support this kind of tokenizer.
@@ -304,14 +311,16 @@ def _from_bpe(tokenizer: BPE) -> Vocabulary:
 
 
 def _from_chars(tokenizer: Chars) -> Vocabulary:
-    """A multi-byte character becomes a token of several characters of GPT-2's alphabet, with merges that make it."""
+    """Return the vocabulary of a chars tokenizer. A character of several bytes becomes a token of several characters of
+    GPT-2's alphabet, and merges are added that make this token."""
     ids = {printable(char.encode()): i for i, char in enumerate(tokenizer.chars)}
     merges = {f"{token[:i]} {token[i]}": None for token in ids for i in range(1, len(token))}
     return _gpt2("gpt-2", list(merges), ids)
 
 
 def _from_hf(tokenizer: hf.HF) -> Vocabulary:
-    """SentencePiece BPE: the order of the merges becomes a score per token."""
+    """Return the vocabulary of a SentencePiece BPE tokenizer. The scores of its tokens follow from the order of the
+    merges."""
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
     refusal = UserError(
@@ -337,7 +346,7 @@ def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
 
 
-MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> function that writes its vocabulary
+MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind of tokenizer -> function that returns its vocabulary
     "bpe": _from_bpe,
     "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
     "chars": _from_chars,
@@ -346,10 +355,11 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind -> function that writ
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Whether a blank is added before the text. None: blanks are not written as `▁`, or words are split at them.
+    """Return whether the tokenizer adds a blank before a text, or None if it does not write blanks as `▁` or splits
+    words at them.
 
-    Metaspace adds no blank where there is one, and with "first" none after a special token, unlike llama.cpp and
-    SentencePiece.
+    Unlike llama.cpp and SentencePiece, Metaspace adds no blank to a text that begins with one, and with "first" none
+    after a special token.
     """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))

@@ -4,16 +4,17 @@
     tok = from_hf(text, tokenizer_config)          from the text of a tokenizer.json
     files = to_hf(tok)                             {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
 
-Byte-level BPE with a known pre-tokenizer becomes a `BPE`, which tiktoken runs. Every other tokenizer keeps its
-tokenizer.json and is run by `tokenizers`. tiktoken merges any adjacent pair that makes a token; `tokenizers` merges
-only the listed pairs. Both give the same ids if
+Byte-level BPE with a known pre-tokenizer becomes a `BPE`, which tiktoken runs. Every other tokenizer becomes an `HF`,
+which keeps its tokenizer.json and is run by the library `tokenizers`. tiktoken merges any adjacent pair that makes a
+token; `tokenizers` merges only the listed pairs. Both give the same ids if
 
     the tokens that the listed merges make have ascending ids, and
     encoding a token with the merges never gives exactly two pieces (tiktoken would merge them), and
-    tokens that the merges do not make exist only with `ignore_merges` (a word that is a token is not split).
+    tokens that the merges do not make exist only with `ignore_merges` (which leaves a word that is a token unsplit).
 
-Proof: an adjacent pair x y that makes t was merged from t's bytes alone, without a merge across its ends. So x y is the
-state before the last merge in encoding t. That merge is listed, unless encoding t ends with these two pieces.
+Proof: suppose that tiktoken merges the adjacent pieces x and y to the token t. Both were merged from the bytes of t
+alone, without a merge across its ends. So encoding t alone reaches x y as well. If the merge of x and y were not
+listed, that encoding would end with these two pieces, which the second condition excludes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean 
 
 
 class HF(Base):
-    """A tokenizer.json, run by `tokenizers`, which also handles the added tokens and the white space around them."""
+    """A tokenizer.json that is run by the library `tokenizers`, including the added tokens and the white space around
+    them."""
 
     kind = "hf"
     name = "hf"
@@ -105,17 +107,17 @@ class HF(Base):
             return self._runner.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
     def _as_text(self, names: frozenset[str]) -> Any:
-        """A `tokenizers.Tokenizer` that encodes these special tokens as ordinary text."""
+        """Return a `tokenizers.Tokenizer` that encodes the special tokens `names` as ordinary text."""
         if names not in self._readers:
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # a large vocabulary takes 200 MB
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4, as each may take 200 MB
         return self._readers[names]
 
 
 def without_last(tokenizer: HF) -> HF:
-    """The same tokenizer without its last token, which must be an added token."""
+    """Return a copy of the tokenizer without its last token, which must be an added token."""
     tokens = [token for token in tokenizer._data["added_tokens"] if token["id"] != tokenizer.vocab_size - 1]
     settings = {name: getattr(tokenizer, name) for name in SETTINGS}
     return HF(tokenizer._data | {"added_tokens": tokens}).replace(**settings)
@@ -125,7 +127,7 @@ def without_last(tokenizer: HF) -> HF:
 
 
 def from_folder(folder: str | os.PathLike[str], data: dict[str, Any] | None = None) -> Base:
-    """The tokenizer of a model's folder, from tokenizer.json, or from vocab.json and merges.txt.
+    """Load the tokenizer in a model's folder from tokenizer.json, or from vocab.json and merges.txt.
 
     tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and chat_template.jinja are
     read if present.
@@ -157,16 +159,16 @@ def from_hf(
     special_tokens_map: dict[str, Any] | None = None,
     generation_config: dict[str, Any] | None = None,
 ) -> Base:
-    """A tokenizer from the text or the path of a tokenizer.json.
+    """Load a tokenizer from the text or the path of a tokenizer.json.
 
     Args:
-        source: the text (str), or the file (Path).
+        source: the text (str) or the path (Path) of a tokenizer.json.
         config: content of tokenizer_config.json, which names the special tokens and may contain the chat template.
-        special_tokens_map: content of the older file that names the special tokens.
+        special_tokens_map: content of special_tokens_map.json, an older file that names the special tokens.
         generation_config: content of generation_config.json, whose eos_token_id may be a list.
 
     Raises:
-        UserError: the tokenizer is invalid; all problems are named.
+        UserError: the tokenizer is invalid; the message lists all problems.
     """
     text = read_text(source) if isinstance(source, Path) else source
     data = parse_json(text, str(source) if isinstance(source, Path) else "tokenizer.json")
@@ -179,7 +181,7 @@ def from_data(
     special_tokens_map: Mapping[str, Any] = MappingProxyType({}),
     generation_config: Mapping[str, Any] = MappingProxyType({}),
 ) -> Base:
-    """Like `from_hf`, from parsed JSON."""
+    """Load a tokenizer like `from_hf`, but from JSON that is already parsed."""
     ids = check(data)
     named = {**special_tokens_map, **config}
     roles, special = _roles(named)
@@ -192,7 +194,7 @@ def from_data(
     data = _with_special(data, special & ids.keys(), ids)
     tokenizer = _byte_level(data, ids) or HF(data)
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
+    if isinstance(template, list):  # a list of named templates, of which `default` is used
         template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
     eos = generation_config.get("eos_token_id")
     eos_ids = [ids[roles["eos_token"]]] if "eos_token" in roles else []
@@ -211,7 +213,8 @@ def check(data: Any) -> dict[str, int]:
     """Validate a tokenizer.json and return {token: id}, added tokens included.
 
     Raises:
-        UserError: wrong types, duplicate or missing ids, chains of steps beyond the limits; all problems are named.
+        UserError: types are wrong, ids are missing or duplicate, or the steps in a chain of CHAINS exceed the limits;
+            the message lists all problems.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -234,7 +237,7 @@ def check(data: Any) -> dict[str, int]:
 
 def _model_ids(model: dict[str, Any], problems: list[str]) -> dict[str, int]:
     vocab = model.get("vocab")
-    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
+    if isinstance(vocab, list):  # a Unigram model lists [piece, score] in the order of the ids
         pieces = [row[0] if isinstance(row, list) and row else None for row in vocab]
         return {piece: i for i, piece in enumerate(string_list(pieces, "model.vocab", problems))}
     if isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()):
@@ -266,8 +269,8 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits of a chain of normalizers, pre-tokenizers, decoders or post-processors
-MAX_GROWTH = 1024  # output characters per input character of such chains
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps in a chain of CHAINS, and on their nesting depth
+MAX_GROWTH = 1024  # limit on the output characters of a chain per input character
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -276,7 +279,8 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
-    """Problems of chains that no real tokenizer has: 12 replacements of one letter by ten make a terabyte of it."""
+    """Yield the problems of chains whose output would be too large: 12 steps that each replace a letter by ten letters
+    make a terabyte of one letter."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -291,7 +295,7 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
-    """(the steps of a chain at any depth, its nesting depth). Counting ends beyond MAX_STEPS."""
+    """Return (the steps of a chain at any depth, its nesting depth). Counting ends above MAX_STEPS or MAX_DEPTH."""
     steps: list[Any] = []
     level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
@@ -307,7 +311,7 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
 
 
 def _growth(step: Any) -> int:
-    """The maximal number of output characters per input character of a step."""
+    """Return the maximal number of output characters per input character of a step."""
     kind = _type(step)
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
@@ -317,11 +321,12 @@ def _growth(step: Any) -> int:
     literal = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(literal, str) and literal:
         return max(1, -(-len(content) // len(literal)))
-    return 1 + len(content)  # a regular expression also matches between two characters
+    return 1 + len(content)  # a regular expression may match the empty text before every character
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """({"eos_token": "</s>", ..}, the names of all special tokens)."""
+    """Return ({"eos_token": "</s>", ..}, the names of all special tokens) from the content of a
+    tokenizer_config.json."""
 
     def text(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
@@ -333,7 +338,8 @@ def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 
 def _with_special(data: dict[str, Any], names: set[str], ids: Mapping[str, int]) -> dict[str, Any]:
-    """The same tokenizer.json with these tokens marked as special, and without truncation and padding."""
+    """Return a copy of the tokenizer.json with the tokens `names` marked as special, and without truncation and
+    padding."""
     tokens = {t["content"]: added_token(t["content"], t["id"], False) | t for t in data.get("added_tokens", [])}
     for name in names:
         tokens[name] = tokens.get(name, added_token(name, ids[name], True)) | {"special": True}
@@ -346,7 +352,7 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
-    """The tokenizer.json as a `BPE`; None unless that gives the same ids for every text."""
+    """Return the tokenizer.json as a `BPE`, or None unless both give the same ids for every text."""
     scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
     if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
@@ -364,7 +370,8 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
 
 
 def _scheme(data: dict[str, Any]) -> str | None:
-    """The key of SCHEMES that the file uses; None if normalizer, pre-tokenizer, decoder or model is another."""
+    """Return the key of the file's pre-tokenizer in SCHEMES, or None if a `BPE` does not support the file's normalizer,
+    pre-tokenizer, decoder or model."""
     model = data["model"]
     before: Any = data.get("pre_tokenizer")
     steps = before.get("pretokenizers") if _type(before) == "Sequence" else [before]
@@ -395,7 +402,8 @@ def _scheme(data: dict[str, Any]) -> str | None:
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
-    """Whether the three conditions of the module docstring hold."""
+    """Return whether tiktoken gives the same ids, that is, whether the three conditions in the module's docstring
+    hold."""
     merges = pairs(model.get("merges"), ids)
     ordinary = {token: ids[token] for token in tokens}
     made = [ordinary.get(left + right, -1) for left, right in merges]
@@ -406,7 +414,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """The set of piece counts: into how many pieces the merges split each of the tokens."""
+    """Return the set of the numbers of pieces into which the merges split the tokens."""
     from tokenizers import models
 
     with rust("model"):
@@ -435,7 +443,7 @@ def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
-    """Whether this tokenizer adds the beginning-of-sequence token before a text."""
+    """Return whether this tokenizer adds the beginning-of-sequence token before a text."""
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
     name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)
@@ -450,14 +458,16 @@ def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> b
     return False
 
 
-_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> (scheme, nfc)
+_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> (key in SCHEMES, NFC)
 _CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type -> class
 
 
 def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
-    """vocab.json and merges.txt as the equivalent tokenizer.json. The tokenizer class decides the pre-tokenizer.
+    """Return the tokenizer.json that is equivalent to vocab.json and merges.txt, with the pre-tokenizer of the
+    tokenizer class.
 
-    Without tokenizer_class, the class of the model_type is used; without a model_type, GPT2Tokenizer.
+    The class is tokenizer_class in `named`; if that is absent, the class that belongs to the model_type; without a
+    model_type, GPT2Tokenizer.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -471,7 +481,7 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
         raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
     scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines also splits inside merges
+    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines would also split merges
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
     added |= {name: token["id"] for name, token in listed.items()}
@@ -488,7 +498,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
 
 
 def _listed_tokens(decoder: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """added_tokens_decoder of a tokenizer_config.json, {"151643": {"content": "<|endoftext|>", ..}, ..}, by content."""
+    """Return {content: added token} from added_tokens_decoder in a tokenizer_config.json, {"151643": {"content":
+    "<|endoftext|>", ..}, ..}."""
     if decoder is None:
         return {}
     flags = (*FLAGS, "content")
@@ -526,7 +537,8 @@ def _runner(data: dict[str, Any]) -> Any:
 
 @contextmanager
 def rust(location: str) -> Iterator[None]:
-    """Turn errors of `tokenizers` into UserError: it raises Exception, or PanicException, which is no Exception."""
+    """Turn errors of the library `tokenizers` into UserError. It raises Exception, or PanicException, which is no
+    subclass of Exception."""
     try:
         yield
     except UserError:
@@ -541,7 +553,7 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """{file name: text} of a Hugging Face folder. AutoTokenizer of transformers reads it and gives the same ids.
+    """Return {file name: text} of a Hugging Face folder, from which transformers' AutoTokenizer gives the same ids.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
@@ -569,7 +581,8 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # The model must list the special tokens whose ids are not last: `tokenizers` numbers other added tokens after it.
+    # The vocabulary of the model must include the special and added tokens whose ids are not the last ones, because
+    # `tokenizers` gives all other added tokens ids after that vocabulary.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
@@ -589,7 +602,7 @@ def _from_chars(tokenizer: Chars) -> dict[str, Any]:
     return _file(tokenizer, steps | {"model": model})
 
 
-MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind -> function that writes its tokenizer.json
+MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind of tokenizer -> function that returns its tokenizer.json
     "bpe": _from_bpe,
     "bytes": _from_bytes,
     "chars": _from_chars,
@@ -614,7 +627,7 @@ def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
-    """Normalizer, pre-tokenizer and decoder of a byte-level BPE, as in a tokenizer.json."""
+    """Return the normalizer, the pre-tokenizer and the decoder of a byte-level BPE, as in a tokenizer.json."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":

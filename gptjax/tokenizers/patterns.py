@@ -5,7 +5,7 @@
                              llama3  We |  have |   | 202 | 4 |  reasons
 
 `bpe.py` runs them in tiktoken, `hf.py` reads and writes them in a tokenizer.json, and `gguf.py` maps llama.cpp's names
-for them (`tokenizer.ggml.pre`) to these.
+(`tokenizer.ggml.pre`) to their keys in SCHEMES.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Scheme:
     """A pre-tokenizer.
 
     pattern: the regular expression for tiktoken, with possessive quantifiers where they do not change the result.
-    split: the equivalent regular expression of the Split step in Hugging Face's tokenizer.json, character by character
-        as models have it. None: the tokenizer.json splits by other steps.
-    cut: (last, after) -> whether a long run of blanks may be split before its last blank. `after` is the character
-        that follows the run.
+    split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as in
+        the files of models. None: the tokenizer.json splits by other steps.
+    cut: function (last, after) -> whether a long run of blanks may be split before its last blank, `last`. `after` is
+        the character that follows the run.
     """
 
     pattern: str
@@ -33,7 +33,9 @@ class Scheme:
 
 
 def _cl100k_like(digits: str, possessive: str) -> Scheme:
-    """Letters may take one other character before them; line ends join the punctuation or blanks before them."""
+    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one other character, and line ends
+    belong to the punctuation or blanks before them. `digits` matches digits in `split`, and `possessive` matches
+    them in `pattern`."""
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     return Scheme(
         contractions + r"|[^\r\n\p{L}\p{N}]?+\p{L}++|" + possessive + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -45,12 +47,12 @@ def _cl100k_like(digits: str, possessive: str) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "gpt2": Scheme(  # contractions, letters, digits, other characters (each with the space before it), white space
+    "gpt2": Scheme(  # words: contractions, letters, digits, other characters (with a space before them), white space
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         lambda last, after: True,
     ),
-    "smollm": Scheme(  # every digit is a word; blanks before a digit stay together
+    "smollm": Scheme(  # like gpt2, but every digit is a word, and blanks before a digit stay together
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
         None,
         lambda last, after: not unicodedata.category(after).startswith("N"),
@@ -59,6 +61,6 @@ SCHEMES: dict[str, Scheme] = {
     "qwen2": _cl100k_like(r"\p{N}", r"\p{N}"),
 }
 
-# For our WordPiece and Unigram: letters, digits, other characters (each with the blank before it), white space. `#` is
-# a word by itself, so no word starts with `##`.
+# The words of our WordPiece and Unigram tokenizers: letters, digits, other characters (each with the blank before it),
+# or white space. `#` is a word by itself, so that no word starts with `##`, which marks a piece inside a word.
 SUBWORDS = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")

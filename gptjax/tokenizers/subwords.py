@@ -1,13 +1,13 @@
-"""WordPiece and Unigram subword tokenizers. `tokenizers` trains them; encoding and decoding are done here.
+"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; encoding and decoding are done here.
 
-WordPiece  greedy longest match: takes the longest piece in the vocabulary that the rest of the word begins with.
+WordPiece  greedy longest match: the next piece is the longest in the vocabulary that the rest of the word begins with.
            A piece inside a word is written with `##`:   "lower" -> low ##er
-Unigram    every piece has a probability; takes the most probable segmentation of the word (Viterbi):
+Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
                                                          "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
 Both work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every byte is a piece, so every text can be encoded
-and decoding is exact. BERT and T5 differ: they drop white space and have an [UNK].
-Words are split every 64 characters, so encoding takes linear time for text without blanks, too.
+and decoding is exact. The tokenizers of BERT and T5 differ: they drop white space and have an [UNK] token. Words are
+split every 64 characters, so that encoding takes linear time for a text without blanks, too.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -28,13 +28,14 @@ from gptjax.tokenizers.bpe import MAX_VOCAB, alphabet, printable, token_bytes
 from gptjax.tokenizers.patterns import SUBWORDS
 
 INSIDE = "##"
-MAX_PIECE = 16  # bytes per Unigram piece
+MAX_PIECE = 16  # maximal number of bytes of a Unigram piece
 CACHE_WORDS = 1 << 18
-LONGEST_PIECE = 260  # a word has up to 65 characters of up to 4 bytes
+LONGEST_PIECE = 260  # bytes: a word has up to 65 characters of up to 4 bytes each
 
 
 class _Pieces(Base):
-    """Base class: encodes each word with `_cut` and caches the result; decodes by the bytes of each piece."""
+    """Base class of both tokenizers. It encodes each word with `_cut` and caches the result; it decodes by joining the
+    bytes of the pieces."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
@@ -46,7 +47,7 @@ class _Pieces(Base):
 
     @abstractmethod
     def _cut(self, word: bytes) -> list[int]:
-        """The ids of the pieces of one word."""
+        """Split one word into pieces and return their ids."""
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -65,7 +66,7 @@ class _Pieces(Base):
 
 
 class WordPiece(_Pieces):
-    """Greedy longest match. `vocab`: the pieces in the order of their ids; those inside a word begin with `##`."""
+    """A WordPiece tokenizer. `vocab`: the pieces in the order of their ids; pieces inside a word begin with `##`."""
 
     kind = "wordpiece"
 
@@ -104,14 +105,15 @@ class WordPiece(_Pieces):
 
 
 class Unigram(_Pieces):
-    """The most probable segmentation. `pieces` in the order of their ids; `scores`: their log probabilities."""
+    """A Unigram tokenizer. `pieces`: the pieces in the order of their ids; `scores`: their log probabilities."""
 
     kind = "unigram"
 
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        self._table: dict[bytes, tuple[float, int]] = {}  # also prefixes of pieces, to end a search early
+        # Piece -> (log probability, id). Prefixes of pieces are in the table, too, so that `_cut` ends a search early.
+        self._table: dict[bytes, tuple[float, int]] = {}
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
         self._table |= {piece: (self.scores[i], i) for i, piece in enumerate(self._bytes)}
@@ -138,7 +140,7 @@ class Unigram(_Pieces):
 
     def _cut(self, word: bytes) -> list[int]:
         best = [0.0] + [-math.inf] * len(word)  # best[end]: log probability of the best segmentation of word[:end]
-        last = [(0, 0)] * (len(word) + 1)  # last[end]: its last piece, (start, id)
+        last = [(0, 0)] * (len(word) + 1)  # last[end]: (start, id) of the last piece of the best segmentation
         for start in range(len(word)):
             for end in range(start + 1, len(word) + 1):
                 piece = self._table.get(word[start:end])
@@ -166,8 +168,8 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
 def _train_wordpiece(words: Iterable[str], size: int) -> WordPiece:
     from tokenizers import Tokenizer, models, trainers
 
-    # Passed as special tokens, the single bytes keep this order. The trainer's own order would differ between runs, and
-    # with it which of two equally frequent pairs is merged first.
+    # The single bytes are passed as special tokens, so that they keep this order. The trainer's own order differs
+    # between runs, and decides which of two equally frequent pairs is merged first.
     single = [*alphabet(), *(INSIDE + char for char in alphabet())]
     learner = Tokenizer(models.WordPiece())
     trainer = trainers.WordPieceTrainer(
@@ -187,7 +189,8 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     )
     learner.train_from_iterator(words, trainer)
     scores = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
-    # The scores of bytes that are rare as pieces depend on an order that differs between runs: give all the same.
+    # The trainer's scores of single bytes that are rare as pieces differ between runs, so all of them get the same
+    # score.
     floor = min((score for piece, score in scores.items() if len(piece) > 1), default=-10.0) - 1
     scores = {piece: floor if len(piece) == 1 and score < floor + 1 else score for piece, score in scores.items()}
     scores |= {char: floor for char in alphabet() if char not in scores}

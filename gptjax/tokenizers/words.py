@@ -1,10 +1,11 @@
-"""A word-level tokenizer, from the book: a regular expression splits words and punctuation marks.
+"""The word-level tokenizer of the book "Build a Large Language Model (From Scratch)": a regular expression splits a
+text into words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
-White space is not kept: decoding joins the words with one space, and none before closing punctuation.
-Without special tokens it is the book's SimpleTokenizerV1 (an unknown word is an error); with `<|endoftext|>` and
-`<|unk|>` it is SimpleTokenizerV2. By default it is trained with [BOS] [EOS] [PAD] [UNK].
+White space is not kept: decoding joins the words with one space, but with none before closing punctuation. Without
+special tokens it is the book's SimpleTokenizerV1 (an unknown word is an error); with `<|endoftext|>` and `<|unk|>` it
+is SimpleTokenizerV2. By default its special tokens are [BOS], [EOS], [PAD] and [UNK].
 
 Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
 """
@@ -34,7 +35,7 @@ def split(text: str) -> list[str]:
 
 
 class Words(Base):
-    """Words with ids 0 .. n-1, followed by the special tokens."""
+    """A word-level tokenizer. Its n words have the ids 0 .. n-1, and the special tokens follow."""
 
     kind = "words"
     name = "words"
@@ -82,12 +83,13 @@ class Words(Base):
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Join words and special tokens with one space, and none before closing punctuation."""
+        """Join words and special tokens with one space, but with none before closing punctuation."""
         return _SPACE_BEFORE.sub(r"\1", " ".join(self._texts[self._checked(ids)]))
 
 
 def train(texts: Iterable[str], vocab_size: int | None = None, *, special: Sequence[str] = SPECIAL) -> Words:
-    """A tokenizer of the distinct words of the texts, sorted; the most frequent ones if `vocab_size` is too small."""
+    """Return a tokenizer of the distinct words of the texts, sorted; of the most frequent words only, if `vocab_size`
+    is too small for all."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))

@@ -37,7 +37,8 @@ def export_hf(
     """Writes a folder that transformers loads: config.json, model.safetensors and the tokenizer, if given.
 
     Args:
-        labels: description of a classifier, as returned by `read_labels`; exported as ...ForSequenceClassification.
+        labels: description of a classifier, as returned by `read_labels`. A classifier is exported as the class
+            ...ForSequenceClassification of transformers.
 
     Raises:
         UserError: no model type of Hugging Face can represent the model or its tokenizer, or the folder is not empty.
@@ -87,10 +88,10 @@ def refuse_bias(head: Params) -> None:
 def _class_values(
     cfg: ModelConfig, tokenizer: Tokenizer | None, labels: dict[str, Any] | None
 ) -> tuple[Tokenizer | None, dict[str, Any]]:
-    """The tokenizer with a padding token, and the config.json attributes of a classifier.
+    """Returns the tokenizer with a padding token, and the config.json attributes of a classifier.
 
-    transformers pools the last token that is not pad_token_id, and ignores the attention mask for that. So any token
-    that no text ends with can be the padding token.
+    Any token that no text ends with can be the padding token, because transformers' classifiers read the last token
+    that is not pad_token_id, whatever the attention mask.
     """
     if labels is not None and labels["pooling"] != "last":
         raise UserError(
@@ -117,7 +118,7 @@ def _class_values(
 def export_gguf(
     path: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer, type: str = "F32"
 ) -> Path:
-    """Writes a file that llama.cpp loads, including the tokenizer and its chat template.
+    """Writes a GGUF file that llama.cpp loads, including the tokenizer and its chat template.
 
     Args:
         type: storage type of the matrices, F32, F16, BF16 or Q8_0; vectors are stored as F32.
@@ -155,7 +156,8 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """Renames a model whose name contains phi-3 but which lacks Phi-3's tokens: llama.cpp would require them."""
+    """Returns the name, with phi-3 changed to phi if the model lacks Phi-3's tokens, because llama.cpp requires these
+    tokens of a model that has phi-3 in its name."""
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name
     return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)
@@ -164,10 +166,11 @@ def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
 def export_stablehlo(
     folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Writes a gptjax model folder with `forward.stablehlo`: `forward` as a program for CPUs, NVIDIA GPUs and TPUs.
+    """Writes a gptjax model folder with forward.stablehlo: `forward`, lowered to StableHLO for CPUs, NVIDIA GPUs and
+    TPUs.
 
         program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
-        logits = program.call(params, tokens)     # tokens [any, cfg.context_length] int32 -> [.., V] float32
+        logits = program.call(params, tokens)     # tokens [B, cfg.context_length] int32, any B -> [.., V] float32
 
     Raises:
         UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model
@@ -193,7 +196,7 @@ def export_stablehlo(
 
 
 def new_folder(folder: Path) -> None:
-    """Creates the folder. Raises UserError if it exists and is not empty."""
+    """Creates the folder. Raises UserError if the folder exists and is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

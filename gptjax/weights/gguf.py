@@ -1,7 +1,7 @@
-"""GGUF metadata and tensors of llama.cpp's architectures, reading and writing.
+"""Reads and writes the GGUF metadata and tensors of llama.cpp's architectures.
 
-What is specific to a model family is in its file in `families`. Sources: llama.cpp's constants.py and
-convert_hf_to_gguf.py (names and layouts), llama-model.cpp (implied values).
+The details of each model family are in its own file in the package `families`. Sources: llama.cpp's constants.py and
+convert_hf_to_gguf.py (names and layouts), llama-model.cpp (values that are not in the metadata).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptjax.weights.rules import Source
 
 ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
-# Metadata that does not change the result here, without the prefix of the architecture
+# Metadata keys that do not change the result here, written without the prefix of the architecture
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 
@@ -51,7 +51,7 @@ class _Source:
 
 
 def open_file(path: Path) -> tuple[Source, str, ModelConfig]:
-    """Opens a GGUF file: its tensors, its `general.architecture`, and the ModelConfig."""
+    """Opens a GGUF file and returns its tensors, its `general.architecture` and its ModelConfig."""
     file = file_format.read(path)
     source = _Source(file)
     n_splits = file.metadata.get("split.count", 1)
@@ -64,17 +64,18 @@ def open_file(path: Path) -> tuple[Source, str, ModelConfig]:
 
 
 def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], location: str) -> ModelConfig:
-    """The ModelConfig of GGUF metadata.
+    """Returns the ModelConfig that GGUF metadata describe.
 
     Args:
-        shapes: shapes of the tensors in the file, for values that are not in the metadata (vocabulary, tied head).
-        location: the file, for error messages.
+        shapes: shapes of the tensors in the file, which determine the values that are not in the metadata (vocabulary
+            size, tied head).
+        location: path of the file, for error messages.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    values = {  # an array, which no key here expects, becomes a short list, so that it can be compared
+    values = {  # arrays, which no key here expects, become short lists, since == on an array gives no bool
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
         if key.startswith(f"{name}.")
@@ -116,12 +117,13 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 
 def _rounded(x: float) -> float:
-    """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+    """Returns the shortest decimal number of a float32 value: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(x)))
 
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
-    """Recovers the four parameters of Llama 3's RoPE scaling, which a GGUF file stores as a factor per frequency."""
+    """Recovers the four parameters of Llama 3's RoPE scaling from `factors`, one per frequency, which is all that a
+    GGUF file stores of it."""
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
     if cfg.rope_scaling != "none":
@@ -138,14 +140,14 @@ def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> M
 
 
 def rope_factors(cfg: ModelConfig) -> np.ndarray:
-    """[H/2] float32: the divisor of each RoPE frequency."""
+    """Returns the divisor of each RoPE frequency, [H/2] float32."""
     frequencies = cfg.rope_base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     keep = llama3_ramp(frequencies, cfg.rope_slow, cfg.rope_fast, cfg.rope_original_context)
     return (1 / (keep + (1 - keep) / cfg.rope_factor)).astype(np.float32)
 
 
 def _has_rope(gguf: Gguf) -> bool:
-    """Whether the architecture uses RoPE; GPT-2 has learned position embeddings."""
+    """Returns whether the architecture uses RoPE, which all do but GPT-2, with its learned position embeddings."""
     return gguf.implied["arch"] != "gpt2"
 
 
@@ -153,7 +155,7 @@ def _has_rope(gguf: Gguf) -> bool:
 
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
-    """The metadata of a model as the architecture `name`, without the tokenizer."""
+    """Returns the metadata of a model as llama.cpp's architecture `name`, without the metadata of the tokenizer."""
     gguf = ARCHITECTURES[name]
     values: dict[str, Any] = {
         "context_length": cfg.context_length,
@@ -179,10 +181,10 @@ def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def family_of(cfg: ModelConfig) -> str:
-    """The llama.cpp architecture that represents this model exactly.
+    """Returns the name of the llama.cpp architecture that represents this model exactly.
 
     Raises:
-        UserError: there is none; the message lists what the closest one lacks.
+        UserError: no architecture represents it; the message lists what the closest one lacks.
     """
     shapes = {"token_embd.weight": (cfg.vocab_size, cfg.d_model)} | (
         {} if cfg.tie_embeddings else {"output.weight": ()}
@@ -196,7 +198,7 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of the closest
+    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of those that lack least
     if not lacking[nearest]:
         return nearest
     raise UserError(

@@ -2,7 +2,7 @@
 
 params, cfg = load("runs/default")              a run, or a folder of `gptjax import`
 params, cfg = load("smollm2-135m-instruct")     a named asset
-params, cfg = load("SmolLM2-135M")              a Hugging Face folder; a .gguf file likewise
+params, cfg = load("SmolLM2-135M")              a Hugging Face folder, or the path of a .gguf file
 params, cfg = load("hf:openai-community/gpt2")  from the Hugging Face Hub
 """
 
@@ -44,11 +44,12 @@ class Model(NamedTuple):
     location: str
     kind: str  # "gptjax", or the name of the model family
     cfg: ModelConfig
-    params: Callable[[Any, Any], Params]  # (dtype, shardings) -> params
+    params: Callable[[Any, Any], Params]  # function (dtype, shardings) -> params
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError if the model has no tokenizer, or a tokenizer with ids that its embedding has no row for."""
+        """Reads the tokenizer. Raises UserError if the model has no tokenizer, or one with ids for which the embedding
+        has no row."""
         tokenizer = self.read_tokenizer()
         check_vocabulary(tokenizer, self.cfg, self.location)
         return tokenizer
@@ -59,16 +60,18 @@ def load(
 ) -> tuple[Params, ModelConfig]:
     """Loads the parameters and the config of a model.
 
-    Tensors are read one at a time and put directly on their devices: peak memory is the model and one tensor.
+    Tensors are read one at a time and put directly on their devices, so that the peak memory is that of the model and
+    one tensor.
 
     Args:
         source: a run directory, a gptjax model folder, a Hugging Face folder, a .safetensors file next to its
             config.json, a .gguf file, the name of an asset, or `hf:org/name`.
-        dtype: float32, bfloat16 or float16: dtype of every leaf, whatever the file stores.
-        shardings: one sharding for all leaves, or a tree of shardings.
+        dtype: dtype of the returned parameters, float32, bfloat16 or float16, whatever dtype the file has.
+        shardings: one sharding for all parameters, or a tree of shardings, or None for the default device.
 
     Raises:
-        UserError: no readable model; or missing, unknown or wrong tensors and attributes, in one message.
+        UserError: there is no readable model, or tensors or attributes are missing, unknown or wrong; one message lists
+            them.
     """
     if jnp.dtype(dtype).name not in _DTYPES:
         raise UserError(f"dtype={dtype!r}: expected {', '.join(_DTYPES)}")
@@ -80,7 +83,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """Loads the tokenizer of the model that `load(source)` reads.
 
     Raises:
-        UserError: no tokenizer, or one with ids that the model has no embedding for; `tokenizers.load` accepts these.
+        UserError: the model has no tokenizer, or its embedding has no row for some ids of the tokenizer;
+            `tokenizers.load` accepts such a tokenizer.
     """
     return open_model(source).tokenizer()
 
@@ -118,7 +122,7 @@ def open_model(source: str | os.PathLike[str]) -> Model:
 
 
 def _no_model(path: Path) -> str:
-    """The error for a file that is not a supported model: pickled weights, text, or something else."""
+    """Returns the error message for a file that is not a supported model: pickled weights, text, or something else."""
     expected = "expected a run or model folder, a .gguf or .safetensors file, hf:org/name, or the name of an asset"
     try:
         with open(path, "rb") as file:
@@ -143,7 +147,7 @@ def _from_hub(name: str) -> Path:
     patterns += ["vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client raises many types: no network, no such name, no access
+    except Exception as error:  # the Hub's client raises many types of errors: no network, no such name, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"hf:{name} could not be downloaded: {reason}. Use a local folder, or "
@@ -164,15 +168,16 @@ def _native(path: Path) -> Model:
 
 
 def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shardings: Any) -> Params:
-    """The parameters of a model that is stored as an adapter, merged into its base in float32 in host memory.
+    """Returns the parameters of a model that is stored as an adapter. The adapter is merged into its base model in
+    float32 in host memory.
 
     Raises:
-        UserError: the base cannot be read or its weights have changed, or the adapter does not fit it.
+        UserError: the base model cannot be read, its weights have changed, or the adapter does not fit it.
     """
     trained = native.load_adapter(folder)
     try:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # no CPU backend, with JAX_PLATFORMS=cuda
+    except RuntimeError:  # JAX_PLATFORMS=cuda: there is no CPU backend
         host = None
     try:
         params = open_model(base.source).params("float32", host)
@@ -201,7 +206,7 @@ def _hugging_face(folder: Path, source: Source) -> Model:
     if not any(name.startswith(family.prefix) for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix(family.prefix)) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
-    if tied & set(source.shapes()):  # the file has an untied head despite the flag; transformers 5 uses it too
+    if tied & set(source.shapes()):  # an LM head that differs overrides tie_word_embeddings, as in transformers 5
         table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
         if table in source.shapes() and not np.array_equal(source.array("lm_head.weight"), source.array(table)):
             cfg, tied = dataclasses.replace(cfg, tie_embeddings=False), set()
@@ -217,8 +222,8 @@ def _hugging_face(folder: Path, source: Source) -> Model:
 
 
 def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> Tokenizer:
-    """The tokenizer of the folder. If the model has no embedding for the placeholder token of the family, the token is
-    removed and its text is encoded as plain text."""
+    """Loads the tokenizer of the folder. If the embedding has no row for the placeholder token of the family, the token
+    is removed, and its text is encoded as ordinary text."""
     from gptjax.tokenizers.hf import HF, without_last
 
     tokenizer = tokenizers.load(folder)
@@ -229,7 +234,7 @@ def _tokenizer_of(folder: Path, family: families.Family, cfg: ModelConfig) -> To
 
 
 def _openai(folder: Path) -> Model:
-    """GPT-2 in OpenAI's format: a TensorFlow checkpoint with hparams.json."""
+    """Opens GPT-2 in OpenAI's format, which is a TensorFlow checkpoint with hparams.json."""
     from gptjax.formats import tensorflow
 
     location = folder / "hparams.json"
@@ -257,8 +262,8 @@ def _json(path: Path) -> dict[str, Any]:
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the description of a classifier: {"labels": .., "pooling": .., "max_length": .., "prompt": ..}.
 
-    A Hugging Face folder has the labels in its config.json. Without a labels.json from gptjax the pooling is the last
-    token, max_length the context length, and the prompt the text itself.
+    A Hugging Face folder has the labels in its config.json. If the folder has no labels.json from gptjax, the pooling
+    is "last", max_length is the context length, and the prompt is the text itself, "{text}".
 
     Raises:
         UserError: the model is not a classifier.

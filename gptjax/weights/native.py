@@ -1,11 +1,11 @@
-"""The gptjax model folder: saving and loading.
+"""Saves and loads gptjax model folders.
 
 final/  model.safetensors   parameters, named by their paths: "blocks/attn/q/kernel"
         model.json          the ModelConfig and the sha256 of every file
         tokenizer.json      the tokenizer
 
-Instead of model.safetensors a folder may hold adapter.safetensors: a LoRA adapter and other trained parameters (the
-head of a classifier). model.json then names the base model.
+Instead of model.safetensors a folder may hold adapter.safetensors, with a LoRA adapter and the other trained
+parameters, such as the head of a classifier. model.json then names the base model.
 """
 
 from __future__ import annotations
@@ -52,19 +52,21 @@ def save(
     twin: Path | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes params, config and tokenizer to a self-contained folder. A folder written by `save` is replaced.
+    """Writes parameters, config and tokenizer to a self-contained folder. A folder that `save` wrote earlier is
+    replaced.
 
     The write is atomic: the folder is renamed into place when it is complete.
 
     Args:
         files: additional text files, {name: text}.
-        add: called with the temporary folder before it is renamed, to write more files.
-        twin: another folder of `save`. If its weights are identical, they are hard-linked instead of stored twice.
-        base: the `Base` of an adapter, as a dict; `params` are then the adapter and heads only.
+        add: function that writes more files to the temporary folder, its argument, before the folder is renamed.
+        twin: another folder written by `save`. If its weights are identical, they are hard-linked instead of stored
+            twice.
+        base: the `Base` of an adapter, as a dict, if `params` are only the adapter and the heads.
 
     Raises:
-        UserError: a leaf that is not an array, a tokenizer with more ids than the model has embeddings, files in the
-            folder that `save` did not write, or a folder that cannot be written.
+        UserError: a leaf is not an array, the tokenizer has more ids than the model has embeddings, the folder has
+            files that `save` did not write, or it cannot be written.
     """
     folder = Path(folder)
     user_path(folder)
@@ -90,7 +92,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # skipped if the folder replaces its own twin
+        if twin not in (None, folder):  # nothing to link if `new` replaces the twin
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -118,14 +120,15 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "")
 
 
 def _hard_link(file: Path, digest: str, twin: Path) -> None:
-    """Replaces `file` with a hard link to `twin` if both have the same bytes. Neither is ever modified in place."""
+    """Replaces `file` with a hard link to `twin` if both have the same bytes. A link is safe, because gptjax modifies
+    neither file in place."""
     try:
         if twin.stat().st_size != file.stat().st_size or sha256(twin) != digest:
             return
         link = file.with_name(f".{file.name}.link")
         os.link(twin, link)
         os.replace(link, file)
-    except OSError:  # no twin, or a file system without hard links
+    except OSError:  # the twin has no such file, or the file system has no hard links
         return
 
 
@@ -161,7 +164,7 @@ def verify(folder: Path) -> None:
     Missing files are ignored. The environment variable GPTJAX_VERIFY=0 disables the check.
 
     Raises:
-        UserError: files that are damaged or were replaced, in one message.
+        UserError: files are damaged or were replaced; one message lists them.
     """
     body = json.loads((folder / MODEL).read_text(encoding="utf-8"))
     files = body.get("files")
@@ -180,12 +183,13 @@ def verify(folder: Path) -> None:
 
 
 def _base_sha256(base: Mapping[str, Any]) -> str:
-    """Hash without `source`, which may be edited if the base has moved."""
+    """Returns the hash of `base` without `source`, which may be edited if the base model has moved."""
     return json_sha256({key: value for key, value in base.items() if key != "source"})
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`. After an interruption in between, `recover_folder` restores the old folder."""
+    """Replaces `folder` with `new` by renaming both. After an interruption, `recover_folder` restores the old
+    folder."""
     old = folder.with_name(f".{folder.name}.old")
     recover_folder(folder)
     if folder.exists():
@@ -203,10 +207,11 @@ def recover_folder(folder: Path) -> None:
 
 
 def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: Any = None) -> tuple[Params, ModelConfig]:
-    """Loads parameters and config of a gptjax model folder, or of final/ or best/ in a run directory.
+    """Loads the parameters and the config of a gptjax model folder, or of final/ or best/ in a run directory.
 
     Raises:
-        UserError: no model, tensors that do not fit the config, or damaged files, in one message.
+        UserError: there is no model, tensors do not fit the config, or files are damaged; one message lists the
+            problems.
     """
     folder = find(path)
     cfg = read_model(folder / MODEL)
@@ -219,7 +224,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = np.float32, shardings: An
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """Returns the folder with model.json: `path`, path/final or path/best."""
+    """Returns the folder that holds model.json: `path`, path/final or path/best."""
     path = user_path(path)
     for folder in (path, path / "final", path / "best"):
         if (folder / MODEL).is_file():
@@ -249,7 +254,8 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def fingerprint(params: Params) -> str:
-    """A hash of the path, the shape and 1,024 elements in bfloat16 of every leaf; independent of the stored dtype."""
+    """Returns a hash of the path, the shape and up to 1,024 elements of every parameter. The elements are rounded to
+    bfloat16, so that the hash does not depend on the stored dtype."""
     digest = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
         sample = leaf.reshape(-1)[:: max(1, leaf.size // 1024)][:1024]
@@ -259,8 +265,8 @@ def fingerprint(params: Params) -> str:
 
 
 class Base(NamedTuple):
-    """The base model of an adapter: its path or name, the `fingerprint` of its parameters, and how its matrices were
-    quantised in training (finetune.quantize); and the config of the adapter."""
+    """The base model of an adapter (its path or name, the `fingerprint` of its parameters, and finetune.quantize, the
+    quantisation of its matrices in training), and the config of the adapter."""
 
     source: str
     fingerprint: str
@@ -269,7 +275,7 @@ class Base(NamedTuple):
 
 
 def read_base(folder: Path) -> Base | None:
-    """The base of a model that is stored as an adapter; None if the folder holds all weights."""
+    """Reads the `Base` of a model that is stored as an adapter, or returns None if the folder holds all weights."""
     return use_json(folder / MODEL, _base)
 
 
@@ -284,10 +290,10 @@ def _base(body: dict[str, Any]) -> Base | None:
 
 
 def load_adapter(folder: Path) -> Params:
-    """Loads the adapter and heads of a folder that `save` wrote with `base`, as float32 arrays.
+    """Loads the adapter and the heads, as float32 arrays, from a folder written by `save(.., base=..)`.
 
     Raises:
-        UserError: missing or damaged files.
+        UserError: files are missing or damaged.
     """
     source = safetensors.open_file(folder / ADAPTER)
     verify(folder)

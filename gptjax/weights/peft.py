@@ -1,12 +1,12 @@
 """Adapters in the folder format of the PEFT library: adapter_config.json and adapter_model.safetensors. gptjax also
-writes gptjax_sha256.json, the hashes of both.
+writes gptjax_sha256.json, the hashes of both files.
 
-    blocks/attn/q/kernel  a [L, in, R], b [L, R, out]
-        base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight [R, in], lora_B.weight [out, R]
+    gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
+    PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
-PEFT adapts GPT-2's q, k and v as one matrix. Our three adapters are exported as one of three times the rank with a
-block-diagonal B. An adapter of PEFT is read as three adapters that share their a, and is exported unchanged.
-Source: PEFT's tuners/lora (names, shapes, which attributes change the result), as of version 0.21.
+PEFT adapts GPT-2's q, k and v as one matrix, gptjax as three. Our three adapters are exported as one adapter of three
+times the rank with a block-diagonal B. An adapter of PEFT is read as three adapters with the same a, and is exported
+unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the result), as of version 0.21.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from gptjax.weights.native import fingerprint
 from gptjax.weights.rules import Out, Rule, Tensor, identity, is_float, tensors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HASHES = "gptjax_sha256.json"  # sha256 of both files; other tools ignore it
+HASHES = "gptjax_sha256.json"  # holds the sha256 of CONFIG and WEIGHTS; other tools ignore it
 _PREFIX = "base_model.model."
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _HEAD = f"{_PREFIX}score.weight"  # the head of transformers' ...ForSequenceClassification
-_BASE = "gptjax_base"  # our key in adapter_config.json
+_BASE = "gptjax_base"  # key in adapter_config.json for the fingerprint of the base model
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type", "megatron_core", "loftq_config", "qalora_group_size", "target_modules", "exclude_modules",
@@ -61,17 +61,18 @@ def export_peft(
     base: Params | str | None = None,
     base_name: str | None = None,
 ) -> Path:
-    """Writes an adapter that PEFT loads onto the transformers model of the same weights.
+    """Writes an adapter that PEFT loads onto the transformers model with the same base weights.
 
     Args:
-        head: classification head {"kernel" [D, n_classes]} with last-token pooling. It is written as transformers'
-            `score`, one of PEFT's modules_to_save.
-        base: the base parameters of the adapter, or their `fingerprint`, which is stored for `load_peft` to compare.
+        head: classification head {"kernel" [D, n_classes]} with last-token pooling. The head is written as
+            transformers' `score`, one of PEFT's modules_to_save.
+        base: the parameters of the base model, or their `fingerprint`, which is stored so that `load_peft` can compare
+            it.
         base_name: path or Hub name of the base model for transformers.
 
     Raises:
-        UserError: an adapter of `lora.init_from_weights` (export its `lora.to_lora`), weights that PEFT or the model
-            family cannot represent, a head with a bias, or a folder that is not empty.
+        UserError: the adapter is one of `lora.init_from_weights` (export its `lora.to_lora` instead), PEFT or the model
+            family cannot represent the weights, the head has a bias, or the folder is not empty.
     """
     if head is not None:
         refuse_bias(head)
@@ -85,7 +86,7 @@ def export_peft(
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
     tensors: dict[str, np.ndarray] = {}
-    patterns: dict[str, int] = {}  # rank of each module
+    patterns: dict[str, int] = {}  # rank of each kind of module, by its name in PEFT's target_modules
     for module in modules:
         if not any(rule.ours in pairs for rule in module.rules):
             continue
@@ -129,17 +130,18 @@ def export_peft(
 def load_peft(
     folder: str | os.PathLike[str], cfg: ModelConfig, *, base: Params | None = None
 ) -> tuple[Params, LoraConfig]:
-    """Loads an adapter from a PEFT folder: (adapter, config) for `lora.attach` to the model of `cfg`.
+    """Loads an adapter from a PEFT folder. Returns (adapter, config), for `lora.attach` to the model of `cfg`.
 
-    Layers without an adapter and missing ranks are filled with zeros. A scale that differs per module is multiplied
-    into b. The `score` head of a classifier is returned as cls_head/kernel.
+    Layers without an adapter are filled with zeros, and so are the missing ranks of modules with a smaller rank. A
+    scale that differs between modules is multiplied into b. The `score` head of a classifier is returned as
+    cls_head/kernel.
 
     Args:
-        base: base parameters, to compare with the fingerprint in the folder, if it has one.
+        base: parameters of the base model, which are compared with the fingerprint in the folder, if it has one.
 
     Raises:
-        UserError: unknown attributes that change the result, unknown or missing tensors, wrong shapes, another base
-            model, or files that are not as gptjax wrote them.
+        UserError: attributes that change the result are unknown, tensors are unknown, missing or of a wrong shape, the
+            base model is another one, or files have changed since gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -196,7 +198,8 @@ def load_peft(
 
 
 def _verify(folder: Path) -> None:
-    """Compares both files with the hashes of `export_peft`, if present. GPTJAX_VERIFY=0 disables the check.
+    """Compares both files with the hashes that `export_peft` wrote, if there are any. GPTJAX_VERIFY=0 disables the
+    check.
 
     Raises:
         UserError: a hash differs.
@@ -215,7 +218,7 @@ def _verify(folder: Path) -> None:
 
 
 def _modules(cfg: ModelConfig) -> list[Tensor]:
-    """The linear modules of the Hugging Face family of this model, named as in transformers."""
+    """Returns the linear modules of the model's Hugging Face family, named as in transformers."""
     kernels = [
         rule._replace(theirs=rule.theirs.removesuffix(".weight"))
         for rule in families.family_of(cfg).rules
@@ -225,8 +228,9 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
 
 
 def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
-    """a [R, in], b [out, R], m [out] of a module of PEFT, from our pairs for its slices (q, k, v)."""
-    slices: list[_Pair] = [  # {}: no adapter on this slice
+    """Joins our adapters of the slices (q, k, v) of a PEFT module into the adapter of the module: a [R, in], b [out,
+    R], m [out]."""
+    slices: list[_Pair] = [  # {} for a slice without an adapter
         {key: array if module.layer is None else array[module.layer] for key, array in pairs.get(rule.ours, {}).items()}
         for rule in module.rules
     ]
@@ -235,7 +239,7 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    if all(np.array_equal(x, a[0]) for x in a):  # read from PEFT, or a single matrix
+    if all(np.array_equal(x, a[0]) for x in a):  # the slices share a: read from PEFT, or a single matrix
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
     else:
@@ -252,7 +256,7 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
 
 
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
-    """Yields our pairs for the slices of a module of PEFT."""
+    """Splits the adapter of a PEFT module. Yields the rule and our adapter of each slice."""
     width = pair["b"].shape[0] // len(module.rules)
     for k, rule in enumerate(module.rules):
         rows = slice(k * width, (k + 1) * width)
@@ -261,7 +265,8 @@ def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
 
 
 def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """Stacks the pairs of all layers, [L, ..]; a matrix outside the layers (key None) is returned unchanged."""
+    """Stacks the adapters of all layers to arrays [L, ..]. The adapter of a matrix outside the layers (key None) is
+    returned unchanged."""
     if None in layers:
         return layers[None]
     rank = max(pair["a"].shape[-1] for pair in layers.values())
@@ -281,7 +286,7 @@ def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
 
 
 def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
-    """Returns the config, and functions from the name of a module to its rank and to its alpha."""
+    """Returns the config, and two functions that return the rank and the alpha of a module, given its name."""
     a = families.Attributes(body, neutral=_NEUTRAL)
     if body.get("peft_type") != "LORA":
         a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA is known here")
@@ -290,9 +295,10 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     rslora, dora = a.take("use_rslora", bool, False), a.take("use_dora", bool, False)
     dropout = a.take("lora_dropout", float, 0.0)
     a.must("bias", "none")
-    # pissa, olora, corda and loftq change the base weights, which are then not those that `load` reads
+    # The initialisations pissa, olora, corda and loftq are refused: their adapters belong to changed base weights, not
+    # to those that `load` reads.
     a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
-    for name in list(a.left):  # all other attributes change the result unless they are off
+    for name in list(a.left):  # the other attributes may change the result, unless they are off (false, null, 0)
         if not a.left[name]:
             a.left.pop(name)
     if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
@@ -311,7 +317,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """The value of the first pattern that matches a module name, or a suffix of it after a dot, as in PEFT."""
+        """Returns a function: name of a module -> value of the first pattern in `table` that matches the name, or a
+        suffix of it after a dot, as in PEFT."""
 
         def value(module: str) -> T:
             ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
@@ -326,22 +333,24 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether it is a regular expression without catastrophic backtracking; adapters may be untrusted files."""
+    """Returns whether `pattern` is a regular expression without catastrophic backtracking, since adapters may be
+    untrusted files."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # without escapes and character classes
+    operators = re.sub(r"\\.|\[[^]]*\]", "_", pattern)  # the pattern without escapes and character classes
     few = len(re.findall(r"[*+{]", operators)) <= 4
     return len(pattern) <= 200 and few and not re.search(r"\)[*+?{]", operators)
 
 
 def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
-    """Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}} and the problems with names, shapes and values."""
+    """Reads the tensors of all modules. Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}}, and a list of the
+    problems with names, shapes and values."""
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    sizes = {  # (in, out) of the modules that the model has; a tied head is not one
+    sizes = {  # (in, out) of the modules that the model has, which excludes a tied head
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()
         if (shapes := [ours[rule.ours].shape for rule in module.rules if rule.ours in ours])
@@ -360,7 +369,7 @@ def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) 
             ("", ""),
         )
         if name.removeprefix(_PREFIX).removesuffix(".base_layer.weight") in modules:
-            continue  # PEFT's copy of the head, identical to the base's
+            continue  # PEFT's copy of the LM head, identical to the head of the base model
         if module not in modules:
             problems.append(f"{name} {list(shape)} is no adapter of a matrix of this model")
             continue

@@ -1,9 +1,9 @@
-"""Conversion between the tensors of a foreign file and the parameter tree, in both directions, by a table of rules.
+"""Converts the tensors of a foreign file to the parameter tree and back, by a table of rules.
 
     Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transposed)
 
-maps that tensor [out, in], transposed, to layer i of our stacked kernel [L, in, out]. Nothing is guessed: unknown
-tensors, missing tensors and tensors of another shape are errors, all reported in one message.
+maps the tensor "model.layers.{i}.." [out, in], transposed, to layer i of our stacked kernel [L, in, out]. Nothing is
+guessed: unknown tensors, missing tensors and tensors of another shape are errors, all reported in one message.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from gptjax.formats.tensors import Out, Shape
 from gptjax.model.gpt import abstract_params
 from gptjax.types import Params
 
-_CHUNK_SIZE = 1 << 22  # elements of a matrix that are read at a time
+_CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at a time
 
 
 class Source(Protocol):
-    """Named tensors that are read one at a time. An optional `rows(name, start, stop)` reads a slice of a matrix."""
+    """Named tensors that are read one at a time. An optional method `rows(name, start, stop)` reads rows of a
+    matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
 
 
 class Form(NamedTuple):
-    """How a foreign file stores a tensor. `read`: theirs -> ours, `write`: ours -> theirs, `shape`: ours -> theirs."""
+    """How a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to the
+    file's, and `shape` converts our shape to the file's."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -44,13 +46,16 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# norm scales stored as scale - 1; the sum is computed in float32, as bfloat16 would lose the last bits
+# For norm scales that are stored as scale - 1. The sum is computed in float32, because bfloat16 would lose the last
+# bits.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))  # a convolution of width 1
+# For kernels that are stored as convolutions of width 1, [1, in, out].
+squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
 
 
 def interleaved(n_head: int) -> Form:
-    """Rows of each head in the order 0, H/2, 1, H/2 + 1, ..: llama.cpp's layout of q and k [out, in] for Llama."""
+    """Returns the form of q and k [out, in] in llama.cpp's files for Llama: the rows of each head are in the order 0,
+    H/2, 1, H/2 + 1, .."""
 
     def read(a: np.ndarray) -> np.ndarray:
         return np.swapaxes(a.reshape(n_head, -1, 2, a.shape[-1]), 1, 2).reshape(a.shape).T
@@ -62,17 +67,17 @@ def interleaved(n_head: int) -> Form:
 
 
 class Rule(NamedTuple):
-    """Maps a leaf of our tree to a tensor of a foreign file. `{i}` in the name is the layer index."""
+    """Maps a leaf of our parameter tree to a tensor of a foreign file. `{i}` in `theirs` is the layer index."""
 
     ours: str
     theirs: str
     form: Form = identity
-    slice: tuple[int, int] | None = None  # (k, n): ours is the k-th of n equal slices of theirs, along the last axis
+    slice: tuple[int, int] | None = None  # (k, n): the leaf is slice k of n of the foreign tensor along its last axis
     fill: float | None = None  # value to write if our model lacks the leaf; None: the rule is skipped
 
 
 class Tensor(NamedTuple):
-    """A tensor of a foreign file with the rules that map slices of it, in their order."""
+    """A tensor of a foreign file, with the rules that map its slices, in the order of the slices."""
 
     name: str
     layer: int | None
@@ -80,7 +85,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
-    """The tensors that the rules name for a model with the leaves `ours`."""
+    """Returns the tensors of the foreign file that the rules map for a model with the parameter paths `ours`."""
     tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:
@@ -102,7 +107,7 @@ def _their_shape(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Sh
 
 
 def optional_shapes(cfg: ModelConfig) -> dict[str, Shape]:
-    """The shapes, without the layer axis, of biases and norm vectors that a model may lack."""
+    """Returns {path: shape without the layer axis} of the biases and norm vectors that a model may lack."""
     D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
     bias_sizes = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
     shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in bias_sizes.items()}
@@ -124,16 +129,19 @@ def read(
     shardings: Any = None,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """Reads the parameter tree of `cfg` from `source`. Peak memory is the parameters and one tensor.
+    """Reads the parameter tree of `cfg` from `source`. The peak memory is that of the parameters and one tensor.
 
     Args:
-        location: the file or folder, for error messages.
-        dtype: dtype of every leaf.
-        shardings: None, one sharding for all leaves, or a tree of shardings; each leaf is put there as it is read.
-        ignored: whether a tensor of this name holds no parameters (causal masks, tables that the code computes).
+        location: path of the file or folder, for error messages.
+        dtype: dtype of the returned parameters.
+        shardings: one sharding for all parameters, or a tree of shardings, or None for the default device. Each
+            parameter is put on its devices before the next one is read.
+        ignored: function that returns whether the tensor of a name holds no parameters (causal masks, tables that the
+            code computes).
 
     Raises:
-        UserError: missing or unknown tensors, wrong shapes, integer tensors and non-finite values, in one message.
+        UserError: tensors are missing, unknown, of a wrong shape, of an integer dtype or not finite; the message lists
+            them.
     """
     shapes = source.shapes()
     if cfg.n_layer > len(shapes) and any("{i}" in rule.theirs for rule in rules):
@@ -179,12 +187,14 @@ def read(
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Whether the array can be a weight. Integers would be read as huge values, or belong to a quantised format."""
+    """Returns whether the array is floating-point, as weights are. Integers belong to a quantised format or would be
+    read as huge values."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields (index into our array, values). A large matrix, such as an embedding, is read a few rows at a time."""
+    """Yields pairs of an index into our array and the values there. A large matrix, such as an embedding, is read a few
+    rows at a time."""
     rows = getattr(source, "rows", None)
     if rule.slice or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
         array = rule.form.read(source.array(name))
@@ -202,14 +212,15 @@ def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
 
 
 def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: sharding or None} of the leaves `ours`."""
+    """Returns {path: sharding or None} of the parameters `ours`."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)
 
 
 def _aligned(shape: Shape, dtype: Any) -> np.ndarray:
-    """An uninitialised array aligned to 64 bytes, which `jax.device_put` to a CPU device does not copy."""
+    """Returns an uninitialised array that is aligned to 64 bytes, so that `jax.device_put` to a CPU device does not
+    copy it."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)

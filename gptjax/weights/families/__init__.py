@@ -1,7 +1,7 @@
 """Model families of Hugging Face and llama.cpp: the mapping of their attributes and tensor names to ours and back.
 
 A family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is used, known not to
-affect the result, or an error that names it.
+affect the result, or reported as an error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ __all__ = [
     "from_hf", "model_config", "with_summary",
 ]  # fmt: skip
 
-# The first family that can represent a model is used: Llama comes before Mistral, which is Llama with a window.
+# The order matters, because the first family that can represent a model is used: Llama comes before Mistral, which is
+# Llama with a sliding window.
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (gpt2, llama, mistral, qwen2, qwen3, gemma3, olmo2)
 }
-SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # the head of every ...ForSequenceClassification
+SCORE = Rule("cls_head/kernel", "score.weight", transposed)  # the head of every ...ForSequenceClassification class
 MAX_CLASSES = 1 << 16
 MAX_SIZE = 1 << 24  # upper bound of every size in a foreign file; the longest contexts are 10 million tokens
 
@@ -38,7 +39,7 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
     """Returns the family and the ModelConfig of a config.json, and a summary of its sizes for `with_summary`.
 
     Raises:
-        UserError: an unknown model type, or unsupported attributes, in one message.
+        UserError: the model type is unknown, or attributes are not supported; one message lists them.
     """
     if not isinstance(values, dict):
         raise UserError(f"{location}: expected a JSON object, got {type(values).__name__}")
@@ -58,7 +59,7 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
     for name, allowed in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
         attributes.must(name, allowed)
     fields = family.to_config(attributes)
-    if named == [family.classifier]:  # tied, so that no LM head is expected in the file
+    if named == [family.classifier]:  # tie_embeddings, because the file of a classifier has no LM head
         fields |= dict(n_classes=len(class_names(values, location)), cls_bias=False, tie_embeddings=True)
     attributes.end(location)
     with with_summary(attributes.summary(), location):
@@ -67,7 +68,7 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
 
 @contextmanager
 def with_summary(summary: str, location: str) -> Iterator[None]:
-    """Adds the sizes in the config.json, under their names there, to a UserError that is raised inside."""
+    """Adds `summary`, the sizes in the config.json, to a UserError that is raised inside the `with` block."""
     try:
         yield
     except UserError as error:
@@ -75,7 +76,8 @@ def with_summary(summary: str, location: str) -> Iterator[None]:
 
 
 def class_names(values: dict[str, Any], location: str) -> list[str]:
-    """The class names in id2label of a config.json, in order; without id2label LABEL_0, .., as in transformers."""
+    """Returns the class names in id2label of a config.json, in the order of their ids; without id2label, LABEL_0,
+    LABEL_1, .., as in transformers."""
     n = values.get("num_labels")
     table = values.get("id2label")
     if table is None and (n is None or (type(n) is int and 1 <= n <= MAX_CLASSES)):
@@ -95,7 +97,7 @@ def class_names(values: dict[str, Any], location: str) -> list[str]:
 
 
 def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
-    """Builds a validated ModelConfig. Raises UserError with the name of the file for values out of range."""
+    """Builds a validated ModelConfig. Raises UserError, which names the file, if values are out of range."""
     sizes = {key: value for key, value in fields.items() if type(value) is int}
     problems = [f"{key}={size}, expected at most {MAX_SIZE}" for key, size in sizes.items() if size > MAX_SIZE]
     problems += ["n_kv_head=0, expected 1 or more"] * (sizes.get("n_kv_head") == 0)
@@ -106,7 +108,8 @@ def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
         raise UserError(f"{location}:\n{error}") from error
 
 
-# fields for initialisation, training and computation, which no file format stores or needs
+# Fields of ModelConfig that `_stored` omits: those for initialisation, training and computation, which no file format
+# stores, and those whose effect is in other fields.
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",
@@ -114,10 +117,12 @@ _NOT_STORED = {
 
 
 def _stored(cfg: ModelConfig) -> dict[str, Any]:
-    """The fields that determine the logits, in a canonical form."""
+    """Returns the fields that determine the logits, in a canonical form."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    full = cfg.context_length if cfg.rope_local_base is None else math.inf  # inf: windows also select the RoPE base
+    # A window of `full` or more tokens equals no window. With a local RoPE base, it differs from no window, because
+    # windows select the base.
+    full = cfg.context_length if cfg.rope_local_base is None else math.inf
     fields["windows"] = tuple(0 if w >= full else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)
     if not any(cfg.windows):
@@ -134,7 +139,8 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """["model.qk_gain=1.2", ..]: the fields of `cfg` that differ in `other`. `allowed` may be False in `cfg` only."""
+    """Returns the fields of `cfg` that differ in `other`: ["model.qk_gain=1.2", ..]. Fields in `allowed` that are False
+    in `cfg` are not listed."""
     ours, theirs = _stored(cfg), _stored(other)
     return [
         f"model.{key}={ours[key]}"
@@ -144,10 +150,10 @@ def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = 
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The Hugging Face family that represents this model exactly.
+    """Returns the Hugging Face family that represents this model exactly.
 
     Raises:
-        UserError: there is none; the message lists what the closest one lacks.
+        UserError: no family represents it; the message lists what the closest one lacks.
     """
     lacking: dict[str, list[str]] = {}
     for family in FAMILIES.values():

@@ -1,4 +1,5 @@
-"""Attributes of a config.json, or GGUF metadata: each is used, known not to affect the result, or an error."""
+"""Attributes of a config.json or of GGUF metadata. Each is used, known not to affect the result, or reported as an
+error."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ NEUTRAL = {
     "task_specific_params", "n_ctx", "gradient_checkpointing", "max_window_layers", "cache_implementation",
     "_attn_implementation_autoset", "reorder_and_upcast_attn", "is_llama_config", "transformers.js_config",
     "label2id", "id2label", "output_past", "unsloth_version", "unsloth_fixed",
-    # written into every config.json by transformers before 5: labels, outputs and generation settings
+    # attributes that transformers before version 5 wrote into every config.json: labels, outputs, generation settings
     "num_labels", "_num_labels", "problem_type", "finetuning_task", "output_attentions", "output_hidden_states",
     "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "tokenizer_class", "prefix", "is_decoder",
     "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "decoder_start_token_id",
@@ -33,11 +34,11 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Consumes the attributes of a config.json; those that are left at `end` are errors.
+    """Consumes the attributes of a config.json. Attributes that are left when `end` is called are errors.
 
     Args:
-        neutral: attributes that are ignored.
-        defaults: values of absent attributes.
+        neutral: names of attributes that are ignored.
+        defaults: values of attributes that are absent from the file.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class Attributes:
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Returns the value of an attribute; `default` if it is null, or absent from the file and from `defaults`."""
+        """Consumes an attribute and returns its value, or `default` if it is null, or absent from the file and from
+        `defaults`."""
         value = self.used[name] = self.left.pop(name, self.defaults.get(name))
         if value is None:
             if default is _REQUIRED:
@@ -69,17 +71,17 @@ class Attributes:
         return kind(value) if kind is float else value
 
     def must(self, name: str, *allowed: Any) -> None:
-        """Consumes an attribute that is supported at the `allowed` values only; null or absent is accepted too."""
+        """Consumes an attribute that may be absent or null, and otherwise must have one of the values `allowed`."""
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
 
     def summary(self) -> str:
-        """ "hidden_size=16, ..": the sizes and switches that determine which tensors a model has."""
+        """Returns "hidden_size=16, ..": the sizes and switches that determine which tensors a model has."""
         listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
         return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 
     def end(self, location: str) -> None:
-        """Raises UserError with all problems, and with the attributes that were not consumed."""
+        """Raises UserError if there are problems or attributes that were not consumed; the message lists them."""
         self.problems += [f"{name}={value!r:.60} is unknown to this kind of model" for name, value in self.left.items()]
         refuse(location, self.problems)

@@ -13,14 +13,14 @@ from gptjax.weights.rules import Form, Rule, identity, transposed
 class Gguf(NamedTuple):
     """The llama.cpp architecture of a family.
 
-    name          `general.architecture`
-    implied       fields of ModelConfig that are not in the metadata
-    rules         ModelConfig -> rules of the tensors
-    norm          metadata key of norm_eps
-    rope_base     default of `rope.freq_base`
+    name          value of `general.architecture`
+    implied       fields of ModelConfig that the architecture fixes, since they are not in the metadata
+    rules         function ModelConfig -> rules of the tensors
+    norm          key of norm_eps in the metadata
+    rope_base     default value of `rope.freq_base`
     rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     (metadata, fields so far) -> more fields of ModelConfig; None: a sliding window is an error
-    to_metadata   ModelConfig -> more metadata
+    to_config     function (metadata, fields so far) -> more fields of ModelConfig, or None if a window is an error
+    to_metadata   function ModelConfig -> more metadata
     """
 
     name: str
@@ -36,26 +36,26 @@ class Gguf(NamedTuple):
 class Family(NamedTuple):
     """A model type of Hugging Face, and its llama.cpp architecture.
 
-    defaults  defaults of transformers' config class; None: computed from other attributes
-    gguf      None: llama.cpp uses the architecture of another family, or does not support it
+    defaults  default values of transformers' config class; a value None is computed from other attributes
+    gguf      llama.cpp's architecture, or None if another family has the same one or llama.cpp has none
     """
 
     name: str  # model_type
     architecture: str
     defaults: Mapping[str, Any]
-    to_config: Callable[[Attributes], dict[str, Any]]  # -> fields of ModelConfig
+    to_config: Callable[[Attributes], dict[str, Any]]  # returns fields of ModelConfig
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    # ModelConfig switches that may be off: the missing vectors are exported as constants
+    # ModelConfig switches that may be False: the vectors that a model then lacks are exported as constants
     fills: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()  # suffixes of tensors that hold no parameters
     prefix: str = ""  # common prefix of the names in `rules`, which a file may omit
-    placeholder: str = ""  # last token of the tokenizer that may lack a row in the embedding
+    placeholder: str = ""  # last token of the tokenizer; the embedding may have no row for it
 
     @property
     def classifier(self) -> str:
-        """transformers' ...ForSequenceClassification class of this family, whose head is `score`."""
+        """The name of transformers' ...ForSequenceClassification class of this family, whose head is `score`."""
         body = self.architecture.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
         return f"{body}{'Text' * self.name.endswith('_text')}ForSequenceClassification"
 

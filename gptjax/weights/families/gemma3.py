@@ -1,7 +1,7 @@
-"""Gemma 3 text models: norms before and after each sublayer; sliding windows in five of six layers, with another RoPE
-base.
+"""Gemma 3 text models: norms before and after each sublayer; sliding windows, with their own RoPE base, in five of six
+layers.
 
-Hugging Face stores the scale of a norm minus 1, GGUF the scale itself.
+Hugging Face files store the scale of a norm minus 1, GGUF files the scale itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     a.must("hidden_act", "gelu_pytorch_tanh")
     a.must("attention_bias", False)
     a.must("use_bidirectional_attention", False)
-    a.left.pop("attn_logit_softcapping", None)  # transformers' Gemma 3 does not apply it either
+    a.left.pop("attn_logit_softcapping", None)  # ignored, since transformers' Gemma 3 does not apply it
     size = hf.window(a)
-    # every n-th layer has full attention; layer_types, if present, overrides this per layer
+    # Every n-th layer has full attention; layer_types, if present, overrides this pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
-    a.left.pop("_sliding_window_pattern", None)  # transformers writes it and does not read it
+    a.left.pop("_sliding_window_pattern", None)  # ignored, since transformers writes but never reads it
     if not 1 <= every <= 1000:
         a.problems.append(f"sliding_window_pattern: expected a number of layers, got {every}")
         every = 6
@@ -64,7 +64,8 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """`rope_parameters` per kind of layer; `rope_scaling`, if present, applies to the full-attention layers."""
+    """Reads the RoPE fields. `rope_parameters` has an entry for each of the two attention types; `rope_scaling`, if
+    present, applies to the layers with full attention."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -137,5 +138,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    placeholder=IMAGE,  # the text models are published with the tokenizer of the multimodal ones
+    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""llama.cpp's tensor names that most families share. Matrices are [out, in], also for GPT-2.
+"""Rules for llama.cpp's tensor names that most families share. Matrices are [out, in], for GPT-2 as well.
 
 Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (layouts).
 """

@@ -50,7 +50,8 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _rules(
     prefix: str, names: dict[str, str], kernel: Form, head: list[Rule], vectors: tuple[str, str, str]
 ) -> list[Rule]:
-    """Rules from the module `names`, the `Form` of a kernel, and the tensor names of weight, bias and norm scale."""
+    """Returns the rules. `names`: module names; `kernel`: form of kernels; `vectors`: names of weight, bias and
+    scale."""
     w, b, g = vectors
     rules = [
         Rule("wte/embedding", f"{prefix}{names['wte']}"),
@@ -81,7 +82,7 @@ _TENSORFLOW_NAMES = {
 }  # fmt: skip
 _HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
-# OpenAI's own checkpoints: kernels are [1, in, out]
+# In OpenAI's own checkpoints, kernels are [1, in, out].
 OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 

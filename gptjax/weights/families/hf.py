@@ -1,4 +1,4 @@
-"""Attributes of config.json and tensor names that most Hugging Face families share."""
+"""Attributes of config.json and rules for tensor names that most Hugging Face families share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-MAX_LAYERS = 1 << 12  # layers whose attention type is examined
+MAX_LAYERS = 1 << 12  # number of layers whose attention type is examined
 
-# Defaults of transformers' config classes; None: computed from other attributes.
+# Default values of transformers' config classes. None: the value is computed from other attributes.
 SIZES: dict[str, Any] = dict(
     vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=None, rms_norm_eps=1e-6, tie_word_embeddings=False,
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = dict(
 
 
 def sizes(a: Attributes) -> dict[str, Any]:
-    """The size fields of ModelConfig, under the names of the families after GPT-2."""
+    """Reads the sizes of a ModelConfig, under the attribute names that all families but GPT-2 use."""
     n_head = a.take("num_attention_heads", int)
     return dict(
         arch="llama",
@@ -53,7 +53,7 @@ def to_sizes(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def rope(a: Attributes, context: int) -> dict[str, Any]:
-    """The RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and
+    """Reads the RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and
     `rope_scaling`; if both are present, transformers uses `rope_scaling`."""
     scaling, values = a.take("rope_scaling", dict, None), a.take("rope_parameters", dict, None)
     name = "rope_scaling" if scaling else "rope_parameters"
@@ -104,7 +104,8 @@ def to_rope(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def layer_types(a: Attributes, n_layer: int, default: str) -> str:
-    """The window pattern of layer_types, one letter per layer, shortened to its period; else `default`."""
+    """Reads the window pattern from layer_types, one letter per layer, shortened to its period; `default` if it is
+    absent."""
     types = a.take("layer_types", list, None)
     if types is None:
         return default
@@ -118,7 +119,7 @@ def layer_types(a: Attributes, n_layer: int, default: str) -> str:
 
 
 def shortened(pattern: str) -> str:
-    """The shortest prefix whose repetition gives `pattern`: "SLSLS" -> "SL"."""
+    """Returns the shortest prefix whose repetition gives `pattern`: "SLSLS" -> "SL"."""
     n_layer = len(pattern)
     return next((pattern[:n] for n in range(1, n_layer + 1) if (pattern[:n] * n_layer)[:n_layer] == pattern), "L")
 
@@ -128,7 +129,7 @@ def to_layer_types(cfg: ModelConfig) -> list[str]:
 
 
 def window(a: Attributes) -> int:
-    """sliding_window; 0 if it is null."""
+    """Reads sliding_window; returns 0 if it is null."""
     size = a.take("sliding_window", int, None)
     if size is not None and size < 1:
         a.problems.append(f"sliding_window: expected 1 or more tokens, or null, got {size}")
@@ -147,7 +148,7 @@ ROTARY = (".rotary_emb.inv_freq",)
 
 
 def norms(form: Form, **names: str) -> list[Rule]:
-    """Rules for the norm scales of a block (ln_1="input_layernorm", ..) and for the final norm."""
+    """Returns the rules for the norm scales of a block (ln_1="input_layernorm", ..) and for the final norm."""
     return [*scales(_BLOCK, names, form), Rule("ln_f/scale", "model.norm.weight", form)]
 
 

@@ -1,7 +1,7 @@
-"""Llama (SmolLM2, TinyLlama, Llama 3.2).
+"""Llama and other models of its architecture (Llama 3.2, SmolLM2, TinyLlama).
 
-For RoPE llama.cpp rotates adjacent channels and gptjax the two halves of a head, so GGUF files interleave the rows of q
-and k.
+RoPE rotates pairs of channels: in llama.cpp adjacent channels of a head, in gptjax one channel of the first half and
+one of the second half. Therefore the rows of q and k are interleaved in GGUF files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Without biases, as those of q and k would need interleaving; `gptjax.weights.gguf.family_of` refuses them."""
+    """Returns the rules, without biases, because biases of q and k would have to be interleaved, too.
+    `gptjax.weights.gguf.family_of` refuses models with biases."""
     heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": transposed}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]

@@ -16,7 +16,7 @@ DEFAULTS = hf.SIZES | dict(
 
 
 def to_config(a: Attributes) -> dict[str, Any]:
-    """The fields of ModelConfig that Qwen2 and Qwen3 share."""
+    """Returns the fields of ModelConfig that Qwen2 and Qwen3 share."""
     a.must("hidden_act", "silu")
     a.must("use_mrope", False)
     fields = hf.sizes(a)
