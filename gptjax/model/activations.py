@@ -208,7 +208,7 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Args: `patches` apply in every layer, those in `single` only where the traced `layer` is the layer's index."""
+        """Args: `patches` apply in every layer, those in `single` only in the layer with the traced index `layer`."""
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
 
