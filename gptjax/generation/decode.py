@@ -76,7 +76,7 @@ def generate(
         sampler: function (logits [B, V], key) -> tokens [B], from `gptjax.generation.sampling` or your own.
         until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
             with the first token for which the function returns True. See `stop_strings`.
-        vocab_size: size of the tokenizer's vocabulary. Ids beyond it (padding rows of the embedding) are never drawn.
+        vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
             None: every id of the model may be drawn.
         cache_dtype: dtype of the KV cache: float32, bfloat16 or int8. None: the dtype that keys and values are computed
             in, see `init_cache`.

@@ -67,8 +67,8 @@ def speculate(
         sampler: `greedy`, `draw` or a `chain` of filters that depend on the logits only.
         key: random key, required by every sampler except `greedy`.
         cache_dtype: dtype of the KV caches, as in `generate`.
-        vocab_size: size of the tokenizer's vocabulary, as in `generate`. If it is given, the two models may have more
-            ids than that, and different numbers of ids.
+        vocab_size: size of the tokenizer's vocabulary, as in `generate`. With a `vocab_size`, the embeddings of the two
+            models may have different numbers of padding rows.
 
     Raises:
         UserError: the vocabularies differ, one of the models is a classifier, the sampler's probabilities are not

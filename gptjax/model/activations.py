@@ -109,7 +109,7 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
     Raises:
         UserError: a pattern, or one of its alternatives separated by "|", matches no activation. The message names all
-            that match none.
+            such patterns.
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
@@ -197,8 +197,8 @@ def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
 class Reader:
     """Callable that blocks apply to each activation, as in x = tap("attn/out", x).
 
-    It applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped. Without
-    taps and patches it returns x unchanged. A new reader is made each time that a block is traced.
+    The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
+    without taps and patches, the call returns x unchanged. A new reader is made each time that a block is traced.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The model's public functions: initialisation, forward pass, KV cache, taps. All are pure functions of parameters."""
+"""The model's public functions, all pure functions of the parameters: initialisation, forward pass, KV cache, taps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
 
     init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), those of output projections from
     N(0, 0.02 / sqrt(2L)), embeddings from N(0, embed_std), and biases are 0. init=torch uses PyTorch's defaults:
-    embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)). The expected initial loss of GPT-2 with
-    an untied head is then ln V + 1/6.
+    embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected initial loss of
+    GPT-2 with an untied head is ln V + 1/6.
     """
     return _init(key, dataclasses.replace(cfg, unroll=False))
 
@@ -109,7 +109,10 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
 
 @with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Computes the logits [.., V] of hidden states [.., D], with cfg.logit_softcap, in float32 throughout."""
+    """Computes the logits [.., V] float32, with cfg.logit_softcap, of hidden states [.., D].
+
+    The logits are never rounded to bfloat16.
+    """
     if cfg.dtype != "float32":
         hidden = hidden.astype(jnp.float32)  # `matmul` returns its input's dtype, but multiplies in cfg.dtype
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
@@ -179,8 +182,8 @@ def extend(
     """Runs the model on tokens [B, T] that follow those in the KV cache, for prefill (T > 1) and decoding (T == 1).
 
     Args:
-        lengths: [B] int32, the number of new tokens in each row; the others are padding on the right, which the cache
-            does not keep and whose logits are meaningless. None: all T tokens.
+        lengths: [B] int32, the number of new tokens in each row; the rest of a row is padding, which the cache does not
+            keep and whose logits are meaningless. None: all T tokens are new.
         patches: those of `backbone`, for activations of the T new tokens. The cache holds patched keys and values.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Flax Linen modules of the decoder. They declare parameters and call `gptjax.ops`, which does the mathematics."""
+"""Flax Linen modules of the decoder, which declare the parameters and call `gptjax.ops` for the mathematics."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        if device.platform() == "tpu":  # otherwise XLA splits the float32 products into heads before rounding
+        if device.platform() == "tpu":  # without a barrier XLA splits float32 products into heads before it rounds them
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
@@ -332,10 +332,7 @@ class GPT(nn.Module):
     def _run_unstacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """Runs the unstacked layers `blocks_0`, `blocks_1`, .. in a Python loop.
-
-        Such parameters come from `gpt.unstack_layers` and `gpt.for_decoding`.
-        """
+        """Runs the layers `blocks_0`, .. of `gpt.unstack_layers` or `gpt.for_decoding` in a Python loop."""
         stacked, single = activations.stacked_patches(patches), activations.layer_patches(patches)
         layers = []
         for i in range(self.cfg.n_layer):
@@ -375,7 +372,7 @@ class GPT(nn.Module):
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of RoPE, [.., H/2] each.
 
-    With cfg.rope_local_base their shape is [2, .., H/2], for layers with full attention and with a sliding window.
+    With cfg.rope_local_base both have shape [2, .., H/2], for layers with full attention and with a sliding window.
     """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
@@ -393,7 +390,7 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 def layers_per_iteration(cfg: ModelConfig) -> int:
     """Number of blocks that one iteration of the scan over layers runs (its `unroll`), a divisor of cfg.n_layer.
 
-    On a CPU, unrolling makes small models at least a tenth faster. From GPT-2's size on it gains nothing, takes longer
+    On a CPU, unrolling makes small models at least a tenth faster; from GPT-2's size on, it gains nothing, takes longer
     to compile, and copies every weight out of its stack. On a GPU, an iteration runs up to 12 blocks. A training step
     of GPT-2 124M took 36.3 ms with all 12 blocks unrolled and 42.5 ms with one block per iteration, and compiling the
     unrolled blocks took 9 s longer (H200, bfloat16, 16 x 1,024 tokens). On a TPU, an iteration runs one block.

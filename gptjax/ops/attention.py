@@ -49,8 +49,8 @@ def heads_attention(
 ) -> jax.Array:
     """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
-    A TPU runs the splash kernel, and a GPU cuDNN's or our own flash attention kernel, if the kernel supports the
-    arguments (see `fused.kernel_for`). Otherwise attention is computed with plain XLA operations.
+    A fused kernel computes it if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and cuDNN's or
+    our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
@@ -73,7 +73,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # without the keys after the block: two blocks compute 3/4 of the T x T scores
+    for i in range(blocks):  # keys after a block of queries are left out: two blocks compute 3/4 of the T x T scores
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
@@ -100,8 +100,8 @@ def attention_weights(
 ) -> jax.Array:
     """The attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
 
-    They are computed with plain XLA operations on every device, without fused kernels. Masked keys have weight 0. The
-    arguments are those of `heads_attention`.
+    The weights are computed with plain XLA operations on every device, without fused kernels. Masked keys have weight
+    0. The arguments are those of `heads_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -136,9 +136,10 @@ def _bias(
 ) -> jax.Array:
     """Additive mask of queries `first` to `end` over `n_key` keys: 0 where a query may attend, -1e30 elsewhere.
 
-    Its shape is [1 or B, 1, 1, T, S], for T queries and S keys. With ALiBi it includes ALiBi's biases, which differ
-    between heads, and its shape is [1 or B, K, G, T, S], where `heads` is (K, G), the number of key heads and of query
-    heads per key head. `beyond` is larger than any distance, and the window's size if a traced `window` is 0.
+    The shape of the mask is [1 or B, 1, 1, T, S], for T queries and S keys. With ALiBi the mask includes ALiBi's
+    biases, which differ between heads, and its shape is [1 or B, K, G, T, S], where `heads` is (K, G), the numbers of
+    key heads and of query heads per key head. `beyond` is a number larger than any distance, which replaces a traced
+    `window` that is 0 (no window).
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
@@ -172,8 +173,8 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum also equals g . out
-    (arXiv:2205.14135, appendix B), but to use this, the output `out` would have to be saved as well.
+    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p; the sum equals g . out
+    (arXiv:2205.14135, appendix B), but to compute g . out, the output `out` would have to be saved as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)

@@ -58,7 +58,7 @@ def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
 def activation_dtype(dtype: str) -> DTypeLike:
     """Dtype of the activations between matrix products, for a model whose `cfg.dtype` is `dtype`.
 
-    On a CPU it is always float32, because CPUs have no bfloat16 instructions other than for matrix products.
+    On a CPU the dtype is always float32, because CPUs have no bfloat16 instructions other than for matrix products.
     """
     return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
 

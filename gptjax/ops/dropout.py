@@ -17,5 +17,5 @@ def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax
     """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); without a key, returns x."""
     if key is None or off(rate):
         return x
-    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # float32: 1 - rate would be rounded to bfloat16
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # in float32: bfloat16 would round 1 - rate
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)

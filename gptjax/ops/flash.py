@@ -103,7 +103,7 @@ def flash_attention(
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = default_precision()  # the backward pass is traced outside the context that sets the precision
+    precision = default_precision()  # read now, because the backward pass is traced outside the precision's context
 
     # limits the size of a tile to the row's length n, rounded up, but to no less than 16, which tensor cores need
     def at_most(size: int, n: int) -> int:
@@ -129,8 +129,8 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 def _attention_backward(static, residual, d_out):
     """Computes the gradients of q, k and v.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient.
-    The sum equals d_out . out (arXiv:2205.14135, appendix B).
+    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient;
+    the sum is computed as d_out . out, which equals it (arXiv:2205.14135, appendix B).
     """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
@@ -208,7 +208,7 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Number of columns of a tile: the head size H rounded up to a power of two. Columns beyond H are zeros."""
+        """Number of columns of a tile: the head size H rounded up to a power of two, with zeros in columns beyond H."""
         return max(16, pl.next_power_of_2(self.H))
 
     @property
@@ -233,9 +233,9 @@ class _Layout(NamedTuple):
 
 
 def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """Layout with one program per head and tile of queries, which loops over the keys.
+    """Layout with one Triton program per head and tile of queries, which loops over the keys.
 
-    The program of the last tile starts first, because its queries attend to the most keys.
+    The program of the last tile of queries starts first, because these queries attend to the most keys.
     """
     n, (_, S) = pl.cdiv(sizes.T, tile.queries), sizes.padded(tile)
 
@@ -255,9 +255,9 @@ def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
 
 
 def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """Layout with one program per key head and tile of keys.
+    """Layout with one Triton program per key head and tile of keys.
 
-    A program loops over the queries of all query heads that share its key head.
+    Each Triton program loops over the queries of all query heads that share its key head.
     """
     n, (T, _) = pl.cdiv(sizes.S, tile.keys), sizes.padded(tile)
 
@@ -283,10 +283,10 @@ def _ranges(
     """Returns the range of key tiles for each tile of queries, as (begin, whole, rest, end): [1 or B, n, 4] int32.
 
     Key tiles outside begin..end are fully masked; those in whole..rest are not masked at all. With
-    `loop_over="queries"`, the ranges are of query tiles, for each tile of keys.
+    `loop_over="queries"`, returns the range of query tiles for each tile of keys instead.
 
-    The documents of two tiles are compared by the smallest and the largest document id of each tile. The comparison is
-    exact if ids increase along a row, as in packed rows; otherwise it only makes ranges longer than necessary.
+    The documents of two tiles are compared by the smallest and the largest document id of each tile, which is exact if
+    ids increase along a row, as in packed rows, and otherwise only makes ranges longer than necessary.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
@@ -423,9 +423,9 @@ class _Mask:
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """Runs `step(repeat, tile, carry, masked)` for the tiles in the range `ranges` and each of the `repeats`.
+    """Runs `step(repeat, tile, carry, masked)` for all tiles in the range `ranges`, `repeats` times.
 
-    The tiles that need the mask come first.
+    The tiles that need the mask come first, in all repeats, and then those that are not masked.
     """
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin

@@ -25,7 +25,7 @@ def kernel_for(
 ) -> Callable[..., jax.Array] | None:
     """Chooses the kernel for causal attention of q [B, T, N, H] over T keys on the target device.
 
-    Returns the kernel of the first row of this table that supports the arguments; None stands for plain XLA operations:
+    Returns the kernel of the first row of this table that supports the arguments, or None for plain XLA operations:
 
     device       kernel   documents   traced window   dtypes         head sizes                `context` > 1
     TPU          splash   yes         no              all            all                       yes
@@ -54,8 +54,8 @@ def splash_fits(T: int) -> bool:
 def cudnn_fits(q: jax.Array) -> bool:
     """Whether cuDNN's kernel supports q.
 
-    The kernel needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere or
-    later GPU (not a T4), and an installed cuDNN.
+    cuDNN's kernel needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere
+    or later GPU (not a T4), and an installed cuDNN.
     """
     current_mesh, is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
     widest = 256 if is_hopper and cudnn_version() >= 90500 else 128
@@ -82,8 +82,8 @@ def cudnn_version() -> int:
 def flash_fits(q: jax.Array) -> bool:
     """Whether `ops.flash` supports q.
 
-    The kernels need 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and Pallas' Triton
-    backend (deprecated in jax 0.12).
+    The kernels of `ops.flash` need 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and
+    Pallas' Triton backend (deprecated in jax 0.12).
     """
     return (
         capability() >= AMPERE
@@ -130,10 +130,7 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """The splash kernel for the heads of one device and the queries of all devices.
-
-    Its mask arrays are sharded like the queries.
-    """
+    """The splash kernel for one device's heads and all devices' queries, with mask arrays sharded like the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
@@ -165,7 +162,9 @@ def flash(
     window: int | jax.Array = 0,
     **options: Any,
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`. All shapes are those of `splash`.
+    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
+
+    The arguments have the same shapes as those of `splash`.
 
     Args:
         window: size of the sliding window; it may be traced, so that scanned layers can have different windows.
@@ -189,7 +188,9 @@ def _flash(q, k, v, q_ids, k_ids, offset, extra, **options):
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: None = None, window: int = 0, by: str = "cudnn"
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with cuDNN, without document masks. All shapes are those of `splash`.
+    """Causal attention on an NVIDIA GPU with cuDNN, without document masks.
+
+    The arguments have the same shapes as those of `splash`.
 
     Args:
         by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.

@@ -19,8 +19,8 @@ _COLUMNS = 128  # on a GPU, `aligned_columns` pads the columns of a matrix to a 
 def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
     """Multiplies x [.., in] by w [in, out] -> [.., out] in x's dtype; operands are cast to `dtype`.
 
-    Products are accumulated in float32. The function dispatches on the type of `w`: every type of weight other than a
-    plain array (an adapter, a quantised matrix) registers its own implementation, so that layers need not know of it.
+    Products are accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other than a plain
+    array (an adapter, a quantised matrix) registers its own implementation, so that layers need not know the type.
     """
     rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend is faster with matrices than with [B, T, ..] arrays
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
@@ -57,7 +57,7 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x).
 
-    They are for a product that is computed in chunks, such as that of hidden states and the head in the loss.
+    The arrays are for a product that is computed in chunks, such as that of hidden states and the head in the loss.
     """
     return x, dense(w)
 
@@ -89,10 +89,10 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Transposed:
-    """A kernel [in, out] stored as [out, in].
+    """A kernel [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
 
-    This layout is the fastest for a product with few rows of x on a CPU, or one row on a GPU. Each output is then a sum
-    over contiguous elements, which XLA computes in one pass; for other sums it first writes the terms in float32.
+    In this layout each output of the product is a sum over contiguous elements, which XLA computes in one pass; for
+    other sums XLA first writes the terms to memory in float32.
     """
 
     w: Any
@@ -111,8 +111,8 @@ def _(leaf: Transposed) -> jax.Array:
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
-    XLA in jax 0.7 refuses some such products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32). For that
-    version the operands are rounded to bfloat16 but multiplied in float32.
+    With jax 0.7 a CPU rounds the operands to bfloat16 but multiplies them in float32, because XLA refuses some bfloat16
+    products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -125,7 +125,7 @@ class Gathered:
     """A sharded kernel [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
 
     By default XLA multiplies by each shard as it arrives from another chip, and reads and writes the float32 sums
-    [B T, out] once per shard. This memory traffic limits the speed of GPT-2 1558M on eight chips.
+    [B T, out] once per shard; this memory traffic limits the speed of GPT-2 1558M on eight chips.
 
     Attributes:
         axes: the mesh axes that shard `w` during the product.
@@ -182,7 +182,8 @@ def _backward(axes, residual, g):
     g, low = g.astype(jnp.bfloat16), _with_axes(w.astype(jnp.bfloat16), axes)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
-    if platform() == "cpu":  # XLA's CPU backend cannot fold the transpose of a tied head's gradient into the product
+    if platform() == "cpu":
+        # keeps XLA from folding the transpose of a tied head's gradient into the product, which it cannot do on a CPU
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 

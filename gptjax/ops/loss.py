@@ -34,7 +34,7 @@ def cross_entropy(
         weights: weight of each target, [..]; None: all weights are 1.
 
     Raises:
-        UserError: a target is outside 0 to V - 1. This is checked only outside `jit`, where the targets are known.
+        UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
     """
     check_ids("targets", targets, logits.shape[-1], weights)
     logits = logits.astype(jnp.float32)
@@ -75,7 +75,7 @@ def linear_cross_entropy(
             its memory if that is more, but at most 1 GiB.
 
     Raises:
-        UserError: a target is outside 0 to V - 1. This is checked only outside `jit`, where the targets are known.
+        UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
     """
     check_ids("targets", targets, head.shape[1], weights)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
@@ -116,8 +116,8 @@ def linear_log_probs(
 ) -> jax.Array:
     """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
 
-    This is for losses that are not a sum over tokens. It is computed in chunks of tokens, and the backward pass
-    recomputes the logits of each chunk. Arguments and errors are those of `linear_cross_entropy`.
+    Losses that are not a sum over tokens need the log-probability of each token. The tokens are processed in chunks,
+    and the backward pass recomputes the logits of each chunk. Arguments and errors are those of `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])
@@ -129,7 +129,7 @@ def linear_log_probs(
         @jax.checkpoint
         def chunk_log_probs(chunk):
             hidden, targets = chunk
-            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # `dtype` also for the backward pass
+            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # `dtype` also applies to the backward pass
             logits = _logits(raw, cap, head.shape[1])
             return jnp.take_along_axis(logits, targets[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
 
@@ -171,7 +171,7 @@ def _total(hidden, targets, weights, head, cap, dtype):
 
 
 def _logits(raw, cap, n):
-    """Applies the softcap to the logits `raw`. Columns after the first n are padding and get probability 0."""
+    """Applies the softcap to the logits `raw`, and masks the padding columns after the first n columns."""
     logits, columns = softcap(raw, cap), raw.shape[1]
     return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 

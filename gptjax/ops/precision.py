@@ -5,8 +5,8 @@
     high               TF32                             three bfloat16 passes      float32
     highest            float32                          six bfloat16 passes        float32
 
-Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`. It applies to the
-matrix products that are traced inside the context, and to their gradients by autodiff. The backward function of a
+Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`, which applies to
+the matrix products that are traced inside the context, and to their gradients by autodiff. The backward function of a
 `jax.custom_vjp` is traced later, outside the context; `custom_vjp` in this module restores the precision for it.
 """
 
@@ -32,8 +32,8 @@ def default_precision() -> str | None:
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
     """Context that sets the precision to `cfg.precision`, "high" or "highest"; "default" keeps JAX's current setting.
 
-    It does nothing for models with dtype=bfloat16, because every device multiplies bfloat16 operands exactly and
-    accumulates in float32, so that more passes would only cost time.
+    The context has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands exactly
+    and accumulates in float32, so that more passes would only cost time.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -57,7 +57,7 @@ def with_matmul_precision(fn: Callable) -> Callable:
 def exact(fn: Callable) -> Callable:
     """Decorator: computes the matrix products of `fn` in full float32 on every device.
 
-    It is for functions that compute weights once to keep them, and for sums that are written as matrix products.
+    `exact` is for functions that compute weights once to keep them, and for sums that are written as matrix products.
     """
 
     @functools.wraps(fn)

@@ -209,7 +209,7 @@ def _(leaf: NF4) -> Any:
 
 @dense.register
 def _(leaf: NF4Columns) -> jax.Array:
-    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # [out, in/64, 2, 32]
+    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # shape [out, in/64, 2, 32]
     return (_level(codes) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
 
 
@@ -219,7 +219,7 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    levels = jnp.array(LEVELS)  # for a gather, because XLA would put the selects of `_level` into a separate kernel
+    levels = jnp.array(LEVELS)  # read by a gather: XLA would put the selects of `_level` into a separate kernel
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
     return (y * leaf.absmax[..., None]).sum((1, 2)).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -269,7 +269,7 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Product of x and an int8 matrix that is cast to x's dtype. The cast is exact, also to bfloat16."""
+    """Product of x and an int8 matrix, which is cast to x's dtype (exactly, even to bfloat16)."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
         # for one row of x, XLA computes a sum directly from the integers; for a matrix product it might first write

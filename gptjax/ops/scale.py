@@ -10,8 +10,8 @@ import jax.numpy as jnp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Multiplies x [.., D] by a factor, [] or [D] float32, in x's dtype.
 
-    The factor's gradient is a sum over all tokens. It is accumulated in float32, because a bfloat16 sum stops growing
-    once it is 256 times as large as its terms.
+    The factor's gradient, a sum over all tokens, is accumulated in float32, because a bfloat16 sum stops growing once
+    it is 256 times as large as its terms.
     """
     return x * factor.astype(x.dtype)
 

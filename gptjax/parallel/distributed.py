@@ -69,10 +69,10 @@ def _end_when_jax_aborts(failed: str) -> None:
     """Installs a SIGABRT handler that exits with BAD_INPUT or RESTART.
 
     JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
-    message follows the stack trace that JAX prints. It must be a C handler, because Python's handlers run in the main
-    thread, for which abort() does not wait. JAX's own callback for lost processes ends in std::bad_cast (jaxlib
-    0.10.2). A SIGABRT from a Python thread is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead of abort(), so
-    that the exit code of a process that loses another one is then 1.
+    message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
+    the main thread, for which abort() does not wait. JAX's own callback for lost processes ends in std::bad_cast
+    (jaxlib 0.10.2). A SIGABRT from a Python thread is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead of
+    abort(), so that the exit code of a process that loses another process is then 1.
     """
     global _handler
     if os.name == "nt":

@@ -39,7 +39,7 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
-    """The mesh that `cfg` describes, over `devices` (default: all devices); None for a single device.
+    """The mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
 
     Args:
         even_one: whether to return a mesh also for a single device, as arrays with a memory kind (offloading) need.
@@ -48,7 +48,7 @@ def make_mesh(
             idle.
 
     Raises:
-        UserError: an error of `sizes`, or the number of rows is not divisible.
+        UserError: an error of `sizes`, or the number of rows is not divisible by `data` x `fsdp`.
     """
     if not isinstance(cfg, MeshConfig):
         raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")

@@ -126,9 +126,9 @@ def place_batch(
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """Data-parallel `step` with the interface of `jax.pmap`: every leaf of the batch has a leading axis of devices.
 
-    The returned function maps (state, batch [n, B / n, ..]), for n devices, to (state, metrics). The result is that of
-    one device with all B rows. The state is replicated, not stacked. This is for notebooks that were written for
-    `pmap`; `jit_step` with a mesh can do the same and more.
+    The returned function maps (state, batch [n, B / n, ..]), for n devices, to (state, metrics), with the same result
+    as on one device with all B rows. The state is replicated, not stacked. `pmap_step` is for notebooks that were
+    written for `pmap`; `jit_step` with a mesh can do the same and more.
     """
     from gptjax.parallel.mesh import mesh_of
 
