@@ -225,9 +225,9 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: index after the last token, which is not in the cache yet
+    end: jax.Array  # [B] int32: index after the last token; the last token is not in the cache yet
     i: jax.Array  # int32: number of decoding steps done
-    done: jax.Array  # [B] bool: a stop token was drawn
+    done: jax.Array  # [B] bool: whether the row has ended, as at a stop token
     cache: Cache
     seen: jax.Array | None  # [B, drawable] bool: whether the row has the token; None if the sampler ignores it
     logprobs: jax.Array | None  # [B, N] float32
@@ -373,7 +373,10 @@ def _decode_loop(
     params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
     settings: _Settings, patches: Placed,
 ) -> _State:  # fmt: skip
-    """Decodes until `upto` steps are done or every row is. `decode_params` are parameters from `for_decoding`."""
+    """Decodes until `upto` steps are done or all rows have ended.
+
+    `decode_params` are the parameters in the layout of `for_decoding`, or `params` if memory is short.
+    """
 
     def body(state: _State) -> _State:
         logits, cache = _next_logits(params, decode_params, state, settings, patches)

@@ -140,8 +140,8 @@ class _Settings(NamedTuple):
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: index after the last token, which is in neither cache yet
-    done: jax.Array  # [B]: a stop token was drawn
+    end: jax.Array  # [B]: index after the last token; the last token is in neither cache yet
+    done: jax.Array  # [B]: whether a stop token was drawn in the row
     cache: Cache
     draft: Cache | None
     rounds: jax.Array

@@ -39,7 +39,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """Returns a function for `generate(until=..)` that is true once the text of the new tokens contains a string."""
+    """Returns a function for `generate(until=..)`: true once the text of the new tokens contains one of `strings`."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)

@@ -52,11 +52,11 @@ _BLOCKS = "blocks/"
 
 @struct.dataclass
 class Patch:
-    """Replaces an activation x by fn(x, *data), broadcast to x's shape and cast to x's dtype.
+    """Replaces an activation x by fn(x, *data), which is broadcast to x's shape and cast to x's dtype.
 
     The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
-    apply to them. At a path of all layers each array has a leading axis L, and layer i gets slice i. `fn` is static:
-    the model is compiled again for another function.
+    apply to them. At a path of all layers each array of `data` has a leading axis L, and layer i gets slice i. `fn` is
+    static, so that the model is compiled again for another function.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)

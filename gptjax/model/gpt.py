@@ -230,7 +230,7 @@ def extend_backbone(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Like `extend`, but returns the last hidden state [B, T, D]: a prompt needs the logits of its last token only."""
+    """Like `extend`, but returns the last hidden state [B, T, D], as a prompt needs logits at its last token only."""
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
 
@@ -256,7 +256,7 @@ def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> 
 
     Args:
         source: the model's name or path, as the user gave it.
-        way_out: advice at the end of the error message; empty: to use `gptjax classify`.
+        way_out: advice at the end of the error message; if it is empty, the advice is to use `gptjax classify`.
 
     Raises:
         UserError: the model has a classification head.

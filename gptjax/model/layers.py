@@ -213,7 +213,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # sites whose activations are returned, from `activations.SITES`
+    taps: tuple[str, ...] = ()  # sites (names in `activations.SITES`) whose activations are returned
 
     @nn.compact
     def __call__(

@@ -49,8 +49,8 @@ def heads_attention(
 ) -> jax.Array:
     """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
-    A fused kernel computes it if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and cuDNN's or
-    our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
+    A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
+    cuDNN's or our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
@@ -73,7 +73,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # keys after a block of queries are left out: two blocks compute 3/4 of the T x T scores
+    for i in range(blocks):  # keys after a block of queries are left out, so that two blocks compute 3/4 of all scores
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(

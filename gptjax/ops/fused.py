@@ -27,11 +27,11 @@ def kernel_for(
 
     Returns the kernel of the first row of this table that supports the arguments, or None for plain XLA operations:
 
-    device       kernel   documents   traced window   dtypes         head sizes                `context` > 1
-    TPU          splash   yes         no              all            all                       yes
-    Ampere on    cudnn    no          no              16-bit         to 128, to 256 on Hopper  no
-    Ampere on    flash    yes         yes             16-bit, 32     to 256                    yes
-    older GPU    None
+    device           kernel   documents   traced window   dtypes           head sizes                context parallelism
+    TPU              splash   yes         no              all              all                       yes
+    GPU, Ampere on   cudnn    no          no              16-bit           up to 128 (Hopper: 256)   no
+    GPU, Ampere on   flash    yes         yes             16- and 32-bit   up to 256                 yes
+    older GPU        None
 
     On GPUs the head size must be a multiple of 8; on TPUs the number of tokens per device must be a multiple of 128.
     """
@@ -46,7 +46,7 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Whether splash supports T queries over T keys: the queries per device must be a multiple of 128."""
+    """Whether splash supports T queries over T keys, which it does if the queries per device are a multiple of 128."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 

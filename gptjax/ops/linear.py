@@ -79,7 +79,7 @@ def side_by_side(w: Any, *others: Any) -> Any:
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
+    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns, as cuBLAS's fast kernels need aligned rows.
 
     A training step of GPT-2 124M on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
     """

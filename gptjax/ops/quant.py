@@ -74,8 +74,8 @@ class NF4:
     offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
-    the flattened matrix. If 64 or 256 does not divide the size of an axis, the largest smaller divisor is used, which
-    follows from the shapes of the arrays.
+    the flattened matrix. If 64 or 256 does not divide the size of its axis, the block or the group has the size of the
+    largest smaller divisor, which the shapes of the arrays show.
 
     Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
     distributed weights.
