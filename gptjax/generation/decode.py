@@ -1,14 +1,15 @@
 """Autoregressive decoding with a KV cache: one prefill of the prompts, then one token per step in a compiled loop.
 
     generate   prompts -> new tokens
-    complete   the same with log-probabilities, finish reason and several samples per prompt
+    complete   prompts -> new tokens, with log-probabilities, finish reasons and several samples per prompt
     stream     the new tokens of one prompt, yielded while they are generated
 
-Rows are independent: each row of a ragged batch gets the tokens that it would get alone. Sizes are padded to buckets
-(16, 24, 32, 48, 64, ..), so that prompts of other lengths reuse the compiled programs; `programs()` counts these.
+Rows are independent: each row of a batch gets the tokens that it would get alone, also if the prompts differ in length.
+Sizes are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of different lengths reuse the same
+compiled programs; `programs()` returns the number of these programs.
 
-When a row's context is full, its last half is read again (prefilled) from position 0 and decoding goes on. A token
-attends to at most `cfg.context_length` tokens, and to at least half as many once so many exist.
+When a row's context is full, its last half is prefilled again from position 0, and decoding continues. A token
+therefore attends to at most `cfg.context_length` tokens, and to at least half as many once the row has that many.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from gptjax.model.gpt import extend_backbone, for_decoding, lm_logits, refuse_cl
 from gptjax.ops import device
 from gptjax.types import Params
 
-_UNTIL_EVERY = 8  # tokens between two calls of `until`
+_UNTIL_EVERY = 8  # number of new tokens per row between two checks with `until`
 _COPIED_BYTES = 2**30  # parameters up to this size are always copied into the decoding layout on a GPU
 _LONG_PROMPT = 256  # prompt length from which a faster, unrolled prefill is worth its longer compilation
 
 
 class Completion(NamedTuple):
-    """One continuation.
+    """One continuation of a prompt.
 
     tokens    the new tokens, without the stop token
     logprobs  log-probability of each token under the model, before any filter; empty unless requested
@@ -68,14 +69,14 @@ def generate(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[list[int]]:
-    """Generate up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
+    """Generates up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
 
     Args:
         prompts: token ids, at least one per prompt. A prompt longer than the context keeps its last tokens.
-        sampler: (logits [B, V], key) -> tokens [B].
-        until: (a row's new tokens) -> whether to stop, called on the host every 8 tokens. The row ends with the first
-            token for which it is true. See `stop_strings`.
-        vocab_size: size of the tokenizer's vocabulary. Ids beyond it (padding rows of the embedding) are never drawn.
+        sampler: function (logits [B, V], key) -> tokens [B], from `gptjax.generation.sampling` or your own.
+        until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
+            with the first token for which the function returns True. See `stop_strings`.
+        vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
             None: every id of the model may be drawn.
         cache_dtype: dtype of the KV cache: float32, bfloat16 or int8. None: the dtype that keys and values are computed
             in, see `init_cache`.
@@ -110,12 +111,12 @@ def complete(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> list[Completion]:
-    """`generate` with log-probabilities, finish reasons and several samples per prompt.
+    """Like `generate`, but with log-probabilities, finish reasons and several samples per prompt.
 
     Args:
-        n: samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
-        logprobs: None, or how many of the most likely tokens to return in addition to the drawn token's
-            log-probability.
+        n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
+        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token;
+            None: no log-probabilities are returned.
 
     The other arguments are those of `generate`.
     """
@@ -148,7 +149,7 @@ def stream(
     cache_dtype: DTypeLike | None = None,
     patches: Patches | None = None,
 ) -> Iterator[list[int]]:
-    """Yield the tokens of `generate` for one prompt, `every` at a time. Closing the iterator stops the decoding."""
+    """Yields the tokens of `generate` for one prompt, `every` tokens at a time; closing the iterator stops decoding."""
     if max_new_tokens < 1:
         return
     drawable = drawable_ids(vocab_size, cfg)
@@ -167,18 +168,18 @@ def stream(
 
 
 def programs() -> int:
-    """Number of programs that decoding has compiled in this process."""
+    """Number of XLA programs that have been compiled for decoding in this process."""
     return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
 
 
 def bucket(size: int) -> int:
-    """Round up to one of 16, 24, 32, 48, 64, 96, ..; padding adds at most half of `size` from 16 on."""
+    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; this adds at most half of any size from 16 on."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
 def stop_array(stop: Sequence[int]) -> jax.Array:
-    """The stop ids as int32, padded with -1 to a multiple of 8: few shapes, few compilations."""
+    """The stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
 
 
@@ -206,7 +207,10 @@ def _check(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> None:
 
 
 def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, P] int32 with P a bucket, and lengths [B]. A prompt longer than the context keeps its last tokens.
+    """Returns the prompts padded on the right, [B, P] int32, and their lengths [B].
+
+    P is the smallest bucket (see `bucket`) that fits the longest prompt, but at most the context length. A prompt that
+    is longer than the context keeps its last tokens.
 
     Raises:
         UserError: an empty prompt, or an id outside the vocabulary.
@@ -221,35 +225,35 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: index after the last token, which is not in the cache yet
-    i: jax.Array  # int32: decoding steps done
-    done: jax.Array  # [B] bool: a stop token was drawn
+    end: jax.Array  # [B] int32: index after the last token; the last token is not in the cache yet
+    i: jax.Array  # int32: number of decoding steps done
+    done: jax.Array  # [B] bool: whether the row has ended, as at a stop token
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: tokens in the row so far, for samplers with a history
+    seen: jax.Array | None  # [B, drawable] bool: whether the row has the token; None if the sampler ignores it
     logprobs: jax.Array | None  # [B, N] float32
     top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
 
 
 class _Settings(NamedTuple):
-    """The static arguments of the compiled programs."""
+    """Static arguments of `_start` and `_decode_loop`, which are compiled again for other values."""
 
     cfg: ModelConfig
     sampler: Sampler
-    width: int  # slots for prompt and new tokens
-    max_new: int  # N: slots for new tokens
-    n: int  # samples per prompt
+    width: int  # number of slots in a row, for prompt and new tokens
+    max_new: int  # N: number of slots in a row for new tokens
+    n: int  # number of samples per prompt
     logprobs: int | None
-    drawable: int  # ids below this may be drawn
+    drawable: int  # number of ids that may be drawn, from 0 on
     cache_dtype: str | None
 
     @property
     def slots(self) -> int:
-        """Slots of the KV cache."""
+        """Number of slots of the KV cache."""
         return min(self.width, self.cfg.context_length)
 
 
 class _Run:
-    """The state of one call between runs of the compiled loop."""
+    """State of one call of `complete` or `stream` between the runs of the compiled decoding loop."""
 
     def __init__(
         self, params: Params, prompts: Sequence[Sequence[int]], cfg: ModelConfig, max_new_tokens: int, key: jax.Array,
@@ -259,7 +263,8 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        width = 1 << (tokens.shape[1] + max_new - 1).bit_length()  # powers of two: the loop takes longest to compile
+        # rounded up to a power of two, so that the decoding loop, which takes long to compile, has few widths
+        width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
             cfg, sampler, width, max_new, n, top, drawable, None if cache_dtype is None else jnp.dtype(cache_dtype).name
@@ -271,19 +276,19 @@ class _Run:
         self.decode_params, self.key, self.patches = decode_params, key, place(patches, cfg)
         self.stop = stop_array(stop)
         self.done = np.zeros(len(self.start), bool)  # finished rows, for which `until` is not called again
-        self.checked = np.zeros(len(self.start), int)  # new tokens of each row that `until` has seen
+        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row that `until` has seen
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
     def advance(self, upto: int) -> None:
-        """Decode until `upto` tokens per row have been drawn, or every row has stopped."""
+        """Decodes until `upto` tokens per row have been drawn, or every row has stopped."""
         self.state = _decode_loop(
             self.params, self.decode_params, self.state, self.key, self.stop, jnp.int32(upto), self.settings,
             self.patches,
         )  # fmt: skip
 
     def end_rows(self, until: Until) -> None:
-        """End each row at the first new token for which `until` is true."""
+        """Ends each row at the first new token for which `until` returns True."""
         tokens, before, done = jax.device_get((self.state.tokens, self.state.end, self.state.done))
         end, done = before.copy(), done.copy()
         for row in np.flatnonzero(~self.done):
@@ -294,12 +299,12 @@ class _Run:
                 end[row], done[row] = self.start[row] + stop_size, True
             self.checked[row] = len(new)
         self.done = done
-        # update on the device, which keeps the sharding: new arrays would compile the loop again
+        # the state is updated on the device to keep its sharding; with another sharding the loop is compiled again
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
 
     def first_row(self) -> tuple[list[int], bool]:
-        """The new tokens of the first row, and whether it has ended."""
+        """Returns the new tokens of the first row, and whether the row has ended."""
         tokens, end, done = jax.device_get((self.state.tokens[0], self.state.end[0], self.state.done[0]))
         return tokens[self.start[0] : end].tolist(), bool(done)
 
@@ -332,7 +337,7 @@ def _start(
     params: Params, prompt: jax.Array, lengths: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings,
     patches: Placed,
 ) -> _State:  # fmt: skip
-    """Prefill the prompts and draw the first token of each row."""
+    """Prefills the prompts and draws the first token of each row."""
     cfg, n = settings.cfg, settings.n
     rolled = dataclasses.replace(cfg, unroll=False)
     cache = init_cache(cfg, len(prompt), settings.slots, settings.cache_dtype)
@@ -368,7 +373,10 @@ def _decode_loop(
     params: Params, decode_params: Params, state: _State, key: jax.Array, stop: jax.Array, upto: jax.Array,
     settings: _Settings, patches: Placed,
 ) -> _State:  # fmt: skip
-    """Decode until `upto` steps are done. `decode_params` is `params` in the layout for single tokens."""
+    """Decodes until `upto` steps are done or all rows have ended.
+
+    `decode_params` are the parameters in the layout of `for_decoding`, or `params` if memory is short.
+    """
 
     def body(state: _State) -> _State:
         logits, cache = _next_logits(params, decode_params, state, settings, patches)
@@ -381,7 +389,7 @@ def prefill(
     params: Params, tokens: jax.Array, cfg: ModelConfig, cache: Cache, lengths: jax.Array,
     patches: Placed | Patches | None = None,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Fill the cache with right-padded prompts [B, P]; logits [B, V] after the last token of each row."""
+    """Fills the cache with right-padded prompts [B, P], and returns the logits [B, V] after each row's last token."""
     hidden, cache = extend_backbone(params, tokens, cfg, cache, lengths=lengths, patches=patches)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, 1)[:, 0]
     return lm_logits(params, last, cfg), cache
@@ -390,7 +398,10 @@ def prefill(
 def _next_logits(
     params: Params, decode_params: Params, state: _State, settings: _Settings, patches: Placed
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after the last token, and the new cache. A full context is refilled with its last half."""
+    """Returns the logits [B, V] after the last token of each row, and the new cache.
+
+    If a row's context is full, its cache is filled anew with the last half of the context.
+    """
     cfg, cache = settings.cfg, state.cache
     full = (cache.length >= settings.slots) & ~state.done
 
@@ -409,18 +420,19 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1  # [L, B, ..] if stacked over the layers
+            # number of axes after B: arrays with five axes are stacked over layers, [L, B, ..], others begin with B
+            ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
         return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # the cache holds all tokens of this call
+    if settings.slots < cfg.context_length:  # the cache has a slot for every token of this call
         return decode_step()
     return jax.lax.cond(full.any(), refill, decode_step)
 
 
 def _draw(state: _State, logits: jax.Array, key: jax.Array, stop: jax.Array, settings: _Settings) -> _State:
-    """Draw a token for each row and append it to the rows that are not done."""
+    """Draws a token for each row and appends it to the rows that are not done."""
     rows = jnp.arange(len(logits))
     history = (state.seen,) if state.seen is not None else ()
     allowed = logits[:, : settings.drawable]

@@ -3,8 +3,9 @@
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-The same arguments return the same function object, so that a compiled decoding loop is reused. A filter (or a chain
-with a filter) whose attribute `history` is true also receives the tokens that each row has seen so far, [B, V] bool.
+For the same arguments these functions return the same object, so that a compiled decoding loop is reused. A filter
+whose attribute `history` is True, and a chain with such a filter, also receives an array [B, V] bool that says which
+tokens each row already has.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ import jax.numpy as jnp
 from gptjax.config import SampleConfig
 from gptjax.errors import UserError
 
-_ROUNDING = 1e-6  # five tokens of probability 0.02 reach p = 0.1 despite float32 rounding
+_ROUNDING = 1e-6  # tolerance of `top_p`: five tokens of probability 0.02 reach p = 0.1 despite float32 rounding
 
 Filter = Callable[..., jax.Array]
 Sampler = Callable[..., jax.Array]
 
 
 def greedy(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """The most likely token; the lowest id among ties."""
+    """Returns the most likely token; among tokens of equal probability, the one with the lowest id."""
     return logits.argmax(-1)
 
 
 def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
-    """Sample from softmax(logits)."""
+    """Samples tokens from softmax(logits)."""
     return jax.random.categorical(key, logits)
 
 
 @cache
 def temperature(t: float) -> Filter:
-    """logits / t; t < 1 sharpens the distribution."""
+    """Returns a filter that divides logits by t; t < 1 sharpens the distribution."""
     return lambda logits: logits / t
 
 
 @cache
 def top_k(k: int) -> Filter:
-    """Keep the k most likely tokens (arXiv:1805.04833), and tokens tied with the k-th."""
+    """Returns a filter that keeps the k most likely tokens (arXiv:1805.04833), and tokens as likely as the k-th."""
 
     def keep(logits: jax.Array) -> jax.Array:
         last = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
@@ -54,9 +55,10 @@ def top_k(k: int) -> Filter:
 
 @cache
 def top_p(p: float) -> Filter:
-    """Nucleus sampling: keep the smallest set of most likely tokens with total probability >= p (arXiv:1904.09751).
+    """Returns the filter of nucleus sampling (arXiv:1904.09751).
 
-    At least one token is kept. Among ties the lowest ids are kept.
+    The filter keeps the smallest set of most likely tokens with total probability >= p, and at least one token. Among
+    tokens of equal probability, it keeps those with the lowest ids.
     """
 
     def keep(logits: jax.Array) -> jax.Array:
@@ -74,13 +76,13 @@ def top_p(p: float) -> Filter:
 
 @cache
 def min_p(p: float) -> Filter:
-    """Keep tokens at least p times as likely as the most likely token (arXiv:2407.01082)."""
+    """Returns a filter that keeps tokens at least p times as likely as the most likely token (arXiv:2407.01082)."""
     return lambda logits: jnp.where(logits < logits.max(-1, keepdims=True) + jnp.log(p), -jnp.inf, logits)
 
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """The filter of `repetition_penalty`."""
+    """The filter that `repetition_penalty` returns."""
 
     penalty: float
     history = True
@@ -91,14 +93,17 @@ class RepetitionPenalty:
 
 @cache
 def repetition_penalty(penalty: float) -> Filter:
-    """Penalise tokens of the prompt and the continuation: positive logits are divided by `penalty`, negative ones
-    multiplied (arXiv:1909.05858, section 4.1)."""
+    """Returns a filter that penalises the tokens that the prompt and the continuation already have.
+
+    Positive logits of these tokens are divided by `penalty`, and negative ones multiplied by it (arXiv:1909.05858,
+    section 4.1).
+    """
     return RepetitionPenalty(penalty)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The sampler of `chain`."""
+    """The sampler that `chain` returns."""
 
     filters: tuple[Filter, ...]
     pick: Sampler
@@ -116,16 +121,17 @@ class Chain:
 
 @cache
 def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
-    """Apply the filters from left to right, then `pick`: a sampler (logits, key) -> tokens, such as `draw` or `greedy`.
+    """Returns a sampler that applies the filters from left to right, and then `pick`.
 
-    The same arguments return the same object. `generate` compiles once per sampler object, so create a sampler outside
-    of a loop: a new lambda in each call costs seconds.
+    `pick` is itself a sampler, (logits, key) -> tokens, such as `draw` or `greedy`. For the same arguments the same
+    object is returned. `generate` compiles once per sampler object, so that a sampler that is a new lambda in each call
+    costs seconds per call.
     """
     return Chain(filters, pick)
 
 
 def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
-    """The function logits [.., V] -> the probability that `sampler` draws each token, float32.
+    """Returns a function that maps logits [.., V] to the probabilities, float32, with which `sampler` draws each token.
 
     Raises:
         UserError: the sampler is not `greedy`, `draw` or a `chain` that ends in one of them, or it depends on earlier
@@ -150,7 +156,7 @@ def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
 
 
 def from_config(cfg: SampleConfig) -> Sampler:
-    """The sampler of a `SampleConfig`; temperature 0 is greedy decoding."""
+    """Returns the sampler that a `SampleConfig` describes; temperature 0 means greedy decoding."""
     filters = [repetition_penalty(cfg.repetition_penalty)] if cfg.repetition_penalty != 1 else []
     if cfg.temperature == 0:
         return chain(*filters, pick=greedy) if filters else greedy

@@ -50,11 +50,10 @@ def speculate(
     vocab_size: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Speculation:
-    """Sample from (params, cfg) as `generate` does, with fewer forward passes of the model when proposals are accepted.
+    """Samples from the model (params, cfg) as `generate` does, with fewer forward passes if proposals are accepted.
 
-    A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None they come from the row
-    itself (prompt lookup): the continuation of the latest earlier position that matches the row's last tokens in the
-    longest n-gram, up to `ngram` tokens.
+    A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None, tokens are proposed by
+    prompt lookup: the tokens that followed the last tokens of the row where these occurred before, see `prompt_lookup`.
 
     A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q the
     draft's. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore has the same
@@ -64,15 +63,16 @@ def speculate(
 
     Args:
         ahead: number of tokens proposed per round.
-        ngram: longest n-gram that prompt lookup matches.
+        ngram: number of tokens of the longest n-gram that prompt lookup matches.
         sampler: `greedy`, `draw` or a `chain` of filters that depend on the logits only.
-        key: required by every sampler but `greedy`.
-        cache_dtype: as in `generate`.
-        vocab_size: as in `generate`. If given, the vocabularies of the two models may be padded beyond it.
+        key: random key, required by every sampler except `greedy`.
+        cache_dtype: dtype of the KV caches, as in `generate`.
+        vocab_size: size of the tokenizer's vocabulary, as in `generate`. With a `vocab_size`, the embeddings of the two
+            models may have different numbers of padding rows.
 
     Raises:
         UserError: the vocabularies differ, one of the models is a classifier, the sampler's probabilities are not
-            known, or prompt, new tokens and `ahead` do not fit in one of the contexts.
+            known, or the prompt, the new tokens and `ahead` + 1 tokens do not fit in the context of one of the models.
     """
     refuse_classifier(cfg)
     models = [cfg]
@@ -125,13 +125,13 @@ def speculate(
 
 
 class _Settings(NamedTuple):
-    """The static arguments of the compiled program."""
+    """Static arguments of `_speculate`, which is compiled again for other values."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
     sampler: Sampler
     slots: int  # capacity of each KV cache, in tokens
-    max_new: int  # slots for new tokens
+    max_new: int  # number of slots in a row for new tokens
     ahead: int
     ngram: int
     drawable: int
@@ -140,8 +140,8 @@ class _Settings(NamedTuple):
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: index after the last token, which is in neither cache yet
-    done: jax.Array  # [B]: a stop token was drawn
+    end: jax.Array  # [B]: index after the last token; the last token is in neither cache yet
+    done: jax.Array  # [B]: whether a stop token was drawn in the row
     cache: Cache
     draft: Cache | None
     rounds: jax.Array
@@ -153,7 +153,7 @@ def _speculate(
     params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
     key: jax.Array, settings: _Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(end, tokens, rounds, accepted) of the last `_State`."""
+    """Returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
     cfg, draft_cfg, sampler, slots, max_new, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, positions = jnp.arange(B), jnp.arange(ahead + 1)
@@ -171,8 +171,10 @@ def _speculate(
     done = (first[:, None] == stop).any(-1)
 
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Tokens [B, ahead + 1] (the last token, then the proposals); the draft distributions [B, ahead, V] of the
-        proposals, None if they are deterministic; the draft's new cache."""
+        """Returns the last token and the proposals, [B, ahead + 1], the draft's distributions, and its new cache.
+
+        The distributions, from which the proposals are drawn, are [B, ahead, V]; None if proposals are deterministic.
+        """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
             return jnp.concatenate([token, prompt_lookup(state.tokens, state.end, ahead, ngram)], 1), None, None
@@ -183,7 +185,7 @@ def _speculate(
             q = to_probs(logits[:, -1, :drawable])
             return (pick(q, key)[:, None], cache), (token[:, 0], q)
 
-        # one step more than there are proposals: the last one enters the draft's cache too
+        # there is one step more than proposals, so that the last proposal enters the draft's cache too
         (_, cache), (read, q) = jax.lax.scan(propose, (token, state.draft), jax.random.split(key, ahead + 1))
         return read.T, q[:-1].transpose(1, 0, 2), cache
 
@@ -197,7 +199,7 @@ def _speculate(
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
         n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # all accepted: sample the extra token from p itself
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0, because p alone gives the token after the last proposal
         p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
         residual = jnp.maximum(p_next - q_next, 0)
         residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_next)
@@ -225,14 +227,14 @@ def _speculate(
 
 
 def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
-    """Prompt lookup: proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
+    """Prompt lookup: returns proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
 
     Finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, up to `ngram`
-    tokens, and the latest such position if several do. Its continuation is proposed, repeated cyclically if it has
-    fewer than `ahead` tokens. Without a match the last token is repeated.
+    tokens, and the latest such position if there are several. The tokens from that position on are proposed, repeated
+    cyclically if they are fewer than `ahead`. If no position matches, the row's last token is proposed repeatedly.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # where a continuation may begin
+    starts = jnp.arange(W)  # positions at which the continuation of a match may begin
     match = jnp.ones(tokens.shape, bool)
     match_length = jnp.zeros(tokens.shape, jnp.int32)
     for offset in range(1, ngram + 1):

@@ -1,4 +1,4 @@
-"""Prompt to token ids, and generated tokens to text: stop strings, and text chunks for streaming.
+"""Conversion of prompts to token ids and of generated tokens to text, with stop strings and chunks for streaming.
 
 prompts = [prompt_ids(tokenizer, "Once upon a time")]
 until = stop_strings(tokenizer.decode, ["\\n\\n"])
@@ -16,16 +16,18 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer, begin_id
 
 Until = Callable[[list[int]], bool]
-_INCOMPLETE = "\ufffd"  # an incomplete UTF-8 sequence decodes to this
+_INCOMPLETE = "\ufffd"  # the character that an incomplete UTF-8 sequence decodes to
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Encode a prompt, preceded by the beginning-of-text token if `tokenizer.add_bos` is set.
+    """Encodes a prompt, preceded by the beginning-of-text token if `tokenizer.add_bos` is set.
 
-    An empty prompt becomes `tokenizers.begin_id`. Special tokens in the text are parsed.
+    An empty prompt becomes the beginning-of-text token, `tokenizers.begin_id`. The names of special tokens in the text
+    are encoded as these tokens.
 
     Raises:
-        UserError: the vocabulary cannot encode the text, or an empty prompt without a beginning-of-text token.
+        UserError: the vocabulary cannot encode the text, or the prompt is empty and the tokenizer has no
+            beginning-of-text token.
     """
     ids = tokenizer.encode(prompt, allowed_special="all")
     begin = begin_id(tokenizer)
@@ -37,7 +39,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """A function for `generate(until=..)`: true once the text of a row's new tokens contains one of the strings."""
+    """Returns a function for `generate(until=..)`: true once the text of the new tokens contains one of `strings`."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -54,10 +56,11 @@ def cut(text: str, strings: Sequence[str]) -> str:
 def text_chunks(
     tokens: Iterable[list[int]], decode: Callable[[list[int]], str], strings: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Decode a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
+    """Decodes a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
 
-    Incomplete UTF-8 characters, and text that may be the beginning of a stop string, are held back until the next
-    tokens decide. At a stop string `tokens` is closed if it is a generator such as `stream`.
+    An incomplete UTF-8 character is held back until the next tokens complete it, and text that may be the beginning of
+    a stop string until the next tokens show whether it is one. At a stop string `tokens` is closed if it is a generator
+    such as `stream`.
     """
     ids: list[int] = []
     shown = text = ""

@@ -1,4 +1,4 @@
-"""Activation paths, and the taps and patches (hooks) that read or replace activations in the forward pass.
+"""Paths of activations, and the taps and patches (hooks) that read and replace activations in the forward pass.
 
     embed                  [B, T, D]     the input of the first block
     blocks/*/resid_pre     [B, T, D]     the residual stream before the block
@@ -7,19 +7,22 @@
     blocks/*/attn/k, v     [B, T, K, H]  keys (after QK norm and RoPE) and values, as cached
     blocks/*/attn/weights  [B, N, T, S]  attention weights; S is T, or the number of cache slots
     blocks/*/attn/heads    [B, T, N, H]  each head's output, before the output projection
-    blocks/*/attn/out      [B, T, D]     what attention adds to the residual stream
+    blocks/*/attn/out      [B, T, D]     the output of attention, which is added to the residual stream
     blocks/*/resid_mid     [B, T, D]     the residual stream between attention and feed-forward layer
     blocks/*/ln_2/out      [B, T, D]     the input of the feed-forward layer
-    blocks/*/mlp/hidden    [B, T, F]     its hidden units, after activation and gate
-    blocks/*/mlp/out       [B, T, D]     what it adds to the residual stream
+    blocks/*/mlp/hidden    [B, T, F]     the hidden units of the feed-forward layer, after activation and gate
+    blocks/*/mlp/out       [B, T, D]     the output of the feed-forward layer, which is added to the residual stream
     blocks/*/resid         [B, T, D]     the residual stream after the block
     ln_f/out               [B, T, D]     the input of the head
 
-`blocks/*/resid` is that activation in all layers, [L, B, T, D]; `blocks/3/resid` in layer 3, [B, T, D]. A pattern is a
-glob as in `gptjax.tree`. One that matches any layer (`blocks/*/attn/*`, `*/resid`) selects stacks of all layers; any
-other (`blocks/[0-2]/resid`) selects single layers. Attention weights are selected only by a pattern that ends in
-"weights": attention kernels do not materialise them, so they are computed separately; if they are patched, the output
-of attention is computed from the patched weights.
+The path `blocks/*/resid` stands for the activations of all layers, stacked as [L, B, T, D]; `blocks/3/resid` stands for
+the activation of layer 3, [B, T, D]. A pattern of paths is a glob as in `gptjax.tree`. A pattern that matches every
+layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers; any other pattern (`blocks/[0-2]/resid`)
+selects activations of single layers.
+
+Attention weights are selected only by a pattern that ends in "weights", because attention kernels do not materialise
+them, so that they have to be computed separately. If the weights are patched, the output of attention is computed from
+the patched weights.
 
 Stacked and unstacked parameters give the same activations. A model with norm_position=post has no ln_1/out and
 ln_2/out.
@@ -49,11 +52,11 @@ _BLOCKS = "blocks/"
 
 @struct.dataclass
 class Patch:
-    """Replaces an activation x by fn(x, *data), broadcast to x's shape and cast to x's dtype.
+    """Replaces an activation x by fn(x, *data), which is broadcast to x's shape and cast to x's dtype.
 
-    The data may be traced: they can be arguments of a jitted function, differentiated and vmapped over. At a stacked
-    path each array has a leading axis L, and layer i gets its slice i. `fn` is static: another function is compiled
-    anew.
+    The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
+    apply to them. At a path of all layers each array of `data` has a leading axis L, and layer i gets slice i. `fn` is
+    static, so that the model is compiled again for another function.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
@@ -61,17 +64,17 @@ class Patch:
 
 
 def replace(value: Any, mask: Any = None) -> Patch:
-    """Replaces the activation by `value`; with a bool mask, broadcast to the activation, only where it is true."""
+    """Replaces the activation by `value`, or, given a bool mask broadcast to the activation, only where it is True."""
     return Patch(_value, (value,)) if mask is None else Patch(_where, (value, mask))
 
 
 def add(value: Any) -> Patch:
-    """Adds `value`, such as a steering vector [D]; at a stacked path [L, D], one per layer."""
+    """Adds `value` to the activation: a steering vector [D], for example, or [L, D] at a path of all layers."""
     return Patch(_add, (value,))
 
 
 def scale(factor: Any) -> Patch:
-    """Multiplies the activation by `factor`. To ablate heads, give attn/heads a factor [N, 1] with zeros for them."""
+    """Multiplies the activation by `factor`. A factor [N, 1] of attn/heads that is 0 for some heads ablates them."""
     return Patch(_scale, (factor,))
 
 
@@ -96,7 +99,7 @@ Placed = dict[str, tuple[Patch, ...]]  # path -> patches, in the order in which 
 
 
 def names(cfg: ModelConfig) -> list[str]:
-    """The paths of all activations; those inside blocks as stacks `blocks/*/..`."""
+    """The paths of all activations; for those inside blocks, the paths of all layers, `blocks/*/..`."""
     absent = ("ln_1/out", "ln_2/out") if cfg.norm_position == "post" else ()
     return ["embed", *(f"{_BLOCKS}*/{site}" for site in SITES if site not in absent), "ln_f/out"]
 
@@ -105,7 +108,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     """The paths that match `patterns`, in order and without duplicates.
 
     Raises:
-        UserError: an alternative of a pattern (separated by "|") matches no activation; all such are named.
+        UserError: a pattern, or one of its alternatives separated by "|", matches no activation. The message names all
+            such patterns.
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
@@ -113,7 +117,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     unmatched = []
     for glob in (glob.strip() for pattern in patterns for glob in pattern.split("|")):
         stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or glob.endswith("weights")]
-        # "*" matches the words "any layer" as it matches every index; "3", "?" and "[0-2]" do not
+        # a glob selects all layers if it matches the words "any layer" in place of an index: "*" does, and "3", "?" and
+        # "[0-2]" do not
         matches = [name for name in stacked if tree.matches(glob, name.replace("*", "any layer"))]
         if not matches:
             single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
@@ -130,12 +135,13 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
-    """Resolve {pattern: patch} to {path: patches}. Idempotent.
+    """Resolves {pattern: patch} to {path: patches}. The function is idempotent.
 
-    Patches of the same path apply in the given order, those of single layers after those of stacks.
+    Patches of the same path are applied in the given order, and patches of single layers after those of all layers.
 
     Raises:
-        UserError: a pattern matches no activation, or data for a stack lack the leading axis of layers.
+        UserError: a pattern matches no activation, or the data of a patch of all layers lack the leading axis of
+            layers.
     """
     placed: dict[str, tuple[Patch, ...]] = {}
     for pattern, given in (patches or {}).items():
@@ -155,7 +161,7 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Split a path into layer (or *) and site: blocks/3/attn/out -> ("3", "attn/out"), embed -> ("", "embed")."""
+    """Splits a path into layer (or *) and site: blocks/3/attn/out -> ("3", "attn/out"), embed -> ("", "embed")."""
     if not path.startswith(_BLOCKS):
         return "", path
     layer, site = path.removeprefix(_BLOCKS).split("/", 1)
@@ -163,12 +169,12 @@ def split(path: str) -> tuple[str, str]:
 
 
 def stacked_patches(placed: Placed) -> dict[str, tuple[Patch, ...]]:
-    """The patches of all layers, {site: patches}."""
+    """The patches whose path stands for all layers, `blocks/*/..`, as {site: patches}."""
     return {site: patches for path, patches in placed.items() for layer, site in [split(path)] if layer == "*"}
 
 
 def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
-    """The patches of single layers, {site: {layer: patches}}."""
+    """The patches whose path names a single layer, such as `blocks/3/..`, as {site: {layer: patches}}."""
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, patches in placed.items():
         layer, site = split(path)
@@ -183,15 +189,16 @@ def block_taps(taps: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
 
 
 def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
-    """The sites that `taps` read in any block, or in block `layer`."""
+    """The sites, such as "attn/out", that `taps` read in any block, or in the block with index `layer`."""
     requested = [site for _, (index, site) in block_taps(taps) if layer is None or index in ("*", str(layer))]
     return tuple(dict.fromkeys(requested))
 
 
 class Reader:
-    """x = tap("attn/out", x) applies the patches of a site and records the activation in `seen` if it is tapped.
+    """Callable that blocks apply to each activation, as in x = tap("attn/out", x).
 
-    A new one is made for each trace of a block. Without taps and patches it returns x unchanged.
+    The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
+    without taps and patches, the call returns x unchanged. A new reader is made each time that a block is traced.
     """
 
     def __init__(
@@ -201,7 +208,7 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Args: `patches` apply in every layer, `single` only where the traced index `layer` matches."""
+        """Args: `patches` apply in every layer, those in `single` only in the layer with the traced index `layer`."""
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
 
@@ -214,7 +221,7 @@ class Reader:
     def __call__(self, site: str, x: jax.Array) -> jax.Array:
         x = _apply(site, x, self.patches.get(site, ()))
         for layer, patches in self.single.get(site, {}).items():
-            # only one branch runs, also under vmap, which does not batch the layer index
+            # `cond` runs only one of its branches, also under vmap, because vmap does not batch the layer index
             x = jax.lax.cond(self.layer == layer, lambda x, p: _apply(site, x, p), lambda x, p: x, x, patches)
         if site in self.taps:
             self.seen[site] = x
@@ -233,5 +240,5 @@ def _apply(site: str, x: jax.Array, patches: Iterable[Patch]) -> jax.Array:
 
 
 def __getattr__(name: str) -> Any:
-    """The old names of functions that were renamed."""
+    """Looks up renamed functions by their old names."""
     return moved_name(__name__, name)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from gptjax.config import ModelConfig
 from gptjax.ops.device import activation_dtype
 
-_ROWS = 16  # up to this batch size rows are written one by one, in place; larger batches by one scatter
+_ROWS = 16  # batches of up to this many rows are written row by row, in place; larger batches by one scatter
 
 
 class Cache(struct.PyTreeNode):
@@ -18,9 +18,10 @@ class Cache(struct.PyTreeNode):
 
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
     scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
-    length  [B] int32, number of tokens in each row; reduce it to drop the last ones
-    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype; None without it
-    empty   static: True before the first `write`, so that prefill attends to its own keys and not to the cache
+    length  [B] int32, number of tokens in each row; reduce it to drop the last tokens
+    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype; None without cfg.smear
+    empty   static; True before the first `write`, so that prefill attends to the keys of its own tokens without reading
+            the cache
     """
 
     k: jax.Array
@@ -31,7 +32,7 @@ class Cache(struct.PyTreeNode):
     empty: bool = struct.field(pytree_node=False, default=False)
 
     def write(self, layer: int | jax.Array, k: jax.Array, v: jax.Array) -> Cache:
-        """Write k, v [B, K, T, H] of `layer` into the slots from `length` on."""
+        """Writes k and v [B, K, T, H] of `layer` into the slots from `length` on."""
         if self.scales is None:
             return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v))
         (k, k_scale), (v, v_scale) = (_to_int8(a) for a in (k, v))
@@ -40,7 +41,7 @@ class Cache(struct.PyTreeNode):
         return self.replace(k=self._put(self.k, layer, k), v=self._put(self.v, layer, v), scales=scales)
 
     def read(self, layer: int | jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of `layer`, [B, K, S, H] each."""
+        """Returns the keys and the values of `layer`, [B, K, S, H] each."""
         k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(dtype) for a in (self.k, self.v))
         if self.scales is None:
             return k, v
@@ -49,7 +50,7 @@ class Cache(struct.PyTreeNode):
         return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
-        """Write embeddings [B, T, D] into the slots from `length` on."""
+        """Writes embeddings [B, T, D] into the slots from `length` on."""
         assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
@@ -60,7 +61,7 @@ class Cache(struct.PyTreeNode):
         return jnp.where(self.length[:, None] > 0, last, 0)
 
     def _put(self, old: jax.Array, layer: int | jax.Array, new: jax.Array) -> jax.Array:
-        """`old` with `new` [B, K, T, *] written at [layer, row, :, length[row]:, :]."""
+        """Returns `old` with `new` [B, K, T, *] written at [layer, row, :, length[row]:, :] for each row."""
         new = new.astype(old.dtype)[None]
         if self.empty:
             return jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, 0, 0))
@@ -87,7 +88,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: D
 
     Args:
         dtype: float32, bfloat16 or int8; None: the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
-            quarter of float32's memory and rounds each head's vector to 1/127 of its largest magnitude.
+            quarter of float32's memory and rounds each head's vector to multiples of 1/127 of its largest magnitude.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype
     shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)

@@ -1,4 +1,4 @@
-"""The model's public functions. All are pure functions of a parameter tree: init, forward, extend (KV cache), taps."""
+"""The model's public functions, all pure functions of the parameters: initialisation, forward pass, KV cache, taps."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from gptjax.types import Params
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     """Initial parameters: a nested dict of float32 arrays; those of the blocks are stacked [L, ..].
 
-    init=gpt2: N(0, 0.02), output projections 0.02 / sqrt(2L), embeddings N(0, embed_std), biases 0 (GPT-2's code).
-    init=torch: embeddings N(0, 1), linear layers U(+-1/sqrt(in)), PyTorch's defaults; the expected initial loss of gpt2
-    with an untied head is then ln V + 1/6.
+    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), those of output projections from
+    N(0, 0.02 / sqrt(2L)), embeddings from N(0, embed_std), and biases are 0. init=torch uses PyTorch's defaults:
+    embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected initial loss of
+    GPT-2 with an untied head is ln V + 1/6.
     """
     return _init(key, dataclasses.replace(cfg, unroll=False))
 
 
 @partial(jax.jit, static_argnums=1)
 def _init(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Never unrolled: forty unrolled layers took half a minute to compile."""
+    """Draws the parameters. `cfg.unroll` must be False, because forty unrolled layers took half a minute to compile."""
     return GPT(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def abstract_params(cfg: ModelConfig) -> Params:
-    """The tree of `init_params` as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    """The tree that `init_params` returns, with a `jax.ShapeDtypeStruct` for each array; allocates no arrays."""
     return jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
 
 
@@ -60,13 +61,13 @@ def backbone(
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> jax.Array:
-    """Token ids [B, T] -> the last hidden state [B, T, D], after the final norm.
+    """Computes the last hidden state [B, T, D], after the final norm, of token ids [B, T].
 
     Args:
-        positions: [B, T] or [T] int32; None: 0..T-1, starting again at 0 in every document.
-        segment_ids: [B, T] int32, the document of each token; attention stays within a document. Padding counts as
-            one more document.
-        dropout_key: None: no dropout.
+        positions: position of each token, [B, T] or [T] int32; None: 0..T-1, starting again at 0 in every document.
+        segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
+            counts as one more document.
+        dropout_key: random key for dropout; None: no dropout.
         patches: replacements of activations, {path or pattern: array, function (x) -> x, or `Patch`}; paths and
             shapes are listed in `gptjax.model.activations`.
 
@@ -96,7 +97,7 @@ def _check(tokens: Any, cfg: ModelConfig, positions: Any) -> None:
 
 @with_matmul_precision
 def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Two plain arrays whose product is the logits: hidden [.., D] -> hidden' [.., D'], kernel' [D', V].
+    """Returns two plain arrays, hidden' [.., D'] and kernel' [D', V], whose product is the logits of hidden [.., D].
 
     D' is D, or larger if the head has an adapter with dropout. An adapter of a tied embedding table has no dropout, as
     in PEFT.
@@ -108,9 +109,12 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
 
 @with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Hidden [.., D] -> logits [.., V] float32 with cfg.logit_softcap; the sums are never rounded to bfloat16."""
+    """Computes the logits [.., V] float32, with cfg.logit_softcap, of hidden states [.., D].
+
+    The logits are never rounded to bfloat16.
+    """
     if cfg.dtype != "float32":
-        hidden = hidden.astype(jnp.float32)  # `matmul` returns its input's dtype; it multiplies in cfg.dtype
+        hidden = hidden.astype(jnp.float32)  # `matmul` returns its input's dtype, but multiplies in cfg.dtype
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
     if isinstance(head, jax.Array) and device.platform() == "gpu" and device.mesh() is None:
         kernel = aligned_columns(head.T if cfg.tie_embeddings else head)
@@ -123,9 +127,9 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Token ids [B, T] int32 -> logits [B, T, V] float32; keywords as in `backbone`.
+    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are those of `backbone`.
 
-    Ids outside the vocabulary raise an error where their values are known; under `jit` they are clipped.
+    Ids outside the vocabulary raise an error, except under `jit`, where they are not known and are clipped.
 
     Raises:
         UserError: tokens have another shape, are outside the vocabulary or exceed a learned position table, or cfg is
@@ -147,15 +151,15 @@ def tapped(
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`forward` that also returns the activations named by `taps`: logits [B, T, V] and {path: array}.
+    """Like `forward`, but also returns the activations named by `taps`: logits [B, T, V] and {path: array}.
 
         logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out", "blocks/3/resid"))
         acts["blocks/*/attn/out"]   [L, B, T, D]
         acts["blocks/3/resid"]      [B, T, D]
 
-    The paths are listed in `gptjax.model.activations`. A patched activation is returned after its patch. The result can
-    be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the same logits. With stacked parameters, one
-    layer's activation takes the memory of all layers'.
+    The paths are listed in `gptjax.model.activations`. A patched activation is returned with its patch applied. The
+    returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the same logits.
+    With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -175,22 +179,23 @@ def extend(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run tokens [B, T] after those in the KV cache: both prefill (T > 1) and decoding (T == 1).
+    """Runs the model on tokens [B, T] that follow those in the KV cache, for prefill (T > 1) and decoding (T == 1).
 
     Args:
-        lengths: [B] int32, the number of tokens in each row; the rest is padding on the right, which the cache does
-            not keep and whose logits are meaningless. None: all T.
-        patches: as in `backbone`, for the T new tokens. The cache holds patched keys and values.
+        lengths: [B] int32, the number of new tokens in each row; the rest of a row is padding, which the cache does not
+            keep and whose logits are meaningless. None: all T tokens are new.
+        patches: those of `backbone`, for activations of the T new tokens. The cache holds patched keys and values.
 
     Returns:
         logits [B, T, V] float32, and the cache extended by these tokens. The caller must keep cache.length + T within
         the cache's slots.
 
     Raises:
-        UserError: as `forward`; or the tokens do not fit into the cache (checked where the lengths are known).
+        UserError: an error of `forward`, or the tokens do not fit into the cache (checked only outside `jit`, where
+            the lengths are known).
     """
     _check(tokens, cfg, None)
-    # checked where the values are known; under `jit` tokens that do not fit overwrite the last slots
+    # the lengths are checked where they are known; under `jit`, tokens that do not fit overwrite the last slots
     if not any(isinstance(a, jax.core.Tracer) for a in (cache.length, lengths)) and is_local(cache.length):
         slots, context = cache.k.shape[3], cfg.context_length if cfg.position == "learned" else math.inf
         after = int((np.asarray(cache.length) + (tokens.shape[1] if lengths is None else np.asarray(lengths))).max())
@@ -211,7 +216,7 @@ def extend_tapped(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
-    """`extend` that also returns the activations named by `taps`, as `tapped` does."""
+    """Like `extend`, but also returns the activations named by `taps`, as `tapped` does."""
     hidden, cache, seen = _extend(params, tokens, cfg, cache, activations.paths(taps, cfg), lengths, patches)
     return lm_logits(params, hidden, cfg), cache, seen
 
@@ -225,7 +230,7 @@ def extend_backbone(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """`extend` up to the last hidden state [B, T, D], without logits: a prompt needs them at its last token only."""
+    """Like `extend`, but returns the last hidden state [B, T, D], as a prompt needs logits at its last token only."""
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
 
@@ -244,14 +249,14 @@ def _extend(
 
 
 def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> None:
-    """Refuse a classifier where a language model is needed.
+    """Raises an error if the model is a classifier, for callers that need a language model.
 
-    The language-modelling head beside a classification head was not trained with the body, and classifiers from
-    Hugging Face have none.
+    In a classifier, the language-modelling head was not trained together with the other parameters, and classifiers
+    from Hugging Face have no such head.
 
     Args:
         source: the model's name or path, as the user gave it.
-        way_out: the error's advice.
+        way_out: advice at the end of the error message; if it is empty, the advice is to use `gptjax classify`.
 
     Raises:
         UserError: the model has a classification head.
@@ -266,19 +271,19 @@ def refuse_classifier(cfg: ModelConfig, source: str = "", way_out: str = "") -> 
 def grow_vocabulary(
     params: Params, cfg: ModelConfig, vocab_size: int, *, used: int | None = None
 ) -> tuple[Params, ModelConfig]:
-    """Resize the token embeddings and the head: every new token's row is the mean of the old rows.
+    """Resizes the token embeddings and the head: every new token's row is the mean of the old rows.
 
-    The logits of existing tokens do not change. A model may have more rows than its tokenizer has tokens (Qwen2.5:
-    151,936 and 151,665); new tokens take those spare rows first.
+    The logits of existing tokens do not change. The embeddings of a model may have more rows than its tokenizer has
+    tokens (Qwen2.5: 151,936 rows and 151,665 tokens); new tokens take these spare rows first.
 
     Args:
-        params: plain arrays.
-        vocab_size: the vocabulary size of the extended tokenizer (`tokenizers.extend`).
-        used: the vocabulary size before it was extended; rows from there on are initialised anew. None: existing rows
-            are kept.
+        params: parameters, all of them plain arrays.
+        vocab_size: vocabulary size of the extended tokenizer (`tokenizers.extend`).
+        used: vocabulary size of the tokenizer before it was extended; rows from this index on are initialised anew.
+            None: all existing rows are kept.
 
     Raises:
-        UserError: `vocab_size` is below `used`, or `used` above the model's number of rows.
+        UserError: `vocab_size` is below `used`, or `used` is above the model's number of rows.
     """
     used = min(cfg.vocab_size, vocab_size) if used is None else used
     if not 1 <= used <= min(cfg.vocab_size, vocab_size):
@@ -301,31 +306,32 @@ def grow_vocabulary(
 
 
 def unstack_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Split the stack `blocks` into `blocks_0`, `blocks_1`, ..; all functions here accept both forms.
+    """Splits the stacked layers `blocks` into `blocks_0`, `blocks_1`, ..; all functions of this module accept both.
 
     With one tree per layer some layers can be trained while the others are frozen: no gradients are computed for frozen
-    layers, and backpropagation stops at the lowest trained one.
+    layers, and backpropagation stops at the lowest trained layer.
     """
     rest = {name: node for name, node in params.items() if name != "blocks"}
     return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(cfg.n_layer)}  # noqa: B023
 
 
 def stack_layers(params: Params, cfg: ModelConfig) -> Params:
-    """The inverse of `unstack_layers`: `blocks_0`, `blocks_1`, .. stacked as `blocks` [L, ..]."""
+    """Stacks the layers `blocks_0`, `blocks_1`, .. as `blocks` [L, ..]: the inverse of `unstack_layers`."""
     names = [f"blocks_{i}" for i in range(cfg.n_layer)]
     rest = {name: node for name, node in params.items() if name not in names}
     return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))}
 
 
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
-    """Parameters in the fastest layout for decoding one token. All functions here accept it; do not save it.
+    """Returns the parameters in the fastest layout for decoding one token at a time.
 
-    Layers are unstacked, since slicing a layer out of its stack costs as much as multiplying with it. The kernels of q,
-    k and v are concatenated as `qkv`, those of up and gate as `up_gate`, if they are of the same type. Kernels are
-    stored transposed, each column contiguous. On a CPU the stack is kept as well: it is faster for a long prompt.
+    All functions of this module accept this layout, but it must not be saved. The layers are unstacked, because slicing
+    a layer out of the stack takes as long as multiplying by it. The kernels of q, k and v are concatenated as `qkv`,
+    and those of up and gate as `up_gate`, if they are of the same type. Kernels are stored transposed, so that each
+    column is contiguous. On a CPU the stacked layers are kept as well, because they are faster for a long prompt.
 
-    On a GPU the new layout replaces the stack (keep only one of the two if memory is short). Matrices are cast to
-    bfloat16 if cfg.dtype is bfloat16, since they are multiplied as such, and the head's columns are padded to a
+    On a GPU the stacked layers are not kept; if memory is short, delete `params` afterwards. Matrices are cast to
+    bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a
     multiple of 128. On a TPU and with several devices the parameters are returned unchanged.
     """
     known = (leaf for leaf in jax.tree.leaves(params) if not isinstance(leaf, np.ndarray | jax.core.Tracer))
@@ -342,9 +348,9 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
 
 def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
-    """Cast matrices to bfloat16 if cfg.dtype is bfloat16, and pad the head to aligned columns.
+    """Casts matrices to bfloat16 if cfg.dtype is bfloat16, and pads the head's columns to a multiple of 128.
 
-    The logits do not change: matrix multiplications cast their operands to that dtype anyway.
+    The logits do not change, because matrix multiplications cast their operands to cfg.dtype anyway.
     """
 
     def cast(path: tuple, leaf: Any) -> Any:
@@ -359,13 +365,13 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-_MAX_UNSTACKED = 48  # layers; unstacked layers are compiled one by one
+_MAX_UNSTACKED = 48  # most layers that are unstacked on a GPU, because each unstacked layer is compiled separately
 _CONCATENATED = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
 
 
 @partial(jax.jit, static_argnums=2)
 def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
-    """Layer `i` of the stack in the decoding layout. `platform` is static because the layout depends on it."""
+    """Layer `i` of the stack in the layout of `for_decoding`. `platform` is static because the layout depends on it."""
     layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
     return tree.unflatten({
         path: transposed(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
@@ -373,7 +379,7 @@ def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
 
 
 def _joined(blocks: Params) -> Params:
-    """Concatenate the matrices that read the same input, in a layer's tree or a stack of layers: `qkv`, `up_gate`."""
+    """Concatenates the matrices that have the same input, as `qkv` and `up_gate`, in one layer or in stacked layers."""
     out = dict(blocks)
     for module, (name, sources) in _CONCATENATED.items():
         node = blocks[module]
@@ -387,5 +393,5 @@ def _joined(blocks: Params) -> Params:
 
 
 def __getattr__(name: str) -> Any:
-    """The old names of functions that were renamed."""
+    """Looks up renamed functions by their old names."""
     return moved_name(__name__, name)

@@ -1,4 +1,4 @@
-"""Flax Linen modules of the decoder. They declare parameters and connect; the mathematics is in `gptjax.ops`."""
+"""Flax Linen modules of the decoder, which declare the parameters and call `gptjax.ops` for the mathematics."""
 
 from __future__ import annotations
 
@@ -25,32 +25,35 @@ from gptjax.ops.scale import scaled
 
 BLOCK_INPUT = "block"  # checkpoint name of a block's input, for rematerialisation policies
 PRODUCT = "product"  # checkpoint name of every linear layer's output, in the activations' dtype
-_GPU_LAYERS = 12  # the most layers that are unrolled on a GPU
+_GPU_LAYERS = 12  # the most layers that one iteration of the scan over layers runs on a GPU
 TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B, T, D]
 
 
 class SharedInputs(NamedTuple):
-    """Inputs that every block reads besides the residual stream; the same for all layers."""
+    """Inputs that every block reads besides the residual stream; they are the same for all layers."""
 
-    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines; [2, ..] with cfg.rope_local_base: global, local
+    rope: tuple[jax.Array, jax.Array] | None  # cosines and sines, from `_rope_table`
     segment_ids: jax.Array | None
     dropout_key: jax.Array | None
     patches: Mapping[str, dict[int, tuple[Patch, ...]]]  # patches of single layers, from `activations.layer_patches`
 
 
 class Residual(NamedTuple):
-    """The scan's carry: the residual stream, and the state that passes from block to block."""
+    """Carry of the scan over layers: the residual stream, and other state that passes from block to block."""
 
     x: jax.Array  # [B, T, D] the residual stream
-    x0: jax.Array | None  # [B, T, D] the embeddings, with cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's values, with cfg.value_residual
+    x0: jax.Array | None  # [B, T, D] the embeddings; None without cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's values; None without cfg.value_residual
     cache: Cache | None
     layer: jax.Array  # int32, index of the next block
 
 
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
-    """The parameter `name`: the existing leaf, of any type, or a new array. `Module.param` refuses leaves that are not
-    arrays, such as adapters and quantised matrices."""
+    """Returns the module's parameter `name`: the existing leaf, of any type, or else a new array.
+
+    `Module.param` alone would not do, because it refuses leaves that are not arrays, such as adapters and quantised
+    matrices.
+    """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, init, shape, jnp.float32)
@@ -65,7 +68,11 @@ def uniform(bound: float) -> Callable[..., jax.Array]:
 
 
 class Linear(nn.Module):
-    """x @ kernel [in, out] (+ bias). init=torch: both U(+-1/sqrt(in)); otherwise kernel N(0, std), bias 0."""
+    """Linear layer, x @ kernel [in, out], with or without a bias.
+
+    With init=torch, kernel and bias are drawn from U(+-1/sqrt(in)); otherwise the kernel is drawn from N(0, std), and
+    the bias is 0.
+    """
 
     cfg: ModelConfig
     features: int
@@ -117,7 +124,7 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        if device.platform() == "tpu":  # without it XLA transposes the float32 sums to heads before it rounds them
+        if device.platform() == "tpu":  # without a barrier XLA splits float32 products into heads before it rounds them
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
@@ -162,7 +169,7 @@ class Attention(nn.Module):
         return dropout(y, cfg.dropout, None if drop_keys is None else drop_keys[1]), v0, cache
 
     def _qk_norm(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """RMS norm of queries and keys over the last axis: the channels of one head, or of all heads."""
+        """Applies RMS norm to queries and keys over the last axis: the channels of one head, or of all heads."""
         cfg = self.cfg
         if not cfg.qk_norm:
             return q, k
@@ -174,8 +181,10 @@ class Attention(nn.Module):
 
 
 def _projection_std(cfg: ModelConfig) -> float:
-    """The initial standard deviation of output projections: 0.02 / sqrt(2L), so that the sum of 2L of them keeps its
-    variance; or 0."""
+    """The initial standard deviation of output projections: 0 with `cfg.zero_init_proj`, otherwise 0.02 / sqrt(2L).
+
+    The division by sqrt(2L) keeps the variance of the sum of the 2L projections independent of L.
+    """
     return 0.0 if cfg.zero_init_proj else 0.02 / math.sqrt(2 * cfg.n_layer)
 
 
@@ -204,7 +213,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # sites to return, see `activations.SITES`
+    taps: tuple[str, ...] = ()  # sites (names in `activations.SITES`) whose activations are returned
 
     @nn.compact
     def __call__(
@@ -213,10 +222,10 @@ class Block(nn.Module):
         """One transformer block.
 
         Args:
-            patches: {site: patches} of this layer.
+            patches: the patches of this layer, {site: patches}.
 
         Returns:
-            the stream after the block, and the activations of `taps`, {site: array}.
+            the residual stream and other state after the block, and the activations of `taps`, {site: array}.
         """
         tap = Reader(self.taps, patches, shared.patches, stream.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(stream.x, *TOKENS), BLOCK_INPUT)
@@ -246,7 +255,7 @@ class Block(nn.Module):
 
 
 _REMAT = {
-    # by name: jax.checkpoint_policies.dots_saveable would save the float32 sums of the products
+    # saves arrays by name, because jax.checkpoint_policies.dots_saveable would save the matrix products in float32
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -257,14 +266,14 @@ _REMAT = {
 
 
 class GPT(nn.Module):
-    """Tokens [B, T] to the last hidden state [B, T, D], the KV cache, and the activations of `taps`, {path: array}.
+    """Decoder: tokens [B, T] -> last hidden state [B, T, D], KV cache, and the activations of `taps`, {path: array}.
 
-    The blocks' parameters are stacked [L, ..] and run by one `nn.scan`; separate ones (`gpt.unstack_layers`) run in a
-    Python loop.
+    If the parameters of the blocks are stacked [L, ..], the blocks run in one `nn.scan`; if each layer has its own tree
+    (`gpt.unstack_layers`), they run in a Python loop.
     """
 
     cfg: ModelConfig
-    taps: tuple[str, ...] = ()  # paths, from `activations.paths`
+    taps: tuple[str, ...] = ()  # paths of the activations to return, from `activations.paths`
 
     @nn.compact
     def __call__(
@@ -286,7 +295,7 @@ class GPT(nn.Module):
             x = x * cfg.embed_gain
         if cfg.position == "learned":
             wpe = Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
-            # added in float32, so that the table's gradient, a sum over the batch, is accumulated in float32
+            # wpe is added in float32, so that its gradient, a sum over the batch, is accumulated in float32
             x = (x.astype(jnp.float32) + wpe.astype(jnp.float32)).astype(x.dtype)
         elif cfg.position == "sinusoidal":
             x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
@@ -323,7 +332,7 @@ class GPT(nn.Module):
     def _run_unstacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """A Python loop over `blocks_0`, `blocks_1`, .., as from `gpt.unstack_layers` and `gpt.for_decoding`."""
+        """Runs the layers `blocks_0`, .. of `gpt.unstack_layers` or `gpt.for_decoding` in a Python loop."""
         stacked, single = activations.stacked_patches(patches), activations.layer_patches(patches)
         layers = []
         for i in range(self.cfg.n_layer):
@@ -341,7 +350,7 @@ class GPT(nn.Module):
     def _run_stacked(
         self, stream: Residual, shared: SharedInputs, patches: Placed
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """One `nn.scan` over the stacked parameters `blocks`."""
+        """Runs the layers in one `nn.scan` over the stacked parameters `blocks`."""
         cfg = self.cfg
         unroll = layers_per_iteration(cfg)
         block = Block
@@ -361,7 +370,10 @@ class GPT(nn.Module):
 
 
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [.., H/2]; with cfg.rope_local_base [2, .., H/2]: full attention, sliding window."""
+    """Cosines and sines of RoPE, [.., H/2] each.
+
+    With cfg.rope_local_base both have shape [2, .., H/2], for layers with full attention and with a sliding window.
+    """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
         cfg.rope_original_context,
@@ -376,12 +388,12 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 
 
 def layers_per_iteration(cfg: ModelConfig) -> int:
-    """The `unroll` of the scan over layers: how many blocks one iteration runs, a divisor of cfg.n_layer.
+    """Number of blocks that one iteration of the scan over layers runs (its `unroll`), a divisor of cfg.n_layer.
 
-    CPU: unrolling makes small models at least a tenth faster. From GPT-2's size on it gains nothing, takes longer to
-    compile, and copies every weight out of its stack. GPU: up to 12 blocks are unrolled. A training step of GPT-2 124M
-    took 36.3 ms with all 12 unrolled and 42.5 ms with one per iteration; compiling took 9 s longer (H200, bfloat16,
-    16 x 1,024 tokens). TPU: none are unrolled.
+    On a CPU, unrolling makes small models at least a tenth faster; from GPT-2's size on, it gains nothing, takes longer
+    to compile, and copies every weight out of its stack. On a GPU, an iteration runs up to 12 blocks. A training step
+    of GPT-2 124M took 36.3 ms with all 12 blocks unrolled and 42.5 ms with one block per iteration, and compiling the
+    unrolled blocks took 9 s longer (H200, bfloat16, 16 x 1,024 tokens). On a TPU, an iteration runs one block.
     """
     if cfg.unroll is not None:
         return cfg.n_layer if cfg.unroll else 1

@@ -14,8 +14,8 @@ _C = math.sqrt(2 / math.pi)
 def gelu(x: jax.Array) -> jax.Array:
     """GPT-2's GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Source: arXiv:1606.08415, section 2.
 
-    Computed as x * sigmoid(2z), which is the same function: one exponential gives both value and derivative. The
-    derivative is saved for the backward pass instead of x, so nothing is recomputed.
+    Computed as the equivalent x * sigmoid(2z), where z is the argument of tanh, so that one exponential gives both the
+    value and the derivative. The derivative is saved for the backward pass instead of x, so that nothing is recomputed.
     """
     return _gelu(x)[0]
 

@@ -15,7 +15,7 @@ from gptjax.ops.dropout import off
 from gptjax.ops.position import alibi_slopes
 from gptjax.ops.precision import custom_vjp
 
-_MASKED = -1e30  # not -inf: softmax over a fully masked row gives a mean of the values, not NaN
+_MASKED = -1e30  # finite, because with -inf the softmax of a query whose keys are all masked would be NaN
 _BLOCK = 64  # the smallest block of queries for which a separate matrix multiplication pays off
 
 
@@ -26,7 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.A
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n attends to key head n // (N // K)
             (grouped-query attention, arXiv:2305.13245).
-        options: as in `heads_attention`.
+        options: the keyword arguments of `heads_attention`.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
@@ -47,17 +47,18 @@ def heads_attention(
     dropout: float | jax.Array = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` with k and v in the layout of the KV cache, [B, K, S, H].
+    """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
-    Uses the splash kernel on a TPU, and cuDNN's or our flash attention kernel on a GPU, if they support the arguments
-    (`fused.kernel_for`); plain XLA otherwise.
+    A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
+    cuDNN's or our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
 
     Args:
-        offset: position of the first query among the keys; [B] if rows differ.
-        segment_ids: [B, T] with T == S; a token attends within its own document only.
-        window: sliding window, number of tokens a query attends to, itself included; 0: all (arXiv:2004.05150, 3.1).
-        scale: None: 1 / sqrt(H).
-        alibi: add -slope * distance to the scores (arXiv:2108.12409).
+        offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
+        segment_ids: document of each token, [B, T], where T == S; a token attends only to tokens of its own document.
+        window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window
+            (arXiv:2004.05150, section 3.1).
+        scale: factor of the scores q k^T; None: 1 / sqrt(H).
+        alibi: whether to add ALiBi's biases, -slope * distance, to the scores (arXiv:2108.12409).
         dropout: rate of dropout on the attention weights, applied if `dropout_key` is given.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
@@ -72,7 +73,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # a block of queries skips the keys after it: 3/4 of the T x T products
+    for i in range(blocks):  # keys after a block of queries are left out, so that two blocks compute 3/4 of all scores
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
@@ -99,7 +100,8 @@ def attention_weights(
 ) -> jax.Array:
     """The attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
 
-    Computed without kernels on every device; masked keys have weight 0. Arguments as in `heads_attention`.
+    The weights are computed with plain XLA operations on every device, without fused kernels. Masked keys have weight
+    0. The arguments are those of `heads_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -113,7 +115,7 @@ def attention_weights(
 def weighted_values(
     weights: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """Attention weights [B, N, T, S] times values [B, K, S, H] -> [B, T, N, H] in v's dtype."""
+    """Multiplies attention weights [B, N, T, S] by values [B, K, S, H] -> [B, T, N, H] in v's dtype."""
     B, N, T, S = weights.shape
     weights = dropped_out(weights, dropout, dropout_key).astype(v.dtype)
     out = _dot(_rows(weights.reshape(B, v.shape[1], -1, T, S)), v)
@@ -134,8 +136,10 @@ def _bias(
 ) -> jax.Array:
     """Additive mask of queries `first` to `end` over `n_key` keys: 0 where a query may attend, -1e30 elsewhere.
 
-    [1 or B, 1, 1, T, S]; with ALiBi [.., K, G, T, S], its biases included. `beyond`: larger than any distance (disables
-    the window).
+    The shape of the mask is [1 or B, 1, 1, T, S], for T queries and S keys. With ALiBi the mask includes ALiBi's
+    biases, which differ between heads, and its shape is [1 or B, K, G, T, S], where `heads` is (K, G), the numbers of
+    key heads and of query heads per key head. `beyond` is a number larger than any distance, which replaces a traced
+    `window` that is 0 (no window).
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
@@ -151,9 +155,10 @@ def _bias(
 
 @custom_vjp
 def _attend(q, k, v, bias, keep, dropout):
-    """q [B, K, G, T, H]; k, v [B, K, S, H]; bias, keep (bool or None) broadcast to [B, K, G, T, S]; dropout [].
+    """Computes softmax(q k^T + bias) v with dropout on the attention weights, differentiable in q, k and v only.
 
-    Differentiable in q, k and v only.
+    Shapes: q [B, K, G, T, H], for K key heads with G query heads each; k and v [B, K, S, H]; bias, and keep, the
+    boolean dropout mask or None, broadcast to [B, K, G, T, S]; dropout, the rate, [].
     """
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 
@@ -166,10 +171,10 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 
 
 def _attend_backward(residual, g):
-    """Saves only the attention weights, and never transposes a [T, S] array.
+    """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
 
-    d_scores = p (d_p - sum_s p d_p). The sum also equals g . out (arXiv:2205.14135, appendix B), but that would save
-    `out` as well.
+    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p; the sum equals g . out
+    (arXiv:2205.14135, appendix B), but to compute g . out, the output `out` would have to be saved as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
@@ -186,7 +191,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Batched matrix multiplication [B, K, m, n] x [B, K, n, p] with float32 sums."""
+    """Batched matrix multiplication [B, K, m, n] x [B, K, n, p] with float32 accumulation."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
@@ -204,5 +209,5 @@ def _dropped(x: jax.Array, keep: jax.Array | None, rate: float | jax.Array) -> j
 
 
 def __getattr__(name: str) -> Any:
-    """The old path of functions that are now in `gptjax.from_scratch`."""
+    """Looks up functions that were once in this module and are now in `gptjax.from_scratch`."""
     return moved_name(__name__, name)

@@ -1,7 +1,7 @@
 """The device type and the mesh for which a program is traced.
 
-The mesh is that of `jax.set_mesh`, with the axis names below; without one, functions such as `constrain` do nothing. An
-array axis that is not divisible by its mesh axis is not sharded.
+The mesh is the one that `jax.set_mesh` set, if its axis names are `AXES`. Without a mesh, functions such as `constrain`
+do nothing. An array axis is not sharded if its size is not divisible by that of its mesh axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=Non
 
 
 def platform() -> str:
-    """The target platform, "cpu", "gpu" or "tpu": that of `compiling_for` if inside it, else this process's backend."""
+    """The target platform, "cpu", "gpu" or "tpu": the one given to `compiling_for`, or else JAX's default backend."""
     target = _target.get()
     return target[0] if target else jax.default_backend()
 
@@ -35,13 +35,13 @@ def capability() -> float:
         return target[1] if target[0] == "gpu" else 0.0
     try:
         return float(getattr(jax.devices()[0], "compute_capability", 0.0))
-    except ValueError:  # AMD GPUs have a name instead, such as gfx90a
+    except ValueError:  # an AMD GPU, whose capability is a name, such as gfx90a
         return 0.0
 
 
 @contextmanager
 def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
-    """Trace and lower programs for a platform that this process need not have.
+    """Context in which programs are traced and lowered for a platform that this process need not have.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -56,15 +56,15 @@ def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
 
 
 def activation_dtype(dtype: str) -> DTypeLike:
-    """Dtype of the activations between matrix products, for a model with cfg.dtype `dtype`.
+    """Dtype of the activations between matrix products, for a model whose `cfg.dtype` is `dtype`.
 
-    float32 on CPUs, which have no bfloat16 arithmetic outside products.
+    On a CPU the dtype is always float32, because CPUs have no bfloat16 instructions other than for matrix products.
     """
     return jnp.float32 if platform() == "cpu" else jnp.dtype(dtype)
 
 
 def _abstract_gpu(capability: float) -> AbstractContextManager:
-    """A mesh context that tells Pallas the GPU model; from jax 0.11 on it needs one if the process has no GPU."""
+    """Mesh context that tells Pallas the GPU model, which it needs from jax 0.11 on if the process has no GPU."""
     if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
         return nullcontext()
     kinds = {7.5: "Tesla T4", 8.0: "NVIDIA A100", 8.6: "NVIDIA A10", 8.9: "NVIDIA L4", 9.0: "NVIDIA H100"}
@@ -77,7 +77,7 @@ def _abstract_gpu(capability: float) -> AbstractContextManager:
 
 
 def mesh() -> AbstractMesh | None:
-    """The mesh for which the program is traced; None without one, or inside `shard_map`."""
+    """The mesh for which the program is traced; None if there is no mesh, and inside `shard_map`."""
     current_mesh = jax.sharding.get_abstract_mesh()
     if current_mesh.empty or current_mesh.axis_names != AXES or AxisType.Manual in current_mesh.axis_types:
         return None
@@ -85,7 +85,10 @@ def mesh() -> AbstractMesh | None:
 
 
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`spec` without mesh axes that do not divide `shape`; of several axes for a dimension, the first ones that do."""
+    """Returns `spec` without the mesh axes whose size does not divide the dimension of `shape` that they shard.
+
+    If a dimension has several mesh axes, the last ones are dropped until the product of the others divides it.
+    """
 
     def fit_dim(axes: Any, size: int) -> Any:
         axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
@@ -97,29 +100,29 @@ def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) ->
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Shard x on the current mesh; `spec` has a mesh axis, a tuple of them or None per axis of x."""
+    """Shards x over the current mesh. `spec` has a mesh axis, a tuple of mesh axes or None for each axis of x."""
     current_mesh = mesh()
     return x if current_mesh is None else jax.lax.with_sharding_constraint(x, fit(spec, x.shape, current_mesh))
 
 
-ProductAxes = tuple[str | None, ...] | None  # mesh axes of a kernel [in, out] during the matrix product
+ProductAxes = tuple[str | None, ...] | None  # mesh axes that shard a kernel [in, out] during its matrix product
 _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Set the rule of `product_axes`; `gptjax.parallel` sets one derived from its sharding rules."""
+    """Sets the function that `product_axes` calls; `gptjax.parallel` sets one that follows its sharding rules."""
     global _product_axes
     _product_axes = rule
 
 
 def product_axes(path: str) -> ProductAxes:
-    """Mesh axes of the kernel at `path` during the matrix product.
+    """Mesh axes that shard the kernel at `path` during its matrix product.
 
-    None if the kernel keeps its sharding, and always without a mesh.
+    None if the kernel keeps its sharding for the product, and always if there is no mesh.
     """
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 
 
 def by_device(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`jax.shard_map` of `fn` over the current mesh."""
+    """Applies `jax.shard_map` to `fn` over the current mesh."""
     return jax.shard_map(fn, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False)

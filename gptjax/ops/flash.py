@@ -1,8 +1,8 @@
-"""Flash attention for NVIDIA GPUs from Ampere on: Pallas kernels that Triton compiles.
+"""Flash attention for NVIDIA GPUs, Ampere and later: Pallas kernels that Triton compiles.
 
-Supports causal masks, document masks, sliding windows (also traced, so that they can differ between scanned layers),
-grouped-query attention and rows of any length. Scores are computed tile by tile and never stored; fully masked tiles
-are skipped.
+The kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of any length. The
+window's size may be traced, so that it can differ between scanned layers. Scores are computed tile by tile and never
+stored; fully masked tiles are skipped.
 
 Source: arXiv:2205.14135. The backward pass has two kernels, as in arXiv:2307.08691, section 3.
 """
@@ -23,12 +23,14 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-_MASKED = -1e30  # not -inf: a tile that is masked for a query gives finite sums, which a later tile multiplies by 0
-_LOG2E = math.log2(math.e)  # the softmax uses base 2: exp2 is a single instruction
+# Finite, because -inf gives NaN in a tile that is fully masked for a query. The finite sums of such a tile are
+# multiplied by 0 as soon as another tile has a key that the query attends to.
+_MASKED = -1e30
+_LOG2E = math.log2(math.e)  # factor of the scores: the softmax uses base 2, because exp2 is a single instruction
 
 
 class Tile(NamedTuple):
-    """Number of queries x keys that one Triton program processes per iteration, and its warps and pipeline stages."""
+    """Numbers of queries and keys that a Triton program processes per iteration, and its warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -42,8 +44,9 @@ class Tiles(NamedTuple):
     d_kv: Tile
 
 
-# Keys: (columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton compiles these sizes without
-# spilling registers in a loop, and within the 99 KiB of shared memory of 8.6 and 8.9. Their speed was not measured.
+# Tile sizes by (columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton compiles these sizes
+# without spilling registers in a loop and within 99 KiB of shared memory, the limit of capabilities 8.6 and 8.9. The
+# speed of these sizes was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -55,7 +58,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
-    """Tile sizes of the three kernels for a head size and dtype."""
+    """Tile sizes of the three kernels (forward, gradient of q, gradients of k and v) for a head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -84,24 +87,26 @@ def flash_attention(
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
         k, v: [B, S, K, H]; query head n attends to key head n // (N // K).
-        segment_ids: [B, T] for the queries and [B, S] for the keys; a query attends within its own document only.
+        segment_ids: documents of the queries [B, T] and of the keys [B, S]; a query attends only to keys of its own
+            document.
         offset: position of the first query among the keys; offset + T <= S.
-        window: sliding window, number of keys that a query attends to, its own included; 0: all.
-        tiles: tile sizes; None: `default_tiles`.
+        window: size of the sliding window, the number of keys that a query attends to, its own included; 0: no window.
+        tiles: tile sizes; None: those of `default_tiles`.
         saved_as: `checkpoint_name` of the output and the log-sum-exp, which the backward pass needs besides q, k and v.
         interpret: run the kernels in Pallas' interpreter on a CPU, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores, softmax and sums are float32.
+        [B, T, N, H] in q's dtype; scores and softmax are float32, and so is the accumulation of products.
     """
     T, S = q.shape[1], k.shape[1]
     q_ids, k_ids = (None, None) if segment_ids is None else (x.astype(jnp.int32) for x in segment_ids)
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = default_precision()  # read here: the backward pass is traced outside the context that sets it
+    precision = default_precision()  # read now, because the backward pass is traced outside the precision's context
 
-    def at_most(size: int, n: int) -> int:  # no tile is longer than the row; tensor cores need at least 16
+    # limits the size of a tile to the row's length n, rounded up, but to no less than 16, which tensor cores need
+    def at_most(size: int, n: int) -> int:
         return min(size, max(16, pl.next_power_of_2(n)))
 
     tiles = Tiles(*(
@@ -122,7 +127,11 @@ def _attention_forward(q, k, v, q_ids, k_ids, span, static):
 
 
 def _attention_backward(static, residual, d_out):
-    """d_scores = p (d_p - sum_s p d_p), where the sum equals d_out . out (arXiv:2205.14135, appendix B)."""
+    """Computes the gradients of q, k and v.
+
+    The gradient of the scores is p (d_p - sum_s p d_p), where p are the attention weights and d_p is their gradient;
+    the sum is computed as d_out . out, which equals it (arXiv:2205.14135, appendix B).
+    """
     q, k, v, q_ids, k_ids, span, out, lse = residual
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
     sizes, inputs = _Sizes.of(q, k), [span, q_ids, k_ids, q, k, v, d_out, lse, delta]
@@ -146,7 +155,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, q_ids, k_ids, span, static):
-    """The output, and the log-sum-exp of each query in base 2, [B, N, T] float32."""
+    """Returns the output and, for each query, the log-sum-exp of its scores in base 2, [B, N, T] float32."""
     sizes, tile = _Sizes.of(q, k), static.tiles.forward
     ranges = _ranges(sizes, tile, span, q_ids, k_ids, static.windowed)
     specs = _by_query(sizes, tile, len(ranges))
@@ -159,7 +168,7 @@ def _forward(q, k, v, q_ids, k_ids, span, static):
 def _call(kernel, sizes, tile, static, specs, inputs, in_specs, results, out_specs):
     present = [x is not None for x in inputs]
 
-    def named(*refs):  # passes None for absent inputs: rows without documents have no segment ids
+    def named(*refs):  # passes None for inputs that are absent, such as the segment ids of rows without documents
         rest = iter(refs)
         kernel(
             *(next(rest) if is_present else None for is_present in present),
@@ -199,7 +208,7 @@ class _Sizes(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of a tile: H rounded up to a power of two; the columns beyond H are zeros."""
+        """Number of columns of a tile: the head size H rounded up to a power of two, with zeros in columns beyond H."""
         return max(16, pl.next_power_of_2(self.H))
 
     @property
@@ -211,7 +220,7 @@ class _Sizes(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Grid of a kernel, and the block of each array that one program reads or writes."""
+    """Grid of a kernel's Triton programs, and the block of each array that one of these programs reads or writes."""
 
     programs: tuple[int, int, int]
     ranges: pl.BlockSpec
@@ -224,7 +233,10 @@ class _Layout(NamedTuple):
 
 
 def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """One program per tile of queries and head, over all keys. The last tile, which has the most keys, starts first."""
+    """Layout with one Triton program per head and tile of queries, which loops over the keys.
+
+    The program of the last tile of queries starts first, because these queries attend to the most keys.
+    """
     n, (_, S) = pl.cdiv(sizes.T, tile.queries), sizes.padded(tile)
 
     def row(b):
@@ -243,7 +255,10 @@ def _by_query(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
 
 
 def _by_key(sizes: _Sizes, tile: Tile, n_ranges: int) -> _Layout:
-    """One program per tile of keys and key head, over all queries of the query heads that share it."""
+    """Layout with one Triton program per key head and tile of keys.
+
+    Each Triton program loops over the queries of all query heads that share its key head.
+    """
     n, (T, _) = pl.cdiv(sizes.S, tile.keys), sizes.padded(tile)
 
     def row(b):
@@ -265,13 +280,13 @@ def _ranges(
     sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
     loop_over: str = "keys",
 ) -> jax.Array:  # fmt: skip
-    """Range of key tiles for each tile of queries, as (begin, whole, rest, end): [1 or B, n, 4] int32.
+    """Returns the range of key tiles for each tile of queries, as (begin, whole, rest, end): [1 or B, n, 4] int32.
 
-    Tiles outside begin..end are fully masked; tiles in whole..rest are not masked at all. `loop_over="queries"`: ranges
-    of query tiles for each tile of keys.
+    Key tiles outside begin..end are fully masked; those in whole..rest are not masked at all. With
+    `loop_over="queries"`, returns the range of query tiles for each tile of keys instead.
 
-    Documents are compared by the smallest and largest id in a tile. This is exact if ids increase along a row, as in
-    packed rows, and otherwise only makes ranges longer than necessary.
+    The documents of two tiles are compared by the smallest and the largest document id of each tile, which is exact if
+    ids increase along a row, as in packed rows, and otherwise only makes ranges longer than necessary.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
@@ -298,7 +313,7 @@ def _ranges(
 
 
 def _extremes(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Smallest and largest id of each tile, each [B, n]."""
+    """Returns the smallest and the largest id of each tile, two arrays [B, n]."""
     tiles = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % size)), mode="edge").reshape(ids.shape[0], -1, size)
     return tiles.min(-1), tiles.max(-1)
 
@@ -360,7 +375,10 @@ def _d_q_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_q, *, 
 
 
 def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_v, *, sizes, tile, static):
-    """Computes scores as [keys, queries], so that no product needs the transpose of another one's result."""
+    """Computes the gradients of k and v.
+
+    Scores are computed as [keys, queries], so that no matrix product needs the transpose of another product's result.
+    """
     keys = pl.program_id(0) * tile.keys + jnp.arange(tile.keys)
     mask, in_keys = _Mask(span, static.windowed), _inside(keys, sizes.S)
     k_tile, v_tile = (_load(x, in_keys, sizes.H) for x in (k, v))
@@ -388,7 +406,10 @@ def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_
 
 
 class _Mask:
-    """The attention mask; positions and ids of queries and keys broadcast against each other."""
+    """Computes the attention mask of a tile from the positions and document ids of its queries and keys.
+
+    The arrays of the queries and those of the keys broadcast against each other.
+    """
 
     def __init__(self, span: Any, windowed: bool):
         self.offset, self.window = span[0], span[1] if windowed else None
@@ -402,7 +423,10 @@ class _Mask:
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """Runs `step(repeat, tile, carry, masked)` over the tiles of `_ranges`, first those that need the mask."""
+    """Runs `step(repeat, tile, carry, masked)` for all tiles in the range `ranges`, `repeats` times.
+
+    The tiles that need the mask come first, in all repeats, and then those that are not masked.
+    """
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin
     n_edge = n_before + end - rest
@@ -425,12 +449,12 @@ def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, ja
 
 
 def _inside(positions: jax.Array, n: int) -> jax.Array | None:
-    """Mask of the positions in a tile that are within the row of length n; None if the tile size divides n."""
+    """Mask of a tile's positions that lie within the row of length n; None if the tile size divides n."""
     return positions < n if n % positions.shape[0] else None
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    """Mask of the first H columns of a tile; None for all."""
+    """Mask of the first H columns of a tile; None if the tile has no other columns."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 
@@ -440,7 +464,7 @@ def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
 
 
 def _load(ref: Any, rows: jax.Array | None, H: int | None = None) -> jax.Array:
-    """Load a tile [n] or [n, width], with zeros beyond the end of the row and beyond H columns."""
+    """Loads a tile [n] or [n, width], with zeros after the end of the row and after the first H columns."""
     mask = rows if H is None else _both(rows, _columns(ref.shape[-1], H))
     return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
 
@@ -450,7 +474,7 @@ def _store(ref: Any, x: jax.Array, rows: jax.Array | None, H: int | None = None)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, static: _Static) -> jax.Array:
-    """Product of a and b contracted over the given axes, with float32 sums."""
+    """Product of a and b, contracted over the given axes, with float32 accumulation."""
     return jax.lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=static.precision, preferred_element_type=jnp.float32
     )

@@ -16,24 +16,24 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-SAVED = "attention"  # `checkpoint_name` of the residuals that the kernels' backward pass reads, for remat policies
+SAVED = "attention"  # `checkpoint_name` of what the kernels save for their backward pass, used by remat policies
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
 
 
 def kernel_for(
     q: jax.Array, *, segment_ids: jax.Array | None = None, window: int | jax.Array = 0
 ) -> Callable[..., jax.Array] | None:
-    """The kernel for causal attention of q [B, T, N, H] over T keys on the target device, or None for plain XLA.
+    """Chooses the kernel for causal attention of q [B, T, N, H] over T keys on the target device.
 
-    The first row that supports the arguments is chosen:
+    Returns the kernel of the first row of this table that supports the arguments, or None for plain XLA operations:
 
-    device       kernel   documents   traced window   dtypes         head sizes                `context` > 1
-    TPU          splash   yes         no              all            all                       yes
-    Ampere on    cudnn    no          no              16-bit         to 128, to 256 on Hopper  no
-    Ampere on    flash    yes         yes             16-bit, 32     to 256                    yes
-    older GPU    None
+    device           kernel   documents   traced window   dtypes           head sizes                context parallelism
+    TPU              splash   yes         no              all              all                       yes
+    GPU, Ampere on   cudnn    no          no              16-bit           up to 128 (Hopper: 256)   no
+    GPU, Ampere on   flash    yes         yes             16- and 32-bit   up to 256                 yes
+    older GPU        None
 
-    On GPUs the head size must be a multiple of 8, on TPUs the number of tokens per device a multiple of 128.
+    On GPUs the head size must be a multiple of 8; on TPUs the number of tokens per device must be a multiple of 128.
     """
     static = isinstance(window, int)
     if platform() == "tpu":
@@ -46,7 +46,7 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Whether splash supports T queries over T keys: the queries per device must be a multiple of 128."""
+    """Whether splash supports T queries over T keys, which it does if the queries per device are a multiple of 128."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
@@ -54,8 +54,8 @@ def splash_fits(T: int) -> bool:
 def cudnn_fits(q: jax.Array) -> bool:
     """Whether cuDNN's kernel supports q.
 
-    It needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere or later GPU
-    (not a T4), and an installed cuDNN.
+    cuDNN's kernel needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere
+    or later GPU (not a T4), and an installed cuDNN.
     """
     current_mesh, is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
     widest = 256 if is_hopper and cudnn_version() >= 90500 else 128
@@ -74,7 +74,7 @@ def cudnn_version() -> int:
     try:
         from jax._src.lib import cuda_versions
 
-        return cuda_versions.cudnn_get_version() if cuda_versions else 0  # None without a CUDA plugin
+        return cuda_versions.cudnn_get_version() if cuda_versions else 0  # the module is None without a CUDA plugin
     except (ImportError, AttributeError, RuntimeError):
         return 0
 
@@ -82,8 +82,8 @@ def cudnn_version() -> int:
 def flash_fits(q: jax.Array) -> bool:
     """Whether `ops.flash` supports q.
 
-    It needs 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and Pallas' Triton backend
-    (deprecated in jax 0.12).
+    The kernels of `ops.flash` need 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and
+    Pallas' Triton backend (deprecated in jax 0.12).
     """
     return (
         capability() >= AMPERE
@@ -110,8 +110,8 @@ def splash(
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
         k, v: [B, K, T, H].
-        segment_ids: [B, T]; a token attends within its own document only.
-        window: sliding window, number of tokens a query attends to; 0: all.
+        segment_ids: document of each token, [B, T]; a token attends only to tokens of its own document.
+        window: size of the sliding window, the number of tokens that a query attends to; 0: no window.
         interpret: run the kernel in Pallas' interpreter on a CPU, for tests.
 
     Returns:
@@ -130,7 +130,7 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """The kernel for the heads of one device and the queries of all; its mask arrays are sharded like the queries."""
+    """The splash kernel for one device's heads and all devices' queries, with mask arrays sharded like the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
@@ -146,7 +146,7 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
 
 
 def _splash(q, k, v, q_ids, k_ids, offset, kernel):
-    """Attention on one device. Its shard of `kernel` contains the offset of its queries."""
+    """Computes attention on one device, whose shard of `kernel` contains the offset of the device's queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     ids = None if q_ids is None else pallas.SegmentIds(q_ids, k_ids)
@@ -162,11 +162,13 @@ def flash(
     window: int | jax.Array = 0,
     **options: Any,
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`. Shapes are those of `splash`.
+    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
+
+    The arguments have the same shapes as those of `splash`.
 
     Args:
-        window: may be traced, for scanned layers with different windows.
-        options: `tiles` and `interpret` of `flash_attention`.
+        window: size of the sliding window; it may be traced, so that scanned layers can have different windows.
+        options: the arguments `tiles` and `interpret` of `flash_attention`.
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
@@ -186,10 +188,12 @@ def _flash(q, k, v, q_ids, k_ids, offset, extra, **options):
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: None = None, window: int = 0, by: str = "cudnn"
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with cuDNN, without document masks. Shapes are those of `splash`.
+    """Causal attention on an NVIDIA GPU with cuDNN, without document masks.
+
+    The arguments have the same shapes as those of `splash`.
 
     Args:
-        by: implementation of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.
+        by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.
     """
     current_mesh = mesh()
     if segment_ids is not None or (current_mesh is not None and current_mesh.shape[CONTEXT] > 1):
@@ -217,14 +221,14 @@ def _by_device(
     extra: Any = None,
     extra_spec: Any = None,
 ) -> jax.Array:
-    """Run `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for its own rows, heads and queries.
+    """Runs `attend(q, k, v, q_ids, k_ids, offset, extra)` on each device for the device's own rows, heads and queries.
 
-    Under context parallelism each device all-gathers keys and values, and again in the backward pass: keeping them
-    would take up the memory that sharding the tokens saves.
+    Under context parallelism each device all-gathers the keys and values, and does so again in the backward pass,
+    because keeping them would take up the memory that sharding the tokens saves.
 
     Args:
-        heads_at: axis of the heads in k and v, 1 or 2; the other one is the axis of the tokens.
-        extra: pytree passed to `attend`, sharded by `extra_spec`.
+        heads_at: axis of the heads in k and v, 1 or 2; the other of these two axes is that of the tokens.
+        extra: pytree that is passed to `attend`, sharded by `extra_spec`.
     """
     if (current_mesh := mesh()) is None:
         return attend(q, k, v, segment_ids, segment_ids, 0, extra)
@@ -252,5 +256,5 @@ def _by_device(
 
 
 def _size(axes: str | tuple[str, ...] | None, current_mesh: AbstractMesh) -> int:
-    """Number of shards along these mesh axes."""
+    """Number of shards of an array axis that is sharded over these mesh axes."""
     return math.prod(current_mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

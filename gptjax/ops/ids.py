@@ -1,4 +1,4 @@
-"""Range checks of token ids, where their values are known (not under `jit`)."""
+"""Range checks of token ids, made only outside `jit`, where the values of the ids are known."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def is_local(array: Any) -> bool:
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None:
-    """Check that ids [..] are within 0 to vocab_size - 1; ids with weight 0 are ignored.
+    """Checks that ids [..] are within 0 to vocab_size - 1; ids with weight 0 are ignored.
 
-    Does nothing under `jit`, where values are not known and ids out of range are clipped.
+    Does nothing under `jit`, where the values of the ids are not known; there, embedding lookups clip ids out of range.
 
     Raises:
         UserError: an id is out of range.

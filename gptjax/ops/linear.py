@@ -11,16 +11,16 @@ from flax import struct
 
 from gptjax.ops.device import TENSOR, ProductAxes, constrain, platform
 
-_FEW_ROWS = 64  # up to this many rows, w @ x.T is faster on a CPU
-_COLUMNS = 128  # GPU: columns are padded to a multiple of this
+_FEW_ROWS = 64  # for up to this many rows of x, a CPU computes (w @ x.T).T faster than x @ w.T
+_COLUMNS = 128  # on a GPU, `aligned_columns` pads the columns of a matrix to a multiple of this number
 
 
 @singledispatch
 def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """x [.., in] times w [in, out] -> [.., out] in x's dtype; operands are cast to `dtype`, sums are float32.
+    """Multiplies x [.., in] by w [in, out] -> [.., out] in x's dtype; operands are cast to `dtype`.
 
-    Dispatches on the type of `w`: a leaf that is not a plain array (an adapter, a quantised matrix) registers its own
-    implementation, and layers need not know about it.
+    Products are accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other than a plain
+    array (an adapter, a quantised matrix) registers its own implementation, so that layers need not know the type.
     """
     rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend is faster with matrices than with [B, T, ..] arrays
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
@@ -29,10 +29,10 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """x [.., in] times w.T, w [out, in] -> [.., out], as for a tied head. Otherwise like `matmul`."""
+    """Multiplies x [.., in] by w.T, with w [out, in], -> [.., out], as a tied head does; otherwise like `matmul`."""
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
-        # few rows: XLA's CPU backend is twice as fast with the large operand on the left
+        # for few rows of x, XLA's CPU backend is twice as fast with the larger operand, w, on the left
         few = isinstance(rows.shape[0], int) and rows.shape[0] <= _FEW_ROWS and platform() == "cpu"
         y = (w.astype(x.dtype) @ rows.T).T if few else rows @ w.astype(x.dtype).T
     else:
@@ -42,39 +42,44 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
-    """Embedding lookup: rows of w [V, D] by ids [..] -> [.., D]; ids out of range are clipped."""
-    # replicate the columns: with columns sharded XLA would all-gather the result and reshard it
+    """Embedding lookup: the rows of w [V, D] at ids [..] -> [.., D]; ids out of range are clipped."""
+    # the columns of w are replicated, because with sharded columns XLA would all-gather and reshard the result
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
 
 @singledispatch
 def dense(w: Any) -> jax.Array:
-    """The leaf as a plain array."""
+    """Returns the weight `w` as a plain array."""
     return w
 
 
 @singledispatch
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x), for a product that is computed in
-    chunks, such as that of the head in the loss."""
+    """Returns plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x).
+
+    The arrays are for a product that is computed in chunks, such as that of hidden states and the head in the loss.
+    """
     return x, dense(w)
 
 
 @singledispatch
 def transposed(w: Any) -> Any:
-    """The kernel [in, out] stored as [out, in], each column contiguous; leaves without that layout are unchanged."""
+    """Returns the kernel [in, out] stored as [out, in], so that each of its columns is contiguous in memory.
+
+    Weights of a type that does not support this layout are returned unchanged.
+    """
     return Transposed(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
 
 
 @singledispatch
 def side_by_side(w: Any, *others: Any) -> Any:
-    """Matrices [.., in, out] with the same `in`, concatenated along `out` as one leaf; None if the types differ."""
+    """Concatenates matrices [.., in, out] with the same `in` along `out`; returns None if their types differ."""
     same_dtype = all(isinstance(leaf, jax.Array) and leaf.dtype == w.dtype for leaf in (w, *others))
     return jnp.concatenate([w, *others], -1) if same_dtype else None
 
 
 def aligned_columns(w: jax.Array) -> jax.Array:
-    """On a GPU, w [in, out] padded with zeros to a multiple of 128 columns: cuBLAS's fast kernels need aligned rows.
+    """On a GPU, pads w [in, out] with zeros to a multiple of 128 columns, as cuBLAS's fast kernels need aligned rows.
 
     A training step of GPT-2 124M on an H200 took 57.7 ms with 50,257 columns and 43.7 ms with 50,304.
     """
@@ -84,9 +89,10 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 
 @struct.dataclass
 class Transposed:
-    """A kernel [in, out] stored as [out, in], the fastest layout for few rows on a CPU and for one row on a GPU.
+    """A kernel [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
 
-    There a sum over contiguous elements takes one pass; other sums first write their terms in float32.
+    In this layout each output of the product is a sum over contiguous elements, which XLA computes in one pass; for
+    other sums XLA first writes the terms to memory in float32.
     """
 
     w: Any
@@ -103,10 +109,10 @@ def _(leaf: Transposed) -> jax.Array:
 
 
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x times w with bfloat16 operands and float32 sums.
+    """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
-    XLA in jax 0.7 refuses some such products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32): there
-    the rounded values are multiplied in float32.
+    With jax 0.7 a CPU rounds the operands to bfloat16 but multiplies them in float32, because XLA refuses some bfloat16
+    products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -118,11 +124,11 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
 class Gathered:
     """A sharded kernel [in, out] that is cast to the product's dtype and all-gathered before the product (FSDP).
 
-    By default XLA multiplies shard by shard as they arrive from the other chips, and reads and writes the float32 sums
-    [B T, out] once per shard: GPT-2 1558M on eight chips is bound by that memory traffic.
+    By default XLA multiplies by each shard as it arrives from another chip, and reads and writes the float32 sums
+    [B T, out] once per shard; this memory traffic limits the speed of GPT-2 1558M on eight chips.
 
     Attributes:
-        axes: the mesh axes of `w` during the product.
+        axes: the mesh axes that shard `w` during the product.
     """
 
     w: jax.Array
@@ -142,28 +148,29 @@ def _with_axes(w: jax.Array, axes: ProductAxes) -> jax.Array:
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str = "float32") -> jax.Array:
-    """x @ kernel + bias; kernel [in, out], bias [out]."""
+    """Computes x @ kernel + bias, for x [.., in], kernel [in, out] and bias [out]."""
     y = matmul(kernel, x, dtype)
     if bias is None:
         return y
-    # added in float32, so that the bias's gradient, a sum over all tokens, is accumulated in float32
+    # the bias is added in float32, so that its gradient, a sum over all tokens, is accumulated in float32
     return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> jax.Array:
-    """Mixed precision: bfloat16 operands, float32 sums, float32 master weights (arXiv:1710.03740).
+    """Mixed-precision product: bfloat16 operands, float32 accumulation, float32 master weights (arXiv:1710.03740).
 
-    The custom backward pass gives all three products bfloat16 operands; autodiff would multiply by the float32
-    cotangent.
+    In the custom backward pass, the products for the gradients of x and w have bfloat16 operands too; autodiff would
+    multiply by the float32 cotangent.
     """
     return _forward(x, w, axes)[0]
 
 
 def _forward(x, w, axes):
     low, low_w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    # Save w in its own dtype: a bfloat16 copy per scanned layer would stay alive (and be all-gathered under FSDP). Not
-    # on a CPU: XLA would fold the transpose of a tied head into the backward product, which it does not support
+    # w is saved in its own dtype, because a bfloat16 copy per scanned layer would stay alive (and be all-gathered under
+    # FSDP). A CPU saves the bfloat16 copy, because XLA's CPU backend would otherwise fold the transpose of a tied head
+    # into the backward product, which it does not support.
     saved_w = low_w if platform() == "cpu" else w
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(low, _with_axes(low_w, axes), dims, preferred_element_type=jnp.float32)
@@ -175,7 +182,8 @@ def _backward(axes, residual, g):
     g, low = g.astype(jnp.bfloat16), _with_axes(w.astype(jnp.bfloat16), axes)
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
-    if platform() == "cpu":  # XLA does not support the transpose of a tied head's gradient inside the product
+    if platform() == "cpu":
+        # keeps XLA from folding the transpose of a tied head's gradient into the product, which it cannot do on a CPU
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -186,7 +194,8 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """The gradient of a kernel, x^T g summed over leading axes: x [.., in], g [.., out] -> [in, out] float32.
 
-    On a CPU the rows are split into chunks: XLA sums bfloat16 products over two axes about twice as fast as over one.
+    On a CPU the rows are split into chunks, because XLA sums bfloat16 products over two axes about twice as fast as
+    over one axis.
     """
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     rows = x.shape[0]

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, from logits or, in chunks that never hold all logits, from hidden states."""
+"""Next-token cross-entropy, from logits, or from hidden states in chunks of tokens without storing all logits."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from gptjax.ops.linear import aligned_columns, matmul, weight_gradient
 from gptjax.ops.precision import custom_vjp
 from gptjax.types import Mean
 
-_CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk
-# The largest chunk, on GPUs with 32 GiB or more. The training step of GPT-2 124M compiled for an H100 takes 7.6 GiB and
-# has 64.8 GB of memory traffic with it; 8.7 GiB and 63.9 GB with twice the size (tests/bench/gpu_program.py).
+_CHUNK_BYTES = 256 * 2**20  # size of the float32 logits of a chunk of tokens; GPUs with much memory use larger chunks
+# Largest size of a chunk's logits, used on GPUs with 32 GiB or more. With this size the training step of GPT-2 124M,
+# compiled for an H100, takes 7.6 GiB and has 64.8 GB of memory traffic; with twice the size it takes 8.7 GiB and has
+# 63.9 GB (tests/bench/gpu_program.py).
 _GPU_CHUNK_BYTES = 2**30
-_NO_TOKEN = -1e15  # a masked logit; its square, in the gradient of the softcap, is finite
+_NO_TOKEN = -1e15  # logit of a padding column; unlike -inf, its square in the softcap's gradient is finite
 
 
 def cross_entropy(
     logits: jax.Array, targets: jax.Array | np.ndarray, weights: jax.Array | np.ndarray | None = None
 ) -> Mean:
-    """Weighted sum of -log softmax(logits)[target].
+    """Returns the weighted sum of -log softmax(logits)[target], and the sum of the weights, as a `Mean`.
 
     Args:
         logits: [.., V].
         targets: [..] int32.
-        weights: [..]; None: all 1.
+        weights: weight of each target, [..]; None: all weights are 1.
 
     Raises:
-        UserError: a target is outside 0 to V - 1; checked only outside `jit`, where values are known.
+        UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
     """
     check_ids("targets", targets, logits.shape[-1], weights)
     logits = logits.astype(jnp.float32)
@@ -44,7 +45,7 @@ def cross_entropy(
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:
-    """cap * tanh(logits / cap); a cap of 0 changes nothing. Source: Gemma 2, arXiv:2408.00118."""
+    """Returns cap * tanh(logits / cap); a cap of 0 leaves the logits unchanged. Source: Gemma 2, arXiv:2408.00118."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
@@ -58,23 +59,23 @@ def linear_cross_entropy(
     dtype: str = "float32",
     chunk: int | None = None,
 ) -> Mean:
-    """`cross_entropy(softcap(hidden @ head), targets, weights)`, computed in chunks of tokens.
+    """Computes `cross_entropy(softcap(hidden @ head, cap), targets, weights)` in chunks of tokens.
 
     Only the logits of one chunk are in memory at a time. Under differentiation the gradients of `hidden` and `head` are
-    computed in the forward pass from the logits of the chunk, so nothing is computed twice.
+    computed in the forward pass, while the logits of a chunk are in memory, so that no logits are computed twice.
 
     Args:
         hidden: [.., D].
         head: [D, V].
         targets: [..] int32.
-        weights: [..]; None: all 1.
-        cap: softcap of the logits; 0: none.
+        weights: weight of each target, [..]; None: all weights are 1.
+        cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
-        chunk: tokens per chunk; None: chosen so that the logits of a chunk take 256 MiB, or on GPUs 1/32 of the
-            memory if that is more, up to 1 GiB.
+        chunk: number of tokens per chunk; None: chosen so that the logits of a chunk take 256 MiB, or on a GPU 1/32 of
+            its memory if that is more, but at most 1 GiB.
 
     Raises:
-        UserError: a target is outside 0 to V - 1; checked only outside `jit`, where values are known.
+        UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
     """
     check_ids("targets", targets, head.shape[1], weights)
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
@@ -92,10 +93,10 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Sharding of the tokens [B, T] over all devices while the head is applied; the head is replicated.
+    """Sharding of the tokens [B, T] over all devices for the product with the head, which is replicated.
 
-    Each device then makes chunks of its own tokens, and the head's gradient is summed over devices once, not once per
-    chunk. None without a mesh, or if the mesh does not divide B and T.
+    Each device splits its own tokens into chunks, and the head's gradient is summed over devices once instead of once
+    per chunk. None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -113,10 +114,10 @@ def linear_log_probs(
     dtype: str = "float32",
     chunk: int | None = None,
 ) -> jax.Array:
-    """log softmax(softcap(hidden @ head))[target] per token, [..] float32, for losses that are no sum over tokens.
+    """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
 
-    Computed in chunks of tokens, whose logits the backward pass recomputes. Arguments and errors are those of
-    `linear_cross_entropy`.
+    Losses that are not a sum over tokens need the log-probability of each token. The tokens are processed in chunks,
+    and the backward pass recomputes the logits of each chunk. Arguments and errors are those of `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])
@@ -128,7 +129,7 @@ def linear_log_probs(
         @jax.checkpoint
         def chunk_log_probs(chunk):
             hidden, targets = chunk
-            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # its backward products are in `dtype` too
+            raw = matmul(kernel, hidden.astype(jnp.float32), dtype)  # `dtype` also applies to the backward pass
             logits = _logits(raw, cap, head.shape[1])
             return jnp.take_along_axis(logits, targets[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, 1)
 
@@ -140,7 +141,7 @@ def linear_log_probs(
 
 
 def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None) -> tuple[jax.Array, ...]:
-    """Split arrays [n, ..] into chunks, [n_chunks, chunk, ..], padded with zeros."""
+    """Splits arrays [n, ..] into chunks [n_chunks, chunk, ..], with zeros as padding."""
     n = arrays[0].shape[0]
     chunk = min(n, chunk or max(128, _chunk_bytes() // (4 * head.shape[1])))
     n_chunks = -(-n // chunk)
@@ -152,14 +153,14 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Size of a chunk's logits: 1/32 of a GPU's memory, but 256 MiB to 1 GiB; 256 MiB on other devices."""
+    """Size of a chunk's logits: 256 MiB, or on a GPU 1/32 of its memory if that is more, but at most 1 GiB."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
 
 @partial(custom_vjp, nondiff_argnums=(4, 5))
 def _total(hidden, targets, weights, head, cap, dtype):
-    """Weighted sum of the losses of C chunks of M tokens: hidden [C, M, D], targets and weights [C, M]."""
+    """Returns the weighted sum of the losses of C chunks of M tokens: hidden [C, M, D], targets and weights [C, M]."""
     low = _row_major(aligned_columns(head.astype(dtype)))
 
     def chunk_loss(chunk):
@@ -170,13 +171,13 @@ def _total(hidden, targets, weights, head, cap, dtype):
 
 
 def _logits(raw, cap, n):
-    """Logits after the softcap, float32; columns of raw beyond n are padding and get probability 0."""
+    """Applies the softcap to the logits `raw`, and masks the padding columns after the first n columns."""
     logits, columns = softcap(raw, cap), raw.shape[1]
     return logits if columns == n else jnp.where(jnp.arange(columns) < n, logits, _NO_TOKEN)
 
 
 def _chunk_logits(h, head, cap, dtype, targets, weights, n):
-    """Weighted loss of one chunk, and (logits, probabilities, one-hot targets), each [M, V]."""
+    """Returns the weighted loss of one chunk, and its (logits, probabilities, one-hot targets), each [M, V]."""
     logits = _logits(jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32), cap, n)
     shifted = logits - logits.max(-1, keepdims=True)
     exp = jnp.exp(shifted)
@@ -187,7 +188,7 @@ def _chunk_logits(h, head, cap, dtype, targets, weights, n):
 
 
 def _row_major(a):
-    """Keep XLA from folding a tied head's transpose into the product: its CPU backend lacks that in bfloat16."""
+    """Keeps XLA from folding a tied head's transpose into a bfloat16 product, which its CPU backend cannot compute."""
     return jax.lax.optimization_barrier(a)
 
 

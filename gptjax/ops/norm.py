@@ -13,7 +13,7 @@ from gptjax.ops.device import platform
 def layer_norm(
     x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-5
 ) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, computed in float32, returned in x's dtype.
+    """Computes (x - mean) / sqrt(var + eps) * scale + bias over the last axis in float32, and casts it to x's dtype.
 
     The variance is biased (divided by D, not D - 1), as in GPT-2. Source: arXiv:1607.06450, eq. 3.
     """
@@ -28,7 +28,10 @@ def layer_norm(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, cast to x's dtype. Source: arXiv:1910.07467."""
+    """Computes x / sqrt(mean(x^2) + eps) * scale over the last axis in float32, and casts it to x's dtype.
+
+    Source: arXiv:1910.07467.
+    """
 
     def norm(x, scale):
         h = x.astype(jnp.float32)
@@ -39,7 +42,10 @@ def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) ->
 
 
 def _rematerialized(fn: Callable) -> Callable:
-    """`fn` rematerialised in the backward pass, which saves its input and no float32 intermediates. Not on a CPU."""
+    """Rematerialises `fn` in the backward pass, so that its inputs are saved instead of float32 intermediates.
+
+    On a CPU, `fn` is returned unchanged.
+    """
     return fn if platform() == "cpu" else jax.checkpoint(fn, prevent_cse=False)
 
 

@@ -1,4 +1,4 @@
-"""Position encodings: sinusoidal, rotary (RoPE), linear biases (ALiBi), and the previous token."""
+"""Position encodings: sinusoidal, rotary (RoPE), linear biases (ALiBi), and the vector of the previous token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
-    """Positions [..] int32 -> [.., D] float32: sines in even channels, cosines in odd. arXiv:1706.03762, 3.5."""
+    """Encodes positions [..] int32 -> [.., D] float32, as sines in even channels and cosines in odd channels.
+
+    Source: arXiv:1706.03762, section 3.5.
+    """
     frequency = 10_000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
     angle = positions[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1).reshape(*positions.shape, -1)[..., :d_model]
@@ -31,9 +34,10 @@ def rope_frequencies(
     """RoPE's frequencies [H/2] float32, in radians per position.
 
     Args:
-        scaling: "linear" divides all frequencies by `factor` (arXiv:2306.15595). "llama3" divides those with at most
-            `slow` rotations in `original_context` positions, keeps those with at least `fast`, and interpolates between
-            (as in transformers' modeling_rope_utils and Meta's llama-models).
+        scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
+            divides frequencies with at most `slow` rotations in `original_context` positions, keeps frequencies with at
+            least `fast` rotations, and interpolates for the frequencies between (as in transformers'
+            modeling_rope_utils and Meta's llama-models).
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling == "linear":
@@ -45,16 +49,17 @@ def rope_frequencies(
 
 
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
-    """Llama 3's interpolation weight per frequency, 0 to 1: keep * frequency + (1 - keep) * frequency / factor.
+    """Llama 3's interpolation weight `keep` per frequency, 0 to 1.
 
-    Computed in the dtype of a numpy array, in float32 for a jax array: GGUF files hold factors computed in float64.
+    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. For a jax array, `keep` is computed in
+    float32; for a numpy array in the array's dtype, because GGUF files hold factors that were computed in float64.
     """
     rotations, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
     return xp.clip((rotations - slow) / (fast - slow), 0, 1)
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [.., H/2] float32 for `rope`."""
+    """Cosines and sines that `rope` takes, [.., H/2] float32, for positions [..] and frequencies [H/2]."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -71,7 +76,7 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding: rotate x [B, T, N, H] by its position.
+    """Rotary position embedding: rotates the vector of each token in x [B, T, N, H] by the token's position.
 
     Channel i is paired with channel i + H/2, as in transformers' Llama.
 
@@ -91,13 +96,14 @@ def alibi_slopes(n_head: int) -> jax.Array:
 
 
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Shift x by one token: the vector before each token, [B, T, D] -> [B, T, D]; zero at the start of a document.
+    """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
 
-    cfg.smear adds it to the embedding with a learned weight per channel (modded-nanogpt uses a gate instead).
+    With `cfg.smear` the model adds the result to the embeddings with a learned weight per channel (modded-nanogpt uses
+    a gate instead).
 
     Args:
-        first: [B, D], the vector before the row; None: zeros.
-        segment_ids: [B, T], the document of each token; None: one document per row.
+        first: vector of the token before the first token of each row, [B, D]; None: zeros.
+        segment_ids: document of each token, [B, T]; None: every row is one document.
     """
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     out = jnp.concatenate([first[:, None], x[:, :-1]], 1)

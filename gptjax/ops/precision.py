@@ -5,9 +5,9 @@
     high               TF32                             three bfloat16 passes      float32
     highest            float32                          six bfloat16 passes        float32
 
-The setting is `jax.default_matmul_precision`, which functions such as `forward` enter. A product takes the precision
-when it is traced, and so do its gradients under autodiff. The backward function of `jax.custom_vjp` is traced later,
-outside that context: `custom_vjp` in this module restores the precision for it.
+Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`, which applies to
+the matrix products that are traced inside the context, and to their gradients by autodiff. The backward function of a
+`jax.custom_vjp` is traced later, outside the context; `custom_vjp` in this module restores the precision for it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def default_precision() -> str | None:
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """Trace matrix products with `cfg.precision` "high" or "highest"; "default" keeps JAX's current setting.
+    """Context that sets the precision to `cfg.precision`, "high" or "highest"; "default" keeps JAX's current setting.
 
-    Does nothing for models with dtype=bfloat16: every device multiplies bfloat16 operands exactly and sums in float32,
-    so more passes would only cost time.
+    The context has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands exactly
+    and accumulates in float32, so that more passes would only cost time.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -43,7 +43,7 @@ def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
 
 
 def with_matmul_precision(fn: Callable) -> Callable:
-    """Decorator: run `fn` inside `matmul_precision(cfg)`, where `cfg` is its argument of that name."""
+    """Decorator: runs `fn` inside `matmul_precision(cfg)`, where `cfg` is the argument of `fn` with that name."""
     signature = inspect.signature(fn)
 
     @functools.wraps(fn)
@@ -55,9 +55,9 @@ def with_matmul_precision(fn: Callable) -> Callable:
 
 
 def exact(fn: Callable) -> Callable:
-    """Decorator: compute the matrix products of `fn` in full float32 on every device.
+    """Decorator: computes the matrix products of `fn` in full float32 on every device.
 
-    For weights that are computed once and kept, and for sums that are written as products.
+    `exact` is for functions that compute weights once to keep them, and for sums that are written as matrix products.
     """
 
     @functools.wraps(fn)
@@ -69,17 +69,18 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Whether the current precision allows the splash kernel: only the default does.
+    """Whether the current precision allows the splash kernel, which only the default precision does.
 
-    With another one, Mosaic cannot compile splash in bfloat16, and in float32 its backward pass ignores the setting.
+    At any other precision, Mosaic cannot compile splash in bfloat16, and splash's backward pass in float32 ignores the
+    precision.
     """
     return default_precision() in (None, "default")
 
 
 class custom_vjp:
-    """`jax.custom_vjp` whose forward and backward functions are traced at the precision in force at the call.
+    """Variant of `jax.custom_vjp` that traces the forward and backward functions at the precision set at the call.
 
-    JAX traces both when it differentiates, which may be long after the context that set the precision was left.
+    JAX traces both functions when it differentiates, which may be after the context that set the precision was left.
     """
 
     def __init__(self, fn: Callable, nondiff_argnums: tuple[int, ...] = ()):

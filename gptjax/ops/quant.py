@@ -1,17 +1,18 @@
 """Weight quantisation to int8 (one scale per column) or NF4 (as in QLoRA), as leaves of the parameter tree.
 
-    params = quantize(params, "nf4")         quantise the kernels of all blocks and of the head
-    logits = forward(params, tokens, cfg)    same call: `ops.linear` dispatches on the leaf's type
+    params = quantize(params, "nf4")         quantises the kernels of all blocks and of the head
+    logits = forward(params, tokens, cfg)    needs no change: `ops.linear` dispatches on the type of a leaf
 
             bits per weight  mean error on normally distributed weights, in standard deviations
     int8    8 + 32 / in      0.007 (in = 1024)
     nf4     4.127            0.073
 
-Every array in a leaf has the axes of the matrix, [.., in, out], shorter by the block size if it has one value per
-block. So `nn.scan`, `vmap` and shardings of `in` or `out` treat a leaf like the matrix.
+Every array in a quantised leaf has the axes of the matrix, [.., in, out]. An array with one value per block of weights
+is shorter by the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in` or `out`
+treat a quantised leaf like the matrix.
 
-Quantised weights are frozen: only x gets a gradient, and the backward pass dequantises again instead of keeping the
-floats.
+Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
+backward pass dequantises the matrix again, so that its float values need not be kept.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params
 
 _KERNELS = "blocks/*/kernel | lm_head/kernel"
-WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}  # patterns of the one-word specs
+WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}  # `spec` of `quantize` -> parameter paths
 
-# The NF4 levels of bitsandbytes: quantiles of a normal distribution scaled to -1..1, one of them exactly 0
+# The NF4 levels of bitsandbytes: quantiles of a normal distribution, scaled to -1..1, one of which is exactly 0
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_BLOCK, _GROUP = 64, 256  # weights per absmax, absmaxes per scale
+_BLOCK, _GROUP = 64, 256  # number of weights per absmax (largest magnitude of a block), and of absmaxes per scale
 _SMALLEST_BLOCK = 16
 
 
 @struct.dataclass
 class Int8:
-    """An int8 matrix, values * scale, where a scale is the largest magnitude of a column divided by 127.
+    """A matrix quantised to int8, values * scale. A scale is the largest magnitude of a column divided by 127.
 
     values  [.., in, out] int8
-    scale   [.., 1, out] float32; for an embedding table [V, D] one scale per row, [V, 1]
+    scale   [.., 1, out] float32; an embedding table [V, D] has one scale per row, [V, 1]
     """
 
     values: jax.Array
@@ -61,17 +62,23 @@ class Int8:
 
 @struct.dataclass
 class NF4:
-    """An NF4 matrix: a level of `LEVELS` times the absmax of its block, which is also quantised (double quantisation).
+    """A matrix quantised to NF4, in blocks of 64 weights of a column.
 
-    codes   [.., in/2, out] uint8      two codes per byte: low four bits, the first 32 rows of a block; high, the others
-    absmax  [.., in/64, out] int8      absmax * scale + offset is the largest magnitude of 64 weights of one column
-    scale   [.., in/64, out/256] f32   one per 256 neighbouring absmaxes
+    A weight is a level of `LEVELS` times the absmax, the largest magnitude of the weight's block. The absmaxes are also
+    quantised (double quantisation).
+
+    codes   [.., in/2, out] uint8      indices into `LEVELS`, two per byte: the low four bits are for the first 32 rows
+                                       of a block, the high four bits for the last 32
+    absmax  [.., in/64, out] int8      absmax * scale + offset is the largest magnitude of the 64 weights of a block
+    scale   [.., in/64, out/256] f32   one scale per group of 256 neighbouring absmaxes
     offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
 
-    Blocks run along `in`, groups of absmaxes along `out`, so that both axes can be sharded (QLoRA's run along the
-    flattened matrix). If 64 or 256 does not divide an axis, the largest smaller divisor is used; the shapes tell which.
+    Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
+    the flattened matrix. If 64 or 256 does not divide the size of its axis, the block or the group has the size of the
+    largest smaller divisor, which the shapes of the arrays show.
 
-    Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, which is more exact for normal weights.
+    Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
+    distributed weights.
     """
 
     codes: jax.Array
@@ -82,7 +89,10 @@ class NF4:
 
 @partial(jax.jit, static_argnames="axis")
 def int8(w: jax.Array, axis: int = -2) -> Int8:
-    """Quantise a matrix, or a stack of them, with one scale along `axis`: -2 for kernels, -1 for embedding tables."""
+    """Quantises a matrix, or a stack of matrices, to int8.
+
+    The weights along `axis` share a scale: the axis is -2 for kernels, -1 for embedding tables.
+    """
     w = w.astype(jnp.float32)
     scale = jnp.abs(w).max(axis, keepdims=True) / 127
     values = jnp.round(w / jnp.where(scale > 0, scale, 1))
@@ -91,7 +101,7 @@ def int8(w: jax.Array, axis: int = -2) -> Int8:
 
 @jax.jit
 def nf4(w: jax.Array) -> NF4:
-    """Quantise a kernel [.., in, out]; `in` must have an even divisor between 16 and 64."""
+    """Quantises a kernel [.., in, out] to NF4; `in` must have an even divisor from 16 to 64."""
     *batch, d_in, d_out = w.shape
     block, group = _block(d_in), _divisor(d_out, _GROUP)
     w = w.astype(jnp.float32).reshape(*batch, d_in // block, block, d_out)
@@ -110,7 +120,7 @@ def nf4(w: jax.Array) -> NF4:
 
 
 def _divisor(size: int, most: int, step: int = 1) -> int:
-    """The largest divisor of `size` among most, most - step, ..; 0 if there is none."""
+    """The largest divisor of `size` among `most`, `most - step`, `most - 2 * step`, ..; 0 if there is none."""
     return next((d for d in range(most, 0, -step) if size % d == 0), 0)
 
 
@@ -133,14 +143,14 @@ def _(leaf: NF4) -> jax.Array:
 
 
 def _absmax(leaf: NF4) -> jax.Array:
-    """The absmaxes dequantised: [.., in/64, out] float32."""
+    """Dequantises the absmaxes of the matrix: [.., in/64, out] float32."""
     absmax, scale = leaf.absmax.reshape(*leaf.scale.shape, -1), leaf.scale[..., None]
     absmax = absmax.astype(jnp.float32) * scale
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
 
 
 def _level(codes: jax.Array, levels: tuple[float, ...] = LEVELS) -> jax.Array:
-    """LEVELS[codes] as nested selects, one per bit: on accelerators they are much faster than a gather."""
+    """Computes `LEVELS[codes]` by nested selects, one per bit, which accelerators run much faster than a gather."""
     if len(levels) == 1:
         return jnp.float32(levels[0])
     half = len(levels) // 2
@@ -160,7 +170,7 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    group = math.gcd(*groups)  # common group size; scales of larger groups are repeated
+    group = math.gcd(*groups)  # number of absmaxes per scale; the scales of larger groups are repeated
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
         absmax=jnp.concatenate([x.absmax for x in leaves], -1),
@@ -178,10 +188,11 @@ def _(leaf: Int8) -> Any:
 
 @struct.dataclass
 class NF4Columns:
-    """An `NF4` kernel with contiguous columns, for products with a single row on a GPU.
+    """An `NF4` kernel with contiguous columns, for products with a single row of x on a GPU.
 
-    codes   [out, in/64, 32] uint8    two codes per byte: low four bits, the first 32 weights of a block; high, the rest
-    absmax  [out, in/64] float32
+    codes   [out, in/64, 32] uint8    two codes per byte: the low four bits are for the first 32 weights of a block, the
+                                      high four bits for the last 32
+    absmax  [out, in/64] float32      largest magnitude of the 64 weights of a block
     """
 
     codes: jax.Array
@@ -198,7 +209,7 @@ def _(leaf: NF4) -> Any:
 
 @dense.register
 def _(leaf: NF4Columns) -> jax.Array:
-    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # [out, in/64, 2, 32]
+    codes = jnp.stack([leaf.codes & 15, leaf.codes >> 4], 2)  # shape [out, in/64, 2, 32]
     return (_level(codes) * leaf.absmax[..., None, None]).reshape(len(leaf.codes), -1).T
 
 
@@ -208,7 +219,7 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    levels = jnp.array(LEVELS)  # a gather: XLA would put the selects of `_level` into a separate kernel
+    levels = jnp.array(LEVELS)  # read by a gather: XLA would put the selects of `_level` into a separate kernel
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
     return (y * leaf.absmax[..., None]).sum((1, 2)).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -235,8 +246,8 @@ _GRADIENT_PRODUCT = {matmul: matmul_transposed, matmul_transposed: matmul}
 
 @partial(custom_vjp, nondiff_argnums=(0, 3))
 def _frozen(product, leaf, x, dtype):
-    """`product` of x with a quantised matrix, differentiable in x only."""
-    # the barrier keeps XLA from dequantising all layers once before a decoding loop and keeping the floats
+    """Computes `product` (`matmul` or `matmul_transposed`) of x and a quantised matrix, differentiable in x only."""
+    # the barrier keeps XLA from dequantising all layers before a decoding loop and keeping their float weights
     leaf, _ = jax.lax.optimization_barrier((leaf, x))
     if isinstance(leaf, NF4):
         return product(dense(leaf).astype(x.dtype), x, dtype)
@@ -258,10 +269,11 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Product of x with an int8 matrix, cast to x's dtype: bfloat16 represents int8 exactly."""
+    """Product of x and an int8 matrix, which is cast to x's dtype (exactly, even to bfloat16)."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
-        # one row: as a sum XLA reads the integers; as a product it might first write a float matrix
+        # for one row of x, XLA computes a sum directly from the integers; for a matrix product it might first write
+        # the whole matrix as floats
         values, row = values.astype(jnp.float32), x.reshape(-1).astype(jnp.float32)
         y = (values * row[:, None]).sum(0) if product is matmul else (values * row).sum(1)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -269,16 +281,17 @@ def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array
 
 
 def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -> Params:
-    """Quantise matrices of the parameter tree to `Int8` or `NF4` leaves, one matrix at a time.
+    """Quantises matrices of the parameter tree to `Int8` or `NF4` leaves, one matrix at a time.
 
     Args:
-        spec: "nf4": the kernels of all blocks and of an untied head. "int8": these and the token embedding. Or pairs
-            (pattern, "int8" | "nf4" | "none"), see `gptjax.tree` for patterns: the first pattern that matches a path
-            decides, parameters without a match are unchanged. nf4 is for kernels, int8 for kernels and embeddings.
+        spec: "nf4" quantises the kernels of all blocks and of an untied head; "int8" quantises these and the token
+            embedding. For other choices, pairs (pattern, "int8" | "nf4" | "none"), where the first pattern that matches
+            the path of a parameter decides, and parameters without a match are unchanged (see `gptjax.tree` for
+            patterns). "nf4" supports kernels, "int8" kernels and embeddings.
 
     Raises:
-        UserError: a leaf is not a plain array, a pattern matches nothing, or a kind is unknown or does not support a
-            parameter. Lists all problems.
+        UserError: a leaf is not a plain array, a pattern matches nothing, or a pair's second string is unknown or is
+            a quantisation that does not support the parameter. The message lists all problems.
     """
     if isinstance(spec, str):
         if spec not in WORDS:
@@ -309,7 +322,7 @@ def _quantized(path: str, leaf: jax.Array, kind: str) -> Any:
 
 
 def _misfit(path: str, shape: tuple[int, ...], kind: str) -> str | None:
-    """Why this parameter cannot be quantised to this kind; None if it can."""
+    """Says why a parameter cannot be quantised as `kind`, "int8" or "nf4"; None if it can."""
     last = path.split("/")[-1]
     if kind != "none" and last not in ("kernel", "embedding"):
         return f"{path} cannot be {kind}, which is for kernels and embeddings: narrow the pattern"
@@ -327,7 +340,7 @@ _dense = jax.jit(dense)
 
 
 def dequantize(params: Params) -> Params:
-    """Convert all quantised leaves back to plain float32 arrays; other leaves are unchanged."""
+    """Converts all quantised leaves back to plain float32 arrays; other leaves are unchanged."""
     return jax.tree.map(
         lambda leaf: _dense(leaf) if isinstance(leaf, Int8 | NF4) else leaf,
         params,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x [.., D] * factor in x's dtype, factor [] or [D] float32; the factor's gradient is accumulated in float32.
+    """Multiplies x [.., D] by a factor, [] or [D] float32, in x's dtype.
 
-    That gradient is a sum over all tokens. A bfloat16 sum stops growing once it is 256 times its terms.
+    The factor's gradient, a sum over all tokens, is accumulated in float32, because a bfloat16 sum stops growing once
+    it is 256 times as large as its terms.
     """
     return x * factor.astype(x.dtype)
 

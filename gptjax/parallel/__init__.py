@@ -1,6 +1,6 @@
-"""Data, tensor and context parallelism and FSDP: one program on a device mesh, sharded by rules over parameter paths.
+"""Data, tensor and context parallelism and FSDP on a device mesh, with arrays sharded by rules over parameter paths.
 
-The model, the losses and the training loop hold no parallel code.
+The model, the losses and the training loop contain no code for parallelism.
 """
 
 from gptjax.parallel.mesh import make_mesh

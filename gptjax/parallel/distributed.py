@@ -1,4 +1,4 @@
-"""Multi-host runs: start-up, shared settings, each process's rows of a batch, the writing process, lost peers."""
+"""Runs with several processes: start-up, checks that settings agree, the rows of each process, lost processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
 
-RESTART = 75  # exit code (EX_TEMPFAIL) if a peer is lost: restart all processes to resume from the last checkpoint
+RESTART = 75  # exit code (EX_TEMPFAIL) if another process is lost: if all are restarted, they resume the run
 BAD_INPUT, BUG = 2, 1  # exit codes, as in `gptjax.__main__`
 PER_PROCESS = ("distributed.", "data.cache_dir")  # settings that may differ between the processes of a run
 HOW_TO_START = (
@@ -39,7 +39,9 @@ class Agreed(UserError):
 
 
 def start(cfg: DistributedConfig) -> None:
-    """Connect to the other processes. Does nothing without `distributed.coordinator`, or if already connected.
+    """Connects to the other processes of the run.
+
+    Does nothing if `distributed.coordinator` is not set, or if this process is already connected.
 
     Raises:
         UserError: the processes cannot connect within `timeout_s`.
@@ -64,12 +66,13 @@ def start(cfg: DistributedConfig) -> None:
 
 
 def _end_when_jax_aborts(failed: str) -> None:
-    """Install a SIGABRT handler that exits with BAD_INPUT or RESTART.
+    """Installs a SIGABRT handler that exits with BAD_INPUT or RESTART.
 
-    JAX aborts a process that cannot reach the others, or whose peer misses its heartbeats; the handler's message
-    follows the stack trace that JAX prints. It must be a C handler: Python's handlers wait for the main thread, and
-    abort() does not. JAX's own callback for this ends in std::bad_cast (jaxlib 0.10.2). A SIGABRT from a Python thread
-    is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead: there a process whose peer is lost exits with 1.
+    JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
+    message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
+    the main thread, for which abort() does not wait. JAX's own callback for lost processes ends in std::bad_cast
+    (jaxlib 0.10.2). A SIGABRT from a Python thread is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead of
+    abort(), so that the exit code of a process that loses another process is then 1.
     """
     global _handler
     if os.name == "nt":
@@ -88,18 +91,18 @@ def _end_when_jax_aborts(failed: str) -> None:
                 2, f"another process is gone, or was silent for distributed.heartbeat_s\n{HOW_TO_RESTART}\n".encode()
             )
             os._exit(RESTART)
-        libc.signal(number, None)  # SIG_DFL: abort() goes on
+        libc.signal(number, None)  # restores the default action, with which abort() ends the process
 
     _handler = kind(on_abort)
     libc.signal(signal.SIGABRT, ctypes.cast(_handler, ctypes.c_void_p))
 
 
-_handler: Any = None  # keeps the callback alive: C holds only its address
+_handler: Any = None  # a reference that keeps the callback alive, because C holds only its address
 HOW_TO_RESTART = f"  exit code {RESTART}: restart all processes; they resume from the last checkpoint"
 
 
 def gather_text(text: str) -> list[str]:
-    """The text of every process, in the order of process ids."""
+    """Gathers the texts that all processes pass, in the order of process ids."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils
@@ -113,10 +116,10 @@ def gather_text(text: str) -> list[str]:
 
 
 def agree_on(values: Mapping[str, Any], what: str) -> None:
-    """Check that values are the same in all processes; `what` names them in the error.
+    """Checks that `values` are the same in all processes; `what` names them in the error message.
 
     Raises:
-        UserError: values differ; raised in all processes, with the names and values.
+        UserError: some values differ. The error is raised in all processes, with the names and values that differ.
     """
     if jax.process_count() == 1:
         return
@@ -163,7 +166,7 @@ def is_writer() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes reach this call."""
+    """Waits until all processes reach this call."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -180,7 +183,10 @@ def agree(number: int) -> int:
 
 
 def on_host(tree: Any) -> Any:
-    """Gather every leaf that is sharded over processes as a numpy array in each of them. All processes must call it."""
+    """Gathers every leaf that is sharded over processes into a numpy array in each process.
+
+    All processes must call this function.
+    """
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils
@@ -212,9 +218,10 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
 
 @contextmanager
 def peers(say: Callable[[str], None]) -> Iterator[None]:
-    """Exit with RESTART if a collective fails because another process is gone.
+    """Context manager: exits with code RESTART if a collective operation fails because another process is gone.
 
-    If this process alone fails, exit with its own code at once: a clean exit would wait for the others.
+    If only this process fails, it exits at once with code BAD_INPUT or BUG, because a normal exit would wait for the
+    other processes.
     """
     try:
         yield
@@ -243,5 +250,5 @@ def _leave(code: int) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The old names of functions that were renamed."""
+    """Looks up renamed functions by their old names."""
     return moved_name(__name__, name)

@@ -1,7 +1,7 @@
 """Check that all processes of a run are up before `jax.distributed.initialize`, which aborts if one is missing.
 
-Process 0 listens at the coordinator's address, the others connect and send their ids. When all are connected the
-address is freed for JAX. One line of JSON each way:
+Process 0 listens at the coordinator's address, and the others connect to it. When all are connected, the address is
+freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line of JSON (right):
 
     {"process_id": 1, "num_processes": 2}      {"problem": ""}
 """
@@ -17,16 +17,16 @@ from typing import Any
 
 from gptjax.errors import UserError
 
-POLL_S = 0.2  # interval at which signals are handled
+POLL_S = 0.2  # seconds between two polls of a socket; signals such as Ctrl+C are handled between polls
 LINE_BYTES = 4096
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout_s: float) -> None:
-    """Wait until all processes are connected.
+    """Waits until all processes of the run are connected.
 
     Raises:
-        UserError: a process does not connect in time, two have the same id, or they expect different numbers of
-            processes; raised in all connected processes.
+        UserError: a process does not connect in time, two processes have the same id, or two processes expect
+            different numbers of processes. The error is raised in all connected processes.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -57,7 +57,7 @@ def _receive(port: int, num_processes: int, deadline: float) -> None:
 
 
 def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.socket]) -> str:
-    """Read a peer's message and add it to `connected`; returns the problem, or ""."""
+    """Reads the message of a process and adds its socket to `connected`; returns the problem, or "" if all is well."""
     message = _read(line)
     peer = message.get("process_id")
     if type(peer) is not int:  # not a process of this run
@@ -112,7 +112,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
-    """Receive one line of JSON; {} if no valid object arrives."""
+    """Receives one line of JSON; returns {} if no valid JSON object arrives."""
     text = b""
     while not text.endswith(b"\n") and len(text) < LINE_BYTES:
         try:
@@ -133,7 +133,7 @@ def _read(line: socket.socket, deadline: float = 0.0) -> dict[str, Any]:
 
 
 def _answer(lines: Iterable[socket.socket], problem: str) -> None:
-    """Reply to all, then wait until they close first, so that the port is free."""
+    """Replies to all processes, then waits until they close their connections, so that the port becomes free."""
     lines = list(lines)
     for line in lines:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The device mesh with its axes data (data parallel), fsdp, tensor (tensor parallel), context (context parallel)."""
+"""The device mesh. Its axes are data (data parallel), fsdp, tensor (tensor parallel) and context (context parallel)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gptjax.ops.device import AXES
 
 
 def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
-    """The sizes of data, fsdp, tensor and context; one may be -1: all remaining devices.
+    """The sizes of the mesh axes data, fsdp, tensor and context; one size in `cfg` may be -1, all remaining devices.
 
     Raises:
-        UserError: their product is not `n_devices`, or two are -1.
+        UserError: the product of the sizes is not `n_devices`, or two sizes are -1.
     """
     shape = [getattr(cfg, name) for name in AXES]
     requested = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, shape, strict=True))
@@ -39,15 +39,16 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
-    """The mesh that `cfg` describes, over `devices` (default: all); None for a single device, which needs none.
+    """The mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
 
     Args:
-        even_one: return a mesh for a single device too, for arrays with a memory kind (offloading).
-        rows: rows of a (micro-)batch, which `data` x `fsdp` must divide. If one of the two is -1 it takes the largest
-            size that divides them; on a single host some devices may then stay idle.
+        even_one: whether to return a mesh also for a single device, as arrays with a memory kind (offloading) need.
+        rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If one of these two is -1
+            on a single host, it gets the largest size with which the rows are divisible, and some devices may stay
+            idle.
 
     Raises:
-        UserError: see `sizes`; or the rows cannot be divided.
+        UserError: an error of `sizes`, or the number of rows is not divisible by `data` x `fsdp`.
     """
     if not isinstance(cfg, MeshConfig):
         raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")
@@ -74,7 +75,7 @@ def make_mesh(
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of `shape` over any devices, also those of a described topology (`jax.experimental.topologies`)."""
+    """A mesh of `shape` over any devices, including those that `jax.experimental.topologies` only describes."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:
         from jax.experimental import mesh_utils

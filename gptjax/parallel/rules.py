@@ -13,10 +13,11 @@ from gptjax.errors import UserError
 from gptjax.ops import device
 from gptjax.ops.device import CONTEXT, FSDP, ROWS, TENSOR, fit
 
-# The last two axes of a matrix are in and out; the leading axis of stacked layers is not sharded. Tensor parallelism:
-# q, k, v, up and gate are column-parallel over `tensor`, o and down row-parallel, so that attention and feed-forward
-# need one all-reduce each (arXiv:1909.08053, 3). FSDP: `fsdp` shards the other axis (arXiv:2004.13336). `qkv` and
-# `up_gate` are the concatenated matrices of `gpt.for_decoding`.
+# Pattern of parameter paths -> mesh axes that shard the last axes of the parameter. The last two axes of a kernel are
+# in and out; the leading axis of stacked layers is not sharded. Tensor parallelism: q, k, v, up and gate are
+# column-parallel over `tensor`, o and down are row-parallel, so that attention and the feed-forward layer need one
+# all-reduce each (arXiv:1909.08053, section 3). FSDP: `fsdp` shards the other axis of a matrix (arXiv:2004.13336).
+# `qkv` and `up_gate` are the concatenated matrices of `gpt.for_decoding`.
 RULES: tuple[tuple[str, tuple], ...] = (
     ("wte/embedding", (TENSOR, FSDP)),
     ("wpe/embedding", (None, FSDP)),
@@ -26,26 +27,28 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/qkv/kernel | blocks*/mlp/up_gate/kernel", (FSDP, TENSOR)),
     ("blocks*/attn/o/kernel | blocks*/mlp/down/kernel", (TENSOR, FSDP)),
     ("blocks*/attn/[qkv]/bias | blocks*/mlp/up/bias | blocks*/mlp/gate/bias", (TENSOR,)),
-    ("blocks*/bias | blocks*/scale", ()),  # norms, and biases of output projections
+    ("blocks*/bias | blocks*/scale", ()),  # parameters of norms, and biases of output projections
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# For the arrays of an adapter or a quantised matrix: the axis of the matrix that each of their last two axes shares.
+# For each array of an adapter or of a quantised matrix: the axes of the matrix, 0 (in) or 1 (out), to which the last
+# two axes of the array correspond and like which they are sharded. None: an axis that the matrix does not have, such as
+# the rank.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of the leaf at `path` of params, an adapter, or any tree whose paths end in such a path.
+    """The PartitionSpec of the leaf at `path` in a tree of parameters or adapters, or in one that contains such a tree.
 
     Raises:
-        UserError: no rule covers it.
+        UserError: no rule covers the path.
     """
     keys = path.split("/")
-    for start in range(len(keys)):  # "opt_state/0/mu/blocks/attn/q/kernel", "0/mu/..", .., "kernel"
+    for start in range(len(keys)):  # path and its endings: "opt_state/0/mu/..", "0/mu/..", .., "kernel"
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()
-    # replicated: scalars, counters, random keys and coefficients
+    # scalars, counters, random keys and coefficients are replicated
     if not shape or keys[-1] in ("step", "count", "key", "skipped", "skipped_in_a_row", "ns_coeffs"):
         return P()
     raise UserError(f"parallel: no rule covers {path} {list(shape)}: add one to gptjax.parallel.rules.RULES")
@@ -59,20 +62,23 @@ def _rule(path: str) -> tuple | None:
 
 
 def product_axes(path: str) -> tuple[str | None, ...] | None:
-    """The mesh axes of the kernel [in, out] at `path` during its product: all-gathered over `fsdp`, sharded over
-    `tensor` as in `RULES`. None: no rule for a matrix matches."""
+    """The mesh axes that shard the kernel [in, out] at `path` during its matrix product.
+
+    For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. None if no
+    rule for a matrix covers the path.
+    """
     spec = _rule(path)
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)
 
 
-device.product_axes_by(product_axes)  # the model reads it from `device`, since it must not import `parallel`
+device.product_axes_by(product_axes)  # through `device`, because the model must not import `parallel`
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every leaf of params, an adapter or a `TrainState`.
+    """The NamedSharding of every leaf of parameters, an adapter or a `TrainState`.
 
     Raises:
-        UserError: no rule covers a leaf; all such leaves are named.
+        UserError: no rule covers a leaf. The message names all such leaves.
     """
     problems = []
 
@@ -90,11 +96,11 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_length: int = 0) -> Any:
-    """Shard a batch: rows over `data` and `fsdp`, the token axis after them over `context` (context parallelism).
+    """The shardings of a batch: its rows over `data` and `fsdp`, its tokens over `context` (context parallelism).
 
     Args:
-        leading_axes: number of axes before the rows, as for several steps per call.
-        context_length: tokens per row.
+        leading_axes: number of axes before that of the rows, such as an axis of steps if a call runs several.
+        context_length: number of tokens per row. An axis of this size after that of the rows is the axis of tokens.
     """
 
     def leaf_sharding(leaf: Any) -> NamedSharding:
@@ -105,7 +111,7 @@ def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_le
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
-    """Shard a KV cache: rows over `data` and `fsdp`, heads over `tensor`."""
+    """The shardings of a KV cache: its rows over `data` and `fsdp`, its heads over `tensor`."""
 
     def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
         spec = {"length": (ROWS,), "x": (ROWS,)}.get(path, (None, ROWS, TENSOR))

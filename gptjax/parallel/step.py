@@ -1,4 +1,4 @@
-"""Compile functions for a mesh: shard the state by rule and the batch by rows."""
+"""Functions that compile for a mesh and place arrays on it: the state sharded by `RULES`, the batch by rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptjax.parallel.rules import batch_shardings, shardings
 
 
 def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
-    """`fn` called under `jax.set_mesh(mesh)`, from any thread; `fn` itself if mesh is None."""
+    """Wraps `fn` so that it runs under `jax.set_mesh(mesh)` in any thread; returns `fn` itself if mesh is None."""
     if mesh is None:
         return fn
 
@@ -33,7 +33,7 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
     """Shapes, dtypes and shardings of `fn(*args)`: the target that a checkpoint is restored into.
 
     Args:
-        offload: keep the optimizer's moments in host memory (pinned_host).
+        offload: whether to keep the optimizer's moments in host memory (pinned_host).
     """
     shapes = jax.eval_shape(fn, *args)
     if mesh is None:
@@ -48,7 +48,7 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
-    """`fn(*args)` compiled so that every array is created sharded, never whole on one device; see `abstract_on`."""
+    """Computes `fn(*args)`. Every array is created with its sharding of `abstract_on`, never whole on one device."""
     out_shardings = None
     if mesh is not None:
         out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
@@ -56,12 +56,12 @@ def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...]
 
 
 def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
-    """`fn` compiled for the mesh with replicated results."""
+    """Compiles `fn` for the mesh, with results that are replicated on all devices."""
     return on_mesh(jax.jit(fn, out_shardings=None if mesh is None else NamedSharding(mesh, P())), mesh)
 
 
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
-    """The compiled step (state, batch) -> (state, metrics): donates the state and keeps its sharding."""
+    """Compiles a step (state, batch) -> (state, metrics), which donates the state and keeps its sharding."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
@@ -69,7 +69,7 @@ def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Put arrays onto shardings. With several processes each passes the whole array and keeps its own shards."""
+    """Places arrays on devices by `shardings`. Every process passes the whole arrays and keeps its own shards."""
 
     def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -86,18 +86,18 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def place_params(params: Any, mesh: Mesh | None) -> Any:
-    """Params sharded by `RULES`; unchanged without a mesh."""
+    """Places parameters on the mesh, sharded by `RULES`; returns them unchanged if there is no mesh."""
     return params if mesh is None else place(params, shardings(params, mesh))
 
 
 def place_batch(
     batch: Any, mesh: Mesh | None, *, leading_axes: int | None = None, rows: slice | None = None, of: int = 0
 ) -> Any:
-    """Put a batch with leaves [.., B, T] or [.., B, K] onto the mesh, sharded by `batch_shardings`.
+    """Places a batch with leaves [.., B, T] or [.., B, K] on the mesh, sharded by `batch_shardings`.
 
     Args:
-        leading_axes: number of axes before the rows; None: those before [B, T] of batch.tokens.
-        rows: the rows that this process passes, out of `of` in the global batch; None: all.
+        leading_axes: number of axes before that of the rows; None: the number of axes of batch.tokens before [B, T].
+        rows: range of the rows that this process passes, among the `of` rows of the global batch; None: all rows.
     """
     if mesh is None:
         return batch
@@ -126,8 +126,9 @@ def place_batch(
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """Data-parallel `step` with the interface of `jax.pmap`: every leaf of the batch has a leading axis of devices.
 
-    step(state, batch [n, B / n, ..]) -> (state, metrics), the same result as one device with all B rows. The state is
-    replicated, not stacked. For notebooks written for `pmap`; `jit_step` with a mesh does the same and more.
+    The returned function maps (state, batch [n, B / n, ..]), for n devices, to (state, metrics), with the same result
+    as on one device with all B rows. The state is replicated, not stacked. `pmap_step` is for notebooks that were
+    written for `pmap`; `jit_step` with a mesh can do the same and more.
     """
     from gptjax.parallel.mesh import mesh_of
 
