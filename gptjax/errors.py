@@ -39,7 +39,10 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """[message of the UserError that `check(*args)` raises], or []. Add such lists to report several checks at once."""
+    """Returns a list: the message of the UserError that `check(*args)` raises, or nothing.
+
+    Add such lists to report the problems of several checks at once.
+    """
     try:
         check(*args)
     except UserError as error:
@@ -48,13 +51,13 @@ def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word with the most similar spelling; None if none is similar."""
-    import difflib  # imported only for error messages
+    """Returns the known word with the most similar spelling, or None if no word is similar."""
+    import difflib  # imported here, because only error messages need it
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """`form` with the most similar known word; "" if none is similar."""
+    """Returns `form` with the most similar known word filled in, or "" if no word is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""

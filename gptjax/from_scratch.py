@@ -38,9 +38,10 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 def multi_head_attention(
     x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
 ) -> jax.Array:
-    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. Options as in `attention`.
+    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are those of `attention`.
 
-    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. Source: arXiv:1706.03762, 3.2.2.
+    The weights are w_q [D, N*H], w_k and w_v [D, K*H] and w_o [N*H, D], for N = n_head query heads and K key and value
+    heads of dimension H. Source: arXiv:1706.03762, 3.2.2.
     """
     B, T, _ = x.shape
     H = w_q.shape[-1] // n_head
