@@ -51,7 +51,7 @@ class Meter:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """Store the metrics of the call just started, which ends at step `end`, and read those of the call before it."""
+        """Store the metrics of the call just started, whose last step is `end`, and read those of the previous call."""
         before, self.pending = self.pending, (end, metrics)
         if before:
             self._read(*before)
