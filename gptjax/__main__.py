@@ -54,7 +54,7 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # `ask_for_huge_pages` blocked these signals
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # unblocks the signals that `ask_for_huge_pages` blocked
     for stream in (sys.stdout, sys.stderr):  # print ? in place of characters that the terminal cannot encode
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
@@ -63,7 +63,7 @@ def _set_up_process() -> None:
 def _leave(code: int) -> None:
     """End the process at once with this exit code, without the interpreter's normal exit.
 
-    A normal exit can wait for other processes. It also ends the process by SIGINT, without the exit code, if the
+    A normal exit can wait for other processes, and it ends the process by SIGINT, without the exit code, if the
     KeyboardInterrupt passed through an extension module that called Python code.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -73,7 +73,7 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print the message of an expected error and return the exit code; return None for any other error, a bug."""
+    """Print the message of an expected error and return the exit code. Returns None for any other error, a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
     if isinstance(error, SystemExit):  # raised when training stops before its last step

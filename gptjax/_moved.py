@@ -158,7 +158,7 @@ def new_path(name: str) -> str | None:
 
 
 class _Finder:
-    """Import hook: importing the old path of a module imports the module at its new path, so it is not loaded twice."""
+    """Import hook: importing the old path of a module imports the module at its new path, so none is loaded twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         is_old = name.startswith("gptjax.") and new_path(name)
@@ -175,7 +175,7 @@ class _Finder:
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # the import system returns the module that it finds in sys.modules afterwards
             return
-        module.__path__ = []  # a package of its own, because its contents may have moved to several modules
+        module.__path__ = []  # keeps the old path as a package, because its contents may have moved to several places
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
@@ -189,7 +189,7 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # first, or a leftover folder of byte code would be found as a package
+        sys.meta_path.insert(0, _Finder())  # goes first, or a leftover folder of byte code would be found as a package
 
 
 def moved_name(module: str, name: str) -> Any:

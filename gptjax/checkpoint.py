@@ -131,14 +131,14 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored | None:
-        """Restore the newest intact checkpoint, with the shardings of `abstract_state`. None if there is no checkpoint.
+        """Restore the newest intact checkpoint, with the shardings of `abstract_state`; return None if there is none.
 
         Damaged newer checkpoints are renamed to corrupt-STEP with a warning.
 
         Args:
             abstract_state: the expected pytree, of arrays or `jax.ShapeDtypeStruct`.
             accept: function that is called with the metadata of an intact checkpoint before its arrays are read. It
-                may raise an error to reject the checkpoint; after `Damaged`, the next older checkpoint is tried.
+                may raise an error to reject the checkpoint; if it raises `Damaged`, the next older checkpoint is tried.
 
         Raises:
             UserError: there are checkpoints but none is intact, or shapes or dtypes differ from those of
@@ -197,7 +197,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
     def _check(self, step: int) -> dict[str, Any]:
-        """Compare every file with the manifest, and return the contents of meta.json. Raises Damaged if one differs."""
+        """Compare every file with the manifest, raise Damaged if one differs, and return the contents of meta.json."""
         folder = self.folder / str(step)
         if folder.is_symlink() or not folder.is_dir():
             raise Damaged("not a folder")
@@ -281,9 +281,10 @@ def _wait(name: str) -> None:
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over its elements.
 
-    Here i is the flat index of an element, and bits its bit pattern as an integer. A flipped bit b always changes the
-    hash, because it changes the sum by an odd number times 2**b, which is not 0 mod 2**32. Integer sums do not depend
-    on their order, so the hash does not depend on the sharding.
+    In this sum, i is the flat index of an element, and bits is its bit pattern as an integer.
+
+    A flipped bit b always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0 mod
+    2**32. Integer sums do not depend on their order, so the hash does not depend on the sharding.
     """
     on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
@@ -338,7 +339,10 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """Validate the contents of meta.json; raises Damaged if they are invalid. Older releases wrote no step into it."""
+    """Returns the contents of meta.json; raises Damaged if they are invalid.
+
+    The step is optional, because older releases did not write it into meta.json.
+    """
 
     def require(valid: bool, problem: str) -> None:
         if not valid:

@@ -30,7 +30,7 @@ class Problems(list[str]):
 
 
 def refuse(location: str, problems: list[str]) -> None:
-    """Raise one UserError that lists the problems, sorted, at most MAX_SHOWN of them. Do nothing if there are none."""
+    """If there are problems, raise one UserError that lists them, sorted, up to MAX_SHOWN of them."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
@@ -39,9 +39,9 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """Returns a list: the message of the UserError that `check(*args)` raises, or nothing.
+    """Returns a list with the message of the UserError that `check(*args)` raises; the list is empty if it raises none.
 
-    Add such lists to report the problems of several checks at once.
+    The lists of several checks can be added, to report all problems at once.
     """
     try:
         check(*args)

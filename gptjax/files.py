@@ -20,12 +20,12 @@ T = TypeVar("T")
 def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Context manager for an atomic write: yields a temporary file that replaces `path` at the end of the block.
 
-    The file is synced to disk and then renamed. If the block raises, `path` is unchanged.
+    The temporary file is synced to disk and then renamed. If the block raises, `path` is unchanged.
 
     Args:
-        shared: whether several processes may write the file at the same time, as in a cache. If so, the temporary file
-            gets a random name. Otherwise its name is fixed, so that a file left behind by a killed process is
-            overwritten.
+        shared: whether several processes may write the file at the same time, as in a cache. True: the temporary
+            file gets a random name. False: the temporary file has a fixed name, so that one left behind by a killed
+            process is overwritten.
     """
     partial = path.with_name(f".{os.urandom(4).hex() if shared else path.name}.partial")
     try:
@@ -133,7 +133,7 @@ def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
 
 
 def number(value: Any) -> int | float:
-    """Returns the value unchanged if it is an int or a float. Raises TypeError otherwise, also for a bool."""
+    """Returns the value unchanged if it is an int or a float; raises TypeError otherwise, also for a bool."""
     if type(value) not in (int, float):
         raise TypeError(f"expected a number, got {str(value)[:80]!r}")
     return value
@@ -157,7 +157,9 @@ def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
 
 
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
-    """Check the path of a new file, and create its parent folder. Call it before computing what will be written there.
+    """Returns the path of a file to create, after checking that it does not exist and creating its parent folder.
+
+    Call this function before the computation whose result is written to the file.
 
     Raises:
         UserError: the path exists already, or its folder cannot be created.

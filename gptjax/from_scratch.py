@@ -20,13 +20,15 @@ from gptjax.ops.linear import linear
 def simple_attention(x: jax.Array) -> jax.Array:
     """Self-attention without trainable weights, x [T, D] -> [T, D]: softmax(x x^T) x.
 
-    Every output row is a weighted mean of all rows.
+    Every output row is a weighted mean of all rows of x.
     """
     return jax.nn.softmax(x @ x.T, axis=-1) @ x
 
 
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """[T, S] bool, True where query t, at position t + offset, may attend to key s: s <= t + offset.
+    """Returns the mask of causal attention, [T, S] bool: True where query t may attend to key s.
+
+    Query t is at position t + offset, so it may attend if s <= t + offset.
 
     causal_mask(3, 3)   1 0 0
                         1 1 0

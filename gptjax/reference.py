@@ -21,7 +21,9 @@ _EXTENSION = '<span class="o">.</span><span class="n">jaxlib</span><span class="
 
 
 def build(folder: str | Path) -> Path:
-    """Write the site into `folder` and return its index page. Run it in a separate process, as `_open` changes modules.
+    """Write the site into `folder` and return the path of its index page.
+
+    Call this function in a separate process, because `_open` changes the modules of gptjax.
 
     Raises:
         UserError: pdoc is not installed.

@@ -57,8 +57,8 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
 
     Args:
         tokenizer: any object with a method `decode(ids) -> str`.
-        values: a finite number per token; low values are white, high values red. None: six colours take turns, only to
-            separate the tokens.
+        values: a finite number per token, shown by colours from white (lowest) to red (highest). None: the tokens take
+            six colours in turn.
 
     Raises:
         UserError: the number of values differs from the number of ids.
@@ -72,7 +72,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
         if scores is not None:
-            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low white, high red
+            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low: white, high: red
             colour, note = f"#ff{level:02x}{level:02x}", f"{i}: {scores[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
         style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
@@ -92,7 +92,7 @@ def maps(
     per_row: int = 4,
     size: float = 3.2,
 ) -> Picture:
-    """Draw heatmaps of matrices side by side, with a common colour scale. Small ones show the value in each cell.
+    """Draw heatmaps of matrices side by side, with a common colour scale. Small heatmaps also show the values.
 
     Args:
         images: dict from titles to arrays [rows, columns]. Cells that are NaN stay white.
@@ -171,9 +171,9 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
     """Label a logarithmic matplotlib axis with plain decimals such as 0.003.
 
     Args:
-        places: tick positions. Up to 12 of them are used as given, except those too close to the previous tick. If
-            there are none or more than 12, the ticks are at round values on an axis shorter than one decade, at 1, 2
-            and 5 times powers of ten on one shorter than three decades, and otherwise at powers of ten.
+        places: tick positions. If there are 1 to 12 positions, the ticks are there, except at positions too close to
+            the tick before. Otherwise the ticks are at round values on an axis shorter than one decade, at 1, 2 and 5
+            times powers of ten on an axis shorter than three decades, and at powers of ten on a longer axis.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 

@@ -1,10 +1,10 @@
 """Handling of Ctrl-C (SIGINT) and SIGTERM.
 
 While the training loop polls `Signals.code` after every call of the training step, a signal only sets this code.
-Everywhere else, a signal raises KeyboardInterrupt or Terminated. Two things can prevent that: Python drops exceptions
-that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal handler
-while C code runs. Therefore `raise_if_any` is called between the stages of a run, and `catch_signals(program=True)`
-starts a thread that ends the process if it still runs `GRACE_S` seconds after the signal.
+Everywhere else, a signal raises KeyboardInterrupt or Terminated. Two things can prevent this exception: Python drops
+exceptions that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal
+handler while C code runs. Therefore `raise_if_any` is called between the stages of a run, and
+`catch_signals(program=True)` starts a thread that ends the process if it still runs `GRACE_S` seconds after the signal.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Signals:
     """The signal received so far. `code` is the exit code: 128 + the signal's number, or 0 if there was no signal."""
 
     code: int = 0
-    polled: bool = False  # whether a loop checks `code`, so that the handler need not raise
+    polled: bool = False  # whether a loop checks `code`, so that the handler need not raise an exception
     forgotten: bool = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -65,7 +65,7 @@ class Signals:
         self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """Raise KeyboardInterrupt or Terminated if a signal was received. Call it where it is safe to stop."""
+        """Raise KeyboardInterrupt or Terminated if a signal was received. Called only where it is safe to stop."""
         if self.code == INTERRUPTED:
             raise KeyboardInterrupt
         if self.code:
@@ -116,11 +116,11 @@ current: Signals | None = None  # the object that the active `catch_signals` yie
 def catch_signals(program: bool = False) -> Iterator[Signals]:
     """Context manager that handles SIGTERM and Ctrl-C. If such context managers are nested, they share one `Signals`.
 
-    Outside the main thread no handlers are installed, because Python does not allow it.
+    Outside the main thread no handlers are installed, because Python allows that only in the main thread.
 
     Args:
-        program: whether gptjax owns the process, as on the command line. If so, start a thread that ends the process if
-            a signal is not acted on.
+        program: whether gptjax owns the process, as on the command line. True: a thread is started that ends the
+            process if a signal is not acted on.
     """
     global current
     if threading.current_thread() is not threading.main_thread():
@@ -147,7 +147,7 @@ def _start_watching(signals: Signals) -> int | None:
     """Start the thread that runs `Signals.watch`.
 
     Returns:
-        The file descriptor that ends the thread when it is closed; None if other code has set a wakeup descriptor.
+        The file descriptor that ends the thread when it is closed, or None if other code has set a wakeup descriptor.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

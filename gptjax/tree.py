@@ -66,7 +66,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:
-    """Returns the value of the first rule whose pattern matches the path; None if no rule matches."""
+    """Returns the value of the first rule whose pattern matches the path, or None if no rule matches."""
     return next((value for pattern, value in rules if matches(pattern, path)), None)
 
 

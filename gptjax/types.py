@@ -15,7 +15,7 @@ Metrics = dict[str, Any]  # name of a metric -> Mean or scalar
 class Mean(NamedTuple):
     """A weighted mean before the division: a weighted sum and the sum of its weights.
 
-    To combine several, add their totals and their weights, then divide once. Losses are returned in this
+    To combine several means, add their totals and their weights, then divide once. Losses are returned in this
     form, so that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole
     batch.
     """
@@ -28,7 +28,7 @@ class Mean(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch for next-token prediction. It is a pytree, whose optional leaves may be None.
+    """One batch for next-token prediction: a pytree, whose optional leaves may be None.
 
     tokens       [B, T] int32    input ids
     targets      [B, T] int32    the token after each input token
