@@ -42,12 +42,13 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
     the same versions and devices.
 
     Args:
-        log: function that gets each line of output. None: the lines are printed.
+        log: function that is called with each line of output, or None to print the lines.
         hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step. `run` is a
             `training.run.Run`, with the state, step, counters, config and run directory.
 
     Raises:
-        UserError: invalid config or data, a run directory of another run, no readable checkpoint, or a full disk.
+        UserError: the config or the data are invalid, the run directory holds another run, no checkpoint can be read,
+            or the disk is full.
         Stopped: training ended early, by Ctrl-C or SIGTERM, after a checkpoint was saved, or by train.max_nonfinite
             consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit.
     """

@@ -47,7 +47,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
     Writes test.json and confusion.png. If test.json exists, only prints its summary.
 
     Args:
-        splits: the labelled texts. None: they are read again.
+        splits: the labelled texts, or None to read them again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -64,11 +64,12 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl or .parquet file, or hf:org/name")
-    quoted = settings.split == "book"  # as in the book's code, which uses pandas: it interprets quotes
+    # The split "book" follows the code of a book, which reads the file with pandas, and pandas interprets quotes.
+    quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
     )
-    if settings.balance and settings.split != "book":  # the split of the book balances the classes itself
+    if settings.balance and settings.split != "book":  # the split "book" balances the classes itself
         data = classification.balanced(data, cfg.seed)
     fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
     return split_labelled(
@@ -165,7 +166,7 @@ def plan(cfg: Config) -> list[str]:
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
     """Returns a classification head, initialised by the method `cfg.init`.
 
-    It is {"kernel": [D, n_classes], "bias": [n_classes]}, without the bias if cfg.cls_bias is false.
+    The head is {"kernel": [D, n_classes], "bias": [n_classes]}, without the bias if cfg.cls_bias is false.
     """
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]

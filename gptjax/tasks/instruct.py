@@ -39,7 +39,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
     only prints its summary.
 
     Args:
-        talks: the held-out conversations. None: they are read again.
+        talks: the held-out conversations, or None to read them again.
     """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
@@ -85,7 +85,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """Returns the conversations to train, validate and test on. `notes` is that of `data.conversations.read`."""
+    """Returns the conversations to train, validate and test on. `notes` is passed to `data.conversations.read`."""
     splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -194,12 +194,12 @@ def answers(
     Args:
         params: the model's params.
         talks: conversations that end with the expected answer.
-        progress: prints heartbeat lines while answers are generated. None: no such lines.
+        progress: object that prints heartbeat lines while answers are generated, or None for no such lines.
         name: name of the model in the heartbeat lines.
 
     Returns:
-        A dict per conversation, with where, prompt, expected and answer; nats, which is -log p of the expected answer
-        and its end token; tokens, the number of these tokens; and, if the conversation has them, system, history (the
+        A dict per conversation with the keys where, prompt, expected, answer, nats (-log p of the expected answer and
+        its end token), tokens (the number of these tokens) and, if the conversation has them, system, history (the
         messages before the question) and constraints.
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)

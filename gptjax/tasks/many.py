@@ -32,7 +32,7 @@ class Many(NamedTuple):
 
     rates     multipliers of the optimizer's updates, and thus of its learning rate and weight decay
     scales    multipliers of the low-rank product a b, as `LoraConfig.scale`
-    ranks     ranks, at most lora.rank; columns of a and rows of b beyond an adapter's rank stay zero
+    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond it stay zero
     seeds     random seeds of initialisation and dropout
     """
 

@@ -42,10 +42,10 @@ class HeldOut(NamedTuple):
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
     """Evaluate on the held-out pairs: loss, accuracy (the chosen answer has the larger reward) and reward margin.
 
-    Writes test.json. If it exists, only prints its summary.
+    Writes test.json; if test.json exists, only prints its summary.
 
     Args:
-        held_out: the test pairs. None: they are prepared again, with the base model as the reference.
+        held_out: the test pairs, or None to prepare them again, with the base model as the reference.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -67,7 +67,7 @@ def summary(scores: dict[str, Any]) -> str:
 
 
 def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
-    """Returns the pairs to train, validate and test on. `notes` is that of `data.conversations.read`."""
+    """Returns the pairs to train, validate and test on. `notes` is passed to `data.preferences.read`."""
     return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 

@@ -44,7 +44,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
-    """Does nothing, because pretraining has no test data. Its score is the validation loss."""
+    """Does nothing, because pretraining has no test data; the score of a run is its validation loss."""
 
 
 def loss(cfg: Config) -> Loss:
@@ -77,10 +77,10 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
 
     Returns:
         The config with the architecture, tokenizer and window of the base model; and the base model, whose tensors are
-        not read yet. If `pretrain.base` is not set, (cfg, None).
+        not read yet. Without `pretrain.base`, the result is (cfg, None).
 
     Raises:
-        UserError: there is no such model, it is a classifier, or the window is longer than its context.
+        UserError: the base model does not exist, is a classifier, or has a context shorter than the window.
     """
     if cfg.pretrain.base is None:
         return cfg, None
@@ -112,7 +112,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # At least two batches, because the first includes compilation and only the second is timed.
+    # At least two batches, because the first includes compilation, so that only the later ones are timed.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:

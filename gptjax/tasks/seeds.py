@@ -27,7 +27,10 @@ from gptjax.training.task import Ready, Task, Validation
 
 
 def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train one run per seed, each in its own folder, and write seeds.json: mean and 95 % t interval per test score."""
+    """Train one run per seed, each in its own folder.
+
+    The mean and the 95 % t interval of each test score are written to seeds.json.
+    """
     folder = Path(cfg.run_dir or "runs/default")
     refuse(cfg)
     seeds = _seeds(cfg)
@@ -79,7 +82,7 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as finetune.together says.
 
-    If this setting is null, they are if adapters are trained on an accelerator, because a CPU gains nothing.
+    If finetune.together is null, only adapters on an accelerator are, because a CPU gains nothing.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
@@ -113,7 +116,9 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
 
 
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
-    """Combine the tasks of all seeds into one: trained params and batches get a leading seed axis, frozen params none.
+    """Combine the tasks of all seeds into one.
+
+    Trained params and batches have a leading seed axis, frozen params do not.
 
     Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a
     separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train for as

@@ -72,7 +72,7 @@ def partition(
 def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
     """Returns the `StepFunctions` of a fine-tuning.
 
-    `combine` is that of `Trainable`. Hyperparameters of `cfg` may be tracers.
+    `combine` is as in `Trainable`; hyperparameters of `cfg` may be tracers.
     """
     return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
@@ -92,7 +92,7 @@ def split_heads(params: Params) -> tuple[Params, Params]:
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Returns the fraction of the model's parameters that have no gradient; 1 if an adapter is trained."""
+    """Returns the fraction of the model's parameters that have no gradient, which is 1 with an adapter."""
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
@@ -180,7 +180,7 @@ def _adapted(
 
 
 def with_heads(trained: Params) -> Params:
-    """Merge the adapter and the heads into one tree, which `lora.attach` takes."""
+    """Merge the adapter and the heads into one tree, as `lora.attach` expects."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 

@@ -51,7 +51,7 @@ def base_model(cfg: Config) -> weights.Model:
     """Open the base model, without reading its tensors.
 
     Raises:
-        UserError: there is no such model, or it is a classifier and the task is generative.
+        UserError: the base model does not exist, or is a classifier although the task is generative.
     """
     base = weights.open_model(cfg.finetune.base)
     if cfg.task != "classify":
@@ -112,7 +112,7 @@ def make_task(
 
     Args:
         cfg: the resolved config.
-        trainable: the base model, partitioned.
+        trainable: the base model, partitioned into trained and frozen params.
         fingerprint: hash of the base model's weights.
         loss: function that builds the loss from a config, whose dropout rate may be a tracer.
         batch: function step -> the batch of this step.
@@ -120,8 +120,8 @@ def make_task(
         width: number of tokens per row.
         data: hash of the training and validation data.
         lines: lines of text that describe the data, printed before the first step.
-        describe_batch: function step -> line of text about its batch, as in `Task`. None: the line shows the batch's
-            first tokens.
+        describe_batch: function step -> line of text about its batch, as in `Task`. None: the line shows the
+            batch's first tokens.
         files: further text files to write into the model's folder, {name: text}.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
@@ -163,7 +163,10 @@ def make_task(
 
 
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """Returns the reference to the base model that is saved with an adapter; None if merged weights are saved."""
+    """Returns the reference to the base model that is saved together with an adapter.
+
+    The result is None if the merged weights are saved instead.
+    """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:
         return None

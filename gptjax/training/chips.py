@@ -15,7 +15,7 @@ class Chip(NamedTuple):
     """
 
     kinds: tuple[str, ...]  # substrings that identify the chip in jax's device_kind
-    tflops: float  # peak TFLOP/s, dense bfloat16
+    tflops: float  # peak TFLOP/s of dense bfloat16 matrix multiplications
     hbm_gib: float = 0.0  # memory in GiB
     hbm_gbps: float = 0.0  # memory bandwidth in 1e9 bytes per second
     ici_gbps: float = 0.0  # interconnect bandwidth in 1e9 bytes per second
@@ -40,7 +40,7 @@ CHIPS = {
 
 
 def peak_flops(platform: str, device_kind: str) -> float | None:
-    """Returns the peak FLOP/s of one chip in bfloat16; None for a CPU or an unknown chip."""
+    """Returns the peak FLOP/s of one chip in bfloat16, or None for a CPU or an unknown chip."""
     if platform == "cpu":
         return None
     kind = device_kind.lower()

@@ -1,4 +1,4 @@
-"""Compiles the training step: decides how many steps a call runs, makes the first call, explains a lack of memory."""
+"""Compiles the training step: sets the steps per call, makes the first call, explains out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # parameters of the largest model for which a compiled call runs several steps
+SMALL_MODEL = 20_000_000  # maximum number of parameters of a model for which a compiled call runs several steps
 MOST_STEPS_PER_CALL = 10
 
 
@@ -95,7 +95,7 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process, because XLA cannot be interrupted. Nothing is lost: no step ran since the last checkpoint."""
+    """End the process, because XLA cannot be interrupted. No step ran since the last checkpoint, so none is lost."""
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:
@@ -105,7 +105,7 @@ def _leave(run: Run) -> None:
 
 
 def too_large(run: Run, error: Exception) -> UserError:
-    """Returns the error for a step that does not fit into memory; it lists changes of the config that should help."""
+    """Returns the error for a step that does not fit into memory, with changes of the config that should help."""
     settings, device = run.cfg.train, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     rows = settings.batch_size // settings.accumulation

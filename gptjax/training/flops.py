@@ -12,7 +12,7 @@ from gptjax.types import Params
 def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = None, frozen: float = 0.0) -> float:
     """Returns the FLOPs per token of a training step (arXiv:2204.02311, appendix B).
 
-    They are 6 per weight in a matrix multiplication, and 12 L N H T for attention in L layers with N heads of
+    A step takes 6 FLOPs per weight in a matrix multiplication, and 12 L N H T for attention in L layers with N heads of
     dimension H.
 
     Args:

@@ -53,7 +53,7 @@ class TensorBoard:
 class Wandb:
     """Logs to Weights & Biases, in the project $WANDB_PROJECT (by default gptjax).
 
-    With WANDB_MODE=offline in the environment, it logs to local files.
+    With WANDB_MODE=offline in the environment, the metrics are logged to local files.
     """
 
     def __init__(self, run_dir: Path, cfg: Config):

@@ -44,15 +44,15 @@ def run_task(
 
     Args:
         written: the config as the user wrote it. `prepare` fills in the values that depend on the data.
-        prepare: function that builds the task. It is called before the run directory is created, and not at all if the
-            run is finished.
-        log: function that gets each line of output. None: the lines are printed.
+        prepare: function that builds the task; called before the run directory is created, and not at all if the run is
+            finished.
+        log: function that is called with each line of output, or None to print the lines.
         missing: function that raises UserError if data, tokenizer or base model do not exist.
         hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step.
 
     Raises:
         UserError: as in `tasks.train`.
-        Stopped: a signal was received, or too many consecutive steps were not finite.
+        Stopped: a signal was received, or the loss or gradient was not finite in too many consecutive steps.
     """
     with catch_signals() as signals:
         try:
@@ -107,11 +107,11 @@ def _run(
         with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
-            dir.check(resolved)  # checked once more, because `refuse` checked it before the lock was taken
+            dir.check(resolved)  # a second check, because `refuse` checked the directory before the lock was taken
         to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
         with to_log_file if writes else Progress(log=log) as progress:
             run = resume.begin(ready, dir, mesh, progress, signals)
-            del ready  # its arrays must not be used any more: they are donated
+            del ready  # its arrays are donated to jitted functions, and unusable afterwards
             signals.raise_if_any()
             signals.polled = True
             result = _train(run, hooks)

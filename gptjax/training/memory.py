@@ -12,7 +12,7 @@ Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
 _MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to at most this fraction
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
-WORKSPACE_BYTES = 2**30  # for the logits of one chunk of the loss, their exponentials and their gradients
+WORKSPACE_BYTES = 2**30  # memory for the logits of one chunk of the loss, their exponentials and their gradients
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
 _FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
@@ -62,7 +62,7 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
     """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, only the weight of the frozen base model, which may be quantised."""
+    the sum of its gradients. With LoRA, only the frozen weight counts, which may be quantised."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
@@ -87,8 +87,9 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
     Args:
         width: number of tokens per row.
         tensor: tensor-parallel size, by which the activations of attention and feed-forward layers are sharded.
-        scores: whether attention runs without a kernel, as on a CPU, and so keeps a score per head and pair of tokens;
-            XLA then keeps further activations, too (12 D + 4 F). False: with a kernel, as on TPUs, no scores are kept.
+        scores: whether attention scores are kept. True: attention runs without a kernel, as on a CPU, which keeps a
+            score per head and pair of tokens, and XLA keeps further activations (12 D + 4 F). False: attention runs
+            with a kernel, as on TPUs, which keeps no scores.
     """
     D, F = model.d_model, model.d_ff
     if scores:
@@ -106,7 +107,8 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 def block_elements(model: ModelConfig) -> int:
     """Returns the activations per token and block that tensor parallelism shards, in elements.
 
-    They are queries, keys, values and hidden units, each before and after the element-wise operations on them.
+    These activations are queries, keys, values and hidden units, each before and after the element-wise operations on
+    them.
     """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff
@@ -124,8 +126,7 @@ def what_fits(cfg: Config, width: int, *, rows_per_device: int, lasting_bytes: i
         width: number of tokens per row.
         rows_per_device: number of rows of a micro-batch on one device.
         lasting_bytes: bytes of weights, gradients and optimizer state on one device.
-        limit: memory of the device in bytes. If it is 0, which means unknown, each change at least halves the
-            activations.
+        limit: memory of the device in bytes, or 0 if it is unknown; then each change at least halves the activations.
 
     Returns:
         Lines such as "model.remat=dots: ..", with the smallest sufficient change of each setting.

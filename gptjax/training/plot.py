@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Plot a confusion matrix [C, C] of counts, with one row per true class. Colours show fractions of a row's sum."""
+    """Plot a confusion matrix [C, C] of counts, with one row per true class. Colours show the fraction of each row."""
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
     shares = table / table.sum(1, keepdims=True).clip(1)

@@ -20,7 +20,7 @@ def keep_buffers() -> bool:
     """Make glibc keep freed memory, instead of returning it to the system and page-faulting it in again at every step.
 
     Keeping XLA's temporary buffers halved the time of a training step on a CPU (42 -> 20 ms, 0.8 million parameters).
-    Call this function before the first step. It returns False if there is no glibc.
+    Call this function before the first step. Returns False if there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -34,8 +34,9 @@ def keep_buffers() -> bool:
 def ask_for_huge_pages() -> None:
     """Make glibc use transparent huge pages, if Linux provides them on request (madvise).
 
-    For this, the program is restarted in the same process (exec), because glibc reads its tunables only when a process
-    starts. Call this function at the very start of a training program, because everything before the call runs twice.
+    To enable them, the program is restarted in the same process (exec), because glibc reads its tunables only when a
+    process starts. Call this function at the very start of a training program, because everything before the call runs
+    twice.
 
     XLA's CPU backend allocates its temporary buffers anew at every step. For a LoRA step of a model of 135 million
     parameters, page-faulting 2 GB of buffers in pages of 4 KiB took 0.4 of the step's 2.2 s.
@@ -43,7 +44,7 @@ def ask_for_huge_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # they wait until the restarted program unblocks them
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # signals wait until the restarted program unblocks them
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         write: function that is called with each line for log.txt.
-        log: function that is called with each line instead of printing it. None: the lines are printed.
+        log: function that is called with each line instead of printing it, or None to print the lines.
         alive: function that is called about once per second, for as long as the process is alive.
     """
 
@@ -81,7 +81,7 @@ class Progress:
 
     @contextmanager
     def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Name the current phase for heartbeat lines. If `what` is a function, it is called for each of these lines."""
+        """Name the current phase for heartbeat lines. A function `what` is called for each heartbeat line."""
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield

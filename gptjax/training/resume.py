@@ -33,12 +33,12 @@ from gptjax.weights.native import recover_folder
 
 
 def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
-    """Check that a run can start or resume, as far as that needs no data. Takes about a second and writes nothing.
+    """Run the checks of a config and its run directory that need no data; they take about a second and write nothing.
 
     Args:
         written: the config as the user wrote it, without the values that depend on the data.
-        missing: function that raises UserError if data, tokenizer or base model do not exist. It is not called if the
-            run is finished.
+        missing: function that raises UserError if data, tokenizer or base model do not exist; not called if the run
+            is finished.
 
     Returns:
         Whether the run is finished already: final/ was written after at least `train.max_steps` steps.
@@ -78,7 +78,10 @@ def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
 
 
 def result_of(result: dict[str, Any]) -> tuple[int, float]:
-    """Returns (step, validation loss) from a result.json. Raises TypeError, ValueError or LookupError if damaged."""
+    """Returns (step, validation loss) from a result.json.
+
+    Raises TypeError, ValueError or LookupError if the contents of the file are invalid.
+    """
     step, loss = number(result["step"]), float(number(result["val/loss"]))
     if type(step) is not int or step < 0:
         raise ValueError(f"step: expected a non-negative integer, got {step}")
@@ -217,7 +220,10 @@ def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
 
 
 def _counters(values: dict[str, Any]) -> Counters:
-    """Returns the counters in a checkpoint's metadata. Raises ValueError, TypeError or OverflowError if invalid."""
+    """Returns the counters in a checkpoint's metadata.
+
+    Raises ValueError, TypeError or OverflowError if the counters are invalid.
+    """
     fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(f"unknown counters {', '.join(unknown)}")

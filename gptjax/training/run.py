@@ -40,7 +40,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass
 class Counters:
-    """The part of a run's state that is not in the TrainState. It is saved in every checkpoint."""
+    """The part of a run's state that is not in the TrainState, also saved in every checkpoint."""
 
     evaluated: int = -1  # step of the last evaluation
     val_loss: float = math.nan
@@ -108,7 +108,10 @@ class Run:
             raise Interrupted
 
     def batch(self, step: int, k: int = 1) -> Any:
-        """Returns the batch of step `step`, or k batches with a leading axis k. A process reads only its own rows."""
+        """Returns the batch of step `step` or, if k > 1, those of k steps with a leading axis k.
+
+        Each process reads only its own rows of a batch.
+        """
         batch_size = self.cfg.train.batch_size
         rows = distributed.rows_here(self.mesh, batch_size) if jax.process_count() > 1 else None
         batch = self.task.batches(step, k, rows)

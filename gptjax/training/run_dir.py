@@ -48,7 +48,7 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    """Paths and files of one run. Call `check` first, and write only inside `locked`."""
+    """Paths and files of one run. Call `check` first, and write files only inside `locked`."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -116,7 +116,7 @@ class RunDir:
         """
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
-        except (OSError, ValueError) as error:  # a UserError is a ValueError
+        except (OSError, ValueError) as error:  # also catches UserError, a subclass of ValueError
             details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
@@ -151,7 +151,7 @@ class RunDir:
                     lock.truncate()
 
     def refuse_busy(self) -> None:
-        """Check, without taking the lock or writing anything, that no other process trains here.
+        """Check, without taking the lock or writing anything, that no other process trains in this directory.
 
         Raises:
             UserError: another process holds the lock.

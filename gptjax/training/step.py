@@ -85,9 +85,9 @@ def make_train_step(
     `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided as well.
+        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided, too.
         tx: the optimizer.
-        combine: (trained, frozen) -> the params that the loss reads; LoRA is applied here.
+        combine: function (trained, frozen) -> the params that the loss reads, for example with LoRA applied.
         accumulation: number of micro-batches over which gradients are accumulated; it must divide the leading axis of
             every leaf of the batch. Up to rounding, the result does not depend on this number, even if the
             micro-batches differ in weight.

@@ -26,7 +26,7 @@ class StepFunctions(NamedTuple):
     """The functions that a training step is built from.
 
     loss        (params, batch, key) -> (Mean, metrics)
-    combine     (trained, frozen) -> the params that the loss reads; LoRA is applied here
+    combine     (trained, frozen) -> the params that the loss reads, for example with LoRA applied
     optimizer   updates the trained params
     """
 
@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
     tokenizer         the tokenizer, which is saved with the model
     batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows`: a slice
-                      of the batch axis, None for all rows. A pure function, so that resuming needs no loader state
+                      of the batch axis, None for all rows. A pure function, so that a resumed run needs no loader state
     describe_batch    step -> a line of text that names the data of this step's batch, for error messages
     validation        the validation data
     build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs

@@ -7,7 +7,7 @@ states, metrics = step(states, hparams, frozen, batch)     `frozen` is shared by
 `hparams` is a pytree of leaves [N, ..], the traced hyperparameters of each run. `build` maps those of one run to its
 `StepFunctions`.
 
-There are two forms, which differ in rounding:
+There are two ways to build the step, which differ in rounding:
 
 make_step   N independent runs, each with its own step counter, key and skipped steps; used for sweeps and for many
             adapters.
@@ -103,7 +103,7 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, clipping by its own norm. The gradients were divided by n in the step."""
+        """Update each run separately, clipping by its own norm, after undoing the step's division of gradients by n."""
         undivided = jax.tree.map(lambda g: g * n, grads)
         return jax.vmap(lambda g, s, p: tx.update(g, s, p))(undivided, state, params)
 
