@@ -1,4 +1,4 @@
-"""Functions on pytrees by the paths of their leaves: match paths with patterns, label or split leaves, count elements.
+"""Functions that address leaves of a pytree by their paths: to match patterns, label or split leaves, count elements.
 
 The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
 path, where "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".

@@ -32,7 +32,7 @@ class Many(NamedTuple):
 
     rates     multipliers of the optimizer's updates, and thus of its learning rate and weight decay
     scales    multipliers of the low-rank product a b, as `LoraConfig.scale`
-    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond it stay zero
+    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond a rank stay zero
     seeds     random seeds of initialisation and dropout
     """
 

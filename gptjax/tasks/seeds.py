@@ -82,7 +82,7 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as finetune.together says.
 
-    If finetune.together is null, only adapters on an accelerator are, because a CPU gains nothing.
+    If finetune.together is null, the result is true only for adapters on an accelerator, because a CPU gains nothing.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
@@ -144,7 +144,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        for i, run_folder in [*runs, (0, folder)]:  # the shared folder is last: it marks the run as complete
+        for i, run_folder in [*runs, (0, folder)]:  # the shared folder last, as it marks the run as complete
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 

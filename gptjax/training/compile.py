@@ -37,7 +37,7 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide these intervals.
+        UserError: train.steps_per_call does not divide max_steps and all intervals.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")

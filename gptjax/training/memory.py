@@ -62,7 +62,7 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
     """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, only the frozen weight counts, which may be quantised."""
+    the sum of its gradients. With LoRA, only the frozen weights count, which may be quantised."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
