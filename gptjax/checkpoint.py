@@ -52,15 +52,15 @@ class Restored(NamedTuple):
 
 
 class Damaged(Exception):
-    """The checkpoint differs from what was written."""
+    """Raised if the files of a checkpoint differ from what was written."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is synchronous: it returns when the checkpoint is on disk.
+    """The checkpoints of one run. Saving is synchronous: `save` returns when the checkpoint is on disk.
 
     Args:
         keep: number of newest checkpoints to keep, at least 2.
-        log: called with a line for every warning.
+        log: function that is called with each warning, as one line of text.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2, log: Callable[[str], None] = print):
@@ -68,7 +68,7 @@ class Checkpoints:
         self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint folder, in ascending order; the checkpoints are not verified."""
+        """Returns the steps that have a checkpoint folder, in ascending order, without verifying the checkpoints."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
@@ -77,14 +77,15 @@ class Checkpoints:
         """Write a checkpoint and delete older ones beyond `keep`.
 
         Args:
-            state: any pytree of arrays; may contain random keys.
-            meta: a JSON object.
+            state: the training state, any pytree of arrays; it may contain random keys.
+            meta: metadata, as a JSON object.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            UserError: it could not be written (no space, no permission); older checkpoints are unchanged.
+            UserError: the checkpoint could not be written, for example because the disk is full; older checkpoints are
+                unchanged.
         """
         target, partial = self.folder / str(step), self.folder / f".partial-{step}"
         writes = jax.process_index() == 0  # Orbax saves the shards of every process; process 0 writes the other files
@@ -92,7 +93,7 @@ class Checkpoints:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".partial-*", ".trash-*"):  # left behind by a killed process
+                for pattern in (".partial-*", ".trash-*"):  # folders left behind by a killed process
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
@@ -130,17 +131,18 @@ class Checkpoints:
     def restore(
         self, abstract_state: Any, accept: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored | None:
-        """Restore the newest intact checkpoint with the shardings of `abstract_state`; None if there is none at all.
+        """Restore the newest intact checkpoint, with the shardings of `abstract_state`; return None if there is none.
 
         Damaged newer checkpoints are renamed to corrupt-STEP with a warning.
 
         Args:
             abstract_state: the expected pytree, of arrays or `jax.ShapeDtypeStruct`.
-            accept: called with the meta of an intact checkpoint before any array is read; may raise to refuse it. If
-                it raises `Damaged`, the next older checkpoint is tried.
+            accept: function that is called with the metadata of an intact checkpoint before its arrays are read. It
+                may raise an error to reject the checkpoint; if it raises `Damaged`, the next older checkpoint is tried.
 
         Raises:
-            UserError: there are checkpoints but none is intact, or shapes or dtypes differ from the expected ones.
+            UserError: there are checkpoints but none is intact, or shapes or dtypes differ from those of
+                `abstract_state`.
         """
         wanted, impls = _plain(abstract_state)
         bad: dict[int, str] = {}
@@ -170,16 +172,16 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, meta) of the newest checkpoint whose files match the manifest; reads no arrays."""
+        """Returns (step, metadata) of the newest checkpoint whose files match its manifest, without loading arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state of one checkpoint as nested dicts of arrays on one device, to inspect a run.
+        """Returns the state of one checkpoint as nested dicts of arrays on one device, to inspect a run.
 
-        Needs no abstract state. Random keys are returned as their key data.
+        Shapes and dtypes are taken from meta.json. Random keys are returned as their key data.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -195,7 +197,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.folder / str(step)} is damaged: {error}") from error
 
     def _check(self, step: int) -> dict[str, Any]:
-        """Compare every file with the manifest, and return meta.json. Raises Damaged."""
+        """Compare every file with the manifest, raise Damaged if one differs, and return the contents of meta.json."""
         folder = self.folder / str(step)
         if folder.is_symlink() or not folder.is_dir():
             raise Damaged("not a folder")
@@ -224,7 +226,8 @@ class Checkpoints:
     ) -> Any:
         """Restore the arrays of a step into the structure of `abstract_state`, and check their fingerprints.
 
-        meta.json of older releases does not have the step; then the leaf "step" is compared. Raises Damaged.
+        If meta.json was written by an older release, it lacks the step, so the leaf "step" is compared with the
+        folder's name instead. Raises Damaged if anything differs.
         """
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
@@ -265,7 +268,7 @@ class Checkpoints:
 
 
 def _wait(name: str) -> None:
-    """A barrier across processes, if there are several."""
+    """Wait until all processes have made this call; with one process, do nothing."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -276,10 +279,12 @@ def _wait(name: str) -> None:
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """A uint32 hash per leaf: sum of bits * (2 i + 1) mod 2**32 over the flat index i.
+    """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over its elements.
 
-    One flipped bit always changes it, because an odd factor times 2**b is never 0. Integer sums do not depend on their
-    order, so the hash does not depend on the sharding.
+    In this sum, i is the flat index of an element, and bits is its bit pattern as an integer.
+
+    A flipped bit b always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0 mod
+    2**32. Integer sums do not depend on their order, so the hash does not depend on the sharding.
     """
     on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
@@ -290,7 +295,7 @@ def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
 
 @partial(jax.jit, static_argnums=1)
 def _fingerprints(leaves: list[jax.Array], on_host: tuple[bool, ...]) -> list[jax.Array]:
-    """`on_host`: whether each leaf is in pinned host memory (offloaded)."""
+    """Compute the fingerprints on the device; `on_host`: whether each leaf is in pinned host memory (offloaded)."""
     device = jax.memory.Space.Device
     return [
         _fingerprint(jax.device_put(leaf, device) if offloaded else leaf)
@@ -313,7 +318,10 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flatten a pytree: ({path: array}, {path: PRNG implementation}). Random keys are replaced by their key data."""
+    """Flatten a pytree. Returns {path: array} and, for random keys, {path: name of the PRNG implementation}.
+
+    Random keys are replaced by their key data.
+    """
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -331,7 +339,10 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _stored(body: Any, step: int) -> dict[str, Any]:
-    """Validate meta.json. Raises Damaged. Files of older releases have no step."""
+    """Returns the contents of meta.json; raises Damaged if they are invalid.
+
+    The step is optional, because older releases did not write it into meta.json.
+    """
 
     def require(valid: bool, problem: str) -> None:
         if not valid:
@@ -364,7 +375,7 @@ _DTYPES = {
 
 
 def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
-    """Raise UserError if shapes, dtypes or names differ: Orbax would cast dtypes silently."""
+    """Raise UserError if names, shapes or dtypes of the arrays differ, because Orbax would silently cast dtypes."""
 
     def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
         return f"{dtype}{list(shape)}" + (f" ({keys[name]} key)" if name in keys else "")
@@ -411,7 +422,10 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Orbax: it logs several lines per checkpoint, and after a failure its other threads report errors, too."""
+    """Context manager that silences Orbax.
+
+    Orbax logs several lines per checkpoint and, after a failure, reports further errors from its other threads.
+    """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -423,13 +437,13 @@ def _quiet() -> Iterator[None]:
         yield
     except Exception as error:
         failure: BaseException | None = error
-        with warnings.catch_warnings():  # freeing coroutines that were never awaited would warn
+        with warnings.catch_warnings():  # Python warns when it frees a coroutine that was never awaited
             warnings.simplefilter("ignore")
             while failure:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # let callbacks of other threads finish
+        time.sleep(0.2)  # lets callbacks in Orbax's other threads finish
         raise
     finally:
         sys.unraisablehook = hook
@@ -463,7 +477,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """{relative path: path} of all files but the manifest, sorted."""
+    """Returns {relative path: path} of all files except the manifest, sorted by path."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 

@@ -30,7 +30,7 @@ class Problems(list[str]):
 
 
 def refuse(location: str, problems: list[str]) -> None:
-    """Raise one UserError that lists the problems, sorted, at most MAX_SHOWN of them. Do nothing if there are none."""
+    """If there are problems, raise one UserError that lists them, sorted, up to MAX_SHOWN of them."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:
@@ -39,7 +39,10 @@ def refuse(location: str, problems: list[str]) -> None:
 
 
 def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
-    """[message of the UserError that `check(*args)` raises], or []. Add such lists to report several checks at once."""
+    """Returns a list with the message of the UserError that `check(*args)` raises; the list is empty if it raises none.
+
+    The lists of several checks can be added, to report all problems at once.
+    """
     try:
         check(*args)
     except UserError as error:
@@ -48,13 +51,13 @@ def complaints(check: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word with the most similar spelling; None if none is similar."""
-    import difflib  # imported only for error messages
+    """Returns the known word with the most similar spelling, or None if no word is similar."""
+    import difflib  # imported here, because only error messages need it
 
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """`form` with the most similar known word; "" if none is similar."""
+    """Returns `form` with the most similar known word filled in, or "" if no word is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""

@@ -20,11 +20,12 @@ T = TypeVar("T")
 def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Context manager for an atomic write: yields a temporary file that replaces `path` at the end of the block.
 
-    The file is synced to disk and then renamed. If the block raises, `path` is unchanged.
+    The temporary file is synced to disk and then renamed. If the block raises, `path` is unchanged.
 
     Args:
-        shared: several processes may write the file at the same time, as in a cache: the temporary file gets a random
-            name. Otherwise its name is fixed, and the file that a killed process left is overwritten.
+        shared: whether several processes may write the file at the same time, as in a cache. True: the temporary
+            file gets a random name. False: the temporary file has a fixed name, so that one left behind by a killed
+            process is overwritten.
     """
     partial = path.with_name(f".{os.urandom(4).hex() if shared else path.name}.partial")
     try:
@@ -47,13 +48,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, with an indent of 1 and without escapes of non-ASCII characters."""
+    """Write a JSON file atomically, with an indent of 1 and with non-ASCII characters unescaped."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     write_text(path, text.encode("utf-8", "backslashreplace").decode() + "\n")  # escapes lone surrogates
 
 
 def sync(path: Path) -> None:
-    """fsync a file, or the entries of a folder."""
+    """Force a file, or the entries of a folder, to disk (fsync)."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -64,15 +65,15 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file's content, as hexadecimal digits."""
+    """Returns the sha256 of a file's content, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_sha256(value: Any) -> str:
-    """The sha256 of a JSON value, independent of the order of keys.
+    """Returns the sha256 of a JSON value, independent of the order of keys.
 
-    These hashes are stored on disk: do not change the serialisation.
+    The hashes are stored on disk, so the serialisation must not change.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -92,14 +93,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-MARKS = {  # byte order marks; UTF-32 comes first, because its little-endian mark starts with that of UTF-16
+MARKS = {  # byte order mark -> encoding; UTF-32 comes first, because its little-endian mark starts with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 
 
 def other_encoding(start: bytes) -> str | None:
-    """An error message if a file starts with a byte order mark of an encoding other than UTF-8; else None."""
+    """Returns an error message if a file starts with a byte order mark of an encoding other than UTF-8; else None."""
     for mark, name in MARKS.items():
         if start.startswith(mark):
             return (
@@ -110,7 +111,7 @@ def other_encoding(start: bytes) -> str | None:
 
 
 def one_line_end(text: str) -> str:
-    """Normalise line ends to \\n: \\r\\n (Windows), and \\r if the text has no \\n at all (classic Mac OS)."""
+    """Convert all line ends to \\n, from \\r\\n (Windows) or, if the text has no \\n, from \\r (classic Mac OS)."""
     return text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
 
 
@@ -132,17 +133,17 @@ def use_json(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
 
 
 def number(value: Any) -> int | float:
-    """The value itself. Raises TypeError unless it is an int or a float; bool is not accepted."""
+    """Returns the value unchanged if it is an int or a float; raises TypeError otherwise, also for a bool."""
     if type(value) not in (int, float):
         raise TypeError(f"expected a number, got {str(value)[:80]!r}")
     return value
 
 
 def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
-    """A path given by the user, with ~ expanded.
+    """Returns a path given by the user, with ~ expanded.
 
     Raises:
-        UserError: the name is not a valid path (too long, a NUL), or it cannot be accessed.
+        UserError: the path is invalid, for example because it is too long or contains a NUL, or cannot be accessed.
     """
     try:
         path = Path(name).expanduser()
@@ -156,7 +157,9 @@ def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
 
 
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
-    """A path for a new file; creates its parent folder. Call it before the work whose result is written there.
+    """Returns the path of a file to create, after checking that it does not exist and creating its parent folder.
+
+    Call this function before the computation whose result is written to the file.
 
     Raises:
         UserError: the path exists already, or its folder cannot be created.
@@ -179,7 +182,7 @@ def refuse_existing(path: Path, setting: str = "out") -> None:
 
 
 def umask() -> int:
-    """The umask of the process. Folders that `tempfile` creates ignore it."""
+    """Returns the umask of the process, which folders created by `tempfile` ignore."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -20,13 +20,15 @@ from gptjax.ops.linear import linear
 def simple_attention(x: jax.Array) -> jax.Array:
     """Self-attention without trainable weights, x [T, D] -> [T, D]: softmax(x x^T) x.
 
-    Every output row is a weighted mean of all rows.
+    Every output row is a weighted mean of all rows of x.
     """
     return jax.nn.softmax(x @ x.T, axis=-1) @ x
 
 
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """[T, S] bool, True where query t, at position t + offset, may attend to key s: s <= t + offset.
+    """Returns the mask of causal attention, [T, S] bool: True where query t may attend to key s.
+
+    Query t is at position t + offset, so it may attend to the keys s <= t + offset.
 
     causal_mask(3, 3)   1 0 0
                         1 1 0
@@ -38,9 +40,10 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 def multi_head_attention(
     x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
 ) -> jax.Array:
-    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. Options as in `attention`.
+    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are those of `attention`.
 
-    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]. Source: arXiv:1706.03762, 3.2.2.
+    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]: N = n_head query heads, K key and value heads, all of dimension H.
+    Source: arXiv:1706.03762, 3.2.2.
     """
     B, T, _ = x.shape
     H = w_q.shape[-1] // n_head

@@ -1,6 +1,6 @@
 """Build the API reference as a static site with pdoc (extra `[docs]`). Docstrings are shown verbatim.
 
-python -m gptjax.reference [FOLDER]        default: site/, which git ignores; open site/index.html
+python -m gptjax.reference [FOLDER]        writes to FOLDER, by default site/, which git ignores; open site/index.html
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from gptjax.errors import UserError
 
 _STYLE = "font-size: 75%; white-space: pre-wrap; overflow-wrap: anywhere; background: none; border: 0; padding: 0"
 _EXTENSION = '<span class="o">.</span><span class="n">jaxlib</span><span class="o">.</span><span class="n">_jax</span>'
-# jax.jaxlib._jax.Array, which is the repr of jax.Array, becomes jax.Array
+# Removing this HTML turns jax.jaxlib._jax.Array, which is the repr of jax.Array, into jax.Array.
 
 
 def build(folder: str | Path) -> Path:
-    """Write the site into `folder` and return its index page. Run it in a separate process: `_open` changes modules.
+    """Write the site into `folder` and return the path of its index page.
+
+    Call this function in a separate process, because `_open` changes the modules of gptjax.
 
     Raises:
         UserError: pdoc is not installed.
@@ -61,12 +63,16 @@ def _open(name: str) -> None:
 
 
 def _page(docstring: str) -> Any:
-    """A docstring as preformatted HTML. Only `names` are treated as Markdown, and link to what they name: columns and
-    indentation are significant in our docstrings, and an asterisk is a product."""
+    """Convert a docstring to preformatted HTML, in which names in backticks link to what they name.
+
+    No other Markdown is interpreted, because columns and indentation are significant in these docstrings, and an
+    asterisk means multiplication.
+    """
     from markupsafe import Markup
 
     text = re.sub("`([^`\n]+)`", r"<code>\1</code>", html.escape(docstring))
-    text = re.sub(r"(?<=\s)\.(?=\w)", "<span>.</span>", text)  # a file suffix such as .gguf is not the name of a module
+    # Enclose the dot of a file suffix such as .gguf, so that pdoc does not take it for the name of a module.
+    text = re.sub(r"(?<=\s)\.(?=\w)", "<span>.</span>", text)
     return Markup(f'<pre style="{_STYLE}">{text}</pre>')
 
 

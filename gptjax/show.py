@@ -1,6 +1,6 @@
-"""Plots for notebooks: coloured tokens, heatmaps, line plots. A result is displayed as the last line of a cell.
+"""Plots for notebooks: coloured tokens, heatmaps, line plots. A notebook displays the result of a cell's last line.
 
-show.tokens(tokenizer, ids)                                  tokens in different colours, the id as a tooltip
+show.tokens(tokenizer, ids)                                  tokens in different colours, with their ids as tooltips
 show.tokens(tokenizer, ids, values=losses)                   tokens coloured by a value per token
 show.maps({"head 0": w[0], "head 1": w[1]}, rows=words, columns=words)      heatmaps
 show.curves({"train": (steps, losses)}, x="step", y="loss")                 line plot
@@ -21,9 +21,9 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
-_MOST_ANNOTATED = 144  # cells of a heatmap up to which their values are written into it
-_MOST_TICKS = 12  # tick positions on a logarithmic axis up to which each is labelled
-_LEAST_GAP = 0.07  # between two labelled ticks, as a fraction of the axis
+_MOST_ANNOTATED = 144  # maximum number of cells of a heatmap in which the values are written
+_MOST_TICKS = 12  # maximum number of given tick positions that are labelled on a logarithmic axis
+_LEAST_GAP = 0.07  # minimum distance between two labelled ticks, as a fraction of the axis
 
 
 class Html:
@@ -37,7 +37,7 @@ class Html:
 
 
 class Picture:
-    """A matplotlib figure that a notebook displays, with any backend. `.figure` is the figure, `.save` writes it."""
+    """A matplotlib figure that a notebook displays, with any backend. `figure` is the figure; `save` writes a file."""
 
     def __init__(self, figure: Any) -> None:
         self.figure = figure
@@ -56,8 +56,9 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     """Show a text split into tokens, with a background colour per token and its id as a tooltip.
 
     Args:
-        tokenizer: anything with `decode(ids) -> str`.
-        values: a finite number per token; low values are white, high values red. None: six colours in turn.
+        tokenizer: any object with a method `decode(ids) -> str`.
+        values: a finite number per token, shown by colours from white (lowest) to red (highest). None: the tokens take
+            six colours in turn.
 
     Raises:
         UserError: the number of values differs from the number of ids.
@@ -71,7 +72,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     for n, i in enumerate(ids):
         colour, note = _PASTELS[n % len(_PASTELS)], str(i)
         if scores is not None:
-            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low white, high red
+            level = round(255 - 155 * (scores[n] - low) / (high - low)) if high > low else 255  # low: white, high: red
             colour, note = f"#ff{level:02x}{level:02x}", f"{i}: {scores[n]:.4g}"
         text = html.escape(tokenizer.decode([i])).replace(" ", "&nbsp;").replace("\n", "&crarr;<br>")
         style = f"background:{colour};color:#000;padding:2px 0;border-radius:3px"
@@ -91,14 +92,14 @@ def maps(
     per_row: int = 4,
     size: float = 3.2,
 ) -> Picture:
-    """Heatmaps of matrices, side by side with a common colour scale. Small ones are annotated with their values.
+    """Draw heatmaps of matrices side by side, with a common colour scale. Small heatmaps also show the values.
 
     Args:
-        images: title -> array [rows, columns]. NaN stays white.
-        rows, columns: tick labels; empty: indices.
-        colours: a matplotlib colour map.
-        centred: centre the colour scale at zero.
-        per_row: heatmaps per row of the figure.
+        images: dict from titles to arrays [rows, columns]. Cells that are NaN stay white.
+        rows, columns: tick labels of the rows and columns; if empty, their indices.
+        colours: name of a matplotlib colour map.
+        centred: whether to centre the colour scale at zero.
+        per_row: number of heatmaps per row of the figure.
         size: width and height of each heatmap in inches.
     """
     arrays = {title: np.asarray(image, np.float64) for title, image in images.items()}
@@ -143,7 +144,7 @@ def curves(
     log_y: bool = False,
     marker: str = "",
 ) -> Picture:
-    """A line plot of several series: name -> (x values, y values)."""
+    """Draw a line plot of several series; `lines` maps the name of each series to (x values, y values)."""
     if not lines:
         raise UserError("lines: expected at least one, {name: (x values, y values)}, got none")
     from matplotlib.ticker import MaxNLocator
@@ -170,8 +171,9 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
     """Label a logarithmic matplotlib axis with plain decimals such as 0.003.
 
     Args:
-        places: tick positions. If there are at most 12, these are labelled, except those too close to the one before.
-            Otherwise ticks are at 1, 2 and 5 times powers of ten, or at round values on less than a decade.
+        places: tick positions. If there are 1 to 12 positions, the ticks are there, except at positions too close to
+            the tick before. Otherwise the ticks are at round values on an axis shorter than one decade, at 1, 2 and 5
+            times powers of ten on an axis shorter than three decades, and at powers of ten on a longer axis.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -191,7 +193,7 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
-    """Write each value into its cell, black on light and white on dark cells; integers without decimals."""
+    """Write each value into its cell, black on light cells and white on dark ones; integers without decimals."""
     form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
     for (row, column), value in np.ndenumerate(a):
         if np.isfinite(value):
@@ -201,7 +203,7 @@ def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
 
 
 def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:
-    """(a figure, its axes in reading order). Without pyplot, so no window is opened and no backend is needed."""
+    """Returns a figure and its axes in reading order. No window opens, because pyplot is not used."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

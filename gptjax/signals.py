@@ -1,10 +1,10 @@
 """Handling of Ctrl-C (SIGINT) and SIGTERM.
 
-While the training loop polls `Signals.code` after every step call (`polled`), a signal only sets the code. Everywhere
-else, it raises KeyboardInterrupt or Terminated. Two things can delay that: Python drops exceptions that are raised in
-a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal handler while C code runs.
-Therefore `raise_if_any` is called between the stages of a run, and a program starts a thread that ends the process
-`GRACE_S` seconds after the signal.
+While the training loop polls `Signals.code` after every call of the training step, a signal only sets this code.
+Everywhere else, a signal raises KeyboardInterrupt or Terminated. Two things can prevent this exception: Python drops
+exceptions that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal
+handler while C code runs. Therefore `raise_if_any` is called between the stages of a run, and
+`catch_signals(program=True)` starts a thread that ends the process if it still runs `GRACE_S` seconds after the signal.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ GRACE_S = 5.0
 
 
 class Stopped(SystemExit):
-    """Training ended before its last step; `code` is the exit code and `str()` says why.
+    """Raised if training ends before its last step; `code` is the exit code, and `str()` gives the reason.
 
-    Codes: 3: the loss is not finite. 130: Ctrl-C, checkpoint saved. 143: SIGTERM, checkpoint saved. A SystemExit, so
-    that a program which calls `train` ends with this code.
+    The code is 3 if the loss is not finite, and 130 after Ctrl-C or 143 after SIGTERM, once a checkpoint is saved. The
+    exception is a SystemExit, so that a program that calls `train` ends with this code.
     """
 
     def __init__(self, code: int, why: str):
@@ -41,14 +41,14 @@ class Stopped(SystemExit):
 
 
 class Terminated(Stopped):
-    """Ended by a SIGTERM outside the training loop."""
+    """Raised if a SIGTERM is received outside the training loop."""
 
 
 class Signals:
-    """The signal received so far. `code`: 128 + its number, which is the exit code; 0 if there was none."""
+    """The signal received so far. `code` is the exit code: 128 + the signal's number, or 0 if there was no signal."""
 
     code: int = 0
-    polled: bool = False  # a loop checks `code` and acts on it
+    polled: bool = False  # whether a loop checks `code`, so that the handler need not raise an exception
     forgotten: bool = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -60,23 +60,26 @@ class Signals:
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame is not None:
             if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-                return  # Python would drop an exception that is raised here
+                return  # Python drops exceptions in destructors and in callbacks of the garbage collector
             frame = frame.f_back
         self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """Raise KeyboardInterrupt or Terminated if a signal was received; called where it is safe to stop."""
+        """Raise KeyboardInterrupt or Terminated if a signal was received. Called only where it is safe to stop."""
         if self.code == INTERRUPTED:
             raise KeyboardInterrupt
         if self.code:
             raise Terminated(self.code, f"ended by {signal_name(self.code)}")
 
     def forget(self) -> None:
-        """Reset, after the signal has been handled: it ended only one answer of a chat, for example."""
+        """Reset `code` after the signal has been handled, for example by ending one answer of a chat."""
         self.code, self.forgotten = 0, True
 
     def watch(self, wake: int) -> None:
-        """Body of a thread that ends the process if no handler runs. Python writes a byte to `wake` per signal."""
+        """Run in a thread, and end the process if a received signal is not acted on within `GRACE_S` seconds.
+
+        `wake` is a file descriptor from which the thread reads the number of each signal, one byte that Python writes.
+        """
         received: float | None = None
         number = 0
         while True:
@@ -97,7 +100,7 @@ class Signals:
 
 
 def signal_name(code: int) -> str:
-    """The name of the signal behind an exit code."""
+    """Returns the name of the signal that an exit code stands for, such as Ctrl-C for 130."""
     return {130: "Ctrl-C", 143: "SIGTERM"}.get(code, f"signal {code - 128}")
 
 
@@ -106,17 +109,18 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-current: Signals | None = None  # those of the innermost `catch_signals`
+current: Signals | None = None  # the object that the active `catch_signals` yielded; None outside of it
 
 
 @contextmanager
 def catch_signals(program: bool = False) -> Iterator[Signals]:
-    """Context manager that handles SIGTERM and Ctrl-C; nested ones share the same `Signals`.
+    """Context manager that handles SIGTERM and Ctrl-C. If such context managers are nested, they share one `Signals`.
 
-    Installs no handlers outside the main thread.
+    Outside the main thread no handlers are installed, because Python allows that only in the main thread.
 
     Args:
-        program: gptjax owns the process: start a thread that ends it if a signal is not acted on.
+        program: whether gptjax owns the process, as on the command line. True: a thread is started that ends the
+            process if a signal is not acted on.
     """
     global current
     if threading.current_thread() is not threading.main_thread():
@@ -140,8 +144,11 @@ def catch_signals(program: bool = False) -> Iterator[Signals]:
 
 
 def _start_watching(signals: Signals) -> int | None:
-    """Start the watching thread. Returns the file descriptor to close at the end; None if other code has set a
-    wakeup descriptor."""
+    """Start the thread that runs `Signals.watch`.
+
+    Returns:
+        The file descriptor that ends the thread when it is closed, or None if other code has set a wakeup descriptor.
+    """
     read, write = os.pipe()
     os.set_blocking(write, False)
     if (other := signal.set_wakeup_fd(write, warn_on_full_buffer=False)) != -1:

@@ -1,6 +1,6 @@
-"""Paths into a pytree: name a leaf, match a pattern, label leaves, count elements.
+"""Functions that address leaves of a pytree by their paths: to match patterns, label or split leaves, count elements.
 
-A path is the keys of a leaf joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
+The path of a leaf is its keys, joined by "/", such as "blocks/attn/q/kernel". A pattern is a shell glob over the whole
 path, where "*" also matches "/"; alternatives are joined by "|": "wte/* | lm_head/*".
 """
 
@@ -19,23 +19,23 @@ T = TypeVar("T")
 
 
 def path_string(path: tuple) -> str:
-    """The "/"-joined name of one `jax.tree_util` key path."""
+    """Returns the keys of a `jax.tree_util` key path, joined by "/"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, in the order of `jax.tree.leaves`."""
+    """Flatten a pytree to {path: leaf}, in the order of `jax.tree.leaves`."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def flatten_nodes(tree: Any) -> dict[str, Any]:
-    """Like `flatten`, but only dicts are descended into: any other pytree node stays whole, as one leaf."""
+    """Like `flatten`, but descends only into dicts: any other pytree node counts as one leaf."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {path_string(path): node for path, node in nodes}
 
 
 def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
-    """Leaves grouped by their parent: {path of the parent dict: {last key: leaf}}."""
+    """Group the leaves by their parent dict. Returns {path of the parent: {last key of the leaf's path: leaf}}."""
     out: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten(tree).items():
         parent, _, name = path.rpartition("/")
@@ -44,7 +44,7 @@ def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`: a nested dict. Every level becomes a dict."""
+    """Build nested dicts from {path: leaf}, with one level per key of a path: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -61,17 +61,17 @@ def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether any alternative of the pattern matches the path."""
+    """Returns whether any alternative of the pattern matches the path."""
     return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
 
 
 def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:
-    """The value of the first rule whose pattern matches the path; None if no rule matches."""
+    """Returns the value of the first rule whose pattern matches the path, or None if no rule matches."""
     return next((value for pattern, value in rules if matches(pattern, path)), None)
 
 
 def unmatched(pattern: str, paths: Iterable[str]) -> list[str]:
-    """The alternatives of a pattern that match none of the paths."""
+    """Returns the alternatives of a pattern that match none of the paths."""
     return [glob.strip() for glob in pattern.split("|") if not any(matches(glob, path) for path in paths)]
 
 
@@ -79,7 +79,7 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
     """Replace every leaf by the value of the first rule whose pattern matches its path.
 
     Raises:
-        UserError: no rule covers some leaf; all such leaves are named.
+        UserError: a leaf's path matches no rule; the message names all such leaves.
     """
     missing = [path for path in flatten(tree) if not any(matches(pattern, path) for pattern, _ in rules)]
     if missing:
@@ -88,10 +88,10 @@ def label(tree: Any, rules: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def split(tree: Any, pattern: str) -> tuple[Any, Any]:
-    """Split a tree into (the leaves whose paths match, all other leaves). `join` is the inverse.
+    """Split a tree into two: the leaves whose paths match the pattern, and all other leaves. `join` is the inverse.
 
     Raises:
-        UserError: an alternative of the pattern matches nothing.
+        UserError: an alternative of the pattern matches no leaf.
     """
     nodes = flatten_nodes(tree)
     if unused := unmatched(pattern, nodes):
@@ -109,7 +109,7 @@ def join(first: Any, second: Any) -> Any:
 
 
 def size(tree: Any) -> int:
-    """The number of elements in all arrays of the tree."""
+    """Returns the number of elements in all arrays of the tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 

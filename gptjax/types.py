@@ -8,15 +8,16 @@ from gptjax.errors import UserError, complaints
 
 __all__ = ["Batch", "Mean", "Metrics", "Params", "UserError", "complaints"]
 
-Params = dict[str, Any]  # nested dict of arrays, paths such as "blocks/attn/q/kernel"
-Metrics = dict[str, Any]  # name -> Mean or scalar
+Params = dict[str, Any]  # nested dict of arrays; "blocks/attn/q/kernel" is the path of one of them
+Metrics = dict[str, Any]  # name of a metric -> Mean or scalar
 
 
 class Mean(NamedTuple):
     """A weighted mean before the division: a weighted sum and the sum of its weights.
 
-    Add totals and weights first, then divide once. Losses are returned in this form so that gradient accumulation,
-    padding, packing and data parallelism give exactly the mean over the whole batch.
+    To combine several means, add their totals and their weights, then divide once. Losses are returned in this
+    form, so that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole
+    batch.
     """
 
     total: Any
@@ -27,7 +28,7 @@ class Mean(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch for next-token prediction. A pytree; optional leaves may be None.
+    """One batch for next-token prediction: a pytree, whose optional leaves may be None.
 
     tokens       [B, T] int32    input ids
     targets      [B, T] int32    the token after each input token

@@ -1,11 +1,13 @@
 """The training tasks. Each task is one module with these functions:
 
-prepare(cfg, progress) -> Ready         reads data and base; returns the resolved config, the `Task` and the test data
-evaluate(result, held_out, say)         scores the trained model on the test data; None: read it again
-refuse_missing(cfg)                     raises UserError if data or base do not exist; downloads nothing
-loss(cfg) -> (params, batch, key) -> (Mean, metrics)
-batch_shapes(cfg, rows, width)          shapes of a batch, for `gptjax plan`
-plan(cfg) -> lines                      summary of a fine-tuning, for --dry-run
+prepare(cfg, progress) -> Ready         reads the data and the base model; returns the resolved config, the `Task` and
+                                        the test data
+evaluate(result, held_out, say)         scores the trained model on the test data `held_out`, which it reads again if
+                                        None is given
+refuse_missing(cfg)                     raises UserError if the data or the base model do not exist; downloads nothing
+loss(cfg) -> loss function              returns the function (params, batch, key) -> (Mean, metrics)
+batch_shapes(cfg, rows, width)          returns the shapes of a batch, for `gptjax plan`
+plan(cfg) -> lines                      returns the summary of a fine-tuning, for --dry-run
 
 To add a task, write such a module, add it to `TASKS`, and add the dataclass of its settings to `Config`.
 """
@@ -29,25 +31,26 @@ TASKS = {name: f"gptjax.tasks.{name}" for name in ("pretrain", "classify", "inst
 
 
 def find(name: str) -> ModuleType:
-    """The module of a task."""
+    """Returns the module that defines a task."""
     return importlib.import_module(TASKS[name])
 
 
 def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train a model by `cfg`, or resume the run in its run directory (train.resume=auto).
+    """Train the model that `cfg` describes, or resume the run in its run directory (train.resume=auto).
 
     If the run is finished already, its result is returned. A resumed run is bitwise equal to an uninterrupted one on
     the same versions and devices.
 
     Args:
-        log: gets each line that would be printed.
+        log: function that is called with each line of output, or None to print the lines.
         hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step. `run` is a
             `training.run.Run`, with the state, step, counters, config and run directory.
 
     Raises:
-        UserError: invalid config or data, a run directory of another run, no readable checkpoint, or a full disk.
-        Stopped: (a SystemExit) Ctrl-C or SIGTERM, after a checkpoint is saved; or train.max_nonfinite consecutive
-            steps with a loss or gradient that is not finite.
+        UserError: the config or the data are invalid, the run directory holds another run, no checkpoint can be read,
+            or the disk is full.
+        Stopped: training ended early, by Ctrl-C or SIGTERM, after a checkpoint was saved, or by train.max_nonfinite
+            consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
         from gptjax.tasks.seeds import over_seeds
@@ -64,17 +67,17 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """`train` for all tasks except pretraining."""
+    """Fine-tune a model: like `train`, but refuses the task pretrain."""
     if cfg.task == "pretrain":
         raise UserError("task=pretrain is not fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
     return train(cfg, log=log, hooks=hooks)
 
 
 def refuse(cfg: Config) -> bool:
-    """Run the checks of `train` that need no data. Returns whether the run is finished already.
+    """Run those checks of `train` that need no data. Returns whether the run is finished already.
 
     Raises:
-        UserError: lists all problems.
+        UserError: a check failed; the message lists all problems.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
         from gptjax.tasks.seeds import refuse as refuse_seeds

@@ -36,9 +36,9 @@ __all__ = [
     "classify_texts", "evaluate", "load_classifier", "loss", "new_head", "plan", "prepare", "probabilities",
     "refuse_missing",
 ]  # fmt: skip
-BATCH_SIZE, PAD_TO = 16, 64  # `load_classifier`: texts per batch; tokens per row are a multiple of PAD_TO
+BATCH_SIZE, PAD_TO = 16, 64  # texts per batch in `load_classifier`, which pads rows to a multiple of PAD_TO tokens
 MIN_TEXT_TOKENS = 16  # assumed length of a text, to estimate how many texts fit a packed row
-BATCH_TOKENS = 2048  # approximate tokens per batch in `probabilities`
+BATCH_TOKENS = 2048  # approximate number of tokens per batch in `probabilities`
 
 
 def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
@@ -47,7 +47,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
     Writes test.json and confusion.png. If test.json exists, only prints its summary.
 
     Args:
-        splits: the data; None: read it again.
+        splits: the labelled texts, or None to read them again.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -55,7 +55,7 @@ def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[
 
         scores = score(result, splits or _data(result.cfg))
         draw_confusion(np.array(scores["confusion"]), scores["labels"], file.parent / "confusion.png")
-        write_json(file, scores)  # last: this file marks the evaluation as complete
+        write_json(file, scores)  # written last, because this file marks the evaluation as complete
     for line in use_json(file, summary):
         say(line)
 
@@ -64,11 +64,12 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
-    quoted = settings.split == "book"  # the book reads the file with pandas, which interprets quotes
+    # The split "book" follows the code of a book, which reads the file with pandas, and pandas interprets quotes.
+    quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
     )
-    if settings.balance and settings.split != "book":  # the book's split balances the classes itself
+    if settings.balance and settings.split != "book":  # the split "book" balances the classes itself
         data = classification.balanced(data, cfg.seed)
     fractions = (1 - settings.val_fraction - settings.test_fraction, settings.val_fraction, settings.test_fraction)
     return split_labelled(
@@ -140,7 +141,7 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
-    """The shapes of a batch. The number of texts per packed row depends on the data and is estimated."""
+    """Returns the shapes of a batch. The number of texts per packed row depends on the data, so it is estimated."""
     n = max(1, width // MIN_TEXT_TOKENS) if cfg.classify.packing == "packed" else 1
 
     def shape(columns: int, dtype: type = np.int32) -> Any:
@@ -150,9 +151,9 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> LabelledBatch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """A summary of the run, for --dry-run."""
+    """Returns lines of text that summarise the run, for --dry-run."""
     splits, base = _data(cfg), tuning.base_model(cfg)
-    base.tokenizer()  # raises UserError if it does not fit the model
+    base.tokenizer()  # raises UserError if the tokenizer does not fit the model
     texts = " + ".join(f"{len(subset.texts):,}" for subset in splits[:3])
     epochs = f"{cfg.train.epochs:g} epochs" if cfg.train.epochs is not None else f"{cfg.train.max_steps:,} steps"
     return [
@@ -163,14 +164,16 @@ def plan(cfg: Config) -> list[str]:
 
 
 def new_head(key: jax.Array, cfg: ModelConfig) -> Params:
-    """A classification head, initialised by the config's `init`: {"kernel": [D, n_classes], "bias": [n_classes]},
-    without the bias if cfg.cls_bias is false."""
+    """Returns a classification head, initialised by the method `cfg.init`.
+
+    The head is {"kernel": [D, n_classes], "bias": [n_classes]}, without the bias if cfg.cls_bias is false.
+    """
     small = dataclasses.replace(cfg, n_layer=1, vocab_size=2, d_ff=2)
     return init_params(key, small)["cls_head"]
 
 
 def probabilities(params: Params, cfg: ModelConfig, examples: classification.Examples, pooling: Pooling) -> np.ndarray:
-    """The class probabilities of each text, [n, n_classes] float32."""
+    """Returns the class probabilities of each text, [n, n_classes] float32."""
     rows = classification.rows(examples)
     n = rows.texts.shape[1]
     run = jax.jit(lambda params, *xs: jax.nn.softmax(losses.class_logits(params, *xs, cfg, pooling, n=n)))
@@ -181,8 +184,10 @@ def probabilities(params: Params, cfg: ModelConfig, examples: classification.Exa
 
 
 def score(result: TrainResult, splits: LabelledSplits) -> dict[str, Any]:
-    """The `evaluation.classification.report` of the test texts, and the accuracy of two baselines that are fitted to
-    the training texts."""
+    """Returns the `evaluation.classification.report` of the test texts, and the accuracy of two baselines.
+
+    The baselines, the most common class and naive Bayes, are fitted to the training texts.
+    """
     settings, cfg = read_labels(Path(result.run_dir) / "final"), result.cfg.model
     test = classification.encode(splits.test, result.tokenizer, settings["max_length"], settings["prompt"])
     predicted = probabilities(result.params, cfg, test, settings["pooling"])
@@ -204,7 +209,7 @@ def summary(scores: dict[str, Any]) -> list[str]:
 
 
 def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
-    """Format a confusion matrix, with one row per true class and one column per predicted class.
+    """Format a confusion matrix as lines of text, with one row per true class and one column per predicted class.
 
     true \\ predicted    ham   spam
                   ham    812      3
@@ -221,18 +226,18 @@ def _table(labels: list[str], confusion: list[list[int]]) -> list[str]:
 
 
 def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float]]:
-    """The class probabilities of each text, by the classifier in a run directory."""
+    """Returns the class probabilities of each text, computed by the classifier in a run directory."""
     return load_classifier(folder)(texts)
 
 
 def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[str, float]]]:
-    """Load the classifier in a run directory, for many calls.
+    """Load the classifier in a run directory once, to call it many times.
 
     Texts are padded to batches of `BATCH_SIZE` rows and a multiple of `PAD_TO` tokens, so that few programs are
     compiled.
 
     Returns:
-        The function texts -> class probabilities of each text. Raises UserError for a text without tokens.
+        A function texts -> class probabilities of each text, which raises UserError for a text without tokens.
 
     Raises:
         UserError: the model is not a classifier.
@@ -261,6 +266,6 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 
 def __getattr__(name: str) -> Any:
-    """Deprecated names that moved to `gptjax.losses`."""
+    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -31,7 +31,7 @@ from gptjax.types import Batch, Params
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
 TURNS = 8  # maximum number of questions per synthetic training conversation
-CHUNK = 256  # tokens per chunk of the loss if the output head is frozen: only one chunk's logits are in memory
+CHUNK = 256  # tokens per chunk of the loss if the output head is frozen, so that memory holds one chunk's logits only
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
@@ -39,12 +39,12 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
     only prints its summary.
 
     Args:
-        talks: the held-out conversations; None: read them again.
+        talks: the held-out conversations, or None to read them again.
     """
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test = talks or conversations(result.cfg, []).test
-        params, _ = weights.load(folder / "final")  # plain arrays: the adapter is merged
+        params, _ = weights.load(folder / "final")  # plain arrays, into which the adapter is merged
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             test_scores = scores(rows)
@@ -85,7 +85,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Conversation]:
-    """The conversations to train, validate and test on; `notes` as in `data.conversations.read`."""
+    """Returns the conversations to train, validate and test on. `notes` is passed to `data.conversations.read`."""
     splits = split_records(cfg.instruct, cfg.seed, read, _skills, notes)
     if problems := [line for talk in splits.test for line in check_constraints(talk.constraints, talk.where)]:
         raise UserError.all(problems[:MAX_PROBLEMS])
@@ -93,8 +93,11 @@ def conversations(cfg: Config, notes: list[str] | None = None) -> Splits[Convers
 
 
 def _skills(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
-    """Synthetic conversations. Those to train on have several questions each, which share the template's system
-    prompt."""
+    """Returns synthetic conversations, with n questions in total.
+
+    A training conversation has up to `TURNS` questions, which share the system prompt of the chat template. A held-out
+    conversation has one question.
+    """
     return synthetic.skills(n, seed, held_out, turns=1 if held_out else TURNS)
 
 
@@ -156,7 +159,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def plan(cfg: Config) -> list[str]:
-    """A summary of the run, for --dry-run."""
+    """Returns lines of text that summarise the run, for --dry-run."""
     notes: list[str] = []
     splits, base = conversations(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)
@@ -191,13 +194,13 @@ def answers(
     Args:
         params: the model's params.
         talks: conversations that end with the expected answer.
-        progress: prints heartbeat lines.
-        name: name of the model in these lines.
+        progress: object that prints heartbeat lines while answers are generated, or None for no such lines.
+        name: name of the model in the heartbeat lines.
 
     Returns:
-        A dict per conversation: where, prompt, expected, answer; nats: -log p of the expected answer and its end
-        token; tokens: their number. If the conversation has them: system, history (the messages before the question)
-        and constraints.
+        A dict per conversation with the keys where, prompt, expected, answer, nats (-log p of the expected answer and
+        its end token), tokens (the number of these tokens) and, if the conversation has them, system, history (the
+        messages before the question) and constraints.
     """
     tokenizer = chat.styled(tokenizer, cfg.instruct.style)
     decoding, rows = for_decoding(params, cfg.model), list[dict[str, Any]]()
@@ -206,7 +209,7 @@ def answers(
     size, longest = cfg.sample.batch_size, [0]
 
     def count(tokens: list[int]) -> bool:
-        """A stop condition for `generate` that never stops: it only records how many tokens the longest row has."""
+        """A stop condition for `generate` that never stops: it only records the number of tokens in the longest row."""
         longest[0] = max(longest[0], len(tokens))
         return False
 
@@ -233,8 +236,10 @@ def answers(
 
 
 def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: int) -> Batch:
-    """A batch of `size` rows, one per expected answer. Rows are padded to a multiple of 64 tokens, so that few programs
-    are compiled."""
+    """Returns a batch of `size` rows, each a prompt and its expected answer.
+
+    Rows are padded to a multiple of 64 tokens, so that few programs are compiled.
+    """
     pairs = list(zip(prompts, expected, strict=True))
     pairs += pairs[:1] * (size - len(pairs))
     ids = [np.array(p + e, np.int32) for p, e in pairs]

@@ -1,9 +1,11 @@
-"""Train many adapters of one base in one vmapped program, each with its own learning rate, scale, rank and seed.
+"""Train many LoRA adapters of one base model in one vmapped program.
+
+Each adapter has its own learning rate, scale, rank and seed.
 
 many   = Many.of(rates=[1, 3, 10], scales=[2, 2, 1], ranks=[8, 8, 4], seeds=[0, 1, 2])
 states = create(params, many, cfg, tx)                  a TrainState whose leaves have a leading axis of 3
 step   = jax.jit(make_many_step(loss, tx, cfg))
-states, metrics = step(states, many, params, batch)     all adapters share one copy of the base
+states, metrics = step(states, many, params, batch)     all adapters share one copy of the base model
 second = jax.tree.map(lambda leaf: leaf[1], states.params)
 """
 
@@ -26,11 +28,11 @@ from gptjax.types import Metrics, Params
 
 
 class Many(NamedTuple):
-    """Hyperparameters per adapter, [N] each.
+    """Hyperparameters of N adapters, as arrays of shape [N].
 
-    rates     multipliers of the optimizer's updates, and so of its learning rate and weight decay
+    rates     multipliers of the optimizer's updates, and thus of its learning rate and weight decay
     scales    multipliers of the low-rank product a b, as `LoraConfig.scale`
-    ranks     ranks, at most lora.rank: columns of a and rows of b beyond it stay zero
+    ranks     ranks of the adapters, at most lora.rank; columns of a and rows of b beyond a rank stay zero
     seeds     random seeds of initialisation and dropout
     """
 
@@ -41,7 +43,7 @@ class Many(NamedTuple):
 
     @classmethod
     def of(cls, *, rates: Sequence[float], scales: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Many:
-        """Create from sequences of equal length. Raises UserError if their lengths differ."""
+        """Create the arrays from sequences of equal length. Raises UserError if their lengths differ."""
         if len({len(rates), len(scales), len(ranks), len(seeds)}) != 1:
             raise UserError(
                 f"expected as many rates as scales, ranks and seeds; got {len(rates)}, {len(scales)}, {len(ranks)} "
@@ -51,7 +53,10 @@ class Many(NamedTuple):
 
 
 def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransformation) -> TrainState:
-    """The states of newly initialised adapters, leaves [N, ..]; `params` may be shapes."""
+    """Returns the states of N newly initialised adapters, with leaves [N, ..].
+
+    `params` are those of the base model, or only their shapes.
+    """
     if most := [rank for rank in many.ranks.tolist() if rank > cfg.rank]:
         raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the rank of the arrays of all adapters")
 
@@ -64,10 +69,11 @@ def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransf
 def make_many_step(
     loss: Loss, tx: optax.GradientTransformation, cfg: LoraConfig, *, batches: bool = False
 ) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
-    """step(states, many, params, batch) -> (states, metrics [N]): `make_train_step`, vmapped over N adapters.
+    """Returns step(states, many, params, batch) -> (states, metrics [N]): `make_train_step` vmapped over N adapters.
 
     Args:
-        batches: every leaf of the batch has a leading axis N, one batch per adapter; False: all share one batch.
+        batches: whether every leaf of the batch has a leading axis N, with one batch per adapter. False: all adapters
+            share one batch.
     """
 
     def build(hparams: Many) -> StepFunctions:

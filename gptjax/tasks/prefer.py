@@ -33,7 +33,7 @@ RESULTS = "test.json"
 
 
 class HeldOut(NamedTuple):
-    """The test pairs, and their reference log-probabilities, or None if the loss does not need them."""
+    """The test pairs and their reference log-probabilities, which are None if the loss does not need them."""
 
     rows: PairRows
     reference: np.ndarray | None
@@ -42,10 +42,10 @@ class HeldOut(NamedTuple):
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
     """Evaluate on the held-out pairs: loss, accuracy (the chosen answer has the larger reward) and reward margin.
 
-    Writes test.json. If it exists, only prints its summary.
+    Writes test.json; if test.json exists, only prints its summary.
 
     Args:
-        held_out: the test pairs; None: prepare them again, with the base model as the reference.
+        held_out: the test pairs, or None to prepare them again, with the base model as the reference.
     """
     file = Path(result.run_dir) / RESULTS
     if not file.exists():
@@ -67,7 +67,7 @@ def summary(scores: dict[str, Any]) -> str:
 
 
 def pairs(cfg: Config, notes: list[str] | None = None) -> Splits[Pair]:
-    """The pairs to train, validate and test on; `notes` as in `data.conversations.read`."""
+    """Returns the pairs to train, validate and test on. `notes` is passed to `data.preferences.read`."""
     return split_records(cfg.prefer, cfg.seed, preferences.read, preferences.of_skills, notes)
 
 
@@ -76,7 +76,7 @@ def loss(cfg: Config) -> Loss:
 
 
 def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
-    """The shapes of a batch. The number of pairs per packed row depends on the data and is estimated."""
+    """Returns the shapes of a batch. The number of pairs per packed row depends on the data, so it is estimated."""
     n = max(1, width // MIN_PAIR_TOKENS) if cfg.prefer.packing == "packed" else 1
     ids, *floats = (
         jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -86,7 +86,7 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 
 def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """The pairs encoded as rows, and the number of pairs that do not fit a row."""
+    """Encode the pairs as rows. Returns the rows, and the number of pairs that were dropped because they fit no row."""
     width = tuning.longest_row(cfg, model)
     encoded = preferences.encode(pairs, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
     packed = cfg.prefer.packing == "packed"
@@ -134,17 +134,17 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int) -> np.ndarray:
-    """Reference log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32."""
+    """Returns reference log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32."""
     log_probs = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
     outputs = [log_probs(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
-    is_pair = rows.pairs >= 0  # the other entries are padding
+    is_pair = rows.pairs >= 0  # the entries below 0 are padding
     out = np.zeros((int(is_pair.sum()), 2), np.float32)
     out[rows.pairs[is_pair]] = np.concatenate(outputs)[: len(rows.pairs)][is_pair]
     return out
 
 
 def plan(cfg: Config) -> list[str]:
-    """A summary of the run, for --dry-run."""
+    """Returns lines of text that summarise the run, for --dry-run."""
     notes: list[str] = []
     splits, base = pairs(cfg, notes), tuning.base_model(cfg)
     model = base.cfg.computed_as(cfg.model)
@@ -162,6 +162,6 @@ def plan(cfg: Config) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Deprecated names that moved to `gptjax.losses`."""
+    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -27,9 +27,9 @@ from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready, StepFunctions, Task, Validation, identity, resolve
 from gptjax.types import Batch, Params
 
-BASE_WINDOW = 1024  # default tokens per window in continued pretraining, if the model's context allows
-EVAL_TOKENS = 4096  # minimum tokens per evaluation batch
-FIRST_EVAL_TOKENS = 16_384  # approximate tokens of the evaluation before the first step
+BASE_WINDOW = 1024  # default tokens per window in continued pretraining, unless the model's context length is smaller
+EVAL_TOKENS = 4096  # minimum number of tokens per evaluation batch
+FIRST_EVAL_TOKENS = 16_384  # approximate number of tokens in the evaluation before the first step
 
 
 def prepare(cfg: Config, progress: Progress) -> Ready:
@@ -44,7 +44,7 @@ def prepare(cfg: Config, progress: Progress) -> Ready:
 
 
 def evaluate(result: TrainResult, held_out: None, say: Callable[[str], None]) -> None:
-    """Does nothing: pretraining has no test data, its score is the validation loss."""
+    """Does nothing, because pretraining has no test data; the score of a run is its validation loss."""
 
 
 def loss(cfg: Config) -> Loss:
@@ -57,10 +57,11 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> Batch:
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any text is read, that data, tokenizer and base exist. Downloads nothing.
+    """Check cheaply, before any text is read, that data, tokenizer and base model exist. Downloads nothing.
 
     Raises:
-        UserError: missing sources, tokenizer or base, or a model with a classification head; lists all problems.
+        UserError: data, tokenizer or base model are missing, or the model has a classification head. The message lists
+            all problems.
     """
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
     if cfg.model.n_classes:
@@ -72,11 +73,14 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
-    """Resolve `pretrain.base`: the config with its architecture, tokenizer and window, and the opened model, whose
-    tensors are not read yet. (cfg, None) without a base.
+    """Open the base model of continued pretraining, and adapt the config to it.
+
+    Returns:
+        The config with the architecture, tokenizer and window of the base model; and the base model, whose tensors are
+        not read yet. Without `pretrain.base`, the result is (cfg, None).
 
     Raises:
-        UserError: no such model, a classifier, or a window longer than its context.
+        UserError: the base model does not exist, is a classifier, or has a context shorter than the window.
     """
     if cfg.pretrain.base is None:
         return cfg, None
@@ -93,7 +97,7 @@ def from_base(cfg: Config) -> tuple[Config, weights.Model | None]:
 
 
 def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task:
-    """The task. Raises UserError for an invalid prompt, before anything is trained."""
+    """Build the task. Raises UserError for an invalid prompt, before anything is trained."""
     model, settings, val = cfg.model, cfg.train, ready.val
     try:
         prompt = prompt_ids(ready.tokenizer, cfg.sample.prompt)
@@ -108,7 +112,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # at least two: the first includes compilation, the second is timed
+    # At least two batches, because the first includes compilation, so that only the later ones are timed.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
@@ -163,7 +167,7 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
 
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
-    """The function params -> generated texts, each with its prompt, by the settings of `cfg.sample`."""
+    """Returns a function params -> generated texts, each with its prompt, by the settings of `cfg.sample`."""
     settings = cfg.sample
 
     def sample(params: Params) -> list[str]:
@@ -179,6 +183,6 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Deprecated names that moved to `gptjax.losses`."""
+    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

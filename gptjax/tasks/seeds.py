@@ -27,7 +27,10 @@ from gptjax.training.task import Ready, Task, Validation
 
 
 def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Train one run per seed, each in its own folder; write seeds.json: mean and 95 % t interval per test score."""
+    """Train one run per seed, each in its own folder.
+
+    The mean and the 95 % t interval of each test score are written to seeds.json.
+    """
     folder = Path(cfg.run_dir or "runs/default")
     refuse(cfg)
     seeds = _seeds(cfg)
@@ -52,10 +55,10 @@ def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = 
 
 
 def refuse(cfg: Config) -> bool:
-    """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
+    """Run those checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
-        UserError: as in `resume.refuse`, or a folder with other content than the runs of the seeds.
+        UserError: a check of `resume.refuse` failed, or the folder holds other files than the runs of the seeds.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
@@ -65,7 +68,7 @@ def refuse(cfg: Config) -> bool:
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [
         resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
-    ]  # check all seeds, so that all problems are reported
+    ]  # a list, so that all seeds are checked and all problems are found
     return all(finished)
 
 
@@ -77,7 +80,10 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_vmapped(cfg: Config) -> bool:
-    """finetune.together; if it is null, whether adapters are trained on an accelerator: a CPU gains nothing."""
+    """Returns whether the seeds are trained in one vmapped program, as finetune.together says.
+
+    If finetune.together is null, the result is true only for adapters on an accelerator, because a CPU gains nothing.
+    """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
     return cfg.finetune.trainable == "lora" and jax.default_backend() != "cpu"
@@ -110,21 +116,24 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
 
 
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
-    """Combine the tasks of all seeds: trained leaves and batches have a leading seed axis, the frozen base has none.
+    """Combine the tasks of all seeds into one.
+
+    Trained params and batches have a leading seed axis, frozen params do not.
 
     Each adapter has its own initialisation, data order and split, gradient, clipping and optimizer state, as in a
-    separate run. All seeds skip a step that is not finite for one of them, and train for as many steps as the first.
+    separate run. If the loss or gradient of one seed is not finite, all seeds skip the step. All seeds train for as
+    many steps as the first seed.
     """
     seed_tasks: list[Task] = []
     configs: list[Config] = []
     for seed in _seeds(cfg):
         resolved, task, _ = prepare(_seed_config(cfg, seed), progress)
-        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keep one copy of the base
+        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keep only one copy of the base model
         configs.append(resolved)
     first, n = seed_tasks[0], len(seed_tasks)
     configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]
 
-    # closures over `seed_tasks` would keep the params that training replaces alive
+    # Closures over `seed_tasks` would keep the initial params in memory after training has replaced them.
     batch_fns, validations, write_fns = zip(
         *((task.batches, task.validation, task.write) for task in seed_tasks), strict=True
     )
@@ -135,7 +144,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        for i, run_folder in [*runs, (0, folder)]:  # the shared folder last: it marks the run as complete
+        for i, run_folder in [*runs, (0, folder)]:  # the shared folder last, as it marks the run as complete
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 

@@ -28,7 +28,7 @@ from gptjax.weights import families
 class Trainable(NamedTuple):
     """A model, partitioned for training.
 
-    params    trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all of them
+    params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all of them
     frozen    the other params, which the optimizer does not update
     combine   (trained, frozen, LoraConfig) -> params with `LoraWeight` leaves, as the loss reads them; the LoraConfig
               is given only if its scale and dropout are tracers
@@ -46,16 +46,16 @@ class Trainable(NamedTuple):
 def partition(
     cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str = ""
 ) -> Trainable:
-    """Partition `params` by cfg.finetune.trainable. Can be traced.
+    """Partition the params of a model by cfg.finetune.trainable. JAX can trace this function.
 
     Args:
-        params: the params of the base.
-        heads: new heads, which are always trained, such as {"cls_head": ..}.
-        key: for the adapter's initialisation.
-        fingerprint: hash of the base's weights, written with an exported adapter.
+        params: the params of the base model.
+        heads: params of new heads, such as {"cls_head": ..}, which are always trained.
+        key: random key for the adapter's initialisation.
+        fingerprint: hash of the base model's weights, written with an exported adapter.
 
     Raises:
-        UserError: a pattern that matches no parameter, or an adapter config that does not fit the weights.
+        UserError: a pattern matches no parameter, or the adapter config does not fit the weights.
     """
     which = cfg.finetune.trainable
     if which == "lora":
@@ -70,7 +70,10 @@ def partition(
 
 
 def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
-    """The `StepFunctions` of a fine-tuning; `combine` as in `Trainable`. Hyperparameters of `cfg` may be tracers."""
+    """Returns the `StepFunctions` of a fine-tuning.
+
+    `combine` is as in `Trainable`; hyperparameters of `cfg` may be tracers.
+    """
     return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
 
@@ -83,23 +86,23 @@ def _join(trained: Params, frozen: Params, settings: LoraConfig | None = None) -
 
 
 def split_heads(params: Params) -> tuple[Params, Params]:
-    """(params of the base, heads that fine-tuning adds)."""
+    """Split params into those of the base model and those of the heads that fine-tuning adds."""
     heads = {name: leaf for name, leaf in params.items() if name == "cls_head"}
     return {name: leaf for name, leaf in params.items() if name not in heads}, heads
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Fraction of the model's parameters that have no gradient; with an adapter, 1."""
+    """Returns the fraction of the model's parameters that have no gradient, which is 1 with an adapter."""
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
 def with_dropout(cfg: Config, loss: Loss) -> Loss:
-    """`loss` with dropout on the adapter's input, if lora.dropout is set."""
+    """Returns `loss`, with dropout on the adapter's input if lora.dropout is set."""
     return lora.with_dropout(loss) if cfg.finetune.trainable == "lora" and not off(cfg.lora.dropout) else loss
 
 
 def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelConfig) -> Params:
-    """`Trainable.params` as shapes, from shapes."""
+    """Returns the shapes of `Trainable.params`, given the shapes of params and heads."""
     if cfg.finetune.trainable == "lora":
         settings = dataclasses.replace(cfg.lora, init="lora", dora=False)
         adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, settings))
@@ -110,7 +113,10 @@ def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelCon
 
 
 def optimizer(cfg: Config) -> optax.GradientTransformation:
-    """The config's optimizer; if lora.lr_ratio is not 1, LoRA+: a learning rate of its own for b (arXiv:2402.12354)."""
+    """Returns the config's optimizer, with LoRA+ (arXiv:2402.12354) if lora.lr_ratio is not 1.
+
+    In LoRA+, the learning rate of the matrices b is multiplied by lora.lr_ratio.
+    """
     tx = make_optimizer(cfg.optim, cfg.train.max_steps)
     if cfg.finetune.trainable != "lora" or cfg.lora.lr_ratio == 1:
         return tx
@@ -123,7 +129,10 @@ def optimizer(cfg: Config) -> optax.GradientTransformation:
 
 
 def _split(cfg: Config, whole: Params, heads: Params, model: ModelConfig) -> tuple[Params, Params]:
-    """(trained, frozen) by pattern. If a pattern names a layer, blocks/11/*, the stacked layers are unstacked first."""
+    """Split the params of the whole model into (trained, frozen) by the pattern in finetune.trainable.
+
+    If the pattern names a single layer, such as blocks/11/*, the stacked layers are unstacked first.
+    """
     pattern = " | ".join([cfg.finetune.trainable, *(f"{name}/*" for name in heads)])
     if re.search(r"\bblocks/\d", pattern):
         pattern = re.sub(r"\bblocks/(\d+)", r"blocks_\1", pattern)
@@ -155,22 +164,23 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}  # keeps the scale at twice the rank
+            # Factors on alpha that leave the scale unchanged although the rank is doubled.
+            scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # peft supports heads without bias only; the merged model has the head
+            head = None  # peft supports no heads with bias; the merged model includes the head
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    # whether peft's format can represent this adapter; otherwise only the merged model is saved
+    # `fits`: whether peft's format can represent this adapter; if not, only the merged model is saved.
     has_family = not complaints(families.family_of, body)
     fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)
 
 
 def with_heads(trained: Params) -> Params:
-    """The adapter and the heads in one tree, as `lora.attach` takes them."""
+    """Merge the adapter and the heads into one tree, as `lora.attach` expects."""
     heads = {name: leaf for name, leaf in trained.items() if name != "adapter"}
     return trained["adapter"] | heads
 

@@ -31,10 +31,10 @@ from gptjax.types import Params
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any data is read, that base and data exist. Downloads nothing.
+    """Check cheaply, before any data is read, that base model and data exist. Downloads nothing.
 
     Raises:
-        UserError: a missing base or data file; lists both.
+        UserError: the base model or the data file is missing; the message lists all problems.
     """
     name, source, problems = cfg.finetune.base, getattr(cfg, cfg.task).source, []
     if cfg.task == "classify" and not source:
@@ -51,7 +51,7 @@ def base_model(cfg: Config) -> weights.Model:
     """Open the base model, without reading its tensors.
 
     Raises:
-        UserError: no such model, or a classifier as base of a generative task.
+        UserError: the base model does not exist, or is a classifier although the task is generative.
     """
     base = weights.open_model(cfg.finetune.base)
     if cfg.task != "classify":
@@ -60,20 +60,20 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """The base's tokenizer with the chat template of `style`, and lines that describe it."""
+    """Returns the base model's tokenizer with the chat template of `style`, and lines of text that describe it."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
 
 def longest_row(cfg: Config, model: ModelConfig) -> int:
-    """Maximum number of tokens per row of the task."""
+    """Returns the maximum number of tokens per row of the task."""
     settings = getattr(cfg, cfg.task)
     most = settings.max_length if cfg.task == "classify" else settings.context_length
     return min(most or model.context_length, model.context_length)
 
 
 def why_so_long(cfg: Config, model: ModelConfig) -> str:
-    """The setting that determines `longest_row`, for an error message."""
+    """Returns the part of an error message that names the setting which determines `longest_row`."""
     requested = getattr(cfg, cfg.task).context_length
     if requested > model.context_length:
         return f" (that of the base {cfg.finetune.base}; {cfg.task}.context_length is {requested})"
@@ -83,7 +83,10 @@ def why_so_long(cfg: Config, model: ModelConfig) -> str:
 def load_base(
     cfg: Config, base: weights.Model, heads: Params, key: jax.Array, progress: Progress
 ) -> tuple[Trainable, str]:
-    """Load the base's weights and partition them and the new heads by `finetune.trainable`; with their fingerprint."""
+    """Load the base model's weights, and partition them and the new heads by `finetune.trainable`.
+
+    Returns the partitioned model, and the fingerprint of the base model's weights.
+    """
     with progress.phase("loading the base"):
         params = base.params("float32", None)
     fingerprint = weights.fingerprint(params)
@@ -109,22 +112,23 @@ def make_task(
 
     Args:
         cfg: the resolved config.
-        trainable: the base model, partitioned.
-        fingerprint: hash of the base's weights.
-        loss: builds the loss from a config whose dropout may be a tracer.
-        batch: step -> its batch.
-        eval_batches: the validation batches.
-        width: tokens per row.
+        trainable: the base model, partitioned into trained and frozen params.
+        fingerprint: hash of the base model's weights.
+        loss: function that builds the loss from a config, whose dropout rate may be a tracer.
+        batch: function step -> the batch of this step.
+        eval_batches: function that returns the validation batches.
+        width: number of tokens per row.
         data: hash of the training and validation data.
-        lines: describe the data; printed before the first step.
-        describe_batch: as in `Task`; None: the first tokens of the batch.
-        files: text files to write next to the model, {name: text}.
+        lines: lines of text that describe the data, printed before the first step.
+        describe_batch: function step -> line of text about its batch, as in `Task`. None: the line shows the
+            batch's first tokens.
+        files: further text files to write into the model's folder, {name: text}.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
     share = frozen_share(cfg, n_params, tree.size(trainable.params))
     base, source = _base_reference(cfg, fingerprint), getattr(cfg, cfg.task).source
-    # closures over `trainable` itself would keep the weights that training replaces alive
+    # Closures over `trainable` itself would keep the initial weights in memory after training has replaced them.
     combine, merge, export = trainable.combine, trainable.merge, trainable.export
 
     def batches(step: int, k: int, rows: slice | None) -> Any:
@@ -159,7 +163,10 @@ def make_task(
 
 
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """The reference to the base that is saved with an adapter; None if the merged weights are saved instead."""
+    """Returns the reference to the base model that is saved together with an adapter.
+
+    The result is None if the merged weights are saved instead.
+    """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:
         return None
@@ -172,7 +179,7 @@ def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
 
 
 def plan(cfg: Config, base: weights.Model, model: ModelConfig) -> str:
-    """A line with the base and its numbers of total and trained parameters, computed from shapes."""
+    """Returns a line of text: the base model, the number of its parameters, and how many of them are trained."""
     shapes = abstract_params(model)
     n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, *split_heads(shapes), model))
     return f"base               {base.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"

@@ -1,4 +1,4 @@
-"""Peak performance of accelerators, from their vendors' data sheets; used for MFU and plans."""
+"""Peak performance of accelerators, from their vendors' data sheets; used for MFU and `gptjax plan`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Specification of one chip. Only the chips that `gptjax plan` supports have all values.
+    """Specification of one chip. Only the chips that `gptjax plan` supports have all values; for the others, memory
+    and bandwidths are 0.
 
     TPU values are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, and v4's interconnect bandwidth from
-    arXiv:2304.01433, table 4. The interconnect bandwidth is that of all links of a chip in the sending direction, half
-    of the bidirectional bandwidth on those pages.
+    arXiv:2304.01433, table 4. The interconnect bandwidth is that of all links of a chip in the sending direction, which
+    is half of the bidirectional bandwidth on those pages.
     """
 
-    kinds: tuple[str, ...]  # substrings of jax's device_kind
-    tflops: float  # peak TFLOP/s, dense bfloat16
-    hbm_gib: float = 0.0  # memory
+    kinds: tuple[str, ...]  # substrings that identify the chip in jax's device_kind
+    tflops: float  # peak TFLOP/s of dense bfloat16 matrix multiplications
+    hbm_gib: float = 0.0  # memory in GiB
     hbm_gbps: float = 0.0  # memory bandwidth in 1e9 bytes per second
     ici_gbps: float = 0.0  # interconnect bandwidth in 1e9 bytes per second
 
@@ -39,7 +40,7 @@ CHIPS = {
 
 
 def peak_flops(platform: str, device_kind: str) -> float | None:
-    """Peak FLOP/s of one chip in bfloat16; None for a CPU or an unknown chip."""
+    """Returns the peak FLOP/s of one chip in bfloat16, or None for a CPU or an unknown chip."""
     if platform == "cpu":
         return None
     kind = device_kind.lower()

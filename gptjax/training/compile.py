@@ -1,4 +1,4 @@
-"""Compiling the training step: number of steps per call, the first call, and the error when memory does not suffice."""
+"""Compiles the training step: sets the steps per call, makes the first call, explains out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # parameters; up to this size a compiled call runs several steps
+SMALL_MODEL = 20_000_000  # maximum number of parameters of a model for which a compiled call runs several steps
 MOST_STEPS_PER_CALL = 10
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
-    """Number of training steps per compiled call.
+    """Returns the number of training steps per compiled call.
 
-    It divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of hooks, which all run
-    between calls. If train.steps_per_call is None, it is the largest such number up to 10, and 1 for models with more
-    than 20 million parameters.
+    The number divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of hooks, because
+    evaluations, checkpoints and hooks run between two calls. If train.steps_per_call is None, the number is the largest
+    such divisor up to 10, and 1 for models with more than 20 million parameters.
 
     Args:
         start: the step from which the run is resumed.
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide them.
+        UserError: train.steps_per_call does not divide max_steps and all intervals.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
@@ -59,14 +59,17 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The jitted function (state, batches of run.k steps) -> (state, metrics). It compiles at its first call."""
+    """Returns the jitted function (state, batches of run.k steps) -> (state, metrics), compiled at its first call."""
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)
 
 
 def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Metrics]], batch: Any) -> Metrics:
-    """Make the first call, which compiles, in a thread, so that a signal need not wait for XLA. Returns its metrics."""
+    """Make the first call of the training step, which compiles it, and return its metrics.
+
+    The call runs in a thread, so that a signal can end the process while XLA compiles.
+    """
     start, result = time.monotonic(), []
     run.progress.say("compiling the training step ...")
 
@@ -92,7 +95,7 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process: XLA cannot be interrupted, and no step has run since the last checkpoint."""
+    """End the process, because XLA cannot be interrupted. No step ran since the last checkpoint, so none is lost."""
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:
@@ -102,7 +105,7 @@ def _leave(run: Run) -> None:
 
 
 def too_large(run: Run, error: Exception) -> UserError:
-    """The error for a step that does not fit into the device's memory, with changes of the config that should fit."""
+    """Returns the error for a step that does not fit into memory, with changes of the config that should help."""
     settings, device = run.cfg.train, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     rows = settings.batch_size // settings.accumulation

@@ -1,4 +1,4 @@
-"""FLOPs of training, for MFU and plans."""
+"""Counts the FLOPs (floating-point operations) of training, for MFU and `gptjax plan`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from gptjax.types import Params
 
 
 def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = None, frozen: float = 0.0) -> float:
-    """FLOPs per token of a training step (arXiv:2204.02311, appendix B).
+    """Returns the FLOPs per token of a training step (arXiv:2204.02311, appendix B).
 
-    6 per weight in a matrix multiplication, and 12 L N H T for attention (L layers, N heads of dimension H).
+    A step takes 6 FLOPs per weight in a matrix multiplication, and 12 L N H T for attention in L layers with N heads of
+    dimension H.
 
     Args:
-        width: T, tokens per row; None: the context length.
-        frozen: fraction of the weights without a gradient, which take 4 FLOPs each.
+        width: T, the number of tokens per row; None: the context length.
+        frozen: fraction of the weights that have no gradient, and so take 4 FLOPs each instead of 6.
     """
     not_multiplied = ("wte", "wpe", "lm_head") if cfg.n_classes else ("wte", "wpe")
     n = sum(math.prod(leaf.shape) for name, leaf in tree.flatten(params).items() if not name.startswith(not_multiplied))

@@ -15,13 +15,13 @@ from gptjax.errors import UserError
 
 class Logger(Protocol):
     def log(self, row: dict[str, Any]) -> None:
-        """Log a row: `step`, and metrics by name."""
+        """Log a row of metrics: a dict with `step` and the value of each metric by name."""
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl, one JSON object per row. `log` flushes to the operating system, `sync` to the disk."""
+    """Writes metrics.jsonl, one JSON object per row. `log` flushes it to the operating system, `sync` to the disk."""
 
     def __init__(self, path: Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -51,7 +51,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases. The project is $WANDB_PROJECT, by default gptjax. WANDB_MODE=offline logs to local files."""
+    """Logs to Weights & Biases, in the project $WANDB_PROJECT (by default gptjax).
+
+    With WANDB_MODE=offline in the environment, the metrics are logged to local files.
+    """
 
     def __init__(self, run_dir: Path, cfg: Config):
         wandb = _module("wandb", "wandb")
@@ -71,7 +74,7 @@ LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoa
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raise UserError if the package of a logger is not installed."""
+    """Raise UserError if the package that one of these loggers needs is not installed."""
     for name in names:
         _module({"tensorboard": "tensorboardX"}.get(name, name), name)
 

@@ -38,19 +38,21 @@ def run_task(
     missing: Callable[[Config], None] = lambda cfg: None,
     hooks: Sequence[Hook] = (),
 ) -> tuple[TrainResult, Any]:
-    """Train the task that `prepare` builds from the config. Returns the result and the task's held-out test data, which
-    is None if the run was finished already.
+    """Train the task that `prepare` builds from the config.
+
+    Returns the result and the task's held-out test data, which is None if the run was finished already.
 
     Args:
-        written: the config as the user wrote it. `prepare` resolves the values that depend on the data.
-        prepare: builds the task. Called before the run directory is created, and not at all if the run is finished.
-        log: gets each line that would be printed.
-        missing: as in `resume.refuse`.
+        written: the config as the user wrote it. `prepare` fills in the values that depend on the data.
+        prepare: function that builds the task; called before the run directory is created, and not at all if the run is
+            finished.
+        log: function that is called with each line of output, or None to print the lines.
+        missing: function that raises UserError if data, tokenizer or base model do not exist.
         hooks: pairs (every, fn): fn(run) is called every `every` steps and after the last step.
 
     Raises:
         UserError: as in `tasks.train`.
-        Stopped: a signal was received, or too many consecutive steps were not finite.
+        Stopped: a signal was received, or the loss or gradient was not finite in too many consecutive steps.
     """
     with catch_signals() as signals:
         try:
@@ -61,7 +63,8 @@ def run_task(
         except Exception:
             if not signals.code or signals.polled:
                 raise
-            when = "before the first step: nothing to save"  # an interrupted import can raise ImportError
+            # An import that a signal interrupts may raise ImportError instead of KeyboardInterrupt.
+            when = "before the first step: nothing to save"
         if signals.code:
             message = f"{signal_name(signals.code)} {when}; run the same command again to resume"
             (log or print)(message)
@@ -104,11 +107,11 @@ def _run(
         with distributed.synchronise_errors():
             if writes:
                 stack.enter_context(dir.locked())
-            dir.check(resolved)  # again: `refuse` checked it before the lock was taken
+            dir.check(resolved)  # a second check, because `refuse` checked the directory before the lock was taken
         to_log_file = Progress(lambda line: dir.append("log.txt", line), log, dir.touch)
         with to_log_file if writes else Progress(log=log) as progress:
             run = resume.begin(ready, dir, mesh, progress, signals)
-            del ready  # its arrays are donated to the first step
+            del ready  # its arrays are donated to jitted functions, and unusable afterwards
             signals.raise_if_any()
             if warning := short_run(resolved):
                 progress.say(warning)
@@ -161,8 +164,10 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
 
 
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
-    """Run the remaining steps. The metrics of a compiled call are read while the next call runs; before a hook is
-    called, all of them are read."""
+    """Run the remaining steps.
+
+    The metrics of a compiled call are read while the next call runs. Before a hook is called, all metrics are read.
+    """
     steps = run.cfg.train.max_steps
     while True:
         for every, hook in hooks:

@@ -1,4 +1,4 @@
-"""Estimates of the memory of a training step, by formula: for plans, and for the error when memory does not suffice."""
+"""Formulas that estimate the memory of a training step, for `gptjax plan` and for the out-of-memory error."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from gptjax.config import Config, ModelConfig
 GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
-_MAX_SHARE = 0.75  # a change is only proposed if it shrinks the activations to at most this fraction
+_MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to at most this fraction
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
-WORKSPACE_BYTES = 2**30  # logits of one chunk, their exponentials and gradients
+WORKSPACE_BYTES = 2**30  # memory for the logits of one chunk of the loss, their exponentials and their gradients
 _PROGRAM_BYTES = 2**28
-_WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW has two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter
+_WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
 
 Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
 
 
 def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
-    """A rough estimate of the memory of a training step in bytes, by category.
+    """Returns a rough estimate of the memory of a training step in bytes, by category.
 
-    It was within about 20 % of XLA's own figure for five configurations on a CPU.
+    For five configurations on a CPU, the estimate was within about 20 % of XLA's own figure.
 
-    weights      4 bytes per parameter, and the same for its gradient and for its update
-    optimizer    two float32 moments per parameter; Muon keeps one for the matrices of the blocks
-    activations  of one micro-batch; see `activation_elements`
+    weights      4 bytes per parameter, 4 for its gradient and 4 for its update
+    optimizer    two float32 moments per parameter; Muon keeps only one for the matrices of the blocks
+    activations  those of one micro-batch; see `activation_elements`
     """
     model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
     matrices = max(0, n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model)
@@ -39,56 +39,57 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
 
 
 def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
-    """Estimated memory of a training step on one chip of a mesh, in bytes, with attention kernels.
+    """Returns the estimated memory of a training step on one chip of a mesh, in bytes, with attention kernels.
 
-    If AdamW trains all weights, it is within about 20 % of the TPU compiler's own figure.
+    If AdamW trains all weights, the estimate is within about 20 % of the TPU compiler's own figure.
 
     state        `param_bytes` per parameter, divided by fsdp x tensor
-    head         the output head's matrix unsharded in bfloat16, and its gradient unsharded in float32, twice while it
-                 is summed over chips
-    activations  see `activation_elements`, plus the all-gathered weights of one layer
+    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; two copies of the
+                 gradient while it is summed over chips
+    activations  see `activation_elements`, plus the all-gathered weights of two layers
 
     Args:
-        width: tokens per row.
+        width: number of tokens per row.
     """
     model, (data, fsdp, tensor, context) = cfg.model, shape
     tokens = cfg.train.batch_size // cfg.train.accumulation * width / (data * fsdp * context)
     state = param_bytes(cfg, accumulation=cfg.train.accumulation) * n_params / (fsdp * tensor)
     head = (10 if data * fsdp * tensor > 1 else 6) * model.d_model * model.vocab_size
-    layer = 2 * 2 * 12 * model.d_model**2 / tensor  # all-gathered weights of this layer and the next
+    layer = 2 * 2 * 12 * model.d_model**2 / tensor  # bytes of the all-gathered weights of one layer and the next
     elements = activation_elements(model, width, tensor=tensor, scores=False)
     return state + head + (itemsize(model) * tokens * elements + layer) + WORKSPACE_BYTES + _PROGRAM_BYTES
 
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
-    """Bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation, the sum of
-    gradients. With LoRA: the weight of the frozen base only, possibly quantised."""
+    """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
+    the sum of its gradients. With LoRA, only the frozen weights count, which may be quantised."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
 
 
 def activation_bytes(model: ModelConfig, rows: int, width: int) -> int:
-    """Bytes of the activations that the backward pass needs for `rows` rows of `width` tokens, with the attention
-    scores kept."""
+    """Returns the bytes of the activations that the backward pass needs for `rows` rows of `width` tokens, if the
+    attention scores are kept."""
     return round(itemsize(model) * rows * width * activation_elements(model, width))
 
 
 def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scores: bool = True) -> float:
-    """Activations per token that the backward pass needs, in elements: those that every block keeps, and a workspace.
+    """Returns the activations per token that the backward pass needs, in elements: those of all blocks and a workspace.
 
-    Each `model.remat` keeps per block:
+    `model.remat` decides which activations of a block are kept on the device:
 
-    none     the residual stream twice, and all activations of attention and feed-forward layer
+    none     the residual stream twice, and all activations of the attention and feed-forward layers
     dots     the residual stream twice, and the outputs of the matrix multiplications
     full     the block's input
-    offload  nothing
+    offload  none, because the block's input is kept in host memory
 
     Args:
-        width: tokens per row.
-        tensor: tensor-parallel size, which shards the activations of attention and feed-forward layers.
-        scores: True: attention without a kernel keeps a score per head and pair of tokens, and XLA keeps further
-            activations (12 D + 4 F), as on a CPU. False: a kernel, which keeps no scores, as on TPUs.
+        width: number of tokens per row.
+        tensor: tensor-parallel size, by which the activations of attention and feed-forward layers are sharded.
+        scores: whether attention scores are kept. True: attention runs without a kernel, as on a CPU, which keeps a
+            score per head and pair of tokens, and XLA keeps further activations (12 D + 4 F). False: attention runs
+            with a kernel, as on TPUs, which keeps no scores.
     """
     D, F = model.d_model, model.d_ff
     if scores:
@@ -104,28 +105,31 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 
 
 def block_elements(model: ModelConfig) -> int:
-    """Activations per token and block that tensor parallelism shards, in elements: queries, keys, values and hidden
-    units, each before and after the element-wise operations on them."""
+    """Returns the activations per token and block that tensor parallelism shards, in elements.
+
+    These activations are queries, keys, values and hidden units, each before and after the element-wise operations on
+    them.
+    """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff
 
 
 def itemsize(model: ModelConfig) -> int:
-    """Bytes per element of an activation."""
+    """Returns the bytes per element of the activations."""
     return 2 if model.dtype == "bfloat16" else 4
 
 
 def what_fits(cfg: Config, width: int, *, rows_per_device: int, lasting_bytes: int = 0, limit: int = 0) -> list[str]:
-    """Changes of the config with which a step should fit into memory: the smallest sufficient change per setting.
+    """Returns changes of the config, each of which should make a training step fit into memory.
 
     Args:
-        width: tokens per row.
-        rows_per_device: rows of a micro-batch on one device.
+        width: number of tokens per row.
+        rows_per_device: number of rows of a micro-batch on one device.
         lasting_bytes: bytes of weights, gradients and optimizer state on one device.
-        limit: memory of the device in bytes. 0: unknown; then each change at least halves the activations.
+        limit: memory of the device in bytes, or 0 if it is unknown; then each change at least halves the activations.
 
     Returns:
-        Lines such as "model.remat=dots: ..".
+        Lines such as "model.remat=dots: ..", with the smallest sufficient change of each setting.
     """
 
     def bytes_with(rows: int, remat: Remat) -> int:

@@ -1,4 +1,4 @@
-"""Metrics of a run: losses, throughput, remaining time; written as rows of metrics.jsonl."""
+"""Computes the metrics of a run (losses, throughput, remaining time) and writes them as rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Meter:
     """Reads the metrics of a compiled call once the next call has been started, and logs them every log_every steps.
 
     Args:
-        run: the run, with its state.
+        run: the run whose metrics are read.
     """
 
     def __init__(self, run: Run):
@@ -38,20 +38,20 @@ class Meter:
             self.file = loggers.JsonLines(run.dir.metrics)
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
-        self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row
-        self.mark = 0.0  # time at which metrics were last read
-        self.rate = 0.0  # tokens per second in the last row
+        self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row of metrics
+        self.mark = 0.0  # time at which the metrics of a call were last read
+        self.rate = 0.0  # tokens per second, as in the last row of metrics
         self.eval_s = self.sample_s = 0.0  # estimated seconds of a full evaluation and of sampling, without compilation
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
-        """Note that a call is about to start. If the device is idle, its clock starts here."""
+        """Record the time before a call is started, unless the device is still busy with the previous call."""
         if self.pending is None:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """Note that a call that ends at step `end` was started; read the previous call's metrics while it runs."""
+        """Store the metrics of the call just started, whose last step is `end`, and read those of the previous call."""
         before, self.pending = self.pending, (end, metrics)
         if before:
             self._read(*before)
@@ -133,7 +133,7 @@ class Meter:
         return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
-        """Seconds that the rest of the run takes, its evaluations included."""
+        """Returns the estimated seconds until the end of the run, evaluations included."""
         settings = self.run.cfg.train
         steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
         evals = math.ceil(steps / settings.eval_every) + now

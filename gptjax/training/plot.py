@@ -12,12 +12,12 @@ from gptjax._moved import moved_name
 from gptjax.files import replacing
 from gptjax.show import log_ticks
 
-MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # number and length of legend entries; a larger legend would hide the curves
-MAX_NEIGHBOURS = 50  # points on each side that the smoothed training loss averages over
+MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # maximum number and length of legend entries; more would hide the curves
+MAX_NEIGHBOURS = 50  # maximum number of points on each side over which a training loss is averaged
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Plot the losses in the rows of metrics.jsonl. The file `path` is replaced atomically."""
+    """Plot the training and validation losses in the rows of metrics.jsonl. `path` is replaced atomically."""
     figure, axes = _figure(8, 4.8)
     train, val = _series(rows, "train/loss"), _series(rows, "val/loss")
     if train:
@@ -59,16 +59,18 @@ def draw_sweep(
     curves: Mapping[tuple, Sequence[np.ndarray]],
     path: Path,
 ) -> None:
-    """Plot a sweep.
+    """Plot the results of a sweep in two panels.
 
-    Left: validation loss over the first of `names` with several numeric values: one dot per run, and a line through the
-    means with their intervals per combination of the other names. Right: one curve of the training loss per
-    combination of all names.
+    The left panel shows the validation loss over the values of one setting, the first of `names` with several numeric
+    values. Each run is a dot; for each combination of the other settings, a line connects the means, with their
+    intervals. The right panel shows a curve of the training loss for each combination of all settings.
 
     Args:
-        rows, table, names: the results of `research.sweep`.
-        path: the .png file.
-        curves: values of the names -> training losses of each run.
+        rows: a dict per run, with its settings and losses.
+        table: a dict per combination of settings, with means and intervals over the seeds.
+        names: names of the settings that differ between the runs.
+        curves: dict from the values of these settings to the training losses of each run with these values.
+        path: path of the .png file.
     """
     figure, (left, right) = _figure(12, 4.8, columns=2)
     numeric = [name for name in names if len(_values(rows, name)) > 1 and all(map(_is_number, _values(rows, name)))]
@@ -141,12 +143,12 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average each loss with its neighbours on both sides, so that the curve does not lag."""
+    """Average each loss with its neighbours on both sides, so that the smoothed curve does not lag behind."""
     width = min(MAX_NEIGHBOURS, len(points) // 20)
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        reach = min(width, i, len(points) - 1 - i)  # equally many on both sides; otherwise the ends are biased
+        reach = min(width, i, len(points) - 1 - i)  # as many before as after the point; otherwise the ends are biased
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))
     return out

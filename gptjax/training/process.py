@@ -1,4 +1,4 @@
-"""Setup of a training process: compilation cache and memory allocation; exit codes."""
+"""Sets up a training process: compilation cache, memory allocation, exit codes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gptjax import assets
 from gptjax.signals import HEARD
 from gptjax.signals import Stopped as Stopped
 
-NON_FINITE = 3  # exit code after train.max_nonfinite consecutive non-finite steps
+NON_FINITE = 3  # exit code after train.max_nonfinite consecutive steps with a loss or gradient that is not finite
 HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glibc.malloc.hugetlb"
 
 
 def keep_buffers() -> bool:
     """Make glibc keep freed memory, instead of returning it to the system and page-faulting it in again at every step.
 
-    For XLA's temporary buffers on a CPU, this halved the time of a small step (42 -> 20 ms, 0.8 million parameters).
-    Call it before the first step. Returns False if there is no glibc.
+    Keeping XLA's temporary buffers halved the time of a training step on a CPU (42 -> 20 ms, 0.8 million parameters).
+    Call this function before the first step. Returns False if there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -32,19 +32,19 @@ def keep_buffers() -> bool:
 
 
 def ask_for_huge_pages() -> None:
-    """Restart the program in the same process (exec), with transparent huge pages enabled in glibc, if Linux provides
-    them on request (madvise).
+    """Make glibc use transparent huge pages, if Linux provides them on request (madvise).
 
-    Call it at the very start of a training program, because everything before the call runs twice. The restart is
-    needed because glibc reads its tunables only when a process starts.
+    To enable them, the program is restarted in the same process (exec), because glibc reads its tunables only when a
+    process starts. Call this function at the very start of a training program, because everything before the call runs
+    twice.
 
     XLA's CPU backend allocates its temporary buffers anew at every step. For a LoRA step of a model of 135 million
-    parameters, page-faulting 2 GB of them in pages of 4 KiB took 0.4 of 2.2 s.
+    parameters, page-faulting 2 GB of buffers in pages of 4 KiB took 0.4 of the step's 2.2 s.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # pending until the restarted program unblocks them
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # signals wait until the restarted program unblocks them
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from gptjax.training.chips import peak_flops as peak_flops
 
-LINE_EVERY_S = 5.0  # interval of plain progress lines
-SILENCE_S = 8.0  # after this time without output a heartbeat line is printed: some CI systems kill silent jobs
+LINE_EVERY_S = 5.0  # seconds between plain progress lines, which replace the progress bar
+SILENCE_S = 8.0  # seconds without output until a heartbeat line is printed, because some CI systems kill silent jobs
 
 
 class Progress:
     """Prints lines and a progress bar, writes log.txt, and prints heartbeat lines during long phases.
 
     Args:
-        write: called with each line for log.txt.
-        log: called with each line instead of printing it.
-        alive: called about once per second.
+        write: function that is called with each line for log.txt.
+        log: function that is called with each line instead of printing it, or None to print the lines.
+        alive: function that is called about once per second, for as long as the process is alive.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            self._told = now  # not `_spoke`: in a slow run, heartbeat lines would suppress all progress lines
+            self._told = now  # not `_spoke`, which heartbeat lines update: in a slow run no progress line would appear
             self.say(line)
 
     @contextmanager
     def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Name the current phase for heartbeat lines. A function is called for each line."""
+        """Name the current phase for heartbeat lines. A function `what` is called for each heartbeat line."""
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield
@@ -98,7 +98,7 @@ class Progress:
 
 
 def without_colours(text: str) -> str:
-    """The text for a file or a pipe: green text is put between « and », other escape sequences are removed."""
+    """Returns the text for a file or a pipe: green text is put between « and », other escape sequences are removed."""
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 

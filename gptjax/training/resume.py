@@ -1,4 +1,4 @@
-"""Starting, resuming and checkpointing a run."""
+"""Starts, resumes and checkpoints a run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from gptjax.weights.native import recover_folder
 
 
 def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
-    """Run the checks that need no data. Takes about a second and writes nothing.
+    """Run the checks of a config and its run directory that need no data; they take about a second and write nothing.
 
     Args:
-        written: the config before it is resolved by the data.
-        missing: raises UserError if data, tokenizer or base model do not exist.
+        written: the config as the user wrote it, without the values that depend on the data.
+        missing: function that raises UserError if data, tokenizer or base model do not exist; not called if the run
+            is finished.
 
     Returns:
-        Whether the run is finished already: final/ was written after at least `train.max_steps` steps. `missing` is
-        not called then.
+        Whether the run is finished already: final/ was written after at least `train.max_steps` steps.
 
     Raises:
-        UserError: lists all problems.
+        UserError: a check failed; the message lists all problems.
     """
     run = RunDir(written.run_dir or "runs/default")
     run_problems, result = complaints(run.check, written), run.final / "result.json"
@@ -65,7 +65,7 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
 
 
 def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
-    """The result of a run that is finished according to `refuse`."""
+    """Returns the result of a finished run, and tells the user that there is nothing to do."""
     (step, loss), cfg = use_json(run.final / "result.json", result_of), run.stored()
     params, _ = weights.load(run.final)
     say(f"{run.path} is finished: {step:,} steps, validation loss {loss:.4f}. Nothing to do.")
@@ -78,7 +78,10 @@ def finished(run: RunDir, say: Callable[[str], None]) -> TrainResult:
 
 
 def result_of(result: dict[str, Any]) -> tuple[int, float]:
-    """(step, validation loss) in a result.json. Raises TypeError, ValueError or LookupError if it is damaged."""
+    """Returns (step, validation loss) from a result.json.
+
+    Raises TypeError, ValueError or LookupError if the contents of the file are invalid.
+    """
     step, loss = number(result["step"]), float(number(result["val/loss"]))
     if type(step) is not int or step < 0:
         raise ValueError(f"step: expected a non-negative integer, got {step}")
@@ -125,7 +128,11 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 
 
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
-    """The hook that saves a checkpoint: the state, the counters, and what a resumed run is compared with."""
+    """Returns the hook that saves a checkpoint.
+
+    A checkpoint holds the state, the counters, and the data hashes, config and environment, which are compared with
+    those of a resumed run.
+    """
 
     def save(run: Run) -> None:
         if run.saved == run.step:
@@ -137,7 +144,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
             run.counters.seconds = run.seconds()
             meta = {
                 "identity": hashes(run.task),
-                "counters": {  # inf and nan as text: JSON has no numbers for them
+                "counters": {  # inf and nan are stored as text, because JSON has no numbers for them
                     name: value if math.isfinite(value) else str(value)
                     for name, value in dataclasses.asdict(run.counters).items()
                 },
@@ -151,7 +158,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 
 def hashes(task: Task) -> dict[str, str]:
-    """Name -> hash of the data or weights that a checkpoint depends on."""
+    """Returns the hashes of the data and weights that a checkpoint depends on, by name."""
     return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 
@@ -187,12 +194,12 @@ def meta_config(meta: dict[str, Any]) -> Config:
     try:
         _counters(meta["counters"])
         return config.from_yaml(meta["config"], "its settings")
-    except (TypeError, ValueError, OverflowError) as error:  # a UserError is a ValueError
+    except (TypeError, ValueError, OverflowError) as error:  # also catches UserError, a subclass of ValueError
         raise Damaged(f"meta.json: {error}") from error
 
 
 def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
-    """Resume from a checkpoint: take its state and counters, and drop metrics and samples of later steps."""
+    """Resume the run from a checkpoint: take its state and counters, and delete metrics and samples of later steps."""
     run.step = run.saved = restored.step
     run.state = restored.state
     if run.mesh is not None:
@@ -213,7 +220,10 @@ def go_on(run: Run, restored: Restored, abstract: TrainState) -> None:
 
 
 def _counters(values: dict[str, Any]) -> Counters:
-    """The counters in a checkpoint's metadata. Raises ValueError, TypeError or OverflowError if they are invalid."""
+    """Returns the counters in a checkpoint's metadata.
+
+    Raises ValueError, TypeError or OverflowError if the counters are invalid.
+    """
     fields = {field.name: type(field.default) for field in dataclasses.fields(Counters)}
     if unknown := sorted(values.keys() - fields.keys()):
         raise ValueError(f"unknown counters {', '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""The state of a run in training, shared by the modules of the loop and by users' hooks. `loop` advances it."""
+"""The state of a training run, which the modules of the training loop and users' hooks share."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ class TrainResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal was received. Raised by `Run.poll`, which is called only where the run can be stopped."""
+    """Raised by `Run.poll` if a signal was received. `Run.poll` is called only where the run can be stopped."""
 
 
 @dataclasses.dataclass
 class Counters:
-    """State of the run besides the TrainState; saved in every checkpoint."""
+    """The part of a run's state that is not in the TrainState, also saved in every checkpoint."""
 
     evaluated: int = -1  # step of the last evaluation
     val_loss: float = math.nan
     best_loss: float = math.inf
     best_step: int = -1
-    loss_total: float = 0.0  # sum of training losses since the last row of metrics
-    loss_weight: float = 0.0  # sum of their weights
-    samples_bytes: int = 0  # length of samples.txt
-    seconds: float = 0.0  # wall time of the run so far
+    loss_total: float = 0.0  # weighted sum of the training losses since the last row of metrics
+    loss_weight: float = 0.0  # sum of the weights of the losses in `loss_total`
+    samples_bytes: int = 0  # length of samples.txt in bytes
+    seconds: float = 0.0  # wall time of the run so far, in seconds
 
 
 @dataclasses.dataclass
 class Run:
-    """One run. `state`, `step` and `counters` change as it trains.
+    """One training run. `state`, `step` and `counters` change as it trains.
 
     cfg, task         the resolved config and the task; task.start and task.frozen are None once the state holds them
-    rules             the task's StepFunctions
+    rules             the `StepFunctions` of the task
     dir               the run directory
-    mesh              None on one device
+    mesh              the device mesh; None on one device
     writes            whether this process writes files
     state, step       TrainState and step after the last compiled call that was started
     saved             step of the last checkpoint
     k                 steps per compiled call
     n_params          number of trained parameters
-    tokens_per_step   over all devices
+    tokens_per_step   number of tokens per training step, over all devices
     """
 
     cfg: Config
@@ -94,11 +94,11 @@ class Run:
         return self.state.params, self.state.frozen
 
     def params(self) -> Params:
-        """The params that the loss reads, on the host."""
+        """Returns the params that the loss reads, on the host."""
         return self.rules.combine(*distributed.on_host(self.both))
 
     def seconds(self) -> float:
-        """Wall time of the run in seconds, earlier processes included."""
+        """Returns the wall time of the run in seconds, including earlier processes from which it was resumed."""
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
@@ -108,7 +108,10 @@ class Run:
             raise Interrupted
 
     def batch(self, step: int, k: int = 1) -> Any:
-        """The batch of step `step`, or of k steps with a leading axis k. Each process reads its own rows only."""
+        """Returns the batch of step `step` or, if k > 1, those of k steps with a leading axis k.
+
+        Each process reads only its own rows of a batch.
+        """
         batch_size = self.cfg.train.batch_size
         rows = distributed.rows_here(self.mesh, batch_size) if jax.process_count() > 1 else None
         batch = self.task.batches(step, k, rows)
@@ -117,4 +120,4 @@ class Run:
         return place_batch(batch, self.mesh, rows=rows, of=batch_size)
 
 
-Hook = tuple[int, Callable[[Run], None]]  # (every, fn): fn(run) every `every` steps and after the last
+Hook = tuple[int, Callable[[Run], None]]  # (every, fn): fn(run) is called every `every` steps and after the last step

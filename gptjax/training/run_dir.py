@@ -1,10 +1,10 @@
-"""The directory of one run.
+"""The directory of one run, and the checks and the lock that protect it.
 
-config.yaml        all settings, resolved
-environment.json   versions, device and command of the last start
+config.yaml        all settings, with the values that depend on the data filled in
+environment.json   versions, device and command line of the last start of the run
 metrics.jsonl      one JSON object per line
 log.txt  samples.txt  loss.png
-checkpoints/       training states, to resume from
+checkpoints/       training states from which the run can be resumed
 best/  final/      self-contained models: the one with the lowest validation loss, and the one of the last step
 """
 
@@ -33,11 +33,11 @@ from gptjax.files import user_path, write_text
 
 try:
     import fcntl
-except ImportError:  # Windows has no fcntl: only the lock's age shows whether it is held
+except ImportError:  # Windows has no fcntl, so only the lock file's age shows whether it is held
     fcntl = None  # type: ignore[assignment]
 
-OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # test results of the final model of a fine-tuning
-LOCK_STALE_S = 180  # a training process touches its lock at least every 10 s
+OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # files with the test results of a fine-tuned model
+LOCK_STALE_S = 180  # age of an abandoned lock file; a training process touches its own at least every 10 s
 
 # Settings that may differ when a run is resumed. They do not affect the trained weights.
 MAY_CHANGE = (
@@ -48,7 +48,7 @@ MAY_CHANGE = (
 
 
 class RunDir:
-    """Paths and files of one run. Call `check` first, and write only inside `locked`."""
+    """Paths and files of one run. Call `check` first, and write files only inside `locked`."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -62,11 +62,11 @@ class RunDir:
         return self.config.exists() or self.checkpoints.exists() or self.final.exists()
 
     def check(self, cfg: Config) -> None:
-        """Check that a run of `cfg` can be started or resumed here. Writes nothing.
+        """Check that a run of `cfg` can be started or resumed in this directory. Writes nothing.
 
         Raises:
-            UserError: the directory holds a run of another config, or any run with `train.resume=never`, or other
-                files; or it cannot be written to.
+            UserError: the directory holds a run of another config, a run although `train.resume=never`, or files of
+                another program; or it cannot be written to.
         """
         user_path(self.path, "run_dir")
         if not self.exists():
@@ -96,7 +96,7 @@ class RunDir:
             )
 
     def _ended(self, stored: Config) -> str:
-        """Why the learning rate schedule does not allow more steps than planned; "" if it allows them."""
+        """Returns the reason why the learning rate schedule allows no more steps than planned; "" if it allows them."""
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
@@ -109,14 +109,14 @@ class RunDir:
         )
 
     def stored(self) -> Config:
-        """The run's config.yaml.
+        """Returns the config in the run's config.yaml.
 
         Raises:
-            UserError: gptjax did not write it, or it is damaged.
+            UserError: the file was not written by gptjax, or is damaged.
         """
         try:
             return config.from_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
-        except (OSError, ValueError) as error:  # a UserError is a ValueError
+        except (OSError, ValueError) as error:  # also catches UserError, a subclass of ValueError
             details = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise UserError(
                 f"run_dir={self.path} is taken: its config.yaml was not written by gptjax, or is damaged; "
@@ -151,7 +151,7 @@ class RunDir:
                     lock.truncate()
 
     def refuse_busy(self) -> None:
-        """Check, without taking the lock or writing anything, that no other process trains here.
+        """Check, without taking the lock or writing anything, that no other process trains in this directory.
 
         Raises:
             UserError: another process holds the lock.
@@ -165,7 +165,7 @@ class RunDir:
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml and environment.json. If max_steps is increased, delete the old test results."""
+        """Write config.yaml and environment.json. If `cfg` increases max_steps, delete the old test results."""
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
@@ -228,7 +228,7 @@ def refuse_foreign(path: Path, allowed: str = "") -> None:
 
 
 def _refuse_owner(path: Path, lock: TextIO) -> None:
-    """Lock this file, or raise UserError that names the process that holds it."""
+    """Lock the open file `lock`. Raises a UserError that names the owner if another process holds the lock."""
     held = False
     if fcntl:
         try:
@@ -242,7 +242,8 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
     except (ValueError, RecursionError):
         owner = {}
     owner = owner if isinstance(owner, dict) else {}
-    # The system releases the lock of a dead process on this machine; for other machines the lock's age decides.
+    # On this machine, the system releases the lock of a process that has ended. For a process on another machine, the
+    # age of the lock file shows whether the process still runs.
     other_host = bool(owner) and (not fcntl or owner.get("host") != socket.gethostname())
     if held or (other_host and time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_STALE_S):
         process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
@@ -254,7 +255,10 @@ def _refuse_owner(path: Path, lock: TextIO) -> None:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without an incomplete last line and, with a Python warning, without damaged lines."""
+    """Returns the rows of metrics.jsonl.
+
+    An incomplete last line is left out; damaged lines are left out with a Python warning.
+    """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -265,7 +269,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """([(line, parsed row)], number of damaged lines); an incomplete last line is left out."""
+    """Returns ([(line, parsed row), ..], number of damaged lines) of metrics.jsonl, without an incomplete last line."""
     *complete, _ = path.read_bytes().split(b"\n")
     rows = []
     for line in complete:
@@ -281,9 +285,9 @@ def _dropped(path: Path, damaged: int) -> str:
 
 
 def changes(stored: Config, cfg: Config) -> list[str]:
-    """The changed settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
+    """Returns the changes of settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
 
-    A larger number of steps or epochs is allowed.
+    A larger number of steps or epochs is allowed, and not listed.
 
     Args:
         stored: the resolved config of the run.
@@ -307,7 +311,7 @@ def train_further(stored: Config, path: Path) -> str:
 
 
 def longer(stored: Config, cfg: Config) -> bool:
-    """Whether `cfg` has more steps or epochs than the stored config."""
+    """Returns whether `cfg` has more steps or epochs than the stored config."""
     before, now = stored.train, cfg.train
     if before.epochs is None or now.epochs is None:
         return before.epochs is now.epochs is None and now.max_steps > before.max_steps
@@ -315,7 +319,7 @@ def longer(stored: Config, cfg: Config) -> bool:
 
 
 def _resolve_like(stored: Config, written: Config) -> Config:
-    """`written`, completed by the values of the stored config that depend on the data or the base model."""
+    """Returns `written`, with the values that depend on the data or the base model taken from the stored config."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
     if written.task != "pretrain" or pretrain.base is not None:  # the architecture is that of the base model
@@ -332,12 +336,12 @@ def _resolve_like(stored: Config, written: Config) -> Config:
 
 
 def may_change(key: str) -> bool:
-    """Whether the setting may differ when a run is resumed."""
+    """Returns whether the setting may differ when a run is resumed."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and flags, on which results may depend besides the config. Imports jax."""
+    """Returns the versions, device and flags on which results may depend, besides the config. Imports jax."""
     import jax
 
     device = jax.devices()[0]
@@ -356,7 +360,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-# A resumed run is bitwise equal to an uninterrupted one only if none of these has changed.
+# A resumed run is bitwise equal to an uninterrupted one only if none of these entries of `environment` has changed.
 BITWISE = ("versions", "backend", "device", "devices", "XLA_FLAGS")
 
 

@@ -37,7 +37,7 @@ class TrainState(struct.PyTreeNode):
 
     @classmethod
     def create(cls, params: Any, *, tx: optax.GradientTransformation, key: jax.Array, frozen: Any = None) -> TrainState:
-        """The state before the first step.
+        """Create the state before the first step.
 
         Args:
             params: the trained params, any pytree of arrays.
@@ -54,13 +54,13 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     init: Callable[[jax.Array, Any], Any], tx: optax.GradientTransformation, seed: int | jax.Array, start: Any
 ) -> TrainState:
-    """The initial state of a run with this seed; `init` and `start` as returned by `Task.initial`."""
+    """Returns the initial state of a run with this seed. `init` and `start` are the results of `Task.initial`."""
     init_key, key = jax.random.split(jax.random.key(seed))
     return TrainState.create(init(init_key, start), tx=tx, key=key)
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
-    """Check the result of a loss while the step is traced, and return it. Raises UserError for another type."""
+    """Check, while the step is traced, that a loss returns (Mean, dict), and return it. Raises UserError otherwise."""
     pair = type(result) is tuple and len(result) == 2
     if pair and isinstance(result[0], Mean) and isinstance(result[1], dict):
         return result
@@ -85,17 +85,17 @@ def make_train_step(
     `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided as well.
+        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided, too.
         tx: the optimizer.
-        combine: (trained, frozen) -> the params that the loss reads; LoRA is applied here.
-        accumulation: number of micro-batches (gradient accumulation); must divide the leading axis of every leaf of
-            the batch. Up to rounding, the result does not depend on it, even if the micro-batches differ in weight.
-        transform: transforms the function that computes the gradient of the whole batch, such as
-            `research.curvature.sam`.
+        combine: function (trained, frozen) -> the params that the loss reads, for example with LoRA applied.
+        accumulation: number of micro-batches over which gradients are accumulated; it must divide the leading axis of
+            every leaf of the batch. Up to rounding, the result does not depend on this number, even if the
+            micro-batches differ in weight.
+        transform: function that transforms the gradient function of the whole batch, such as `research.curvature.sam`.
 
     Returns:
-        step(state, batch) -> (state, metrics). Metrics: loss, weight, grad_norm, skipped, skipped_in_a_row, and those
-        of the loss.
+        The function step(state, batch) -> (state, metrics). The metrics are loss, weight, grad_norm, skipped,
+        skipped_in_a_row, and those that the loss returns.
     """
 
     def total(params, frozen, batch, key):
@@ -130,7 +130,7 @@ def make_train_step(
         norm = optax.tree.norm(grads) * scale
         finite = jnp.isfinite(mean.total) & jnp.isfinite(norm)
 
-        def update(operands):  # scales the gradients in here, so that XLA fuses the scaling with the optimizer
+        def update(operands):  # gradients are scaled in here, so that XLA fuses the scaling with the optimizer
             grads, scale, norm, params, opt_state = operands
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
             updates, opt_state = tx.update(grads, opt_state, params, grad_norm=norm)
@@ -138,7 +138,7 @@ def make_train_step(
 
         operands = (grads, scale, norm, state.params, state.opt_state)
         # On a GPU, lax.cond would copy the whole state and make the host wait for `finite`, so jnp.where is used.
-        # It does not work on optimizer state in host memory (optim.offload), which can only be copied.
+        # jnp.where does not work on optimizer state in host memory (optim.offload), which can only be copied.
         spaces = (str(getattr(jax.typeof(m), "memory_space", "")).lower() for m in jax.tree.leaves(state.opt_state))
         if platform() == "gpu" and not any("host" in space for space in spaces):
             params, opt_state = jax.tree.map(
@@ -168,7 +168,7 @@ def make_train_step(
 
 
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """steps(state, batches [K, ...]) -> (state, metrics [K]): K steps in one compiled call."""
+    """Returns steps(state, batches [K, ...]) -> (state, metrics [K]), which runs K steps in one compiled call."""
 
     def steps(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(step, state, batches)
@@ -183,7 +183,7 @@ def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Met
     short last batch has a smaller weight. `loss` should be jitted by the caller.
 
     Returns:
-        The sums of the loss, and of each metric by name.
+        The `Mean` of the loss over all batches, and that of each metric by name.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:

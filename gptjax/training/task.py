@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it trains. `gptjax.tasks` builds a `Task` per kind of training."""
+"""The interface between the training loop and the tasks (pretraining, classification, ..) in `gptjax.tasks`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepFunctions(NamedTuple):
     """The functions that a training step is built from.
 
     loss        (params, batch, key) -> (Mean, metrics)
-    combine     (trained, frozen) -> the params that the loss reads; LoRA is applied here
+    combine     (trained, frozen) -> the params that the loss reads, for example with LoRA applied
     optimizer   updates the trained params
     """
 
@@ -38,9 +38,10 @@ class StepFunctions(NamedTuple):
 class Validation(NamedTuple):
     """The validation data, by whose loss the best model is chosen.
 
-    batches          first -> its batches: all of them or, for the evaluation before the first step (`first`), a part
+    batches          function first -> validation batches: all of them or, if `first` is true, a part. `first` is true
+                     only for the evaluation before the first step
     first_share      size of that part, as a fraction of all batches
-    derived_metrics  loss -> metrics that are functions of the loss, such as perplexity
+    derived_metrics  function loss -> metrics that are computed from the loss, such as perplexity
     """
 
     batches: Callable[[bool], Iterable[Any]]
@@ -51,17 +52,17 @@ class Validation(NamedTuple):
 class Task(NamedTuple):
     """Everything that the training loop needs to know about one run.
 
-    tokenizer         is saved with the model
+    tokenizer         the tokenizer, which is saved with the model
     batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows`: a slice
-                      of the batch axis, None for all rows. A pure function, so that resuming needs no loader state
-    describe_batch    step -> a line that names the data of this step's batch, for error messages
+                      of the batch axis, None for all rows. A pure function, so that a resumed run needs no loader state
+    describe_batch    step -> a line of text that names the data of this step's batch, for error messages
     validation        the validation data
     build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs
                       are vmapped in one program
     start             the trained params before the first step, or a function key -> params
     frozen            params that the loss reads and the optimizer does not update
     flops_per_token   FLOPs per token of a training step, for MFU
-    fingerprints      name -> (hash of data or weights that a checkpoint depends on, the setting that names them)
+    fingerprints      name -> (hash of data or weights that a checkpoint depends on, the setting that selects them)
     describe          number of trained parameters -> lines about data and model, printed before the first step
     write             (folder, trained, frozen, text files): writes a self-contained model folder
     sample            params -> generated texts, called after each evaluation; None: no samples
@@ -81,16 +82,20 @@ class Task(NamedTuple):
     sample: Callable[[Params], list[str]] | None = None
 
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
-        """(init, start), where init(key, start) gives the trained params. The arrays are an argument of `init`, so that
-        they are not constants of a compiled program."""
+        """Returns (init, start), where init(key, start) gives the trained params before the first step.
+
+        The arrays in `start` are an argument of `init`, so that they are not constants of a compiled program.
+        """
         if callable(self.start):
             return lambda key, start: self.start(key), None
         return lambda key, start: start, self.start
 
 
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
-    """The config with the values that depend on the data: the model, and the number of steps of `train.epochs` passes
-    over `size` tokens or rows, `per_step` per step."""
+    """Returns the config with the values that depend on the data filled in: the model, and the number of steps.
+
+    The number of steps is that of `train.epochs` passes over `size` tokens or rows, of which a step takes `per_step`.
+    """
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
 
@@ -110,9 +115,9 @@ def short_run(cfg: Config) -> str:
 class Ready(NamedTuple):
     """The result of a task's `prepare`.
 
-    cfg        the config, completed by `resolve`
-    task       the task that the loop runs
-    held_out   test data, as the task's `evaluate` takes it
+    cfg        the config as completed by `resolve`
+    task       the task that the training loop runs
+    held_out   the test data, which are passed to the task's `evaluate`
     """
 
     cfg: Config

@@ -7,12 +7,14 @@ states, metrics = step(states, hparams, frozen, batch)     `frozen` is shared by
 `hparams` is a pytree of leaves [N, ..], the traced hyperparameters of each run. `build` maps those of one run to its
 `StepFunctions`.
 
-There are two forms, which differ in rounding:
+There are two ways to build the step, which differ in rounding:
 
-make_step   N independent runs, each with its own step counter, key and skipped steps: sweeps, and many adapters.
-as_one      N runs as one run of the loop, with one step counter and one checkpoint: the seeds of a fine-tuning. The
-            loss is the sum of the runs' means, so the step divides gradients by N and the optimizer multiplies them
-            again; dropout keys are split from one key; all runs skip a step that is not finite for any of them.
+make_step   N independent runs, each with its own step counter, key and skipped steps; used for sweeps and for many
+            adapters.
+as_one      N runs as one run of the training loop, with one step counter and one checkpoint; used for the seeds of a
+            fine-tuning. The loss is the sum of the runs' means, so the step divides gradients by N, and the optimizer
+            multiplies them by N again. Dropout keys are split from one key. If the loss or gradient of one run is not
+            finite, all runs skip the step.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ from gptjax.types import Mean, Metrics
 def make_step(
     build: Callable[[Any], StepFunctions], *, batches: bool = False, accumulation: int = 1
 ) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics]]:
-    """step(states, hparams, frozen, batch) -> (states, metrics [N]): `make_train_step`, vmapped over N runs.
+    """Returns step(states, hparams, frozen, batch) -> (states, metrics [N]): `make_train_step` vmapped over N runs.
 
     Args:
-        batches: every leaf of the batch has a leading axis N, one batch per run; False: all runs share one batch.
-        accumulation: as in `make_train_step`.
+        batches: whether every leaf of the batch has a leading axis N, with one batch per run. False: all runs share one
+            batch.
+        accumulation: number of micro-batches, as in `make_train_step`.
     """
 
     def step_of_run(state: TrainState, hparams: Any, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
@@ -51,9 +54,9 @@ def make_step(
 
 
 def make_loss(build: Callable[[Any], StepFunctions], *, batches: bool = False) -> Callable[..., tuple[Mean, Metrics]]:
-    """loss(params, hparams, frozen, batch, keys=None) -> losses [N] and metrics [N]; arguments as in `make_step`.
+    """Returns loss(params, hparams, frozen, batch, keys=None) -> (losses [N], metrics [N]), vmapped over N runs.
 
-    `keys` [N] are dropout keys; None: without dropout.
+    `keys` [N] are the random keys for dropout; None: without dropout. The other arguments are as in `make_step`.
     """
 
     def loss_of_run(params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -71,21 +74,23 @@ def create(
     hparams: Any = None,
     start: Any = None,
 ) -> TrainState:
-    """The states before the first step, leaves [N, ..]: the `init_state` of each seed.
+    """Returns the states of N runs before the first step, with leaves [N, ..]: the `init_state` of each seed.
 
     Args:
-        init: (key, start) of one run -> its trained params, as `Task.initial` returns it.
-        optimizer: hparams of one run -> its optimizer.
-        seeds: [N].
-        hparams, start: leaves [N, ..], or None.
+        init: function (key, start) of one run -> its trained params, as returned by `Task.initial`.
+        optimizer: function hparams of one run -> its optimizer.
+        seeds: random seeds of the runs, [N].
+        hparams, start: pytrees with leaves [N, ..], or None.
     """
     init_run = jax.vmap(lambda seed, hparams, start: init_state(init, optimizer(hparams), seed, start))
     return init_run(seeds, hparams, start)
 
 
 def as_one(functions: StepFunctions, n: int) -> StepFunctions:
-    """The step functions of one run that trains n models: trained leaves and batches have a leading axis n, `frozen`
-    has none."""
+    """Returns the step functions of one run that trains n models.
+
+    Leaves of the trained params and of batches have a leading axis n; `frozen` has none.
+    """
     losses = make_loss(lambda _: functions, batches=True)
     tx = optax.with_extra_args_support(functions.optimizer)
 
@@ -93,12 +98,12 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         trained, frozen = params
         mean, metrics = losses(trained, None, frozen, batch, None if key is None else jax.random.split(key, n))
         metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        if key is None:  # validation: totals are summed over batches before they are divided
+        if key is None:  # in validation, totals and weights are summed over batches before they are divided
             return Mean(mean.total.sum(), mean.weight.sum()), metrics
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, clipping by its own norm. The step has divided the gradients by n."""
+        """Update each run separately, clipping by its own norm, after undoing the step's division of gradients by n."""
         undivided = jax.tree.map(lambda g: g * n, grads)
         return jax.vmap(lambda g, s, p: tx.update(g, s, p))(undivided, state, params)
 
@@ -107,8 +112,10 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
 
 
 def stack(batches: Sequence[Any], axis: int = 0) -> Any:
-    """Stack the batches of N runs along a new axis. Smaller leaves are padded with zeros, which mean padding in
-    every kind of batch."""
+    """Stack the batches of N runs along a new axis.
+
+    Smaller leaves are padded with zeros, because zeros mean padding in the batches of all tasks.
+    """
 
     def padded(*leaves: np.ndarray) -> np.ndarray:
         out = np.zeros((len(leaves), *np.max([leaf.shape for leaf in leaves], 0)), leaves[0].dtype)
@@ -120,7 +127,10 @@ def stack(batches: Sequence[Any], axis: int = 0) -> Any:
 
 
 def zip_batches(batches_of_runs: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """Stack the i-th batches of N runs, leaves [N, ..]; shorter iterables are continued with empty batches."""
+    """Yields, for each i, the i-th batches of N runs, stacked to leaves [N, ..].
+
+    Runs with fewer batches are continued with batches of zeros, which count as padding.
+    """
     for group in itertools.zip_longest(*batches_of_runs):
         blank = jax.tree.map(np.zeros_like, next(batch for batch in group if batch is not None))
         yield stack([blank if batch is None else batch for batch in group])
