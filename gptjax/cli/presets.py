@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from gptjax.config import config_file, presets
@@ -14,8 +15,10 @@ ACTIONS = ("ls", "show", "cp")
 def run(args: list[str]) -> int:
     action, *rest = args or ["ls"]
     if action == "ls" and not rest:
-        for name in presets():
-            print(f"{name:<26} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
+        for verb, group in itertools.groupby(presets(), _verb):
+            print(f"{verb} PRESET")
+            for name in group:
+                print(f"  {name:<24} {_read(name).partition(chr(10))[0].removeprefix('#').strip()}")
     elif action == "show" and len(rest) == 1:
         print(_read(rest[0]), end="")
     elif action == "cp" and len(rest) == 2:
@@ -27,12 +30,18 @@ def run(args: list[str]) -> int:
                 out.write(text)
         except FileExistsError:
             raise UserError(f"{path} exists already: choose another name") from None
-        print(f"{path}  (run it: gptjax pretrain {path})")
+        print(f"{path}  (run it: {_verb(rest[0])} {path})")
     elif action not in ACTIONS:
         raise UserError(f"presets {action}: expected {', '.join(ACTIONS)}{did_you_mean(action, ACTIONS)}")
     else:
         raise UserError("expected: gptjax presets ls | show PRESET | cp PRESET FILE.yaml")
     return 0
+
+
+def _verb(name: str) -> str:
+    """Returns the command that runs a preset, which stands in the folder of its task."""
+    task = config_file(name).parent.name
+    return f"gptjax {task}" if task == "pretrain" else f"gptjax finetune {task}"
 
 
 def _read(name: str) -> str:

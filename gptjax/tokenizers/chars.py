@@ -58,7 +58,7 @@ class Chars(Base):
             raise UserError(
                 f"the chars tokenizer has no {text[i]!r} (U+{ord(text[i]):04X}, character {i} of the text): "
                 f"it knows only the {self.vocab_size} characters it was trained on; leave that one out, "
-                "or use tokenizer.name=bytes or bpe"
+                "or train a model with tokenizer.name=bytes or bpe, which know every character"
             )
         return ids.astype(self.dtype)
 

@@ -7,7 +7,14 @@ from gptjax.__main__ import main
 def test_ls_names_all(capsys):
     assert main(["presets", "ls"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == list(config.presets())
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(" ")] == list(config.presets())
+    headings = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert len(headings) == 4 and "gptjax finetune classify PRESET" in headings
+
+
+def test_a_copy_says_how_to_run_it(tmp_path, capsys):
+    assert main(["presets", "cp", "book-spam", str(tmp_path / "mine.yaml")]) == 0
+    assert f"gptjax finetune classify {tmp_path / 'mine.yaml'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(config.presets()))
