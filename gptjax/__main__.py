@@ -1,4 +1,4 @@
-"""The command line: `gptjax VERB ...` or `python -m gptjax VERB ...`."""
+"""The command line: `gptjax COMMAND ...` or `python -m gptjax COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb of the command line.
+    """Run one command of the command line.
 
     Returns:
         The exit code: 0 for success, 2 for invalid input or environment (with a message on stderr), 3 if training
@@ -108,7 +108,7 @@ def _dispatch(argv: list[str]) -> int:
         from gptjax.errors import did_you_mean
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
-        raise UserError(f"no verb {name!r}{hint}\n  verbs: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
+        raise UserError(f"no command {name!r}{hint}\n  commands: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
     completes = name == "completion" and args[:1] == ["--words"]  # then args are the words of an unfinished command
     if _asks_for_help(args) and not completes:
         from gptjax.cli.help import verb_help
@@ -123,7 +123,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
     return any(arg in HELP for arg in args)
 
 
-# Verb of another tool -> the corresponding verb of gptjax, for the hint "did you mean".
+# Command of another tool -> the corresponding command of gptjax, for the hint "did you mean".
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",

@@ -79,7 +79,7 @@ def _pages(source: str, out: str | None) -> dict[str, Path]:
 
 
 def settings_of(args: Iterable[str]) -> dict[str, Any]:
-    """Parses NAME=VALUE arguments into the settings of this verb.
+    """Parses NAME=VALUE arguments into the settings of this command.
 
     Raises:
         UserError: a name is unknown or a value is invalid; the message lists all problems.

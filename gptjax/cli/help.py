@@ -1,4 +1,4 @@
-"""`gptjax help`, `gptjax --help` and `gptjax VERB --help`: print the pages of the modules `manual` and `topics`."""
+"""`gptjax help`, `gptjax --help` and `gptjax COMMAND --help`: print the pages of the modules `manual` and `topics`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run(args: list[str]) -> int:
         print(verb_help(name, args[1:]))
     else:
         raise UserError(
-            f"no topic or verb {name!r}{did_you_mean(name, [*TOPICS, *ALL_VERBS])}\n"
-            f"  topics: {', '.join(TOPICS)}; verbs: {', '.join(ALL_VERBS)}"
+            f"no topic or command {name!r}{did_you_mean(name, [*TOPICS, *ALL_VERBS])}\n"
+            f"  topics: {', '.join(TOPICS)}; commands: {', '.join(ALL_VERBS)}"
         )
     return 0
 
 
 def overview() -> str:
-    """Returns the text of `gptjax --help`: the verbs by group, and the topics."""
+    """Returns the text of `gptjax --help`: the commands by group, and the topics."""
     lines = [
         "gptjax trains, fine-tunes and runs GPT-style language models in JAX.",
         "",
-        "Usage: gptjax VERB [arguments] [section.name=value ...]",
+        "Usage: gptjax COMMAND [arguments] [section.name=value ...]",
     ]
     for group in GROUPS:
         verbs = [(name, verb.summary) for name, verb in ALL_VERBS.items() if verb.group == group]
@@ -48,7 +48,7 @@ def overview() -> str:
     lines += [f"  {name:<11} {title}." for name, (title, _) in TOPICS.items()]
     lines += [
         "",
-        "gptjax VERB --help explains a verb, with examples and its settings. --dry-run shows what a command would do.",
+        "gptjax COMMAND --help explains a command and its settings, with examples. --dry-run shows what it would do.",
         "To begin: gptjax pretrain. It takes a few minutes; gptjax pretrain tiny-gpt2, a test, takes seconds.",
     ]
     return "\n".join(lines)

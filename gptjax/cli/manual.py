@@ -1,4 +1,4 @@
-"""The text of `gptjax VERB --help`: a page per verb, and per action of a verb, such as `data check`.
+"""The text of `gptjax COMMAND --help`: a page per command, and per action of a command, such as `data check`.
 
 The examples of a page can be run unchanged in an empty folder, after the commands of `needs`, on a CPU and without a
 network. The settings of a page and their help texts are defined in `gptjax.config.schema`. That module is not imported
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Option(NamedTuple):
-    """An option of a verb that is not a setting of the schema, such as `out=FILE`, or `--search`, which has no
+    """An option of a command that is not a setting of the schema, such as `out=FILE`, or `--search`, which has no
     value."""
 
     name: str  # such as `out=` or `--search`
@@ -21,19 +21,19 @@ class Option(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The help of a verb.
+    """The help of a command.
 
-    about      what the verb does, in one or two sentences
+    about      what the command does, in one or two sentences
     usage      the form of its command lines
     examples   pairs (command, what the command does)
     needs      commands that make the files and runs that the examples use
-    options    options of the verb that are not settings of the schema
-    reads      the task whose settings the verb reads (`gptjax.config.uses`); "*": any task; "": only `settings`
+    options    options of the command that are not settings of the schema
+    reads      the task whose settings the command reads (`gptjax.config.uses`); "*": any task; "": only `settings`
     settings   patterns of the settings that the help lists; (): all settings that the task reads
     section    the section whose name may be left out of the settings, such as "sample"
-    preset     the preset that is used if the command names none; "": the verb takes no preset
-    tasks      the tasks whose presets the verb takes
-    words      words that can be the verb's first argument, besides the names of presets
+    preset     the preset that is used if the command names none; "": the command takes no preset
+    tasks      the tasks whose presets the command takes
+    words      words that can be the command's first argument, besides the names of presets
     notes      paragraphs of text after the options
     """
 
@@ -590,7 +590,7 @@ PAGES: dict[str, Page] = {
         ),
         notes=(
             f"{MODEL} DIR must be new. Supported families: GPT-2, Llama, Mistral, Qwen 2, Qwen 3, Gemma 3 and OLMo 2.",
-            "Every verb reads such models directly: import one to keep a copy, or to change the data type.",
+            "Every command reads such models directly: import one to keep a copy, or to change the data type.",
         ),
     ),
     "tokenizer": Page(
@@ -812,17 +812,17 @@ PAGES: dict[str, Page] = {
         ),
     ),
     "help": Page(
-        about="Explains a topic or a verb. Without a word it lists both.",
-        usage="gptjax help [TOPIC | VERB [ACTION]]",
+        about="Explains a topic or a command. Without a word it lists both.",
+        usage="gptjax help [TOPIC | COMMAND [ACTION]]",
         examples=(
-            ("gptjax help", "List the topics and the verbs."),
+            ("gptjax help", "List the topics and the commands."),
             ("gptjax help runs", "Explain what is in a run directory."),
             ("gptjax help data check", "Do the same as `gptjax data check --help`."),
         ),
     ),
     "completion": Page(
-        about="Prints a script with which the shell completes verbs, presets, settings and their values when you press"
-        " TAB.",
+        about="Prints a script with which the shell completes commands, presets, settings and their values when you"
+        " press TAB.",
         usage="gptjax completion bash|zsh|fish",
         examples=(
             ("gptjax completion bash", "Print the script for bash."),

@@ -1,4 +1,4 @@
-"""Functions that the verbs share: they parse the command line, list the settings, and report a dry run."""
+"""Functions that the commands share: they parse the command line, list the settings, and report a dry run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def keys_of(*patterns: str) -> list[str]:
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """Returns the config that the arguments of a verb give, and where each of its values was set.
+    """Returns the config that the arguments of a command give, and where each of its values was set.
 
     train.batch_size=auto is replaced with the largest batch size that is estimated to fit in device memory, and
     model.remat with the value that this batch size needs.
@@ -102,10 +102,10 @@ def configure(
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
-    """Refuses settings that the verb does not read.
+    """Refuses settings that the command does not read.
 
     Args:
-        known: the settings that the verb reads.
+        known: the settings that the command reads.
         prefix: a group such as "sample."; its settings may be written without this prefix.
 
     Raises:
@@ -143,10 +143,10 @@ def show_only(
 
     Args:
         report: a function cfg -> lines of the report.
-        keys: the settings that the verb reads. None: the settings that cfg.task reads.
+        keys: the settings that the command reads. None: the settings that cfg.task reads.
 
     Returns:
-        Whether --print-config or --dry-run was given. If so, the verb should do nothing else.
+        Whether --print-config or --dry-run was given. If so, the command should do nothing else.
     """
     if not (args.print_config or args.dry_run):
         return False
@@ -188,8 +188,8 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 
 
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
-    """Returns the list of the settings of a verb for its help, with the values that `args` give them. If `args` are
-    invalid, the values are those of the verb's default preset. For a verb that takes no preset, they are the
+    """Returns the list of the settings of a command for its help, with the values that `args` give them. If `args` are
+    invalid, the values are those of the command's default preset. For a command that takes no preset, they are the
     defaults."""
     patterns = page.settings or uses.USES[page.reads]
     if not page.preset:

@@ -74,7 +74,7 @@ def run(args: list[str]) -> int:
 
 
 def options_of(args: list[str]) -> tuple[Options, list[str]]:
-    """Splits the arguments into the options of this verb, such as --on, and the other arguments: preset and settings.
+    """Splits the arguments into the options of this command, such as --on, and the rest: preset and settings.
 
     Raises:
         UserError: the value of an option is missing or invalid, or two options exclude each other.

@@ -16,7 +16,7 @@ value that is used is the last one in this order:
   gptjax pretrain tiny-gpt2 optim.lr=1e-3 train.max_steps=200
 
 tiny-gpt2 is the preset here. `gptjax presets ls` lists all of them, `gptjax
-presets cp tiny-gpt2 mine.yaml` copies one. Without a preset a verb uses the one
+presets cp tiny-gpt2 mine.yaml` copies one. Without a preset a command uses the one
 that its --help names.
 
 A file of your own
@@ -45,11 +45,11 @@ Values
 What is used
   --print-config   print every setting, its value and where it comes from
   --dry-run        check the settings and the data and show what would be done
-  gptjax VERB --help   list the settings of a verb, with their meaning
+  gptjax COMMAND --help   list the settings of a command, with their meaning
 
   Unknown names, values of a wrong type and combinations that cannot work are
   reported all at once, with the name that was probably meant. A setting that
-  the verb would not use is an error, too.
+  the command would not use is an error, too.
 
 Environment variables
   GPTJAX_CACHE     folder for downloads and tokens (`gptjax doctor` shows it)
@@ -107,7 +107,7 @@ Preferences: prefer.source (.jsonl .json .csv .parquet)
 Look at the result before you train: gptjax data inspect data.source=my.txt shows
 the first tokens; gptjax data check my.jsonl finds duplicates and secrets (near
 duplicates need the extra [check], or near=false). `gptjax data --help` explains
-the verb data.
+that command.
 """
 
 RUNS = """\
@@ -130,7 +130,7 @@ and the name of the preset or file: runs/tiny-gpt2.
   seed-0/, seeds.json     with finetune.seeds: a run per seed, and their mean
 
 Use a run
-  Wherever a verb takes a model, name the folder: its final/ is used.
+  Wherever a command takes a model, name the folder: its final/ is used.
 
     gptjax sample runs/tiny-gpt2 --prompt "The "
     gptjax pretrain pretrain.base=runs/tiny-gpt2 run_dir=runs/continued

@@ -134,7 +134,7 @@ def _why_none(run: Path) -> str:
 
 
 def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> tuple[list[str], str]:
-    """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the verb.
+    """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the command.
 
     Args:
         known: the allowed values; upper and lower case are not distinguished.

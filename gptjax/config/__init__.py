@@ -6,7 +6,7 @@ leaves    reads YAML, `a.b=c` and dicts into leaves: key, value, and where the v
 load      finds presets, builds a `Config` from leaves, and writes it as YAML
 check     checks the ranges of settings, and rules about combinations of settings
 aliases   suggests a key for an unknown key: gptjax's name of another tool's setting, or the nearest spelling
-uses      lists the settings that each verb and task reads
+uses      lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the
 module, write `from gptjax.config.schema import ..`.

@@ -95,4 +95,4 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
     }
     if not hint and (near := nearest(last, leaves, cutoff=0.7)):
         hint = f"; did you mean {leaves[near]}?"
-    return f"unknown key {key}{hint or '; `gptjax VERB --help` lists the settings of a verb'}"
+    return f"unknown key {key}{hint or '; `gptjax COMMAND --help` lists the settings of a command'}"

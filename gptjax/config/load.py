@@ -43,7 +43,7 @@ def resolve(
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
     """Like `load_config`, but also returns where each value was set. Verbs of the command line use `uses.resolve`,
-    which also refuses settings that the verb's task does not read.
+    which also refuses settings that the command's task does not read.
 
     Args:
         leaves: further overrides, already parsed; they override `overrides`.

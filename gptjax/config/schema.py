@@ -708,7 +708,7 @@ class Config:
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
     task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
-        "pretrain", "Training task, which the command-line verb sets: pretrain, or finetune and the name of the task."
+        "pretrain", "Training task, which the command sets: pretrain, or finetune and the name of the task."
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

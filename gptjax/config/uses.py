@@ -61,15 +61,14 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """Like `load.resolve`, but for a verb of the command line: also refuses settings that the verb's task does not
-    read.
+    """Like `load.resolve`, for a command: also refuses settings that the command's task does not read.
 
     Args:
         source: a preset, YAML file or run directory; None: the defaults of gptjax.
         leaves: the settings of the command line.
-        verb: name of the verb, for error messages.
-        task: the task of the verb. None: the verb takes any task, and the preset or the settings name it.
-        also: patterns of further settings that the verb reads.
+        verb: name of the command, for error messages.
+        task: the task of the command. None: the command takes any task, and the preset or the settings name it.
+        also: patterns of further settings that the command reads.
 
     Raises:
         UserError: the preset is for another task. Otherwise, one error lists all other problems: settings in the user's

@@ -1,4 +1,4 @@
-"""`gptjax VERB --help`, `gptjax help TOPIC`, and the examples of both."""
+"""`gptjax COMMAND --help`, `gptjax help TOPIC`, and the examples of both."""
 
 import os
 import re
@@ -111,7 +111,7 @@ def test_a_topic(name, capsys):
 
 
 def check_names(text):
-    """The verbs and topics of `gptjax VERB` in backquotes, and those and the presets of lines with a command exist."""
+    """The commands, topics and presets that the text names in backquotes or in lines with a command exist."""
     for verb, word in re.findall(r"(?:`|^ +)gptjax ([a-z]+)(?: ([a-z]+))?", text, re.MULTILINE):
         assert verb in ALL_VERBS
         assert verb != "help" or word in ("", *TOPICS, *ALL_VERBS)
@@ -169,7 +169,7 @@ LINES = sorted({line for page in PAGES.values() for line in (*page.needs, *(comm
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_example_is_understood(line, here, capsys):
-    """By the parser of its verb and the checks of the configuration; nothing is run."""
+    """By the parser of its command and the checks of the configuration; nothing is run."""
     if "presets cp" in line:
         pytest.skip("it is run by test_quick_examples_run")
     for command in commands(line):

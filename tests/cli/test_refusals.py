@@ -73,7 +73,7 @@ def test_the_task_of_a_file_is_as_good(here, capsys):
     Path("mine.yaml").write_text("task: classify\n")
     assert "mine.yaml is for task=classify: gptjax finetune classify" in says(capsys, "pretrain", "mine.yaml")
     assert "use gptjax finetune classify" in says(capsys, "pretrain", "task=classify")
-    Path("mine.yaml").write_text("train:\n  max_steps: 3\n")  # sets no task, so every verb accepts it
+    Path("mine.yaml").write_text("train:\n  max_steps: 3\n")  # sets no task, so every command accepts it
     assert main(["finetune", "classify", "mine.yaml", "--print-config"]) == 0
     assert main(["pretrain", "mine.yaml", "--print-config"]) == 0
 

@@ -69,7 +69,7 @@ VERBS = {
     "classify file": ["classify", "MODEL", "a text", "out=OUT.csv"],
     "compare": ["compare", "TEXT", "out=OUT"],
 }
-# the existing target of a verb that adds a suffix to its output, or a file name to an output folder
+# the existing target of a command that adds a suffix to its output, or a file name to an output folder
 IN_THE_WAY = {
     "audit": "OUT.json",
     "presets cp": "OUT/tiny-gpt2.yaml",
