@@ -1,7 +1,7 @@
-"""LoRA as pure functions on parameter trees. An adapter is a tree of arrays with the paths of the adapted weights:
+"""LoRA as pure functions on parameter trees. An adapter is a tree of arrays at the paths of the adapted weights:
 
     adapter  = init(key, params, cfg)           {"blocks": {"attn": {"q": {"kernel": {"a": .., "b": ..}}}}}
-    adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight; no compute
+    adapted  = attach(params, adapter, cfg)     params with a LoraWeight in place of every adapted weight
     merged   = merge(params, adapter, cfg)      params with the adapter added to the weights, as plain arrays
     adapter_loss = bind(loss, params, cfg)      loss as a function of the adapter, for `jax.grad`, `vmap` or optax
 
@@ -34,10 +34,11 @@ Adapter = dict[str, Any]
 
 
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
-    """Returns {path: weight} for the weights that match `cfg.targets`, in the order of the tree.
+    """Returns {path: weight} for the weights that match `cfg.targets`, in the order of the parameter tree.
 
-    A pattern may select layers: blocks/3/attn/q/kernel, blocks/[0-3]/*/kernel. In the other layers of the stack a and b
-    are zero and stay zero, because neither factor has a gradient while the other is zero.
+    A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3]/*/kernel. In layers
+    that are not selected, the factors a and b are zero and stay zero, because neither factor has a gradient while the
+    other is zero.
 
     Raises:
         UserError: a pattern matches no weight, or DoRA is to adapt an embedding or only some layers of a stack.
@@ -62,7 +63,7 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
 
 
 def _layer_paths(path: str, leaf: Any) -> list[str]:
-    """The paths of the single layers of a stacked weight: blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..].
+    """Returns the paths of the single layers of a stacked weight: blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..].
 
     The list is empty for a weight that is not stacked over layers.
     """
@@ -72,7 +73,7 @@ def _layer_paths(path: str, leaf: Any) -> list[str]:
 
 
 def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
-    """Mask of the layers that `cfg.targets` selects: bool [L] for a stack of L layers, a scalar for a single weight."""
+    """Returns a mask of the layers that `cfg.targets` selects: bool [L] for a stack of L layers, else a scalar."""
     names = _layer_paths(path, leaf)
     whole = tree.matches(cfg.targets, path)
     if not names:
@@ -81,7 +82,7 @@ def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
 
 
 def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
-    """Initialises an adapter that does not change the model: a ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, b = 0, and
+    """Initialises an adapter that leaves the model unchanged: a ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT, b = 0, and
     for DoRA the magnitude vector m = column norms of the weight.
 
     Raises:
@@ -104,7 +105,7 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 
 @exact
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
-    """Initialises an adapter from the weights and subtracts it from them, so that the sum is the original weight.
+    """Initialises an adapter from the weights and subtracts it from the weights, so that their sum is unchanged.
 
     init=pissa: the adapter is a = u sqrt(s) and b = sqrt(s) v, where u, s and v hold the `rank` largest singular values
     of the weight and their singular vectors (arXiv:2404.02948, eq. 2-4).
@@ -113,7 +114,8 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
     Returns:
-        (residual params, adapter). To export the adapter for the original weights, see `to_lora`.
+        (params with the residual weights, adapter). Use `to_lora` to convert the trained adapter into one for the
+        original weights.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
@@ -146,7 +148,7 @@ def _olora(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
 
 
 def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
-    """Converts a PiSSA or OLoRA adapter into a LoRA adapter for the original weights, of twice the rank.
+    """Converts a PiSSA or OLoRA adapter into a LoRA adapter of twice the rank, which fits the original weights.
 
     Args:
         adapter: the trained adapter, which belongs to the residual weights.
@@ -156,12 +158,14 @@ def to_lora(adapter: Adapter, start: Adapter) -> Adapter:
 
 
 def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Replaces every adapted weight with a `LoraWeight`. The result is used as params of `forward` and of any loss.
+    """Replaces every adapted weight with a `LoraWeight`. Pass the returned params to `forward` or to any loss.
 
-    Other leaves of the adapter, such as a new head ({"cls_head": {"kernel": ..}}), are put into the tree unchanged.
+    Leaves of the adapter other than low-rank factors, such as a new head ({"cls_head": {"kernel": ..}}), are put into
+    the params unchanged.
 
     Args:
-        scales: replacement of `cfg.scale`: a scalar, which may be traced, or [B] for an adapter made by `rows`.
+        scales: array that replaces `cfg.scale`: a scalar, which may be traced, or [B], one scale per row, for an
+            adapter made by `rows`.
 
     Raises:
         UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
@@ -185,14 +189,14 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
 
 
 def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Array | None) -> LoraWeight:
-    axes = pair["a"].shape[:-2]  # leading axes: [L], [B] or [L, B]
+    axes = pair["a"].shape[:-2]  # leading axes: layers [L], rows of the batch [B], or both [L, B]
     value = jnp.broadcast_to(jnp.float32(cfg.scale) if scales is None else jax.lax.stop_gradient(scales), axes)
     rate = None if off(cfg.dropout) else jnp.broadcast_to(jnp.float32(cfg.dropout), axes)
     return LoraWeight(leaf, pair["a"], pair["b"], value, pair.get("m"), rate=rate)
 
 
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
-    """Merges the adapter into the weights, to export them or to decode fastest.
+    """Merges the adapter into the weights, for export or for the fastest decoding.
 
     Each weight keeps its dtype, but quantised weights become float32. `scales` is as in `attach`.
     """
@@ -213,13 +217,13 @@ def _is_leaf(node: Any) -> bool:
 
 
 def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
-    """Returns the loss as a function of the adapter, (adapter, batch, key=None), with `params` frozen."""
+    """Returns `loss` as a function of the adapter, (adapter, batch, key=None), in which `params` are frozen."""
     loss = with_dropout(loss)
     return lambda adapter, batch, key=None: loss(attach(params, adapter, cfg), batch, key)
 
 
 def with_dropout(loss: Callable) -> Callable:
-    """Returns `loss` with its PRNG key also used for the adapters' dropout, if their config has a dropout rate."""
+    """Returns `loss` with its PRNG key also passed to the adapters' dropout, if their config sets a dropout rate."""
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
         if key is None:
@@ -253,10 +257,10 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 
 
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """The exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
+    """Returns the exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    Attach the result with the config of the input adapters. The adapters' targets may differ, because an adapter does
-    not change a weight that it has no entry for.
+    Attach the resulting adapter with the config of the input adapters. The adapters' targets may differ, because an
+    adapter does not change a weight that it has no entry for.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.
@@ -278,25 +282,25 @@ def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = N
 
 
 def average(adapters: Sequence[Adapter]) -> Adapter:
-    """The mean of the adapters; its rank is the sum of the adapters' ranks."""
+    """Returns the mean of the adapters, an adapter whose rank is the sum of their ranks."""
     return concatenate(adapters, [1 / len(adapters)] * len(adapters))
 
 
 def interpolate(first: Adapter, second: Adapter, t: float) -> Adapter:
-    """Linear interpolation of two adapters, (1 - t) * first + t * second; its rank is the sum of their ranks."""
+    """Interpolates two adapters linearly, (1 - t) * first + t * second; the result's rank is the sum of their ranks."""
     return concatenate([first, second], [1 - t, t])
 
 
 def negate(adapter: Adapter) -> Adapter:
-    """The adapter with the opposite effect: task negation (arXiv:2212.04089)."""
+    """Returns the adapter with the opposite effect on the weights, for task negation (arXiv:2212.04089)."""
     return concatenate([adapter], [-1.0])
 
 
 def truncate_rank(adapter: Adapter, rank: jax.Array | int) -> Adapter:
     """Zeroes all but the first `rank` columns of a and rows of b; the shapes do not change and `rank` may be traced.
 
-    The zeros stay zero in training, because their gradients are zero. Adapters of different ranks can therefore be
-    trained in one vmapped program.
+    The zeroed elements stay zero in training, because their gradients are zero. Adapters of different ranks can
+    therefore be zero-padded to the same shape and trained in one vmapped program.
     """
     pairs = tree.by_parent(adapter)
     for pair in pairs.values():

@@ -1,4 +1,4 @@
-"""`LoraWeight`: the parameter leaf that replaces an adapted weight and holds the frozen weight and low-rank factors."""
+"""`LoraWeight`: the parameter leaf that replaces an adapted weight and holds this weight and its low-rank factors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) the columns are rescaled to norm m.
+    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) the sum's columns are rescaled to norm m.
 
     w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
     a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
@@ -41,7 +41,7 @@ class LoraWeight:
 def _(leaf: LoraWeight, x: jax.Array, dtype: str = "float32") -> jax.Array:
     y = matmul(leaf.w, x, dtype)
     low = x if leaf.rate is None else dropout(x, leaf.rate, leaf.key)
-    if leaf.a.ndim == 3:  # one adapter per row of the batch; its products are accumulated in float32
+    if leaf.a.ndim == 3:  # one adapter per row of the batch; matrix products are accumulated in float32
         B = leaf.a.shape[0]
         low = _batched(low.reshape(B, -1, low.shape[-1]), leaf.a)
         add = _batched(low, leaf.b) * leaf.scale[:, None, None].astype(x.dtype)
@@ -65,16 +65,16 @@ def _(leaf: LoraWeight, ids: jax.Array) -> jax.Array:
 
 @dense.register
 def _(leaf: LoraWeight) -> jax.Array:
-    """The materialised adapted weight, float32 [.., in, out]."""
+    """Returns the materialised adapted weight, float32 [.., in, out]."""
     w = dense(leaf.w).astype(jnp.float32) + leaf.scale[..., None, None] * (leaf.a @ leaf.b)
     return w if leaf.m is None else w * (leaf.m / column_norms(leaf))
 
 
 @factors.register
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factors x and the materialised weight; with dropout, [x, dropout(x) a] and concatenate([w, scale b]).
+    """Returns x and the materialised weight; with dropout, [x, dropout(x) a] and [w; scale b], both concatenated.
 
-    Dropout needs factors of its own, because it changes the input of `a` but not the input of w.
+    With dropout the factors differ, because dropout changes the input of `a` but not the input of `w`.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)
@@ -85,10 +85,10 @@ def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def column_norms(leaf: LoraWeight) -> jax.Array:
-    """Column norms of w + scale a b, [.., 1, out], computed without materialising the sum.
+    """Returns the column norms of w + scale a b, [.., 1, out], without materialising the sum.
 
-    For each column, |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b). No gradient flows
-    through the norms, as in DoRA (arXiv:2402.09353, 4.3).
+    For each column, with s = scale, |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b). No
+    gradient flows through the norms, as in DoRA (arXiv:2402.09353, 4.3).
     """
     w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
     a_t = jnp.swapaxes(a, -1, -2)

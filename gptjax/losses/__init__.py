@@ -1,10 +1,11 @@
-"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each made for one model config.
+"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each built for one model config.
 
     loss = gptjax.losses.next_token(cfg)
     (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout
     mean.value()                                        nats per token
 
-A `Mean` holds a weighted sum and the sum of the weights, so that microbatches (gradient accumulation) add up exactly.
+A `Mean` holds a weighted sum and the sum of the weights, so that gradient accumulation can add the losses of
+micro-batches exactly.
 """
 
 from gptjax.losses.classify import class_logits, classify

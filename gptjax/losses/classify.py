@@ -25,9 +25,10 @@ Pooling = Literal["last", "first", "mean"]
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch has B rows of up to K packed texts: tokens and segment_ids [B, T] int32, in which text k is segment k + 1;
-    labels [B, K] int32; weights [B, K] float32, which are 0 where a row has no text k. The loss is in nats, summed over
-    texts. The metrics contain `accuracy`.
+    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32, in which
+    text k is segment k + 1; labels [B, K] int32; and weights [B, K] float32, which are 0 where a row has no text k. The
+    loss is in nats, summed over texts. The metrics contain `accuracy`, the fraction of texts that are classified
+    correctly.
     """
 
     def loss(params: Params, batch: LabelledBatch, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -52,13 +53,14 @@ def class_logits(
     n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Logits [B, n, n_classes] float32 of the texts in segments 1 to n, computed by the head `params["cls_head"]`.
+    """Returns the class logits [B, n, n_classes] float32 of the texts in segments 1 to n, computed by
+    `params["cls_head"]`.
 
-    Texts do not attend to each other, nor to padding, which is segment 0.
+    Tokens attend only to tokens of the same text, not to other texts or to padding, which is segment 0.
 
     Args:
-        pooling: hidden state to classify a text by: that of its last token, of its first token, or the mean over all
-            its tokens.
+        pooling: the hidden state from which a text is classified: that of its last token, that of its first token, or
+            the mean over all its tokens.
     """
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     mask = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]

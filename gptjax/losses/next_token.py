@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns the loss of next-token prediction; batches are `gptjax.types.Batch`.
+    """Returns the loss function of next-token prediction, whose batches are of type `gptjax.types.Batch`.
 
     Args:
         chunk: number of tokens whose logits are in memory at once. None: the default of `linear_cross_entropy`. A small
-            chunk is slower only if the head is trained, because every chunk adds to the head's gradient.
+            chunk is slower only if the LM head is trained, because every chunk then adds to the head's gradient.
     """
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Cross-entropy in nats, as a weighted sum over the targets. If `key` is None, dropout is off."""
+        """Returns the cross-entropy in nats, as a weighted sum over the targets. If `key` is None, dropout is off."""
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
             dropout_key=None if off(cfg.dropout) else key,
@@ -46,7 +46,7 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 def token_log_probs(
     params: Params, batch: Batch | PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> jax.Array:
-    """Log-probability of every target, [B, T] float32.
+    """Returns the log-probability of every target token, [B, T] float32.
 
     Only the tokens, targets and segment_ids of the batch are used. If `key` is None, dropout is off.
     """

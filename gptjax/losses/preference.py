@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from gptjax.data.preferences import PairBatch
 
 Kind = Literal["dpo", "ipo", "orpo", "kto", "simpo"]
-BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # the usual default of each loss
+BETA = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "kto": 0.1, "simpo": 2.0}  # default value of `beta` for each loss
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
 
 
 class Answers(NamedTuple):
-    """The inputs of a preference loss, [B, P, 2] float32; the last axis is (chosen, rejected).
+    """The inputs of a preference loss for B rows of P pairs, [B, P, 2] float32; the last axis is (chosen, rejected).
 
-    now        log-probabilities of the answers under the policy, summed over an answer's tokens and its end token
+    now        log-probability of each answer under the policy, summed over its tokens, including the end token
     before     the same log-probabilities under the reference model, the policy before training
-    length     number of tokens of an answer, with its end token
+    length     number of tokens of each answer, including the end token
     present    [B, P], 1 where there is a pair, 0 for padding
     """
 
@@ -40,7 +40,7 @@ LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P], rewards [B, P, 2]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """DPO: -log sigmoid(r_chosen - r_rejected), with the reward r = beta log(p / p_reference).
+    """DPO: -log sigmoid(r_chosen - r_rejected), where r = beta log(p / p_reference) is the reward of an answer.
 
     Source: arXiv:2305.18290, eq. 7.
     """
@@ -49,7 +49,7 @@ def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """IPO: (log-ratio of chosen - log-ratio of rejected - 1 / (2 beta))^2, with log-ratios per token, as in TRL.
+    """IPO: (h_chosen - h_rejected - 1 / (2 beta))^2, where h is log(p / p_reference) per token of an answer, as in TRL.
 
     Source: arXiv:2310.12036, eq. 17.
     """
@@ -58,18 +58,22 @@ def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """ORPO: loss per token of the chosen answer, minus beta log sigmoid(log odds ratio). Source: arXiv:2403.07691."""
+    """ORPO: mean cross-entropy of the chosen answer, minus beta log sigmoid(log odds ratio of chosen to rejected).
+
+    Source: arXiv:2403.07691.
+    """
     mean = jnp.minimum(x.now / x.length, -1e-6)
     odds = mean - jnp.log(-jnp.expm1(mean))
     return -mean[..., 0] - beta * jax.nn.log_sigmoid(odds[..., 0] - odds[..., 1]), beta * mean
 
 
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """KTO: chosen and rejected answers each have their own loss term, relative to a KL reference point.
+    """KTO: the chosen and the rejected answer each have their own loss term, relative to a KL reference point.
 
-    The reference point of the chosen answers is the mean log-ratio of the rejected answers in the batch, but at least
-    0, and vice versa, as in TRL's kto_pair. The loss of a pair therefore depends on the other pairs in the batch. The
-    KTO paper estimates the reference point from mismatched questions and answers. Source: arXiv:2402.01306, eq. 8.
+    The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, but
+    at least 0, and vice versa, as in TRL's kto_pair. The loss of a pair therefore depends on the other pairs in the
+    batch. The KTO paper instead estimates the reference point from mismatched questions and answers. Source:
+    arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
@@ -80,7 +84,7 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """SimPO: -log sigmoid(r_chosen - r_rejected - margin), with the reward r = beta log p per token.
+    """SimPO: -log sigmoid(r_chosen - r_rejected - margin), where the reward r is beta times the mean log p of a token.
 
     Source: arXiv:2405.14734, eq. 6.
     """
@@ -100,19 +104,20 @@ LOSSES: dict[str, Callable[[Answers, float, float], LossAndRewards]] = {
 def answer_log_probs(
     params: Params, batch: PairBatch, cfg: ModelConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability and the number of tokens of each answer with its end token, [B, P, 2] float32 each.
+    """Returns each answer's log-probability and number of tokens, including its end token, [B, P, 2] float32 each.
 
-    For the reference log-probabilities, pass the params without their adapter; no second model is needed.
+    To compute the log-probabilities under the reference model, pass the params without their adapter. A second model is
+    therefore not needed.
 
     Args:
-        batch: batch with tokens, targets, weights and segment_ids [B, T], and present [B, P]. Segment 2 p + 1 is the
-            chosen answer of pair p, and segment 2 p + 2 the rejected answer.
+        batch: the `PairBatch`, of which tokens, targets, weights and segment_ids [B, T], and present [B, P], are used.
+            Segment 2 p + 1 is the chosen answer of pair p, and segment 2 p + 2 the rejected answer.
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
     mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # the sum over tokens, in full float32
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # sums over tokens, in full float32
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 
@@ -120,7 +125,7 @@ def answer_log_probs(
 def preference(
     cfg: ModelConfig, kind: Kind = "dpo", *, beta: float | None = None, margin: float = 1.0
 ) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns the preference loss `kind`, averaged over pairs; batches are `gptjax.data.preferences.PairBatch`.
+    """Returns the preference loss named `kind`, averaged over pairs, for a `gptjax.data.preferences.PairBatch`.
 
     The metrics are `margin`, the reward of the chosen answer minus the reward of the rejected answer, and `accuracy`,
     the fraction of pairs with a margin above 0.

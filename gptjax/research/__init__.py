@@ -1,4 +1,5 @@
-"""Research tools for notebooks: composable pure functions. Each module is imported on first access."""
+"""Research tools for notebooks: composable pure functions. Each module of the package is imported when it is first
+accessed."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
 losses = curvature.linear_interpolation(value, first, second, jnp.linspace(0, 1, 21))
 soup   = curvature.mix(result.states[0][1].params, jnp.full(8, 1 / 8))     the average of a sweep's eight runs
 
-All functions are pure, take pytrees, and work under jit and vmap. To study a LoRA adapter instead of the whole model,
-pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
+All functions are pure and take pytrees. All except `greedy_soup` work under jit and vmap. To study a LoRA adapter
+instead of the whole model, pass `lora.bind(loss, params, cfg)` to `loss_on_batch`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
-Scalar = Callable[[Any], jax.Array]  # function params -> loss, [] float32
+Scalar = Callable[[Any], jax.Array]  # a function params -> loss, a float32 scalar
 
-# Full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32 or bfloat16.
+# Dot products in full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32 or
+# bfloat16.
 _dot = partial(jnp.dot, precision="highest")
 
 
@@ -39,7 +40,7 @@ def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scala
 
 
 def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
-    """Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
+    """Returns the Hessian-vector product H v, a tree like `params`, where H is the Hessian of `loss` at `params`.
 
     The product is the forward-mode derivative of the gradient along `vector`, so that H is never formed and the cost
     is about that of two gradients. Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", eq. 3.
@@ -50,7 +51,7 @@ def hvp(loss: Scalar, params: Any, vector: Any) -> Any:
 class Eigen(NamedTuple):
     """The result of `eigenvalues`.
 
-    values   [n] float32, in the order that `which` selects
+    values   [n] float32 eigenvalues, in the order that the argument `which` selects
     errors   [n] float32: residual norms |H v - value v|, upper bounds on each value's distance to an eigenvalue of H
     vectors  eigenvectors, a tree like the params with leaves [n, ..]; each has norm 1 over all leaves
     """
@@ -69,13 +70,13 @@ def eigenvalues(
     steps: int = 30,
     which: Literal["largest", "smallest", "magnitude"] = "largest",
 ) -> Eigen:
-    """Extreme eigenvalues of the Hessian of `loss` at `params`, computed by Lanczos iteration.
+    """Computes extreme eigenvalues of the Hessian of `loss` at `params` by Lanczos iteration.
 
     Args:
         key: random key of the start vector.
-        n: number of eigenvalues.
+        n: number of eigenvalues to return.
         steps: number of Lanczos steps. Each step computes one Hessian-vector product and keeps one vector of the size
-            of the params in memory. Increase the number if `errors` are too large.
+            of the params in memory. Increase `steps` if the returned `errors` are too large.
         which: eigenvalues to return: the n largest, the n smallest, or the n of largest magnitude, sorted accordingly.
 
     Raises:
@@ -100,15 +101,16 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tridiagonalises a symmetric matrix H, given as `product`: v -> H v, so that T = basis H basis^T is tridiagonal.
+    """Tridiagonalises a symmetric matrix H, given as `product`, a function v -> H v: T = basis H basis^T is
+    tridiagonal.
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
-    recurrence alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the iteration
-    restarts with a random orthogonal vector and T becomes block diagonal.
+    recurrence alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the Lanczos
+    iteration restarts with a random orthogonal vector and T becomes block diagonal.
 
     Returns:
-        (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last off-diagonal element
-        is not part of T: it is the norm of the residual after the last step.
+        (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last element of the
+        off-diagonal is not part of T, but the norm of the residual after the last step.
     Source: Golub and Van Loan, "Matrix Computations", 4th ed., 10.1 and 10.3.1.
     """
 
@@ -139,11 +141,11 @@ def lanczos(
 
 
 def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
-    """Returns the gradient transform of sharpness-aware minimisation, for `make_train_step(.., transform=sam(0.05))`.
+    """Returns the gradient transform of sharpness-aware minimisation for `make_train_step(.., transform=sam(0.05))`.
 
     The transform replaces the gradient g at the params w by the gradient at w + e, where e = rho g / |g| is treated as
-    a constant. Loss and metrics are those at w; both gradients use the same dropout mask. Each training step computes
-    two gradients.
+    a constant. The loss and the metrics are computed at w, and both gradients use the same dropout mask. A training
+    step with SAM computes two gradients instead of one.
     Source: arXiv:2010.01412, eq. 2 with p = 2, and eq. 3.
     """
 
@@ -160,16 +162,17 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 
 
 def mix(stacked: Any, weights: jax.Array) -> Any:
-    """Weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
+    """Returns the weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
 
     Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters, `mix` averages a and b
-    separately instead of their product: use `lora.average`, or mix merged params.
+    separately instead of their product, so use `lora.average` instead, or merge the adapters into the params before
+    `mix`.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """The losses of M weighted sums of N stacked models: leaves [N, ..] and weights [M, N] -> [M] float32.
+    """Returns the losses of M weighted sums of N stacked models: leaves [N, ..] and weights [M, N] -> [M] float32.
 
     Args:
         at_once: number of weighted sums whose params are in memory at the same time. None: all M.
@@ -186,7 +189,7 @@ def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | N
 def linear_interpolation(
     loss: Scalar, first: Params, second: Params, t: jax.Array, *, at_once: int | None = None
 ) -> jax.Array:
-    """The losses of the models (1 - t) * first + t * second, one for each element of t [M]: [M] float32.
+    """Returns the losses [M] float32 of the models (1 - t) * first + t * second, one for each element of t [M].
 
     The losses show whether a loss barrier lies between the two models. `at_once` is as in `mixtures`.
 
@@ -202,16 +205,16 @@ def linear_interpolation(
 
 
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
-    """Builds a greedy model soup from n stacked models, leaves [n, ..].
+    """Builds a greedy model soup, an average of selected models, from n stacked models, leaves [n, ..].
 
-    The models are tried in order of increasing loss. A model is added to the soup if the loss of the average does not
-    rise.
+    The models are tried in order of increasing loss. A model is added to the soup if adding it does not raise the loss
+    of the soup.
 
     Args:
         loss: function params -> loss on held-out data.
 
     Returns:
-        (indices of the chosen models, params averaged over them).
+        (indices of the chosen models, params averaged over the chosen models).
     Source: arXiv:2203.05482, recipe 1.
     """
 

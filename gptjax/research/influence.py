@@ -6,9 +6,10 @@ scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      [te
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
 A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To take
-them with respect to an adapter or a part of the model only, pass the other parameters as `frozen`, and a function
+gradients with respect to an adapter or a part of the model only, pass the other parameters as `frozen`, and a function
 `combine(params, frozen)` that returns the params of the loss: `lambda adapter, base: lora.attach(base, adapter, cfg)`
-for an adapter, `tree.join` for a part of the model. An example is one row of a batch, all of whose leaves are [B, ..].
+for an adapter, `tree.join` for a part of the model. An example is one row of a batch, whose leaves all have the shape
+[B, ..].
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def example_gradients(
     combine: Combine = identity,
     key: jax.Array | None = None,
 ) -> Any:
-    """Per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
+    """Returns per-example gradients: the gradient of each row's mean loss, a tree like `params` with leaves [B, ..].
 
     A row whose targets all have weight 0 has gradient 0. Row i uses the dropout key `fold_in(key, i)`.
     """
@@ -65,11 +66,11 @@ def example_gradients(
 
 
 def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
-    """Count sketch of a gradient tree, [dims] float32.
+    """Returns a count sketch (random projection) of a gradient tree, [dims] float32.
 
     The inner product of two sketches is an unbiased estimate of the inner product of the two trees. Every element of a
     tree is added, with a random sign, to one random entry of its sketch, so that no projection matrix is stored. The
-    error of the inner product of two unit vectors is about 1 / sqrt(dims).
+    error of the estimated inner product of two unit vectors is about 1 / sqrt(dims).
     Source: arXiv:0902.2206, eq. 2 and lemma 2.
     """
     out = jnp.zeros(dims)
@@ -91,8 +92,8 @@ def gradient_features(
         dims: sketch size. None: the full gradients of all P parameters, flattened and concatenated in the tree's order,
             [n, P].
         seed: seed of the sketch's random signs and positions.
-        chunk: number of examples per call of the compiled function. None: as many examples as have gradients of 256 MiB
-            in total.
+        chunk: number of examples per call of the compiled function. None: as many examples as fit if their gradients
+            may take 256 MiB in total.
     """
 
     @jax.jit
@@ -111,7 +112,7 @@ def gradient_features(
 
 
 def in_chunks(fn: Callable[[Any], Any], examples: Any, size: int) -> Any:
-    """Applies `fn` to chunks of `size` rows and concatenates the outputs on the host.
+    """Applies `fn` to chunks of `size` rows of `examples`, and concatenates the outputs on the host.
 
     The last chunk is padded to `size` rows, so that `fn` is compiled once; the padding is removed from its output.
     """
@@ -135,9 +136,9 @@ def _rows(examples: Any) -> int:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
-    """Cosine similarity, or inner product if not `cosine`, of all pairs of rows: a [n, K] and b [m, K] -> [n, m].
+    """Returns the cosine similarity (or the inner product) of all pairs of rows: a [n, K] and b [m, K] -> [n, m].
 
-    The cosine similarity with a row of zeros is 0.
+    If `cosine` is False, the inner products are returned. The cosine similarity with a row of zeros is 0.
     """
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
@@ -158,10 +159,10 @@ def tracin(
     frozen: Any = None,
     cosine: bool = False,
 ) -> np.ndarray:
-    """TracIn influence [n_test, n_train] float32: how much training on each example lowered each test example's loss.
+    """Returns the TracIn influence of each training example on each test example, [n_test, n_train] float32.
 
-    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive influence
-    means that the training example helped.
+    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive influence means
+    that training on the example lowered the loss of the test example.
 
     Args:
         features: function returned by `gradient_features`.
@@ -205,8 +206,8 @@ class Noise(NamedTuple):
 def noise_scale(small: float, big: float, *, n_small: int, n_big: int) -> Noise:
     """Estimates the gradient noise scale from mean squared gradient norms at two batch sizes.
 
-    `trace` and `square_norm` are unbiased estimates, but their quotient is not. With several steps, average `trace` and
-    `square_norm` over the steps, then divide.
+    `trace` and `square_norm` are unbiased estimates, but their quotient is not. To combine several training steps,
+    average `trace` and `square_norm` over the steps, then divide the averages.
 
     Args:
         small, big: squared norms of the mean gradient of n_small and of n_big examples, each averaged over batches.
@@ -225,7 +226,7 @@ def gradient_noise(
 ) -> Noise:
     """Estimates the gradient noise scale (`noise_scale`) from the per-example gradients of one batch.
 
-    The scale is the batch size beyond which more examples hardly help.
+    The noise scale is the batch size beyond which more examples per batch hardly improve a training step.
     """
     total, norms = jax.jit(
         lambda params, frozen, batch: clipped_sum(

@@ -3,7 +3,7 @@
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
 
-Losses, `frozen` and `combine` are as in `research.influence`, and `influence.clipped_sum` clips the gradients.
+The arguments `loss`, `frozen` and `combine` are as in `research.influence`, whose `clipped_sum` clips the gradients.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from gptjax.research.influence import Combine, clipped_sum, identity
 from gptjax.training.step import Loss
 from gptjax.types import Mean, Metrics
 
-# Orders of the Renyi divergence. All are integers, because the accountant's sums have finitely many terms for integers.
+# Orders of the Renyi divergence. All orders are integers, because the accountant's sums have finitely many terms for
+# integer orders.
 _ORDERS = (*range(2, 65), 96, 128, 256, 512)
 
 
 def pair(trained: Any, frozen: Any) -> tuple[Any, Any]:
-    """Returns both trees as they are: the `combine` function of a train step with a `private` loss."""
+    """Returns both trees unchanged; serves as the `combine` function of a train step with a `private` loss."""
     return trained, frozen
 
 
@@ -42,18 +43,19 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """Returns a loss with the gradient of DP-SGD: clipped per example, summed, noised, and divided by `batch_size`.
+    """Returns a loss whose gradient is that of DP-SGD: clipped per example, summed, noised, and divided by
+    `batch_size`.
 
     The params of the returned loss are the pair (trained, frozen), because only the gradients of the trained parameters
-    are clipped:
+    are clipped. Build the train step as follows:
 
         step = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 
     Args:
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
-        batch_size: expected number of rows of a batch, a constant: `rate * n` for `poisson_sample`, however many rows
-            a sample has.
+        batch_size: expected number of rows of a batch: with `poisson_sample`, `rate * n`, however many rows a sample
+            has.
         accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
             the micro-batches.
 
@@ -109,15 +111,15 @@ def private(
 def poisson_sample(
     n: int, *, rate: float, step: int, seed: int, capacity: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a Poisson sample, as the accountant assumes: each of n rows is drawn independently with probability `rate`.
+    """Draws a Poisson sample of n rows, as `epsilon` assumes: each row is drawn independently with probability `rate`.
 
     Args:
         capacity: number of rows in the result, including padding. None: the expected number of rows plus six standard
             deviations, at most n. If more rows than `capacity` are drawn, a random selection of them is kept.
 
     Returns:
-        (indices of rows [capacity] int64, mask [capacity] float32). The mask is 0 for padding: multiply the batch's
-        weights by it.
+        (indices of rows [capacity] int64, mask [capacity] float32). The mask is 1 for rows drawn and 0 for padding.
+        Multiply the weights of the batch by the mask.
     """
     mean = n * rate
     capacity = capacity or min(n, math.ceil(mean + 6 * math.sqrt(max(mean * (1 - rate), 1))))
@@ -129,7 +131,7 @@ def poisson_sample(
 
 
 def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
-    """The privacy loss epsilon of `steps` training steps with `private` on batches drawn by `poisson_sample`.
+    """Returns the privacy loss epsilon of `steps` training steps with `private` on batches drawn by `poisson_sample`.
 
     Epsilon bounds how much adding or removing one training row can change the distribution of the trained model.
 
@@ -142,7 +144,7 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
 
 
 def noise_for(epsilon: float, *, rate: float, steps: int, delta: float) -> float:
-    """The noise multiplier with which `steps` training steps are (epsilon, delta)-differentially private.
+    """Returns the noise multiplier with which `steps` training steps are (epsilon, delta)-differentially private.
 
     Uses a Renyi accountant (arXiv:1908.10530), which is faster than the accountant of the function `epsilon` and
     slightly more conservative.

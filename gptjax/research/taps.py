@@ -5,8 +5,8 @@
     grid = patching_grid(params, clean, corrupted, cfg, metric)              activation patching
     text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
-`gptjax.model.activations` lists the paths. All functions are traceable: they work under jit, grad and vmap. `params`
-may hold adapters and quantised weights. A metric is any function (logits [B, V] float32) -> scalar.
+`gptjax.model.activations` lists the paths of the activations. All functions are traceable: they work under jit, grad
+and vmap. `params` may hold adapters and quantised weights. A metric is any function (logits [B, V] float32) -> scalar.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
 Metric = Callable[[jax.Array], jax.Array]
 Axis = Literal["position", "head"]
 
-# Indices of the axes of (query) positions and of heads, in activations [L, B, ..] that are stacked over layers.
+# Indices of the position axis and of the head axis in activations [L, B, ..], which are stacked over layers. In
+# attention weights, the position is that of the query.
 _AXES: dict[str, dict[str, int]] = {"attn/weights": {"position": 3, "head": 2}}
 _WITH_HEADS = ("attn/q", "attn/k", "attn/v", "attn/heads", "attn/weights")
 
@@ -58,27 +59,27 @@ def patching_grid(
 ) -> jax.Array:
     """Localises the activations that distinguish two prompts, by activation patching (causal tracing).
 
-    Each cell of the grid is the metric of a run on `corrupted` in which the activation of one layer, at one position or
-    head, is replaced by the activation of the run on `clean`. The runs are vmapped in one compiled program;
-    `memory_bytes` limits how many are computed at the same time.
+    Each cell of the grid is the metric of a forward pass on `corrupted` in which the activation of one layer, at one
+    position or head, is replaced by the same activation from the forward pass on `clean`. The forward passes are
+    vmapped in one compiled program; `memory_bytes` limits how many of them are computed at the same time.
 
     Args:
-        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the prompts to see which activations break
-            the answer instead of restoring it.
+        clean, corrupted: tokens of the two prompts, [B, T] int32 each. Swap the two prompts to see which activations
+            break the answer instead of restoring it.
         metric: function that is applied to the logits [B, V] at `position`.
-        site: activation to patch, one of `gptjax.model.activations.SITES`.
+        site: name of the activation to patch, one of `gptjax.model.activations.SITES`.
         axes: axes of the grid besides the layers: ("position",), ("head",) or both.
-        position: index of the token whose logits the metric sees.
-        memory_bytes: estimated memory for the activations of the runs that are vmapped together.
+        position: index of the token whose logits are passed to the metric.
+        memory_bytes: maximum memory, as estimated, for the activations of the forward passes that are vmapped together.
 
     Returns:
-        The metric of every run, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of heads; at
-        attn/k and attn/v it is the number of key heads.
+        The metric of every forward pass, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of
+        heads; for the sites attn/k and attn/v, N is the number of key heads.
 
     Raises:
-        UserError: the prompts' shapes differ, `site` does not exist, or it does not have one of `axes`.
+        UserError: the prompts' shapes differ, `site` does not exist, or its activation lacks one of `axes`.
 
-    Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042.
+    Source: arXiv:2202.05262 (causal tracing), arXiv:2309.16042 (activation patching).
     """
     if clean.shape != corrupted.shape:
         raise UserError(
@@ -103,7 +104,7 @@ def head_ablation(
     position: int = -1,
     memory_bytes: int = 2**30,
 ) -> jax.Array:
-    """The metric with each head ablated, one at a time: [L, N] float32.
+    """Returns the metric with each attention head ablated, one at a time: [L, N] float32.
 
     Args:
         value: array that replaces a head's output, broadcast to [L, B, T, N, H]. None: zeros (zero ablation). For mean
@@ -129,7 +130,8 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """Computes the metric of one run for every layer and every index along `axes`, at which `value` is patched in.
+    """Computes the metric of forward passes with `value` patched in, one pass for every layer and every index along
+    `axes`.
 
     `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
     """
@@ -157,16 +159,16 @@ def _grid(
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    # The last group is padded with copies of the last cell; their results are dropped.
+    # The last group of cells is padded with copies of the last cell, whose results are dropped.
     cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
     return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 
 
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Logit lens: logits decoded from the embedding and from the residual stream after every block.
+    """Returns the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    Applies the final norm and the LM head to each of them; the last entry equals the logits of `forward`. The keyword
-    arguments are those of `tapped`.
+    The final norm and the LM head are applied to each of these hidden states; the last entry of the result equals the
+    logits of `forward`. The arguments in `context` are passed to `tapped`.
 
     Returns:
         Logits [L + 1, B, T, V] float32.
@@ -179,9 +181,9 @@ def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: A
 
 
 def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Attention weights [L, B, N, T, T] float32, indexed by query and then key; the weights of each query sum to 1.
+    """Returns attention weights [L, B, N, T, T] float32, indexed by query and then key; each query's weights sum to 1.
 
-    The keyword arguments are those of `tapped`.
+    The arguments in `context` are passed to `tapped`.
     """
     path = "blocks/*/attn/weights"
     return tapped(params, tokens, cfg, (path,), **context)[1][path]
@@ -190,13 +192,15 @@ def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **contex
 def steering_vector(
     params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, position: int = -1
 ) -> jax.Array:
-    """Steering vector [D]: the mean residual stream after `layer` over the texts `towards` minus that over `away`.
+    """Returns a steering vector [D]: the mean residual stream after `layer` on the texts `towards` minus that on
+    `away`.
 
     Args:
-        towards, away: tokens of two sets of texts, [B, T] int32 each, without padding. B and T may differ between them.
+        towards, away: tokens of two sets of texts, [B, T] int32 each, without padding. B and T may differ between the
+            two sets.
         position: index of the token whose residual stream is averaged.
 
-    Source: arXiv:2308.10248; the mean of many pairs: arXiv:2312.06681, eq. 2.
+    Source: arXiv:2308.10248; the mean over many pairs of texts: arXiv:2312.06681, eq. 2.
     """
     path = f"blocks/{layer}/resid"
     target, source = (tapped(params, tokens, cfg, (path,))[1][path][:, position].mean(0) for tokens in (towards, away))
@@ -204,9 +208,9 @@ def steering_vector(
 
 
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
-    """Patches that add strength * vector [D] to the residual stream after `layer`, at every token.
+    """Returns patches that add strength * vector [D] to the residual stream after `layer`, at every token.
 
-    Pass the result to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that changing
-    them does not recompile.
+    Pass the result to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that new
+    values of them cause no recompilation.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

@@ -1,18 +1,18 @@
-"""Layer architectures for study, independent of `gptjax.model`.
+"""Layer architectures for experiments, independent of `gptjax.model`.
 
 Each architecture is a module with the same four functions:
 
     params   = init(key, cfg)                  nested dict, paths such as "q/kernel"
     y        = apply(params, x, cfg)           x and y [B, T, D]; causal
     cache    = init_cache(cfg, batch, length)  an empty cache
-    y, cache = extend(params, x, cfg, cache)   y of the next T tokens x; equals apply, however a sequence is split
+    y, cache = extend(params, x, cfg, cache)   y for the next T tokens x; equals apply, however a sequence is split
 
     attention        multi-head, grouped-query and multi-query attention
-    sliding_window   attention over the last few tokens, with a cache of that size
+    sliding_window   attention over the last `window` tokens, with a cache of window - 1 slots
     mla              multi-head latent attention: caches one low-rank latent vector per token
     moe              mixture of experts in place of the feed-forward layer
-    deltanet         gated DeltaNet: caches one matrix per head, independent of the length
-    costs            no layer, but formulas for cache bytes, numbers of parameters and FLOPs
+    deltanet         gated DeltaNet: caches one matrix per head, whose size does not depend on the sequence length
+    costs            formulas for cache bytes, numbers of parameters and FLOPs; no architecture
 
 The functions are pure. All rows of a batch have the same length; for rows of different lengths, use `jax.vmap` over the
 rows. Params are plain nested dicts, so `jax.grad`, `vmap`, optimizers and `gptjax.lora` (targets="*/kernel") work on

@@ -62,7 +62,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Causal attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal attention: x [B, T, D] -> [B, T, D]."""
     return project_output(params, heads_attention(*project_qkv(params, x, cfg, 0)))
 
 
@@ -74,7 +74,7 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
     """Applies attention to x [B, T, D], the next T tokens, and adds their keys and values to the cache.
 
-    The caller ensures that cache.length + T does not exceed the number of slots.
+    The caller must ensure that cache.length + T does not exceed the number of slots.
     """
     q, k, v = project_qkv(params, x, cfg, cache.length)
     k, v = (

@@ -24,7 +24,7 @@ def norm_scale(size: int) -> Params:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Checks that every condition holds, given as (condition, error message) pairs.
+    """Checks that all conditions hold, each of which is given as a pair (condition, error message).
 
     Raises:
         UserError: a condition is false; the error lists the messages of all conditions that are false.

@@ -12,18 +12,18 @@ from gptjax.research.architectures import deltanet, mla, moe
 
 
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of a KV cache of `cfg.context_length` tokens in all layers; sliding-window layers cache only their window.
+    """Returns the bytes of a KV cache of `cfg.context_length` tokens; sliding-window layers cache only their window.
 
-    Multi-head, grouped-query and multi-query attention differ in cfg.n_kv_head. Layers marked S in cfg.window_pattern
-    have a window of cfg.sliding_window.
-    The cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
+    The bytes are those of all layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head.
+    Layers marked S in cfg.window_pattern have a window of cfg.sliding_window tokens. In contrast to this formula, the
+    cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
 
 
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
+    """Returns the bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
 
     Source: arXiv:2405.04434, table 1.
     """
@@ -31,7 +31,7 @@ def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, 
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Bytes of a Gated DeltaNet cache, of any sequence length: state matrices and the convolution's last inputs."""
+    """Returns the bytes of a Gated DeltaNet cache: state matrices and the convolution's last inputs, for any length."""
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
 
@@ -76,16 +76,16 @@ class Flops(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """The total without `attention`: FLOPs of the multiplications by weights."""
+        """Returns the FLOPs of the multiplications by weights, which are the total without `attention`."""
         return self.total - self.attention
 
 
 def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | None = None) -> Flops:
-    """FLOPs of `gptjax.forward` on [batch, length] tokens.
+    """Returns the FLOPs of `gptjax.forward` on [batch, length] tokens.
 
-    A training step takes three times as many FLOPs, without rematerialisation. XLA's `cost_analysis` reports a few per
-    cent more, because it includes norms, softmax and activations. XLA counts the body of a loop only once, so
-    that only a model compiled with `unroll=True` can be compared.
+    A training step without rematerialisation takes three times as many FLOPs as the forward pass. XLA's `cost_analysis`
+    reports a few per cent more FLOPs, because it includes norms, softmax and activations. XLA counts the body of a loop
+    only once, so that only its FLOPs for a model compiled with `unroll=True` can be compared with the formula.
 
     Args:
         pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal

@@ -50,9 +50,9 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Initialises the parameters: kernels from N(0, 1 / in), A from U(1, 16), and d.
+    """Initialises the parameters: kernels from N(0, 1 / in), A from U(1, 16), and d so that softplus(d) is log-uniform.
 
-    softplus(d) is log-uniform in [0.001, 0.1]. A and d are initialised as in Mamba-2 (arXiv:2405.21060 and its code).
+    The range of softplus(d) is [0.001, 0.1]. A and d are initialised as in Mamba-2 (arXiv:2405.21060 and its code).
     """
     D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
     shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))
@@ -63,24 +63,24 @@ def init(key: jax.Array, cfg: Config) -> Params:
     params["conv"] = {"weight": jax.random.normal(conv, (cfg.conv_width, 3 * wide)) * cfg.conv_width**-0.5}
     params["forget"] |= {
         "log_rate": jnp.log(jax.random.uniform(rates, (N,), minval=1.0, maxval=16.0)),
-        "bias": step + jnp.log(-jnp.expm1(-step)),  # the inverse of softplus, so that softplus(bias) = step
+        "bias": step + jnp.log(-jnp.expm1(-step)),  # inverse of softplus, so that softplus(bias) = step
     }
     return params
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Causal gated DeltaNet: x [B, T, D] -> [B, T, D]."""
+    """Applies the causal gated DeltaNet layer: x [B, T, D] -> [B, T, D]."""
     return extend(params, x, cfg, init_cache(cfg, x.shape[0]))[0]
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """An empty cache, whose size does not depend on `length`."""
+    """Returns an empty cache, whose size does not depend on `length`."""
     wide = 3 * cfg.n_head * cfg.d_head
     return Cache(jnp.zeros((batch, cfg.n_head, cfg.d_head, cfg.d_head)), jnp.zeros((batch, cfg.conv_width - 1, wide)))
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies the layer to x [B, T, D], the next T tokens, and updates the cache, which never fills up."""
+    """Applies the layer to x [B, T, D], the next T tokens, and updates the cache, whose size is constant."""
     (B, T, _), N = x.shape, cfg.n_head
     inputs = jnp.concatenate([linear(x, params[name]["kernel"]) for name in "qkv"], -1)
     inputs = jnp.concatenate([cache.tail, inputs], 1)
@@ -93,7 +93,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 
 
 def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Decay a and write strength b of every token and head, [B, T, N] each, between 0 and 1."""
+    """Returns the decay a and the write strength b of every token and head, [B, T, N] each, between 0 and 1."""
     forget = params["forget"]
     rate = jax.nn.softplus(linear(x, forget["kernel"], forget["bias"]))
     return jnp.exp(-jnp.exp(forget["log_rate"]) * rate), jax.nn.sigmoid(linear(x, params["write"]["kernel"]))
@@ -102,7 +102,7 @@ def gates(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def gated_delta_rule(
     q: jax.Array, k: jax.Array, v: jax.Array, a: jax.Array, b: jax.Array, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the recurrence with `jax.lax.scan` over tokens.
+    """Computes the recurrence of the gated delta rule with `jax.lax.scan` over tokens.
 
     The inputs are q, k, v [B, T, N, H], a and b [B, T, N], and the initial state [B, N, H, H], as in `Cache`.
 
@@ -122,5 +122,5 @@ def gated_delta_rule(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """L2-normalises the last axis, with epsilon 1e-6 as in the authors' code."""
+    """L2-normalises the last axis, with epsilon 1e-6 as in the code of the paper's authors."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)

@@ -6,11 +6,11 @@
     k_h = [c W_UK,h ; k_r]                 [H + P]
     y   = sum_h softmax(q_h k_h^T / sqrt(H + P)) (c W_UV,h) W_O,h
 
-`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not materialise them: it absorbs
-(W_UK,h)^T into the query and applies W_UV,h after attention, so that all heads read the cache of R + P elements per
-token as one key head.
+`apply` materialises keys and values, which is cheapest for many tokens. `extend` does not materialise keys and values:
+it absorbs (W_UK,h)^T into the query and applies W_UV,h after attention, so that all query heads read the cache, with
+its R + P elements per token, as if it were a single key head.
 
-Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47, and the norms of 3.1.2.
+Source: DeepSeek-V2, arXiv:2405.04434, eq. 37-47; for the norms: section 3.1.2.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer: d_latent is R, d_rope is P (0: no position embedding) and d_head is H.
+    """Sizes of the layer: d_head of a head (H), d_latent of the latent vector c (R), d_rope of the RoPE key k_r (P).
 
-    d_query_latent is the size of c_q, or None to project queries from x directly. Raises UserError if d_rope is odd.
+    d_rope=0 means no position embedding. d_query_latent is the size of the queries' latent vector c_q, or None to
+    project queries from x directly. Raises UserError if d_rope is odd.
     """
 
     d_model: int
@@ -49,7 +50,7 @@ class Config:
 
 
 class Cache(NamedTuple):
-    """MLA cache with S slots, of which the first `length` (int32) are filled.
+    """MLA cache with S slots, of which the first `length` (int32) slots are filled.
 
     latents  [B, S, R + P] float32, the concatenation of c and k_r
     """
@@ -72,7 +73,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Causal attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal attention: x [B, T, D] -> [B, T, D]."""
     (B, T, _), N = x.shape, cfg.n_head
     q_c, q_r, latents = _project(params, x, cfg, 0)
     c, k_r = latents[..., : cfg.d_latent], latents[..., cfg.d_latent :]
@@ -90,7 +91,7 @@ def init_cache(cfg: Config, batch: int, length: int) -> Cache:
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
     """Applies attention to x [B, T, D], the next T tokens, and adds their latent vectors to the cache.
 
-    The caller ensures that cache.length + T does not exceed the number of slots.
+    The caller must ensure that cache.length + T does not exceed the number of slots.
     """
     N, H, R = cfg.n_head, cfg.d_head, cfg.d_latent
     q_c, q_r, new = _project(params, x, cfg, cache.length)

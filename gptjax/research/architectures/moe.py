@@ -5,8 +5,9 @@
     p      = softmax(scores of these experts)             [n_active]
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
-Tokens are sorted by expert and multiplied with a grouped matrix multiplication (`jax.lax.ragged_dot`): there is no
-expert capacity, no token is dropped, and each token is computed by exactly n_active experts.
+Tokens are sorted by expert and multiplied by the experts' weights in a grouped matrix multiplication
+(`jax.lax.ragged_dot`). Therefore there is no expert capacity, no token is dropped, and each token is computed by
+exactly n_active experts.
 
 Source: Mixtral, arXiv:2401.04088, 2.1.
 """
@@ -47,7 +48,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Applies the mixture of experts to each token independently: x [B, T, D] -> [B, T, D]."""
     weights, experts = route(params, x, cfg)
     rows = x.reshape(-1, x.shape[-1])
-    # Sort the flattened entries of `experts` by expert. Entry i belongs to token i // n_active.
+    # Sort the flattened entries of `experts` by expert. Entry i before sorting belongs to token i // n_active.
     order = experts.reshape(-1).argsort()
     sizes = jnp.bincount(experts.reshape(-1), length=cfg.n_expert).astype(jnp.int32)
     token = order // cfg.n_active
@@ -59,7 +60,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> tuple[()]:
-    """An empty tuple: no cache is needed, because tokens do not interact."""
+    """Returns an empty tuple, because the layer needs no cache: tokens do not interact."""
     return ()
 
 
@@ -76,11 +77,11 @@ def route(params: Params, x: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Arr
 
 
 def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Load balancing loss of the router, [] float32.
+    """Returns the load balancing loss of the router, a float32 scalar.
 
-    The loss is E times the sum over the E experts of (fraction of choices of the expert) * (mean router probability of
-    the expert). The loss is 1 if the load is uniform, and at most E, if all tokens go to one expert. Source:
-    arXiv:2101.03961, eq. 4-6, with n_active choices of experts per token.
+    The loss is E times the sum over the E experts of (fraction of routing choices that select the expert) * (mean
+    router probability of the expert). The loss is 1 if the load is uniform, and reaches its maximum E if all tokens go
+    to one expert. Source: arXiv:2101.03961, eq. 4-6, but with n_active choices of experts per token.
     """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
     fraction = chosen.reshape(-1, cfg.n_expert).mean(0)

@@ -1,8 +1,8 @@
 """Sliding-window attention over the last `window` tokens, including the current one, with a cache of window - 1 slots.
 
-After L layers the receptive field is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
+After L layers the receptive field of a token is L (window - 1) + 1 tokens. Source: arXiv:2004.05150, 3.1.
 
-With a window of 3, each of the tokens 0 to 4 attends to the tokens after its colon:
+With a window of 3, each of the tokens 0 to 4 attends to the tokens listed after its colon:
 
     0: 0    1: 0 1    2: 0 1 2    3: 1 2 3    4: 2 3 4
 """
@@ -36,21 +36,21 @@ init = attention.init
 
 
 def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
-    """Causal sliding-window attention: x [B, T, D] -> [B, T, D]."""
+    """Applies causal sliding-window attention: x [B, T, D] -> [B, T, D]."""
     y = heads_attention(*attention.project_qkv(params, x, cfg, 0), window=cfg.window)
     return attention.project_output(params, y)
 
 
 def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
-    """An empty cache of window - 1 slots; `length` is ignored."""
+    """Returns an empty cache of window - 1 slots; `length` is ignored."""
     return attention.init_cache(cfg, batch, cfg.window - 1)
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies attention to x [B, T, D], the next T tokens, and updates the cache, which never fills up.
+    """Applies attention to x [B, T, D], the next T tokens, and updates the cache, which drops the oldest tokens.
 
-    The slots hold the keys and values of the last window - 1 tokens in order, left-aligned. `length` counts all tokens
-    that were read.
+    The cache slots hold the keys and values of the last window - 1 tokens in order, left-aligned. The `length` of the
+    cache counts all tokens read so far, including dropped tokens.
     """
     T, n_slots = x.shape[1], cfg.window - 1
     filled = jnp.minimum(cache.length, n_slots)
