@@ -12,10 +12,10 @@ from gptjax.research.architectures import deltanet, mla, moe
 
 
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the bytes of a KV cache of `cfg.context_length` tokens; sliding-window layers cache only their window.
+    """Returns the bytes of the KV caches of all layers for `cfg.context_length` tokens.
 
-    The bytes are those of all layers. Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head.
-    Layers marked S in cfg.window_pattern have a window of cfg.sliding_window tokens. In contrast to this formula, the
+    Sliding-window layers, marked S in cfg.window_pattern, cache only their window of cfg.sliding_window tokens.
+    Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head. In contrast to this formula, the
     cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
@@ -31,7 +31,10 @@ def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, 
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the bytes of a Gated DeltaNet cache: state matrices and the convolution's last inputs, for any length."""
+    """Returns the bytes of a Gated DeltaNet cache (state matrices, last inputs of the convolution).
+
+    The size of the cache does not depend on the sequence length.
+    """
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
 

@@ -50,9 +50,10 @@ class Cache(NamedTuple):
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Initialises the parameters: kernels from N(0, 1 / in), A from U(1, 16), and d so that softplus(d) is log-uniform.
+    """Initialises the parameters: kernels from N(0, 1 / in), A from U(1, 16), and the bias d.
 
-    The range of softplus(d) is [0.001, 0.1]. A and d are initialised as in Mamba-2 (arXiv:2405.21060 and its code).
+    The bias d is drawn so that softplus(d) is log-uniform in [0.001, 0.1]. A and d are initialised as in Mamba-2
+    (arXiv:2405.21060 and its code).
     """
     D, N, wide = cfg.d_model, cfg.n_head, cfg.n_head * cfg.d_head
     shapes = dict.fromkeys(("q", "k", "v", "gate"), (D, wide))

@@ -31,7 +31,7 @@ from gptjax.types import Params
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer: d_head of a head (H), d_latent of the latent vector c (R), d_rope of the RoPE key k_r (P).
+    """Sizes of the layer: d_head (H) of a head, d_latent (R) of the latent vector, and d_rope (P) of the RoPE key.
 
     d_rope=0 means no position embedding. d_query_latent is the size of the queries' latent vector c_q, or None to
     project queries from x directly. Raises UserError if d_rope is odd.

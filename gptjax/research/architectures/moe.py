@@ -6,7 +6,7 @@
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
 Tokens are sorted by expert and multiplied by the experts' weights in a grouped matrix multiplication
-(`jax.lax.ragged_dot`). Therefore there is no expert capacity, no token is dropped, and each token is computed by
+(`jax.lax.ragged_dot`). Therefore there is no expert capacity, no token is dropped, and each token is processed by
 exactly n_active experts.
 
 Source: Mixtral, arXiv:2401.04088, 2.1.

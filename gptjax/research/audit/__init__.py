@@ -1,14 +1,14 @@
 """Audits of memorisation and data poisoning: `audit` runs every check, and each check is also a function.
 
-outlier_scores    how similar the gradient of a row is to those of a few others: finds poisoned rows and duplicates
+outlier_scores    how similar a row's gradient is to its nearest neighbours: finds poisoned rows and duplicates
 backdoor_trigger  how much a phrase raises the likelihood of a payload, compared with random control phrases
 exposure          how much likelier a secret is than random candidates of the same format
 extraction        how often greedy decoding reproduces training text verbatim, by prefix length
-membership        membership inference: how well the loss separates training text from held-out text
+membership        how well the loss separates training text from held-out text (membership inference)
 drift             how fine-tuning changed the model's predictions on a set of prompts
 
 Every check except `drift` returns a p-value: the probability, under the null hypothesis that nothing is wrong, of a
-result at least as extreme. A check raises an alarm if p <= `alpha`, so the expected false alarm rate is at most alpha.
+result at least as extreme. A check raises an alarm if p <= `alpha`, so the expected rate of false alarms is at most alpha.
 """
 
 from typing import Any

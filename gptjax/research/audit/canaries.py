@@ -25,7 +25,8 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """Reads a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
 
     Raises:
-        UserError: a line has another form (the message lists at most 20 such lines), or the file has no canaries.
+        UserError: a line does not have this form (the message lists at most 20 such lines), or the file has no
+            canaries.
     """
     canaries, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
@@ -110,7 +111,7 @@ def random_candidates(secret: str, n: int, seed: int) -> list[str]:
 
 
 def space_bits(secret: str) -> float:
-    """log2 of the number of possible secrets of the same format as `secret`."""
+    """Returns log2 of the number of possible secrets of the same format as `secret`."""
     return sum(math.log2(len(kind)) for c in secret for kind in _KINDS if c in kind)
 
 
@@ -125,10 +126,10 @@ def secrets(n: int, seed: int, *, digits: int = 9) -> list[dict[str, str]]:
 
 
 class Exposure(NamedTuple):
-    """Exposure of a secret, in bits.
+    """The result of `exposure`: how strongly a model has memorised a secret.
 
-    sampled       -log2 of p; at most 11 with 2,047 candidates
-    extrapolated  estimate from a skew-normal distribution fitted to the candidates' losses; at most `space_bits`
+    sampled       exposure in bits, -log2 of p; at most 11 bits with 2,047 candidates
+    extrapolated  bits, by a skew-normal distribution fitted to the candidates' losses; at most `space_bits`
     loss          the secret's loss, nats per token
     extracted     whether greedy decoding produces the secret
     p             p-value: rank of the secret among n random candidates, divided by n + 1
@@ -178,9 +179,9 @@ def exposure(
 
 
 def _extrapolated(value: float, others: np.ndarray) -> float:
-    """-log2 of the probability of a sample below `value`, under a skew-normal distribution fitted to `others`.
+    """Returns -log2 of the probability of a sample below `value`, for a skew-normal distribution fitted to `others`.
 
-    The density is integrated in log space, so that tiny probabilities do not underflow.
+    The density of the fit is integrated in log space, so that tiny probabilities do not underflow.
     """
     from scipy.special import log_ndtr, logsumexp
     from scipy.stats import skewnorm

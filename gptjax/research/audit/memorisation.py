@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # minimum number of documents, of members and of others each, for a test on per-document means
+MIN_DOCUMENTS = 4  # minimum number of member documents, and of other documents, for a test on per-document means
 MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
 
 
@@ -57,7 +57,7 @@ def extraction(
         most: maximum number of suffixes; if the text has more, a random selection is used.
 
     Raises:
-        UserError: the longest prefix and the suffix do not fit into the context.
+        UserError: the longest prefix and the suffix together do not fit into the context.
     Source: arXiv:2202.07646, 3.1.
     """
     longest = max(prefixes)
@@ -119,12 +119,13 @@ def membership(
     """Measures how well two scores separate members (training text) from others (held-out text).
 
     The scores are the loss and Min-K% Prob, the mean log-probability over the least likely fraction k of the tokens.
-    p: one-sided Mann-Whitney U test (normal approximation) on the larger AUC, Bonferroni-corrected for two tests.
+    The p-value is that of a one-sided Mann-Whitney U test (normal approximation) on the larger of the two AUCs,
+    Bonferroni-corrected for two tests.
 
     Args:
         documents: (document index of each row of `members`, document index of each row of `others`). Rows of one
-            document are correlated. With `documents`, p and sd are therefore computed from per-document means, if
-            members and others have at least `MIN_DOCUMENTS` documents each.
+            document are correlated. If `documents` is given, p and sd are therefore computed from per-document means,
+            if members and others have at least `MIN_DOCUMENTS` documents each.
 
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
     """
@@ -147,15 +148,18 @@ def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Area under the ROC curve: fraction of (member, other) pairs in which the member scores higher; ties count 1/2."""
+    """Returns the area under the ROC curve.
+
+    The area is the fraction of (member, other) pairs in which the member scores higher; ties count 1/2.
+    """
     ordered = np.sort(others)
     below = np.searchsorted(ordered, members, "left") + np.searchsorted(ordered, members, "right")
     return float(below.sum() / (2 * len(members) * len(others)))
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of each of n rows: the mean log-probability [n] of its tokens of weight > 0, and the mean [n] over the
-    least likely fraction k of these tokens."""
+    """Returns two scores of each of n rows, [n] each: the mean log-probability of its tokens of weight > 0, and the
+    mean over the least likely fraction k of these tokens."""
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)
     ordered = np.sort(np.where(counts, scored.log_probs, np.inf), 1)

@@ -9,18 +9,20 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.research.influence import unit
 
-NEIGHBOURS = 5  # number k of nearest neighbours: a poisoned row scores high if at least k other rows are poisoned alike
+NEIGHBOURS = 5  # number of nearest neighbours k; poisoned rows score high if more than k rows have the same poison
 
 
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Mean cosine similarity of each row to its k nearest neighbours, [n] float32, after the mean direction is removed.
+    """Returns the mean cosine similarity of each row to its k nearest neighbours, [n] float32.
+
+    The mean direction of all training rows is subtracted from every row first.
 
     A high score means that the gradient of a row differs from the average but agrees with a few others, as the
     gradients of poisoned rows and duplicates do.
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] features of other rows. With `reference`, the scores are [m], those of the other rows, whose
+        reference: [m, K] features of other rows. If given, the scores are [m], those of these other rows, whose
             neighbours are training rows. None: the training rows are scored.
 
     Raises:
@@ -61,7 +63,7 @@ def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
     The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1. The
     test is conformal and exact for exchangeable rows. For n training scores, of which x = `beyond` exceed every
     reference score, p = C(n, x) / C(n + m, x) is the probability that the x largest of all n + m scores are training
-    scores. Ten planted rows are detected with m = n, but hardly with m = n / 2.
+    scores. Ten planted rows are detected with m = n reference scores, but hardly with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

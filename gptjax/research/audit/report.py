@@ -29,7 +29,7 @@ svg { max-width: 100%; height: auto } p.note { color: #555 } code { font-size: .
 
 
 def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> str:
-    """Renders a report as an HTML page. Text that comes from the data is escaped.
+    """Renders a report as an HTML page. Text that comes from the data is HTML-escaped.
 
     Args:
         run: name of the audited run, for the title.
@@ -62,7 +62,7 @@ def page(report: Report, *, run: str = "a model", notes: Sequence[str] = ()) -> 
 
 
 def lines(report: Report) -> list[str]:
-    """The results of all checks as lines of text for a terminal."""
+    """Formats the results of all checks as lines of text for a terminal."""
     results = checks(report)
     width, alarms, n = max(len(check.check) for check in results), sum(check.alarm for check in results), len(results)
     return [

@@ -46,7 +46,7 @@ class Row(NamedTuple):
 class Outliers(NamedTuple):
     """Outlier scores of n training rows and of the reference rows.
 
-    tail  None if there are too few training rows
+    tail  result of `outliers.tail`; None if there are too few training rows
     rows  training rows with the highest scores, highest first
     """
 
@@ -142,7 +142,8 @@ def checks(report: Report) -> list[Check]:
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """p-value of Fisher's exact test, one-sided: is training text extracted more often than held-out text?"""
+    """Returns the one-sided p-value of Fisher's exact test that training text is extracted more often than held-out
+    text."""
     from scipy.stats import hypergeom
 
     hits = seen.extracted + unseen.extracted

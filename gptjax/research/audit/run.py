@@ -35,14 +35,14 @@ EXCERPT = 80  # number of characters that the report shows from each end of a ro
 
 
 class Checkpoint(NamedTuple):
-    """A model of a run at one step; `params` is a function that reads the parameters from disk."""
+    """A model of a training run at one step; `params` is a function that reads the parameters from disk."""
 
     name: str
     params: Callable[[], Params]
 
 
 def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
-    """Lists the models of a run, in the order of their steps.
+    """Lists the saved models of a training run, in the order of their steps.
 
     If `run_dir` holds a model but is not the directory of a run, the list has one entry and the config is None.
 
@@ -57,7 +57,7 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
     if (run.final / "result.json").is_file():
         last, _ = use_json(run.final / "result.json", result_of)
     saved = Checkpoints(run.checkpoints)
-    why = ""  # the reason that checkpoints cannot be audited, if there is one
+    why = ""  # reason why checkpoints cannot be audited; empty if they can be audited
     if cfg.task != "pretrain" and cfg.finetune.trainable != "all":
         if cfg.finetune.trainable != "lora":
             why = f"finetune.trainable={cfg.finetune.trainable} saves only a part of the weights"
@@ -72,7 +72,7 @@ def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, l
             models.append(Checkpoint(f"step {step:,}", partial(_merged_params, saved, step, cfg)))
     if last is not None:
         models.append(Checkpoint(f"step {last:,}, the last", lambda: weights.load(run.final)[0]))
-    if not models:  # read final/ or best/ instead; if neither exists, `weights.load` raises an error
+    if not models:  # no checkpoints: read final/ or best/; if neither exists, `weights.load` raises an error
         models.append(Checkpoint("model", lambda: weights.load(run_dir)[0]))
     return models, cfg, notes
 
@@ -125,16 +125,16 @@ def audit(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Runs every check that the settings allow, and returns the report.
+    """Runs every check for which the settings hold the inputs, and returns the report.
 
-    `report.page` renders the report as HTML; `to_json` returns the contents of audit.json.
-    Each model is read from disk once. The outlier check concatenates the gradient features of all models.
+    `report.page` renders the report as HTML; `to_json` returns the contents of audit.json. Every model is read from
+    disk only once. The outlier check concatenates the gradient features of all models.
 
     Args:
         say: function that receives progress messages.
 
     Raises:
-        UserError: the text is too short, or the settings do not fit the context.
+        UserError: the text is too short, or the prefixes, suffixes or canaries do not fit into the context.
     """
     length = min(cfg.context_length, 512)
     stores = dict(zip(TEXTS, (settings.train, settings.held_out), strict=True))
@@ -194,7 +194,8 @@ def audit(
 def _contexts(
     tokenizer: Tokenizer, store: TokenStore, spans: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """Returns (beginnings of held-out chunks, each cut at a word boundary; the distinct words in these beginnings)."""
+    """Returns the beginnings of held-out chunks, each cut at a word boundary, and the distinct words in these
+    beginnings."""
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())
         for start, end in zip(*spans, strict=True)

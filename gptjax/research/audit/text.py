@@ -18,7 +18,7 @@ from gptjax.research.influence import in_chunks
 from gptjax.tokenizers import Tokenizer
 from gptjax.types import Batch, Params
 
-CHUNK_BYTES = 128 * 2**20  # maximum size of the logits in memory at the same time
+CHUNK_BYTES = 128 * 2**20  # maximum size, in bytes, of the logits in memory at the same time
 
 
 def store_of(texts: Sequence[str], tokenizer: Tokenizer) -> TokenStore:
@@ -57,7 +57,7 @@ def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int
         (starts, ends) of the chunks as token indices, [n] int64 each.
 
     Raises:
-        UserError: no document has two tokens.
+        UserError: no document has at least two tokens.
     """
     spans = [
         (start, min(start + length + 1, end))
@@ -73,7 +73,7 @@ def chunks(store: TokenStore, length: int, *, most: int | None = None, seed: int
 def rows(store: TokenStore, starts: np.ndarray, ends: np.ndarray, length: int | None = None) -> Batch:
     """Returns a batch with one chunk per row: tokens and targets [n, T] int32, weights [n, T] float32.
 
-    The weights are 0 for padding. T is `length`; None: the length of the longest chunk, minus 1.
+    The weights are 0 for padding. T is `length`, or the length of the longest chunk minus 1 if `length` is None.
     """
     length = length or int((ends - starts).max()) - 1
     positions = starts[:, None] + np.arange(length + 1)
@@ -129,7 +129,7 @@ def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]
 
 
 def truncate_prompt(prompt: Sequence[int], continuation: Sequence[int], cfg: ModelConfig) -> Sequence[int]:
-    """The last tokens of `prompt`, as many tokens as fit into the context together with `continuation`."""
+    """Returns the last tokens of `prompt`, as many tokens as fit into the context together with `continuation`."""
     max_prompt = cfg.context_length + 1 - len(continuation)
     if max_prompt < 1:
         raise UserError(f"{len(continuation)} tokens to predict do not fit into a context of {cfg.context_length}")
@@ -137,5 +137,5 @@ def truncate_prompt(prompt: Sequence[int], continuation: Sequence[int], cfg: Mod
 
 
 def rank(value: float, others: np.ndarray) -> float:
-    """Empirical p-value of `value` among `others`: (1 + number of others >= value) / (1 + number of others)."""
+    """Returns the empirical p-value of `value`: (1 + number of others >= value) / (1 + number of others)."""
     return float((1 + (others >= value).sum()) / (1 + len(others)))

@@ -1,4 +1,4 @@
-"""The results of a sweep as a printed table and as files."""
+"""Formats the results of a sweep as a text table, and writes them to files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gptjax import config
 from gptjax.files import write_json, write_text
 from gptjax.research.sweep.train import Sweep, table
 
-WRITING = ".sweep.partial"  # marker file, removed when all files are written: if it exists, `write` was interrupted
+WRITING = ".sweep.partial"  # marker file that `write` removes at its end; if it exists, `write` was interrupted
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """Formats `summary`, as returned by `table`, as lines of aligned text: mean +- half the width of the interval."""
+    """Formats `summary`, made by `table`, as lines of aligned text, with every metric as mean +- half its interval."""
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
     cells = [[*names, "n", *measures]]
@@ -67,7 +67,8 @@ def draw(result: Sweep, path: Path) -> None:
     """Plots the validation loss and the training loss of the runs.
 
     The validation loss is plotted against the first numeric axis with several values: one dot per run, and a line with
-    the mean and its interval. The training loss curve of each combination of values is averaged over seeds.
+    the mean and its interval. One training loss curve is plotted per combination of the axes' values, averaged over
+    seeds.
     """
     from gptjax.training.plot import draw_sweep
 

@@ -16,21 +16,22 @@ from gptjax.config.leaves import Leaf, Problems, from_args, split_list
 from gptjax.errors import UserError
 from gptjax.training.run_dir import may_change
 
-# Hyperparameters that a compiled program takes as arrays (tracers).
+# Hyperparameters that a compiled program takes as arrays (tracers) with one value per run.
 TRACED = (
     "optim.lr", "optim.embed_lr", "optim.head_lr", "optim.vector_lr", "optim.warmup_steps", "optim.initial_lr_ratio",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.clip_norm", "model.dropout",
 )  # fmt: skip
-# Hyperparameters of an adapter that are arrays too, unless lora.init computes the adapter from the weights.
+# Hyperparameters of an adapter that can also be arrays with one value per run, unless lora.init computes the adapter
+# from the weights.
 TRACED_OF_ADAPTERS = ("lora.alpha", "lora.rank", "lora.dropout")
 MAX_PROBLEMS = 20  # maximum number of problems listed in one error
 MAX_RUNS = 10_000
 
-Hyperparameters = dict[str, Any]  # key such as "optim.lr" -> values [N] of N runs, or the value of one run
+Hyperparameters = dict[str, Any]  # maps a key such as "optim.lr" to the values [N] of N runs, or to one run's value
 
 
 def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[Config]:
-    """One config for every combination of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`.
+    """Returns one config per combination of the values of axes such as `"optim.lr=[1e-4,3e-4]"` and `"seed=range(8)"`.
 
     The last axis varies fastest. Overrides with one value apply to all configs, as in `load_config`.
 
@@ -70,7 +71,7 @@ def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]
 
 
 def _values(leaf: Leaf) -> list[str] | None:
-    """The values of an axis as strings, or None if the setting has a single value.
+    """Returns the values of an axis as strings, or None if the setting has a single value.
 
     Raises ValueError if the values cannot be parsed.
     """
@@ -92,7 +93,7 @@ def _values(leaf: Leaf) -> list[str] | None:
 
 
 def _why_not(key: str) -> str:
-    """The reason why `key` cannot be swept; an empty string if it can be swept."""
+    """Returns the reason why `key` cannot be swept, or an empty string if `key` can be swept."""
     if key.startswith("finetune.") and key.rpartition(".")[2] in ("seeds", "together"):
         return f"{key} cannot be swept: use seed=range(8) to repeat a run"
     if key == "task":
@@ -105,7 +106,7 @@ def _why_not(key: str) -> str:
 def combinations(
     source: str | os.PathLike[str] | None, axes: dict[str, list[str]], fixed: Sequence[Leaf] = ()
 ) -> list[Config]:
-    """One config for each combination of the axes' values, validated as by `load_config`."""
+    """Returns one config for each combination of the axes' values, validated as by `load_config`."""
     configs, problems = [], dict[str, None]()
     if (n := math.prod(map(len, axes.values()))) > MAX_RUNS:
         raise UserError(f"{n:,} runs: a sweep has at most {MAX_RUNS:,}; give fewer values, or several sweeps")
@@ -120,7 +121,7 @@ def combinations(
 
 
 def axes_of(configs: Sequence[Config]) -> tuple[str, ...]:
-    """The keys whose values differ between the configs, except run_dir, in the schema's order."""
+    """Returns the keys whose values differ between the configs, except run_dir, in the order of the config schema."""
     flat = [config.flat(cfg) for cfg in configs]
     return tuple(key for key, value in flat[0].items() if any(row[key] != value for row in flat) and key != "run_dir")
 
@@ -141,7 +142,7 @@ def programs(configs: Sequence[Config]) -> list[tuple[int, ...]]:
 
 
 def traceable(cfg: Config) -> tuple[str, ...]:
-    """The keys of the hyperparameters that a program compiled for this config can take as arrays."""
+    """Returns the keys of the hyperparameters that a program compiled for this config can take as arrays."""
     adapters = cfg.task != "pretrain" and cfg.finetune.trainable == "lora" and cfg.lora.init == "lora"
     return TRACED + (TRACED_OF_ADAPTERS if adapters else ())
 
@@ -168,7 +169,7 @@ def check(configs: Sequence[Config]) -> None:
 def with_hyperparameters(cfg: Config, values: Hyperparameters) -> Config:
     """Returns `cfg` with the given hyperparameter values, without validation.
 
-    The values may be tracers, but then the returned config is not hashable.
+    The given values may be tracers, but then the returned config is not hashable.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

@@ -28,7 +28,7 @@ from gptjax.training.step import TrainState, make_multi_step
 from gptjax.training.task import StepFunctions, Task
 from gptjax.types import Mean, Metrics
 
-INTEGERS = ("optim.warmup_steps", "lora.rank")  # int32 hyperparameters; all others are float32
+INTEGERS = ("optim.warmup_steps", "lora.rank")  # hyperparameters whose arrays are int32; all others are float32
 MAX_STEPS_PER_CALL = 25
 FINAL_FRACTION = 0.1  # the final training loss of a run is the average over the last 10 % of its steps
 
@@ -37,7 +37,7 @@ class Sweep(NamedTuple):
     """The result of `sweep`.
 
     configs   the config of each run as it was trained, with the settings that depend on the data resolved
-    axes      keys that differ between runs, including the seed
+    axes      config keys that differ between runs, including the seed
     rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
               skipped steps, and whether training would have been stopped
     losses    the training loss of every step, one array [steps] float32 per run
@@ -55,7 +55,7 @@ class Sweep(NamedTuple):
     programs: list[dict[str, Any]]
 
     def state(self, run: int) -> TrainState:
-        """The final state of one run, as `make_train_step` would have left it, except that `frozen` is None."""
+        """Returns the final state of one run, as after training the run alone, except that `frozen` is None."""
         runs, states = next(pair for pair in self.states if run in pair[0])
         return jax.tree.map(lambda leaf: leaf[runs.index(run)], states)
 
@@ -68,8 +68,8 @@ def make_sweep_step(
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
     """Returns `make_train_step` vmapped over N runs: step(states, values, frozen, batch) -> (states, metrics [N]).
 
-    The step takes states with leaves [N, ..], hyperparameter values {key: [N]}, and `frozen`, which is shared by all
-    runs without copies.
+    The step takes states with leaves [N, ..], hyperparameter values {key: [N]}, and the frozen parameters, which all
+    runs share without copies.
 
     Args:
         build: function config -> (loss, combine, optimizer), such as `Task.build`.
@@ -84,7 +84,7 @@ def make_sweep_step(
 def make_sweep_loss(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Hyperparameters, Any, Any], tuple[Mean, Metrics]]:
-    """Returns loss(params, values, frozen, batch) -> (losses [N], metrics [N]) of N runs, without dropout.
+    """Returns a function loss(params, values, frozen, batch) -> (losses [N], metrics [N]) for N runs, without dropout.
 
     All arguments are as in `make_sweep_step`.
     """
@@ -92,7 +92,7 @@ def make_sweep_loss(
 
 
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
-    """Initial states of N runs, leaves [N, ..], each as the training loop creates it for one run.
+    """Creates the initial states of N runs, leaves [N, ..], each equal to the initial state of the run trained alone.
 
     `start` holds the parameters to start from, with leaves [N, ..], or is None to initialise them from the seeds.
     """
@@ -110,7 +110,7 @@ def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, s
 
 
 def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
-    """Estimated memory of one run, in bytes.
+    """Estimates the memory of one run, in bytes.
 
     The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
     activations), plus twice the logits of a micro-batch or of a validation batch, whichever is larger. The logits count
@@ -123,7 +123,7 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory available to a sweep, in bytes: 80 % of the device's free memory; on a CPU, half of the available RAM."""
+    """Returns the bytes available to a sweep: 80 % of the device's free memory; on a CPU, half of the available RAM."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -137,7 +137,7 @@ def free_bytes() -> int:
 def chunks(runs: Sequence[int], at_once: int) -> list[tuple[int, ...]]:
     """Splits the runs into as few chunks of equal size as possible, with at most `at_once` runs in a chunk.
 
-    The last chunk is padded to this size with copies of the last run.
+    The last chunk is padded to the size of the others with copies of the last run.
     """
     n = -(-len(runs) // at_once)
     size = -(-len(runs) // n)
@@ -155,17 +155,17 @@ def sweep(
     validate: bool = True,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Trains all runs, and evaluates each on its whole validation set after its last step.
+    """Trains all runs of a sweep, and evaluates each run on its whole validation set after its last step.
 
     Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: it has the same initialisation,
     data order, dropout and schedule. No files are written. If `gptjax.train` would have stopped a run, after
     `train.max_nonfinite` consecutive non-finite steps, its row has `stopped` set and no losses.
 
     Args:
-        axes: keys to list in the rows. None: all keys that differ between runs.
+        axes: config keys to list in the rows of the result. None: all keys that differ between runs.
         at_once: number of runs to train at the same time. None: as many runs as fit into `free_bytes()` on each device,
-            next to the frozen parameters that all runs share, if a run takes `bytes_per_run(..)`.
-        validate: whether to evaluate on the validation set. False: the rows have only the training loss.
+            next to the frozen parameters that all runs share. One run is assumed to take `bytes_per_run(..)`.
+        validate: whether to evaluate on the validation set. False: the rows of the result have only the training loss.
         progress: a `training.progress.Progress`. None: nothing is printed.
 
     Raises:
@@ -176,11 +176,12 @@ def sweep(
         raise UserError(f"at_once={at_once}: expected at least 1")
     progress = progress or Progress(log=lambda line: None)
     no_losses = [np.empty(0, np.float32)] * len(configs)
-    # The lists in `result` are filled each time that a program has trained its runs.
+    # The lists in `result` are filled group by group, each time a compiled program has trained its group of runs.
     result = Sweep(list(configs), tuple(axes or axes_of(configs)), [], no_losses, [], [])
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
-        # Number of steps -> runs. With train.epochs, the number of steps depends on how the seed splits the data.
+        # Maps a number of steps to the runs that take as many steps. With train.epochs, the number of steps depends on
+        # how the seed splits the data.
         same_steps: dict[int, list[int]] = {}
         for i in runs:
             same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
@@ -201,9 +202,9 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress) -> _Prepared:
-    """Prepares the data, the base model and the initial values of the runs of one compiled program.
+    """Prepares the data, the base model and the initial parameters of the runs of one compiled program.
 
-    The data depend on the seed; the initial values depend on the seed and the adapter's rank.
+    The data depend on the seed; the initial parameters depend on the seed and the adapter's rank.
     """
     first = configs[runs[0]]
     prepare = find(first.task).prepare
@@ -230,7 +231,7 @@ def _prepare(configs: Sequence[Config], runs: Sequence[int], progress: Progress)
 def _train(
     prepared: _Prepared, runs: tuple[int, ...], result: Sweep, at_once: int | None, validate: bool, progress: Progress
 ) -> None:
-    """Trains the runs of one program: compiles it once, then trains the runs chunk by chunk."""
+    """Trains the runs of one compiled program: compiles the program once, then trains the runs chunk by chunk."""
     began = time.perf_counter()
     cfg, task = prepared.configs[runs[0]], prepared.tasks[prepared.task_of[runs[0]]]
     flat = [config.flat(prepared.configs[i]) for i in runs]
@@ -331,7 +332,8 @@ class _Program:
     ) -> tuple[TrainState, np.ndarray, np.ndarray, list[dict[str, float]]]:
         """Trains the N runs of `group`, and evaluates them if `validate` is set.
 
-        Returns (states, losses [steps, N], consecutive non-finite steps [steps, N], validation metrics of each run).
+        Returns (states, losses [steps, N], number of consecutive non-finite steps [steps, N], validation metrics of
+        each run).
         """
         cfg, (chunk, n_chunks, number) = self.cfg, place
         configs = [prepared.configs[i] for i in group]
@@ -355,7 +357,7 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        previous: Metrics = {}  # metrics of the last call, read after the next call starts so that the device is busy
+        previous: Metrics = {}  # metrics of the previous call, read once the next call runs: keeps the device busy
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
@@ -389,7 +391,7 @@ class _Program:
                 self.compiled_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def _batches(self, tasks: Sequence[Task], step: int) -> Any:
-        """Batches of K steps, [K, N, ..], made once per seed; [K, ..] if all runs have the same seed."""
+        """Returns the batches of K steps, [K, N, ..], made once per seed; [K, ..] if all N runs have the same seed."""
         if not self.by_seed:
             return tasks[0].batches(step, self.k, None)
         made = {id(task): task.batches(step, self.k, None) for task in tasks}
@@ -398,7 +400,7 @@ class _Program:
     def _validate(
         self, params: Any, values: Hyperparameters, frozen: Any, tasks: Sequence[Task]
     ) -> list[dict[str, float]]:
-        """Metrics of each run over all validation batches, summed on the host in float64 as in `evaluate`."""
+        """Returns each run's metrics, averaged over all validation batches on the host in float64, as in `evaluate`."""
         sums: dict[str, Mean] = {}
         validation = self.task.validation.batches(False)
         if self.eval_by_seed:
@@ -420,9 +422,9 @@ class _Program:
 
 
 def _starts(starts: Sequence[Any], max_rank: int) -> Any:
-    """Stacks the initial values of N runs to leaves [N, ..], with adapters zero-padded to `max_rank`.
+    """Stacks the initial parameters of N runs into leaves [N, ..], with adapters zero-padded to rank `max_rank`.
 
-    The padding stays zero in training, because its gradient is zero.
+    The zero padding stays zero in training, because its gradient is zero.
     """
     if starts[0] is None:
         return None
@@ -441,7 +443,7 @@ def _starts(starts: Sequence[Any], max_rank: int) -> Any:
 
 
 def table(rows: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Aggregates the rows over seeds: one dict per combination of the other axes, sorted by validation loss.
+    """Aggregates the rows over seeds: one dict per combination of the other axes' values, sorted by validation loss.
 
     Each dict has `n` (number of runs), `stopped` (number of stopped runs), and for every metric its mean over the seeds
     and a 95 % t interval, `NAME/low` and `NAME/high`. The mean is None if a run lacks the metric, because the run was
