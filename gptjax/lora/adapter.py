@@ -73,7 +73,7 @@ def _layer_paths(path: str, leaf: Any) -> list[str]:
 
 
 def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
-    """Returns a mask of the layers that `cfg.targets` selects: bool [L] for a stack of L layers, else a scalar."""
+    """Returns a mask of the layers that `cfg.targets` selects: bool [L] for a stack, a scalar for a single weight."""
     names = _layer_paths(path, leaf)
     whole = tree.matches(cfg.targets, path)
     if not names:
@@ -105,7 +105,7 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 
 @exact
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
-    """Initialises an adapter from the weights and subtracts it from the weights, so that their sum is unchanged.
+    """Initialises an adapter from the weights and subtracts it from them, so that attaching it restores the weights.
 
     init=pissa: the adapter is a = u sqrt(s) and b = sqrt(s) v, where u, s and v hold the `rank` largest singular values
     of the weight and their singular vectors (arXiv:2404.02948, eq. 2-4).
@@ -114,8 +114,8 @@ def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]
     of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
     Returns:
-        (params with the residual weights, adapter). Use `to_lora` to convert the trained adapter into one for the
-        original weights.
+        (params with the residual weights, adapter). Use `to_lora` to convert the trained adapter into an adapter for
+        the original weights.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
@@ -198,7 +198,7 @@ def _leaf(leaf: Any, pair: dict[str, jax.Array], cfg: LoraConfig, scales: jax.Ar
 def merge(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Array | None = None) -> Params:
     """Merges the adapter into the weights, for export or for the fastest decoding.
 
-    Each weight keeps its dtype, but quantised weights become float32. `scales` is as in `attach`.
+    Each weight keeps its dtype, but quantised weights become float32. `scales` has the same meaning as in `attach`.
     """
 
     def merged(leaf: Any) -> Any:

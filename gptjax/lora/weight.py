@@ -15,17 +15,19 @@ from gptjax.ops.scale import scaled
 
 @struct.dataclass
 class LoraWeight:
-    """Represents w + scale * a @ b without materialising it. With `m` (DoRA) the sum's columns are rescaled to norm m.
+    """Represents the weight w + scale * a @ b without materialising the sum.
+
+    With `m` (DoRA) the columns of the sum are rescaled to norm m.
 
     w      [.., in, out]  frozen weight: any leaf that `ops.linear` supports, quantised or not
     a      [.., in, R]    float32; with one adapter per row of the batch: [.., B, in, R]
     b      [.., R, out]   float32; with one adapter per row of the batch: [.., B, R, out]
     scale  [..]           float32; with one adapter per row of the batch: [.., B]
     m      [.., 1, out]   magnitude vector of DoRA, or None
-    key    [..]           PRNG key of the dropout; None: no dropout
-    rate   [..]           dropout rate on the input of `a`; None: no dropout
+    key    [..]           PRNG key of the dropout, or None for no dropout
+    rate   [..]           dropout rate on the input of `a`, or None for no dropout
 
-    Only a, b and m have gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
+    Only a, b and m receive gradients. Sources: arXiv:2106.09685, eq. 3; DoRA: arXiv:2402.09353, eq. 5 and 11.
     """
 
     w: Any
@@ -88,7 +90,7 @@ def column_norms(leaf: LoraWeight) -> jax.Array:
     """Returns the column norms of w + scale a b, [.., 1, out], without materialising the sum.
 
     For each column, with s = scale, |w + s a b|^2 = |w|^2 + 2 s sum_r b * (a^T w) + s^2 sum_r b * ((a^T a) b). No
-    gradient flows through the norms, as in DoRA (arXiv:2402.09353, 4.3).
+    gradient flows through the column norms, as in DoRA (arXiv:2402.09353, 4.3).
     """
     w, a, b, s = jax.lax.stop_gradient((dense(leaf.w), leaf.a, leaf.b, leaf.scale[..., None, None]))
     a_t = jnp.swapaxes(a, -1, -2)

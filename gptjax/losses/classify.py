@@ -25,9 +25,9 @@ Pooling = Literal["last", "first", "mean"]
 def classify(cfg: ModelConfig, pooling: Pooling = "last") -> Callable[..., tuple[Mean, Metrics]]:
     """Returns the classification loss over `cfg.n_classes` classes.
 
-    A batch has B rows, each with up to K packed texts. It consists of tokens and segment_ids [B, T] int32, in which
-    text k is segment k + 1; labels [B, K] int32; and weights [B, K] float32, which are 0 where a row has no text k. The
-    loss is in nats, summed over texts. The metrics contain `accuracy`, the fraction of texts that are classified
+    A batch has B rows, each with up to K packed texts. The batch consists of tokens and segment_ids [B, T] int32, in
+    which text k is segment k + 1; labels [B, K] int32; and weights [B, K] float32, which are 0 where a row has no text
+    k. The loss is in nats, summed over texts. The metrics contain `accuracy`, the fraction of texts that are classified
     correctly.
     """
 
@@ -59,8 +59,8 @@ def class_logits(
     Tokens attend only to tokens of the same text, not to other texts or to padding, which is segment 0.
 
     Args:
-        pooling: the hidden state from which a text is classified: that of its last token, that of its first token, or
-            the mean over all its tokens.
+        pooling: which hidden state of a text is classified: that of the last token, that of the first token, or the
+            mean over all tokens.
     """
     hidden = backbone(params, tokens, cfg, segment_ids=segment_ids, dropout_key=dropout_key)
     mask = segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, n, T]

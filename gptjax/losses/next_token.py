@@ -22,8 +22,9 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
     """Returns the loss function of next-token prediction, whose batches are of type `gptjax.types.Batch`.
 
     Args:
-        chunk: number of tokens whose logits are in memory at once. None: the default of `linear_cross_entropy`. A small
-            chunk is slower only if the LM head is trained, because every chunk then adds to the head's gradient.
+        chunk: number of tokens whose logits are in memory at once. None: the default chunk size of
+            `linear_cross_entropy`. A small chunk is slower only if the LM head is trained, because every chunk then
+            adds to the head's gradient.
     """
 
     @matmul_precision(cfg)

@@ -36,7 +36,7 @@ class Answers(NamedTuple):
     present: jax.Array
 
 
-LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P], rewards [B, P, 2]
+LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P] of each pair, rewards [B, P, 2]
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
@@ -71,8 +71,8 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
     """KTO: the chosen and the rejected answer each have their own loss term, relative to a KL reference point.
 
     The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, but
-    at least 0, and vice versa, as in TRL's kto_pair. The loss of a pair therefore depends on the other pairs in the
-    batch. The KTO paper instead estimates the reference point from mismatched questions and answers. Source:
+    at least 0, and vice versa, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the other pairs in the
+    batch. The KTO paper instead estimates the KL reference point from mismatched questions and answers. Source:
     arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
@@ -106,8 +106,8 @@ def answer_log_probs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each answer's log-probability and number of tokens, including its end token, [B, P, 2] float32 each.
 
-    To compute the log-probabilities under the reference model, pass the params without their adapter. A second model is
-    therefore not needed.
+    To compute the log-probabilities under the reference model, pass the params without their adapter, so that no second
+    model is needed.
 
     Args:
         batch: the `PairBatch`, of which tokens, targets, weights and segment_ids [B, T], and present [B, P], are used.
@@ -115,7 +115,7 @@ def answer_log_probs(
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
-    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # [B, 2 P, T]
+    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # tokens of each answer, [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
     sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # sums over tokens, in full float32
     lengths = counts.sum(-1)

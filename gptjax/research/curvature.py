@@ -73,7 +73,7 @@ def eigenvalues(
     """Computes extreme eigenvalues of the Hessian of `loss` at `params` by Lanczos iteration.
 
     Args:
-        key: random key of the start vector.
+        key: PRNG key of the random start vector.
         n: number of eigenvalues to return.
         steps: number of Lanczos steps. Each step computes one Hessian-vector product and keeps one vector of the size
             of the params in memory. Increase `steps` if the returned `errors` are too large.
@@ -101,8 +101,7 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tridiagonalises a symmetric matrix H, given as `product`, a function v -> H v: T = basis H basis^T is
-    tridiagonal.
+    """Tridiagonalises a symmetric matrix H, given as a function `product` v -> H v: basis H basis^T = T is tridiagonal.
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
     recurrence alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the Lanczos
@@ -165,8 +164,8 @@ def mix(stacked: Any, weights: jax.Array) -> Any:
     """Returns the weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
 
     Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters, `mix` averages a and b
-    separately instead of their product, so use `lora.average` instead, or merge the adapters into the params before
-    `mix`.
+    separately, which is not the average of their products. Use `lora.average`, or mix params into which the adapters
+    are merged.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 

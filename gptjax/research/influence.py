@@ -33,7 +33,7 @@ from gptjax.training.task import identity
 Combine = Callable[[Any, Any], Any]
 Features = Callable[..., np.ndarray]  # function (params, examples, frozen=None) -> features [n, dims] float32
 
-_CHUNK_BYTES = 256 * 2**20  # maximum size of the per-example gradients in memory at the same time
+_CHUNK_BYTES = 256 * 2**20  # maximum size, in bytes, of the per-example gradients in memory at the same time
 
 
 # ---------------------------------------------------------------- per-example gradients
@@ -84,7 +84,7 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 def gradient_features(
     loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
-    """Returns a function features(params, examples, frozen=None) -> [n, dims] float32.
+    """Returns a function features(params, examples, frozen=None) -> features of the n examples, [n, dims] float32.
 
     The features of an example are the `sketch` of its gradient.
 
@@ -92,8 +92,8 @@ def gradient_features(
         dims: sketch size. None: the full gradients of all P parameters, flattened and concatenated in the tree's order,
             [n, P].
         seed: seed of the sketch's random signs and positions.
-        chunk: number of examples per call of the compiled function. None: as many examples as fit if their gradients
-            may take 256 MiB in total.
+        chunk: number of examples per call of the compiled function. None: as many examples as keep the size of their
+            gradients below 256 MiB.
     """
 
     @jax.jit
@@ -161,14 +161,15 @@ def tracin(
 ) -> np.ndarray:
     """Returns the TracIn influence of each training example on each test example, [n_test, n_train] float32.
 
-    The influence is the sum over checkpoints of rate * <test gradient, training gradient>. A positive influence means
-    that training on the example lowered the loss of the test example.
+    The influence is the sum over checkpoints of rate * (inner product of the test gradient and the training gradient).
+    A positive influence means that training on the example lowered the loss of the test example.
 
     Args:
         features: function returned by `gradient_features`.
         checkpoints: params of each checkpoint, in any order; possibly a generator that loads one checkpoint at a time.
         rates: learning rate at each checkpoint.
-        cosine: whether to use cosine similarity, so that examples with large gradients do not dominate.
+        cosine: whether to replace the inner product by the cosine similarity, so that examples with large gradients do
+            not dominate.
 
     Raises:
         UserError: the numbers of rates and checkpoints differ.
@@ -262,7 +263,7 @@ def clipped_sum(
         (sum over rows of gradient * min(1, clip / norm), norms [B] before clipping).
 
     Raises:
-        UserError: chunk does not divide B.
+        UserError: `chunk` does not divide the number of rows B.
     Source: arXiv:1607.00133, algorithm 1.
     """
     n = _rows(batch)

@@ -136,7 +136,7 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float) -> float:
     Epsilon bounds how much adding or removing one training row can change the distribution of the trained model.
 
     Raises:
-        UserError: dp-accounting is not installed.
+        UserError: the package dp-accounting is not installed.
     Source: Google's dp-accounting, privacy loss distributions (arXiv:2106.02848).
     """
     accountant = _accounting().pld.PLDAccountant()

@@ -70,7 +70,8 @@ def patching_grid(
         site: name of the activation to patch, one of `gptjax.model.activations.SITES`.
         axes: axes of the grid besides the layers: ("position",), ("head",) or both.
         position: index of the token whose logits are passed to the metric.
-        memory_bytes: maximum memory, as estimated, for the activations of the forward passes that are vmapped together.
+        memory_bytes: maximum estimated memory, in bytes, for the activations of the forward passes that are vmapped
+            together.
 
     Returns:
         The metric of every forward pass, [L, T], [L, N] or [L, T, N] float32 according to `axes`. N is the number of
@@ -167,8 +168,8 @@ def _grid(
 def logit_lens(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Returns the logit lens: logits decoded from the embedding and from the residual stream after every block.
 
-    The final norm and the LM head are applied to each of these hidden states; the last entry of the result equals the
-    logits of `forward`. The arguments in `context` are passed to `tapped`.
+    The final norm and the LM head are applied to every hidden state; the last entry of the result equals the logits of
+    `forward`. The arguments in `context` are passed to `tapped`.
 
     Returns:
         Logits [L + 1, B, T, V] float32.
@@ -210,7 +211,7 @@ def steering_vector(
 def steering(vector: jax.Array, layer: int, strength: ArrayLike = 1.0) -> dict[str, Patch]:
     """Returns patches that add strength * vector [D] to the residual stream after `layer`, at every token.
 
-    Pass the result to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that new
-    values of them cause no recompilation.
+    Pass the returned patches to `forward`, `extend` or `generate` as `patches`. Vector and strength are traced, so that
+    new values cause no recompilation.
     """
     return {f"blocks/{layer}/resid": add(strength * vector)}

@@ -87,7 +87,7 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def project_qkv(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects x to q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k; their positions start at `first`."""
+    """Projects x to q [B, T, N, H], k and v [B, K, T, H]. RoPE rotates q and k, whose positions start at `first`."""
     B, T, _ = x.shape
     q, k, v = (linear(x, params[name]["kernel"]).reshape(B, T, -1, cfg.head_dim) for name in "qkv")
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.head_dim, cfg.rope_base))

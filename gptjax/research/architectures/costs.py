@@ -1,6 +1,6 @@
 """Formulas for costs: bytes of a cache, parameters of a mixture of experts, FLOPs of a decoder.
 
-Byte counts are exact for `itemsize` bytes per element (2: bfloat16); 1 GB = 10^9 bytes.
+Byte counts are exact for `itemsize` bytes per element (2 for bfloat16); 1 GB = 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from gptjax.research.architectures import deltanet, mla, moe
 
 
 def kv_cache_bytes(cfg: ModelConfig, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the bytes of the KV caches of all layers for `cfg.context_length` tokens.
+    """Returns the size in bytes of the KV caches of all layers for `cfg.context_length` tokens.
 
     Sliding-window layers, marked S in cfg.window_pattern, cache only their window of cfg.sliding_window tokens.
-    Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head. In contrast to this formula, the
-    cache of the GPT model, `gptjax.model.cache`, allocates context_length slots in every layer.
+    Multi-head, grouped-query and multi-query attention differ only in cfg.n_kv_head. In contrast, the cache of the GPT
+    model, `gptjax.model.cache`, allocates context_length slots in every layer, including sliding-window layers.
     """
     slots = sum(min(window or cfg.context_length, cfg.context_length) for window in cfg.windows)
     return batch * slots * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
 
 
 def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
+    """Returns the size in bytes of an MLA cache of `length` tokens, which holds latent vectors and shared RoPE keys.
 
     Source: arXiv:2405.04434, table 1.
     """
@@ -31,9 +31,9 @@ def mla_cache_bytes(cfg: mla.Config, n_layer: int, length: int, batch: int = 1, 
 
 
 def deltanet_state_bytes(cfg: deltanet.Config, n_layer: int, batch: int = 1, itemsize: int = 2) -> int:
-    """Returns the bytes of a Gated DeltaNet cache (state matrices, last inputs of the convolution).
+    """Returns the size in bytes of a Gated DeltaNet cache (state matrices, last inputs of the convolution).
 
-    The size of the cache does not depend on the sequence length.
+    The size of a Gated DeltaNet cache does not depend on the sequence length.
     """
     tail = (cfg.conv_width - 1) * 3 * cfg.n_head * cfg.d_head
     return batch * n_layer * (cfg.n_head * cfg.d_head**2 + tail) * itemsize
@@ -60,7 +60,7 @@ def moe_params(cfg: moe.Config) -> MoeParams:
 
 
 class Flops(NamedTuple):
-    """FLOPs of matrix multiplications; a multiply-add counts as two.
+    """FLOPs of matrix multiplications; a multiply-add counts as two FLOPs.
 
     projections   projections to q, k and v, and the output projection o
     attention     q k^T, and attention weights times v
@@ -88,7 +88,7 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
 
     A training step without rematerialisation takes three times as many FLOPs as the forward pass. XLA's `cost_analysis`
     reports a few per cent more FLOPs, because it includes norms, softmax and activations. XLA counts the body of a loop
-    only once, so that only its FLOPs for a model compiled with `unroll=True` can be compared with the formula.
+    only once, so that only its FLOPs for a model compiled with `unroll=True` can be compared with `forward_flops`.
 
     Args:
         pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal

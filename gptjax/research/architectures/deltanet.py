@@ -5,7 +5,7 @@ Each head has one state matrix S, which maps keys to values:
     o_t = S_t q_t
 
 q, k and v pass through a short causal convolution and SiLU; q and k are L2-normalised; a = exp(-A softplus(x W_a + d)),
-b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and 3.4 (figure 1).
+b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and sec. 3.4.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Config:
 class Cache(NamedTuple):
     """The recurrent state.
 
-    state  [B, N, H, H] float32, S^T: rows are key channels, columns are value channels
+    state  [B, N, H, H] float32, the transposed matrices S^T: rows are key channels, columns are value channels
     tail   [B, conv_width - 1, 3*N*H] float32, the last inputs of the convolution; zero before the first token
     """
 
@@ -81,7 +81,7 @@ def init_cache(cfg: Config, batch: int, length: int = 0) -> Cache:
 
 
 def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Applies the layer to x [B, T, D], the next T tokens, and updates the cache, whose size is constant."""
+    """Applies Gated DeltaNet to x [B, T, D], the next T tokens, and updates the cache, whose size is constant."""
     (B, T, _), N = x.shape, cfg.n_head
     inputs = jnp.concatenate([linear(x, params[name]["kernel"]) for name in "qkv"], -1)
     inputs = jnp.concatenate([cache.tail, inputs], 1)

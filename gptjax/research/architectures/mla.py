@@ -80,7 +80,7 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     k_c, v = (linear(c, params[name]["kernel"]).reshape(B, T, N, -1) for name in ("k_up", "v_up"))
     k_r = jnp.broadcast_to(k_r[:, :, None], (B, T, N, cfg.d_rope))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # q, k and v must have the same head size
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # padded, because q, k and v need the same head size
     return _project_output(params, attention(q, k, v)[..., : cfg.d_head])
 
 

@@ -6,8 +6,8 @@
     expert = (silu(x W_gate) * x W_up) W_down             SwiGLU, arXiv:2002.05202, eq. 6
 
 Tokens are sorted by expert and multiplied by the experts' weights in a grouped matrix multiplication
-(`jax.lax.ragged_dot`). Therefore there is no expert capacity, no token is dropped, and each token is processed by
-exactly n_active experts.
+(`jax.lax.ragged_dot`). There is no expert capacity, no token is dropped, and each token is processed by exactly
+n_active experts.
 
 Source: Mixtral, arXiv:2401.04088, 2.1.
 """
@@ -80,8 +80,9 @@ def balance_loss(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     """Returns the load balancing loss of the router, a float32 scalar.
 
     The loss is E times the sum over the E experts of (fraction of routing choices that select the expert) * (mean
-    router probability of the expert). The loss is 1 if the load is uniform, and reaches its maximum E if all tokens go
-    to one expert. Source: arXiv:2101.03961, eq. 4-6, but with n_active choices of experts per token.
+    router probability of the expert). The load balancing loss is 1 if the load is uniform, and at most E, which it
+    reaches if all tokens go to one expert. Source: arXiv:2101.03961, eq. 4-6, but with n_active choices of experts per
+    token.
     """
     chosen = jax.nn.one_hot(route(params, x, cfg)[1], cfg.n_expert)
     fraction = chosen.reshape(-1, cfg.n_expert).mean(0)

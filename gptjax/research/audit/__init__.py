@@ -8,7 +8,8 @@ membership        how well the loss separates training text from held-out text (
 drift             how fine-tuning changed the model's predictions on a set of prompts
 
 Every check except `drift` returns a p-value: the probability, under the null hypothesis that nothing is wrong, of a
-result at least as extreme. A check raises an alarm if p <= `alpha`, so the expected rate of false alarms is at most alpha.
+result at least as extreme. A check raises an alarm if p <= `alpha`, so that the expected rate of false alarms is
+at most alpha.
 """
 
 from typing import Any

@@ -25,8 +25,7 @@ def read_canaries(path: str | Path) -> list[dict[str, str]]:
     """Reads a .jsonl file with {"prefix": .., "secret": ..} or {"trigger": .., "payload": ..} on each line.
 
     Raises:
-        UserError: a line does not have this form (the message lists at most 20 such lines), or the file has no
-            canaries.
+        UserError: a line is invalid (the message lists at most 20 invalid lines), or the file has no canaries.
     """
     canaries, problems = [], []
     lines = one_line_end(read_text(Path(path), "file of canaries")).split("\n")
@@ -129,7 +128,7 @@ class Exposure(NamedTuple):
     """The result of `exposure`: how strongly a model has memorised a secret.
 
     sampled       exposure in bits, -log2 of p; at most 11 bits with 2,047 candidates
-    extrapolated  bits, by a skew-normal distribution fitted to the candidates' losses; at most `space_bits`
+    extrapolated  exposure in bits, from a skew-normal fit to the candidates' losses; at most `space_bits`
     loss          the secret's loss, nats per token
     extracted     whether greedy decoding produces the secret
     p             p-value: rank of the secret among n random candidates, divided by n + 1

@@ -53,7 +53,7 @@ def extraction(
     suffixes do not overlap.
 
     Args:
-        prefixes: prefix lengths, in tokens; one result is returned for each.
+        prefixes: prefix lengths, in tokens; one result is returned for each length.
         most: maximum number of suffixes; if the text has more, a random selection is used.
 
     Raises:
@@ -123,11 +123,11 @@ def membership(
     Bonferroni-corrected for two tests.
 
     Args:
-        documents: (document index of each row of `members`, document index of each row of `others`). Rows of one
-            document are correlated. If `documents` is given, p and sd are therefore computed from per-document means,
-            if members and others have at least `MIN_DOCUMENTS` documents each.
+        documents: pair (document index of each row of `members`, document index of each row of `others`). Rows of one
+            document are correlated. If `documents` is given, the p-value and sd are therefore computed from
+            per-document means, if members and others have at least `MIN_DOCUMENTS` documents each.
 
-    Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); the loss: arXiv:1709.01604.
+    Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); arXiv:1709.01604 (the loss as a score).
     """
     rows = units = [_evidence(scored, batch, k) for scored, batch in (members, others)]
     if documents is not None and min(len(np.unique(ids)) for ids in documents) >= MIN_DOCUMENTS:

@@ -1,4 +1,4 @@
-"""Gradient outliers: training rows whose gradients agree with a few others, such as poisoned rows and duplicates."""
+"""Gradient outliers: rows whose gradients agree with those of a few others, such as poisoned rows and duplicates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NEIGHBOURS = 5  # number of nearest neighbours k; poisoned rows score high if mo
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
     """Returns the mean cosine similarity of each row to its k nearest neighbours, [n] float32.
 
-    The mean direction of all training rows is subtracted from every row first.
+    First, the mean direction of the training rows is subtracted from the direction of every row.
 
-    A high score means that the gradient of a row differs from the average but agrees with a few others, as the
-    gradients of poisoned rows and duplicates do.
+    A high score means that the gradient of a row differs from the average but agrees with the gradients of a few other
+    rows, as the gradients of poisoned rows and duplicates do.
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] features of other rows. If given, the scores are [m], those of these other rows, whose
-            neighbours are training rows. None: the training rows are scored.
+        reference: [m, K] features of other rows. If `reference` is given, these m rows are scored instead, with
+            training rows as their neighbours. None: the training rows are scored.
 
     Raises:
         UserError: there are k training rows or fewer.
@@ -63,7 +63,7 @@ def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
     The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1. The
     test is conformal and exact for exchangeable rows. For n training scores, of which x = `beyond` exceed every
     reference score, p = C(n, x) / C(n + m, x) is the probability that the x largest of all n + m scores are training
-    scores. Ten planted rows are detected with m = n reference scores, but hardly with m = n / 2.
+    scores. Ten planted rows among the training rows are detected with n reference scores, but hardly with half as many.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

@@ -46,7 +46,7 @@ class Row(NamedTuple):
 class Outliers(NamedTuple):
     """Outlier scores of n training rows and of the reference rows.
 
-    tail  result of `outliers.tail`; None if there are too few training rows
+    tail  result of `outliers.tail`, or None if there are too few training rows
     rows  training rows with the highest scores, highest first
     """
 
@@ -92,7 +92,7 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The results of every check. With several models, alarms are computed for the last model only."""
+    """The results of every check. With several models, alarms are computed from the results of the last model only."""
 
     alpha: float
     models: list[str]
@@ -142,8 +142,8 @@ def checks(report: Report) -> list[Check]:
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """Returns the one-sided p-value of Fisher's exact test that training text is extracted more often than held-out
-    text."""
+    """Returns the one-sided p-value of Fisher's exact test, which tests whether training text is extracted more often
+    than held-out text."""
     from scipy.stats import hypergeom
 
     hits = seen.extracted + unseen.extracted

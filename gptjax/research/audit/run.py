@@ -44,7 +44,8 @@ class Checkpoint(NamedTuple):
 def checkpoints(run_dir: str | Path) -> tuple[list[Checkpoint], Config | None, list[str]]:
     """Lists the saved models of a training run, in the order of their steps.
 
-    If `run_dir` holds a model but is not the directory of a run, the list has one entry and the config is None.
+    If `run_dir` holds a model but is not the directory of a training run, the list has one entry and the config is
+    None.
 
     Returns:
         (checkpoints, the run's config, notes on checkpoints that were left out and why).
@@ -98,7 +99,7 @@ class Settings:
     rows              maximum number of rows from each store
     of                pattern of the parameters whose gradients are compared by the outlier check
     dims              size of the gradient sketches
-    prefixes, suffix, strides   arguments of `extraction`, in tokens; None: chosen to fit the context length
+    prefixes, suffix, strides   arguments of `extraction`, in tokens, or None for values that fit the context length
     alpha             false alarm rate per check
     """
 

@@ -8,9 +8,9 @@ result.state(5).params                                  params of run 5
 
 The hyperparameters in `TRACED` and `TRACED_OF_ADAPTERS` (learning rates, weight decay, warmup, clipping, dropout, an
 adapter's alpha and rank) and the seed are arrays with one entry per run; the step of `make_train_step` is vmapped over
-these arrays. Runs can share a compiled program only if all their settings that are not such arrays are equal. The runs
-are therefore grouped by the settings that are not arrays, and one program is compiled per group. Each program trains as
-many runs at a time as fit into memory.
+these arrays. Runs can share a compiled program if they differ only in the seed and in hyperparameters of `TRACED` and
+`TRACED_OF_ADAPTERS`. The runs of a sweep are divided into groups that can share a program, and one program is compiled
+per group. Each program trains as many runs at a time as fit into memory.
 """
 
 from typing import Any

@@ -19,7 +19,7 @@ WRITING = ".sweep.partial"  # marker file that `write` removes at its end; if it
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """Formats `summary`, made by `table`, as lines of aligned text, with every metric as mean +- half its interval."""
+    """Formats `summary`, made by `table`, as lines of aligned text; metrics are mean +- half the interval's width."""
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
     cells = [[*names, "n", *measures]]

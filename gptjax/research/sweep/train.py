@@ -113,8 +113,8 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
     """Estimates the memory of one run, in bytes.
 
     The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
-    activations), plus twice the logits of a micro-batch or of a validation batch, whichever is larger. The logits count
-    as at most 256 MiB.
+    activations), plus twice the logits of a micro-batch or of a validation batch, whichever is larger. In this estimate
+    the logits count as at most 256 MiB.
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -159,12 +159,12 @@ def sweep(
 
     Each run matches `gptjax.train` (or `gptjax.finetune`) of its config up to rounding: it has the same initialisation,
     data order, dropout and schedule. No files are written. If `gptjax.train` would have stopped a run, after
-    `train.max_nonfinite` consecutive non-finite steps, its row has `stopped` set and no losses.
+    `train.max_nonfinite` consecutive non-finite steps, its row in the result has `stopped` set and no losses.
 
     Args:
         axes: config keys to list in the rows of the result. None: all keys that differ between runs.
         at_once: number of runs to train at the same time. None: as many runs as fit into `free_bytes()` on each device,
-            next to the frozen parameters that all runs share. One run is assumed to take `bytes_per_run(..)`.
+            next to the frozen parameters that all runs share. One run is assumed to take `bytes_per_run(..)` of memory.
         validate: whether to evaluate on the validation set. False: the rows of the result have only the training loss.
         progress: a `training.progress.Progress`. None: nothing is printed.
 
@@ -357,7 +357,7 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        previous: Metrics = {}  # metrics of the previous call, read once the next call runs: keeps the device busy
+        previous: Metrics = {}  # metrics of the previous call, read after the next call starts to keep the device busy
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
