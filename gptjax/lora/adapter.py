@@ -259,8 +259,8 @@ def rows(adapters: Sequence[Adapter], ids: Sequence[int] | jax.Array) -> Adapter
 def concatenate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
     """Returns the exact weighted sum of adapters, computed by concatenating their factors along the rank axis.
 
-    Attach the resulting adapter with the config of the input adapters. The adapters' targets may differ, because an
-    adapter does not change a weight that it has no entry for.
+    Attach the weighted sum with the config of the input adapters. The adapters' targets may differ, because an adapter
+    does not change a weight that it has no entry for.
 
     Raises:
         UserError: an adapter has DoRA magnitude vectors or whole weights, such as a new head, which cannot be added.

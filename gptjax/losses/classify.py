@@ -53,8 +53,7 @@ def class_logits(
     n: int = 1,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the class logits [B, n, n_classes] float32 of the texts in segments 1 to n, computed by
-    `params["cls_head"]`.
+    """Returns the logits [B, n, n_classes] float32 that `params["cls_head"]` computes for the texts in segments 1 to n.
 
     Tokens attend only to tokens of the same text, not to other texts or to padding, which is segment 0.
 

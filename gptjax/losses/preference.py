@@ -72,7 +72,7 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
     The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, but
     at least 0, and vice versa, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the other pairs in the
-    batch. The KTO paper instead estimates the KL reference point from mismatched questions and answers. Source:
+    batch. The KTO paper estimates the KL reference point differently, from mismatched questions and answers. Source:
     arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before

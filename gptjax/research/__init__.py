@@ -1,5 +1,4 @@
-"""Research tools for notebooks: composable pure functions. Each module of the package is imported when it is first
-accessed."""
+"""Research tools for notebooks: composable pure functions. Each module is imported when it is first accessed."""
 
 from __future__ import annotations
 

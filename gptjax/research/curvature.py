@@ -75,8 +75,8 @@ def eigenvalues(
     Args:
         key: PRNG key of the random start vector.
         n: number of eigenvalues to return.
-        steps: number of Lanczos steps. Each step computes one Hessian-vector product and keeps one vector of the size
-            of the params in memory. Increase `steps` if the returned `errors` are too large.
+        steps: number of Lanczos steps. Each Lanczos step computes one Hessian-vector product and keeps one vector of
+            the size of the params in memory. Increase `steps` if the returned `errors` are too large.
         which: eigenvalues to return: the n largest, the n smallest, or the n of largest magnitude, sorted accordingly.
 
     Raises:
@@ -104,8 +104,8 @@ def lanczos(
     """Tridiagonalises a symmetric matrix H, given as a function `product` v -> H v: basis H basis^T = T is tridiagonal.
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
-    recurrence alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the Lanczos
-    iteration restarts with a random orthogonal vector and T becomes block diagonal.
+    recurrence of Lanczos alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the
+    Lanczos iteration restarts with a random orthogonal vector and T becomes block diagonal.
 
     Returns:
         (diagonal of T [steps], off-diagonal of T [steps], basis [steps, size]), float32. The last element of the
@@ -206,8 +206,8 @@ def linear_interpolation(
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
     """Builds a greedy model soup, an average of selected models, from n stacked models, leaves [n, ..].
 
-    The models are tried in order of increasing loss. A model is added to the soup if adding it does not raise the loss
-    of the soup.
+    The models are tried for the soup in order of increasing loss. A model is added to the soup if adding it does not
+    raise the loss of the soup.
 
     Args:
         loss: function params -> loss on held-out data.

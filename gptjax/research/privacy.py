@@ -43,8 +43,9 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """Returns a loss whose gradient is that of DP-SGD: clipped per example, summed, noised, and divided by
-    `batch_size`.
+    """Returns a loss with the gradient of DP-SGD.
+
+    The gradient is clipped per example, summed over the batch, noised, and divided by `batch_size`.
 
     The params of the returned loss are the pair (trained, frozen), because only the gradients of the trained parameters
     are clipped. Build the train step as follows:

@@ -131,8 +131,7 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """Computes the metric of forward passes with `value` patched in, one pass for every layer and every index along
-    `axes`.
+    """Computes the metric of one forward pass per layer and index along `axes`, in each of which `value` is patched in.
 
     `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
     """
@@ -160,7 +159,7 @@ def _grid(
     run_bytes = 4 * B * (T * width + cfg.vocab_size)
     groups = -(-n // max(1, memory_bytes // run_bytes))
     size = -(-n // groups)
-    # The last group of cells is padded with copies of the last cell, whose results are dropped.
+    # The last group of grid cells is padded with copies of the last cell, whose results are dropped.
     cells = jnp.minimum(jnp.arange(groups * size), n - 1).reshape(groups, size)
     return jax.lax.map(jax.vmap(run), cells).reshape(-1)[:n].reshape(sizes)
 
@@ -193,8 +192,7 @@ def attention_maps(params: Params, tokens: jax.Array, cfg: ModelConfig, **contex
 def steering_vector(
     params: Params, towards: jax.Array, away: jax.Array, cfg: ModelConfig, layer: int, *, position: int = -1
 ) -> jax.Array:
-    """Returns a steering vector [D]: the mean residual stream after `layer` on the texts `towards` minus that on
-    `away`.
+    """Returns a steering vector [D]: mean residual stream after `layer` on the texts `towards` minus that on `away`.
 
     Args:
         towards, away: tokens of two sets of texts, [B, T] int32 each, without padding. B and T may differ between the

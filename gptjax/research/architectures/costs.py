@@ -92,8 +92,8 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
 
     Args:
         pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal
-            mask. A causal mask leaves length (length + 1) / 2 pairs. On a CPU `ops.attention` computes 3/4 length^2
-            pairs if length is even and at least 128.
+            mask. With a causal mask, length (length + 1) / 2 pairs remain. On a CPU `ops.attention` computes 3/4
+            length^2 pairs if length is even and at least 128.
     """
     tokens = batch * length
     pairs = length**2 if pairs is None else pairs

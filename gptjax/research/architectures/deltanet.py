@@ -5,7 +5,7 @@ Each head has one state matrix S, which maps keys to values:
     o_t = S_t q_t
 
 q, k and v pass through a short causal convolution and SiLU; q and k are L2-normalised; a = exp(-A softplus(x W_a + d)),
-b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10 and sec. 3.4.
+b = sigmoid(x W_b), and the output is norm(o) silu(x W_g) W_O. Source: arXiv:2412.06464, eq. 10; sec. 3.4, figure 1.
 """
 
 from __future__ import annotations

@@ -70,8 +70,10 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: tuple[()]) -> tuple
 
 
 def route(params: Params, x: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """Top-k routing: returns weights [B, T, n_active] float32, which sum to 1 for each token, and expert indices
-    [B, T, n_active] int32."""
+    """Routes each token to its top n_active experts: returns their weights and indices, [B, T, n_active] each.
+
+    The weights are float32 and sum to 1 for each token. The indices are int32.
+    """
     scores, experts = jax.lax.top_k(linear(x, params["router"]["kernel"]), cfg.n_active)
     return jax.nn.softmax(scores, -1), experts
 

@@ -158,8 +158,10 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two scores of each of n rows, [n] each: the mean log-probability of its tokens of weight > 0, and the
-    mean over the least likely fraction k of these tokens."""
+    """Returns two scores of each of n rows, [n] each, computed from its tokens of weight > 0.
+
+    The scores are the mean log-probability of the tokens, and the mean over the least likely fraction k of the tokens.
+    """
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)
     ordered = np.sort(np.where(counts, scored.log_probs, np.inf), 1)

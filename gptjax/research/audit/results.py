@@ -92,7 +92,10 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The results of every check. With several models, alarms are computed from the results of the last model only."""
+    """The results of every check of an audit.
+
+    With several models, alarms are computed from the results of the last model only.
+    """
 
     alpha: float
     models: list[str]
@@ -142,8 +145,10 @@ def checks(report: Report) -> list[Check]:
 
 
 def _fisher(seen: Extraction, unseen: Extraction) -> float:
-    """Returns the one-sided p-value of Fisher's exact test, which tests whether training text is extracted more often
-    than held-out text."""
+    """Returns the p-value of Fisher's exact test.
+
+    The test is one-sided: is training text extracted more often than held-out text?
+    """
     from scipy.stats import hypergeom
 
     hits = seen.extracted + unseen.extracted
