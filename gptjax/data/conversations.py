@@ -77,8 +77,8 @@ def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     prompt or the loss in an unsupported way.
 
     Args:
-        notes: a list. If any other keys are ignored, one line of text that names them is appended to the list. None:
-            the line is printed to stderr.
+        notes: a list to which one line of text is appended that names the ignored keys that are not in METADATA, if
+            there are any. None: the line about ignored keys is printed to stderr.
 
     Raises:
         UserError: the file does not exist, or records cannot be parsed, have no known format or have no response (the
@@ -434,9 +434,9 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
         style: the chat style, see `chat.styled`.
 
     Raises:
-        UserError: `chat.styled` raises one, a message contains a special token, which could end a turn, the chat
-            template renders earlier turns differently when more turns follow, or the conversation has tools, which the
-            template does not support.
+        UserError: `chat.styled` refuses the tokenizer or the style, a message contains a special token, which could end
+            a turn, the chat template renders earlier turns differently when more turns follow, or the conversation has
+            tools, which the template does not support.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -473,8 +473,8 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
 
     SentencePiece encodes a text differently at the beginning of its input, or after some special tokens, than in the
     middle. The conversation is therefore encoded from its beginning to the end of the span, and the ids of the span are
-    taken from the result. If the ids before the span are different in this result, the text of the span is encoded on
-    its own instead.
+    taken from the result. If encoding the conversation in this way changes the ids of earlier spans, the text of the
+    span is encoded on its own instead.
 
         <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
     """

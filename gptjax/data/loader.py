@@ -52,7 +52,8 @@ class Loader:
                       pass over all sources.
 
     The arrays of a batch are [B, T]. segment_ids, positions and weights are None if there is a single document or
-    document_mask=False. Otherwise these three are arrays in every batch, so that shapes never change during a run.
+    document_mask=False. In all other cases segment_ids, positions and weights are arrays in every batch, so that shapes
+    never change during a run.
 
     Raises:
         UserError: a data source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.

@@ -176,7 +176,7 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
     """Returns pairs made from the questions and answers of `synthetic.skills`.
 
-    The rejected answer is that of the next question of the same type (skill) that has a different answer.
+    The rejected answer is taken from the next question of the same type (skill) that has a different answer.
     """
     talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}

@@ -56,8 +56,8 @@ class Subset:
         """Yields (document, begins, ends) for each document of source k that has text in this subset.
 
         `begins` and `ends` tell whether this text starts and ends where the document does: `begins` is false for a
-        held-out tail, and `ends` is false for the text before it. In a corpus of a single document both are false,
-        because a model cannot learn from one example where documents begin and end.
+        held-out tail, and `ends` is false for the text before it. In a corpus of a single document `begins` and `ends`
+        are false, because a model cannot learn from one example where documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -80,8 +80,8 @@ def split_documents(
 
     tail      the last val_fraction of the characters of each file
     document  whole documents, in the order of a hash of their names, until their bytes are as close to val_fraction of
-              all bytes as possible. The choice depends on neither the seed nor the order of the documents, so runs
-              with different seeds can be compared.
+              all bytes as possible. The choice of held-out documents depends on neither the seed nor the order of the
+              documents, so runs with different seeds can be compared.
     file      whole files, chosen in the same way as documents
     auto      as document for a source with 10 or more documents, else as tail
 
@@ -115,7 +115,7 @@ class Sizes(NamedTuple):
 
 
 def measure(source: Source) -> Sizes:
-    """Measure all documents of a source in one pass over the text, which also validates it.
+    """Measure all documents of a source in one pass over the text, which also validates the text.
 
     Raises:
         UserError: files cannot be read (the message lists the first 10 of them).
@@ -263,7 +263,7 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """Returns the text in lower case with single spaces. Texts that are equal in this form count as duplicates."""
+    """Returns the text in lower case with single spaces. Texts for which the results are equal count as duplicates."""
     return " ".join(text.casefold().split())
 
 

@@ -263,7 +263,7 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
         with contextlib.suppress(FileNotFoundError):  # raised if another process moved the folder
-            os.rename(folder, trash / "tokens")  # a process that has files open can still read them
+            os.rename(folder, trash / "tokens")  # a process that has files of this folder open can still read them
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 

@@ -17,7 +17,7 @@ def count(n_tokens: int, length: int, stride: int) -> int:
 def windows(
     ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `ids` [N] into inputs and targets, both [n, length]. If `ids` is an array, they are read-only views of it.
+    """Cut `ids` [N] into inputs and targets [n, length]. If `ids` is an array, the results are read-only views of it.
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]

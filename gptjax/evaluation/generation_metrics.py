@@ -137,7 +137,10 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
-    """Returns {name: mean of `wins`, name_interval: its Wilson interval}. In `wins`, 1 is a win, 0 a loss, 0.5 a tie."""
+    """Returns {name: mean of `wins`, name_interval: its Wilson interval}.
+
+    In `wins`, 1 stands for a win, 0 for a loss and 0.5 for a tie.
+    """
     return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
 

@@ -38,7 +38,7 @@ ALIGNMENT = 32  # alignment in bytes if the metadata has no general.alignment
 
 MAX_HEADER_BYTES = 64 << 20  # maximum size of metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # maximum number of strings in all arrays; the largest tokenizers have 0.65 million
+MAX_STRINGS = 1 << 20  # maximum number of strings in arrays; the largest tokenizers have 0.65 million tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
 MAX_NAME_BYTES = 63  # longest tensor name that is written, because llama.cpp refuses longer names
@@ -117,10 +117,10 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
     """Write a GGUF file, version 3, atomically.
 
     Args:
-        metadata: key -> bool, int, float, str or a list of these. An int is written as uint32, or else as the first of
-            int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64 that can
-            hold all of them; a float is written as float32. A numpy scalar or 1-d array keeps its dtype. The key
-            "general.alignment" sets the alignment of the file.
+        metadata: key -> bool, int, float, str or a list of such values. An int is written as uint32, or else as the
+            first of int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64
+            that can hold all of them; a float is written as float32. A numpy scalar or 1-d array keeps its dtype. The
+            key "general.alignment" sets the alignment of the file.
         tensors: (name, shape, type, values) of each tensor. values() is called when the tensor is written, and its
             result is freed before the next call. `type` is F32, F16, BF16 or Q8_0.
 
