@@ -1,4 +1,4 @@
-"""The data pipeline, from text to tokens to batches. It uses numpy only and does not import jax.
+"""The data pipeline, from text to tokens to batches. This package uses numpy only and does not import jax.
 
 prepared = data.prepare(cfg)                      the tokenizer, token stores of train and val, and a manifest
 loader   = data.Loader(prepared.train, cfg.data, batch_size=12, context_length=64, seed=0, vocab_size=81)

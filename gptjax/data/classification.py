@@ -26,7 +26,7 @@ MOST_CLASSES = 1000
 
 
 class Labelled(NamedTuple):
-    """Texts with their classes: texts[i] has the class named names[labels[i]]; labels [n] int32."""
+    """Texts with their classes: the class of texts[i] is named names[labels[i]]; labels is [n] int32."""
 
     texts: list[str]
     labels: np.ndarray
@@ -37,7 +37,7 @@ class Labelled(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Token ids and labels: ids[i] int32 has class labels[i]."""
+    """Encoded texts: ids[i] int32 holds the token ids of text i, and labels[i] is its class."""
 
     ids: list[np.ndarray]
     labels: np.ndarray
@@ -60,8 +60,8 @@ class Rows(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """A batch of rows: tokens, segment_ids [B, T] and labels [B, K] as in `Rows`; weights [B, K] float32, 1 for a
-    text and 0 where a row has fewer than K texts.
+    """A batch of B rows: tokens and segment_ids [B, T] and labels [B, K] mean the same as in `Rows`; weights [B, K]
+    float32 are 1 for a text and 0 where a row has fewer than K texts.
     """
 
     tokens: np.ndarray
@@ -83,21 +83,24 @@ def read(
 ) -> Labelled:
     """Read labelled texts from a .csv, .tsv, .json (array), .jsonl or .parquet file, or from hf:org/name.
 
-    A .tsv without a header has two columns, label and text. Values are not interpreted: "NA" and "null" are texts.
+    A .tsv without a header has two columns, label and text. "NA" and "null" are read as texts, not as missing values.
 
     Args:
-        text: name of the column with the text. None: the only column with a usual name (`tables.TEXT`).
-        label: name of the column with the label. None: the only column with a usual name (`tables.LABEL`).
-        labels: names of the classes, in the order of their indices. If empty, the labels in the data, sorted.
+        text: name of the column with the text. None: the column whose name is in `tables.TEXT`, of which there must be
+            exactly one.
+        label: name of the column with the label. None: the column whose name is in `tables.LABEL`, of which there must
+            be exactly one.
+        labels: names of the classes, in the order of their indices. If `labels` is empty, the classes are the labels
+            that occur in the data, sorted.
         quoted: whether quotes in a .tsv enclose a text, which may then span several lines, as pandas reads it.
 
     Raises:
-        UserError: rows are broken, texts are empty or labels are unknown (the first 20 are listed), a column is
-            missing, or there are fewer than two classes.
+        UserError: rows cannot be parsed, texts are empty or labels are unknown (the message lists the first 20
+            problems), a column is missing, or there are fewer than two classes.
     """
     rows = tables.tsv(source, quoted) if source.lower().endswith(".tsv") else tables.read(source)
     texts: list[str] = []
-    classes: list[str] = []  # the class of each text
+    classes: list[str] = []  # name of the class of each text
     problems: list[str] = []
     for location, row in rows:
         if len(problems) >= MAX_PROBLEMS:
@@ -132,7 +135,7 @@ def read(
 
 
 def _columns(row: dict[str, Any], text: str | None, label: str | None, source: str) -> tuple[str, str]:
-    """The columns of the text and of the label, where None by their usual names."""
+    """Returns the names of the text column and the label column. A name that is None is looked up in `tables`."""
     settings = ((text, tables.TEXT, "text"), (label, tables.LABEL, "label"))
     columns, problems = [], []
     for column, known, content in settings:
@@ -172,7 +175,10 @@ def _name(label: str | int) -> str:
 
 
 def balanced(data: Labelled, seed: int) -> Labelled:
-    """Undersample every class, without replacement, to the size of the rarest class. The order of texts is kept."""
+    """Undersample every class, without replacement, to the size of the rarest class.
+
+    The remaining texts keep their order.
+    """
     rng = np.random.default_rng(seed)
     size = np.min(np.bincount(data.labels, minlength=len(data.names)))
     rows = [rng.permutation(np.flatnonzero(data.labels == k))[:size] for k in range(len(data.names))]
@@ -185,7 +191,7 @@ def balanced(data: Labelled, seed: int) -> Labelled:
 def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = "{text}") -> Examples:
     """Encode each text inside `prompt`, truncating the text where the result would exceed `max_length` tokens.
 
-    The beginning-of-text token is added if `tokenizer.add_bos` is set.
+    The beginning-of-text token is put first if `tokenizer.add_bos` is set.
 
     Raises:
         UserError: the prompt does not contain "{text}" exactly once, or is too long to leave space for a text, or a
@@ -208,7 +214,7 @@ def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = 
 
 
 def rows(examples: Examples, packed: bool = True) -> Rows:
-    """Arranges the texts in rows of the longest text's length.
+    """Arranges the texts in rows that are as long as the longest text.
 
     If `packed`, several texts share a row (first-fit decreasing); otherwise each row has one text, in input order.
     """
@@ -227,7 +233,7 @@ def rows(examples: Examples, packed: bool = True) -> Rows:
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> LabelledBatch:
-    """Returns the batch of `step`. Each row occurs once per epoch, in a new order every epoch.
+    """Returns the batch for training step `step`. Every epoch contains each row once, in a new order.
 
     A batch may contain the last rows of one epoch and the first rows of the next.
     """
@@ -235,7 +241,7 @@ def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> LabelledBatch
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[LabelledBatch]:
-    """Yields batches with all rows once, in order; the last batch is padded with rows of weight 0."""
+    """Yields batches that contain every row once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)

@@ -27,7 +27,7 @@ from gptjax.tokenizers.base import Tokenizer, found_in
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's role names -> usual role names
 MAX_PROBLEMS = 20
-RENDER_BATCH = 2048  # texts rendered per process, as a process takes 0.1 s to start, and a text less than 1 ms
+RENDER_BATCH = 2048  # texts rendered per process, because a process takes 0.1 s to start, a text less than 1 ms
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """Counts the records that have a certain key, which is ignored."""
+    """Number and locations of the records that have a certain ignored key."""
 
     first: str  # location of the first record with the key
     records: int  # number of records with the key
@@ -69,25 +69,29 @@ class Unused(NamedTuple):
 def read(source: str, notes: list[str] | None = None) -> list[Conversation]:
     """Reads the conversations of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
-    Each record has one of `FORMATS`. Optional keys of a record are system (or system_prompt or system_message), tools,
-    constraints, and history, which is [[question, answer], ..]. Optional keys of a message are weight (0 or 1) and
-    train (or training or loss; true or false), which include an answer in the loss or exclude it. If the prompt is a
-    list of messages, the answers in it are excluded. Keys in METADATA and keys with empty values are ignored.
-    Keys in UNUSABLE raise an error, because they would change the prompt or the loss in an unsupported way.
+    Each record has one of the formats in `FORMATS`. Optional keys of a record are system (or system_prompt or
+    system_message), tools, constraints, and history, which is [[question, answer], ..]. Optional keys of a message are
+    weight (0 or 1) and train (or training or loss; true or false), which include an answer in the loss or exclude it
+    from the loss. If the prompt is a list of messages, the answers in the prompt are excluded from the loss. Keys in
+    METADATA and keys with empty values are ignored. Keys in UNUSABLE raise an error, because they would change the
+    prompt or the loss in an unsupported way.
 
     Args:
-        notes: a list to which a line is added that names all other keys, which are ignored too. None: print the line
-            to stderr.
+        notes: a list to which one line of text is appended that names the ignored keys that are not in METADATA, if
+            there are any. None: the line about ignored keys is printed to stderr.
 
     Raises:
-        UserError: the file does not exist, or records are broken, have no known format or have no response (the first
-            20 are listed).
+        UserError: the file does not exist, or records cannot be parsed, have no known format or have no response (the
+            message lists the first 20 of them).
     """
     return [talk for (talk,) in read_as(source, FORMATS, notes)]
 
 
 def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> list[tuple[Conversation, ...]]:
-    """Returns the conversations of each record: one, or two for preference pairs. Raises the same errors as `read`."""
+    """Returns the conversations of each record: two if the records are preference pairs, otherwise one.
+
+    Raises the same errors as `read`.
+    """
     records: list[tuple[Conversation, ...]] = []
     problems: list[str] = []
     unused: dict[str, Unused] = {}
@@ -124,7 +128,7 @@ def read_as(source: str, formats: Formats, notes: list[str] | None = None) -> li
 
 
 def _report_unused(unused: dict[str, Unused], n: int, notes: list[str] | None) -> None:
-    """Reports the ignored keys of n records in one line, in `notes` or on stderr."""
+    """Reports the ignored keys of n records in one line of text, which is appended to `notes` or printed to stderr."""
     if not unused:
         return
     shown = [f"{key} ({use.records:,} of {n:,}, first {use.first})" for key, use in list(unused.items())[:10]]
@@ -139,7 +143,7 @@ def _keys(record: dict) -> str:
     return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
-Turns = list[tuple[str, dict[str, Any]]]  # (location in the record, message) of each turn, not yet validated
+Turns = list[tuple[str, dict[str, Any]]]  # unvalidated turns, each (location in the record, message)
 Parsed = Turns | str  # the turns of one conversation, or an error message
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
 Formats = dict[tuple[str, ...], tuple[str, Parse]]  # required keys of a record -> (example of a record, parser)
@@ -186,7 +190,10 @@ SYSTEM = ("system", "system_prompt", "system_message")
 def _conversations(
     record: dict, keys: tuple[str, ...], parse: Parse, location: str, unused: dict[str, Unused]
 ) -> tuple[Conversation, ...] | list[str]:
-    """Returns the conversations of a record, or else a list of error messages. Adds ignored keys to `unused`."""
+    """Returns the conversations of a record, or a list of error messages if the record is invalid.
+
+    Counts ignored keys in `unused`.
+    """
     parsed = parse(record)
     parsed = parsed if isinstance(parsed, tuple) else (parsed,)
     known = {*keys, *SYSTEM, "history", "tools", "constraints"} | ({"input"} if keys[0] == "instruction" else set())
@@ -219,9 +226,9 @@ def _conversations(
 def _unused_keys(
     record: dict, known: Collection[str], location: str, unused: dict[str, Unused], prefix: str = ""
 ) -> list[str]:
-    """Returns error messages about the keys that are in UNUSABLE. Adds ignored keys not in METADATA to `unused`.
+    """Returns error messages about keys in UNUSABLE, and counts ignored keys that are not in METADATA in `unused`.
 
-    Keys in `known` are read elsewhere.
+    Keys in `known` are skipped, because the caller reads them.
     """
     problems = []
     for key, value in record.items():
@@ -237,7 +244,7 @@ def _unused_keys(
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | str:
-    """Returns JSON schemas of functions, given as a list or as JSON text; or else an error message."""
+    """Returns the JSON schemas in `value` (a list or JSON text), or an error message if `value` is invalid."""
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str):
@@ -249,7 +256,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
 
 
 def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
-    """Returns the turns, preceded by the record's system message and history; or else an error message."""
+    """Returns the turns after the record's system message and history, or an error message if these are invalid."""
     start: Turns = []
     if history := record.get("history"):
         if not single_turn:
@@ -277,7 +284,7 @@ TURN_KEYS = ("role", "content", "input", *LOSS_FLAGS)
 
 
 def _check_loss_flags(turns: Turns) -> list[str]:
-    """Returns error messages about LOSS_FLAGS, keys of a message that include an answer in the loss or exclude it."""
+    """Returns error messages about invalid values of LOSS_FLAGS, the keys that set whether an answer is in the loss."""
     problems = []
     for place, message in turns:
         for key, value in _loss_flags(message).items():
@@ -313,7 +320,7 @@ def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
 
 
 def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Record], Parsed]:
-    """Returns a parser of records with a question and its answer, two strings or two lists of messages."""
+    """Returns a parser for records that have a question and its answer, both strings or both lists of messages."""
 
     def parse(record: tables.Record) -> Parsed:
         if not extra and (isinstance(record[question], list) or isinstance(record[answer], list)):
@@ -332,7 +339,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
 
 
 def turns(key: str) -> Callable[[tables.Record], Parsed]:
-    """Returns a parser of records with a list of messages under `key`.
+    """Returns a parser for records that have a list of messages under `key`.
 
     A message is {"role": .., "content": ..} or {"from": .., "value": ..}.
     """
@@ -355,7 +362,10 @@ def turns(key: str) -> Callable[[tables.Record], Parsed]:
 
 
 def _one_of(turn: dict, names: tuple[str, str]) -> str | None:
-    """Returns which of two synonymous keys a message has. If both, the key whose value is not null."""
+    """Returns which of two synonymous keys a message has.
+
+    If the message has both keys, returns the one whose value is not null.
+    """
     present = [name for name in names if name in turn]
     if len(present) == 2:
         present = [name for name in present if turn[name] is not None] or present[:1]
@@ -415,18 +425,18 @@ def _text_problem(text: Any) -> str | None:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style | None = None) -> list[Span]:
-    """Returns the token ids of a conversation as spans, each inside or outside the loss.
+    """Returns the token ids of a conversation as spans, each of which is either in the loss or excluded from it.
 
     The last span is the last answer with its end token. The ids before an answer are exactly the prompt that the model
     gets when it generates this answer.
 
     Args:
-        style: as in `chat.styled`.
+        style: the chat style, see `chat.styled`.
 
     Raises:
-        UserError: as in `chat.styled`, or a message contains a special token, which could end a turn, or the chat
-            template renders earlier turns differently when more follow, or the conversation has tools, which the
-            template does not support.
+        UserError: `chat.styled` refuses the tokenizer or the style, a message contains a special token, which could end
+            a turn, the chat template renders earlier turns differently when more turns follow, or the conversation has
+            tools, which the template does not support.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -434,10 +444,10 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
 def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
-    """Renders several conversations as `render` does, but faster, as one process renders many of them."""
+    """Renders several conversations as `render` does, but faster, because one process renders many conversations."""
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
-    assert template is not None and end is not None  # `chat.styled` refuses tokenizers that lack one of these
+    assert template is not None and end is not None  # `chat.styled` refuses tokenizers without a template or end token
     _refuse(problem for talk in conversations if (problem := _unfit(talk, tokenizer, template, end)))
     return [_encode_spans(spans, tokenizer) for spans in _chat(conversations, tokenizer, end)]
 
@@ -459,11 +469,12 @@ def _unfit(talk: Conversation, tokenizer: Tokenizer, template: str, end: str) ->
 
 
 def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[Span]:
-    """Encode the consecutive texts of a conversation as spans.
+    """Encodes the texts that a conversation consists of, in order, as one span of token ids per text.
 
-    SentencePiece encodes a text at the beginning, or after some special tokens, differently than in the middle. The ids
-    of a span are therefore taken from the encoding of the whole conversation so far, if the ids before the span are the
-    same there. Otherwise the text of the span is encoded on its own.
+    SentencePiece encodes a text differently at the beginning of its input, or after some special tokens, than in the
+    middle. The conversation is therefore encoded from its beginning to the end of the span, and the ids of the span are
+    taken from the result. If encoding the conversation in this way changes the ids of earlier spans, the text of the
+    span is encoded on its own instead.
 
         <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
     """
@@ -489,12 +500,12 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
 class _Job(NamedTuple):
     where: str
     messages: list[dict[str, str]]
-    begin: bool  # whether to add the generation prompt, so that the text ends where the answer begins
+    begin: bool  # whether to add the generation prompt, after which the answer begins
     tools: list[dict[str, Any]] | None = None
 
 
 def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[tuple[str, bool]]]:
-    """Returns (text, learn) of each span of each conversation.
+    """Returns, for each conversation, (text, learn) of each span, where learn tells whether the span is in the loss.
 
     An answer is the text that the template adds to the prompt, up to and including the end token.
 
@@ -526,7 +537,7 @@ def _answers(talk: Conversation) -> list[int]:
 
 
 def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
-    """Returns alternating prompts and answers as (text, learn), given (prompt, full text, learn) for each answer."""
+    """Returns alternating prompts and answers as (text, learn), given (prompt, prompt + answer, learn) per answer."""
     spans: list[tuple[str, bool]] = []
     before = ""
     for prompt, full, learn in turns:
@@ -539,17 +550,17 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
             )
         answer, _, _ = full[len(prompt) :].partition(end)  # some templates omit `end` after the last answer
         spans += [(prompt[len(before) :], False), (answer + end, learn)]
-        before = prompt + answer + end  # generation stops after `end`, so the rest is in the next prompt
+        before = prompt + answer + end  # generation stops after `end`: later text is in the next prompt
     return spans
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders each job with `chat.apply`, many jobs per process.
+    """Renders the messages of each job with `chat.apply`, many jobs per process.
 
-    A batch of jobs that fails is halved repeatedly, to find the jobs that cause the error.
+    If rendering a batch of jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
-    builtin = chat.is_builtin(tokenizer.chat_template or "")  # a built-in template is rendered without a process
+    builtin = chat.is_builtin(tokenizer.chat_template or "")  # built-in templates are rendered in this process
 
     def render_or_bisect(jobs: list[_Job]) -> list[str]:
         if len(problems) >= MAX_PROBLEMS:
@@ -577,14 +588,17 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 
 
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
-    """Returns limits of time and output length, which grow with the number of jobs and the length of their messages."""
+    """Returns limits on rendering time and output length.
+
+    Both limits grow with the number of jobs and the length of their messages.
+    """
     n_chars = sum(len(message["content"]) for job in jobs for message in job.messages)
     n_chars += sum(len(text) + 64 for job in jobs for text in chat.strings(job.tools))
     return {"timeout_s": 1 + 0.002 * len(jobs), "max_chars": (1 << 16) + 4096 * len(jobs) + 4 * n_chars}
 
 
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders all jobs at once, with one template that loops over them and contains the tokenizer's own template.
+    """Renders all jobs at once, with one template that loops over the jobs and contains the tokenizer's own template.
 
     The jobs are passed to this template as `tools`, and its output is a line of JSON per job.
     """
@@ -613,7 +627,7 @@ def encode(
     loss_on: Literal["response", "all"] = "response",
     because: str = "",
 ) -> Encoded:
-    """Encode each conversation as one training example. Conversations that are too long are dropped and counted.
+    """Encodes each conversation as one training example. Conversations that do not fit are left out and counted.
 
     An example of n ids has n - 1 inputs, each with the next id as its target. The last id, the end of the answer, is
     only a target, so that the example fits if n <= context_length + 1.
@@ -622,12 +636,13 @@ def encode(
         weights   0  0  0  1  1  1     with loss_on="all": 1 everywhere
 
     Args:
-        style: as in `chat.styled`.
-        loss_on: "response": compute the loss on the answers and their end tokens; "all": on every token.
-        because: text appended to context_length in the error message if nothing fits, to say where the value is from.
+        style: the chat style, see `chat.styled`.
+        loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
+        because: text that follows the context length in the error message if no conversation fits, and says where its
+            value comes from.
 
     Raises:
-        UserError: as in `render` (the message lists up to 20 conversations), or no conversation fits.
+        UserError: `render` refuses a conversation (the message lists up to 20 of them), or no conversation fits.
     """
     if loss_on not in ("response", "all"):
         raise UserError(f"loss_on: expected response or all, got {loss_on!r}")
@@ -654,7 +669,7 @@ def encode(
 
 
 def show(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
-    """Returns the text of one example for a terminal, with the spans in the loss in green.
+    """Returns the text of one example for a terminal, in which the spans that are in the loss are green.
 
     Control characters are escaped.
     """

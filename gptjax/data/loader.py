@@ -1,7 +1,7 @@
 """Training batches as a pure function of (seed, step), so that there is no iterator state to checkpoint.
 
 With n windows per epoch, window i of a run (i = step * batch_size + row) is window i % n of epoch i // n. A stateless
-permutation keyed by (seed, epoch) maps this number to the window's start in the token array, so the batch of any step
+permutation keyed by (seed, epoch) maps i % n to the window's start in the token array, so that the batch of any step
 can be computed directly, at the same cost.
 """
 
@@ -25,7 +25,7 @@ MASK_64 = (1 << 64) - 1
 ROUNDS = 3
 FEW = 256  # permutations of at most this many indices are computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER_OF_WINDOWS = "2"  # incremented when a seed gives different batches, so that older checkpoints are refused
+ORDER_OF_WINDOWS = "2"  # incremented when the same seed gives other batches, so that older checkpoints are refused
 AHEAD = 512  # number of window starts computed at once, because numpy's overhead per call dominates
 ORDER, OFFSET, POSITION, TOKEN = range(4)  # purposes of random numbers; the purpose is part of the hash key
 
@@ -40,21 +40,23 @@ class Lane(NamedTuple):
 
 
 class Loader:
-    """Training batches from one `TokenStore`.
+    """Computes training batches from one `TokenStore`.
 
-    order=shuffle     Each window occurs once per epoch, in a new order every epoch. With stride=None windows do not
+    order=shuffle     Every epoch contains each window once, in a new order. With stride=None windows do not
                       overlap, and every epoch starts at a different random offset, so that over several epochs every
                       token becomes a target.
     order=sequential  Windows are read from the first to the last, then again from the first.
     stride=n          Windows start every n tokens; the last incomplete batch of an epoch is dropped.
     weights, temperature   If either is given, several sources are interleaved deterministically (`mixture.assign`),
-                      and each source has its own epochs. If neither is given, one pass over all sources is an epoch.
+                      and each source has its own epochs. If neither weights nor temperature is given, an epoch is one
+                      pass over all sources.
 
     The arrays of a batch are [B, T]. segment_ids, positions and weights are None if there is a single document or
-    document_mask=False. Otherwise they are arrays in every batch, so that shapes never change during a run.
+    document_mask=False. In all other cases segment_ids, positions and weights are arrays in every batch, so that shapes
+    never change during a run.
 
     Raises:
-        UserError: a source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.
+        UserError: a data source has fewer tokens than one window needs, or mask_tokens, stride or weights are invalid.
     """
 
     def __init__(
@@ -104,24 +106,24 @@ class Loader:
         return self.n_windows // self.batch_size if self._whole_batches else self.n_windows / self.batch_size
 
     def batch(self, step: int) -> Batch:
-        """Returns the batch of `step`, with arrays of shape [B, T]."""
+        """Returns the batch for training step `step`, with arrays of shape [B, T]."""
         return self._rows(step, 1, slice(None))
 
     def batches(self, step: int, k: int, rows: slice = slice(None)) -> Batch:
-        """Returns the k batches from `step` on, stacked into arrays of shape [k, B, T].
+        """Returns the k batches that begin with the batch of `step`, stacked into arrays of shape [k, B, T].
 
-        Only the slice `rows` of each batch is read and returned.
+        Only the rows that the slice `rows` selects in each batch are read and returned.
         """
         flat = self._rows(step, k, rows)
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
-        """Returns where in `store.tokens` each row of the k batches from `step` on starts, [k * B] int64."""
+        """Returns the start in `store.tokens` of each row of the k batches from step `step` on, [k * B] int64."""
         first, n = step * self.batch_size, k * self.batch_size
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
             begin, starts = first, self._starts(np.arange(first, first + max(n, AHEAD), dtype=np.int64))
-            # one assignment, so that another thread sees either the old or the new pair, never a mixture
+            # one assignment sets both values, so that another thread never sees an old `begin` with new `starts`
             self._ahead = (begin, starts)
         return starts[first - begin : first - begin + n]
 
@@ -164,7 +166,7 @@ class Loader:
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
         """Replace k = `mask_tokens` inputs of every row by random other ids, in place.
 
-        A row is divided into k sections of equal length, and one input of each section is replaced.
+        Each row is divided into k sections of equal length, and one input of each section is replaced.
         """
         k, t = self.mask_tokens, self.context_length
         draws = samples[:, None] * k + np.arange(k)
@@ -201,7 +203,9 @@ def eval_batches(
 
 
 def gather(store: TokenStore, starts: np.ndarray, context_length: int, document_mask: bool) -> Batch:
-    """Returns the batch of the windows that start at `starts` [B]. Past the store's end, its last token is repeated.
+    """Returns the batch of the windows that start at `starts` [B].
+
+    Beyond the end of the store, its last token is repeated.
 
     tokens       7 8 9 E 3 4     documents [7 8 9 E] and [3 4 5 E]; the token E ends one document and begins the next
     targets      8 9 E 3 4 5
@@ -243,11 +247,11 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
-    """Returns the indices [B] int64 of the rows in the batch of `step`.
+    """Returns the indices [B] int64 of the rows that are in the batch of training step `step`.
 
-    Each of n rows occurs once per epoch, in a new order every epoch: row b of the batch has the number
-    i = step * batch_size + b in the run, and is row i % n of epoch i // n, permuted as `Loader` permutes n windows. A
-    batch may span two epochs.
+    Every epoch contains each of the n rows once, in a new order: row b of the batch is row i = step * batch_size + b of
+    the run, and so row i % n of epoch i // n, whose rows are permuted as `Loader` permutes n windows. A batch may span
+    two epochs.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -255,13 +259,13 @@ def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Apply the pseudorandom permutation of range(n) given by `key` to each index. The result is int64, same shape.
+    """Apply the pseudorandom permutation of range(n) given by `key` to each index. Returns int64 indices.
 
     For n <= 256 the permutation is the argsort of n splitmix64 values that are seeded by the key, so that all
     permutations are equally likely. For a larger n it is a Feistel network, which needs no table: an index is split
     into two digits (mixed radix a, b), and each digit in turn is shifted by a hash of the other digit, a step that is
-    invertible for any hash. The network permutes range(a * b), which exceeds n by at most sqrt(n); an output of n or
-    more is permuted again until it is below n (cycle walking).
+    invertible for any hash. The Feistel network permutes range(a * b), where a * b exceeds n by at most sqrt(n); an
+    output of n or more is permuted again until it is below n (cycle walking).
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014); Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains" (2002), methods 2 and 3.
     """
@@ -310,5 +314,5 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one window fewer than n tokens hold, so that all fit at any offset
+    n_windows = max(1, (n - t) // t)  # one window fewer than fit in n tokens, so that all fit at any offset
     return Lane(begin, n_windows, t, n - n_windows * t)

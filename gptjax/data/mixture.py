@@ -10,9 +10,9 @@ from gptjax.errors import UserError
 
 
 def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Returns sampling probabilities p_i proportional to w_i ** temperature, [n] float64. A weight of 0 gives 0.
+    """Returns sampling probabilities p_i proportional to w_i ** temperature, [n] float64. A weight of 0 gives p_i = 0.
 
-    temperature  1: proportional to the weights; 0: uniform; in between: small sources are upsampled.
+    temperature  1: p is proportional to the weights; 0: p is uniform; between 0 and 1: small sources are upsampled.
     Source: the exponent alpha of multilingual sampling, arXiv:1911.02116, section 3.1.
     """
     weights = np.asarray(weights, np.float64)
@@ -25,10 +25,11 @@ def shares(weights: Sequence[float] | np.ndarray, temperature: float = 1.0) -> n
 def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the source of each sample, and the sample's index within that source, both [n] int64.
 
-    `samples` are numbers of windows of a run, and p[k] is the probability of source k. By a Beatty sequence, exactly
-    floor(i p[0]) of the first i samples belong to source 0. The remaining samples are renumbered and divided among the
-    other sources in the same way. The count of each source k therefore differs from i p[k] by less than the number
-    of sources, and a sample is assigned without iterating over earlier samples.
+    `samples` are indices of windows in a run, and p[k] is the probability of source k. By a Beatty sequence, exactly
+    floor(i p[0]) of the first i samples belong to source 0. The samples that do not belong to source 0 are renumbered
+    and divided among the other sources, again by Beatty sequences. The number of the first i samples that belong to
+    source k therefore differs from i p[k] by less than the number of sources, and a sample is assigned without
+    iterating over earlier samples.
 
         p .5 .25 .25    samples  0 1 2 3 4 5 6 7
                         source   2 0 1 0 2 0 1 0
@@ -36,7 +37,7 @@ def assign(samples: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     samples = np.asarray(samples, np.int64)
     source = np.full(samples.shape, -1, np.int64)
-    index = samples.copy()  # index of a sample among those that are not assigned yet
+    index = samples.copy()  # index of each sample among the samples that are not assigned yet
     remaining = 1.0
     last = int(np.flatnonzero(p)[-1])
     for k in np.flatnonzero(p):

@@ -22,10 +22,10 @@ from gptjax.types import Batch
 
 
 class Encoded(NamedTuple):
-    """Encoded examples.
+    """Examples as token ids.
 
     rows     token ids of each example, [n] int32
-    weights  loss weight of each id as a target, [n] float32; that of the first id is not used, as it is no target
+    weights  loss weight of each id as a target, [n] float32; the first weight is not used, as the first id is no target
     dropped  number of examples left out because they are longer than the context
     """
 
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """n rows of T tokens; all arrays are [n, T]."""
+    """Packed or padded examples: n rows of T tokens; all arrays are [n, T]."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32
@@ -46,12 +46,13 @@ class Rows(NamedTuple):
 def packed(encoded: Encoded, context_length: int) -> Rows:
     """Pack whole examples, several per row, by first-fit decreasing.
 
-    From the longest example to the shortest, each goes into the first row with enough space. Examples of equal length
-    keep their order.
+    The examples are placed from the longest to the shortest, each in the first row with enough space. Examples of equal
+    length keep their order.
 
     Raises:
         UserError: an example is longer than a row.
-    Source: Johnson (1973). Dosa (2007) proves that at most 11/9 of the fewest possible rows, plus 6/9, are used.
+    Source: Johnson (1973). Dosa (2007) proves that the number of rows is at most 11/9 of the smallest possible number,
+    plus 6/9.
     """
     return _fill(encoded, first_fit(_lengths(encoded, context_length), context_length), context_length)
 
@@ -70,7 +71,7 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
 
 
 def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
-    """Returns (row, start within the row) of each example by first-fit decreasing.
+    """Returns (row, start within the row) of each example, computed by first-fit decreasing.
 
     `lengths` [n] are the numbers of inputs of the examples, at most `context_length` each.
     """
@@ -80,7 +81,7 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # no earlier row has space for this length
+        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # all earlier rows are too full
         places[i] = (first, context_length - int(free[first]))
         free[first] -= lengths[i]
         n_rows = max(n_rows, first + 1)
@@ -111,7 +112,10 @@ def members(places: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
-    """Writes example i at places[i] = (row, start). The examples of a row leave no gaps; the padding is at its end."""
+    """Writes example i at places[i] = (row, start).
+
+    There are no gaps between the examples of a row; its padding is at the end.
+    """
     rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)
     for (row, start), ids, weights in sorted(examples, key=lambda example: example[0]):
@@ -129,12 +133,15 @@ def empty(n: int, length: int) -> Rows:
 
 
 def batch(rows: Rows, step: int, *, batch_size: int, seed: int) -> Batch:
-    """Returns the batch of `step`, arrays [B, T]. Each row occurs once per epoch, in a new order every epoch."""
+    """Returns the batch for training step `step`, with arrays [B, T].
+
+    Every epoch contains each row once, in a new order.
+    """
     return _batch(rows, epoch_rows(step, batch_size, len(rows.tokens), seed))
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Yields batches with all rows once, in order; the last batch is padded with rows of weight 0."""
+    """Yields batches that contain every row once, in order; the last batch is padded with rows of weight 0."""
     n = len(rows.tokens)
     filler = empty(-n % batch_size, rows.tokens.shape[1])
     for first in range(0, n, batch_size):
@@ -145,5 +152,8 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
 
 
 def _batch(rows: Rows, index: np.ndarray) -> Batch:
-    """Returns the batch of the rows `index`. Its `positions` are None, as the model derives them from segment_ids."""
+    """Returns the batch of the rows with indices `index`.
+
+    `positions` is None, as the model derives it from segment_ids.
+    """
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

@@ -30,25 +30,25 @@ RESPONSES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """Two conversations that differ only in their last answer."""
+    """A preference pair: two conversations that differ only in their last answer."""
 
     chosen: Conversation
     rejected: Conversation
 
 
-Example = tuple[np.ndarray, np.ndarray]  # (ids, loss weights); weight 1 on the last answer and its end token
+Example = tuple[np.ndarray, np.ndarray]  # (ids, loss weights, 1 for the last answer and its end token)
 
 
 class EncodedPairs(NamedTuple):
-    """Encoded pairs: pairs[i] holds the chosen and the rejected example of pair i."""
+    """Pairs as token ids: pairs[i] holds the chosen and the rejected example of pair i."""
 
     pairs: list[tuple[Example, Example]]
     dropped: int  # number of pairs left out because they are longer than the context
 
 
 class PairRows(NamedTuple):
-    """Rows of pairs: the first four arrays are [n, T], as in `packing.Rows`; pairs [n, P] int32 has the indices of the
-    pairs in each row, filled up with -1.
+    """Rows that hold up to P pairs each: the first four arrays are [n, T], as in `packing.Rows`; pairs [n, P] int32 has
+    the indices of the pairs in each row, and -1 where a row has fewer than P pairs.
     """
 
     tokens: np.ndarray
@@ -59,7 +59,7 @@ class PairRows(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """A batch of rows of pairs.
+    """A batch of B rows, each of which holds up to P pairs.
 
     tokens, targets, segment_ids   [B, T] int32
     weights                        [B, T] float32, the loss weights of the targets
@@ -80,7 +80,7 @@ class PairBatch(NamedTuple):
 
 
 def _pair(prompt: str, extra: str = "") -> Parse:
-    """Returns a parser of records with a prompt and two answers.
+    """Returns a parser for records that have a prompt and two answers.
 
     An answer is a string, or a list of messages that may begin with the messages of the prompt.
     """
@@ -105,7 +105,10 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 
 
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
-    """Returns the messages of the prompt and a response; those of the response may begin with the prompt's."""
+    """Returns the messages of the prompt and then the response.
+
+    The response may itself begin with the prompt's messages.
+    """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
         return response_turns
@@ -119,7 +122,7 @@ def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
         return response_turns
     if contents[0][0] == "assistant":
         return [*prompt_turns, *response_turns]
-    if as_text and ("user", record[prompt]) in contents:  # the prompt is one of the response's user turns
+    if as_text and ("user", record[prompt]) in contents:  # the response already contains the prompt
         return response_turns
     return (
         f"{response}: expected messages that begin with those of {prompt}, or the answer of role assistant alone; "
@@ -151,11 +154,11 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
     """Reads the pairs of a .json (array), .jsonl, .parquet or .csv file, or of hf:org/name[:config][@split].
 
     Args:
-        notes: as in `conversations.read`, which also lists the optional keys of a record.
+        notes: a list to which a line about ignored keys is appended, or None, see `conversations.read`.
 
     Raises:
-        UserError: as in `conversations.read`, or the two conversations of a pair have different prompts or the same
-            answer (the first 20 such pairs are listed).
+        UserError: the records are invalid for `conversations.read`, or the two conversations of a pair have different
+            prompts or the same answer (the message lists the first 20 such pairs).
     """
     pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
     problems = []
@@ -173,7 +176,7 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
 def of_skills(n: int, seed: int, held_out: bool = False) -> list[Pair]:
     """Returns pairs made from the questions and answers of `synthetic.skills`.
 
-    The rejected answer is the answer to the next question of the same skill that has a different answer.
+    The rejected answer is taken from the next question of the same type (skill) that has a different answer.
     """
     talks = synthetic.skills(n, seed, held_out)
     of_skill: dict[str, list[Conversation]] = {}
@@ -199,15 +202,16 @@ def encode(
     context_length: int,
     because: str = "",
 ) -> EncodedPairs:
-    """Encode both conversations of each pair. Only the last answer and its end token are in the loss.
+    """Encodes both conversations of each pair as token ids. The loss covers only the last answer and its end token.
 
     Pairs whose two conversations together do not fit in `context_length` tokens are dropped and counted.
 
     Args:
-        because: text appended to context_length in the error message if no pair fits, to say where the value is from.
+        because: text that follows the context length in the error message if no pair fits, and says where its value
+            comes from.
 
     Raises:
-        UserError: as in `conversations.render`, or no pair fits.
+        UserError: `conversations.render` refuses a conversation, or no pair fits.
     """
     talks = [getattr(pair, response) for pair in pairs for response in RESPONSES]
     encoded = conversations.encode(talks, tokenizer, style=style, context_length=1 << 30)
@@ -227,7 +231,7 @@ def encode(
 
 
 def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool = True) -> PairRows:
-    """Arranges the pairs in rows of `context_length` tokens (None: the length of the longest pair).
+    """Arranges the pairs in rows of `context_length` tokens or, if that is None, in rows as long as the longest pair.
 
     If `packed`, several pairs share a row (first-fit decreasing); otherwise each row has one pair, in input order.
     """
@@ -249,16 +253,17 @@ def rows(encoded: EncodedPairs, context_length: int | None = None, packed: bool 
 
 
 def batch(rows: PairRows, step: int, *, batch_size: int, seed: int, reference: np.ndarray | None = None) -> PairBatch:
-    """Returns the batch of `step`. Each row occurs once per epoch, in a new order every epoch.
+    """Returns the batch for training step `step`. Every epoch contains each row once, in a new order.
 
     Args:
-        reference: log-probabilities [pairs, 2] under the reference model, as in `PairBatch`. None: zeros.
+        reference: log-probabilities [number of pairs, 2] of the chosen and the rejected answers under the reference
+            model. None: zeros.
     """
     return _batch(rows, loader.epoch_rows(step, batch_size, len(rows.tokens), seed), reference)
 
 
 def eval_batches(rows: PairRows, batch_size: int, reference: np.ndarray | None = None) -> Iterator[PairBatch]:
-    """Yields batches with all rows once, in order; the last batch is padded with rows whose `present` is 0."""
+    """Yields batches that contain every row once, in order; the last batch is padded with rows whose `present` is 0."""
     n = len(rows.tokens)
     for first in range(0, n, batch_size):
         index = np.arange(first, first + batch_size)

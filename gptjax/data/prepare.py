@@ -36,13 +36,13 @@ def prepare(
 ) -> Prepared:
     """Encode the text of `cfg.data` with `tokenizer`, or load the tokens from the cache.
 
-    The cache key covers the contents of all sources, the split and the tokenizer. The seed is not in the key, because
-    the tokens do not depend on it. The tokenizer chars is fitted on all text, as the characters of the validation text
-    need an id too; the other trained tokenizers are fitted on the training text only.
+    The cache key covers the contents of all sources, the split and the tokenizer. The seed is not part of the cache
+    key, because the tokens do not depend on it. The tokenizer `chars` is fitted on all text, because the characters of
+    the validation text need ids too; the other trained tokenizers are fitted on the training text only.
 
     Args:
         tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
-        log: function that is called with a line about each slow step.
+        log: function that is called with a line of text before each slow step.
         progress: function that is called with (bytes encoded, total bytes) after each document.
 
     Raises:
@@ -99,10 +99,10 @@ def prepare(
 def refuse_missing(cfg: Config) -> None:
     """Check cheaply that the sources and the tokenizer exist, before any text is read or downloaded.
 
-    With pretrain.base, the tokenizer is that of the base model and is not checked.
+    With pretrain.base, the tokenizer of the base model is used, and the tokenizer settings are not checked.
 
     Raises:
-        UserError: sources or the tokenizer do not exist; the message names all of them.
+        UserError: sources or the tokenizer do not exist; the message names everything that is missing.
     """
     problems = [problem for name in (*cfg.data.source, *cfg.data.val_source) if (problem := missing(name))]
     name = cfg.tokenizer.name
@@ -116,10 +116,10 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def check(ready: Prepared, cfg: Config) -> None:
-    """Check that there is enough text for one window, and a row of the embedding table for every token id.
+    """Check that the text is long enough for one window, and that the embedding table has a row for every token id.
 
     Raises:
-        UserError: at least one check fails; the message lists all problems.
+        UserError: the text is too short or the embedding table too small; the message lists all problems.
     """
     needed, problems = cfg.window + 1, []
     if len(ready.train) < needed:
@@ -196,10 +196,10 @@ def _describe_sources(documents: Documents) -> list[dict]:
 
 
 def _key(cfg: Config, train: Documents, val: Documents | None, loaded: Tokenizer | None) -> str:
-    """Returns a hash of all that the tokens depend on.
+    """Returns a hash of everything that the token ids depend on.
 
-    A tokenizer that is still to be trained is represented by its settings, as the hash covers the text that it is
-    trained on.
+    For a tokenizer that is not trained yet, only its settings are hashed, because the hash already covers the text on
+    which it will be trained.
     """
     data = cfg.data
     if loaded:

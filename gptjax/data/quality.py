@@ -23,12 +23,12 @@ from gptjax.formats import tables
 
 MAX_PROBLEMS = 20
 EXCERPT = 60  # number of characters of a text that are shown in the report
-PERMUTATIONS, WORDS = 128, 3  # hash permutations per MinHash signature; words per shingle
+PERMUTATIONS, WORDS = 128, 3  # number of hash permutations per MinHash signature; number of words per shingle
 OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and Hoaglin 1993)
 
 
 class Texts(NamedTuple):
-    """The records of one file, as (location, text)."""
+    """The records of one file, each as (location, text)."""
 
     file: str
     records: list[tuple[str, str]]
@@ -38,10 +38,10 @@ def records_of(file: str, field: str | None = None) -> Texts:
     """Read the texts of a .txt, .tsv, .csv, .json, .jsonl or .parquet file. Empty records are skipped.
 
     Args:
-        field: key of the text within a record. None: all strings of the record.
+        field: key under which each record has its text. None: the text consists of all strings in the record.
 
     Raises:
-        UserError: the file does not exist, has invalid records (the first 20 are listed), or has no text.
+        UserError: the file does not exist, has invalid records (the message lists the first 20), or has no text.
     """
     records, problems = [], []
     for location, row in _rows(file):
@@ -108,8 +108,9 @@ def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str,
     """Returns pairs of similar records as (location, location, similarity), most similar first.
 
     The similarity is the Jaccard index of the records' sets of 3-word shingles (runs of 3 words), and a pair is
-    returned if it is at least the threshold. MinHash (Broder 1997) finds candidate pairs and may miss a few per cent of
-    the similar ones; the similarity of each candidate is then computed exactly. Exact duplicates are left out.
+    returned if this index is at least the threshold. MinHash (Broder 1997) finds candidate pairs, and may miss a few
+    per cent of the similar pairs; the similarity of each candidate is then computed exactly. Pairs of records with the
+    same text are left out.
 
     Raises:
         UserError: the datasketch library is not installed.
@@ -145,27 +146,27 @@ def _shingles(text: str) -> frozenset[str]:
 
 
 def _luhn(text: str) -> bool:
-    """Whether the checksum of a card number is correct (Luhn algorithm)."""
+    """Returns whether the checksum of a card number is correct (Luhn algorithm)."""
     digits = [int(c) for c in text if c.isdecimal()]
     doubled = [n * 2 - 9 * (n > 4) if i % 2 else n for i, n in enumerate(reversed(digits))]
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and sum(doubled) % 10 == 0
 
 
 def _iban(text: str) -> bool:
-    """Whether the check digits of an IBAN are correct (ISO 7064, modulo 97)."""
+    """Returns whether the check digits of an IBAN are correct (ISO 7064, modulo 97)."""
     text = text.replace(" ", "")
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
 def _public(address: str) -> bool:
-    """Whether an IPv4 address is valid and not private, reserved or multicast."""
+    """Returns whether an IPv4 address is valid and neither private nor reserved nor multicast."""
     octets = [int(octet) for octet in address.split(".")]
     private = octets[0] in (0, 10, 127) or octets[0] >= 224 or octets[:2] in ([192, 168], [169, 254])
     return all(octet < 256 for octet in octets) and not private and not (octets[0] == 172 and 16 <= octets[1] < 32)
 
 
-# name -> (regular expression, function that checks a match further, or None). Every repetition in an expression is
-# bounded, so that the time to search a text is linear in its length.
+# kind of secret or personal data -> (regular expression, function that checks whether a match is valid, or None). Every
+# repetition in an expression is bounded, so that the time to search a text is linear in its length.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),
@@ -186,7 +187,8 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
     """Returns possible secrets and personal data as (kind, location, the match with asterisks in place of its middle).
 
-    The kinds are the names in PATTERNS. A version number of four components, such as 1.2.3.4, counts as an IP address.
+    The kinds of secrets and personal data are the keys of PATTERNS. A version number of four components, such as
+    1.2.3.4, counts as an IP address.
     """
     findings = []
     for location, text in (record for file in texts for record in file.records):
@@ -217,7 +219,7 @@ def outliers(losses: np.ndarray) -> list[int]:
 def manifest(texts: Sequence[Texts]) -> list[dict[str, Any]]:
     """Returns the size in bytes, the SHA-256 and the numbers of records and characters of each file.
 
-    For an `hf:` data set there are only the numbers of records and characters.
+    For an `hf:` data set only the numbers of records and characters are returned.
     """
     rows = []
     for file in texts:
@@ -238,8 +240,10 @@ def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.n
     """Run all checks, and return the findings as a dict that can be written as JSON.
 
     Args:
-        threshold: similarity from which `near` reports two records. None: do not search for near duplicates.
-        losses: loss of every record, in order, in nats per token. None: do not search for outliers of the loss.
+        threshold: smallest similarity at which two records are reported as near duplicates. None: near duplicates are
+            not searched for.
+        losses: loss of every record in nats per token, in the order of the records. None: do not search for outliers of
+            the loss.
     """
     records = [record for file in texts for record in file.records]
     text_of = dict(records)
@@ -247,7 +251,7 @@ def check(texts: Sequence[Texts], *, threshold: float | None = 0.8, losses: np.n
     groups, pairs = exact(texts), [] if threshold is None else near(texts, threshold)
 
     def across(locations: Sequence[str]) -> bool:
-        """Whether the locations are in more than one file."""
+        """Returns whether the locations are in more than one file."""
         return len({file_of[location] for location in locations}) > 1
 
     report: dict[str, Any] = {

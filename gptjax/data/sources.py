@@ -1,8 +1,8 @@
 """Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
-A document is a (name, text, group), where group is the name of the file it came from. Names are relative to the path
-that the user gave, so that the same corpus has the same names, and the same held-out documents, on every machine. The
-sources that data.source may name:
+A document is a (name, text, group), where group is the name of the file that the document came from. Names are relative
+to the path that the user gave, so that the same corpus has the same names, and the same held-out documents, on every
+machine. The sources that data.source may name:
 
     shakespeare            a named asset (`gptjax.assets.ASSETS`), which takes precedence over a folder of the same
                            name: write ./shakespeare for the folder
@@ -36,7 +36,7 @@ MAX_FILES = 1_000_000  # maximum number of files in a folder
 
 
 class Document(NamedTuple):
-    """A text, its name within the source, and the name of the file it came from (`group`)."""
+    """A document: its name within the source, its text, and the name of the file that it came from (`group`)."""
 
     name: str
     text: str
@@ -45,9 +45,9 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of data.source. Every iteration reads the files again; the text is not kept in memory.
+    """One entry of data.source. Every iteration over a source reads the files again; the text is not kept in memory.
 
-    files: (name, function that reads the documents) of each file. fingerprint: hash of the file names and contents.
+    files: for each file, (name, function that reads the documents). fingerprint: hash of the file names and contents.
     """
 
     name: str
@@ -70,10 +70,12 @@ class Documents:
 
 
 def documents(cfg: DataConfig, names: Iterable[str] | None = None) -> Documents:
-    """Open the sources in data.source, or those in `names`. Files are hashed here, and their text is read on iteration.
+    """Open the sources that `names` lists, or data.source if `names` is None.
+
+    The files are hashed when they are opened, and their text is read on iteration.
 
     Raises:
-        UserError: sources do not exist or cannot be read; the message names all of them.
+        UserError: sources do not exist or cannot be read; the message names all such sources.
     """
     names = cfg.source if names is None else names
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -133,7 +135,7 @@ def _open_path(name: str, path: Path, cfg: DataConfig) -> Source:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether gptjax wrote the folder: a run directory or a saved model."""
+    """Returns whether gptjax wrote the folder, as a run directory or a saved model."""
     return (folder / "model.json").is_file() or all((folder / f).is_file() for f in ("config.yaml", "metrics.jsonl"))
 
 
@@ -161,7 +163,7 @@ def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
 def _walk(name: str, folder: Path, parents: tuple[Path, ...]) -> Iterator[Path]:
     """Yields the files of a folder at any depth.
 
-    Follows symbolic links. Skips hidden files, and run directories and saved models of gptjax.
+    Follows symbolic links. Skips hidden files, and the run directories and saved models of gptjax.
 
     Raises:
         UserError: a symbolic link is broken, or leads back to a folder that contains it.
@@ -230,7 +232,7 @@ def _no_field(location: str, field: str, fields: Iterable[str]) -> str:
 def _read_csv(path: Path, name: str, field: str) -> Iterator[Document]:
     """Yields a document per row of a CSV file with a header.
 
-    Values are not interpreted: NA and null are texts, and numbers stay as written.
+    All values are strings: NA and null are not read as missing values, and numbers stay as they are written.
     """
     header: list[str] = []
     for start, row in tables.delimited(tables.lines(path), strict=True):
@@ -267,7 +269,7 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether an Arrow column is text: string, large_string or string_view, or dictionary-encoded text."""
+    """Returns whether an Arrow column is text: string, large_string or string_view, or dictionary-encoded text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -290,8 +292,8 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 def _open_hub(name: str, cfg: DataConfig) -> Source:
     """Open a dataset on the hub, hf:org/name[:config][@split]; the default split is train.
 
-    data.streaming=true downloads only the first data.max_documents rows. These are stored as .jsonl in the cache
-    folder, so that a rerun reads the same text and needs no network.
+    data.streaming=true downloads only the first data.max_documents rows. The downloaded rows are stored as .jsonl in
+    the cache folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
     if cfg.streaming:
@@ -308,7 +310,7 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    except Exception as error:  # such as no network, an unknown name or config: the user can fix these
+    except Exception as error:  # errors that the user can fix, such as no network or an unknown name
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
     if columns is not None and cfg.text_field not in columns:
@@ -352,7 +354,7 @@ def _hub_error(name: str, error: Exception) -> UserError:
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """Returns the folder for encoded tokens and streamed rows: data.cache_dir, or the user's cache folder."""
+    """Returns the folder for encoded tokens and downloaded rows: data.cache_dir, by default the user's cache folder."""
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else assets.cache_dir()
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_PROBLEMS = 10
 BOOK_SEED = 123
-HELD_OUT = 80, 200  # maximum numbers of synthetic questions for validation and test, as their answers must be generated
+HELD_OUT = 80, 200  # maximum numbers of synthetic validation and test questions, because generating answers takes time
 ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) is held out from training
 
 
@@ -37,7 +37,7 @@ ONE_OF = 5  # one in ONE_OF subjects of synthetic questions (a word, a sum, ..) 
 
 @dataclass(frozen=True)
 class Subset:
-    """The training or the held-out subset of documents.
+    """The documents for training, or the documents that are held out from training.
 
     n_documents  number of documents of all sources, before the split
     cuts         cuts[k][i]: number of characters at the start of document i of source k that are for training, while
@@ -55,9 +55,9 @@ class Subset:
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
         """Yields (document, begins, ends) for each document of source k that has text in this subset.
 
-        `begins` and `ends` tell whether this text starts and ends where the document does: a held-out tail does not
-        begin, and the text before it does not end. In a corpus of a single document both are false, because a model
-        cannot learn from one example where documents begin and end.
+        `begins` and `ends` tell whether this text starts and ends where the document does: `begins` is false for a
+        held-out tail, and `ends` is false for the text before it. In a corpus of a single document `begins` and `ends`
+        are false, because a model cannot learn from one example where documents begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -74,15 +74,15 @@ class Subset:
 def split_documents(
     documents: Documents, cfg: DataConfig, val: Documents | None = None
 ) -> tuple[Subset, Subset, list[dict]]:
-    """Returns (train, val, how). Each source is split separately, so that val represents all of them.
+    """Returns (train, val, how). Each source is split separately, so that val represents all sources.
 
     data.split says what is held out for val:
 
     tail      the last val_fraction of the characters of each file
     document  whole documents, in the order of a hash of their names, until their bytes are as close to val_fraction of
-              all bytes as possible. The choice depends on neither the seed nor the order of the documents, so runs
-              with different seeds can be compared.
-    file      whole files, chosen in the same way
+              all bytes as possible. The choice of held-out documents depends on neither the seed nor the order of the
+              documents, so runs with different seeds can be compared.
+    file      whole files, chosen in the same way as documents
     auto      as document for a source with 10 or more documents, else as tail
 
     If `val`, the documents of data.val_source, is given, nothing is held out, and the split is called none.
@@ -106,7 +106,7 @@ def split_documents(
 
 
 class Sizes(NamedTuple):
-    """The name of each document, its length in characters and in bytes, and the index of its file."""
+    """The name of each document of a source, its length in characters and in bytes, and the index of its file."""
 
     names: list[str]
     characters: np.ndarray
@@ -115,10 +115,10 @@ class Sizes(NamedTuple):
 
 
 def measure(source: Source) -> Sizes:
-    """Measure all documents of a source in one pass over the text, which also validates it.
+    """Measure all documents of a source in one pass over the text, which also validates the text.
 
     Raises:
-        UserError: files cannot be read (the first 10 are listed).
+        UserError: files cannot be read (the message lists the first 10 of them).
     """
     names: list[str] = []
     sizes: list[tuple[int, int, int]] = []
@@ -167,7 +167,7 @@ def _cut(source: Source, cfg: DataConfig) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
-    """Cuts each file after int((1 - fraction) * characters), even inside a document.
+    """Cuts each file after the first int((1 - fraction) * characters) characters, even inside a document.
 
     Returns the number of characters of each document before the cut, [n] int64.
     """
@@ -181,7 +181,8 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the `names` to hold out, at least one and never all.
 
-    Takes names, in the order of their hashes, while they bring their share of the `sizes` closer to `fraction`.
+    Holds out names in the order of their hashes, as long as each brings their share of the total size closer to
+    `fraction`.
     """
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
@@ -204,7 +205,7 @@ def _hash(name: str) -> bytes:
 
 
 class LabelledSplits(NamedTuple):
-    """Training, validation and test texts. leaked: number of texts of val and test that are also in train."""
+    """Training, validation and test texts. `leaked` is the number of texts of val and test that also occur in train."""
 
     train: Labelled
     val: Labelled
@@ -228,7 +229,7 @@ def split_labelled(
                 book's seed, and split by the book's fractions (`fractions` and `seed` are not used)
 
     Args:
-        how: the kind of split, see above.
+        how: the kind of split, one of those listed above: stratified, grouped or book.
         fractions: proportions of train, validation and test.
         deduplicate: whether to keep only the first of several texts that are equal up to case and whitespace. With
             `book` the texts are deduplicated after the split: duplicates are removed within each split, and texts that
@@ -262,7 +263,7 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """Returns the text in lower case with single spaces. Texts with equal results count as duplicates."""
+    """Returns the text in lower case with single spaces. Texts for which the results are equal count as duplicates."""
     return " ".join(text.casefold().split())
 
 
@@ -301,9 +302,10 @@ def _grouped(data: Labelled, fractions: Sequence[float], rng: np.random.Generato
 
 
 def _book(data: Labelled) -> list[np.ndarray]:
-    """Undersample the common class, append the rare class, shuffle, and cut at 70 and 80 per cent.
+    """Undersample the common class, append the rare class, shuffle the rows, and cut them at 70 and 80 per cent.
 
-    Source: the book's code for chapter 6; the pandas calls and the seed are the same.
+    Source: the code for chapter 6 of "Build a Large Language Model (From Scratch)", with the same pandas calls and
+    seed.
     """
     import pandas
 
@@ -341,13 +343,13 @@ def split_records(
 ) -> Splits[T]:
     """Split the records of the file settings.source, in order, into train, test and validation, as the book does.
 
-    If settings.source is None, make synthetic records instead. The records of validation and test are then about words
-    and numbers that never occur in training.
+    If settings.source is None, synthetic records are made instead. The synthetic records for validation and test are
+    about words and numbers that never occur in training.
 
     Args:
-        read: function (source, notes) -> records.
+        read: function (source, notes) -> the records in the file `source`.
         made: function (n, seed, held_out) -> n synthetic records.
-        notes: as in `conversations.read`.
+        notes: list to which a line about ignored keys is appended, see `conversations.read`.
     """
     if settings.source is None:
         n = settings.examples
@@ -369,7 +371,7 @@ def split_records(
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a subject of synthetic questions (a word, "3 + 4", "9 - 2", "7 meters") is held out from training."""
+    """Returns whether a subject of synthetic questions (a word, "3 + 4", "7 meters") is held out from training."""
     return _hash(key)[0] % ONE_OF == 0
 
 

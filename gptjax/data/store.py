@@ -2,7 +2,7 @@
 
     tokens/KEY/  train.bin  train.starts.npy  val.bin  val.starts.npy  tokenizer.json  manifest.json
 
-A complete folder appears atomically, by one rename, so that a reader sees all of it or nothing.
+A finished folder appears atomically, by one rename, so that a reader sees either the complete folder or none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from gptjax.files import json_sha256, sha256, sync, umask, write_text
 from gptjax.tokenizers import Tokenizer
 
 VERSION = 2
-STALE_S = 24 * 3600  # seconds after which an unfinished folder is deleted, as the process that wrote it must have died
-# names that `build` gives to unfinished folders; folders with other names may be the user's
+STALE_S = 24 * 3600  # seconds after which an unfinished folder is deleted, because its writer must have died
+# names that `build` gives to unfinished folders; folders with other names may be the user's and are never deleted
 PARTIAL = re.compile(r"\.partial-([0-9a-f]{12}|damaged)-\w{8}")
 FILES = {f"{split}.{end}" for split in ("train", "val") for end in ("bin", "starts.npy")}
 FILES |= {"tokenizer.json", "manifest.json", "manifest.json.partial"}
@@ -66,7 +66,7 @@ class TokenStore:
     def begins_before(self, documents: np.ndarray) -> np.ndarray:
         """Returns, for each document, whether its begin token is the last token of the previous document.
 
-        `documents` are indices, int64; the result is bool, of the same shape.
+        `documents` are indices of documents, int64; the result is bool, of the same shape.
         """
         if self.begin_id is None:
             return np.zeros(documents.shape, bool)
@@ -76,7 +76,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """The number of targets: tokens of the text and end tokens, but not tokens that only begin a document."""
+        """The number of target tokens: tokens of the text and end tokens, but not tokens that only begin a document."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -91,7 +91,7 @@ class TokenStore:
     ) -> TokenStore:
         """Makes a store in memory, for notebooks and tests.
 
-        If `begin_id` is None and all documents end with the same token, this is also their begin token, as it is in a
+        If `begin_id` is None and all documents end with the same token, that token is also their begin token, as in a
         store on disk.
         """
         ids = np.asarray(ids)
@@ -121,15 +121,15 @@ def write(
 
     A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
     true is preceded by the id of the begin token, unless the previous document ended with the same id, which then
-    counts as both. Text that looks like a special token is encoded as plain text, so that no text can end its own
-    document. Empty documents are skipped.
+    serves as both the end and the begin token. Text that looks like a special token is encoded as plain text, so that
+    no text can end its own document. Empty documents are skipped.
 
     Args:
-        sources: for each source, (text, begins, ends) of each document, as from `Subset.source`.
+        sources: for each source, (text, begins, ends) of each document, as `Subset.source` yields them.
         progress: function that is called with the number of UTF-8 bytes of each document, once it is encoded.
 
     Returns:
-        The entry of this split in the manifest.
+        A dict, the manifest's entry for this split.
     """
     dtype, digest = dtype_for(tokenizer.vocab_size), hashlib.sha256()
     starts, source_starts, shared = array("q"), [0], False
@@ -192,7 +192,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def verify(folder: Path) -> tuple[dict | None, str]:
-    """Returns (manifest, "") if every file has the hash that the manifest records, else (None, the problem)."""
+    """Returns (manifest, "") if every file has the hash that the manifest records, else (None, error message)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["manifest_sha256"] != _manifest_hash(manifest):
@@ -211,7 +211,9 @@ def verify(folder: Path) -> tuple[dict | None, str]:
 
 
 def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str], None]) -> tuple[Path, dict]:
-    """Returns the folder root/KEY, whose files are verified, and its manifest. A missing or damaged folder is built.
+    """Returns the folder root/KEY, whose files are verified, and its manifest.
+
+    If the folder is missing or damaged, it is built.
 
     Several processes may build at once: each fills a temporary folder, and the first rename wins.
 
@@ -240,7 +242,7 @@ def build(root: Path, key: str, make: Callable[[Path], dict], log: Callable[[str
         manifest, problem = verify(partial)
         if not manifest:
             raise UserError(f"the tokens just written to {root} cannot be read back ({problem}): check the disk")
-        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes folders private, but the cache may be shared
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp makes the folder private, but users may share the cache
         return _publish(partial, folder, manifest)
     except OSError as error:
         raise _cannot_write(root, error) from error
@@ -256,12 +258,12 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
         except OSError:
             if not folder.exists():
                 raise
-        existing, _ = verify(folder)  # the folder exists: another process was first, or it is damaged
+        existing, _ = verify(folder)  # another process created the folder first, or it is damaged
         if existing:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
-        with contextlib.suppress(FileNotFoundError):  # raised if another process has moved the folder
-            os.rename(folder, trash / "tokens")  # processes that have its files open can still read them
+        with contextlib.suppress(FileNotFoundError):  # raised if another process moved the folder
+            os.rename(folder, trash / "tokens")  # a process that has files of this folder open can still read them
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 

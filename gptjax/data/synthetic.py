@@ -56,10 +56,10 @@ MEASURES = (  # larger unit, smaller unit, number of smaller units per larger un
 
 
 class Task(NamedTuple):
-    """The values that a question is formatted with, and its answer.
+    """The values that are inserted into the wording of a question, and the answer to the question.
 
-    The hash of `key` decides whether the question is held out. If `key` is "", the question needs no such check,
-    because its words were drawn from the right set, training or held-out.
+    The hash of `key` decides whether the question is held out. If `key` is "", the question is not checked, because its
+    words were already drawn from the right set, training or held-out.
     """
 
     slots: dict[str, str]
@@ -192,14 +192,14 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """Returns n questions with their answers. The numbers of questions per skill differ by at most one.
+    """Returns n questions with their answers. The numbers of questions of any two types (skills) differ by at most one.
 
     `where` of a conversation names the skill and number of its questions: "plural:17" is question 17, about a plural.
-    A question is repeated only if `ATTEMPTS` draws in a row gave questions that are used already.
+    A question is repeated only if `ATTEMPTS` random draws in a row gave questions that are already used.
 
     Args:
-        held_out: whether to ask about the held-out words and numbers instead of those for training.
-        turns: maximum number of questions per conversation; their number is drawn uniformly from 1 .. turns.
+        held_out: whether to ask about the held-out words and numbers instead of the words and numbers for training.
+        turns: maximum number of questions per conversation; the number is drawn uniformly from 1 .. turns.
 
     Raises:
         UserError: n is below 1.

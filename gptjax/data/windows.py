@@ -10,14 +10,14 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """Returns the number of windows, of `length` inputs and their targets each, that start every `stride` tokens."""
+    """Returns the number of windows of `length` inputs and targets in n_tokens, one starting every `stride` tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
 def windows(
     ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `ids` [N] into inputs and targets, both [n, length]. If `ids` is an array, both are read-only views of it.
+    """Cut `ids` [N] into inputs and targets [n, length]. If `ids` is an array, the results are read-only views of it.
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]

@@ -19,8 +19,8 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.n
 def f1(table: np.ndarray) -> np.ndarray:
     """Returns the F1 score of each class, [n_classes], from a confusion matrix: 2 tp / (2 tp + fp + fn).
 
-    tp, fp and fn are the numbers of true positives, false positives and false negatives of the class. The score is 0 if
-    the class neither occurs nor is predicted.
+    tp, fp and fn are the numbers of true positives, false positives and false negatives of the class. The F1 score of a
+    class that neither occurs nor is predicted is 0.
     """
     correct = np.diag(table)
     return 2 * correct / np.maximum(table.sum(0) + table.sum(1), 1)
@@ -29,7 +29,7 @@ def f1(table: np.ndarray) -> np.ndarray:
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
     """Returns the expected calibration error: the mean of |accuracy - confidence| over bins of equal width.
 
-    A prediction falls into a bin by its confidence, and a bin is weighted by its number of predictions.
+    Predictions are put into bins by their confidence, and a bin is weighted by its number of predictions.
     Source: arXiv:1706.04599, eq. 3.
     """
     confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
@@ -41,7 +41,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def report(probabilities: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns all metrics, given probabilities [n, C] and labels [n], as a dict that can be written as JSON."""
+    """Returns all metrics for probabilities [n, C] and labels [n], as a dict that can be written as JSON."""
     table = confusion(labels, probabilities.argmax(-1), len(names))
     correct, n = int(np.trace(table)), len(labels)
     return {

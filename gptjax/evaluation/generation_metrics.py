@@ -1,4 +1,4 @@
-"""Metrics of generated answers, against the expected answers and against those of another model."""
+"""Metrics that compare generated answers with the expected answers and with the answers of another model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-Row = dict[str, Any]  # keys: where, prompt, expected, answer; optional: nats, tokens, system, history, constraints
+Row = dict[str, Any]  # keys where, prompt, expected, answer; optional keys nats, tokens, system, history, constraints
 MAX_PROBLEMS = 20
 
 
@@ -23,7 +23,7 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-# Verifiable constraints on an answer, after IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to (type
+# Verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to (type
 # of its value, function (answer, value) -> whether the answer meets the constraint).
 CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
@@ -44,7 +44,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, location: str) -> list[str]:
-    """Returns error messages about what is invalid in a list of constraints {"kind": .., "value": ..}."""
+    """Returns error messages about invalid items in a list of constraints {"kind": .., "value": ..}."""
     if not isinstance(constraints, list | tuple):
         return [f"{location}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []
@@ -60,15 +60,16 @@ def check_constraints(constraints: Any, location: str) -> list[str]:
 
 
 def is_met(answer: str, constraint: dict[str, Any]) -> bool:
-    """Whether an answer meets a constraint."""
+    """Returns whether an answer meets a constraint."""
     return CONSTRAINTS[constraint["kind"]][1](answer, constraint["value"])
 
 
 def read(path: str) -> list[Row]:
-    """Read the answers in a file responses.jsonl, as `gptjax finetune instruct` writes it.
+    """Reads the answers in a file responses.jsonl that `gptjax finetune instruct` wrote.
 
     Raises:
-        UserError: the file does not exist, has no answers, or has invalid lines (the first 20 are listed).
+        UserError: the file does not exist, has no answers, or has invalid lines (the message lists the first 20
+            problems).
     """
     rows, problems = [], []
     for location, row in tables.read(path):
@@ -87,7 +88,7 @@ def read(path: str) -> list[Row]:
 
 
 def _check_optional(row: Row, location: str) -> list[str]:
-    """Returns error messages about the optional keys nats and tokens (both or neither), history and system."""
+    """Returns error messages about invalid optional keys: nats and tokens (both or neither), history and system."""
     problems, turns = [], row.get("history", [])
     nats: Any = row.get("nats")
     tokens: Any = row.get("tokens")
@@ -105,10 +106,12 @@ def _check_optional(row: Row, location: str) -> list[str]:
 
 
 def scores(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns metrics of the answers, averaged over rows. A proportion NAME has its 95 % interval in NAME_interval.
+    """Returns metrics of the answers, averaged over rows.
+
+    The 95 % confidence interval of a proportion NAME is under the key NAME_interval.
 
     exact            proportion of answers that equal the expected answer, ignoring whitespace around them
-    normalised       the same proportion, ignoring also case, all differences in whitespace and full stops at the end
+    normalised       the same proportion, also ignoring case, all differences in whitespace and full stops at the end
     token_f1         mean F1 score of the answers' words (arXiv:1606.05250, section 4.1, except that articles count)
     nats_per_token   mean loss of the expected answers' tokens, if rows have nats and tokens
     constraints      proportion of constraints that are met, if rows have constraints
@@ -134,7 +137,10 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
-    """Returns {name: mean of `wins`, name_interval: its Wilson interval}. A win is 1, a loss 0 and a tie 0.5."""
+    """Returns {name: mean of `wins`, name_interval: its Wilson interval}.
+
+    In `wins`, 1 stands for a win, 0 for a loss and 0.5 for a tie.
+    """
     return {name: sum(wins) / len(wins), f"{name}_interval": list(interval(sum(wins), len(wins)))}
 
 
@@ -158,7 +164,7 @@ def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
     A tie counts as half a win.
 
     Raises:
-        UserError: `rows` and `others` have no question in common, or a row lacks nats.
+        UserError: `rows` and `others` have no question in common, or a row lacks the key nats.
     """
     if not all("nats" in row for row in (*rows, *others)):
         raise UserError(

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gptjax.errors import UserError
 
-TIMEOUT_S = 60.0  # timeout of a request to the server
+TIMEOUT_S = 60.0  # timeout in seconds of a request to the server
 LOG_EVERY_S = 10.0
-PAUSE_S = 1.0  # pause before a failed request is sent again
+PAUSE_S = 1.0  # pause in seconds before a failed request is sent again
 TRIES = 3
 MAX_REPLY_BYTES = 1 << 22
 
@@ -33,10 +33,10 @@ AGAIN = "Reply with one integer from 0 to 100 and nothing else."
 def judge(
     rows: Sequence[dict[str, Any]], url: str, model: str, *, key: str | None = None, log: Callable[[str], None]
 ) -> list[int | None]:
-    """Score the answer of each row from 0 to 100, with the judge at temperature 0.
+    """Returns the score, from 0 to 100, that the judge model gives to each row's answer at temperature 0.
 
-    The score is None if three replies of the judge contain no number from 0 to 100. The method follows chapter 7 of
-    Raschka's Build a Large Language Model (From Scratch).
+    The score is None if three replies of the judge in a row contain no number from 0 to 100. The method follows chapter
+    7 of Raschka's Build a Large Language Model (From Scratch).
 
     Args:
         rows: answers to score, with the keys prompt, expected and answer.
@@ -64,7 +64,7 @@ def judge(
 
 
 def number(reply: str) -> int | None:
-    """Returns the first number in a reply, if it is an integer from 0 to 100; else None."""
+    """Returns the first number in a reply if that number is an integer from 0 to 100, else None."""
     first = re.search(r"[-\u2212]?[0-9]+([.,][0-9]+)*", reply)
     if first is None or not re.fullmatch("[0-9]{1,3}", first[0]) or int(first[0]) > 100:
         return None
@@ -80,9 +80,9 @@ def _check(url: str, key: str) -> None:
         valid = valid and url.isascii() and url.isprintable() and " " not in url
     except ValueError:
         valid = False
-    if not valid:  # the message does not repeat the URL, which may contain a password
+    if not valid:  # the error message omits the URL, which may contain a password
         problems.append("the judge's URL: expected one such as http://localhost:11434/v1, without name, password or ?")
-    if not (key.isascii() and key.isprintable() and " " not in key):  # http.client's error would contain the key
+    if not (key.isascii() and key.isprintable() and " " not in key):  # http.client's error message would reveal the key
         problems.append("OPENAI_API_KEY contains whitespace or a character that is not ASCII: set it again")
     if problems:
         raise UserError.all(problems)
@@ -110,7 +110,7 @@ def question(row: dict[str, Any]) -> str:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Turns a redirect into an error, so that key and texts are sent only to the address that the user gave."""
+    """Turns a redirect into an error, so that the key and the texts are sent only to the address that the user gave."""
 
     def redirect_request(self, *args: Any) -> None:
         return None
@@ -157,7 +157,10 @@ def _content(reply: bytes, address: str) -> str:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError, model: str) -> str:
-    """Returns the error message for an HTTP status. It omits the reply's body, where a server may repeat the key."""
+    """Returns the error message for an HTTP status.
+
+    The message omits the reply's body, in which a server may repeat the API key.
+    """
     code = error.code
     if code in (401, 403):
         hint = "set the environment variable OPENAI_API_KEY to a key that this server accepts"

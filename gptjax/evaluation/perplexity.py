@@ -25,8 +25,9 @@ def losses(
 ) -> np.ndarray:
     """Returns the mean loss of each text in nats per token, [n] float32.
 
-    A text is truncated to the context length of the model, at most 512 tokens. The loss of a text of one token is nan,
-    because nothing in it is predicted. `say` is called with progress messages.
+    A text is truncated to the context length of the model, and to 512 tokens if the context is longer. The loss of a
+    text of one token is nan, because no token of it is predicted. `say` is a function that is called with progress
+    messages.
     """
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

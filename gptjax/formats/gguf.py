@@ -4,16 +4,16 @@
     file.metadata["general.architecture"]      # "llama"
     file.array("token_embd.weight")            # [49152, 576] float32, dequantised
 
-A file is little-endian. It has a header with typed key-value pairs (the metadata) and the list of tensors, padding to
-the alignment, and the data of each tensor at an aligned offset. A quantised tensor is stored in blocks of values along
-its last axis, each with its own scale; `TYPES` has the layout of a block of each type.
+All values are little-endian. A GGUF file consists of a header with typed key-value pairs (the metadata) and the list of
+tensors, padding to the alignment, and the data of each tensor at an aligned offset. A quantised tensor is stored in
+blocks of values along its last axis, each with its own scale; `TYPES` has the layout of a block of each type.
 
 Files are untrusted: every count and length is compared with the remaining size of the file before anything is
 allocated, so that a bad file raises an error. The data is read, not memory-mapped, because this process would be killed
 if another process truncated a mapped file.
 
-Source: docs/gguf.md of ggml for the format, ggml-quants.c of ggml for the block layouts. Values equal those of the
-package gguf-py to the bit.
+Source: docs/gguf.md of ggml for the format, ggml-quants.c of ggml for the block layouts. The dequantised values are
+bit-identical to those of the package gguf-py.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing
 
 MAGIC, VERSION, READABLE = b"GGUF", 3, (2, 3)
-ALIGNMENT = 32  # in bytes, used if the metadata has no general.alignment
+ALIGNMENT = 32  # alignment in bytes if the metadata has no general.alignment
 
 MAX_HEADER_BYTES = 64 << 20  # maximum size of metadata and tensor list; the largest vocabularies need 20 MB
 MAX_STRING_BYTES = 1 << 20
-MAX_STRINGS = 1 << 20  # total number of strings in arrays; the largest tokenizers have 0.65 million tokens and merges
+MAX_STRINGS = 1 << 20  # maximum number of strings in arrays; the largest tokenizers have 0.65 million tokens and merges
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
 MAX_NAME_BYTES = 63  # longest tensor name that is written, because llama.cpp refuses longer names
@@ -52,7 +52,10 @@ NewTensor = tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]
 
 @dataclass(frozen=True)
 class Tensor:
-    """Location and type of a tensor. `shape` is in numpy's order, which is the reverse of the order in the file."""
+    """Name, shape, type and location of a tensor.
+
+    `shape` is in numpy's order, which is the reverse of the order in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -63,7 +66,7 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class File:
-    """The header of a GGUF file.
+    """The header of a GGUF file, with a method that reads a tensor.
 
     metadata  key -> bool, int, float, str, list of str, or numpy array of numbers in the dtype of the file
     tensors   name -> location and type, in the order of the file
@@ -76,10 +79,10 @@ class File:
     def array(self, name: str, dtype: DTypeLike = np.float32) -> np.ndarray:
         """Read one tensor, dequantise it to float32 and cast it to `dtype`.
 
-        Reading takes 1 MB of memory besides the result.
+        Reading a tensor takes 1 MB of memory in addition to the result.
 
         Raises:
-            UserError: there is no such tensor, or the file has changed since the header was read.
+            UserError: no tensor has this name, or the file has changed since the header was read.
         """
         if name not in self.tensors:
             hint = did_you_mean(name, self.tensors, ", did you mean {!r}?")
@@ -97,8 +100,8 @@ def read(path: str | os.PathLike[str]) -> File:
     """Read the metadata and the tensor list of a GGUF file, version 2 or 3.
 
     Raises:
-        UserError: the file is not a GGUF file or is truncated, or a value in the header is out of bounds. The message
-            lists all bad tensors.
+        UserError: the file is not a GGUF file or is truncated, or a value in the header is out of bounds. The error
+            message lists all invalid tensors.
     """
     path = Path(path)
     try:
@@ -114,12 +117,12 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
     """Write a GGUF file, version 3, atomically.
 
     Args:
-        metadata: key -> bool, int, float, str or a list of these. An int is written as uint32, or else as the first of
-            int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64 that can
-            hold all of them; float as float32. A numpy scalar or 1-d array keeps its dtype. The key "general.alignment"
-            sets the alignment of the file.
+        metadata: key -> bool, int, float, str or a list of such values. An int is written as uint32, or else as the
+            first of int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64
+            that can hold all of them; a float is written as float32. A numpy scalar or 1-d array keeps its dtype. The
+            key "general.alignment" sets the alignment of the file.
         tensors: (name, shape, type, values) of each tensor. values() is called when the tensor is written, and its
-            result is freed before the next call. The type is one of F32, F16, BF16, Q8_0.
+            result is freed before the next call. `type` is F32, F16, BF16 or Q8_0.
 
     Raises:
         UserError: metadata or tensors are not accepted by the format, by `read` or by llama.cpp (raised before any
@@ -320,7 +323,7 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
 
 
 def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str]:
-    """Yields an error message about the first thing that is wrong with an entry of the tensor list, if any."""
+    """Yields an error message about the first problem found in an entry of the tensor list, if there is a problem."""
     name, kind = _quote(entry.name), _BY_ID.get(entry.type_id)
     if not all(entry.shape):
         yield f"{name} has shape {list(entry.shape)}: every dimension must be positive"
@@ -336,10 +339,10 @@ def _wrong(entry: _Entry, start: int, alignment: int, size: int) -> Iterator[str
 
 
 def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, problems: list[str]) -> dict[str, Tensor]:
-    """Returns the tensors by name, and adds error messages to `problems`.
+    """Returns a dict of the tensors by name, and appends error messages to `problems`.
 
-    Tensors that overlap are an error, and so is a gap of at least the alignment, because a wrong type or dimension of a
-    tensor leaves one.
+    Tensors that overlap are an error, and so is a gap of at least the alignment, because a tensor with a wrong type or
+    dimension leaves such a gap.
     """
     tensors: dict[str, Tensor] = {}
     for name, shape, type_id, offset in entries:
@@ -365,7 +368,7 @@ def _tensors(entries: list[_Entry], start: int, alignment: int, size: int, probl
 
 
 def _quote(name: str) -> str:
-    """Returns a name from a file in a form for error messages: quoted, on one line, and truncated."""
+    """Returns a name from a file as it is shown in error messages: quoted, on one line, and truncated."""
     return repr(name[:100])[:120]
 
 
@@ -377,7 +380,7 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """Returns (header as bytes, padded to the alignment; alignment in bytes). The header is parsed, to validate it."""
+    """Returns (header as bytes, padded to the alignment; alignment in bytes). Parses the new header, to validate it."""
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -408,7 +411,7 @@ def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, 
 
 
 def _pack(value: Any, what: str) -> bytes:
-    """Returns the bytes of a metadata value, preceded by those of its type."""
+    """Returns a metadata value as bytes: the number of its type, then the value."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value, what)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -426,7 +429,7 @@ _NUMBER_TYPES = {np.dtype(bool): _BOOL, **{dtype: kind for kind, dtype in _NUMBE
 
 
 def _typed(value: Any, what: str) -> np.ndarray:
-    """Converts a Python number, or a list of numbers, to a numpy array of the dtype that is written."""
+    """Converts a Python number, or a list of numbers, to a numpy array of the dtype that the file will have."""
     items = value if isinstance(value, list | tuple) else [value]
     kinds = {type(item) for item in items}
     if kinds == {bool}:
@@ -455,7 +458,7 @@ def _text(text: str, what: str) -> bytes:
 
 # --- from blocks to values and back
 
-Decode = Callable[[np.ndarray, np.ndarray], None]  # (blocks [n], out [n, block] float32): writes the values to out
+Decode = Callable[[np.ndarray, np.ndarray], None]  # (blocks [n], out [n, block] float32): decodes the blocks into out
 Encode = Callable[[np.ndarray], np.ndarray]  # values [n, block] float32 -> blocks [n], with the layout as dtype
 
 
@@ -469,10 +472,10 @@ class _Type(NamedTuple):
 
 
 def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Decode a tensor chunk by chunk.
+    """Decodes a tensor chunk by chunk, and returns it as an array of the given shape and dtype.
 
     Args:
-        read: function (start, stop) -> bytes start .. stop - 1 of the tensor, called for one range after the other.
+        read: function (start, stop) -> bytes start .. stop - 1 of the tensor, called for consecutive ranges.
     """
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
@@ -485,7 +488,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # the scales in a file, and so the values, may be infinite or NaN
+        with np.errstate(invalid="ignore"):  # scales in a file may be infinite or NaN
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -568,7 +571,8 @@ def _decode_q4_k(b: np.ndarray, out: np.ndarray) -> None:
 
 def _decode_q5_k(b: np.ndarray, out: np.ndarray) -> None:
     _nibbles(b["q"], 32, out)
-    high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # bit g of byte i: for value i of group g
+    # bit g of byte i is the fifth bit of value i of group g
+    high = (b["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     out += high.reshape(out.shape) << 4
     _scale_groups(b, out)
 
@@ -587,9 +591,9 @@ def _column(halves: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
-    """Unpack 4-bit values into `out`.
+    """Unpack the 4-bit values in `packed` into `out`.
 
-    Every `width` bytes hold 2 * width values: first those in the low nibbles, then those in the high nibbles.
+    Every `width` bytes hold 2 * width values: first the values in the low nibbles, then the values in the high nibbles.
     """
     packed = packed.reshape(len(packed), -1, width)
     halves = out.reshape(len(packed), -1, 2, width)
@@ -598,7 +602,7 @@ def _nibbles(packed: np.ndarray, width: int, out: np.ndarray) -> None:
 
 
 def _scale_groups(b: np.ndarray, out: np.ndarray) -> None:
-    """Multiply `out` by the scales of its groups and subtract their minima, in place, for Q4_K or Q5_K.
+    """Multiply `out` by the scales of its groups and subtract the groups' minima, in place, for Q4_K or Q5_K.
 
     A block has 8 groups of 32 values. The scale and the minimum of each group have 6 bits, packed in 12 bytes:
 
@@ -625,7 +629,7 @@ def _encode_f16(x: np.ndarray) -> np.ndarray:
 def _encode_bf16(x: np.ndarray) -> np.ndarray:
     words = x.view(np.uint32)
     nearest = words + (0x7FFF + ((words >> 16) & 1))  # round to nearest, ties to even
-    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # a NaN stays a NaN
+    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # | keeps a NaN a NaN
 
 
 def _encode_q8_0(x: np.ndarray) -> np.ndarray:
@@ -674,7 +678,7 @@ TYPES: dict[str, _Type] = {
     )
 }
 _BY_ID = {kind.id: kind for kind in TYPES.values()}
-_OTHER = {  # number -> name of ggml types that are not supported, for error messages
+_OTHER = {  # names of the ggml types that are not supported, by number, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",

@@ -1,4 +1,4 @@
-"""Parses untrusted JSON strictly: duplicate keys and too deep nesting are errors."""
+"""Parses untrusted JSON strictly: duplicate keys and values that are nested too deeply are errors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def loads(text: str, constants: bool = True) -> Any:
     """Parse a JSON value.
 
     Args:
-        constants: whether to accept NaN and Infinity, which are not valid JSON, but which Python writes.
+        constants: whether to accept NaN and Infinity, which are not valid JSON, but which Python's json module writes.
 
     Raises:
-        ValueError: the text is not valid JSON (JSONDecodeError), a key is duplicate (DuplicateKey), a constant is not
-            accepted, or values are nested too deeply.
+        ValueError: the text is not valid JSON (JSONDecodeError), a key is duplicate (DuplicateKey), NaN or Infinity is
+            not accepted, or values are nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=None if constants else _no_constant)
@@ -55,7 +55,7 @@ def parse_json(text: bytes, location: str, what: str) -> dict[str, Any]:
 
     Args:
         location: name of the file, for error messages, such as "{location}: the {what} is not JSON".
-        what: name of the text in these messages.
+        what: name of the text in error messages.
 
     Raises:
         UserError: the text is not a JSON object, or has too many values.

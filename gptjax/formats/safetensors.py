@@ -1,12 +1,13 @@
-"""Reads and writes safetensors files and Hugging Face folders of them, with one tensor in memory at a time.
+"""Reads and writes safetensors files, and Hugging Face folders of such files, with one tensor in memory at a time.
 
     8 bytes  length of the header, little-endian
     header   JSON {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {..}}
     data     the tensors, without gaps or overlaps
 
-The package `safetensors` is not used, because it allows a header of 100 MB, and memory-maps the file. Here every length
-and count is checked before anything is allocated, and a file that is truncated while it is read raises an error instead
-of killing the process. `tests/formats/test_safetensors.py` tests that each implementation reads the other's files.
+The package `safetensors` is not used, because it allows a header of 100 MB, and memory-maps the file. This module
+checks every length and count before anything is allocated, and a file that is truncated while it is read raises an
+error instead of killing the process. `tests/formats/test_safetensors.py` tests that this module and the package read
+each other's files.
 
 Source: the format description in the safetensors repository.
 """
@@ -61,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File(Stored):
-    """A safetensors file, with an entry for each of its tensors."""
+    """A safetensors file, with an entry per tensor."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -84,7 +85,7 @@ class File(Stored):
 class Folder:
     """A checkpoint that is divided among several safetensors files, its shards."""
 
-    files: Mapping[str, File]  # tensor name -> its shard
+    files: Mapping[str, File]  # tensor name -> the shard that holds the tensor
 
     def shapes(self) -> dict[str, Shape]:
         return {name: file.entries[name].shape for name, file in self.files.items()}
@@ -114,7 +115,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # a valid header length can also begin with the magic bytes of another format, so "{" is looked for
+                # a valid header length can begin with the magic bytes of another format, but then "{" follows
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -138,7 +139,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
 
 def _entry(name: str, body: Any, start: int, problems: list[str]) -> Entry | None:
     shown = f"{name!r:.80}"
-    if not name.isprintable():  # it contains NUL, an escape sequence or a lone surrogate
+    if not name.isprintable():  # the name contains NUL, an escape sequence or a lone surrogate
         problems.append(f"{shown}: the name of a tensor must be printable")
         return None
     if not isinstance(body, dict) or set(body) != {"dtype", "shape", "data_offsets"}:
@@ -171,7 +172,7 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """Returns an error message, in a list, unless the tensors fill the file exactly from the header to the end."""
+    """Returns a list with an error message unless the tensors fill the file exactly, from the header to the end."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:
@@ -184,7 +185,7 @@ def open_folder(folder: str | os.PathLike[str]) -> File | Folder:
     """Open `model.safetensors` in a folder, or else the shards that `model.safetensors.index.json` names.
 
     Raises:
-        UserError: neither file exists, there are only pickled weights, or the index does not match the shards.
+        UserError: the folder has no weights, or only pickled weights, or the index does not match the shards.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -288,7 +289,7 @@ def write_file(path: Path, tensors: list[Out], dtype: np.dtype) -> None:
 def _bytes(tensor: Out, dtype: np.dtype) -> memoryview:
     """Returns the bytes of one tensor.
 
-    This is a function of its own, so that no local variable keeps the array alive while the next array is computed.
+    This code is a separate function, so that no local variable keeps the array alive while the next array is computed.
     """
     array = tensor.array()
     if array.shape != tuple(tensor.shape):

@@ -22,7 +22,7 @@ from gptjax.formats import json as strict_json
 KINDS = (".json", ".jsonl", ".parquet", ".csv")
 TEXT = ("text", "sentence", "content", "review", "message", "sms", "body", "comment", "document")
 LABEL = ("label", "labels", "class", "category", "target", "sentiment", "intent")
-MAX_FIELD_CHARACTERS = 1 << 30  # maximum length of a CSV cell; the default of the csv module, 131,072, is too small
+MAX_FIELD_CHARACTERS = 1 << 30  # maximum characters per CSV cell, because csv's default of 131,072 is too small
 BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
@@ -34,10 +34,10 @@ Record = dict[str, Any]
 def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
     """Yield (location, record) from a .json (array), .jsonl, .parquet or .csv file, or hf:org/name[:config][@split].
 
-    For an invalid record, the UserError that describes it is yielded in its place.
+    In place of an invalid record, a UserError that describes the problem is yielded.
 
     Raises:
-        UserError: the file does not exist, or cannot be read any further.
+        UserError: the file does not exist, or reading it fails before its end.
     """
     if source.startswith("hf:"):
         return _hub_records(source)
@@ -51,7 +51,7 @@ def read(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def loads(text: str) -> Any:
-    """Parse a JSON value strictly (no duplicate keys, no NaN). If the text is invalid, return a UserError."""
+    """Parse a JSON value strictly (no duplicate keys, no NaN). Returns a UserError if the text is invalid."""
     try:
         return strict_json.loads(text, constants=False)
     except ValueError as error:
@@ -83,7 +83,7 @@ def _jsonl(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
-    """Yields a record per row. All values are strings, even NA, null and numbers."""
+    """Yields (location, record) for each row of a .csv file. All values are strings, even NA, null and numbers."""
     columns: list[str] = []
     for number, row in delimited(lines(path), strict=True):
         location = f"{source}:{number}"
@@ -98,10 +98,13 @@ def _csv(path: Path, source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def tsv(source: str, quoted: bool = False) -> Iterator[tuple[str, Record | UserError]]:
-    """Like `read`, for a .tsv file. A file without a header has two columns, label and text.
+    """Yields (location, record) for each row of a .tsv file, as `read` does for other files.
+
+    A file without a header has two columns, label and text.
 
     Args:
-        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as in pandas.
+        quoted: whether a cell that begins with a quote extends to the next quote, even across lines, as pandas reads
+            it.
     """
     path = user_path(source)
     if not path.is_file():
@@ -134,7 +137,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    except Exception as error:  # no network or an unknown dataset or config: the user can fix these
+    except Exception as error:  # errors that the user can fix, such as no network or an unknown name
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
             "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
@@ -147,7 +150,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file with their line ends.
+    """Yields the lines of a file, each with its line end.
 
     A file is split at line feeds only, while str.splitlines would also split at U+2028. A file without line feeds is
     split at carriage returns, the line ends of classic Mac OS.
@@ -183,7 +186,10 @@ def decode(data: bytes, path: Path, offset: int = 0) -> str:
 
 
 def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, JSON value) for each line that is not blank. The value of an invalid line is a ValueError."""
+    """Yield (line number, JSON value) for each line that is not blank.
+
+    In place of an invalid JSON value, a ValueError is yielded.
+    """
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -196,8 +202,8 @@ def jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
 def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the row's first line, cells of the row) for each row that is not blank.
 
-    `dialect` has the formatting parameters of `csv.reader`. A csv.Error is yielded in place of the
-    cells, and ends the iteration.
+    `dialect` has the formatting parameters of `csv.reader`. If a row is invalid, a csv.Error is yielded instead of its
+    cells, and the iteration ends.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_CHARACTERS))
     rows = csv.reader(lines, **dialect)
@@ -215,7 +221,7 @@ def delimited(lines: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[
 
 
 def header(row: list[str], location: str) -> list[str]:
-    """Returns the column names in a header row. An unnamed column is named by its position, such as "column 2".
+    """Returns the column names in a header row. A column without a name is named by its position, such as "column 2".
 
     Raises:
         UserError: a column name occurs twice.
@@ -247,10 +253,11 @@ def parquet(
 
 
 def hub_name(name: str) -> tuple[str, str, str]:
-    """Parse hf:org/name[:config][@split] to (org/name, config, split). config and split are "" if not given.
+    """Parse hf:org/name[:config][@split] to (org/name, config, split). config and split are "" if they are not given.
 
     Raises:
-        UserError: the name has another form, or is that of a local file or folder, which `datasets` would read instead.
+        UserError: the name does not have this form, or a local file or folder has this name, which `datasets` would
+            read instead.
     """
     repo, _, split = name.removeprefix("hf:").partition("@")
     repo, _, config = repo.partition(":")
@@ -263,7 +270,7 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """Load a split ("": train) of a dataset on the Hugging Face hub. Errors of `datasets` are not caught."""
+    """Load a split of a dataset on the Hugging Face hub; "" is the split train. Errors of `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
@@ -273,7 +280,10 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 
 
 def names(keys: Iterable[object]) -> str:
-    """Returns keys or column names as a comma-separated list. Names with commas or outer blanks are quoted."""
+    """Returns keys or column names as a comma-separated list.
+
+    Names with commas or with leading or trailing blanks are quoted.
+    """
     keys = list(keys)
     more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
     return ", ".join(map(quoted, keys[:20])) + more

@@ -6,12 +6,12 @@
 
 A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
 of 48 bytes with the location of the index block. In a block, keys are prefix-compressed: a key is stored as the length
-of the prefix that it shares with the previous key, and its remaining bytes. Each block is followed by a compression
-byte and a checksum. The values are protocol buffers. Every length is checked, and every block and tensor is compared
-with its checksum. One tensor is in memory at a time. The data is read, not memory-mapped, because this process would be
-killed if another process truncated a mapped file.
+of the prefix that it shares with the previous key, and the key's remaining bytes. Each block is followed by a
+compression byte and a checksum. The values in the table are protocol buffers. Every length is checked, and every block
+and tensor is compared with its checksum. Only one tensor is in memory at a time. The data is read, not memory-mapped,
+because this process would be killed if another process truncated a mapped file.
 
-Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; for the checksum RFC 3720, appendix B.4.
+Source: table_format.txt of LevelDB; tensor_bundle.proto of TensorFlow; RFC 3720, appendix B.4, for the checksum.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DTYPES: dict[int, tuple[str, Any]] = {  # TensorFlow's DataType number -> (name,
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-# Maximum size of an index file in bytes; those of GPT-2 have 5 to 21 kB. The slowest valid index takes 2 s.
+# Maximum size of an index file in bytes; those of GPT-2 have 5 to 21 kB. Reading a valid index takes at most 2 s.
 MAX_INDEX = 2 << 20
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -46,7 +46,7 @@ _PATH_LINE = re.compile(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]*)"[ 
 
 @dataclass(frozen=True)
 class Entry:
-    """Location, dtype and shape of a tensor."""
+    """Location, dtype, shape and checksum of a tensor."""
 
     dtype: np.dtype[Any]
     shape: Shape
@@ -58,7 +58,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """The entries of a checkpoint by tensor name. The checksum of a tensor is verified when it is first read."""
+    """A TensorFlow checkpoint, with an entry per tensor name.
+
+    The checksum of a tensor is verified when it is first read.
+    """
 
     entries: Mapping[str, Entry]
     checked: set[str] = field(default_factory=set)  # names of tensors whose checksum has been verified
@@ -123,7 +126,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
-    """Parses the bytes of a table, and returns its contents as {key: value}."""
+    """Parses the bytes of a LevelDB table, and returns its contents as {key: value}."""
     try:
         if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
             raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
@@ -156,9 +159,9 @@ def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
-    """Returns the content of the block at `offset`, after verifying it.
+    """Returns the content of the table block at `offset`, after verifying its checksum.
 
-    The content is followed by a compression byte and a 4-byte checksum of both.
+    The content is followed by a compression byte, and by a 4-byte checksum of the content and the compression byte.
     """
     end = offset + size
     if end + 5 > len(data) - FOOTER or size < 4:
@@ -172,7 +175,7 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the (key, value) pairs of a block in order.
+    """Yields the (key, value) pairs of a table block in order.
 
     The restart points at the end of the block are skipped, because they serve only binary search.
     """
@@ -294,16 +297,16 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 # ---------------------------------------------------------------- the checksum
 
 # The CRC of a message of 32-bit words w0 w1 .. is linear (over GF(2)) in each word, so that numpy can compute it by a
-# tree. Let A_k(x) be the CRC state x after 2^k more zero words. A_0(w0) ^ w1, A_0(w2) ^ w3, .. replaces each pair of
-# words by one word and so reduces n words to n/2, A_1 reduces these to n/4, and so on. A_k is stored as a lookup table
-# for each of the four bytes of a word, [4, 256]; A_{k+1} is A_k applied twice.
+# tree. Let A_k(x) be the CRC state that results from state x after 2^k zero words. A_0(w0) ^ w1, A_0(w2) ^ w3, ..
+# replaces each pair of words by one word and so reduces n words to n/2, A_1 reduces these to n/4, and so on. A_k is
+# stored as a lookup table for each of the four bytes of a word, [4, 256]; A_{k+1} is A_k applied twice.
 
 _CHUNK = 1 << 18  # number of bytes processed at once, so that intermediate results fit in the CPU cache
-_SHORT = 1000  # number of bytes up to which processing byte by byte is faster
+_SHORT = 1000  # up to this number of bytes, computing the CRC byte by byte is faster
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
-    """Returns the CRC-32C (Castagnoli) of `data`, or of bytes whose CRC is `crc`, followed by `data`."""
+    """Returns the CRC-32C (Castagnoli) of `data`, appended to bytes whose CRC is `crc` (0: no bytes)."""
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
     state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
@@ -312,7 +315,7 @@ def crc32c(data: bytes, crc: int = 0) -> int:
         words[0] ^= np.uint32(state)
         level = 0
         while len(words) > 1:
-            odd = len(words) % 2  # 1 if the first word has no partner and is kept as it is
+            odd = len(words) % 2  # 1 if the first word has no partner to be combined with
             joined = _apply(tables[level], words[odd::2]) ^ words[odd + 1 :: 2]
             words = np.concatenate([words[:odd], joined])
             level += 1
@@ -344,7 +347,7 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """Returns (the CRC lookup table for single bytes [256], the lookup tables of A_0, A_1, .., each [4, 256])."""
+    """Returns the CRC lookup table for single bytes [256], and the lookup tables [4, 256] of the A_k defined above."""
     byte = np.arange(256, dtype=np.uint32)
     crc: np.ndarray = byte
     for _ in range(8):

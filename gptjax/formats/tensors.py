@@ -12,7 +12,10 @@ Shape = tuple[int, ...]
 
 
 class Stored(ABC):
-    """Base class of files that store tensors in row-major order. Subclasses set `entries` and define `_read`."""
+    """Base class for file formats that store tensors in row-major order.
+
+    Subclasses set `entries` and define `_read`.
+    """
 
     entries: Mapping[str, Any]  # tensor name -> object with the attributes shape, offset and size_bytes
 
@@ -27,7 +30,7 @@ class Stored(ABC):
         """Read one tensor in its stored dtype. The file is read, not memory-mapped.
 
         Raises:
-            UserError: the bytes cannot be read, or do not match the header.
+            UserError: the tensor's bytes cannot be read, or do not match the header.
         """
         entry = self.entries[name]
         return self._read(name, entry.shape, entry.offset)
@@ -40,7 +43,7 @@ class Stored(ABC):
 
 
 class Out(NamedTuple):
-    """A tensor to write. `array()` computes its values, and is called only when they are written."""
+    """A tensor to write. `array()` computes the values, and is called only when the tensor is written."""
 
     name: str
     shape: Shape
