@@ -33,9 +33,9 @@ class Scheme:
 
 
 def _cl100k_like(digits: str, possessive: str) -> Scheme:
-    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one character that is no
-    letter, digit or line end, and line ends belong to the punctuation or blanks before them. `digits` matches digits in `split`, and `possessive`
-    matches them in `pattern`."""
+    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one character that is no letter,
+    digit or line end, and line ends belong to the punctuation or blanks before them. `digits` matches digits in
+    `split`, and `possessive` matches them in `pattern`."""
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     return Scheme(
         contractions + r"|[^\r\n\p{L}\p{N}]?+\p{L}++|" + possessive + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"

@@ -1,5 +1,5 @@
-"""Gemma 3 text models: norms before and after each sublayer; sliding windows, with their own RoPE base, in five of six
-layers.
+"""Gemma 3 text models, which have norms before and after each sublayer. Five of every six layers have a sliding window
+and another RoPE base than the sixth layer.
 
 Hugging Face files store the scale of a norm minus 1, GGUF files the scale itself.
 """
@@ -64,8 +64,8 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields. `rope_parameters` has an entry for each of the two attention types; `rope_scaling`, if
-    present, applies to the layers with full attention."""
+    """Reads the RoPE fields of ModelConfig. `rope_parameters` has an entry for each of the two attention types;
+    `rope_scaling`, if present, applies to the layers with full attention."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -105,7 +105,8 @@ def _from_metadata(a: Attributes, fields: Mapping[str, Any]) -> dict[str, Any]:
         embed_gain=_embed_gain(fields["d_model"]),
         logit_softcap=a.take("final_logit_softcapping", float, 0.0),
     )
-    if fields["n_layer"] == 62:  # the 27B model, whose attention scale llama.cpp derives from the number of layers
+    # The 27B model, which llama.cpp recognises by its 62 layers, has the attention scale (d_model / n_head)**-0.5.
+    if fields["n_layer"] == 62:
         more["attention_scale"] = max(fields["d_model"] // max(fields["n_head"], 1), 1) ** -0.5
     return more
 
@@ -138,5 +139,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models
+    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models, which has this token
 )  # fmt: skip
