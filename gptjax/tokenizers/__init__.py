@@ -55,7 +55,8 @@ KINDS: dict[str, tuple[str, str]] = {  # kind of tokenizer -> (module, class); a
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a built-in tokenizer, or one from a saved file, a run directory, a Hugging Face folder or a GGUF file.
+    """Load a built-in tokenizer, or a tokenizer from a saved file, a run directory, a Hugging Face folder or a GGUF
+    file.
 
     Args:
         name_or_path: "gpt2", "bytes", the name of an asset, or a path.
@@ -91,9 +92,9 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
     Args:
         name: the kind of tokenizer: chars, words, bpe, wordpiece or unigram.
         texts: the documents to train on; they are read once.
-        vocab_size: size of the vocabulary, special tokens included. It is required for bpe, wordpiece and unigram
-            tokenizers. With None, a `words` tokenizer keeps every word. A `chars` tokenizer ignores this argument and
-            keeps every character.
+        vocab_size: size of the vocabulary, special tokens included. `vocab_size` is required for bpe, wordpiece and
+            unigram tokenizers. If it is None, a `words` tokenizer keeps every word. A `chars` tokenizer ignores
+            `vocab_size` and keeps every character.
         options: `special`, the names of the special tokens; only for `words` and `bpe`.
     """
     texts = _strings(texts)

@@ -3,9 +3,9 @@
     python -I _render.py FOLDERS..   reads a JSON request from stdin, prints "ready", then {"text": ..} or {"error": ..}
 
 This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
-Jinja's sandbox keeps a template from Python's internals, but does not stop endless loops and giant strings. These are
-stopped by the resource limits that this process sets for itself, or by its parent process, which kills it after the
-time limit.
+Jinja's sandbox keeps a template from Python's internals, but does not stop endless loops and giant strings. Endless
+loops and giant strings end at the resource limits that this process sets for itself, or when the parent process kills
+it after the time limit.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Base(ABC):
             text: any text without lone surrogates.
             allowed_special: special tokens whose text is encoded as their id, or "all".
             disallowed_special: special tokens whose text raises an error, unless they are in allowed_special; or "all".
-                With an empty collection, the text of special tokens is encoded as ordinary text.
+                If `disallowed_special` is empty, the text of special tokens is encoded as ordinary text.
 
         Raises:
             UserError: the text contains a special token that is not allowed, or cannot be encoded with this vocabulary.
@@ -170,7 +170,7 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, but returns an array [N] of `self.dtype`, which is faster for whole files."""
+        """Encode a text like `encode`, but return an array [N] of `self.dtype`, which is faster for whole files."""
         arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
             for piece, special in self._split_special(text, allowed_special, disallowed_special)
@@ -351,7 +351,8 @@ def first_of(text: str, names: Iterable[str]) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a tokenizer file as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES or not UTF-8."""
+    """Return the text of a tokenizer file, decoded as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES
+    or not UTF-8."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
@@ -377,8 +378,8 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    The id is bos_id if add_bos is true. Otherwise it is eot_id, because the previous document ends with that token, as
-    in GPT-2. The result is None if the tokenizer has no token that can start a document.
+    The id is bos_id if add_bos is true. Otherwise the id is eot_id, because the previous document ends with that token,
+    as in GPT-2. The result is None if the tokenizer has no token that can start a document.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 

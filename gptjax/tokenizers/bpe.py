@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding (BPE), with the vocabulary of GPT-2 or of a loaded model, or with a trained vocabulary.
 
-A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair whose
-merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
+A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair of tokens
+whose merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
@@ -10,9 +10,9 @@ GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in 
 are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded model may have
 another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead of its merges.
 
-The library tiktoken does the encoding. It uses no list of merges: it merges any adjacent pair that makes a token, the
-pair whose token has the lowest id first, and does not split a word that is itself a token. `hf.py` says when this gives
-the same ids as a list of merges.
+The library tiktoken does the encoding. tiktoken uses no list of merges: it merges any adjacent pair that makes a token,
+the pair whose token has the lowest id first, and does not split a word that is itself a token. `hf.py` says when this
+gives the same ids as a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -79,7 +79,8 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
     """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that tiktoken cannot
     make by merges are omitted.
 
-    BPE with exactly these merges, in the order of the ids of their tokens, gives the same ids as tiktoken.
+    Byte-pair encoding with exactly the returned merges, in the order of the ids of their tokens, gives the same ids as
+    tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -137,10 +138,10 @@ class BPE(Base):
         """Build the tokenizer from either `merges` or `tokens`.
 
         Args:
-            special: names of the special tokens, whose ids follow those of the merges. With `tokens`, it is a mapping
-                {name: id}.
-            tokens: all tokens except the special and added ones, written in GPT-2's alphabet. They get, in order, the
-                ids that `special` and `added` do not use.
+            special: names of the special tokens, whose ids follow those of the merges. With `tokens`, `special` is a
+                mapping {name: id}.
+            tokens: all tokens except the special and added ones, written in GPT-2's alphabet. These tokens get, in
+                their order, the ids that `special` and `added` do not use.
             added: {name: id} of added tokens; only with `tokens`.
             scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
             nfc: whether a text is normalised to Unicode NFC before it is encoded.
@@ -203,8 +204,8 @@ class BPE(Base):
 
     @functools.cached_property
     def merges(self) -> list[str]:
-        """The merges, each written as `Ġ t`, in the order in which they were learned. If the tokenizer was built from
-        tokens, `last_merges` derives its merges from them."""
+        """The merges, each written as its two tokens, such as `Ġ t`, in the order in which they were learned. If the
+        tokenizer was built from tokens, `last_merges` derives its merges from them."""
         if self._tokens is None:
             return self._merges
         return [f"{printable(left)} {printable(right)}" for left, right in last_merges(self.ranks).values()]
@@ -258,7 +259,8 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """Return GPT-2's tokenizer, which has 50,257 ids. It is built from the asset `gpt2`; tiktoken downloads nothing."""
+    """Return GPT-2's tokenizer, which has 50,257 ids. The tokenizer is built from the asset `gpt2`; tiktoken downloads
+    nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
     return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
 

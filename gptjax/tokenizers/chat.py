@@ -76,7 +76,7 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer has add_bos
+BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer's add_bos is true
 
 # Jinja code that is prepended to a template that writes no token after an answer: it appends eos_token to every answer
 # except tool calls.
@@ -177,9 +177,9 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
     The token that ends answers becomes the first of eos_ids. However, if the template uses the variable eos_token,
-    whose value is the first of eos_ids, then that first id is kept, and the token is appended to eos_ids if it is
-    missing. A template that writes no token after answers is prefixed with END, which appends the end-of-text token to
-    every answer except tool calls.
+    whose value is the first of eos_ids, then that first id is kept, and the token that ends answers is appended to
+    eos_ids if it is missing. A template that writes no token after answers is prefixed with END, which appends the
+    end-of-text token to every answer except tool calls.
 
     Raises:
         UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.

@@ -5,8 +5,8 @@
 
 Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: its metadata hold the tokens in GPT-2's
 alphabet, a list of merges, and the name of a pre-tokenizer (`pre`). `llama` is SentencePiece BPE without a list of
-merges: of all adjacent pairs that make a token, the pair whose token has the highest score is merged first. A `llama`
-vocabulary writes a blank as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
+merges. Of all adjacent pairs that make a token, `llama` first merges the pair whose token has the highest score. A
+`llama` vocabulary writes a blank as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
 `<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
@@ -34,7 +34,7 @@ BLANK = "▁"
 # characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
 MAX_PAIRS = 1 << 20  # limit on the pairs of tokens whose concatenation is a token; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens at which llama.cpp also stops
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens that also end generation in llama.cpp
 
 
 class Pre(NamedTuple):
@@ -224,7 +224,7 @@ def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
     of the score of the concatenation.
 
     Raises:
-        UserError: there are more than MAX_PAIRS such pairs.
+        UserError: there are more than MAX_PAIRS pairs of tokens whose concatenation is a token.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
     cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
@@ -253,8 +253,8 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value is a list of str, a
-    numpy array, an int, a bool or a str.
+    """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value of the metadata is
+    a list of str, a numpy array, an int, a bool or a str.
 
     If the tokenizer has no end-of-text token, llama.cpp stops at id 11. A chars tokenizer has no end-of-text token, but
     `tokenizers.extend` can add one.

@@ -1,8 +1,8 @@
 """Import and export of Hugging Face tokenizers (tokenizer.json).
 
-    tok = from_folder("SmolLM2-135M-Instruct")     from a model's folder
-    tok = from_hf(text, tokenizer_config)          from the text of a tokenizer.json
-    files = to_hf(tok)                             {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
+    tok = from_folder("SmolLM2-135M-Instruct")     loads the tokenizer in a model's folder
+    tok = from_hf(text, tokenizer_config)          loads a tokenizer from the text of its tokenizer.json
+    files = to_hf(tok)                             returns {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
 
 A byte-level BPE tokenizer with a known pre-tokenizer is loaded as a `BPE`, which the library tiktoken runs. Every other
 tokenizer is loaded as an `HF`, which keeps its tokenizer.json and is run by the library `tokenizers`. tiktoken merges
@@ -10,7 +10,7 @@ any adjacent pair that makes a token; `tokenizers` merges only the pairs in the 
 same ids under three conditions:
 
     The tokens that the listed merges make have ascending ids, in the order of the list.
-    Encoding a token with the listed merges never gives exactly two pieces, because tiktoken would merge the two.
+    Encoding a token with the listed merges never gives exactly two pieces, which tiktoken would merge.
     Tokens that the listed merges do not make exist only with `ignore_merges`, which does not split a word that is a
     token.
 
@@ -299,8 +299,8 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
-    """Return the steps of a chain, including those of nested chains, and its nesting depth. The count stops once it
-    exceeds MAX_STEPS or MAX_DEPTH."""
+    """Return the steps of a chain, including those of nested chains, and its nesting depth. The function stops counting
+    beyond MAX_STEPS steps or MAX_DEPTH levels."""
     steps: list[Any] = []
     level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
@@ -407,8 +407,8 @@ def _scheme(data: dict[str, Any]) -> str | None:
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
-    """Return whether tiktoken gives the same ids, that is, whether the three conditions in the module's docstring
-    hold."""
+    """Return whether tiktoken gives the same ids as the library `tokenizers`, that is, whether the three conditions in
+    the module's docstring hold."""
     merges = pairs(model.get("merges"), ids)
     ordinary = {token: ids[token] for token in tokens}
     made = [ordinary.get(left + right, -1) for left, right in merges]
@@ -419,7 +419,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Return the set of the numbers of pieces that encoding each of the tokens with the merges gives."""
+    """Encode each of the tokens with the merges, and return the set of the resulting numbers of pieces."""
     from tokenizers import models
 
     with rust("model"):
@@ -448,7 +448,7 @@ def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
-    """Return whether this tokenizer adds the beginning-of-sequence token before a text."""
+    """Return whether the Hugging Face tokenizer adds the beginning-of-sequence token before a text."""
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
     name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)

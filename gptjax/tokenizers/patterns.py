@@ -5,7 +5,7 @@
                              llama3  We |  have |   | 202 | 4 |  reasons
 
 `bpe.py` runs these regular expressions in tiktoken, `hf.py` reads and writes them in a tokenizer.json, and `gguf.py`
-maps llama.cpp's names (`tokenizer.ggml.pre`) to their keys in SCHEMES.
+maps llama.cpp's names of pre-tokenizers (`tokenizer.ggml.pre`) to keys of SCHEMES.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; this module encodes and decodes.
+"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; this module encodes and decodes
+texts.
 
 WordPiece  greedy longest match: the next piece is the longest in the vocabulary that the rest of the word begins with.
            A piece that does not begin a word is written with `##`:   "lower" -> low ##er
 Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
                                                          "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
-Both tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is a piece, so every
-text can be encoded and decoding is exact. The tokenizers of BERT and T5 differ: they drop white space and have an [UNK]
-token. Long words are split every 64 characters, so that encoding a text without blanks takes linear time, too.
+The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
+a piece, so every text can be encoded and decoding is exact. The tokenizers of BERT and T5 differ from these: they drop
+white space and have an [UNK] token. Long words are split every 64 characters, so that encoding a text without blanks
+takes linear time, too.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """

@@ -36,7 +36,7 @@ def split(text: str) -> list[str]:
 
 
 class Words(Base):
-    """A word-level tokenizer. Its n words have the ids 0 .. n-1, and the special tokens have the ids from n on."""
+    """A word-level tokenizer. The n words have the ids 0 .. n-1, and the special tokens have the ids from n on."""
 
     kind = "words"
     name = "words"

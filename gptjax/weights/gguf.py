@@ -122,8 +122,8 @@ def _rounded(x: float) -> float:
 
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
-    """Returns the config with the four parameters of Llama 3's RoPE scaling. They are recovered from `factors`, one per
-    frequency, because a GGUF file stores nothing else of the scaling."""
+    """Returns the config with the four parameters of Llama 3's RoPE scaling. These parameters are recovered from
+    `factors`, one per frequency, because a GGUF file stores nothing else of the scaling."""
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
     if cfg.rope_scaling != "none":
@@ -147,7 +147,7 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
 
 
 def _has_rope(gguf: Gguf) -> bool:
-    """Returns whether the architecture uses RoPE. All do except GPT-2, which has learned position embeddings."""
+    """Returns whether the architecture uses RoPE, as all do except GPT-2, which has learned position embeddings."""
     return gguf.implied["arch"] != "gpt2"
 
 

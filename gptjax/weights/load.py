@@ -1,9 +1,9 @@
 """Loads a model of any supported format, by its path or name.
 
 params, cfg = load("runs/default")              a run, or a folder that `gptjax import` wrote
-params, cfg = load("smollm2-135m-instruct")     a named asset
+params, cfg = load("smollm2-135m-instruct")     an asset, by its name
 params, cfg = load("SmolLM2-135M")              a Hugging Face folder, or the path of a .gguf file
-params, cfg = load("hf:openai-community/gpt2")  from the Hugging Face Hub
+params, cfg = load("hf:openai-community/gpt2")  a model on the Hugging Face Hub
 """
 
 from __future__ import annotations

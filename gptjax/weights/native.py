@@ -60,7 +60,7 @@ def save(
     Args:
         files: additional text files, {name: text}.
         add: function that writes more files to the temporary folder, its argument, before the folder is renamed.
-        twin: another folder written by `save`. If its weights file is identical, that file is hard-linked instead of
+        twin: another folder written by `save`. If the twin's weights file is identical, it is hard-linked instead of
             stored twice.
         base: the `Base` of an adapter, as a dict, if `params` holds only the adapter and the heads.
 

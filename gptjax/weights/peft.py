@@ -4,9 +4,10 @@ writes gptjax_sha256.json, which holds the hashes of both files.
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
-PEFT adapts GPT-2's q, k and v as one matrix, gptjax as three. Our three adapters are exported as one adapter of three
-times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with the same a, and is
-exported unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the result), as of version 0.21.
+PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
+one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
+the same matrix a, and is exported unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the
+result), as of version 0.21.
 """
 
 from __future__ import annotations
@@ -135,15 +136,16 @@ def load_peft(
     `cfg`.
 
     Layers without an adapter get an adapter of zeros, and modules with a smaller rank are padded with zeros to the
-    largest rank. If the scale differs between modules, it is multiplied into b. The `score` head of a classifier is
-    returned as cls_head/kernel.
+    largest rank. If the scale differs between modules, it is multiplied into the matrices b. The `score` head of a
+    classifier is returned as cls_head/kernel.
 
     Args:
-        base: parameters of the base model, which are compared with the fingerprint in the folder, if it has one.
+        base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
+            one.
 
     Raises:
         UserError: attributes that change the result are unknown, tensors are unknown, missing or of a wrong shape, the
-            base model is not the one of the adapter, or files have changed since gptjax wrote them.
+            base model is not the one that the adapter was trained on, or files have changed since gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():

@@ -30,16 +30,16 @@ _CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at a
 
 
 class Source(Protocol):
-    """Named tensors that are read one at a time. An optional method `rows(name, start, stop)` reads rows of a
-    matrix."""
+    """The named tensors of a file, which are read one at a time. An optional method `rows(name, start, stop)` reads
+    rows of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
 
 
 class Form(NamedTuple):
-    """How a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to the
-    file's, and `shape` converts our shape to the file's."""
+    """Describes how a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to
+    the file's, and `shape` converts our shape to the file's."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -138,7 +138,7 @@ def read(
         dtype: dtype of the returned parameters.
         shardings: one sharding for all parameters, or a tree of shardings, or None for the default device. Each
             parameter is put on its devices before the next one is read.
-        ignored: function that returns whether the tensor of that name can be ignored, such as a causal mask, RoPE
+        ignored: function (name) -> whether the tensor of this name can be ignored, such as a causal mask, RoPE
             frequencies or a tied LM head.
 
     Raises:
@@ -214,7 +214,7 @@ def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
 
 
 def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {path: sharding or None} of the parameters `ours`."""
+    """Returns {path: sharding or None} for the parameters `ours`."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)

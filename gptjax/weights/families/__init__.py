@@ -69,7 +69,8 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
 
 @contextmanager
 def with_summary(summary: str, location: str) -> Iterator[None]:
-    """Adds `summary`, the sizes in the config.json, to a UserError that is raised inside the `with` block."""
+    """Adds `summary`, the sizes in the config.json, to the message of a UserError that is raised inside the `with`
+    block."""
     try:
         yield
     except UserError as error:

@@ -34,8 +34,8 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Reads the attributes of a config.json one at a time, and removes each that was read. Attributes that are left
-    when `end` is called are errors.
+    """Reads the attributes of a config.json one at a time, and removes each that was read. Attributes that have not
+    been read when `end` is called are errors.
 
     Args:
         neutral: names of attributes that are ignored.

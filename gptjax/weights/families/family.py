@@ -15,12 +15,12 @@ class Gguf(NamedTuple):
 
     name          value of `general.architecture`
     implied       fields of ModelConfig that the architecture fixes, because the metadata do not contain them
-    rules         function ModelConfig -> rules of the tensors
+    rules         function ModelConfig -> rules that map the tensors
     norm          key of norm_eps in the metadata
     rope_base     default value of `rope.freq_base`
     rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     function (metadata, fields so far) -> more fields of ModelConfig; None: a sliding window is an error
-    to_metadata   function ModelConfig -> more metadata
+    to_config     function (metadata, fields so far) -> more fields of ModelConfig; with None, a sliding window is an error
+    to_metadata   function ModelConfig -> metadata of this architecture only
     """
 
     name: str
@@ -34,7 +34,7 @@ class Gguf(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A model type of Hugging Face, and its llama.cpp architecture.
+    """A model type of Hugging Face, and the llama.cpp architecture of the same models.
 
     defaults  default values of transformers' config class; a value None is computed from other attributes
     gguf      llama.cpp's architecture, or None if another family has the same one or llama.cpp has none
@@ -50,7 +50,7 @@ class Family(NamedTuple):
     # Switches of ModelConfig that may be False in an exported model: the vectors that it then lacks are written as
     # constants.
     fills: frozenset[str] = frozenset()
-    ignored: tuple[str, ...] = ()  # suffixes of tensors that hold no parameters
+    ignored: tuple[str, ...] = ()  # suffixes of the names of tensors that hold no parameters
     prefix: str = ""  # common prefix of the names in `rules`, which a file's tensor names may lack
     placeholder: str = ""  # last token of the tokenizer; the embedding may have no row for it
 

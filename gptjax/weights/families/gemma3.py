@@ -27,7 +27,8 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     a.must("use_bidirectional_attention", False)
     a.left.pop("attn_logit_softcapping", None)  # ignored, since transformers' Gemma 3 does not apply it
     size = hf.window(a)
-    # Every n-th layer has full attention; layer_types, if present, overrides this pattern.
+    # Every n-th layer has full attention, where n is sliding_window_pattern; layer_types, if present, overrides this
+    # pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
     a.left.pop("_sliding_window_pattern", None)  # ignored, since transformers writes but never reads it
     if not 1 <= every <= 1000:
