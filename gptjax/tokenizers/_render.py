@@ -5,7 +5,7 @@
 This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
 Jinja's sandbox keeps a template from Python's internals, but does not stop endless loops and giant strings. Endless
 loops and giant strings end at the resource limits that this process sets for itself, or when the parent process kills
-it after the time limit.
+this process after the time limit.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Gguf(NamedTuple):
     norm          key of norm_eps in the metadata
     rope_base     default value of `rope.freq_base`
     rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     function (metadata, fields so far) -> more fields of ModelConfig; with None, a sliding window is an error
+    to_config     function (metadata, fields so far) -> more fields of ModelConfig; if None, a window is an error
     to_metadata   function ModelConfig -> metadata of this architecture only
     """
 
