@@ -1,10 +1,10 @@
 """Tokenizers, which convert text to token ids and back.
 
-tok = tokenizers.load("gpt2")               a built-in tokenizer: gpt2 or bytes
-tok = tokenizers.train("bpe", texts, 4096)  train a new one: chars, words, bpe, wordpiece or unigram
+tok = tokenizers.load("gpt2")               loads a built-in tokenizer: gpt2 or bytes
+tok = tokenizers.train("bpe", texts, 4096)  trains a new tokenizer: chars, words, bpe, wordpiece or unigram
 tok.save("here"); tokenizers.load("here")   saves and loads one file, here/tokenizer.json
-tok = tokenizers.load("SmolLM2-135M")       a Hugging Face folder with tokenizer.json, or vocab.json and merges.txt
-tok = tokenizers.load("model.gguf")         the tokenizer in a GGUF file; the name of an asset works too
+tok = tokenizers.load("SmolLM2-135M")       loads a Hugging Face folder: tokenizer.json, or vocab.json and merges.txt
+tok = tokenizers.load("model.gguf")         loads the tokenizer of a GGUF file, given its path or the name of an asset
 ids = tok.encode("Every effort moves you")  -> [6109, 3626, 6100, 345]
 """
 
@@ -55,7 +55,8 @@ KINDS: dict[str, tuple[str, str]] = {  # kind of tokenizer -> (module, class); a
 
 
 def load(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a built-in tokenizer, or one from a saved file, a run directory, a Hugging Face folder or a GGUF file.
+    """Load a built-in tokenizer, or a tokenizer from a saved file, a run directory, a Hugging Face folder or a GGUF
+    file.
 
     Args:
         name_or_path: "gpt2", "bytes", the name of an asset, or a path.
@@ -89,10 +90,11 @@ def train(name: str, texts: Iterable[str], vocab_size: int | None = None, **opti
     """Train a new tokenizer.
 
     Args:
-        name: chars, words, bpe, wordpiece or unigram.
-        texts: the documents to train on; read once.
-        vocab_size: size of the vocabulary, special tokens included. Required for bpe, wordpiece and unigram. None:
-            `words` keeps every word. `chars` ignores this argument and keeps every character.
+        name: the kind of tokenizer: chars, words, bpe, wordpiece or unigram.
+        texts: the documents to train on; they are read once.
+        vocab_size: size of the vocabulary, special tokens included. `vocab_size` is required for bpe, wordpiece and
+            unigram tokenizers. If it is None, a `words` tokenizer keeps every word. A `chars` tokenizer ignores
+            `vocab_size` and keeps every character.
         options: `special`, the names of the special tokens; only for `words` and `bpe`.
     """
     texts = _strings(texts)
@@ -123,8 +125,8 @@ def loads(text: str, location: str = "tokenizer") -> Tokenizer:
 
 
 def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """Return a copy of the tokenizer with more special tokens, which get the next free ids. All other ids stay the
-    same.
+    """Return a copy of the tokenizer with more special tokens, which get the next free ids. The existing tokens keep
+    their ids.
 
     Raises:
         UserError: a name is in the vocabulary already, is empty, or is repeated.

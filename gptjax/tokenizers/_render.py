@@ -1,10 +1,11 @@
 """A program that renders one untrusted Jinja template within limits on time and memory; `chat.py` starts it.
 
-    python -I _render.py FOLDERS..    stdin: the request, JSON; stdout: "ready", then {"text": ..} or {"error": ..}
+    python -I _render.py FOLDERS..   reads a JSON request from stdin, prints "ready", then {"text": ..} or {"error": ..}
 
-It imports only jinja2 (found in FOLDERS) and the standard library, so that it starts quickly. Jinja's sandbox keeps a
-template from Python's internals, but does not stop endless loops and giant strings. The resource limits that this
-process sets for itself stop such templates, or its parent process kills it after the time limit.
+This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
+Jinja's sandbox keeps a template from Python's internals, but does not stop endless loops and giant strings. Endless
+loops and giant strings end at the resource limits that this process sets for itself, or when the parent process kills
+this process after the time limit.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class PublicNamespace(Namespace):
-        def __init__(*args: Any, **attributes: Any) -> None:  # a template may name an attribute `self`
+        # No parameter is named `self`, because a template may use this name for an attribute.
+        def __init__(*args: Any, **attributes: Any) -> None:
             self, *rest = args
             Namespace.__init__(self)
             for name, value in dict(*rest, **attributes).items():

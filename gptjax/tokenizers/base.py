@@ -2,9 +2,10 @@
 
 A tokenizer maps text to ids in 0 .. vocab_size-1 and back. Special tokens such as `<|endoftext|>` are never produced
 from ordinary text: `encode` refuses a text that contains one, unless the caller says how to encode it. Added tokens,
-which only the vocabularies of loaded models have, are never split either, but their text is always encoded as their id.
+which only the vocabularies of loaded models have, are not refused: their text is always encoded as their id and never
+split into other tokens.
 
-    encode("a<|endoftext|>b")                                      raises UserError, which names the two options below
+    encode("a<|endoftext|>b")                                      raises UserError, which names these two options:
     encode("a<|endoftext|>b", allowed_special={"<|endoftext|>"})   encodes <|endoftext|> as its id
     encode("a<|endoftext|>b", disallowed_special=())               encodes <|endoftext|> as ordinary text
 """
@@ -34,7 +35,7 @@ FORMAT = "gptjax-tokenizer"
 VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 END_OF_TEXT = "<|endoftext|>"
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # names of tokens that end a document, not a turn
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>")  # names of tokens that end a document, not a turn of a chat
 
 Special = Collection[str] | Literal["all"]
 
@@ -51,14 +52,14 @@ class Tokenizer(Protocol):
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: Mapping[str, int]
-    bos_id: int | None  # beginning-of-sequence token, which `encode` never adds
-    eos_ids: tuple[int, ...]  # end-of-sequence tokens, each of which ends generation
+    bos_id: int | None  # id of the beginning-of-sequence token, which `encode` never adds
+    eos_ids: tuple[int, ...]  # ids of the end-of-sequence tokens, each of which ends generation
     pad_id: int | None
     add_bos: bool  # whether the model expects bos_id before every text
-    chat_template: str | None  # a Jinja template, see chat.py
+    chat_template: str | None  # a Jinja template that writes a conversation as text, see chat.py
 
     @property
-    def eot_id(self) -> int | None: ...  # the token that separates documents; None: there is none
+    def eot_id(self) -> int | None: ...  # id of the token that separates documents; None if there is none
     @property
     def dtype(self) -> type[np.unsignedinteger]: ...
     @property
@@ -75,8 +76,8 @@ class Tokenizer(Protocol):
 
 
 class Base(ABC):
-    """Base class of all tokenizers. Subclasses implement `data`, and either `_encode` and `_decode` for ordinary text
-    or their own `encode`, `encode_array` and `decode`."""
+    """Base class of all tokenizers. Every subclass implements `data`, and either `_encode` and `_decode` for ordinary
+    text or its own `encode`, `encode_array` and `decode`."""
 
     _encode: Callable[[str], list[int]]
     _decode: Callable[[np.ndarray], str]
@@ -93,8 +94,8 @@ class Base(ABC):
 
     @property
     def eot_id(self) -> int | None:
-        """The id of the token that separates documents: the first token of END_OF_DOCUMENT in the vocabulary, else the
-        first of eos_ids."""
+        """The id of the token that separates documents: the first token of END_OF_DOCUMENT that is in the vocabulary,
+        otherwise the first id in eos_ids."""
         named = [self.special_tokens[name] for name in END_OF_DOCUMENT if name in self.special_tokens]
         return next(iter([*named, *self.eos_ids]), None)
 
@@ -131,8 +132,8 @@ class Base(ABC):
         return other
 
     def grow(self, names: Iterable[str]) -> None:
-        """Add special tokens after the last id, in place. Only for a tokenizer that has just been constructed;
-        `tokenizers.extend` returns a new one instead."""
+        """Add special tokens to this tokenizer; they get the ids after its last id. Call this only for a tokenizer that
+        has just been constructed; `tokenizers.extend` returns a new tokenizer instead."""
         new = {name: self.vocab_size + i for i, name in enumerate(names)}
         self.special_tokens = {**self.special_tokens, **new}
         self.vocab_size += len(new)
@@ -153,7 +154,7 @@ class Base(ABC):
             text: any text without lone surrogates.
             allowed_special: special tokens whose text is encoded as their id, or "all".
             disallowed_special: special tokens whose text raises an error, unless they are in allowed_special; or "all".
-                With (), the text of special tokens is encoded as ordinary text.
+                If `disallowed_special` is empty, the text of special tokens is encoded as ordinary text.
 
         Raises:
             UserError: the text contains a special token that is not allowed, or cannot be encoded with this vocabulary.
@@ -169,7 +170,7 @@ class Base(ABC):
     def encode_array(
         self, text: str, *, allowed_special: Special = (), disallowed_special: Special = "all"
     ) -> np.ndarray:
-        """Like `encode`, but returns an array [N] of `self.dtype`, which is faster for whole files."""
+        """Encode a text like `encode`, but return an array [N] of `self.dtype`, which is faster for whole files."""
         arrays = [
             self._encode_array(piece) if special is None else np.array([special], self.dtype)
             for piece, special in self._split_special(text, allowed_special, disallowed_special)
@@ -182,7 +183,8 @@ class Base(ABC):
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def _split_special(self, text: str, allowed: Special, disallowed: Special) -> Iterator[tuple[str, int | None]]:
-        """Yield the parts of a text in order: (ordinary text, None) or (special or added token, its id)."""
+        """Yield the parts of a text in order, each as (ordinary text, None) or (special or added token, id of the
+        token)."""
         allowed = self._allowed(text, allowed, disallowed)
         whole = {**{name: self.special_tokens[name] for name in allowed}, **self.added_tokens}
         start = 0
@@ -195,8 +197,8 @@ class Base(ABC):
             yield text[start:], None
 
     def _allowed(self, text: str, allowed: Special, disallowed: Special) -> set[str]:
-        """Return the special tokens to encode as their ids. Raises UserError if the text contains a disallowed special
-        token."""
+        """Return the special tokens whose text is encoded as their ids. Raises UserError if the text contains a
+        disallowed special token."""
         if not isinstance(text, str):
             raise UserError(f"encode: expected text (str), got {type(text).__name__}")
         try:
@@ -259,7 +261,7 @@ class Base(ABC):
     # --- to a file
 
     def dumps(self) -> str:
-        """Return the text of the saved file. Equal tokenizers give the same text on every machine."""
+        """Return the text of the saved file. Equal tokenizers return the same text on every machine."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -307,8 +309,8 @@ def refuse(kind: str, problems: list[str]) -> None:
 
 
 def string_list(value: Any, what: str, problems: list[str]) -> list[str]:
-    """Return the value if it is a list of distinct, non-empty, valid UTF-8 strings; else add to `problems` and return
-    []."""
+    """Return the value if it is a list of distinct, non-empty, valid UTF-8 strings; otherwise add error messages to
+    `problems` and return []."""
     if not isinstance(value, list):
         problems.append(f"{what}: expected a list of strings, got {type(value).__name__}")
         return []
@@ -335,7 +337,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the names that occur in the text. Where several names match at one position, only the longest counts."""
+    """Return the names that occur in the text. Where several names match at one position, only the longest name
+    counts."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
@@ -348,7 +351,8 @@ def first_of(text: str, names: Iterable[str]) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a tokenizer file as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES or not UTF-8."""
+    """Return the text of a tokenizer file, decoded as UTF-8. Raises UserError if the file is larger than MAX_FILE_BYTES
+    or not UTF-8."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {size:,} bytes, but a tokenizer file may have at most {MAX_FILE_BYTES:,}")
@@ -362,7 +366,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, location: str) -> Any:
-    """Parse a JSON text. Raises UserError if the text is invalid or has duplicate keys."""
+    """Parse a JSON text. Raises UserError if the text is not valid JSON or has duplicate keys."""
     try:
         return loads(text)
     except DuplicateKey as error:
@@ -374,14 +378,14 @@ def parse_json(text: str, location: str) -> Any:
 def begin_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of the token that starts a document in training and replaces an empty prompt.
 
-    The id is bos_id if the tokenizer has add_bos; otherwise eot_id, because the previous document ends with it (as in
-    GPT-2). None if the tokenizer has no such token.
+    The id is bos_id if add_bos is true. Otherwise the id is eot_id, because the previous document ends with that token,
+    as in GPT-2. The result is None if the tokenizer has no token that can start a document.
     """
     return tokenizer.bos_id if tokenizer.add_bos and tokenizer.bos_id is not None else tokenizer.eot_id
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the tokens that end generation: eos_ids, or eot_id if there are none."""
+    """Return the ids of the tokens that end generation: eos_ids, or [eot_id] if eos_ids is empty."""
     return list(tokenizer.eos_ids) or ([] if tokenizer.eot_id is None else [tokenizer.eot_id])
 
 

@@ -1,17 +1,18 @@
-"""Byte-level byte-pair encoding (BPE) with the vocabulary of GPT-2 or of a loaded model, or one trained on any text.
+"""Byte-level byte-pair encoding (BPE), with the vocabulary of GPT-2 or of a loaded model, or with a trained vocabulary.
 
-A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair whose
-merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
+A regular expression splits the text into words. A word is first split into its bytes. Then the adjacent pair of tokens
+whose merge was learned first is merged, again and again, until no adjacent pair is in the list of merges:
 
     "lower"   l o w e r  ->  lo w e r  ->  low e r  ->  low er  ->  lower
 
-A vocabulary is the list of merges in the order in which they were learned. Bytes are written in GPT-2's printable
-alphabet (a space is `Ġ`). The first 256 ids are the bytes in the order of that alphabet, the next ids are the merges,
-and the last ids are the special tokens. A loaded model may order its ids differently; its tokenizer is then saved as
-the list of its tokens, in the order of their ids, instead of its merges.
+A vocabulary is the list of merges in the order in which they were learned. Each byte is written as one character of
+GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in the order of that alphabet, the next ids
+are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded model may have
+another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead of its merges.
 
-tiktoken does the encoding, by tokens instead of merges: it merges any adjacent pair that makes a token, lowest id
-first, and does not split a word that is a token. `hf.py` says when that is equivalent to following a list of merges.
+The library tiktoken does the encoding. tiktoken uses no list of merges: it merges any adjacent pair that makes a token,
+the pair whose token has the lowest id first, and does not split a word that is itself a token. `hf.py` says when this
+gives the same ids as a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -58,7 +59,7 @@ def token_bytes(token: str) -> bytes:
 
 
 def printable(token: bytes) -> str:
-    """The inverse of `token_bytes`: b" the" -> `Ġthe`."""
+    """Return the token that the bytes make, in GPT-2's printable alphabet; inverts `token_bytes`: b" the" -> `Ġthe`."""
     return token.decode("latin-1").translate(_printable())
 
 
@@ -76,9 +77,10 @@ def foreign(tokens: Iterable[str], what: str) -> list[str]:
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
     """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that tiktoken cannot
-    make are omitted.
+    make by merges are omitted.
 
-    BPE with exactly these merges, in the order of the ids of their tokens, gives the same ids as tiktoken.
+    Byte-pair encoding with exactly the returned merges, in the order of the ids of their tokens, gives the same ids as
+    tiktoken.
     """
     merges = {}
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -95,7 +97,8 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Return {token: id} of the bytes and of the tokens that the merges make. A merge is written as `Ġ t`.
+    """Return {token: id} of the bytes and of the tokens that the merges make. A merge is written as its two tokens,
+    such as `Ġ t`.
 
     Raises:
         UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists
@@ -135,9 +138,10 @@ class BPE(Base):
         """Build the tokenizer from either `merges` or `tokens`.
 
         Args:
-            special: names of the special tokens, whose ids follow those of the merges. With `tokens`: {name: id}.
-            tokens: all other tokens, written in GPT-2's alphabet. Their ids are those that `special` and `added` do not
-                use, in ascending order.
+            special: names of the special tokens, whose ids follow those of the merges. With `tokens`, `special` is a
+                mapping {name: id}.
+            tokens: all tokens except the special and added ones, written in GPT-2's alphabet. These tokens get, in
+                their order, the ids that `special` and `added` do not use.
             added: {name: id} of added tokens; only with `tokens`.
             scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
             nfc: whether a text is normalised to Unicode NFC before it is encoded.
@@ -200,8 +204,8 @@ class BPE(Base):
 
     @functools.cached_property
     def merges(self) -> list[str]:
-        """The merges, each written as `Ġ t`, in the order in which they were learned. If the tokenizer was built from
-        tokens, `last_merges` derives them."""
+        """The merges, each written as its two tokens, such as `Ġ t`, in the order in which they were learned. If the
+        tokenizer was built from tokens, `last_merges` derives its merges from them."""
         if self._tokens is None:
             return self._merges
         return [f"{printable(left)} {printable(right)}" for left, right in last_merges(self.ranks).values()]
@@ -225,8 +229,8 @@ class BPE(Base):
         return [i for word in words if word for i in self._tiktoken._encode_single_piece(word)]
 
     def _lacks(self, text: str) -> bool:
-        """Return whether the text has bytes that are not in the vocabulary. SmolLM2 has 235 of the 256 bytes and drops
-        the others from a word."""
+        """Return whether the text has bytes that are not in the vocabulary. SmolLM2's vocabulary has 235 of the 256
+        bytes; its tokenizer drops the other bytes from a word."""
         raw = text.encode() if self._lacking else b""
         return len(raw.translate(None, self._lacking)) < len(raw)
 
@@ -235,7 +239,7 @@ class BPE(Base):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        if not any(block.isspace() for block in blocks):  # a run of BLANKS blanks would fill at least one block
+        if not any(block.isspace() for block in blocks):  # a run of BLANKS blanks fills at least one whole block
             return [text]
         cut = SCHEMES[self.scheme].cut
         runs = (run.end() for run in _BLANK_RUN.finditer(text))
@@ -255,13 +259,15 @@ def _compiled(scheme: str) -> Any:
 
 @functools.cache
 def gpt2() -> BPE:
-    """Return GPT-2's tokenizer, which has 50,257 ids. It is built from the asset `gpt2`; tiktoken downloads nothing."""
+    """Return GPT-2's tokenizer, which has 50,257 ids. The tokenizer is built from the asset `gpt2`; tiktoken downloads
+    nothing."""
     lines = assets.fetch("gpt2").read_text(encoding="utf-8").splitlines()
     return BPE(lines[1:], name="gpt2")  # the first line is "#version: 0.2"
 
 
 def train(texts: Iterable[str], vocab_size: int, *, special: Sequence[str] = (END_OF_TEXT,)) -> BPE:
-    """Learn merges until the vocabulary has `vocab_size` ids or no pair occurs twice in the texts."""
+    """Learn merges until the vocabulary has `vocab_size` ids or no pair of adjacent tokens occurs twice in the
+    texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     least = 256 + len(special)

@@ -1,8 +1,8 @@
 """Character-level and byte-level tokenizers.
 
 chars  one id per distinct character of the training text, in the order of their code points: a small, lossless
-       vocabulary, but a character that is not in the training text is an error.
-bytes  one id per byte of UTF-8, and <|endoftext|>: encodes any text, with up to four ids per character.
+       vocabulary, but encoding a character that is not in the training text raises an error.
+bytes  one id per byte of UTF-8, and one for <|endoftext|>: encodes any text, with up to four ids per character.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Chars(Base):
         self.vocab_size = len(chars)
         self.special_tokens = {}
         self._code_points = _code_points(chars)  # [V] uint32
-        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)  # id of each code point, -1 if unknown
+        # The id of each code point, or -1 if the code point is not in the vocabulary.
+        self._ids = np.full(int(self._code_points.max()) + 2, -1, np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
 
     @classmethod
@@ -67,7 +68,7 @@ class Chars(Base):
 
 
 class Bytes(Base):
-    """A tokenizer of UTF-8 bytes, with ids 0-255, and of <|endoftext|>, with id 256."""
+    """A tokenizer with one id per UTF-8 byte, 0-255, and id 256 for <|endoftext|>."""
 
     kind = "bytes"
     name = "bytes"

@@ -6,8 +6,8 @@
 
 A chat template is a Jinja program that comes with the model, so it is not trusted: `_render.py` renders it in a
 separate process with limits on time and memory, which takes about 0.1 s. The templates in BUILTIN are trusted and
-rendered in this process. Messages are not trusted either: `encode_chat` refuses a message that contains a special
-token, since that token could end the user's turn and begin another (prompt injection).
+rendered in this process. Messages are not trusted: `encode_chat` refuses a message that contains a special token, since
+that token could end the user's turn and begin another (prompt injection).
 
     end_of_answer(tok)           the token that the template writes after every answer, such as "<|im_end|>"
     with_end(tok)                a copy of the tokenizer whose template ends every answer with one of its eos_ids
@@ -38,7 +38,7 @@ from gptjax.tokenizers.base import Tokenizer, first_of, found_in, stop_ids, whol
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 256 << 10
-START_TIMEOUT_S = 20.0  # limit on the start of the rendering process, which a busy machine may delay
+START_TIMEOUT_S = 20.0  # seconds that the rendering process may take to start; a busy machine delays it
 
 Message = dict[str, Any]
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -76,9 +76,10 @@ BUILTIN: dict[str, str] = {
     ),
 }
 
-BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer has add_bos
+BEGIN = "{{ bos_token }}"  # prepended to a template of BUILTIN if the tokenizer's add_bos is true
 
-# Prepended to a template that writes no token after an answer: appends eos_token to every answer except tool calls.
+# Jinja code that is prepended to a template that writes no token after an answer: it appends eos_token to every answer
+# except tool calls.
 END = (
     "{% set with_ends = namespace(messages=[]) %}"
     "{% for message in messages %}"
@@ -89,7 +90,8 @@ END = (
     "{% endfor %}"
     "{% set messages = with_ends.messages %}\n"
 )
-# Contents of messages in a test conversation. The text after `_ANSWER` shows how a template ends an answer.
+# Contents of the messages of a test conversation. The rendered text after `_ANSWER` shows how a template ends an
+# answer.
 _QUESTION, _ANSWER, _NEXT = "first-question", "first-reply", "second-question"
 
 
@@ -110,7 +112,8 @@ def apply(tokenizer: Tokenizer, messages: Sequence[Message], template: str | Non
 
 
 def _roles(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the values of bos_token and eos_token in a template: the texts of these tokens, "" for a missing one."""
+    """Return the values of a template's variables bos_token and eos_token: the texts of the two tokens, or "" for a
+    token that the tokenizer lacks."""
     names: dict[int | None, str] = {i: name for name, i in whole_tokens(tokenizer).items()}
     eos = next(iter(stop_ids(tokenizer)), None)
     return names.get(tokenizer.bos_id, ""), names.get(eos, "")
@@ -127,10 +130,10 @@ def is_builtin(template: str) -> bool:
 def end_of_answer(tokenizer: Tokenizer) -> str | None:
     """Return the token that the tokenizer's chat template writes after every answer, or None if it writes none.
 
-    A template that omits the token only after the last answer of a conversation counts, too.
+    The token is also returned if the template omits it only after the last answer of a conversation.
 
         ..<|im_start|>assistant\\nHello!<|im_end|>\\n                       "<|im_end|>"
-        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>": <|endoftext|> ends the whole text
+        ..<|assistant|>\\nHello!<|end|>\\n<|endoftext|>                     "<|end|>"; <|endoftext|> ends the whole text
         ..ASSISTANT: Hello!                                              None
     """
     if tokenizer.chat_template is None:
@@ -163,7 +166,7 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
         except UserError:  # a single-turn template
             return last
         earlier, before = first_after(text), text.partition(_QUESTION)[0]
-        # A token that also stands before the question begins a turn, so it does not end an answer.
+        # A token that also stands directly before the question begins a turn, so it does not end an answer.
         if last is None and earlier and not before.rstrip().endswith(earlier):
             return earlier  # the template omits the token after the last answer
         return last if earlier == last else None
@@ -173,9 +176,10 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
 def with_end(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
-    That token becomes the first of eos_ids, or is appended to eos_ids if the template uses the variable eos_token,
-    whose value is the first of eos_ids. A template that writes no token after answers is prefixed with END, which
-    appends the end-of-text token to every answer.
+    The token that ends answers becomes the first of eos_ids. However, if the template uses the variable eos_token,
+    whose value is the first of eos_ids, then that first id is kept, and the token that ends answers is appended to
+    eos_ids if it is missing. A template that writes no token after answers is prefixed with END, which appends the
+    end-of-text token to every answer except tool calls.
 
     Raises:
         UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.
@@ -198,8 +202,8 @@ def with_end(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the tokens that end an answer: `stop_ids`, and the token that the chat template writes
-    there."""
+    """Return the ids of the tokens that end an answer: those of `stop_ids`, and the token that the chat template writes
+    after an answer."""
     end = end_of_answer(tokenizer)
     return list(dict.fromkeys([*stop_ids(tokenizer), *([whole_tokens(tokenizer)[end]] if end else [])]))
 
@@ -208,7 +212,7 @@ def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return the text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    while names := found_in(text, tokenizer.special_tokens):  # names that are spelled out in ordinary tokens
+    while names := found_in(text, tokenizer.special_tokens):  # special tokens whose text ordinary tokens spell
         for name in names:
             text = text.replace(name, "")
     return text
@@ -222,24 +226,25 @@ def default_style(tokenizer: Tokenizer) -> Style:
 
 
 def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
-    """Return a copy of the tokenizer with the chat template of a prompt style. Every answer ends with one of its
-    eos_ids.
+    """Return a copy of the tokenizer with the chat template of a prompt style. The template ends every answer with a
+    token of the copy's eos_ids.
 
-    A fine-tuned model is saved with this tokenizer, so `gptjax chat` and exported models use the same template and stop
-    tokens as its training.
+    A fine-tuned model is saved with this tokenizer, so that `gptjax chat` and exported models use the same template and
+    stop tokens as the training did.
 
     Args:
         style: chat    the tokenizer's own template
                chatml  "<|im_start|>user", "<|im_end|>", ..
                alpaca  preamble (or the system message), "### Instruction:", "### Input:", "### Response:"
                phi3    "<|user|>", "<|end|>", "<|assistant|>", "<|end|>"
-               None    chat if the tokenizer has a template, else alpaca
+               None    `chat` if the tokenizer has a chat template, otherwise `alpaca`
             Markers that are not in the vocabulary are encoded as ordinary text. Every answer ends with the token that
             the template writes after it (<|im_end|>, <|end|>, ..). If the template writes no such token, the answer
             ends with the tokenizer's end-of-text token.
 
     Raises:
-        UserError: the style is unknown, the tokenizer has no chat template (style chat), or no token can end an answer.
+        UserError: the style is unknown, the style is chat but the tokenizer has no chat template, or no token can end
+            an answer.
 
     Source: alpaca: chapter 7.2 of "Build a Large Language Model (From Scratch)"; phi3: the template of
         microsoft/Phi-3-mini-4k-instruct (exercise 7.1 of the book omits <|end|>).
@@ -264,8 +269,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
 
 
 def describe_style(tokenizer: Tokenizer, style: Style | None) -> list[str]:
-    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the one that is
-    passed to `styled`, not its result."""
+    """Return log lines that name the prompt style and the token that ends an answer. `tokenizer` is the argument of
+    `styled`, not its result."""
     named: str | None = "the model's own chat template" if style in (None, "chat") else style
     if style is None and tokenizer.chat_template is None:
         named = "alpaca, as the model has no chat template"
@@ -334,7 +339,7 @@ def render(
     Args:
         add_generation_prompt: whether the text ends with the header of the assistant's next turn.
         tools: JSON schemas of functions, for templates that support tools.
-        timeout_s: limit on the wall-clock time of the rendering.
+        timeout_s: limit on the wall-clock time of the rendering, in seconds.
         max_chars: limit on the number of characters of the rendered text.
 
     Raises:
@@ -431,7 +436,7 @@ def _in_child(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _deadline(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
-    """Kill the child process if the block takes longer than `seconds`."""
+    """Kill the child process if the `with` block takes longer than `seconds`."""
     timer = threading.Timer(seconds, child.kill)
     timer.start()
     try:

@@ -3,10 +3,11 @@
     tok = from_metadata(gguf.read("model.gguf").metadata)
     gguf.write(path, {**model_metadata, **to_metadata(tok)}, tensors)
 
-Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: tokens in GPT-2's alphabet, a list of
-merges, and `pre`, the name of a pre-tokenizer. `llama` is SentencePiece BPE without a list of merges: of all adjacent
-pairs that make a token, the pair whose token has the highest score is merged first. In `llama`, blanks are written as
-`▁`, and characters that are not in the vocabulary as bytes such as `<0xE2>`.
+Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: its metadata hold the tokens in GPT-2's
+alphabet, a list of merges, and the name of a pre-tokenizer (`pre`). `llama` is SentencePiece BPE without a list of
+merges. Of all adjacent pairs that make a token, `llama` first merges the pair whose token has the highest score. A
+`llama` vocabulary writes a blank as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
+`<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
 """
@@ -29,17 +30,19 @@ from gptjax.tokenizers.chars import Chars
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 SPECIAL = (UNKNOWN, CONTROL, UNUSED)
 BLANK = "▁"
-# Limits on the characters of one token and of all tokens; 262,144 tokens of 8 characters have 2 million.
+# Limits on the number of characters in one token and in all tokens. 262,144 tokens of 8 characters have 2 million
+# characters.
 MAX_TOKEN, MAX_TEXT = 512, 4 << 20
-MAX_PAIRS = 1 << 20  # limit on the pairs of pieces whose concatenation is a piece; Gemma has 0.6 million
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # llama.cpp stops at these tokens, too
+MAX_PAIRS = 1 << 20  # limit on the pairs of tokens whose concatenation is a token; Gemma has 0.6 million
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # tokens that also end generation in llama.cpp
 
 
 class Pre(NamedTuple):
-    """Our equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that GGUF omits."""
+    """gptjax's equivalent of a llama.cpp pre-tokenizer: a key of `patterns.SCHEMES`, and settings that a GGUF file does
+    not store."""
 
     scheme: str
-    nfc: bool = False  # whether the model's own tokenizer normalises to NFC; llama.cpp does not
+    nfc: bool = False  # whether the model's own tokenizer normalises texts to Unicode NFC; llama.cpp does not
     ignore_merges: bool = False
 
 
@@ -63,7 +66,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     """Return the tokenizer that the metadata of a GGUF file describe.
 
     Raises:
-        UserError: entries are invalid, or the tokenizer model or the pre-tokenizer is not supported.
+        UserError: entries of the metadata are invalid, or the tokenizer model or the pre-tokenizer is not supported.
     """
     kinds: dict[str, type] = {"model": str, "pre": str, "add_bos_token": bool, "add_space_prefix": bool}
     kinds |= {f"{role}_token_id": int for role in ("bos", "eos", "eot", "padding")}
@@ -97,7 +100,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]  # names of pre-tokenizers with add_bos by default
+# Names of the pre-tokenizers for which add_bos is true if the metadata do not say.
+_ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]
 
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
@@ -139,7 +143,7 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def padded(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
     """Return the metadata with unused tokens appended, so that there is one token per row of the embedding matrix.
 
-    llama.cpp requires as many tokens as rows. `metadata` is the result of `to_metadata`.
+    llama.cpp requires as many tokens as the embedding matrix has rows. `metadata` is the result of `to_metadata`.
 
     Raises:
         UserError: the vocabulary has a token with the name of a padding token.
@@ -216,11 +220,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
 
 
 def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
-    """Return the merges that the scores imply: all pairs of pieces whose concatenation is a piece, by descending score
-    of that piece.
+    """Return the merges that the scores imply: all pairs of tokens whose concatenation is a token, in descending order
+    of the score of the concatenation.
 
     Raises:
-        UserError: there are more than MAX_PAIRS pairs.
+        UserError: there are more than MAX_PAIRS pairs of tokens whose concatenation is a token.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])
     cuts = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
@@ -233,8 +237,8 @@ def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:
-    """Return a normalizer and a decoder that replace blanks by `▁` and back, as in a tokenizer.json. `prefix`: whether
-    a blank is added before the text."""
+    """Return a normalizer that replaces blanks by `▁`, and a decoder that replaces `▁` by blanks, in the form of a
+    tokenizer.json. `prefix`: whether a blank is added before the text."""
     before = [{"type": "Prepend", "prepend": BLANK}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     to_blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
@@ -249,11 +253,11 @@ def _blanks(prefix: bool) -> dict[str, Any]:
 
 
 def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF metadata with which llama.cpp gives the same ids. The values of the metadata are lists of str,
-    numpy arrays, int, bool and str.
+    """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value of the metadata is
+    a list of str, a numpy array, an int, a bool or a str.
 
-    llama.cpp stops at id 11 if the tokenizer has no end-of-text token, which is the case for a chars tokenizer.
-    `tokenizers.extend` adds such a token.
+    If the tokenizer has no end-of-text token, llama.cpp stops at id 11. A chars tokenizer has no end-of-text token, but
+    `tokenizers.extend` can add one.
 
     Raises:
         UserError: llama.cpp does not support this kind of tokenizer.
@@ -319,7 +323,7 @@ def _from_chars(tokenizer: Chars) -> Vocabulary:
 
 
 def _from_hf(tokenizer: hf.HF) -> Vocabulary:
-    """Return the vocabulary of a SentencePiece BPE tokenizer. The scores of its tokens follow from the order of the
+    """Return the vocabulary of a SentencePiece BPE tokenizer. The scores of the tokens follow from the order of the
     merges."""
     data = tokenizer.data()["tokenizer"]
     model, prefix, ids = data["model"], _prefix(data), hf.check(data)
@@ -355,11 +359,11 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind of tokenizer -> funct
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a blank before a text, or None if it does not write blanks as `▁` or splits
-    words at them.
+    """Return whether the tokenizer adds a blank before a text, or None if it does not write blanks as `▁`, or if it
+    splits the text at blanks.
 
-    Unlike llama.cpp and SentencePiece, Metaspace adds no blank to a text that begins with one, and with "first" none
-    after a special token.
+    The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no blank to a text that begins with a
+    blank, and with the prepend_scheme "first" it adds no blank after a special token.
     """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))

@@ -1,20 +1,24 @@
 """Import and export of Hugging Face tokenizers (tokenizer.json).
 
-    tok = from_folder("SmolLM2-135M-Instruct")     from a model's folder
-    tok = from_hf(text, tokenizer_config)          from the text of a tokenizer.json
-    files = to_hf(tok)                             {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
+    tok = from_folder("SmolLM2-135M-Instruct")     loads the tokenizer in a model's folder
+    tok = from_hf(text, tokenizer_config)          loads a tokenizer from the text of its tokenizer.json
+    files = to_hf(tok)                             returns {"tokenizer.json": ..., "tokenizer_config.json": ..., ...}
 
-Byte-level BPE with a known pre-tokenizer becomes a `BPE`, which tiktoken runs. Every other tokenizer becomes an `HF`,
-which keeps its tokenizer.json and is run by the library `tokenizers`. tiktoken merges any adjacent pair that makes a
-token; `tokenizers` merges only the listed pairs. Both give the same ids if
+A byte-level BPE tokenizer with a known pre-tokenizer is loaded as a `BPE`, which the library tiktoken runs. Every other
+tokenizer is loaded as an `HF`, which keeps its tokenizer.json and is run by the library `tokenizers`. tiktoken merges
+any adjacent pair that makes a token; `tokenizers` merges only the pairs in the list of merges. Both libraries give the
+same ids under three conditions:
 
-    the tokens that the listed merges make have ascending ids, and
-    encoding a token with the merges never gives exactly two pieces (tiktoken would merge them), and
-    tokens that the merges do not make exist only with `ignore_merges` (which leaves a word that is a token unsplit).
+    The tokens that the listed merges make have ascending ids, in the order of the list.
+    Encoding a token with the listed merges never gives exactly two pieces, which tiktoken would merge.
+    Tokens that the listed merges do not make exist only with `ignore_merges`, which does not split a word that is a
+    token.
 
-Proof: suppose that tiktoken merges the adjacent pieces x and y to the token t. Both were merged from the bytes of t
-alone, without a merge across its ends. So encoding t alone reaches x y as well. If the merge of x and y were not
-listed, that encoding would end with these two pieces, which the second condition excludes.
+Proof: suppose that both libraries have made the same merges so far, and that tiktoken next merges the adjacent pieces x
+and y to the token t. Both pieces were merged from the bytes of t alone, without a merge across the ends of t. So
+encoding t alone reaches x and y as well. If the merge of x and y were not listed, the encoding of t with the listed
+merges would end with these two pieces, which the second condition excludes. So the merge is listed, and by the first
+condition it is also the next one that `tokenizers` makes.
 """
 
 from __future__ import annotations
@@ -55,8 +59,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean 
 
 
 class HF(Base):
-    """A tokenizer.json that is run by the library `tokenizers`, including the added tokens and the white space around
-    them."""
+    """A tokenizer that is stored as its tokenizer.json and run by the library `tokenizers`, which also handles the
+    added tokens and the white space around them."""
 
     kind = "hf"
     name = "hf"
@@ -112,7 +116,7 @@ class HF(Base):
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4, as each may take 200 MB
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4, since each may take 200 MB
         return self._readers[names]
 
 
@@ -213,8 +217,8 @@ def check(data: Any) -> dict[str, int]:
     """Validate a tokenizer.json and return {token: id}, added tokens included.
 
     Raises:
-        UserError: types are wrong, ids are missing or duplicate, or the steps in a chain of CHAINS exceed the limits;
-            the message lists all problems.
+        UserError: values have wrong types, ids are missing or duplicate, or a chain of steps (see CHAINS) exceeds the
+            limits; the message lists all problems.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -269,8 +273,8 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps in a chain of CHAINS, and on their nesting depth
-MAX_GROWTH = 1024  # limit on the output characters of a chain per input character
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps in a chain of CHAINS, and on its nesting depth
+MAX_GROWTH = 1024  # limit on the number of characters that a chain of steps may make from one character
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -279,8 +283,8 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
-    """Yield the problems of chains whose output would be too large: 12 steps that each replace a letter by ten letters
-    make a terabyte of one letter."""
+    """Yield error messages for chains of steps that are too long, or whose output could be too large: 12 steps that
+    each replace a letter by ten letters make a terabyte from one letter."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -295,7 +299,8 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
-    """Return (the steps of a chain at any depth, its nesting depth). Counting ends above MAX_STEPS or MAX_DEPTH."""
+    """Return the steps of a chain, including those of nested chains, and its nesting depth. The function stops counting
+    beyond MAX_STEPS steps or MAX_DEPTH levels."""
     steps: list[Any] = []
     level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
@@ -311,7 +316,7 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
 
 
 def _growth(step: Any) -> int:
-    """Return the maximal number of output characters per input character of a step."""
+    """Return the maximal number of characters that a step makes from one input character."""
     kind = _type(step)
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
@@ -352,14 +357,14 @@ def added_token(name: str, i: int, special: bool) -> dict[str, Any]:
 
 
 def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
-    """Return the tokenizer.json as a `BPE`, or None unless both give the same ids for every text."""
+    """Return the `BPE` that gives the same ids as the tokenizer.json for every text, or None if there is none."""
     scheme, model, listed = _scheme(data), data["model"], data["added_tokens"]
     if scheme is None or any(token[flag] for token in listed for flag in ("single_word", "lstrip", "rstrip")):
         return None
     late = {char for token in listed if token["normalized"] for char in token["content"]}
     early = {char for token in listed if not token["normalized"] for char in token["content"]}
     if late and (data.get("normalizer") is not None or late & early):
-        return None  # added tokens cannot be found in one pass over the raw text
+        return None  # one pass over the raw text, as a `BPE` makes, cannot find such added tokens
     special = {token["content"]: token["id"] for token in listed if token["special"]}
     added = {token["content"]: token["id"] for token in listed if not token["special"]}
     tokens = [name for name in sorted(ids, key=ids.__getitem__) if name not in special and name not in added]
@@ -402,8 +407,8 @@ def _scheme(data: dict[str, Any]) -> str | None:
 
 
 def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[str]) -> bool:
-    """Return whether tiktoken gives the same ids, that is, whether the three conditions in the module's docstring
-    hold."""
+    """Return whether tiktoken gives the same ids as the library `tokenizers`, that is, whether the three conditions in
+    the module's docstring hold."""
     merges = pairs(model.get("merges"), ids)
     ordinary = {token: ids[token] for token in tokens}
     made = [ordinary.get(left + right, -1) for left, right in merges]
@@ -414,7 +419,7 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Return the set of the numbers of pieces into which the merges split the tokens."""
+    """Encode each of the tokens with the merges, and return the set of the resulting numbers of pieces."""
     from tokenizers import models
 
     with rust("model"):
@@ -443,7 +448,7 @@ def pairs(merges: Any, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> bool:
-    """Return whether this tokenizer adds the beginning-of-sequence token before a text."""
+    """Return whether the Hugging Face tokenizer adds the beginning-of-sequence token before a text."""
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
     name = next((token["content"] for token in data["added_tokens"] if token["id"] == bos_id), None)
@@ -458,7 +463,8 @@ def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> b
     return False
 
 
-_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}  # class -> (key in SCHEMES, NFC)
+# Tokenizer class of transformers -> (key in SCHEMES, whether texts are normalised to Unicode NFC).
+_SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}
 _CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type -> class
 
 
@@ -466,8 +472,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
     """Return the tokenizer.json that is equivalent to vocab.json and merges.txt, with the pre-tokenizer of the
     tokenizer class.
 
-    The class is tokenizer_class in `named`; if that is absent, the class that belongs to the model_type; without a
-    model_type, GPT2Tokenizer.
+    The tokenizer class is tokenizer_class in `named`. If tokenizer_class is absent, the tokenizer class is the one that
+    belongs to `model_type`, or GPT2Tokenizer if `model_type` is None.
     """
     kind = named.get("tokenizer_class")
     kind = kind or ("GPT2Tokenizer" if model_type is None else _CLASS_OF.get(str(model_type)))
@@ -481,7 +487,7 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
         raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
     scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines would also split merges
+    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines would also split inside merges
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
     added |= {name: token["id"] for name, token in listed.items()}
@@ -537,8 +543,8 @@ def _runner(data: dict[str, Any]) -> Any:
 
 @contextmanager
 def rust(location: str) -> Iterator[None]:
-    """Turn errors of the library `tokenizers` into UserError. It raises Exception, or PanicException, which is no
-    subclass of Exception."""
+    """Turn errors of the library `tokenizers` into UserError. The library raises Exception, or PanicException, which is
+    no subclass of Exception."""
     try:
         yield
     except UserError:
@@ -553,7 +559,8 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return {file name: text} of a Hugging Face folder, from which transformers' AutoTokenizer gives the same ids.
+    """Return {file name: text}, the files of a Hugging Face folder with which transformers' AutoTokenizer gives the
+    same ids as the tokenizer.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
@@ -627,7 +634,7 @@ def _file(tokenizer: Base, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def byte_level_parts(scheme: str, nfc: bool) -> dict[str, Any]:
-    """Return the normalizer, the pre-tokenizer and the decoder of a byte-level BPE, as in a tokenizer.json."""
+    """Return the normalizer, the pre-tokenizer and the decoder of a byte-level BPE, in the form of a tokenizer.json."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
     if scheme != "gpt2":

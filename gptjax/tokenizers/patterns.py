@@ -4,8 +4,8 @@
                              smollm  We |  have |   | 2 | 0 | 2 | 4 |  reasons
                              llama3  We |  have |   | 202 | 4 |  reasons
 
-`bpe.py` runs them in tiktoken, `hf.py` reads and writes them in a tokenizer.json, and `gguf.py` maps llama.cpp's names
-(`tokenizer.ggml.pre`) to their keys in SCHEMES.
+`bpe.py` runs these regular expressions in tiktoken, `hf.py` reads and writes them in a tokenizer.json, and `gguf.py`
+maps llama.cpp's names of pre-tokenizers (`tokenizer.ggml.pre`) to keys of SCHEMES.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Scheme:
 
     pattern: the regular expression for tiktoken, with possessive quantifiers where they do not change the result.
     split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as in
-        the files of models. None: the tokenizer.json splits by other steps.
+        the files of models. None: the tokenizer.json has no Split step.
     cut: function (last, after) -> whether a long run of blanks may be split before its last blank, `last`. `after` is
         the character that follows the run.
     """
@@ -33,9 +33,9 @@ class Scheme:
 
 
 def _cl100k_like(digits: str, possessive: str) -> Scheme:
-    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one other character, and line ends
-    belong to the punctuation or blanks before them. `digits` matches digits in `split`, and `possessive` matches
-    them in `pattern`."""
+    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one character that is no letter,
+    digit or line end, and line ends belong to the punctuation or blanks before them. `digits` matches digits in
+    `split`, and `possessive` matches them in `pattern`."""
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     return Scheme(
         contractions + r"|[^\r\n\p{L}\p{N}]?+\p{L}++|" + possessive + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -47,12 +47,14 @@ def _cl100k_like(digits: str, possessive: str) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "gpt2": Scheme(  # words: contractions, letters, digits, other characters (with a space before them), white space
+    # Words are contractions, runs of letters, digits or other characters (with the space before them), and white space.
+    "gpt2": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         lambda last, after: True,
     ),
-    "smollm": Scheme(  # like gpt2, but every digit is a word, and blanks before a digit stay together
+    # Words are like those of gpt2, but every digit is a word, and blanks before a digit stay together.
+    "smollm": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
         None,
         lambda last, after: not unicodedata.category(after).startswith("N"),
@@ -61,6 +63,7 @@ SCHEMES: dict[str, Scheme] = {
     "qwen2": _cl100k_like(r"\p{N}", r"\p{N}"),
 }
 
-# The words of our WordPiece and Unigram tokenizers: letters, digits, other characters (each with the blank before it),
-# or white space. `#` is a word by itself, so that no word starts with `##`, which marks a piece inside a word.
+# The words of our WordPiece and Unigram tokenizers are runs of letters, of digits or of other characters, which may
+# begin with a blank, or of white space. `#` is a word by itself, so that no word starts with `##`, which marks a piece
+# inside a word.
 SUBWORDS = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")

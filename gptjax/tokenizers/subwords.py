@@ -1,13 +1,15 @@
-"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; encoding and decoding are done here.
+"""WordPiece and Unigram subword tokenizers. The library `tokenizers` trains them; this module encodes and decodes
+texts.
 
 WordPiece  greedy longest match: the next piece is the longest in the vocabulary that the rest of the word begins with.
-           A piece inside a word is written with `##`:   "lower" -> low ##er
+           A piece that does not begin a word is written with `##`:   "lower" -> low ##er
 Unigram    every piece has a probability, and a word is split in the most probable way (Viterbi algorithm):
                                                          "lower" -> lo wer   if log p(lo) + log p(wer) is the largest
 
-Both work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every byte is a piece, so every text can be encoded
-and decoding is exact. The tokenizers of BERT and T5 differ: they drop white space and have an [UNK] token. Words are
-split every 64 characters, so that encoding takes linear time for a text without blanks, too.
+The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
+a piece, so every text can be encoded and decoding is exact. The tokenizers of BERT and T5 differ from these: they drop
+white space and have an [UNK] token. Long words are split every 64 characters, so that encoding a text without blanks
+takes linear time, too.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -30,12 +32,12 @@ from gptjax.tokenizers.patterns import SUBWORDS
 INSIDE = "##"
 MAX_PIECE = 16  # maximal number of bytes of a Unigram piece
 CACHE_WORDS = 1 << 18
-LONGEST_PIECE = 260  # bytes: a word has up to 65 characters of up to 4 bytes each
+LONGEST_PIECE = 260  # maximal number of bytes of a piece: a word has up to 65 characters of up to 4 bytes each
 
 
 class _Pieces(Base):
-    """Base class of both tokenizers. It encodes each word with `_cut` and caches the result; it decodes by joining the
-    bytes of the pieces."""
+    """Base class of the WordPiece and Unigram tokenizers. Encoding splits each word with `_cut` and caches the result;
+    decoding joins the bytes of the pieces."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.name = self.kind
@@ -66,7 +68,8 @@ class _Pieces(Base):
 
 
 class WordPiece(_Pieces):
-    """A WordPiece tokenizer. `vocab`: the pieces in the order of their ids; pieces inside a word begin with `##`."""
+    """A WordPiece tokenizer. `vocab`: the pieces in the order of their ids; a piece that does not begin a word is
+    written with `##`."""
 
     kind = "wordpiece"
 
@@ -112,7 +115,8 @@ class Unigram(_Pieces):
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        # Piece -> (log probability, id). Prefixes of pieces are in the table, too, so that `_cut` ends a search early.
+        # Piece -> (log probability, id). The table also holds the prefixes of pieces, so that `_cut` can stop as soon
+        # as no piece begins with the bytes read.
         self._table: dict[bytes, tuple[float, int]] = {}
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
@@ -157,7 +161,7 @@ class Unigram(_Pieces):
 
 
 def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigram:
-    """Train a vocabulary of at most `vocab_size` ids; a small text may yield fewer pieces."""
+    """Train a vocabulary of at most `vocab_size` ids; a small text may yield fewer ids."""
     least = {"wordpiece": 513, "unigram": 257}[kind]
     if not least <= vocab_size <= MAX_VOCAB:
         raise UserError(f"tokenizer.vocab_size={vocab_size}: {kind} needs {least} or more (every byte is a piece)")
@@ -168,8 +172,8 @@ def train(kind: str, texts: Iterable[str], vocab_size: int) -> WordPiece | Unigr
 def _train_wordpiece(words: Iterable[str], size: int) -> WordPiece:
     from tokenizers import Tokenizer, models, trainers
 
-    # The single bytes are passed as special tokens, so that they keep this order. The trainer's own order differs
-    # between runs, and decides which of two equally frequent pairs is merged first.
+    # The single bytes are passed as special tokens, so that their ids have the order of this list. The trainer's own
+    # order differs between runs, and decides which of two equally frequent pairs is merged first.
     single = [*alphabet(), *(INSIDE + char for char in alphabet())]
     learner = Tokenizer(models.WordPiece())
     trainer = trainers.WordPieceTrainer(

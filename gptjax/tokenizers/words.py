@@ -4,8 +4,9 @@ text into words and punctuation marks.
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
 White space is not kept: decoding joins the words with one space, but with none before closing punctuation. Without
-special tokens it is the book's SimpleTokenizerV1 (an unknown word is an error); with `<|endoftext|>` and `<|unk|>` it
-is SimpleTokenizerV2. By default its special tokens are [BOS], [EOS], [PAD] and [UNK].
+special tokens, this tokenizer is the book's SimpleTokenizerV1, which raises an error for an unknown word; with
+`<|endoftext|>` and `<|unk|>`, it is the book's SimpleTokenizerV2. By default, the special tokens are [BOS], [EOS],
+[PAD] and [UNK].
 
 Source: S. Raschka, Build a Large Language Model (From Scratch), chapter 2.
 """
@@ -35,7 +36,7 @@ def split(text: str) -> list[str]:
 
 
 class Words(Base):
-    """A word-level tokenizer. Its n words have the ids 0 .. n-1, and the special tokens follow."""
+    """A word-level tokenizer. The n words have the ids 0 .. n-1, and the special tokens have the ids from n on."""
 
     kind = "words"
     name = "words"
@@ -88,8 +89,8 @@ class Words(Base):
 
 
 def train(texts: Iterable[str], vocab_size: int | None = None, *, special: Sequence[str] = SPECIAL) -> Words:
-    """Return a tokenizer of the distinct words of the texts, sorted; of the most frequent words only, if `vocab_size`
-    is too small for all."""
+    """Return a tokenizer with the distinct words of the texts, sorted. If `vocab_size` is too small for all words, only
+    the most frequent words are kept."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text))

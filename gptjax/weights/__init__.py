@@ -1,4 +1,4 @@
-"""Loads, saves and exports models: gptjax folders, Hugging Face, GGUF, PEFT adapters, StableHLO."""
+"""Loads, saves and exports models: gptjax and Hugging Face folders, GGUF files, PEFT adapters, StableHLO programs."""
 
 from gptjax.tokenizers import stop_ids
 from gptjax.weights.export import export_gguf, export_hf, export_stablehlo

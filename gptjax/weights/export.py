@@ -91,7 +91,7 @@ def _class_values(
     """Returns the tokenizer with a padding token, and the config.json attributes of a classifier.
 
     Any token that no text ends with can be the padding token, because transformers' classifiers read the last token
-    that is not pad_token_id, whatever the attention mask.
+    that is not pad_token_id, regardless of the attention mask.
     """
     if labels is not None and labels["pooling"] != "last":
         raise UserError(
@@ -166,11 +166,13 @@ def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
 def export_stablehlo(
     folder: str | os.PathLike[str], params: Params, cfg: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Writes a gptjax model folder with forward.stablehlo: `forward`, lowered to StableHLO for CPUs, NVIDIA GPUs and
-    TPUs.
+    """Writes a gptjax model folder that also holds forward.stablehlo, the function `forward` lowered to StableHLO for
+    CPUs, NVIDIA GPUs and TPUs.
 
         program = jax.export.deserialize(open("DIR/forward.stablehlo", "rb").read())
-        logits = program.call(params, tokens)     # tokens [B, cfg.context_length] int32, any B -> [.., V] float32
+        logits = program.call(params, tokens)
+
+    The program computes logits [B, T, V] float32 of tokens [B, T] int32, for any B and for T = cfg.context_length.
 
     Raises:
         UserError: flatbuffers is not installed, the model is a classifier, the tokenizer has more ids than the model

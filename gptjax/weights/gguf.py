@@ -23,7 +23,7 @@ from gptjax.weights.rules import Source
 
 ARCHITECTURES: dict[str, Gguf] = {family.gguf.name: family.gguf for family in families.FAMILIES.values() if family.gguf}
 
-# Metadata keys that do not change the result here, written without the prefix of the architecture
+# Metadata keys that do not change the result in gptjax, written without the prefix of the architecture.
 _NEUTRAL = ("vocab_size", "attention.value_length", "rope.dimension_count", "attention.causal", "tensor_data_layout")
 
 
@@ -67,15 +67,15 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     """Returns the ModelConfig that GGUF metadata describe.
 
     Args:
-        shapes: shapes of the tensors in the file, which determine the values that are not in the metadata (vocabulary
-            size, tied head).
+        shapes: shapes of the tensors in the file, which determine the values that are not in the metadata: the
+            vocabulary size, and whether the LM head is tied.
         location: path of the file, for error messages.
     """
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    values = {  # arrays, which no key here expects, become short lists, since == on an array gives no bool
+    values = {  # arrays, which no key here expects, become short lists, since comparing arrays gives no bool
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
         if key.startswith(f"{name}.")
@@ -117,13 +117,13 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 
 def _rounded(x: float) -> float:
-    """Returns the shortest decimal number of a float32 value: 1e-05, not 9.999999747378752e-06."""
+    """Returns the shortest decimal number that equals `x` in float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(x)))
 
 
 def with_rope_factors(cfg: ModelConfig, factors: np.ndarray, location: str) -> ModelConfig:
-    """Recovers the four parameters of Llama 3's RoPE scaling from `factors`, one per frequency, which is all that a
-    GGUF file stores of it."""
+    """Returns the config with the four parameters of Llama 3's RoPE scaling. These parameters are recovered from
+    `factors`, one per frequency, because a GGUF file stores nothing else of the scaling."""
     if factors.shape != (cfg.head_dim // 2,):
         raise UserError(f"{location}: rope_freqs.weight is {list(factors.shape)}, expected [{cfg.head_dim // 2}]")
     if cfg.rope_scaling != "none":
@@ -147,7 +147,7 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
 
 
 def _has_rope(gguf: Gguf) -> bool:
-    """Returns whether the architecture uses RoPE, which all do but GPT-2, with its learned position embeddings."""
+    """Returns whether the architecture uses RoPE, as all do except GPT-2, which has learned position embeddings."""
     return gguf.implied["arch"] != "gpt2"
 
 
@@ -184,7 +184,8 @@ def family_of(cfg: ModelConfig) -> str:
     """Returns the name of the llama.cpp architecture that represents this model exactly.
 
     Raises:
-        UserError: no architecture represents it; the message lists what the closest one lacks.
+        UserError: no architecture represents the model; the message lists the fields that the closest one cannot
+            represent.
     """
     shapes = {"token_embd.weight": (cfg.vocab_size, cfg.d_model)} | (
         {} if cfg.tie_embeddings else {"output.weight": ()}
@@ -198,7 +199,7 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first of those that lack least
+    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first architecture that lacks the fewest fields
     if not lacking[nearest]:
         return nearest
     raise UserError(

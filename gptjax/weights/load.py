@@ -1,9 +1,9 @@
 """Loads a model of any supported format, by its path or name.
 
-params, cfg = load("runs/default")              a run, or a folder of `gptjax import`
-params, cfg = load("smollm2-135m-instruct")     a named asset
+params, cfg = load("runs/default")              a run, or a folder that `gptjax import` wrote
+params, cfg = load("smollm2-135m-instruct")     an asset, by its name
 params, cfg = load("SmolLM2-135M")              a Hugging Face folder, or the path of a .gguf file
-params, cfg = load("hf:openai-community/gpt2")  from the Hugging Face Hub
+params, cfg = load("hf:openai-community/gpt2")  a model on the Hugging Face Hub
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Model(NamedTuple):
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:
-        """Reads the tokenizer. Raises UserError if the model has no tokenizer, or one with ids for which the embedding
-        has no row."""
+        """Reads the tokenizer. Raises UserError if the model has no tokenizer, or if the tokenizer has ids for which
+        the embedding has no row."""
         tokenizer = self.read_tokenizer()
         check_vocabulary(tokenizer, self.cfg, self.location)
         return tokenizer
@@ -177,7 +177,7 @@ def _adapted(folder: Path, cfg: ModelConfig, base: native.Base, dtype: Any, shar
     trained = native.load_adapter(folder)
     try:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS=cuda: there is no CPU backend
+    except RuntimeError:  # with JAX_PLATFORMS=cuda, there is no CPU backend
         host = None
     try:
         params = open_model(base.source).params("float32", host)
@@ -206,7 +206,8 @@ def _hugging_face(folder: Path, source: Source) -> Model:
     if not any(name.startswith(family.prefix) for name in source.shapes()):
         rules = [rule._replace(theirs=rule.theirs.removeprefix(family.prefix)) for rule in rules]
     tied = {"lm_head.weight"} if cfg.tie_embeddings else set()
-    if tied & set(source.shapes()):  # an LM head that differs overrides tie_word_embeddings, as in transformers 5
+    # An LM head that differs from the embedding overrides tie_word_embeddings, as in transformers 5.
+    if tied & set(source.shapes()):
         table = next(rule.theirs for rule in rules if rule.ours == "wte/embedding")
         if table in source.shapes() and not np.array_equal(source.array("lm_head.weight"), source.array(table)):
             cfg, tied = dataclasses.replace(cfg, tie_embeddings=False), set()
@@ -262,8 +263,8 @@ def _json(path: Path) -> dict[str, Any]:
 def read_labels(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the description of a classifier: {"labels": .., "pooling": .., "max_length": .., "prompt": ..}.
 
-    A Hugging Face folder has the labels in its config.json. If the folder has no labels.json from gptjax, the pooling
-    is "last", max_length is the context length, and the prompt is the text itself, "{text}".
+    A Hugging Face folder has the labels in its config.json. If a Hugging Face folder has no labels.json from gptjax,
+    the pooling is "last", max_length is the context length, and the prompt is the text itself, "{text}".
 
     Raises:
         UserError: the model is not a classifier.

@@ -60,13 +60,13 @@ def save(
     Args:
         files: additional text files, {name: text}.
         add: function that writes more files to the temporary folder, its argument, before the folder is renamed.
-        twin: another folder written by `save`. If its weights are identical, they are hard-linked instead of stored
-            twice.
-        base: the `Base` of an adapter, as a dict, if `params` are only the adapter and the heads.
+        twin: another folder written by `save`. If the twin's weights file is identical, it is hard-linked instead of
+            stored twice.
+        base: the `Base` of an adapter, as a dict, if `params` holds only the adapter and the heads.
 
     Raises:
-        UserError: a leaf is not an array, the tokenizer has more ids than the model has embeddings, the folder has
-            files that `save` did not write, or it cannot be written.
+        UserError: a parameter is not an array, the tokenizer has more ids than the model has embeddings, the folder has
+            files that `save` did not write, or the folder cannot be written.
     """
     folder = Path(folder)
     user_path(folder)
@@ -92,7 +92,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # nothing to link if `new` replaces the twin
+        if twin not in (None, folder):  # a twin that is `folder` itself will be replaced by `new`
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -128,7 +128,7 @@ def _hard_link(file: Path, digest: str, twin: Path) -> None:
         link = file.with_name(f".{file.name}.link")
         os.link(twin, link)
         os.replace(link, file)
-    except OSError:  # the twin has no such file, or the file system has no hard links
+    except OSError:  # the twin has no such file, or the file system supports no hard links
         return
 
 
@@ -183,7 +183,7 @@ def verify(folder: Path) -> None:
 
 
 def _base_sha256(base: Mapping[str, Any]) -> str:
-    """Returns the hash of `base` without `source`, which may be edited if the base model has moved."""
+    """Returns the hash of `base` without `source`, which users may edit if the base model has moved."""
     return json_sha256({key: value for key, value in base.items() if key != "source"})
 
 
@@ -265,8 +265,8 @@ def fingerprint(params: Params) -> str:
 
 
 class Base(NamedTuple):
-    """The base model of an adapter (its path or name, the `fingerprint` of its parameters, and finetune.quantize, the
-    quantisation of its matrices in training), and the config of the adapter."""
+    """Describes an adapter: the path or name of its base model, the `fingerprint` of the base model's parameters, the
+    quantisation of the base model's matrices in training (finetune.quantize), and the config of the adapter."""
 
     source: str
     fingerprint: str

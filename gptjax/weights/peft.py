@@ -1,12 +1,13 @@
 """Adapters in the folder format of the PEFT library: adapter_config.json and adapter_model.safetensors. gptjax also
-writes gptjax_sha256.json, the hashes of both files.
+writes gptjax_sha256.json, which holds the hashes of both files.
 
     gptjax  blocks/attn/q/kernel: a [L, in, R], b [L, R, out]
     PEFT    base_model.model.model.layers.{i}.self_attn.q_proj: lora_A.weight [R, in], lora_B.weight [out, R]
 
-PEFT adapts GPT-2's q, k and v as one matrix, gptjax as three. Our three adapters are exported as one adapter of three
-times the rank with a block-diagonal B. An adapter of PEFT is read as three adapters with the same a, and is exported
-unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the result), as of version 0.21.
+PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
+one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
+the same matrix a, and is exported unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the
+result), as of version 0.21.
 """
 
 from __future__ import annotations
@@ -66,13 +67,14 @@ def export_peft(
     Args:
         head: classification head {"kernel" [D, n_classes]} with last-token pooling. The head is written as
             transformers' `score`, one of PEFT's modules_to_save.
-        base: the parameters of the base model, or their `fingerprint`, which is stored so that `load_peft` can compare
-            it.
+        base: the parameters of the base model, or their `fingerprint`. The fingerprint is stored, so that `load_peft`
+            can check that the base model is the same.
         base_name: path or Hub name of the base model for transformers.
 
     Raises:
-        UserError: the adapter is one of `lora.init_from_weights` (export its `lora.to_lora` instead), PEFT or the model
-            family cannot represent the weights, the head has a bias, or the folder is not empty.
+        UserError: the adapter was initialised by `lora.init_from_weights` (export the result of `lora.to_lora`
+            instead), PEFT or the model family cannot represent the weights, the head has a bias, or the folder is not
+            empty.
     """
     if head is not None:
         refuse_bias(head)
@@ -86,13 +88,13 @@ def export_peft(
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
     tensors: dict[str, np.ndarray] = {}
-    patterns: dict[str, int] = {}  # rank of each kind of module, by its name in PEFT's target_modules
+    patterns: dict[str, int] = {}  # {module name in PEFT's target_modules: rank of the adapter}
     for module in modules:
         if not any(rule.ours in pairs for rule in module.rules):
             continue
         pair = _join(module, pairs)
         tensors |= {f"{_PREFIX}{module.name}.{_SUFFIXES[key]}": array for key, array in pair.items()}
-        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # the name in PEFT's target_modules
+        inside_layer = re.sub(r"^.*?\.\d+\.", "", module.name)  # the module's name in PEFT's target_modules
         patterns[inside_layer] = pair["a"].shape[0]
     power = 0.5 if lora.scaling == "alpha/sqrt(r)" else 1
     body = {
@@ -130,18 +132,20 @@ def export_peft(
 def load_peft(
     folder: str | os.PathLike[str], cfg: ModelConfig, *, base: Params | None = None
 ) -> tuple[Params, LoraConfig]:
-    """Loads an adapter from a PEFT folder. Returns (adapter, config), for `lora.attach` to the model of `cfg`.
+    """Loads an adapter from a PEFT folder. Returns (adapter, config), which `lora.attach` attaches to the model of
+    `cfg`.
 
-    Layers without an adapter are filled with zeros, and so are the missing ranks of modules with a smaller rank. A
-    scale that differs between modules is multiplied into b. The `score` head of a classifier is returned as
-    cls_head/kernel.
+    Layers without an adapter get an adapter of zeros, and modules with a smaller rank are padded with zeros to the
+    largest rank. If the scale differs between modules, it is multiplied into the matrices b. The `score` head of a
+    classifier is returned as cls_head/kernel.
 
     Args:
-        base: parameters of the base model, which are compared with the fingerprint in the folder, if it has one.
+        base: parameters of the base model, which are compared with the fingerprint in the folder, if the folder has
+            one.
 
     Raises:
         UserError: attributes that change the result are unknown, tensors are unknown, missing or of a wrong shape, the
-            base model is another one, or files have changed since gptjax wrote them.
+            base model is not the one that the adapter was trained on, or files have changed since gptjax wrote them.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -198,8 +202,8 @@ def load_peft(
 
 
 def _verify(folder: Path) -> None:
-    """Compares both files with the hashes that `export_peft` wrote, if there are any. GPTJAX_VERIFY=0 disables the
-    check.
+    """Compares both files with the hashes that `export_peft` wrote, if the folder has such hashes. GPTJAX_VERIFY=0
+    disables the check.
 
     Raises:
         UserError: a hash differs.
@@ -239,7 +243,7 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    if all(np.array_equal(x, a[0]) for x in a):  # the slices share a: read from PEFT, or a single matrix
+    if all(np.array_equal(x, a[0]) for x in a):  # all slices share one a: loaded from PEFT, or only one slice
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
     else:
@@ -256,7 +260,7 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
 
 
 def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
-    """Splits the adapter of a PEFT module. Yields the rule and our adapter of each slice."""
+    """Splits the adapter of a PEFT module into slices (q, k, v). Yields the rule and our adapter of each slice."""
     width = pair["b"].shape[0] // len(module.rules)
     for k, rule in enumerate(module.rules):
         rows = slice(k * width, (k + 1) * width)
@@ -286,7 +290,8 @@ def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
 
 
 def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[str], int], Callable[[str], float]]:
-    """Returns the config, and two functions that return the rank and the alpha of a module, given its name."""
+    """Returns the config of the adapter, and two functions that return the rank and the alpha of a module, given its
+    name."""
     a = families.Attributes(body, neutral=_NEUTRAL)
     if body.get("peft_type") != "LORA":
         a.problems.append(f"peft_type={body.get('peft_type')!r:.60}: only LORA is known here")
@@ -298,7 +303,7 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     # The initialisations pissa, olora, corda and loftq are refused: their adapters belong to changed base weights, not
     # to those that `load` reads.
     a.must("init_lora_weights", True, False, "gaussian", "eva", "orthogonal")
-    for name in list(a.left):  # the other attributes may change the result, unless they are off (false, null, 0)
+    for name in list(a.left):  # other attributes may change the result, unless they are off (false, null, 0)
         if not a.left[name]:
             a.left.pop(name)
     if (saved := a.left.pop("modules_to_save", ["score"])) not in (["score"], ["classifier", "score"]):
@@ -317,8 +322,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """Returns a function: name of a module -> value of the first pattern in `table` that matches the name, or a
-        suffix of it after a dot, as in PEFT."""
+        """Returns a function that maps the name of a module to the value of the first pattern in `table` that matches
+        the name, or the part of the name after a dot, as in PEFT."""
 
         def value(module: str) -> T:
             ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
@@ -333,8 +338,8 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
 
 def _is_simple(pattern: str) -> bool:
-    """Returns whether `pattern` is a regular expression without catastrophic backtracking, since adapters may be
-    untrusted files."""
+    """Returns whether `pattern` is a regular expression without catastrophic backtracking. The check is needed because
+    adapters may be untrusted files."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
@@ -345,12 +350,12 @@ def _is_simple(pattern: str) -> bool:
 
 
 def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
-    """Reads the tensors of all modules. Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}}, and a list of the
-    problems with names, shapes and values."""
+    """Reads the tensors of all modules. Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}}, and a list of error
+    messages about names, shapes and values."""
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    sizes = {  # (in, out) of the modules that the model has, which excludes a tied head
+    sizes = {  # (in, out) of each module that the model has; a tied LM head is not among them
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()
         if (shapes := [ours[rule.ours].shape for rule in module.rules if rule.ours in ours])

@@ -1,9 +1,11 @@
 """Converts the tensors of a foreign file to the parameter tree and back, by a table of rules.
 
+For example, this rule maps the tensor "model.layers.{i}.." [out, in], transposed, to layer i of our stacked kernel
+[L, in, out]:
+
     Rule("blocks/attn/q/kernel", "model.layers.{i}.self_attn.q_proj.weight", transposed)
 
-maps the tensor "model.layers.{i}.." [out, in], transposed, to layer i of our stacked kernel [L, in, out]. Nothing is
-guessed: unknown tensors, missing tensors and tensors of another shape are errors, all reported in one message.
+Unknown tensors, missing tensors and tensors of another shape are errors, which one message lists.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ _CHUNK_SIZE = 1 << 22  # number of elements of a large matrix that are read at a
 
 
 class Source(Protocol):
-    """Named tensors that are read one at a time. An optional method `rows(name, start, stop)` reads rows of a
-    matrix."""
+    """The named tensors of a file, which are read one at a time. An optional method `rows(name, start, stop)` reads
+    rows of a matrix."""
 
     def shapes(self) -> dict[str, Shape]: ...
     def array(self, name: str) -> np.ndarray: ...
 
 
 class Form(NamedTuple):
-    """How a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to the
-    file's, and `shape` converts our shape to the file's."""
+    """Describes how a foreign file stores a tensor. `read` converts the file's array to ours, `write` converts ours to
+    the file's, and `shape` converts our shape to the file's."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
@@ -46,10 +48,10 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# For norm scales that are stored as scale - 1. The sum is computed in float32, because bfloat16 would lose the last
-# bits.
+# The form of norm scales that a file stores as scale - 1. The sum is computed in float32, because bfloat16 would lose
+# the last bits.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
-# For kernels that are stored as convolutions of width 1, [1, in, out].
+# The form of kernels that a file stores as convolutions of width 1, [1, in, out].
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
 
 
@@ -67,13 +69,13 @@ def interleaved(n_head: int) -> Form:
 
 
 class Rule(NamedTuple):
-    """Maps a leaf of our parameter tree to a tensor of a foreign file. `{i}` in `theirs` is the layer index."""
+    """Maps a parameter of gptjax to a tensor of a foreign file. `{i}` in `theirs` is the layer index."""
 
     ours: str
     theirs: str
     form: Form = identity
-    slice: tuple[int, int] | None = None  # (k, n): the leaf is slice k of n of the foreign tensor along its last axis
-    fill: float | None = None  # value to write if our model lacks the leaf; None: the rule is skipped
+    slice: tuple[int, int] | None = None  # (k, n): the parameter is slice k of n of the tensor's last axis
+    fill: float | None = None  # value to write if the model lacks the parameter; None: the rule is skipped
 
 
 class Tensor(NamedTuple):
@@ -85,7 +87,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(rules: Sequence[Rule], ours: Collection[str], n_layer: int) -> list[Tensor]:
-    """Returns the tensors of the foreign file that the rules map for a model with the parameter paths `ours`."""
+    """Returns the tensors of a foreign file that holds a model with the parameter paths `ours`, each with its rules."""
     tensors: dict[str, Tensor] = {}
     for rule in rules:
         if rule.ours not in ours and rule.fill is None:
@@ -136,8 +138,8 @@ def read(
         dtype: dtype of the returned parameters.
         shardings: one sharding for all parameters, or a tree of shardings, or None for the default device. Each
             parameter is put on its devices before the next one is read.
-        ignored: function that returns whether the tensor of a name holds no parameters (causal masks, tables that the
-            code computes).
+        ignored: function (name) -> whether the tensor of this name can be ignored, such as a causal mask, RoPE
+            frequencies or a tied LM head.
 
     Raises:
         UserError: tensors are missing, unknown, of a wrong shape, of an integer dtype or not finite; the message lists
@@ -187,14 +189,14 @@ def read(
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Returns whether the array is floating-point, as weights are. Integers belong to a quantised format or would be
-    read as huge values."""
+    """Returns whether the array is floating-point, as weights are. Integers are refused, because they belong to a
+    quantised format or would be read as huge values."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields pairs of an index into our array and the values there. A large matrix, such as an embedding, is read a few
-    rows at a time."""
+    """Yields pairs of an index into the parameter's array and the values at that index. A large matrix, such as an
+    embedding, is read a few rows at a time."""
     rows = getattr(source, "rows", None)
     if rule.slice or rule.form not in (identity, transposed) or len(shape) != 2 or rows is None:
         array = rule.form.read(source.array(name))
@@ -212,7 +214,7 @@ def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
 
 
 def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {path: sharding or None} of the parameters `ours`."""
+    """Returns {path: sharding or None} for the parameters `ours`."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)

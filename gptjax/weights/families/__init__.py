@@ -1,4 +1,5 @@
-"""Model families of Hugging Face and llama.cpp: the mapping of their attributes and tensor names to ours and back.
+"""Model families of Hugging Face and llama.cpp: the mapping of their attributes and tensor names to those of gptjax and
+back.
 
 A family is one file in this package and one entry in `FAMILIES`. Every attribute of a config.json is used, known not to
 affect the result, or reported as an error.
@@ -68,7 +69,8 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
 
 @contextmanager
 def with_summary(summary: str, location: str) -> Iterator[None]:
-    """Adds `summary`, the sizes in the config.json, to a UserError that is raised inside the `with` block."""
+    """Adds `summary`, the sizes in the config.json, to the message of a UserError that is raised inside the `with`
+    block."""
     try:
         yield
     except UserError as error:
@@ -76,8 +78,8 @@ def with_summary(summary: str, location: str) -> Iterator[None]:
 
 
 def class_names(values: dict[str, Any], location: str) -> list[str]:
-    """Returns the class names in id2label of a config.json, in the order of their ids; without id2label, LABEL_0,
-    LABEL_1, .., as in transformers."""
+    """Returns the class names in id2label of a config.json, in the order of their ids. If id2label is absent, the names
+    are LABEL_0, LABEL_1, .., as in transformers."""
     n = values.get("num_labels")
     table = values.get("id2label")
     if table is None and (n is None or (type(n) is int and 1 <= n <= MAX_CLASSES)):
@@ -109,7 +111,7 @@ def model_config(fields: dict[str, Any], location: str) -> ModelConfig:
 
 
 # Fields of ModelConfig that `_stored` omits: those for initialisation, training and computation, which no file format
-# stores, and those whose effect is in other fields.
+# stores, and those whose effect `_stored` expresses by other fields.
 _NOT_STORED = {
     "arch", "init", "embed_std", "zero_init_proj", "zero_init_head", "dropout", "dtype", "precision", "remat",
     "unroll", "sliding_window", "window_pattern", "d_head",
@@ -117,11 +119,12 @@ _NOT_STORED = {
 
 
 def _stored(cfg: ModelConfig) -> dict[str, Any]:
-    """Returns the fields that determine the logits, in a canonical form."""
+    """Returns the fields of a ModelConfig that determine the logits, in a canonical form: equivalent configs have equal
+    fields."""
     fields = {key: value for key, value in config.flat(cfg).items() if key not in _NOT_STORED}
     fields["head_dim"] = cfg.head_dim
-    # A window of `full` or more tokens equals no window. With a local RoPE base, it differs from no window, because
-    # windows select the base.
+    # A window at least as long as the context has no effect, so it becomes 0, which means no window. With a local RoPE
+    # base, it is kept, because layers with a window use that base.
     full = cfg.context_length if cfg.rope_local_base is None else math.inf
     fields["windows"] = tuple(0 if w >= full else w for w in cfg.windows)
     fields["attention_scale"] = round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2, 6)
@@ -153,7 +156,8 @@ def family_of(cfg: ModelConfig) -> Family:
     """Returns the Hugging Face family that represents this model exactly.
 
     Raises:
-        UserError: no family represents it; the message lists what the closest one lacks.
+        UserError: no family represents the model; the message lists the fields that the closest family cannot
+            represent.
     """
     lacking: dict[str, list[str]] = {}
     for family in FAMILIES.values():

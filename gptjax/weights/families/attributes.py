@@ -1,5 +1,5 @@
-"""Attributes of a config.json or of GGUF metadata. Each is used, known not to affect the result, or reported as an
-error."""
+"""Reads the attributes of a config.json or of GGUF metadata. Each attribute is used, known not to affect the result, or
+reported as an error."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ _REQUIRED = object()
 
 
 class Attributes:
-    """Consumes the attributes of a config.json. Attributes that are left when `end` is called are errors.
+    """Reads the attributes of a config.json one at a time, and removes each that was read. Attributes that have not
+    been read when `end` is called are errors.
 
     Args:
         neutral: names of attributes that are ignored.
-        defaults: values of attributes that are absent from the file.
+        defaults: default values of attributes that are absent from the file.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Attributes:
         self.problems: list[str] = []
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Consumes an attribute and returns its value, or `default` if it is null, or absent from the file and from
-        `defaults`."""
+        """Removes an attribute and returns its value, or `default` if the attribute is null, or absent from the file
+        and from `defaults`."""
         value = self.used[name] = self.left.pop(name, self.defaults.get(name))
         if value is None:
             if default is _REQUIRED:
@@ -71,17 +72,17 @@ class Attributes:
         return kind(value) if kind is float else value
 
     def must(self, name: str, *allowed: Any) -> None:
-        """Consumes an attribute that may be absent or null, and otherwise must have one of the values `allowed`."""
+        """Removes an attribute that must be absent, null or one of the values `allowed`; otherwise records an error."""
         value = self.left.pop(name, None)
         if value is not None and value not in allowed:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
 
     def summary(self) -> str:
-        """Returns "hidden_size=16, ..": the sizes and switches that determine which tensors a model has."""
+        """Returns the sizes and switches that determine which tensors a model has, as text: "hidden_size=16, .."."""
         listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
         return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 
     def end(self, location: str) -> None:
-        """Raises UserError if there are problems or attributes that were not consumed; the message lists them."""
+        """Raises UserError if there are problems or attributes that were not read; the message lists them."""
         self.problems += [f"{name}={value!r:.60} is unknown to this kind of model" for name, value in self.left.items()]
         refuse(location, self.problems)

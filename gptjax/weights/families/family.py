@@ -1,4 +1,4 @@
-"""The type `Family`, and helpers that make rules for the tensors of a block."""
+"""Defines `Family`, and functions that return rules for the tensors of a transformer block."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Gguf(NamedTuple):
     """The llama.cpp architecture of a family.
 
     name          value of `general.architecture`
-    implied       fields of ModelConfig that the architecture fixes, since they are not in the metadata
-    rules         function ModelConfig -> rules of the tensors
+    implied       fields of ModelConfig that the architecture fixes, because the metadata do not contain them
+    rules         function ModelConfig -> rules that map the tensors
     norm          key of norm_eps in the metadata
     rope_base     default value of `rope.freq_base`
     rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     function (metadata, fields so far) -> more fields of ModelConfig, or None if a window is an error
-    to_metadata   function ModelConfig -> more metadata
+    to_config     function (metadata, fields so far) -> more fields of ModelConfig; if None, a window is an error
+    to_metadata   function ModelConfig -> metadata of this architecture only
     """
 
     name: str
@@ -34,7 +34,7 @@ class Gguf(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A model type of Hugging Face, and its llama.cpp architecture.
+    """A model type of Hugging Face, and the llama.cpp architecture of the same models.
 
     defaults  default values of transformers' config class; a value None is computed from other attributes
     gguf      llama.cpp's architecture, or None if another family has the same one or llama.cpp has none
@@ -47,10 +47,11 @@ class Family(NamedTuple):
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    # ModelConfig switches that may be False: the vectors that a model then lacks are exported as constants
+    # Switches of ModelConfig that may be False in an exported model: the vectors that it then lacks are written as
+    # constants.
     fills: frozenset[str] = frozenset()
-    ignored: tuple[str, ...] = ()  # suffixes of tensors that hold no parameters
-    prefix: str = ""  # common prefix of the names in `rules`, which a file may omit
+    ignored: tuple[str, ...] = ()  # suffixes of the names of tensors that hold no parameters
+    prefix: str = ""  # common prefix of the names in `rules`, which a file's tensor names may lack
     placeholder: str = ""  # last token of the tokenizer; the embedding may have no row for it
 
     @property

@@ -1,5 +1,5 @@
-"""Gemma 3 text models: norms before and after each sublayer; sliding windows, with their own RoPE base, in five of six
-layers.
+"""Gemma 3 text models, which have norms before and after each sublayer. Five of every six layers have a sliding window
+and another RoPE base than the sixth layer.
 
 Hugging Face files store the scale of a norm minus 1, GGUF files the scale itself.
 """
@@ -27,7 +27,8 @@ def _to_config(a: Attributes) -> dict[str, Any]:
     a.must("use_bidirectional_attention", False)
     a.left.pop("attn_logit_softcapping", None)  # ignored, since transformers' Gemma 3 does not apply it
     size = hf.window(a)
-    # Every n-th layer has full attention; layer_types, if present, overrides this pattern.
+    # Every n-th layer has full attention, where n is sliding_window_pattern; layer_types, if present, overrides this
+    # pattern.
     every = a.take("sliding_window_pattern", int) if "sliding_window_pattern" in a.left else 6
     a.left.pop("_sliding_window_pattern", None)  # ignored, since transformers writes but never reads it
     if not 1 <= every <= 1000:
@@ -64,8 +65,8 @@ def _embed_gain(d_model: int) -> float:
 
 
 def _rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields. `rope_parameters` has an entry for each of the two attention types; `rope_scaling`, if
-    present, applies to the layers with full attention."""
+    """Reads the RoPE fields of ModelConfig. `rope_parameters` has an entry for each of the two attention types;
+    `rope_scaling`, if present, applies to the layers with full attention."""
     rope, scaling = dict(a.take("rope_parameters", dict, {})), a.take("rope_scaling", dict, {})
     full, local = rope.pop("full_attention", None) or {}, rope.pop("sliding_attention", None) or {}
     if rope or not isinstance(full, dict) or not isinstance(local, dict):
@@ -105,7 +106,8 @@ def _from_metadata(a: Attributes, fields: Mapping[str, Any]) -> dict[str, Any]:
         embed_gain=_embed_gain(fields["d_model"]),
         logit_softcap=a.take("final_logit_softcapping", float, 0.0),
     )
-    if fields["n_layer"] == 62:  # the 27B model, whose attention scale llama.cpp derives from the number of layers
+    # The 27B model, which llama.cpp recognises by its 62 layers, has the attention scale (d_model / n_head)**-0.5.
+    if fields["n_layer"] == 62:
         more["attention_scale"] = max(fields["d_model"] // max(fields["n_head"], 1), 1) ** -0.5
     return more
 
@@ -138,5 +140,5 @@ FAMILY = Family(
         lambda cfg: [*gguf.ENDS, *gguf.QKV, *gguf.OUT, *gguf.MLP, *gguf.PRE, *gguf.POST, *gguf.QK_NORMS],
         rope_base=1_000_000.0, to_config=_from_metadata, to_metadata=_to_metadata,
     ),
-    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models
+    placeholder=IMAGE,  # the text models come with the tokenizer of the multimodal models, which has this token
 )  # fmt: skip

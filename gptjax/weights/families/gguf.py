@@ -1,4 +1,4 @@
-"""Rules for llama.cpp's tensor names that most families share. Matrices are [out, in], for GPT-2 as well.
+"""Rules for llama.cpp's tensor names that most families share. Matrices are stored as [out, in], also those of GPT-2.
 
 Source: llama.cpp's constants.py (names) and convert_hf_to_gguf.py (layouts).
 """

@@ -50,8 +50,8 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 def _rules(
     prefix: str, names: dict[str, str], kernel: Form, head: list[Rule], vectors: tuple[str, str, str]
 ) -> list[Rule]:
-    """Returns the rules. `names`: module names; `kernel`: form of kernels; `vectors`: names of weight, bias and
-    scale."""
+    """Returns the rules for GPT-2's tensors. `names`: names of the modules; `kernel`: form of the kernels; `vectors`:
+    names of kernel, bias and norm scale."""
     w, b, g = vectors
     rules = [
         Rule("wte/embedding", f"{prefix}{names['wte']}"),
@@ -82,7 +82,7 @@ _TENSORFLOW_NAMES = {
 }  # fmt: skip
 _HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
-# In OpenAI's own checkpoints, kernels are [1, in, out].
+# Rules for OpenAI's own checkpoints, in which kernels are [1, in, out].
 OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 

@@ -9,7 +9,7 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-MAX_LAYERS = 1 << 12  # number of layers whose attention type is examined
+MAX_LAYERS = 1 << 12  # limit on the number of layers whose attention type is computed
 
 # Default values of transformers' config classes. None: the value is computed from other attributes.
 SIZES: dict[str, Any] = dict(
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = dict(
 
 
 def sizes(a: Attributes) -> dict[str, Any]:
-    """Reads the sizes of a ModelConfig, under the attribute names that all families but GPT-2 use."""
+    """Reads the sizes of a model, under the attribute names that all families but GPT-2 use."""
     n_head = a.take("num_attention_heads", int)
     return dict(
         arch="llama",
@@ -53,8 +53,9 @@ def to_sizes(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def rope(a: Attributes, context: int) -> dict[str, Any]:
-    """Reads the RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases `rope_theta` and
-    `rope_scaling`; if both are present, transformers uses `rope_scaling`."""
+    """Reads the RoPE fields of ModelConfig. transformers 5 writes `rope_parameters`, earlier releases write
+    `rope_theta` and `rope_scaling`; if `rope_parameters` and `rope_scaling` are both present, transformers uses
+    `rope_scaling`."""
     scaling, values = a.take("rope_scaling", dict, None), a.take("rope_parameters", dict, None)
     name = "rope_scaling" if scaling else "rope_parameters"
     values = {"rope_theta": theta(a, "rope_theta", 10_000.0)} | (scaling or values or {})
@@ -104,8 +105,8 @@ def to_rope(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def layer_types(a: Attributes, n_layer: int, default: str) -> str:
-    """Reads the window pattern from layer_types, one letter per layer, shortened to its period; `default` if it is
-    absent."""
+    """Returns the window pattern of the attribute layer_types, one letter per layer, shortened to its period, or
+    `default` if layer_types is absent."""
     types = a.take("layer_types", list, None)
     if types is None:
         return default
@@ -129,7 +130,7 @@ def to_layer_types(cfg: ModelConfig) -> list[str]:
 
 
 def window(a: Attributes) -> int:
-    """Reads sliding_window; returns 0 if it is null."""
+    """Returns the attribute sliding_window, the number of tokens in a window, or 0 if it is null."""
     size = a.take("sliding_window", int, None)
     if size is not None and size < 1:
         a.problems.append(f"sliding_window: expected 1 or more tokens, or null, got {size}")

@@ -1,7 +1,8 @@
 """Llama and other models of its architecture (Llama 3.2, SmolLM2, TinyLlama).
 
-RoPE rotates pairs of channels: in llama.cpp adjacent channels of a head, in gptjax one channel of the first half and
-one of the second half. Therefore the rows of q and k are interleaved in GGUF files.
+RoPE rotates pairs of channels of a head. For Llama, llama.cpp pairs adjacent channels, 2i and 2i + 1, whereas gptjax
+and transformers pair the channels i and i + H/2. Therefore the GGUF files of Llama models store the rows of q and k
+interleaved.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def _to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _gguf_rules(cfg: ModelConfig) -> list[Rule]:
-    """Returns the rules, without biases, because biases of q and k would have to be interleaved, too.
-    `gptjax.weights.gguf.family_of` refuses models with biases."""
+    """Returns the rules for the tensors of a GGUF file. The rules omit biases, because biases of q and k would have to
+    be interleaved, too. `gptjax.weights.gguf.family_of` refuses models with biases."""
     heads = {"q": interleaved(cfg.n_head), "k": interleaved(cfg.n_kv_head), "v": transposed}
     qkv = [Rule(f"blocks/attn/{x}/kernel", f"{gguf.BLOCK}attn_{x}.weight", form) for x, form in heads.items()]
     return [*gguf.ENDS, *qkv, *gguf.OUT, *gguf.MLP, *gguf.PRE]

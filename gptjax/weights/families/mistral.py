@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window. In GGUF files, its architecture is named llama."""
+"""Mistral is Llama with a sliding window. In GGUF files, its architecture is named llama."""
 
 from __future__ import annotations
 

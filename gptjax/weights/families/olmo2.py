@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with post-norm, and with QK-norm over the channels of all heads together."""
+"""OLMo 2 is Llama with post-norm, and with QK-norm over the channels of all heads together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and optionally a sliding window in the upper layers."""
+"""Qwen2 and Qwen2.5 are Llama with biases on q, k and v, and optionally a sliding window in the upper layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with QK-norm instead of biases."""
+"""Qwen3 is Qwen2 with QK-norm instead of biases."""
 
 from __future__ import annotations
 
