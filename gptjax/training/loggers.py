@@ -1,4 +1,4 @@
-"""Metric loggers: metrics.jsonl is always written; TensorBoard and Weights & Biases are optional (train.loggers)."""
+"""Metric loggers: metrics.jsonl is always written, TensorBoard and Weights & Biases logs only if train.loggers asks."""
 
 from __future__ import annotations
 
