@@ -42,8 +42,8 @@ def multi_head_attention(
 ) -> jax.Array:
     """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are passed to `attention`.
 
-    The weights are w_q [D, N*H], w_k and w_v [D, K*H], and w_o [N*H, D], with N = n_head query heads and K key and
-    value heads, all of dimension H. Source: arXiv:1706.03762, 3.2.2.
+    The weights are w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D], with N = n_head query heads and K key and value
+    heads, all of dimension H. Source: arXiv:1706.03762, 3.2.2.
     """
     B, T, _ = x.shape
     H = w_q.shape[-1] // n_head

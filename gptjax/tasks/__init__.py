@@ -75,7 +75,7 @@ def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Se
 
 
 def refuse(cfg: Config) -> bool:
-    """Run those checks of `train` that need no data. Returns whether the run is finished already.
+    """Run the checks of `train` that need no data. Returns whether the run is finished already.
 
     Raises:
         UserError: at least one check failed; the message lists all problems.

@@ -55,7 +55,7 @@ def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = 
 
 
 def refuse(cfg: Config) -> bool:
-    """Run those checks of `over_seeds` that need no data. Returns whether all runs are finished already.
+    """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
         UserError: a check of `resume.refuse` failed, or the folder holds files that do not belong to the runs of the
