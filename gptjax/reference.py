@@ -62,7 +62,7 @@ def _open(name: str) -> None:
 
 
 def _page(docstring: str) -> Any:
-    """Convert a docstring to preformatted HTML, in which names in backticks are links.
+    """Convert a docstring to preformatted HTML, in which known names in backticks are links.
 
     No other Markdown is interpreted, because columns and indentation are significant in these docstrings, and an
     asterisk means multiplication.

@@ -1,4 +1,4 @@
-"""Metric loggers: metrics.jsonl is always written, TensorBoard and Weights & Biases only if in train.loggers."""
+"""Metric loggers: metrics.jsonl is always written, TensorBoard and Weights & Biases if train.loggers lists them."""
 
 from __future__ import annotations
 
