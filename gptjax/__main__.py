@@ -73,10 +73,11 @@ def _leave(code: int) -> None:
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print the message of an expected error and return the exit code. Returns None for any other error, a bug."""
+    """Print the message of an expected error and return the exit code. Returns None for any other error, because it is
+    a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # raised when training stops before its last step
+    if isinstance(error, SystemExit):  # for example `Stopped`, if training ends before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
         # A closed pipe, as after `gptjax presets ls | head -1`, is not an error. Replacing stdout keeps Python from
@@ -109,7 +110,7 @@ def _dispatch(argv: list[str]) -> int:
 
         hint = did_you_mean(PEERS.get(name.removeprefix("--"), name), ALL_VERBS)
         raise UserError(f"no command {name!r}{hint}\n  commands: {', '.join(ALL_VERBS)}; `gptjax --help` explains each")
-    completes = name == "completion" and args[:1] == ["--words"]  # then args are the words of an unfinished command
+    completes = name == "completion" and args[:1] == ["--words"]  # true if the shell asks how to complete a command
     if _asks_for_help(args) and not completes:
         from gptjax.cli.help import verb_help
 

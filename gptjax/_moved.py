@@ -1,8 +1,9 @@
 """Deprecated import paths, which work for one more release, with a DeprecationWarning that names the new path.
 
-To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry for a package
-also applies to those of its modules that have no entry. To rename a function or constant, or to move it to another
-module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must call `moved_name`.
+To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry of MOVED for a
+package also applies to those of its modules that have no entry. To rename a function or constant, or to move it to
+another module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must call
+`moved_name`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MOVED: dict[str, str] = {  # old path of a module: new path
+MOVED: dict[str, str] = {  # maps the old path of a module to its new path
     "gptjax.config_io": "gptjax.config.leaves",
     "gptjax.config_uses": "gptjax.config.uses",
     "gptjax.data.check": "gptjax.data.quality",
@@ -40,7 +41,7 @@ MOVED: dict[str, str] = {  # old path of a module: new path
     "gptjax.weights.safetensors": "gptjax.formats.safetensors",
     "gptjax.weights.tensorflow": "gptjax.formats.tensorflow",
 }
-NAMES: dict[str, str] = {  # old path of a function or constant: new path
+NAMES: dict[str, str] = {  # maps the old path of a function or constant to its new path
     "gptjax.checkpoint.AT_LEAST": "gptjax.checkpoint.MIN_KEEP",
     "gptjax.config_io.ALIASES": "gptjax.config.aliases.ALIASES",
     "gptjax.config_io.did_you_mean": "gptjax.errors.did_you_mean",
@@ -147,7 +148,7 @@ NAMES: dict[str, str] = {  # old path of a function or constant: new path
 
 
 def new_path(name: str) -> str | None:
-    """Returns the new path of the module with this old path, or None if it was not moved."""
+    """Returns the new path of the module whose old path is `name`, or None if the module was not moved."""
     head, tail = name, ""
     while head:
         if head in MOVED:
@@ -158,7 +159,8 @@ def new_path(name: str) -> str | None:
 
 
 class _Finder:
-    """Import hook: importing the old path of a module imports the module at its new path, so none is loaded twice."""
+    """Import hook: importing the old path of a module imports the module at its new path, so no module is loaded
+    twice."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         is_old = name.startswith("gptjax.") and new_path(name)
@@ -173,9 +175,9 @@ class _Finder:
         warnings.warn(f"{old} is now {new}; the old path will be removed in 0.3.0", DeprecationWarning, stacklevel=2)
         found = importlib.import_module(new)
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
-            sys.modules[old] = found  # the import system returns the module that it finds in sys.modules afterwards
+            sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
             return
-        module.__path__ = []  # keeps the old path as a package, because its contents may have moved to several places
+        module.__path__ = []  # keeps the old package importable, because its modules may have moved to several places
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
@@ -189,11 +191,11 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # goes first, or a leftover folder of byte code would be found as a package
+        sys.meta_path.insert(0, _Finder())  # before all finders that would import a leftover folder at an old path
 
 
 def moved_name(module: str, name: str) -> Any:
-    """Returns the object that `name` in `module` refers to according to NAMES, and issues a DeprecationWarning."""
+    """Returns the object at the new path that NAMES gives for `name` in `module`, and issues a DeprecationWarning."""
     old = f"{module}.{name}"
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -204,7 +206,8 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """Returns the deprecated `task(cfg)` of a task's module, which returns a namespace of prepare, init and loss."""
+    """Returns the deprecated function `task(cfg)` of a task's module, which returns a namespace of three functions:
+    prepare, init and loss."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

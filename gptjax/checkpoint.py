@@ -8,9 +8,10 @@
       corrupt-750/         a damaged checkpoint, kept for inspection
 
 Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
-falls back to an older step, and deletes in place. Therefore a checkpoint is written to a temporary folder and renamed
-atomically. On restore, every file is compared with the manifest, the folder's name with the step in meta.json, and
-every leaf with its fingerprint. Before a checkpoint is deleted, it is renamed.
+falls back to an older step, and deletes in place. Therefore a checkpoint is written to a temporary folder, which is
+then renamed atomically. On restore, every file is compared with the manifest, the folder's name with the step in
+meta.json, and every leaf with its fingerprint. Before a checkpoint is deleted, it is renamed, so that a process that is
+killed leaves no incomplete checkpoint.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdigit())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> Path:
-        """Write a checkpoint and delete older ones beyond `keep`.
+        """Write a checkpoint, then delete the checkpoints that are older than the `keep` newest intact ones.
 
         Args:
             state: the training state, any pytree of arrays; it may contain random keys.
@@ -93,7 +94,7 @@ class Checkpoints:
             leaves, impls = _plain(state)
             if writes:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for pattern in (".partial-*", ".trash-*"):  # folders left behind by a killed process
+                for pattern in (".partial-*", ".trash-*"):  # folders that a killed process has left behind
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
                 partial.mkdir()
@@ -133,16 +134,16 @@ class Checkpoints:
     ) -> Restored | None:
         """Restore the newest intact checkpoint, with the shardings of `abstract_state`; return None if there is none.
 
-        Damaged newer checkpoints are renamed to corrupt-STEP with a warning.
+        Damaged checkpoints that are newer than the restored one are renamed to corrupt-STEP, with a warning.
 
         Args:
-            abstract_state: the expected pytree, of arrays or `jax.ShapeDtypeStruct`.
-            accept: function that is called with the metadata of an intact checkpoint before its arrays are read. It
-                may raise an error to reject the checkpoint; if it raises `Damaged`, the next older checkpoint is tried.
+            abstract_state: the expected state, a pytree of arrays or of `jax.ShapeDtypeStruct`.
+            accept: function that is called with the metadata of an intact checkpoint before its arrays are read. An
+                error that `accept` raises rejects the checkpoint; after `Damaged`, the next older checkpoint is tried.
 
         Raises:
-            UserError: there are checkpoints but none is intact, or shapes or dtypes differ from those of
-                `abstract_state`.
+            UserError: there are checkpoints but none is intact, or the shapes or dtypes of the stored arrays differ
+                from those of `abstract_state`.
         """
         wanted, impls = _plain(abstract_state)
         bad: dict[int, str] = {}
@@ -181,7 +182,7 @@ class Checkpoints:
     def read(self, step: int) -> dict[str, Any]:
         """Returns the state of one checkpoint as nested dicts of arrays on one device, to inspect a run.
 
-        Shapes and dtypes are taken from meta.json. Random keys are returned as their key data.
+        The shapes and dtypes of the arrays are taken from meta.json. Random keys are returned as their key data.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -224,10 +225,11 @@ class Checkpoints:
     def _read(
         self, step: int, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str], abstract_state: Any
     ) -> Any:
-        """Restore the arrays of a step into the structure of `abstract_state`, and check their fingerprints.
+        """Restore the arrays of a step's checkpoint into the structure of `abstract_state`, and check their
+        fingerprints.
 
         If meta.json was written by an older release, it lacks the step, so the leaf "step" is compared with the
-        folder's name instead. Raises Damaged if anything differs.
+        folder's name instead. Raises Damaged if Orbax fails, or if the step or a fingerprint differs.
         """
         try:
             leaves = _orbax_restore(self.folder / str(step) / STATE, wanted)
@@ -268,7 +270,7 @@ class Checkpoints:
 
 
 def _wait(name: str) -> None:
-    """Wait until all processes have made this call; with one process, do nothing."""
+    """Wait until all processes have called `_wait` with this name; with one process, do nothing."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -279,12 +281,11 @@ def _wait(name: str) -> None:
 
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over its elements.
-
-    In this sum, i is the flat index of an element, and bits is its bit pattern as an integer.
+    """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over the leaf's elements, where i is the
+    flat index of an element, and bits is the element's bit pattern as an integer.
 
     A flipped bit b always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0 mod
-    2**32. Integer sums do not depend on their order, so the hash does not depend on the sharding.
+    2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on the sharding.
     """
     on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
@@ -295,7 +296,8 @@ def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
 
 @partial(jax.jit, static_argnums=1)
 def _fingerprints(leaves: list[jax.Array], on_host: tuple[bool, ...]) -> list[jax.Array]:
-    """Compute the fingerprints on the device; `on_host`: whether each leaf is in pinned host memory (offloaded)."""
+    """Compute the fingerprint of each leaf on the device. `on_host` says for each leaf whether it is in pinned host
+    memory (offloaded)."""
     device = jax.memory.Space.Device
     return [
         _fingerprint(jax.device_put(leaf, device) if offloaded else leaf)
@@ -320,7 +322,7 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Flatten a pytree. Returns {path: array} and, for random keys, {path: name of the PRNG implementation}.
 
-    Random keys are replaced by their key data.
+    In the arrays, random keys are replaced by their key data.
     """
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
@@ -341,7 +343,7 @@ def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
 def _stored(body: Any, step: int) -> dict[str, Any]:
     """Returns the contents of meta.json; raises Damaged if they are invalid.
 
-    The step is optional, because older releases did not write it into meta.json.
+    The step may be missing in meta.json, because older releases did not write it.
     """
 
     def require(valid: bool, problem: str) -> None:
@@ -375,7 +377,8 @@ _DTYPES = {
 
 
 def _refuse_other_shapes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], impls: dict[str, str]) -> None:
-    """Raise UserError if names, shapes or dtypes of the arrays differ, because Orbax would silently cast dtypes."""
+    """Raise UserError if the stored arrays differ from the wanted ones in name, shape or dtype, because Orbax would
+    silently cast dtypes."""
 
     def kind(name: str, shape: Any, dtype: str, keys: dict[str, str]) -> str:
         return f"{dtype}{list(shape)}" + (f" ({keys[name]} key)" if name in keys else "")
@@ -422,7 +425,7 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager that silences Orbax.
+    """Context manager that suppresses the log messages and late errors of Orbax.
 
     Orbax logs several lines per checkpoint and, after a failure, reports further errors from its other threads.
     """
@@ -443,7 +446,7 @@ def _quiet() -> Iterator[None]:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # lets callbacks in Orbax's other threads finish
+        time.sleep(0.2)  # waits until callbacks in Orbax's other threads have finished
         raise
     finally:
         sys.unraisablehook = hook
@@ -477,7 +480,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Returns {relative path: path} of all files except the manifest, sorted by path."""
+    """Returns {relative path: path} of all files in a checkpoint except its manifest, sorted by path."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 

@@ -30,7 +30,7 @@ class Problems(list[str]):
 
 
 def refuse(location: str, problems: list[str]) -> None:
-    """If there are problems, raise one UserError that lists them, sorted, up to MAX_SHOWN of them."""
+    """If there are problems, raise one UserError that lists up to MAX_SHOWN of the problems, sorted."""
     if problems:
         shown = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in sorted(problems)[:MAX_SHOWN]]
         if len(problems) > MAX_SHOWN:

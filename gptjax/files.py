@@ -24,7 +24,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         shared: whether several processes may write the file at the same time, as in a cache. True: the temporary
-            file gets a random name. False: the temporary file has a fixed name, so that one left behind by a killed
+            file gets a random name. False: the temporary file has a fixed name, so that a file left behind by a killed
             process is overwritten.
     """
     partial = path.with_name(f".{os.urandom(4).hex() if shared else path.name}.partial")
@@ -159,7 +159,8 @@ def user_path(name: str | os.PathLike[str], setting: str = "") -> Path:
 def new_file(path: str | os.PathLike[str], setting: str = "out") -> Path:
     """Returns the path of a file to create, after checking that it does not exist and creating its parent folder.
 
-    Call this function before the computation whose result is written to the file.
+    Call this function before the computation whose result is written to the file, so that an invalid path is reported
+    early.
 
     Raises:
         UserError: the path exists already, or its folder cannot be created.
@@ -182,7 +183,7 @@ def refuse_existing(path: Path, setting: str = "out") -> None:
 
 
 def umask() -> int:
-    """Returns the umask of the process, which folders created by `tempfile` ignore."""
+    """Returns the umask of the process, to apply it to folders created by `tempfile`, which ignores it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -26,7 +26,7 @@ def simple_attention(x: jax.Array) -> jax.Array:
 
 
 def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Array:
-    """Returns the mask of causal attention, [T, S] bool: True where query t may attend to key s.
+    """Returns the mask of causal attention, [T, S] bool, which is True where query t may attend to key s.
 
     Query t is at position t + offset, so it may attend to the keys s <= t + offset.
 
@@ -40,10 +40,10 @@ def causal_mask(n_query: int, n_key: int, offset: int | jax.Array = 0) -> jax.Ar
 def multi_head_attention(
     x: jax.Array, w_q: Any, w_k: Any, w_v: Any, w_o: Any, n_head: int, **options: Any
 ) -> jax.Array:
-    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are those of `attention`.
+    """Causal multi-head self-attention, x [B, T, D] -> [B, T, D]. `options` are passed to `attention`.
 
-    w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D]: N = n_head query heads, K key and value heads, all of dimension H.
-    Source: arXiv:1706.03762, 3.2.2.
+    The weights are w_q [D, N*H]; w_k, w_v [D, K*H]; w_o [N*H, D], with N = n_head query heads and K key and value
+    heads, all of dimension H. Source: arXiv:1706.03762, 3.2.2.
     """
     B, T, _ = x.shape
     H = w_q.shape[-1] // n_head
@@ -56,7 +56,7 @@ def feed_forward(
 ) -> jax.Array:
     """Feed-forward layer (MLP): activation(x w_up) w_down, x [.., D] -> [.., D]; w_up, w_gate [D, F], w_down [F, D].
 
-    With w_gate: SwiGLU, (silu(x w_gate) * x w_up) w_down (arXiv:2002.05202, eq. 6).
+    With w_gate, the layer is SwiGLU: (silu(x w_gate) * x w_up) w_down (arXiv:2002.05202, eq. 6).
     """
     up = linear(x, w_up)
     hidden = activation(up) if w_gate is None else jax.nn.silu(linear(x, w_gate)) * up

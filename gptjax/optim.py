@@ -20,7 +20,8 @@ from gptjax.types import Params
 if TYPE_CHECKING:
     from jax.memory import Space
 
-# (path pattern, parameter group). Shapes cannot decide, because the biases and scales of stacked layers are matrices.
+# Pairs (path pattern, parameter group). A leaf's shape does not determine its group, because the biases and scales of
+# stacked layers are matrices.
 GROUPS = (
     ("*/kernel/a | */kernel/b | */embedding/a | */embedding/b", "adapter"),
     ("wte/* | wpe/*", "embed"),
@@ -46,7 +47,7 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
               (arXiv:2404.06395)
     constant  stays 1
 
-    Learning rates and warmup_steps of the config may be tracers, here and in `make_optimizer`.
+    In this function and in `make_optimizer`, learning rates and warmup_steps of the config may be tracers.
     """
     decay_steps = max(1, round(cfg.decay_fraction * max_steps))  # wsd
 
@@ -64,12 +65,13 @@ def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransformation:
-    """Clip gradients by global norm, then apply the update rule of each parameter group (`GROUPS`).
+    """Returns an optimizer that clips gradients by global norm, then applies the update rule of each parameter group
+    (`GROUPS`).
 
     adamw: AdamW (arXiv:1711.05101) for all parameters, with a learning rate per group.
-    muon: Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for everything else. Each
-    [in, out] slice of stacked layers is orthogonalised by itself. Updates are scaled to a root mean square of 0.2, that
-    of AdamW's updates, so that AdamW's learning rates can be used.
+    muon: Muon (Jordan 2024; arXiv:2502.16982) for the matrices of the blocks, AdamW for all other parameters. Each
+    [in, out] slice of stacked layers is orthogonalised separately. Updates are scaled to a root mean square of 0.2,
+    that of AdamW's updates, so that AdamW's learning rates can be used.
 
     The A and B matrices of a LoRA adapter always take AdamW with learning rate lr and the weight decay of matrices
     (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
@@ -120,9 +122,10 @@ def _put(state: optax.OptState, memory: Space) -> optax.OptState:
 
 
 def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """Scale gradients by min(1, limit / norm): `optax.clip_by_global_norm` for a norm that is already known.
+    """Returns a transformation that scales gradients by min(1, limit / norm): `optax.clip_by_global_norm` for a norm
+    that is already known.
 
-    `update(..., grad_norm=norm)` takes the norm, which saves a pass over all gradients. XLA fuses the single
+    `update(..., grad_norm=norm)` takes the known norm, which saves a pass over all gradients. XLA fuses the single
     multiplication with the operations after it, but not optax's division and select. On a CPU, clipping and AdamW
     together take a third of the time that they take with `optax.clip_by_global_norm`.
     """
@@ -136,7 +139,8 @@ def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraA
 
 
 def _consistent_rms(rms: float = 0.2) -> optax.GradientTransformation:
-    """Scale updates by rms * sqrt(max(in, out)), which gives an orthogonal [in, out] matrix the root mean square `rms`.
+    """Returns a transformation that scales updates by rms * sqrt(max(in, out)), which gives an orthogonal [in, out]
+    matrix the root mean square `rms`.
 
     Source: arXiv:2502.16982.
     """

@@ -43,11 +43,10 @@ def build(folder: str | Path) -> Path:
 
 
 def _open(name: str) -> None:
-    """Import a package and its submodules, so that pdoc finds
+    """Import a package and its submodules, and change them so that pdoc documents all public names.
 
-    names       that are imported on first use
-    submodules  that are not in `__all__`: they are added to it
-    signatures  of NamedTuples, whose constructors have a `__module__` that does not exist
+    Names that are imported on first use are imported. Submodules are added to `__all__`. The constructors of
+    NamedTuples have a `__module__` that does not exist; it is replaced, so that pdoc finds their signatures.
     """
     module: Any = importlib.import_module(name)
     for public in getattr(module, "__all__", ()):
@@ -63,7 +62,7 @@ def _open(name: str) -> None:
 
 
 def _page(docstring: str) -> Any:
-    """Convert a docstring to preformatted HTML, in which names in backticks link to what they name.
+    """Convert a docstring to preformatted HTML, in which known names in backticks are links.
 
     No other Markdown is interpreted, because columns and indentation are significant in these docstrings, and an
     asterisk means multiplication.

@@ -21,9 +21,9 @@ from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
 
 _PASTELS = ("#c6dbef", "#fdd0a2", "#c7e9c0", "#dadaeb", "#fcbba1", "#e7e1a0")
-_MOST_ANNOTATED = 144  # maximum number of cells of a heatmap in which the values are written
+_MOST_ANNOTATED = 144  # maximum number of cells of a heatmap that shows the value of each cell
 _MOST_TICKS = 12  # maximum number of given tick positions that are labelled on a logarithmic axis
-_LEAST_GAP = 0.07  # minimum distance between two labelled ticks, as a fraction of the axis
+_LEAST_GAP = 0.07  # minimum distance between two labelled ticks, as a fraction of the axis length
 
 
 class Html:
@@ -95,7 +95,7 @@ def maps(
     """Draw heatmaps of matrices side by side, with a common colour scale. Small heatmaps also show the values.
 
     Args:
-        images: dict from titles to arrays [rows, columns]. Cells that are NaN stay white.
+        images: dict from the title of each heatmap to its array [rows, columns]. Cells that are NaN stay white.
         rows, columns: tick labels of the rows and columns; if empty, their indices.
         colours: name of a matplotlib colour map.
         centred: whether to centre the colour scale at zero.
@@ -171,9 +171,10 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
     """Label a logarithmic matplotlib axis with plain decimals such as 0.003.
 
     Args:
-        places: tick positions. If there are 1 to 12 positions, the ticks are there, except at positions too close to
-            the tick before. Otherwise the ticks are at round values on an axis shorter than one decade, at 1, 2 and 5
-            times powers of ten on an axis shorter than three decades, and at powers of ten on a longer axis.
+        places: tick positions. If 1 to 12 positions are given, ticks are placed at them, except at positions too close
+            to the previous tick. Without positions, or with more, ticks are placed at round values on an axis shorter
+            than one decade, at 1, 2 and 5 times powers of ten on an axis shorter than three decades, and at powers of
+            ten on a longer axis.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -193,7 +194,8 @@ def log_ticks(axis: Any, places: ArrayLike = ()) -> None:
 
 
 def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
-    """Write each value into its cell, black on light cells and white on dark ones; integers without decimals."""
+    """Write each value into its cell, in black on light cells and in white on dark cells; integers are written without
+    decimals."""
     form = ".0f" if (np.nan_to_num(a) == np.round(np.nan_to_num(a))).all() else ".2f"
     for (row, column), value in np.ndenumerate(a):
         if np.isfinite(value):
@@ -203,7 +205,7 @@ def _write_numbers(axis: Any, image: Any, a: np.ndarray) -> None:
 
 
 def _figure(width: float, height: float, tall: int, wide: int) -> tuple[Any, list[Any]]:
-    """Returns a figure and its axes in reading order. No window opens, because pyplot is not used."""
+    """Returns a figure and the list of its axes, row by row. No window opens, because pyplot is not used."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

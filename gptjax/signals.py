@@ -1,10 +1,11 @@
 """Handling of Ctrl-C (SIGINT) and SIGTERM.
 
 While the training loop polls `Signals.code` after every call of the training step, a signal only sets this code.
-Everywhere else, a signal raises KeyboardInterrupt or Terminated. Two things can prevent this exception: Python drops
-exceptions that are raised in a callback of the garbage collector (JAX has one) or in a destructor, and calls no signal
-handler while C code runs. Therefore `raise_if_any` is called between the stages of a run, and
-`catch_signals(program=True)` starts a thread that ends the process if it still runs `GRACE_S` seconds after the signal.
+Outside the training loop, a signal raises KeyboardInterrupt or Terminated. An exception raised by a signal handler can
+be lost, because Python drops exceptions that are raised in a callback of the garbage collector (JAX has one) or in a
+destructor, and calls no signal handler while C code runs. Therefore `raise_if_any` is called between the stages of a
+run, and `catch_signals(program=True)` starts a thread that ends the process if it still runs `GRACE_S` seconds after
+the signal.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ GRACE_S = 5.0
 class Stopped(SystemExit):
     """Raised if training ends before its last step; `code` is the exit code, and `str()` gives the reason.
 
-    The code is 3 if the loss is not finite, and 130 after Ctrl-C or 143 after SIGTERM, once a checkpoint is saved. The
-    exception is a SystemExit, so that a program that calls `train` ends with this code.
+    The exit code is 3 if the loss is not finite, and 130 after Ctrl-C or 143 after SIGTERM, once a checkpoint is saved.
+    `Stopped` is a SystemExit, so that a program that calls `train` ends with this exit code.
     """
 
     def __init__(self, code: int, why: str):
@@ -45,7 +46,8 @@ class Terminated(Stopped):
 
 
 class Signals:
-    """The signal received so far. `code` is the exit code: 128 + the signal's number, or 0 if there was no signal."""
+    """Holds the signal received so far. `code` is the exit code: 128 + the signal's number, or 0 if there was no
+    signal."""
 
     code: int = 0
     polled: bool = False  # whether a loop checks `code`, so that the handler need not raise an exception
@@ -65,7 +67,8 @@ class Signals:
         self.raise_if_any()
 
     def raise_if_any(self) -> None:
-        """Raise KeyboardInterrupt or Terminated if a signal was received. Called only where it is safe to stop."""
+        """Raise KeyboardInterrupt or Terminated if a signal was received. Call this method only where it is safe to
+        stop."""
         if self.code == INTERRUPTED:
             raise KeyboardInterrupt
         if self.code:
@@ -76,9 +79,10 @@ class Signals:
         self.code, self.forgotten = 0, True
 
     def watch(self, wake: int) -> None:
-        """Run in a thread, and end the process if a received signal is not acted on within `GRACE_S` seconds.
+        """The body of a thread that ends the process if a received signal is not acted on within `GRACE_S` seconds.
 
-        `wake` is a file descriptor from which the thread reads the number of each signal, one byte that Python writes.
+        `wake` is a file descriptor from which the thread reads the number of each received signal, which Python writes
+        as one byte.
         """
         received: float | None = None
         number = 0
@@ -114,13 +118,13 @@ current: Signals | None = None  # the object that the active `catch_signals` yie
 
 @contextmanager
 def catch_signals(program: bool = False) -> Iterator[Signals]:
-    """Context manager that handles SIGTERM and Ctrl-C. If such context managers are nested, they share one `Signals`.
+    """Context manager that handles SIGTERM and Ctrl-C. Nested calls of `catch_signals` share one `Signals`.
 
-    Outside the main thread no handlers are installed, because Python allows that only in the main thread.
+    Outside the main thread no signal handlers are installed, because Python allows them only in the main thread.
 
     Args:
-        program: whether gptjax owns the process, as on the command line. True: a thread is started that ends the
-            process if a signal is not acted on.
+        program: whether gptjax is the process's main program, as on the command line. True: a thread is started that
+            ends the process if a signal is not acted on within `GRACE_S` seconds.
     """
     global current
     if threading.current_thread() is not threading.main_thread():
@@ -147,7 +151,8 @@ def _start_watching(signals: Signals) -> int | None:
     """Start the thread that runs `Signals.watch`.
 
     Returns:
-        The file descriptor that ends the thread when it is closed, or None if other code has set a wakeup descriptor.
+        The file descriptor to close in order to end the thread, or None if other code has already set a wakeup file
+        descriptor, in which case no thread is started.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -9,15 +9,14 @@ from gptjax.errors import UserError, complaints
 __all__ = ["Batch", "Mean", "Metrics", "Params", "UserError", "complaints"]
 
 Params = dict[str, Any]  # nested dict of arrays; "blocks/attn/q/kernel" is the path of one of them
-Metrics = dict[str, Any]  # name of a metric -> Mean or scalar
+Metrics = dict[str, Any]  # dict from the name of a metric to a Mean or a scalar
 
 
 class Mean(NamedTuple):
     """A weighted mean before the division: a weighted sum and the sum of its weights.
 
-    To combine several means, add their totals and their weights, then divide once. Losses are returned in this
-    form, so that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole
-    batch.
+    To combine several means, add their totals and their weights, then divide once. Loss functions return a `Mean`, so
+    that gradient accumulation, padding, packing and data parallelism give exactly the mean over the whole batch.
     """
 
     total: Any
@@ -32,9 +31,9 @@ class Batch(NamedTuple):
 
     tokens       [B, T] int32    input ids
     targets      [B, T] int32    the token after each input token
-    weights      [B, T] float32  loss weight per target; None: 1 for every target
-    segment_ids  [B, T] int32    the document that a token belongs to; None: one document per row
-    positions    [B, T] int32    position within the document; None: 0..T-1
+    weights      [B, T] float32  loss weight per target, or None if every weight is 1
+    segment_ids  [B, T] int32    id of the document that a token belongs to, or None for one document per row
+    positions    [B, T] int32    position within the document, or None for 0..T-1
     """
 
     tokens: Any

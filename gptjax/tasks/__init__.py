@@ -9,7 +9,8 @@ loss(cfg) -> loss function              returns the function (params, batch, key
 batch_shapes(cfg, rows, width)          returns the shapes of a batch, for `gptjax plan`
 plan(cfg) -> lines                      returns the summary of a fine-tuning, for --dry-run
 
-To add a task, write such a module, add it to `TASKS`, and add the dataclass of its settings to `Config`.
+To add a task, write a module with the functions above, add it to `TASKS`, and add the dataclass of its settings to
+`Config`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
     Raises:
         UserError: the config or the data are invalid, the run directory holds another run, no checkpoint can be read,
             or the disk is full.
-        Stopped: training ended early, by Ctrl-C or SIGTERM, after a checkpoint was saved, or by train.max_nonfinite
-            consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit.
+        Stopped: training ended early, either after Ctrl-C or SIGTERM, with a checkpoint saved, or after
+            train.max_nonfinite consecutive steps with a loss or gradient that is not finite. `Stopped` is a SystemExit.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
         from gptjax.tasks.seeds import over_seeds
@@ -67,17 +68,17 @@ def train(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Seque
 
 
 def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Sequence[Hook] = ()) -> TrainResult:
-    """Fine-tune a model: like `train`, but refuses the task pretrain."""
+    """Fine-tune a model: the same as `train`, but raises UserError for the task pretrain."""
     if cfg.task == "pretrain":
         raise UserError("task=pretrain is not fine-tuning: use gptjax pretrain, or task=classify, instruct or prefer")
     return train(cfg, log=log, hooks=hooks)
 
 
 def refuse(cfg: Config) -> bool:
-    """Run those checks of `train` that need no data. Returns whether the run is finished already.
+    """Run the checks of `train` that need no data. Returns whether the run is finished already.
 
     Raises:
-        UserError: a check failed; the message lists all problems.
+        UserError: at least one check failed; the message lists all problems.
     """
     if cfg.task != "pretrain" and cfg.finetune.seeds > 1:
         from gptjax.tasks.seeds import refuse as refuse_seeds

@@ -37,12 +37,13 @@ __all__ = [
     "refuse_missing",
 ]  # fmt: skip
 BATCH_SIZE, PAD_TO = 16, 64  # texts per batch in `load_classifier`, which pads rows to a multiple of PAD_TO tokens
-MIN_TEXT_TOKENS = 16  # assumed length of a text, to estimate how many texts fit a packed row
+MIN_TEXT_TOKENS = 16  # assumed number of tokens per text, to estimate how many texts fit a packed row
 BATCH_TOKENS = 2048  # approximate number of tokens per batch in `probabilities`
 
 
 def evaluate(result: TrainResult, splits: LabelledSplits | None, say: Callable[[str], None]) -> None:
-    """Evaluate on the test texts: accuracy with its interval, F1, confusion matrix, calibration error and baselines.
+    """Evaluate the classifier on the test texts: accuracy with its confidence interval, F1, confusion matrix,
+    calibration error and baselines.
 
     Writes test.json and confusion.png. If test.json exists, only prints its summary.
 
@@ -64,7 +65,8 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
-    # The split "book" follows the code of a book, which reads the file with pandas, and pandas interprets quotes.
+    # The split "book" follows the code of Build a Large Language Model (From Scratch), which reads the file with
+    # pandas, and pandas interprets quotes.
     quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted
@@ -231,13 +233,14 @@ def classify_texts(folder: str | Path, texts: list[str]) -> list[dict[str, float
 
 
 def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[str, float]]]:
-    """Load the classifier in a run directory once, to call it many times.
+    """Load the classifier in a run directory, and return it as a function that can be called many times.
 
-    Texts are padded to batches of `BATCH_SIZE` rows and a multiple of `PAD_TO` tokens, so that few programs are
-    compiled.
+    Texts are padded to batches of `BATCH_SIZE` rows and a multiple of `PAD_TO` tokens, so that XLA compiles for few
+    shapes.
 
     Returns:
-        A function texts -> class probabilities of each text, which raises UserError for a text without tokens.
+        A function that maps texts to the class probabilities of each text, and raises UserError for a text without
+        tokens.
 
     Raises:
         UserError: the model is not a classifier.
@@ -266,6 +269,6 @@ def load_classifier(folder: str | Path) -> Callable[[Sequence[str]], list[dict[s
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
+    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

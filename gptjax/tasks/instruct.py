@@ -31,7 +31,7 @@ from gptjax.types import Batch, Params
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
 TURNS = 8  # maximum number of questions per synthetic training conversation
-CHUNK = 256  # tokens per chunk of the loss if the output head is frozen, so that memory holds one chunk's logits only
+CHUNK = 256  # if the head is frozen, the loss is computed in chunks of 256 tokens, so that only their logits are kept
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
@@ -44,7 +44,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test = talks or conversations(result.cfg, []).test
-        params, _ = weights.load(folder / "final")  # plain arrays, into which the adapter is merged
+        params, _ = weights.load(folder / "final")  # params of plain arrays, with the adapter merged
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             test_scores = scores(rows)
@@ -238,7 +238,7 @@ def answers(
 def _scoring_batch(prompts: list[list[int]], expected: list[list[int]], size: int) -> Batch:
     """Returns a batch of `size` rows, each a prompt and its expected answer.
 
-    Rows are padded to a multiple of 64 tokens, so that few programs are compiled.
+    Rows are padded to a multiple of 64 tokens, so that XLA compiles for few shapes.
     """
     pairs = list(zip(prompts, expected, strict=True))
     pairs += pairs[:1] * (size - len(pairs))

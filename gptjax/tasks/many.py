@@ -43,7 +43,7 @@ class Many(NamedTuple):
 
     @classmethod
     def of(cls, *, rates: Sequence[float], scales: Sequence[float], ranks: Sequence[int], seeds: Sequence[int]) -> Many:
-        """Create the arrays from sequences of equal length. Raises UserError if their lengths differ."""
+        """Create the arrays from sequences of equal length. Raises UserError if the lengths of the sequences differ."""
         if len({len(rates), len(scales), len(ranks), len(seeds)}) != 1:
             raise UserError(
                 f"expected as many rates as scales, ranks and seeds; got {len(rates)}, {len(scales)}, {len(ranks)} "
@@ -55,7 +55,7 @@ class Many(NamedTuple):
 def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransformation) -> TrainState:
     """Returns the states of N newly initialised adapters, with leaves [N, ..].
 
-    `params` are those of the base model, or only their shapes.
+    `params` are the params of the base model, or only their shapes.
     """
     if most := [rank for rank in many.ranks.tolist() if rank > cfg.rank]:
         raise UserError(f"ranks {most} are larger than lora.rank ({cfg.rank}), the rank of the arrays of all adapters")

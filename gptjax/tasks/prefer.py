@@ -28,7 +28,7 @@ from gptjax.training.task import Loss, Ready, resolve
 from gptjax.types import Params
 
 __all__ = ["evaluate", "loss", "plan", "prepare", "reference", "refuse_missing"]
-MIN_PAIR_TOKENS = 64  # assumed length of a pair, to estimate how many pairs fit a packed row
+MIN_PAIR_TOKENS = 64  # assumed number of tokens per pair, to estimate how many pairs fit a packed row
 RESULTS = "test.json"
 
 
@@ -40,7 +40,8 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(result: TrainResult, held_out: HeldOut | None, say: Callable[[str], None]) -> None:
-    """Evaluate on the held-out pairs: loss, accuracy (the chosen answer has the larger reward) and reward margin.
+    """Evaluate the model on the held-out pairs: loss, accuracy (how often the chosen answer has the larger reward) and
+    reward margin.
 
     Writes test.json; if test.json exists, only prints its summary.
 
@@ -86,7 +87,8 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 
 def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """Encode the pairs as rows. Returns the rows, and the number of pairs that were dropped because they fit no row."""
+    """Encode the pairs as rows of tokens. Returns the rows, and the number of pairs that were dropped because they fit
+    no row."""
     width = tuning.longest_row(cfg, model)
     encoded = preferences.encode(pairs, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
     packed = cfg.prefer.packing == "packed"
@@ -137,7 +139,7 @@ def reference(params: Params, rows: PairRows, cfg: ModelConfig, batch_size: int)
     """Returns reference log-probabilities of the chosen and the rejected answer of each pair, [n_pairs, 2] float32."""
     log_probs = jax.jit(lambda params, batch: losses.answer_log_probs(params, batch, cfg)[0])
     outputs = [log_probs(params, batch) for batch in preferences.eval_batches(rows, batch_size)]
-    is_pair = rows.pairs >= 0  # the entries below 0 are padding
+    is_pair = rows.pairs >= 0  # entries of `rows.pairs` below 0 are padding
     out = np.zeros((int(is_pair.sum()), 2), np.float32)
     out[rows.pairs[is_pair]] = np.concatenate(outputs)[: len(rows.pairs)][is_pair]
     return out
@@ -162,6 +164,6 @@ def plan(cfg: Config) -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
+    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -60,8 +60,8 @@ def refuse_missing(cfg: Config) -> None:
     """Check cheaply, before any text is read, that data, tokenizer and base model exist. Downloads nothing.
 
     Raises:
-        UserError: data, tokenizer or base model are missing, or the model has a classification head. The message lists
-            all problems.
+        UserError: data, tokenizer or base model are missing, or the model has a classification head. The error message
+            lists all problems.
     """
     problems, base = complaints(data.refuse_missing, cfg), cfg.pretrain.base
     if cfg.model.n_classes:
@@ -112,7 +112,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
     rows = max(settings.batch_size // settings.accumulation, EVAL_TOKENS // cfg.window)
     n_batches = -(-(len(val) - 1) // (rows * cfg.window))
-    # At least two batches, because the first includes compilation, so that only the later ones are timed.
+    # Use at least two batches, because the time of the first batch includes compilation, so that only the later batches
+    # are timed.
     first_batches = min(n_batches, max(2, FIRST_EVAL_TOKENS // (rows * cfg.window)))
 
     def eval_batches(first: bool) -> Iterator[Batch]:
@@ -167,7 +168,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
 
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
-    """Returns a function params -> generated texts, each with its prompt, by the settings of `cfg.sample`."""
+    """Returns a function that maps params to texts, each with its prompt, generated with the settings in
+    `cfg.sample`."""
     settings = cfg.sample
 
     def sample(params: Params) -> list[str]:
@@ -183,6 +185,6 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object of a deprecated name, which moved to `gptjax.losses`."""
+    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

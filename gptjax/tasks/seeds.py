@@ -55,10 +55,11 @@ def over_seeds(cfg: Config, say: Callable[[str], None], hooks: Sequence[Hook] = 
 
 
 def refuse(cfg: Config) -> bool:
-    """Run those checks of `over_seeds` that need no data. Returns whether all runs are finished already.
+    """Run the checks of `over_seeds` that need no data. Returns whether all runs are finished already.
 
     Raises:
-        UserError: a check of `resume.refuse` failed, or the folder holds other files than the runs of the seeds.
+        UserError: a check of `resume.refuse` failed, or the folder holds files that do not belong to the runs of the
+            seeds.
     """
     folder = RunDir(cfg.run_dir or "runs/default")
     if not folder.exists():
@@ -80,7 +81,7 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_vmapped(cfg: Config) -> bool:
-    """Returns whether the seeds are trained in one vmapped program, as finetune.together says.
+    """Returns whether the seeds are trained in one vmapped program, as set by finetune.together.
 
     If finetune.together is null, the result is true only for adapters on an accelerator, because a CPU gains nothing.
     """
@@ -116,7 +117,7 @@ def _train_vmapped(cfg: Config, folder: Path, say: Callable[[str], None], hooks:
 
 
 def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
-    """Combine the tasks of all seeds into one.
+    """Combine the tasks of all seeds into one task.
 
     Trained params and batches have a leading seed axis, frozen params do not.
 
@@ -128,7 +129,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     configs: list[Config] = []
     for seed in _seeds(cfg):
         resolved, task, _ = prepare(_seed_config(cfg, seed), progress)
-        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keep only one copy of the base model
+        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keeps only one copy of the base model
         configs.append(resolved)
     first, n = seed_tasks[0], len(seed_tasks)
     configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]
@@ -144,7 +145,7 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
 
     def write(folder: Path, trained: Any, frozen: Any, files: dict[str, str]) -> None:
         runs = [(i, folder.parent / f"seed-{resolved.seed}" / folder.name) for i, resolved in enumerate(configs)]
-        for i, run_folder in [*runs, (0, folder)]:  # the shared folder last, as it marks the run as complete
+        for i, run_folder in [*runs, (0, folder)]:  # the shared folder is last, because it marks the run as complete
             params = jax.tree.map(lambda leaf, i=i: leaf[i], trained)
             write_fns[i](run_folder, params, frozen, files | {"config.yaml": config.to_yaml(configs[i])})
 

@@ -26,9 +26,9 @@ from gptjax.weights import families
 
 
 class Trainable(NamedTuple):
-    """A model, partitioned for training.
+    """A model whose params are partitioned into trained and frozen params.
 
-    params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all of them
+    params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
     frozen    the other params, which the optimizer does not update
     combine   (trained, frozen, LoraConfig) -> params with `LoraWeight` leaves, as the loss reads them; the LoraConfig
               is given only if its scale and dropout are tracers
@@ -46,7 +46,7 @@ class Trainable(NamedTuple):
 def partition(
     cfg: Config, params: Params, heads: Params, model: ModelConfig, key: jax.Array, fingerprint: str = ""
 ) -> Trainable:
-    """Partition the params of a model by cfg.finetune.trainable. JAX can trace this function.
+    """Partition the params of a model by cfg.finetune.trainable. This function can be traced by JAX.
 
     Args:
         params: the params of the base model.
@@ -70,9 +70,9 @@ def partition(
 
 
 def step_functions(cfg: Config, loss: Loss, combine: Callable[..., Params]) -> StepFunctions:
-    """Returns the `StepFunctions` of a fine-tuning.
+    """Returns the `StepFunctions` of a fine-tuning run.
 
-    `combine` is as in `Trainable`; hyperparameters of `cfg` may be tracers.
+    `combine` is the function of this name in `Trainable`; the hyperparameters in `cfg` may be tracers.
     """
     return StepFunctions(with_dropout(cfg, loss), partial(combine, settings=cfg.lora), optimizer(cfg))
 
@@ -92,7 +92,7 @@ def split_heads(params: Params) -> tuple[Params, Params]:
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Returns the fraction of the model's parameters that have no gradient, which is 1 with an adapter."""
+    """Returns the fraction of the model's parameters that are frozen; with an adapter, it is 1."""
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 

@@ -31,7 +31,7 @@ from gptjax.types import Params
 
 
 def refuse_missing(cfg: Config) -> None:
-    """Check cheaply, before any data is read, that base model and data exist. Downloads nothing.
+    """Check cheaply, before any data is read, that the base model and the data exist. Downloads nothing.
 
     Raises:
         UserError: the base model or the data file is missing; the message lists all problems.
@@ -108,21 +108,21 @@ def make_task(
     describe_batch: Callable[[int], str] | None = None,
     files: dict[str, str] | None = None,
 ) -> Task:
-    """Build the `Task` of a fine-tuning.
+    """Build the `Task` of a fine-tuning run.
 
     Args:
         cfg: the resolved config.
         trainable: the base model, partitioned into trained and frozen params.
         fingerprint: hash of the base model's weights.
-        loss: function that builds the loss from a config, whose dropout rate may be a tracer.
-        batch: function step -> the batch of this step.
+        loss: function that builds the loss function from a config, whose dropout rate may be a tracer.
+        batch: function that maps a step to the batch of this step.
         eval_batches: function that returns the validation batches.
         width: number of tokens per row.
         data: hash of the training and validation data.
         lines: lines of text that describe the data, printed before the first step.
-        describe_batch: function step -> line of text about its batch, as in `Task`. None: the line shows the
-            batch's first tokens.
-        files: further text files to write into the model's folder, {name: text}.
+        describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`. None:
+            the line shows the batch's first tokens.
+        files: further text files to write into the model's folder, as a dict {file name: text}.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -165,7 +165,7 @@ def make_task(
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
     """Returns the reference to the base model that is saved together with an adapter.
 
-    The result is None if the merged weights are saved instead.
+    Returns None if the merged weights are saved instead of an adapter.
     """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:
@@ -179,7 +179,8 @@ def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
 
 
 def plan(cfg: Config, base: weights.Model, model: ModelConfig) -> str:
-    """Returns a line of text: the base model, the number of its parameters, and how many of them are trained."""
+    """Returns a line of text with the base model, the number of its parameters, and the number of trained
+    parameters."""
     shapes = abstract_params(model)
     n, n_trained = tree.size(shapes), tree.size(abstract_trained(cfg, *split_heads(shapes), model))
     return f"base               {base.location}: {n:,} parameters, {n_trained:,} trained ({n_trained / n:.2%})"

@@ -10,8 +10,8 @@ class Chip(NamedTuple):
     and bandwidths are 0.
 
     TPU values are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, and v4's interconnect bandwidth from
-    arXiv:2304.01433, table 4. The interconnect bandwidth is that of all links of a chip in the sending direction, which
-    is half of the bidirectional bandwidth on those pages.
+    arXiv:2304.01433, table 4. The interconnect bandwidth is the sum over all links of a chip in the sending direction,
+    which is half of the bidirectional bandwidth in the TPU documentation.
     """
 
     kinds: tuple[str, ...]  # substrings that identify the chip in jax's device_kind

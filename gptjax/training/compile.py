@@ -21,23 +21,24 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # maximum number of parameters of a model for which a compiled call runs several steps
+SMALL_MODEL = 20_000_000  # by default, models with more parameters run one step per compiled call
 MOST_STEPS_PER_CALL = 10
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
     """Returns the number of training steps per compiled call.
 
-    The number divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of hooks, because
-    evaluations, checkpoints and hooks run between two calls. If train.steps_per_call is None, the number is the largest
-    such divisor up to 10, and 1 for models with more than 20 million parameters.
+    The number of steps per call divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of
+    hooks, because evaluations, checkpoints and hooks run between two calls. If train.steps_per_call is None, the number
+    of steps per call is the largest common divisor, at most 10, of max_steps and all intervals, or 1 for models with
+    more than 20 million parameters.
 
     Args:
         start: the step from which the run is resumed.
         hooks: the intervals of the hooks, in steps.
 
     Raises:
-        UserError: train.steps_per_call does not divide max_steps and all intervals.
+        UserError: train.steps_per_call does not divide max_steps or one of the intervals.
     """
     settings = cfg.train
     names = ("eval_every", "checkpoint_every", "log_every")
@@ -95,7 +96,8 @@ def first_call(run: Run, call: Callable[[TrainState, Any], tuple[TrainState, Met
 
 
 def _leave(run: Run) -> None:
-    """End the process, because XLA cannot be interrupted. No step ran since the last checkpoint, so none is lost."""
+    """End the process after a signal, because XLA cannot be interrupted. No steps are lost, because none has run since
+    the last checkpoint."""
     code = run.signals.code
     run.progress.say(f"{signal_name(code)} while compiling: nothing to save, {run.saved:,} steps are on disk")
     if "ipykernel" in sys.modules:
@@ -105,7 +107,8 @@ def _leave(run: Run) -> None:
 
 
 def too_large(run: Run, error: Exception) -> UserError:
-    """Returns the error for a step that does not fit into memory, with changes of the config that should help."""
+    """Returns the UserError for a training step that does not fit into memory; it lists changes of the config that
+    should help."""
     settings, device = run.cfg.train, jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     rows = settings.batch_size // settings.accumulation

@@ -12,11 +12,11 @@ from gptjax.types import Params
 def flops_per_token(cfg: ModelConfig, params: Params, *, width: int | None = None, frozen: float = 0.0) -> float:
     """Returns the FLOPs per token of a training step (arXiv:2204.02311, appendix B).
 
-    A step takes 6 FLOPs per weight in a matrix multiplication, and 12 L N H T for attention in L layers with N heads of
-    dimension H.
+    Per token, a step takes 6 FLOPs for each weight in a matrix multiplication, and 12 L N H T FLOPs for attention in L
+    layers with N heads of dimension H.
 
     Args:
-        width: T, the number of tokens per row; None: the context length.
+        width: number of tokens per row, T, or None for the context length.
         frozen: fraction of the weights that have no gradient, and so take 4 FLOPs each instead of 6.
     """
     not_multiplied = ("wte", "wpe", "lm_head") if cfg.n_classes else ("wte", "wpe")

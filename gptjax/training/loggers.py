@@ -1,4 +1,4 @@
-"""Metric loggers: metrics.jsonl is always written; TensorBoard and Weights & Biases are optional (train.loggers)."""
+"""Metric loggers: metrics.jsonl is always written, TensorBoard and Weights & Biases if train.loggers lists them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoa
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raise UserError if the package that one of these loggers needs is not installed."""
+    """Raise UserError if the package that a logger in `names` needs is not installed."""
     for name in names:
         _module({"tensorboard": "tensorboardX"}.get(name, name), name)
 

@@ -1,6 +1,6 @@
 """The training loop: runs the compiled steps, and calls hooks at fixed intervals of steps.
 
-`gptjax.tasks` defines what is trained. A hook receives the `Run`. An example of a user's hook:
+`gptjax.tasks` defines what is trained. A hook is a function that receives the `Run`. An example of a user's hook:
 
     def histogram(run): print(run.step, jax.tree.map(jnp.std, run.state.params))
     gptjax.train(cfg, hooks=[(100, histogram)])
@@ -166,7 +166,8 @@ def _train(run: Run, hooks: Sequence[Hook]) -> TrainResult:
 def _until_done(run: Run, meter: Meter, call: Callable, hooks: Sequence[Hook]) -> None:
     """Run the remaining steps.
 
-    The metrics of a compiled call are read while the next call runs. Before a hook is called, all metrics are read.
+    The metrics of a compiled call are read while the next call runs. Before a hook is called, the metrics of all steps
+    so far are read.
     """
     steps = run.cfg.train.max_steps
     while True:

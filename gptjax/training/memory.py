@@ -10,12 +10,12 @@ from gptjax.config import Config, ModelConfig
 GIB = 2**30
 Remat = Literal["none", "dots", "full", "offload"]
 SMALLER_REMAT: dict[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",)}  # keep fewer activations
-_MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to at most this fraction
+_MAX_SHARE = 0.75  # a change of the config is proposed only if it shrinks the activations to this fraction or less
 MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fill
 WORKSPACE_BYTES = 2**30  # memory for the logits of one chunk of the loss, their exponentials and their gradients
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter for each finetune.quantize
 
 Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
 
@@ -25,9 +25,9 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
 
     For five configurations on a CPU, the estimate was within about 20 % of XLA's own figure.
 
-    weights      4 bytes per parameter, 4 for its gradient and 4 for its update
-    optimizer    two float32 moments per parameter; Muon keeps only one for the matrices of the blocks
-    activations  those of one micro-batch; see `activation_elements`
+    weights      4 bytes per parameter, 4 bytes for its gradient and 4 bytes for its update
+    optimizer    two float32 moments per parameter; with Muon, only one for parameters in matrices of the blocks
+    activations  the activations of one micro-batch; see `activation_elements`
     """
     model, rows = cfg.model, cfg.train.batch_size // cfg.train.accumulation
     matrices = max(0, n_params - (1 if model.tie_embeddings else 2) * vocab_size * model.d_model)
@@ -39,14 +39,15 @@ def memory_bytes(cfg: Config, n_params: int, vocab_size: int) -> dict[str, int]:
 
 
 def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
-    """Returns the estimated memory of a training step on one chip of a mesh, in bytes, with attention kernels.
+    """Returns the estimated memory of a training step on one chip of a mesh, in bytes, if attention runs with fused
+    kernels.
 
     If AdamW trains all weights, the estimate is within about 20 % of the TPU compiler's own figure.
 
     state        `param_bytes` per parameter, divided by fsdp x tensor
-    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; two copies of the
-                 gradient while it is summed over chips
-    activations  see `activation_elements`, plus the all-gathered weights of two layers
+    head         the output head's matrix in bfloat16 and its gradient in float32, both unsharded; while the gradient is
+                 summed over chips, two copies of it
+    activations  the elements counted by `activation_elements`, plus the all-gathered weights of two layers
 
     Args:
         width: number of tokens per row.
@@ -62,7 +63,7 @@ def chip_bytes(cfg: Config, n_params: int, width: int, shape: Shape) -> float:
 
 def param_bytes(cfg: Config, *, accumulation: int = 1) -> float:
     """Returns the bytes per parameter: its weight, its gradient, AdamW's two moments and, with gradient accumulation,
-    the sum of its gradients. With LoRA, only the frozen weights count, which may be quantised."""
+    the sum of its gradients. With LoRA, only the frozen weights are counted, which may be quantised."""
     if cfg.task != "pretrain" and cfg.finetune.trainable == "lora":
         return _FROZEN[cfg.finetune.quantize]
     return _WEIGHT + _GRADIENT + _MOMENTS + (_GRADIENT if accumulation > 1 else 0)
@@ -75,21 +76,22 @@ def activation_bytes(model: ModelConfig, rows: int, width: int) -> int:
 
 
 def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scores: bool = True) -> float:
-    """Returns the activations per token that the backward pass needs, in elements: those of all blocks and a workspace.
+    """Returns the number of activation elements per token that the backward pass needs: the activations kept by all
+    blocks, and a workspace.
 
     `model.remat` decides which activations of a block are kept on the device:
 
     none     the residual stream twice, and all activations of the attention and feed-forward layers
     dots     the residual stream twice, and the outputs of the matrix multiplications
     full     the block's input
-    offload  none, because the block's input is kept in host memory
+    offload  no activations, because the block's input is kept in host memory
 
     Args:
         width: number of tokens per row.
         tensor: tensor-parallel size, by which the activations of attention and feed-forward layers are sharded.
-        scores: whether attention scores are kept. True: attention runs without a kernel, as on a CPU, which keeps a
-            score per head and pair of tokens, and XLA keeps further activations (12 D + 4 F). False: attention runs
-            with a kernel, as on TPUs, which keeps no scores.
+        scores: whether attention scores are kept for the backward pass. True: attention runs without a fused kernel, as
+            on a CPU, so that one score is kept per head and pair of tokens, and XLA keeps 12 D + 4 F elements of
+            further activations. False: attention runs with a fused kernel, as on TPUs, so that no scores are kept.
     """
     D, F = model.d_model, model.d_ff
     if scores:
@@ -105,10 +107,10 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 
 
 def block_elements(model: ModelConfig) -> int:
-    """Returns the activations per token and block that tensor parallelism shards, in elements.
+    """Returns the number of activation elements per token and block that tensor parallelism shards.
 
-    These activations are queries, keys, values and hidden units, each before and after the element-wise operations on
-    them.
+    The sharded activations are queries, keys, values and hidden units, each before and after the element-wise
+    operations on them.
     """
     projected = (model.n_head + 2 * model.n_kv_head) * model.head_dim
     return 4 * model.d_model + 2 * projected + (4 if model.gated else 3) * model.d_ff
@@ -126,7 +128,8 @@ def what_fits(cfg: Config, width: int, *, rows_per_device: int, lasting_bytes: i
         width: number of tokens per row.
         rows_per_device: number of rows of a micro-batch on one device.
         lasting_bytes: bytes of weights, gradients and optimizer state on one device.
-        limit: memory of the device in bytes, or 0 if it is unknown; then each change at least halves the activations.
+        limit: memory of the device in bytes, or 0 if it is unknown; if it is 0, each change at least halves the
+            activations.
 
     Returns:
         Lines such as "model.remat=dots: ..", with the smallest sufficient change of each setting.

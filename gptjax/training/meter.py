@@ -39,31 +39,33 @@ class Meter:
             others = [loggers.LOGGERS[name](run.dir.path, run.cfg) for name in run.cfg.train.loggers]
             self.loggers = [self.file, *others]
         self.busy_s, self.busy_tokens = 0.0, 0  # seconds and tokens of training since the last row of metrics
-        self.mark = 0.0  # time at which the metrics of a call were last read
+        self.mark = 0.0  # time at which the metrics of a compiled call were last read
         self.rate = 0.0  # tokens per second, as in the last row of metrics
         self.eval_s = self.sample_s = 0.0  # estimated seconds of a full evaluation and of sampling, without compilation
         self.pending: tuple[int, Metrics] | None = None
         self.compiled = False
 
     def start(self) -> None:
-        """Record the time before a call is started, unless the device is still busy with the previous call."""
+        """Record the time at which a compiled call is started, unless the device is still busy with the previous
+        call."""
         if self.pending is None:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """Store the metrics of the call just started, whose last step is `end`, and read those of the previous call."""
+        """Store the metrics of the call just started, whose last step is `end`, and read the metrics of the call
+        before."""
         before, self.pending = self.pending, (end, metrics)
         if before:
             self._read(*before)
 
     def drain(self) -> None:
-        """Wait for the last call and read its metrics."""
+        """Wait for the last compiled call and read its metrics."""
         before, self.pending = self.pending, None
         if before:
             self._read(*before)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a row to all loggers. Raises UserError if the disk is full."""
+        """Write a row of metrics to all loggers. Raises UserError if the disk is full."""
         try:
             for logger in self.loggers:
                 logger.log(row)
@@ -133,7 +135,7 @@ class Meter:
         return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
-        """Returns the estimated seconds until the end of the run, evaluations included."""
+        """Returns the estimated seconds until the end of the run, including its evaluations."""
         settings = self.run.cfg.train
         steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
         evals = math.ceil(steps / settings.eval_every) + now

@@ -37,7 +37,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def draw_confusion(table: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Plot a confusion matrix [C, C] of counts, with one row per true class. Colours show the fraction of each row."""
+    """Plot a confusion matrix [C, C] of counts, with one row per true class. The colour of a cell shows its count as a
+    fraction of the row's total."""
     size = 2.5 + 0.7 * len(names)
     figure, axes = _figure(size + 0.8, size)
     shares = table / table.sum(1, keepdims=True).clip(1)
@@ -62,14 +63,15 @@ def draw_sweep(
     """Plot the results of a sweep in two panels.
 
     The left panel shows the validation loss over the values of one setting, the first of `names` with several numeric
-    values. Each run is a dot; for each combination of the other settings, a line connects the means, with their
-    intervals. The right panel shows a curve of the training loss for each combination of all settings.
+    values. Each run is a dot; for each combination of the other settings, a line connects the mean losses over the
+    seeds, with their 95 % intervals. The right panel shows a curve of the training loss for each combination of all
+    settings.
 
     Args:
         rows: a dict per run, with its settings and losses.
         table: a dict per combination of settings, with means and intervals over the seeds.
         names: names of the settings that differ between the runs.
-        curves: dict from the values of these settings to the training losses of each run with these values.
+        curves: dict from values of the settings in `names` to the training losses of each run with these values.
         path: path of the .png file.
     """
     figure, (left, right) = _figure(12, 4.8, columns=2)
@@ -148,7 +150,7 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        reach = min(width, i, len(points) - 1 - i)  # as many before as after the point; otherwise the ends are biased
+        reach = min(width, i, len(points) - 1 - i)  # a symmetric window, because the ends would be biased otherwise
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))
     return out

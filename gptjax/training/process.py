@@ -34,9 +34,9 @@ def keep_buffers() -> bool:
 def ask_for_huge_pages() -> None:
     """Make glibc use transparent huge pages, if Linux provides them on request (madvise).
 
-    To enable them, the program is restarted in the same process (exec), because glibc reads its tunables only when a
-    process starts. Call this function at the very start of a training program, because everything before the call runs
-    twice.
+    To enable huge pages, the program is restarted in the same process (exec), because glibc reads its tunables only
+    when a process starts. Call this function at the very start of a training program, because everything before the
+    call runs twice.
 
     XLA's CPU backend allocates its temporary buffers anew at every step. For a LoRA step of a model of 135 million
     parameters, page-faulting 2 GB of buffers in pages of 4 KiB took 0.4 of the step's 2.2 s.
@@ -60,5 +60,5 @@ def use_compile_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # without a cache, only the start is slower
+        return  # without a cache, training works, but starts more slowly
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -76,12 +76,13 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            self._told = now  # not `_spoke`, which heartbeat lines update: in a slow run no progress line would appear
+            self._told = now  # heartbeat lines do not change `_told`, so progress lines appear in slow runs, too
             self.say(line)
 
     @contextmanager
     def phase(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Name the current phase for heartbeat lines. A function `what` is called for each heartbeat line."""
+        """Set the name of the current phase, which heartbeat lines show. If `what` is a function, it is called for each
+        heartbeat line and returns the name."""
         before, self._phase, self._since = self._phase, what, time.monotonic()
         try:
             yield
@@ -98,7 +99,8 @@ class Progress:
 
 
 def without_colours(text: str) -> str:
-    """Returns the text for a file or a pipe: green text is put between « and », other escape sequences are removed."""
+    """Returns the text without colours, for a file or a pipe: green text is put between « and », other escape sequences
+    are removed."""
     text = re.sub(r"\x1b\[32m(.*?)\x1b\[0m", r"«\1»", text, flags=re.DOTALL)
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 

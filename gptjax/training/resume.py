@@ -41,7 +41,7 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
             is finished.
 
     Returns:
-        Whether the run is finished already: final/ was written after at least `train.max_steps` steps.
+        Returns whether the run is finished already: whether final/ was written after at least `train.max_steps` steps.
 
     Raises:
         UserError: a check failed; the message lists all problems.
@@ -130,8 +130,8 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
     """Returns the hook that saves a checkpoint.
 
-    A checkpoint holds the state, the counters, and the data hashes, config and environment, which are compared with
-    those of a resumed run.
+    A checkpoint holds the state, the counters, the data hashes, the config and the environment. When the run is
+    resumed, hashes, config and environment are compared with the current ones.
     """
 
     def save(run: Run) -> None:

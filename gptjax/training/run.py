@@ -40,7 +40,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass
 class Counters:
-    """The part of a run's state that is not in the TrainState, also saved in every checkpoint."""
+    """The part of a run's state that is not in the TrainState; like the TrainState, it is saved in every checkpoint."""
 
     evaluated: int = -1  # step of the last evaluation
     val_loss: float = math.nan
@@ -59,7 +59,7 @@ class Run:
     cfg, task         the resolved config and the task; task.start and task.frozen are None once the state holds them
     rules             the `StepFunctions` of the task
     dir               the run directory
-    mesh              the device mesh; None on one device
+    mesh              the device mesh, or None on one device
     writes            whether this process writes files
     state, step       TrainState and step after the last compiled call that was started
     saved             step of the last checkpoint
@@ -94,11 +94,12 @@ class Run:
         return self.state.params, self.state.frozen
 
     def params(self) -> Params:
-        """Returns the params that the loss reads, on the host."""
+        """Returns the params that the loss reads, copied to host memory."""
         return self.rules.combine(*distributed.on_host(self.both))
 
     def seconds(self) -> float:
-        """Returns the wall time of the run in seconds, including earlier processes from which it was resumed."""
+        """Returns the wall time of the run in seconds, including the time of earlier processes from which it was
+        resumed."""
         return round(time.monotonic() - self.began, 3)
 
     def poll(self) -> None:
@@ -108,7 +109,8 @@ class Run:
             raise Interrupted
 
     def batch(self, step: int, k: int = 1) -> Any:
-        """Returns the batch of step `step` or, if k > 1, those of k steps with a leading axis k.
+        """Returns the batch of step `step` or, if k > 1, the batches of the k steps from `step`, stacked along a
+        leading axis.
 
         Each process reads only its own rows of a batch.
         """

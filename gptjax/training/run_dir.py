@@ -37,7 +37,7 @@ except ImportError:  # Windows has no fcntl, so only the lock file's age shows w
     fcntl = None  # type: ignore[assignment]
 
 OF_THE_END = ("test.json", "responses.jsonl", "confusion.png")  # files with the test results of a fine-tuned model
-LOCK_STALE_S = 180  # age of an abandoned lock file; a training process touches its own at least every 10 s
+LOCK_STALE_S = 180  # age in seconds of an abandoned lock file; its owner touches it at least every 10 s
 
 # Settings that may differ when a run is resumed. They do not affect the trained weights.
 MAY_CHANGE = (
@@ -65,8 +65,8 @@ class RunDir:
         """Check that a run of `cfg` can be started or resumed in this directory. Writes nothing.
 
         Raises:
-            UserError: the directory holds a run of another config, a run although `train.resume=never`, or files of
-                another program; or it cannot be written to.
+            UserError: the directory holds a run of another config, any run although `train.resume=never`, or files of
+                another program, or the directory is not writable.
         """
         user_path(self.path, "run_dir")
         if not self.exists():
@@ -96,7 +96,7 @@ class RunDir:
             )
 
     def _ended(self, stored: Config) -> str:
-        """Returns the reason why the learning rate schedule allows no more steps than planned; "" if it allows them."""
+        """Returns the reason why the learning rate schedule allows no more steps than planned; "" if it allows more."""
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
@@ -160,7 +160,7 @@ class RunDir:
             _refuse_owner(self.path, lock)
 
     def touch(self) -> None:
-        """Update the lock's modification time, which shows that its owner is alive."""
+        """Update the modification time of the lock file, which shows that the process that holds the lock is alive."""
         with suppress(OSError):
             os.utime(self.path / ".lock")
 
@@ -177,7 +177,8 @@ class RunDir:
         write_text(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
     def cut_metrics(self, step: int, say: Callable[[str], None]) -> None:
-        """Remove the metrics of steps after `step`, an incomplete last line and, with a warning, damaged lines."""
+        """Remove from metrics.jsonl the rows of steps after `step`, an incomplete last line and, with a warning,
+        damaged lines."""
         if not self.metrics.exists():
             return
         lines, damaged = _lines(self.metrics)
@@ -196,7 +197,7 @@ class RunDir:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise UserError if the folder cannot be created: a parent is a file or not writable."""
+    """Raise UserError if the folder cannot be created because a parent folder is a file or is not writable."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir={path} is a file: choose another run_dir=FOLDER")
     nearest = next((folder for folder in (path, *path.parents) if folder.exists()), Path())
@@ -212,7 +213,7 @@ def refuse_foreign(path: Path, allowed: str = "") -> None:
     """Raise UserError if the directory holds files other than those of a run that was killed while it started.
 
     Args:
-        allowed: regular expression of further names that the directory may hold.
+        allowed: regular expression that matches the names of further files that the directory may hold.
     """
     try:
         names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -228,7 +229,7 @@ def refuse_foreign(path: Path, allowed: str = "") -> None:
 
 
 def _refuse_owner(path: Path, lock: TextIO) -> None:
-    """Lock the open file `lock`. Raises a UserError that names the owner if another process holds the lock."""
+    """Lock the open file `lock`. Raises a UserError that names the other process if another process holds the lock."""
     held = False
     if fcntl:
         try:
@@ -287,11 +288,11 @@ def _dropped(path: Path, damaged: int) -> str:
 def changes(stored: Config, cfg: Config) -> list[str]:
     """Returns the changes of settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
 
-    A larger number of steps or epochs is allowed, and not listed.
+    A larger number of steps or epochs is allowed, so it is not listed.
 
     Args:
         stored: the resolved config of the run.
-        cfg: the new config. If it is not resolved yet, values that depend on the data are not compared.
+        cfg: the new config. If `cfg` is not resolved yet, values that depend on the data are not compared.
     """
     cfg = _resolve_like(stored, cfg)
     if longer(stored, cfg):
@@ -302,7 +303,7 @@ def changes(stored: Config, cfg: Config) -> list[str]:
 
 
 def train_further(stored: Config, path: Path) -> str:
-    """How to train the model of a finished run further, where the run itself cannot be extended."""
+    """Returns advice on how to train the model of a finished run further if the run itself cannot be extended."""
     if stored.task == "classify":
         return "for more steps run the same command with another run_dir=FOLDER"
     if stored.task == "pretrain":
@@ -322,7 +323,7 @@ def _resolve_like(stored: Config, written: Config) -> Config:
     """Returns `written`, with the values that depend on the data or the base model taken from the stored config."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # the architecture is that of the base model
+    if written.task != "pretrain" or pretrain.base is not None:  # the base model decides the architecture
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)

@@ -14,8 +14,8 @@ from gptjax.errors import UserError
 from gptjax.ops.device import platform
 from gptjax.types import Mean, Metrics
 
-Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # (params, batch, key) -> (Mean, metrics)
-# (params, frozen, batch, key) -> (gradient of the total, (Mean, metrics))
+Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # called as loss(params, batch, key) -> (Mean, metrics)
+# Called as gradient(params, frozen, batch, key) -> (gradient of the loss's total, (Mean, metrics)).
 Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
@@ -60,7 +60,8 @@ def init_state(
 
 
 def _checked(result: Any) -> tuple[Mean, Metrics]:
-    """Check, while the step is traced, that a loss returns (Mean, dict), and return it. Raises UserError otherwise."""
+    """Check, while the step is traced, that a loss returns (Mean, dict), and return the pair. Raises UserError
+    otherwise."""
     pair = type(result) is tuple and len(result) == 2
     if pair and isinstance(result[0], Mean) and isinstance(result[1], dict):
         return result
@@ -79,18 +80,19 @@ def make_train_step(
     accumulation: int = 1,
     transform: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Build the training step for a loss.
+    """Build the training step for a loss function.
 
     The step computes the gradient of the loss's total, divides it once by the weight of the whole batch, and applies
     `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: (params, batch, key) -> (Mean(total, weight), metrics); metrics that are a `Mean` are divided, too.
+        loss: function (params, batch, key) -> (Mean(total, weight), metrics); a metric that is a `Mean` is divided by
+            its weight, too.
         tx: the optimizer.
         combine: function (trained, frozen) -> the params that the loss reads, for example with LoRA applied.
         accumulation: number of micro-batches over which gradients are accumulated; it must divide the leading axis of
-            every leaf of the batch. Up to rounding, the result does not depend on this number, even if the
-            micro-batches differ in weight.
+            every leaf of the batch. Up to rounding, the result of the step does not depend on the number of
+            micro-batches, even if they differ in weight.
         transform: function that transforms the gradient function of the whole batch, such as `research.curvature.sam`.
 
     Returns:
@@ -177,13 +179,14 @@ def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainSt
 
 
 def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Metrics]:
-    """Sum totals and weights of the loss over all batches, and of each metric that is a `Mean`.
+    """Sum the totals and the weights of the loss, and of each metric that is a `Mean`, over all batches.
 
-    The sums are computed on the host in float64. Their quotient, `Mean.value()`, is the token-weighted mean, in which a
-    short last batch has a smaller weight. `loss` should be jitted by the caller.
+    The sums are computed on the host in float64. The total divided by the weight, `Mean.value()`, is the token-weighted
+    mean, in which a short last batch has a smaller weight. `loss` should be jitted by the caller.
 
     Returns:
-        The `Mean` of the loss over all batches, and that of each metric by name.
+        The `Mean` of the loss over all batches, and a dict from the name of each other metric that is a `Mean` to its
+        `Mean`.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:

@@ -18,7 +18,7 @@ from gptjax.types import Params
 
 
 def identity(trained: Any, frozen: Any) -> Any:
-    """A `combine` for a task whose loss reads the trained params only."""
+    """The `combine` function of a task whose loss reads only the trained params."""
     return trained
 
 
@@ -38,9 +38,9 @@ class StepFunctions(NamedTuple):
 class Validation(NamedTuple):
     """The validation data, by whose loss the best model is chosen.
 
-    batches          function first -> validation batches: all of them or, if `first` is true, a part. `first` is true
-                     only for the evaluation before the first step
-    first_share      size of that part, as a fraction of all batches
+    batches          function first -> validation batches: all of them or, if `first` is true, a part of them; `first`
+                     is true only for the evaluation before the first step
+    first_share      size of the part that `first` selects, as a fraction of all validation batches
     derived_metrics  function loss -> metrics that are computed from the loss, such as perplexity
     """
 
@@ -53,8 +53,9 @@ class Task(NamedTuple):
     """Everything that the training loop needs to know about one run.
 
     tokenizer         the tokenizer, which is saved with the model
-    batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows`: a slice
-                      of the batch axis, None for all rows. A pure function, so that a resumed run needs no loader state
+    batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows` is a slice
+                      of the batch axis, or None for all rows; `batches` is a pure function, so that a resumed run needs
+                      no data loader state
     describe_batch    step -> a line of text that names the data of this step's batch, for error messages
     validation        the validation data
     build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs
@@ -65,7 +66,7 @@ class Task(NamedTuple):
     fingerprints      name -> (hash of data or weights that a checkpoint depends on, the setting that selects them)
     describe          number of trained parameters -> lines about data and model, printed before the first step
     write             (folder, trained, frozen, text files): writes a self-contained model folder
-    sample            params -> generated texts, called after each evaluation; None: no samples
+    sample            params -> generated texts, called after each evaluation, or None for no samples
     """
 
     tokenizer: Tokenizer
@@ -84,7 +85,7 @@ class Task(NamedTuple):
     def initial(self) -> tuple[Callable[[jax.Array, Any], Any], Any]:
         """Returns (init, start), where init(key, start) gives the trained params before the first step.
 
-        The arrays in `start` are an argument of `init`, so that they are not constants of a compiled program.
+        `init` takes the arrays in `start` as an argument, so that they do not become constants of the compiled program.
         """
         if callable(self.start):
             return lambda key, start: self.start(key), None
@@ -94,14 +95,15 @@ class Task(NamedTuple):
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
     """Returns the config with the values that depend on the data filled in: the model, and the number of steps.
 
-    The number of steps is that of `train.epochs` passes over `size` tokens or rows, of which a step takes `per_step`.
+    If `train.epochs` is set, the number of steps is computed for data of `size` tokens (or rows), of which each step
+    takes `per_step`.
     """
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
 
 
 def short_run(cfg: Config) -> str:
-    """A warning if the learning rate is still in its warmup when the run ends, as with little data; else ""."""
+    """Returns a warning if the run ends before the learning rate's warmup does, as with little data; otherwise ""."""
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:
         return ""
@@ -115,7 +117,7 @@ def short_run(cfg: Config) -> str:
 class Ready(NamedTuple):
     """The result of a task's `prepare`.
 
-    cfg        the config as completed by `resolve`
+    cfg        the config, with the values that depend on the data filled in by `resolve`
     task       the task that the training loop runs
     held_out   the test data, which are passed to the task's `evaluate`
     """

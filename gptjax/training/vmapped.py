@@ -1,20 +1,20 @@
-"""N runs in one compiled program: `make_train_step`, its loss and its initial state, vmapped over runs.
+"""Trains N runs in one compiled program: `make_train_step`, the loss and the initial state, vmapped over the runs.
 
 states = create(init, lambda hparams: build(hparams).optimizer, seeds, hparams)     a TrainState of leaves [N, ..]
 step   = jax.jit(make_step(build))
 states, metrics = step(states, hparams, frozen, batch)     `frozen` is shared by all runs, not copied
 
-`hparams` is a pytree of leaves [N, ..], the traced hyperparameters of each run. `build` maps those of one run to its
-`StepFunctions`.
+`hparams` is a pytree of leaves [N, ..], the traced hyperparameters of each run. `build` maps the hyperparameters of one
+run to its `StepFunctions`.
 
-There are two ways to build the step, which differ in rounding:
+There are two ways to build the training step, whose results differ in rounding:
 
 make_step   N independent runs, each with its own step counter, key and skipped steps; used for sweeps and for many
             adapters.
 as_one      N runs as one run of the training loop, with one step counter and one checkpoint; used for the seeds of a
-            fine-tuning. The loss is the sum of the runs' means, so the step divides gradients by N, and the optimizer
-            multiplies them by N again. Dropout keys are split from one key. If the loss or gradient of one run is not
-            finite, all runs skip the step.
+            fine-tuning. The loss is the sum of the runs' mean losses, with weight N, so the step divides gradients by
+            N, and the optimizer multiplies them by N again. The dropout keys of all runs are split from one key. If the
+            loss or gradient of one run is not finite, all runs skip the step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def make_step(
 def make_loss(build: Callable[[Any], StepFunctions], *, batches: bool = False) -> Callable[..., tuple[Mean, Metrics]]:
     """Returns loss(params, hparams, frozen, batch, keys=None) -> (losses [N], metrics [N]), vmapped over N runs.
 
-    `keys` [N] are the random keys for dropout; None: without dropout. The other arguments are as in `make_step`.
+    `keys` [N] are the random keys for dropout, or None for no dropout. The other arguments are those of the step that
+    `make_step` returns.
     """
 
     def loss_of_run(params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -77,10 +78,10 @@ def create(
     """Returns the states of N runs before the first step, with leaves [N, ..]: the `init_state` of each seed.
 
     Args:
-        init: function (key, start) of one run -> its trained params, as returned by `Task.initial`.
-        optimizer: function hparams of one run -> its optimizer.
+        init: function (key, start) -> the initial trained params of one run, as returned by `Task.initial`.
+        optimizer: function that maps the hparams of one run to the optimizer of this run.
         seeds: random seeds of the runs, [N].
-        hparams, start: pytrees with leaves [N, ..], or None.
+        hparams, start: arguments of `optimizer` and `init` for all runs, pytrees with leaves [N, ..], or None.
     """
     init_run = jax.vmap(lambda seed, hparams, start: init_state(init, optimizer(hparams), seed, start))
     return init_run(seeds, hparams, start)
@@ -103,7 +104,7 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, clipping by its own norm, after undoing the step's division of gradients by n."""
+        """Update each run separately, clipping by its own gradient norm, after multiplying the gradients by n again."""
         undivided = jax.tree.map(lambda g: g * n, grads)
         return jax.vmap(lambda g, s, p: tx.update(g, s, p))(undivided, state, params)
 
@@ -127,7 +128,7 @@ def stack(batches: Sequence[Any], axis: int = 0) -> Any:
 
 
 def zip_batches(batches_of_runs: Sequence[Iterable[Any]]) -> Iterator[Any]:
-    """Yields, for each i, the i-th batches of N runs, stacked to leaves [N, ..].
+    """Yields, for each i, the i-th batches of all N runs, stacked into one batch with leaves [N, ..].
 
     Runs with fewer batches are continued with batches of zeros, which count as padding.
     """
