@@ -72,7 +72,8 @@ def generate(
     """Generates up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
 
     Args:
-        prompts: token ids, at least one per prompt. A prompt longer than the context keeps its last tokens.
+        prompts: token ids, at least one per prompt. A prompt longer than the context is truncated from the left, so
+            that only its last tokens are used.
         sampler: function (logits [B, V], key) -> tokens [B], from `gptjax.generation.sampling` or your own.
         until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
             with the first token for which the function returns True. See `stop_strings`.
@@ -86,7 +87,7 @@ def generate(
         The new tokens of each prompt, without the stop token.
 
     Raises:
-        UserError: an empty prompt, an id outside the vocabulary, or a model that is a classifier.
+        UserError: a prompt is empty or has an id outside the vocabulary, or the model is a classifier.
     """
     completions = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
@@ -168,23 +169,23 @@ def stream(
 
 
 def programs() -> int:
-    """Number of XLA programs that have been compiled for decoding in this process."""
+    """Returns the number of XLA programs that have been compiled for decoding in this process."""
     return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
 
 
 def bucket(size: int) -> int:
-    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; this adds at most half of any size from 16 on."""
+    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; sizes of at least 16 grow by less than half."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
 def stop_array(stop: Sequence[int]) -> jax.Array:
-    """The stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
+    """Returns the stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
 
 
 def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
-    """Number of ids that may be drawn: the first `vocab_size` of the model's vocabulary."""
+    """Returns the number of ids that may be drawn, which are the first `vocab_size` ids of the model's vocabulary."""
     if vocab_size is None:
         return cfg.vocab_size
     if vocab_size < 1:
@@ -210,10 +211,10 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
     """Returns the prompts padded on the right, [B, P] int32, and their lengths [B].
 
     P is the smallest bucket (see `bucket`) that fits the longest prompt, but at most the context length. A prompt that
-    is longer than the context keeps its last tokens.
+    is longer than the context is truncated from the left, so that only its last tokens are used.
 
     Raises:
-        UserError: an empty prompt, or an id outside the vocabulary.
+        UserError: a prompt is empty or has an id outside the vocabulary, or the model is a classifier.
     """
     _check(prompts, cfg)
     lengths = np.array([min(len(prompt), cfg.context_length) for prompt in prompts], np.int32)
@@ -225,17 +226,17 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: index after the last token; the last token is not in the cache yet
+    end: jax.Array  # [B] int32: index after each row's last token, which is not in the cache yet
     i: jax.Array  # int32: number of decoding steps done
-    done: jax.Array  # [B] bool: whether the row has ended, as at a stop token
+    done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: whether the row has the token; None if the sampler ignores it
+    seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if the sampler ignores it
     logprobs: jax.Array | None  # [B, N] float32
-    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
+    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities of the k most likely tokens, [B, N, k]
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_start` and `_decode_loop`, which are compiled again for other values."""
+    """Static arguments of `_start` and `_decode_loop`, which are recompiled when the arguments change."""
 
     cfg: ModelConfig
     sampler: Sampler
@@ -243,7 +244,7 @@ class _Settings(NamedTuple):
     max_new: int  # N: number of slots in a row for new tokens
     n: int  # number of samples per prompt
     logprobs: int | None
-    drawable: int  # number of ids that may be drawn, from 0 on
+    drawable: int  # number of ids that may be drawn, 0 to drawable - 1
     cache_dtype: str | None
 
     @property
@@ -299,7 +300,7 @@ class _Run:
                 end[row], done[row] = self.start[row] + stop_size, True
             self.checked[row] = len(new)
         self.done = done
-        # the state is updated on the device to keep its sharding; with another sharding the loop is compiled again
+        # the state is updated on the device to keep its sharding; with another sharding the loop would be recompiled
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
 
@@ -420,7 +421,7 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # number of axes after B: arrays with five axes are stacked over layers, [L, B, ..], others begin with B
+            # number of axes after B: arrays with five axes are [L, B, ..], stacked over layers; others are [B, ..]
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 

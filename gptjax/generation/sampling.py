@@ -3,9 +3,9 @@
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-For the same arguments these functions return the same object, so that a compiled decoding loop is reused. A filter
-whose attribute `history` is True, and a chain with such a filter, also receives an array [B, V] bool that says which
-tokens each row already has.
+For the same arguments the functions of this module return the same object, so that a compiled decoding loop is
+reused. A filter whose attribute `history` is True, and a chain with such a filter, also receives an array [B, V] bool
+that says which tokens each row already has.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class RepetitionPenalty:
 def repetition_penalty(penalty: float) -> Filter:
     """Returns a filter that penalises the tokens that the prompt and the continuation already have.
 
-    Positive logits of these tokens are divided by `penalty`, and negative ones multiplied by it (arXiv:1909.05858,
-    section 4.1).
+    A positive logit of such a token is divided by `penalty`, and a negative logit is multiplied by it
+    (arXiv:1909.05858, section 4.1).
     """
     return RepetitionPenalty(penalty)
 
@@ -125,7 +125,7 @@ def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
 
     `pick` is itself a sampler, (logits, key) -> tokens, such as `draw` or `greedy`. For the same arguments the same
     object is returned. `generate` compiles once per sampler object, so that a sampler that is a new lambda in each call
-    costs seconds per call.
+    costs seconds of compilation per call.
     """
     return Chain(filters, pick)
 

@@ -53,12 +53,13 @@ def speculate(
     """Samples from the model (params, cfg) as `generate` does, with fewer forward passes if proposals are accepted.
 
     A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None, tokens are proposed by
-    prompt lookup: the tokens that followed the last tokens of the row where these occurred before, see `prompt_lookup`.
+    prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that followed it
+    (see `prompt_lookup`).
 
-    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q the
-    draft's. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore has the same
-    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row advances by its own
-    number of accepted tokens.
+    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q that
+    of the draft model. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore
+    has the same distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row
+    advances by its own number of accepted tokens.
     Sources: arXiv:2211.17192, algorithm 1; prompt lookup as in transformers and vLLM.
 
     Args:
@@ -125,7 +126,7 @@ def speculate(
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_speculate`, which is compiled again for other values."""
+    """Static arguments of `_speculate`, which is recompiled when the arguments change."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
@@ -140,7 +141,7 @@ class _Settings(NamedTuple):
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: index after the last token; the last token is in neither cache yet
+    end: jax.Array  # [B]: index after each row's last token, which is in neither cache yet
     done: jax.Array  # [B]: whether a stop token was drawn in the row
     cache: Cache
     draft: Cache | None
@@ -171,9 +172,9 @@ def _speculate(
     done = (first[:, None] == stop).any(-1)
 
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns the last token and the proposals, [B, ahead + 1], the draft's distributions, and its new cache.
+        """Returns each row's last token and proposals, [B, ahead + 1], and the draft's distributions and new cache.
 
-        The distributions, from which the proposals are drawn, are [B, ahead, V]; None if proposals are deterministic.
+        The distributions from which the proposals are drawn have shape [B, ahead, V]; None for prompt lookup.
         """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:

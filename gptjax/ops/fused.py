@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-SAVED = "attention"  # `checkpoint_name` of what the kernels save for their backward pass, used by remat policies
+SAVED = "attention"  # `checkpoint_name` of the arrays that the kernels save for their backward pass
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
 
 
@@ -105,7 +105,7 @@ def splash(
 ) -> jax.Array:
     """Causal attention on a TPU with the splash attention kernel of jax.
 
-    Under a mesh, each device computes its own rows, heads and queries. Fully masked tiles are skipped.
+    Under a mesh, each device computes attention for its own rows, heads and queries. Fully masked tiles are skipped.
 
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
@@ -130,7 +130,7 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """The splash kernel for one device's heads and all devices' queries, with mask arrays sharded like the queries."""
+    """Returns the splash kernel for one device's heads and all queries, with mask arrays sharded like the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
@@ -172,7 +172,7 @@ def flash(
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both transposes
     extra = () if static else (window,)
     return _by_device(attend, q, k, v, segment_ids, heads_at=2, extra=extra, extra_spec=(P(),) * len(extra))
 
@@ -227,7 +227,7 @@ def _by_device(
     because keeping them would take up the memory that sharding the tokens saves.
 
     Args:
-        heads_at: axis of the heads in k and v, 1 or 2; the other of these two axes is that of the tokens.
+        heads_at: axis of the heads in k and v, 1 or 2; the tokens are along the other of these two axes.
         extra: pytree that is passed to `attend`, sharded by `extra_spec`.
     """
     if (current_mesh := mesh()) is None:

@@ -93,10 +93,10 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Sharding of the tokens [B, T] over all devices for the product with the head, which is replicated.
+    """Returns the sharding of tokens [B, T] over all devices for the product with the head, which is replicated.
 
     Each device splits its own tokens into chunks, and the head's gradient is summed over devices once instead of once
-    per chunk. None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
+    per chunk. Returns None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -153,7 +153,7 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Size of a chunk's logits: 256 MiB, or on a GPU 1/32 of its memory if that is more, but at most 1 GiB."""
+    """Returns the size of a chunk's logits: 256 MiB, or 1/32 of a GPU's memory if that is more, but at most 1 GiB."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 
