@@ -5,11 +5,12 @@
     stream     the new tokens of one prompt, yielded while they are generated
 
 Rows are independent: each row of a batch gets the tokens that it would get alone, also if the prompts differ in length.
-Sizes are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of different lengths reuse the same
-compiled programs; `programs()` returns the number of these programs.
+The lengths of prompts and continuations are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of
+different lengths reuse the same compiled programs; `programs()` returns the number of these programs.
 
 When a row's context is full, its last half is prefilled again from position 0, and decoding continues. A token
-therefore attends to at most `cfg.context_length` tokens, and to at least half as many once the row has that many.
+therefore attends to at most `cfg.context_length` tokens, and, once the row has half as many tokens, to at least half as
+many.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def generate(
         until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
             with the first token for which the function returns True. See `stop_strings`.
         vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
-            None: every id of the model may be drawn.
-        cache_dtype: dtype of the KV cache: float32, bfloat16 or int8. None: the dtype that keys and values are computed
-            in, see `init_cache`.
+            If `vocab_size` is None, every id of the model may be drawn.
+        cache_dtype: dtype of the KV cache: float32, bfloat16 or int8, or None for the dtype that keys and values are
+            computed in (see `init_cache`).
         patches: activation patches as in `extend`, applied at the prompt and at every new token.
 
     Returns:
@@ -116,8 +117,8 @@ def complete(
 
     Args:
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
-        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token;
-            None: no log-probabilities are returned.
+        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token, or
+            None if no log-probabilities are returned.
 
     The other arguments are those of `generate`.
     """
@@ -264,7 +265,7 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # rounded up to a power of two, so that the decoding loop, which takes long to compile, has few widths
+        # the width is a power of two, so that the decoding loop, which takes long to compile, has few widths
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -277,7 +278,7 @@ class _Run:
         self.decode_params, self.key, self.patches = decode_params, key, place(patches, cfg)
         self.stop = stop_array(stop)
         self.done = np.zeros(len(self.start), bool)  # finished rows, for which `until` is not called again
-        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row that `until` has seen
+        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row for which `until` was called
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
@@ -300,7 +301,7 @@ class _Run:
                 end[row], done[row] = self.start[row] + stop_size, True
             self.checked[row] = len(new)
         self.done = done
-        # the state is updated on the device to keep its sharding; with another sharding the loop would be recompiled
+        # the state is updated on the device to keep its sharding, because another sharding would recompile the loop
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
 
@@ -325,7 +326,7 @@ class _Run:
 
 
 def has_room(params: Params) -> bool:
-    """Whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
+    """Returns whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
     if device.platform() != "gpu":
         return True
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -376,7 +377,7 @@ def _decode_loop(
 ) -> _State:  # fmt: skip
     """Decodes until `upto` steps are done or all rows have ended.
 
-    `decode_params` are the parameters in the layout of `for_decoding`, or `params` if memory is short.
+    `decode_params` are the parameters in the layout of `for_decoding`, or the same as `params` if memory is short.
     """
 
     def body(state: _State) -> _State:

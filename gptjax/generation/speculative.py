@@ -154,7 +154,7 @@ def _speculate(
     params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
     key: jax.Array, settings: _Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
+    """Decodes the prompts; returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
     cfg, draft_cfg, sampler, slots, max_new, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, positions = jnp.arange(B), jnp.arange(ahead + 1)
@@ -174,7 +174,7 @@ def _speculate(
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
         """Returns each row's last token and proposals, [B, ahead + 1], and the draft's distributions and new cache.
 
-        The distributions from which the proposals are drawn have shape [B, ahead, V]; None for prompt lookup.
+        The distributions from which the proposals are drawn have shape [B, ahead, V], or are None for prompt lookup.
         """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
@@ -230,9 +230,10 @@ def _speculate(
 def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
     """Prompt lookup: returns proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
 
-    Finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, up to `ngram`
-    tokens, and the latest such position if there are several. The tokens from that position on are proposed, repeated
-    cyclically if they are fewer than `ahead`. If no position matches, the row's last token is proposed repeatedly.
+    The function finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, of
+    up to `ngram` tokens, and the latest such position if there are several. The tokens from that position on are
+    proposed, repeated cyclically if they are fewer than `ahead`. If no position matches, the row's last token is
+    proposed repeatedly.
     """
     W = tokens.shape[1]
     starts = jnp.arange(W)  # positions at which the continuation of a match may begin

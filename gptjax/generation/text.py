@@ -39,7 +39,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """Returns a function for `generate(until=..)` that is True once the new tokens' text contains one of `strings`."""
+    """Returns an `until` function for `generate`: it returns True once the generated text contains one of `strings`."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -49,7 +49,10 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Returns the text before the first occurrence of any of the strings, or all text. Empty strings are ignored."""
+    """Returns the text before the first occurrence of any of the strings, or the whole text if there is none.
+
+    Empty strings are ignored.
+    """
     return text[: min((i for string in strings if string and (i := text.find(string)) >= 0), default=len(text))]
 
 

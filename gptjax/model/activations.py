@@ -56,7 +56,7 @@ class Patch:
 
     The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
     apply to them. If the path stands for all layers, each array of `data` has a leading axis L, and layer i gets slice
-    i. `fn` is static, so that the model is compiled again for another function.
+    i. `fn` is static, so that the model is recompiled for another function.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
@@ -108,7 +108,7 @@ Placed = dict[str, tuple[Patch, ...]]  # maps each path to its patches, in the o
 
 
 def names(cfg: ModelConfig) -> list[str]:
-    """Returns the paths of all activations; a path inside blocks is that of all layers, `blocks/*/..`."""
+    """Returns the paths of all activations; inside blocks, the paths for all layers, `blocks/*/..`."""
     absent = ("ln_1/out", "ln_2/out") if cfg.norm_position == "post" else ()
     return ["embed", *(f"{_BLOCKS}*/{site}" for site in SITES if site not in absent), "ln_f/out"]
 
@@ -118,7 +118,7 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
     Raises:
         UserError: a pattern, or one of its alternatives separated by "|", matches no activation. The message names all
-            such patterns.
+            patterns that match no activation.
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
@@ -207,7 +207,7 @@ class Reader:
     """Callable that blocks apply to each activation, as in x = tap("attn/out", x).
 
     The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
-    without taps and patches, the call returns x unchanged. A new reader is made each time that a block is traced.
+    without taps and patches, the call returns x unchanged. A new `Reader` is made each time that a block is traced.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Args: `patches` apply in every layer; the patches in `single` only in the layer whose traced index is `layer`."""
+        """Args: `patches` apply in every layer; those in `single` only in the layer whose traced index is `layer`."""
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
 

@@ -19,9 +19,9 @@ class Cache(struct.PyTreeNode):
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
     scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
     length  [B] int32, number of tokens in each row; reduce it to drop the row's last tokens
-    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype; None without cfg.smear
-    empty   static; True before the first `write`, so that prefill attends to the keys of its own tokens without reading
-            the cache
+    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype, or None without cfg.smear
+    empty   static bool, which is True before the first `write`, so that prefill attends to the keys of its own tokens
+            without reading the cache
     """
 
     k: jax.Array
@@ -87,7 +87,7 @@ def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: D
     """Creates an empty KV cache of `length` slots (default: the context length) for `batch` rows.
 
     Args:
-        dtype: float32, bfloat16 or int8; None: the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
+        dtype: float32, bfloat16, int8, or None for the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
             quarter of float32's memory and rounds each head's vector to multiples of 1/127 of its largest magnitude.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype

@@ -64,15 +64,16 @@ def backbone(
     """Computes the last hidden state [B, T, D], after the final norm, of token ids [B, T].
 
     Args:
-        positions: position of each token, [B, T] or [T] int32; None: 0..T-1, starting again at 0 in every document.
+        positions: position of each token, [B, T] or [T] int32, or None for 0..T-1, starting again at 0 in every
+            document.
         segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
             counts as one more document.
-        dropout_key: random key for dropout; None: no dropout.
+        dropout_key: random key for dropout, or None for no dropout.
         patches: replacements of activations, {path or pattern: array, function (x) -> x, or `Patch`}; paths and
             shapes are listed in `gptjax.model.activations`.
 
     Raises:
-        UserError: a patch matches no activation, or its shape does not fit.
+        UserError: a patch matches no activation, or its shape does not fit the activation.
     """
     placed = activations.place(patches, cfg)
     return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)[0]
@@ -129,7 +130,7 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
     """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are those of `backbone`.
 
-    Ids outside the vocabulary raise an error, except under `jit`, where their values are not known and are clipped.
+    Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
     Raises:
         UserError: `tokens` are not integers [B, T], are outside the vocabulary or exceed a learned position table, or
@@ -157,9 +158,10 @@ def tapped(
         acts["blocks/*/attn/out"]   [L, B, T, D]
         acts["blocks/3/resid"]      [B, T, D]
 
-    The paths are listed in `gptjax.model.activations`. A patched activation is returned with its patch applied. The
-    returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the same logits.
-    With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all layers.
+    The paths of activations are listed in `gptjax.model.activations`. A patched activation is returned with its patch
+    applied. The returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the
+    same logits. With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all
+    layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -183,7 +185,7 @@ def extend(
 
     Args:
         lengths: [B] int32, the number of new tokens in each row; the rest of a row is padding, which the cache does not
-            keep and whose logits are meaningless. None: all T tokens are new.
+            keep and whose logits are meaningless. If `lengths` is None, all T tokens are new.
         patches: activation patches as in `backbone`, applied to the T new tokens. The cache holds patched keys and
             values.
 
@@ -281,7 +283,7 @@ def grow_vocabulary(
         params: parameters, all of them plain arrays.
         vocab_size: vocabulary size of the extended tokenizer (`tokenizers.extend`).
         used: vocabulary size of the tokenizer before it was extended; rows from this index on are initialised anew.
-            None: all existing rows are kept.
+            If `used` is None, all existing rows are kept.
 
     Raises:
         UserError: `vocab_size` is below `used`, or `used` is above the model's number of rows.
@@ -332,7 +334,7 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     transposed, so that each column is contiguous. On a CPU the stacked layers are kept as well, because they are faster
     for a long prompt.
 
-    On a GPU the stacked layers are not kept; if memory is short, delete `params` afterwards. Matrices are cast to
+    On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. Matrices are cast to
     bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a
     multiple of 128. On a TPU and with several devices the parameters are returned unchanged.
     """

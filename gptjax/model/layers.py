@@ -30,7 +30,7 @@ TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B
 
 
 class SharedInputs(NamedTuple):
-    """Inputs that every block reads besides the residual stream; they are the same for all layers."""
+    """Inputs that every block reads besides the residual stream; these inputs are the same for all layers."""
 
     rope: tuple[jax.Array, jax.Array] | None  # cosines and sines, from `_rope_table`
     segment_ids: jax.Array | None
@@ -42,8 +42,8 @@ class Residual(NamedTuple):
     """Carry of the scan over layers: the residual stream, and other state that passes from block to block."""
 
     x: jax.Array  # [B, T, D] the residual stream
-    x0: jax.Array | None  # [B, T, D] the embeddings; None without cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's values; None without cfg.value_residual
+    x0: jax.Array | None  # [B, T, D] the embeddings, or None without cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's values, or None without cfg.value_residual
     cache: Cache | None
     layer: jax.Array  # int32, index of the next block
 
@@ -51,7 +51,7 @@ class Residual(NamedTuple):
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
     """Returns the module's parameter `name`: the existing leaf, of any type, or else a new array.
 
-    `Module.param` alone would not do, because it refuses leaves that are not arrays, such as adapters and quantised
+    `Module.param` alone is not enough, because it refuses leaves that are not arrays, such as adapters and quantised
     matrices.
     """
     if module.has_variable("params", name):

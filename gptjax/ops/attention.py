@@ -26,7 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.A
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n attends to key head n // (N // K)
             (grouped-query attention, arXiv:2305.13245).
-        options: the keyword arguments of `heads_attention`.
+        options: keyword arguments that are passed to `heads_attention`.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
@@ -50,14 +50,15 @@ def heads_attention(
     """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
     A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
-    cuDNN's or our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
+    cuDNN's or our own flash attention kernel on a GPU. If no fused kernel supports the arguments,
+    attention is computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
         segment_ids: document of each token, [B, T], where T == S; a token attends only to tokens of its own document.
         window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window
             (arXiv:2004.05150, section 3.1).
-        scale: factor of the scores q k^T; None: 1 / sqrt(H).
+        scale: factor of the scores q k^T, or None for 1 / sqrt(H).
         alibi: whether to add ALiBi's biases, -slope * distance, to the scores (arXiv:2108.12409).
         dropout: rate of dropout on the attention weights, applied if `dropout_key` is given.
     """
@@ -100,8 +101,8 @@ def attention_weights(
 ) -> jax.Array:
     """Returns the attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
 
-    The weights are computed with plain XLA operations on every device, without fused kernels. Masked keys have weight
-    0. The arguments are those of `heads_attention`.
+    The attention weights are computed with plain XLA operations on every device, without fused kernels. Masked keys
+    have weight 0. The arguments are those of `heads_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

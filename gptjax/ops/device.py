@@ -1,7 +1,7 @@
 """The device type and the mesh for which a program is traced.
 
-The mesh is the one that `jax.set_mesh` set, if its axis names are `AXES`. Without a mesh, functions such as `constrain`
-do nothing. An array axis is not sharded if its size is not divisible by that of its mesh axis.
+The current mesh is the mesh set by `jax.set_mesh`, provided that its axis names are `AXES`. Without a mesh, functions
+such as `constrain` do nothing. An array axis is not sharded if its size is not divisible by the size of its mesh axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=Non
 
 
 def platform() -> str:
-    """The target platform, "cpu", "gpu" or "tpu": the one given to `compiling_for`, or else JAX's default backend."""
+    """Returns the target platform, "cpu", "gpu" or "tpu": that of `compiling_for`, or else JAX's default backend."""
     target = _target.get()
     return target[0] if target else jax.default_backend()
 
@@ -41,7 +41,7 @@ def capability() -> float:
 
 @contextmanager
 def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
-    """Context manager in which programs are traced and lowered for a given platform, which need not be present.
+    """Context manager in which programs are traced and lowered for a platform that this machine need not have.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -77,7 +77,7 @@ def _abstract_gpu(capability: float) -> AbstractContextManager:
 
 
 def mesh() -> AbstractMesh | None:
-    """Returns the mesh for which the program is traced; None if there is no mesh, and inside `shard_map`."""
+    """Returns the mesh for which the program is traced, or None if there is no mesh or inside `shard_map`."""
     current_mesh = jax.sharding.get_abstract_mesh()
     if current_mesh.empty or current_mesh.axis_names != AXES or AxisType.Manual in current_mesh.axis_types:
         return None
@@ -111,7 +111,7 @@ _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Sets the function that `product_axes` calls; `gptjax.parallel` sets one that follows its sharding rules."""
+    """Sets the function that `product_axes` calls; `gptjax.parallel` sets a function that follows its rules."""
     global _product_axes
     _product_axes = rule
 

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 
 def off(rate: Any) -> bool:
-    """Whether a dropout rate is the number 0, so that dropout can be left out. A traced rate never counts as 0."""
+    """Returns whether a dropout rate is the number 0, so that dropout can be left out.
+
+    A traced rate never counts as 0.
+    """
     return isinstance(rate, int | float) and rate == 0
 
 

@@ -1,4 +1,4 @@
-"""Flash attention for NVIDIA GPUs, Ampere and later: Pallas kernels that Triton compiles.
+"""Flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
 
 The kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of any length. The
 window's size may be traced, so that it can differ between scanned layers. Scores are computed tile by tile and never
@@ -58,7 +58,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
-    """Tile sizes of the three kernels (forward, gradient of q, gradients of k and v) for a head size and dtype."""
+    """Returns tile sizes for the kernels (forward, gradient of q, gradients of k and v) by head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -91,12 +91,12 @@ def flash_attention(
             document.
         offset: position of the first query among the keys; offset + T <= S.
         window: size of the sliding window, the number of keys that a query attends to, its own included; 0: no window.
-        tiles: tile sizes of the kernels; None: the tile sizes that `default_tiles` returns.
+        tiles: tile sizes of the kernels, or None for the tile sizes that `default_tiles` returns.
         saved_as: `checkpoint_name` of the output and of the log-sum-exp, two arrays that the backward pass needs.
-        interpret: run the kernels in Pallas' interpreter on a CPU, for tests.
+        interpret: whether to run the kernels in Pallas' interpreter on a CPU, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores and softmax are float32, and so is the accumulation of products.
+        [B, T, N, H] in q's dtype; scores, softmax and the accumulation of products are float32.
     """
     T, S = q.shape[1], k.shape[1]
     q_ids, k_ids = (None, None) if segment_ids is None else (x.astype(jnp.int32) for x in segment_ids)
@@ -408,7 +408,7 @@ def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_
 class _Mask:
     """Computes the attention mask of a tile from the positions and document ids of its queries and keys.
 
-    The arrays of the queries and those of the keys broadcast against each other.
+    The positions and document ids of the queries broadcast against those of the keys.
     """
 
     def __init__(self, span: Any, windowed: bool):
@@ -449,12 +449,12 @@ def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, ja
 
 
 def _inside(positions: jax.Array, n: int) -> jax.Array | None:
-    """Returns the mask of a tile's positions that lie within the row of length n; None if the tile size divides n."""
+    """Returns the mask of a tile's positions that lie within a row of length n, or None if the tile size divides n."""
     return positions < n if n % positions.shape[0] else None
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    """Returns the mask of the first H columns of a tile; None if the tile has no other columns."""
+    """Returns the mask of the first H columns of a tile, or None if the tile has no other columns."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 

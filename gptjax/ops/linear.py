@@ -112,7 +112,7 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
     With jax 0.7 a CPU rounds the operands to bfloat16 but multiplies them in float32, because XLA refuses some bfloat16
-    products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32).
+    products on CPUs with bfloat16 instructions (in DotThunk, BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -183,7 +183,7 @@ def _backward(axes, residual, g):
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
     if platform() == "cpu":
-        # keeps XLA from folding the transpose of a tied head's gradient into the product, which it cannot do on a CPU
+        # keeps XLA from folding the transpose of a tied head's gradient into the product, which fails on a CPU
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 

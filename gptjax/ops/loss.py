@@ -31,7 +31,7 @@ def cross_entropy(
     Args:
         logits: [.., V].
         targets: [..] int32.
-        weights: weight of each target, [..]; None: all weights are 1.
+        weights: weight of each target, [..], or None if all weights are 1.
 
     Raises:
         UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
@@ -68,10 +68,10 @@ def linear_cross_entropy(
         hidden: [.., D].
         head: [D, V].
         targets: [..] int32.
-        weights: weight of each target, [..]; None: all weights are 1.
+        weights: weight of each target, [..], or None if all weights are 1.
         cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
-        chunk: number of tokens per chunk; None: chosen so that the logits of a chunk take 256 MiB, or on a GPU 1/32 of
+        chunk: number of tokens per chunk. If `chunk` is None, the logits of a chunk take 256 MiB, or on a GPU 1/32 of
             its memory if that is more, but at most 1 GiB.
 
     Raises:

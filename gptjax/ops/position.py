@@ -36,7 +36,7 @@ def rope_frequencies(
     Args:
         scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
             divides frequencies with at most `slow` rotations in `original_context` positions, keeps frequencies with at
-            least `fast` rotations, and interpolates for the frequencies between (as in transformers'
+            least `fast` rotations, and interpolates for the frequencies in between (as in transformers'
             modeling_rope_utils and Meta's llama-models).
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -99,12 +99,12 @@ def alibi_slopes(n_head: int) -> jax.Array:
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
     """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
 
-    With `cfg.smear` the model adds the result to the embeddings with a learned weight per channel (modded-nanogpt uses
-    a gate instead).
+    With `cfg.smear` the model adds the shifted embeddings to the embeddings with a learned weight per channel
+    (modded-nanogpt uses a gate instead).
 
     Args:
-        first: vector of the token before the first token of each row, [B, D]; None: zeros.
-        segment_ids: document of each token, [B, T]; None: every row is one document.
+        first: vector of the token before the first token of each row, [B, D], or None for zeros.
+        segment_ids: document of each token, [B, T], or None if every row is one document.
     """
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     out = jnp.concatenate([first[:, None], x[:, :-1]], 1)

@@ -30,7 +30,7 @@ def default_precision() -> str | None:
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """Context manager that sets the precision to `cfg.precision`, unless this is "default".
+    """Context manager that sets the precision of matrix products to `cfg.precision`, unless this is "default".
 
     The context manager has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands
     exactly and accumulates in float32, so that more passes would only cost time.
@@ -69,7 +69,7 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Whether the current precision allows the splash kernel, which only the default precision does.
+    """Returns whether the current precision allows the splash kernel, which only the default precision does.
 
     At any other precision, Mosaic cannot compile splash in bfloat16, and splash's backward pass in float32 ignores the
     precision.

@@ -8,8 +8,8 @@
     nf4     4.127            0.073
 
 Every array in a quantised leaf has the axes of the matrix, [.., in, out]. An array with one value per block of weights
-is shorter by the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in` or `out`
-treat a quantised leaf like the matrix.
+is shorter by a factor of the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in`
+or `out` treat a quantised leaf like the matrix.
 
 Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
 backward pass dequantises the matrix again, so that its float values need not be kept.
@@ -75,8 +75,8 @@ class NF4:
     offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
-    the flattened matrix. If 64 or 256 does not divide the size of its axis, the block or the group has the size of the
-    largest smaller divisor, which the shapes of the arrays show.
+    the flattened matrix. If 64 (or 256) does not divide the size of its axis, a block (or a group) has the size of the
+    largest smaller divisor, which can be read from the shapes of the arrays.
 
     Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
     distributed weights.
@@ -292,7 +292,7 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
 
     Raises:
         UserError: a leaf is not a plain array, a pattern matches nothing, or a pair's second string is unknown or is
-            a quantisation that does not support the parameter. The message lists all problems.
+            a quantisation that does not support the parameter. The error message lists all problems.
     """
     if isinstance(spec, str):
         if spec not in WORDS:
@@ -323,7 +323,7 @@ def _quantized(path: str, leaf: jax.Array, kind: str) -> Any:
 
 
 def _misfit(path: str, shape: tuple[int, ...], kind: str) -> str | None:
-    """Says why a parameter cannot be quantised as `kind`, "int8" or "nf4"; None if it can."""
+    """Returns the reason why a parameter cannot be quantised as `kind`, "int8" or "nf4", or None if it can."""
     last = path.split("/")[-1]
     if kind != "none" and last not in ("kernel", "embedding"):
         return f"{path} cannot be {kind}, which is for kernels and embeddings: narrow the pattern"

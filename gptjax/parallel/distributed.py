@@ -162,7 +162,7 @@ def synchronise_errors() -> Iterator[None]:
 
 
 def is_writer() -> bool:
-    """Whether this process writes logs, metrics and models."""
+    """Returns whether this process writes logs, metrics and models."""
     return jax.process_index() == 0
 
 

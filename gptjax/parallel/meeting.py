@@ -27,7 +27,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout_s: float) ->
 
     Raises:
         UserError: a process does not connect in time, two processes have the same id, or two processes expect
-            different numbers of processes. The error is raised in all connected processes.
+            different numbers of processes. The error is raised in all processes that are connected.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:

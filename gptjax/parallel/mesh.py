@@ -1,4 +1,4 @@
-"""The device mesh. Its axes are data (data parallel), fsdp, tensor (tensor parallel) and context (context parallel)."""
+"""The device mesh, with the axes data (data parallel), fsdp, tensor (tensor parallel), context (context parallel)."""
 
 from __future__ import annotations
 

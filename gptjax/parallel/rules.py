@@ -1,4 +1,4 @@
-"""Sharding rules over parameter paths, for params, gradients, optimizer state, batches and the KV cache."""
+"""Sharding rules over parameter paths, for parameters, gradients, optimizer state, batches and the KV cache."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# The last two axes of each array of an adapter or of a quantised matrix are sharded like these axes of the matrix, 0
-# (in) or 1 (out). None: the array's axis is not an axis of the matrix, for example the rank, and is not sharded.
+# MATRIX_AXES gives the axes of the matrix, 0 (in) or 1 (out), like which the last two axes of an array of an adapter or
+# of a quantised matrix are sharded. If the matrix has no such axis, as for the rank, the entry is None and the array's
+# axis is not sharded.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
@@ -77,7 +78,7 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
     """Returns the NamedSharding of every leaf of parameters, an adapter or a `TrainState`.
 
     Raises:
-        UserError: no rule covers a leaf. The message names all such leaves.
+        UserError: no rule covers a leaf. The message names all leaves that no rule covers.
     """
     problems = []
 

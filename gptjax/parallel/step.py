@@ -96,8 +96,8 @@ def place_batch(
     """Places a batch with leaves [.., B, T] or [.., B, K] on the mesh, sharded by `batch_shardings`.
 
     Args:
-        leading_axes: number of axes before the axis of rows; None: the number of axes of batch.tokens before [B, T].
-        rows: range of the rows that this process passes, among the `of` rows of the global batch; None: all rows.
+        leading_axes: number of axes before the axis of rows, or None for the number before [B, T] in batch.tokens.
+        rows: range of the rows that this process passes, among the `of` rows of the global batch, or None for all rows.
     """
     if mesh is None:
         return batch
