@@ -120,7 +120,7 @@ def complete(
         logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token, or
             None if no log-probabilities are returned.
 
-    The other arguments are those of `generate`.
+    The other arguments are the same as those of `generate`.
     """
     if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)

@@ -58,7 +58,7 @@ def top_p(p: float) -> Filter:
     """Returns the filter of nucleus sampling (arXiv:1904.09751).
 
     The filter keeps the smallest set of most likely tokens with total probability >= p, and at least one token. Among
-    tokens of equal probability, the filter keeps those with the lowest ids.
+    tokens of equal probability, the filter keeps the tokens with the lowest ids.
     """
 
     def keep(logits: jax.Array) -> jax.Array:
@@ -134,8 +134,8 @@ def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
     """Returns a function that maps logits [.., V] to the probabilities, float32, with which `sampler` draws each token.
 
     Raises:
-        UserError: the sampler is not `greedy`, `draw` or a `chain` that ends in one of them, or it depends on earlier
-            tokens.
+        UserError: the sampler is not `greedy`, `draw` or a `chain` that ends in one of them, or the sampler depends on
+            earlier tokens.
     """
     if sampler is greedy:
         return lambda logits: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])

@@ -146,7 +146,7 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
     """Resolves the patterns of `patches`, {pattern: patch}, to paths, {path: patches}. The function is idempotent.
 
-    Patches of the same path are applied in the given order, and patches of single layers after those of all layers.
+    Patches of the same path are applied in the given order, and patches of single layers after patches of all layers.
 
     Raises:
         UserError: a pattern matches no activation, or the data of a patch of all layers lack the leading axis of

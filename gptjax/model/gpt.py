@@ -31,7 +31,7 @@ from gptjax.types import Params
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
     """Draws the initial parameters: a nested dict of float32 arrays; the arrays of the blocks are stacked [L, ..].
 
-    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), those of output projections from
+    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), kernels of output projections from
     N(0, 0.02 / sqrt(2L)), embeddings from N(0, embed_std), and biases are 0. init=torch uses PyTorch's defaults:
     embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected initial loss of
     GPT-2 with an untied head is ln V + 1/6.
@@ -128,7 +128,7 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are those of `backbone`.
+    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are passed to `backbone`.
 
     Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
@@ -330,9 +330,9 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
 
     All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
     are unstacked, because slicing a layer out of the stack takes as long as multiplying by it. The kernels of q, k and
-    v are concatenated as `qkv`, and those of up and gate as `up_gate`, if they are of the same type. Kernels are stored
-    transposed, so that each column is contiguous. On a CPU the stacked layers are kept as well, because they are faster
-    for a long prompt.
+    v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if they are of the same type. Kernels are
+    stored transposed, so that each column is contiguous. On a CPU the stacked layers are kept as well, because they are
+    faster for a long prompt.
 
     On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. Matrices are cast to
     bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a

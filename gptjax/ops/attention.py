@@ -102,7 +102,7 @@ def attention_weights(
     """Returns the attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
 
     The attention weights are computed with plain XLA operations on every device, without fused kernels. Masked keys
-    have weight 0. The arguments are those of `heads_attention`.
+    have weight 0. The arguments mean the same as in `heads_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -165,7 +165,7 @@ def flash(
 ) -> jax.Array:
     """Computes causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
 
-    The arguments have the same shapes as those of `splash`.
+    The arrays q, k, v and segment_ids have the same shapes as in `splash`.
 
     Args:
         window: size of the sliding window; it may be traced, so that scanned layers can have different windows.
@@ -191,7 +191,7 @@ def cudnn(
 ) -> jax.Array:
     """Computes causal attention on an NVIDIA GPU with cuDNN, without document masks.
 
-    The arguments have the same shapes as those of `splash`.
+    The arrays q, k and v have the same shapes as in `splash`.
 
     Args:
         by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.

@@ -117,7 +117,8 @@ def linear_log_probs(
     """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
 
     Losses that are not a sum over tokens need the log-probability of each token. The tokens are processed in chunks,
-    and the backward pass recomputes the logits of each chunk. Arguments and errors are those of `linear_cross_entropy`.
+    and the backward pass recomputes the logits of each chunk. The arguments and errors are as in
+    `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])

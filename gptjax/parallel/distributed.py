@@ -145,7 +145,7 @@ def agree_on_settings(cfg: Config) -> None:
 
 @contextmanager
 def synchronise_errors() -> Iterator[None]:
-    """Context manager: a UserError raised inside by one process is raised in all processes at the end of the block."""
+    """Context manager: a UserError that one process raises in the block is raised in all processes at its end."""
     failure: UserError | None = None
     try:
         yield

@@ -42,7 +42,8 @@ def make_mesh(
     """Returns the mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
 
     Args:
-        even_one: whether to return a mesh also for a single device, as arrays with a memory kind (offloading) need.
+        even_one: whether to return a mesh also for a single device, because offloaded arrays (with a memory kind) need
+            one.
         rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If `data` or `fsdp` is
             -1 on a single host, it gets the largest size with which the rows are divisible, and some devices may stay
             idle.
