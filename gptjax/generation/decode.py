@@ -5,11 +5,12 @@
     stream     the new tokens of one prompt, yielded while they are generated
 
 Rows are independent: each row of a batch gets the tokens that it would get alone, also if the prompts differ in length.
-Sizes are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of different lengths reuse the same
-compiled programs; `programs()` returns the number of these programs.
+The lengths of prompts and continuations are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of
+different lengths reuse the same compiled programs; `programs()` returns the number of these programs.
 
 When a row's context is full, its last half is prefilled again from position 0, and decoding continues. A token
-therefore attends to at most `cfg.context_length` tokens, and to at least half as many once the row has that many.
+therefore attends to at most `cfg.context_length` tokens, and, once the row has half as many tokens, to at least half as
+many.
 """
 
 from __future__ import annotations
@@ -72,21 +73,22 @@ def generate(
     """Generates up to `max_new_tokens` tokens after each prompt, ending a row at any token in `stop`.
 
     Args:
-        prompts: token ids, at least one per prompt. A prompt longer than the context keeps its last tokens.
+        prompts: token ids, at least one per prompt. A prompt longer than the context is truncated from the left, so
+            that only its last tokens are used.
         sampler: function (logits [B, V], key) -> tokens [B], from `gptjax.generation.sampling` or your own.
         until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
             with the first token for which the function returns True. See `stop_strings`.
         vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
-            None: every id of the model may be drawn.
-        cache_dtype: dtype of the KV cache: float32, bfloat16 or int8. None: the dtype that keys and values are computed
-            in, see `init_cache`.
+            If `vocab_size` is None, every id of the model may be drawn.
+        cache_dtype: dtype of the KV cache: float32, bfloat16 or int8, or None for the dtype that keys and values are
+            computed in (see `init_cache`).
         patches: activation patches as in `extend`, applied at the prompt and at every new token.
 
     Returns:
         The new tokens of each prompt, without the stop token.
 
     Raises:
-        UserError: an empty prompt, an id outside the vocabulary, or a model that is a classifier.
+        UserError: a prompt is empty or has an id outside the vocabulary, or the model is a classifier.
     """
     completions = complete(
         params, prompts, cfg, max_new_tokens=max_new_tokens, key=key, sampler=sampler, stop=stop,
@@ -115,10 +117,10 @@ def complete(
 
     Args:
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
-        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token;
-            None: no log-probabilities are returned.
+        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token, or
+            None if no log-probabilities are returned.
 
-    The other arguments are those of `generate`.
+    The other arguments are the same as those of `generate`.
     """
     if max_new_tokens < 1 or not len(prompts):
         _check(prompts, cfg)
@@ -168,23 +170,23 @@ def stream(
 
 
 def programs() -> int:
-    """Number of XLA programs that have been compiled for decoding in this process."""
+    """Returns the number of XLA programs that have been compiled for decoding in this process."""
     return _start._cache_size() + _decode_loop._cache_size()  # type: ignore[attr-defined]  # every jitted function has it
 
 
 def bucket(size: int) -> int:
-    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; this adds at most half of any size from 16 on."""
+    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; sizes of at least 16 grow by less than half."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
 
 def stop_array(stop: Sequence[int]) -> jax.Array:
-    """The stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
+    """Returns the stop ids as int32, padded with -1 to a multiple of 8, so that few shapes have to be compiled."""
     return jnp.array([*stop, *[-1] * (-len(stop) % 8)], jnp.int32)
 
 
 def drawable_ids(vocab_size: int | None, cfg: ModelConfig) -> int:
-    """Number of ids that may be drawn: the first `vocab_size` of the model's vocabulary."""
+    """Returns the number of ids that may be drawn, which are the first `vocab_size` ids of the model's vocabulary."""
     if vocab_size is None:
         return cfg.vocab_size
     if vocab_size < 1:
@@ -210,10 +212,10 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
     """Returns the prompts padded on the right, [B, P] int32, and their lengths [B].
 
     P is the smallest bucket (see `bucket`) that fits the longest prompt, but at most the context length. A prompt that
-    is longer than the context keeps its last tokens.
+    is longer than the context is truncated from the left, so that only its last tokens are used.
 
     Raises:
-        UserError: an empty prompt, or an id outside the vocabulary.
+        UserError: a prompt is empty or has an id outside the vocabulary, or the model is a classifier.
     """
     _check(prompts, cfg)
     lengths = np.array([min(len(prompt), cfg.context_length) for prompt in prompts], np.int32)
@@ -225,17 +227,17 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: index after the last token; the last token is not in the cache yet
+    end: jax.Array  # [B] int32: index after each row's last token, which is not in the cache yet
     i: jax.Array  # int32: number of decoding steps done
-    done: jax.Array  # [B] bool: whether the row has ended, as at a stop token
+    done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
     cache: Cache
-    seen: jax.Array | None  # [B, drawable] bool: whether the row has the token; None if the sampler ignores it
+    seen: jax.Array | None  # [B, drawable] bool: whether the row contains the token; None if the sampler ignores it
     logprobs: jax.Array | None  # [B, N] float32
-    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities [B, N, k]
+    top: tuple[jax.Array, jax.Array] | None  # ids and log-probabilities of the k most likely tokens, [B, N, k]
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_start` and `_decode_loop`, which are compiled again for other values."""
+    """Static arguments of `_start` and `_decode_loop`, which are recompiled when the arguments change."""
 
     cfg: ModelConfig
     sampler: Sampler
@@ -243,7 +245,7 @@ class _Settings(NamedTuple):
     max_new: int  # N: number of slots in a row for new tokens
     n: int  # number of samples per prompt
     logprobs: int | None
-    drawable: int  # number of ids that may be drawn, from 0 on
+    drawable: int  # number of ids that may be drawn, 0 to drawable - 1
     cache_dtype: str | None
 
     @property
@@ -263,7 +265,7 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # rounded up to a power of two, so that the decoding loop, which takes long to compile, has few widths
+        # the width is a power of two, so that the decoding loop, which takes long to compile, has few widths
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -276,7 +278,7 @@ class _Run:
         self.decode_params, self.key, self.patches = decode_params, key, place(patches, cfg)
         self.stop = stop_array(stop)
         self.done = np.zeros(len(self.start), bool)  # finished rows, for which `until` is not called again
-        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row that `until` has seen
+        self.checked = np.zeros(len(self.start), int)  # number of new tokens per row for which `until` was called
         lengths = jnp.array(self.start[::n])
         self.state = _start(self.params, tokens, lengths, key, self.stop, self.settings, self.patches)
 
@@ -299,7 +301,7 @@ class _Run:
                 end[row], done[row] = self.start[row] + stop_size, True
             self.checked[row] = len(new)
         self.done = done
-        # the state is updated on the device to keep its sharding; with another sharding the loop is compiled again
+        # the state is updated on the device to keep its sharding, because another sharding would recompile the loop
         removed = jnp.asarray(end - before)
         self.state = self.state._replace(end=self.state.end + removed, done=self.state.done | jnp.asarray(done))
 
@@ -324,7 +326,7 @@ class _Run:
 
 
 def has_room(params: Params) -> bool:
-    """Whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
+    """Returns whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
     if device.platform() != "gpu":
         return True
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -375,7 +377,7 @@ def _decode_loop(
 ) -> _State:  # fmt: skip
     """Decodes until `upto` steps are done or all rows have ended.
 
-    `decode_params` are the parameters in the layout of `for_decoding`, or `params` if memory is short.
+    `decode_params` are the parameters in the layout of `for_decoding`, or the same as `params` if memory is short.
     """
 
     def body(state: _State) -> _State:
@@ -420,7 +422,7 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # number of axes after B: arrays with five axes are stacked over layers, [L, B, ..], others begin with B
+            # number of axes after B: arrays with five axes are [L, B, ..], stacked over layers; others are [B, ..]
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 

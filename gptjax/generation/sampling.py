@@ -3,9 +3,9 @@
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
 
-For the same arguments these functions return the same object, so that a compiled decoding loop is reused. A filter
-whose attribute `history` is True, and a chain with such a filter, also receives an array [B, V] bool that says which
-tokens each row already has.
+Calls with the same arguments return the same sampler or filter object, so that a compiled decoding loop is
+reused. A filter whose attribute `history` is True, and a chain with such a filter, also receives an array [B, V] bool
+that says which tokens each row already has.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def top_p(p: float) -> Filter:
     """Returns the filter of nucleus sampling (arXiv:1904.09751).
 
     The filter keeps the smallest set of most likely tokens with total probability >= p, and at least one token. Among
-    tokens of equal probability, it keeps those with the lowest ids.
+    tokens of equal probability, the filter keeps the tokens with the lowest ids.
     """
 
     def keep(logits: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def min_p(p: float) -> Filter:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """The filter that `repetition_penalty` returns."""
+    """Filter that penalises repeated tokens, see `repetition_penalty`."""
 
     penalty: float
     history = True
@@ -95,15 +95,15 @@ class RepetitionPenalty:
 def repetition_penalty(penalty: float) -> Filter:
     """Returns a filter that penalises the tokens that the prompt and the continuation already have.
 
-    Positive logits of these tokens are divided by `penalty`, and negative ones multiplied by it (arXiv:1909.05858,
-    section 4.1).
+    A positive logit of a repeated token is divided by `penalty`, and a negative logit is multiplied by it
+    (arXiv:1909.05858, section 4.1).
     """
     return RepetitionPenalty(penalty)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The sampler that `chain` returns."""
+    """Sampler that applies `filters` and then `pick`, see `chain`."""
 
     filters: tuple[Filter, ...]
     pick: Sampler
@@ -123,9 +123,9 @@ class Chain:
 def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
     """Returns a sampler that applies the filters from left to right, and then `pick`.
 
-    `pick` is itself a sampler, (logits, key) -> tokens, such as `draw` or `greedy`. For the same arguments the same
-    object is returned. `generate` compiles once per sampler object, so that a sampler that is a new lambda in each call
-    costs seconds per call.
+    `pick` is itself a sampler, (logits, key) -> tokens, such as `draw` or `greedy`. Calls with the same arguments
+    return the same object. `generate` compiles once per sampler object, so that a sampler that is a new lambda in each
+    call costs seconds of compilation per call.
     """
     return Chain(filters, pick)
 
@@ -134,8 +134,8 @@ def probabilities(sampler: Sampler) -> Callable[[jax.Array], jax.Array]:
     """Returns a function that maps logits [.., V] to the probabilities, float32, with which `sampler` draws each token.
 
     Raises:
-        UserError: the sampler is not `greedy`, `draw` or a `chain` that ends in one of them, or it depends on earlier
-            tokens.
+        UserError: the sampler is not `greedy`, `draw` or a `chain` that ends in one of them, or the sampler depends on
+            earlier tokens.
     """
     if sampler is greedy:
         return lambda logits: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])

@@ -53,12 +53,13 @@ def speculate(
     """Samples from the model (params, cfg) as `generate` does, with fewer forward passes if proposals are accepted.
 
     A draft model (draft, draft_cfg) proposes tokens with the same sampler. With draft=None, tokens are proposed by
-    prompt lookup: the tokens that followed the last tokens of the row where these occurred before, see `prompt_lookup`.
+    prompt lookup, which finds an earlier occurrence of the row's last tokens and proposes the tokens that followed it
+    (see `prompt_lookup`).
 
-    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q the
-    draft's. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore has the same
-    distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row advances by its own
-    number of accepted tokens.
+    A proposal x is accepted with probability min(1, p(x) / q(x)), where p is the target model's distribution and q that
+    of the draft model. At the first rejection a token is drawn from max(p - q, 0), normalised. Every token therefore
+    has the same distribution as in `generate`, at any temperature, and `greedy` gives the same tokens. Each row
+    advances by its own number of accepted tokens.
     Sources: arXiv:2211.17192, algorithm 1; prompt lookup as in transformers and vLLM.
 
     Args:
@@ -125,7 +126,7 @@ def speculate(
 
 
 class _Settings(NamedTuple):
-    """Static arguments of `_speculate`, which is compiled again for other values."""
+    """Static arguments of `_speculate`, which is recompiled when the arguments change."""
 
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
@@ -140,7 +141,7 @@ class _Settings(NamedTuple):
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: index after the last token; the last token is in neither cache yet
+    end: jax.Array  # [B]: index after each row's last token, which is in neither cache yet
     done: jax.Array  # [B]: whether a stop token was drawn in the row
     cache: Cache
     draft: Cache | None
@@ -153,7 +154,7 @@ def _speculate(
     params: Params, draft: Params | None, prompt: jax.Array, lengths: jax.Array, stop: jax.Array, limit: jax.Array,
     key: jax.Array, settings: _Settings,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
+    """Decodes the prompts; returns `end`, `tokens`, `rounds` and `accepted` of the last `_State`."""
     cfg, draft_cfg, sampler, slots, max_new, ahead, ngram, drawable, dtype = settings
     B = len(prompt)
     rows, positions = jnp.arange(B), jnp.arange(ahead + 1)
@@ -171,9 +172,9 @@ def _speculate(
     done = (first[:, None] == stop).any(-1)
 
     def proposals(state: _State, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache | None]:
-        """Returns the last token and the proposals, [B, ahead + 1], the draft's distributions, and its new cache.
+        """Returns each row's last token and proposals, [B, ahead + 1], and the draft's distributions and new cache.
 
-        The distributions, from which the proposals are drawn, are [B, ahead, V]; None if proposals are deterministic.
+        The distributions from which the proposals are drawn have shape [B, ahead, V], or are None for prompt lookup.
         """
         token = jnp.take_along_axis(state.tokens, state.end[:, None] - 1, 1)
         if draft is None or draft_cfg is None:
@@ -229,9 +230,10 @@ def _speculate(
 def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
     """Prompt lookup: returns proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
 
-    Finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, up to `ngram`
-    tokens, and the latest such position if there are several. The tokens from that position on are proposed, repeated
-    cyclically if they are fewer than `ahead`. If no position matches, the row's last token is proposed repeatedly.
+    The function finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, of
+    up to `ngram` tokens, and the latest such position if there are several. The tokens from that position on are
+    proposed, repeated cyclically if they are fewer than `ahead`. If no position matches, the row's last token is
+    proposed repeatedly.
     """
     W = tokens.shape[1]
     starts = jnp.arange(W)  # positions at which the continuation of a match may begin

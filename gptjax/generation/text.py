@@ -39,7 +39,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> Until:
-    """Returns a function for `generate(until=..)`: true once the text of the new tokens contains one of `strings`."""
+    """Returns an `until` function for `generate`: it returns True once the generated text contains one of `strings`."""
 
     def until(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -49,7 +49,10 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """The text before the first occurrence of any of the strings, or the whole text. Empty strings are ignored."""
+    """Returns the text before the first occurrence of any of the strings, or the whole text if there is none.
+
+    Empty strings are ignored.
+    """
     return text[: min((i for string in strings if string and (i := text.find(string)) >= 0), default=len(text))]
 
 
@@ -58,9 +61,9 @@ def text_chunks(
 ) -> Iterator[str]:
     """Decodes a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
 
-    An incomplete UTF-8 character is held back until the next tokens complete it, and text that may be the beginning of
-    a stop string until the next tokens show whether it is one. At a stop string `tokens` is closed if it is a generator
-    such as `stream`.
+    An incomplete UTF-8 character is held back until the next tokens complete it. Text that may be the beginning of a
+    stop string is held back until the next tokens show whether a stop string follows. At a stop string `tokens` is
+    closed if it is a generator such as `stream`.
     """
     ids: list[int] = []
     shown = text = ""
@@ -73,7 +76,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # hold back the beginning of a possible stop string
+        ready = text[: len(text) - max(partial, default=0)]  # holds back the beginning of a possible stop string
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready

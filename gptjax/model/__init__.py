@@ -1,1 +1,1 @@
-"""The decoder: parameters, and the functions that read them."""
+"""The decoder-only transformer: its parameters, and the functions that compute with them."""

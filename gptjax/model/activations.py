@@ -21,11 +21,11 @@ layer (`blocks/*/attn/*`, `*/resid`) selects stacked activations of all layers; 
 selects activations of single layers.
 
 Attention weights are selected only by a pattern that ends in "weights", because attention kernels do not materialise
-them, so that they have to be computed separately. If the weights are patched, the output of attention is computed from
-the patched weights.
+them, so that they have to be computed separately. If attention weights are patched, the output of attention is computed
+from the patched weights.
 
-Stacked and unstacked parameters give the same activations. A model with norm_position=post has no ln_1/out and
-ln_2/out.
+Stacked and unstacked parameters give the same activations. A model with norm_position=post has no activations
+ln_1/out and ln_2/out.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Patch:
     """Replaces an activation x by fn(x, *data), which is broadcast to x's shape and cast to x's dtype.
 
     The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
-    apply to them. At a path of all layers each array of `data` has a leading axis L, and layer i gets slice i. `fn` is
-    static, so that the model is compiled again for another function.
+    apply to them. If the path stands for all layers, each array of `data` has a leading axis L, and layer i gets slice
+    i. `fn` is static, so that the model is recompiled for another function.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
@@ -64,17 +64,26 @@ class Patch:
 
 
 def replace(value: Any, mask: Any = None) -> Patch:
-    """Replaces the activation by `value`, or, given a bool mask broadcast to the activation, only where it is True."""
+    """Returns a patch that replaces an activation by `value`.
+
+    With a bool `mask`, which is broadcast to the activation, only elements where the mask is True are replaced.
+    """
     return Patch(_value, (value,)) if mask is None else Patch(_where, (value, mask))
 
 
 def add(value: Any) -> Patch:
-    """Adds `value` to the activation: a steering vector [D], for example, or [L, D] at a path of all layers."""
+    """Returns a patch that adds `value` to an activation.
+
+    The value can be a steering vector [D], for example, or [L, D] if the patch is for all layers.
+    """
     return Patch(_add, (value,))
 
 
 def scale(factor: Any) -> Patch:
-    """Multiplies the activation by `factor`. A factor [N, 1] of attn/heads that is 0 for some heads ablates them."""
+    """Returns a patch that multiplies an activation by `factor`.
+
+    For `attn/heads`, a factor [N, 1] that is 0 for some heads ablates these heads.
+    """
     return Patch(_scale, (factor,))
 
 
@@ -94,22 +103,22 @@ def _scale(x, factor):
     return x * factor
 
 
-Patches = Mapping[str, Any]  # pattern -> array, function (x) -> x, Patch, or a tuple of these
-Placed = dict[str, tuple[Patch, ...]]  # path -> patches, in the order in which they are applied
+Patches = Mapping[str, Any]  # maps patterns to an array, function (x) -> x, Patch, or a tuple of these
+Placed = dict[str, tuple[Patch, ...]]  # maps each path to its patches, in the order in which they are applied
 
 
 def names(cfg: ModelConfig) -> list[str]:
-    """The paths of all activations; for those inside blocks, the paths of all layers, `blocks/*/..`."""
+    """Returns the paths of all activations; inside blocks, the paths for all layers, `blocks/*/..`."""
     absent = ("ln_1/out", "ln_2/out") if cfg.norm_position == "post" else ()
     return ["embed", *(f"{_BLOCKS}*/{site}" for site in SITES if site not in absent), "ln_f/out"]
 
 
 def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
-    """The paths that match `patterns`, in order and without duplicates.
+    """Returns the paths of activations that match `patterns`, in order and without duplicates.
 
     Raises:
         UserError: a pattern, or one of its alternatives separated by "|", matches no activation. The message names all
-            such patterns.
+            patterns that match no activation.
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
@@ -135,9 +144,9 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
-    """Resolves {pattern: patch} to {path: patches}. The function is idempotent.
+    """Resolves the patterns of `patches`, {pattern: patch}, to paths, {path: patches}. The function is idempotent.
 
-    Patches of the same path are applied in the given order, and patches of single layers after those of all layers.
+    Patches of the same path are applied in the given order, and patches of single layers after patches of all layers.
 
     Raises:
         UserError: a pattern matches no activation, or the data of a patch of all layers lack the leading axis of
@@ -169,12 +178,12 @@ def split(path: str) -> tuple[str, str]:
 
 
 def stacked_patches(placed: Placed) -> dict[str, tuple[Patch, ...]]:
-    """The patches whose path stands for all layers, `blocks/*/..`, as {site: patches}."""
+    """Returns the patches whose path stands for all layers, `blocks/*/..`, as {site: patches}."""
     return {site: patches for path, patches in placed.items() for layer, site in [split(path)] if layer == "*"}
 
 
 def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
-    """The patches whose path names a single layer, such as `blocks/3/..`, as {site: {layer: patches}}."""
+    """Returns the patches whose path names a single layer, such as `blocks/3/..`, as {site: {layer: patches}}."""
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, patches in placed.items():
         layer, site = split(path)
@@ -184,12 +193,12 @@ def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
 
 
 def block_taps(taps: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
-    """The taps that are inside blocks, as (path, (layer, site))."""
+    """Returns the taps that are inside blocks, as (path, (layer, site))."""
     return [(path, split(path)) for path in taps if split(path)[0]]
 
 
 def sites(taps: Iterable[str], layer: int | None = None) -> tuple[str, ...]:
-    """The sites, such as "attn/out", that `taps` read in any block, or in the block with index `layer`."""
+    """Returns the sites, such as "attn/out", that `taps` read in any block, or in the block with index `layer`."""
     requested = [site for _, (index, site) in block_taps(taps) if layer is None or index in ("*", str(layer))]
     return tuple(dict.fromkeys(requested))
 
@@ -198,7 +207,7 @@ class Reader:
     """Callable that blocks apply to each activation, as in x = tap("attn/out", x).
 
     The call applies the patches of the site, "attn/out", and records the activation in `seen` if the site is tapped;
-    without taps and patches, the call returns x unchanged. A new reader is made each time that a block is traced.
+    without taps and patches, the call returns x unchanged. A new `Reader` is made each time that a block is traced.
     """
 
     def __init__(
@@ -208,7 +217,7 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Args: `patches` apply in every layer, those in `single` only in the layer with the traced index `layer`."""
+        """Args: `patches` apply in every layer; those in `single` only in the layer whose traced index is `layer`."""
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
 

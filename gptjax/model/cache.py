@@ -18,10 +18,10 @@ class Cache(struct.PyTreeNode):
 
     k, v    [L, B, K, S, H] in float32, bfloat16 or int8
     scales  None, or with int8 the scales of keys and values, [L, B, K, S, 1] float32 each
-    length  [B] int32, number of tokens in each row; reduce it to drop the last tokens
-    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype; None without cfg.smear
-    empty   static; True before the first `write`, so that prefill attends to the keys of its own tokens without reading
-            the cache
+    length  [B] int32, number of tokens in each row; reduce it to drop the row's last tokens
+    x       [B, S, D] the embeddings that cfg.smear reads, in the activations' dtype, or None without cfg.smear
+    empty   static bool, which is True before the first `write`, so that prefill attends to the keys of its own tokens
+            without reading the cache
     """
 
     k: jax.Array
@@ -50,12 +50,12 @@ class Cache(struct.PyTreeNode):
         return k.astype(dtype), v.astype(dtype)
 
     def remember(self, x: jax.Array) -> Cache:
-        """Writes embeddings [B, T, D] into the slots from `length` on."""
+        """Writes embeddings [B, T, D] into the slots of `x` from `length` on."""
         assert self.x is not None  # cfg.smear
         return self.replace(x=self._put(self.x[None, :, None], 0, x[:, None])[0, :, 0])
 
     def before(self) -> jax.Array:
-        """The embedding [B, D] of each row's last token; zero if the row is empty."""
+        """Returns the embedding [B, D] of each row's last token; zero if the row is empty."""
         assert self.x is not None  # cfg.smear
         last = jnp.take_along_axis(self.x, jnp.maximum(self.length - 1, 0)[:, None, None], 1)[:, 0]
         return jnp.where(self.length[:, None] > 0, last, 0)
@@ -77,17 +77,17 @@ class Cache(struct.PyTreeNode):
 
 
 def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric int8 quantisation, one scale per head and token: [.., H] -> int8 [.., H], float32 [.., 1]."""
+    """Quantises to int8 symmetrically, with one scale per head and token: [.., H] -> int8 [.., H], float32 [.., 1]."""
     a = a.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
     return jnp.round(a / scale).astype(jnp.int8), scale
 
 
 def init_cache(cfg: ModelConfig, batch: int, length: int | None = None, dtype: DTypeLike | None = None) -> Cache:
-    """An empty KV cache of `length` slots (default: the context length) for `batch` rows.
+    """Creates an empty KV cache of `length` slots (default: the context length) for `batch` rows.
 
     Args:
-        dtype: float32, bfloat16 or int8; None: the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
+        dtype: float32, bfloat16, int8, or None for the activations' dtype, `cfg.dtype` (float32 on a CPU). int8 takes a
             quarter of float32's memory and rounds each head's vector to multiples of 1/127 of its largest magnitude.
     """
     slots, dtype = length or cfg.context_length, activation_dtype(cfg.dtype) if dtype is None else dtype

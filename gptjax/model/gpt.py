@@ -29,9 +29,9 @@ from gptjax.types import Params
 
 
 def init_params(key: jax.Array, cfg: ModelConfig) -> Params:
-    """Initial parameters: a nested dict of float32 arrays; those of the blocks are stacked [L, ..].
+    """Draws the initial parameters: a nested dict of float32 arrays; the arrays of the blocks are stacked [L, ..].
 
-    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), those of output projections from
+    init=gpt2 follows GPT-2's code: kernels are drawn from N(0, 0.02), kernels of output projections from
     N(0, 0.02 / sqrt(2L)), embeddings from N(0, embed_std), and biases are 0. init=torch uses PyTorch's defaults:
     embeddings are drawn from N(0, 1), and linear layers from U(+-1/sqrt(in)), so that the expected initial loss of
     GPT-2 with an untied head is ln V + 1/6.
@@ -46,7 +46,7 @@ def _init(key: jax.Array, cfg: ModelConfig) -> Params:
 
 
 def abstract_params(cfg: ModelConfig) -> Params:
-    """The tree that `init_params` returns, with a `jax.ShapeDtypeStruct` for each array; allocates no arrays."""
+    """Returns the tree of `init_params`, with a `jax.ShapeDtypeStruct` for each array; allocates no arrays."""
     return jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
 
 
@@ -64,15 +64,16 @@ def backbone(
     """Computes the last hidden state [B, T, D], after the final norm, of token ids [B, T].
 
     Args:
-        positions: position of each token, [B, T] or [T] int32; None: 0..T-1, starting again at 0 in every document.
+        positions: position of each token, [B, T] or [T] int32, or None for 0..T-1, starting again at 0 in every
+            document.
         segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
             counts as one more document.
-        dropout_key: random key for dropout; None: no dropout.
+        dropout_key: random key for dropout, or None for no dropout.
         patches: replacements of activations, {path or pattern: array, function (x) -> x, or `Patch`}; paths and
             shapes are listed in `gptjax.model.activations`.
 
     Raises:
-        UserError: a patch matches no activation, or its shape does not fit.
+        UserError: a patch matches no activation, or its shape does not fit the activation.
     """
     placed = activations.place(patches, cfg)
     return GPT(cfg).apply({"params": params}, tokens, positions, segment_ids, dropout_key, None, placed)[0]
@@ -127,13 +128,13 @@ def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any) -> jax.Array:
-    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are those of `backbone`.
+    """Computes the logits [B, T, V] float32 of token ids [B, T] int32. Keyword arguments are passed to `backbone`.
 
-    Ids outside the vocabulary raise an error, except under `jit`, where they are not known and are clipped.
+    Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
     Raises:
-        UserError: tokens have another shape, are outside the vocabulary or exceed a learned position table, or cfg is
-            traced.
+        UserError: `tokens` are not integers [B, T], are outside the vocabulary or exceed a learned position table, or
+            `cfg` is traced.
     """
     _check(tokens, cfg, context.get("positions"))
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
@@ -157,9 +158,10 @@ def tapped(
         acts["blocks/*/attn/out"]   [L, B, T, D]
         acts["blocks/3/resid"]      [B, T, D]
 
-    The paths are listed in `gptjax.model.activations`. A patched activation is returned with its patch applied. The
-    returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the same logits.
-    With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all layers.
+    The paths of activations are listed in `gptjax.model.activations`. A patched activation is returned with its patch
+    applied. The returned activations can be used as patches: `forward(params, tokens, cfg, patches=acts)` gives the
+    same logits. With stacked parameters, tapping an activation in one layer takes as much memory as tapping it in all
+    layers.
 
     Raises:
         UserError: a tap or a patch matches no activation, or a patch's shape does not fit.
@@ -179,20 +181,21 @@ def extend(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the model on tokens [B, T] that follow those in the KV cache, for prefill (T > 1) and decoding (T == 1).
+    """Runs the model on tokens [B, T] that follow the tokens of the cache, for prefill (T > 1) or decoding (T == 1).
 
     Args:
         lengths: [B] int32, the number of new tokens in each row; the rest of a row is padding, which the cache does not
-            keep and whose logits are meaningless. None: all T tokens are new.
-        patches: those of `backbone`, for activations of the T new tokens. The cache holds patched keys and values.
+            keep and whose logits are meaningless. If `lengths` is None, all T tokens are new.
+        patches: activation patches as in `backbone`, applied to the T new tokens. The cache holds patched keys and
+            values.
 
     Returns:
-        logits [B, T, V] float32, and the cache extended by these tokens. The caller must keep cache.length + T within
+        logits [B, T, V] float32, and the cache extended by the new tokens. The caller must keep cache.length + T within
         the cache's slots.
 
     Raises:
-        UserError: an error of `forward`, or the tokens do not fit into the cache (checked only outside `jit`, where
-            the lengths are known).
+        UserError: any error that `forward` raises, or the tokens do not fit into the cache (checked only outside `jit`,
+            where the lengths are known).
     """
     _check(tokens, cfg, None)
     # the lengths are checked where they are known; under `jit`, tokens that do not fit overwrite the last slots
@@ -230,7 +233,7 @@ def extend_backbone(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Like `extend`, but returns the last hidden state [B, T, D], as a prompt needs logits at its last token only."""
+    """Like `extend`, but returns the last hidden state [B, T, D], as prefill needs only the last token's logits."""
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
 
@@ -280,7 +283,7 @@ def grow_vocabulary(
         params: parameters, all of them plain arrays.
         vocab_size: vocabulary size of the extended tokenizer (`tokenizers.extend`).
         used: vocabulary size of the tokenizer before it was extended; rows from this index on are initialised anew.
-            None: all existing rows are kept.
+            If `used` is None, all existing rows are kept.
 
     Raises:
         UserError: `vocab_size` is below `used`, or `used` is above the model's number of rows.
@@ -306,7 +309,7 @@ def grow_vocabulary(
 
 
 def unstack_layers(params: Params, cfg: ModelConfig) -> Params:
-    """Splits the stacked layers `blocks` into `blocks_0`, `blocks_1`, ..; all functions of this module accept both.
+    """Splits the stacked layers `blocks` into `blocks_0`, `blocks_1`, ..; this module's functions accept both layouts.
 
     With one tree per layer some layers can be trained while the others are frozen: no gradients are computed for frozen
     layers, and backpropagation stops at the lowest trained layer.
@@ -325,12 +328,13 @@ def stack_layers(params: Params, cfg: ModelConfig) -> Params:
 def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters in the fastest layout for decoding one token at a time.
 
-    All functions of this module accept this layout, but it must not be saved. The layers are unstacked, because slicing
-    a layer out of the stack takes as long as multiplying by it. The kernels of q, k and v are concatenated as `qkv`,
-    and those of up and gate as `up_gate`, if they are of the same type. Kernels are stored transposed, so that each
-    column is contiguous. On a CPU the stacked layers are kept as well, because they are faster for a long prompt.
+    All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
+    are unstacked, because slicing a layer out of the stack takes as long as multiplying by it. The kernels of q, k and
+    v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if they are of the same type. Kernels are
+    stored transposed, so that each column is contiguous. On a CPU the stacked layers are kept as well, because they are
+    faster for a long prompt.
 
-    On a GPU the stacked layers are not kept; if memory is short, delete `params` afterwards. Matrices are cast to
+    On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. Matrices are cast to
     bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a
     multiple of 128. On a TPU and with several devices the parameters are returned unchanged.
     """
@@ -365,13 +369,13 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-_MAX_UNSTACKED = 48  # most layers that are unstacked on a GPU, because each unstacked layer is compiled separately
+_MAX_UNSTACKED = 48  # largest number of layers to unstack on a GPU, because unstacked layers are compiled separately
 _CONCATENATED = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
 
 
 @partial(jax.jit, static_argnums=2)
 def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
-    """Layer `i` of the stack in the layout of `for_decoding`. `platform` is static because the layout depends on it."""
+    """Returns layer `i` in the layout of `for_decoding`; `platform` is static because the layout depends on it."""
     layer = _joined(jax.tree.map(lambda leaf: leaf[i], stack))
     return tree.unflatten({
         path: transposed(leaf) if path.endswith("/kernel") else leaf for path, leaf in tree.flatten_nodes(layer).items()
@@ -379,7 +383,7 @@ def _decoding_layer(stack: Params, i: jax.Array, platform: str) -> Params:
 
 
 def _joined(blocks: Params) -> Params:
-    """Concatenates the matrices that have the same input, as `qkv` and `up_gate`, in one layer or in stacked layers."""
+    """Concatenates the matrices that have the same input into `qkv` and `up_gate`, in one layer or stacked layers."""
     out = dict(blocks)
     for module, (name, sources) in _CONCATENATED.items():
         node = blocks[module]

@@ -25,12 +25,12 @@ from gptjax.ops.scale import scaled
 
 BLOCK_INPUT = "block"  # checkpoint name of a block's input, for rematerialisation policies
 PRODUCT = "product"  # checkpoint name of every linear layer's output, in the activations' dtype
-_GPU_LAYERS = 12  # the most layers that one iteration of the scan over layers runs on a GPU
+_GPU_LAYERS = 12  # largest number of layers that one iteration of the scan over layers runs on a GPU
 TOKENS = (device.ROWS, device.CONTEXT, None)  # partition spec of activations [B, T, D]
 
 
 class SharedInputs(NamedTuple):
-    """Inputs that every block reads besides the residual stream; they are the same for all layers."""
+    """Inputs that every block reads besides the residual stream; these inputs are the same for all layers."""
 
     rope: tuple[jax.Array, jax.Array] | None  # cosines and sines, from `_rope_table`
     segment_ids: jax.Array | None
@@ -42,8 +42,8 @@ class Residual(NamedTuple):
     """Carry of the scan over layers: the residual stream, and other state that passes from block to block."""
 
     x: jax.Array  # [B, T, D] the residual stream
-    x0: jax.Array | None  # [B, T, D] the embeddings; None without cfg.x0_lambdas
-    v0: jax.Array | None  # [B, T, K, H] the first layer's values; None without cfg.value_residual
+    x0: jax.Array | None  # [B, T, D] the embeddings, or None without cfg.x0_lambdas
+    v0: jax.Array | None  # [B, T, K, H] the first layer's values, or None without cfg.value_residual
     cache: Cache | None
     layer: jax.Array  # int32, index of the next block
 
@@ -51,7 +51,7 @@ class Residual(NamedTuple):
 def _read(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
     """Returns the module's parameter `name`: the existing leaf, of any type, or else a new array.
 
-    `Module.param` alone would not do, because it refuses leaves that are not arrays, such as adapters and quantised
+    `Module.param` alone is not enough, because it refuses leaves that are not arrays, such as adapters and quantised
     matrices.
     """
     if module.has_variable("params", name):
@@ -181,7 +181,7 @@ class Attention(nn.Module):
 
 
 def _projection_std(cfg: ModelConfig) -> float:
-    """The initial standard deviation of output projections: 0 with `cfg.zero_init_proj`, otherwise 0.02 / sqrt(2L).
+    """Returns the initial standard deviation of output projections: 0.02 / sqrt(2L), or 0 with `cfg.zero_init_proj`.
 
     The division by sqrt(2L) keeps the variance of the sum of the 2L projections independent of L.
     """
@@ -219,7 +219,7 @@ class Block(nn.Module):
     def __call__(
         self, stream: Residual, shared: SharedInputs, patches: Mapping[str, tuple[Patch, ...]]
     ) -> tuple[Residual, dict[str, jax.Array]]:
-        """One transformer block.
+        """Runs one transformer block.
 
         Args:
             patches: the patches of this layer, {site: patches}.
@@ -370,9 +370,10 @@ class GPT(nn.Module):
 
 
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of RoPE, [.., H/2] each.
+    """Computes the cosines and sines of RoPE, [.., H/2] each.
 
-    With cfg.rope_local_base both have shape [2, .., H/2], for layers with full attention and with a sliding window.
+    With cfg.rope_local_base both arrays have shape [2, .., H/2], for layers with full attention and with a sliding
+    window.
     """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
@@ -388,7 +389,7 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 
 
 def layers_per_iteration(cfg: ModelConfig) -> int:
-    """Number of blocks that one iteration of the scan over layers runs (its `unroll`), a divisor of cfg.n_layer.
+    """Returns the number of blocks per iteration of the scan over layers (its `unroll`), a divisor of cfg.n_layer.
 
     On a CPU, unrolling makes small models at least a tenth faster; from GPT-2's size on, it gains nothing, takes longer
     to compile, and copies every weight out of its stack. On a GPU, an iteration runs up to 12 blocks. A training step

@@ -12,10 +12,11 @@ _C = math.sqrt(2 / math.pi)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """GPT-2's GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Source: arXiv:1606.08415, section 2.
+    """Computes GPT-2's GELU, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). Source: arXiv:1606.08415, section 2.
 
-    Computed as the equivalent x * sigmoid(2z), where z is the argument of tanh, so that one exponential gives both the
-    value and the derivative. The derivative is saved for the backward pass instead of x, so that nothing is recomputed.
+    GELU is computed as the equivalent x * sigmoid(2z), where z is the argument of tanh, so that one exponential gives
+    both the value and the derivative. The derivative is saved for the backward pass instead of x, so that nothing is
+    recomputed.
     """
     return _gelu(x)[0]
 
@@ -32,5 +33,5 @@ gelu.defvjp(_gelu, lambda slope, g: (g * slope,))
 
 
 def relu_squared(x: jax.Array) -> jax.Array:
-    """max(x, 0)^2. Source: Primer, arXiv:2109.08668."""
+    """Computes the squared ReLU, max(x, 0)^2. Source: Primer, arXiv:2109.08668."""
     return jnp.square(jax.nn.relu(x))

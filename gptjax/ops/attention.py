@@ -26,7 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.A
         q: [B, T, N, H].
         k, v: [B, S, K, H]; N is a multiple of K, and query head n attends to key head n // (N // K)
             (grouped-query attention, arXiv:2305.13245).
-        options: the keyword arguments of `heads_attention`.
+        options: keyword arguments that are passed to `heads_attention`.
 
     Returns:
         [B, T, N, H] in q's dtype; scores and softmax are float32.
@@ -50,14 +50,15 @@ def heads_attention(
     """Computes `attention` for k and v in the layout of the KV cache, [B, K, S, H].
 
     A fused kernel computes attention if one supports the arguments (see `fused.kernel_for`): splash on a TPU, and
-    cuDNN's or our own flash attention kernel on a GPU. Otherwise attention is computed with plain XLA operations.
+    cuDNN's or our own flash attention kernel on a GPU. If no fused kernel supports the arguments,
+    attention is computed with plain XLA operations.
 
     Args:
         offset: position of the first query among the keys; an array [B] if it differs between the rows of the batch.
         segment_ids: document of each token, [B, T], where T == S; a token attends only to tokens of its own document.
         window: size of the sliding window, the number of tokens that a query attends to, itself included; 0: no window
             (arXiv:2004.05150, section 3.1).
-        scale: factor of the scores q k^T; None: 1 / sqrt(H).
+        scale: factor of the scores q k^T, or None for 1 / sqrt(H).
         alibi: whether to add ALiBi's biases, -slope * distance, to the scores (arXiv:2108.12409).
         dropout: rate of dropout on the attention weights, applied if `dropout_key` is given.
     """
@@ -73,7 +74,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # keys after a block of queries are left out, so that two blocks compute 3/4 of all scores
+    for i in range(blocks):  # a block skips the keys after its queries, so that two blocks compute 3/4 of all scores
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
@@ -98,10 +99,10 @@ def attention_weights(
     scale: float | None = None,
     alibi: bool = False,
 ) -> jax.Array:
-    """The attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
+    """Returns the attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
 
-    The weights are computed with plain XLA operations on every device, without fused kernels. Masked keys have weight
-    0. The arguments are those of `heads_attention`.
+    The attention weights are computed with plain XLA operations on every device, without fused kernels. Masked keys
+    have weight 0. The arguments mean the same as in `heads_attention`.
     """
     (B, T, N, H), (K, S) = q.shape, k.shape[1:3]
     q = (q * (H**-0.5 if scale is None else scale)).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -134,7 +135,7 @@ def _bias(
     window: int | jax.Array,
     alibi: bool,
 ) -> jax.Array:
-    """Additive mask of queries `first` to `end` over `n_key` keys: 0 where a query may attend, -1e30 elsewhere.
+    """Returns the additive mask of queries `first:end` over the first `n_key` keys: 0 where visible, -1e30 elsewhere.
 
     The shape of the mask is [1 or B, 1, 1, T, S], for T queries and S keys. With ALiBi the mask includes ALiBi's
     biases, which differ between heads, and its shape is [1 or B, K, G, T, S], where `heads` is (K, G), the numbers of
@@ -157,8 +158,8 @@ def _bias(
 def _attend(q, k, v, bias, keep, dropout):
     """Computes softmax(q k^T + bias) v with dropout on the attention weights, differentiable in q, k and v only.
 
-    Shapes: q [B, K, G, T, H], for K key heads with G query heads each; k and v [B, K, S, H]; bias, and keep, the
-    boolean dropout mask or None, broadcast to [B, K, G, T, S]; dropout, the rate, [].
+    The shape of q is [B, K, G, T, H], for K key heads with G query heads each, and that of k and v is [B, K, S, H]. The
+    bias and `keep`, the boolean dropout mask or None, broadcast to [B, K, G, T, S]. `dropout` is the dropout rate.
     """
     return _attend_forward(q, k, v, bias, keep, dropout)[0]
 
@@ -196,7 +197,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """[B, K, G, T, *] -> [B, K, G * T, *]: merge the query heads that share a key head into one matrix."""
+    """Merges the query heads that share a key head into one matrix: [B, K, G, T, *] -> [B, K, G * T, *]."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """The device type and the mesh for which a program is traced.
 
-The mesh is the one that `jax.set_mesh` set, if its axis names are `AXES`. Without a mesh, functions such as `constrain`
-do nothing. An array axis is not sharded if its size is not divisible by that of its mesh axis.
+The current mesh is the mesh set by `jax.set_mesh`, provided that its axis names are `AXES`. Without a mesh, functions
+such as `constrain` do nothing. An array axis is not sharded if its size is not divisible by the size of its mesh axis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _target: ContextVar[tuple[str, float] | None] = ContextVar("target", default=Non
 
 
 def platform() -> str:
-    """The target platform, "cpu", "gpu" or "tpu": the one given to `compiling_for`, or else JAX's default backend."""
+    """Returns the target platform, "cpu", "gpu" or "tpu": that of `compiling_for`, or else JAX's default backend."""
     target = _target.get()
     return target[0] if target else jax.default_backend()
 
@@ -35,13 +35,13 @@ def capability() -> float:
         return target[1] if target[0] == "gpu" else 0.0
     try:
         return float(getattr(jax.devices()[0], "compute_capability", 0.0))
-    except ValueError:  # an AMD GPU, whose capability is a name, such as gfx90a
+    except ValueError:  # an AMD GPU's compute capability is a name, such as gfx90a
         return 0.0
 
 
 @contextmanager
 def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
-    """Context in which programs are traced and lowered for a platform that this process need not have.
+    """Context manager in which programs are traced and lowered for a platform that this machine need not have.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
@@ -56,7 +56,7 @@ def compiling_for(platform: str, *, capability: float = 8.0) -> Iterator[None]:
 
 
 def activation_dtype(dtype: str) -> DTypeLike:
-    """Dtype of the activations between matrix products, for a model whose `cfg.dtype` is `dtype`.
+    """Returns the dtype of the activations between matrix products, for a model whose `cfg.dtype` is `dtype`.
 
     On a CPU the dtype is always float32, because CPUs have no bfloat16 instructions other than for matrix products.
     """
@@ -64,7 +64,7 @@ def activation_dtype(dtype: str) -> DTypeLike:
 
 
 def _abstract_gpu(capability: float) -> AbstractContextManager:
-    """Mesh context that tells Pallas the GPU model, which it needs from jax 0.11 on if the process has no GPU."""
+    """Context manager that tells Pallas the GPU model, which Pallas needs from jax 0.11 on if no GPU is present."""
     if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
         return nullcontext()
     kinds = {7.5: "Tesla T4", 8.0: "NVIDIA A100", 8.6: "NVIDIA A10", 8.9: "NVIDIA L4", 9.0: "NVIDIA H100"}
@@ -77,7 +77,7 @@ def _abstract_gpu(capability: float) -> AbstractContextManager:
 
 
 def mesh() -> AbstractMesh | None:
-    """The mesh for which the program is traced; None if there is no mesh, and inside `shard_map`."""
+    """Returns the mesh for which the program is traced, or None if there is no mesh or inside `shard_map`."""
     current_mesh = jax.sharding.get_abstract_mesh()
     if current_mesh.empty or current_mesh.axis_names != AXES or AxisType.Manual in current_mesh.axis_types:
         return None
@@ -87,7 +87,8 @@ def mesh() -> AbstractMesh | None:
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns `spec` without the mesh axes whose size does not divide the dimension of `shape` that they shard.
 
-    If a dimension has several mesh axes, the last ones are dropped until the product of the others divides it.
+    If several mesh axes shard a dimension, the last of these axes are dropped until the product of the sizes of the
+    remaining axes divides the dimension.
     """
 
     def fit_dim(axes: Any, size: int) -> Any:
@@ -110,15 +111,15 @@ _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Sets the function that `product_axes` calls; `gptjax.parallel` sets one that follows its sharding rules."""
+    """Sets the function that `product_axes` calls; `gptjax.parallel` sets a function that follows its rules."""
     global _product_axes
     _product_axes = rule
 
 
 def product_axes(path: str) -> ProductAxes:
-    """Mesh axes that shard the kernel at `path` during its matrix product.
+    """Returns the mesh axes that shard the kernel at `path` during its matrix product.
 
-    None if the kernel keeps its sharding for the product, and always if there is no mesh.
+    Returns None if the kernel keeps its sharding for the product, and always if there is no mesh.
     """
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 
 def off(rate: Any) -> bool:
-    """Whether a rate is the number 0, so that dropout can be left out. A traced rate never counts as 0."""
+    """Returns whether a dropout rate is the number 0, so that dropout can be left out.
+
+    A traced rate never counts as 0.
+    """
     return isinstance(rate, int | float) and rate == 0
 
 
@@ -17,5 +20,5 @@ def dropout(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax
     """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); without a key, returns x."""
     if key is None or off(rate):
         return x
-    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # in float32: bfloat16 would round 1 - rate
+    kept = (x.astype(jnp.float32) / (1 - rate)).astype(x.dtype)  # in float32, because bfloat16 would round 1 - rate
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), kept, 0)

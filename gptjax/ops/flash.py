@@ -1,4 +1,4 @@
-"""Flash attention for NVIDIA GPUs, Ampere and later: Pallas kernels that Triton compiles.
+"""Flash attention for NVIDIA GPUs from Ampere on, as Pallas kernels that Triton compiles.
 
 The kernels support causal masks, document masks, sliding windows, grouped-query attention and rows of any length. The
 window's size may be traced, so that it can differ between scanned layers. Scores are computed tile by tile and never
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 
 from gptjax.ops.precision import default_precision
 
-# Finite, because -inf gives NaN in a tile that is fully masked for a query. The finite sums of such a tile are
-# multiplied by 0 as soon as another tile has a key that the query attends to.
+# The score of a masked key. It is finite, because -inf gives NaN in a tile that is fully masked for a query. The finite
+# sums of such a tile are multiplied by 0 as soon as another tile has a key that the query attends to.
 _MASKED = -1e30
 _LOG2E = math.log2(math.e)  # factor of the scores: the softmax uses base 2, because exp2 is a single instruction
 
@@ -44,9 +44,9 @@ class Tiles(NamedTuple):
     d_kv: Tile
 
 
-# Tile sizes by (columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton compiles these sizes
-# without spilling registers in a loop and within 99 KiB of shared memory, the limit of capabilities 8.6 and 8.9. The
-# speed of these sizes was not measured.
+# Tile sizes for each pair (number of columns of a tile, bytes per element). For compute capability 8.0 to 10.0 Triton
+# compiles these sizes without spilling registers in a loop and within 99 KiB of shared memory, the limit of
+# capabilities 8.6 and 8.9. The speed of these sizes was not measured.
 _TILES = {
     (64, 2): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(64, 64)),
     (128, 2): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64)),
@@ -58,7 +58,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
-    """Tile sizes of the three kernels (forward, gradient of q, gradients of k and v) for a head size and dtype."""
+    """Returns tile sizes for the kernels (forward, gradient of q, gradients of k and v) by head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -87,25 +87,25 @@ def flash_attention(
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
         k, v: [B, S, K, H]; query head n attends to key head n // (N // K).
-        segment_ids: documents of the queries [B, T] and of the keys [B, S]; a query attends only to keys of its own
+        segment_ids: document ids of the queries [B, T] and of the keys [B, S]; a query attends only to keys of its own
             document.
         offset: position of the first query among the keys; offset + T <= S.
         window: size of the sliding window, the number of keys that a query attends to, its own included; 0: no window.
-        tiles: tile sizes; None: those of `default_tiles`.
-        saved_as: `checkpoint_name` of the output and the log-sum-exp, which the backward pass needs besides q, k and v.
-        interpret: run the kernels in Pallas' interpreter on a CPU, for tests.
+        tiles: tile sizes of the kernels, or None for the tile sizes that `default_tiles` returns.
+        saved_as: `checkpoint_name` of the output and of the log-sum-exp, two arrays that the backward pass needs.
+        interpret: whether to run the kernels in Pallas' interpreter on a CPU, for tests.
 
     Returns:
-        [B, T, N, H] in q's dtype; scores and softmax are float32, and so is the accumulation of products.
+        [B, T, N, H] in q's dtype; scores, softmax and the accumulation of products are float32.
     """
     T, S = q.shape[1], k.shape[1]
     q_ids, k_ids = (None, None) if segment_ids is None else (x.astype(jnp.int32) for x in segment_ids)
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = default_precision()  # read now, because the backward pass is traced outside the precision's context
+    precision = default_precision()  # read here, because the backward pass is traced outside the context that sets it
 
-    # limits the size of a tile to the row's length n, rounded up, but to no less than 16, which tensor cores need
+    # limits a tile's size to the row length n, rounded up to a power of two, or to 16, which tensor cores need
     def at_most(size: int, n: int) -> int:
         return min(size, max(16, pl.next_power_of_2(n)))
 
@@ -280,10 +280,10 @@ def _ranges(
     sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
     loop_over: str = "keys",
 ) -> jax.Array:  # fmt: skip
-    """Returns the range of key tiles for each tile of queries, as (begin, whole, rest, end): [1 or B, n, 4] int32.
+    """Returns, for each tile of queries, four indices of key tiles (begin, whole, rest, end): [1 or B, n, 4] int32.
 
-    Key tiles outside begin..end are fully masked; those in whole..rest are not masked at all. With
-    `loop_over="queries"`, returns the range of query tiles for each tile of keys instead.
+    Key tiles outside begin..end are fully masked; key tiles in whole..rest are not masked at all. With
+    `loop_over="queries"`, returns four indices of query tiles for each tile of keys instead.
 
     The documents of two tiles are compared by the smallest and the largest document id of each tile, which is exact if
     ids increase along a row, as in packed rows, and otherwise only makes ranges longer than necessary.
@@ -408,7 +408,7 @@ def _d_kv_kernel(ranges, span, q_ids, k_ids, q, k, v, d_out, lse, delta, d_k, d_
 class _Mask:
     """Computes the attention mask of a tile from the positions and document ids of its queries and keys.
 
-    The arrays of the queries and those of the keys broadcast against each other.
+    The positions and document ids of the queries broadcast against those of the keys.
     """
 
     def __init__(self, span: Any, windowed: bool):
@@ -425,7 +425,7 @@ class _Mask:
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
     """Runs `step(repeat, tile, carry, masked)` for all tiles in the range `ranges`, `repeats` times.
 
-    The tiles that need the mask come first, in all repeats, and then those that are not masked.
+    All repeats of the tiles that need the mask run first, and then all repeats of the tiles that are not masked.
     """
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin
@@ -449,12 +449,12 @@ def _divide(index: jax.Array, n: jax.Array, repeats: int) -> tuple[jax.Array, ja
 
 
 def _inside(positions: jax.Array, n: int) -> jax.Array | None:
-    """Mask of a tile's positions that lie within the row of length n; None if the tile size divides n."""
+    """Returns the mask of a tile's positions that lie within a row of length n, or None if the tile size divides n."""
     return positions < n if n % positions.shape[0] else None
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    """Mask of the first H columns of a tile; None if the tile has no other columns."""
+    """Returns the mask of the first H columns of a tile, or None if the tile has no other columns."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 
@@ -474,7 +474,7 @@ def _store(ref: Any, x: jax.Array, rows: jax.Array | None, H: int | None = None)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, static: _Static) -> jax.Array:
-    """Product of a and b, contracted over the given axes, with float32 accumulation."""
+    """Computes the product of a and b, contracted over the given axes, with float32 accumulation."""
     return jax.lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=static.precision, preferred_element_type=jnp.float32
     )

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops.device import CONTEXT, ROWS, TENSOR, by_device, capability, fit, mesh, platform
 from gptjax.ops.precision import splash_keeps_it
 
-SAVED = "attention"  # `checkpoint_name` of what the kernels save for their backward pass, used by remat policies
+SAVED = "attention"  # `checkpoint_name` of the arrays that the kernels save for their backward pass
 AMPERE, HOPPER, BLACKWELL = 8.0, 9.0, 10.0  # compute capabilities
 
 
@@ -46,13 +46,13 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Whether splash supports T queries over T keys, which it does if the queries per device are a multiple of 128."""
+    """Returns whether splash supports T queries over T keys: the queries per device must be a multiple of 128."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
 
 def cudnn_fits(q: jax.Array) -> bool:
-    """Whether cuDNN's kernel supports q.
+    """Returns whether cuDNN's kernel supports q.
 
     cuDNN's kernel needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere
     or later GPU (not a T4), and an installed cuDNN.
@@ -70,7 +70,7 @@ def cudnn_fits(q: jax.Array) -> bool:
 
 
 def cudnn_version() -> int:
-    """cuDNN's version, such as 90800; 0 if jax finds no cuDNN."""
+    """Returns cuDNN's version, such as 90800, or 0 if jax finds no cuDNN."""
     try:
         from jax._src.lib import cuda_versions
 
@@ -80,7 +80,7 @@ def cudnn_version() -> int:
 
 
 def flash_fits(q: jax.Array) -> bool:
-    """Whether `ops.flash` supports q.
+    """Returns whether `ops.flash` supports q.
 
     The kernels of `ops.flash` need 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and
     Pallas' Triton backend (deprecated in jax 0.12).
@@ -103,16 +103,17 @@ def splash(
     window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention on a TPU with the splash attention kernel of jax.
+    """Computes causal attention on a TPU with the splash attention kernel of jax.
 
-    Under a mesh, each device computes its own rows, heads and queries. Fully masked tiles are skipped.
+    Under a mesh, each device computes attention for its own rows, heads and queries. Fully masked tiles of the scores
+    are skipped.
 
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
         k, v: [B, K, T, H].
         segment_ids: document of each token, [B, T]; a token attends only to tokens of its own document.
         window: size of the sliding window, the number of tokens that a query attends to; 0: no window.
-        interpret: run the kernel in Pallas' interpreter on a CPU, for tests.
+        interpret: whether to run the kernel in Pallas' interpreter on a CPU, for tests.
 
     Returns:
         [B, T, N, H] in q's dtype.
@@ -130,7 +131,7 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """The splash kernel for one device's heads and all devices' queries, with mask arrays sharded like the queries."""
+    """Returns the splash kernel for one device's heads and all queries, with mask arrays sharded like the queries."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
@@ -162,9 +163,9 @@ def flash(
     window: int | jax.Array = 0,
     **options: Any,
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
+    """Computes causal attention on an NVIDIA GPU with our own kernels, `ops.flash`.
 
-    The arguments have the same shapes as those of `splash`.
+    The arrays q, k, v and segment_ids have the same shapes as in `splash`.
 
     Args:
         window: size of the sliding window; it may be traced, so that scanned layers can have different windows.
@@ -172,7 +173,7 @@ def flash(
     """
     static = isinstance(window, int)
     attend = partial(_flash, **options, **({"window": window} if static else {}))
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # undoes the transpose in `attention`; XLA removes both transposes
     extra = () if static else (window,)
     return _by_device(attend, q, k, v, segment_ids, heads_at=2, extra=extra, extra_spec=(P(),) * len(extra))
 
@@ -188,9 +189,9 @@ def _flash(q, k, v, q_ids, k_ids, offset, extra, **options):
 def cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: None = None, window: int = 0, by: str = "cudnn"
 ) -> jax.Array:
-    """Causal attention on an NVIDIA GPU with cuDNN, without document masks.
+    """Computes causal attention on an NVIDIA GPU with cuDNN, without document masks.
 
-    The arguments have the same shapes as those of `splash`.
+    The arrays q, k and v have the same shapes as in `splash`.
 
     Args:
         by: `implementation` argument of `jax.nn.dot_product_attention`: "cudnn", or "xla" for tests on a CPU.
@@ -227,7 +228,7 @@ def _by_device(
     because keeping them would take up the memory that sharding the tokens saves.
 
     Args:
-        heads_at: axis of the heads in k and v, 1 or 2; the other of these two axes is that of the tokens.
+        heads_at: axis of the heads in k and v, 1 or 2; the tokens are along the other of these two axes.
         extra: pytree that is passed to `attend`, sharded by `extra_spec`.
     """
     if (current_mesh := mesh()) is None:
@@ -256,5 +257,5 @@ def _by_device(
 
 
 def _size(axes: str | tuple[str, ...] | None, current_mesh: AbstractMesh) -> int:
-    """Number of shards of an array axis that is sharded over these mesh axes."""
+    """Returns the number of shards of an array axis that is sharded over the mesh axes `axes`."""
     return math.prod(current_mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))

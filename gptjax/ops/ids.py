@@ -11,14 +11,14 @@ from gptjax.errors import UserError
 
 
 def is_local(array: Any) -> bool:
-    """Whether this process can read all values of the array."""
+    """Returns whether this process can read all values of the array."""
     return getattr(array, "is_fully_addressable", True)
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, weights: Any = None) -> None:
     """Checks that ids [..] are within 0 to vocab_size - 1; ids with weight 0 are ignored.
 
-    Does nothing under `jit`, where the values of the ids are not known; there, embedding lookups clip ids out of range.
+    Under `jit` the values of the ids are not known, so nothing is checked; embedding lookups clip ids out of range.
 
     Raises:
         UserError: an id is out of range.

@@ -29,7 +29,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by w.T, with w [out, in], -> [.., out], as a tied head does; otherwise like `matmul`."""
+    """Multiplies x [.., in] by w.T, for w [out, in] -> [.., out], as a tied head needs; otherwise like `matmul`."""
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # for few rows of x, XLA's CPU backend is twice as fast with the larger operand, w, on the left
@@ -57,7 +57,7 @@ def dense(w: Any) -> jax.Array:
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x).
 
-    The arrays are for a product that is computed in chunks, such as that of hidden states and the head in the loss.
+    `factors` is used where a product is computed in chunks, as the product of hidden states and head is in the loss.
     """
     return x, dense(w)
 
@@ -66,7 +66,7 @@ def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def transposed(w: Any) -> Any:
     """Returns the kernel [in, out] stored as [out, in], so that each of its columns is contiguous in memory.
 
-    Weights of a type that does not support this layout are returned unchanged.
+    Weights of a type that does not support the transposed layout are returned unchanged.
     """
     return Transposed(w.T) if isinstance(w, jax.Array) and jnp.issubdtype(w.dtype, jnp.floating) else w
 
@@ -91,8 +91,8 @@ def aligned_columns(w: jax.Array) -> jax.Array:
 class Transposed:
     """A kernel [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
 
-    In this layout each output of the product is a sum over contiguous elements, which XLA computes in one pass; for
-    other sums XLA first writes the terms to memory in float32.
+    In the transposed layout each output of x @ w is a sum over contiguous elements, which XLA computes in one pass; for
+    a sum over other elements XLA first writes the terms to memory in float32.
     """
 
     w: Any
@@ -112,7 +112,7 @@ def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
     With jax 0.7 a CPU rounds the operands to bfloat16 but multiplies them in float32, because XLA refuses some bfloat16
-    products on CPUs with bfloat16 instructions (DotThunk: BF16 x BF16 = F32).
+    products on CPUs with bfloat16 instructions (in DotThunk, BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -183,7 +183,7 @@ def _backward(axes, residual, g):
     dx = jax.lax.dot_general(g, low, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = _with_axes(weight_gradient(x, g).astype(like_w.dtype), axes)
     if platform() == "cpu":
-        # keeps XLA from folding the transpose of a tied head's gradient into the product, which it cannot do on a CPU
+        # keeps XLA from folding the transpose of a tied head's gradient into the product, which fails on a CPU
         dw = jax.lax.optimization_barrier(dw)
     return dx.astype(like_x.dtype), dw
 
@@ -192,7 +192,7 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """The gradient of a kernel, x^T g summed over leading axes: x [.., in], g [.., out] -> [in, out] float32.
+    """Computes the gradient of a kernel, x^T g summed over leading axes: x [.., in], g [.., out] -> [in, out] float32.
 
     On a CPU the rows are split into chunks, because XLA sums bfloat16 products over two axes about twice as fast as
     over one axis.

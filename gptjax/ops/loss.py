@@ -31,7 +31,7 @@ def cross_entropy(
     Args:
         logits: [.., V].
         targets: [..] int32.
-        weights: weight of each target, [..]; None: all weights are 1.
+        weights: weight of each target, [..], or None if all weights are 1.
 
     Raises:
         UserError: a target is outside 0 to V - 1 (checked only outside `jit`, where the targets are known).
@@ -68,10 +68,10 @@ def linear_cross_entropy(
         hidden: [.., D].
         head: [D, V].
         targets: [..] int32.
-        weights: weight of each target, [..]; None: all weights are 1.
+        weights: weight of each target, [..], or None if all weights are 1.
         cap: softcap of the logits; 0: no softcap.
         dtype: dtype of the operands of the matrix products.
-        chunk: number of tokens per chunk; None: chosen so that the logits of a chunk take 256 MiB, or on a GPU 1/32 of
+        chunk: number of tokens per chunk. If `chunk` is None, the logits of a chunk take 256 MiB, or on a GPU 1/32 of
             its memory if that is more, but at most 1 GiB.
 
     Raises:
@@ -93,10 +93,10 @@ def linear_cross_entropy(
 
 
 def _token_spec(targets: jax.Array) -> P | None:
-    """Sharding of the tokens [B, T] over all devices for the product with the head, which is replicated.
+    """Returns the sharding of tokens [B, T] over all devices for the product with the head, which is replicated.
 
     Each device splits its own tokens into chunks, and the head's gradient is summed over devices once instead of once
-    per chunk. None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
+    per chunk. Returns None if there is no mesh, or if the sizes of the mesh axes do not divide B and T.
     """
     current_mesh = mesh()
     if current_mesh is None or targets.ndim != 2:
@@ -117,7 +117,8 @@ def linear_log_probs(
     """Returns log softmax(softcap(hidden @ head))[target] of each token, [..] float32.
 
     Losses that are not a sum over tokens need the log-probability of each token. The tokens are processed in chunks,
-    and the backward pass recomputes the logits of each chunk. Arguments and errors are those of `linear_cross_entropy`.
+    and the backward pass recomputes the logits of each chunk. The arguments and errors are as in
+    `linear_cross_entropy`.
     """
 
     check_ids("targets", targets, head.shape[1])
@@ -153,7 +154,7 @@ def _in_chunks(arrays: tuple[jax.Array, ...], head: jax.Array, chunk: int | None
 
 
 def _chunk_bytes() -> int:
-    """Size of a chunk's logits: 256 MiB, or on a GPU 1/32 of its memory if that is more, but at most 1 GiB."""
+    """Returns the size of a chunk's logits: 256 MiB, or 1/32 of a GPU's memory if that is more, but at most 1 GiB."""
     stats = jax.local_devices()[0].memory_stats() if platform() == "gpu" else None
     return min(_GPU_CHUNK_BYTES, max(_CHUNK_BYTES, (stats or {}).get("bytes_limit", 0) // 32))
 

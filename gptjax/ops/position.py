@@ -31,12 +31,12 @@ def rope_frequencies(
     fast: float = 4.0,
     original_context: int = 8192,
 ) -> jax.Array:
-    """RoPE's frequencies [H/2] float32, in radians per position.
+    """Returns RoPE's frequencies [H/2] float32, in radians per position.
 
     Args:
         scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
             divides frequencies with at most `slow` rotations in `original_context` positions, keeps frequencies with at
-            least `fast` rotations, and interpolates for the frequencies between (as in transformers'
+            least `fast` rotations, and interpolates for the frequencies in between (as in transformers'
             modeling_rope_utils and Meta's llama-models).
     """
     frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -49,7 +49,7 @@ def rope_frequencies(
 
 
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
-    """Llama 3's interpolation weight `keep` per frequency, 0 to 1.
+    """Returns Llama 3's interpolation weight `keep` per frequency, 0 to 1.
 
     The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. For a jax array, `keep` is computed in
     float32; for a numpy array in the array's dtype, because GGUF files hold factors that were computed in float64.
@@ -59,16 +59,17 @@ def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: in
 
 
 def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines that `rope` takes, [.., H/2] float32, for positions [..] and frequencies [H/2]."""
+    """Computes the cosines and sines that `rope` takes, [.., H/2] float32, for positions [..] and frequencies [H/2]."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions that start again at 0 in every document: segment ids [B, T] -> [B, T] int32.
+    """Returns positions that start again at 0 in every document: segment ids [B, T] -> [B, T] int32.
 
-    segments   1 1 1 2 2 0
-    positions  0 1 2 0 1 0
+    Example:
+        segment ids  1 1 1 2 2 0
+        positions    0 1 2 0 1 0
     """
     index = jnp.arange(segment_ids.shape[-1])
     begins = jnp.pad(segment_ids[..., 1:] != segment_ids[..., :-1], [(0, 0)] * (segment_ids.ndim - 1) + [(1, 0)])
@@ -88,7 +89,7 @@ def rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def alibi_slopes(n_head: int) -> jax.Array:
-    """ALiBi's slopes [N] float32, the penalty per token of distance for each head. Source: arXiv:2108.12409."""
+    """Returns ALiBi's slopes [N] float32, the penalty per token of distance for each head. Source: arXiv:2108.12409."""
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
@@ -98,12 +99,12 @@ def alibi_slopes(n_head: int) -> jax.Array:
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
     """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
 
-    With `cfg.smear` the model adds the result to the embeddings with a learned weight per channel (modded-nanogpt uses
-    a gate instead).
+    With `cfg.smear` the model adds the shifted embeddings to the embeddings with a learned weight per channel
+    (modded-nanogpt uses a gate instead).
 
     Args:
-        first: vector of the token before the first token of each row, [B, D]; None: zeros.
-        segment_ids: document of each token, [B, T]; None: every row is one document.
+        first: vector of the token before the first token of each row, [B, D], or None for zeros.
+        segment_ids: document of each token, [B, T], or None if every row is one document.
     """
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     out = jnp.concatenate([first[:, None], x[:, :-1]], 1)

@@ -24,16 +24,16 @@ from gptjax.config import ModelConfig
 
 
 def default_precision() -> str | None:
-    """The value of `jax.default_matmul_precision` in the current context."""
+    """Returns the value of `jax.default_matmul_precision` in the current context."""
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # defined when jax is imported
 
 
 @contextmanager
 def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
-    """Context that sets the precision to `cfg.precision`, "high" or "highest"; "default" keeps JAX's current setting.
+    """Context manager that sets the precision of matrix products to `cfg.precision`, unless this is "default".
 
-    The context has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands exactly
-    and accumulates in float32, so that more passes would only cost time.
+    The context manager has no effect for models with dtype=bfloat16, because every device multiplies bfloat16 operands
+    exactly and accumulates in float32, so that more passes would only cost time.
     """
     if cfg.precision == "default" or cfg.dtype != "float32":
         yield
@@ -69,7 +69,7 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Whether the current precision allows the splash kernel, which only the default precision does.
+    """Returns whether the current precision allows the splash kernel, which only the default precision does.
 
     At any other precision, Mosaic cannot compile splash in bfloat16, and splash's backward pass in float32 ignores the
     precision.
@@ -78,9 +78,10 @@ def splash_keeps_it() -> bool:
 
 
 class custom_vjp:
-    """Variant of `jax.custom_vjp` that traces the forward and backward functions at the precision set at the call.
+    """Variant of `jax.custom_vjp` that traces the forward and backward functions at the precision of the call.
 
-    JAX traces both functions when it differentiates, which may be after the context that set the precision was left.
+    JAX traces both functions when it differentiates, which may be after the program left the context that sets the
+    precision.
     """
 
     def __init__(self, fn: Callable, nondiff_argnums: tuple[int, ...] = ()):

@@ -8,8 +8,8 @@
     nf4     4.127            0.073
 
 Every array in a quantised leaf has the axes of the matrix, [.., in, out]. An array with one value per block of weights
-is shorter by the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in` or `out`
-treat a quantised leaf like the matrix.
+is shorter by a factor of the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in`
+or `out` treat a quantised leaf like the matrix.
 
 Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
 backward pass dequantises the matrix again, so that its float values need not be kept.
@@ -36,7 +36,8 @@ from gptjax.ops.precision import custom_vjp
 from gptjax.types import Params
 
 _KERNELS = "blocks/*/kernel | lm_head/kernel"
-WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}  # `spec` of `quantize` -> parameter paths
+# the words that `quantize` accepts as `spec`, each with the pattern of the parameters that it selects
+WORDS = {"int8": f"{_KERNELS} | wte/embedding", "nf4": _KERNELS, "none": "*"}
 
 # The NF4 levels of bitsandbytes: quantiles of a normal distribution, scaled to -1..1, one of which is exactly 0
 LEVELS = (
@@ -74,8 +75,8 @@ class NF4:
     offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
-    the flattened matrix. If 64 or 256 does not divide the size of its axis, the block or the group has the size of the
-    largest smaller divisor, which the shapes of the arrays show.
+    the flattened matrix. If 64 (or 256) does not divide the size of its axis, a block (or a group) has the size of the
+    largest smaller divisor, which can be read from the shapes of the arrays.
 
     Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
     distributed weights.
@@ -120,7 +121,7 @@ def nf4(w: jax.Array) -> NF4:
 
 
 def _divisor(size: int, most: int, step: int = 1) -> int:
-    """The largest divisor of `size` among `most`, `most - step`, `most - 2 * step`, ..; 0 if there is none."""
+    """Returns the largest divisor of `size` among `most`, `most - step`, `most - 2 * step`, ..; 0 if there is none."""
     return next((d for d in range(most, 0, -step) if size % d == 0), 0)
 
 
@@ -219,7 +220,7 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    levels = jnp.array(LEVELS)  # read by a gather: XLA would put the selects of `_level` into a separate kernel
+    levels = jnp.array(LEVELS)  # read by a gather, because XLA puts the selects of `_level` into a separate kernel
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
     return (y * leaf.absmax[..., None]).sum((1, 2)).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -269,7 +270,7 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array, dtype: str) -> jax.Array:
-    """Product of x and an int8 matrix, which is cast to x's dtype (exactly, even to bfloat16)."""
+    """Computes the product of x and an int8 matrix, which is cast to x's dtype; the cast is exact even for bfloat16."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
         # for one row of x, XLA computes a sum directly from the integers; for a matrix product it might first write
@@ -284,14 +285,14 @@ def quantize(params: Params, spec: str | tuple[tuple[str, str], ...] = "int8") -
     """Quantises matrices of the parameter tree to `Int8` or `NF4` leaves, one matrix at a time.
 
     Args:
-        spec: "nf4" quantises the kernels of all blocks and of an untied head; "int8" quantises these and the token
-            embedding. For other choices, pairs (pattern, "int8" | "nf4" | "none"), where the first pattern that matches
-            the path of a parameter decides, and parameters without a match are unchanged (see `gptjax.tree` for
-            patterns). "nf4" supports kernels, "int8" kernels and embeddings.
+        spec: "nf4" quantises the kernels of all blocks and of an untied head; "int8" quantises these kernels
+            and the token embedding. Other choices are given as pairs (pattern, "int8" | "nf4" | "none"): the
+            first pattern that matches the path of a parameter decides, and parameters without a match are unchanged
+            (see `gptjax.tree` for patterns). "nf4" supports kernels, "int8" kernels and embeddings.
 
     Raises:
         UserError: a leaf is not a plain array, a pattern matches nothing, or a pair's second string is unknown or is
-            a quantisation that does not support the parameter. The message lists all problems.
+            a quantisation that does not support the parameter. The error message lists all problems.
     """
     if isinstance(spec, str):
         if spec not in WORDS:
@@ -322,7 +323,7 @@ def _quantized(path: str, leaf: jax.Array, kind: str) -> Any:
 
 
 def _misfit(path: str, shape: tuple[int, ...], kind: str) -> str | None:
-    """Says why a parameter cannot be quantised as `kind`, "int8" or "nf4"; None if it can."""
+    """Returns the reason why a parameter cannot be quantised as `kind`, "int8" or "nf4", or None if it can."""
     last = path.split("/")[-1]
     if kind != "none" and last not in ("kernel", "embedding"):
         return f"{path} cannot be {kind}, which is for kernels and embeddings: narrow the pattern"

@@ -1,4 +1,4 @@
-"""Runs with several processes: start-up, checks that settings agree, the rows of each process, lost processes."""
+"""Functions for runs with several processes: start-up, agreement on settings, rows per process, lost processes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from gptjax.errors import UserError
 from gptjax.ops.device import ROWS
 from gptjax.parallel.meeting import meet
 
-RESTART = 75  # exit code (EX_TEMPFAIL) if another process is lost: if all are restarted, they resume the run
-BAD_INPUT, BUG = 2, 1  # exit codes, as in `gptjax.__main__`
+RESTART = 75  # exit code (EX_TEMPFAIL) if another process is lost: restart all processes to resume the run
+BAD_INPUT, BUG = 2, 1  # exit codes for invalid input and for a bug, as in `gptjax.__main__`
 PER_PROCESS = ("distributed.", "data.cache_dir")  # settings that may differ between the processes of a run
 HOW_TO_START = (
     "  start the same command on every host, with distributed.coordinator=HOST:PORT of the first, "
@@ -71,8 +71,9 @@ def _end_when_jax_aborts(failed: str) -> None:
     JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
     message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
     the main thread, for which abort() does not wait. JAX's own callback for lost processes ends in std::bad_cast
-    (jaxlib 0.10.2). A SIGABRT from a Python thread is a bug and is passed on. jaxlib 0.7 calls _exit(1) instead of
-    abort(), so that the exit code of a process that loses another process is then 1.
+    (jaxlib 0.10.2). A SIGABRT from a Python thread is a bug and ends the process, as it does by
+    default. jaxlib 0.7 calls _exit(1) instead of abort(), so that the exit code of a process that loses another process
+    is then 1.
     """
     global _handler
     if os.name == "nt":
@@ -144,7 +145,7 @@ def agree_on_settings(cfg: Config) -> None:
 
 @contextmanager
 def synchronise_errors() -> Iterator[None]:
-    """Context manager: a UserError raised inside by one process is raised in all processes at the end of the block."""
+    """Context manager: a UserError that one process raises in the block is raised in all processes at its end."""
     failure: UserError | None = None
     try:
         yield
@@ -161,7 +162,7 @@ def synchronise_errors() -> Iterator[None]:
 
 
 def is_writer() -> bool:
-    """Whether this process writes logs, metrics and models."""
+    """Returns whether this process writes logs, metrics and models."""
     return jax.process_index() == 0
 
 
@@ -174,7 +175,7 @@ def barrier(name: str) -> None:
 
 
 def agree(number: int) -> int:
-    """The maximum of `number` over all processes."""
+    """Returns the maximum of `number` over all processes."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -202,7 +203,7 @@ def on_host(tree: Any) -> Any:
 
 
 def rows_here(mesh: Mesh | None, rows: int) -> slice:
-    """The rows of a batch that this process loads: those of its local devices."""
+    """Returns the rows of a batch that this process loads, which are the rows of its local devices."""
     if mesh is None or jax.process_count() == 1:
         return slice(0, rows)
     batch_axes = tuple(mesh.axis_names.index(axis) for axis in ROWS)

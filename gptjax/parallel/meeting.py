@@ -1,7 +1,8 @@
-"""Check that all processes of a run are up before `jax.distributed.initialize`, which aborts if one is missing.
+"""Checks that all processes of a run are up before `jax.distributed.initialize`, which aborts if one is missing.
 
-Process 0 listens at the coordinator's address, and the others connect to it. When all are connected, the address is
-freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line of JSON (right):
+Process 0 listens at the coordinator's address, and the other processes connect to it. When all processes are
+connected, the address is freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line
+of JSON (right):
 
     {"process_id": 1, "num_processes": 2}      {"problem": ""}
 """
@@ -26,7 +27,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout_s: float) ->
 
     Raises:
         UserError: a process does not connect in time, two processes have the same id, or two processes expect
-            different numbers of processes. The error is raised in all connected processes.
+            different numbers of processes. The error is raised in all processes that are connected.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -60,7 +61,7 @@ def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.
     """Reads the message of a process and adds its socket to `connected`; returns the problem, or "" if all is well."""
     message = _read(line)
     peer = message.get("process_id")
-    if type(peer) is not int:  # not a process of this run
+    if type(peer) is not int:  # the sender is not a process of this run
         line.close()
         return ""
     problem = ""

@@ -1,4 +1,4 @@
-"""The device mesh. Its axes are data (data parallel), fsdp, tensor (tensor parallel) and context (context parallel)."""
+"""The device mesh, with the axes data (data parallel), fsdp, tensor (tensor parallel), context (context parallel)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptjax.ops.device import AXES
 
 
 def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
-    """The sizes of the mesh axes data, fsdp, tensor and context; one size in `cfg` may be -1, all remaining devices.
+    """Returns the sizes of the mesh axes data, fsdp, tensor and context; -1 in `cfg` means all remaining devices.
 
     Raises:
         UserError: the product of the sizes is not `n_devices`, or two sizes are -1.
@@ -39,16 +39,17 @@ def sizes(cfg: MeshConfig, n_devices: int) -> tuple[int, int, int, int]:
 def make_mesh(
     cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0, even_one: bool = False
 ) -> Mesh | None:
-    """The mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
+    """Returns the mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
 
     Args:
-        even_one: whether to return a mesh also for a single device, as arrays with a memory kind (offloading) need.
-        rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If one of these two is -1
-            on a single host, it gets the largest size with which the rows are divisible, and some devices may stay
+        even_one: whether to return a mesh also for a single device, because offloaded arrays (with a memory kind) need
+            one.
+        rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If `data` or `fsdp` is
+            -1 on a single host, it gets the largest size with which the rows are divisible, and some devices may stay
             idle.
 
     Raises:
-        UserError: an error of `sizes`, or the number of rows is not divisible by `data` x `fsdp`.
+        UserError: any error that `sizes` raises, or the number of rows is not divisible by `data` x `fsdp`.
     """
     if not isinstance(cfg, MeshConfig):
         raise UserError(f"make_mesh: expected a MeshConfig, such as MeshConfig(data=-1), got {type(cfg).__name__}")
@@ -75,7 +76,7 @@ def make_mesh(
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of `shape` over any devices, including those that `jax.experimental.topologies` only describes."""
+    """Builds a mesh of `shape` over any devices, including those that `jax.experimental.topologies` only describes."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:
         from jax.experimental import mesh_utils

@@ -1,4 +1,4 @@
-"""Sharding rules over parameter paths, for params, gradients, optimizer state, batches and the KV cache."""
+"""Sharding rules over parameter paths, for parameters, gradients, optimizer state, batches and the KV cache."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# For each array of an adapter or of a quantised matrix: the axes of the matrix, 0 (in) or 1 (out), to which the last
-# two axes of the array correspond and like which they are sharded. None: an axis that the matrix does not have, such as
-# the rank.
+# MATRIX_AXES gives the axes of the matrix, 0 (in) or 1 (out), like which the last two axes of an array of an adapter or
+# of a quantised matrix are sharded. If the matrix has no such axis, as for the rank, the entry is None and the array's
+# axis is not sharded.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The PartitionSpec of the leaf at `path` in a tree of parameters or adapters, or in one that contains such a tree.
+    """Returns the PartitionSpec of the leaf at `path` in a tree that is or contains a tree of parameters or adapters.
 
     Raises:
         UserError: no rule covers the path.
     """
     keys = path.split("/")
-    for start in range(len(keys)):  # path and its endings: "opt_state/0/mu/..", "0/mu/..", .., "kernel"
+    for start in range(len(keys)):  # the path and its endings: "opt_state/0/mu/..", "0/mu/..", .., "kernel"
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()
     # scalars, counters, random keys and coefficients are replicated
@@ -62,10 +62,10 @@ def _rule(path: str) -> tuple | None:
 
 
 def product_axes(path: str) -> tuple[str | None, ...] | None:
-    """The mesh axes that shard the kernel [in, out] at `path` during its matrix product.
+    """Returns the mesh axes that shard the kernel [in, out] at `path` during its matrix product.
 
-    For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. None if no
-    rule for a matrix covers the path.
+    For the product, the kernel is all-gathered over `fsdp` and stays sharded over `tensor` as in `RULES`. Returns
+    None if no rule for a matrix covers the path.
     """
     spec = _rule(path)
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)
@@ -75,10 +75,10 @@ device.product_axes_by(product_axes)  # through `device`, because the model must
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every leaf of parameters, an adapter or a `TrainState`.
+    """Returns the NamedSharding of every leaf of parameters, an adapter or a `TrainState`.
 
     Raises:
-        UserError: no rule covers a leaf. The message names all such leaves.
+        UserError: no rule covers a leaf. The message names all leaves that no rule covers.
     """
     problems = []
 
@@ -96,11 +96,12 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
 
 
 def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_length: int = 0) -> Any:
-    """The shardings of a batch: its rows over `data` and `fsdp`, its tokens over `context` (context parallelism).
+    """Returns the shardings of a batch: rows over `data` and `fsdp`, tokens over `context` (context parallelism).
 
     Args:
-        leading_axes: number of axes before that of the rows, such as an axis of steps if a call runs several.
-        context_length: number of tokens per row. An axis of this size after that of the rows is the axis of tokens.
+        leading_axes: number of axes before the axis of rows, such as an axis of steps if a call runs several steps.
+        context_length: number of tokens per row. If the axis after the axis of rows has this size, it is the axis of
+            tokens.
     """
 
     def leaf_sharding(leaf: Any) -> NamedSharding:
@@ -111,7 +112,7 @@ def batch_shardings(batch: Any, mesh: Mesh, *, leading_axes: int = 0, context_le
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
-    """The shardings of a KV cache: its rows over `data` and `fsdp`, its heads over `tensor`."""
+    """Returns the shardings of a KV cache: its rows over `data` and `fsdp`, its heads over `tensor`."""
 
     def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
         spec = {"length": (ROWS,), "x": (ROWS,)}.get(path, (None, ROWS, TENSOR))

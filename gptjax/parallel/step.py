@@ -30,7 +30,7 @@ def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
 
 
 def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = False) -> Any:
-    """Shapes, dtypes and shardings of `fn(*args)`: the target that a checkpoint is restored into.
+    """Returns the shapes, dtypes and shardings of `fn(*args)`: the target that a checkpoint is restored into.
 
     Args:
         offload: whether to keep the optimizer's moments in host memory (pinned_host).
@@ -48,7 +48,7 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
-    """Computes `fn(*args)`. Every array is created with its sharding of `abstract_on`, never whole on one device."""
+    """Computes `fn(*args)`. Every array is created with the sharding of `abstract_on`, never whole on one device."""
     out_shardings = None
     if mesh is not None:
         out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
@@ -96,8 +96,8 @@ def place_batch(
     """Places a batch with leaves [.., B, T] or [.., B, K] on the mesh, sharded by `batch_shardings`.
 
     Args:
-        leading_axes: number of axes before that of the rows; None: the number of axes of batch.tokens before [B, T].
-        rows: range of the rows that this process passes, among the `of` rows of the global batch; None: all rows.
+        leading_axes: number of axes before the axis of rows, or None for the number before [B, T] in batch.tokens.
+        rows: range of the rows that this process passes, among the `of` rows of the global batch, or None for all rows.
     """
     if mesh is None:
         return batch
@@ -124,7 +124,7 @@ def place_batch(
 
 
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
-    """Data-parallel `step` with the interface of `jax.pmap`: every leaf of the batch has a leading axis of devices.
+    """Compiles a data-parallel `step` with the interface of `jax.pmap`: batch leaves have a leading axis of devices.
 
     The returned function maps (state, batch [n, B / n, ..]), for n devices, to (state, metrics), with the same result
     as on one device with all B rows. The state is replicated, not stacked. `pmap_step` is for notebooks that were
