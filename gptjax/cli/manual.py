@@ -598,7 +598,8 @@ PAGES: dict[str, Page] = {
             ),
         ),
         notes=(
-            f"{MODEL} DIR must be new. Supported model families: GPT-2, Llama, Mistral, Qwen 2, Qwen 3, Gemma 3 and OLMo 2.",
+            f"{MODEL} DIR must be new. Supported model families: GPT-2, Llama, Mistral, Qwen 2, Qwen 3, Gemma 3 and"
+            " OLMo 2.",
             "Every command also reads these models directly; import a model to keep a copy of it, or to change its"
             " data type.",
         ),
