@@ -2,8 +2,8 @@
 the results. The entry point of such a module is `run(args: list[str]) -> int`, which returns the exit code.
 
 The module `manual` holds the text that `gptjax COMMAND --help` prints, and `topics` holds the pages of `gptjax help
-TOPIC`. The module `help` prints the texts of both, and `completion` prints the scripts with which a shell completes
-command lines.
+TOPIC`. The module `help` prints the texts of `manual` and `topics`, and `completion` prints the scripts with which a
+shell completes command lines.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Erases the progress line. Calling this method again does nothing."""
+        """Erases the progress line. Calling `end` again does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()

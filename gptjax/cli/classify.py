@@ -164,7 +164,8 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
-        # the rows of a JSON file may have different columns, so a missing column is reported for each row instead
+        # the rows of a JSON file may have different columns, so a column that is missing in one row is no error for the
+        # file
         if requested not in row and not name.lower().endswith((".json", ".jsonl")):
             hint = did_you_mean(requested, map(str, row))
             raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
@@ -238,7 +239,7 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
 
 def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
     """Creates the file `out`, and returns a function write(rows, predictions) that appends rows with their predictions
-    to the file. After each call of this function the file holds only complete rows."""
+    to the file. After each call of `write` the file holds only complete rows."""
     names = ["label", "probability"]
     if set(names) & set(columns):
         names = ["predicted_label", "predicted_probability"]

@@ -3,7 +3,7 @@
 The script calls `gptjax completion --words WORD ...` with the words before the cursor, of which the last is unfinished,
 and gets the possible completions of the last word, one per line. The script also passes the names of settings and
 presets to this command, in an environment variable, because importing the modules that define the names would take most
-of the time after a press of TAB.
+of the time of each completion.
 
 The command prints these completions for these words:
     --words pre                             pretrain, presets

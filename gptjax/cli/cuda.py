@@ -97,7 +97,7 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
 
 def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: list[Card]) -> list[str]:
     """Returns an error text with the most likely cause if the machine has a GPU that jax does not use. Returns [] if
-    there is no such GPU, or if the user chose the backend with JAX_PLATFORMS."""
+    jax uses the GPU, if there is no GPU, or if the user chose the backend with JAX_PLATFORMS."""
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):

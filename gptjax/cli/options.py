@@ -93,7 +93,8 @@ def configure(
 
         layers = [*file_layers(source), *leaves]
         n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
-        # before the batch size is known, the config is built with the smallest valid one: one row per micro-batch
+        # before the batch size is known, the config is built with the smallest valid batch size, one row per
+        # micro-batch
         one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
@@ -216,7 +217,7 @@ def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
     """Returns the lines of the report of a dry run: the run directory, and the lines of `plan(cfg)`.
 
     Raises:
-        UserError: the run itself would also raise this error before its first step.
+        UserError: an error that the run itself would raise before its first step.
     """
     from gptjax.tasks import refuse
 

@@ -63,7 +63,7 @@ def run(args: list[str]) -> int:
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
     """Merges the settings of the command line, the run's config.yaml and the defaults, in this order of precedence. On
-    the command line the section may be left out: `prompt=` means `sample.prompt=`."""
+    the command line the prefix `sample.` may be left out: `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -173,7 +173,7 @@ def write(
                     prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
                     logprobs=[round(value, 4) for value in completion.logprobs],
                 )  # fmt: skip
-                # each completion is appended to the file at once, so that it is not lost if a later one fails
+                # each completion is appended to the file at once, so that it is not lost if a later completion fails
                 with open(settings.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:

@@ -1,7 +1,7 @@
 """Validation of a config: the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is a pair (keys of the settings concerned, error text); by the keys, `complaints` finds the places where the
-settings were set, and adds them to the text.
+A complaint is a pair (keys of the settings concerned, error text); with the keys, `complaints` finds the places where
+the settings were set, and adds them to the text.
 """
 
 from __future__ import annotations

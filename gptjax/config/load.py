@@ -28,7 +28,7 @@ def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str
     """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
-        source: name of a preset, a YAML file, or a run directory; None for the default settings of gptjax.
+        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax.
         overrides: settings as strings "key=value".
 
     Raises:
@@ -69,7 +69,7 @@ def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # the run may have been moved, so run_dir is set anew
+    if (Path(source) / "config.yaml").is_file():  # the run may have been moved, so run_dir is set to its folder
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
@@ -89,8 +89,8 @@ def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional
     that a later change of the defaults does not change a stored config.
 
     Args:
-        provenance: where each setting was set, which is written as a comment after its value; None for no comments.
-        keys: the keys of the settings to write; None for all settings.
+        provenance: where each setting was set, which is written as a comment after its value, or None for no comments.
+        keys: the keys of the settings to write, or None for all settings.
     """
     lines, group = [], ""
     values = flat(cfg)
@@ -245,8 +245,8 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
     """Drops or refuses model and tokenizer settings if pretrain.base is set, because the base model has a model config
     and a tokenizer of its own. Model and tokenizer settings are dropped if their layer comes before the layer that sets
-    pretrain.base. Otherwise an error text for the settings is yielded, except if they are in a file written by
-    `to_yaml`, which holds all settings."""
+    pretrain.base. For model and tokenizer settings in that layer or a later layer an error text is yielded, except for
+    settings in the same file as pretrain.base if `to_yaml` wrote the file, because such a file holds all settings."""
     if values.get("pretrain.base") is None:
         return
     base_layer = layers.index(layer(set_at["pretrain.base"]))

@@ -221,7 +221,8 @@ class Architecture:
 @dataclass(frozen=True)
 class Computation:
     """The settings for the initialisation and the computation of a model. These settings are not stored with a trained
-    model: fine-tuning takes the `Architecture` from its base model and the `Computation` from its own config."""
+    model, so that fine-tuning takes the `Architecture` from its base model and the `Computation` from its own
+    config."""
 
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "Compute dtype; parameters are stored in float32.")
@@ -261,7 +262,8 @@ class ModelConfig(Computation, Architecture):
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` passes the changed fields first, then copies of the others, beginning with `_derived`
+        # `dataclasses.replace` passes the changed fields first, and then the fields that are copied from the old
+        # config, of which `_derived` is the first
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -286,7 +288,8 @@ class ModelConfig(Computation, Architecture):
 
 
 CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # functions that check a model config; `config.check` adds them
-# True while `load.build` constructs a config: `load.build` itself checks the config afterwards
+# True while `load.build` constructs a config, which is not checked at construction, because `load.build` checks it
+# later
 CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)
 
 
@@ -354,7 +357,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its hyperparameters. Learning rates are the peaks of the learning-rate schedule."""
+    """The optimizer and its hyperparameters. Each learning rate is the peak of the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = setting(
         "adamw", "Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."
@@ -420,7 +423,7 @@ class TrainConfig:
     eval_train_batches: int = setting(
         0, "Number of training batches on which the loss is evaluated as well, without dropout. 0: off."
     )
-    checkpoint_every: int = setting(250, "Steps between checkpoints.", COUNT)
+    checkpoint_every: int = setting(250, "Number of steps between checkpoints.", COUNT)
     log_every: int = setting(10, "Number of steps between log lines in metrics.jsonl.", COUNT)
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep, at least 2.", Range(2, MOST))
     max_nonfinite: int = setting(

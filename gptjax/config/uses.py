@@ -74,7 +74,7 @@ def resolve(
     Raises:
         UserError: the preset is for another task, the user's files or the command line have settings that the task does
             not read (even with their default values), or `load.resolve` reports problems. If the preset is for the
-            right task, the message lists all problems.
+            right task, the error message lists all of the other problems.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)

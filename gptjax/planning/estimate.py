@@ -34,10 +34,10 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     read or written about 12 times, as measured in compiled programs. In each micro-batch, the weights are read three
     times in bfloat16 and the gradients are written in float32.
 
-    Communication is the sum over the mesh axes. On the fsdp axis, the bfloat16 weights of each micro-batch are
-    all-gathered for the forward pass, the backward pass and rematerialisation, and the float32 gradients are
-    reduce-scattered. On the data axis, the gradients are all-reduced once per micro-batch. On the tensor axis, the
-    hidden state is sent eight times per layer.
+    The communication time is estimated from the bytes that are sent on each mesh axis. On the fsdp axis, the bfloat16
+    weights of each micro-batch are all-gathered for the forward pass, the backward pass and rematerialisation, and the
+    float32 gradients are reduce-scattered. On the data axis, the gradients are all-reduced once per micro-batch. On the
+    tensor axis, the hidden state is sent eight times per layer.
     """
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape

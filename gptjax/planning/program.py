@@ -77,7 +77,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 
 def width(cfg: Config) -> int:
-    """Returns the number of tokens per row."""
+    """Returns the number of tokens per row of a training batch."""
     return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
@@ -93,7 +93,7 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [partitioned.combine]  # can be kept after tracing, because it holds names and no tracers
+        combine[:] = [partitioned.combine]  # the function holds names and no tracers, so it may outlive the trace
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
@@ -171,8 +171,8 @@ def peak_bytes(memory: Any) -> int:
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
     """Returns the (needed, usable) bytes that the compiler's out-of-memory message names; (0, 0) for any other message.
 
-    The message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for HLO temporaries (47.73G)
-    exceeds available HBM (31.25G)`.
+    The compiler's out-of-memory message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for
+    HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
     The memory in the message about HLO temporaries leaves out the program's arguments, so their size in bytes,
     `lasting_bytes`, is added to it.

@@ -20,9 +20,9 @@ def table(plan: Plan, *, tokens: float | None = None, hours: float | None = None
     """Returns a plan as a text table, in a list of lines.
 
     Args:
-        tokens: number of tokens to train on, for which the table also shows the training time; None to leave the time
-            out.
-        hours: time in hours, for which the table also shows the number of tokens processed; None to leave the number
+        tokens: number of tokens to train on, for which the table also shows the training time, or None to leave the
+            time out.
+        hours: time in hours, for which the table also shows the number of tokens processed, or None to leave the number
             out.
     """
     lines = [
