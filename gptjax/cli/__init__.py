@@ -1,8 +1,9 @@
-"""The commands of the command line. The module of a command parses the arguments, calls the library and prints the
-results. Its entry point is `run(args: list[str]) -> int`, which returns the exit code.
+"""The commands of the `gptjax` command line. The module of a command parses the arguments, calls the library and prints
+the results. The entry point of such a module is `run(args: list[str]) -> int`, which returns the exit code.
 
 The module `manual` holds the text that `gptjax COMMAND --help` prints, and `topics` holds the pages of `gptjax help
-TOPIC`. `help` prints both, and `completion` makes the scripts with which a shell completes command lines.
+TOPIC`. The module `help` prints the texts of `manual` and `topics`, and `completion` prints the scripts with which a
+shell completes command lines.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    module: str  # module with the entry point, imported only when the command is called
+    module: str  # name of the module with the entry point, imported only when the command is called
     group: str  # heading under which `gptjax --help` lists the command
     summary: str  # description of the command in `gptjax --help`
-    actions: tuple[str, ...] = ()  # action words that can follow the command, each with its own help
+    actions: tuple[str, ...] = ()  # subcommands, such as prepare of gptjax data, each with its own help
 
 
 TRAIN, USE, STUDY, FILES = "Train", "Use a trained model", "Plan and examine", "Prepare and convert files"
@@ -60,7 +61,7 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }
-ABOUT_VERBS: dict[str, Verb] = {  # commands about the command line itself
+ABOUT_VERBS: dict[str, Verb] = {  # commands that explain or complete command lines
     "help": Verb("gptjax.cli.help", INSTALLATION, "Explain a command or a topic."),
     "completion": Verb(
         "gptjax.cli.completion", INSTALLATION, "Print a script for completion with TAB.", ("bash", "zsh", "fish")

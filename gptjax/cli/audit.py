@@ -59,11 +59,11 @@ def run(args: list[str]) -> int:
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """Returns the paths of the report, {"html": .., "json": ..}: audit.html and audit.json in the run directory, or
-    with the name `out`.
+    """Returns the paths of the two report files, {"html": .., "json": ..}: audit.html and audit.json in the run
+    directory or, if the name `out` is given, OUT.html and OUT.json.
 
     Raises:
-        UserError: one of the files exists already, or `source` is not a folder and `out` is None.
+        UserError: one of the report files exists already, or `source` is not a folder and `out` is None.
     """
     if out is None and not Path(source).expanduser().is_dir():
         from gptjax import weights
@@ -79,10 +79,10 @@ def _pages(source: str, out: str | None) -> dict[str, Path]:
 
 
 def settings_of(args: Iterable[str]) -> dict[str, Any]:
-    """Parses NAME=VALUE arguments into the settings of this command.
+    """Parses arguments of the form NAME=VALUE into the settings of `gptjax audit`.
 
     Raises:
-        UserError: a name is unknown or a value is invalid; the message lists all problems.
+        UserError: the name of a setting is unknown or a value is invalid; the message lists all problems.
     """
     given: dict[str, Any] = {}
     problems, known = [], (*TEXTS, *NUMBERS, *LISTS, "alpha")
@@ -112,8 +112,8 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 
 
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """Returns the training and the held-out texts as token stores. The texts are read from train=FILE and
-    held_out=FILE; if these are not given, they are the training and validation data of the run."""
+    """Returns the training and the held-out texts as token stores. The texts are read from the files in train=FILE and
+    held_out=FILE; if these settings are not given, the training and validation data of the run are used."""
     from gptjax import data
     from gptjax.data import quality
     from gptjax.research import audit
@@ -130,7 +130,8 @@ def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> t
 
 
 def _base(given: dict[str, Any], cfg: Config | None) -> tuple[tuple[Params, ModelConfig] | None, list[str]]:
-    """Returns the model before fine-tuning, and the prompts on which it is compared with the fine-tuned model."""
+    """Returns the base model, from which the audited model was fine-tuned, and the prompts on which the two models are
+    compared."""
     file, name = given.pop("prompts", None), given.pop("base", None)
     if file is None:
         if name is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP = "/system TEXT sets the system prompt, /new starts a new conversation, /quit exits"
 EVERY = 4  # number of tokens that are generated between two updates of the screen
-QUIET_S = 0.4  # seconds without a new token until the line `... compiling, 3 s` appears
+QUIET_S = 0.4  # seconds without a new token after which the progress line `... compiling, 3 s` appears
 READS = PAGES["chat"].settings
 
 
@@ -88,7 +88,7 @@ class Chat:
         settings = self.settings
         max_prompt = self.cfg.context_length - min(settings.max_new_tokens, self.cfg.context_length // 2)
         self.turns.append({"role": "user", "content": text})
-        try:  # drop the oldest turns until the prompt leaves enough of the context for an answer
+        try:  # drop the oldest turns of the chat until the prompt leaves enough of the context for an answer
             while len(ids := encode_chat(self.tokenizer, self.messages())) > max_prompt and len(self.turns) > 1:
                 del self.turns[:2]
                 options.note("(the context is full: the oldest turn is forgotten)")
@@ -120,7 +120,7 @@ def talk(chat: Chat, terminal: bool, read: Callable[[str], str] = input) -> None
     """Reads questions from the terminal or a pipe and streams the answers, until the input ends."""
     if terminal:
         with suppress(ImportError):
-            importlib.import_module("readline")  # importing readline gives `input` line editing and a history
+            importlib.import_module("readline")  # adds line editing and a history to the function `input`
         options.note(HELP)
     while True:
         try:
@@ -173,15 +173,15 @@ def _answer(chat: Chat, text: str) -> None:
         return
     wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    if n_decoded <= 0 or decode_s <= 0:  # tok/s counts the tokens after the first update of the screen
+    if n_decoded <= 0 or decode_s <= 0:  # the rate counts only tokens after the first screen update
         options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:
         options.note(f"[{tokens}, first after {wait_s:.1f} s, then {n_decoded / decode_s:.0f} tok/s]")
 
 
 class Waiting:
-    """A progress line such as `... compiling, 3 s` on stderr, until `end` is called. There is no line if stderr is not
-    a terminal."""
+    """A progress line such as `... compiling, 3 s`, which is shown on stderr until `end` is called. If stderr is not a
+    terminal, no progress line is shown."""
 
     def __init__(self, label: str) -> None:
         self._label, self._done, self._shown = label, threading.Event(), False
@@ -196,7 +196,7 @@ class Waiting:
         self.end()
 
     def end(self) -> None:
-        """Erases the progress line. A second call does nothing."""
+        """Erases the progress line. Calling `end` again does nothing."""
         if self._thread and not self._done.is_set():
             self._done.set()
             self._thread.join()
@@ -219,8 +219,8 @@ class Wrap:
         self._blanks = self._word = ""
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece of the text, and returns the text that can be shown now. The last word is held back,
-        because it may continue in the next piece."""
+        """Takes the next piece of the streamed text, and returns the text that can be shown now. The last word of a
+        piece is held back, because the word may continue in the next piece."""
         out = ""
         for char in piece:
             if char == "\n":
@@ -231,7 +231,8 @@ class Wrap:
                 self._blanks += char
             else:
                 self._word += char
-                # wide characters, as of Chinese, count as words, because such scripts have no spaces between words
+                # a wide character, such as a Chinese one, counts as a word, because scripts with wide characters have
+                # no spaces between words
                 if columns(char) == 2 or columns(self._word) >= self._width:
                     out += self._place()
         return out

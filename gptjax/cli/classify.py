@@ -28,7 +28,7 @@ MAX_PROBLEMS = 20
 class Row(NamedTuple):
     location: str
     text: str
-    columns: dict[str, Any]  # {column name: value} of the whole row, as read
+    columns: dict[str, Any]  # {column name: value} for all columns of the row, as read from the file
 
 
 class Request(NamedTuple):
@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     read_labels(folder)  # raises UserError if the model is not a classifier
     files = [file for file in (folder / "config.yaml", folder.parent / "config.yaml") if file.is_file()][:1]
     leaves = [leaf for file in files for leaf in leaves_of(read_text(file, "config"), str(file))]
-    trained = {leaf.key: leaf.value for leaf in leaves}  # settings in the config.yaml of the run
+    trained = {leaf.key: leaf.value for leaf in leaves}  # settings of the training run, from its config.yaml
     fields = (request.text_field, trained.get("classify.text_field"))
     if request.out:
         refuse_existing(request.out)
@@ -118,13 +118,14 @@ def _kind(arg: str) -> str:
 
 
 def read(kind: str, name: str, fields: tuple[str | None, str | None]) -> Iterator[Row]:
-    """Yields the rows of one source.
+    """Yields the rows of one source, which is a text, a file or a pipe.
 
     Args:
-        fields: the text column given on the command line, and the text column used in training; each may be None.
+        fields: the name of the text column given on the command line, and of the text column used in training; each may
+            be None.
 
     Raises:
-        UserError: a row cannot be classified; raised at the first such row.
+        UserError: a row is malformed or has no text; the error is raised when the first such row is reached.
     """
     for row in _rows(kind, name, fields):
         if isinstance(row, UserError):
@@ -163,7 +164,9 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
     requested, trained = fields
     if requested:
-        if requested not in row and not name.lower().endswith((".json", ".jsonl")):  # whose rows may differ
+        # the rows of a JSON file may have different columns, so a column that is missing in one row is no error for the
+        # file
+        if requested not in row and not name.lower().endswith((".json", ".jsonl")):
             hint = did_you_mean(requested, map(str, row))
             raise UserError(f"{name}: no column {requested!r}; there are {', '.join(map(repr, row))}{hint}")
         return requested
@@ -179,10 +182,10 @@ def _field(row: dict[str, Any], fields: tuple[str | None, str | None], name: str
 
 def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | None]) -> list[str]:
     """Checks the rows of all files, and returns the names of their columns in the order of appearance. A pipe has one
-    column, `text`, and is not read.
+    column, `text`; its rows are not checked, because a pipe can be read only once.
 
     Raises:
-        UserError: some rows cannot be classified; the message lists up to MAX_PROBLEMS of them.
+        UserError: some rows are malformed or have no text; the message lists up to MAX_PROBLEMS of them.
     """
     columns: dict[str, None] = {}
     problems: list[str] = []
@@ -203,8 +206,8 @@ def _check(sources: Sequence[tuple[str, str]], fields: tuple[str | None, str | N
 
 
 def chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows before it are yielded
-    first."""
+    """Yields the rows in lists of up to `size` rows. If reading a row raises UserError, the rows read before it are
+    yielded before the error is raised."""
     chunk: list[Row] = []
     try:
         for row in rows:
@@ -224,7 +227,7 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
     """Prints one line per row: the most likely class, the probabilities and the text.
 
     Args:
-        predictions: {class: probability} for each row.
+        predictions: one dict {class: probability} for each row.
     """
     for (_, text, _), probabilities in zip(rows, predictions, strict=True):
         best = max(probabilities, key=probabilities.__getitem__)
@@ -235,8 +238,8 @@ def show(rows: Sequence[Row], predictions: Sequence[dict[str, float]]) -> None:
 
 
 def _writer(out: Path, columns: Sequence[str]) -> Callable[[Sequence[Row], Sequence[dict[str, float]]], None]:
-    """Creates the file `out`, and returns a function write(rows, predictions) that appends rows to it. After every call
-    the file holds complete rows only."""
+    """Creates the file `out`, and returns a function write(rows, predictions) that appends rows with their predictions
+    to the file. After each call of `write` the file holds only complete rows."""
     names = ["label", "probability"]
     if set(names) & set(columns):
         names = ["predicted_label", "predicted_probability"]

@@ -1,9 +1,11 @@
 """`gptjax completion bash|zsh|fish`: prints a script with which the shell completes command lines.
 
 The script calls `gptjax completion --words WORD ...` with the words before the cursor, of which the last is unfinished,
-and gets the possible completions of the last word, one per line. It passes the names of settings and presets in an
-environment variable, because importing them would take most of the time of a key press.
+and gets the possible completions of the last word, one per line. The script also passes the names of settings and
+presets to this command, in an environment variable, because importing the modules that define the names would take most
+of the time of each completion.
 
+The command prints these completions for these words:
     --words pre                             pretrain, presets
     --words pretrain opt                    optim.
     --words pretrain optim.w                optim.warmup_steps=, optim.weight_decay=
@@ -88,11 +90,12 @@ HELP = "--help"
 
 
 class Names(NamedTuple):
-    """The names that completions are made of.
+    """The names from which completions are made.
 
-    settings   {setting: its allowed values}; [] for a setting that takes any number or text
-    uses       {task: the patterns of the settings that the task reads}
-    presets    {preset: its task}
+    Attributes:
+        settings: {setting: its allowed values}, with [] for a setting that takes any number or text.
+        uses: {task: the patterns of the settings that the task reads}.
+        presets: {name of a preset: its task}.
     """
 
     settings: dict[str, list[str]]
@@ -114,7 +117,8 @@ def run(args: list[str]) -> int:
 
 
 def script(shell: str) -> str:
-    # the JSON contains no single quotes, which enclose it in all three scripts
+    # the JSON text needs no escaping in the scripts, which enclose it in single quotes, because it contains no single
+    # quote
     text = json.dumps(names(), separators=(",", ":"))
     return SCRIPTS[shell].replace("VARIABLE", VARIABLE).replace("NAMES", text)
 
@@ -132,8 +136,8 @@ def names() -> Names:
 
 
 def choices(key: str) -> list[str]:
-    """Returns the allowed values of a setting: true and false for a bool, the choices of a Literal, and null if it is
-    allowed. [] for a setting that takes any number or text."""
+    """Returns the allowed values of a setting: true and false for a bool, the choices of a Literal, and null if the
+    setting can be null. Returns [] for a setting that takes any number or text."""
     from gptjax.config.schema import leaf_fields, without_null
 
     field = leaf_fields()[key]
@@ -197,7 +201,7 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
             yield from (f"{option.name}{choice}" for choice in option.choices)
         elif not is_set:
             yield option.name
-    flag = "--" if current.startswith("--") else ""  # settings may be written with dashes: --optim.lr=1
+    flag = "--" if current.startswith("--") else ""  # a setting may also be written --optim.lr=1
     if flag and "." not in current:
         return
     patterns = page.settings if not page.reads else names.uses.get(page.reads, ["*"])
@@ -207,8 +211,8 @@ def _words_of_page(page: Page, before: Sequence[str], current: str, names: Names
 
 
 def _settings(keys: Sequence[str], section: str, current: str, names: Names) -> Iterator[str]:
-    """Yields the completions of a setting: sections (optim.), after a section the names in it (optim.lr=), and after a
-    name its allowed values (optim.name=muon)."""
+    """Yields the completions of the unfinished setting `current`: first the sections, such as `optim.`, after a section
+    the settings in it, such as `optim.lr=`, and after `=` the allowed values, such as `optim.name=muon`."""
     typed, is_set, _ = current.partition("=")
     for key in keys:
         short = key.removeprefix(f"{section}.") if section else key

@@ -10,7 +10,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from typing import NamedTuple
 
-NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}  # CUDA version: (oldest driver, lowest compute capability)
+# CUDA version -> (oldest driver version, lowest compute capability of a GPU) that this CUDA version supports
+NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}
 PACKAGES = tuple(
     name for cuda in NEEDS for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}")
 )
@@ -35,7 +36,8 @@ def cards() -> list[Card]:
 
 
 def number(text: object) -> float:
-    """Parses a compute capability such as "9.0". Returns 0 for other text, such as "gfx942" of an AMD GPU."""
+    """Parses a compute capability such as "9.0". Returns 0 for any other text, such as "gfx942", which an AMD GPU
+    reports."""
     try:
         return float(str(text))
     except ValueError:
@@ -47,7 +49,7 @@ def gpu_here() -> bool:
 
 
 def lines(cards: list[Card]) -> list[str]:
-    """Returns a line of text for each model of GPU, with the number of such GPUs."""
+    """Returns one line of text for each model of GPU in the machine, with the number of GPUs of this model."""
     kinds = {card: cards.count(card) for card in cards}
     return [
         f"{f'{n} x ' if n > 1 else ''}{card.name}, compute capability {card.capability or 'unknown'}, "
@@ -94,12 +96,12 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
 
 
 def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Returns an error text, with the most likely cause, if there is a GPU that jax does not use. Returns [] if the
-    user chose the backend with JAX_PLATFORMS."""
+    """Returns an error text with the most likely cause if the machine has a GPU that jax does not use. Returns [] if
+    jax uses the GPU, if there is no GPU, or if the user chose the backend with JAX_PLATFORMS."""
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):
-        driver, capability = NEEDS["13"]  # CUDA 13 is recommended if all GPUs and drivers support it
+        driver, capability = NEEDS["13"]  # CUDA 13 is recommended only if all GPUs and drivers support it
         supports_13 = all(c.capability >= capability and c.driver and _release(c.driver)[0] >= driver for c in cards)
         best = "13" if cards and supports_13 else "12"
         way_out = f"its plugin is not installed: pip install 'jax[cuda{best}]=={versions['jax']}'"
@@ -121,7 +123,8 @@ def bfloat16_line(capability: float) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Returns the release segment of a version, which is also what jax compares: "0.10.2.dev1" -> (0, 10, 2)."""
+    """Returns the release segment of a version as integers: "0.10.2.dev1" -> (0, 10, 2). jax itself also compares only
+    this segment of a version."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(segment) for segment in match[0].split(".")) if match else ()
 

@@ -1,4 +1,4 @@
-"""`gptjax data prepare | inspect | check`: tokenizes a data set, shows its batches, checks its quality."""
+"""`gptjax data prepare | inspect | check`: tokenizes a data set, shows its batches, or checks its quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ACTIONS = ("prepare", "inspect", "check")
 CHECK = "gptjax data check FILE [FILE ...] [field=NAME] [threshold=0.8] [near=false] [model=MODEL] [out=REPORT.json]"
-SHOWN = 5  # number of findings that are printed per kind, such as near duplicates
+SHOWN = 5  # maximum number of findings printed per kind of finding, such as near duplicates
 
 
 def run(args: list[str]) -> int:
@@ -62,7 +62,7 @@ def first_window(prepared: Prepared, cfg: Config, most: int = 24) -> list[str]:
 
 def check(args: list[str]) -> int:
     """Reports duplicates, secrets and outliers in files that are splits of one data set. The exit code is 0 even if
-    something was found."""
+    duplicates, secrets or outliers are found."""
     given = dict(arg.split("=", 1) for arg in args if options.is_setting(arg))
     files = [arg for arg in args if not options.is_setting(arg)]
     known = ("field", "threshold", "near", "model", "out")

@@ -1,5 +1,5 @@
-"""`gptjax doctor`: checks package versions, devices, downloaded assets and folders. The exit code is 2 if there is a
-problem that would affect runs."""
+"""`gptjax doctor`: checks package versions, devices, downloaded files and folders. The exit code is 2 if there is a
+problem that would affect training or using a model."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _version(name: str) -> str:
 
 
 def version_problems(versions: dict[str, str]) -> list[str]:
-    """Returns an error text if jax and jaxlib do not fit each other: they must have the same minor release, and the
-    patch release of jaxlib may be older than that of jax but not newer."""
+    """Returns an error text if the versions of jax and jaxlib are incompatible: both must have the same minor release,
+    and the patch release of jaxlib may be older than that of jax but not newer."""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
         return ["jax or jaxlib is not installed: pip install -U jax"]
@@ -69,8 +69,8 @@ def version_problems(versions: dict[str, str]) -> list[str]:
 
 
 def tpu_here() -> bool:
-    """Whether this machine has a TPU, judged by device files or by environment variables of Colab and TPU VMs, because
-    the TPU's driver may be missing."""
+    """Whether this machine has a TPU, judged by device files and by environment variables of Colab and TPU VMs. jax is
+    not asked, because it does not find a TPU whose driver is missing."""
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 
@@ -81,7 +81,7 @@ def holders(proc: Path = Path("/proc"), own_pid: int | None = None) -> list[str]
     for folder in proc.glob("[0-9]*"):
         if int(folder.name) == (os.getpid() if own_pid is None else own_pid):
             continue
-        with suppress(OSError):  # the process has ended, or belongs to another user
+        with suppress(OSError):  # OSError: the process has ended, or belongs to another user
             if any(os.readlink(file).startswith(("/dev/accel", "/dev/vfio/")) for file in (folder / "fd").iterdir()):
                 processes.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
     return processes
@@ -97,8 +97,8 @@ def wanted_libtpu() -> str:
 
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
-    """Returns an error text, with the most likely cause, if there is a TPU that jax does not use; otherwise []. Without
-    this report, runs would use the CPU and the user would not notice."""
+    """Returns an error text with the most likely cause if the machine has a TPU that jax does not use; otherwise [].
+    Without the error, gptjax would compute on the CPU and the user would not notice."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:

@@ -1,4 +1,5 @@
-"""`gptjax help`, `gptjax --help` and `gptjax COMMAND --help`: print the pages of the modules `manual` and `topics`."""
+"""`gptjax help`, `gptjax --help` and `gptjax COMMAND --help`: print the help pages in the modules `manual` and
+`topics`."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def topic(name: str) -> str:
 
 
 def verb_help(name: str, args: Sequence[str] = ()) -> str:
-    """Returns the text of `gptjax NAME ARGS --help`. Settings are shown with the values that the preset and the
-    settings in ARGS give them."""
+    """Returns the text of `gptjax NAME ARGS --help`. The settings of the command are shown with the values that the
+    preset and the settings in ARGS give them."""
     from gptjax.cli.manual import PAGES
 
     args = list(args)
@@ -94,8 +95,8 @@ def verb_help(name: str, args: Sequence[str] = ()) -> str:
 
 
 def _usage(usage: str, width: int) -> list[str]:
-    """Returns the usage as lines of at most `width` columns. Lines are not broken inside square brackets, so that
-    optional arguments stay whole."""
+    """Returns the usage text of a command as lines of at most `width` columns. Lines are not broken inside square
+    brackets, so that each optional argument stays on one line."""
     lines: list[str] = []
     for line in usage.splitlines():
         kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda part: part[0].replace(" ", "\0"), line)
@@ -113,6 +114,6 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def columns() -> int:
     """Returns the number of columns of the help text: the width of the terminal, but at least 60 and at most 120."""
-    import shutil  # imported here because it takes 10 ms and `gptjax --help` does not need it
+    import shutil  # imported only here, because it takes 10 ms and `gptjax --help` does not need it
 
     return min(max(shutil.get_terminal_size((100, 0)).columns, 60), 120)

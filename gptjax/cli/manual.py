@@ -1,8 +1,8 @@
-"""The text of `gptjax COMMAND --help`: a page per command, and per action of a command, such as `data check`.
+"""The text of `gptjax COMMAND --help`: one page per command, and one per action of a command, such as `data check`.
 
-The examples of a page can be run unchanged in an empty folder, after the commands of `needs`, on a CPU and without a
-network. The settings of a page and their help texts are defined in `gptjax.config.schema`. That module is not imported
-here, so that `gptjax completion` is fast.
+The examples of a page can be run unchanged in an empty folder, on a CPU and without a network, after the commands in
+`Page.needs` have been run. The settings of a page and their help texts are defined in `gptjax.config.schema`, which is
+not imported here, so that `gptjax completion` is fast.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ class Option(NamedTuple):
     """An option of a command that is not a setting of the schema, such as `out=FILE`, or `--search`, which has no
     value."""
 
-    name: str  # such as `out=` or `--search`
+    name: str  # the option as it is typed, such as `out=` or `--search`
     value: str  # placeholder of the value in the help, such as FILE; "" if the option has no value
     text: str
     choices: tuple[str, ...] = ()
 
 
 class Page(NamedTuple):
-    """The help of a command.
+    """The help page of a command.
 
-    about      what the command does, in one or two sentences
-    usage      the form of its command lines
-    examples   pairs (command, what the command does)
-    needs      commands that make the files and runs that the examples use
-    options    options of the command that are not settings of the schema
-    reads      the task whose settings the command reads (`gptjax.config.uses`); "*": any task; "": only `settings`
-    settings   patterns of the settings that the help lists; (): all settings that the task reads
-    section    the section whose name may be left out of the settings, such as "sample"
-    preset     the preset that is used if the command names none; "": the command takes no preset
-    tasks      the tasks whose presets the command takes
-    words      words that can be the command's first argument, besides the names of presets
-    notes      paragraphs of text after the options
+    Attributes:
+        about: what the command does, in one or two sentences.
+        usage: the form of the command line.
+        examples: pairs (command line, what this command line does).
+        needs: command lines that make the files and runs that the examples use.
+        options: the options of the command that are not settings of the schema.
+        reads: the task whose settings the command reads (see `gptjax.config.uses`), "*" for the settings of any task,
+            or "" for only those in `settings`.
+        settings: patterns of the settings that the page lists, or () for all settings that the task `reads` reads.
+        section: the section whose name may be left out of the settings, such as "sample".
+        preset: the preset that is used if the command line names no preset, or "" if the command takes no preset.
+        tasks: the tasks whose presets the command takes.
+        words: words that can be the first argument of the command, besides the names of presets.
+        notes: paragraphs of text that follow the options on the page.
     """
 
     about: str
@@ -178,8 +180,8 @@ PAGES: dict[str, Page] = {
         tasks=("instruct",),
         notes=(
             FINETUNED,
-            "Without instruct.source it learns synthetic tasks, to try things. Use the result with `gptjax chat"
-            " runs/instruct`; compare several with `gptjax compare`.",
+            "Without instruct.source the model is trained on synthetic tasks, to try the command. Use the result with"
+            " `gptjax chat runs/instruct`; compare several results with `gptjax compare`.",
             LAYERS,
         ),
     ),
@@ -211,7 +213,8 @@ PAGES: dict[str, Page] = {
         notes=(
             FINETUNED,
             "Start from a model that was instruction-tuned on the same kind of prompts, such as"
-            " finetune.base=runs/instruct. Without prefer.source it learns synthetic tasks, to try things.",
+            " finetune.base=runs/instruct. Without prefer.source the model is trained on synthetic tasks, to try the"
+            " command.",
             LAYERS,
         ),
     ),
@@ -239,8 +242,8 @@ PAGES: dict[str, Page] = {
                 "out=",
                 "FILE",
                 "Write a new .csv, .tsv or .jsonl file: the columns of the input, then label and probability"
-                " (predicted_label and predicted_probability if the input has columns of these names). Rows are written"
-                " as they are classified. Default: print them.",
+                " (predicted_label and predicted_probability if the input has columns of these names). Rows are"
+                " written as they are classified. Default: print the predictions.",
             ),
         ),
         notes=(
@@ -268,20 +271,20 @@ PAGES: dict[str, Page] = {
                 "judge=",
                 "URL",
                 "Also let another model score the answers (LLM as a judge). URL is a server with OpenAI's chat"
-                " completions API, such as http://localhost:11434/v1. Prompts and answers are sent there, with the key"
-                " in OPENAI_API_KEY if that is set.",
+                " completions API, such as http://localhost:11434/v1. Prompts and answers are sent to the server, with"
+                " the API key in the environment variable OPENAI_API_KEY if that is set.",
             ),
             Option("judge_model=", "NAME", "The name of the judge model on that server."),
         ),
         notes=(
             "RUN is a run directory of `gptjax finetune instruct`, or a .jsonl file of answers such as its"
             " responses-before.jsonl.",
-            "The columns: exact is the fraction of answers equal to the expected one, normalised the same ignoring"
-            " case, white space and a full stop at the end. token F1 is the F1 score of the words of the answer against"
-            " those of the expected answer. nats/token is the cross-entropy of the expected answer. constraints is the"
-            " fraction of constraints that are met, all met the fraction of answers that meet all of theirs. win rate"
-            " is how often the expected answer is more likely than under the first run. judge is the mean score of the"
-            " judge model, from 0 to 100.",
+            "The columns: exact is the fraction of answers that are equal to the expected answer, normalised the same"
+            " fraction ignoring case, white space and a full stop at the end. token F1 is the F1 score of the words of"
+            " the answer against those of the expected answer. nats/token is the cross-entropy of the expected answer."
+            " constraints is the fraction of constraints that are met, all met the fraction of answers that meet all"
+            " of their constraints. win rate is how often the expected answer is more likely under this run than under"
+            " the first run. judge is the mean score of the judge model, from 0 to 100.",
         ),
     ),
     "sample": Page(
@@ -292,7 +295,7 @@ PAGES: dict[str, Page] = {
             ('gptjax sample runs/tiny-gpt2 --prompt "The "', "Continue one prompt."),
             (
                 'gptjax sample runs/tiny-gpt2 --prompt "The " n=3 temperature=1.2 top_k=50 max_new_tokens=40',
-                "Write three short continuations, with more variety.",
+                "Write three short continuations, with more variety than by default.",
             ),
             (
                 "printf 'One\\nTwo\\n' > prompts.txt; gptjax sample runs/tiny-gpt2 prompts=prompts.txt out=texts.jsonl",
@@ -356,29 +359,32 @@ PAGES: dict[str, Page] = {
             Option(
                 "--search",
                 "",
-                "Try meshes, model.remat and train.accumulation for the same batch size. The candidates that a cost"
-                " model ranks as fastest are compiled.",
+                "Search for the fastest mesh, model.remat and train.accumulation at the same batch size. The"
+                " candidates that a cost model ranks as fastest are compiled.",
             ),
             Option(
                 "--decode",
                 "",
-                "Plan the decoding step of one token instead, with a KV cache of the whole context and"
+                "Plan the decoding of one token instead of a training step, with a KV cache of the whole context and"
                 " sample.batch_size rows per data shard.",
             ),
             Option(
-                "tokens=", "N", "Show time and steps to train on N tokens. Default: those of train.max_steps steps."
+                "tokens=",
+                "N",
+                "Show the time and the number of steps to train on N tokens. Default: the tokens of"
+                " train.max_steps steps.",
             ),
             Option("hours=", "X", "Show the number of tokens processed in X hours."),
             Option("out=", "FILE", "Write the plan to a new JSON file."),
-            Option("png=", "FILE", "Draw the roofline to a new picture."),
+            Option("png=", "FILE", "Draw the roofline plot to a new image file."),
             *SWITCHES,
         ),
         reads="*",
         preset="gpt2-124m",
         tasks=("pretrain", "classify", "instruct", "prefer"),
         notes=(
-            "It needs the TPU compiler: pip install -e '.[tpu-plan]' in the checkout. Without a preset it plans"
-            " gpt2-124m.",
+            "The command needs the TPU compiler: pip install -e '.[tpu-plan]' in the checkout. Without a preset it"
+            " plans a step of gpt2-124m.",
             "The planned step is the training step of `gptjax pretrain` or, with a fine-tuning preset, of `gptjax"
             " finetune`. The shape of a base model is read from its config, not from its tensors. Memory and"
             " communication are those of the compiled program; times are lower bounds from the peak FLOP/s and the"
@@ -402,14 +408,14 @@ PAGES: dict[str, Page] = {
             ),
             (
                 "gptjax sweep tiny-llama 'model.n_layer=[1,2,4]' 'seed=range(8)' --dry-run",
-                "Show how many runs and programs a sweep would have, and train nothing.",
+                "Show how many runs and compiled programs a sweep would have, and train nothing.",
             ),
         ),
         options=(
             Option(
                 "at_once=",
                 "N",
-                "Number of runs to train at the same time. Default: as many as are estimated to fit into memory.",
+                "Number of runs to train at the same time. Default: as many runs as are estimated to fit into memory.",
             ),
             *SWITCHES,
         ),
@@ -421,13 +427,13 @@ PAGES: dict[str, Page] = {
             " optim.lr=[1e-3,3e-3,1e-2] and seed=range(4).",
             "Any setting can have a list of values. Whole numbers can also have range(stop), range(start,stop) or"
             " range(start,stop,step). Put lists in quotes, because brackets have a meaning in the shell. Each run has"
-            " the same result as if it was trained by itself.",
+            " the same result as if it was trained alone.",
             "Learning rates, weight_decay, warmup_steps, clip_norm, model.dropout, lora.alpha, lora.rank, lora.dropout"
             " and the seed are vmapped in one program. Every value of another setting is compiled as a program of its"
             " own.",
             "It writes sweep.csv (one line per run), sweep.json (runs, table, programs) and sweep.png into run_dir."
-            " Models are not saved: the printed command trains the best one. `gptjax pretrain --help` and `gptjax"
-            " finetune TASK --help` list the settings.",
+            " Models are not saved: run the printed command to train the best model again. `gptjax pretrain --help`"
+            " and `gptjax finetune TASK --help` list the settings.",
         ),
     ),
     "audit": Page(
@@ -444,7 +450,7 @@ PAGES: dict[str, Page] = {
             (
                 """echo '{"prefix": "The code is ", "secret": "4711"}' > canaries.jsonl; """
                 "gptjax audit runs/tiny-gpt2 rows=20 canaries=canaries.jsonl out=canaries",
-                "Also test whether the model knows a secret.",
+                "Also test whether the model has memorised a secret.",
             ),
         ),
         options=(
@@ -485,7 +491,8 @@ PAGES: dict[str, Page] = {
             Option(
                 "strides=",
                 "N,N,..",
-                "Numbers of tokens between the starts of two suffixes, each tested by itself. Default: suffix.",
+                "Numbers of tokens between the starts of two consecutive suffixes; each number is tested separately."
+                " Default: the value of suffix.",
             ),
             Option("alpha=", "X", "Significance level: the false-positive rate of each test. Default: 0.01."),
             Option("seed=", "N", "Random seed. Default: 0."),
@@ -569,7 +576,9 @@ PAGES: dict[str, Page] = {
             ("gptjax export stablehlo runs/tiny-gpt2/best best-stablehlo", "Export the best checkpoint."),
             ("gptjax export stablehlo runs/instruct instruct-stablehlo", "Export an instruction-tuned model."),
         ),
-        notes=(f"{MODEL} DIR must be a new or empty folder. It needs pip install -e '.[export]' in the checkout.",),
+        notes=(
+            f"{MODEL} DIR must be a new or empty folder. The command needs pip install -e '.[export]' in the checkout.",
+        ),
     ),
     "import": Page(
         about="Converts a model of another program to a gptjax model folder, with its tokenizer.",
@@ -589,12 +598,14 @@ PAGES: dict[str, Page] = {
             ),
         ),
         notes=(
-            f"{MODEL} DIR must be new. Supported families: GPT-2, Llama, Mistral, Qwen 2, Qwen 3, Gemma 3 and OLMo 2.",
-            "Every command reads such models directly: import one to keep a copy, or to change the data type.",
+            f"{MODEL} DIR must be new. Supported model families: GPT-2, Llama, Mistral, Qwen 2, Qwen 3, Gemma 3 and"
+            " OLMo 2.",
+            "Every command also reads these models directly; import a model to keep a copy of it, or to change its"
+            " data type.",
         ),
     ),
     "tokenizer": Page(
-        about="Trains a tokenizer, encodes text with one, or describes one.",
+        about="Trains a tokenizer, encodes text with a tokenizer, or describes a tokenizer.",
         usage="gptjax tokenizer train|encode|inspect ...",
         examples=(
             (
@@ -621,7 +632,8 @@ PAGES: dict[str, Page] = {
             (
                 "gptjax tokenizer train unigram data.source=python-docs data.max_documents=50 vocab_size=500"
                 " out=my-unigram.json",
-                "Train a Unigram tokenizer on a part of the text; vocab_size= and source= need no section.",
+                "Train a Unigram tokenizer on a part of the text; vocab_size= and source= may be written without their"
+                " section.",
             ),
             (
                 "gptjax tokenizer train chars data.source=python-docs out=my-chars.json --dry-run",
@@ -672,7 +684,7 @@ PAGES: dict[str, Page] = {
         needs=(CSV,),
         examples=(
             ("gptjax data prepare tiny-gpt2", "Tokenize the text of a preset, as training would."),
-            ("gptjax data inspect tiny-gpt2", "Also show the first tokens of the first batch."),
+            ("gptjax data inspect tiny-gpt2", "Do the same, and show the first tokens of the first batch."),
             ("gptjax data check my.csv near=false", "Look for duplicates and secrets in a table."),
         ),
         notes=(
@@ -723,7 +735,7 @@ PAGES: dict[str, Page] = {
     ),
     "data check": Page(
         about="Reports duplicates, near duplicates, secrets and personal data in files that belong to one data set,"
-        " such as its training and its test part.",
+        " such as its training and its test split.",
         usage="gptjax data check FILE [FILE ...] [field=NAME] [threshold=X] [near=false] [model=MODEL]"
         " [out=REPORT.json]",
         needs=(CSV, TINY),
@@ -755,8 +767,8 @@ PAGES: dict[str, Page] = {
             Option("out=", "REPORT.json", "Write all findings to a new file."),
         ),
         notes=(
-            "It reads .txt files (a paragraph is a record) and .tsv, .csv, .json, .jsonl and .parquet files. Findings"
-            " are no errors: the exit code is 0.",
+            "The command reads .txt files, in which each paragraph is a record, and .tsv, .csv, .json, .jsonl and"
+            " .parquet files. The exit code is 0 even if something is found.",
         ),
     ),
     "presets": Page(
@@ -769,11 +781,11 @@ PAGES: dict[str, Page] = {
         ),
     ),
     "presets ls": Page(
-        about="Lists the presets with a line about each.",
+        about="Lists the presets, with one line about each preset.",
         usage="gptjax presets ls",
         examples=(
             ("gptjax presets ls", "List all presets."),
-            ("gptjax presets", "Do the same."),
+            ("gptjax presets", "Do the same, because ls is the default action."),
             ("gptjax presets ls | grep GPT-2", "Find the presets of one model."),
         ),
     ),
@@ -788,11 +800,14 @@ PAGES: dict[str, Page] = {
         tasks=("pretrain", "classify", "instruct", "prefer"),
     ),
     "presets cp": Page(
-        about="Copies a preset to a new file, to be changed and run.",
+        about="Copies a preset to a new file, which can then be changed and run.",
         usage="gptjax presets cp PRESET FILE.yaml",
         examples=(
             ("gptjax presets cp tiny-gpt2 mine.yaml", "Copy a preset; run it with `gptjax pretrain mine.yaml`."),
-            ("mkdir -p configs; gptjax presets cp tiny-llama configs", "Copy it to configs/tiny-llama.yaml."),
+            (
+                "mkdir -p configs; gptjax presets cp tiny-llama configs",
+                "Copy a preset into a folder, as configs/tiny-llama.yaml.",
+            ),
             (
                 "gptjax presets cp instruct chat.yaml && gptjax finetune instruct chat.yaml --print-config",
                 "Copy a fine-tuning preset and print all its settings.",
@@ -807,12 +822,12 @@ PAGES: dict[str, Page] = {
         usage="gptjax doctor",
         examples=(
             ("gptjax doctor", "Check this machine."),
-            ("JAX_PLATFORMS=cpu gptjax doctor", "Check it for runs on the CPU."),
-            ("GPTJAX_CACHE=cache gptjax doctor", "Check it with another folder for downloads and tokens."),
+            ("JAX_PLATFORMS=cpu gptjax doctor", "Check this machine for runs on the CPU."),
+            ("GPTJAX_CACHE=cache gptjax doctor", "Check this machine with another folder for downloads and tokens."),
         ),
     ),
     "help": Page(
-        about="Explains a topic or a command. Without a word it lists both.",
+        about="Explains a topic or a command. Without an argument it lists the topics and the commands.",
         usage="gptjax help [TOPIC | COMMAND [ACTION]]",
         examples=(
             ("gptjax help", "List the topics and the commands."),
@@ -838,8 +853,8 @@ PAGES: dict[str, Page] = {
             """fish: add this line to ~/.config/fish/config.fish, and open a new terminal:
   gptjax completion fish | source""",
             "Settings are completed in two steps, section and name: `gptjax pretrain opt` TAB gives optim., and"
-            " `optim.na` TAB gives optim.name=. After the = the choices of the setting are completed, or files where it"
-            " has none.",
+            " `optim.na` TAB gives optim.name=. After the = the allowed values of the setting are completed, or file"
+            " names if the setting has no fixed values.",
         ),
     ),
 }

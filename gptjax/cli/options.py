@@ -32,14 +32,14 @@ SWITCHES = ("dry-run", "print-config")
 
 class Args(NamedTuple):
     words: list[str]  # positional arguments, in the order of the command line
-    leaves: list[Leaf]  # settings, which are written a.b=c
+    leaves: list[Leaf]  # settings, which are written a.b=c on the command line
     dry_run: bool
     print_config: bool
 
 
 def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
-    """Parses a command line: up to `words` positional arguments, then settings. --dry-run and --print-config may stand
-    anywhere.
+    """Parses a command line: up to `words` positional arguments, then settings. The options --dry-run and
+    --print-config may stand anywhere on the command line.
 
     Args:
         words: maximum number of positional arguments.
@@ -74,14 +74,16 @@ def keys_of(*patterns: str) -> list[str]:
 def configure(
     args: Args, default: str | None, verb: str, task: str | None = None, also: Sequence[str] = ()
 ) -> tuple[Config, Provenance]:
-    """Returns the config that the arguments of a command give, and where each of its values was set.
+    """Returns the config that results from the arguments of a command, and the place where each of its values was set.
 
     train.batch_size=auto is replaced with the largest batch size that is estimated to fit in device memory, and
     model.remat with the value that this batch size needs.
 
     Args:
-        default: the preset that is used if the arguments name none. None: the defaults of gptjax.
-        task, also: see `uses.resolve`, which has the same arguments.
+        default: the preset that is used if `args` name no preset, or None for the default settings of gptjax.
+        verb: name of the command, for error messages.
+        task: the task of the command, or None if the preset or the settings name the task.
+        also: patterns of further settings that the command reads.
     """
     source = args.words[0] if args.words else default
     leaves = args.leaves
@@ -91,7 +93,8 @@ def configure(
 
         layers = [*file_layers(source), *leaves]
         n_micro = next((leaf.value for leaf in reversed(layers) if leaf.key == "train.accumulation"), 1)
-        # the smallest valid batch size: one row per micro-batch
+        # before the batch size is known, the config is built with the smallest valid batch size, one row per
+        # micro-batch
         one_row_each = [leaf._replace(value=n_micro) if leaf in auto else leaf for leaf in leaves]
         before, _ = uses.resolve(source, one_row_each, verb=verb, task=task, also=also)
         cfg = fitted(before)
@@ -102,11 +105,11 @@ def configure(
 
 
 def refuse_others(leaves: Sequence[Leaf], known: Sequence[str], verb: str, prefix: str = "") -> None:
-    """Refuses settings that the command does not read.
+    """Raises UserError for settings that the command does not read.
 
     Args:
-        known: the settings that the command reads.
-        prefix: a group such as "sample."; its settings may be written without this prefix.
+        known: the keys of the settings that the command reads.
+        prefix: a prefix such as "sample.", which may be left out in the settings that begin with it.
 
     Raises:
         UserError: some settings are not in `known`; the message lists all of them.
@@ -142,11 +145,11 @@ def show_only(
     their defaults, and a report.
 
     Args:
-        report: a function cfg -> lines of the report.
-        keys: the settings that the command reads. None: the settings that cfg.task reads.
+        report: function that takes the config and returns the lines of the report.
+        keys: the keys of the settings that the command reads, or None for those that the task `cfg.task` reads.
 
     Returns:
-        Whether --print-config or --dry-run was given. If so, the command should do nothing else.
+        Whether --print-config or --dry-run was given, after which the command should return at once.
     """
     if not (args.print_config or args.dry_run):
         return False
@@ -165,10 +168,11 @@ def show_only(
 
 def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width: int = 100) -> str:
     """Returns a list of the settings that match `patterns`, as text: each with its value in `cfg`, its type and its
-    help. The settings are in the order of the patterns.
+    help text. The settings are listed in the order of the patterns.
 
     Args:
-        section: a section such as "sample", whose settings are listed without its name. "": none.
+        section: a section such as "sample", whose settings are listed without the name of the section; "" for no
+            section.
         width: maximum number of columns per line.
     """
     titles = {group: f"Section {group}. {doc}".replace("None", "null") for group, doc, _ in describe()} | {
@@ -189,8 +193,8 @@ def settings_help(cfg: Config, patterns: Sequence[str], section: str = "", width
 
 def values_help(page: Page, args: Sequence[str], width: int = 100) -> str:
     """Returns the list of the settings of a command for its help, with the values that `args` give them. If `args` are
-    invalid, the values are those of the command's default preset. For a command that takes no preset, they are the
-    defaults."""
+    invalid, the settings have the values of the command's default preset. For a command that takes no preset, the
+    settings have their default values."""
     patterns = page.settings or uses.USES[page.reads]
     if not page.preset:
         return f"Settings, with their defaults:\n\n{settings_help(Config(), patterns, page.section, width)}"
@@ -213,7 +217,7 @@ def report(cfg: Config, plan: Callable[[Config], list[str]]) -> list[str]:
     """Returns the lines of the report of a dry run: the run directory, and the lines of `plan(cfg)`.
 
     Raises:
-        UserError: the errors that the run itself would raise before its first step.
+        UserError: an error that the run itself would raise before its first step.
     """
     from gptjax.tasks import refuse
 

@@ -1,4 +1,5 @@
-"""`gptjax plan`: compiles the step of a run for a TPU slice ahead of time, and reports memory, traffic and time."""
+"""`gptjax plan`: compiles the training or decode step of a run for a TPU slice ahead of time, and reports memory,
+traffic and time."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def run(args: list[str]) -> int:
             new_file(path, name)
     from gptjax.planning import slices
 
-    # These variables must be set before jax is imported. They make jax use the CPU, and keep libtpu from querying the
-    # network for TPU metadata.
+    # The environment variables in `slices.ENVIRONMENT` must be set before jax is imported. They make jax use the CPU,
+    # and keep libtpu from querying the network for TPU metadata.
     os.environ.update(slices.ENVIRONMENT)
     from gptjax.planning import report
     from gptjax.planning.plan import plan, search
@@ -57,7 +58,7 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    unknown = opts.decode or cfg.train.epochs is not None  # with epochs, the steps depend on the data
+    unknown = opts.decode or cfg.train.epochs is not None  # with epochs, the number of steps depends on the data
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
     if opts.search:
@@ -74,7 +75,8 @@ def run(args: list[str]) -> int:
 
 
 def options_of(args: list[str]) -> tuple[Options, list[str]]:
-    """Splits the arguments into the options of this command, such as --on, and the rest: preset and settings.
+    """Splits the arguments into the options of `gptjax plan`, such as --on, and the other arguments, which are the
+    preset and the settings.
 
     Raises:
         UserError: the value of an option is missing or invalid, or two options exclude each other.
@@ -109,9 +111,9 @@ def _number(name: str, text: str) -> float:
 
 
 def with_shape(cfg: Config) -> Config:
-    """Returns `cfg` with the complete shape of the model. If model.vocab_size is 0, a fine-tuning run takes the shape
-    from the config of its base model, whose tensors are not read, and a pretraining run takes the vocabulary size of
-    its tokenizer.
+    """Returns `cfg` with all sizes of the model set. If model.vocab_size is 0, a fine-tuning run takes the sizes from
+    the config of its base model, whose tensors are not read, and a pretraining run takes the vocabulary size from its
+    tokenizer.
 
     Raises:
         UserError: the base model does not exist, or the vocabulary size is unknown until the tokenizer is trained.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets without and with pretrain.base
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default preset without pretrain.base, and with it
 
 
 def run(args: list[str]) -> int:
@@ -61,8 +61,8 @@ def plan(cfg: Config) -> list[str]:
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """Returns (tokenized data, ""), or (None, the reason why the data is not prepared). A dry run downloads nothing, so
-    it prepares only data that is on this machine."""
+    """Returns (tokenized data, ""), or (None, reason) if the data cannot be prepared without a download. A dry run
+    downloads nothing, so it prepares only data that is on this machine."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):

@@ -63,7 +63,7 @@ def run(args: list[str]) -> int:
 
 def configure(source: str, leaves: list[Leaf]) -> tuple[Config, Provenance]:
     """Merges the settings of the command line, the run's config.yaml and the defaults, in this order of precedence. On
-    the command line, `prompt=` means `sample.prompt=`."""
+    the command line the prefix `sample.` may be left out: `prompt=` means `sample.prompt=`."""
     file = Path(source) / "config.yaml"
     stored = from_yaml(read_text(file, "config"), str(file)) if file.exists() else []
     stored = [leaf for leaf in stored if leaf.key.startswith("sample.")]
@@ -99,11 +99,11 @@ def read_prompts(cfg: Config) -> list[str]:
 
 def open_draft(settings: SampleConfig, tokenizer: Tokenizer) -> Model | None:
     """Opens the draft model for speculative decoding, without reading its tensors. Returns None if sample.draft is not
-    set or is ngram, which needs no model.
+    set, or if it is ngram, which needs no draft model.
 
     Raises:
-        UserError: the model does not exist, its tokenizer is not that of the main model, or speculative decoding does
-            not support the sampling settings.
+        UserError: the draft model does not exist, its tokenizer is not that of the main model, or speculative decoding
+            does not support the sampling settings.
     """
     if not settings.draft:
         return None
@@ -132,12 +132,12 @@ def write(
     ids: list[list[int]],
     draft: Model | None = None,
 ) -> None:
-    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file. The speed is
-    reported on stderr.
+    """Generates `settings.n` completions per prompt, and prints them or appends them to a JSONL file. The number of
+    tokens and the time that their generation took are printed to stderr.
 
     Args:
         ids: the token ids of each prompt.
-        draft: the draft model for speculative decoding; None: no draft model.
+        draft: the draft model for speculative decoding, or None if there is no draft model.
     """
     import jax
 
@@ -173,7 +173,7 @@ def write(
                     prompt=prompts[row], text=text, finish=completion.finish, tokens=completion.tokens,
                     logprobs=[round(value, 4) for value in completion.logprobs],
                 )  # fmt: skip
-                # appended one by one, so that an error later does not lose the completed rows
+                # each completion is appended to the file at once, so that it is not lost if a later completion fails
                 with open(settings.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
@@ -189,8 +189,8 @@ def write(
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
-    """Returns the completion for tokens that were generated without the condition `until`: the shortest prefix of the
-    tokens for which `until` is true, or all tokens if there is none."""
+    """Returns the completion for the tokens `new`, which were generated without the stop condition `until`: the
+    shortest prefix of the tokens for which `until` is true, or all tokens if there is no such prefix."""
     from gptjax.generation import Completion
 
     length = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)

@@ -1,5 +1,5 @@
-"""`gptjax sweep`: trains with all combinations of hyperparameters, if possible in one compiled program, prints a table
-of the losses and writes the results to files."""
+"""`gptjax sweep`: trains with all combinations of the given hyperparameters, if possible in one compiled program,
+prints a table of the losses and writes the results to files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gptjax.config import Config, config_file, to_yaml, uses
 from gptjax.errors import Problems, UserError, complaints
 
 DEFAULT = "tiny-gpt2"
-AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the axes of the sweep if the user gives none
+AXES = ("optim.lr=[1e-3,3e-3,1e-2]", "seed=range(4)")  # the axes of the sweep if the user gives no axis
 SHOWN = 20  # maximum number of rows of the table that are printed
 
 
 def run(args: list[str]) -> int:
     parsed = options.parse(args, words=1)
-    # at_once is an option of this command, not a setting of the schema
+    # at_once is an option of `gptjax sweep`, not a setting of the schema
     values = [leaf.value for leaf in parsed.leaves if leaf.key == "at_once"]
     if values and not (values[-1].isdecimal() and int(values[-1]) >= 1):
         raise UserError(f"at_once={values[-1]}: expected a whole number of runs, at least 1")
@@ -43,14 +43,15 @@ def run(args: list[str]) -> int:
     if parsed.dry_run:
         print("\n".join(report(configs, axes, folder)))
         return 0
-    # settings for the printed command that trains the best run again, in a run directory of its own
+    # the settings in the printed command that trains the best run again; without run_dir, so that the run gets a
+    # directory of its own
     settings = [f"{leaf.key}={leaf.value}" for leaf in fixed if leaf.key != "run_dir"]
     return _sweep(configs, axes, folder, at_once, [source, *settings])
 
 
 def _refuse(cfg: Config, folder: Path) -> None:
     """Raises UserError if the sweep cannot start: the run directory is in use, or the data or base model is missing.
-    The message lists all problems."""
+    The error message lists all problems."""
     from gptjax.research.sweep import WRITING
     from gptjax.tasks import find
     from gptjax.training import run_dir
@@ -59,7 +60,7 @@ def _refuse(cfg: Config, folder: Path) -> None:
     if (folder / "sweep.json").exists():
         problems.append(f"{folder} holds a sweep already, and nothing was overwritten: choose another run_dir=FOLDER")
     else:
-        # pattern of the files that an interrupted sweep left in the folder, which may be overwritten
+        # regular expression for files of an interrupted sweep, which a new sweep may overwrite
         ours = r"sweep\.(csv|png)" if (folder / WRITING).exists() else ""
         problems += complaints(run_dir.refuse_unwritable, folder) or complaints(run_dir.refuse_foreign, folder, ours)
     problems += complaints(find(cfg.task).refuse_missing, cfg)

@@ -79,8 +79,8 @@ def _inspect(args: list[str]) -> None:
 
 
 def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
-    """Returns the tokenizer that `args` name, and the text in `args`, or None if there is none. The text may contain
-    `=`, because `encode` and `inspect` take no settings."""
+    """Returns the tokenizer that the first argument names, and the second argument, which is a text, or None if it is
+    not given. The text argument may contain `=`, because the actions `encode` and `inspect` take no settings."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

@@ -1,5 +1,5 @@
-"""The pages that `gptjax help TOPIC` prints: name of the topic -> (title, text). The guides in colab/guides explain the
-same topics at length."""
+"""The pages that `gptjax help TOPIC` prints, in a dict from the name of a topic to (title, text). The guides in
+colab/guides explain the same topics in more detail."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ value that is used is the last one in this order:
   gptjax pretrain tiny-gpt2 optim.lr=1e-3 train.max_steps=200
 
 tiny-gpt2 is the preset here. `gptjax presets ls` lists all of them, `gptjax
-presets cp tiny-gpt2 mine.yaml` copies one. Without a preset a command uses the one
-that its --help names.
+presets cp tiny-gpt2 mine.yaml` copies one. Without a preset, a command uses the
+default preset that its --help names.
 
 A file of your own
-  It holds only what differs from the preset or the file that `base:` names:
+  The file holds only the settings that differ from those of the preset or file
+  that `base:` names:
 
     # mine.yaml
     base: tiny-gpt2
@@ -31,7 +32,7 @@ A file of your own
 
   gptjax pretrain mine.yaml train.max_steps=200
 
-  A run directory can be named instead of a file; its config.yaml is read:
+  A run directory can be given instead of a file; its config.yaml is then read:
   gptjax pretrain runs/tiny-gpt2 seed=1 run_dir=runs/seed-1
 
 Values
@@ -39,7 +40,7 @@ Values
   yes and no       true, false
   lists            data.source=[a.txt,b.txt]; in most shells quote the brackets:
                    'data.source=[a.txt,b.txt]'
-  no value         null, for settings whose help says what null means
+  no value         null, for settings whose help text says what null means
   --optim.lr=1e-3 and --optim.lr 1e-3 are the same as optim.lr=1e-3.
 
 What is used
@@ -58,7 +59,7 @@ Environment variables
 
 DATA = """\
 Files are UTF-8 text. hf:ORG/NAME is a data set of the Hugging Face Hub. A record
-that does not fit is an error that names the file and the line; nothing is left
+of another form is an error that names the file and the line; no record is left
 out silently.
 
 Pretraining: data.source
@@ -69,19 +70,19 @@ Pretraining: data.source
                            its .jsonl, .csv and .parquet files
   shakespeare, python-docs, ..   texts that gptjax knows: `gptjax doctor` lists
                            them; python-docs needs no network
-  Several: 'data.source=[a.txt,b.jsonl]'
+  Several sources: 'data.source=[a.txt,b.jsonl]'
 
     {"text": "One document."}
     {"text": "Another document."}
 
-  A tenth is held out for validation (data.val_fraction): whole documents if
-  there are ten or more, else the end of each file. data.val_source names other
-  text instead.
+  A tenth of the text is held out for validation (data.val_fraction): whole
+  documents if there are ten or more, else the end of each file. data.val_source
+  names other validation text instead.
 
 Classification: classify.source (.csv .tsv .jsonl .json .parquet)
   A column of texts and a column of labels. Columns with usual names, such as
   text and label, are found; classify.text_field and classify.label_field name
-  others. A .tsv file without a header has the columns label and text.
+  other columns. A .tsv file without a header has the columns label and text.
 
     text,label
     You have won a prize,spam
@@ -130,25 +131,26 @@ and the name of the preset or file: runs/tiny-gpt2.
   seed-0/, seeds.json     with finetune.seeds: a run per seed, and their mean
 
 Use a run
-  Wherever a command takes a model, name the folder: its final/ is used.
+  Wherever a command takes a model, give the run directory: its final/ is used.
 
     gptjax sample runs/tiny-gpt2 --prompt "The "
     gptjax pretrain pretrain.base=runs/tiny-gpt2 run_dir=runs/continued
 
-  final/ and best/ hold weights, settings and tokenizer, and the folder can be
-  moved. An adapter on a model that can be fetched again (smollm2-135m-instruct
+  final/ and best/ hold weights, settings and tokenizer, and can be moved.
+  An adapter on a model that can be fetched again (smollm2-135m-instruct
   or hf:ORG/NAME) is saved without that model; finetune.save_merged=true saves
   all weights.
 
 Interrupt and resume
-  Ctrl-C saves a checkpoint and ends the run. The same command continues it; on
-  the same versions and devices the result is bitwise equal to that of a run
-  without an interruption. A damaged checkpoint is set aside and the one before it is used.
+  Ctrl-C saves a checkpoint and ends the run. The same command continues the run;
+  on the same versions and devices the result is bitwise equal to that of a run
+  without an interruption. A damaged checkpoint is set aside, and the checkpoint
+  before it is used.
 
-  A folder with other settings is refused, and the differences are shown: choose
-  another run_dir. Nothing is overwritten. A run can be made longer with a larger
-  train.max_steps if optim.schedule is constant, or wsd and the decay has not
-  begun; otherwise start a new run with pretrain.base=RUN.
+  If run_dir holds a run with other settings, the command stops and shows the
+  differences: choose another run_dir. Nothing is overwritten. A run can be made
+  longer with a larger train.max_steps if optim.schedule is constant, or wsd and
+  the decay has not begun; otherwise start a new run with pretrain.base=RUN.
 
 Exit codes
   0      done
@@ -156,7 +158,7 @@ Exit codes
   2      wrong input or environment; the message says what was expected
   3      stopped: the loss or a gradient was not finite in several steps in a row
          (train.max_nonfinite)
-  75     a run with several processes: one died or hangs; start all of them again
+  75     in a run with several processes, one died or hangs; start all of them again
   130    Ctrl-C; what was trained is saved
   143    SIGTERM; what was trained is saved
 """

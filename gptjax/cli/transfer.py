@@ -50,7 +50,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # checked before the model is read, because nothing may be overwritten
+    path = Path(target)  # checked before the model is read, because an existing target is refused
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):
@@ -95,7 +95,7 @@ def _export_adapter(source: str, target: Path) -> int:
     native.verify(run)
     body = json.loads(read_text(folder / peft.CONFIG, "adapter config"))
     params, cfg = weights.load(run)
-    # loaded only to check it: raises UserError if the adapter is damaged
+    # the adapter is loaded only to check it: UserError is raised if it is damaged
     weights.load_peft(folder, dataclasses.replace(cfg, n_classes=0, cls_bias=True))
     new_folder(target)
     try:
@@ -137,7 +137,7 @@ def _take(args: list[str], name: str, known: tuple[str, ...], default: str) -> t
     """Splits the arguments into the positional arguments and the value of `name=`, the only setting of the command.
 
     Args:
-        known: the allowed values; upper and lower case are not distinguished.
+        known: the allowed values of the setting; upper and lower case are not distinguished.
         default: the value if the setting is not given.
     """
     words, value = [], default

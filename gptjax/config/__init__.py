@@ -1,12 +1,12 @@
-"""The configuration: one schema, whose settings are read from several layers and validated together. Nothing in this
-package imports jax.
+"""The configuration of a run: settings that one schema defines, that are read from several layers such as a preset and
+the command line, and that are validated together. No module of this package imports jax.
 
-schema    defines the settings: dataclasses whose fields have a help text and a range
-leaves    reads YAML, `a.b=c` and dicts into leaves: key, value, and where the value was set
-load      finds presets, builds a `Config` from leaves, and writes it as YAML
-check     checks the ranges of settings, and rules about combinations of settings
-aliases   suggests a key for an unknown key: gptjax's name of another tool's setting, or the nearest spelling
-uses      lists the settings that each command and task reads
+schema: defines the settings as dataclasses, whose fields have a help text and a valid range
+leaves: reads YAML, arguments such as `a.b=c`, and dicts into leaves (key, value, and where the value was set)
+load: finds presets, builds a `Config` from leaves, and writes a `Config` as YAML
+check: checks the ranges of settings, and rules about combinations of settings
+aliases: suggests a key for an unknown key, by the names of settings in other tools and by the nearest spelling
+uses: lists the settings that each command and task reads
 
 The attribute `gptjax.config.schema` is the function `schema`, not the module of the same name. To import from the
 module, write `from gptjax.config.schema import ..`.

@@ -1,4 +1,5 @@
-"""Error texts for unknown keys: gptjax's name for another tool's setting, or the nearest spelling."""
+"""Error texts for unknown keys, which suggest gptjax's key for another tool's setting, or the key with the nearest
+spelling."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ ALIASES: dict[str, str] = {
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
-# Name of a setting of another tool that gptjax does not have -> what to use in gptjax instead.
+# Name of a setting that another tool has and gptjax does not have -> what to use in gptjax instead.
 NOT_HERE: dict[str, str] = {
     "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(
@@ -74,8 +75,8 @@ NOT_HERE: dict[str, str] = {
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    """Returns the error text for a key that is not in the schema. It suggests gptjax's name if the key is a setting of
-    another tool, otherwise the key with the nearest spelling."""
+    """Returns the error text for a key that is not in the schema. The error text suggests gptjax's key if the unknown
+    key is a setting of another tool, otherwise the key with the nearest spelling."""
     last = key.rpartition(".")[2].lower()
     groups = {name.partition(".")[0] for name in known if "." in name}
     if key in groups:

@@ -1,6 +1,7 @@
 """Validation of a config: the range of each setting, combinations of settings, and settings without effect.
 
-A complaint is (keys of the settings concerned, error text), so that `load.build` can add where each key was set.
+A complaint is a pair (keys of the settings concerned, error text); with the keys, `complaints` finds the places where
+the settings were set, and adds them to the text.
 """
 
 from __future__ import annotations
@@ -30,22 +31,26 @@ from gptjax.errors import Problems
 Complaint = tuple[tuple[str, ...], str]
 Keys = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 Text = str | Callable[[Any], str]
-Rule = tuple[Keys, Callable[[Any], object], Text]  # keys concerned, whether a config violates the rule, error text
+# A rule: the keys of the settings concerned, a function that tells whether a config violates the rule, and the error
+# text.
+Rule = tuple[Keys, Callable[[Any], object], Text]
 
 
 def validate(cfg: Config) -> None:
-    """Checks the ranges and rules of all settings. Raises one UserError that lists all invalid values and
-    combinations."""
+    """Checks the ranges of all settings, and the rules about combinations of settings. Raises one UserError that lists
+    all invalid values and combinations."""
     Problems(text for _, text in complaints(cfg, {})).raise_if_any()
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Checks the ranges and rules of a model's settings only. Raises one UserError that lists all problems."""
+    """Checks the ranges of a model's settings, and the rules about combinations of these settings. Raises one UserError
+    that lists all problems."""
     Problems(text for _, text in (*_ranges(flat(model, "model.")), *_broken(MODEL_RULES, model))).raise_if_any()
 
 
 def complaints(cfg: Config, provenance: Provenance) -> Iterator[Complaint]:
-    """Yields (keys concerned, error text with the places where the keys were set) for each problem of a config."""
+    """Yields a complaint for each problem of a config: (keys of the settings concerned, error text with the places
+    where the settings were set)."""
     for keys, text in (*_ranges(flat(cfg)), *_broken(MODEL_RULES, cfg.model), *_broken(RULES, cfg)):
         places = dict.fromkeys(provenance[key] for key in keys if provenance.get(key, "default") != "default")
         yield keys, text + (f"  [{'; '.join(places)}]" if places else "")
@@ -65,7 +70,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # larger integers would overflow a float or an array
+            if isinstance(number, int):  # integers above 2**32 - 1 would overflow a float or an array
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -75,8 +80,8 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
 
 
 def validate_types(model: ModelConfig) -> None:
-    """Checks the types of the values in a model config that is constructed in Python. Raises UserError. Tracers are not
-    checked, because they have no value."""
+    """Checks the types of the values in a model config that is constructed in Python. Raises UserError if a type is
+    wrong. Tracers are not checked, because they have no concrete value."""
     problems = Problems()
     for key, hint in schema().items():
         if not key.startswith("model."):
@@ -92,11 +97,11 @@ def validate_types(model: ModelConfig) -> None:
 
 
 def shown(value: object) -> str:
-    """Formats a value for an error message. A text of more than 200 characters is replaced with its beginning and its
-    length."""
+    """Formats a value for an error message. If the value's text has more than 200 characters, only its beginning and
+    its length are shown."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # too many digits to print, or a list that contains itself
+    except (ValueError, RecursionError):  # an integer with too many digits to print, or a list that contains itself
         return "something very large"
     return text if len(text) <= 200 else f"{text[:40]}.. ({len(text):,} characters)"
 
@@ -128,7 +133,7 @@ def _is_complete(distributed: DistributedConfig) -> bool:
 
 
 def _axes(cfg: Config, size: int) -> tuple[str, ...]:
-    """Returns the keys of the mesh axes that have this size."""
+    """Returns the keys of the mesh axes whose size is `size`."""
     return tuple(key for key, value in flat(cfg.mesh, "mesh.").items() if value == size)
 
 
@@ -254,8 +259,8 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# (keys or prefixes of keys, setting that can leave them without effect, whether a value of that setting does so). Such
-# settings are refused on a command line.
+# Settings that another setting can leave without effect, and that are then refused on a command line: (keys or prefixes
+# of keys of the settings, key of the other setting, whether a value of the other setting leaves them without effect).
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
@@ -273,7 +278,8 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
 
 
 def without_effect(cfg: Config, provenance: Provenance) -> Iterator[str]:
-    """Yields an error text for the settings of the command line that have no effect because of another setting."""
+    """Yields error texts for settings on the command line that have no effect because of the value of another
+    setting."""
     values = flat(cfg)
     for keys, other, disables in WITHOUT_EFFECT:
         requested = [

@@ -1,6 +1,7 @@
-"""Reads settings from YAML, `a.b=c` and dicts into a flat list of leaves: key, value, and where the value was set.
+"""Reads settings from YAML, arguments such as `a.b=c`, and dicts into a flat list of leaves; a leaf has the key, the
+value, and the place where the value was set.
 
-This module does not use the schema: `load.build` converts text to the type of its field later.
+This module does not use the schema: `load.build` later converts each text to the type of its setting.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ def read_text(path: Path, what: str = "file") -> str:
         raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
 
 
-# limits of a config file: characters, values with aliases expanded, nesting levels
+# limits of a config file: number of characters, number of values after aliases are expanded, number of nesting levels
 MAX_YAML, MAX_VALUES, MAX_DEPTH = 1 << 18, 20_000, 16
-MAX_KEYS, MAX_KEY = 500, 200  # limits of a config file: number of settings, characters per key
+MAX_KEYS, MAX_KEY = 500, 200  # limits of a config file: number of settings, number of characters per key
 
 
 def from_yaml(text: str, name: str) -> list[Leaf]:
     """Returns a leaf for every scalar and list of a YAML mapping, with `name:line` as the place where it was set.
 
     Raises:
-        UserError: invalid YAML, a duplicate key, or a text too large or too deeply nested for a config.
+        UserError: the YAML is invalid, a key occurs twice, or the text is too large or too deeply nested for a config.
     """
     import yaml
 
@@ -87,8 +88,8 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
 
 
 def _fits_depth(text: str, levels: int) -> bool:
-    """Whether mappings and lists of a YAML text are nested at most `levels` deep. Reads the text without recursion, so
-    that recursive functions never get a text that is too deep."""
+    """Whether mappings and lists of a YAML text are nested at most `levels` deep. The depth is counted without
+    recursion, so that a text that is nested too deeply for recursive functions can be refused before they read it."""
     import yaml
 
     depth = 0
@@ -103,7 +104,7 @@ def _refuse_large(root: yaml.Node, name: str) -> None:
     """Raises UserError if the aliases of a YAML document expand to too many values, or an alias contains itself."""
     import yaml
 
-    sizes: dict[int, int] = {}  # node id -> number of the node's values with aliases expanded; 0 while counting
+    sizes: dict[int, int] = {}  # id of a YAML node -> number of its values with aliases expanded; 0 while counting
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
@@ -142,8 +143,9 @@ def _walk(
 
 
 def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str] | None:
-    """Returns the text of a scalar, the list of texts of a sequence, or None for null. `load.build` converts the texts
-    by the schema, because YAML itself would read 1e-3 as a string and `on` as a bool."""
+    """Returns the value of a YAML node: the text of a scalar, the list of the texts of a sequence, or None for null.
+    `load.build` later converts the texts to the types of the settings, because YAML itself would read 1e-3 as a string
+    and `on` as a bool."""
     import yaml
 
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
@@ -158,8 +160,8 @@ def _plain(node: yaml.Node, location: str, problems: Problems) -> str | list[str
 
 
 def from_args(args: Iterable[str], where: str = "command line", example: str = EXAMPLE) -> list[Leaf]:
-    """Returns the leaves of the arguments `a.b=c`, `--a.b=c` and `--a.b c`; key and value are split at the first `=`.
-    Raises UserError for other arguments."""
+    """Returns a leaf for each command-line argument of the form `a.b=c`, `--a.b=c` or `--a.b c`; key and value are
+    split at the first `=`. Raises UserError for an argument of any other form."""
     leaves, problems, rest = [], Problems(), list(args)
     while rest:
         arg = rest.pop(0)
@@ -178,7 +180,7 @@ def from_args(args: Iterable[str], where: str = "command line", example: str = E
 
 
 def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str = "") -> Iterator[Leaf]:
-    """Yields the leaves of a nested dict of Python values."""
+    """Yields a leaf for each setting in a nested dict of Python values."""
     if prefix.count(".") > MAX_DEPTH:
         raise UserError(f"{where}: {prefix[:80]}..: nested more than {MAX_DEPTH} levels deep, too deep for a config")
     for key, value in values.items():
@@ -189,8 +191,9 @@ def from_mapping(values: Mapping[str, object], where: str = "dict", prefix: str 
 
 
 def split_list(text: str) -> list[str]:
-    """Splits a list such as `[a, "b c"]` or `(a, b)` into its items, as text. Any other text, and the name of an
-    existing file, is a single item. Raises ValueError if the list is not closed or not flat."""
+    """Splits the text of a list such as `[a, "b c"]` or `(a, b)` into the texts of its items. Any other text, and the
+    name of an existing file, is returned as a single item. Raises ValueError if the closing bracket is missing or the
+    list is nested."""
     import yaml
 
     stripped = text.strip()

@@ -1,7 +1,8 @@
 """Loads a `Config` from presets, YAML files and command lines, and writes it as YAML.
 
-Later layers override earlier layers. In order, the layers are: the defaults, the defaults of model.arch, the file that
-`base:` of a preset or YAML file names, that preset or YAML file itself, and the command line (`a.b=c`).
+Settings come from several layers, and later layers override earlier layers. In order, the layers are: the defaults, the
+defaults of model.arch, the file that `base:` of a preset or YAML file names, that preset or YAML file itself, and the
+command line (`a.b=c`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str
     """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
-        source: name of a preset, a YAML file, or a run directory. None: the defaults of gptjax.
+        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax.
         overrides: settings as strings "key=value".
 
     Raises:
@@ -42,12 +43,12 @@ def resolve(
     leaves: Iterable[Leaf] = (),
     defaults: Iterable[Leaf] = (),
 ) -> tuple[Config, Provenance]:
-    """Like `load_config`, but also returns where each value was set. Verbs of the command line use `uses.resolve`,
-    which also refuses settings that the command's task does not read.
+    """Loads a config like `load_config`, and also returns where each value was set. The commands of the command line
+    use `uses.resolve` instead, which also refuses settings that the command's task does not read.
 
     Args:
-        leaves: further overrides, already parsed; they override `overrides`.
-        defaults: leaves that all other layers override.
+        leaves: further settings, already parsed, which take precedence over `overrides`.
+        defaults: settings that form the first layer, so that all other layers override them.
     """
     for arg in (source, *overrides):
         if not isinstance(arg, str | os.PathLike | None):
@@ -63,12 +64,12 @@ def resolve(
 
 
 def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
-    """Returns the leaves of a preset, YAML file or run directory, after those of the file that its `base:` names; []
-    for None."""
+    """Returns the settings of a preset, YAML file or run directory as leaves, after the leaves of the file that its
+    `base:` names; [] if `source` is None."""
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # a run directory may have been moved since it was written
+    if (Path(source) / "config.yaml").is_file():  # the run may have been moved, so run_dir is set to its folder
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
@@ -79,17 +80,17 @@ def from_yaml(text: str, name: str = "yaml") -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Loads a config from a nested dict, such as `dataclasses.asdict(cfg)`, and checks it like a file."""
+    """Loads a config from a nested dict, such as `dataclasses.asdict(cfg)`, and validates it like a config file."""
     return build([leaf for leaf in from_mapping(values) if leaf.key != "model._derived"])[0]
 
 
 def to_yaml(cfg: Config, provenance: Optional[Provenance] = None, keys: Optional[Iterable[str]] = None) -> str:
     """Returns the config as YAML text. By default the text has all settings, also those with their default values, so
-    that a later change of the defaults does not affect it.
+    that a later change of the defaults does not change a stored config.
 
     Args:
-        provenance: where each setting was set, which is written as a comment after its value. None: no comments.
-        keys: the settings to write. None: all settings.
+        provenance: where each setting was set, which is written as a comment after its value, or None for no comments.
+        keys: the keys of the settings to write, or None for all settings.
     """
     lines, group = [], ""
     values = flat(cfg)
@@ -114,15 +115,16 @@ def diff(a: Config, b: Config) -> list[str]:
 
 
 def presets() -> dict[str, Path]:
-    """Returns {name: YAML file} of the presets, which are in configs/ of the checkout, or in the installed package."""
+    """Returns a dict from the name of each preset to its YAML file, which is in configs/ of the checkout or in the
+    installed package."""
     package = Path(__file__).parents[1]
     root = next((path for path in (package / "_configs", package.parent / "configs") if path.is_dir()), None)
     return {path.stem: path for path in sorted(root.glob("*/*.yaml"))} if root else {}
 
 
 def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
-    """Returns the YAML file of a preset, a path or a run directory. Raises UserError if there is no such file; the
-    message suggests the preset with the most similar name."""
+    """Returns the path of the YAML file that belongs to the name of a preset, a file path or a run directory. Raises
+    UserError if there is no such file; the message suggests the preset with the most similar name."""
     text, path = str(source), near / source
     user_path(path)
     if path.is_dir() and (path / "config.yaml").exists():
@@ -139,8 +141,8 @@ def config_file(source: str | os.PathLike[str], near: Path = Path()) -> Path:
 
 
 def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: tuple[Path, ...] = ()) -> list[Leaf]:
-    """Returns the leaves of a config file, after those of the file that its `base:` names. `parents` are the files
-    whose `base:` led to this file, so that a cycle is detected."""
+    """Returns the settings of a config file as leaves, after the leaves of the file that its `base:` names. `parents`
+    are the files whose `base:` led to this file; they are needed to detect a cycle."""
     path = config_file(source, near)
     if path.resolve() in parents:
         raise UserError(f"{path}: its `base:` leads back to itself")
@@ -163,7 +165,8 @@ def _file_leaves(source: str | os.PathLike[str], near: Path = Path(), parents: t
 
 
 def short(path: Path) -> str:
-    """Returns the path relative to the working directory if the path is inside that directory, otherwise unchanged."""
+    """Returns the path relative to the working directory if the path is inside that directory, otherwise the unchanged
+    path."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
@@ -172,11 +175,11 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
     """Builds a config from leaves: converts values to the types of their fields, constructs the config and validates
     it.
 
-    Returns the config and where each of its values was set.
+    Returns the config, and the place where each of its values was set.
 
     Args:
         leaves: the settings; a later leaf overrides earlier leaves of the same key.
-        run_dir: the run directory if no leaf sets it.
+        run_dir: the run directory, if `leaves` do not set run_dir.
         problems: error texts from earlier checks, which are reported in the same UserError.
 
     Raises:
@@ -190,7 +193,7 @@ def build(leaves: list[Leaf], run_dir: Optional[str] = None, problems: Iterable[
             key, value = "mesh.data", -1
         if key not in schema():
             if value is None and any(name.startswith(key + ".") for name in schema()):
-                continue  # a group such as `model:` is null if all lines below it are commented out
+                continue  # a group such as `model:` is null if all of its settings are commented out
             problems.append(f"{location}: {unknown_key(key, list(schema()))}")
             continue
         try:
@@ -224,8 +227,8 @@ RULED = (
 
 
 def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Drops settings from `values` and `set_at` that later layers overrule, by `RULED` and `_drop_base_settings`, and
-    yields error texts for settings that exclude each other."""
+    """Drops from `values` and `set_at` the settings that later layers overrule according to `RULED` and
+    `_drop_base_settings`, and yields error texts for settings that exclude each other."""
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _drop_base_settings(layers, values, set_at)
     for key, ruling in RULED:
@@ -240,9 +243,10 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Handles model and tokenizer settings if pretrain.base is set, because the base model brings its own. Settings of
-    layers before the layer that sets pretrain.base are dropped. For other such settings an error text is yielded,
-    except in a file written by `to_yaml`, which holds all settings."""
+    """Drops or refuses model and tokenizer settings if pretrain.base is set, because the base model has a model config
+    and a tokenizer of its own. Model and tokenizer settings are dropped if their layer comes before the layer that sets
+    pretrain.base. For model and tokenizer settings in that layer or a later layer an error text is yielded, except for
+    settings in the same file as pretrain.base if `to_yaml` wrote the file, because such a file holds all settings."""
     if values.get("pretrain.base") is None:
         return
     base_layer = layers.index(layer(set_at["pretrain.base"]))
@@ -261,7 +265,8 @@ def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Prove
 
 
 def layer(where: str) -> str:
-    """Returns the layer of the place where a setting was set: "base.yaml" for "base.yaml:3", or "command line"."""
+    """Returns the name of the layer in which a setting was set, given the place where it was set: "base.yaml" for the
+    place "base.yaml:3", and "command line" for the command line."""
     return re.sub(r":\d+$", "", where)
 
 
@@ -282,7 +287,7 @@ def _typed(key: str, value: Any) -> Any:
     """Converts a value to the type of its setting. If a list is expected, a single value becomes a list of one item.
 
     Raises:
-        ValueError: the value cannot be converted.
+        ValueError: the value cannot be converted to the type of the setting.
     """
     hint = schema()[key]
     kind = without_null(hint)
@@ -311,22 +316,22 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    """Converts a value to bool, int, float, str or a choice of a Literal. Raises ValueError if it cannot be converted
-    exactly; numbers are never truncated."""
+    """Converts a value to the type `kind`: bool, int, float, str or a Literal. Raises ValueError if the value cannot be
+    converted exactly; numbers are never truncated."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if kind is bool and str(value).lower() in _BOOLEANS:
         return str(value).lower() in _BOOLEANS[::2]
     if kind is str and isinstance(value, str | int | float):
         return str(value)
-    if kind is int and type(value) in (str, int):  # not isinstance, which accepts a bool
+    if kind is int and type(value) in (str, int):  # `type`, because isinstance accepts a bool as an int
         return int(value)
     if kind is float and type(value) in (str, int, float):
         return float(value)
     raise ValueError
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # words for true and false, alternately
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # words for true (even index) and false (odd index)
 
 
 def yaml_value(value: object) -> str:

@@ -1,6 +1,6 @@
-"""The settings: nested frozen dataclasses. Each field carries its help text and its valid range.
+"""The settings of a run, as nested frozen dataclasses. Each field carries its help text and its valid range.
 
-They are frozen and thereby hashable, so that a `ModelConfig` can be a static argument under `jit`.
+The dataclasses are frozen and thereby hashable, so that a `ModelConfig` can be a static argument under `jit`.
 """
 
 import functools
@@ -42,7 +42,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Range:
-    """The valid interval of a numeric setting. A bound that is open is excluded from it."""
+    """The valid interval of a numeric setting. An open bound is not itself in the interval."""
 
     low: float = 0
     high: float = math.inf
@@ -87,7 +87,7 @@ class Architecture:
         default=(), repr=False, compare=False, kw_only=True
     )  # names of the fields that were None at construction and took a default
     arch: Literal["gpt2", "llama", "modern"] = setting(
-        "gpt2", "Model family. It sets the defaults of settings such as position, norm and activation."
+        "gpt2", "Model family, which sets the defaults of settings such as position, norm and activation."
     )
     vocab_size: int = setting(0, "Number of rows of the token embedding. 0: the tokenizer's vocabulary size.")
     context_length: int = setting(1024, "Maximum sequence length in tokens, for training and generation.", COUNT)
@@ -118,13 +118,13 @@ class Architecture:
     rope_slow: float = setting(
         1.0,
         "With rope_scaling=llama3, a frequency is low if it makes at most this many rotations within"
-        " rope_original_context tokens. Hugging Face calls it low_freq_factor.",
+        " rope_original_context tokens (low_freq_factor in Hugging Face).",
         POSITIVE,
     )
     rope_fast: float = setting(
         4.0,
         "With rope_scaling=llama3, frequencies that make at least this many rotations within rope_original_context"
-        " tokens are not scaled. Hugging Face calls it high_freq_factor.",
+        " tokens are not scaled (high_freq_factor in Hugging Face).",
         POSITIVE,
     )
     rope_original_context: int = setting(
@@ -220,16 +220,17 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Computation:
-    """How a model is initialised and computed. These settings are not stored with a trained model: fine-tuning takes
-    the `Architecture` from its base model and the `Computation` from its own config."""
+    """The settings for the initialisation and the computation of a model. These settings are not stored with a trained
+    model, so that fine-tuning takes the `Architecture` from its base model and the `Computation` from its own
+    config."""
 
     dropout: float = setting(0.0, "Dropout rate during training.", RATE)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "Compute dtype; parameters are stored in float32.")
     precision: Literal["default", "high", "highest"] = setting(
         "default",
-        "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass"
-        " on a TPU (2 to 3 digits); high: TF32 on a GPU, three bfloat16 passes on a TPU; highest: float32. It changes"
-        " nothing on a CPU, which always computes float32, nor with dtype=bfloat16.",
+        "Precision of float32 matrix multiplications. default: TF32 on a GPU (3 decimal digits), one bfloat16 pass on"
+        " a TPU (2 to 3 digits); high: TF32 on a GPU, three bfloat16 passes on a TPU; highest: float32. The setting"
+        " changes nothing on a CPU, which always computes in float32, or with dtype=bfloat16.",
     )
     remat: Literal["none", "dots", "full", "offload"] = setting(
         "none",
@@ -256,12 +257,13 @@ class ModelConfig(Computation, Architecture):
     replace(ModelConfig(d_model=32), d_model=64).d_ff is 256.
 
     Raises:
-        UserError: invalid values or combinations; the message lists all of them.
+        UserError: some values or combinations of values are invalid; the message lists all of them.
     """
 
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
-        # `dataclasses.replace` passes the changed fields first, then copies of the others, beginning with `_derived`
+        # `dataclasses.replace` passes the changed fields first, and then the fields that are copied from the old
+        # config, of which `_derived` is the first
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -285,8 +287,9 @@ class ModelConfig(Computation, Architecture):
         return replace(self, **{item.name: getattr(other, item.name) for item in fields(Computation)})
 
 
-CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # checks of a config; `config.check` adds them
-# True while `load.build` constructs a config: `load.build` itself checks the config afterwards
+CHECKS: dict[str, Callable[[ModelConfig], None]] = {}  # functions that check a model config; `config.check` adds them
+# True while `load.build` constructs a config, which is not checked at construction, because `load.build` checks it
+# later
 CHECKED_LATER: ContextVar[bool] = ContextVar("checked later", default=False)
 
 
@@ -317,8 +320,8 @@ class DataConfig:
     )
     temperature: float = setting(
         1.0,
-        "Exponent of the sampling weights: source i is sampled in proportion to weight_i ** temperature. Values"
-        " below 1 flatten the distribution.",
+        "Exponent of the sampling weights: source i is sampled in proportion to weight_i ** temperature, so that"
+        " values below 1 flatten the distribution over the sources.",
     )
     val_source: tuple[str, ...] = setting((), "Validation text. []: hold out a part of data.source.")
     val_fraction: float = setting(0.1, "Fraction of data.source to hold out for validation.", FRACTION)
@@ -354,7 +357,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its hyperparameters. Learning rates are the peaks of the learning-rate schedule."""
+    """The optimizer and its hyperparameters. Each learning rate is the peak of the learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = setting(
         "adamw", "Optimizer: AdamW, or Muon for the matrices of the blocks and AdamW for the other parameters."
@@ -416,12 +419,12 @@ class TrainConfig:
         " more than 20 million parameters.",
         COUNT,
     )
-    eval_every: int = setting(250, "Steps between evaluations on the validation data.", COUNT)
+    eval_every: int = setting(250, "Number of steps between evaluations on the validation data.", COUNT)
     eval_train_batches: int = setting(
         0, "Number of training batches on which the loss is evaluated as well, without dropout. 0: off."
     )
-    checkpoint_every: int = setting(250, "Steps between checkpoints.", COUNT)
-    log_every: int = setting(10, "Steps between log lines in metrics.jsonl.", COUNT)
+    checkpoint_every: int = setting(250, "Number of steps between checkpoints.", COUNT)
+    log_every: int = setting(10, "Number of steps between log lines in metrics.jsonl.", COUNT)
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep, at least 2.", Range(2, MOST))
     max_nonfinite: int = setting(
         5, "Stop after this many consecutive steps with a loss or gradient that is not finite.", COUNT
@@ -434,8 +437,8 @@ class TrainConfig:
     loggers: tuple[str, ...] = setting((), "Additional loggers: tensorboard, wandb.", choices=("tensorboard", "wandb"))
 
     def steps(self, size: int, per_step: int) -> int:
-        """Number of steps: max_steps or, if `epochs` is set, `epochs` x `size` / `per_step`, for data of `size` tokens
-        (or rows) of which each step takes `per_step`."""
+        """Returns the number of training steps: max_steps or, if `epochs` is set, `epochs` x `size` / `per_step`, where
+        the data has `size` tokens (or rows) and each step takes `per_step` of them."""
         return self.max_steps if self.epochs is None else max(1, round(self.epochs * size / per_step))
 
 
@@ -490,7 +493,9 @@ class SampleConfig:
         SHARE,
     )
     min_p: float = setting(
-        0.0, "Min-p sampling: exclude tokens less likely than min_p times the most likely one. 0: off.", RATE
+        0.0,
+        "Min-p sampling: exclude tokens with less than min_p times the probability of the most likely token. 0: off.",
+        RATE,
     )
     repetition_penalty: float = setting(
         1.0, "Penalty on tokens that already occur in the prompt or the continuation. 1: off.", POSITIVE
@@ -516,10 +521,12 @@ class LoraConfig:
     """The LoRA adapter (arXiv:2106.09685): y = x W + scale * x a b, with trained low-rank matrices a and b."""
 
     rank: int = setting(16, "Rank of the adapter.", COUNT)
-    alpha: float = setting(32.0, "Numerator alpha of the adapter's scale; lora.scaling selects the formula.", POSITIVE)
+    alpha: float = setting(
+        32.0, "Numerator alpha of the adapter's scale; lora.scaling selects the formula of the scale.", POSITIVE
+    )
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "alpha"] = setting(
         "alpha/r",
-        "Scale by which the adapter's low-rank product a b is multiplied, for rank r; alpha/sqrt(r) is rsLoRA"
+        "Formula of the scale that multiplies the adapter's low-rank product a b, for rank r; alpha/sqrt(r) is rsLoRA"
         " (arXiv:2312.03732).",
     )
     targets: str = setting(
@@ -597,7 +604,9 @@ class ClassifyConfig:
     label_field: Optional[str] = setting(
         None, "Column of the labels. null: the only column with a usual name, such as label."
     )
-    labels: tuple[str, ...] = setting((), "Names of the classes, in order. []: the labels that occur, sorted.")
+    labels: tuple[str, ...] = setting(
+        (), "Names of the classes, in order. []: the labels that occur in the data, sorted."
+    )
     balance: bool = setting(False, "Balance the classes: undersample each class to the size of the rarest class.")
     deduplicate: bool = setting(True, "Remove duplicate texts, so that no text is in several splits.")
     split: Literal["stratified", "grouped", "book"] = setting(
@@ -623,7 +632,9 @@ class ClassifyConfig:
         " over the tokens.",
     )
     bias: bool = setting(
-        False, "Bias in the classification head. transformers and peft only support heads without a bias."
+        False,
+        "Learn a bias in the classification head. The libraries transformers and peft only support heads"
+        " without a bias.",
     )
     prompt: str = setting("{text}", "Prompt template, in which {text} is replaced with the text to classify.")
 
@@ -642,8 +653,8 @@ class InstructConfig:
     )
     style: Optional[ChatStyle] = setting(
         None,
-        "Prompt style. chat: the model's own chat template, which the other styles replace. null: chat if the model"
-        " has a template, else alpaca.",
+        "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
+        " null: chat if the model has a template, else alpaca.",
     )
     loss_on: Literal["response", "all"] = setting(
         "response", "Tokens that count in the loss: those of the responses only, or those of the prompts as well."
@@ -652,7 +663,7 @@ class InstructConfig:
         "packed", "Layout of the rows. packed: several examples per row; padded: one example per row."
     )
     context_length: int = setting(
-        512, "Tokens per row. Longer examples are dropped, and their number is reported.", COUNT
+        512, "Tokens per row; examples with more tokens are dropped, and their number is reported.", COUNT
     )
     val_fraction: float = setting(
         0.05, "Fraction of the examples to hold out for validation, from the end of the source.", FRACTION
@@ -682,15 +693,16 @@ class PreferConfig:
     margin: float = setting(1.0, "SimPO: target reward margin between the chosen and the rejected answer.")
     style: Optional[ChatStyle] = setting(
         None,
-        "Prompt style. chat: the model's own chat template, which the other styles replace. null: chat if the model"
-        " has a template, else alpaca.",
+        "Prompt style. chat: the model's own chat template; chatml, alpaca and phi3: a fixed template instead of it."
+        " null: chat if the model has a template, else alpaca.",
     )
     packing: Literal["packed", "padded"] = setting(
         "packed", "Layout of the rows. packed: several pairs per row; padded: one pair per row."
     )
     context_length: int = setting(
         512,
-        "Tokens per row, which holds both answers of a pair. Longer pairs are dropped, and their number is reported.",
+        "Tokens per row, which holds both answers of a pair; pairs with more tokens are dropped, and their number is"
+        " reported.",
         COUNT,
     )
     val_fraction: float = setting(
@@ -708,7 +720,8 @@ class Config:
 
     run_dir: Optional[str] = setting(None, "Folder that the run is written to. null: runs/NAME-OF-THE-PRESET.")
     task: Literal["pretrain", "classify", "instruct", "prefer"] = setting(
-        "pretrain", "Training task, which the command sets: pretrain, or finetune and the name of the task."
+        "pretrain",
+        "Training task, which is set by the command: pretrain, or the fine-tuning task classify, instruct or prefer.",
     )
     seed: int = setting(0, "Random seed of initialisation, data order and dropout.", SEED)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -748,7 +761,7 @@ def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def leaf_fields() -> dict[str, Field]:
-    """The dataclass field of each setting, {"optim.lr": Field, ..}."""
+    """Returns a dict from the key of each setting, such as "optim.lr", to its dataclass field."""
     return dict(_walk(Config, ""))
 
 
@@ -762,13 +775,13 @@ def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Field]]:
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """The type of each setting, {"optim.lr": float, ..}."""
+    """Returns a dict from the key of each setting, such as "optim.lr", to its type, such as float."""
     return {key: item.type for key, item in leaf_fields().items()}
 
 
 def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
-    """Returns (group, description, [(key, type, help), ..]) per group of settings, for `--help`. Settings without a
-    group, such as seed, are in the group ""."""
+    """Returns a tuple (group, description, [(key, type, help), ..]) for each group of settings, for `--help`. Settings
+    without a group, such as seed, are in the group ""."""
     groups = {"": Config} | {item.name: item.type for item in fields(Config) if is_dataclass(item.type)}
     rows: dict[str, list[tuple[str, str, str]]] = {group: [] for group in groups}
     for key, item in leaf_fields().items():
@@ -777,14 +790,15 @@ def describe() -> list[tuple[str, str, list[tuple[str, str, str]]]]:
 
 
 def without_null(hint: Any) -> Any:
-    """Returns X for the type Optional[X]; other types are unchanged."""
+    """Returns X for the type Optional[X], and any other type unchanged."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     return next(arg for arg in get_args(hint) if arg is not type(None))
 
 
 def type_name(hint: Any) -> str:
-    """Returns a type as `--help` and errors show it: "int", "list of str", "gpt2, llama or modern", "float or null"."""
+    """Returns the text for a type that `--help` and error messages show: "int", "list of str", "gpt2, llama or modern",
+    "float or null"."""
     kind = without_null(hint)
     if get_origin(kind) is Literal:
         names = list(get_args(kind))

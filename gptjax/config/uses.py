@@ -1,8 +1,8 @@
-"""The settings that each task reads. A setting that the task does not read is refused on the command line and in the
+"""The settings that each task reads. A setting that a task does not read is refused on the command line and in the
 user's files, because a user could mistake a setting that is silently ignored for one that does not change the results.
 
-reads("classify", "lora.rank")          True
-reads("classify", "model.n_layer")      False, because the model is that of finetune.base
+For example, reads("classify", "lora.rank") is True, and reads("classify", "model.n_layer") is False, because the number
+of layers is that of the base model, finetune.base.
 """
 
 from __future__ import annotations
@@ -61,19 +61,20 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """Like `load.resolve`, for a command: also refuses settings that the command's task does not read.
+    """Loads the config of a command like `load.resolve`, and refuses settings that the command's task does not read.
 
     Args:
-        source: a preset, YAML file or run directory; None: the defaults of gptjax.
+        source: a preset, YAML file or run directory, or None for the default settings of gptjax.
         leaves: the settings of the command line.
         verb: name of the command, for error messages.
-        task: the task of the command. None: the command takes any task, and the preset or the settings name it.
+        task: the task of the command, or None if the command takes any task, which the preset or the settings then
+            name.
         also: patterns of further settings that the command reads.
 
     Raises:
-        UserError: the preset is for another task. Otherwise, one error lists all other problems: settings in the user's
-            files or on the command line that the task does not read, even if they have their default values, and the
-            problems that `load.resolve` reports.
+        UserError: the preset is for another task, the user's files or the command line have settings that the task does
+            not read (even with their default values), or `load.resolve` reports problems. If the preset is for the
+            right task, the error message lists all of the other problems.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)
@@ -95,7 +96,8 @@ def resolve(
 
 
 def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, task: str | None) -> str:
-    """Returns the task to train. Names of unknown tasks are ignored here, because `build` reports them."""
+    """Returns the name of the task that the command trains. Names of unknown tasks are ignored here, because
+    `load.build` reports them."""
     in_files = [leaf.value for leaf in layers if leaf.key == "task" and leaf.value in USES][-1:]
     given = [leaf.value for leaf in leaves if leaf.key == "task" and leaf.value in USES][-1:]
     expected = [task] if task else given or in_files or ["pretrain"]
@@ -108,8 +110,8 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    """Returns error texts for the settings that the task does not read. Settings that were set in the same place and
-    are not read for the same reason share one text."""
+    """Returns error texts for those of the settings `leaves` that the task does not read. Settings that were set in the
+    same place and are not read for the same reason share one text."""
     reasons = {
         "model": f"whose model is finetune.base (it reads only model.{', model.'.join(_COMPUTATION)})",
         "tokenizer": "whose tokenizer is that of finetune.base",
@@ -131,8 +133,8 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 
 
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
-    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter. Settings in
-    layers before the layer that sets finetune.trainable are allowed."""
+    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter. The lora.*
+    settings in layers before the layer that sets finetune.trainable are allowed."""
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):
         return []

@@ -30,16 +30,20 @@ def seconds(cfg: Config, on: Slice, shape: Shape, n_params: int) -> float:
     """Returns the estimated time of a step in seconds: the sum of the times of computation, HBM traffic and
     communication, as if none of them overlapped.
 
-    HBM traffic    Each activation of a layer is read or written about 12 times, as measured in compiled programs. Per
-                   micro-batch, the weights are read three times in bfloat16 and the gradients are written in float32.
-    communication  fsdp: per micro-batch, the bfloat16 weights are all-gathered for the forward pass, the backward pass
-                   and rematerialisation, and the float32 gradients are reduce-scattered. data: the gradients are
-                   all-reduced per micro-batch. tensor: the hidden state is sent eight times per layer.
+    HBM traffic is estimated from the number of times that arrays are read or written. Each activation of a layer is
+    read or written about 12 times, as measured in compiled programs. In each micro-batch, the weights are read three
+    times in bfloat16 and the gradients are written in float32.
+
+    The communication time is estimated from the bytes that are sent on each mesh axis. On the fsdp axis, the bfloat16
+    weights of each micro-batch are all-gathered for the forward pass, the backward pass and rematerialisation, and the
+    float32 gradients are reduce-scattered. On the data axis, the gradients are all-reduced once per micro-batch. On the
+    tensor axis, the hidden state is sent eight times per layer.
     """
     model, chip = cfg.model, on.chip
     data, fsdp, tensor, _ = shape
     tokens = cfg.train.batch_size * width(cfg) / on.n_chips
-    attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)  # a causal mask leaves half of T x T
+    # attention FLOPs per token: 6 instead of 12 L D T, because the causal mask hides half of the T x T scores
+    attention = 6 * model.n_layer * model.n_head * model.head_dim * width(cfg)
     recompute = {"none": 1.0, "dots": 1.05, "full": 4 / 3, "offload": 4 / 3}[model.remat]
     flops = (6 * n_params + attention) * recompute * tokens
     micro, n_local = cfg.train.accumulation, n_params / tensor
@@ -65,7 +69,8 @@ def shapes(cfg: Config, n_chips: int) -> Iterator[Shape]:
 
 
 def variants(cfg: Config, on: Slice, n_params: int) -> list[Candidate]:
-    """Returns the candidates for all meshes, remat policies and numbers of micro-batches, sorted by estimated time."""
+    """Returns the candidates for all meshes, remat policies and numbers of micro-batches, sorted by estimated step
+    time."""
     candidates = []
     for shape in shapes(cfg, on.n_chips):
         rows = cfg.train.batch_size // (shape[0] * shape[1])

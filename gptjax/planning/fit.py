@@ -26,8 +26,8 @@ def fitted(cfg: Config) -> Config:
     devices.
 
     The batch size is accumulation x data x fsdp times a power of two, up to 524,288 tokens per step. If fewer than 8
-    rows per device fit, model.remat becomes dots, or full if dots is not enough. GPT-2's vocabulary size is assumed if
-    the vocabulary size of the tokenizer is not known yet.
+    rows per device fit, model.remat is set to dots, or to full if dots does not save enough memory. GPT-2's vocabulary
+    size is assumed if the vocabulary size of the tokenizer is not known yet.
 
     Raises:
         UserError: not even one row fits in memory, or the run has several processes, which must all use the same batch
@@ -46,7 +46,7 @@ def fitted(cfg: Config) -> Config:
         most *= 2
 
     def rows_that_fit(remat: Remat) -> int:
-        """Returns the number of rows per device and micro-batch whose activations fit."""
+        """Returns the number of rows per device and micro-batch whose activations fit in the free memory."""
         rows = most
         while rows and activation_bytes(dataclasses.replace(model, remat=remat), rows, width) > free_bytes:
             rows //= 2
@@ -81,8 +81,8 @@ def _shape(cfg: Config) -> tuple[ModelConfig, int]:
 
 
 def device_bytes() -> int:
-    """Returns the memory of one device in bytes. On a CPU, the devices share half the memory of the machine or
-    container."""
+    """Returns the memory of one device in bytes. On a CPU, half the memory of the machine or container is divided
+    equally among the devices."""
     device = jax.local_devices()[0]
     if limit := (device.memory_stats() or {}).get("bytes_limit", 0):
         return limit

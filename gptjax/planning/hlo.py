@@ -1,7 +1,7 @@
 """FLOPs, HBM traffic and collectives of a compiled program, counted from its HLO text.
 
-The body of a loop, such as the scan over the layers, counts once per iteration. XLA's own `cost_analysis` counts it
-only once in total, and therefore reports too little work.
+The body of a loop, such as the scan over the layers, is counted once per iteration. XLA's own `cost_analysis` counts
+the body of a loop only once in total, and therefore reports too few FLOPs and bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
-    in_hbm: bool  # whether the array is in HBM; False: it is in the chip's vector or scalar memory
+    in_hbm: bool  # whether the array is in HBM; if False, it is in the chip's vector or scalar memory
 
     @property
     def size_bytes(self) -> int:
-        digits = re.search(r"\d+", self.dtype)  # bits per element, in names such as f32, s8, u4 and f8e4m3fn
+        digits = re.search(r"\d+", self.dtype)  # bits per element, part of a name such as f32, s8 or f8e4m3fn
         return math.prod(self.shape) * _BITS.get(self.dtype, int(digits[0]) if digits else 0) // 8
 
 
@@ -38,7 +38,7 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # the text of the attributes; for a constant also its value, for a parameter also its index
+    rest: str  # text of the attributes, and the value of a constant or the index of a parameter
     root: bool
 
     def called(self, attribute: str) -> list[str]:
@@ -51,17 +51,18 @@ Computation = dict[str, Instruction]  # instruction name -> instruction
 
 
 class Work(NamedTuple):
-    """The work of one device in one execution of a program."""
+    """The FLOPs, HBM traffic, collectives and kernel calls of one device in one execution of a program."""
 
     flops: float  # FLOPs of the matrix multiplications, without those inside custom kernels
     hbm_bytes: float  # bytes read from and written to HBM, if each operation reads and writes its arrays once
     collectives: dict[str, float]  # kind of collective, such as all-gather -> bytes that the device sends
     largest_gather_bytes: int  # size of the largest array that an all-gather returns
-    kernels: dict[str, float]  # custom kernel -> number of calls
+    kernels: dict[str, float]  # name of a custom kernel -> number of its calls
 
 
 def work(text: str) -> Work:
-    """Counts the work in `text`, the HLO text of one device's program (`compiled.as_text()`)."""
+    """Counts the FLOPs, HBM traffic, collectives and kernel calls in `text`, the HLO text of one device's program
+    (`compiled.as_text()`)."""
     computations = parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
     n_devices = int(partitions[1]) if partitions else 1
@@ -92,8 +93,8 @@ def work(text: str) -> Work:
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Parses HLO text into {computation name: {instruction name: instruction}}. The entry computation has a second
-    name, "ENTRY"."""
+    """Parses HLO text into {computation name: {instruction name: instruction}}. The entry computation is also stored
+    under the name "ENTRY"."""
     computations: dict[str, Computation] = {}
     computation: Computation = {}
     for line in text.splitlines():
@@ -107,7 +108,7 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def _instruction(name: str, body: str, root: bool) -> Instruction:
-    """Parses `body`, the text of an instruction after its name: `type op(operands), attributes`."""
+    """Parses an instruction from `body`, the text that follows its name: `type op(operands), attributes`."""
     end = _closing(body, 0, " ")
     kind, body = body[:end], body[end + 1 :]
     op, _, _ = body.partition("(")
@@ -156,8 +157,8 @@ def executed(
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Returns the number of iterations of a loop: XLA's known_trip_count, or the constant with which the loop's
-    counter, which starts at 0, is compared."""
+    """Returns the number of iterations of a loop from XLA's annotation known_trip_count or, without it, from the
+    constant with which the loop's counter is compared; the counter starts at 0."""
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
     condition = computations[loop.called("condition")[0]]
@@ -173,15 +174,16 @@ def _collective(instruction: Instruction, comp_name: str) -> str | None:
     if kind not in COLLECTIVES:
         return None
     if kind == "all-reduce" and comp_name.startswith("all-reduce-scatter"):
-        return "reduce-scatter"  # TPU programs write it as an all-reduce of which each device keeps a slice
+        return "reduce-scatter"  # TPU programs write a reduce-scatter as an all-reduce and a slice
     return kind
 
 
 def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tuple[Array, ...]] | None:
-    """Returns a key that identifies a collective that overlaps other work; None for other collectives.
+    """Returns a key that identifies a collective that overlaps other work, or None for any other collective.
 
-    TPU programs repeat such a collective, with the same channel id, in the fusion that starts it, in the fusions that
-    run at the same time, and in the fusion that ends it. With the key, `work` counts the collective only once.
+    TPU programs repeat a collective that overlaps other work, with the same channel id, in the fusion that starts it,
+    in the fusions that run at the same time, and in the fusion that ends it. By the key, `work` recognises the
+    repetitions and counts the collective only once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -205,8 +207,8 @@ def _sent(instruction: Instruction, kind: str, computation: Computation, n_devic
 
 
 def _group_size(rest: str, n_devices: int) -> int:
-    """Returns the number of devices in each group of a collective, from replica_groups, which HLO writes in three
-    notations."""
+    """Returns the number of devices in each group of a collective, from its attribute replica_groups, which HLO writes
+    in three notations."""
     if (named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
@@ -230,8 +232,8 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
     """Returns the FLOPs of a convolution, the operation as which TPU programs write every matrix multiplication.
 
-    In a batched matrix multiplication, most positions of the convolution's window fall on padding or on the gaps of a
-    dilation. These positions multiply zeros and are not counted.
+    Positions of the convolution's window that fall on padding or on the gaps of a dilation are not counted, because
+    they multiply zeros. In a batched matrix multiplication, most positions of the window multiply zeros.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -257,25 +259,25 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """Whether a custom call is a Pallas kernel. Other custom calls do no work: the compiler uses them to allocate
-    memory."""
+    """Whether a custom call is a Pallas kernel. A custom call that is not a Pallas kernel computes nothing, because the
+    compiler uses it to allocate memory."""
     return '"tpu_custom_call"' in call.rest
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-    """Returns the bytes of HBM that an instruction reads and writes. Every operand and result counts once; an operand
-    that is sliced counts with the size of the slice."""
+    """Returns the bytes of HBM that an instruction reads and writes. Each operand and each result is counted once; of
+    an operand that is sliced, only the slice is counted."""
     op = instruction.op
     if op in _NO_WORK or op.endswith("-done") or (op == "custom-call" and not _is_kernel(instruction)):
         return 0
     if op in _SLICES:
         return 2 * _hbm(instruction.results)
-    if op == "slice-start":  # the results of the operation are (operand, slice, ..)
+    if op == "slice-start":  # the results of a slice-start operation are (operand, slice, ..)
         result = instruction.results[1]
         return result.size_bytes + _hbm((result,))
     if op == "dynamic-update-slice":
         return 2 * _hbm(computation[instruction.operands[1]].results)
-    if op.endswith("-start"):  # the results of the operation are (operand, result, ..)
+    if op.endswith("-start"):  # the results of an asynchronous operation are (operand, result, ..)
         return _hbm(instruction.results[:2])
     read, written = [_hbm(computation[name].results) for name in instruction.operands], _hbm(instruction.results)
     if op == "fusion":
@@ -289,8 +291,8 @@ def _read_bytes(inner: Computation, n: int, computations: dict[str, Computation]
     """Returns the number of bytes that a fused computation reads of each of its `n` parameters; infinity for a
     parameter that is read completely.
 
-    A parameter that is only sliced counts with the size of the slices. A parameter that is only updated in place counts
-    with 0.
+    Of a parameter that is only sliced, only the bytes of the slices are counted. Of a parameter that is only updated in
+    place, no bytes are counted.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in inner.values():

@@ -35,12 +35,12 @@ class Roofline:
 
     @property
     def best(self) -> float:
-        """Lower bound of the time of a step: computation, HBM traffic and communication overlap completely."""
+        """Lower bound of the step time in seconds, if computation, HBM traffic and communication overlap completely."""
         return max(self.compute_s, self.hbm_s, self.ici_s)
 
     @property
     def worst(self) -> float:
-        """Time of a step if computation, HBM traffic and communication do not overlap: the sum of the three."""
+        """Step time in seconds if computation, HBM traffic and communication do not overlap: the sum of their times."""
         return self.compute_s + self.hbm_s + self.ici_s
 
 
@@ -55,20 +55,20 @@ class Plan:
     chips: int
     mesh: dict[str, int]
     remat: str
-    rows: int  # rows of tokens per step
+    rows: int  # number of rows (token sequences) per step
     accumulation: int
     tokens: int  # tokens per step
     n_params: int
     fits: bool
-    hbm_bytes: int  # HBM available per chip
-    needed_bytes: int  # HBM needed per chip
-    parts: dict[str, int]  # needed_bytes by category: params, optimizer, batch, .., activations and workspace
+    hbm_bytes: int  # bytes of HBM available per chip
+    needed_bytes: int  # bytes of HBM that the step needs per chip
+    parts: dict[str, int]  # needed_bytes per category: params, optimizer, batch, .., activations and workspace
     compile_s: float
     host_bytes: int = 0  # bytes per chip that optim.offload and model.remat=offload keep in host memory
-    model_flops: float = 0.0  # FLOPs per step on all chips, by formula, not counting rematerialisation
+    model_flops: float = 0.0  # FLOPs per step, summed over all chips, by formula, without rematerialisation
     flops: float = 0.0  # FLOPs per step and chip, counted in the compiled program
     hbm_traffic_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)  # collective -> bytes that a chip sends per step
+    collectives: dict[str, float] = field(default_factory=dict)  # kind of collective -> bytes sent per chip and step
     largest_gather_bytes: int = 0
     kernels: dict[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """The pair (`Roofline.best`, `Roofline.worst`): bounds of the time of a step in seconds."""
+        """The pair (`Roofline.best`, `Roofline.worst`): bounds of the step time in seconds."""
         assert self.roofline is not None
         return self.roofline.best, self.roofline.worst
 
@@ -106,19 +106,21 @@ def plan(
     chunk: int | None = None,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Compiles the step of `cfg` ahead of time for a TPU slice, and reports its memory, FLOPs, traffic and time.
+    """Compiles the training or decode step of `cfg` ahead of time for a TPU slice, and reports its memory, FLOPs,
+    traffic and time.
 
-    The step is compiled by libtpu, which needs no TPU.
+    The compiler is libtpu, which works on a machine without a TPU.
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
         mesh: the device mesh. None: cfg.mesh.
-        decode: True: plan the decode step, with sample.batch_size rows per data shard. False: plan the training step.
+        decode: whether to plan the decode step, with sample.batch_size rows per data shard, instead of the training
+            step.
         chunk: number of tokens per chunk of the loss, as for `losses.next_token`.
-        keep_text: a function that is called with the HLO text of the compiled program.
+        keep_text: function that is called with the HLO text of the compiled program.
 
     Raises:
-        UserError: no such slice, libtpu is missing, or the mesh does not divide the batch size.
+        UserError: there is no such slice, libtpu is not installed, or the mesh does not divide the batch size.
     """
     tpu = slice_of(on)
     devices = devices_of(tpu)
@@ -143,7 +145,7 @@ def weigh(
     decode: bool = False,
     keep_text: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Returns the plan of a step from its compiled program."""
+    """Returns the plan of a step: the memory and cost that follow from its compiled program `built`."""
     model, chip = cfg.model, on.chip
     T = program.width(cfg)
     n_params = program.count(cfg)
@@ -182,7 +184,7 @@ def weigh(
 
 def _flops_per_token(cfg: Config, T: int, decode: bool) -> float:
     """Returns the FLOPs per token: 6 per parameter (4 per frozen parameter) plus 12 L D T for attention (L layers, D
-    attention channels, T tokens per row). Decoding, which has no backward pass, takes a third of that."""
+    attention channels, T tokens per row). Decoding takes a third of these FLOPs, because it has no backward pass."""
     shapes = abstract_params(cfg.model)
     if decode:
         return flops_per_token(cfg.model, shapes) / 3
@@ -202,8 +204,8 @@ _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 def kernel_flops(
     kernels: dict[str, float], model: ModelConfig, rows: int, T: int, shape: tuple[int, int, int, int]
 ) -> float:
-    """Returns the FLOPs of the splash attention kernels on one chip. A tile that the mask covers in part counts in
-    full, because the kernels skip only tiles that it covers completely.
+    """Returns the FLOPs of the splash attention kernels on one chip. A tile of the attention scores that the mask hides
+    only in part is counted in full, because the kernels skip only tiles that the mask hides completely.
 
     Under context parallelism, the FLOPs are those of the chip with the last tokens, which attend to the most keys.
     """
@@ -224,8 +226,9 @@ def kernel_flops(
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
     """Returns changes of the config, each of which should by itself make the step fit in memory.
 
-    The memory of a changed step is estimated by formula, times the ratio of the memory that the compiler reported for
-    `result` to the memory estimated for it.
+    The memory of the step after a change is estimated by formula and then corrected: it is multiplied by the ratio of
+    the memory that the compiler reported for the unchanged step, `result`, to the memory that the formula gives for the
+    unchanged step.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -254,7 +257,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    smallest = dict(reversed(useful))  # setting -> its smallest sufficient change, which comes first in `useful`
+    smallest = dict(reversed(useful))  # setting -> its smallest sufficient change, the first in `useful`
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
     )
@@ -270,20 +273,21 @@ def search(
 ) -> list[Plan]:
     """Searches for the mesh, remat policy and number of micro-batches with the fastest step at the same batch size.
 
-    The candidates are sorted by the time that a cost model estimates (`estimate.variants`) and compiled in this order.
+    The candidates are sorted by the step time that a cost model estimates (`estimate.variants`) and compiled in this
+    order.
 
     Args:
-        on: TPU slice, as for `plan`.
+        on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
         best: number of plans to return: the search stops after this many candidates that fit in memory.
-        seconds: time limit. Once a candidate fits, the next is compiled only if the time left is at least twice the
-            time of the last compilation.
-        say: a function that is called with a line of text about each compiled candidate.
+        seconds: time limit of the search. Once a candidate fits in memory, the next candidate is compiled only if the
+            time left is at least twice the time of the last compilation.
+        say: function that is called with a line of text about each compiled candidate.
 
     Returns:
         The plans of the compiled candidates that fit in memory, sorted by `Roofline.worst`, fastest first.
 
     Raises:
-        UserError: no candidate fits.
+        UserError: no candidate fits in memory.
     """
     tpu = slice_of(on)
     devices = devices_of(tpu)
@@ -308,7 +312,7 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            continue  # it would not fit if its memory is underestimated as much as that of an earlier candidate
+            continue  # the candidate is too large if its memory is underestimated like an earlier candidate's
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)
         last, scale = built.seconds, max(scale, result.needed_bytes / c.memory_bytes)

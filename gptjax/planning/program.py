@@ -29,13 +29,14 @@ from gptjax.training.task import identity
 
 
 class Program(NamedTuple):
-    """A compiled training or decode step. If it does not fit in memory, there is only the memory that it would need."""
+    """A compiled training or decode step. If the step does not fit in memory, `compiled` is None and `needed_bytes` is
+    the memory that the step would need."""
 
     argument_bytes: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
     compiled: jax.stages.Compiled | None  # None if the step does not fit in memory
-    needed_bytes: int  # peak HBM per chip
-    usable_bytes: int  # HBM per chip that the compiler can use; 0: unknown
-    seconds: float  # time to trace and compile
+    needed_bytes: int  # peak bytes of HBM per chip
+    usable_bytes: int  # bytes of HBM per chip that the compiler can use; 0: unknown
+    seconds: float  # time to trace and compile the step
     host_bytes: int = 0  # bytes of host memory that the step uses per chip
 
 
@@ -43,11 +44,12 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
     """Compiles the training step of `cfg`, which is the step that `gptjax pretrain` or `gptjax finetune` runs.
 
     Args:
-        cfg: the config; cfg.model is complete, so for fine-tuning it is the model config of the base model.
-        chunk: number of tokens per chunk of the pretraining loss. None: chosen by the loss.
+        cfg: the config, in which cfg.model must be complete; for fine-tuning, cfg.model is the model config of the base
+            model.
+        chunk: number of tokens per chunk of the pretraining loss, or None to let the loss function choose it.
 
     Raises:
-        UserError: the mesh does not divide the batch, or a pattern matches no parameter.
+        UserError: the mesh does not divide the batch size, or a path pattern in the config matches no parameter.
     """
     rows, T = cfg.train.batch_size, width(cfg)
     if (rows // cfg.train.accumulation) % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -75,7 +77,7 @@ def train_program(cfg: Config, mesh: Mesh, *, chunk: int | None = None) -> Progr
 
 
 def width(cfg: Config) -> int:
-    """Returns the number of tokens per row."""
+    """Returns the number of tokens per row of a training batch."""
     return cfg.window if cfg.task == "pretrain" else tuning.longest_row(cfg, cfg.model)
 
 
@@ -83,7 +85,7 @@ def _state(
     cfg: Config, tx: optax.GradientTransformation
 ) -> tuple[Callable[[jax.Array], TrainState], Callable[[Any, Any], Any]]:
     """Returns the functions (create, combine). `create(key)` makes the train state, and `combine(trained, frozen)`
-    merges the trained and the frozen parameters to those of the whole model."""
+    merges the trained and the frozen parameters into the parameters of the whole model."""
     combine = [identity]
 
     def create(key: jax.Array) -> TrainState:
@@ -91,14 +93,15 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [partitioned.combine]  # may leave the traced function, because it holds names, not tracers
+        combine[:] = [partitioned.combine]  # the function holds names and no tracers, so it may outlive the trace
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)
 
 
 def decode_program(cfg: Config, mesh: Mesh, rows: int) -> Program:
-    """Compiles the decode step: one token for each of `rows` sequences, with a KV cache of the whole context length.
+    """Compiles the decode step, which generates one token for each of `rows` sequences, with a KV cache of the whole
+    context length.
 
     The parameters and the KV cache are in cfg.model.dtype.
     """
@@ -127,7 +130,7 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 def bytes_per_chip(abstract: Any) -> int:
     """Returns the bytes of HBM that a pytree of sharded abstract arrays takes per chip. Random keys and arrays in host
-    memory count as 0."""
+    memory are not counted."""
     leaves = [
         leaf
         for leaf in jax.tree.leaves(abstract)
@@ -151,7 +154,7 @@ def _compiled(lowered: jax.stages.Lowered, argument_bytes: dict[str, int], start
 
 def peak_bytes(memory: Any) -> int:
     """Returns the peak HBM of a compiled program in bytes, including its code. Older versions of jax do not report the
-    peak; with them, the result is the sum of all allocations, an upper bound.
+    peak; with these versions, the result is the sum of all allocations, which is an upper bound.
 
     Host memory that is used with optim.offload is subtracted, because the compiler's peak includes it.
     """
@@ -168,12 +171,11 @@ def peak_bytes(memory: Any) -> int:
 def out_of_memory(message: str, lasting_bytes: int = 0) -> tuple[int, int]:
     """Returns the (needed, usable) bytes that the compiler's out-of-memory message names; (0, 0) for any other message.
 
-    The message has one of two forms:
+    The compiler's out-of-memory message contains either `Used 18.81G of 15.75G hbm` or `the total memory required for
+    HLO temporaries (47.73G) exceeds available HBM (31.25G)`.
 
-    Used 18.81G of 15.75G hbm
-    the total memory required for HLO temporaries (47.73G) exceeds available HBM (31.25G)
-
-    The second form does not count the program's arguments, so their size, `lasting_bytes`, is added.
+    The memory in the message about HLO temporaries leaves out the program's arguments, so their size in bytes,
+    `lasting_bytes`, is added to it.
     """
     total = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
     temporaries = re.search(r"temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)

@@ -17,11 +17,13 @@ SOURCES = "peaks: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; v4's interconnect:
 
 
 def table(plan: Plan, *, tokens: float | None = None, hours: float | None = None) -> list[str]:
-    """Returns a plan as a table of text, a list of lines.
+    """Returns a plan as a text table, in a list of lines.
 
     Args:
-        tokens: number of tokens to train on, for which the table also has the time. None: not shown.
-        hours: time in hours, for which the table also has the number of tokens processed. None: not shown.
+        tokens: number of tokens to train on, for which the table also shows the training time, or None to leave the
+            time out.
+        hours: time in hours, for which the table also shows the number of tokens processed, or None to leave the number
+            out.
     """
     lines = [
         f"{plan.what} step on {plan.slice}: {plan.chips} chips ({plan.topology}), {_mesh(plan) or 'no mesh'}, "

@@ -37,7 +37,7 @@ SLICES: dict[str, str] = {
 
 class Slice(NamedTuple):
     name: str
-    topology: str  # in libtpu's notation, such as v5e:2x4
+    topology: str  # topology in libtpu's notation, such as v5e:2x4
     chip: Chip
     n_chips: int
 
