@@ -58,8 +58,8 @@ def _version(name: str) -> str:
 
 
 def version_problems(versions: dict[str, str]) -> list[str]:
-    """Returns an error text if the versions of jax and jaxlib are incompatible: both must have the same minor release,
-    and the patch release of jaxlib may be older than that of jax but not newer."""
+    """Returns an error text if jax and jaxlib are of different minor releases. (When it is imported, jax itself refuses
+    a jaxlib whose patch release is newer.)"""
     jax, jaxlib = versions.get("jax", ""), versions.get("jaxlib", "")
     if not jax or not jaxlib:
         return ["jax or jaxlib is not installed: pip install -U jax"]
