@@ -47,14 +47,14 @@ def steps(page: str) -> list[tuple[str, str]]:
     """("bash", command) and ("python", block) of a page in its order: of bash blocks one command per line, or joined by
     &&, and the code spans at the end of a table's row."""
     pattern = r"^```(bash|python)\n(.*?)^```$|^\|[^\n]*`(gptjax [^`\n]+)` \|$"
-    found: list[tuple[str, str]] = []
+    steps_of_page: list[tuple[str, str]] = []
     for match in re.finditer(pattern, page, re.MULTILINE | re.DOTALL):
         if match[1] == "python":
-            found.append(("python", match[2]))
+            steps_of_page.append(("python", match[2]))
         else:
             lines = (match[2] or match[3]).splitlines()
-            found += [("bash", part.strip()) for line in lines for part in line.split("&&")]
-    return found
+            steps_of_page += [("bash", command.strip()) for line in lines for command in line.split("&&")]
+    return steps_of_page
 
 
 def commands(page: str = README) -> list[str]:
@@ -152,7 +152,7 @@ def test_every_file_and_folder_is_there():
     names = re.findall(r"(?:\w+/)*\w+\.py|\b\w+/(?=$|\n)", picture)
     assert len(names) >= 12
     where = [(ROOT / "gptjax" / name).exists() or list((ROOT / "gptjax").glob(f"*/{name}")) for name in names]
-    assert all(where), [name for name, found in zip(names, where, strict=True) if not found]
+    assert all(where), [name for name, matches in zip(names, where, strict=True) if not matches]
 
 
 @pytest.mark.parametrize("name", PAGES)

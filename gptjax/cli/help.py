@@ -99,7 +99,7 @@ def _usage(usage: str, width: int) -> list[str]:
     brackets, so that each optional argument stays on one line."""
     lines: list[str] = []
     for line in usage.splitlines():
-        kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda part: part[0].replace(" ", "\0"), line)
+        kept = re.sub(r"\[(?:[^][]|\[[^]]*\])*\]", lambda match: match[0].replace(" ", "\0"), line)
         first, *rest = _wrapped(kept, width - 9)
         lines += [first, *(f"  {line}" for line in rest)]
     starts = ["Usage: ", *["       "] * (len(lines) - 1)]

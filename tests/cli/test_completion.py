@@ -224,9 +224,9 @@ def test_the_tab_key_in_bash(shell_env, tmp_path):
         send("""PS1='ready> '; bind 'set bell-style none'; eval "$(gptjax completion bash)"; echo loa''ded\n""")
         read("loaded\r?\nready> ")
         for keys, line in typed.items():
-            *parts, _ = keys.split("\t")
-            for part in parts:
-                send(f"{part}\t")
+            *words_typed, _ = keys.split("\t")
+            for word in words_typed:
+                send(f"{word}\t")
                 time.sleep(0.6)
             send("\x01echo '\x05'\n")  # the line is printed instead of run
             assert f"\n{line}" in read(r"\nready> ").replace("\r", ""), keys

@@ -31,15 +31,15 @@ def commands(line):
     """The words after `gptjax` of each gptjax command in a shell line, with those of pipes, ; and && told apart."""
     words = shlex.shlex(line, posix=True, punctuation_chars="|;&<>()")
     words.whitespace_split = True
-    found, command = [], None
+    commands, command = [], None
     for word in words:
         if set(word) <= set("|;&<>()"):
             command = None
         elif word == "gptjax" and command is None:
-            found.append(command := [])
+            commands.append(command := [])
         elif command is not None:
             command.append(word)
-    return found
+    return commands
 
 
 @pytest.fixture

@@ -34,13 +34,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, kind, name, together, *more):
+def run(folder, kind, name, vmapped, *more):
     settings = [text.format(folder) for text in KINDS[kind]]
     settings += ["sample.max_new_tokens=4"] if kind != "classify" else []
     return main(
         [
             "finetune", kind, *settings, f"finetune.base={folder / 'base'}", f"run_dir={folder / name}", "seed=3",
-            "finetune.seeds=2", f"finetune.together={together}", "train.epochs=null", "train.max_steps=6",
+            "finetune.seeds=2", f"finetune.together={vmapped}", "train.epochs=null", "train.max_steps=6",
             "train.eval_every=3", "train.checkpoint_every=3", "train.batch_size=4", "optim.lr=1e-2",
             "optim.warmup_steps=0", "optim.eps=1e-4", "lora.rank=4", *more,
         ]
