@@ -1,4 +1,4 @@
-"""gptjax: the whole LLM workflow as pure functions in JAX.
+"""gptjax: trains, fine-tunes, evaluates and runs language models, with pure functions in JAX.
 
 Every public name is imported on first use, so `import gptjax` is cheap.
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from gptjax import _moved
 
-# public name -> the module that defines it; "" if the name is a submodule of gptjax
+# maps each public name to the module that defines it, or to "" if the name is a submodule of gptjax
 _HOMES: dict[str, str] = {
     "load": "gptjax.weights",
     "save": "gptjax.weights",

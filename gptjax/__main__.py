@@ -63,8 +63,8 @@ def _set_up_process() -> None:
 def _leave(code: int) -> None:
     """End the process at once with this exit code, without the interpreter's normal exit.
 
-    A normal exit can wait for other processes, and it ends the process by SIGINT, without the exit code, if the
-    KeyboardInterrupt passed through an extension module that called Python code.
+    A normal exit can wait for other processes. It can also lose the exit code: if the KeyboardInterrupt passed through
+    an extension module that runs Python code, Python ends by sending SIGINT to itself.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -77,7 +77,7 @@ def _explain(error: BaseException) -> int | None:
     a bug."""
     if isinstance(error, UserError):
         return _complain(str(error))
-    if isinstance(error, SystemExit):  # for example `Stopped`, if training ends before its last step
+    if isinstance(error, SystemExit):  # for example a `Stopped`: training ended before its last step
         return error.code if isinstance(error.code, int) else USER_ERROR
     if isinstance(error, BrokenPipeError):
         # A closed pipe, as after `gptjax presets ls | head -1`, is not an error. Replacing stdout keeps Python from
@@ -124,7 +124,7 @@ def _asks_for_help(args: Sequence[str]) -> bool:
     return any(arg in HELP for arg in args)
 
 
-# Command of another tool -> the corresponding command of gptjax, for the hint "did you mean".
+# Maps a command of another tool to the corresponding command of gptjax, for the hint "did you mean".
 PEERS = {
     "train": "pretrain", "generate": "sample", "tokenize": "tokenizer", "prepare": "data", "preprocess": "data",
     "ls": "presets", "cp": "presets", "validate": "pretrain", "check": "doctor", "version": "doctor",

@@ -1,9 +1,9 @@
 """Deprecated import paths, which work for one more release, with a DeprecationWarning that names the new path.
 
 To move a module, `git mv` it, change the imports in this repository, and add an entry to MOVED. An entry of MOVED for a
-package also applies to those of its modules that have no entry. To rename a function or constant, or to move it to
-another module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must call
-`moved_name`.
+package also applies to the modules of the package that have no entry of their own. To rename a function or constant, or
+to move it to another module, add an entry to NAMES; if its old module still exists, `__getattr__` of that module must
+call `moved_name`.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ class _Finder:
         if not hasattr(found, "__path__") and not any(row.startswith(f"{old}.") for row in (*MOVED, *NAMES)):
             sys.modules[old] = found  # after `exec_module`, the import system returns sys.modules[old]
             return
-        module.__path__ = []  # keeps the old package importable, because its modules may have moved to several places
+        # A module with a `__path__` is a package, so that Python also looks for submodules of the old path, each of
+        # which may have moved to a different package.
+        module.__path__ = []
 
         def __getattr__(name: str) -> Any:
             child = f"{old}.{name}"
@@ -191,7 +193,9 @@ class _Finder:
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before all finders that would import a leftover folder at an old path
+        # placed first, because the folder of a moved package may be left behind, for example with __pycache__, and
+        # Python's own finders would import this folder as a namespace package
+        sys.meta_path.insert(0, _Finder())
 
 
 def moved_name(module: str, name: str) -> Any:
@@ -206,8 +210,8 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def old_task(loss: Callable, init_params: Callable) -> Callable[..., SimpleNamespace]:
-    """Returns the deprecated function `task(cfg)` of a task's module, which returns a namespace of three functions:
-    prepare, init and loss."""
+    """Returns a function `task(cfg)`, as the modules of `gptjax.tasks` had it in earlier releases. It returns a
+    namespace of three functions: prepare, init and loss."""
 
     def task(cfg: Any, *args: Any, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(

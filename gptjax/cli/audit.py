@@ -59,8 +59,8 @@ def run(args: list[str]) -> int:
 
 
 def _pages(source: str, out: str | None) -> dict[str, Path]:
-    """Returns the paths of the two report files, {"html": .., "json": ..}: audit.html and audit.json in the run
-    directory or, if the name `out` is given, OUT.html and OUT.json.
+    """Returns a dict from "html" and "json" to the paths of the two report files: audit.html and audit.json in the run
+    directory or, if the argument `out` is given, OUT.html and OUT.json.
 
     Raises:
         UserError: one of the report files exists already, or `source` is not a folder and `out` is None.
@@ -112,8 +112,9 @@ def settings_of(args: Iterable[str]) -> dict[str, Any]:
 
 
 def _texts(given: dict[str, Any], cfg: Config | None, tokenizer: Tokenizer) -> tuple[TokenStore, TokenStore]:
-    """Returns the training and the held-out texts as token stores. The texts are read from the files in train=FILE and
-    held_out=FILE; if these settings are not given, the training and validation data of the run are used."""
+    """Returns the tokenized training texts and the tokenized held-out texts. The texts are read from the files in
+    train=FILE and held_out=FILE; if these settings are not given, the training and validation data of the run are
+    used."""
     from gptjax import data
     from gptjax.data import quality
     from gptjax.research import audit

@@ -173,7 +173,8 @@ def _answer(chat: Chat, text: str) -> None:
         return
     wait_s, decode_s, n_decoded = first - started, time.monotonic() - first, chat.count - EVERY
     tokens = f"{chat.count} token{'' if chat.count == 1 else 's'}"
-    if n_decoded <= 0 or decode_s <= 0:  # the rate counts only tokens after the first screen update
+    # the number of tokens per second is computed from the tokens after the first screen update only
+    if n_decoded <= 0 or decode_s <= 0:
         options.note(f"[{tokens} after {wait_s + decode_s:.1f} s]")
     else:
         options.note(f"[{tokens}, first after {wait_s:.1f} s, then {n_decoded / decode_s:.0f} tok/s]")

@@ -93,9 +93,9 @@ class Names(NamedTuple):
     """The names from which completions are made.
 
     Attributes:
-        settings: {setting: its allowed values}, with [] for a setting that takes any number or text.
-        uses: {task: the patterns of the settings that the task reads}.
-        presets: {name of a preset: its task}.
+        settings: dict from the key of each setting to its allowed values, or to [] if it takes any number or text.
+        uses: dict from each task to the patterns of the settings that the task reads.
+        presets: dict from the name of each preset to its task.
     """
 
     settings: dict[str, list[str]]

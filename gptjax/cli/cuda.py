@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from typing import NamedTuple
 
-# CUDA version -> (oldest driver version, lowest compute capability of a GPU) that this CUDA version supports
+# maps a CUDA version to the oldest driver version and the lowest compute capability that this CUDA version supports
 NEEDS = {"12": (525, 5.2), "13": (580, 7.5)}
 PACKAGES = tuple(
     name for cuda in NEEDS for name in (f"jax-cuda{cuda}-plugin", f"jax-cuda{cuda}-pjrt", f"nvidia-cudnn-cu{cuda}")
@@ -62,7 +62,8 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
     """Returns the reasons for which jax cannot use the GPU, with a solution for each; [] if there are none.
 
     Args:
-        versions: {package: version} of jax, jaxlib and `PACKAGES`; "" for a package that is not installed.
+        versions: dict from the names of the packages jax, jaxlib and those in `PACKAGES` to their versions; "" for a
+            package that is not installed.
     """
     plugins = [cuda for cuda in NEEDS if versions.get(f"jax-cuda{cuda}-plugin")]
     jaxlib = versions.get("jaxlib", "")

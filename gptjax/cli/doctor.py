@@ -69,8 +69,8 @@ def version_problems(versions: dict[str, str]) -> list[str]:
 
 
 def tpu_here() -> bool:
-    """Whether this machine has a TPU, judged by device files and by environment variables of Colab and TPU VMs. jax is
-    not asked, because it does not find a TPU whose driver is missing."""
+    """Returns True if this machine has a TPU, judged by device files and by environment variables of Colab and TPU VMs.
+    `jax.devices` is not used, because it does not list a TPU whose driver is missing."""
     return bool(glob.glob("/dev/accel*") or os.environ.get("TPU_NAME") or os.environ.get("COLAB_TPU_ADDR"))
 
 

@@ -31,7 +31,7 @@ class Page(NamedTuple):
         options: the options of the command that are not settings of the schema.
         reads: the task whose settings the command reads (see `gptjax.config.uses`), "*" for the settings of any task,
             or "" for only those in `settings`.
-        settings: patterns of the settings that the page lists, or () for all settings that the task `reads` reads.
+        settings: patterns of the settings that the page lists, or () for all settings of the task in `reads`.
         section: the section whose name may be left out of the settings, such as "sample".
         preset: the preset that is used if the command line names no preset, or "" if the command takes no preset.
         tasks: the tasks whose presets the command takes.

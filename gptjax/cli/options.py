@@ -62,7 +62,8 @@ def parse(args: Sequence[str], words: int, example: str = EXAMPLE) -> Args:
 
 
 def is_setting(arg: str) -> bool:
-    """Whether the argument is a setting such as a.b=c, and not the name of an existing file that contains `=`."""
+    """Returns True if the argument is a setting such as a.b=c, and not the name of an existing file that contains
+    `=`."""
     return "=" in arg and not os.path.exists(arg)
 
 
@@ -149,7 +150,7 @@ def show_only(
         keys: the keys of the settings that the command reads, or None for those that the task `cfg.task` reads.
 
     Returns:
-        Whether --print-config or --dry-run was given, after which the command should return at once.
+        True if --print-config or --dry-run was given, so that the command should return at once.
     """
     if not (args.print_config or args.dry_run):
         return False

@@ -1,5 +1,5 @@
 """`gptjax plan`: compiles the training or decode step of a run for a TPU slice ahead of time, and reports memory,
-traffic and time."""
+FLOPs, HBM traffic, communication and time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def run(args: list[str]) -> int:
     if len(plans) > 1:
         print("\n".join([*report.comparison(plans), ""]))
     best = plans[0]
-    unknown = opts.decode or cfg.train.epochs is not None  # with epochs, the number of steps depends on the data
+    # with train.epochs, the number of steps depends on the size of the data, which is not read here
+    unknown = opts.decode or cfg.train.epochs is not None
     tokens = opts.tokens or (None if unknown else float(cfg.train.max_steps) * best.tokens)
     print("\n".join(report.table(best, tokens=tokens, hours=opts.hours)))
     if opts.search:

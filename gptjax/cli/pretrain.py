@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptjax.data import Prepared
     from gptjax.weights import Model
 
-DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default preset without pretrain.base, and with it
+DEFAULT, FROM_BASE = "shakespeare-char", "continue"  # default presets without and with pretrain.base
 
 
 def run(args: list[str]) -> int:

@@ -50,7 +50,7 @@ def run_export(args: list[str]) -> int:
     form, source, target = words
     if form not in FORMATS:
         raise UserError(f"export {form}: expected {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
-    path = Path(target)  # checked before the model is read, because an existing target is refused
+    path = Path(target)  # an existing target is refused at once, before the model is read, which may take long
     if form == "gguf" or (path.exists() and not path.is_dir()):
         refuse_existing(path, "TARGET")
     elif path.is_dir() and any(path.iterdir()):

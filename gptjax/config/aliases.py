@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from gptjax.errors import did_you_mean, nearest
 
-# Name of a setting in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl or Build a Large Language Model (From Scratch)
-# -> key of the same setting in gptjax.
+# Maps the name of a setting in nanoGPT, nanochat, litgpt, torchtune, TRL, axolotl or Build a Large Language Model (From
+# Scratch) to the key of the same setting in gptjax.
 ALIASES: dict[str, str] = {
     "learning_rate": "optim.lr", "max_lr": "optim.lr", "peak_lr": "optim.lr", "embedding_lr": "optim.embed_lr",
     "unembedding_lr": "optim.head_lr", "matrix_lr": "optim.lr", "optimizer": "optim.name", "optim": "optim.name",
@@ -60,7 +60,7 @@ ALIASES: dict[str, str] = {
     "max_tokens": "sample.max_new_tokens", "temp": "sample.temperature",
 }  # fmt: skip
 
-# Name of a setting that another tool has and gptjax does not have -> what to use in gptjax instead.
+# Maps the name of a setting that another tool has, but not gptjax, to a text that says what gptjax does instead.
 NOT_HERE: dict[str, str] = {
     "use_peft": "gptjax finetune trains a LoRA adapter; finetune.trainable=all trains all weights",
     **dict.fromkeys(

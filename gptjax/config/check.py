@@ -70,7 +70,7 @@ def _ranges(values: dict[str, object]) -> Iterator[Complaint]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             limits = setting["range"]
-            if isinstance(number, int):  # integers above 2**32 - 1 would overflow a float or an array
+            if isinstance(number, int):  # larger integers do not fit in a uint32 array, very large ones not in a float
                 limits = dataclasses.replace(limits, high=min(limits.high, 2**32 - 1))
             if number not in limits or number == math.inf:
                 yield (key,), f"{key} ({shown(number)}) must be {limits}"
@@ -119,7 +119,7 @@ def _has_heads(model: ModelConfig) -> bool:
 
 
 def _has_head_dim(model: ModelConfig) -> bool:
-    """Whether the head dimension is defined: d_head is given, or n_head divides d_model."""
+    """Returns True if the head dimension is defined: d_head is given, or n_head divides d_model."""
     return bool(model.d_head) or model.d_model % model.n_head == 0
 
 
@@ -259,8 +259,9 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-# Settings that another setting can leave without effect, and that are then refused on a command line: (keys or prefixes
-# of keys of the settings, key of the other setting, whether a value of the other setting leaves them without effect).
+# Each entry has the keys of some settings A, or prefixes of their keys; the key of another setting B; and a function
+# that takes the value of B and returns True if the settings A have no effect with this value. A command line that sets
+# one of them is then refused.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("optim.momentum",), "optim.name", lambda value: value != "muon"),
     (("optim.decay_fraction",), "optim.schedule", lambda value: value != "wsd"),
@@ -278,8 +279,8 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] =
 
 
 def without_effect(cfg: Config, provenance: Provenance) -> Iterator[str]:
-    """Yields error texts for settings on the command line that have no effect because of the value of another
-    setting."""
+    """Yields error texts for settings on the command line, or in the overrides of `load_config`, that have no effect
+    because of the value of another setting."""
     values = flat(cfg)
     for keys, other, disables in WITHOUT_EFFECT:
         requested = [

@@ -1,7 +1,7 @@
 """Reads settings from YAML, arguments such as `a.b=c`, and dicts into a flat list of leaves; a leaf has the key, the
 value, and the place where the value was set.
 
-This module does not use the schema: `load.build` later converts each text to the type of its setting.
+This module does not use the schema: `load.build` later converts the value of each leaf to the type of its setting.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Leaf(NamedTuple):
     where: str
 
 
-# key -> where its value was set: "configs/pretrain/x.yaml:12", "arch=modern", "command line" or "default"
+# Maps the key of a setting to the place where its value was set: "configs/pretrain/x.yaml:12", "arch=modern",
+# "command line" or "default".
 Provenance = dict[str, str]
 
 
@@ -88,8 +89,9 @@ def from_yaml(text: str, name: str) -> list[Leaf]:
 
 
 def _fits_depth(text: str, levels: int) -> bool:
-    """Whether mappings and lists of a YAML text are nested at most `levels` deep. The depth is counted without
-    recursion, so that a text that is nested too deeply for recursive functions can be refused before they read it."""
+    """Returns True if the mappings and lists of a YAML text are nested at most `levels` deep. The depth is counted
+    without recursion, so that a text that is nested too deeply for recursive functions can be refused before they read
+    it."""
     import yaml
 
     depth = 0
@@ -104,7 +106,8 @@ def _refuse_large(root: yaml.Node, name: str) -> None:
     """Raises UserError if the aliases of a YAML document expand to too many values, or an alias contains itself."""
     import yaml
 
-    sizes: dict[int, int] = {}  # id of a YAML node -> number of its values with aliases expanded; 0 while counting
+    # maps the id of each YAML node to the number of its values with aliases expanded, or to 0 while they are counted
+    sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:

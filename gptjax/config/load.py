@@ -69,7 +69,7 @@ def file_layers(source: Optional[str | os.PathLike[str]]) -> list[Leaf]:
     if source is None:
         return []
     layers = _file_leaves(source)
-    if (Path(source) / "config.yaml").is_file():  # the run may have been moved, so run_dir is set to its folder
+    if (Path(source) / "config.yaml").is_file():  # run_dir in the file is out of date if the run was moved
         layers.append(Leaf("run_dir", str(source), "the run's own folder"))
     return layers
 
@@ -227,8 +227,11 @@ RULED = (
 
 
 def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
-    """Drops from `values` and `set_at` the settings that later layers overrule according to `RULED` and
-    `_drop_base_settings`, and yields error texts for settings that exclude each other."""
+    """Drops settings from `values` and `set_at`, and yields error texts for settings that exclude each other.
+
+    A setting is dropped if a setting in a later layer overrules it; `RULED` and `_drop_base_settings` define which
+    settings overrule which.
+    """
     layers = list(dict.fromkeys(layer(leaf.where) for leaf in leaves))
     yield from _drop_base_settings(layers, values, set_at)
     for key, ruling in RULED:
@@ -244,9 +247,12 @@ def _drop_overruled(leaves: list[Leaf], values: dict[str, Any], set_at: Provenan
 
 def _drop_base_settings(layers: list[str], values: dict[str, Any], set_at: Provenance) -> Iterator[str]:
     """Drops or refuses model and tokenizer settings if pretrain.base is set, because the base model has a model config
-    and a tokenizer of its own. Model and tokenizer settings are dropped if their layer comes before the layer that sets
-    pretrain.base. For model and tokenizer settings in that layer or a later layer an error text is yielded, except for
-    settings in the same file as pretrain.base if `to_yaml` wrote the file, because such a file holds all settings."""
+    and a tokenizer of its own.
+
+    Model and tokenizer settings are dropped if their layer comes before the layer that sets pretrain.base; otherwise an
+    error text is yielded. No error text is yielded for settings in the same file as pretrain.base if the file holds
+    most settings of the schema: such a file was written by `to_yaml`.
+    """
     if values.get("pretrain.base") is None:
         return
     base_layer = layers.index(layer(set_at["pretrain.base"]))

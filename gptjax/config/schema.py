@@ -208,7 +208,7 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer is gated (GLU): it has a gate projection next to its up projection."""
+        """True if the feed-forward layer is gated (GLU): it has a gate projection next to its up projection."""
         return self.activation in ("swiglu", "geglu")
 
     @property
@@ -263,7 +263,7 @@ class ModelConfig(Computation, Architecture):
     def __new__(cls, *args: Any, **given: Any) -> "ModelConfig":
         self = object.__new__(cls)
         # `dataclasses.replace` passes the changed fields first, and then the fields that are copied from the old
-        # config, of which `_derived` is the first
+        # config, of which `_derived` is the first; so the caller did not change the fields from `_derived` on
         names = list(given)
         copied = names[names.index("_derived") :] if "_derived" in given else ()
         object.__setattr__(self, "_copied", copied)
@@ -421,7 +421,7 @@ class TrainConfig:
     )
     eval_every: int = setting(250, "Number of steps between evaluations on the validation data.", COUNT)
     eval_train_batches: int = setting(
-        0, "Number of training batches on which the loss is evaluated as well, without dropout. 0: off."
+        0, "Number of training batches on which each evaluation also computes the loss, without dropout. 0: off."
     )
     checkpoint_every: int = setting(250, "Number of steps between checkpoints.", COUNT)
     log_every: int = setting(10, "Number of steps between log lines in metrics.jsonl.", COUNT)
@@ -498,7 +498,9 @@ class SampleConfig:
         RATE,
     )
     repetition_penalty: float = setting(
-        1.0, "Penalty on tokens that already occur in the prompt or the continuation. 1: off.", POSITIVE
+        1.0,
+        "Repetition penalty: makes tokens that already occur in the prompt or the continuation less likely. 1: off.",
+        POSITIVE,
     )
     stop: tuple[str, ...] = setting((), "Stop strings: generation ends before the first occurrence of any of them.")
     quantize: Literal["none", "int8", "nf4"] = setting(
