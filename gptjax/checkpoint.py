@@ -450,7 +450,7 @@ def _quiet() -> Iterator[None]:
                 traceback.clear_frames(failure.__traceback__)
                 failure = failure.__cause__ or failure.__context__
             gc.collect()
-        time.sleep(0.2)  # waits until callbacks in Orbax's other threads have finished
+        time.sleep(0.2)  # gives callbacks in Orbax's other threads the time to finish
         raise
     finally:
         sys.unraisablehook = hook

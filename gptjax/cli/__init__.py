@@ -61,7 +61,7 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("gptjax.cli.doctor", INSTALLATION, "Check package versions, devices, cached files and folders."),
 }
-ABOUT_VERBS: dict[str, Verb] = {  # commands that explain or complete command lines
+ABOUT_VERBS: dict[str, Verb] = {  # commands about the command line itself: its help and its completion
     "help": Verb("gptjax.cli.help", INSTALLATION, "Explain a command or a topic."),
     "completion": Verb(
         "gptjax.cli.completion", INSTALLATION, "Print a script for completion with TAB.", ("bash", "zsh", "fish")

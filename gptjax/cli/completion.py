@@ -1,9 +1,9 @@
 """`gptjax completion bash|zsh|fish`: prints a script with which the shell completes command lines.
 
-The script calls `gptjax completion --words WORD ...` with the words before the cursor, of which the last is unfinished,
-and gets the possible completions of the last word, one per line. The script also passes the names of settings and
-presets to this command, in an environment variable, because importing the modules that define the names would take most
-of the time of each completion.
+The script calls `gptjax completion --words WORD ...` with the words before the cursor. The last word is the one
+that the user is typing, and the command prints its possible completions, one per line. The script also passes the names
+of settings and presets to this command, in an environment variable, because importing the modules that define the names
+would take most of the time of each completion.
 
 The command prints these completions for these words:
     --words pre                             pretrain, presets

@@ -59,7 +59,7 @@ def lines(cards: list[Card]) -> list[str]:
 
 
 def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Returns the reasons for which jax cannot use the GPU, with a solution for each; [] if there are none.
+    """Returns the reasons why jax cannot use the GPU, as texts that also suggest a solution; [] if there are none.
 
     Args:
         versions: dict from the names of the packages jax, jaxlib and those in `PACKAGES` to their versions; "" for a
@@ -97,8 +97,9 @@ def plugin_problems(versions: dict[str, str], cards: list[Card]) -> list[str]:
 
 
 def backend_problem(backend: str, here: bool, versions: dict[str, str], cards: list[Card]) -> list[str]:
-    """Returns an error text with the most likely cause if the machine has a GPU that jax does not use. Returns [] if
-    jax uses the GPU, if there is no GPU, or if the user chose the backend with JAX_PLATFORMS."""
+    """Returns a list with one error text, which names the most likely cause, if the machine has a GPU that jax does not
+    use. Returns [] if jax uses a GPU or TPU, if there is no GPU, or if the user chose the backend with
+    JAX_PLATFORMS."""
     if not here or backend in ("gpu", "tpu") or os.environ.get("JAX_PLATFORMS"):
         return []
     if not any(versions.get(f"jax-cuda{cuda}-plugin") for cuda in NEEDS):

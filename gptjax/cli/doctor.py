@@ -97,8 +97,8 @@ def wanted_libtpu() -> str:
 
 
 def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: list[str]) -> list[str]:
-    """Returns an error text with the most likely cause if the machine has a TPU that jax does not use; otherwise [].
-    Without the error, gptjax would compute on the CPU and the user would not notice."""
+    """Returns a list with one error text, which names the most likely cause, if the machine has a TPU that jax does not
+    use; otherwise []. Without the error, gptjax would compute on the CPU and the user would not notice."""
     if not tpu or backend == "tpu":
         return []
     if not libtpu:
@@ -116,8 +116,8 @@ def backend_problem(backend: str, tpu: bool, libtpu: str, wanted: str, held_by: 
 
 
 def precision_line(backend: str, capability: float, setting: str | None) -> str:
-    """Returns a line about the precision of float32 matrix multiplications on this backend, with model.dtype=float32
-    and model.precision=default.
+    """Returns a line of text: the precision that matrix multiplications have on this backend in a run with
+    model.dtype=float32 and model.precision=default.
 
     Args:
         capability: compute capability of the GPU; 0: unknown.

@@ -142,8 +142,10 @@ def show_only(
     report: Callable[[Config], list[str]],
     keys: Sequence[str] | None = None,
 ) -> bool:
-    """Handles --print-config, which prints all settings, and --dry-run, which prints the settings that differ from
-    their defaults, and a report.
+    """Handles the options --print-config and --dry-run.
+
+    --print-config prints all settings that the command reads. --dry-run prints those that differ from their defaults or
+    were given on the command line, and a report.
 
     Args:
         report: function that takes the config and returns the lines of the report.

@@ -61,8 +61,8 @@ def plan(cfg: Config) -> list[str]:
 
 
 def _prepared(cfg: Config, base: Model | None) -> tuple[Prepared | None, str]:
-    """Returns (tokenized data, ""), or (None, reason) if the data cannot be prepared without a download. A dry run
-    downloads nothing, so it prepares only data that is on this machine."""
+    """Returns the tokenized data and "" or, if the data cannot be prepared without a download, None and a text that
+    says why. A dry run downloads nothing, so it prepares only data that is on this machine."""
     from gptjax import assets, data
 
     for source in (*cfg.data.source, *cfg.data.val_source):

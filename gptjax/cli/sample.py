@@ -189,8 +189,12 @@ def write(
 
 
 def _completion(new: list[int], until: Until | None, max_new_tokens: int) -> Completion:
-    """Returns the completion for the tokens `new`, which were generated without the stop condition `until`: the
-    shortest prefix of the tokens for which `until` is true, or all tokens if there is no such prefix."""
+    """Truncates generated tokens at a stop condition, which `speculate` does not support during generation.
+
+    Returns:
+        The shortest prefix of the tokens `new` for which `until` is true, or all tokens if there is no such prefix, as
+        a `Completion` without log-probabilities.
+    """
     from gptjax.generation import Completion
 
     length = next((size for size in range(1, len(new) + 1) if until and until(new[:size])), None)

@@ -79,8 +79,9 @@ def _inspect(args: list[str]) -> None:
 
 
 def _load(args: list[str], action: str) -> tuple[Tokenizer, str | None]:
-    """Returns the tokenizer that the first argument names, and the second argument, which is a text, or None if it is
-    not given. The text argument may contain `=`, because the actions `encode` and `inspect` take no settings."""
+    """Loads the tokenizer that the first argument names. Returns the tokenizer, and the text in the second argument, or
+    None if there is no second argument. The text may contain `=`, because the actions `encode` and `inspect` take no
+    settings."""
     if not 1 <= len(args) <= 2:
         raise UserError(f"expected: {USAGE[action]}")
     from gptjax import tokenizers

@@ -28,7 +28,8 @@ def load_config(source: Optional[str | os.PathLike[str]] = None, *overrides: str
     """Loads the config of a preset, YAML file or run directory, with overrides such as "optim.lr=3e-4".
 
     Args:
-        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax.
+        source: name of a preset, a YAML file or a run directory, or None for the default settings of gptjax. A text
+            with `=` that is not the path of an existing file is an override of the default settings.
         overrides: settings as strings "key=value".
 
     Raises:

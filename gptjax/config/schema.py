@@ -444,7 +444,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh, whose axis sizes multiply to the number of devices. mesh=auto: data parallel on all devices."""
+    """The device mesh: the product of its axis sizes is the device count. mesh=auto: data parallel on all devices."""
 
     data: int = setting(
         -1, "Data-parallel size: shards the batch, replicates the parameters. -1: all remaining devices.", AXIS
