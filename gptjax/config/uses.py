@@ -20,8 +20,8 @@ TUNINGS = ("classify", "instruct", "prefer")
 _RUN, _LOOP = ("run_dir", "task", "seed"), ("optim.*", "train.*", "mesh.*", "distributed.*")
 _COMPUTATION = [item.name for item in fields(Computation)]
 _TUNED = (*_RUN, "finetune.*", "lora.*", *_LOOP, *(f"model.{name}" for name in _COMPUTATION))
-# task -> patterns of the settings that it reads, in the order of `--help`. The sample.* settings of a run are the
-# defaults of `gptjax sample RUN`.
+# The patterns of the settings that each task reads, in the order of `--help`. The tasks that train a language model
+# also read sample.*, because `gptjax sample RUN` takes its defaults from the settings of the run.
 USES: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain.*", *_RUN, "data.*", "tokenizer.*", "model.*", *_LOOP, "sample.*"),
     "classify": ("classify.*", *_TUNED),
@@ -31,7 +31,7 @@ USES: dict[str, tuple[str, ...]] = {
 
 
 def reads(task: str, key: str, also: Sequence[str] = ()) -> bool:
-    """Whether the task reads the setting `key`, or `key` matches one of the patterns `also`."""
+    """Returns True if the task reads the setting `key`, or if `key` matches one of the further patterns in `also`."""
     return any(matches(pattern, key) for pattern in (*USES[task], *also))
 
 
@@ -61,20 +61,20 @@ def resolve(
     task: str | None = None,
     also: Sequence[str] = (),
 ) -> tuple[Config, Provenance]:
-    """Loads the config of a command like `load.resolve`, and refuses settings that the command's task does not read.
+    """Loads the config for a command as `load.resolve` does, but refuses settings that the command's task ignores.
 
     Args:
         source: a preset, YAML file or run directory, or None for the default settings of gptjax.
-        leaves: the settings of the command line.
+        leaves: the settings given on the command line.
         verb: name of the command, for error messages.
-        task: the task of the command, or None if the command takes any task, which the preset or the settings then
-            name.
+        task: the task of the command, or None if the command takes any task. The task is then taken from `leaves`, else
+            from `source`, else it is pretrain.
         also: patterns of further settings that the command reads.
 
     Raises:
-        UserError: the preset is for another task, the user's files or the command line have settings that the task does
-            not read (even with their default values), or `load.resolve` reports problems. If the preset is for the
-            right task, the error message lists all of the other problems.
+        UserError: the preset or the command line names another task, the user's files or the command line have settings
+            that the task does not read (even with their default values), or `load.resolve` reports problems. A wrong
+            task is reported on its own; all problems of the other two kinds are listed in one message.
     """
     layers, leaves = file_layers(source), list(leaves)
     resolved_task = _task(source, layers, leaves, verb, task)
@@ -110,8 +110,10 @@ def _task(source: object, layers: list[Leaf], leaves: list[Leaf], verb: str, tas
 
 
 def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> list[str]:
-    """Returns error texts for those of the settings `leaves` that the task does not read. Settings that were set in the
-    same place and are not read for the same reason share one text."""
+    """Returns error texts for those of the settings `leaves` that the task does not read.
+
+    One text lists all settings that were set in the same place and are not read for the same reason.
+    """
     reasons = {
         "model": f"whose model is finetune.base (it reads only model.{', model.'.join(_COMPUTATION)})",
         "tokenizer": "whose tokenizer is that of finetune.base",
@@ -133,8 +135,12 @@ def _unread(leaves: list[Leaf], task: str, verb: str, also: Sequence[str]) -> li
 
 
 def _without_adapter(user_leaves: list[Leaf], all_leaves: list[Leaf], task: str) -> list[str]:
-    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter. The lora.*
-    settings in layers before the layer that sets finetune.trainable are allowed."""
+    """Returns an error text for each lora.* setting of the user if finetune.trainable trains no adapter.
+
+    lora.* settings are allowed in files that are read before the file, or the command line, that sets
+    finetune.trainable: for example, finetune.trainable=all on the command line may override a file that trains an
+    adapter.
+    """
     trainable = next((leaf for leaf in reversed(all_leaves) if leaf.key == "finetune.trainable"), None)
     if trainable is None or _reads_lora(task, trainable.value):
         return []

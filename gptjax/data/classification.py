@@ -92,7 +92,8 @@ def read(
             be exactly one.
         labels: names of the classes, in the order of their indices. If `labels` is empty, the classes are the labels
             that occur in the data, sorted.
-        quoted: whether quotes in a .tsv enclose a text, which may then span several lines, as pandas reads it.
+        quoted: whether a cell of a .tsv that begins with a quote extends to the next quote, even across lines, as in
+            pandas. False: quotes are ordinary characters.
 
     Raises:
         UserError: rows cannot be parsed, texts are empty or labels are unknown (the message lists the first 20
@@ -189,9 +190,10 @@ def balanced(data: Labelled, seed: int) -> Labelled:
 
 
 def encode(data: Labelled, tokenizer: Tokenizer, max_length: int, prompt: str = "{text}") -> Examples:
-    """Encode each text inside `prompt`, truncating the text where the result would exceed `max_length` tokens.
+    """Inserts each text in place of "{text}" in `prompt` and encodes the result.
 
-    The beginning-of-text token is put first if `tokenizer.add_bos` is set.
+    A text is truncated if the result would exceed `max_length` tokens. Each example begins with the beginning-of-text
+    token if `tokenizer.add_bos` is set.
 
     Raises:
         UserError: the prompt does not contain "{text}" exactly once, or is too long to leave space for a text, or a

@@ -25,9 +25,10 @@ from gptjax.formats import tables
 from gptjax.tokenizers import chat
 from gptjax.tokenizers.base import Tokenizer, found_in
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # ShareGPT's role names -> usual role names
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # usual names of ShareGPT's roles
 MAX_PROBLEMS = 20
-RENDER_BATCH = 2048  # texts rendered per process, because a process takes 0.1 s to start, a text less than 1 ms
+# number of texts rendered per subprocess: starting a subprocess takes 0.1 s, rendering a text less than 1 ms
+RENDER_BATCH = 2048
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
@@ -35,8 +36,8 @@ class Conversation(NamedTuple):
     """One conversation.
 
     messages     messages {"role": .., "content": ..}, with the roles [system,] user, assistant, user, assistant, ..
-                 in this order. The user's message of an Alpaca record has the record's input under "input". An answer
-                 with "learn" False is excluded from the loss.
+                 in this order. A user's message from an Alpaca record has the key "input" if the record has it. An
+                 answer with "learn" False is excluded from the loss.
     where        location of the conversation in its source, such as rows.jsonl:3
     constraints  verifiable constraints on the answer, see `evaluation.generation_metrics`
     tools        JSON schemas of functions, for chat templates that support tools
@@ -56,7 +57,7 @@ class Span(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """Number and locations of the records that have a certain ignored key."""
+    """For one ignored key, the number of records that have it, and the locations of the first and last of them."""
 
     first: str  # location of the first record with the key
     records: int  # number of records with the key
@@ -143,10 +144,11 @@ def _keys(record: dict) -> str:
     return (tables.names(list(record)[:10]) or "(none)") + ", .." * (len(record) > 10)
 
 
-Turns = list[tuple[str, dict[str, Any]]]  # unvalidated turns, each (location in the record, message)
+Turns = list[tuple[str, dict[str, Any]]]  # for each turn, its location in the record and the unvalidated message
 Parsed = Turns | str  # the turns of one conversation, or an error message
 Parse = Callable[[tables.Record], Parsed | tuple[Parsed, ...]]
-Formats = dict[tuple[str, ...], tuple[str, Parse]]  # required keys of a record -> (example of a record, parser)
+# for each record format, given by the required keys of a record: an example of a record, and the parser
+Formats = dict[tuple[str, ...], tuple[str, Parse]]
 
 # Keys that are ignored silently, because metadata is part of neither the prompt nor the answer.
 _METADATA = """
@@ -192,7 +194,7 @@ def _conversations(
 ) -> tuple[Conversation, ...] | list[str]:
     """Returns the conversations of a record, or a list of error messages if the record is invalid.
 
-    Counts ignored keys in `unused`.
+    Adds the ignored keys of the record to the counts in `unused`.
     """
     parsed = parse(record)
     parsed = parsed if isinstance(parsed, tuple) else (parsed,)
@@ -226,9 +228,10 @@ def _conversations(
 def _unused_keys(
     record: dict, known: Collection[str], location: str, unused: dict[str, Unused], prefix: str = ""
 ) -> list[str]:
-    """Returns error messages about keys in UNUSABLE, and counts ignored keys that are not in METADATA in `unused`.
+    """Returns error messages about the keys of a record or message that are in UNUSABLE.
 
-    Keys in `known` are skipped, because the caller reads them.
+    Adds the ignored keys that are not in METADATA to the counts in `unused`. Keys in `known` are skipped, because the
+    caller reads them.
     """
     problems = []
     for key, value in record.items():
@@ -256,7 +259,10 @@ def _tools(value: Any) -> list[dict[str, Any]] | str:
 
 
 def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
-    """Returns the turns after the record's system message and history, or an error message if these are invalid."""
+    """Returns the record's system message and history, if it has them, followed by the turns.
+
+    If the system message or history is invalid, returns an error message instead.
+    """
     start: Turns = []
     if history := record.get("history"):
         if not single_turn:
@@ -279,7 +285,8 @@ def _with_context(turns: Turns, record: dict, single_turn: bool) -> Parsed:
     return start + turns
 
 
-LOSS_FLAGS = ("weight", "train", "training", "loss")  # keys of OpenAI's fine-tuning API, axolotl and ms-swift
+# keys by which OpenAI's fine-tuning API, axolotl and ms-swift set whether an answer is in the loss
+LOSS_FLAGS = ("weight", "train", "training", "loss")
 TURN_KEYS = ("role", "content", "input", *LOSS_FLAGS)
 
 
@@ -309,7 +316,7 @@ def _learn(message: dict[str, Any]) -> bool:
 
 
 def _messages(turns: Turns) -> tuple[dict[str, Any], ...]:
-    """Returns the messages up to the last answer in the loss, because later messages have no effect."""
+    """Returns the messages up to the last answer in the loss, because later messages do not change the loss."""
     last = max(i for i, (_, m) in enumerate(turns) if m["role"] == "assistant" and _learn(m))
     messages = []
     for _, message in turns[: last + 1]:
@@ -327,7 +334,7 @@ def _pair(question: str, answer: str, extra: str = "") -> Callable[[tables.Recor
             prompt, response = turns(question)(record), turns(answer)(record)
             if isinstance(prompt, str) or isinstance(response, str):
                 return prompt if isinstance(prompt, str) else response
-            # weight 0 excludes the answers within a prompt from the loss
+            # exclude the answers within a prompt from the loss by setting their weight to 0
             prompt = [(place, m | {"weight": 0} if m["role"] == "assistant" else m) for place, m in prompt]
             return [*prompt, *response]
         user = {"role": "user", "content": record[question]}
@@ -436,7 +443,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
     Raises:
         UserError: `chat.styled` refuses the tokenizer or the style, a message contains a special token, which could end
             a turn, the chat template renders earlier turns differently when more turns follow, or the conversation has
-            tools, which the template does not support.
+            tools but the chat template does not support tools.
     """
     return render_all([conversation], tokenizer, style)[0]
 
@@ -444,7 +451,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, style: chat.Style |
 def render_all(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, style: chat.Style | None = None
 ) -> list[list[Span]]:
-    """Renders several conversations as `render` does, but faster, because one process renders many conversations."""
+    """Renders several conversations as `render` does, but faster, because one subprocess renders many of them."""
     tokenizer = chat.styled(tokenizer, style)
     template, end = tokenizer.chat_template, chat.end_of_answer(tokenizer)
     assert template is not None and end is not None  # `chat.styled` refuses tokenizers without a template or end token
@@ -472,8 +479,8 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
     """Encodes the texts that a conversation consists of, in order, as one span of token ids per text.
 
     SentencePiece encodes a text differently at the beginning of its input, or after some special tokens, than in the
-    middle. The conversation is therefore encoded from its beginning to the end of the span, and the ids of the span are
-    taken from the result. If encoding the conversation in this way changes the ids of earlier spans, the text of the
+    middle. The ids of a span are therefore found by encoding all text up to the end of the span and removing the ids of
+    the earlier spans from the front. If the encoding does not begin with the ids of the earlier spans, the text of the
     span is encoded on its own instead.
 
         <s>[INST] Hi [/INST] | Hello</s>     Hello is "▁Hello" in the whole text, "▁ ▁Hello" if encoded on its own
@@ -483,7 +490,8 @@ def _encode_spans(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[S
     in_context = getattr(tokenizer, "kind", "") == "hf"  # other tokenizers encode a text regardless of its context
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, allowed_special="all")  # `_unfit` refuses messages that contain special tokens
+        # all special tokens come from the template, because `_unfit` refuses messages that contain special tokens
+        return tokenizer.encode(text, allowed_special="all")
 
     for text, learn in texts:
         prefix += text
@@ -505,7 +513,7 @@ class _Job(NamedTuple):
 
 
 def _chat(conversations: Sequence[Conversation], tokenizer: Tokenizer, end: str) -> list[list[tuple[str, bool]]]:
-    """Returns, for each conversation, (text, learn) of each span, where learn tells whether the span is in the loss.
+    """Returns, for each conversation, the text of each span and whether the span is in the loss.
 
     An answer is the text that the template adds to the prompt, up to and including the end token.
 
@@ -537,7 +545,15 @@ def _answers(talk: Conversation) -> list[int]:
 
 
 def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -> list[tuple[str, bool]]:
-    """Returns alternating prompts and answers as (text, learn), given (prompt, prompt + answer, learn) per answer."""
+    """Splits the text of a conversation into spans, which are prompts and answers in turn.
+
+    Args:
+        turns: for each answer, the rendered text before the answer, the rendered text that includes the answer, and
+            whether the answer is in the loss.
+
+    Returns:
+        For each span, its text and whether it is in the loss.
+    """
     spans: list[tuple[str, bool]] = []
     before = ""
     for prompt, full, learn in turns:
@@ -550,14 +566,16 @@ def _spans(turns: list[tuple[str, str, bool]], tokenizer: Tokenizer, end: str) -
             )
         answer, _, _ = full[len(prompt) :].partition(end)  # some templates omit `end` after the last answer
         spans += [(prompt[len(before) :], False), (answer + end, learn)]
-        before = prompt + answer + end  # generation stops after `end`: later text is in the next prompt
+        # generation stops after `end`, so text that the template writes after `end` belongs to the next prompt
+        before = prompt + answer + end
     return spans
 
 
 def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
-    """Renders the messages of each job with `chat.apply`, many jobs per process.
+    """Renders the messages of each job as text with `chat.apply`, many jobs per subprocess.
 
-    If rendering a batch of jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
+    A job has the messages of a conversation up to an answer, without or with the answer itself. If rendering a batch of
+    jobs fails, the batch is halved repeatedly, to find the jobs that cause the error.
     """
     problems: dict[str, None] = {}
     builtin = chat.is_builtin(tokenizer.chat_template or "")  # built-in templates are rendered in this process
@@ -588,7 +606,7 @@ def _render_all(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
 
 
 def _limits(jobs: list[_Job]) -> dict[str, Any]:
-    """Returns limits on rendering time and output length.
+    """Returns limits on the rendering time in seconds and on the number of characters of the output.
 
     Both limits grow with the number of jobs and the length of their messages.
     """
@@ -600,7 +618,8 @@ def _limits(jobs: list[_Job]) -> dict[str, Any]:
 def _render_together(tokenizer: Tokenizer, jobs: list[_Job]) -> list[str]:
     """Renders all jobs at once, with one template that loops over the jobs and contains the tokenizer's own template.
 
-    The jobs are passed to this template as `tools`, and its output is a line of JSON per job.
+    The jobs are passed to this template in the variable `tools`, because `chat.apply` passes no other variable that can
+    hold a list of jobs. The output of the template is a line of JSON per job.
     """
     wrapper = (
         "{% for job_ in tools %}"
@@ -638,8 +657,8 @@ def encode(
     Args:
         style: the chat style, see `chat.styled`.
         loss_on: "response" computes the loss on the answers and their end tokens, "all" on every token.
-        because: text that follows the context length in the error message if no conversation fits, and says where its
-            value comes from.
+        because: text that names the setting from which the context length comes, such as
+            " (instruct.context_length)". It follows the context length in the error message if no conversation fits.
 
     Raises:
         UserError: `render` refuses a conversation (the message lists up to 20 of them), or no conversation fits.

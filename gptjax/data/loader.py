@@ -25,9 +25,13 @@ MASK_64 = (1 << 64) - 1
 ROUNDS = 3
 FEW = 256  # permutations of at most this many indices are computed by sorting
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER_OF_WINDOWS = "2"  # incremented when the same seed gives other batches, so that older checkpoints are refused
-AHEAD = 512  # number of window starts computed at once, because numpy's overhead per call dominates
-ORDER, OFFSET, POSITION, TOKEN = range(4)  # purposes of random numbers; the purpose is part of the hash key
+# Version of the order of the windows. It is increased when a change of the code gives other batches for the same seed,
+# so that a run is not resumed from a checkpoint with an older version.
+ORDER_OF_WINDOWS = "2"
+# number of window starts computed at once, because numpy's overhead per call dominates the time for a single batch
+AHEAD = 512
+# what a random number is used for; part of the hash key, so that each use has its own random numbers
+ORDER, OFFSET, POSITION, TOKEN = range(4)
 
 
 class Lane(NamedTuple):
@@ -118,7 +122,10 @@ class Loader:
         return Batch(*(x if x is None else x.reshape(k, -1, x.shape[-1]) for x in flat))
 
     def starts(self, step: int, k: int = 1) -> np.ndarray:
-        """Returns the start in `store.tokens` of each row of the k batches from step `step` on, [k * B] int64."""
+        """Returns the index in `store.tokens` at which each row of k batches begins, [k * B] int64.
+
+        The first of the k batches is that of training step `step`.
+        """
         first, n = step * self.batch_size, k * self.batch_size
         begin, starts = self._ahead
         if not begin <= first <= first + n <= begin + len(starts):
@@ -164,7 +171,7 @@ class Loader:
         return batch
 
     def _mask(self, tokens: np.ndarray, samples: np.ndarray) -> None:
-        """Replace k = `mask_tokens` inputs of every row by random other ids, in place.
+        """Replaces k = `mask_tokens` input tokens of every row with other, random tokens, in place.
 
         Each row is divided into k sections of equal length, and one input of each section is replaced.
         """
@@ -249,9 +256,9 @@ def fingerprint(*arrays: np.ndarray) -> str:
 def epoch_rows(step: int, batch_size: int, n: int, seed: int) -> np.ndarray:
     """Returns the indices [B] int64 of the rows that are in the batch of training step `step`.
 
-    Every epoch contains each of the n rows once, in a new order: row b of the batch is row i = step * batch_size + b of
-    the run, and so row i % n of epoch i // n, whose rows are permuted as `Loader` permutes n windows. A batch may span
-    two epochs.
+    Every epoch contains each of the n rows once, in a new order, which is computed as in `Loader` for n windows. Row b
+    of the batch is the i-th row of the run, with i = step * batch_size + b; this is row i % n of epoch i // n. A batch
+    may span two epochs.
     """
     epoch, j = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
     key = _mix(epoch.astype(np.uint64) + np.uint64(_mix_int((seed & MASK_64) ^ _mix_int(ORDER + 1))))
@@ -314,5 +321,6 @@ def _lane(begin: int, end: int, cfg: DataConfig, t: int) -> Lane:
         return Lane(begin, windows.count(n, t, cfg.stride), cfg.stride, 1)
     if cfg.order == "sequential" or n <= t:
         return Lane(begin, max(n - 1, 0) // t, t, 1)
-    n_windows = max(1, (n - t) // t)  # one window fewer than fit in n tokens, so that all fit at any offset
+    # one window fewer than n // t (but at least one), so that, if n >= 2 t, an epoch can begin at t or more offsets
+    n_windows = max(1, (n - t) // t)
     return Lane(begin, n_windows, t, n - n_windows * t)

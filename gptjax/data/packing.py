@@ -71,7 +71,7 @@ def padded(encoded: Encoded, context_length: int | None = None) -> Rows:
 
 
 def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]:
-    """Returns (row, start within the row) of each example, computed by first-fit decreasing.
+    """Returns the row of each example and the position in the row at which the example starts, by first-fit decreasing.
 
     `lengths` [n] are the numbers of inputs of the examples, at most `context_length` each.
     """
@@ -81,7 +81,7 @@ def first_fit(lengths: np.ndarray, context_length: int) -> list[tuple[int, int]]
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] != last:
             first, last = 0, lengths[i]
-        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # all earlier rows are too full
+        first += int(np.argmax(free[first : n_rows + 1] >= lengths[i]))  # no earlier row has enough space
         places[i] = (first, context_length - int(free[first]))
         free[first] -= lengths[i]
         n_rows = max(n_rows, first + 1)
@@ -112,9 +112,10 @@ def members(places: list[tuple[int, int]]) -> list[list[int]]:
 
 
 def _fill(encoded: Encoded, places: list[tuple[int, int]], length: int) -> Rows:
-    """Writes example i at places[i] = (row, start).
+    """Returns rows of `length` tokens that contain the examples.
 
-    There are no gaps between the examples of a row; its padding is at the end.
+    places[i] is the row of example i and the position in the row at which the example starts. There are no gaps between
+    the examples of a row; its padding is at the end.
     """
     rows = empty(1 + max(row for row, _ in places), length)
     examples = zip(places, encoded.rows, encoded.weights, strict=True)
@@ -154,6 +155,6 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
 def _batch(rows: Rows, index: np.ndarray) -> Batch:
     """Returns the batch of the rows with indices `index`.
 
-    `positions` is None, as the model derives it from segment_ids.
+    `positions` of the batch is None, because the model derives the positions from segment_ids.
     """
     return Batch(**{name: leaf[index] for name, leaf in rows._asdict().items()})

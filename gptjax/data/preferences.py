@@ -36,7 +36,8 @@ class Pair(NamedTuple):
     rejected: Conversation
 
 
-Example = tuple[np.ndarray, np.ndarray]  # (ids, loss weights, 1 for the last answer and its end token)
+# token ids and loss weights; the weights are 1 for the last answer and its end token, else 0
+Example = tuple[np.ndarray, np.ndarray]
 
 
 class EncodedPairs(NamedTuple):
@@ -105,9 +106,9 @@ def _pair(prompt: str, extra: str = "") -> Parse:
 
 
 def _with_prompt(prompt: str, record: Record, response: str) -> Parsed:
-    """Returns the messages of the prompt and then the response.
+    """Returns the messages of the prompt followed by those of the response.
 
-    The response may itself begin with the prompt's messages.
+    A response that itself begins with the prompt's messages is returned as it is.
     """
     response_turns = conversations.turns(response)(record)
     if isinstance(response_turns, str) or not response_turns:
@@ -157,8 +158,8 @@ def read(source: str, notes: list[str] | None = None) -> list[Pair]:
         notes: a list to which a line about ignored keys is appended, or None, see `conversations.read`.
 
     Raises:
-        UserError: the records are invalid for `conversations.read`, or the two conversations of a pair have different
-            prompts or the same answer (the message lists the first 20 such pairs).
+        UserError: the file cannot be read or has invalid records, as in `conversations.read`, or the two conversations
+            of a pair have different prompts or the same answer (the message lists the first 20 such pairs).
     """
     pairs = [Pair(*talks) for talks in conversations.read_as(source, FORMATS, notes)]
     problems = []
@@ -207,8 +208,8 @@ def encode(
     Pairs whose two conversations together do not fit in `context_length` tokens are dropped and counted.
 
     Args:
-        because: text that follows the context length in the error message if no pair fits, and says where its value
-            comes from.
+        because: text that names the setting from which the context length comes, such as " (prefer.context_length)".
+            It follows the context length in the error message if no pair fits.
 
     Raises:
         UserError: `conversations.render` refuses a conversation, or no pair fits.

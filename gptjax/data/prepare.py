@@ -43,7 +43,8 @@ def prepare(
     Args:
         tokenizer: the tokenizer to use. None: the tokenizer that `cfg.tokenizer` describes.
         log: function that is called with a line of text before each slow step.
-        progress: function that is called with (bytes encoded, total bytes) after each document.
+        progress: function that is called after each document with two arguments: the number of bytes encoded so far,
+            and the total number of bytes.
 
     Raises:
         UserError: a text cannot be read, there is too little text, or the tokenizer has more than model.vocab_size
@@ -116,10 +117,12 @@ def refuse_missing(cfg: Config) -> None:
 
 
 def check(ready: Prepared, cfg: Config) -> None:
-    """Check that the text is long enough for one window, and that the embedding table has a row for every token id.
+    """Checks that there is enough text, and that the embedding table has a row for every token id.
+
+    The training text must have enough tokens for one window, and the validation text at least 2.
 
     Raises:
-        UserError: the text is too short or the embedding table too small; the message lists all problems.
+        UserError: a text is too short, or the embedding table is too small; the message lists all problems.
     """
     needed, problems = cfg.window + 1, []
     if len(ready.train) < needed:

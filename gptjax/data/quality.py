@@ -28,7 +28,7 @@ OUTLIER = 3.5  # robust z-score above which a loss is an outlier (Iglewicz and H
 
 
 class Texts(NamedTuple):
-    """The records of one file, each as (location, text)."""
+    """The records of one file; each record is a tuple of its location and its text."""
 
     file: str
     records: list[tuple[str, str]]
@@ -105,7 +105,7 @@ def exact(texts: Sequence[Texts]) -> list[list[str]]:
 
 
 def near(texts: Sequence[Texts], threshold: float = 0.8) -> list[tuple[str, str, float]]:
-    """Returns pairs of similar records as (location, location, similarity), most similar first.
+    """Returns, for each pair of similar records, their two locations and their similarity, most similar pair first.
 
     The similarity is the Jaccard index of the records' sets of 3-word shingles (runs of 3 words), and a pair is
     returned if this index is at least the threshold. MinHash (Broder 1997) finds candidate pairs, and may miss a few
@@ -146,7 +146,7 @@ def _shingles(text: str) -> frozenset[str]:
 
 
 def _luhn(text: str) -> bool:
-    """Returns whether the checksum of a card number is correct (Luhn algorithm)."""
+    """Returns whether `text` can be a card number: 13 to 19 digits, not all equal, with a correct Luhn checksum."""
     digits = [int(c) for c in text if c.isdecimal()]
     doubled = [n * 2 - 9 * (n > 4) if i % 2 else n for i, n in enumerate(reversed(digits))]
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and sum(doubled) % 10 == 0
@@ -165,8 +165,9 @@ def _public(address: str) -> bool:
     return all(octet < 256 for octet in octets) and not private and not (octets[0] == 172 and 16 <= octets[1] < 32)
 
 
-# kind of secret or personal data -> (regular expression, function that checks whether a match is valid, or None). Every
-# repetition in an expression is bounded, so that the time to search a text is linear in its length.
+# For each kind of secret or personal data, a regular expression and a function that checks whether a match is valid
+# (None: every match is). Every repetition in an expression is bounded, so that the time to search a text is linear in
+# the length of the text.
 PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
     "AWS key": (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", None),
     "GitHub token": (r"\bgh[pousr]_[A-Za-z0-9]{36,80}\b|\bgithub_pat_\w{40,100}\b", None),
@@ -185,9 +186,10 @@ PATTERNS: dict[str, tuple[str, Callable[[str], bool] | None]] = {
 
 
 def sensitive(texts: Sequence[Texts]) -> list[tuple[str, str, str]]:
-    """Returns possible secrets and personal data as (kind, location, the match with asterisks in place of its middle).
+    """Finds possible secrets and personal data.
 
-    The kinds of secrets and personal data are the keys of PATTERNS. A version number of four components, such as
+    Returns the kind, the location and the masked text of each; masked means that asterisks replace the middle of the
+    text. The kinds of secrets and personal data are the keys of PATTERNS. A version number of four components, such as
     1.2.3.4, counts as an IP address.
     """
     findings = []

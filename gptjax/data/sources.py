@@ -1,6 +1,6 @@
 """Reads text lazily from files, folders, named assets and the Hugging Face hub; an invalid file raises an error.
 
-A document is a (name, text, group), where group is the name of the file that the document came from. Names are relative
+A document has a name, a text and a group, which is the name of the file that the document came from. Names are relative
 to the path that the user gave, so that the same corpus has the same names, and the same held-out documents, on every
 machine. The sources that data.source may name:
 
@@ -47,7 +47,8 @@ class Document(NamedTuple):
 class Source:
     """One entry of data.source. Every iteration over a source reads the files again; the text is not kept in memory.
 
-    files: for each file, (name, function that reads the documents). fingerprint: hash of the file names and contents.
+    files        for each file, its name and a function that yields its documents
+    fingerprint  hash of the file names and contents
     """
 
     name: str
@@ -140,9 +141,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _folder(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """Returns (name, path) of each .txt and .md file of a folder, or else of its .jsonl, .csv and .parquet files.
+    """Returns the names, relative to the folder, and the paths of the .txt and .md files in a folder at any depth.
 
-    Skips run directories and saved models of gptjax.
+    If there are none, returns those of the .jsonl, .csv and .parquet files instead. Skips run directories and saved
+    models of gptjax.
     """
     if _is_ours(folder):
         raise UserError(f"data.source={name} is a run or model of gptjax, not text: give text files or their folder")
@@ -292,7 +294,7 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Document]]] = {
 def _open_hub(name: str, cfg: DataConfig) -> Source:
     """Open a dataset on the hub, hf:org/name[:config][@split]; the default split is train.
 
-    data.streaming=true downloads only the first data.max_documents rows. The downloaded rows are stored as .jsonl in
+    With data.streaming=true only the first data.max_documents rows are downloaded. These rows are stored as .jsonl in
     the cache folder, so that a rerun reads the same text and needs no network.
     """
     repo, config, split = tables.hub_name(name)
@@ -310,7 +312,8 @@ def _open_hub(name: str, cfg: DataConfig) -> Source:
 def _load(name: str, repo: str, config: str, split: str, cfg: DataConfig) -> Any:
     try:
         dataset = tables.hub(repo, config, split, streaming=cfg.streaming)
-    except Exception as error:  # errors that the user can fix, such as no network or an unknown name
+    # without a network or for an unknown name, `datasets` raises exceptions of many types
+    except Exception as error:
         raise _hub_error(name, error) from error
     columns = getattr(dataset, "column_names", None)
     if columns is not None and cfg.text_field not in columns:

@@ -53,11 +53,12 @@ class Subset:
         return (document for k in range(len(self.documents.sources)) for document, *_ in self.source(k))
 
     def source(self, k: int) -> Iterator[tuple[Document, bool, bool]]:
-        """Yields (document, begins, ends) for each document of source k that has text in this subset.
+        """Yields the documents of source k that have text in this subset, each with the two flags `begins` and `ends`.
 
-        `begins` and `ends` tell whether this text starts and ends where the document does: `begins` is false for a
-        held-out tail, and `ends` is false for the text before it. In a corpus of a single document `begins` and `ends`
-        are false, because a model cannot learn from one example where documents begin and end.
+        The flags tell whether the text in this subset starts and ends where the document does. If the tail of a
+        document is held out, `begins` is False for the tail, and `ends` is False for the rest of the document. In a
+        corpus of a single document both flags are False, because a model cannot learn from one example where documents
+        begin and end.
         """
         for i, document in enumerate(self.documents.sources[k]):
             text, begins = document.text, self.n_documents > 1
@@ -85,9 +86,11 @@ def split_documents(
     file      whole files, chosen in the same way as documents
     auto      as document for a source with 10 or more documents, else as tail
 
-    If `val`, the documents of data.val_source, is given, nothing is held out, and the split is called none.
-    `how` has a dict per source, with the keys source, split, documents, bytes and, unless the split is none, held_out:
-    the names of the first 100 documents or files that are held out, at least in part.
+    If `val`, the documents of data.val_source, is given, nothing is held out.
+
+    `how` has a dict per source, with the keys source, split, documents and bytes. `split` is tail, document or file, or
+    none if `val` is given. If the split is not none, the dict also has the key held_out, with the names of the first
+    100 documents or files that are held out, at least in part.
     """
     if val is not None:
         how, counts = [], [0, 0]
@@ -181,8 +184,9 @@ def _tail_cuts(sizes: Sizes, fraction: float) -> np.ndarray:
 def hold_out(names: list[str], sizes: np.ndarray, fraction: float) -> np.ndarray:
     """Returns a mask [n] bool of the `names` to hold out, at least one and never all.
 
-    Holds out names in the order of their hashes, as long as each brings their share of the total size closer to
-    `fraction`.
+    Goes through the names in the order of their hashes, and holds out each name that brings the held-out share of the
+    total size closer to `fraction`. Stops at the first name that does not; names that are too large are skipped while
+    nothing is held out yet. If every name is too large, the smallest is held out.
     """
     order = sorted(range(len(names)), key=lambda i: _hash(names[i]))
     target, taken = fraction * float(np.sum(sizes)), 0.0
@@ -263,7 +267,10 @@ def split_labelled(
 
 
 def normalized(text: str) -> str:
-    """Returns the text in lower case with single spaces. Texts for which the results are equal count as duplicates."""
+    """Returns the text in lower case with single spaces: its normalised form.
+
+    Texts with the same normalised form count as duplicates.
+    """
     return " ".join(text.casefold().split())
 
 
@@ -347,8 +354,9 @@ def split_records(
     about words and numbers that never occur in training.
 
     Args:
-        read: function (source, notes) -> the records in the file `source`.
-        made: function (n, seed, held_out) -> n synthetic records.
+        read: function (source, notes) that returns the records in the file `source`.
+        made: function (n, seed, held_out) that returns n synthetic records. With held_out=True the records are about
+            the words and numbers that are held out from training.
         notes: list to which a line about ignored keys is appended, see `conversations.read`.
     """
     if settings.source is None:
