@@ -1,4 +1,6 @@
-"""Plots for notebooks: coloured tokens, heatmaps, line plots. A notebook displays the result of a cell's last line.
+"""Plots for notebooks: coloured tokens, heatmaps, line plots.
+
+`tokens`, `maps` and `curves` return an object that a notebook displays if it is the result of a cell's last line:
 
 show.tokens(tokenizer, ids)                                  tokens in different colours, with their ids as tooltips
 show.tokens(tokenizer, ids, values=losses)                   tokens coloured by a value per token
@@ -56,7 +58,7 @@ def tokens(tokenizer: Tokenizer, ids: Iterable[int], values: Iterable[float] | N
     """Show a text split into tokens, with a background colour per token and its id as a tooltip.
 
     Args:
-        tokenizer: any object with a method `decode(ids) -> str`.
+        tokenizer: any object with a method `decode(ids)` that returns a string.
         values: a finite number per token, shown by colours from white (lowest) to red (highest). None: the tokens take
             six colours in turn.
 

@@ -55,14 +55,14 @@ class Signals:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.code and "ipykernel" not in sys.modules:
-            os._exit(128 + number)  # a second signal ends the process at once
+            os._exit(128 + number)  # a second signal ends the process at once, except in a notebook
         self.code = 128 + number
         if self.polled:
             return
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame is not None:
             if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-                return  # Python drops exceptions in destructors and in callbacks of the garbage collector
+                return  # do not raise: Python drops exceptions in destructors and in callbacks of the garbage collector
             frame = frame.f_back
         self.raise_if_any()
 
@@ -123,8 +123,8 @@ def catch_signals(program: bool = False) -> Iterator[Signals]:
     Outside the main thread no signal handlers are installed, because Python allows them only in the main thread.
 
     Args:
-        program: whether gptjax is the process's main program, as on the command line. True: a thread is started that
-            ends the process if a signal is not acted on within `GRACE_S` seconds.
+        program: whether gptjax is the process's main program, as on the command line. True: except on Windows, a thread
+            is started that ends the process if a signal is not acted on within `GRACE_S` seconds.
     """
     global current
     if threading.current_thread() is not threading.main_thread():

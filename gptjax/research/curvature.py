@@ -1,6 +1,6 @@
 """Loss curvature: Hessian-vector products, top eigenvalues, SAM, model soups and linear interpolation of models.
 
-value  = curvature.loss_on_batch(task.loss, batch)      function params -> mean loss, passed as `loss` below
+value  = curvature.loss_on_batch(task.loss, batch)      function from params to mean loss; the argument `loss` below
 hv     = curvature.hvp(value, params, vector)           Hessian-vector product, a tree like `params`
 top    = curvature.eigenvalues(value, params, key, n=3) eigenvalues, their error bounds, eigenvectors
 step   = make_train_step(loss, tx, transform=curvature.sam(rho=0.05))
@@ -27,15 +27,18 @@ from gptjax.errors import UserError
 from gptjax.training.step import Gradient, Loss
 from gptjax.types import Params
 
-Scalar = Callable[[Any], jax.Array]  # a function params -> loss, a float32 scalar
+Scalar = Callable[[Any], jax.Array]  # a function that takes params and returns the loss, a float32 scalar
 
-# Dot products in full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32 or
-# bfloat16.
+# Computes dot products in full float32, also on GPUs and TPUs, because the Lanczos vectors lose orthogonality in TF32
+# or bfloat16.
 _dot = partial(jnp.dot, precision="highest")
 
 
 def loss_on_batch(loss: Loss, batch: Any, key: jax.Array | None = None) -> Scalar:
-    """Returns a function params -> mean loss per token (or per text) of one batch, without dropout if `key` is None."""
+    """Returns a function that takes params and returns the mean loss per token (or per text) of one batch.
+
+    Dropout is disabled if `key` is None.
+    """
     return lambda params: loss(params, batch, key)[0].value()
 
 
@@ -77,7 +80,8 @@ def eigenvalues(
         n: number of eigenvalues to return.
         steps: number of Lanczos steps. Each Lanczos step computes one Hessian-vector product and keeps one vector of
             the size of the params in memory. Increase `steps` if the returned `errors` are too large.
-        which: eigenvalues to return: the n largest, the n smallest, or the n of largest magnitude, sorted accordingly.
+        which: eigenvalues to return, and their order: the n largest in descending order, the n smallest in ascending
+            order, or the n of largest magnitude in descending order of magnitude.
 
     Raises:
         UserError: n is larger than `steps` or than the number of parameters.
@@ -101,7 +105,9 @@ def eigenvalues(
 def lanczos(
     product: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tridiagonalises a symmetric matrix H, given as a function `product` v -> H v: basis H basis^T = T is tridiagonal.
+    """Tridiagonalises a symmetric matrix H: computes a basis such that T = basis H basis^T is tridiagonal.
+
+    H is given as the function `product`, which takes a vector v and returns the matrix-vector product H v.
 
     Every new basis vector is reorthogonalised twice against all previous vectors, because in float32 the three-term
     recurrence of Lanczos alone loses orthogonality after a few steps. If the basis spans an invariant subspace, the
@@ -161,20 +167,24 @@ def sam(rho: float | jax.Array = 0.05) -> Callable[[Gradient], Gradient]:
 
 
 def mix(stacked: Any, weights: jax.Array) -> Any:
-    """Returns the weighted sum of N models stacked along a leading axis: leaves [N, ..] and weights [N] -> leaves [..].
+    """Returns the weighted sum of the params of N models, which are stacked along a leading axis.
 
-    Weights of 1 / N give a uniform model soup (arXiv:2203.05482, 2.1). For LoRA adapters, `mix` averages a and b
-    separately, which is not the average of their products. Use `lora.average`, or mix params into which the adapters
-    are merged.
+    The stacked leaves have shape [N, ..], the weights [N], and the leaves of the result [..]. Weights of 1 / N give a
+    uniform model soup (arXiv:2203.05482, 2.1).
+
+    Do not use `mix` on LoRA adapters: it averages the low-rank factors a and b separately, which is not the average of
+    the products a b. Use `lora.average`, or merge the adapters into the params first.
     """
     return jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision="highest"), stacked)
 
 
 def mixtures(loss: Scalar, stacked: Any, weights: jax.Array, *, at_once: int | None = None) -> jax.Array:
-    """Returns the losses of M weighted sums of N stacked models: leaves [N, ..] and weights [M, N] -> [M] float32.
+    """Returns the losses, [M] float32, of M weighted sums of N models, each computed as in `mix`.
 
     Args:
-        at_once: number of weighted sums whose params are in memory at the same time. None: all M.
+        stacked: params of the N models, stacked along a leading axis: leaves [N, ..].
+        weights: weight of each model in each weighted sum, [M, N].
+        at_once: number of weighted sums that are held in memory at the same time. None: all M.
     """
 
     def mixture_loss(w: jax.Array) -> jax.Array:
@@ -204,13 +214,14 @@ def linear_interpolation(
 
 
 def greedy_soup(loss: Scalar, stacked: Any, n: int) -> tuple[list[int], Any]:
-    """Builds a greedy model soup, an average of selected models, from n stacked models, leaves [n, ..].
+    """Builds a greedy model soup, an average of selected models, from n models.
 
     The models are tried for the soup in order of increasing loss. A model is added to the soup if adding it does not
     raise the loss of the soup.
 
     Args:
-        loss: function params -> loss on held-out data.
+        loss: function that takes params and returns the loss on held-out data.
+        stacked: params of the n models, stacked along a leading axis: leaves [n, ..].
 
     Returns:
         (indices of the chosen models, params averaged over the chosen models).

@@ -1,15 +1,17 @@
 """Training data influence: per-example gradients, their similarity (TracIn), gradient noise scale, and clipping.
 
 features = gradient_features(loss, dims=1024)                compiled once, used with any params
-cosines  = similarity(features(params, test), features(params, train))       [test, train]
-scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      [test, train]
+cosines  = similarity(features(params, test), features(params, train))       matrix [n_test, n_train]
+scores   = tracin(features, checkpoints, train, test, rates=[1e-3] * 3)      matrix [n_test, n_train]
 noise    = gradient_noise(loss, params, batch)               noise.scale: critical batch size, in examples
 
-A loss is any function (params, batch, key) -> (Mean, metrics). Gradients are taken with respect to `params`. To take
-gradients with respect to an adapter or a part of the model only, pass the other parameters as `frozen`, and a function
-`combine(params, frozen)` that returns the params of the loss: `lambda adapter, base: lora.attach(base, adapter, cfg)`
-for an adapter, `tree.join` for a part of the model. An example is one row of a batch, whose leaves all have the shape
-[B, ..].
+A loss is any function of (params, batch, key) that returns (Mean, metrics). An example is one row of a batch, whose
+leaves all have the shape [B, ..].
+
+By default, gradients are taken with respect to all parameters. To differentiate with respect to some of them only, pass
+these as `params` and the others as `frozen`, together with a function `combine(params, frozen)` that returns the params
+to pass to the loss. For a LoRA adapter, this function is `lambda adapter, base: lora.attach(base, adapter, cfg)`; for a
+part of the model that was selected with `tree.split`, it is `tree.join`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from gptjax.training.step import Loss
 from gptjax.training.task import identity
 
 Combine = Callable[[Any, Any], Any]
-Features = Callable[..., np.ndarray]  # function (params, examples, frozen=None) -> features [n, dims] float32
+# A function returned by `gradient_features`: it takes (params, examples, frozen=None) and returns an array [n, dims].
+Features = Callable[..., np.ndarray]
 
 _CHUNK_BYTES = 256 * 2**20  # maximum size, in bytes, of the per-example gradients in memory at the same time
 
@@ -84,16 +87,16 @@ def sketch(gradient: Any, dims: int, seed: int = 0) -> jax.Array:
 def gradient_features(
     loss: Loss, *, combine: Combine = identity, dims: int | None = 1024, seed: int = 0, chunk: int | None = None
 ) -> Features:
-    """Returns a function features(params, examples, frozen=None) -> features of the n examples, [n, dims] float32.
+    """Returns a function `features(params, examples, frozen=None)` that computes the features of n examples.
 
-    The features of an example are the `sketch` of its gradient.
+    The features of an example are the `sketch` of its gradient. The function returns an array [n, dims] float32.
 
     Args:
-        dims: sketch size. None: the full gradients of all P parameters, flattened and concatenated in the tree's order,
-            [n, P].
+        dims: size of the sketches. None: gradients are not sketched; the features of an example are its whole gradient
+            with respect to all P parameters, flattened and concatenated in the tree's order, and the array is [n, P].
         seed: seed of the sketch's random signs and positions.
-        chunk: number of examples per call of the compiled function. None: as many examples as keep the size of their
-            gradients below 256 MiB.
+        chunk: number of examples per call of the compiled function. None: the largest number of examples whose
+            gradients take at most 256 MiB, but at least 1.
     """
 
     @jax.jit
@@ -136,9 +139,9 @@ def _rows(examples: Any) -> int:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, *, cosine: bool = True) -> np.ndarray:
-    """Returns the cosine similarity (or the inner product) of all pairs of rows: a [n, K] and b [m, K] -> [n, m].
+    """Returns the cosine similarity of each row of a [n, K] to each row of b [m, K], as a matrix [n, m].
 
-    If `cosine` is False, the inner products are returned. The cosine similarity with a row of zeros is 0.
+    If `cosine` is False, the inner products are returned instead. The cosine similarity with a row of zeros is 0.
     """
     return (unit(a) @ unit(b).T) if cosine else a @ b.T
 
@@ -279,7 +282,8 @@ def clipped_sum(
         factor = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-12))
 
         def clipped(g: jax.Array) -> jax.Array:
-            # Full float32: rounding to TF32 or bfloat16 could make a norm exceed `clip` and void the privacy guarantee.
+            # The products are computed in full float32, because rounding to TF32 or bfloat16 could make a norm exceed
+            # `clip` and void the privacy guarantee.
             return jnp.einsum("b,b...->...", factor.astype(g.dtype), g, precision="highest")
 
         return jax.tree.map(lambda t, g: t + clipped(g), total, gradients), norms

@@ -1,4 +1,6 @@
-"""Differential privacy: DP-SGD as the loss of an ordinary train step, and a privacy accountant.
+"""Differential privacy: training with DP-SGD, and a privacy accountant.
+
+`private` wraps a loss so that `make_train_step` computes the clipped and noised gradients of DP-SGD.
 
 step  = make_train_step(private(loss, clip=1.0, noise=1.1, batch_size=64), tx, combine=pair)
 spent = epsilon(noise=1.1, rate=64 / 1045, steps=500, delta=1e-5)
@@ -43,7 +45,7 @@ def private(
     chunk: int | None = None,
     accumulation: int = 1,
 ) -> Loss:
-    """Returns a loss with the gradient of DP-SGD.
+    """Wraps a loss: the returned loss has the same value, but its gradient is the clipped and noised one of DP-SGD.
 
     The gradient is clipped per example, summed over the batch, noised, and divided by `batch_size`.
 
@@ -55,8 +57,8 @@ def private(
     Args:
         clip: maximum L2 norm of an example's gradient.
         noise: noise multiplier, the standard deviation of the Gaussian noise in units of `clip`.
-        batch_size: expected number of rows of a batch: with `poisson_sample`, `rate * n`, however many rows a sample
-            has.
+        batch_size: expected number of rows per batch. With `poisson_sample`, this is `rate * n`, the same for every
+            batch, although the number of rows drawn varies.
         accumulation: number of micro-batches per step, as in `make_train_step`. The noise of a step is divided among
             the micro-batches.
 

@@ -6,7 +6,8 @@
     text = generate(params, prompts, cfg, patches=steering(v, 12), ..)       steer generation
 
 `gptjax.model.activations` lists the paths of the activations. All functions are traceable: they work under jit, grad
-and vmap. `params` may hold adapters and quantised weights. A metric is any function (logits [B, V] float32) -> scalar.
+and vmap. `params` may hold adapters and quantised weights. A metric is any function that takes logits [B, V] float32
+and returns a scalar.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ def _grid(
     position: int,
     memory_bytes: int,
 ) -> jax.Array:
-    """Computes the metric of one forward pass per layer and index along `axes`, in each of which `value` is patched in.
+    """Computes the metric for every cell of a grid, whose axes are the layers and then `axes`.
 
+    For each cell, a forward pass is run in which the activation at the cell's layer and indices is replaced by `value`.
     `shape` [L, B, ..] is the shape of the activation at `path`, stacked over layers.
     """
     site = path.removeprefix("blocks/*/")

@@ -1,13 +1,15 @@
 """The training tasks. Each task is one module with these functions:
 
-prepare(cfg, progress) -> Ready         reads the data and the base model; returns the resolved config, the `Task` and
-                                        the test data
+prepare(cfg, progress)                  reads the data and the base model; returns a `Ready`, which holds the resolved
+                                        config, the `Task` and the test data
 evaluate(result, held_out, say)         scores the trained model on the test data `held_out`, which it reads again if
                                         None is given
 refuse_missing(cfg)                     raises UserError if the data or the base model do not exist; downloads nothing
-loss(cfg) -> loss function              returns the function (params, batch, key) -> (Mean, metrics)
+loss(cfg)                               returns the loss function, which takes (params, batch, key) and returns (Mean,
+                                        metrics)
 batch_shapes(cfg, rows, width)          returns the shapes of a batch, for `gptjax plan`
-plan(cfg) -> lines                      returns the summary of a fine-tuning, for --dry-run
+plan(cfg)                               returns lines of text that summarise the run, for --dry-run; only fine-tuning
+                                        tasks have this function
 
 To add a task, write a module with the functions above, add it to `TASKS`, and add the dataclass of its settings to
 `Config`.
@@ -75,7 +77,7 @@ def finetune(cfg: Config, *, log: Callable[[str], None] | None = None, hooks: Se
 
 
 def refuse(cfg: Config) -> bool:
-    """Run the checks of `train` that need no data. Returns whether the run is finished already.
+    """Run the checks of `train` that need no data. Returns True if the run is finished already.
 
     Raises:
         UserError: at least one check failed; the message lists all problems.

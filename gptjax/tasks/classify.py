@@ -65,8 +65,8 @@ def _data(cfg: Config) -> LabelledSplits:
     settings = cfg.classify
     if not settings.source:
         raise UserError("classify.source is missing: name a .csv, .tsv, .jsonl, .json or .parquet file, or hf:org/name")
-    # The split "book" follows the code of Build a Large Language Model (From Scratch), which reads the file with
-    # pandas, and pandas interprets quotes.
+    # For the split "book", quotes in a .tsv file enclose a text, because the code of Build a Large Language Model (From
+    # Scratch) reads the file with pandas, which interprets quotes in this way.
     quoted = settings.split == "book"
     data = classification.read(
         settings.source, text=settings.text_field, label=settings.label_field, labels=settings.labels, quoted=quoted

@@ -31,7 +31,9 @@ from gptjax.types import Batch, Params
 RESPONSES, BEFORE, RESULTS = "responses.jsonl", "responses-before.jsonl", "test.json"
 __all__ = ["answers", "conversations", "evaluate", "loss", "plan", "prepare", "refuse_missing"]
 TURNS = 8  # maximum number of questions per synthetic training conversation
-CHUNK = 256  # if the head is frozen, the loss is computed in chunks of 256 tokens, so that only their logits are kept
+# With LoRA, the loss is computed in chunks of 256 tokens, so that only the logits of one chunk are in memory. Small
+# chunks cost no speed there, because the LM head is frozen.
+CHUNK = 256
 
 
 def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Callable[[str], None]) -> None:
@@ -44,7 +46,7 @@ def evaluate(result: TrainResult, talks: Sequence[Conversation] | None, say: Cal
     folder = Path(result.run_dir)
     if not (folder / RESULTS).exists():
         test = talks or conversations(result.cfg, []).test
-        params, _ = weights.load(folder / "final")  # params of plain arrays, with the adapter merged
+        params, _ = weights.load(folder / "final")  # float32 params, with the adapter merged into the weights
         with Progress(log=say) as progress:
             rows = _answer(folder / RESPONSES, params, result, test, progress, "the tuned model")
             test_scores = scores(rows)
@@ -189,7 +191,7 @@ def answers(
     progress: Progress | None = None,
     name: str = "",
 ) -> list[dict[str, Any]]:
-    """Generate the model's greedy answer to the last question of each conversation, and score the expected answer.
+    """Generate a greedy answer to the last question of each conversation, and compute -log p of the expected answer.
 
     Args:
         params: the model's params.

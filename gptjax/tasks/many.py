@@ -69,7 +69,10 @@ def create(params: Params, many: Many, cfg: LoraConfig, tx: optax.GradientTransf
 def make_many_step(
     loss: Loss, tx: optax.GradientTransformation, cfg: LoraConfig, *, batches: bool = False
 ) -> Callable[[TrainState, Many, Params, Any], tuple[TrainState, Metrics]]:
-    """Returns step(states, many, params, batch) -> (states, metrics [N]): `make_train_step` vmapped over N adapters.
+    """Returns the step of `make_train_step`, vmapped over N adapters.
+
+    The result is a function `step(states, many, params, batch)` that returns the new states and the metrics, [N] each.
+    `params` are the params of the base model, of which all adapters share one copy.
 
     Args:
         batches: whether every leaf of the batch has a leading axis N, with one batch per adapter. False: all adapters

@@ -87,8 +87,10 @@ def batch_shapes(cfg: Config, rows: int, width: int) -> PairBatch:
 
 
 def _rows(cfg: Config, pairs: list[Any], tokenizer: Tokenizer, model: ModelConfig) -> tuple[PairRows, int]:
-    """Encode the pairs as rows of tokens. Returns the rows, and the number of pairs that were dropped because they fit
-    no row."""
+    """Encode the pairs as rows of tokens, packed if prefer.packing is "packed", otherwise with one pair per row.
+
+    Returns the rows, and the number of pairs that were dropped because they do not fit into a row.
+    """
     width = tuning.longest_row(cfg, model)
     encoded = preferences.encode(pairs, tokenizer, context_length=width, because=tuning.why_so_long(cfg, model))
     packed = cfg.prefer.packing == "packed"

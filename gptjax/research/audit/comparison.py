@@ -17,7 +17,9 @@ from gptjax.types import Batch, Params
 
 
 class Drift(NamedTuple):
-    """Differences between a base and a tuned model on each of n prompts; every field is [n].
+    """Differences between the predictions of a base and a tuned model on n prompts.
+
+    Every field is an array of shape [n], with one value per prompt.
 
     kl             KL(base || tuned), nats per token
     agree          fraction of positions at which both models have the same most likely token
@@ -34,7 +36,7 @@ def drift(base: tuple[Params, ModelConfig], tuned: tuple[Params, ModelConfig], b
     """Compares the predictions of two models on the rows of a batch of text.
 
     Raises:
-        UserError: the models have different vocabularies.
+        UserError: the vocabularies of the models differ in size.
     """
     if base[1].vocab_size != tuned[1].vocab_size:
         raise UserError(

@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.research.audit.text import Scored, continuations, document_spans, rows, sample, score
 from gptjax.types import Batch, Params
 
-MIN_DOCUMENTS = 4  # minimum number of member documents, and of other documents, for a test on per-document means
+MIN_DOCUMENTS = 4  # minimum number of documents of members, and of others, for a test on per-document means
 MIN_K = 0.2  # Min-K% Prob averages over the least likely 20 % of a text's tokens: arXiv:2310.16789, fig. 4
 
 
@@ -92,13 +92,16 @@ def _wilson(hits: np.ndarray) -> tuple[int, int, float, float, float]:
 
 
 class Membership(NamedTuple):
-    """The result of `membership`: how well two scores, the loss and Min-K% Prob, identify members.
+    """The result of `membership`: how well two scores, the loss and Min-K% Prob, tell training text from other text.
 
-    loss_auc, min_k_auc  AUC of each score: probability that a member scores above a non-member
+    Members are rows of training text, non-members are rows of held-out text.
+
+    loss_auc, min_k_auc  AUC of each score over rows: probability that a member scores above a non-member
     sd                   standard deviation of the AUC under the null hypothesis
     tpr                  true positive rate of the loss at a false positive rate of 1 %
     p                    p-value of the test described in `membership`
-    units                number of members in the test, counted in rows or in documents
+    units                sample size of the test on the members' side: number of rows, or of documents if the test
+                         compares per-document means
     """
 
     loss_auc: float
@@ -123,9 +126,9 @@ def membership(
     Bonferroni-corrected for two tests.
 
     Args:
-        documents: pair (document index of each row of `members`, document index of each row of `others`). Rows of one
-            document are correlated. If `documents` is given, the p-value and sd are therefore computed from
-            per-document means, if members and others have at least `MIN_DOCUMENTS` documents each.
+        documents: pair (document index of each row of `members`, document index of each row of `others`). If it is
+            given, and members and others come from at least `MIN_DOCUMENTS` documents each, the p-value and sd are
+            computed from per-document means of the scores, because rows of the same document are correlated.
 
     Source: arXiv:2310.16789, eq. 1 (Min-K% Prob); arXiv:1709.01604 (the loss as a score).
     """
@@ -158,9 +161,10 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def _evidence(scored: Scored, batch: Batch, k: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two scores of each of n rows, [n] each, computed from its tokens of weight > 0.
+    """Computes the two scores of `membership` for each of n rows, and returns them as two arrays of shape [n].
 
-    The scores are the mean log-probability of the tokens, and the mean over the least likely fraction k of the tokens.
+    The first score is the mean log-probability of the row's tokens, the second is the mean log-probability of the least
+    likely fraction k of its tokens. Tokens of weight 0 are ignored.
     """
     counts = batch.weights > 0
     size = np.maximum(counts.sum(1), 1)

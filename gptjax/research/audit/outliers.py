@@ -1,4 +1,4 @@
-"""Gradient outliers: rows whose gradients agree with those of a few others, such as poisoned rows and duplicates."""
+"""Gradient outliers: rows whose gradients resemble those of a few other rows, as with poisoned rows and duplicates."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import numpy as np
 from gptjax.errors import UserError
 from gptjax.research.influence import unit
 
-NEIGHBOURS = 5  # number of nearest neighbours k; poisoned rows score high if more than k rows have the same poison
+# default number k of nearest neighbours; poisoned rows score high if the poison is in more than k rows, because all k
+# nearest neighbours of a poisoned row can then be poisoned rows
+NEIGHBOURS = 5
 
 
 def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k: int = NEIGHBOURS) -> np.ndarray:
-    """Returns the mean cosine similarity of each row to its k nearest neighbours, [n] float32.
+    """Returns the mean cosine similarity of each row's gradient to its k nearest neighbours, [n] float32.
 
-    First, the mean direction of the training rows is subtracted from the direction of every row.
+    The nearest neighbours are the training rows with the most similar gradients. Before the similarities are computed,
+    each gradient is normalised to length 1, and the mean of the normalised training gradients is subtracted.
 
-    A high score means that the gradient of a row differs from the average but agrees with the gradients of a few other
-    rows, as the gradients of poisoned rows and duplicates do.
+    A high score means that the gradient of a row differs from the average but is similar to the gradients of a few
+    other rows, as the gradients of poisoned rows and duplicates are.
 
     Args:
         features: [n, K] gradient features of the training rows (`influence.gradient_features`).
-        reference: [m, K] features of other rows. If `reference` is given, these m rows are scored instead, with
-            training rows as their neighbours. None: the training rows are scored.
+        reference: [m, K] gradient features of other rows, which are scored instead of the training rows; the result
+            has shape [m]. None: the training rows are scored.
 
     Raises:
         UserError: there are k training rows or fewer.
@@ -41,7 +44,7 @@ def outlier_scores(features: np.ndarray, reference: np.ndarray | None = None, k:
 
 
 class Tail(NamedTuple):
-    """The upper tail of the training scores, relative to reference scores, as computed by `tail`.
+    """The result of `tail`: which training rows score unusually high, compared with reference rows.
 
     threshold  score above which a row is flagged
     flagged    indices of the rows above the threshold, highest score first
@@ -63,7 +66,10 @@ def tail(scores: np.ndarray, reference: np.ndarray, alpha: float) -> Tail:
     The threshold is the r-th largest of the m reference scores, with r = alpha (m + 1) rounded down, at least 1. The
     test is conformal and exact for exchangeable rows. For n training scores, of which x = `beyond` exceed every
     reference score, p = C(n, x) / C(n + m, x) is the probability that the x largest of all n + m scores are training
-    scores. Ten planted rows among the training rows are detected with n reference scores, but hardly with half as many.
+    scores.
+
+    To detect x = 10 planted rows, use about as many reference scores as training scores: for large n, p is about
+    2^-10 = 0.001 with m = n, but (2/3)^10 = 0.017 with m = n / 2.
     """
     n, m = len(scores), len(reference)
     r = max(1, int(alpha * (m + 1) + 1e-9))

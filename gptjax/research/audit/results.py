@@ -99,12 +99,12 @@ class Report(NamedTuple):
 
     alpha: float
     models: list[str]
-    rows: dict[str, int]  # name of each text in TEXTS -> number of rows that were audited
+    rows: dict[str, int]  # maps the name of each text in TEXTS to the number of its rows that were audited
     suffix: int  # length of the suffixes to extract, in tokens
     secrets: list[Secret]
     triggers: list[Backdoor]
-    extraction: list[tuple[str, Extraction]]  # pairs (name of a text in TEXTS, result)
-    membership: list[tuple[str, Membership]]  # pairs (model name, result)
+    extraction: list[tuple[str, Extraction]]  # pairs (name of a text in TEXTS, result of `extraction`)
+    membership: list[tuple[str, Membership]]  # pairs (model name, result of `membership`)
     outliers: Outliers
     comparison: Comparison | None
 

@@ -30,7 +30,9 @@ from gptjax.training.resume import result_of
 from gptjax.training.run_dir import RunDir
 from gptjax.types import Params
 
-CONTROLS, CONTEXTS = 199, 4  # numbers of control phrases per trigger, and of held-out texts that precede each phrase
+# number of random control phrases that each trigger is compared with; number of held-out texts, after each of which a
+# trigger and its control phrases are placed
+CONTROLS, CONTEXTS = 199, 4
 EXCERPT = 80  # number of characters that the report shows from each end of a row's text
 
 
@@ -126,7 +128,7 @@ def audit(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Runs every check for which the settings hold the inputs, and returns the report.
+    """Runs every check whose inputs are given in `settings`, and returns the report.
 
     `report.page` renders the report as HTML; `to_json` returns the contents of audit.json. Every model is read from
     disk only once. The outlier check concatenates the gradient features of all models.
@@ -195,8 +197,11 @@ def audit(
 def _contexts(
     tokenizer: Tokenizer, store: TokenStore, spans: tuple[np.ndarray, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """Returns the beginnings of held-out chunks, each cut at a word boundary, and the distinct words in these
-    beginnings."""
+    """Returns the beginnings of up to `CONTEXTS` held-out chunks, each cut at a word boundary, and a list of words.
+
+    The words are the distinct words in the beginnings of all held-out chunks, except the first and the last word of
+    each beginning, which may be incomplete.
+    """
     texts = [
         tokenizer.decode(store.tokens[start : min(end, start + 64)].tolist())
         for start, end in zip(*spans, strict=True)

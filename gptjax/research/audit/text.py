@@ -119,7 +119,9 @@ def _score(params: Params, batch: Batch, cfg: ModelConfig) -> tuple[jax.Array, j
 
 
 def continuations(scored: Scored, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ([n] log-probability of each row's continuation, [n] whether greedy decoding produces it exactly).
+    """Returns the log-probability of each row's continuation, and whether greedy decoding produces it exactly.
+
+    Both arrays have shape [n], the second has dtype bool.
 
     No decoding is run, because greedy decoding produces the continuation exactly if every target of the continuation is
     the most likely token (argmax).

@@ -19,7 +19,10 @@ WRITING = ".sweep.partial"  # marker file that `write` removes at its end; if it
 
 
 def lines(summary: Sequence[dict[str, Any]], axes: Sequence[str]) -> Iterator[str]:
-    """Formats `summary`, made by `table`, as lines of aligned text; metrics are mean +- half the interval's width."""
+    """Formats `summary`, made by `table`, as lines of aligned text.
+
+    Each metric is printed as its mean +- half the width of its interval.
+    """
     names = [key for key in axes if key != "seed"]
     measures = [key for key in summary[0] if f"{key}/low" in summary[0]]
     cells = [[*names, "n", *measures]]
@@ -66,9 +69,10 @@ def write(result: Sweep, folder: str | os.PathLike[str]) -> None:
 def draw(result: Sweep, path: Path) -> None:
     """Plots the validation loss and the training loss of the runs.
 
-    The validation loss is plotted against the first numeric axis with several values: one dot per run, and a line with
-    the mean and its interval. One training loss curve is plotted per combination of the axes' values, averaged over
-    seeds.
+    The left panel plots the validation loss against the first swept hyperparameter that has several numeric values:
+    one dot per run, and for each combination of the other hyperparameters a line through the means over seeds, with
+    their intervals. The right panel plots one training loss curve per combination of all swept hyperparameters,
+    averaged over seeds.
     """
     from gptjax.training.plot import draw_sweep
 

@@ -43,7 +43,9 @@ def grid(source: str | os.PathLike[str] | None = None, *overrides: str) -> list[
 
 
 def split_axes(leaves: Iterable[Leaf]) -> tuple[dict[str, list[str]], list[Leaf]]:
-    """Separates the settings with several values, returned as {key: values}, from the settings with one value.
+    """Separates the settings with several values (the axes of the sweep) from the settings with one value.
+
+    Returns a dict from the key of each axis to its values, and a list of the settings with one value.
 
     Raises:
         UserError: an axis has no values, has a value twice, or cannot be swept.

@@ -36,15 +36,17 @@ FINAL_FRACTION = 0.1  # the final training loss of a run is the average over the
 class Sweep(NamedTuple):
     """The result of `sweep`.
 
-    configs   the config of each run as it was trained, with the settings that depend on the data resolved
+    configs   the config of each run, in which the settings that depend on the data, such as the number of steps, have
+              the values used in training
     axes      config keys that differ between runs, including the seed
     rows      one dict per run: the indices of the run and of its program, the axes' values, final losses, number of
               skipped steps, and whether training would have been stopped
     losses    the training loss of every step, one array [steps] float32 per run
     states    one pair per program: (indices of its runs, TrainState with leaves [len(runs), ..]); adapters are
               zero-padded to the largest rank in the program
-    programs  one dict per program: number of runs, number of runs at a time, steps, compile time, step time and total
-              time in seconds, bytes of memory
+    programs  one dict per program: number of runs, number of runs at a time, steps, keys of the hyperparameters that
+              are arrays; in seconds the compile time, the time of all steps and the total time; in bytes the memory
+              estimated by `bytes_per_run` and that reported by the compiler
     """
 
     configs: list[Config]
@@ -66,13 +68,14 @@ class Sweep(NamedTuple):
 def make_sweep_step(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[TrainState, Hyperparameters, Any, Any], tuple[TrainState, Metrics]]:
-    """Returns `make_train_step` vmapped over N runs: step(states, values, frozen, batch) -> (states, metrics [N]).
+    """Returns the step of `make_train_step`, vmapped over N runs.
 
-    The step takes states with leaves [N, ..], hyperparameter values {key: [N]}, and the frozen parameters, which all
-    runs share without copies.
+    The result is a function `step(states, values, frozen, batch)` that returns the new states and the metrics, [N]
+    each. `states` has leaves [N, ..]; `values` is a dict from the key of each hyperparameter to an array [N]; `frozen`
+    holds the frozen parameters, of which all runs share one copy.
 
     Args:
-        build: function config -> (loss, combine, optimizer), such as `Task.build`.
+        build: function that takes a config and returns `StepFunctions`, such as `Task.build`.
         batches: whether every leaf of `batch` has a leading axis N, with one batch per run. False: all runs share one
             batch.
     """
@@ -84,17 +87,19 @@ def make_sweep_step(
 def make_sweep_loss(
     build: Callable[[Config], StepFunctions], cfg: Config, *, batches: bool = False
 ) -> Callable[[Any, Hyperparameters, Any, Any], tuple[Mean, Metrics]]:
-    """Returns a function loss(params, values, frozen, batch) -> (losses [N], metrics [N]) for N runs, without dropout.
+    """Returns a function `loss(params, values, frozen, batch)` that computes the losses of N runs, without dropout.
 
-    All arguments are as in `make_sweep_step`.
+    The function returns the losses and the metrics, [N] each. `params` are the trained parameters, with leaves [N, ..];
+    all other arguments are as in `make_sweep_step`.
     """
     return vmapped.make_loss(lambda values: build(with_hyperparameters(cfg, values)), batches=batches)
 
 
 def create(task: Task, cfg: Config, seeds: jax.Array, values: Hyperparameters, start: Any = None) -> TrainState:
-    """Creates the initial states of N runs, leaves [N, ..], each equal to the initial state of the run trained alone.
+    """Creates the initial states of N runs, stacked into leaves [N, ..].
 
-    `start` holds the parameters to start from, with leaves [N, ..], or is None to initialise them from the seeds.
+    The state of each run equals the initial state of this run when it is trained alone. `start` holds the parameters to
+    start from, with leaves [N, ..], or is None to initialise them from the seeds.
     """
     init, _ = task.initial()
 
@@ -113,8 +118,9 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
     """Estimates the memory of one run, in bytes.
 
     The estimate is `memory_bytes` of a step on rows of `width` tokens (20 bytes per trained parameter, and
-    activations), plus twice the logits of a micro-batch or of a validation batch, whichever is larger. In this estimate
-    the logits count as at most 256 MiB.
+    activations), plus twice the size of the logits of a micro-batch or of a validation batch, whichever is larger. The
+    size of the logits is taken as at most 256 MiB, because the loss computes larger logits in chunks (of 256 MiB; on
+    GPUs with much memory up to 1 GiB).
     """
     tokens = max(cfg.train.batch_size // cfg.train.accumulation * width, EVAL_TOKENS)
     sized = with_hyperparameters(cfg, {"model.context_length": width})
@@ -123,7 +129,10 @@ def bytes_per_run(cfg: Config, n_trained: int, width: int) -> int:
 
 
 def free_bytes() -> int:
-    """Returns the bytes available to a sweep: 80 % of the device's free memory; on a CPU, half of the available RAM."""
+    """Returns the bytes available to a sweep on one device.
+
+    These are 80 % of the device's free memory; on a CPU half of the available RAM, or 2 GiB if that is unknown.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
@@ -180,8 +189,8 @@ def sweep(
     result = Sweep(list(configs), tuple(axes or axes_of(configs)), [], no_losses, [], [])
     for runs in programs(configs):
         prepared = _prepare(configs, runs, progress)
-        # Maps a number of steps to the runs that take as many steps. With train.epochs, the number of steps depends on
-        # how the seed splits the data.
+        # Maps each number of steps to the runs that take this number of steps. With train.epochs, the number of steps
+        # depends on how the seed splits the data.
         same_steps: dict[int, list[int]] = {}
         for i in runs:
             same_steps.setdefault(prepared.configs[i].train.max_steps, []).append(i)
@@ -195,8 +204,8 @@ class _Prepared(NamedTuple):
     """The prepared runs of one compiled program, with one task for each combination of seed and adapter rank."""
 
     tasks: list[Task]
-    task_of: dict[int, int]  # index of a run -> index of its task in `tasks`
-    configs: dict[int, Config]  # index of a run -> its resolved config
+    task_of: dict[int, int]  # maps the index of a run to the index of its task in `tasks`
+    configs: dict[int, Config]  # maps the index of a run to its resolved config
     frozen: Any
     max_rank: int
 
@@ -357,7 +366,9 @@ class _Program:
             losses.append(np.asarray(metrics["loss"]))
             in_a_row.append(np.asarray(metrics["skipped_in_a_row"]))
 
-        previous: Metrics = {}  # metrics of the previous call, read after the next call starts to keep the device busy
+        # Metrics of the previous call; they are read only after the next call has started, so that the device stays
+        # busy.
+        previous: Metrics = {}
         total = n_chunks * cfg.train.max_steps
         self._compile(progress, (states, values, frozen, self._batches(tasks, 0)))
         began = time.perf_counter()
@@ -391,7 +402,10 @@ class _Program:
                 self.compiled_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def _batches(self, tasks: Sequence[Task], step: int) -> Any:
-        """Returns the batches of K steps, [K, N, ..], made once per seed; [K, ..] if all N runs have the same seed."""
+        """Returns the batches of K steps, stacked into leaves [K, N, ..], or [K, ..] if all N runs have the same seed.
+
+        Runs with the same seed have the same batches, which are made only once.
+        """
         if not self.by_seed:
             return tasks[0].batches(step, self.k, None)
         made = {id(task): task.batches(step, self.k, None) for task in tasks}
