@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class Problems(list[str]):
-    """A list of problems, to report all of them at once."""
+    """A list of error messages, which `raise_if_any` reports together in one UserError."""
 
     def raise_if_any(self) -> None:
         if self:
@@ -58,6 +58,6 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """Returns `form` with the most similar known word filled in, or "" if no word is similar."""
+    """Returns `form` with the most similar known word in place of {}, or "" if no word is similar."""
     near = nearest(word, known)
     return form.format(near) if near else ""

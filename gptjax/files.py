@@ -93,7 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-MARKS = {  # byte order mark -> encoding; UTF-32 comes first, because its little-endian mark starts with UTF-16's
+# maps a byte order mark to its encoding; UTF-32 comes first, because its little-endian mark starts with UTF-16's
+MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip

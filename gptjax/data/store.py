@@ -43,9 +43,9 @@ class TokenStore:
     doc_starts     [n_docs] int64, index of each document's first token; doc_starts[0] == 0
     source_starts  [n_sources + 1] int64, source k is tokens[source_starts[k] : source_starts[k + 1]]
     n_bytes        number of UTF-8 bytes of the text, from which bits per byte are computed
-    fingerprint    hash of the contents
-    begin_id       id of the begin token, which precedes the text of every document. The begin token is the document's
-                   first token, or the last token of the previous document, if that is the same id. None: there is no
+    fingerprint    hash that identifies the tokens and the boundaries of documents and sources
+    begin_id       id of the begin token, which precedes the text of a document. The begin token is the first token of
+                   the document, or, if the previous document ends with `begin_id`, that last token. None: there is no
                    begin token
     """
 
@@ -64,9 +64,9 @@ class TokenStore:
         return len(self.source_starts) - 1
 
     def begins_before(self, documents: np.ndarray) -> np.ndarray:
-        """Returns, for each document, whether its begin token is the last token of the previous document.
+        """Returns a bool for each document, True if its begin token is the last token of the previous document.
 
-        `documents` are indices of documents, int64; the result is bool, of the same shape.
+        `documents` are indices of documents, int64; the result has the same shape.
         """
         if self.begin_id is None:
             return np.zeros(documents.shape, bool)
@@ -76,7 +76,7 @@ class TokenStore:
 
     @property
     def n_targets(self) -> int:
-        """The number of target tokens: tokens of the text and end tokens, but not tokens that only begin a document."""
+        """The number of target tokens in training: all tokens except begin tokens at the start of a document."""
         return len(self) - int(
             (self.tokens[self.doc_starts] == self.begin_id).sum() if self.begin_id is not None else 0
         )
@@ -89,10 +89,10 @@ class TokenStore:
         n_bytes: int = 0,
         begin_id: int | None = None,
     ) -> TokenStore:
-        """Makes a store in memory, for notebooks and tests.
+        """Makes a `TokenStore` of arrays in memory, for notebooks and tests.
 
-        If `begin_id` is None and all documents end with the same token, that token is also their begin token, as in a
-        store on disk.
+        If `begin_id` is None and all of several documents end with the same token, that token is also their begin
+        token, as it is in the token cache on disk.
         """
         ids = np.asarray(ids)
         tokens = ids.astype(dtype_for(int(ids.max(initial=0)) + 1))
@@ -106,7 +106,7 @@ class TokenStore:
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """Returns uint16 if it can hold every id, else uint32."""
+    """Returns the dtype in which token ids are stored: uint16 if it can hold all `vocab_size` ids, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -121,11 +121,11 @@ def write(
 
     A text whose `ends` is true is followed by the end-of-text id, if the tokenizer has one. A text whose `begins` is
     true is preceded by the id of the begin token, unless the previous document ended with the same id, which then
-    serves as both the end and the begin token. Text that looks like a special token is encoded as plain text, so that
-    no text can end its own document. Empty documents are skipped.
+    serves as both the end and the begin token. If a text contains the name of a special token, such as <|endoftext|>,
+    the name is encoded as plain text, so that it does not end the document. Empty documents are skipped.
 
     Args:
-        sources: for each source, (text, begins, ends) of each document, as `Subset.source` yields them.
+        sources: for each source, an iterable of its documents, each a tuple (text, begins, ends) as in `Subset.source`.
         progress: function that is called with the number of UTF-8 bytes of each document, once it is encoded.
 
     Returns:
@@ -172,7 +172,8 @@ def write(
 def open_split(folder: Path, split: str, manifest: dict, tokenizer: Tokenizer) -> TokenStore:
     entry = manifest[split]
     path, dtype = folder / f"{split}.bin", np.dtype(entry["dtype"])
-    # A plain array that shares the memory map, because indexing an np.memmap costs several microseconds per call.
+    # np.asarray makes a plain array that shares the memory map, because indexing an np.memmap costs several
+    # microseconds per call.
     tokens = np.asarray(np.memmap(path, dtype, "r")) if entry["tokens"] else np.zeros(0, dtype)
     return TokenStore(
         tokens,
@@ -263,7 +264,8 @@ def _publish(partial: Path, folder: Path, manifest: dict) -> tuple[Path, dict]:
             return folder, existing
         trash = Path(tempfile.mkdtemp(prefix=".partial-damaged-", dir=folder.parent))
         with contextlib.suppress(FileNotFoundError):  # raised if another process moved the folder
-            os.rename(folder, trash / "tokens")  # a process that has files of this folder open can still read them
+            # renaming is atomic, and a process that has files of this folder open can still read them
+            os.rename(folder, trash / "tokens")
         shutil.rmtree(trash, ignore_errors=True)
     raise UserError(f"{folder} cannot be replaced: delete it and start again")
 

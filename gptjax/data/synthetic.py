@@ -1,11 +1,12 @@
-"""Synthetic questions with exact answers, on which a run without instruct.source is fine-tuned.
+"""Synthetic questions with exact answers, the data of instruction fine-tuning if `instruct.source` is not set.
 
     skills(4, seed=0)                   user: "What is the plural of lamp?"   assistant: "lamps"
     skills(4, seed=0, held_out=True)    similar questions, about words and numbers that are not in the training data
 
-A skill is a type of question, such as forming a plural. A hash assigns every word, pair of numbers and measure (such as
-7 meters) either to training or to the held-out questions, independently of the seed. Questions about spelling give the
-letters separately, because a small model cannot learn from other words how to spell a word that is a single token.
+A skill is a type of question, such as forming a plural. A hash assigns every word, pair or triple of numbers, and
+measure (such as 7 meters) either to training or to the held-out questions, independently of the seed. In questions
+about spelling the letters of a word are separated, because a small model cannot learn from other words how to spell a
+word that is a single token.
 """
 
 from __future__ import annotations
@@ -192,10 +193,11 @@ SKILLS: dict[str, Skill] = {
 
 
 def skills(n: int, seed: int, held_out: bool = False, turns: int = 1) -> list[Conversation]:
-    """Returns n questions with their answers. The numbers of questions of any two types (skills) differ by at most one.
+    """Returns conversations that contain n questions with their answers, nearly the same number for every skill.
 
-    `where` of a conversation names the skill and number of its questions: "plural:17" is question 17, about a plural.
-    A question is repeated only if `ATTEMPTS` random draws in a row gave questions that are already used.
+    The numbers of questions differ by at most one between skills. `where` of a conversation lists the skill and the
+    number of each question: "plural:17" is question 17, about a plural. A question is repeated only if `ATTEMPTS`
+    random draws in a row gave questions that are already used.
 
     Args:
         held_out: whether to ask about the held-out words and numbers instead of the words and numbers for training.

@@ -10,25 +10,26 @@ from gptjax.errors import UserError
 
 
 def count(n_tokens: int, length: int, stride: int) -> int:
-    """Returns the number of windows of `length` inputs and targets in n_tokens, one starting every `stride` tokens."""
+    """Returns the number of windows of `length` + 1 tokens that fit in `n_tokens` tokens, one every `stride` tokens."""
     return len(range(0, n_tokens - length, stride))
 
 
 def windows(
     ids: Sequence[int] | np.ndarray, length: int, stride: int, drop_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `ids` [N] into inputs and targets [n, length]. If `ids` is an array, the results are read-only views of it.
+    """Cut `ids` [N] into n windows, and return their inputs and targets, each [n, length].
 
         ids        40 367 2885 1464 1807 3619     length 4, stride 1
         inputs   [[40, 367, 2885, 1464], [367, 2885, 1464, 1807]]
         targets  [[367, 2885, 1464, 1807], [2885, 1464, 1807, 3619]]
 
     With `drop_last=False`, tokens that remain at the end get one more full window, which ends at the last token and
-    overlaps the window before it.
+    overlaps the window before it. If there is no such window, the results are read-only, and views of `ids` if `ids` is
+    an array.
 
     Raises:
         UserError: there are fewer than length + 1 ids, or length or stride is below 1.
-    Source: the counts and tables of "Build a Large Language Model (From Scratch)", chapter 2.6.
+    Source: "Build a Large Language Model (From Scratch)", chapter 2.6.
     """
     if length < 1 or stride < 1:
         raise UserError(f"length ({length}) and stride ({stride}) of windows must be at least 1")

@@ -15,7 +15,9 @@ from gptjax.errors import UserError
 from gptjax.evaluation.intervals import interval
 from gptjax.formats import tables
 
-Row = dict[str, Any]  # keys where, prompt, expected, answer; optional keys nats, tokens, system, history, constraints
+# a question with the expected and the generated answer, a dict with the keys where, prompt, expected and answer, and
+# the optional keys nats, tokens, system, history and constraints
+Row = dict[str, Any]
 MAX_PROBLEMS = 20
 
 
@@ -23,8 +25,8 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
-# Verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to (type
-# of its value, function (answer, value) -> whether the answer meets the constraint).
+# Verifiable constraints on an answer, as in IFEval (arXiv:2311.07911, table 3). Maps the kind of a constraint to the
+# type of its value, and a function (answer, value) that returns True if the answer meets the constraint.
 CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
     "min_words": (int, lambda text, n: len(text.split()) >= n),
     "max_words": (int, lambda text, n: len(text.split()) <= n),
@@ -44,7 +46,7 @@ CONSTRAINTS: dict[str, tuple[type, Callable[[str, Any], bool]]] = {
 
 
 def check_constraints(constraints: Any, location: str) -> list[str]:
-    """Returns error messages about invalid items in a list of constraints {"kind": .., "value": ..}."""
+    """Returns error messages about the invalid items of `constraints`, a list of dicts with the keys kind and value."""
     if not isinstance(constraints, list | tuple):
         return [f"{location}: constraints: expected a list of objects, got {constraints!r:.60}"]
     problems = []
@@ -60,7 +62,7 @@ def check_constraints(constraints: Any, location: str) -> list[str]:
 
 
 def is_met(answer: str, constraint: dict[str, Any]) -> bool:
-    """Returns whether an answer meets a constraint."""
+    """Returns True if the answer meets the constraint."""
     return CONSTRAINTS[constraint["kind"]][1](answer, constraint["value"])
 
 
@@ -88,7 +90,7 @@ def read(path: str) -> list[Row]:
 
 
 def _check_optional(row: Row, location: str) -> list[str]:
-    """Returns error messages about invalid optional keys: nats and tokens (both or neither), history and system."""
+    """Returns error messages about the optional keys of a row: nats and tokens (both or neither), history, system."""
     problems, turns = [], row.get("history", [])
     nats: Any = row.get("nats")
     tokens: Any = row.get("tokens")
@@ -137,7 +139,7 @@ def scores(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _mean_and_interval(name: str, wins: Sequence[float]) -> dict[str, Any]:
-    """Returns {name: mean of `wins`, name_interval: its Wilson interval}.
+    """Returns a dict with the mean of `wins` under the key `name`, and its Wilson interval under `name`_interval.
 
     In `wins`, 1 stands for a win, 0 for a loss and 0.5 for a tie.
     """
@@ -159,9 +161,10 @@ def token_f1(answer: str, expected: str) -> float:
 
 
 def win_rate(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
-    """Returns how often the expected answer is more likely under the model of `rows` than under that of `others`.
+    """Returns the proportion of questions that the model of `rows` wins against the model of `others`.
 
-    A tie counts as half a win.
+    The winner is the model under which the expected answer is more likely; a tie counts as half a win. The result is a
+    dict with the number of questions n, the proportion win_rate and its confidence interval win_rate_interval.
 
     Raises:
         UserError: `rows` and `others` have no question in common, or a row lacks the key nats.

@@ -82,7 +82,8 @@ def _check(url: str, key: str) -> None:
         valid = False
     if not valid:  # the error message omits the URL, which may contain a password
         problems.append("the judge's URL: expected one such as http://localhost:11434/v1, without name, password or ?")
-    if not (key.isascii() and key.isprintable() and " " not in key):  # http.client's error message would reveal the key
+    # checked here, because the error message of http.client about an invalid key would contain the key
+    if not (key.isascii() and key.isprintable() and " " not in key):
         problems.append("OPENAI_API_KEY contains whitespace or a character that is not ASCII: set it again")
     if problems:
         raise UserError.all(problems)

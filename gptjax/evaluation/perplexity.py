@@ -25,14 +25,14 @@ def losses(
 ) -> np.ndarray:
     """Returns the mean loss of each text in nats per token, [n] float32.
 
-    A text is truncated to the context length of the model, and to 512 tokens if the context is longer. The loss of a
-    text of one token is nan, because no token of it is predicted. `say` is a function that is called with progress
-    messages.
+    Only the first 512 predicted tokens of a text count, or fewer if the context length of the model is shorter. The
+    loss of a text of one token is nan, because no token of it is predicted, unless the tokenizer adds a BOS token.
+    `say` is a function that is called with progress messages.
     """
     width = min(WIDTH, cfg.context_length)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = [np.array([*begin, *tokenizer.encode(text)][: width + 1], np.int32) for text in texts]
-    scorable = [i for i, row in enumerate(ids) if len(row) > 1]  # texts with at least one target
+    scorable = [i for i, row in enumerate(ids) if len(row) > 1]  # texts with at least one token to predict
     out = np.full(len(texts), np.nan, np.float32)
     if not scorable:
         return out

@@ -42,7 +42,7 @@ MAX_STRINGS = 1 << 20  # maximum number of strings in arrays; the largest tokeni
 MAX_METADATA, MAX_TENSORS, MAX_DIMS = 10_000, 20_000, 4
 MAX_ALIGNMENT = 64 << 10
 MAX_NAME_BYTES = 63  # longest tensor name that is written, because llama.cpp refuses longer names
-MAX_SHOWN = 20  # number of problems listed in an error message
+MAX_SHOWN = 20  # maximum number of problems listed in an error message
 
 CHUNK = 1 << 16  # number of values converted at once, so that they fit in the CPU cache
 
@@ -68,8 +68,8 @@ class Tensor:
 class File:
     """The header of a GGUF file, with a method that reads a tensor.
 
-    metadata  key -> bool, int, float, str, list of str, or numpy array of numbers in the dtype of the file
-    tensors   name -> location and type, in the order of the file
+    metadata  values by key: bool, int, float, str, list of str, or numpy array of numbers or bools, in the file's dtype
+    tensors   name, shape, type and location of each tensor, by name, in the order of the file
     """
 
     path: Path
@@ -117,17 +117,18 @@ def write(path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: It
     """Write a GGUF file, version 3, atomically.
 
     Args:
-        metadata: key -> bool, int, float, str or a list of such values. An int is written as uint32, or else as the
-            first of int32, int64 and uint64 that can hold it; a list of int as the first of int32, int64 and uint64
-            that can hold all of them; a float is written as float32. A numpy scalar or 1-d array keeps its dtype. The
-            key "general.alignment" sets the alignment of the file.
-        tensors: (name, shape, type, values) of each tensor. values() is called when the tensor is written, and its
-            result is freed before the next call. `type` is F32, F16, BF16 or Q8_0.
+        metadata: values by key. A value is a bool, int, float or str, a list of one of these types, or a numpy scalar
+            or 1-d array, which keeps its dtype. An int is written in the first of the types uint32, int32, int64 and
+            uint64 that can hold it. A list of ints is written in the first of int32, int64 and uint64 that can hold
+            all of them. Floats are written as float32. The key "general.alignment" sets the alignment of the file.
+        tensors: a tuple (name, shape, type, values) for each tensor. `type` is F32, F16, BF16 or Q8_0. `values` is a
+            function without arguments that returns the array; it is called when the tensor is written, and the array
+            is freed before the next call.
 
     Raises:
-        UserError: metadata or tensors are not accepted by the format, by `read` or by llama.cpp (raised before any
-            values() is called), values have another shape or are too large for their type, or the file cannot be
-            written.
+        UserError: the metadata or the tensors are not accepted by the format, by `read` or by llama.cpp (raised before
+            any values() is called), an array does not have the given shape or has values that are too large for its
+            type, or the file cannot be written.
     """
     path, tensors = Path(path), list(tensors)
     try:
@@ -231,7 +232,8 @@ class _Cursor:
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS: dict[int, np.dtype[Any]] = {  # number of a numeric metadata type in the file -> dtype
+# maps the id of a numeric metadata type in GGUF to its dtype
+_NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
@@ -380,7 +382,10 @@ def _item(what: str, index: int | None) -> str:
 
 
 def _header(metadata: Mapping[str, Any], tensors: list[NewTensor]) -> tuple[bytes, int]:
-    """Returns (header as bytes, padded to the alignment; alignment in bytes). Parses the new header, to validate it."""
+    """Returns the header as bytes, padded to the alignment, and the alignment in bytes.
+
+    The new header is parsed, to validate it.
+    """
     alignment = _alignment(metadata)
     fields = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -411,7 +416,7 @@ def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], type: str, 
 
 
 def _pack(value: Any, what: str) -> bytes:
-    """Returns a metadata value as bytes: the number of its type, then the value."""
+    """Returns a metadata value as bytes: the id of its type, then the value."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value, what)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -458,13 +463,15 @@ def _text(text: str, what: str) -> bytes:
 
 # --- from blocks to values and back
 
-Decode = Callable[[np.ndarray, np.ndarray], None]  # (blocks [n], out [n, block] float32): decodes the blocks into out
-Encode = Callable[[np.ndarray], np.ndarray]  # values [n, block] float32 -> blocks [n], with the layout as dtype
+# function (blocks [n], out [n, block] float32) that writes the values of the blocks into `out`
+Decode = Callable[[np.ndarray, np.ndarray], None]
+# function that takes values [n, block] float32, and returns blocks [n], whose dtype is `layout` of the type
+Encode = Callable[[np.ndarray], np.ndarray]
 
 
 class _Type(NamedTuple):
     name: str
-    id: int  # number of the type in ggml
+    id: int  # id of the type in ggml
     block: int  # number of values per block
     layout: np.dtype  # dtype of a block, structured unless a block is a single value
     decode: Decode
@@ -475,7 +482,8 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
     """Decodes a tensor chunk by chunk, and returns it as an array of the given shape and dtype.
 
     Args:
-        read: function (start, stop) -> bytes start .. stop - 1 of the tensor, called for consecutive ranges.
+        read: function (start, stop) that returns the bytes start .. stop - 1 of the tensor; it is called for
+            consecutive ranges.
     """
     out = np.empty(math.prod(shape), dtype)
     scratch = np.empty(0 if out.dtype == np.float32 else min(CHUNK, out.size), np.float32)
@@ -488,7 +496,7 @@ def _decode(read: Callable[[int, int], Any], kind: _Type, shape: tuple[int, ...]
         if len(data) != n * n_bytes:
             raise UserError("the file has become shorter")
         values = chunk if out.dtype == np.float32 else scratch[: len(chunk)]
-        with np.errstate(invalid="ignore"):  # scales in a file may be infinite or NaN
+        with np.errstate(invalid="ignore"):  # infinite or NaN scales in a file would cause numpy warnings
             kind.decode(np.frombuffer(data, kind.layout), values.reshape(n, kind.block))
             if values is not chunk:
                 chunk[:] = values
@@ -629,7 +637,8 @@ def _encode_f16(x: np.ndarray) -> np.ndarray:
 def _encode_bf16(x: np.ndarray) -> np.ndarray:
     words = x.view(np.uint32)
     nearest = words + (0x7FFF + ((words >> 16) & 1))  # round to nearest, ties to even
-    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")  # | keeps a NaN a NaN
+    # the highest mantissa bit of a NaN is set, because without the lower 16 bits the NaN could become an infinity
+    return (np.where(np.isnan(x), words | 0x400000, nearest) >> 16).astype("<u2")
 
 
 def _encode_q8_0(x: np.ndarray) -> np.ndarray:

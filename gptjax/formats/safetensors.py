@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class File(Stored):
-    """A safetensors file, with an entry per tensor."""
+    """The header of a safetensors file, with methods that read tensors from the file."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -85,7 +85,7 @@ class File(Stored):
 class Folder:
     """A checkpoint that is divided among several safetensors files, its shards."""
 
-    files: Mapping[str, File]  # tensor name -> the shard that holds the tensor
+    files: Mapping[str, File]  # maps the name of a tensor to the shard that contains the tensor
 
     def shapes(self) -> dict[str, Shape]:
         return {name: file.entries[name].shape for name, file in self.files.items()}
@@ -115,7 +115,8 @@ def open_file(path: str | os.PathLike[str]) -> File:
             head = file.read(16)
             length = int.from_bytes(head[:8], "little")
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                # a valid header length can begin with the magic bytes of another format, but then "{" follows
+                # a damaged safetensors file may begin with the magic bytes of another format by chance, because these
+                # bytes are the header length; its byte 8 is still the "{" of the JSON header
                 kinds = [kind for magic, kind in _MAGIC.items() if head.startswith(magic) and head[8:9] != b"{"]
                 what = f"a safetensors file but {kinds[0]}" if kinds else "a whole safetensors file"
                 raise UserError(
@@ -172,7 +173,7 @@ def _counts(values: Any) -> bool:
 
 
 def _gaps(entries: Mapping[str, Entry], start: int, size: int) -> list[str]:
-    """Returns a list with an error message unless the tensors fill the file exactly, from the header to the end."""
+    """Returns a list with an error message if the tensors overlap, leave a gap or do not end with the file, else []."""
     end = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
         if entry.offset != end:

@@ -137,7 +137,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, Record | UserError]]:
     repo, config, split = hub_name(source)
     try:
         records = list(hub(repo, config, split))
-    except Exception as error:  # errors that the user can fix, such as no network or an unknown name
+    except Exception as error:  # the user can fix most errors, such as no network or an unknown name
         raise UserError(
             f"{source}: {type(error).__name__}: {first_line(error)}\n"
             "  check the name (hf:org/name[:config][@split]) and the network, or give a local file"
@@ -239,7 +239,8 @@ def parquet(
 
     Args:
         location: name of the file in error messages.
-        columns: function from the file's pyarrow.Schema to the names of the columns to read, or None for all columns.
+        columns: function that takes the file's pyarrow.Schema, and returns the names of the columns to read, or None to
+            read all columns.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -270,7 +271,7 @@ def hub_name(name: str) -> tuple[str, str, str]:
 
 
 def hub(repo: str, config: str, split: str, **options: Any) -> Any:
-    """Load a split of a dataset on the Hugging Face hub; "" is the split train. Errors of `datasets` are not caught."""
+    """Load a split (train, if `split` is "") of a Hugging Face hub dataset. Errors of `datasets` are not caught."""
     import datasets
 
     return datasets.load_dataset(repo, config or None, split=split or "train", **options)
@@ -280,9 +281,9 @@ def hub(repo: str, config: str, split: str, **options: Any) -> Any:
 
 
 def names(keys: Iterable[object]) -> str:
-    """Returns keys or column names as a comma-separated list.
+    """Returns up to 20 keys or column names as a comma-separated list, and the number of further names.
 
-    Names with commas or with leading or trailing blanks are quoted.
+    A name is quoted if it is empty, starts or ends with whitespace, or contains a comma or an unprintable character.
     """
     keys = list(keys)
     more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""

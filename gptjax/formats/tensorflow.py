@@ -1,7 +1,7 @@
 """Reads TensorFlow checkpoints, the format of OpenAI's GPT-2 release, without the library TensorFlow.
 
     checkpoint                        model_checkpoint_path: "model.ckpt"
-    model.ckpt.index                  name -> dtype, shape, shard, offset, size and checksum, as a LevelDB table
+    model.ckpt.index                  dtype, shape, shard, offset, size and checksum by tensor name: a LevelDB table
     model.ckpt.data-00000-of-00001    the tensor data, one file per shard
 
 A table consists of blocks of sorted (key, value) pairs, an index block with the locations of these blocks, and a footer
@@ -31,13 +31,14 @@ import numpy as np
 from gptjax.errors import UserError, refuse
 from gptjax.formats.tensors import Shape, Stored
 
-DTYPES: dict[int, tuple[str, Any]] = {  # TensorFlow's DataType number -> (name, numpy dtype)
+# maps the number of a TensorFlow DataType to its name and its numpy dtype
+DTYPES: dict[int, tuple[str, Any]] = {
     1: ("DT_FLOAT", np.float32), 3: ("DT_INT32", np.int32), 9: ("DT_INT64", np.int64),
     14: ("DT_BFLOAT16", ml_dtypes.bfloat16), 19: ("DT_HALF", np.float16),
 }  # fmt: skip
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
-# Maximum size of an index file in bytes; those of GPT-2 have 5 to 21 kB. Reading a valid index takes at most 2 s.
+# Maximum size of an index file in bytes; those of GPT-2 take 5 to 21 kB. Reading a valid index takes at most 2 s.
 MAX_INDEX = 2 << 20
 MAX_TENSORS, MAX_SHARDS, MAX_DIMS, MAX_KEY = 20_000, 1000, 32, 1024
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -58,7 +59,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint(Stored):
-    """A TensorFlow checkpoint, with an entry per tensor name.
+    """The index of a TensorFlow checkpoint, with methods that read tensors from the shards.
 
     The checksum of a tensor is verified when it is first read.
     """
@@ -126,7 +127,7 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
-    """Parses the bytes of a LevelDB table, and returns its contents as {key: value}."""
+    """Parses the bytes of a LevelDB table, and returns a dict with its keys and values."""
     try:
         if len(data) < FOOTER or int.from_bytes(data[-8:], "little") != MAGIC:
             raise UserError("the last 8 bytes are not those of a table: it is cut off, or no index of a checkpoint")
@@ -152,7 +153,7 @@ def _read_table(data: bytes, location: str) -> dict[bytes, bytes]:
 
 
 def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
-    """Parses the block handle at `pos`, and returns ((offset, size) of the block, the position after the handle)."""
+    """Parses the block handle at `pos`, and returns the block's (offset, size) and the position after the handle."""
     offset, pos = _varint(data, pos)
     size, pos = _varint(data, pos)
     return (offset, size), pos
@@ -200,7 +201,7 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _shards(prefix: Path, table: Mapping[bytes, bytes]) -> list[tuple[Path, int | None]]:
-    """Returns (path of the data file, its size in bytes or None if it is missing) for each shard."""
+    """Returns a list with each shard's path and size in bytes; the size is None if the file is missing."""
     location = f"{prefix}.index"
     if b"" not in table:
         raise UserError(f"{location}: the entry about the whole checkpoint is missing")
@@ -279,9 +280,9 @@ def _messages(message: bytes, kinds: Mapping[int, type]) -> Iterator[tuple[int, 
 
 
 def _varint(data: bytes, pos: int) -> tuple[int, int]:
-    """Returns (the varint at position `pos`, the position after it).
+    """Returns the varint at position `pos`, and the position after it.
 
-    A varint has groups of 7 bits, the least significant first; the top bit of a byte tells that more bytes follow.
+    A varint consists of groups of 7 bits, the least significant first; the top bit of a byte is 1 if more bytes follow.
     """
     value = 0
     for i in range(10):
@@ -296,17 +297,22 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 # ---------------------------------------------------------------- the checksum
 
-# The CRC of a message of 32-bit words w0 w1 .. is linear (over GF(2)) in each word, so that numpy can compute it by a
-# tree. Let A_k(x) be the CRC state that results from state x after 2^k zero words. A_0(w0) ^ w1, A_0(w2) ^ w3, ..
-# replaces each pair of words by one word and so reduces n words to n/2, A_1 reduces these to n/4, and so on. A_k is
-# stored as a lookup table for each of the four bytes of a word, [4, 256]; A_{k+1} is A_k applied twice.
+# The CRC of a message of 32-bit words w0 w1 .. is linear (over GF(2)) in each word. Pairs of words can therefore be
+# combined independently of each other, so that numpy combines all pairs in one vectorised operation. Let A_k(x) be the
+# CRC state that results from state x after 2^k zero words. The first operation replaces w0 and w1 by A_0(w0) ^ w1, w2
+# and w3 by A_0(w2) ^ w3, and so on, which leaves n/2 of the n words. The next operation does the same with A_1, which
+# leaves n/4, and so on until one word is left. A_k is stored as a lookup table for each of the four bytes of a word,
+# [4, 256]; A_{k+1} is A_k applied twice.
 
 _CHUNK = 1 << 18  # number of bytes processed at once, so that intermediate results fit in the CPU cache
 _SHORT = 1000  # up to this number of bytes, computing the CRC byte by byte is faster
 
 
 def crc32c(data: bytes, crc: int = 0) -> int:
-    """Returns the CRC-32C (Castagnoli) of `data`, appended to bytes whose CRC is `crc` (0: no bytes)."""
+    """Returns the CRC-32C (Castagnoli) of a message that ends with `data`.
+
+    `crc` is the CRC of the part of the message before `data`, or 0 if there is no such part.
+    """
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) - len(octets) % 4 if len(octets) > _SHORT else 0
     state, table, tables = crc ^ 0xFFFFFFFF, *_tables()
@@ -347,7 +353,10 @@ def _apply(table: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[np.ndarray]]:
-    """Returns the CRC lookup table for single bytes [256], and the lookup tables [4, 256] of the A_k defined above."""
+    """Returns the CRC lookup table for single bytes [256], and a list of lookup tables [4, 256], as explained above.
+
+    Table k of the list computes A_k, which advances a CRC state by 2^k zero words.
+    """
     byte = np.arange(256, dtype=np.uint32)
     crc: np.ndarray = byte
     for _ in range(8):

@@ -17,7 +17,7 @@ class Stored(ABC):
     Subclasses set `entries` and define `_read`.
     """
 
-    entries: Mapping[str, Any]  # tensor name -> object with the attributes shape, offset and size_bytes
+    entries: Mapping[str, Any]  # maps the name of a tensor to an object with attributes shape, offset and size_bytes
 
     @abstractmethod
     def _read(self, name: str, shape: Shape, offset: int) -> np.ndarray:

@@ -1,16 +1,15 @@
 """Autoregressive decoding with a KV cache: one prefill of the prompts, then one token per step in a compiled loop.
 
-    generate   prompts -> new tokens
-    complete   prompts -> new tokens, with log-probabilities, finish reasons and several samples per prompt
-    stream     the new tokens of one prompt, yielded while they are generated
+    generate   returns the new tokens of each prompt
+    complete   returns the same, with log-probabilities, finish reasons and several samples per prompt
+    stream     yields the new tokens of one prompt while they are generated
 
 Rows are independent: each row of a batch gets the tokens that it would get alone, also if the prompts differ in length.
 The lengths of prompts and continuations are rounded up to a bucket, one of 16, 24, 32, 48, 64, .., so that prompts of
 different lengths reuse the same compiled programs; `programs()` returns the number of these programs.
 
-When a row's context is full, its last half is prefilled again from position 0, and decoding continues. A token
-therefore attends to at most `cfg.context_length` tokens, and, once the row has half as many tokens, to at least half as
-many.
+When a row's context is full, its last half is prefilled again from position 0, and decoding continues. From then on,
+each new token depends on the last `cfg.context_length` / 2 to `cfg.context_length` tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from gptjax.ops import device
 from gptjax.types import Params
 
 _UNTIL_EVERY = 8  # number of new tokens per row between two checks with `until`
-_COPIED_BYTES = 2**30  # parameters up to this size are always copied into the decoding layout on a GPU
+_COPIED_BYTES = 2**30  # up to this number of bytes, parameters on a GPU are always copied into the decoding layout
 _LONG_PROMPT = 256  # prompt length from which a faster, unrolled prefill is worth its longer compilation
 
 
@@ -75,9 +74,10 @@ def generate(
     Args:
         prompts: token ids, at least one per prompt. A prompt longer than the context is truncated from the left, so
             that only its last tokens are used.
-        sampler: function (logits [B, V], key) -> tokens [B], from `gptjax.generation.sampling` or your own.
-        until: function (new tokens of a row) -> whether the row ends, called on the host every 8 tokens. The row ends
-            with the first token for which the function returns True. See `stop_strings`.
+        sampler: function that takes logits [B, V] and a key, and returns tokens [B]; either from
+            `gptjax.generation.sampling` or your own.
+        until: function that takes the new tokens that a row has so far, and returns True if the row ends with them; see
+            `stop_strings`. Every 8 decoding steps, the function is called on the host once for each of the 8 tokens.
         vocab_size: size of the tokenizer's vocabulary; ids >= vocab_size (padding rows of the embedding) are not drawn.
             If `vocab_size` is None, every id of the model may be drawn.
         cache_dtype: dtype of the KV cache: float32, bfloat16 or int8, or None for the dtype that keys and values are
@@ -117,8 +117,8 @@ def complete(
 
     Args:
         n: number of samples per prompt. Each prompt is prefilled once; its n samples are adjacent in the result.
-        logprobs: number of most likely tokens whose log-probabilities are returned besides that of the drawn token, or
-            None if no log-probabilities are returned.
+        logprobs: number k of most likely tokens. The log-probabilities of the drawn token and of the k most likely
+            tokens at its position are returned. None: no log-probabilities are returned.
 
     The other arguments are the same as those of `generate`.
     """
@@ -175,7 +175,7 @@ def programs() -> int:
 
 
 def bucket(size: int) -> int:
-    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; sizes of at least 16 grow by less than half."""
+    """Rounds `size` up to one of 16, 24, 32, 48, 64, 96, ..; the result is below 1.5 `size` if `size` >= 16."""
     power = max(16, 1 << (size - 1).bit_length())
     return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
 
@@ -227,7 +227,7 @@ def right_padded(prompts: Sequence[Sequence[int]], cfg: ModelConfig) -> tuple[np
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, width] int32: prompt, new tokens, padding
-    end: jax.Array  # [B] int32: index after each row's last token, which is not in the cache yet
+    end: jax.Array  # [B] int32: number of tokens in each row; the last of them is not in the cache yet
     i: jax.Array  # int32: number of decoding steps done
     done: jax.Array  # [B] bool: whether the row has ended, for example at a stop token
     cache: Cache
@@ -241,8 +241,8 @@ class _Settings(NamedTuple):
 
     cfg: ModelConfig
     sampler: Sampler
-    width: int  # number of slots in a row, for prompt and new tokens
-    max_new: int  # N: number of slots in a row for new tokens
+    width: int  # maximum number of tokens per row, of prompt and new tokens together
+    max_new: int  # N: maximum number of new tokens per row
     n: int  # number of samples per prompt
     logprobs: int | None
     drawable: int  # number of ids that may be drawn, 0 to drawable - 1
@@ -250,7 +250,7 @@ class _Settings(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Number of slots of the KV cache."""
+        """Capacity of the KV cache, in tokens per row."""
         return min(self.width, self.cfg.context_length)
 
 
@@ -265,7 +265,7 @@ class _Run:
         tokens, self.start = right_padded(prompts, cfg)
         self.start = np.repeat(self.start, n)
         max_new = bucket(max_new_tokens)
-        # the width is a power of two, so that the decoding loop, which takes long to compile, has few widths
+        # rounded up to a power of two, so that the decoding loop, which is slow to compile, is compiled for few widths
         width = 1 << (tokens.shape[1] + max_new - 1).bit_length()
         top = None if logprobs is None else min(logprobs, drawable)
         self.settings = _Settings(
@@ -326,7 +326,11 @@ class _Run:
 
 
 def has_room(params: Params) -> bool:
-    """Returns whether a second copy of the parameters in the layout of `for_decoding` fits in device memory."""
+    """Returns True if a second copy of the parameters, in the layout of `for_decoding`, fits in device memory.
+
+    On a GPU a copy of up to 1 GiB is assumed to fit, and a larger copy may take up to 70 % of the free memory. On other
+    devices the result is True.
+    """
     if device.platform() != "gpu":
         return True
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -422,13 +426,14 @@ def _next_logits(
         step_logits, step_cache = decode_step()
 
         def select(refilled: jax.Array, stepped: jax.Array) -> jax.Array:
-            # number of axes after B: arrays with five axes are [L, B, ..], stacked over layers; others are [B, ..]
+            # number of axes after the batch axis B: an array with five axes is stacked over layers, [L, B, ..], and
+            # all other arrays are [B, ..]
             ndim = 3 if refilled.ndim == 5 else refilled.ndim - 1
             return jnp.where(full.reshape(-1, *[1] * ndim), refilled, stepped)
 
         return select(logits, step_logits), jax.tree.map(select, fresh, step_cache)
 
-    if settings.slots < cfg.context_length:  # the cache has a slot for every token of this call
+    if settings.slots < cfg.context_length:  # such a cache fits all tokens of this call, so that it is never full
         return decode_step()
     return jax.lax.cond(full.any(), refill, decode_step)
 

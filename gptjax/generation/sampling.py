@@ -1,4 +1,4 @@
-"""Samplers. A filter maps logits [B, V] to logits; a sampler maps (logits, key) to tokens [B].
+"""Samplers. A filter maps logits [B, V] to logits; a sampler takes logits and a key, and returns tokens [B].
 
     sampler = chain(temperature(0.8), top_k(50), top_p(0.95))
     sampler = chain(repetition_penalty(1.2), pick=greedy)
@@ -123,9 +123,9 @@ class Chain:
 def chain(*filters: Filter, pick: Sampler = draw) -> Sampler:
     """Returns a sampler that applies the filters from left to right, and then `pick`.
 
-    `pick` is itself a sampler, (logits, key) -> tokens, such as `draw` or `greedy`. Calls with the same arguments
-    return the same object. `generate` compiles once per sampler object, so that a sampler that is a new lambda in each
-    call costs seconds of compilation per call.
+    `pick` is itself a sampler, such as `draw` or `greedy`: a function that takes logits and a key, and returns tokens.
+    Calls with the same arguments return the same object. `generate` compiles once per sampler object, so that a sampler
+    that is a new lambda in each call costs seconds of compilation per call.
     """
     return Chain(filters, pick)
 

@@ -25,8 +25,8 @@ class Speculation(NamedTuple):
     """The result of `speculate`.
 
     tokens    the new tokens of each prompt, without the stop token
-    rounds    forward passes of the target model after the prefill
-    accepted  acceptance rate: accepted proposals / proposals
+    rounds    number of forward passes of the target model after the prefill
+    accepted  proportion of accepted proposals; proposals for rows that have ended count as rejected
     """
 
     tokens: list[list[int]]
@@ -131,8 +131,8 @@ class _Settings(NamedTuple):
     cfg: ModelConfig
     draft_cfg: ModelConfig | None
     sampler: Sampler
-    slots: int  # capacity of each KV cache, in tokens
-    max_new: int  # number of slots in a row for new tokens
+    slots: int  # capacity of each KV cache, in tokens per row
+    max_new: int  # N: maximum number of new tokens per row, of which some may not be returned
     ahead: int
     ngram: int
     drawable: int
@@ -141,7 +141,7 @@ class _Settings(NamedTuple):
 
 class _State(NamedTuple):
     tokens: jax.Array  # [B, P + N]: prompt, new tokens, padding
-    end: jax.Array  # [B]: index after each row's last token, which is in neither cache yet
+    end: jax.Array  # [B]: number of tokens in each row; the last of them is not in the caches yet
     done: jax.Array  # [B]: whether a stop token was drawn in the row
     cache: Cache
     draft: Cache | None
@@ -186,7 +186,7 @@ def _speculate(
             q = to_probs(logits[:, -1, :drawable])
             return (pick(q, key)[:, None], cache), (token[:, 0], q)
 
-        # there is one step more than proposals, so that the last proposal enters the draft's cache too
+        # the scan takes one step more than there are proposals, to add the last proposal to the draft's cache too
         (_, cache), (read, q) = jax.lax.scan(propose, (token, state.draft), jax.random.split(key, ahead + 1))
         return read.T, q[:-1].transpose(1, 0, 2), cache
 
@@ -200,7 +200,7 @@ def _speculate(
         accept = jax.random.uniform(keys[1], (B, ahead)) * q_ids < jnp.take_along_axis(p[:, :-1], ids, 2)[..., 0]
         n_accepted = jnp.cumprod(accept, 1).sum(1)
         q = jax.nn.one_hot(proposed[:, 1:], drawable) if q is None else q
-        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0, because p alone gives the token after the last proposal
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # q = 0, as the token after the last proposal is drawn from p itself
         p_next, q_next = (jnp.take_along_axis(a, n_accepted[:, None, None], 1)[:, 0] for a in (p, q))
         residual = jnp.maximum(p_next - q_next, 0)
         residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_next)
@@ -228,20 +228,20 @@ def _speculate(
 
 
 def prompt_lookup(tokens: jax.Array, end: jax.Array, ahead: int, ngram: int) -> jax.Array:
-    """Prompt lookup: returns proposals [B, ahead] after the first `end` [B] tokens of each row of tokens [B, W].
+    """Proposes the next tokens of each row by prompt lookup, and returns them as [B, ahead].
 
-    The function finds the earlier position whose preceding tokens match the row's last tokens in the longest n-gram, of
-    up to `ngram` tokens, and the latest such position if there are several. The tokens from that position on are
-    proposed, repeated cyclically if they are fewer than `ahead`. If no position matches, the row's last token is
-    proposed repeatedly.
+    `tokens` [B, W] are the rows, and `end` [B] are the numbers of tokens in each of them. The last `ngram` tokens of a
+    row, or as many of them as possible, are searched for in the row. The tokens that follow the latest of the longest
+    matches are proposed, repeated cyclically if they are fewer than `ahead`. If not even the last token occurs earlier
+    in the row, it is proposed repeatedly.
     """
     W = tokens.shape[1]
-    starts = jnp.arange(W)  # positions at which the continuation of a match may begin
+    starts = jnp.arange(W)  # positions of tokens that may follow a match
     match = jnp.ones(tokens.shape, bool)
     match_length = jnp.zeros(tokens.shape, jnp.int32)
     for offset in range(1, ngram + 1):
         last = jnp.take_along_axis(tokens, jnp.maximum(end[:, None] - offset, 0), 1)
-        before = jnp.roll(tokens, offset, 1)  # the token `offset` positions before each start
+        before = jnp.roll(tokens, offset, 1)  # the token that is `offset` positions before each position in `starts`
         match &= (before == last) & (starts >= offset)
         match_length += match
     score = jnp.where((starts < end[:, None]) & (match_length > 0), match_length * W + starts, -1)
