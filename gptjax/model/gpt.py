@@ -134,8 +134,8 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
     Raises:
-        UserError: `tokens` are not integers [B, T] or are outside the vocabulary, there are more tokens than the learned
-            position table has rows, or `cfg` is traced.
+        UserError: `tokens` are not integers [B, T], are outside the vocabulary or are more per row than the learned
+            position table covers, or `cfg` is traced.
     """
     _check(tokens, cfg, context.get("positions"))
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
