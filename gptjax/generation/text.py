@@ -49,7 +49,7 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str]) -> 
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Returns the text before the first occurrence of any of the strings, or the whole text if there is none.
+    """Returns the text before the first occurrence of any of the strings, or the whole text if it contains none.
 
     Empty strings are ignored.
     """
@@ -62,8 +62,8 @@ def text_chunks(
     """Decodes a stream of tokens into chunks of text that can be printed at once, up to the first stop string.
 
     An incomplete UTF-8 character is held back until the next tokens complete it. Text that may be the beginning of a
-    stop string is held back until the next tokens show whether a stop string follows. At a stop string `tokens` is
-    closed if it is a generator such as `stream`.
+    stop string is held back until the next tokens show whether a stop string follows. When a stop string is found, this
+    function stops decoding and closes `tokens`, if that is a generator such as `stream` returns.
     """
     ids: list[int] = []
     shown = text = ""
@@ -76,7 +76,7 @@ def text_chunks(
             getattr(tokens, "close", lambda: None)()
             break
         partial = (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n]))
-        ready = text[: len(text) - max(partial, default=0)]  # holds back the beginning of a possible stop string
+        ready = text[: len(text) - max(partial, default=0)]  # all but a possible stop string's beginning
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready

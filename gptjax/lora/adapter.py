@@ -34,14 +34,14 @@ Adapter = dict[str, Any]
 
 
 def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
-    """Returns {path: weight} for the weights that match `cfg.targets`, in the order of the parameter tree.
+    """Returns the weights that match `cfg.targets` as a dict by path, in the order of the parameter tree.
 
     A pattern may select single layers of a stack, such as blocks/3/attn/q/kernel or blocks/[0-3]/*/kernel. In layers
     that are not selected, the factors a and b are zero and stay zero, because neither factor has a gradient while the
     other is zero.
 
     Raises:
-        UserError: a pattern matches no weight, or DoRA is to adapt an embedding or only some layers of a stack.
+        UserError: a pattern matches no weight, or `cfg` applies DoRA to an embedding or to only some layers of a stack.
     """
     matrices = {
         path: leaf
@@ -63,9 +63,9 @@ def targets(params: Params, cfg: LoraConfig) -> dict[str, Any]:
 
 
 def _layer_paths(path: str, leaf: Any) -> list[str]:
-    """Returns the paths of the single layers of a stacked weight: blocks/attn/q/kernel -> [blocks/0/attn/q/kernel, ..].
+    """Returns the paths of the single layers of a stacked weight, or an empty list for a weight that is not stacked.
 
-    The list is empty for a weight that is not stacked over layers.
+    For example, the paths for blocks/attn/q/kernel are blocks/0/attn/q/kernel, blocks/1/attn/q/kernel and so on.
     """
     group, _, rest = path.partition("/")
     shape = jax.eval_shape(dense, leaf).shape
@@ -73,7 +73,7 @@ def _layer_paths(path: str, leaf: Any) -> list[str]:
 
 
 def _layers(path: str, leaf: Any, cfg: LoraConfig) -> np.ndarray:
-    """Returns a mask of the layers that `cfg.targets` selects: bool [L] for a stack, a scalar for a single weight."""
+    """Returns a mask of the layers that `cfg.targets` selects, bool [L]; a scalar if the weight is not stacked."""
     names = _layer_paths(path, leaf)
     whole = tree.matches(cfg.targets, path)
     if not names:
@@ -105,17 +105,21 @@ def init(key: jax.Array, params: Params, cfg: LoraConfig) -> Adapter:
 
 @exact
 def init_from_weights(params: Params, cfg: LoraConfig) -> tuple[Params, Adapter]:
-    """Initialises an adapter from the weights and subtracts it from them, so that attaching it restores the weights.
+    """Initialises an adapter from the weights and subtracts the product of its factors from them.
 
-    init=pissa: the adapter is a = u sqrt(s) and b = sqrt(s) v, where u, s and v hold the `rank` largest singular values
-    of the weight and their singular vectors (arXiv:2404.02948, eq. 2-4).
+    Attaching the adapter to the remaining weights, the residual weights, therefore restores the original weights.
 
-    init=olora: the adapter comes from the QR decomposition of W [out, in] = w.T, where b.T is the first `rank` columns
+    init=pissa: the factors are a = u sqrt(s) and b = sqrt(s) v, where s are the `rank` largest singular values of the
+    weight, and u and v their singular vectors (arXiv:2404.02948, eq. 2-4).
+
+    init=olora: the factors come from the QR decomposition of W [out, in] = w.T, where b.T is the first `rank` columns
     of Q and a.T the first `rank` rows of R (arXiv:2406.01775, 3.1; as in PEFT).
 
+    With both, the factors are also divided by sqrt(cfg.scale), which makes up for the scale of the attached adapter.
+
     Returns:
-        (params with the residual weights, adapter). Use `to_lora` to convert the trained adapter into an adapter for
-        the original weights.
+        the params with the residual weights, and the adapter. Use `to_lora` to convert the trained adapter into an
+        adapter for the original weights.
 
     Raises:
         UserError: `cfg.targets` is invalid (see `targets`), or cfg.init is lora, which needs `init`.
@@ -164,8 +168,8 @@ def attach(params: Params, adapter: Adapter, cfg: LoraConfig, *, scales: jax.Arr
     the params unchanged.
 
     Args:
-        scales: array that replaces `cfg.scale`: a scalar, which may be traced, or [B], one scale per row, for an
-            adapter made by `rows`.
+        scales: scale of the adapter in place of `cfg.scale`: a scalar array, which may be traced. For an adapter made
+            by `rows`, the scale of each row of the batch, [B].
 
     Raises:
         UserError: the adapter has a path that the base model lacks, or a shape that does not fit the base model.
@@ -217,13 +221,16 @@ def _is_leaf(node: Any) -> bool:
 
 
 def bind(loss: Callable, params: Params, cfg: LoraConfig) -> Callable:
-    """Returns `loss` as a function of the adapter, (adapter, batch, key=None), in which `params` are frozen."""
+    """Returns a function (adapter, batch, key=None) that computes `loss` for the frozen `params` with the adapter."""
     loss = with_dropout(loss)
     return lambda adapter, batch, key=None: loss(attach(params, adapter, cfg), batch, key)
 
 
 def with_dropout(loss: Callable) -> Callable:
-    """Returns `loss` with its PRNG key also passed to the adapters' dropout, if their config sets a dropout rate."""
+    """Returns `loss` with dropout in the attached adapters too, if their config sets a dropout rate.
+
+    The PRNG key of each adapter's dropout is derived from the key that is passed to the loss.
+    """
 
     def seeded(params: Params, batch: Any, key: jax.Array | None) -> Any:
         if key is None:

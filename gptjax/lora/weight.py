@@ -74,9 +74,11 @@ def _(leaf: LoraWeight) -> jax.Array:
 
 @factors.register
 def _(leaf: LoraWeight, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x and the materialised weight; with dropout, [x, dropout(x) a] and [w; scale b], both concatenated.
+    """Returns two plain arrays whose product is the output of the adapted weight for the input x.
 
-    With dropout the factors differ, because dropout changes the input of `a` but not the input of `w`.
+    Without dropout they are x and the materialised weight. Dropout changes the input of `a` but not the input of `w`.
+    With dropout the first array is therefore x concatenated with dropout(x) a along the last axis, and the second is w
+    concatenated with scale b along the first axis; DoRA rescales the columns of the second array.
     """
     if leaf.rate is None or leaf.key is None:
         return x, dense(leaf)

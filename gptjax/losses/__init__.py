@@ -1,4 +1,7 @@
-"""Losses: pure functions (params, batch, key) -> (Mean(total, weight), metrics), each built for one model config.
+"""Losses for training: next-token prediction, preference optimisation and classification.
+
+`next_token`, `preference` and `classify` each return the loss for a model config. A loss is a pure function (params,
+batch, key) that returns a `Mean` and a dict of metrics:
 
     loss = gptjax.losses.next_token(cfg)
     (mean, metrics) = loss(params, batch, None)         pass a key to apply dropout

@@ -29,7 +29,10 @@ def next_token(cfg: ModelConfig, *, chunk: int | None = None) -> Callable[..., t
 
     @matmul_precision(cfg)
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[Mean, Metrics]:
-        """Returns the cross-entropy in nats, as a weighted sum over the targets. If `key` is None, dropout is off."""
+        """Returns the cross-entropy in nats, as a `Mean` over the targets, and an empty dict of metrics.
+
+        If `key` is None, dropout is off.
+        """
         hidden = backbone(
             params, batch.tokens, cfg, positions=batch.positions, segment_ids=batch.segment_ids,
             dropout_key=None if off(cfg.dropout) else key,

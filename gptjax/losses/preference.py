@@ -40,7 +40,7 @@ LossAndRewards = tuple[jax.Array, jax.Array]  # loss [B, P] of each pair, reward
 
 
 def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """DPO: -log sigmoid(r_chosen - r_rejected), where r = beta log(p / p_reference) is the reward of an answer.
+    """Computes the DPO loss, -log sigmoid(r_chosen - r_rejected), with rewards r = beta log(p / p_reference).
 
     Source: arXiv:2305.18290, eq. 7.
     """
@@ -49,7 +49,9 @@ def dpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """IPO: (h_chosen - h_rejected - 1 / (2 beta))^2, where h is log(p / p_reference) per token of an answer, as in TRL.
+    """Computes the IPO loss, (h_chosen - h_rejected - 1 / (2 beta))^2.
+
+    h is log(p / p_reference) of an answer divided by its number of tokens, as in TRL.
 
     Source: arXiv:2310.12036, eq. 17.
     """
@@ -58,7 +60,9 @@ def ipo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """ORPO: mean cross-entropy of the chosen answer, minus beta log sigmoid(log odds ratio of chosen to rejected).
+    """Computes the ORPO loss: the chosen answer's mean cross-entropy, minus beta log sigmoid(log odds ratio).
+
+    The odds ratio is that of the chosen to the rejected answer.
 
     Source: arXiv:2403.07691.
     """
@@ -68,12 +72,14 @@ def orpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """KTO: the chosen and the rejected answer each have their own loss term, relative to a KL reference point.
+    """Computes the KTO loss: the sum of a term for the chosen and a term for the rejected answer.
+
+    Each term compares log(p / p_reference) of the answer with a KL reference point.
 
     The reference point of the chosen answers is the mean log(p / p_reference) of the rejected answers in the batch, but
-    at least 0, and vice versa, as in TRL's kto_pair. The KTO loss of a pair therefore depends on the other pairs in the
-    batch. The KTO paper estimates the KL reference point differently, from mismatched questions and answers. Source:
-    arXiv:2402.01306, eq. 8.
+    at least 0; that of the rejected answers is computed from the chosen answers (as in TRL's kto_pair). The KTO loss of
+    a pair therefore depends on the other pairs in the batch. The KTO paper estimates the KL reference point
+    differently, from mismatched questions and answers. Source: arXiv:2402.01306, eq. 8.
     """
     ratio = x.now - x.before
     mean = (ratio * x.present[..., None]).sum((0, 1)) / jnp.maximum(x.present.sum(), 1)
@@ -84,7 +90,9 @@ def kto(x: Answers, beta: float, margin: float) -> LossAndRewards:
 
 
 def simpo(x: Answers, beta: float, margin: float) -> LossAndRewards:
-    """SimPO: -log sigmoid(r_chosen - r_rejected - margin), where the reward r is beta times the mean log p of a token.
+    """Computes the SimPO loss, -log sigmoid(r_chosen - r_rejected - margin).
+
+    The reward r of an answer is beta times the mean log-probability of its tokens.
 
     Source: arXiv:2405.14734, eq. 6.
     """
@@ -115,9 +123,9 @@ def answer_log_probs(
     """
     log_probs = token_log_probs(params, batch, cfg, key)
     n = 2 * batch.present.shape[1]
-    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # tokens of each answer, [B, 2 P, T]
+    mask = batch.segment_ids[:, None] == jnp.arange(1, n + 1)[:, None]  # mask of each answer's tokens, [B, 2 P, T]
     counts = jnp.where(mask, batch.weights[:, None], 0.0)
-    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # sums over tokens, in full float32
+    sums = jnp.einsum("bst,bt->bs", counts, log_probs, precision="highest")  # in full float32 precision
     lengths = counts.sum(-1)
     return sums.reshape(-1, n // 2, 2), lengths.reshape(-1, n // 2, 2)
 

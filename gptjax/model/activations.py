@@ -56,7 +56,7 @@ class Patch:
 
     The arrays of `data` may be traced, so that a jitted function can take them as arguments, and autodiff and vmap
     apply to them. If the path stands for all layers, each array of `data` has a leading axis L, and layer i gets slice
-    i. `fn` is static, so that the model is recompiled for another function.
+    i. `fn` is static: a patch with another function makes JAX recompile the model.
     """
 
     fn: Callable[..., jax.Array] = struct.field(pytree_node=False)
@@ -103,12 +103,14 @@ def _scale(x, factor):
     return x * factor
 
 
-Patches = Mapping[str, Any]  # maps patterns to an array, function (x) -> x, Patch, or a tuple of these
+# maps a pattern of paths to its patch: a replacement array, a function from the activation to its replacement, a
+# `Patch`, or a tuple of these
+Patches = Mapping[str, Any]
 Placed = dict[str, tuple[Patch, ...]]  # maps each path to its patches, in the order in which they are applied
 
 
 def names(cfg: ModelConfig) -> list[str]:
-    """Returns the paths of all activations; inside blocks, the paths for all layers, `blocks/*/..`."""
+    """Returns the paths of all activations; those inside blocks are given once for all layers, as `blocks/*/..`."""
     absent = ("ln_1/out", "ln_2/out") if cfg.norm_position == "post" else ()
     return ["embed", *(f"{_BLOCKS}*/{site}" for site in SITES if site not in absent), "ln_f/out"]
 
@@ -126,8 +128,8 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
     unmatched = []
     for glob in (glob.strip() for pattern in patterns for glob in pattern.split("|")):
         stacked = [name for name in names(cfg) if not name.endswith(WEIGHTS) or glob.endswith("weights")]
-        # a glob selects all layers if it matches the words "any layer" in place of an index: "*" does, and "3", "?" and
-        # "[0-2]" do not
+        # A glob selects all layers if it matches paths in which a text that is no index replaces the layer's index:
+        # "*" matches such a text, but "3", "?" and "[0-2]" do not.
         matches = [name for name in stacked if tree.matches(glob, name.replace("*", "any layer"))]
         if not matches:
             single = [name.replace("*", str(i)) for i in range(cfg.n_layer) for name in stacked if "*" in name]
@@ -144,13 +146,13 @@ def paths(patterns: Iterable[str], cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
-    """Resolves the patterns of `patches`, {pattern: patch}, to paths, {path: patches}. The function is idempotent.
+    """Matches the patterns in `patches` against the paths of activations, and returns the patches of each matched path.
 
-    Patches of the same path are applied in the given order, and patches of single layers after patches of all layers.
+    The function is idempotent. Patches of the same path are applied in the given order, and patches of single layers
+    after patches of all layers.
 
     Raises:
-        UserError: a pattern matches no activation, or the data of a patch of all layers lack the leading axis of
-            layers.
+        UserError: a pattern matches no activation, or an array of a patch for all layers lacks the leading axis L.
     """
     placed: dict[str, tuple[Patch, ...]] = {}
     for pattern, given in (patches or {}).items():
@@ -170,7 +172,11 @@ def place(patches: Patches | None, cfg: ModelConfig) -> Placed:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Splits a path into layer (or *) and site: blocks/3/attn/out -> ("3", "attn/out"), embed -> ("", "embed")."""
+    """Splits an activation's path into the layer and the site, which is the activation's path within its block.
+
+    For example, blocks/3/attn/out is split into "3" and "attn/out", blocks/*/resid into "*" and "resid", and embed,
+    which is outside the blocks, into "" and "embed".
+    """
     if not path.startswith(_BLOCKS):
         return "", path
     layer, site = path.removeprefix(_BLOCKS).split("/", 1)
@@ -178,12 +184,16 @@ def split(path: str) -> tuple[str, str]:
 
 
 def stacked_patches(placed: Placed) -> dict[str, tuple[Patch, ...]]:
-    """Returns the patches whose path stands for all layers, `blocks/*/..`, as {site: patches}."""
+    """Returns the patches whose path stands for all layers, `blocks/*/..`, as a dict from site to patches."""
     return {site: patches for path, patches in placed.items() for layer, site in [split(path)] if layer == "*"}
 
 
 def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
-    """Returns the patches whose path names a single layer, such as `blocks/3/..`, as {site: {layer: patches}}."""
+    """Returns the patches whose path names a single layer, such as `blocks/3/..`.
+
+    Returns:
+        a nested dict that contains, for each site, the patches by index of the layer.
+    """
     out: dict[str, dict[int, tuple[Patch, ...]]] = {}
     for path, patches in placed.items():
         layer, site = split(path)
@@ -193,7 +203,7 @@ def layer_patches(placed: Placed) -> dict[str, dict[int, tuple[Patch, ...]]]:
 
 
 def block_taps(taps: Iterable[str]) -> list[tuple[str, tuple[str, str]]]:
-    """Returns the taps that are inside blocks, as (path, (layer, site))."""
+    """Returns the taps inside blocks: the path of each, and the layer and site that `split` makes of the path."""
     return [(path, split(path)) for path in taps if split(path)[0]]
 
 
@@ -217,7 +227,14 @@ class Reader:
         single: Mapping[str, dict[int, tuple[Patch, ...]]] | None = None,
         layer: jax.Array | None = None,
     ):
-        """Args: `patches` apply in every layer; those in `single` only in the layer whose traced index is `layer`."""
+        """Stores the taps and patches of a block.
+
+        Args:
+            taps: sites whose activations are recorded in `seen`.
+            patches: patches of the block, by site.
+            single: patches of single layers, by site and index of the layer; those of layer `layer` are applied.
+            layer: index of the block, which may be traced.
+        """
         self.taps, self.patches, self.single, self.layer = frozenset(taps), patches or {}, single or {}, layer
         self.seen: dict[str, jax.Array] = {}
 

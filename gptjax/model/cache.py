@@ -77,7 +77,7 @@ class Cache(struct.PyTreeNode):
 
 
 def _to_int8(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Quantises to int8 symmetrically, with one scale per head and token: [.., H] -> int8 [.., H], float32 [.., 1]."""
+    """Quantises `a` [.., H] to int8 symmetrically; returns it with a float32 scale [.., 1] per head and token."""
     a = a.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(a).max(-1, keepdims=True), 1e-30) / 127
     return jnp.round(a / scale).astype(jnp.int8), scale

@@ -69,8 +69,9 @@ def backbone(
         segment_ids: document of each token, [B, T] int32; a token attends only to tokens of its own document. Padding
             counts as one more document.
         dropout_key: random key for dropout, or None for no dropout.
-        patches: replacements of activations, {path or pattern: array, function (x) -> x, or `Patch`}; paths and
-            shapes are listed in `gptjax.model.activations`.
+        patches: maps paths (or patterns of paths) of activations to their patches. A patch is an array that replaces
+            the activation, a function that computes the replacement from the activation, a `Patch`, or a tuple of
+            these. Paths and shapes are listed in `gptjax.model.activations`.
 
     Raises:
         UserError: a patch matches no activation, or its shape does not fit the activation.
@@ -110,12 +111,12 @@ def head_factors(params: Params, hidden: jax.Array, cfg: ModelConfig) -> tuple[j
 
 @with_matmul_precision
 def lm_logits(params: Params, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Computes the logits [.., V] float32, with cfg.logit_softcap, of hidden states [.., D].
+    """Computes the logits [.., V] float32 of hidden states [.., D], and applies the softcap cfg.logit_softcap.
 
     The logits are never rounded to bfloat16.
     """
     if cfg.dtype != "float32":
-        hidden = hidden.astype(jnp.float32)  # `matmul` returns its input's dtype, but multiplies in cfg.dtype
+        hidden = hidden.astype(jnp.float32)  # so that `matmul`, which returns its input's dtype, returns float32
     head = params["wte"]["embedding"] if cfg.tie_embeddings else params["lm_head"]["kernel"]
     if isinstance(head, jax.Array) and device.platform() == "gpu" and device.mesh() is None:
         kernel = aligned_columns(head.T if cfg.tie_embeddings else head)
@@ -133,8 +134,8 @@ def forward(params: Params, tokens: jax.Array, cfg: ModelConfig, **context: Any)
     Ids outside the vocabulary raise an error, except under `jit`, where ids are not known and are clipped instead.
 
     Raises:
-        UserError: `tokens` are not integers [B, T], are outside the vocabulary or exceed a learned position table, or
-            `cfg` is traced.
+        UserError: `tokens` are not integers [B, T], are outside the vocabulary or are more per row than the learned
+            position table covers, or `cfg` is traced.
     """
     _check(tokens, cfg, context.get("positions"))
     return lm_logits(params, backbone(params, tokens, cfg, **context), cfg)
@@ -152,7 +153,7 @@ def tapped(
     dropout_key: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Like `forward`, but also returns the activations named by `taps`: logits [B, T, V] and {path: array}.
+    """Returns the logits [B, T, V] of `forward`, and the activations named by `taps` as a dict from path to array.
 
         logits, acts = tapped(params, tokens, cfg, ("blocks/*/attn/out", "blocks/3/resid"))
         acts["blocks/*/attn/out"]   [L, B, T, D]
@@ -233,7 +234,10 @@ def extend_backbone(
     lengths: jax.Array | None = None,
     patches: Patches | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Like `extend`, but returns the last hidden state [B, T, D], as prefill needs only the last token's logits."""
+    """Like `extend`, but returns the last hidden state [B, T, D] in place of the logits.
+
+    Prefill needs the logits of the last token only, and computes them from that token's hidden state with `lm_logits`.
+    """
     return _extend(params, tokens, cfg, cache, (), lengths, patches)[:2]
 
 
@@ -329,10 +333,10 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
     """Returns the parameters in the fastest layout for decoding one token at a time.
 
     All functions of this module accept the decoding layout, but parameters in this layout must not be saved. The layers
-    are unstacked, because slicing a layer out of the stack takes as long as multiplying by it. The kernels of q, k and
-    v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if they are of the same type. Kernels are
-    stored transposed, so that each column is contiguous. On a CPU the stacked layers are kept as well, because they are
-    faster for a long prompt.
+    are unstacked, because slicing a layer's weights out of the stacked arrays takes as long as the matrix products with
+    these weights. The kernels of q, k and v are concatenated as `qkv`, and the kernels of up and gate as `up_gate`, if
+    they are of the same type. Kernels are stored transposed, so that each column is contiguous. On a CPU the stacked
+    layers are kept as well, because they are faster for a long prompt.
 
     On a GPU the stacked layers are not kept; if memory is short, delete `params` after this call. Matrices are cast to
     bfloat16 if cfg.dtype is bfloat16, because they are multiplied in that dtype, and the head's columns are padded to a
@@ -369,7 +373,9 @@ def _in_low_precision(params: Params, cfg: ModelConfig) -> Params:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-_MAX_UNSTACKED = 48  # largest number of layers to unstack on a GPU, because unstacked layers are compiled separately
+# largest number of layers to unstack on a GPU; unstacked layers are compiled separately, so that compilation takes
+# longer with every layer
+_MAX_UNSTACKED = 48
 _CONCATENATED = {"attn": ("qkv", ("q", "k", "v")), "mlp": ("up_gate", ("up", "gate"))}
 
 

@@ -124,7 +124,9 @@ class Attention(nn.Module):
             q, k, v = jnp.split(qkv, (sizes["q"], sizes["q"] + sizes["k"]), axis=-1)
         else:
             q, k, v = (Linear(cfg, size, cfg.qkv_bias, name=name)(x) for name, size in sizes.items())
-        if device.platform() == "tpu":  # without a barrier XLA splits float32 products into heads before it rounds them
+        # without a barrier XLA on a TPU splits the matrix products into heads in float32, twice the size of bfloat16,
+        # and rounds them to bfloat16 only afterwards
+        if device.platform() == "tpu":
             q, k, v = jax.lax.optimization_barrier((q, k, v))
         v = v.reshape(B, T, K, H)
         if cfg.qk_norm_over == "all":
@@ -222,10 +224,10 @@ class Block(nn.Module):
         """Runs one transformer block.
 
         Args:
-            patches: the patches of this layer, {site: patches}.
+            patches: the patches of this layer, by site.
 
         Returns:
-            the residual stream and other state after the block, and the activations of `taps`, {site: array}.
+            the residual stream and other state after the block, and a dict from each site in `taps` to its activation.
         """
         tap = Reader(self.taps, patches, shared.patches, stream.layer)
         cfg, x = self.cfg, checkpoint_name(device.constrain(stream.x, *TOKENS), BLOCK_INPUT)
@@ -266,10 +268,11 @@ _REMAT = {
 
 
 class GPT(nn.Module):
-    """Decoder: tokens [B, T] -> last hidden state [B, T, D], KV cache, and the activations of `taps`, {path: array}.
+    """The decoder without the head.
 
-    If the parameters of the blocks are stacked [L, ..], the blocks run in one `nn.scan`; if each layer has its own tree
-    (`gpt.unstack_layers`), they run in a Python loop.
+    A call takes tokens [B, T] and returns the last hidden state [B, T, D], the KV cache, and a dict from each path in
+    `taps` to its activation. If the parameters of the blocks are stacked [L, ..], the blocks run in one `nn.scan`; if
+    each layer has its own tree (`gpt.unstack_layers`), they run in a Python loop.
     """
 
     cfg: ModelConfig
@@ -295,7 +298,8 @@ class GPT(nn.Module):
             x = x * cfg.embed_gain
         if cfg.position == "learned":
             wpe = Embed(cfg, rows=cfg.context_length, std=0.02, name="wpe")(positions)
-            # wpe is added in float32, so that its gradient, a sum over the batch, is accumulated in float32
+            # position embeddings are added in float32, so that their gradient, a sum over the batch, is accumulated in
+            # float32
             x = (x.astype(jnp.float32) + wpe.astype(jnp.float32)).astype(x.dtype)
         elif cfg.position == "sinusoidal":
             x = x + position.sinusoidal(positions, cfg.d_model).astype(x.dtype)
@@ -372,8 +376,8 @@ class GPT(nn.Module):
 def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes the cosines and sines of RoPE, [.., H/2] each.
 
-    With cfg.rope_local_base both arrays have shape [2, .., H/2], for layers with full attention and with a sliding
-    window.
+    With cfg.rope_local_base both arrays have shape [2, .., H/2]: index 0 is for layers with full attention, index 1 for
+    layers with a sliding window.
     """
     scaled = position.rope_frequencies(
         cfg.head_dim, cfg.rope_base, cfg.rope_scaling, cfg.rope_factor, cfg.rope_slow, cfg.rope_fast,
@@ -391,10 +395,11 @@ def _rope_table(cfg: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.
 def layers_per_iteration(cfg: ModelConfig) -> int:
     """Returns the number of blocks per iteration of the scan over layers (its `unroll`), a divisor of cfg.n_layer.
 
-    On a CPU, unrolling makes small models at least a tenth faster; from GPT-2's size on, it gains nothing, takes longer
-    to compile, and copies every weight out of its stack. On a GPU, an iteration runs up to 12 blocks. A training step
-    of GPT-2 124M took 36.3 ms with all 12 blocks unrolled and 42.5 ms with one block per iteration, and compiling the
-    unrolled blocks took 9 s longer (H200, bfloat16, 16 x 1,024 tokens). On a TPU, an iteration runs one block.
+    On a CPU, unrolling the scan makes small models at least 10 % faster; models of GPT-2's size or larger become no
+    faster and take longer to compile, and each layer's weights are copied out of the stacked arrays. On a GPU, an
+    iteration runs up to 12 blocks. A training step of GPT-2 124M took 36.3 ms with all 12 blocks unrolled and 42.5 ms
+    with one block per iteration, and compiling the unrolled blocks took 9 s longer (H200, bfloat16, 16 x 1,024 tokens).
+    On a TPU, an iteration runs one block.
     """
     if cfg.unroll is not None:
         return cfg.n_layer if cfg.unroll else 1

@@ -20,7 +20,7 @@ _BLOCK = 64  # the smallest block of queries for which a separate matrix multipl
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-    """Causal attention, softmax(scale q k^T + mask) v: each query attends to the keys up to its own position.
+    """Computes causal attention, softmax(scale q k^T + mask) v: a query attends to the keys up to its own position.
 
     Args:
         q: [B, T, N, H].
@@ -74,7 +74,7 @@ def heads_attention(
     dropout_keys = [None] * blocks if dropout_key is None or off(dropout) else jax.random.split(dropout_key, blocks)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     outs = []
-    for i in range(blocks):  # a block skips the keys after its queries, so that two blocks compute 3/4 of all scores
+    for i in range(blocks):  # keys after a block's queries are skipped: two blocks compute only 3/4 of all scores
         first, end = i * T // blocks, (i + 1) * T // blocks
         n_key = end if blocks > 1 else S
         bias = _bias(
@@ -99,7 +99,7 @@ def attention_weights(
     scale: float | None = None,
     alibi: bool = False,
 ) -> jax.Array:
-    """Returns the attention weights of `heads_attention`: q [B, T, N, H], k [B, K, S, H] -> [B, N, T, S] float32.
+    """Returns the attention weights [B, N, T, S], float32, of queries q [B, T, N, H] over keys k [B, K, S, H].
 
     The attention weights are computed with plain XLA operations on every device, without fused kernels. Masked keys
     have weight 0. The arguments mean the same as in `heads_attention`.
@@ -116,7 +116,7 @@ def attention_weights(
 def weighted_values(
     weights: jax.Array, v: jax.Array, *, dropout: float = 0.0, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """Multiplies attention weights [B, N, T, S] by values [B, K, S, H] -> [B, T, N, H] in v's dtype."""
+    """Multiplies attention weights [B, N, T, S] by values v [B, K, S, H]; returns [B, T, N, H] in v's dtype."""
     B, N, T, S = weights.shape
     weights = dropped_out(weights, dropout, dropout_key).astype(v.dtype)
     out = _dot(_rows(weights.reshape(B, v.shape[1], -1, T, S)), v)
@@ -137,10 +137,13 @@ def _bias(
 ) -> jax.Array:
     """Returns the additive mask of queries `first:end` over the first `n_key` keys: 0 where visible, -1e30 elsewhere.
 
-    The shape of the mask is [1 or B, 1, 1, T, S], for T queries and S keys. With ALiBi the mask includes ALiBi's
-    biases, which differ between heads, and its shape is [1 or B, K, G, T, S], where `heads` is (K, G), the numbers of
-    key heads and of query heads per key head. `beyond` is a number larger than any distance, which replaces a traced
-    `window` that is 0 (no window).
+    For T queries and S keys the shape of the mask is [1 or B, 1, 1, T, S]. With ALiBi the mask includes ALiBi's biases,
+    which differ between heads, and its shape is [1 or B, K, G, T, S].
+
+    Args:
+        beyond: number larger than any distance between a query and a key; used as the window size if `window` is traced
+            and 0, which means no window.
+        heads: (K, G), the number of key heads and the number of query heads per key head.
     """
     distance = jnp.arange(first, end)[:, None] + jnp.reshape(offset, (-1, 1, 1, 1, 1)) - jnp.arange(n_key)
     mask = distance >= 0
@@ -174,8 +177,8 @@ def _attend_forward(q, k, v, bias, keep, dropout):
 def _attend_backward(residual, g):
     """Computes the gradients of q, k and v from the saved attention weights p, without transposing a [T, S] array.
 
-    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p; the sum equals g . out
-    (arXiv:2205.14135, appendix B), but to compute g . out, the output `out` would have to be saved as well.
+    The gradient of the scores is p (d_p - sum_s p d_p), where d_p is the gradient of p. The sum equals the dot product
+    of the output and its gradient g (arXiv:2205.14135, appendix B), but that would need the output to be saved as well.
     """
     q, k, v, keep, p, dropout = residual
     d_p = _dropped(_dot(_rows(g), _transposed(v)).reshape(p.shape), keep, dropout)
@@ -192,7 +195,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Batched matrix multiplication [B, K, m, n] x [B, K, n, p] with float32 accumulation."""
+    """Multiplies batches of matrices, a [B, K, m, n] and b [B, K, n, p], with float32 accumulation."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 

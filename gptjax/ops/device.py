@@ -30,7 +30,7 @@ def platform() -> str:
 
 
 def capability() -> float:
-    """Compute capability of the target NVIDIA GPU, such as 7.5 (T4), 8.0 (A100) or 9.0 (H100); 0 for other devices."""
+    """Returns the target NVIDIA GPU's compute capability, such as 7.5 (T4) or 9.0 (H100), or 0 for other devices."""
     if target := _target.get():
         return target[1] if target[0] == "gpu" else 0.0
     try:
@@ -85,7 +85,7 @@ def mesh() -> AbstractMesh | None:
 
 
 def fit(spec: Sequence[Any], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Returns `spec` without the mesh axes whose size does not divide the dimension of `shape` that they shard.
+    """Returns `spec` without the mesh axes that cannot shard a dimension of `shape` evenly.
 
     If several mesh axes shard a dimension, the last of these axes are dropped until the product of the sizes of the
     remaining axes divides the dimension.
@@ -111,7 +111,7 @@ _product_axes: Callable[[str], ProductAxes] | None = None
 
 
 def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
-    """Sets the function that `product_axes` calls; `gptjax.parallel` sets a function that follows its rules."""
+    """Sets the function that `product_axes` calls; `gptjax.parallel` sets one that looks up its sharding rules."""
     global _product_axes
     _product_axes = rule
 
@@ -119,7 +119,7 @@ def product_axes_by(rule: Callable[[str], ProductAxes]) -> None:
 def product_axes(path: str) -> ProductAxes:
     """Returns the mesh axes that shard the kernel at `path` during its matrix product.
 
-    Returns None if the kernel keeps its sharding for the product, and always if there is no mesh.
+    Returns None if there is no mesh, or if the kernel keeps its own sharding for the product.
     """
     return None if _product_axes is None or mesh() is None else _product_axes(path)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 
 def off(rate: Any) -> bool:
-    """Returns whether a dropout rate is the number 0, so that dropout can be left out.
+    """Returns True if a dropout rate is a Python number equal to 0, so that dropout can be skipped.
 
-    A traced rate never counts as 0.
+    For a traced rate, which may or may not be 0, the result is False.
     """
     return isinstance(rate, int | float) and rate == 0
 

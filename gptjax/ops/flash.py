@@ -30,7 +30,7 @@ _LOG2E = math.log2(math.e)  # factor of the scores: the softmax uses base 2, bec
 
 
 class Tile(NamedTuple):
-    """Numbers of queries and keys that a Triton program processes per iteration, and its warps and pipeline stages."""
+    """Tile sizes of a Triton program (queries and keys per iteration), and its numbers of warps and pipeline stages."""
 
     queries: int
     keys: int
@@ -58,7 +58,7 @@ _TILES = {
 
 
 def default_tiles(head_dim: int, dtype: DTypeLike) -> Tiles:
-    """Returns tile sizes for the kernels (forward, gradient of q, gradients of k and v) by head size and dtype."""
+    """Returns the tile sizes of the kernels for the forward pass and the gradients, given head size and dtype."""
     return _TILES[max(64, pl.next_power_of_2(head_dim)), jnp.dtype(dtype).itemsize]
 
 
@@ -82,7 +82,7 @@ def flash_attention(
     saved_as: str = "attention",
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention, softmax(q k^T + mask) v: each query attends to the keys up to its own position.
+    """Computes causal attention, softmax(q k^T + mask) v: each query attends to the keys up to its own position.
 
     Args:
         q: [B, T, N, H], already multiplied by the softmax scale.
@@ -103,9 +103,10 @@ def flash_attention(
     windowed = not isinstance(window, int) or 0 < window < S
     window = jnp.where(jnp.asarray(window) > 0, window, S)
     span = jnp.stack([jnp.asarray(offset, jnp.int32), window.astype(jnp.int32)])
-    precision = default_precision()  # read here, because the backward pass is traced outside the context that sets it
+    # the matmul precision is read here, because the backward pass is traced outside the context manager that sets it
+    precision = default_precision()
 
-    # limits a tile's size to the row length n, rounded up to a power of two, or to 16, which tensor cores need
+    # limits a tile's size to the row length n, rounded up to a power of two that is at least 16, as tensor cores need
     def at_most(size: int, n: int) -> int:
         return min(size, max(16, pl.next_power_of_2(n)))
 
@@ -280,13 +281,15 @@ def _ranges(
     sizes: _Sizes, tile: Tile, span: jax.Array, q_ids: jax.Array | None, k_ids: jax.Array | None, windowed: bool,
     loop_over: str = "keys",
 ) -> jax.Array:  # fmt: skip
-    """Returns, for each tile of queries, four indices of key tiles (begin, whole, rest, end): [1 or B, n, 4] int32.
+    """Returns the range of key tiles that each of the n tiles of queries attends to, [1 or B, n, 4] int32.
 
-    Key tiles outside begin..end are fully masked; key tiles in whole..rest are not masked at all. With
-    `loop_over="queries"`, returns four indices of query tiles for each tile of keys instead.
+    A range consists of four indices of key tiles, begin <= whole <= rest <= end. Tiles before begin and from end on are
+    fully masked, and the kernels skip them. Tiles from whole to rest - 1 need no mask, and the other tiles between
+    begin and end need the mask. With `loop_over="queries"`, the function returns the range of query tiles for each tile
+    of keys.
 
-    The documents of two tiles are compared by the smallest and the largest document id of each tile, which is exact if
-    ids increase along a row, as in packed rows, and otherwise only makes ranges longer than necessary.
+    Only the smallest and the largest document id of each tile are compared. If ids increase along a row, as in packed
+    rows, the ranges are exact; otherwise they are only longer than necessary.
     """
     q_first, k_first = (jnp.arange(0, n, step) for n, step in ((sizes.T, tile.queries), (sizes.S, tile.keys)))
     q_last = span[0] + jnp.minimum(q_first + tile.queries, sizes.T) - 1
@@ -423,9 +426,13 @@ class _Mask:
 
 
 def _loop(ranges: Any, step: Callable, carry: Any, repeats: int = 1) -> Any:
-    """Runs `step(repeat, tile, carry, masked)` for all tiles in the range `ranges`, `repeats` times.
+    """Calls `step(repeat, tile, carry, masked)` `repeats` times for every tile that is not fully masked.
 
-    All repeats of the tiles that need the mask run first, and then all repeats of the tiles that are not masked.
+    The calls for the tiles that need the mask come first, and then those for the tiles that need no mask.
+
+    Args:
+        ranges: the four indices (begin, whole, rest, end) of `_ranges`.
+        step: function that returns the new carry.
     """
     begin, whole, rest, end = (ranges[i] for i in range(4))
     n_whole, n_before = rest - whole, whole - begin
@@ -454,7 +461,7 @@ def _inside(positions: jax.Array, n: int) -> jax.Array | None:
 
 
 def _columns(width: int, H: int) -> jax.Array | None:
-    """Returns the mask of the first H columns of a tile, or None if the tile has no other columns."""
+    """Returns the mask of the first H columns of a tile, or None if the tile has no more than H columns."""
     return (jnp.arange(width) < H)[None, :] if width > H else None
 
 

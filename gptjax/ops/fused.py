@@ -46,16 +46,16 @@ def kernel_for(
 
 
 def splash_fits(T: int) -> bool:
-    """Returns whether splash supports T queries over T keys: the queries per device must be a multiple of 128."""
+    """Returns True if splash supports T queries over T keys: it needs a multiple of 128 queries per device."""
     current_mesh = mesh()
     return T % (128 * (1 if current_mesh is None else current_mesh.shape[CONTEXT])) == 0
 
 
 def cudnn_fits(q: jax.Array) -> bool:
-    """Returns whether cuDNN's kernel supports q.
+    """Returns True if cuDNN's kernel supports q.
 
-    cuDNN's kernel needs 16-bit floats, heads of up to 128 channels (256 on Hopper), no context parallelism, an Ampere
-    or later GPU (not a T4), and an installed cuDNN.
+    cuDNN's kernel needs 16-bit floats, a head size that is a multiple of 8 and at most 128 (256 on Hopper, from cuDNN
+    9.5 on), no context parallelism, an Ampere or later GPU (not a T4), and an installed cuDNN.
     """
     current_mesh, is_hopper = mesh(), jax.default_backend() == "gpu" and HOPPER <= capability() < BLACKWELL
     widest = 256 if is_hopper and cudnn_version() >= 90500 else 128
@@ -80,10 +80,10 @@ def cudnn_version() -> int:
 
 
 def flash_fits(q: jax.Array) -> bool:
-    """Returns whether `ops.flash` supports q.
+    """Returns True if `ops.flash` supports q.
 
-    The kernels of `ops.flash` need 16- or 32-bit floats, heads of up to 256 channels, an Ampere or later GPU, and
-    Pallas' Triton backend (deprecated in jax 0.12).
+    The kernels of `ops.flash` need 16- or 32-bit floats, a head size that is a multiple of 8 and at most 256, an Ampere
+    or later GPU, and Pallas' Triton backend (deprecated in jax 0.12).
     """
     return (
         capability() >= AMPERE
@@ -131,7 +131,11 @@ def splash(
 
 
 def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: bool) -> Any:
-    """Returns the splash kernel for one device's heads and all queries, with mask arrays sharded like the queries."""
+    """Returns the splash kernel for the heads of one device and the queries of all devices.
+
+    The kernel contains arrays that describe the mask; they are to be sharded over devices in the same way as the
+    queries.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     block = next(size for size in (512, 256, 128) if T // q_shards % size == 0)
@@ -147,7 +151,11 @@ def _splash_kernel(T: int, n_heads: int, q_shards: int, window: int, interpret: 
 
 
 def _splash(q, k, v, q_ids, k_ids, offset, kernel):
-    """Computes attention on one device, whose shard of `kernel` contains the offset of the device's queries."""
+    """Computes attention on one device.
+
+    `kernel` is the device's shard of the splash kernel. Its arrays describe the mask of the device's queries, so that
+    `offset` is not used.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     ids = None if q_ids is None else pallas.SegmentIds(q_ids, k_ids)

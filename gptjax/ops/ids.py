@@ -11,7 +11,7 @@ from gptjax.errors import UserError
 
 
 def is_local(array: Any) -> bool:
-    """Returns whether this process can read all values of the array."""
+    """Returns True if this process can read all values of the array."""
     return getattr(array, "is_fully_addressable", True)
 
 

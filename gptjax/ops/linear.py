@@ -17,10 +17,11 @@ _COLUMNS = 128  # on a GPU, `aligned_columns` pads the columns of a matrix to a 
 
 @singledispatch
 def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by w [in, out] -> [.., out] in x's dtype; operands are cast to `dtype`.
+    """Multiplies x [.., in] by w [in, out]; the result [.., out] has x's dtype.
 
-    Products are accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other than a plain
-    array (an adapter, a quantised matrix) registers its own implementation, so that layers need not know the type.
+    If `dtype` is "bfloat16", both operands are cast to bfloat16; if it is "float32", w is cast to x's dtype. Products
+    are accumulated in float32. `matmul` dispatches on the type of `w`: every type of weight other than a plain array
+    (an adapter, a quantised matrix) registers its own implementation, so that layers need not know the type.
     """
     rows = x.reshape(-1, x.shape[-1])  # XLA's CPU backend is faster with matrices than with [B, T, ..] arrays
     y = rows @ w.astype(x.dtype) if dtype == "float32" else _low_product(rows, w).astype(x.dtype)
@@ -29,7 +30,7 @@ def matmul(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
 
 @singledispatch
 def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array:
-    """Multiplies x [.., in] by w.T, for w [out, in] -> [.., out], as a tied head needs; otherwise like `matmul`."""
+    """Multiplies x [.., in] by the transpose of w [out, in], as a tied head needs; otherwise like `matmul`."""
     rows = x.reshape(-1, x.shape[-1])
     if dtype == "float32":
         # for few rows of x, XLA's CPU backend is twice as fast with the larger operand, w, on the left
@@ -42,7 +43,7 @@ def matmul_transposed(w: Any, x: jax.Array, dtype: str = "float32") -> jax.Array
 
 @singledispatch
 def take(w: Any, ids: jax.Array) -> jax.Array:
-    """Embedding lookup: the rows of w [V, D] at ids [..] -> [.., D]; ids out of range are clipped."""
+    """Looks up embeddings: returns the rows [.., D] of w [V, D] at ids [..]; ids out of range are clipped."""
     # the columns of w are replicated, because with sharded columns XLA would all-gather and reshard the result
     return jnp.take(constrain(w, TENSOR, None), ids, axis=0, mode="clip")
 
@@ -55,7 +56,7 @@ def dense(w: Any) -> jax.Array:
 
 @singledispatch
 def factors(w: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns plain arrays x' [.., in'] and w' [in', out] with x' @ w' == matmul(w, x).
+    """Returns two plain arrays, x' [.., in'] and w' [in', out], whose product x' @ w' equals matmul(w, x).
 
     `factors` is used where a product is computed in chunks, as the product of hidden states and head is in the loss.
     """
@@ -92,7 +93,7 @@ class Transposed:
     """A kernel [in, out] stored as [out, in], the fastest layout for few rows of x on a CPU and one row on a GPU.
 
     In the transposed layout each output of x @ w is a sum over contiguous elements, which XLA computes in one pass; for
-    a sum over other elements XLA first writes the terms to memory in float32.
+    a sum over non-contiguous elements XLA first writes the terms to memory in float32.
     """
 
     w: Any
@@ -111,8 +112,9 @@ def _(leaf: Transposed) -> jax.Array:
 def _low_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiplies x by w with bfloat16 operands and float32 accumulation.
 
-    With jax 0.7 a CPU rounds the operands to bfloat16 but multiplies them in float32, because XLA refuses some bfloat16
-    products on CPUs with bfloat16 instructions (in DotThunk, BF16 x BF16 = F32).
+    With jax 0.7, operands on a CPU are rounded to bfloat16 but multiplied in float32, because on CPUs with bfloat16
+    instructions XLA fails for some products of bfloat16 operands with a float32 result (with an error from DotThunk
+    about BF16 x BF16 = F32).
     """
     if jax.__version_info__ < (0, 8) and platform() == "cpu":
         x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))
@@ -158,7 +160,7 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, dtype: str 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_bfloat16(x: jax.Array, w: jax.Array, axes: ProductAxes = None) -> jax.Array:
-    """Mixed-precision product: bfloat16 operands, float32 accumulation, float32 master weights (arXiv:1710.03740).
+    """Multiplies with bfloat16 operands, float32 accumulation and float32 master weights (arXiv:1710.03740).
 
     In the custom backward pass, the products for the gradients of x and w have bfloat16 operands too; autodiff would
     multiply by the float32 cotangent.
@@ -192,7 +194,7 @@ _matmul_bfloat16.defvjp(_forward, _backward)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """Computes the gradient of a kernel, x^T g summed over leading axes: x [.., in], g [.., out] -> [in, out] float32.
+    """Returns a kernel's gradient [in, out] float32: x^T g, summed over the leading axes of x [.., in] and g [.., out].
 
     On a CPU the rows are split into chunks, because XLA sums bfloat16 products over two axes about twice as fast as
     over one axis.

@@ -178,7 +178,7 @@ def _logits(raw, cap, n):
 
 
 def _chunk_logits(h, head, cap, dtype, targets, weights, n):
-    """Returns the weighted loss of one chunk, and its (logits, probabilities, one-hot targets), each [M, V]."""
+    """Returns the weighted loss of a chunk, and its logits, probabilities and one-hot targets, [M, V] each."""
     logits = _logits(jnp.dot(h.astype(dtype), head, preferred_element_type=jnp.float32), cap, n)
     shifted = logits - logits.max(-1, keepdims=True)
     exp = jnp.exp(shifted)
