@@ -37,9 +37,10 @@ def groups(params: Params) -> Params:
 
 
 def make_schedule(cfg: OptimConfig, max_steps: int) -> optax.Schedule:
-    """Returns the learning rate schedule: a function step -> factor by which the peak learning rate is multiplied.
+    """Returns the learning rate schedule, a function that takes the step.
 
-    The factor warms up linearly from initial_lr_ratio to 1 over warmup_steps. Then
+    The function returns the factor by which the peak learning rate is multiplied. The factor warms up linearly from
+    initial_lr_ratio to 1 over warmup_steps. Then, with the schedule
 
     cosine    decays to min_lr_ratio over all remaining steps (arXiv:1608.03983)
     linear    decays to min_lr_ratio over all remaining steps
@@ -73,8 +74,8 @@ def make_optimizer(cfg: OptimConfig, max_steps: int) -> optax.GradientTransforma
     [in, out] slice of stacked layers is orthogonalised separately. Updates are scaled to a root mean square of 0.2,
     that of AdamW's updates, so that AdamW's learning rates can be used.
 
-    The A and B matrices of a LoRA adapter always take AdamW with learning rate lr and the weight decay of matrices
-    (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
+    The A and B matrices of a LoRA adapter are always updated by AdamW, with learning rate lr and the weight decay of
+    matrices (arXiv:2106.09685), as in peft. DoRA's magnitude vector m is in the group `vector`.
     """
     schedule = make_schedule(cfg, max_steps)
 
@@ -122,12 +123,13 @@ def _put(state: optax.OptState, memory: Space) -> optax.OptState:
 
 
 def clip_by_norm(limit: float | jax.Array) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that scales gradients by min(1, limit / norm): `optax.clip_by_global_norm` for a norm
-    that is already known.
+    """Returns a transformation that scales gradients by min(1, limit / norm). Unlike `optax.clip_by_global_norm`, it
+    can use a norm that is already known.
 
-    `update(..., grad_norm=norm)` takes the known norm, which saves a pass over all gradients. XLA fuses the single
-    multiplication with the operations after it, but not optax's division and select. On a CPU, clipping and AdamW
-    together take a third of the time that they take with `optax.clip_by_global_norm`.
+    `update(..., grad_norm=norm)` takes the known norm, which saves a pass over all gradients. Each gradient is only
+    multiplied by the factor. XLA fuses this multiplication with the operations after it, but does not fuse the division
+    and the select in `optax.clip_by_global_norm`. On a CPU, clipping and AdamW together take a third of the time that
+    they take with `optax.clip_by_global_norm`.
     """
 
     def update(updates, state, params=None, *, grad_norm=None, **_):

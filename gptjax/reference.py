@@ -45,7 +45,7 @@ def build(folder: str | Path) -> Path:
 def _open(name: str) -> None:
     """Import a package and its submodules, and change them so that pdoc documents all public names.
 
-    Names that are imported on first use are imported. Submodules are added to `__all__`. The constructors of
+    Public names that a package imports lazily are imported now. Submodules are added to `__all__`. The constructors of
     NamedTuples have a `__module__` that does not exist; it is replaced, so that pdoc finds their signatures.
     """
     module: Any = importlib.import_module(name)

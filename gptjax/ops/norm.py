@@ -44,7 +44,7 @@ def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) ->
 def _rematerialized(fn: Callable) -> Callable:
     """Rematerialises `fn` in the backward pass, so that its inputs are saved instead of float32 intermediates.
 
-    On a CPU, `fn` is returned unchanged.
+    On a CPU, `fn` is returned unchanged, without rematerialisation.
     """
     return fn if platform() == "cpu" else jax.checkpoint(fn, prevent_cse=False)
 

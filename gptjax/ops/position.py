@@ -1,4 +1,4 @@
-"""Position encodings: sinusoidal, rotary (RoPE), linear biases (ALiBi), and the vector of the previous token."""
+"""Position encodings: sinusoidal, rotary (RoPE), linear biases (ALiBi), and a shift by one token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def sinusoidal(positions: jax.Array, d_model: int) -> jax.Array:
-    """Encodes positions [..] int32 -> [.., D] float32, as sines in even channels and cosines in odd channels.
+    """Returns encodings [.., D] float32 of positions [..] int32: sines in even channels, cosines in odd channels.
 
     Source: arXiv:1706.03762, section 3.5.
     """
@@ -31,7 +31,7 @@ def rope_frequencies(
     fast: float = 4.0,
     original_context: int = 8192,
 ) -> jax.Array:
-    """Returns RoPE's frequencies [H/2] float32, in radians per position.
+    """Returns RoPE's frequencies [H/2] float32 for head size H, in radians per position.
 
     Args:
         scaling: "none" keeps the frequencies. "linear" divides all of them by `factor` (arXiv:2306.15595). "llama3"
@@ -49,10 +49,10 @@ def rope_frequencies(
 
 
 def llama3_ramp(frequency: Array, slow: float, fast: float, original_context: int) -> Array:
-    """Returns Llama 3's interpolation weight `keep` per frequency, 0 to 1.
+    """Returns the weight `keep`, from 0 to 1, of each unscaled frequency in Llama 3's RoPE scaling.
 
-    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. For a jax array, `keep` is computed in
-    float32; for a numpy array in the array's dtype, because GGUF files hold factors that were computed in float64.
+    The scaled frequency is keep * frequency + (1 - keep) * frequency / factor. `keep` has the dtype of `frequency`.
+    The GGUF code passes a float64 numpy array, because the factors in GGUF files were computed in float64.
     """
     rotations, xp = original_context * frequency / (2 * math.pi), jnp if isinstance(frequency, jax.Array) else np
     return xp.clip((rotations - slow) / (fast - slow), 0, 1)
@@ -65,7 +65,7 @@ def rope_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array,
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Returns positions that start again at 0 in every document: segment ids [B, T] -> [B, T] int32.
+    """Returns positions [B, T] int32 that restart at 0 in every document, for segment ids [B, T].
 
     Example:
         segment ids  1 1 1 2 2 0
@@ -99,12 +99,12 @@ def alibi_slopes(n_head: int) -> jax.Array:
 def previous(x: jax.Array, first: jax.Array | None = None, segment_ids: jax.Array | None = None) -> jax.Array:
     """Shifts x [B, T, D] by one token: each token gets the vector of the previous token of its document, or zeros.
 
-    With `cfg.smear` the model adds the shifted embeddings to the embeddings with a learned weight per channel
-    (modded-nanogpt uses a gate instead).
+    With `cfg.smear` the model adds the shifted embeddings to the embeddings with a learned weight per channel. In
+    modded-nanogpt the weight is instead a gate computed from the token's embedding.
 
     Args:
         first: vector of the token before the first token of each row, [B, D], or None for zeros.
-        segment_ids: document of each token, [B, T], or None if every row is one document.
+        segment_ids: id of each token's document, [B, T], or None if every row is one document.
     """
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     out = jnp.concatenate([first[:, None], x[:, :-1]], 1)

@@ -5,9 +5,10 @@
     high               TF32                             three bfloat16 passes      float32
     highest            float32                          six bfloat16 passes        float32
 
-Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`, which applies to
-the matrix products that are traced inside the context, and to their gradients by autodiff. The backward function of a
-`jax.custom_vjp` is traced later, outside the context; `custom_vjp` in this module restores the precision for it.
+Functions such as `forward` set the precision by the context manager `jax.default_matmul_precision`. It applies to the
+matrix products that are traced inside the context, and to the matrix products that autodiff derives from them. The
+backward function of a `jax.custom_vjp` is traced later, outside the context; `custom_vjp` in this module restores the
+precision for it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def matmul_precision(cfg: ModelConfig) -> Iterator[None]:
 
 
 def with_matmul_precision(fn: Callable) -> Callable:
-    """Decorator: runs `fn` inside `matmul_precision(cfg)`, where `cfg` is the argument of `fn` with that name."""
+    """Decorator: runs `fn` inside `matmul_precision(cfg)`, where `cfg` is the argument of `fn` named `cfg`."""
     signature = inspect.signature(fn)
 
     @functools.wraps(fn)
@@ -57,7 +58,7 @@ def with_matmul_precision(fn: Callable) -> Callable:
 def exact(fn: Callable) -> Callable:
     """Decorator: computes the matrix products of `fn` in full float32 on every device.
 
-    `exact` is for functions that compute weights once to keep them, and for sums that are written as matrix products.
+    `exact` is for functions whose results are stored as weights, such as the merging of an adapter.
     """
 
     @functools.wraps(fn)
@@ -69,7 +70,7 @@ def exact(fn: Callable) -> Callable:
 
 
 def splash_keeps_it() -> bool:
-    """Returns whether the current precision allows the splash kernel, which only the default precision does.
+    """Returns True if the current precision is the default, the only one at which splash attention can be used.
 
     At any other precision, Mosaic cannot compile splash in bfloat16, and splash's backward pass in float32 ignores the
     precision.
@@ -80,8 +81,8 @@ def splash_keeps_it() -> bool:
 class custom_vjp:
     """Variant of `jax.custom_vjp` that traces the forward and backward functions at the precision of the call.
 
-    JAX traces both functions when it differentiates, which may be after the program left the context that sets the
-    precision.
+    `jax.custom_vjp` traces the forward and backward functions only when JAX differentiates, which may be after the
+    program has left the context that sets the precision.
     """
 
     def __init__(self, fn: Callable, nondiff_argnums: tuple[int, ...] = ()):

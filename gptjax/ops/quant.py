@@ -1,4 +1,4 @@
-"""Weight quantisation to int8 (one scale per column) or NF4 (as in QLoRA), as leaves of the parameter tree.
+"""Quantises matrices of the parameter tree to int8 (one scale per column) or NF4 (as in QLoRA).
 
     params = quantize(params, "nf4")         quantises the kernels of all blocks and of the head
     logits = forward(params, tokens, cfg)    needs no change: `ops.linear` dispatches on the type of a leaf
@@ -7,12 +7,12 @@
     int8    8 + 32 / in      0.007 (in = 1024)
     nf4     4.127            0.073
 
-Every array in a quantised leaf has the axes of the matrix, [.., in, out]. An array with one value per block of weights
-is shorter by a factor of the block size along the axis of the block. Therefore `nn.scan`, `vmap` and shardings of `in`
-or `out` treat a quantised leaf like the matrix.
+Every array in a quantised leaf has the axes of the matrix, [.., in, out]. In an array with one value per block of
+weights, the axis along which the blocks run is divided by the block size. Therefore `nn.scan`, `vmap` and shardings of
+`in` or `out` work on a quantised leaf as on the unquantised matrix.
 
 Quantised weights are frozen: in the product of activations x and a quantised matrix, only x gets a gradient. The
-backward pass dequantises the matrix again, so that its float values need not be kept.
+backward pass dequantises the matrix again, so that the forward pass need not save its float values.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ _SMALLEST_BLOCK = 16
 
 @struct.dataclass
 class Int8:
-    """A matrix quantised to int8, values * scale. A scale is the largest magnitude of a column divided by 127.
+    """A matrix quantised to int8: its weights are values * scale.
+
+    The scale of a column is the largest magnitude of its weights, divided by 127.
 
     values  [.., in, out] int8
     scale   [.., 1, out] float32; an embedding table [V, D] has one scale per row, [V, 1]
@@ -75,8 +77,9 @@ class NF4:
     offset  [.., 1, 1] f32             mean of all absmaxes of the matrix; [.., 1, out] in concatenated matrices
 
     Blocks run along `in` and groups of absmaxes along `out`, so that both axes can be sharded; QLoRA's blocks run along
-    the flattened matrix. If 64 (or 256) does not divide the size of its axis, a block (or a group) has the size of the
-    largest smaller divisor, which can be read from the shapes of the arrays.
+    the flattened matrix. If 64 does not divide `in`, the block size is the largest even divisor of `in` below 64. If
+    256 does not divide `out`, the group size is the largest divisor of `out` below 256. Both sizes follow from the
+    shapes of the arrays.
 
     Source: arXiv:2305.14314, but with int8 instead of FP8 for the absmaxes, because int8 is more exact for normally
     distributed weights.
@@ -144,7 +147,7 @@ def _(leaf: NF4) -> jax.Array:
 
 
 def _absmax(leaf: NF4) -> jax.Array:
-    """Dequantises the absmaxes of the matrix: [.., in/64, out] float32."""
+    """Dequantises the absmaxes of an NF4 matrix to [.., in/64, out] float32."""
     absmax, scale = leaf.absmax.reshape(*leaf.scale.shape, -1), leaf.scale[..., None]
     absmax = absmax.astype(jnp.float32) * scale
     return absmax.reshape(leaf.absmax.shape) + leaf.offset
@@ -171,7 +174,8 @@ def _(leaf: NF4, *others: Any) -> Any:
     if any(not isinstance(other, NF4) or other.absmax.shape[-2] != leaf.absmax.shape[-2] for other in others):
         return None
     groups = [x.absmax.shape[-1] // x.scale.shape[-1] for x in leaves]
-    group = math.gcd(*groups)  # number of absmaxes per scale; the scales of larger groups are repeated
+    # number of absmaxes per scale after concatenation; the scale of a larger group is repeated for each of its parts
+    group = math.gcd(*groups)
     return NF4(
         codes=jnp.concatenate([x.codes for x in leaves], -1),
         absmax=jnp.concatenate([x.absmax for x in leaves], -1),
@@ -220,7 +224,8 @@ def _(leaf: NF4Columns, x: jax.Array, dtype: str = "float32") -> jax.Array:
     if x.size != x.shape[-1]:
         return matmul(dense(leaf).astype(x.dtype), x, dtype)
     low, high = jnp.moveaxis(x.astype(jnp.float32).reshape(leaf.absmax.shape[1], 2, -1), 1, 0)
-    levels = jnp.array(LEVELS)  # read by a gather, because XLA puts the selects of `_level` into a separate kernel
+    # The codes are decoded by a gather, because XLA would compute the selects of `_level` in a separate kernel.
+    levels = jnp.array(LEVELS)
     low_levels, high_levels = (levels.at[i].get(mode="promise_in_bounds") for i in (leaf.codes & 15, leaf.codes >> 4))
     y = low_levels * low + high_levels * high
     return (y * leaf.absmax[..., None]).sum((1, 2)).astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -273,8 +278,8 @@ def _integers(product: Callable[..., jax.Array], values: jax.Array, x: jax.Array
     """Computes the product of x and an int8 matrix, which is cast to x's dtype; the cast is exact even for bfloat16."""
     values = values.astype(x.dtype)
     if x.size == x.shape[-1] and platform() in ("cpu", "gpu"):
-        # for one row of x, XLA computes a sum directly from the integers; for a matrix product it might first write
-        # the whole matrix as floats
+        # The product with one row of x is written as a sum, which XLA computes directly from the integers. For a matrix
+        # product, XLA might first convert the whole matrix to floats in memory.
         values, row = values.astype(jnp.float32), x.reshape(-1).astype(jnp.float32)
         y = (values * row[:, None]).sum(0) if product is matmul else (values * row).sum(1)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiplies x [.., D] by a factor, [] or [D] float32, in x's dtype.
+    """Multiplies x [.., D] by a learned factor, a float32 scalar or vector [D], which is first cast to x's dtype.
 
     The factor's gradient, a sum over all tokens, is accumulated in float32, because a bfloat16 sum stops growing once
     it is 256 times as large as its terms.

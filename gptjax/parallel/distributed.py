@@ -1,4 +1,4 @@
-"""Functions for runs with several processes: start-up, agreement on settings, rows per process, lost processes."""
+"""Functions for multi-process runs: connect processes, compare settings, share out rows, exit if a process is lost."""
 
 from __future__ import annotations
 
@@ -66,14 +66,17 @@ def start(cfg: DistributedConfig) -> None:
 
 
 def _end_when_jax_aborts(failed: str) -> None:
-    """Installs a SIGABRT handler that exits with BAD_INPUT or RESTART.
+    """Installs a SIGABRT handler that exits with BAD_INPUT if JAX cannot connect the processes, or with RESTART if a
+    connected process is lost.
 
     JAX aborts a process that cannot reach the others, or that receives no heartbeats from one of them. The handler's
     message follows the stack trace that JAX prints. The handler must be a C function, because Python's handlers run in
-    the main thread, for which abort() does not wait. JAX's own callback for lost processes ends in std::bad_cast
-    (jaxlib 0.10.2). A SIGABRT from a Python thread is a bug and ends the process, as it does by
-    default. jaxlib 0.7 calls _exit(1) instead of abort(), so that the exit code of a process that loses another process
-    is then 1.
+    the main thread, for which abort() does not wait. JAX's own callback for lost processes cannot replace the handler,
+    because it ends in std::bad_cast (jaxlib 0.10.2).
+
+    Once the processes are connected, a SIGABRT from a Python thread is a bug and ends the process with the default
+    action. With jaxlib 0.7 the exit code after the loss of another process is 1 instead of RESTART, because jaxlib 0.7
+    calls _exit(1) instead of abort().
     """
     global _handler
     if os.name == "nt":
@@ -103,7 +106,7 @@ HOW_TO_RESTART = f"  exit code {RESTART}: restart all processes; they resume fro
 
 
 def gather_text(text: str) -> list[str]:
-    """Gathers the texts that all processes pass, in the order of process ids."""
+    """Gathers one string from each process and returns all of them in every process, in the order of process ids."""
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils
@@ -145,7 +148,7 @@ def agree_on_settings(cfg: Config) -> None:
 
 @contextmanager
 def synchronise_errors() -> Iterator[None]:
-    """Context manager: a UserError that one process raises in the block is raised in all processes at its end."""
+    """Context manager: if one process raises a UserError in the block, all processes raise it after the block."""
     failure: UserError | None = None
     try:
         yield
@@ -162,7 +165,7 @@ def synchronise_errors() -> Iterator[None]:
 
 
 def is_writer() -> bool:
-    """Returns whether this process writes logs, metrics and models."""
+    """Returns True if this process is process 0, the one that writes logs, metrics and models."""
     return jax.process_index() == 0
 
 
@@ -219,10 +222,10 @@ def rows_here(mesh: Mesh | None, rows: int) -> slice:
 
 @contextmanager
 def peers(say: Callable[[str], None]) -> Iterator[None]:
-    """Context manager: exits with code RESTART if a collective operation fails because another process is gone.
+    """Context manager: exits with code RESTART if a collective operation fails because another process is lost.
 
-    If only this process fails, it exits at once with code BAD_INPUT or BUG, because a normal exit would wait for the
-    other processes.
+    If the block raises another exception in this process only, the process exits at once, with code BAD_INPUT for a
+    UserError and BUG for any other exception, because a normal exit would wait for the other processes.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Checks that all processes of a run are up before `jax.distributed.initialize`, which aborts if one is missing.
+"""Checks that all processes of a run have started before `jax.distributed.initialize`, which aborts if one is missing.
 
 Process 0 listens at the coordinator's address, and the other processes connect to it. When all processes are
 connected, the address is freed for JAX. Each process sends one line of JSON (left), and process 0 answers with one line
@@ -58,7 +58,7 @@ def _receive(port: int, num_processes: int, deadline: float) -> None:
 
 
 def _admit(line: socket.socket, num_processes: int, connected: dict[int, socket.socket]) -> str:
-    """Reads the message of a process and adds its socket to `connected`; returns the problem, or "" if all is well."""
+    """Reads the message of a process and adds its socket to `connected`; returns an error message, or ""."""
     message = _read(line)
     peer = message.get("process_id")
     if type(peer) is not int:  # the sender is not a process of this run

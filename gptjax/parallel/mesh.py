@@ -42,11 +42,11 @@ def make_mesh(
     """Returns the mesh that `cfg` describes, over `devices` (default: all devices), or None for a single device.
 
     Args:
-        even_one: whether to return a mesh also for a single device, because offloaded arrays (with a memory kind) need
-            one.
+        even_one: whether to return a mesh even for a single device. Arrays that are offloaded to host memory need a
+            mesh, because their NamedSharding sets the memory kind.
         rows: number of rows of a (micro-)batch, which must be divisible by `data` x `fsdp`. If `data` or `fsdp` is
-            -1 on a single host, it gets the largest size with which the rows are divisible, and some devices may stay
-            idle.
+            -1 on a single host, it becomes the largest size for which `data` x `fsdp` divides the number of rows, and
+            some devices may stay idle.
 
     Raises:
         UserError: any error that `sizes` raises, or the number of rows is not divisible by `data` x `fsdp`.
@@ -76,7 +76,7 @@ def make_mesh(
 
 
 def mesh_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """Builds a mesh of `shape` over any devices, including those that `jax.experimental.topologies` only describes."""
+    """Builds a mesh of `shape` over devices, including the abstract devices of `jax.experimental.topologies`."""
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu" or len({device.process_index for device in devices}) > 1:
         from jax.experimental import mesh_utils

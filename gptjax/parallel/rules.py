@@ -13,8 +13,8 @@ from gptjax.errors import UserError
 from gptjax.ops import device
 from gptjax.ops.device import CONTEXT, FSDP, ROWS, TENSOR, fit
 
-# Pattern of parameter paths -> mesh axes that shard the last axes of the parameter. The last two axes of a kernel are
-# in and out; the leading axis of stacked layers is not sharded. Tensor parallelism: q, k, v, up and gate are
+# Pairs (pattern of parameter paths, mesh axes that shard the last axes of a matching parameter). The last two axes of a
+# kernel are [in, out]; the leading axis of stacked layers is not sharded. Tensor parallelism: q, k, v, up and gate are
 # column-parallel over `tensor`, o and down are row-parallel, so that attention and the feed-forward layer need one
 # all-reduce each (arXiv:1909.08053, section 3). FSDP: `fsdp` shards the other axis of a matrix (arXiv:2004.13336).
 # `qkv` and `up_gate` are the concatenated matrices of `gpt.for_decoding`.
@@ -31,9 +31,8 @@ RULES: tuple[tuple[str, tuple], ...] = (
     ("blocks*/attn/[qk]_norm | blocks*/value_mix | blocks*/*_lambda", ()),
     ("ln_f/* | smear", ()),
 )
-# MATRIX_AXES gives the axes of the matrix, 0 (in) or 1 (out), like which the last two axes of an array of an adapter or
-# of a quantised matrix are sharded. If the matrix has no such axis, as for the rank, the entry is None and the array's
-# axis is not sharded.
+# Maps each array of an adapter or of a quantised matrix to a pair: for each of the array's last two axes, the axis of
+# the matrix, 0 (in) or 1 (out), whose sharding it takes, or None if it is not sharded, such as the axis of the rank.
 MATRIX_AXES = {"a": (0, None), "b": (None, 1), "m": (None, 1)}
 MATRIX_AXES |= dict.fromkeys(("values", "codes", "absmax", "scale", "offset"), (0, 1))
 
@@ -45,7 +44,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         UserError: no rule covers the path.
     """
     keys = path.split("/")
-    for start in range(len(keys)):  # the path and its endings: "opt_state/0/mu/..", "0/mu/..", .., "kernel"
+    for start in range(len(keys)):  # tries the path and all its suffixes: "opt_state/0/mu/..", .., "kernel"
         if (spec := _rule("/".join(keys[start:]))) is not None:
             return fit((None,) * (len(shape) - len(spec)) + spec, shape, mesh) if len(shape) >= len(spec) else P()
     # scalars, counters, random keys and coefficients are replicated
@@ -71,7 +70,8 @@ def product_axes(path: str) -> tuple[str | None, ...] | None:
     return None if spec is None or len(spec) != 2 else tuple(axis if axis == TENSOR else None for axis in spec)
 
 
-device.product_axes_by(product_axes)  # through `device`, because the model must not import `parallel`
+# The model calls `product_axes` through `gptjax.ops.device`, because it must not import `gptjax.parallel`.
+device.product_axes_by(product_axes)
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:

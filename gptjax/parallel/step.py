@@ -48,7 +48,8 @@ def abstract_on(fn: Callable, mesh: Mesh | None, *args: Any, offload: bool = Fal
 
 
 def init_on(fn: Callable, mesh: Mesh | None, *args: Any, donate: tuple[int, ...] = (), offload: bool = False) -> Any:
-    """Computes `fn(*args)`. Every array is created with the sharding of `abstract_on`, never whole on one device."""
+    """Computes `fn(*args)`. Every array is created with the sharding that `abstract_on` returns for it, so that no
+    sharded array is ever whole on one device."""
     out_shardings = None
     if mesh is not None:
         out_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_on(fn, mesh, *args, offload=offload))
@@ -61,7 +62,8 @@ def jit_on(fn: Callable, mesh: Mesh | None) -> Callable:
 
 
 def jit_step(step: Callable, mesh: Mesh | None, state: Any) -> Callable:
-    """Compiles a step (state, batch) -> (state, metrics), which donates the state and keeps its sharding."""
+    """Compiles `step`, a function (state, batch) that returns (state, metrics). The state is donated and keeps its
+    sharding."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     outs = (jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, P()))
@@ -93,11 +95,15 @@ def place_params(params: Any, mesh: Mesh | None) -> Any:
 def place_batch(
     batch: Any, mesh: Mesh | None, *, leading_axes: int | None = None, rows: slice | None = None, of: int = 0
 ) -> Any:
-    """Places a batch with leaves [.., B, T] or [.., B, K] on the mesh, sharded by `batch_shardings`.
+    """Places a batch on the mesh, sharded by `batch_shardings`.
+
+    The leaves of the batch are [.., B, T], or [.., B, K] for K values per row, such as labels.
 
     Args:
-        leading_axes: number of axes before the axis of rows, or None for the number before [B, T] in batch.tokens.
-        rows: range of the rows that this process passes, among the `of` rows of the global batch, or None for all rows.
+        leading_axes: number of axes before the axis of rows. None: the number that batch.tokens [.., B, T] has, or 0
+            for a batch without tokens.
+        rows: range of the rows of the global batch that this process passes, or None if it passes all rows.
+        of: number of rows of the global batch, needed only if `rows` is given.
     """
     if mesh is None:
         return batch
@@ -126,9 +132,9 @@ def place_batch(
 def pmap_step(step: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """Compiles a data-parallel `step` with the interface of `jax.pmap`: batch leaves have a leading axis of devices.
 
-    The returned function maps (state, batch [n, B / n, ..]), for n devices, to (state, metrics), with the same result
-    as on one device with all B rows. The state is replicated, not stacked. `pmap_step` is for notebooks that were
-    written for `pmap`; `jit_step` with a mesh can do the same and more.
+    The returned function takes the state and a batch of B rows, whose leaves are [n, B / n, ..] for n devices. It
+    returns (state, metrics), as `step` does for all B rows on one device. The state is replicated, not stacked.
+    `pmap_step` is for notebooks that were written for `pmap`; `jit_step` with a mesh can do the same and more.
     """
     from gptjax.parallel.mesh import mesh_of
 

@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
 
 
 def candidate(cfg: Config, on: Slice, shape: Shape, n_params: int) -> Candidate:
-    """Returns a candidate: `cfg` on the mesh `shape`, with its estimated memory per chip and time per step."""
+    """Returns `cfg` with a mesh shape, and with its estimated memory per chip and time per step on this mesh."""
     return Candidate(cfg, shape, chip_bytes(cfg, n_params, width(cfg), shape), seconds(cfg, on, shape, n_params))
 
 

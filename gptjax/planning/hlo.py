@@ -38,7 +38,7 @@ class Instruction:
     results: tuple[Array, ...]
     op: str
     operands: tuple[str, ...]
-    rest: str  # text of the attributes, and the value of a constant or the index of a parameter
+    rest: str  # attributes as text; for a constant also its value, for a parameter its index
     root: bool
 
     def called(self, attribute: str) -> list[str]:
@@ -47,7 +47,7 @@ class Instruction:
         return re.findall(r"%([\w.\-]+)", match[1]) if match else []
 
 
-Computation = dict[str, Instruction]  # instruction name -> instruction
+Computation = dict[str, Instruction]  # maps instruction names to instructions
 
 
 class Work(NamedTuple):
@@ -55,9 +55,9 @@ class Work(NamedTuple):
 
     flops: float  # FLOPs of the matrix multiplications, without those inside custom kernels
     hbm_bytes: float  # bytes read from and written to HBM, if each operation reads and writes its arrays once
-    collectives: dict[str, float]  # kind of collective, such as all-gather -> bytes that the device sends
+    collectives: dict[str, float]  # bytes that the device sends, by kind of collective, such as all-gather
     largest_gather_bytes: int  # size of the largest array that an all-gather returns
-    kernels: dict[str, float]  # name of a custom kernel -> number of its calls
+    kernels: dict[str, float]  # number of calls of each custom kernel, by its name
 
 
 def work(text: str) -> Work:
@@ -93,8 +93,8 @@ def work(text: str) -> Work:
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Parses HLO text into {computation name: {instruction name: instruction}}. The entry computation is also stored
-    under the name "ENTRY"."""
+    """Parses HLO text and returns its computations by name. The entry computation is also stored under the name
+    "ENTRY"."""
     computations: dict[str, Computation] = {}
     computation: Computation = {}
     for line in text.splitlines():
@@ -157,8 +157,11 @@ def executed(
 
 
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
-    """Returns the number of iterations of a loop from XLA's annotation known_trip_count or, without it, from the
-    constant with which the loop's counter is compared; the counter starts at 0."""
+    """Returns the number of iterations of a loop.
+
+    The number is read from XLA's annotation known_trip_count. Without the annotation, it is the constant with which the
+    loop's condition compares the counter, because the counter starts at 0.
+    """
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)) is not None:
         return int(known[1])
     condition = computations[loop.called("condition")[0]]
@@ -182,8 +185,8 @@ def _overlapped(instruction: Instruction, comp_name: str) -> tuple[str, str, tup
     """Returns a key that identifies a collective that overlaps other work, or None for any other collective.
 
     TPU programs repeat a collective that overlaps other work, with the same channel id, in the fusion that starts it,
-    in the fusions that run at the same time, and in the fusion that ends it. By the key, `work` recognises the
-    repetitions and counts the collective only once.
+    in the fusions that run at the same time, and in the fusion that ends it. The repetitions have the same key, so that
+    `work` counts the collective only once.
     """
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     if channel is None or not ("fused_computation" in comp_name or "collective_fusion" in comp_name):
@@ -230,10 +233,11 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """Returns the FLOPs of a convolution, the operation as which TPU programs write every matrix multiplication.
+    """Returns the FLOPs of a convolution. In TPU programs every matrix multiplication is a convolution.
 
     Positions of the convolution's window that fall on padding or on the gaps of a dilation are not counted, because
-    they multiply zeros. In a batched matrix multiplication, most positions of the window multiply zeros.
+    they multiply zeros. In a batched matrix multiplication, whose window slides along the batch axis, most positions
+    multiply zeros.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     if labels is None:
@@ -259,8 +263,8 @@ def _convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...],
 
 
 def _is_kernel(call: Instruction) -> bool:
-    """Whether a custom call is a Pallas kernel. A custom call that is not a Pallas kernel computes nothing, because the
-    compiler uses it to allocate memory."""
+    """Returns True if a custom call is a Pallas kernel. Any other custom call computes nothing, because the compiler
+    uses it to allocate memory."""
     return '"tpu_custom_call"' in call.rest
 
 

@@ -68,7 +68,7 @@ class Plan:
     model_flops: float = 0.0  # FLOPs per step, summed over all chips, by formula, without rematerialisation
     flops: float = 0.0  # FLOPs per step and chip, counted in the compiled program
     hbm_traffic_bytes: float = 0.0
-    collectives: dict[str, float] = field(default_factory=dict)  # kind of collective -> bytes sent per chip and step
+    collectives: dict[str, float] = field(default_factory=dict)  # bytes sent per chip and step, by kind
     largest_gather_bytes: int = 0
     kernels: dict[str, float] = field(default_factory=dict)
     roofline: Roofline | None = None
@@ -226,9 +226,8 @@ def kernel_flops(
 def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: int, result: Plan) -> tuple[str, ...]:
     """Returns changes of the config, each of which should by itself make the step fit in memory.
 
-    The memory of the step after a change is estimated by formula and then corrected: it is multiplied by the ratio of
-    the memory that the compiler reported for the unchanged step, `result`, to the memory that the formula gives for the
-    unchanged step.
+    The memory of a changed step is estimated by the formula `chip_bytes`. Each estimate is multiplied by the factor
+    that makes the formula match the memory that the compiler reported for the unchanged step, `result`.
     """
     width = program.width(cfg)
     ratio = result.needed_bytes / chip_bytes(cfg, n_params, width, shape)
@@ -257,7 +256,7 @@ def advice(cfg: Config, on: Slice, shape: tuple[int, int, int, int], n_params: i
         if ratio * chip_bytes(variant, n_params, width, mesh_shape) < result.hbm_bytes
         and (text.split("=")[0] != "model.remat" or variant.model.remat != cfg.model.remat)
     ]
-    smallest = dict(reversed(useful))  # setting -> its smallest sufficient change, the first in `useful`
+    smallest = dict(reversed(useful))  # maps each setting to its smallest sufficient change, the first in `useful`
     return tuple(smallest[kind] for kind in dict.fromkeys(kind for kind, _ in useful)) or (
         f"no single change is enough: use a larger slice than {on.name}, or --search for a combination",
     )
@@ -278,7 +277,7 @@ def search(
 
     Args:
         on: TPU slice: a name such as v5e-8, or a topology such as v5p:4x4x8.
-        best: number of plans to return: the search stops after this many candidates that fit in memory.
+        best: number of plans to return. The search stops once this many candidates fit in memory.
         seconds: time limit of the search. Once a candidate fits in memory, the next candidate is compiled only if the
             time left is at least twice the time of the last compilation.
         say: function that is called with a line of text about each compiled candidate.
@@ -312,7 +311,9 @@ def search(
         if len(plans) >= best or (plans and time.monotonic() - started + 2 * last > seconds):
             break
         if scale * c.memory_bytes > hbm_bytes:
-            continue  # the candidate is too large if its memory is underestimated like an earlier candidate's
+            # The candidate is skipped, because it does not fit if its memory is underestimated by the same factor as
+            # that of an earlier candidate.
+            continue
         built = program.train_program(c.cfg, mesh_of(c.shape, devices))
         result = weigh(c.cfg, tpu, c.shape, built, rows=cfg.train.batch_size)
         last, scale = built.seconds, max(scale, result.needed_bytes / c.memory_bytes)

@@ -32,7 +32,7 @@ class Program(NamedTuple):
     """A compiled training or decode step. If the step does not fit in memory, `compiled` is None and `needed_bytes` is
     the memory that the step would need."""
 
-    argument_bytes: dict[str, int]  # bytes per chip of the arguments: params, optimizer, frozen, batch, cache
+    argument_bytes: dict[str, int]  # bytes per chip of params, optimizer, frozen, batch and cache
     compiled: jax.stages.Compiled | None  # None if the step does not fit in memory
     needed_bytes: int  # peak bytes of HBM per chip
     usable_bytes: int  # bytes of HBM per chip that the compiler can use; 0: unknown
@@ -93,7 +93,8 @@ def _state(
         if cfg.task == "pretrain":
             return TrainState.create(params, tx=tx, key=key)
         partitioned = trainable.partition(cfg, *trainable.split_heads(params), cfg.model, key)
-        combine[:] = [partitioned.combine]  # the function holds names and no tracers, so it may outlive the trace
+        # `combine` can be called after the trace of `create` has ended, because it refers to no tracers, only to names.
+        combine[:] = [partitioned.combine]
         return TrainState.create(partitioned.params, tx=tx, key=key, frozen=partitioned.frozen)
 
     return create, lambda trained, frozen: combine[0](trained, frozen)

@@ -12,7 +12,11 @@ from gptjax.types import Params
 
 
 def kernels(key: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """Initialises kernels from N(0, 1 / in) and returns {name: {"kernel": [.., in, out] float32}}."""
+    """Initialises float32 kernels [.., in, out] from N(0, 1 / in).
+
+    Returns:
+        A nested dict, in which the path of each kernel is "<name>/kernel", for each name in `shapes`.
+    """
     return {
         name: {"kernel": jax.random.normal(jax.random.fold_in(key, i), shape) * shape[-2] ** -0.5}
         for i, (name, shape) in enumerate(shapes.items())

@@ -87,13 +87,14 @@ def forward_flops(cfg: ModelConfig, batch: int, length: int, *, pairs: int | Non
     """Returns the FLOPs of `gptjax.forward` on [batch, length] tokens.
 
     A training step without rematerialisation takes three times as many FLOPs as the forward pass. XLA's `cost_analysis`
-    reports a few per cent more FLOPs, because it includes norms, softmax and activations. XLA counts the body of a loop
-    only once, so that only its FLOPs for a model compiled with `unroll=True` can be compared with `forward_flops`.
+    reports a few per cent more FLOPs, because it includes norms, softmax and activations. Compare XLA's
+    FLOPs with `forward_flops` only for a model compiled with `unroll=True`, because XLA counts the body of a loop once.
 
     Args:
-        pairs: number of (query, key) pairs per head and row. None: length^2, as in papers, which ignore the causal
-            mask. With a causal mask, length (length + 1) / 2 pairs remain. On a CPU `ops.attention` computes 3/4
-            length^2 pairs if length is even and at least 128.
+        pairs: number of (query, key) pairs to count per head and row. None counts all length^2 pairs, as papers do,
+            which ignore the causal mask. The causal mask leaves length (length + 1) / 2 pairs. On a CPU `ops.attention`
+            computes 3/4 length^2 pairs if length is even and at least 128, because the first half of the queries skips
+            the second half of the keys.
     """
     tokens = batch * length
     pairs = length**2 if pairs is None else pairs

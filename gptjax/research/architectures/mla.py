@@ -80,7 +80,8 @@ def apply(params: Params, x: jax.Array, cfg: Config) -> jax.Array:
     k_c, v = (linear(c, params[name]["kernel"]).reshape(B, T, N, -1) for name in ("k_up", "v_up"))
     k_r = jnp.broadcast_to(k_r[:, :, None], (B, T, N, cfg.d_rope))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))  # padded, because q, k and v need the same head size
+    # The values are zero-padded, because `attention` requires the same head size for q, k and v.
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, cfg.d_rope)))
     return _project_output(params, attention(q, k, v)[..., : cfg.d_head])
 
 
@@ -107,9 +108,11 @@ def extend(params: Params, x: jax.Array, cfg: Config, cache: Cache) -> tuple[jax
 def _project(
     params: Params, x: jax.Array, cfg: Config, first: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects x to (q without RoPE [B, T, N, H], q with RoPE [B, T, N, P], latents [B, T, R + P]).
+    """Projects x [B, T, D] to queries and latent vectors, for T tokens whose positions start at `first`.
 
-    The positions of the T tokens start at `first`.
+    Returns:
+        The part of the queries without RoPE [B, T, N, H], the part with RoPE [B, T, N, P], and the vectors to cache
+        [B, T, R + P].
     """
     (B, T, _), N = x.shape, cfg.n_head
     table = rope_table(first + jnp.arange(T), rope_frequencies(cfg.d_rope, cfg.rope_base))

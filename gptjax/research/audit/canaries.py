@@ -160,7 +160,8 @@ def exposure(
 
     Raises:
         UserError: the secret has no letters and no digits, or is longer than the context.
-    Source: arXiv:1802.08232, 4.2 (definition 5), 4.3 (sampling, and the skew-normal).
+
+    Source: arXiv:1802.08232, section 4.2, definition 5 (exposure), and section 4.3 (sampling and skew-normal fit).
     """
     bits = space_bits(secret)
     if not bits:
