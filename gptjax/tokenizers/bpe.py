@@ -242,7 +242,7 @@ class BPE(Base):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        # A block has BLANKS // 2 characters, so a run of BLANKS whitespace characters contains at least one whole block.
+        # A block has BLANKS // 2 characters, so a run of BLANKS whitespace characters contains at least one block.
         if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut
