@@ -123,7 +123,7 @@ def make_task(
         lines: lines of text that describe the data, printed before the first step.
         describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`. None:
             the line shows the batch's first tokens.
-        files: further text files to write into the model's folder, as a dict {file name: text}.
+        files: further text files to write into the model's folder, as a dict from file name to text.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
