@@ -27,7 +27,9 @@ from gptjax.training.run import TrainResult
 from gptjax.training.task import Loss, Ready, StepFunctions, Task, Validation, identity, resolve
 from gptjax.types import Batch, Params
 
-BASE_WINDOW = 1024  # default tokens per window in continued pretraining, unless the model's context length is smaller
+# Default number of tokens per window in continued pretraining. If the base model's context length is smaller, the
+# default is the context length.
+BASE_WINDOW = 1024
 EVAL_TOKENS = 4096  # minimum number of tokens per evaluation batch
 FIRST_EVAL_TOKENS = 16_384  # approximate number of tokens in the evaluation before the first step
 
@@ -168,8 +170,8 @@ def _task(cfg: Config, ready: data.Prepared, base: weights.Model | None) -> Task
 
 
 def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Callable[[Params], list[str]]:
-    """Returns a function that maps params to texts, each with its prompt, generated with the settings in
-    `cfg.sample`."""
+    """Returns a function that takes params, generates a continuation of each prompt with the settings in `cfg.sample`,
+    and returns the texts. Each text begins with its prompt."""
     settings = cfg.sample
 
     def sample(params: Params) -> list[str]:
@@ -185,6 +187,7 @@ def sampling(cfg: Config, tokenizer: Tokenizer, prompts: list[list[int]]) -> Cal
 
 
 def __getattr__(name: str) -> Any:
-    """Returns the object that a deprecated name of this module refers to, which has moved to `gptjax.losses`."""
+    """Returns the function that a deprecated name of this module stands for: a function of `gptjax.losses`, or for
+    `task` the result of `old_task`."""
     new = moved_name(__name__, name)
     return old_task(new, init_params) if name == "task" else new

@@ -69,7 +69,7 @@ def refuse(cfg: Config) -> bool:
         return resume.refuse(cfg, tuning.refuse_missing)
     finished = [
         resume.refuse(_seed_config(cfg, seed), tuning.refuse_missing) for seed in _seeds(cfg)
-    ]  # a list, so that all seeds are checked and all problems are found
+    ]  # a list instead of a generator, because `all` would not check the seeds after the first unfinished run
     return all(finished)
 
 
@@ -83,7 +83,8 @@ def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
 def is_vmapped(cfg: Config) -> bool:
     """Returns whether the seeds are trained in one vmapped program, as set by finetune.together.
 
-    If finetune.together is null, the result is true only for adapters on an accelerator, because a CPU gains nothing.
+    If finetune.together is null, the result is true only for adapters on an accelerator, because on a CPU one vmapped
+    program is no faster than sequential runs.
     """
     if cfg.finetune.together is not None:
         return cfg.finetune.together
@@ -129,7 +130,8 @@ def stacked(cfg: Config, prepare: Prepare, progress: Progress) -> Ready:
     configs: list[Config] = []
     for seed in _seeds(cfg):
         resolved, task, _ = prepare(_seed_config(cfg, seed), progress)
-        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)  # keeps only one copy of the base model
+        # Only the first task keeps its frozen params, so that only one copy of the base model is in memory.
+        seed_tasks.append(task._replace(frozen=None) if seed_tasks else task)
         configs.append(resolved)
     first, n = seed_tasks[0], len(seed_tasks)
     configs = [dataclasses.replace(resolved, train=configs[0].train) for resolved in configs]

@@ -30,10 +30,11 @@ class Trainable(NamedTuple):
 
     params    the trainable params: {"adapter": .., "cls_head": ..}, a subset of the model's params, or all its params
     frozen    the other params, which the optimizer does not update
-    combine   (trained, frozen, LoraConfig) -> params with `LoraWeight` leaves, as the loss reads them; the LoraConfig
-              is given only if its scale and dropout are tracers
-    merge     (trained, frozen) -> params of plain arrays, with the adapter merged, as they are saved
-    export    (folder, trained, frozen): writes the adapter in peft's format, if that format can represent it
+    combine   function (trained, frozen, settings) that returns the params for the loss, with `LoraWeight` leaves;
+              `settings` is a LoraConfig whose scale and dropout may be tracers, by default cfg.lora
+    merge     function (trained, frozen) that returns the params to save: plain arrays, with the adapter merged
+    export    function (folder, trained, frozen) that writes the adapter in peft's format; it does nothing if peft's
+              format cannot represent the adapter
     """
 
     params: Params
@@ -92,7 +93,8 @@ def split_heads(params: Params) -> tuple[Params, Params]:
 
 
 def frozen_share(cfg: Config, n_params: int, n_trained: int) -> float:
-    """Returns the fraction of the model's parameters that are frozen; with an adapter, it is 1."""
+    """Returns the fraction of the model's parameters that are frozen; with an adapter, the fraction is 1, because the
+    whole base model is frozen."""
     return 1.0 if cfg.finetune.trainable == "lora" else 1 - n_trained / n_params
 
 
@@ -115,7 +117,7 @@ def abstract_trained(cfg: Config, params: Params, heads: Params, model: ModelCon
 def optimizer(cfg: Config) -> optax.GradientTransformation:
     """Returns the config's optimizer, with LoRA+ (arXiv:2402.12354) if lora.lr_ratio is not 1.
 
-    In LoRA+, the learning rate of the matrices b is multiplied by lora.lr_ratio.
+    In LoRA+, the learning rate of the adapter's matrices `b` (B in the paper) is multiplied by lora.lr_ratio.
     """
     tx = make_optimizer(cfg.optim, cfg.train.max_steps)
     if cfg.finetune.trainable != "lora" or cfg.lora.lr_ratio == 1:
@@ -164,16 +166,16 @@ def _adapted(
         adapter, config = trained["adapter"], settings
         if start is not None:
             adapter = lora.to_lora(adapter, start)
-            # Factors on alpha that leave the scale unchanged although the rank is doubled.
+            # `to_lora` doubles the rank; alpha is multiplied by the factor that keeps the adapter's scale unchanged.
             scaling = {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}
             alpha = settings.alpha * scaling[settings.scaling]
             config = dataclasses.replace(settings, init="lora", rank=2 * settings.rank, alpha=alpha)
         head = trained.get("cls_head")
         if head and "bias" in head:
-            head = None  # peft supports no heads with bias; the merged model includes the head
+            head = None  # not exported, because peft supports no head with a bias
         weights.export_peft(folder, adapter, config, body, head=head, base=fingerprint, base_name=cfg.finetune.base)
 
-    # `fits`: whether peft's format can represent this adapter; if not, only the merged model is saved.
+    # `fits`: whether peft's format can represent this adapter; if not, the adapter is not exported to this format.
     has_family = not complaints(families.family_of, body)
     fits = has_family and not (settings.dora and settings.init != "lora") and "embedding" not in settings.targets
     return Trainable({"adapter": adapter, **heads}, params, combine, merge, export if fits else no_export)

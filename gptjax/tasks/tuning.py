@@ -60,7 +60,8 @@ def base_model(cfg: Config) -> weights.Model:
 
 
 def styled(base: weights.Model, style: chat.Style | None) -> tuple[Tokenizer, list[str]]:
-    """Returns the base model's tokenizer with the chat template of `style`, and lines of text that describe it."""
+    """Returns the base model's tokenizer with the chat template of `style`, and the lines of text with which
+    `chat.describe_style` describes the style."""
     tokenizer = base.tokenizer()
     return chat.styled(tokenizer, style), chat.describe_style(tokenizer, style)
 
@@ -122,7 +123,7 @@ def make_task(
         lines: lines of text that describe the data, printed before the first step.
         describe_batch: function that maps a step to a line of text about the batch of this step, as in `Task`. None:
             the line shows the batch's first tokens.
-        files: further text files to write into the model's folder, as a dict {file name: text}.
+        files: further text files to write into the model's folder, as a dict from file name to text.
     """
     model, shapes = cfg.model, abstract_params(cfg.model)
     n_params, base_shapes = tree.size(shapes), split_heads(shapes)[0]
@@ -163,9 +164,9 @@ def make_task(
 
 
 def _base_reference(cfg: Config, fingerprint: str) -> dict[str, Any] | None:
-    """Returns the reference to the base model that is saved together with an adapter.
+    """Returns the fields of `weights.native.Base`, which name the base model of a saved adapter, as a dict.
 
-    Returns None if the merged weights are saved instead of an adapter.
+    Returns None if all weights of the model are saved instead of an adapter.
     """
     name, save_merged = cfg.finetune.base, cfg.finetune.save_merged
     if cfg.finetune.trainable != "lora" or cfg.lora.init != "lora" or save_merged:

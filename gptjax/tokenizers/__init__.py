@@ -43,7 +43,8 @@ __all__ = [
 
 READY = ("gpt2", "bytes")
 TRAINED = ("chars", "words", "bpe", "wordpiece", "unigram")
-KINDS: dict[str, tuple[str, str]] = {  # kind of tokenizer -> (module, class); a module is imported on first use
+# Maps each kind of tokenizer to the names of its module and its class. A module is imported on first use.
+KINDS: dict[str, tuple[str, str]] = {
     "chars": ("chars", "Chars"),
     "bytes": ("chars", "Bytes"),
     "words": ("words", "Words"),
@@ -153,7 +154,7 @@ def _from_data(data: Any, location: str) -> Tokenizer:
         _check_header(data)
         tokenizer = getattr(_module(KINDS[data["kind"]][0]), KINDS[data["kind"]][1]).from_data(data)
         tokenizer.grow([name for name in data["special_tokens"] if name not in tokenizer.special_tokens])
-        problems = []  # vocab_size and special_tokens in the header must agree with the vocabulary
+        problems = []  # vocab_size and special_tokens in the file's header must agree with the file's vocabulary
         if type(data.get("vocab_size")) is not int or data["vocab_size"] != tokenizer.vocab_size:
             stated = f"{data.get('vocab_size')!r:.40}"
             problems.append(f"vocab_size: the header says {stated}, the entries give {tokenizer.vocab_size}")

@@ -3,9 +3,9 @@
     python -I _render.py FOLDERS..   reads a JSON request from stdin, prints "ready", then {"text": ..} or {"error": ..}
 
 This program imports only jinja2, which it finds in FOLDERS, and the standard library, so that it starts quickly.
-Jinja's sandbox keeps a template from Python's internals, but does not stop endless loops and giant strings. Endless
-loops and giant strings end at the resource limits that this process sets for itself, or when the parent process kills
-this process after the time limit.
+Jinja's sandbox denies a template access to Python's internals, but does not stop endless loops and does not limit the
+length of strings. Therefore this process limits its own memory and CPU time, and its parent process kills it after the
+time limit.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _environment() -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class PublicNamespace(Namespace):
-        # No parameter is named `self`, because a template may use this name for an attribute.
+        # No parameter is named `self`, so that a template can set an attribute of this name: namespace(self=1).
         def __init__(*args: Any, **attributes: Any) -> None:
             self, *rest = args
             Namespace.__init__(self)
@@ -113,7 +113,7 @@ def _limit(timeout_s: float) -> None:
 
 def main() -> None:
     sys.path += sys.argv[1:]
-    _environment()  # imports jinja2 before the limits apply
+    _environment()  # imports jinja2 before `_limit` restricts the memory and CPU time of this process
     request = json.loads(sys.stdin.buffer.read())
     _limit(request["timeout_s"])
     sys.stdout.buffer.write(READY)

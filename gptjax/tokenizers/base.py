@@ -337,14 +337,14 @@ def _is_utf8(text: str) -> bool:
 
 
 def found_in(text: str, names: Iterable[str]) -> set[str]:
-    """Return the names that occur in the text. Where several names match at one position, only the longest name
-    counts."""
+    """Return the set of those `names` that occur in the text. Where several names match at one position, only the
+    longest name counts."""
     names = frozenset(names)
     return set(_alternatives(names).findall(text)) if names else set()
 
 
 def first_of(text: str, names: Iterable[str]) -> str | None:
-    """Return the name that occurs first in the text, or None if no name occurs."""
+    """Return the one of `names` that occurs first in the text, or None if none of them occurs."""
     names = frozenset(names)
     match = _alternatives(names).search(text) if names else None
     return match and match[0]
@@ -390,5 +390,5 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def whole_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return {name: id} of all tokens that are never split: special tokens and added tokens."""
+    """Return a dict from name to id of all tokens that are never split: special tokens and added tokens."""
     return {**tokenizer.added_tokens, **tokenizer.special_tokens}

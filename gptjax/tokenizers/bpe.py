@@ -10,9 +10,9 @@ GPT-2's printable alphabet; a space is `Ġ`. The first 256 ids are the bytes in 
 are the tokens that the merges make, and the last ids are the special tokens. The vocabulary of a loaded model may have
 another order; the tokenizer is then saved as the list of its tokens, in the order of their ids, instead of its merges.
 
-The library tiktoken does the encoding. tiktoken uses no list of merges: it merges any adjacent pair that makes a token,
-the pair whose token has the lowest id first, and does not split a word that is itself a token. `hf.py` says when this
-gives the same ids as a list of merges.
+The library tiktoken does the encoding. tiktoken uses no list of merges: it merges any adjacent pair whose concatenation
+is a token, in ascending order of the ids of these tokens, and does not split a word that is itself a token. `hf.py`
+states when this gives the same ids as a list of merges.
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2).
 """
@@ -38,15 +38,17 @@ from gptjax.tokenizers.patterns import SCHEMES
 PATTERN = SCHEMES["gpt2"].pattern
 MAX_VOCAB = 1 << 24
 
-# tiktoken's regular expressions fail on a run of a million blanks before a letter. Splitting a text before the last
-# blank of a long run gives the same ids, because a word begins with at most one blank.
+# tiktoken's regular expressions fail on a run of a million whitespace characters before a letter. Splitting a text
+# before the last whitespace character of a long run gives the same ids, because a word of other characters begins with
+# at most one whitespace character.
 BLANKS = 512
 _BLANK_RUN = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{BLANKS},}}")
 
 
 @functools.cache
 def alphabet() -> dict[str, int]:
-    """Return {printable character: byte} of GPT-2's alphabet, in the order of the ids: {"!": 33, .., "Ġ": 32, ..}."""
+    """Return a dict from each character of GPT-2's printable alphabet to its byte, in the order of the ids:
+    {"!": 33, .., "Ġ": 32, ..}."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -76,8 +78,8 @@ def foreign(tokens: Iterable[str], what: str) -> list[str]:
 
 
 def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
-    """Return {token: (left, right)}: the last merge by which tiktoken makes each token. Tokens that tiktoken cannot
-    make by merges are omitted.
+    """Return a dict from each token to the last merge by which tiktoken makes it, a pair (left, right) of tokens.
+    Tokens that tiktoken cannot make by merges are omitted.
 
     Byte-pair encoding with exactly the returned merges, in the order of the ids of their tokens, gives the same ids as
     tiktoken.
@@ -97,8 +99,8 @@ def last_merges(ranks: Mapping[bytes, int]) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Return {token: id} of the bytes and of the tokens that the merges make. A merge is written as its two tokens,
-    such as `Ġ t`.
+    """Return a dict from token to id, for the 256 bytes and the tokens that the merges make. A merge is written as its
+    two tokens, such as `Ġ t`.
 
     Raises:
         UserError: a merge uses a token that no earlier merge makes, or makes a token a second time; the message lists
@@ -139,10 +141,10 @@ class BPE(Base):
 
         Args:
             special: names of the special tokens, whose ids follow those of the merges. With `tokens`, `special` is a
-                mapping {name: id}.
+                dict from names to ids instead.
             tokens: all tokens except the special and added ones, written in GPT-2's alphabet. These tokens get, in
                 their order, the ids that `special` and `added` do not use.
-            added: {name: id} of added tokens; only with `tokens`.
+            added: the added tokens, as a dict from names to ids; only with `tokens`.
             scheme: the pre-tokenizer, a key of `patterns.SCHEMES`.
             nfc: whether a text is normalised to Unicode NFC before it is encoded.
         """
@@ -235,11 +237,13 @@ class BPE(Base):
         return len(raw.translate(None, self._lacking)) < len(raw)
 
     def _chunks(self, text: str) -> list[str]:
-        """Split a text into chunks that tiktoken can encode: long runs of blanks are split before their last blank."""
+        """Split a text into chunks that tiktoken can encode: long runs of whitespace are split before their last
+        character."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         blocks = (text[i : i + BLANKS // 2] for i in range(0, len(text), BLANKS // 2))
-        if not any(block.isspace() for block in blocks):  # a run of BLANKS blanks fills at least one whole block
+        # A block has BLANKS // 2 characters, so a run of BLANKS whitespace characters contains at least one block.
+        if not any(block.isspace() for block in blocks):
             return [text]
         cut = SCHEMES[self.scheme].cut
         runs = (run.end() for run in _BLANK_RUN.finditer(text))

@@ -166,7 +166,8 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
         except UserError:  # a single-turn template
             return last
         earlier, before = first_after(text), text.partition(_QUESTION)[0]
-        # A token that also stands directly before the question begins a turn, so it does not end an answer.
+        # If the token is also written directly before the question, it marks the beginning of a turn, not the end of
+        # an answer.
         if last is None and earlier and not before.rstrip().endswith(earlier):
             return earlier  # the template omits the token after the last answer
         return last if earlier == last else None
@@ -176,10 +177,11 @@ def _end_of_answer(template: str, tokens: frozenset[str], bos_token: str, eos_to
 def with_end(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer whose chat template ends every answer with a token of eos_ids.
 
-    The token that ends answers becomes the first of eos_ids. However, if the template uses the variable eos_token,
-    whose value is the first of eos_ids, then that first id is kept, and the token that ends answers is appended to
-    eos_ids if it is missing. A template that writes no token after answers is prefixed with END, which appends the
-    end-of-text token to every answer except tool calls.
+    If the template does not use the variable eos_token, the token that ends answers becomes the first of eos_ids. If
+    the template uses eos_token, the first of eos_ids stays the same, because it is the value of this variable; the
+    token that ends answers is then appended to eos_ids, unless it is one of them already. A template that writes no
+    token after answers is prefixed with the Jinja code END, which appends the end-of-text token to every answer except
+    tool calls.
 
     Raises:
         UserError: the template writes no token after answers, and the tokenizer has no end-of-text token.
@@ -212,7 +214,8 @@ def plain_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return the text of an answer without special tokens, so that `encode_chat` accepts it as a message."""
     special = set(tokenizer.special_tokens.values())
     text = tokenizer.decode([i for i in ids if i not in special])
-    while names := found_in(text, tokenizer.special_tokens):  # special tokens whose text ordinary tokens spell
+    # Several ordinary tokens together can also spell the name of a special token.
+    while names := found_in(text, tokenizer.special_tokens):
         for name in names:
             text = text.replace(name, "")
     return text
@@ -229,8 +232,8 @@ def styled(tokenizer: Tokenizer, style: Style | None = None) -> Tokenizer:
     """Return a copy of the tokenizer with the chat template of a prompt style. The template ends every answer with a
     token of the copy's eos_ids.
 
-    A fine-tuned model is saved with this tokenizer, so that `gptjax chat` and exported models use the same template and
-    stop tokens as the training did.
+    A fine-tuned model is saved with the returned tokenizer, so that `gptjax chat` and exported models use the same
+    template and stop tokens as the training did.
 
     Args:
         style: chat    the tokenizer's own template

@@ -6,7 +6,7 @@
 Two of llama.cpp's tokenizer models are supported. `gpt2` is byte-level BPE: its metadata hold the tokens in GPT-2's
 alphabet, a list of merges, and the name of a pre-tokenizer (`pre`). `llama` is SentencePiece BPE without a list of
 merges. Of all adjacent pairs that make a token, `llama` first merges the pair whose token has the highest score. A
-`llama` vocabulary writes a blank as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
+`llama` vocabulary writes a space as `▁`, and a character that is not in the vocabulary as tokens for its bytes, such as
 `<0xE2>`.
 
 Source: docs/gguf.md of ggml; src/llama-vocab.cpp of llama.cpp.
@@ -100,7 +100,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Base:
     )
 
 
-# Names of the pre-tokenizers for which add_bos is true if the metadata do not say.
+# Names of the pre-tokenizers for which add_bos is true if the metadata have no key tokenizer.ggml.add_bos_token.
 _ADD_BOS = [name for name, pre in PRE.items() if pre.ignore_merges]
 
 
@@ -132,7 +132,7 @@ def _without_padding(metadata: Mapping[str, Any]) -> dict[str, Any]:
     flat = all(isinstance(items, list) or (isinstance(items, np.ndarray) and items.ndim == 1) for items in lists[:2])
     n = len(tokens) if flat else 0
     if not flat or any(np.shape(items)[:1] != (n,) for items in lists[1:] if items is not None):
-        return dict(metadata)  # unchanged, because `_tokens` and `_per_token` report the problem
+        return dict(metadata)  # unchanged; `_tokens` and `_per_token` report lists of a wrong type or length
     while n and tokens[n - 1] == _PADDING.format(i=n - 1) and types[n - 1] == UNUSED:
         n -= 1
     entries = zip(_PER_TOKEN, lists, strict=True)
@@ -237,8 +237,12 @@ def _by_score(pieces: Mapping[str, float]) -> list[list[str]]:
 
 
 def _blanks(prefix: bool) -> dict[str, Any]:
-    """Return a normalizer that replaces blanks by `▁`, and a decoder that replaces `▁` by blanks, in the form of a
-    tokenizer.json. `prefix`: whether a blank is added before the text."""
+    """Return a normalizer that replaces spaces by `▁`, and a decoder that replaces `▁` by spaces, in the form of a
+    tokenizer.json.
+
+    Args:
+        prefix: whether the normalizer adds a space before the text, which the decoder removes.
+    """
     before = [{"type": "Prepend", "prepend": BLANK}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     to_blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
@@ -256,8 +260,8 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the GGUF metadata with which llama.cpp gives the same ids as the tokenizer. Each value of the metadata is
     a list of str, a numpy array, an int, a bool or a str.
 
-    If the tokenizer has no end-of-text token, llama.cpp stops at id 11. A chars tokenizer has no end-of-text token, but
-    `tokenizers.extend` can add one.
+    If the tokenizer has no end-of-text token, llama.cpp stops at the token with id 11, its default for `gpt2`. A chars
+    tokenizer has no end-of-text token, but `tokenizers.extend` can add one.
 
     Raises:
         UserError: llama.cpp does not support this kind of tokenizer.
@@ -294,7 +298,7 @@ def to_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
-Vocabulary = tuple[dict[str, Any], dict[str, int]]  # (metadata, {ordinary token: id})
+Vocabulary = tuple[dict[str, Any], dict[str, int]]  # GGUF metadata, and a dict from each ordinary token to its id
 
 
 def _gpt2(pre: str, merges: list[str], ids: dict[str, int]) -> Vocabulary:
@@ -350,7 +354,8 @@ def _from_hf(tokenizer: hf.HF) -> Vocabulary:
     return {f"tokenizer.ggml.{key}": value for key, value in names.items()}, ordinary
 
 
-MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind of tokenizer -> function that returns its vocabulary
+# Maps each kind of tokenizer to the function that returns its vocabulary.
+MODELS: dict[str, Callable[[Any], Vocabulary]] = {
     "bpe": _from_bpe,
     "bytes": lambda tokenizer: _gpt2("gpt-2", [], dict(alphabet())),
     "chars": _from_chars,
@@ -359,11 +364,11 @@ MODELS: dict[str, Callable[[Any], Vocabulary]] = {  # kind of tokenizer -> funct
 
 
 def _prefix(data: Mapping[str, Any]) -> bool | None:
-    """Return whether the tokenizer adds a blank before a text, or None if it does not write blanks as `▁`, or if it
-    splits the text at blanks.
+    """Return whether the tokenizer adds a space before a text, or None if it does not write spaces as `▁`, or if it
+    splits the text at spaces.
 
-    The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no blank to a text that begins with a
-    blank, and with the prepend_scheme "first" it adds no blank after a special token.
+    The pre-tokenizer Metaspace differs from llama.cpp and SentencePiece: it adds no space to a text that begins with a
+    space, and with the prepend_scheme "first" it adds no space after a special token.
     """
     normalizer, before = data.get("normalizer"), data.get("pre_tokenizer")
     with_blank, without = (_blanks(prefix)["normalizer"] for prefix in (True, False))
@@ -374,7 +379,7 @@ def _prefix(data: Mapping[str, Any]) -> bool | None:
     return None
 
 
-# Gemma's pre-tokenizer, which splits nothing, since the normalizer leaves no blanks.
+# Gemma's pre-tokenizer, which splits at spaces; it splits nothing, because the normalizer has replaced them by `▁`.
 _AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _METASPACE = {"type": "Metaspace", "replacement": BLANK, "split": False}
 _PREFIX = {"never": False, "first": True, "always": True}

@@ -10,9 +10,8 @@ any adjacent pair that makes a token; `tokenizers` merges only the pairs in the 
 same ids under three conditions:
 
     The tokens that the listed merges make have ascending ids, in the order of the list.
-    Encoding a token with the listed merges never gives exactly two pieces, which tiktoken would merge.
-    Tokens that the listed merges do not make exist only with `ignore_merges`, which does not split a word that is a
-    token.
+    Encoding a token with the listed merges never gives exactly two pieces, because tiktoken would merge these two.
+    The listed merges make every token, or `ignore_merges` is set, so that a word that is itself a token is not split.
 
 Proof: suppose that both libraries have made the same merges so far, and that tiktoken next merges the adjacent pieces x
 and y to the token t. Both pieces were merged from the bytes of t alone, without a merge across the ends of t. So
@@ -60,7 +59,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # boolean 
 
 class HF(Base):
     """A tokenizer that is stored as its tokenizer.json and run by the library `tokenizers`, which also handles the
-    added tokens and the white space around them."""
+    added tokens and the whitespace around them."""
 
     kind = "hf"
     name = "hf"
@@ -116,7 +115,8 @@ class HF(Base):
             added = [token | {"special": token["content"] in names} for token in self._data["added_tokens"]]
             reader = _runner(self._data | {"added_tokens": added})
             reader.encode_special_tokens = True
-            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}  # keeps 4, since each may take 200 MB
+            # Only the four newest readers are kept, because each may take 200 MB.
+            self._readers = dict([*self._readers.items()][-3:]) | {names: reader}
         return self._readers[names]
 
 
@@ -214,11 +214,11 @@ def from_data(
 
 
 def check(data: Any) -> dict[str, int]:
-    """Validate a tokenizer.json and return {token: id}, added tokens included.
+    """Validate a tokenizer.json and return a dict from token to id, added tokens included.
 
     Raises:
-        UserError: values have wrong types, ids are missing or duplicate, or a chain of steps (see CHAINS) exceeds the
-            limits; the message lists all problems.
+        UserError: values have wrong types, ids are missing or duplicate, or the normalizer, the pre-tokenizer, the
+            decoder or the post-processor exceeds the limits of `_chain_problems`; the message lists all problems.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError("hf tokenizer: expected an object with a model, as `tokenizers` writes it")
@@ -273,8 +273,9 @@ def _id_problems(ids: dict[str, int]) -> list[str]:
     return problems
 
 
-MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps in a chain of CHAINS, and on its nesting depth
-MAX_GROWTH = 1024  # limit on the number of characters that a chain of steps may make from one character
+MAX_STEPS, MAX_DEPTH = 32, 4  # limits on the number of steps of one entry of CHAINS, and on their nesting depth
+MAX_GROWTH = 1024  # limit on the number of characters that all steps together may make from one character
+# Those entries of a tokenizer.json that may be a sequence of steps, and the keys of the lists of these steps.
 CHAINS = {
     "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders",
     "post_processor": "processors",
@@ -283,8 +284,8 @@ GROWTH = {"ByteLevel": 2, "Metaspace": 2, "BertNormalizer": 3, "Precompiled": 4}
 
 
 def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
-    """Yield error messages for chains of steps that are too long, or whose output could be too large: 12 steps that
-    each replace a letter by ten letters make a terabyte from one letter."""
+    """Yield an error message for each entry of CHAINS that has too many steps, or whose output could be too large: 12
+    steps that each replace a letter by ten letters make a terabyte from one letter."""
     growth = {}
     for name, key in CHAINS.items():
         steps, depth = _steps(data.get(name), key)
@@ -299,8 +300,8 @@ def _chain_problems(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
-    """Return the steps of a chain, including those of nested chains, and its nesting depth. The function stops counting
-    beyond MAX_STEPS steps or MAX_DEPTH levels."""
+    """Return the steps of an entry of CHAINS, including those of nested sequences, and the nesting depth. The function
+    stops counting beyond MAX_STEPS steps or MAX_DEPTH levels."""
     steps: list[Any] = []
     level, depth = [chain], 0
     while level and len(steps) <= MAX_STEPS and depth <= MAX_DEPTH:
@@ -316,7 +317,7 @@ def _steps(chain: Any, key: str) -> tuple[list[Any], int]:
 
 
 def _growth(step: Any) -> int:
-    """Return the maximal number of characters that a step makes from one input character."""
+    """Return the maximum number of characters that a step makes from one input character."""
     kind = _type(step)
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
@@ -330,8 +331,8 @@ def _growth(step: Any) -> int:
 
 
 def _roles(named: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return ({"eos_token": "</s>", ..}, the names of all special tokens) from the content of a
-    tokenizer_config.json."""
+    """Return the special tokens that the content of a tokenizer_config.json names: a dict from ROLES to names, such as
+    {"eos_token": "</s>"}, and the set of all names."""
 
     def text(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
@@ -363,8 +364,10 @@ def _byte_level(data: dict[str, Any], ids: dict[str, int]) -> BPE | None:
         return None
     late = {char for token in listed if token["normalized"] for char in token["content"]}
     early = {char for token in listed if not token["normalized"] for char in token["content"]}
+    # A `BPE` finds all added tokens in one pass over the raw text. `tokenizers` finds those with the flag `normalized`
+    # in a second pass, over the normalised text.
     if late and (data.get("normalizer") is not None or late & early):
-        return None  # one pass over the raw text, as a `BPE` makes, cannot find such added tokens
+        return None
     special = {token["content"]: token["id"] for token in listed if token["special"]}
     added = {token["content"]: token["id"] for token in listed if not token["special"]}
     tokens = [name for name in sorted(ids, key=ids.__getitem__) if name not in special and name not in added]
@@ -419,7 +422,8 @@ def _same_in_tiktoken(model: dict[str, Any], ids: dict[str, int], tokens: list[s
 
 
 def piece_counts(ids: dict[str, int], merges: list[tuple[str, str]], tokens: Iterable[str]) -> set[int]:
-    """Encode each of the tokens with the merges, and return the set of the resulting numbers of pieces."""
+    """Encode each of the tokens with the merges, and return the set of the numbers of pieces: {1} if the merges make
+    every token."""
     from tokenizers import models
 
     with rust("model"):
@@ -463,9 +467,10 @@ def _adds_bos(data: dict[str, Any], config: Mapping[str, Any], bos_id: int) -> b
     return False
 
 
-# Tokenizer class of transformers -> (key in SCHEMES, whether texts are normalised to Unicode NFC).
+# Maps a tokenizer class of transformers to its key in SCHEMES, and to whether it normalises texts to Unicode NFC.
 _SLOW = {"GPT2Tokenizer": ("gpt2", False), "Qwen2Tokenizer": ("qwen2", True)}
-_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # model_type -> class
+# Maps a model_type to its tokenizer class.
+_CLASS_OF = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
 def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
@@ -487,7 +492,8 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
         raise UserError(f"{folder}: add_prefix_space=true is not supported with vocab.json and merges.txt")
     scheme, nfc = _SLOW[str(kind).removesuffix("Fast")]
     vocab, added = _object(folder / "vocab.json"), _object(folder / "added_tokens.json")
-    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")  # splitlines would also split inside merges
+    # str.splitlines would also split at characters such as U+2028, which a merge may contain.
+    lines = one_line_end(read_text(folder / "merges.txt")).split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     listed = _listed_tokens(named.get("added_tokens_decoder"), folder)
     added |= {name: token["id"] for name, token in listed.items()}
@@ -504,8 +510,11 @@ def _slow_files(folder: Path, named: Mapping[str, Any], model_type: Any) -> dict
 
 
 def _listed_tokens(decoder: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return {content: added token} from added_tokens_decoder in a tokenizer_config.json, {"151643": {"content":
-    "<|endoftext|>", ..}, ..}."""
+    """Return a dict from the name of each added token to its id and flags.
+
+    Args:
+        decoder: added_tokens_decoder of a tokenizer_config.json: {"151643": {"content": "<|endoftext|>", ..}, ..}.
+    """
     if decoder is None:
         return {}
     flags = (*FLAGS, "content")
@@ -559,8 +568,8 @@ def rust(location: str) -> Iterator[None]:
 
 
 def to_hf(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return {file name: text}, the files of a Hugging Face folder with which transformers' AutoTokenizer gives the
-    same ids as the tokenizer.
+    """Return the files of a Hugging Face folder with which transformers' AutoTokenizer gives the same ids as the
+    tokenizer, as a dict from file name to text.
 
     Raises:
         UserError: no tokenizer.json is exactly equivalent to this kind of tokenizer.
@@ -588,8 +597,8 @@ def _from_bpe(tokenizer: BPE) -> dict[str, Any]:
     ordinary = {printable(token): i for token, i in tokenizer.ranks.items()}
     merges = [merge.split(" ") for merge in tokenizer.merges]
     whole = len(set(map("".join, merges))) < sum(len(token) > 1 for token in tokenizer.ranks)
-    # The vocabulary of the model must include the special and added tokens whose ids are not the last ones, because
-    # `tokenizers` gives all other added tokens ids after that vocabulary.
+    # Special and added tokens with ids below that of the last ordinary token must be in the model's vocabulary, because
+    # `tokenizers` gives added tokens that are not in this vocabulary the ids after it.
     last = max(ordinary.values())
     low = {name: i for name, i in whole_tokens(tokenizer).items() if i < last}
     vocab = dict(sorted((ordinary | low).items(), key=lambda item: item[1]))
@@ -609,7 +618,8 @@ def _from_chars(tokenizer: Chars) -> dict[str, Any]:
     return _file(tokenizer, steps | {"model": model})
 
 
-MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {  # kind of tokenizer -> function that returns its tokenizer.json
+# Maps each kind of tokenizer to the function that returns its tokenizer.json.
+MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "bpe": _from_bpe,
     "bytes": _from_bytes,
     "chars": _from_chars,

@@ -22,9 +22,10 @@ class Scheme:
 
     pattern: the regular expression for tiktoken, with possessive quantifiers where they do not change the result.
     split: the equivalent regular expression of the Split step in a Hugging Face tokenizer.json, spelled exactly as in
-        the files of models. None: the tokenizer.json has no Split step.
-    cut: function (last, after) -> whether a long run of blanks may be split before its last blank, `last`. `after` is
-        the character that follows the run.
+        the files of published models, because `hf.py` compares the two strings. None: the tokenizer.json has no Split
+        step.
+    cut: function (last, after) that returns True if a long run of whitespace may be split before its last character.
+        `last` is that character, `after` is the character that follows the run.
     """
 
     pattern: str
@@ -33,9 +34,15 @@ class Scheme:
 
 
 def _cl100k_like(digits: str, possessive: str) -> Scheme:
-    """Return a scheme like that of GPT-4's cl100k: a word of letters may begin with one character that is no letter,
-    digit or line end, and line ends belong to the punctuation or blanks before them. `digits` matches digits in
-    `split`, and `possessive` matches them in `pattern`."""
+    """Return a scheme like that of GPT-4's cl100k_base.
+
+    A word of letters may begin with one character that is neither a letter nor a digit nor a line end, such as a space.
+    Line ends belong to the same word as the punctuation or whitespace before them.
+
+    Args:
+        digits: the part of the regular expression `split` that matches digits.
+        possessive: the part of the regular expression `pattern` that matches digits.
+    """
     contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     return Scheme(
         contractions + r"|[^\r\n\p{L}\p{N}]?+\p{L}++|" + possessive + r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -47,13 +54,13 @@ def _cl100k_like(digits: str, possessive: str) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    # Words are contractions, runs of letters, digits or other characters (with the space before them), and white space.
+    # Words are contractions, runs of letters, digits or other characters (with the space before them), and whitespace.
     "gpt2": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         lambda last, after: True,
     ),
-    # Words are like those of gpt2, but every digit is a word, and blanks before a digit stay together.
+    # Words are like those of gpt2, but every digit is a word, and whitespace before a digit stays together.
     "smollm": Scheme(
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s++(?=\p{N})|\s+(?!\S)|\s",
         None,
@@ -63,7 +70,7 @@ SCHEMES: dict[str, Scheme] = {
     "qwen2": _cl100k_like(r"\p{N}", r"\p{N}"),
 }
 
-# The words of our WordPiece and Unigram tokenizers are runs of letters, of digits or of other characters, which may
-# begin with a blank, or of white space. `#` is a word by itself, so that no word starts with `##`, which marks a piece
-# inside a word.
+# A word of the WordPiece and Unigram tokenizers is a run of up to 64 letters, digits, underscores or other characters,
+# together with the space before it, or a run of up to 64 whitespace characters. `#` is always a word by itself, because
+# `##` at the beginning of a piece means that the piece does not begin a word.
 SUBWORDS = re.compile(r"#| ?[^\W\d_]{1,64}| ?\d{1,64}| ?[^\s\w#]{1,64}| ?_{1,64}|\s{1,64}(?!\S)|\s")

@@ -8,8 +8,8 @@ Unigram    every piece has a probability, and a word is split in the most probab
 
 The WordPiece and Unigram tokenizers work on bytes in GPT-2's printable alphabet (`bpe.alphabet`). Every single byte is
 a piece, so every text can be encoded and decoding is exact. The tokenizers of BERT and T5 differ from these: they drop
-white space and have an [UNK] token. Long words are split every 64 characters, so that encoding a text without blanks
-takes linear time, too.
+whitespace and have an [UNK] token. Words have at most 64 characters, plus the space before them, so that encoding takes
+linear time even for a text without spaces.
 
 Source: Schuster and Nakajima 2012 (WordPiece); Kudo 2018, arXiv:1804.10959 (Unigram).
 """
@@ -115,8 +115,8 @@ class Unigram(_Pieces):
     def __init__(self, pieces: Sequence[str], scores: Sequence[float]) -> None:
         self.pieces, self.scores = list(pieces), list(scores)
         super().__init__([token_bytes(piece) for piece in self.pieces])
-        # Piece -> (log probability, id). The table also holds the prefixes of pieces, so that `_cut` can stop as soon
-        # as no piece begins with the bytes read.
+        # Maps each piece to (log probability, id). The table also holds the prefixes of pieces, so that `_cut` can stop
+        # as soon as no piece begins with the bytes read.
         self._table: dict[bytes, tuple[float, int]] = {}
         for piece in self._bytes:
             self._table |= {piece[:end]: (-math.inf, -1) for end in range(1, len(piece))}
@@ -193,7 +193,7 @@ def _train_unigram(words: Iterable[str], size: int) -> Unigram:
     )
     learner.train_from_iterator(words, trainer)
     scores = {piece: round(score, 6) for piece, score in json.loads(learner.to_str())["model"]["vocab"]}
-    # The trainer's scores of single bytes that are rare as pieces differ between runs, so all of them get the same
+    # The trainer's scores of rarely used single-byte pieces differ between runs, so all of these pieces get the same
     # score.
     floor = min((score for piece, score in scores.items() if len(piece) > 1), default=-10.0) - 1
     scores = {piece: floor if len(piece) == 1 and score < floor + 1 else score for piece, score in scores.items()}

@@ -3,7 +3,7 @@ text into words and punctuation marks.
 
     "Hello, do you like tea?"  ->  Hello | , | do | you | like | tea | ?
 
-White space is not kept: decoding joins the words with one space, but with none before closing punctuation. Without
+Whitespace is not kept: decoding joins the words with one space, but with none before closing punctuation. Without
 special tokens, this tokenizer is the book's SimpleTokenizerV1, which raises an error for an unknown word; with
 `<|endoftext|>` and `<|unk|>`, it is the book's SimpleTokenizerV2. By default, the special tokens are [BOS], [EOS],
 [PAD] and [UNK].
@@ -31,7 +31,7 @@ _SPACE_BEFORE = re.compile(r"""\s+([,.?!"()'])""")
 
 
 def split(text: str) -> list[str]:
-    """Split a text into words and punctuation marks, without white space."""
+    """Split a text into words and punctuation marks, without whitespace."""
     return [piece.strip() for piece in _SPLIT.split(text) if piece.strip()]
 
 

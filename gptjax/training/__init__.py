@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, and the run directory."""
+"""The training step, the training loop and the run directory."""

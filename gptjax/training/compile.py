@@ -21,17 +21,17 @@ from gptjax.training.run import Run
 from gptjax.training.step import TrainState, make_multi_step, make_train_step
 from gptjax.types import Metrics
 
-SMALL_MODEL = 20_000_000  # by default, models with more parameters run one step per compiled call
+SMALL_MODEL = 20_000_000  # models with more parameters than this run one step per compiled call by default
 MOST_STEPS_PER_CALL = 10
 
 
 def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[int] = ()) -> int:
     """Returns the number of training steps per compiled call.
 
-    The number of steps per call divides `eval_every`, `checkpoint_every`, `log_every`, `max_steps` and the intervals of
-    hooks, because evaluations, checkpoints and hooks run between two calls. If train.steps_per_call is None, the number
-    of steps per call is the largest common divisor, at most 10, of max_steps and all intervals, or 1 for models with
-    more than 20 million parameters.
+    The number of steps per call divides max_steps and all intervals shorter than max_steps: eval_every,
+    checkpoint_every, log_every and those of the hooks. Evaluations, checkpoints and hooks can only run between two
+    calls. If train.steps_per_call is None, the number of steps per call is 1 for models with more than 20 million
+    parameters; for other models it is the largest number up to 10 that divides `start`, max_steps and these intervals.
 
     Args:
         start: the step from which the run is resumed.
@@ -60,7 +60,8 @@ def steps_per_call(cfg: Config, n_params: int, start: int = 0, hooks: Sequence[i
 
 
 def make_call(run: Run) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the jitted function (state, batches of run.k steps) -> (state, metrics), compiled at its first call."""
+    """Returns the jitted function that runs run.k training steps. It takes the state and the batches of these steps,
+    returns the new state and the metrics, and is compiled at its first call."""
     loss, combine, optimizer = run.rules
     step = make_train_step(loss, optimizer, combine=combine, accumulation=run.cfg.train.accumulation)
     return parallel.jit_step(step if run.k == 1 else make_multi_step(step), run.mesh, run.state)

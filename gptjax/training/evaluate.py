@@ -34,7 +34,8 @@ def evaluator(meter: Meter) -> Callable[[Run], None]:
     plotted_at = 0.0
 
     def polled(run: Run) -> Iterator[Any]:
-        """Yields the validation batches. `mean_over` requests a batch once it has the loss of the previous batch."""
+        """Yields the validation batches, and records when each is requested. Since `mean_over` requests a batch only
+        once it has the loss of the previous batch, these times show how long the evaluation of a batch takes."""
         requested.clear()
         for batch in run.task.validation.batches(run.step == 0):
             run.poll()

@@ -15,7 +15,7 @@ MARGIN = 0.85  # maximum fraction of the device's memory that an estimate may fi
 WORKSPACE_BYTES = 2**30  # memory for the logits of one chunk of the loss, their exponentials and their gradients
 _PROGRAM_BYTES = 2**28
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes per trained parameter, all in float32; AdamW keeps two moments
-_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter for each finetune.quantize
+_FROZEN = {"none": 4.0, "int8": 1.0, "nf4": 0.52}  # bytes per frozen parameter, by finetune.quantize
 
 Shape = tuple[int, int, int, int]  # sizes of the mesh axes data, fsdp, tensor and context
 
@@ -81,8 +81,8 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
 
     `model.remat` decides which activations of a block are kept on the device:
 
-    none     the residual stream twice, and all activations of the attention and feed-forward layers
-    dots     the residual stream twice, and the outputs of the matrix multiplications
+    none     two activations of the residual stream, and all those of the attention and feed-forward layers
+    dots     two activations of the residual stream, and the outputs of the matrix multiplications
     full     the block's input
     offload  no activations, because the block's input is kept in host memory
 
@@ -90,8 +90,9 @@ def activation_elements(model: ModelConfig, width: int, *, tensor: int = 1, scor
         width: number of tokens per row.
         tensor: tensor-parallel size, by which the activations of attention and feed-forward layers are sharded.
         scores: whether attention scores are kept for the backward pass. True: attention runs without a fused kernel, as
-            on a CPU, so that one score is kept per head and pair of tokens, and XLA keeps 12 D + 4 F elements of
-            further activations. False: attention runs with a fused kernel, as on TPUs, so that no scores are kept.
+            on a CPU, so that one score is kept per head and pair of tokens; without rematerialisation, XLA also keeps
+            12 d_model + 4 d_ff elements per token and block. False: attention runs with a fused kernel, as on TPUs, so
+            that no scores are kept.
     """
     D, F = model.d_model, model.d_ff
     if scores:
