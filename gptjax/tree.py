@@ -24,7 +24,7 @@ def path_string(path: tuple) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Flatten a pytree to {path: leaf}, in the order of `jax.tree.leaves`."""
+    """Flatten a pytree to a dict that maps each path to its leaf, in the order of `jax.tree.leaves`."""
     return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -35,7 +35,10 @@ def flatten_nodes(tree: Any) -> dict[str, Any]:
 
 
 def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
-    """Group the leaves by their parent dict. Returns {path of the parent: {last key of the leaf's path: leaf}}."""
+    """Group the leaves by their parent dict.
+
+    Returns a dict that maps the path of each parent to a dict of its leaves, each under the last key of its path.
+    """
     out: dict[str, dict[str, Any]] = {}
     for path, leaf in flatten(tree).items():
         parent, _, name = path.rpartition("/")
@@ -44,7 +47,11 @@ def by_parent(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Build nested dicts from {path: leaf}, with one level per key of a path: the inverse of `flatten`."""
+    """Build nested dicts, with one level per key of a path: the inverse of `flatten`.
+
+    Args:
+        leaves: dict that maps the paths to the leaves.
+    """
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -56,17 +63,20 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_paths(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Map `fn(path, leaf)` over every leaf; with further trees of the same structure, `fn(path, leaf, leaf, ..)`."""
+    """Replace every leaf by `fn(path, leaf)`.
+
+    If `rest` holds further trees of the same structure, `fn` also receives their leaves: `fn(path, leaf, leaf, ..)`.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(path_string(path), *leaves), tree, *rest)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Returns whether any alternative of the pattern matches the path."""
+    """Returns True if any alternative of the pattern matches the path."""
     return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
 
 
 def first_match(path: str, rules: Iterable[tuple[str, T]]) -> T | None:
-    """Returns the value of the first rule whose pattern matches the path, or None if no rule matches."""
+    """Returns the value of the first rule (pattern, value) whose pattern matches the path, or None if none matches."""
     return next((value for pattern, value in rules if matches(pattern, path)), None)
 
 

@@ -9,7 +9,7 @@ from gptjax.errors import UserError, complaints
 __all__ = ["Batch", "Mean", "Metrics", "Params", "UserError", "complaints"]
 
 Params = dict[str, Any]  # nested dict of arrays; "blocks/attn/q/kernel" is the path of one of them
-Metrics = dict[str, Any]  # dict from the name of a metric to a Mean or a scalar
+Metrics = dict[str, Any]  # dict that maps the name of each metric to a Mean or a scalar
 
 
 class Mean(NamedTuple):

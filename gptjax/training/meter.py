@@ -20,7 +20,10 @@ from gptjax.types import Metrics
 
 
 class Meter:
-    """Reads the metrics of a compiled call once the next call has been started, and logs them every log_every steps.
+    """Reads the metrics of the compiled calls, and logs them every log_every steps.
+
+    The metrics of a call are read only after the next call has been started, so that the device does not wait for the
+    host.
 
     Args:
         run: the run whose metrics are read.
@@ -46,14 +49,20 @@ class Meter:
         self.compiled = False
 
     def start(self) -> None:
-        """Record the time at which a compiled call is started, unless the device is still busy with the previous
-        call."""
+        """Record the time at which a compiled call is started.
+
+        If the device is still busy with the previous call, `_read` records the time at which that call ends instead.
+        """
         if self.pending is None:
             self.mark = time.monotonic()
 
     def put(self, end: int, metrics: Metrics) -> None:
-        """Store the metrics of the call just started, whose last step is `end`, and read the metrics of the call
-        before."""
+        """Keep the metrics of the compiled call that was just started, and read those of the previous call.
+
+        Args:
+            end: the last step of the call that was just started.
+            metrics: the metrics of this call, which the device may still be computing.
+        """
         before, self.pending = self.pending, (end, metrics)
         if before:
             self._read(*before)
@@ -135,7 +144,7 @@ class Meter:
         return "  ".join(field for field in fields if field)
 
     def _eta(self, step: int) -> float:
-        """Returns the estimated seconds until the end of the run, including its evaluations."""
+        """Returns the estimated seconds until the end of the run, including evaluations and sampling."""
         settings = self.run.cfg.train
         steps, now = settings.max_steps - step, step % settings.eval_every == 0 or step == settings.max_steps
         evals = math.ceil(steps / settings.eval_every) + now

@@ -13,7 +13,7 @@ from gptjax.files import replacing
 from gptjax.show import log_ticks
 
 MAX_LABELS, MAX_LABEL_LENGTH = 12, 60  # maximum number and length of legend entries; more would hide the curves
-MAX_NEIGHBOURS = 50  # maximum number of points on each side over which a training loss is averaged
+MAX_NEIGHBOURS = 50  # maximum number of neighbours on each side of a point over which its training loss is averaged
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -62,16 +62,17 @@ def draw_sweep(
 ) -> None:
     """Plot the results of a sweep in two panels.
 
-    The left panel shows the validation loss over the values of one setting, the first of `names` with several numeric
-    values. Each run is a dot; for each combination of the other settings, a line connects the mean losses over the
-    seeds, with their 95 % intervals. The right panel shows a curve of the training loss for each combination of all
-    settings.
+    The left panel plots the validation loss against one setting: the first of `names` that has several values, all of
+    them numbers. Each run is a dot. For each combination of the other settings, a line connects the losses averaged
+    over the seeds, and error bars show their 95 % confidence intervals. The right panel plots the training loss against
+    the step, smoothed and averaged over the seeds, with one curve for each combination of all settings.
 
     Args:
         rows: a dict per run, with its settings and losses.
-        table: a dict per combination of settings, with means and intervals over the seeds.
+        table: a dict per combination of settings, with the mean loss over the seeds and its confidence interval.
         names: names of the settings that differ between the runs.
-        curves: dict from values of the settings in `names` to the training losses of each run with these values.
+        curves: a dict that maps each combination of values of the settings in `names` to the training losses of its
+            runs, one array per run.
         path: path of the .png file.
     """
     figure, (left, right) = _figure(12, 4.8, columns=2)
@@ -150,7 +151,8 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     losses = [loss for _, loss in points]
     out = []
     for i, (step, _) in enumerate(points):
-        reach = min(width, i, len(points) - 1 - i)  # a symmetric window, because the ends would be biased otherwise
+        # The window stays symmetric near the ends, where neighbours on one side only would bias the mean.
+        reach = min(width, i, len(points) - 1 - i)
         window = losses[i - reach : i + reach + 1]
         out.append((step, sum(window) / len(window)))
     return out

@@ -19,8 +19,8 @@ HUGE_PAGES, TUNABLE = Path("/sys/kernel/mm/transparent_hugepage/enabled"), "glib
 def keep_buffers() -> bool:
     """Make glibc keep freed memory, instead of returning it to the system and page-faulting it in again at every step.
 
-    Keeping XLA's temporary buffers halved the time of a training step on a CPU (42 -> 20 ms, 0.8 million parameters).
-    Call this function before the first step. Returns False if there is no glibc.
+    Keeping XLA's temporary buffers halved the time of a training step on a CPU (from 42 ms to 20 ms, for a model of 0.8
+    million parameters). Call this function before the first step. Returns False if there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -44,7 +44,8 @@ def ask_for_huge_pages() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE not in tunables and HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{TUNABLE}=1")))
-        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # signals wait until the restarted program unblocks them
+        # Signals that arrive during the restart stay pending until `gptjax.__main__` unblocks them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -76,7 +76,7 @@ class Progress:
                 self._bar.start()
             self._bar.update(self._task, completed=step, description=line)
         elif (now := time.monotonic()) - self._told >= LINE_EVERY_S:
-            self._told = now  # heartbeat lines do not change `_told`, so progress lines appear in slow runs, too
+            self._told = now  # heartbeat lines do not reset this timer, so slow runs print progress lines, too
             self.say(line)
 
     @contextmanager

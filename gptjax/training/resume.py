@@ -41,7 +41,8 @@ def refuse(written: Config, missing: Callable[[Config], None]) -> bool:
             is finished.
 
     Returns:
-        Returns whether the run is finished already: whether final/ was written after at least `train.max_steps` steps.
+        True if the run is finished: final/ was written after `train.max_steps` steps or more, and `written` asks for no
+        further steps.
 
     Raises:
         UserError: a check failed; the message lists all problems.
@@ -128,7 +129,7 @@ def begin(ready: Ready, dir: RunDir, mesh: Mesh | None, progress: Progress, sign
 
 
 def checkpointer(meter: Meter) -> Callable[[Run], None]:
-    """Returns the hook that saves a checkpoint.
+    """Returns the function of the hook that saves a checkpoint.
 
     A checkpoint holds the state, the counters, the data hashes, the config and the environment. When the run is
     resumed, hashes, config and environment are compared with the current ones.
@@ -158,7 +159,7 @@ def checkpointer(meter: Meter) -> Callable[[Run], None]:
 
 
 def hashes(task: Task) -> dict[str, str]:
-    """Returns the hashes of the data and weights that a checkpoint depends on, by name."""
+    """Returns a dict with the name and the hash of all data and weights that a checkpoint depends on."""
     return {name: digest for name, (digest, _) in task.fingerprints.items()}
 
 

@@ -62,7 +62,7 @@ class Run:
     mesh              the device mesh, or None on one device
     writes            whether this process writes files
     state, step       TrainState and step after the last compiled call that was started
-    saved             step of the last checkpoint
+    saved             step of the last checkpoint, or 0 if there is none
     k                 steps per compiled call
     n_params          number of trained parameters
     tokens_per_step   number of tokens per training step, over all devices

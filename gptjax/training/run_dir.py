@@ -65,7 +65,7 @@ class RunDir:
         """Check that a run of `cfg` can be started or resumed in this directory. Writes nothing.
 
         Raises:
-            UserError: the directory holds a run of another config, any run although `train.resume=never`, or files of
+            UserError: the directory holds a run of another config, or any run if `train.resume=never`, or files of
                 another program, or the directory is not writable.
         """
         user_path(self.path, "run_dir")
@@ -96,7 +96,8 @@ class RunDir:
             )
 
     def _ended(self, stored: Config) -> str:
-        """Returns the reason why the learning rate schedule allows no more steps than planned; "" if it allows more."""
+        """Returns the reason why the learning rate schedule allows no extension of the run to more steps, or "" if it
+        allows one."""
         optim, steps = stored.optim, stored.train.max_steps
         saved = max((int(path.name) for path in self.checkpoints.glob("*") if path.name.isdecimal()), default=0)
         decay_start = steps - max(1, round(optim.decay_fraction * steps))
@@ -165,7 +166,7 @@ class RunDir:
             os.utime(self.path / ".lock")
 
     def begin(self, cfg: Config, environment: dict[str, Any]) -> None:
-        """Write config.yaml and environment.json. If `cfg` increases max_steps, delete the old test results."""
+        """Write config.yaml and environment.json. If `cfg` adds steps to the run, delete its old test results."""
         stored = self.stored() if self.config.exists() else None
         if stored is None:
             write_text(self.config, config.to_yaml(cfg))
@@ -210,7 +211,9 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_foreign(path: Path, allowed: str = "") -> None:
-    """Raise UserError if the directory holds files other than those of a run that was killed while it started.
+    """Raise UserError if the directory holds files of another program.
+
+    A run that was killed while it started may have left a lock file and temporary files; these are allowed.
 
     Args:
         allowed: regular expression that matches the names of further files that the directory may hold.
@@ -270,7 +273,10 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-    """Returns ([(line, parsed row), ..], number of damaged lines) of metrics.jsonl, without an incomplete last line."""
+    """Returns the valid lines of metrics.jsonl, each with the row parsed from it, and the number of damaged lines.
+
+    An incomplete last line is left out and not counted.
+    """
     *complete, _ = path.read_bytes().split(b"\n")
     rows = []
     for line in complete:
@@ -286,9 +292,10 @@ def _dropped(path: Path, damaged: int) -> str:
 
 
 def changes(stored: Config, cfg: Config) -> list[str]:
-    """Returns the changes of settings that a resumed run may not change: ["optim.lr: 0.001 -> 0.0003", ..].
+    """Lists the settings that differ between two configs although they must be equal to resume the run.
 
-    A larger number of steps or epochs is allowed, so it is not listed.
+    Each item shows the old and the new value, such as "optim.lr: 0.001 -> 0.0003". A larger number of steps or epochs
+    is allowed, so it is not listed.
 
     Args:
         stored: the resolved config of the run.
@@ -312,7 +319,7 @@ def train_further(stored: Config, path: Path) -> str:
 
 
 def longer(stored: Config, cfg: Config) -> bool:
-    """Returns whether `cfg` has more steps or epochs than the stored config."""
+    """Returns True if `cfg` has more steps or epochs than the stored config."""
     before, now = stored.train, cfg.train
     if before.epochs is None or now.epochs is None:
         return before.epochs is now.epochs is None and now.max_steps > before.max_steps
@@ -320,10 +327,10 @@ def longer(stored: Config, cfg: Config) -> bool:
 
 
 def _resolve_like(stored: Config, written: Config) -> Config:
-    """Returns `written`, with the values that depend on the data or the base model taken from the stored config."""
+    """Returns the config `written`, with the values that depend on the data or the base model taken from `stored`."""
     model, train = written.model, written.train
     pretrain, tokenizer = written.pretrain, written.tokenizer
-    if written.task != "pretrain" or pretrain.base is not None:  # the base model decides the architecture
+    if written.task != "pretrain" or pretrain.base is not None:  # the base model fixes the architecture
         model = stored.model.computed_as(model)
     elif not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=stored.model.vocab_size)
@@ -337,7 +344,7 @@ def _resolve_like(stored: Config, written: Config) -> Config:
 
 
 def may_change(key: str) -> bool:
-    """Returns whether the setting may differ when a run is resumed."""
+    """Returns True if the setting may have another value when a run is resumed."""
     return key in MAY_CHANGE or key.rpartition(".")[0] + ".*" in MAY_CHANGE
 
 

@@ -14,8 +14,9 @@ from gptjax.errors import UserError
 from gptjax.ops.device import platform
 from gptjax.types import Mean, Metrics
 
-Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]  # called as loss(params, batch, key) -> (Mean, metrics)
-# Called as gradient(params, frozen, batch, key) -> (gradient of the loss's total, (Mean, metrics)).
+# A function loss(params, batch, key) that returns (Mean, metrics).
+Loss = Callable[[Any, Any, Any], tuple[Mean, Metrics]]
+# A function gradient(params, frozen, batch, key) that returns the gradient of the loss's total, and (Mean, metrics).
 Gradient = Callable[[Any, Any, Any, Any], tuple[Any, tuple[Mean, Metrics]]]
 
 
@@ -86,18 +87,19 @@ def make_train_step(
     `tx`. If `tx` takes extra arguments, it receives the gradient's norm as `grad_norm`.
 
     Args:
-        loss: function (params, batch, key) -> (Mean(total, weight), metrics); a metric that is a `Mean` is divided by
-            its weight, too.
+        loss: function (params, batch, key) that returns (Mean(total, weight), metrics); a metric that is a `Mean` is
+            divided by its weight, too.
         tx: the optimizer.
-        combine: function (trained, frozen) -> the params that the loss reads, for example with LoRA applied.
+        combine: function (trained, frozen) that returns the params that the loss reads, for example with LoRA applied.
         accumulation: number of micro-batches over which gradients are accumulated; it must divide the leading axis of
             every leaf of the batch. Up to rounding, the result of the step does not depend on the number of
             micro-batches, even if they differ in weight.
-        transform: function that transforms the gradient function of the whole batch, such as `research.curvature.sam`.
+        transform: function that takes and returns a `Gradient`, such as `research.curvature.sam()`. It is applied to
+            the function that computes the gradient of the whole batch.
 
     Returns:
-        The function step(state, batch) -> (state, metrics). The metrics are loss, weight, grad_norm, skipped,
-        skipped_in_a_row, and those that the loss returns.
+        The training step, a function step(state, batch) that returns (state, metrics). The metrics are loss, weight,
+        grad_norm, skipped, skipped_in_a_row, and those that the loss returns.
     """
 
     def total(params, frozen, batch, key):
@@ -170,7 +172,11 @@ def make_train_step(
 
 
 def make_multi_step(step: Callable) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns steps(state, batches [K, ...]) -> (state, metrics [K]), which runs K steps in one compiled call."""
+    """Returns a function steps(state, batches) that runs K training steps with one `jax.lax.scan`.
+
+    The leaves of `batches` are the batches of the K steps, stacked along a leading axis. The function returns the state
+    after the last step, and the metrics of all steps, [K].
+    """
 
     def steps(state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(step, state, batches)
@@ -185,8 +191,7 @@ def evaluate(loss: Loss, params: Any, batches: Iterable[Any]) -> tuple[Mean, Met
     mean, in which a short last batch has a smaller weight. `loss` should be jitted by the caller.
 
     Returns:
-        The `Mean` of the loss over all batches, and a dict from the name of each other metric that is a `Mean` to its
-        `Mean`.
+        The `Mean` of the loss over all batches, and a dict with the `Mean` of each metric whose values are `Mean`s.
     """
     sums: dict[str, Mean] = {"": Mean(0.0, 0.0)}
     for batch in batches:

@@ -25,9 +25,9 @@ def identity(trained: Any, frozen: Any) -> Any:
 class StepFunctions(NamedTuple):
     """The functions that a training step is built from.
 
-    loss        (params, batch, key) -> (Mean, metrics)
-    combine     (trained, frozen) -> the params that the loss reads, for example with LoRA applied
-    optimizer   updates the trained params
+    loss        function (params, batch, key) that returns (Mean, metrics)
+    combine     function (trained, frozen) that returns the params that the loss reads, for example with LoRA applied
+    optimizer   optax transformation that updates the trained params
     """
 
     loss: Loss
@@ -38,10 +38,10 @@ class StepFunctions(NamedTuple):
 class Validation(NamedTuple):
     """The validation data, by whose loss the best model is chosen.
 
-    batches          function first -> validation batches: all of them or, if `first` is true, a part of them; `first`
-                     is true only for the evaluation before the first step
+    batches          function (first) that returns the validation batches: all of them or, if `first` is True, a part of
+                     them; `first` is True only for the evaluation before the first step
     first_share      size of the part that `first` selects, as a fraction of all validation batches
-    derived_metrics  function loss -> metrics that are computed from the loss, such as perplexity
+    derived_metrics  function (loss) that computes further metrics from the loss, such as perplexity
     """
 
     batches: Callable[[bool], Iterable[Any]]
@@ -53,20 +53,22 @@ class Task(NamedTuple):
     """Everything that the training loop needs to know about one run.
 
     tokenizer         the tokenizer, which is saved with the model
-    batches           (step, k, rows) -> the batches of steps step .. step + k - 1, leaves [k, B, ..]; `rows` is a slice
-                      of the batch axis, or None for all rows; `batches` is a pure function, so that a resumed run needs
-                      no data loader state
-    describe_batch    step -> a line of text that names the data of this step's batch, for error messages
+    batches           function (step, k, rows) that returns the batches of the k steps from `step`, with leaves
+                      [k, B, ..]; `rows` is a slice of the batch axis, or None for all rows; `batches` is a pure
+                      function, so that a resumed run needs no data loader state
+    describe_batch    function (step) that returns a line about the data in this step's batch, for error messages
     validation        the validation data
     build             builds `StepFunctions` from a config, whose hyperparameters may be tracers when several runs
                       are vmapped in one program
-    start             the trained params before the first step, or a function key -> params
+    start             the trained params before the first step, or a function (key) that initialises them
     frozen            params that the loss reads and the optimizer does not update
     flops_per_token   FLOPs per token of a training step, for MFU
-    fingerprints      name -> (hash of data or weights that a checkpoint depends on, the setting that selects them)
-    describe          number of trained parameters -> lines about data and model, printed before the first step
-    write             (folder, trained, frozen, text files): writes a self-contained model folder
-    sample            params -> generated texts, called after each evaluation, or None for no samples
+    fingerprints      dict that maps a name to the hash of data or weights that a checkpoint depends on, and the setting
+                      that selects them
+    describe          function (number of trained parameters) that returns lines of text about data and model, which are
+                      printed before the first step
+    write             function (folder, trained, frozen, text files) that writes a self-contained model folder
+    sample            function (params) that returns generated texts, called after each evaluation; None for no samples
     """
 
     tokenizer: Tokenizer
@@ -95,15 +97,18 @@ class Task(NamedTuple):
 def resolve(written: Config, model: ModelConfig, size: int, per_step: int) -> Config:
     """Returns the config with the values that depend on the data filled in: the model, and the number of steps.
 
-    If `train.epochs` is set, the number of steps is computed for data of `size` tokens (or rows), of which each step
-    takes `per_step`.
+    If `train.epochs` is set, the number of steps is computed from `size`, the number of training tokens (in
+    fine-tuning: of training rows), and `per_step`, the number of them in the batch of one step.
     """
     train = dataclasses.replace(written.train, max_steps=written.train.steps(size, per_step))
     return dataclasses.replace(written, model=model, train=train)
 
 
 def short_run(cfg: Config) -> str:
-    """Returns a warning if the run ends before the learning rate's warmup does, as with little data; otherwise ""."""
+    """Returns a warning if the run ends before the warmup of the learning rate does; otherwise "".
+
+    This happens if `train.epochs` of a small dataset take few steps.
+    """
     steps, warmup = cfg.train.max_steps, cfg.optim.warmup_steps
     if warmup < steps:
         return ""

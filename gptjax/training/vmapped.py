@@ -11,10 +11,10 @@ There are two ways to build the training step, whose results differ in rounding:
 
 make_step   N independent runs, each with its own step counter, key and skipped steps; used for sweeps and for many
             adapters.
-as_one      N runs as one run of the training loop, with one step counter and one checkpoint; used for the seeds of a
-            fine-tuning. The loss is the sum of the runs' mean losses, with weight N, so the step divides gradients by
-            N, and the optimizer multiplies them by N again. The dropout keys of all runs are split from one key. If the
-            loss or gradient of one run is not finite, all runs skip the step.
+as_one      N runs as one run of the training loop, with one step counter and one checkpoint; used for fine-tuning
+            with several seeds. The loss is the sum of the runs' mean losses, with weight N, so the step divides
+            gradients by N, and the optimizer multiplies them by N again. The dropout keys of all runs are split from
+            one key. If the loss or gradient of one run is not finite, all runs skip the step.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from gptjax.types import Mean, Metrics
 def make_step(
     build: Callable[[Any], StepFunctions], *, batches: bool = False, accumulation: int = 1
 ) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, Metrics]]:
-    """Returns step(states, hparams, frozen, batch) -> (states, metrics [N]): `make_train_step` vmapped over N runs.
+    """Returns a function step(states, hparams, frozen, batch): the step of `make_train_step`, vmapped over N runs.
+
+    The function returns the new states, and metrics with leaves [N].
 
     Args:
-        batches: whether every leaf of the batch has a leading axis N, with one batch per run. False: all runs share one
-            batch.
+        batches: if True, every leaf of the batch has a leading axis N, with one batch per run; if False, all runs share
+            one batch.
         accumulation: number of micro-batches, as in `make_train_step`.
     """
 
@@ -54,10 +56,11 @@ def make_step(
 
 
 def make_loss(build: Callable[[Any], StepFunctions], *, batches: bool = False) -> Callable[..., tuple[Mean, Metrics]]:
-    """Returns loss(params, hparams, frozen, batch, keys=None) -> (losses [N], metrics [N]), vmapped over N runs.
+    """Returns a function loss(params, hparams, frozen, batch, keys=None): the loss of `build`, vmapped over N runs.
 
-    `keys` [N] are the random keys for dropout, or None for no dropout. The other arguments are those of the step that
-    `make_step` returns.
+    The function returns (Mean, metrics) with leaves [N]. `keys` [N] are the random keys for dropout, or None for no
+    dropout. `params` are the trained params of the runs; the other arguments are those of the step that `make_step`
+    returns.
     """
 
     def loss_of_run(params: Any, hparams: Any, frozen: Any, batch: Any, key: jax.Array | None) -> tuple[Mean, Metrics]:
@@ -78,7 +81,8 @@ def create(
     """Returns the states of N runs before the first step, with leaves [N, ..]: the `init_state` of each seed.
 
     Args:
-        init: function (key, start) -> the initial trained params of one run, as returned by `Task.initial`.
+        init: function (key, start) that returns the initial trained params of one run. `Task.initial` returns such a
+            function.
         optimizer: function that maps the hparams of one run to the optimizer of this run.
         seeds: random seeds of the runs, [N].
         hparams, start: arguments of `optimizer` and `init` for all runs, pytrees with leaves [N, ..], or None.
@@ -99,12 +103,16 @@ def as_one(functions: StepFunctions, n: int) -> StepFunctions:
         trained, frozen = params
         mean, metrics = losses(trained, None, frozen, batch, None if key is None else jax.random.split(key, n))
         metrics = {k: Mean(v.total.sum(), v.weight.sum()) for k, v in metrics.items() if isinstance(v, Mean)}
-        if key is None:  # in validation, totals and weights are summed over batches before they are divided
+        # `key` is None in validation, where totals and weights are summed over all batches before the division.
+        if key is None:
             return Mean(mean.total.sum(), mean.weight.sum()), metrics
         return Mean((mean.total / jnp.maximum(mean.weight, 1e-9)).sum(), jnp.float32(n)), metrics
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        """Update each run separately, clipping by its own gradient norm, after multiplying the gradients by n again."""
+        """Update each run separately, so that gradients are clipped by the gradient norm of the run.
+
+        The gradients are first multiplied by n, because the training step has divided them by the loss's weight n.
+        """
         undivided = jax.tree.map(lambda g: g * n, grads)
         return jax.vmap(lambda g, s, p: tx.update(g, s, p))(undivided, state, params)
 

@@ -156,8 +156,11 @@ def export_gguf(
 
 
 def _name_for_llama_cpp(name: str, tokens: list[str]) -> str:
-    """Returns the name, with phi-3 changed to phi if the model lacks Phi-3's tokens, because llama.cpp requires these
-    tokens of a model that has phi-3 in its name."""
+    """Returns a model name that llama.cpp accepts together with these tokens.
+
+    If the name contains phi-3, llama.cpp requires Phi-3's special tokens. For a model without them, phi-3 is replaced
+    by phi.
+    """
     if {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= {*tokens}:
         return name
     return re.sub("(phi)-?3", r"\1", name, flags=re.IGNORECASE)

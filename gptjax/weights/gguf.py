@@ -75,7 +75,9 @@ def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{location}: general.architecture={name!r:.60} is unknown, known: {', '.join(ARCHITECTURES)}")
     gguf = ARCHITECTURES[name]
-    values = {  # arrays, which no key here expects, become short lists, since comparing arrays gives no bool
+    # An array is an error under every key read here. It becomes a short list, because the comparison of arrays gives no
+    # bool.
+    values = {
         key.removeprefix(f"{name}."): value[:9].tolist() if isinstance(value, np.ndarray) else value
         for key, value in metadata.items()
         if key.startswith(f"{name}.")
@@ -147,7 +149,7 @@ def rope_factors(cfg: ModelConfig) -> np.ndarray:
 
 
 def _has_rope(gguf: Gguf) -> bool:
-    """Returns whether the architecture uses RoPE, as all do except GPT-2, which has learned position embeddings."""
+    """Returns True if the architecture uses RoPE, as all do except GPT-2, which has learned position embeddings."""
     return gguf.implied["arch"] != "gpt2"
 
 
@@ -155,7 +157,10 @@ def _has_rope(gguf: Gguf) -> bool:
 
 
 def to_metadata(cfg: ModelConfig, name: str) -> dict[str, Any]:
-    """Returns the metadata of a model as llama.cpp's architecture `name`, without the metadata of the tokenizer."""
+    """Returns the GGUF metadata that describe a model as one of llama.cpp's architecture `name`.
+
+    The metadata of the tokenizer are not included.
+    """
     gguf = ARCHITECTURES[name]
     values: dict[str, Any] = {
         "context_length": cfg.context_length,
@@ -199,7 +204,8 @@ def family_of(cfg: ModelConfig) -> str:
         if cfg.rope_scaling == "llama3" and gguf.rope_factors:
             back = dataclasses.replace(back, **{key: getattr(cfg, key) for key in scaling})
         lacking[gguf.name] = differences(cfg, back, family.fills)
-    nearest = min(lacking, key=lambda name: len(lacking[name]))  # the first architecture that lacks the fewest fields
+    # The architecture with the fewest fields that it cannot represent; if there are several, the first of them.
+    nearest = min(lacking, key=lambda name: len(lacking[name]))
     if not lacking[nearest]:
         return nearest
     raise UserError(

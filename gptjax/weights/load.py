@@ -44,7 +44,7 @@ class Model(NamedTuple):
     location: str
     kind: str  # "gptjax", or the name of the model family
     cfg: ModelConfig
-    params: Callable[[Any, Any], Params]  # function (dtype, shardings) -> params
+    params: Callable[[Any, Any], Params]  # function (dtype, shardings) that reads the parameters
     read_tokenizer: Callable[[], Tokenizer]
 
     def tokenizer(self) -> Tokenizer:

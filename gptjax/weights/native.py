@@ -58,8 +58,8 @@ def save(
     The write is atomic: the folder is renamed into place when it is complete.
 
     Args:
-        files: additional text files, {name: text}.
-        add: function that writes more files to the temporary folder, its argument, before the folder is renamed.
+        files: dict that maps the names of additional text files to their texts.
+        add: function (folder) that writes more files to the temporary folder, called before this folder is renamed.
         twin: another folder written by `save`. If the twin's weights file is identical, it is hard-linked instead of
             stored twice.
         base: the `Base` of an adapter, as a dict, if `params` holds only the adapter and the heads.
@@ -92,7 +92,7 @@ def save(
             add(new)
         written = sorted(path for path in new.rglob("*") if path.is_file())
         hashes = {path.relative_to(new).as_posix(): sha256(path) for path in written}
-        if twin not in (None, folder):  # a twin that is `folder` itself will be replaced by `new`
+        if twin not in (None, folder):  # no link if the twin is `folder`, which `new` replaces
             _hard_link(new / weights, hashes[weights], twin / weights)
         model = json.loads(json.dumps(flat(cfg)))
         body = {
@@ -111,7 +111,7 @@ def save(
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig, location: str = "") -> None:
-    """Raises UserError if the tokenizer has ids that the embedding has no row for. `location` prefixes the message."""
+    """Raises UserError if the tokenizer has ids that the embedding has no row for. `location` starts the message."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
             f"{location}{': ' * bool(location)}the tokenizer has {tokenizer.vocab_size} ids, the model "

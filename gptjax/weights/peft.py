@@ -6,8 +6,8 @@ writes gptjax_sha256.json, which holds the hashes of both files.
 
 PEFT adapts GPT-2's q, k and v as one matrix; gptjax adapts them as three. The three adapters of gptjax are exported as
 one adapter of three times the rank with a block-diagonal B. An adapter that PEFT trained is read as three adapters with
-the same matrix a, and is exported unchanged. Source: PEFT's tuners/lora (names, shapes, which attributes change the
-result), as of version 0.21.
+the same matrix a, and is exported unchanged. The names, the shapes, and which attributes change the result are taken
+from PEFT's tuners/lora, version 0.21.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def export_peft(
     """Writes an adapter that PEFT loads onto the transformers model with the same base weights.
 
     Args:
-        head: classification head {"kernel" [D, n_classes]} with last-token pooling. The head is written as
-            transformers' `score`, one of PEFT's modules_to_save.
+        head: parameters of a classification head with last-token pooling: a dict with the key "kernel"
+            [D, n_classes]. The head is written as transformers' `score`, one of PEFT's modules_to_save.
         base: the parameters of the base model, or their `fingerprint`. The fingerprint is stored, so that `load_peft`
             can check that the base model is the same.
         base_name: path or Hub name of the base model for transformers.
@@ -88,7 +88,7 @@ def export_peft(
     covered = {rule.ours for module in modules for rule in module.rules}
     refuse("peft's format has no place for", sorted(path for path in pairs if path not in covered))
     tensors: dict[str, np.ndarray] = {}
-    patterns: dict[str, int] = {}  # {module name in PEFT's target_modules: rank of the adapter}
+    patterns: dict[str, int] = {}  # maps each module's name in PEFT's target_modules to the rank of its adapter
     for module in modules:
         if not any(rule.ours in pairs for rule in module.rules):
             continue
@@ -232,9 +232,11 @@ def _modules(cfg: ModelConfig) -> list[Tensor]:
 
 
 def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
-    """Joins our adapters of the slices (q, k, v) of a PEFT module into the adapter of the module: a [R, in], b [out,
-    R], m [out]."""
-    slices: list[_Pair] = [  # {} for a slice without an adapter
+    """Joins our adapters of the slices (q, k, v) of a PEFT module into one adapter of the module.
+
+    Returns a dict with the matrices "a" [R, in] and "b" [out, R] and, for DoRA, the magnitude vector "m" [out].
+    """
+    slices: list[_Pair] = [  # the dict of a slice without an adapter is empty
         {key: array if module.layer is None else array[module.layer] for key, array in pairs.get(rule.ours, {}).items()}
         for rule in module.rules
     ]
@@ -243,7 +245,8 @@ def _join(module: Tensor, pairs: dict[str, _Pair]) -> _Pair:
     if "m" in first and not all(slices):
         raise UserError(f"{module.name}: PEFT adapts q, k and v as one matrix, so DoRA needs all three as targets")
     a = [pair["a"] for pair in slices if pair]
-    if all(np.array_equal(x, a[0]) for x in a):  # all slices share one a: loaded from PEFT, or only one slice
+    # The matrices a are equal if PEFT trained the adapter, or if only one slice has an adapter.
+    if all(np.array_equal(x, a[0]) for x in a):
         zeros = np.zeros_like(first["b"])
         joined = {"a": a[0].T, "b": np.concatenate([pair["b"] if pair else zeros for pair in slices], -1).T}
     else:
@@ -269,7 +272,7 @@ def _split(module: Tensor, pair: _Pair) -> Iterator[tuple[Rule, _Pair]]:
 
 
 def _stack(layers: dict[int | None, _Pair], n_layer: int) -> _Pair:
-    """Stacks the adapters of all layers to arrays [L, ..]. The adapter of a matrix outside the layers (key None) is
+    """Stacks the adapters of all layers into arrays [L, ..]. The adapter of a matrix outside the layers (key None) is
     returned unchanged."""
     if None in layers:
         return layers[None]
@@ -322,8 +325,11 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
     a.end(location)
 
     def pattern(table: dict[str, T], default: T) -> Callable[[str], T]:
-        """Returns a function that maps the name of a module to the value of the first pattern in `table` that matches
-        the name, or the part of the name after a dot, as in PEFT."""
+        """Returns a function that returns the value of a module in `table`, given the module's name.
+
+        The keys of `table` are regular expressions. As in PEFT, the first that matches the whole name or the part after
+        one of its dots is used; if none does, the value is `default`.
+        """
 
         def value(module: str) -> T:
             ends = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
@@ -338,7 +344,7 @@ def _config(body: dict[str, Any], location: str) -> tuple[LoraConfig, Callable[[
 
 
 def _is_simple(pattern: str) -> bool:
-    """Returns whether `pattern` is a regular expression without catastrophic backtracking. The check is needed because
+    """Returns True if `pattern` is a regular expression without catastrophic backtracking. The check is needed because
     adapters may be untrusted files."""
     try:
         re.compile(pattern)
@@ -350,12 +356,17 @@ def _is_simple(pattern: str) -> bool:
 
 
 def _read(file: safetensors.File, modules: dict[str, Tensor], cfg: ModelConfig) -> tuple[dict[str, _Pair], list[str]]:
-    """Reads the tensors of all modules. Returns {module: {"a" [R, in], "b" [out, R], "m" [out]}}, and a list of error
-    messages about names, shapes and values."""
+    """Reads the tensors of all modules.
+
+    Returns:
+        A dict that maps the name of each module to its adapter, a dict with the keys "a" [R, in], "b" [out, R] and, for
+        DoRA, "m" [out]; and a list of error messages about names, shapes and values.
+    """
     pairs: dict[str, _Pair] = {}
     problems: list[str] = []
     ours = tree.flatten(abstract_params(cfg))
-    sizes = {  # (in, out) of each module that the model has; a tied LM head is not among them
+    # Input and output size of each module that has a kernel in gptjax; a tied LM head has none.
+    sizes = {
         name: (shapes[0][-2], sum(shape[-1] for shape in shapes))
         for name, module in modules.items()
         if (shapes := [ours[rule.ours].shape for rule in module.rules if rule.ours in ours])

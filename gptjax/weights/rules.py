@@ -48,8 +48,8 @@ class Form(NamedTuple):
 
 identity = Form(lambda a: a, lambda a: a, lambda shape: shape)
 transposed = Form(lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
-# The form of norm scales that a file stores as scale - 1. The sum is computed in float32, because bfloat16 would lose
-# the last bits.
+# The form of norm scales that a file stores as scale - 1. The 1 is added in float32, because the result in bfloat16
+# would lose the last bits.
 plus_one = Form(lambda a: a.astype(np.float32) + 1, lambda a: a.astype(np.float32) - 1, lambda shape: shape)
 # The form of kernels that a file stores as convolutions of width 1, [1, in, out].
 squeeze_leading = Form(lambda a: a[0], lambda a: a[None], lambda shape: (1, *shape))
@@ -74,7 +74,9 @@ class Rule(NamedTuple):
     ours: str
     theirs: str
     form: Form = identity
-    slice: tuple[int, int] | None = None  # (k, n): the parameter is slice k of n of the tensor's last axis
+    # (k, n): the file's array, after `form.read`, is divided into n equal slices along its last axis, and the parameter
+    # is slice k, counted from 0.
+    slice: tuple[int, int] | None = None
     fill: float | None = None  # value to write if the model lacks the parameter; None: the rule is skipped
 
 
@@ -109,7 +111,8 @@ def _their_shape(tensor: Tensor, ours: Mapping[str, Any], optional: dict[str, Sh
 
 
 def optional_shapes(cfg: ModelConfig) -> dict[str, Shape]:
-    """Returns {path: shape without the layer axis} of the biases and norm vectors that a model may lack."""
+    """Returns a dict with the path and the shape, without the layer axis, of the biases and norm vectors that a model
+    may lack."""
     D, F, H = cfg.d_model, cfg.d_ff, cfg.head_dim
     bias_sizes = {"q": cfg.n_head * H, "k": cfg.n_kv_head * H, "v": cfg.n_kv_head * H, "o": D}
     shapes: dict[str, Shape] = {f"blocks/attn/{name}/bias": (size,) for name, size in bias_sizes.items()}
@@ -138,8 +141,8 @@ def read(
         dtype: dtype of the returned parameters.
         shardings: one sharding for all parameters, or a tree of shardings, or None for the default device. Each
             parameter is put on its devices before the next one is read.
-        ignored: function (name) -> whether the tensor of this name can be ignored, such as a causal mask, RoPE
-            frequencies or a tied LM head.
+        ignored: function (name) that returns True if the tensor of this name can be ignored, such as a causal mask,
+            RoPE frequencies or a tied LM head.
 
     Raises:
         UserError: tensors are missing, unknown, of a wrong shape, of an integer dtype or not finite; the message lists
@@ -189,7 +192,7 @@ def read(
 
 
 def is_float(array: np.ndarray) -> bool:
-    """Returns whether the array is floating-point, as weights are. Integers are refused, because they belong to a
+    """Returns True if the array is floating-point, as weights are. Integers are refused, because they belong to a
     quantised format or would be read as huge values."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
@@ -214,7 +217,7 @@ def _chunks(source: Source, name: str, rule: Rule, shape: Shape) -> Iterator[tup
 
 
 def shardings_by_path(shardings: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {path: sharding or None} for the parameters `ours`."""
+    """Returns a dict that maps the paths of the parameters `ours` to their shardings; None is the default device."""
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         return dict.fromkeys(ours, shardings)
     return tree.flatten(shardings)

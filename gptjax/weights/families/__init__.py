@@ -60,7 +60,7 @@ def from_hf(values: dict[str, Any], location: str) -> tuple[Family, ModelConfig,
     for name, allowed in (("is_encoder_decoder", False), ("add_cross_attention", False), ("pruned_heads", {})):
         attributes.must(name, allowed)
     fields = family.to_config(attributes)
-    if named == [family.classifier]:  # tie_embeddings, because the file of a classifier has no LM head
+    if named == [family.classifier]:  # tie_embeddings is set, because a classifier's file has no LM head
         fields |= dict(n_classes=len(class_names(values, location)), cls_bias=False, tie_embeddings=True)
     attributes.end(location)
     with with_summary(attributes.summary(), location):
@@ -142,8 +142,10 @@ def _stored(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def differences(cfg: ModelConfig, other: ModelConfig, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """Returns the fields of `cfg` that differ in `other`: ["model.qk_gain=1.2", ..]. Fields in `allowed` that are False
-    in `cfg` are not listed."""
+    """Lists the fields of `cfg` that have another value in `other`, as strings such as "model.qk_gain=1.2".
+
+    Fields in `allowed` that are False in `cfg` are not listed.
+    """
     ours, theirs = _stored(cfg), _stored(other)
     return [
         f"model.{key}={ours[key]}"

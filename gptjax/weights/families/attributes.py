@@ -78,7 +78,7 @@ class Attributes:
             self.problems.append(f"{name}={value!r:.60} is not supported here: only {' or '.join(map(repr, allowed))}")
 
     def summary(self) -> str:
-        """Returns the sizes and switches that determine which tensors a model has, as text: "hidden_size=16, .."."""
+        """Returns the sizes and boolean attributes that determine a model's tensors, as text: "hidden_size=16, .."."""
         listed = {k: v for k, v in self.used.items() if k in self.defaults or v is not None}
         return ", ".join(f"{k}={json.dumps(v)}" for k, v in listed.items() if v is None or type(v) in (int, bool))
 

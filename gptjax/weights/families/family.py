@@ -14,13 +14,14 @@ class Gguf(NamedTuple):
     """The llama.cpp architecture of a family.
 
     name          value of `general.architecture`
-    implied       fields of ModelConfig that the architecture fixes, because the metadata do not contain them
-    rules         function ModelConfig -> rules that map the tensors
+    implied       fields of ModelConfig that are the same in all models of the architecture and not in the metadata
+    rules         function (cfg) that returns the rules for the tensors of a model
     norm          key of norm_eps in the metadata
     rope_base     default value of `rope.freq_base`
     rope_factors  whether Llama 3's RoPE scaling can be stored, in the tensor rope_freqs.weight
-    to_config     function (metadata, fields so far) -> more fields of ModelConfig; if None, a window is an error
-    to_metadata   function ModelConfig -> metadata of this architecture only
+    to_config     function (metadata, fields) that returns more fields of ModelConfig, given those read so far; if None,
+                  a sliding window in the metadata is an error
+    to_metadata   function (cfg) that returns the metadata that only this architecture has
     """
 
     name: str
@@ -43,16 +44,16 @@ class Family(NamedTuple):
     name: str  # model_type
     architecture: str
     defaults: Mapping[str, Any]
-    to_config: Callable[[Attributes], dict[str, Any]]  # returns fields of ModelConfig
+    to_config: Callable[[Attributes], dict[str, Any]]  # converts config.json to fields of ModelConfig
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     rules: Sequence[Rule]
     gguf: Gguf | None = None
-    # Switches of ModelConfig that may be False in an exported model: the vectors that it then lacks are written as
-    # constants.
+    # Boolean fields of ModelConfig that may be False in an exported model. The biases and norm scales that the model
+    # then lacks are written as zeros and ones.
     fills: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()  # suffixes of the names of tensors that hold no parameters
     prefix: str = ""  # common prefix of the names in `rules`, which a file's tensor names may lack
-    placeholder: str = ""  # last token of the tokenizer; the embedding may have no row for it
+    placeholder: str = ""  # text of the tokenizer's last token, for which the embedding may have no row
 
     @property
     def classifier(self) -> str:

@@ -1,5 +1,5 @@
 """Gemma 3 text models, which have norms before and after each sublayer. Five of every six layers have a sliding window
-and another RoPE base than the sixth layer.
+and their own RoPE base; the sixth has full attention.
 
 Hugging Face files store the scale of a norm minus 1, GGUF files the scale itself.
 """

@@ -82,7 +82,7 @@ _TENSORFLOW_NAMES = {
 }  # fmt: skip
 _HEAD = [Rule("lm_head/kernel", "lm_head.weight", transposed)]
 
-# Rules for OpenAI's own checkpoints, in which kernels are [1, in, out].
+# Rules for OpenAI's own checkpoints, in which kernels have the shape [1, in, out].
 OPENAI_RULES = _rules("model/", _TENSORFLOW_NAMES, squeeze_leading, [], ("w", "b", "g"))
 
 

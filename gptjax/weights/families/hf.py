@@ -9,7 +9,7 @@ from gptjax.weights.families.attributes import Attributes
 from gptjax.weights.families.family import biases, kernels, scales
 from gptjax.weights.rules import Form, Rule, identity, transposed
 
-MAX_LAYERS = 1 << 12  # limit on the number of layers whose attention type is computed
+MAX_LAYERS = 1 << 12  # limit on the computation of the window pattern, if a file gives a huge num_hidden_layers
 
 # Default values of transformers' config classes. None: the value is computed from other attributes.
 SIZES: dict[str, Any] = dict(
@@ -120,7 +120,7 @@ def layer_types(a: Attributes, n_layer: int, default: str) -> str:
 
 
 def shortened(pattern: str) -> str:
-    """Returns the shortest prefix whose repetition gives `pattern`: "SLSLS" -> "SL"."""
+    """Returns the shortest prefix of `pattern` from which repetition restores the pattern: for "SLSLS", it is "SL"."""
     n_layer = len(pattern)
     return next((pattern[:n] for n in range(1, n_layer + 1) if (pattern[:n] * n_layer)[:n_layer] == pattern), "L")
 
@@ -149,7 +149,10 @@ ROTARY = (".rotary_emb.inv_freq",)
 
 
 def norms(form: Form, **names: str) -> list[Rule]:
-    """Returns the rules for the norm scales of a block (ln_1="input_layernorm", ..) and for the final norm."""
+    """Returns the rules for the norm scales of a block and for the scale of the final norm.
+
+    `names` maps gptjax's names of the norms in a block to those in the file, such as ln_1="input_layernorm".
+    """
     return [*scales(_BLOCK, names, form), Rule("ln_f/scale", "model.norm.weight", form)]
 
 
